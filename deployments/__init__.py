@@ -1,0 +1,1 @@
+"""HTTP and text on Ray Serve around the engine; touches no tensor."""

@@ -1,0 +1,1 @@
+"""Routing, admission and autoscaling as pure functions of plain data."""

@@ -1,0 +1,73 @@
+"""EngineConfig: what one engine process is told. Frozen, validated here, resolved once.
+
+Knows nothing of YAML, HTTP or Ray: `deployments.config` nests it in the file that people write.
+"""
+
+from dataclasses import dataclass
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+DEVICES = ("auto", "cpu", "cuda")
+QUANTIZATIONS = ("none",)
+
+
+class ConfigError(ValueError):
+    """A setting is out of range; the message names the setting, its value and the range."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """Everything that decides how one base model is loaded and scheduled.
+
+    `memory_bytes` bounds KV blocks and device-resident adapters together;
+    `adapter_memory_bytes` of it (default a quarter) is for adapters.
+    """
+
+    source: str  # a local Hugging Face model folder
+    dtype: str = "auto"  # auto: float32 stays, everything else becomes bfloat16
+    quantization: str = "none"
+    device: str = "auto"
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 512
+    max_model_len: int | None = None  # None: the model's own maximum, at most 8192
+    block_size: int = 16
+    memory_bytes: int = 2 * 2**30
+    adapter_memory_bytes: int | None = None
+    host_adapter_bytes: int = 2 * 2**30
+    enable_prefix_caching: bool = True
+    num_threads: int | None = None  # None: torch's own choice
+
+    def __post_init__(self) -> None:
+        _one_of("dtype", self.dtype, DTYPES)
+        _one_of("device", self.device, DEVICES)
+        _one_of("quantization", self.quantization, QUANTIZATIONS)
+        _between("max_num_seqs", self.max_num_seqs, 1, 4096)
+        _between("max_num_batched_tokens", self.max_num_batched_tokens, 1, 2**20)
+        _between("block_size", self.block_size, 1, 1024)
+        _between("memory_bytes", self.memory_bytes, 2**20, 2**50)
+        _between("host_adapter_bytes", self.host_adapter_bytes, 0, 2**50)
+        if self.max_model_len is not None:
+            _between("max_model_len", self.max_model_len, 2, 2**24)
+        if self.num_threads is not None:
+            _between("num_threads", self.num_threads, 1, 1024)
+        if self.adapter_memory_bytes is not None:
+            _between("adapter_memory_bytes", self.adapter_memory_bytes, 0, self.memory_bytes)
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ConfigError(
+                f"max_num_batched_tokens={self.max_num_batched_tokens} must be at least "
+                f"max_num_seqs={self.max_num_seqs}: each running request decodes a token per step"
+            )
+
+    @property
+    def device_adapter_bytes(self) -> int:
+        given = self.adapter_memory_bytes
+        return self.memory_bytes // 4 if given is None else given
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ConfigError(f"{name}={value!r} is not one of {', '.join(allowed)}")
+
+
+def _between(name: str, value: int, low: int, high: int) -> None:
+    if not low <= value <= high:
+        raise ConfigError(f"{name}={value} is outside {low}..{high}")

@@ -1,0 +1,1 @@
+"""The ops of the decoder. Plain torch is the specification of each."""

@@ -1,0 +1,42 @@
+"""ForwardInputs: what one forward pass reads besides weights and KV cache.
+
+Built by `engine.runner.inputs`, read by the decoder and its ops, never changed on the way.
+Rows are ordered: all requests with one new token (decode) first, then the prefill chunks.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+
+class LoraBatch(Protocol):
+    """The adapters of one batch, ready to be added to any linear layer's output."""
+
+    def add(self, layer: int, site: str, x: torch.Tensor, y: torch.Tensor) -> None:
+        """y [N, out] += scaling * (x [N, in] @ A^T) @ B^T, each row with its own adapter."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionInputs:
+    """Where each request's queries and keys are.
+
+    B requests, N = sum of query lengths. For request i, query rows are
+    [cu_seqlens_q[i], cu_seqlens_q[i + 1]) and keys are positions [0, context_lens[i]), the last
+    query being at position context_lens[i] - 1.
+    """
+
+    num_decodes: int  # the first requests, with one query each
+    cu_seqlens_q: list[int]  # [B + 1], on the host
+    context_lens: list[int]  # [B], on the host; includes this step's tokens
+    block_tables: torch.Tensor  # [B, max_blocks] int64, zero-padded
+    slot_mapping: torch.Tensor  # [N] int64: block * block_size + offset
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardInputs:
+    token_ids: torch.Tensor  # [N] int64
+    positions: torch.Tensor  # [N] int64
+    attention: AttentionInputs
+    lora: LoraBatch | None  # None: no row has an adapter, and nothing is paid for that

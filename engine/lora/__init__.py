@@ -1,0 +1,1 @@
+"""Adapters: from a PEFT folder to weights that a mixed batch can use."""

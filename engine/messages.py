@@ -1,0 +1,102 @@
+"""Plain data between a replica and its engine process. No tensors, no text, no Ray."""
+
+from dataclasses import dataclass, field
+
+from engine.scheduler.request import SamplingParams
+from engine.scheduler.timings import RequestMetrics
+
+INVALID_REQUEST = "invalid_request"  # the client's fault
+ADAPTER_INVALID = "adapter_invalid"  # the adapter cannot be used with this base
+ENGINE_ERROR = "engine_error"  # a step failed; the engine goes on
+ENGINE_DIED = "engine_died"  # the process died or hung; it is being restarted
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterFolder:
+    """An adapter as the engine sees it: its identity and where its verified files are."""
+
+    digest: str
+    path: str
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateRequest:
+    """One generation with n choices. `output_token_ids` resumes it in its middle (n = 1)."""
+
+    request_id: str
+    prompt_token_ids: list[int]
+    sampling: SamplingParams
+    n: int = 1
+    adapter: AdapterFolder | None = None
+    tenant: str = ""
+    cache_salt: str = ""
+    output_token_ids: list[int] = field(default_factory=list[int])
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Natural-log probabilities at one position, before temperature and filters."""
+
+    logprob: float
+    top: tuple[tuple[int, float], ...]  # (token id, logprob), most likely first
+
+
+@dataclass(frozen=True, slots=True)
+class RequestError:
+    kind: str  # one of the constants above
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class RequestOutput:
+    """What one choice gained in one step. The last one of a choice has a finish_reason.
+
+    finish_reason: "stop" (end-of-sequence or a stop token), "length", "abort" or "error";
+    `stop_token_id` is the token that ended it, which is also the last of `token_ids`.
+    `prompt_logprobs` (if asked for) comes with the choice's first output; its first entry, the
+    first prompt token's, is None.
+    """
+
+    request_id: str
+    index: int
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+    finish_reason: str | None = None
+    stop_token_id: int | None = None
+    error: RequestError | None = None
+    metrics: RequestMetrics | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """What the engine settled on at start."""
+
+    max_model_len: int
+    vocab_size: int
+    num_blocks: int
+    block_size: int
+    eos_token_ids: tuple[int, ...]
+    device: str
+    dtype: str
+    weight_bytes: int
+    load_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """Gauges of the moment and totals since start, sent at most ten times a second."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    num_blocks_used: int = 0
+    num_blocks_cached: int = 0
+    num_blocks_total: int = 0
+    queued_tokens: int = 0
+    resident_adapters: tuple[str, ...] = ()
+    total_steps: int = 0
+    total_prompt_tokens: int = 0
+    total_cached_tokens: int = 0
+    total_output_tokens: int = 0
+    total_preemptions: int = 0
+    total_step_s: float = 0.0

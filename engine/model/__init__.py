@@ -1,0 +1,1 @@
+"""One parametric decoder for every supported family."""

@@ -1,0 +1,1 @@
+"""Every decision of the engine, in plain Python: no tensor, clock or random source."""

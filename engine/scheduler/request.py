@@ -1,0 +1,152 @@
+"""Request: one generation in flight, and the sampling it asks for.
+
+Plain data and the arithmetic on it. Decides nothing: the scheduler does.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+
+from engine.scheduler.timings import Timings
+
+MAX_LOGPROBS = 20
+
+
+class InvalidRequest(ValueError):
+    """The client asked for something out of range; the message names the value and the range."""
+
+
+class RequestStatus(Enum):
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+class FinishReason(str, Enum):
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How tokens are chosen. temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 are off.
+
+    `seed` is always present: whoever has none draws one before the request gets here, so that
+    the same request can be resumed elsewhere and give the same tokens.
+    """
+
+    max_tokens: int = 16
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    seed: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None  # None: none; k: the chosen token's and the top k
+    prompt_logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        _check("max_tokens", self.max_tokens, 1, 2**31 - 1)
+        _check("min_tokens", self.min_tokens, 0, self.max_tokens)
+        _check("temperature", self.temperature, 0.0, 100.0)
+        _check("top_k", self.top_k, 0, 2**31 - 1)
+        _check("top_p", self.top_p, 0.0, 1.0, low_excluded=True)
+        _check("min_p", self.min_p, 0.0, 1.0)
+        _check("repetition_penalty", self.repetition_penalty, 0.0, 100.0, low_excluded=True)
+        _check("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        _check("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        _check("seed", self.seed, -(2**63), 2**63 - 1)
+        for token_id, bias in self.logit_bias:
+            _check("logit_bias token id", token_id, 0, 2**31 - 1)
+            _check(f"logit_bias of token {token_id}", bias, -100.0, 100.0)
+        for name in ("logprobs", "prompt_logprobs"):
+            if (value := getattr(self, name)) is not None:
+                _check(name, value, 0, MAX_LOGPROBS)
+
+    @property
+    def uses_penalties(self) -> bool:
+        return bool(
+            self.repetition_penalty != 1.0 or self.presence_penalty or self.frequency_penalty
+        )
+
+
+def _check(
+    name: str, value: float, low: float, high: float, *, low_excluded: bool = False
+) -> None:
+    inside = low < value <= high if low_excluded else low <= value <= high
+    if not inside or not math.isfinite(value):
+        bracket = "(" if low_excluded else "["
+        raise InvalidRequest(f"{name} must be in {bracket}{low}, {high}], not {value}")
+
+
+@dataclass(frozen=True, slots=True)
+class CacheScope:
+    """Who may share a KV block: the root of every block hash. Fields are tagged, never joined."""
+
+    tenant: str = ""
+    salt: str = ""
+    adapter: str = ""  # digest; empty for the base model
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """One choice of one generation.
+
+    Invariant: 0 <= num_cached_tokens <= num_computed_tokens <= num_tokens, and while RUNNING the
+    block table covers num_computed_tokens. Only the scheduler writes the mutable fields.
+    `forks` are further choices (n > 1) that wait for this one's prompt to be computed.
+    """
+
+    request_id: str
+    prompt_token_ids: Sequence[int]
+    sampling: SamplingParams
+    arrival_s: float
+    scope: CacheScope = CacheScope()
+    index: int = 0  # choice index: seed + index is its random stream
+    output_token_ids: list[int] = field(default_factory=list[int])
+    num_resumed_tokens: int = 0  # of output_token_ids, those that came with the request
+    forks: "list[Request]" = field(default_factory=list["Request"])
+
+    status: RequestStatus = RequestStatus.WAITING
+    block_table: list[int] = field(default_factory=list[int])
+    block_hashes: list[bytes] = field(default_factory=list[bytes])
+    num_computed_tokens: int = 0
+    num_cached_tokens: int = 0
+    finish_reason: FinishReason | None = None
+    timings: Timings = field(default_factory=Timings)
+
+    @property
+    def key(self) -> tuple[str, int]:
+        return (self.request_id, self.index)
+
+    @property
+    def adapter(self) -> str:
+        return self.scope.adapter
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.prompt_token_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt_token_ids) + len(self.output_token_ids)
+
+    @property
+    def num_remaining_tokens(self) -> int:
+        """Tokens known but not yet in the KV cache."""
+        return self.num_tokens - self.num_computed_tokens
+
+    def token_ids(self, start: int, end: int) -> list[int]:
+        """Prompt and output as one sequence, [start, end)."""
+        n = len(self.prompt_token_ids)
+        prompt = self.prompt_token_ids[start : min(end, n)]
+        return [*prompt, *self.output_token_ids[max(start - n, 0) : max(end - n, 0)]]
