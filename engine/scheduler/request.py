@@ -121,6 +121,7 @@ class Request:
     block_hashes: list[bytes] = field(default_factory=list[bytes])
     num_computed_tokens: int = 0
     num_cached_tokens: int = 0
+    num_published_blocks: int = 0
     finish_reason: FinishReason | None = None
     timings: Timings = field(default_factory=Timings)
 

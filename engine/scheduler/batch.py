@@ -1,0 +1,44 @@
+"""ScheduledBatch: what the scheduler hands to whatever executes a step.
+
+Plain picklable data, so that a process, tensor-parallel ranks or a simulator can stand behind
+`execute`. Holds no reference to the scheduler's own mutable state.
+"""
+
+from dataclasses import dataclass
+
+from engine.scheduler.request import SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledRequest:
+    """One request's share of a step: `token_ids` go in at positions `start`, `start` + 1, ..."""
+
+    request_id: str
+    index: int
+    token_ids: list[int]
+    start: int
+    block_table: tuple[int, ...]  # covers start + len(token_ids) positions
+    adapter_slot: int  # 0 = base model
+    sampling: SamplingParams
+    samples: bool  # the last row's logits give the next token
+    forbidden_token_ids: tuple[int, ...] = ()  # not to be sampled yet (min_tokens)
+    history: tuple[list[int], list[int]] | None = None  # (prompt, output), where penalties need it
+    prompt_targets: list[int] | None = None  # token after each row, where their logprobs are asked
+
+    @property
+    def end(self) -> int:
+        return self.start + len(self.token_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledBatch:
+    """One step. Requests with a single new token come first, then prefill chunks by length."""
+
+    requests: tuple[ScheduledRequest, ...]
+    block_copies: tuple[tuple[int, int], ...] = ()  # (source, destination), before the forward
+    adapter_evictions: tuple[int, ...] = ()  # slots, before the loads
+    adapter_loads: tuple[tuple[int, str], ...] = ()  # (slot, digest)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(r.token_ids) for r in self.requests)

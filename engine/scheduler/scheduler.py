@@ -1,0 +1,370 @@
+"""Scheduler: which tokens of which requests are computed next.
+
+    schedule(now) -> ScheduledBatch      decide, allocate, advance num_computed_tokens
+    update(batch, sampled, now)          append what was sampled, publish blocks, finish
+    fail(batch, now)                     the step was lost: its requests end with an error
+
+One step mixes decodes with chunks of prompts under `max_num_batched_tokens`. Running requests
+go first; waiting ones follow in arrival order, except that a request whose adapter is not ready
+is passed over. When blocks lack, the request admitted last loses its blocks and is computed again
+later (preemption by recompute). Nothing here depends on time other than through `now`.
+"""
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from engine.scheduler.adapter_slots import AdapterSlots
+from engine.scheduler.batch import ScheduledBatch, ScheduledRequest
+from engine.scheduler.block_manager import BlockManager, block_hash, scope_hash
+from engine.scheduler.request import FinishReason, Request, RequestStatus
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerLimits:
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
+    eos_token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """What one request gained in one step; `request.finish_reason` says whether it ended."""
+
+    request: Request
+    token_ids: list[int]
+    stop_token_id: int | None = None
+
+
+class Scheduler:
+    """Owns every unfinished request. Finished ones are handed back once and forgotten."""
+
+    def __init__(self, limits: SchedulerLimits, blocks: BlockManager, adapters: AdapterSlots):
+        self.limits = limits
+        self.blocks = blocks
+        self.adapters = adapters
+        self.waiting: deque[Request] = deque()
+        self.running: list[Request] = []  # in order of admission
+        self.num_preemptions = 0
+        self._by_key: dict[tuple[str, int], Request] = {}
+
+    # ==== requests in and out ====
+
+    def add(self, request: Request) -> None:
+        """Queue a request (and its forks, which wait for its prompt)."""
+        for r in (request, *request.forks):
+            assert r.key not in self._by_key, f"request {r.key} was added twice"
+            self._by_key[r.key] = r
+        self.waiting.append(request)
+
+    def abort(self, request_id: str, now: float) -> list[Request]:
+        """End every choice of the request; their blocks and pins are free on return."""
+        found = [r for r in self._by_key.values() if r.request_id == request_id]
+        for request in found:
+            request.forks = []
+            self._finish(request, FinishReason.ABORT)
+        return found
+
+    def finish_with_error(self, request: Request) -> list[Request]:
+        """End one request and the forks that only it could have started."""
+        ended = [request, *request.forks]
+        request.forks = []
+        for r in ended:
+            self._finish(r, FinishReason.ERROR)
+        return ended
+
+    @property
+    def has_unfinished(self) -> bool:
+        return bool(self._by_key)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._by_key) - len(self.running)
+
+    @property
+    def queued_tokens(self) -> int:
+        """Known tokens that are not computed yet."""
+        return sum(r.num_remaining_tokens for r in self._by_key.values())
+
+    # ==== a step ====
+
+    def schedule(self, now: float) -> ScheduledBatch | None:
+        """The next step, or None when nothing can run."""
+        step = _Step(self.limits.max_num_batched_tokens)
+        self._schedule_running(step)
+        if not step.preempted:
+            self._schedule_waiting(step, now)
+        evictions, loads = self.adapters.take_moves()
+        if not step.rows and not evictions and not loads:
+            return None
+        for request, _ in step.rows:
+            request.timings.on_scheduled(now)
+        return self._to_batch(step, evictions, loads)
+
+    def update(
+        self, batch: ScheduledBatch, sampled: Sequence[Sequence[int]], now: float
+    ) -> list[Progress]:
+        """Take each request's sampled tokens (none for an unfinished prompt), in batch order."""
+        progress: list[Progress] = []
+        for scheduled, token_ids in zip(batch.requests, sampled, strict=True):
+            request = self._by_key.get((scheduled.request_id, scheduled.index))
+            if request is None or request.status is not RequestStatus.RUNNING:
+                continue
+            self._publish_blocks(request)
+            self._start_forks(request)
+            if token_ids:
+                progress.append(self._append(request, token_ids, now))
+        return progress
+
+    def fail(self, batch: ScheduledBatch) -> list[Request]:
+        """The step raised: end its requests; adapters that it was to load are not resident."""
+        ended: list[Request] = []
+        for scheduled in batch.requests:
+            request = self._by_key.get((scheduled.request_id, scheduled.index))
+            if request is not None:
+                ended += self.finish_with_error(request)
+        for _, digest in batch.adapter_loads:
+            self.adapters.discard(digest)
+        return ended
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError unless blocks, pins and queues agree with the requests."""
+        self.blocks.check_integrity([r.block_table for r in self._by_key.values()])
+        pins: dict[str, int] = {}
+        for request in self.running:
+            assert request.status is RequestStatus.RUNNING
+            assert len(request.block_table) >= self.blocks.blocks_for(request.num_computed_tokens)
+            if request.adapter:
+                pins[request.adapter] = pins.get(request.adapter, 0) + 1
+        self.adapters.check_integrity(pins)
+        queued = [*self.running, *self.waiting]
+        queued += [fork for r in queued for fork in r.forks]
+        assert {r.key for r in queued} == set(self._by_key) and len(queued) == len(self._by_key)
+
+    # ==== who runs ====
+
+    def _schedule_running(self, step: "_Step") -> None:
+        decodes = [r for r in self.running if r.num_remaining_tokens == 1]
+        prefills = [r for r in self.running if r.num_remaining_tokens > 1]
+        for request in [*decodes, *prefills]:
+            if request.status is not RequestStatus.RUNNING:
+                continue  # preempted for one before it
+            count = min(request.num_remaining_tokens, step.budget)
+            if count and self._make_room(request, count, step):
+                step.add(request, count)
+
+    def _make_room(self, request: Request, count: int, step: "_Step") -> bool:
+        """Blocks for `count` more tokens, at the cost of requests admitted later; else of itself."""
+        while not self._allocate(request, count, step):
+            victim = next(r for r in reversed(self.running) if not step.has(r))
+            self._preempt(victim)
+            step.preempted = True
+            if victim is request:
+                return False
+        return True
+
+    def _schedule_waiting(self, step: "_Step", now: float) -> None:
+        for request in list(self.waiting):
+            if not step.budget or len(self.running) >= self.limits.max_num_seqs:
+                return
+            if request.adapter and not self.adapters.is_ready(request.adapter):
+                continue  # its weights are on their way; others need not wait for them
+            if request.adapter and self.adapters.acquire(request.adapter) is None:
+                return  # room comes when running requests end; overtaking could starve this one
+            if not self._admit(request, step):
+                if request.adapter:
+                    self.adapters.release(request.adapter)
+                return  # keep arrival order among those that could run
+
+    def _admit(self, request: Request, step: "_Step") -> bool:
+        """Start a waiting request if all its known tokens find room beside the running ones."""
+        cached = self._find_cached_blocks(request)
+        self.blocks.share(cached)
+        request.block_table.extend(cached)
+        request.num_computed_tokens = len(cached) * self.blocks.block_size
+        needed = self.blocks.blocks_for(request.num_tokens) - len(cached)
+        count = min(request.num_remaining_tokens, step.budget)
+        if needed > self.blocks.num_available or not self._allocate(request, count, step):
+            self.blocks.free(request.block_table)
+            request.num_computed_tokens = 0
+            return False
+        request.num_cached_tokens = max(request.num_cached_tokens, request.num_computed_tokens)
+        request.status = RequestStatus.RUNNING
+        self.waiting.remove(request)
+        self.running.append(request)
+        step.add(request, count)
+        return True
+
+    def _allocate(self, request: Request, count: int, step: "_Step") -> bool:
+        """Private blocks for `count` more tokens; False and no change if there are too few."""
+        table, start = request.block_table, request.num_computed_tokens
+        end = start + count
+        missing = self.blocks.blocks_for(end) - len(table)
+        if missing + self.blocks.num_frozen(table, start, end) > self.blocks.num_available:
+            return False
+        step.block_copies += self.blocks.make_writable(table, start, end)
+        return self.blocks.grow(table, end)
+
+    def _preempt(self, request: Request) -> None:
+        self.num_preemptions += 1
+        self._release(request)
+        request.status = RequestStatus.WAITING
+        request.num_computed_tokens = 0
+        self.running.remove(request)
+        self.waiting.appendleft(request)
+
+    # ==== blocks and their contents ====
+
+    def _hashes(self, request: Request, num_blocks: int) -> list[bytes]:
+        """Hashes of the request's first full blocks, extended as far as needed."""
+        known, size = request.block_hashes, self.blocks.block_size
+        for i in range(len(known), num_blocks):
+            previous = known[-1] if known else scope_hash(request.scope)
+            known.append(block_hash(previous, request.token_ids(i * size, (i + 1) * size)))
+        return known[:num_blocks]
+
+    def _find_cached_blocks(self, request: Request) -> list[int]:
+        """At least one token stays to be computed: its logits are what the request came for."""
+        if not self.blocks.prefix_caching or request.sampling.prompt_logprobs is not None:
+            return []
+        return self.blocks.find(
+            self._hashes(request, (request.num_tokens - 1) // self.blocks.block_size)
+        )
+
+    def _publish_blocks(self, request: Request) -> None:
+        if not self.blocks.prefix_caching:
+            return
+        num_full = request.num_computed_tokens // self.blocks.block_size
+        hashes = self._hashes(request, num_full)
+        for i in range(request.num_published_blocks, num_full):
+            self.blocks.publish(request.block_table[i], hashes[i])
+        request.num_published_blocks = num_full
+
+    def _start_forks(self, request: Request) -> None:
+        """Once the prompt is computed, further choices share its blocks and redo its last token."""
+        if not request.forks or request.num_computed_tokens < request.num_prompt_tokens:
+            return
+        shared = request.block_table[: self.blocks.blocks_for(request.num_prompt_tokens)]
+        for fork in request.forks:
+            if len(self.running) >= self.limits.max_num_seqs:
+                self.waiting.append(fork)
+                continue
+            self.blocks.share(shared)
+            fork.block_table = list(shared)
+            fork.num_computed_tokens = request.num_prompt_tokens - 1
+            fork.num_cached_tokens = fork.num_computed_tokens
+            fork.timings.first_scheduled_s = request.timings.first_scheduled_s
+            fork.status = RequestStatus.RUNNING
+            self.running.append(fork)
+            if fork.adapter:
+                self.adapters.acquire(fork.adapter)
+        request.forks = []
+
+    # ==== tokens and ends ====
+
+    def _append(self, request: Request, token_ids: Sequence[int], now: float) -> Progress:
+        request.timings.on_tokens(now)
+        gained: list[int] = []
+        for token_id in token_ids:
+            request.output_token_ids.append(token_id)
+            gained.append(token_id)
+            reason = self._end_of(request, token_id)
+            if reason is not None:
+                self._finish(request, reason)
+                stop = token_id if reason is FinishReason.STOP else None
+                return Progress(request, gained, stop)
+        return Progress(request, gained)
+
+    def _end_of(self, request: Request, token_id: int) -> FinishReason | None:
+        sampling, num_outputs = request.sampling, len(request.output_token_ids)
+        if num_outputs >= sampling.min_tokens:
+            is_eos = token_id in self.limits.eos_token_ids and not sampling.ignore_eos
+            if is_eos or token_id in sampling.stop_token_ids:
+                return FinishReason.STOP
+        if num_outputs >= sampling.max_tokens or request.num_tokens >= self.limits.max_model_len:
+            return FinishReason.LENGTH
+        return None
+
+    def _finish(self, request: Request, reason: FinishReason) -> None:
+        """Forget the request. Forks that still wait for its prompt take its place in the queue."""
+        assert not request.forks, "forks must be started or ended before their first choice ends"
+        if request.status is RequestStatus.RUNNING:
+            self._release(request)
+            self.running.remove(request)
+        elif request in self.waiting:
+            self.waiting.remove(request)
+        request.status = RequestStatus.FINISHED
+        request.finish_reason = reason
+        del self._by_key[request.key]
+
+    def _release(self, request: Request) -> None:
+        self.blocks.free(request.block_table)
+        request.num_published_blocks = 0
+        if request.adapter:
+            self.adapters.release(request.adapter)
+
+    # ==== the batch ====
+
+    def _to_batch(
+        self, step: "_Step", evictions: tuple[int, ...], loads: tuple[tuple[int, str], ...]
+    ) -> ScheduledBatch:
+        rows = sorted(step.rows, key=lambda row: row[1])  # stable: short ones first
+        return ScheduledBatch(
+            requests=tuple(self._to_scheduled(r, count) for r, count in rows),
+            block_copies=tuple(step.block_copies),
+            adapter_evictions=evictions,
+            adapter_loads=loads,
+        )
+
+    def _to_scheduled(self, request: Request, count: int) -> ScheduledRequest:
+        start = request.num_computed_tokens
+        end = start + count
+        request.num_computed_tokens = end
+        sampling, num_prompt = request.sampling, request.num_prompt_tokens
+        targets = None
+        if sampling.prompt_logprobs is not None and start < num_prompt - 1:
+            targets = request.token_ids(start + 1, min(end + 1, num_prompt))
+        return ScheduledRequest(
+            request_id=request.request_id,
+            index=request.index,
+            token_ids=request.token_ids(start, end),
+            start=start,
+            block_table=tuple(request.block_table),
+            adapter_slot=self.adapters.slot(request.adapter) if request.adapter else 0,
+            sampling=sampling,
+            samples=end == request.num_tokens,
+            forbidden_token_ids=self._forbidden(request),
+            history=(
+                (list(request.prompt_token_ids), list(request.output_token_ids))
+                if sampling.uses_penalties
+                else None
+            ),
+            prompt_targets=targets,
+        )
+
+    def _forbidden(self, request: Request) -> tuple[int, ...]:
+        sampling = request.sampling
+        if len(request.output_token_ids) + 1 >= sampling.min_tokens:
+            return ()
+        eos = () if sampling.ignore_eos else self.limits.eos_token_ids
+        return (*eos, *sampling.stop_token_ids)
+
+
+class _Step:
+    """A batch in the making."""
+
+    def __init__(self, budget: int) -> None:
+        self.budget = budget
+        self.rows: list[tuple[Request, int]] = []
+        self.block_copies: list[tuple[int, int]] = []
+        self.preempted = False
+        self._keys: dict[tuple[str, int], None] = {}
+
+    def add(self, request: Request, count: int) -> None:
+        self.rows.append((request, count))
+        self.budget -= count
+        self._keys[request.key] = None
+
+    def has(self, request: Request) -> bool:
+        return request.key in self._keys

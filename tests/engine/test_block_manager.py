@@ -1,0 +1,151 @@
+"""The block manager against what its block tables imply, after any sequence of operations."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from engine.scheduler.block_manager import BlockManager, block_hash, scope_hash
+from engine.scheduler.request import CacheScope
+
+BLOCK = 4
+
+
+class Blocks(RuleBasedStateMachine):
+    """Tables of random tokens; the model is the content that each block must have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.manager = BlockManager(12, BLOCK)
+        self.tables: list[list[int]] = []
+        self.tokens: list[list[int]] = []
+        self.content: dict[int, list[int]] = {}  # block -> all tokens up to its end
+
+    @rule(tokens=st.lists(st.integers(0, 1), min_size=1, max_size=20))
+    def start(self, tokens: list[int]) -> None:
+        hashes = self._hashes(tokens)[: (len(tokens) - 1) // BLOCK]
+        table = self.manager.find(hashes)
+        for i, block in enumerate(table):
+            assert self.content[block] == tokens[: (i + 1) * BLOCK]
+        self.manager.share(table)
+        if not self.manager.grow(table, len(tokens)):
+            assert self.manager.blocks_for(len(tokens)) - len(table) > self.manager.num_available
+            self.manager.free(table)
+            return
+        self.tables.append(table)
+        self.tokens.append(list(tokens))
+
+    @precondition(lambda self: self.tables)
+    @rule(data=st.data())
+    def publish(self, data: st.DataObject) -> None:
+        table, tokens = self._pick(data)
+        for i, h in enumerate(self._hashes(tokens)):
+            already = self.manager.find(self._hashes(tokens)[: i + 1])
+            self.manager.publish(table[i], h)
+            if len(already) <= i:
+                self.content[table[i]] = tokens[: (i + 1) * BLOCK]
+
+    @precondition(lambda self: self.tables)
+    @rule(data=st.data(), extra=st.lists(st.integers(0, 1), min_size=1, max_size=6))
+    def append(self, data: st.DataObject, extra: list[int]) -> None:
+        table, tokens = self._pick(data)
+        start, end = len(tokens), len(tokens) + len(extra)
+        before = list(table)
+        needed = self.manager.blocks_for(end) - len(table)
+        needed += self.manager.num_frozen(table, start, end)
+        if needed > self.manager.num_available:
+            return
+        copies = self.manager.make_writable(table, start, end)
+        assert self.manager.grow(table, end)
+        assert [old for old, new in zip(before, table, strict=False) if old != new] == [
+            source for source, _ in copies
+        ]
+        tokens.extend(extra)
+
+    @precondition(lambda self: self.tables)
+    @rule(data=st.data())
+    def fork(self, data: st.DataObject) -> None:
+        table, tokens = self._pick(data)
+        self.manager.share(table)
+        self.tables.append(list(table))
+        self.tokens.append(list(tokens))
+
+    @precondition(lambda self: self.tables)
+    @rule(data=st.data())
+    def free(self, data: st.DataObject) -> None:
+        i = data.draw(st.integers(0, len(self.tables) - 1))
+        self.manager.free(self.tables.pop(i))
+        self.tokens.pop(i)
+
+    @invariant()
+    def integrity(self) -> None:
+        self.manager.check_integrity(self.tables)
+
+    @invariant()
+    def nobody_writes_where_another_reads(self) -> None:
+        for table, tokens in zip(self.tables, self.tokens, strict=True):
+            start = len(tokens)
+            if self.manager.num_frozen(table, start, start + 1):
+                continue  # would be copied first
+            last = table[start // BLOCK :][:1]
+            others = [b for t in self.tables if t is not table for b in t]
+            assert not set(last) & set(others)
+
+    def _pick(self, data: st.DataObject) -> tuple[list[int], list[int]]:
+        i = data.draw(st.integers(0, len(self.tables) - 1))
+        return self.tables[i], self.tokens[i]
+
+    def _hashes(self, tokens: list[int]) -> list[bytes]:
+        hashes, previous = [], scope_hash(CacheScope())
+        for i in range(len(tokens) // BLOCK):
+            previous = block_hash(previous, tokens[i * BLOCK : (i + 1) * BLOCK])
+            hashes.append(previous)
+        return hashes
+
+
+TestBlocks = Blocks.TestCase
+TestBlocks.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+
+
+def test_the_oldest_cached_block_is_evicted_first() -> None:
+    manager = BlockManager(2, BLOCK)
+    for content in (b"old", b"new"):
+        table: list[int] = []
+        assert manager.grow(table, BLOCK)
+        manager.publish(table[0], content)
+        if content == b"old":
+            old = table
+        else:
+            manager.free(old)
+            manager.free(table)
+    assert manager.grow([], BLOCK)
+    assert manager.find([b"old"]) == [] and manager.find([b"new"])
+
+
+def test_growing_beyond_what_is_available_changes_nothing() -> None:
+    manager = BlockManager(2, BLOCK)
+    table: list[int] = []
+    assert not manager.grow(table, 3 * BLOCK)
+    assert table == [] and manager.num_available == 2
+
+
+def test_freeing_twice_is_noticed() -> None:
+    manager = BlockManager(2, BLOCK)
+    table: list[int] = []
+    assert manager.grow(table, 1)
+    twice = list(table)
+    manager.free(table)
+    with pytest.raises(AssertionError, match="freed twice"):
+        manager.free(twice)
+
+
+@given(st.tuples(st.text(), st.text(), st.text()), st.tuples(st.text(), st.text(), st.text()))
+def test_scopes_share_a_root_only_when_every_field_is_equal(
+    a: tuple[str, str, str], b: tuple[str, str, str]
+) -> None:
+    assert (scope_hash(CacheScope(*a)) == scope_hash(CacheScope(*b))) == (a == b)
+
+
+def test_a_salt_that_equals_an_adapter_does_not_collide() -> None:
+    assert scope_hash(CacheScope(salt="x")) != scope_hash(CacheScope(adapter="x"))
+    assert scope_hash(CacheScope("a", "b")) != scope_hash(CacheScope("ab", ""))

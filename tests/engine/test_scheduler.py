@@ -1,0 +1,287 @@
+"""The scheduler on a device that notices any wrong share, copy, eviction or preemption."""
+
+from dataclasses import dataclass
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from engine.scheduler.adapter_slots import AdapterSlots
+from engine.scheduler.block_manager import BlockManager
+from engine.scheduler.request import CacheScope, FinishReason, Request, SamplingParams
+from engine.scheduler.scheduler import Scheduler, SchedulerLimits
+from tests.engine.fake_device import FakeDevice, expected_output
+
+ADAPTERS = {"": 0, "x": 4, "y": 6, "z": 10}
+
+
+@dataclass
+class World:
+    """A scheduler, a device and the finished outputs."""
+
+    scheduler: Scheduler
+    device: FakeDevice
+    now: float = 0.0
+
+    def step(self) -> list[Request]:
+        self.now += 1.0
+        batch = self.scheduler.schedule(self.now)
+        if batch is None:
+            return []
+        assert batch.num_tokens <= self.scheduler.limits.max_num_batched_tokens
+        progress = self.scheduler.update(batch, self.device.execute(batch), self.now)
+        return [p.request for p in progress if p.request.finish_reason]
+
+    def run(self, max_steps: int = 2000) -> list[Request]:
+        finished: list[Request] = []
+        while self.scheduler.has_unfinished:
+            finished += self.step()
+            self.scheduler.check_integrity()
+            max_steps -= 1
+            assert max_steps, "requests never end"
+        return finished
+
+
+def make_world(
+    *,
+    num_blocks: int = 64,
+    block_size: int = 4,
+    max_num_seqs: int = 8,
+    budget: int = 16,
+    ready: bool = True,
+    prefix_caching: bool = True,
+) -> World:
+    adapters = AdapterSlots(10)
+    if ready:
+        for digest, nbytes in ADAPTERS.items():
+            if digest:
+                adapters.set_ready(digest, nbytes)
+    limits = SchedulerLimits(max_num_seqs, budget, max_model_len=num_blocks * block_size)
+    blocks = BlockManager(num_blocks, block_size, prefix_caching=prefix_caching)
+    return World(Scheduler(limits, blocks, adapters), FakeDevice(block_size))
+
+
+def make_request(
+    request_id: str,
+    prompt: list[int],
+    *,
+    adapter: str = "",
+    seed: int = 0,
+    max_tokens: int = 8,
+    n: int = 1,
+    stop: tuple[int, ...] = (),
+    tenant: str = "",
+) -> Request:
+    sampling = SamplingParams(max_tokens=max_tokens, seed=seed, stop_token_ids=stop)
+    scope = CacheScope(tenant=tenant, adapter=adapter)
+    first, *forks = [
+        Request(request_id, prompt, sampling, 0.0, scope=scope, index=i) for i in range(n)
+    ]
+    first.forks = forks
+    return first
+
+
+def assert_expected(request: Request) -> None:
+    sampling = request.sampling
+    assert request.output_token_ids == expected_output(
+        request.adapter,
+        request.prompt_token_ids,
+        sampling.seed + request.index,
+        sampling.max_tokens,
+        sampling.stop_token_ids,
+    )
+
+
+class Traffic(RuleBasedStateMachine):
+    """Requests come, are aborted, fail and finish in a space too small for all of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.world = make_world(num_blocks=12, max_num_seqs=4, budget=7, ready=False)
+        self.count = 0
+        self.ended: dict[tuple[str, int], FinishReason] = {}
+        self.expected: dict[tuple[str, int], None] = {}
+
+    @rule(
+        prompt=st.lists(st.integers(0, 1), min_size=1, max_size=20),
+        adapter=st.sampled_from(sorted(ADAPTERS)),
+        max_tokens=st.integers(1, 20),
+        n=st.integers(1, 3),
+        tenant=st.sampled_from(["s", "t"]),
+    )
+    def add(self, prompt: list[int], adapter: str, max_tokens: int, n: int, tenant: str) -> None:
+        self.count += 1
+        request = make_request(
+            f"r{self.count}",
+            prompt,
+            adapter=adapter,
+            max_tokens=max_tokens,
+            n=n,
+            seed=self.count,
+            stop=(3, 4),
+            tenant=tenant,
+        )
+        self.world.scheduler.add(request)
+        self.expected.update({(request.request_id, i): None for i in range(n)})
+
+    @rule(adapter=st.sampled_from(["x", "y", "z"]))
+    def adapter_becomes_ready(self, adapter: str) -> None:
+        self.world.scheduler.adapters.set_ready(adapter, ADAPTERS[adapter])
+
+    @rule(steps=st.integers(1, 5))
+    def run(self, steps: int) -> None:
+        for _ in range(steps):
+            for request in self.world.step():
+                self._end(request)
+                assert_expected(request)
+
+    @precondition(lambda self: self.count)
+    @rule(data=st.data())
+    def abort(self, data: st.DataObject) -> None:
+        number = data.draw(st.integers(1, self.count))
+        for request in self.world.scheduler.abort(f"r{number}", self.world.now):
+            self._end(request)
+
+    @rule()
+    def lose_a_step(self) -> None:
+        scheduler = self.world.scheduler
+        batch = scheduler.schedule(self.world.now)
+        if batch is None:
+            return
+        lost_evictions = [s for s in batch.adapter_evictions]
+        for slot in lost_evictions:
+            del self.world.device.adapters[slot]
+        for slot, digest in batch.adapter_loads:
+            self.world.device.adapters[slot] = digest
+        for request in scheduler.fail(batch):
+            self._end(request)
+
+    @invariant()
+    def integrity(self) -> None:
+        self.world.scheduler.check_integrity()
+
+    def teardown(self) -> None:
+        for adapter in ("x", "y", "z"):
+            self.adapter_becomes_ready(adapter)
+        for request in self.world.run():
+            self._end(request)
+            assert_expected(request)
+        assert self.ended.keys() == self.expected.keys(), "a request ended without an answer"
+        assert self.world.scheduler.blocks.num_held == 0
+
+    def _end(self, request: Request) -> None:
+        assert request.key not in self.ended, "a request ended twice"
+        assert request.finish_reason is not None
+        self.ended[request.key] = request.finish_reason
+
+
+TestTraffic = Traffic.TestCase
+TestTraffic.settings = settings(max_examples=80, stateful_step_count=30, deadline=None)
+
+
+@pytest.mark.parametrize("budget", [3, 5, 16, 64])
+@pytest.mark.parametrize("num_blocks", [11, 64])
+def test_chunk_size_and_preemption_change_no_token(budget: int, num_blocks: int) -> None:
+    world = make_world(num_blocks=num_blocks, budget=budget, max_num_seqs=3)
+    for i in range(6):
+        world.scheduler.add(make_request(str(i), list(range(10 + i)), max_tokens=12, seed=i))
+    finished = world.run()
+    assert len(finished) == 6
+    for request in finished:
+        assert_expected(request)
+    assert (world.scheduler.num_preemptions > 0) == (num_blocks == 11)
+
+
+def test_a_resident_adapter_overtakes_one_that_is_loading() -> None:
+    world = make_world(ready=False)
+    world.scheduler.adapters.set_ready("y", ADAPTERS["y"])
+    world.scheduler.add(make_request("slow", [1, 2, 3], adapter="x"))
+    world.scheduler.add(make_request("fast", [1, 2, 3], adapter="y", max_tokens=2))
+    world.step()
+    assert [r.request_id for r in world.step()] == ["fast"]
+    world.scheduler.adapters.set_ready("x", ADAPTERS["x"])
+    assert [r.request_id for r in world.run()] == ["slow"]
+
+
+def test_a_large_adapter_is_not_starved_by_small_ones_that_keep_coming() -> None:
+    world = make_world()
+    world.scheduler.add(make_request("small-0", [1], adapter="x", max_tokens=4))
+    world.step()
+    world.scheduler.add(make_request("large", [1], adapter="z", max_tokens=1))
+    done: list[str] = []
+    for i in range(1, 12):
+        world.scheduler.add(make_request(f"small-{i}", [1], adapter="x", max_tokens=4))
+        done += [r.request_id for r in world.step()]
+    assert "large" in done
+
+
+def test_choices_share_the_prompt_and_copy_only_what_they_write() -> None:
+    world = make_world(prefix_caching=False)
+    prompt = list(range(14))
+    world.scheduler.add(make_request("r", prompt, n=4, max_tokens=3))
+    world.step()
+    world.step()
+    tables = [r.block_table for r in world.scheduler.running]
+    assert len(tables) == 4
+    assert all(t[:3] == tables[0][:3] for t in tables)
+    assert len({t[3] for t in tables}) == 4
+    finished = world.run()
+    assert len(finished) == 4
+    for request in finished:
+        assert_expected(request)
+
+
+def test_a_repeated_prompt_is_taken_from_the_cache_but_for_its_last_tokens() -> None:
+    world = make_world()
+    prompt = list(range(12))
+    world.scheduler.add(make_request("a", prompt))
+    world.run()
+    world.scheduler.add(make_request("b", prompt))
+    (second,) = world.run()
+    assert second.num_cached_tokens == 8
+    assert_expected(second)
+
+
+@pytest.mark.parametrize(
+    ("adapter", "tenant"), [("x", ""), ("", "other")], ids=["adapter", "tenant"]
+)
+def test_cached_blocks_are_never_shared_across(adapter: str, tenant: str) -> None:
+    world = make_world()
+    prompt = list(range(12))
+    world.scheduler.add(make_request("a", prompt))
+    world.run()
+    world.scheduler.add(make_request("b", prompt, adapter=adapter, tenant=tenant))
+    (second,) = world.run()
+    assert second.num_cached_tokens == 0
+
+
+def test_abort_frees_blocks_and_pins_at_once() -> None:
+    world = make_world()
+    world.scheduler.add(make_request("r", list(range(9)), adapter="x", n=2))
+    world.step()
+    assert world.scheduler.blocks.num_held
+    assert len(world.scheduler.abort("r", world.now)) == 2
+    assert world.scheduler.blocks.num_held == 0
+    world.scheduler.check_integrity()
+
+
+def test_decodes_go_on_while_a_long_prompt_is_computed_in_chunks() -> None:
+    world = make_world(budget=8)
+    world.scheduler.add(make_request("short", [1], max_tokens=10))
+    world.step()
+    world.scheduler.add(make_request("long", list(range(40)), max_tokens=1))
+    (short,) = world.scheduler.running
+    for i in range(2, 6):
+        world.step()
+        assert len(short.output_token_ids) == i
+
+
+def test_a_resumed_request_goes_on_where_it_was() -> None:
+    world = make_world()
+    whole = expected_output("", [5, 6, 7], 9, 8)
+    request = make_request("r", [5, 6, 7], seed=9)
+    request.output_token_ids = whole[:5]
+    world.scheduler.add(request)
+    (finished,) = world.run()
+    assert finished.output_token_ids == whole
