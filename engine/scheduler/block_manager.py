@@ -81,7 +81,7 @@ class BlockManager:
             self._references[block] += 1
 
     def grow(self, table: list[int], num_tokens: int) -> bool:
-        """Append blocks until `table` covers `num_tokens`; False and no change if there are too few."""
+        """Append blocks until `table` covers `num_tokens`; False and no change if blocks lack."""
         missing = self.blocks_for(num_tokens) - len(table)
         if missing > self.num_available:
             return False

@@ -6,7 +6,7 @@ Plain data and the arithmetic on it. Decides nothing: the scheduler does.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import Enum, StrEnum
 
 from engine.scheduler.timings import Timings
 
@@ -23,7 +23,7 @@ class RequestStatus(Enum):
     FINISHED = "finished"
 
 
-class FinishReason(str, Enum):
+class FinishReason(StrEnum):
     STOP = "stop"
     LENGTH = "length"
     ABORT = "abort"
@@ -79,9 +79,7 @@ class SamplingParams:
         )
 
 
-def _check(
-    name: str, value: float, low: float, high: float, *, low_excluded: bool = False
-) -> None:
+def _check(name: str, value: float, low: float, high: float, *, low_excluded: bool = False) -> None:
     inside = low < value <= high if low_excluded else low <= value <= high
     if not inside or not math.isfinite(value):
         bracket = "(" if low_excluded else "["

@@ -58,21 +58,20 @@ class Scheduler:
             self._by_key[r.key] = r
         self.waiting.append(request)
 
-    def abort(self, request_id: str, now: float) -> list[Request]:
+    def abort(self, request_id: str) -> list[Request]:
         """End every choice of the request; their blocks and pins are free on return."""
-        found = [r for r in self._by_key.values() if r.request_id == request_id]
-        for request in found:
-            request.forks = []
-            self._finish(request, FinishReason.ABORT)
-        return found
+        ended = [r for r in self._by_key.values() if r.request_id == request_id]
+        return self._finish_all(ended, FinishReason.ABORT)
 
-    def finish_with_error(self, request: Request) -> list[Request]:
-        """End one request and the forks that only it could have started."""
-        ended = [request, *request.forks]
-        request.forks = []
-        for r in ended:
-            self._finish(r, FinishReason.ERROR)
-        return ended
+    def end_with_error(self, key: tuple[str, int]) -> list[Request]:
+        """End one choice, and the forks that only it could have started."""
+        request = self._by_key.get(key)
+        return self._finish_all([request, *request.forks], FinishReason.ERROR) if request else []
+
+    def end_adapter_with_error(self, digest: str) -> list[Request]:
+        """End every request of an adapter that will never be ready."""
+        ended = [r for r in self._by_key.values() if r.adapter == digest]
+        return self._finish_all(ended, FinishReason.ERROR)
 
     @property
     def has_unfinished(self) -> bool:
@@ -121,9 +120,7 @@ class Scheduler:
         """The step raised: end its requests; adapters that it was to load are not resident."""
         ended: list[Request] = []
         for scheduled in batch.requests:
-            request = self._by_key.get((scheduled.request_id, scheduled.index))
-            if request is not None:
-                ended += self.finish_with_error(request)
+            ended += self.end_with_error((scheduled.request_id, scheduled.index))
         for _, digest in batch.adapter_loads:
             self.adapters.discard(digest)
         return ended
@@ -155,7 +152,7 @@ class Scheduler:
                 step.add(request, count)
 
     def _make_room(self, request: Request, count: int, step: "_Step") -> bool:
-        """Blocks for `count` more tokens, at the cost of requests admitted later; else of itself."""
+        """Blocks for `count` more tokens, at the cost of requests admitted later or of itself."""
         while not self._allocate(request, count, step):
             victim = next(r for r in reversed(self.running) if not step.has(r))
             self._preempt(victim)
@@ -286,8 +283,14 @@ class Scheduler:
             return FinishReason.LENGTH
         return None
 
+    def _finish_all(self, requests: list[Request], reason: FinishReason) -> list[Request]:
+        for request in requests:
+            request.forks = []
+            self._finish(request, reason)
+        return requests
+
     def _finish(self, request: Request, reason: FinishReason) -> None:
-        """Forget the request. Forks that still wait for its prompt take its place in the queue."""
+        """Free what the request holds and forget it."""
         assert not request.forks, "forks must be started or ended before their first choice ends"
         if request.status is RequestStatus.RUNNING:
             self._release(request)

@@ -140,7 +140,7 @@ class Traffic(RuleBasedStateMachine):
     @rule(data=st.data())
     def abort(self, data: st.DataObject) -> None:
         number = data.draw(st.integers(1, self.count))
-        for request in self.world.scheduler.abort(f"r{number}", self.world.now):
+        for request in self.world.scheduler.abort(f"r{number}"):
             self._end(request)
 
     @rule()
@@ -149,7 +149,7 @@ class Traffic(RuleBasedStateMachine):
         batch = scheduler.schedule(self.world.now)
         if batch is None:
             return
-        lost_evictions = [s for s in batch.adapter_evictions]
+        lost_evictions = list(batch.adapter_evictions)
         for slot in lost_evictions:
             del self.world.device.adapters[slot]
         for slot, digest in batch.adapter_loads:
@@ -261,7 +261,7 @@ def test_abort_frees_blocks_and_pins_at_once() -> None:
     world.scheduler.add(make_request("r", list(range(9)), adapter="x", n=2))
     world.step()
     assert world.scheduler.blocks.num_held
-    assert len(world.scheduler.abort("r", world.now)) == 2
+    assert len(world.scheduler.abort("r")) == 2
     assert world.scheduler.blocks.num_held == 0
     world.scheduler.check_integrity()
 

@@ -1,0 +1,251 @@
+"""EngineClient: the asyncio side of an engine process.
+
+Submits and aborts without waiting, hands every frame of new tokens to one callback, and notices
+a process that died or hangs: its requests then end with an error, and it is started again.
+Imports no torch; that stays in the engine's process.
+"""
+
+import asyncio
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+from engine.config import EngineConfig
+from engine.framing import FrameDecoder, encode
+from engine.messages import (
+    ENGINE_DIED,
+    EngineInfo,
+    EngineStats,
+    GenerateRequest,
+    RequestError,
+    RequestOutput,
+)
+
+MAX_FAILED_STARTS = 3
+RESTART_BACKOFF_S = 0.5
+CLOSE_TIMEOUT_S = 5.0
+
+OnFrame = Callable[[list[RequestOutput]], None]
+
+
+class EngineStartError(RuntimeError):
+    """The engine's process did not come up; the message is the process's own reason."""
+
+
+class EngineUnavailable(RuntimeError):
+    """The engine's process is being started again; try later."""
+
+
+class EngineClient:
+    """One engine process. `on_frame` runs on the event loop, once per step with all new outputs.
+
+    Every submitted request ends with an output that has a finish_reason for each of its choices,
+    whatever happens to the process.
+    """
+
+    def __init__(
+        self, config: EngineConfig, on_frame: OnFrame, *, hang_timeout_s: float = 120.0
+    ) -> None:
+        self.config = config
+        self.stats = EngineStats()
+        self.num_restarts = 0
+        self.failure: str | None = None  # why it is not started again any more
+        self._on_frame = on_frame
+        self._hang_timeout_s = hang_timeout_s
+        self._info: EngineInfo | None = None
+        self._connection: _Connection | None = None
+        self._live: dict[str, set[int]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._is_closing = False
+
+    @property
+    def info(self) -> EngineInfo:
+        if self._info is None:
+            raise EngineUnavailable("the engine has not started yet")
+        return self._info
+
+    @property
+    def is_ready(self) -> bool:
+        return self._connection is not None and self._connection.is_ready
+
+    @property
+    def pid(self) -> int | None:
+        return self._connection.process.pid if self._connection else None
+
+    async def start(self) -> EngineInfo:
+        """Start the process and wait until the model is loaded. Raises EngineStartError."""
+        connection = await _connect(self)
+        self._connection = connection
+        connection.send(("start", self.config))
+        self._info = await connection.ready
+        self._spawn(self._watch(connection))
+        return self._info
+
+    def submit(self, request: GenerateRequest) -> None:
+        """Hand a request over. Raises EngineUnavailable while there is no process for it."""
+        if not self.is_ready or self._connection is None:
+            raise EngineUnavailable(self.failure or "the engine is being started again")
+        assert request.request_id not in self._live, f"{request.request_id} was submitted twice"
+        self._live[request.request_id] = set(range(max(request.n, 1)))
+        self._connection.send(("add", request))
+
+    def abort(self, request_id: str) -> None:
+        """Free the request within a step. An id that is unknown or has ended is no error."""
+        if request_id in self._live and self._connection is not None:
+            self._connection.send(("abort", request_id))
+
+    async def close(self) -> None:
+        """End the process; requests still alive end with an error first."""
+        self._is_closing = True
+        for task in self._tasks:
+            task.cancel()
+        if self._connection is not None:
+            await self._connection.close()
+
+    # ==== what the connection reports ====
+
+    def _on_message(self, outputs: list[RequestOutput], stats: EngineStats | None) -> None:
+        if stats is not None:
+            self.stats = stats
+        for output in outputs:
+            if output.finish_reason is not None:
+                self._forget(output)
+        if outputs:
+            self._on_frame(outputs)
+
+    def _on_lost(self, reason: str) -> None:
+        error = RequestError(ENGINE_DIED, reason)
+        ended = [
+            RequestOutput(request_id, index, [], finish_reason="error", error=error)
+            for request_id, indexes in self._live.items()
+            for index in sorted(indexes)
+        ]
+        self._live.clear()
+        self.stats = EngineStats()
+        if ended:
+            self._on_frame(ended)
+        if not self._is_closing and self._info is not None:
+            self._spawn(self._restart())
+
+    def _forget(self, output: RequestOutput) -> None:
+        indexes = self._live.get(output.request_id)
+        if indexes is not None:
+            indexes.discard(output.index)
+            if not indexes:
+                del self._live[output.request_id]
+
+    async def _restart(self) -> None:
+        for attempt in range(MAX_FAILED_STARTS):
+            await asyncio.sleep(RESTART_BACKOFF_S * 2**attempt * (attempt > 0))
+            try:
+                await self.start()
+            except EngineStartError as error:
+                self.failure = f"the engine could not be started again: {error}"
+            else:
+                self.num_restarts += 1
+                self.failure = None
+                return
+
+    async def _watch(self, connection: "_Connection") -> None:
+        """Ping, and kill a process that has been silent for too long."""
+        while not connection.is_lost:
+            connection.send(("ping",))
+            await asyncio.sleep(self._hang_timeout_s / 4)
+            silent_s = time.monotonic() - connection.heard_s
+            if silent_s > self._hang_timeout_s:
+                connection.kill(f"the engine was silent for {silent_s:.0f} s and was killed")
+
+    def _spawn(self, work: Any) -> None:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+class _Connection(asyncio.Protocol):
+    """One life of the process."""
+
+    def __init__(self, client: EngineClient, process: "subprocess.Popen[bytes]") -> None:
+        self.process = process
+        self.ready: asyncio.Future[EngineInfo] = asyncio.get_running_loop().create_future()
+        self.heard_s = time.monotonic()
+        self.is_lost = False
+        self._client = client
+        self._decoder = FrameDecoder()
+        self._kill_reason: str | None = None
+        self._transport: asyncio.Transport | None = None
+        self._gone = asyncio.Event()
+
+    @property
+    def is_ready(self) -> bool:
+        done = self.ready.done() and not self.ready.cancelled()
+        return done and self.ready.exception() is None and not self.is_lost
+
+    def send(self, message: Any) -> None:
+        if self._transport is not None and not self.is_lost:
+            self._transport.write(encode(message))
+
+    def kill(self, reason: str) -> None:
+        self._kill_reason = reason
+        self.process.kill()
+
+    async def close(self) -> None:
+        if self._transport is not None:
+            self._transport.close()
+        try:
+            await asyncio.to_thread(self.process.wait, CLOSE_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            await asyncio.to_thread(self.process.wait)
+        await self._gone.wait()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        self.heard_s = time.monotonic()
+        for kind, *rest in self._decoder.feed(data):
+            if kind == "frame":
+                self._client._on_message(*rest)
+            elif kind == "ready":
+                self.ready.set_result(*rest)
+            elif kind == "failed":
+                self.ready.set_exception(EngineStartError(*rest))
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.is_lost = True
+        reason = self._kill_reason or f"the engine's process ended with code {self._exit_code()}"
+        if not self.ready.done():
+            self.ready.set_exception(EngineStartError(reason))
+        self._client._on_lost(reason)
+        self._gone.set()
+
+    def _exit_code(self) -> int | None:
+        """The socket closes when the process ends, a moment before it can be reaped."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return self.process.wait(0.2)
+        return None
+
+
+async def _connect(client: EngineClient) -> _Connection:
+    ours, theirs = socket.socketpair()
+    with theirs:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "engine.process", str(theirs.fileno())],
+            pass_fds=[theirs.fileno()],
+            env=_environment(client.config),
+        )
+    loop = asyncio.get_running_loop()
+    _, connection = await loop.create_connection(lambda: _Connection(client, process), sock=ours)
+    return connection
+
+
+def _environment(config: EngineConfig) -> dict[str, str]:
+    """Threads as configured, not as the parent's scheduler (Ray sets OMP_NUM_THREADS) has them."""
+    threads = str(config.num_threads or os.cpu_count() or 1)
+    return {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}

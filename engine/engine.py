@@ -1,0 +1,273 @@
+"""Engine: requests in, tokens out, one step at a time, in one process and one thread.
+
+    step():  schedule -> execute -> update
+
+Adapters are read and decoded by the host cache's threads; the step loop only notices when they
+are ready. A step that raises ends its own requests with an error and nothing else.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from engine.config import EngineConfig
+from engine.lora.host_cache import HostCache
+from engine.lora.weights import AdapterLoadError, LoraWeights, load_lora
+from engine.messages import (
+    ADAPTER_INVALID,
+    ENGINE_ERROR,
+    AdapterFolder,
+    EngineInfo,
+    EngineStats,
+    GenerateRequest,
+    RequestError,
+    RequestOutput,
+    TokenLogprobs,
+)
+from engine.model.families import read_eos_token_ids
+from engine.model.loader import load_decoder, weight_bytes
+from engine.runner.kv_cache import allocate_kv_cache
+from engine.runner.model_runner import ModelRunner, RowOutput
+from engine.scheduler.adapter_slots import AdapterSlots
+from engine.scheduler.batch import ScheduledBatch
+from engine.scheduler.block_manager import BlockManager
+from engine.scheduler.request import CacheScope, FinishReason, Request
+from engine.scheduler.scheduler import Progress, Scheduler, SchedulerLimits
+from engine.scheduler.timings import RequestMetrics, request_metrics
+from engine.settle import settle
+from engine.validate import validate
+
+log = logging.getLogger(__name__)
+
+
+class Engine:
+    """`wake` is called from another thread when an idle engine has something to do again."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        wake: Callable[[], None] = lambda: None,
+        progress: bool = False,
+    ) -> None:
+        start = time.perf_counter()
+        folder = Path(config.source)
+        self.config = config
+        self.settled = s = settle(config)
+        self._clock = clock
+        decoder = load_decoder(
+            folder,
+            dtype=s.dtype,
+            device=s.device,
+            max_model_len=s.max_model_len,
+            progress=progress,
+        )
+        self._sites = decoder.lora_sites
+        self.host = HostCache(config.host_adapter_bytes, self._load_adapter, wake)
+        kv_cache = allocate_kv_cache(s.num_blocks, config.block_size, s.spec, s.dtype, s.device)
+        self.runner = ModelRunner(decoder, kv_cache, config.block_size, self.host.get)
+        eos_token_ids = read_eos_token_ids(folder)
+        self.scheduler = Scheduler(
+            SchedulerLimits(
+                config.max_num_seqs, config.max_num_batched_tokens, s.max_model_len, eos_token_ids
+            ),
+            BlockManager(
+                s.num_blocks, config.block_size, prefix_caching=config.enable_prefix_caching
+            ),
+            AdapterSlots(config.device_adapter_bytes),
+        )
+        self.is_idle = True  # the last step found nothing that could run
+        self._ended: list[RequestOutput] = []
+        self._prompt_logprobs: dict[tuple[str, int], dict[int, TokenLogprobs]] = {}
+        self._num_steps = self._num_prompt = self._num_cached = self._num_outputs = 0
+        self._step_s = 0.0
+        self.info = EngineInfo(
+            max_model_len=s.max_model_len,
+            vocab_size=s.spec.vocab_size,
+            num_blocks=s.num_blocks,
+            block_size=config.block_size,
+            eos_token_ids=eos_token_ids,
+            device=str(s.device),
+            dtype=str(s.dtype).removeprefix("torch."),
+            weight_bytes=weight_bytes(decoder, s.dtype),
+            load_s=time.perf_counter() - start,
+        )
+
+    # ==== requests ====
+
+    def add_request(self, request: GenerateRequest) -> None:
+        """Queue a request. Raises InvalidRequest, naming the value and the allowed range."""
+        validate(request, self.info)
+        adapter = request.adapter
+        scope = CacheScope(request.tenant, request.cache_salt, adapter.digest if adapter else "")
+        now = self._clock()
+        first, *forks = [
+            Request(
+                request.request_id,
+                request.prompt_token_ids,
+                request.sampling,
+                now,
+                scope=scope,
+                index=i,
+                output_token_ids=list(request.output_token_ids),
+                num_resumed_tokens=len(request.output_token_ids),
+            )
+            for i in range(request.n)
+        ]
+        first.forks = forks
+        if adapter:
+            for _ in range(request.n):
+                self.host.want(adapter)
+        self.scheduler.add(first)
+
+    def abort(self, request_id: str) -> None:
+        """End the request; its blocks are free on return. An unknown id has ended already."""
+        self._end(self.scheduler.abort(request_id), None)
+
+    # ==== a step ====
+
+    def step(self) -> list[RequestOutput]:
+        """Run one step; returns what requests gained, and those that ended since the last one."""
+        self._poll_adapters()
+        start = self._clock()
+        batch = self.scheduler.schedule(start)
+        self.is_idle = batch is None
+        outputs: list[RequestOutput] = []
+        if batch is not None:
+            try:
+                rows = self.runner.execute(batch)
+            except Exception as error:
+                log.exception("a step failed; its %d requests end", len(batch.requests))
+                text = f"the step failed: {type(error).__name__}: {error}"
+                self._end(self.scheduler.fail(batch), RequestError(ENGINE_ERROR, text))
+            else:
+                outputs = self._update(batch, rows, start)
+        ended, self._ended = self._ended, []
+        return ended + outputs
+
+    @property
+    def stats(self) -> EngineStats:
+        s, blocks = self.scheduler, self.scheduler.blocks
+        return EngineStats(
+            num_running=len(s.running),
+            num_waiting=s.num_waiting,
+            num_blocks_used=blocks.num_held,
+            num_blocks_cached=blocks.num_cached,
+            num_blocks_total=blocks.num_blocks,
+            queued_tokens=s.queued_tokens,
+            resident_adapters=s.adapters.resident,
+            total_steps=self._num_steps,
+            total_prompt_tokens=self._num_prompt,
+            total_cached_tokens=self._num_cached,
+            total_output_tokens=self._num_outputs,
+            total_preemptions=s.num_preemptions,
+            total_step_s=self._step_s,
+        )
+
+    def close(self) -> None:
+        self.host.close()
+
+    # ==== what a step gave ====
+
+    def _update(
+        self, batch: ScheduledBatch, rows: list[RowOutput], start: float
+    ) -> list[RequestOutput]:
+        by_key: dict[tuple[str, int], RowOutput] = {}
+        for scheduled, row in zip(batch.requests, rows, strict=True):
+            key = (scheduled.request_id, scheduled.index)
+            by_key[key] = row
+            if row.prompt_logprobs:
+                known = self._prompt_logprobs.setdefault(key, {})
+                known.update(enumerate(row.prompt_logprobs, scheduled.start + 1))
+            if row.error is not None:
+                ended = self.scheduler.end_with_error(key)
+                self._end(ended, RequestError(ENGINE_ERROR, row.error))
+        now = self._clock()
+        progress = self.scheduler.update(batch, [row.token_ids for row in rows], now)
+        self._num_steps += 1
+        self._step_s += now - start
+        return [self._output(p, by_key[p.request.key], now) for p in progress]
+
+    def _output(self, progress: Progress, row: RowOutput, now: float) -> RequestOutput:
+        request, count = progress.request, len(progress.token_ids)
+        self._num_outputs += count
+        output = RequestOutput(
+            request.request_id,
+            request.index,
+            progress.token_ids,
+            logprobs=None if row.logprobs is None else row.logprobs[:count],
+            prompt_logprobs=self._take_prompt_logprobs(request),
+            finish_reason=request.finish_reason.value if request.finish_reason else None,
+            stop_token_id=progress.stop_token_id,
+            metrics=_metrics(request, now) if request.finish_reason else None,
+        )
+        if request.finish_reason:
+            self._num_prompt += request.num_prompt_tokens
+            self._num_cached += request.num_cached_tokens
+            self._release_adapter(request)
+        return output
+
+    def _take_prompt_logprobs(self, request: Request) -> list[TokenLogprobs | None] | None:
+        known = self._prompt_logprobs.pop(request.key, None)
+        if known is None:
+            return None
+        return [None, *(known[i] for i in range(1, request.num_prompt_tokens))]
+
+    def _end(self, requests: Iterable[Request], error: RequestError | None) -> None:
+        """Requests that the scheduler has dropped: release what else they hold, and say so."""
+        reason = FinishReason.ERROR if error else FinishReason.ABORT
+        now = self._clock()
+        for request in requests:
+            self._prompt_logprobs.pop(request.key, None)
+            self._release_adapter(request)
+            self._ended.append(
+                RequestOutput(
+                    request.request_id,
+                    request.index,
+                    [],
+                    finish_reason=reason.value,
+                    error=error,
+                    metrics=_metrics(request, now),
+                )
+            )
+
+    # ==== adapters ====
+
+    def _load_adapter(self, adapter: AdapterFolder) -> LoraWeights:
+        """Runs in the host cache's threads."""
+        s, capacity = self.settled, self.config.device_adapter_bytes
+        weights = load_lora(adapter, self._sites, s.dtype, pin=s.device.type == "cuda")
+        if weights.nbytes > capacity:
+            raise AdapterLoadError(
+                f"adapter {adapter.digest} needs {weights.nbytes} bytes on the device; "
+                f"adapter_memory_bytes is {capacity}"
+            )
+        return weights
+
+    def _poll_adapters(self) -> None:
+        for loaded in self.host.poll():
+            if loaded.weights is not None:
+                self.scheduler.adapters.set_ready(loaded.digest, loaded.weights.nbytes)
+                continue
+            kind = ADAPTER_INVALID if isinstance(loaded.error, AdapterLoadError) else ENGINE_ERROR
+            log.error("adapter %s cannot be used: %s", loaded.digest, loaded.error)
+            ended = self.scheduler.end_adapter_with_error(loaded.digest)
+            self._end(ended, RequestError(kind, str(loaded.error)))
+
+    def _release_adapter(self, request: Request) -> None:
+        if request.adapter:
+            for digest in self.host.release(request.adapter):
+                self.scheduler.adapters.set_absent(digest)
+
+
+def _metrics(request: Request, now: float) -> RequestMetrics:
+    return request_metrics(
+        request.timings,
+        request.arrival_s,
+        now,
+        request.num_prompt_tokens,
+        request.num_cached_tokens,
+        len(request.output_token_ids) - request.num_resumed_tokens,
+    )

@@ -1,0 +1,180 @@
+"""AdapterBank: the adapters on the device, each at its own rank, and the mixed batch over them.
+
+Two ways through a linear layer, chosen by how many rows in a row share an adapter:
+
+    long segments   (prefill chunks)  y += (x A^T) B on the segment's rows alone
+    the other rows  (decodes)         the active adapters' A and B are concatenated along the rank,
+                                      h = x A_cat^T, h = 0 where row and column differ in adapter,
+                                      y += h B_cat
+
+The second needs the same few ops whatever the number of adapters, which is what counts on a CPU.
+Excluded columns are overwritten with zero, never multiplied by it: a product that overflowed in
+one tenant's columns must not become NaN in another's row.
+"""
+
+from collections import OrderedDict
+from dataclasses import dataclass
+
+import torch
+
+from engine.lora.weights import LoraWeights, SiteWeights
+from engine.scheduler.batch import ScheduledBatch, ScheduledRequest
+
+SEGMENT_ROWS = 16  # from this many rows on, a segment is multiplied by its own adapter alone
+MAX_STACKS = 4  # concatenations kept, for active sets that come back
+
+Site = tuple[int, str]  # (layer, site)
+
+
+@dataclass(frozen=True, slots=True)
+class _StackedSite:
+    """Active adapters of one site; columns are slice-major: all of slice 0, all of slice 1, ..."""
+
+    a: torch.Tensor  # [R, in]
+    columns: torch.Tensor  # [R] slot of each column
+    layout: tuple[tuple[int, int, int], ...]  # (slot, first column, end), what masks depend on
+    expands: tuple[tuple[int, int, int, int, torch.Tensor], ...]  # (r0, r1, out0, out1, B [r, out])
+
+
+class AdapterBank:
+    """Weights by adapter slot. Whoever decides residency is `engine.scheduler.adapter_slots`."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._weights: dict[int, LoraWeights] = {}
+        self._stacks: OrderedDict[tuple[int, ...], dict[Site, _StackedSite | None]] = OrderedDict()
+
+    def load(self, slot: int, weights: LoraWeights) -> None:
+        """On a CPU, device and host tier are one and nothing is copied."""
+        assert slot > 0 and slot not in self._weights
+        self._weights[slot] = weights.to(self.device)
+
+    def evict(self, slot: int) -> None:
+        self._weights.pop(slot, None)
+        for slots in [s for s in self._stacks if slot in s]:
+            del self._stacks[slots]
+
+    def batch(self, batch: ScheduledBatch) -> "MixedAdapters | None":
+        """The batch's adapters, or None when every row is the base model's."""
+        if not any(r.adapter_slot for r in batch.requests):
+            return None
+        segments, num_stacked, row_slots = _split(batch.requests)
+        active = tuple(sorted({s for s in row_slots if s}))
+        return MixedAdapters(
+            segments=[(start, end, self._weights[slot]) for start, end, slot in segments],
+            num_stacked=num_stacked if active else 0,
+            row_slots=torch.tensor(row_slots, device=self.device),
+            is_shared=len(active) == 1 and 0 not in row_slots,
+            stack=self._stack(active),
+            active=[(slot, self._weights[slot]) for slot in active],
+        )
+
+    def _stack(self, active: tuple[int, ...]) -> dict[Site, _StackedSite | None]:
+        stack = self._stacks.setdefault(active, {})
+        self._stacks.move_to_end(active)
+        while len(self._stacks) > MAX_STACKS:
+            self._stacks.popitem(last=False)
+        return stack
+
+
+class MixedAdapters:
+    """A LoraBatch: every row with its own adapter, or none."""
+
+    def __init__(
+        self,
+        segments: list[tuple[int, int, LoraWeights]],
+        num_stacked: int,
+        row_slots: torch.Tensor,  # [num_stacked]
+        is_shared: bool,
+        stack: dict[Site, _StackedSite | None],
+        active: list[tuple[int, LoraWeights]],
+    ) -> None:
+        self._segments = segments
+        self._num_stacked = num_stacked
+        self._row_slots = row_slots
+        self._is_shared = is_shared
+        self._stack = stack
+        self._active = active
+        self._masks: dict[tuple[tuple[int, int, int], ...], torch.Tensor] = {}
+
+    def add(self, layer: int, site: str, x: torch.Tensor, y: torch.Tensor) -> None:
+        """y [N, out] += x [N, in] @ A^T @ (scaling * B), in place, by each row's adapter."""
+        for start, end, weights in self._segments:
+            own = weights.sites.get((layer, site))
+            if own is not None:
+                _add_segment(own, x[start:end], y[start:end])
+        if self._num_stacked:
+            self._add_stacked((layer, site), x[: self._num_stacked], y[: self._num_stacked])
+
+    def _add_stacked(self, key: Site, x: torch.Tensor, y: torch.Tensor) -> None:
+        if key not in self._stack:
+            self._stack[key] = _stack_site(self._active, key, x.device)
+        stacked = self._stack[key]
+        if stacked is None:
+            return
+        h = x @ stacked.a.T
+        if not self._is_shared:
+            h.masked_fill_(self._mask(stacked), 0)
+        for r0, r1, out0, out1, b in stacked.expands:
+            y[:, out0:out1].addmm_(h[:, r0:r1], b)
+
+    def _mask(self, stacked: _StackedSite) -> torch.Tensor:
+        """[rows, R], True where the column is another adapter's. Most sites share one layout."""
+        key = stacked.layout
+        if key not in self._masks:
+            self._masks[key] = self._row_slots[:, None] != stacked.columns
+        return self._masks[key]
+
+
+def _add_segment(own: SiteWeights, x: torch.Tensor, y: torch.Tensor) -> None:
+    h = x @ own.a.T
+    for r0, r1, out0, out1, b in own.expands:
+        y[:, out0:out1].addmm_(h[:, r0:r1], b)
+
+
+def _split(
+    requests: tuple[ScheduledRequest, ...],
+) -> tuple[list[tuple[int, int, int]], int, list[int]]:
+    """(long segments with an adapter, number of leading rows left to stack, their slots)."""
+    segments: list[tuple[int, int, int]] = []
+    row_slots: list[int] = []
+    row = 0
+    for request in requests:  # short ones come first
+        count = len(request.token_ids)
+        if count < SEGMENT_ROWS:
+            row_slots += [request.adapter_slot] * count
+        elif request.adapter_slot:
+            segments.append((row, row + count, request.adapter_slot))
+        row += count
+    return segments, len(row_slots), row_slots
+
+
+def _stack_site(
+    active: list[tuple[int, LoraWeights]], key: Site, device: torch.device
+) -> _StackedSite | None:
+    """Concatenate the active adapters' factors of one site, slice by slice."""
+    parts = [(slot, w.sites[key]) for slot, w in active if key in w.sites]
+    if not parts:
+        return None
+    rows: list[torch.Tensor] = []
+    layout: list[tuple[int, int, int]] = []
+    expands: list[tuple[int, int, int, int, torch.Tensor]] = []
+    total = 0
+    outs = sorted({(out0, out1) for _, site in parts for _, _, out0, out1, _ in site.expands})
+    for out0, out1 in outs:
+        start, bs = total, []
+        for slot, site in parts:
+            for r0, r1, o0, o1, b in site.expands:
+                if (o0, o1) == (out0, out1):
+                    rows.append(site.a[r0:r1])
+                    bs.append(b)
+                    layout.append((slot, total, total + r1 - r0))
+                    total += r1 - r0
+        expands.append((start, total, out0, out1, torch.cat(bs)))
+    columns = [slot for slot, c0, c1 in layout for _ in range(c1 - c0)]
+    return _StackedSite(
+        a=torch.cat(rows),
+        columns=torch.tensor(columns, device=device),
+        layout=tuple(layout),
+        expands=tuple(expands),
+    )

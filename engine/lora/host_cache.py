@@ -1,0 +1,107 @@
+"""HostCache: adapters decoded in host memory, least recently used ones dropped, bounded in bytes.
+
+Reading and decoding happen in threads of its own, never in the step loop, which only polls.
+An adapter is kept while somebody wants it, whatever the bound; idle ones fill what remains.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+from engine.lora.weights import LoraWeights
+from engine.messages import AdapterFolder
+
+LOADER_THREADS = 2
+
+
+@dataclass(slots=True)
+class _Entry:
+    future: "Future[LoraWeights]"
+    wanted: int = 0
+    reported: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """One finished load; `error` says why there are no weights."""
+
+    digest: str
+    weights: LoraWeights | None
+    error: Exception | None
+
+
+class HostCache:
+    """`want` and `release` are counted; `poll` reports each load once; `get` is for ready ones."""
+
+    def __init__(
+        self,
+        max_bytes: int,
+        load: Callable[[AdapterFolder], LoraWeights],
+        wake: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.max_bytes = max_bytes
+        self._load = load
+        self._wake = wake
+        self._entries: OrderedDict[str, _Entry] = OrderedDict()  # oldest use first
+        self._pool = ThreadPoolExecutor(LOADER_THREADS, thread_name_prefix="adapter-load")
+
+    def want(self, adapter: AdapterFolder) -> None:
+        """Keep the adapter until `release`; start to load it if it is not here."""
+        entry = self._entries.get(adapter.digest)
+        if entry is None:
+            future = self._pool.submit(self._load, adapter)
+            entry = self._entries[adapter.digest] = _Entry(future)
+            future.add_done_callback(lambda _: self._wake())
+        entry.wanted += 1
+        self._entries.move_to_end(adapter.digest)
+
+    def release(self, digest: str) -> list[str]:
+        """The opposite of `want`. Returns digests dropped to stay in the bound."""
+        entry = self._entries.get(digest)
+        if entry is not None:
+            entry.wanted -= 1
+            assert entry.wanted >= 0, f"adapter {digest} was released more often than wanted"
+        return self._drop_idle()
+
+    def poll(self) -> list[Loaded]:
+        """Loads that ended since the last call. A failed one is forgotten and may be retried."""
+        ended: list[Loaded] = []
+        for digest, entry in list(self._entries.items()):
+            if entry.reported or not entry.future.done():
+                continue
+            error = entry.future.exception()
+            if error is None:
+                entry.reported = True
+                ended.append(Loaded(digest, entry.future.result(), None))
+            elif isinstance(error, Exception):
+                del self._entries[digest]
+                ended.append(Loaded(digest, None, error))
+            else:
+                raise error
+        return ended
+
+    def get(self, digest: str) -> LoraWeights:
+        return self._entries[digest].future.result()
+
+    @property
+    def used_bytes(self) -> int:
+        return sum(self._nbytes(e) for e in self._entries.values())
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _drop_idle(self) -> list[str]:
+        excess = self.used_bytes - self.max_bytes
+        dropped: list[str] = []
+        for digest, entry in list(self._entries.items()):
+            if excess <= 0:
+                break
+            if not entry.wanted and entry.reported:
+                excess -= self._nbytes(entry)
+                del self._entries[digest]
+                dropped.append(digest)
+        return dropped
+
+    def _nbytes(self, entry: _Entry) -> int:
+        return entry.future.result().nbytes if entry.reported else 0

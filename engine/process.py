@@ -1,0 +1,174 @@
+"""The engine's own process: plain-data messages in, one frame of new tokens per step out.
+
+    python -m engine.process <socket file descriptor>
+
+in:   ("start", EngineConfig)  ("add", GenerateRequest)  ("abort", request_id)  ("ping",)
+out:  ("ready", EngineInfo) or ("failed", text), then ("frame", outputs, stats or None)
+
+The loop never blocks on a slow reader: what the socket does not take waits in memory. It ends
+when the other end closes. Every frame is sent by the step loop itself, so a loop that hangs is
+silent, which is how the client notices.
+"""
+
+import os
+import select
+import socket
+import sys
+import time
+from contextlib import suppress
+from typing import Any
+
+from engine.framing import FrameDecoder, encode
+
+STATS_PERIOD_S = 0.1
+_CHUNK = 1 << 20
+
+
+class Connection:
+    """Non-blocking frames over the socket, and a pipe by which other threads end a wait."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        sock.setblocking(False)
+        self._sock = sock
+        self._decoder = FrameDecoder()
+        self._unsent = bytearray()
+        self._wake_read, self._wake_write = os.pipe()
+        os.set_blocking(self._wake_read, False)
+        os.set_blocking(self._wake_write, False)
+        self.closed = False
+
+    def wake(self) -> None:
+        with suppress(BlockingIOError):  # full: it is awake anyway
+            os.write(self._wake_write, b"\0")
+
+    def send(self, message: Any) -> None:
+        self._unsent += encode(message)
+        self._flush()
+
+    def receive(self, timeout_s: float | None) -> list[Any]:
+        """Messages that have arrived; waits up to `timeout_s` (None: for ever) for the first."""
+        writers = [self._sock] if self._unsent else []
+        readable, writable, _ = select.select([self._sock, self._wake_read], writers, [], timeout_s)
+        if writable:
+            self._flush()
+        if self._wake_read in readable:
+            os.read(self._wake_read, _CHUNK)
+        return self._read() if self._sock in readable else []
+
+    def _read(self) -> list[Any]:
+        try:
+            data = self._sock.recv(_CHUNK)
+        except BlockingIOError:
+            return []
+        except ConnectionError:
+            data = b""
+        self.closed = not data
+        return self._decoder.feed(data)
+
+    def _flush(self) -> None:
+        try:
+            while self._unsent:
+                del self._unsent[: self._sock.send(self._unsent)]
+        except BlockingIOError:
+            pass
+        except ConnectionError:
+            self.closed = True
+
+
+def serve(connection: Connection) -> None:
+    """Load the model that the first message asks for, then step until the connection closes."""
+    from engine.engine import Engine  # heavy: after the process is known to be wanted
+
+    (_, config), *early = _wait_for_start(connection)
+    try:
+        engine = Engine(config, wake=connection.wake, progress=True)
+    except Exception as error:
+        connection.send(("failed", f"{type(error).__name__}: {error}"))
+        raise
+    connection.send(("ready", engine.info))
+    loop = _Loop(engine, connection)
+    for message in early:
+        loop.handle(message)
+    loop.run()
+    engine.close()
+
+
+class _Loop:
+    def __init__(self, engine: Any, connection: Connection) -> None:
+        self._engine = engine
+        self._connection = connection
+        self._stats_due_s = 0.0
+        self._stats_stale = True
+        self._is_pinged = False
+        self._rejected: list[Any] = []
+
+    def run(self) -> None:
+        while not self._connection.closed:
+            for message in self._connection.receive(self._timeout_s()):
+                self.handle(message)
+            outputs = self._rejected + self._engine.step()
+            self._rejected = []
+            self._stats_stale |= bool(outputs) or not self._engine.is_idle
+            self._report(outputs)
+
+    def handle(self, message: tuple[Any, ...]) -> None:
+        kind, *rest = message
+        if kind == "add":
+            self._add(*rest)
+        elif kind == "abort":
+            self._engine.abort(*rest)
+        elif kind == "ping":
+            self._is_pinged = True
+        else:
+            raise ValueError(f"unknown message {kind!r}")
+
+    def _add(self, request: Any) -> None:
+        from engine.messages import INVALID_REQUEST, RequestError, RequestOutput
+        from engine.scheduler.request import InvalidRequest
+
+        try:
+            self._engine.add_request(request)
+        except InvalidRequest as refusal:
+            error = RequestError(INVALID_REQUEST, str(refusal))
+            self._rejected += [
+                RequestOutput(request.request_id, i, [], finish_reason="error", error=error)
+                for i in range(max(request.n, 1))
+            ]
+
+    def _timeout_s(self) -> float | None:
+        """Poll while there is work; sleep when idle, once the last statistics are out."""
+        if not self._engine.is_idle:
+            return 0.0
+        return max(self._stats_due_s - time.monotonic(), 0.0) if self._stats_stale else None
+
+    def _report(self, outputs: list[Any]) -> None:
+        now = time.monotonic()
+        is_due = self._stats_stale and now >= self._stats_due_s
+        stats = self._engine.stats if is_due or self._is_pinged else None
+        if is_due:
+            self._stats_due_s, self._stats_stale = now + STATS_PERIOD_S, False
+        if outputs or stats is not None:
+            self._connection.send(("frame", outputs, stats))
+        self._is_pinged = False
+
+
+def _wait_for_start(connection: Connection) -> list[Any]:
+    messages: list[Any] = []
+    while not messages:
+        messages = connection.receive(None)
+        if connection.closed:
+            sys.exit("the other end closed before the engine was started")
+    return messages
+
+
+def main() -> None:
+    import logging
+    import signal
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends us through the closed connection
+    serve(Connection(socket.socket(fileno=int(sys.argv[1]))))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,34 @@
+"""The paged K/V tensor: how many blocks fit, and the one allocation that holds them.
+
+Layout is block-major, `[num_blocks, num_layers, 2, block_size, H_kv, D]`: a block is one
+contiguous piece of memory, so that it can be copied, evicted or moved as a unit.
+"""
+
+import torch
+
+from engine.model.spec import ModelSpec
+
+
+def kv_bytes_per_token(spec: ModelSpec, dtype: torch.dtype) -> int:
+    """2 (K and V) x layers x KV heads x head dim x bytes per element."""
+    return 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * dtype.itemsize
+
+
+def num_blocks_in(memory_bytes: int, block_size: int, spec: ModelSpec, dtype: torch.dtype) -> int:
+    return memory_bytes // (block_size * kv_bytes_per_token(spec, dtype))
+
+
+def allocate_kv_cache(
+    num_blocks: int, block_size: int, spec: ModelSpec, dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    """Zeroed, so that padding reads finite values; on CPU the pages are committed when used."""
+    shape = (num_blocks, spec.num_layers, 2, block_size, spec.num_kv_heads, spec.head_dim)
+    return torch.zeros(shape, dtype=dtype, device=device)
+
+
+def copy_blocks(kv_cache: torch.Tensor, copies: tuple[tuple[int, int], ...]) -> None:
+    """kv_cache[destination] = kv_cache[source], all sources read before any is written."""
+    if not copies:
+        return
+    source, destination = torch.tensor(copies, device=kv_cache.device).unbind(1)
+    kv_cache[destination] = kv_cache[source]

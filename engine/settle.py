@@ -1,0 +1,69 @@
+"""What an EngineConfig leaves open, settled once against the checkpoint and the machine."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from engine.config import ConfigError, EngineConfig
+from engine.model.families import read_dtype, read_spec
+from engine.model.spec import ModelSpec
+from engine.runner.kv_cache import kv_bytes_per_token
+
+DEFAULT_MAX_MODEL_LEN = 8192
+
+
+@dataclass(frozen=True, slots=True)
+class Settled:
+    spec: ModelSpec
+    dtype: torch.dtype
+    device: torch.device
+    max_model_len: int
+    num_blocks: int
+
+
+def settle(config: EngineConfig) -> Settled:
+    """Raises ConfigError or ModelError; reads the model's config files but no weights."""
+    folder = Path(config.source)
+    spec = read_spec(folder, config.max_model_len)
+    dtype, device = _dtype(config, folder), _device(config)
+    block_bytes = config.block_size * kv_bytes_per_token(spec, dtype)
+    num_blocks = (config.memory_bytes - config.device_adapter_bytes) // block_bytes
+    room = num_blocks * config.block_size
+    max_model_len = config.max_model_len
+    if max_model_len is None:
+        max_model_len = min(spec.max_position, DEFAULT_MAX_MODEL_LEN, room)
+        spec = read_spec(folder, max_model_len) if max_model_len >= 2 else spec
+    if max_model_len > spec.max_position:
+        raise ConfigError(
+            f"max_model_len={max_model_len} is longer than the {spec.max_position} positions "
+            f"that the model was made for"
+        )
+    if max_model_len < 2 or max_model_len > room:
+        needed = (
+            config.device_adapter_bytes
+            + -(-max(max_model_len, 2) // config.block_size) * block_bytes
+        )
+        raise ConfigError(
+            f"memory_bytes={config.memory_bytes} leaves room for {room} tokens of KV cache beside "
+            f"{config.device_adapter_bytes} bytes for adapters; max_model_len={max_model_len} "
+            f"needs memory_bytes of at least {needed}"
+        )
+    return Settled(spec, dtype, device, max_model_len, num_blocks)
+
+
+def _dtype(config: EngineConfig, folder: Path) -> torch.dtype:
+    """auto: a float32 checkpoint stays float32, any other is computed in bfloat16."""
+    if config.dtype != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[
+            config.dtype
+        ]
+    return torch.float32 if read_dtype(folder) == torch.float32 else torch.bfloat16
+
+
+def _device(config: EngineConfig) -> torch.device:
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device='cuda', but torch finds no CUDA device; use 'cpu' or 'auto'")
+    if config.device != "auto":
+        return torch.device(config.device)
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,0 +1,40 @@
+"""What a request must fulfil to be run by an engine with these facts."""
+
+from collections.abc import Iterable
+
+from engine.messages import EngineInfo, GenerateRequest
+from engine.scheduler.request import InvalidRequest
+
+MAX_CHOICES = 128
+
+
+def validate(request: GenerateRequest, info: EngineInfo) -> None:
+    """Raises InvalidRequest, naming the value and the allowed range."""
+    num_prompt, num_resumed = len(request.prompt_token_ids), len(request.output_token_ids)
+    if not num_prompt:
+        raise InvalidRequest("the prompt is empty; at least one token is needed")
+    if num_prompt + num_resumed >= info.max_model_len:
+        raise InvalidRequest(
+            f"the prompt has {num_prompt + num_resumed} tokens, and the context of "
+            f"{info.max_model_len} tokens must hold it and at least one token more"
+        )
+    _check_token_ids("prompt", request.prompt_token_ids, info.vocab_size)
+    _check_token_ids("output so far", request.output_token_ids, info.vocab_size)
+    _check_token_ids("stop_token_ids", request.sampling.stop_token_ids, info.vocab_size)
+    _check_token_ids("logit_bias", (t for t, _ in request.sampling.logit_bias), info.vocab_size)
+    if not 1 <= request.n <= MAX_CHOICES:
+        raise InvalidRequest(f"n must be in [1, {MAX_CHOICES}], not {request.n}")
+    if num_resumed and request.n != 1:
+        raise InvalidRequest(f"a resumed request has one choice, not n={request.n}")
+    if num_resumed >= request.sampling.max_tokens:
+        raise InvalidRequest(
+            f"{num_resumed} tokens are there already, of max_tokens={request.sampling.max_tokens}"
+        )
+
+
+def _check_token_ids(name: str, token_ids: Iterable[int], vocab_size: int) -> None:
+    for token_id in token_ids:
+        if not 0 <= token_id < vocab_size:
+            raise InvalidRequest(
+                f"{name}: token id {token_id} is outside the vocabulary [0, {vocab_size - 1}]"
+            )
