@@ -1,0 +1,210 @@
+"""The decoder: token ids and a KV cache in, hidden states and logits out.
+
+One parametric transformer for all families, built from a ModelSpec. Every choice is made in a
+constructor; a forward pass tests nothing about the architecture. Knows no checkpoint format, no
+scheduler and no sampling.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from engine.kernels.inputs import ForwardInputs
+from engine.model.layers import (
+    Build,
+    Embedding,
+    Head,
+    Linear,
+    LoraSite,
+    LoraSlice,
+    Part,
+    RmsNorm,
+    Scale,
+)
+from engine.model.rotary import RotaryTable
+from engine.model.spec import ModelSpec
+
+Rotation = tuple[Tensor, Tensor]  # cos and sin [N, R]
+
+
+class Decoder(nn.Module):
+    """All layers of a model. Usable once every part of `parts()` has been stored."""
+
+    def __init__(self, spec: ModelSpec, build: Build, max_model_len: int) -> None:
+        super().__init__()
+        self.spec = spec
+        rotaries = list(dict.fromkeys(spec.rotaries))
+        self.embedding = Embedding(
+            build,
+            "model.embed_tokens.weight",
+            spec.vocab_size,
+            spec.hidden_size,
+            spec.embedding_scale,
+        )
+        self.rotary_tables = nn.ModuleList(
+            RotaryTable(rotary, max_model_len, build.dtype, build.device) for rotary in rotaries
+        )
+        self.layers = nn.ModuleList(
+            DecoderLayer(spec, build, i, rotaries.index(spec.rotaries[i]))
+            for i in range(spec.num_layers)
+        )
+        self.norm = _norm(spec, build, "model.norm", spec.hidden_size)
+        self.head = Head(build, spec.logit_scale, spec.logit_soft_cap)
+
+    def forward(self, inputs: ForwardInputs, kv_cache: Tensor) -> Tensor:
+        """Hidden states [N, E] after the last norm; writes this step's keys and values."""
+        x = self.embedding(inputs.token_ids)
+        rotations = [table(inputs.positions) for table in self.rotary_tables]
+        for i, layer in enumerate(self.layers):
+            x = layer(x, inputs, rotations, kv_cache[:, i])
+        return self.norm(x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [M, E] -> [M, V] in float32."""
+        return self.head(hidden)
+
+    @property
+    def lora_sites(self) -> tuple[LoraSite, ...]:
+        return tuple(leaf.place for leaf in self.modules() if isinstance(leaf, Linear))
+
+    def tie_head(self) -> None:
+        self.head.tie(self.embedding.weight)
+
+    def parts(self) -> Iterator[Part]:
+        """Every checkpoint tensor that the model is made of, each once."""
+        for leaf in self.modules():
+            if isinstance(leaf, Linear | Embedding | RmsNorm):
+                yield from leaf.parts()
+        if not self.spec.tied_embeddings:
+            yield Part("lm_head.weight", self.embedding.shape, self.head.load)
+
+
+class DecoderLayer(nn.Module):
+    """x += attention(norm(x)); x += mlp(norm(x)); what each adds may be normalised or scaled."""
+
+    def __init__(self, spec: ModelSpec, build: Build, layer: int, rotary_index: int) -> None:
+        super().__init__()
+        norms = _layer_norms(spec, build, f"model.layers.{layer}")
+        self.enter_attention, self.leave_attention, self.enter_mlp, self.leave_mlp = norms
+        self.attention = Attention(spec, build, layer, rotary_index)
+        self.mlp = Mlp(spec, build, layer)
+
+    def forward(
+        self, x: Tensor, inputs: ForwardInputs, rotations: list[Rotation], kv_layer: Tensor
+    ) -> Tensor:
+        attended = self.attention(self.enter_attention(x), inputs, rotations, kv_layer)
+        x = x + self.leave_attention(attended)
+        return x + self.leave_mlp(self.mlp(self.enter_mlp(x), inputs))
+
+
+class Attention(nn.Module):
+    """Causal attention over the request's KV blocks, with rotary positions."""
+
+    def __init__(self, spec: ModelSpec, build: Build, layer: int, rotary_index: int) -> None:
+        super().__init__()
+        prefix = f"model.layers.{layer}.self_attn"
+        self.num_heads, self.num_kv_heads = spec.num_heads, spec.num_kv_heads
+        self.head_dim = spec.head_dim
+        self.rotary_index = rotary_index
+        self.scale = spec.attention_scale
+        self.window = spec.windows[layer]
+        self.soft_cap = spec.attention_soft_cap
+        self.ops = build.ops
+
+        q_size, kv_size = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+        slices = {"q_proj": q_size, "k_proj": kv_size, "v_proj": kv_size}
+        if "qkv" in spec.fused_sites:
+            slices = {"qkv_proj": q_size + 2 * kv_size}
+        self.qkv = _linear(spec, build, layer, "qkv", spec.hidden_size, prefix, slices)
+        o_slices = {"o_proj": spec.hidden_size}
+        self.o = _linear(spec, build, layer, "o", q_size, prefix, o_slices)
+        self.norm_heads = _HeadNorms(spec, build, prefix) if spec.qk_norm else _no_head_norms
+
+    def forward(
+        self, x: Tensor, inputs: ForwardInputs, rotations: list[Rotation], kv_layer: Tensor
+    ) -> Tensor:
+        heads = self.qkv(x, inputs).view(x.shape[0], -1, self.head_dim)
+        turned = self.norm_heads(heads[:, : self.num_heads + self.num_kv_heads])
+        self.ops.apply_rotary(turned, *rotations[self.rotary_index])
+        q, k = turned.split([self.num_heads, self.num_kv_heads], 1)
+        v = heads[:, self.num_heads + self.num_kv_heads :]
+        self.ops.store_kv(k, v, kv_layer, inputs.attention.slot_mapping)
+        attended = self.ops.paged_attention(
+            q,
+            kv_layer,
+            inputs.attention,
+            scale=self.scale,
+            window=self.window,
+            soft_cap=self.soft_cap,
+        )
+        return self.o(attended.flatten(1), inputs)
+
+
+class Mlp(nn.Module):
+    """down(activation(gate(x)) * up(x))."""
+
+    def __init__(self, spec: ModelSpec, build: Build, layer: int) -> None:
+        super().__init__()
+        prefix, width = f"model.layers.{layer}.mlp", spec.intermediate_size
+        slices = {"gate_proj": width, "up_proj": width}
+        if "gate_up" in spec.fused_sites:
+            slices = {"gate_up_proj": 2 * width}
+        self.gate_up = _linear(spec, build, layer, "gate_up", spec.hidden_size, prefix, slices)
+        down_slices = {"down_proj": spec.hidden_size}
+        self.down = _linear(spec, build, layer, "down", width, prefix, down_slices)
+        self.activate = build.ops.gated_activation[spec.activation]
+
+    def forward(self, x: Tensor, inputs: ForwardInputs) -> Tensor:
+        return self.down(self.activate(self.gate_up(x, inputs)), inputs)
+
+
+class _HeadNorms(nn.Module):
+    """Query and key heads [N, H + H_kv, D], each kind normalised by its own weight."""
+
+    def __init__(self, spec: ModelSpec, build: Build, prefix: str) -> None:
+        super().__init__()
+        self.num_heads = spec.num_heads
+        self.q_norm = _norm(spec, build, f"{prefix}.q_norm", spec.head_dim)
+        self.k_norm = _norm(spec, build, f"{prefix}.k_norm", spec.head_dim)
+
+    def forward(self, heads: Tensor) -> Tensor:
+        q, k = heads[:, : self.num_heads], heads[:, self.num_heads :]
+        return torch.cat([self.q_norm(q), self.k_norm(k)], 1)
+
+
+def _no_head_norms(heads: Tensor) -> Tensor:
+    return heads
+
+
+def _norm(spec: ModelSpec, build: Build, module: str, width: int) -> RmsNorm:
+    return RmsNorm(build, f"{module}.weight", width, spec.norm_eps, spec.norm_offset)
+
+
+def _layer_norms(spec: ModelSpec, build: Build, prefix: str) -> list[nn.Module]:
+    """Before attention, after it, before the mlp, after it."""
+
+    def norm(name: str) -> RmsNorm:
+        return _norm(spec, build, f"{prefix}.{name}", spec.hidden_size)
+
+    enter_attention, after_attention = norm("input_layernorm"), norm("post_attention_layernorm")
+    if spec.sandwich_norm:
+        enter_mlp = norm("pre_feedforward_layernorm")
+        return [enter_attention, after_attention, enter_mlp, norm("post_feedforward_layernorm")]
+    # The name is what it is: here it follows the residual addition, not the attention
+    enter_mlp, scale = after_attention, spec.residual_scale
+    leave = nn.Identity() if scale == 1.0 else Scale(scale)
+    return [enter_attention, leave, enter_mlp, leave]
+
+
+def _linear(
+    spec: ModelSpec,
+    build: Build,
+    layer: int,
+    site: str,
+    in_features: int,
+    prefix: str,
+    slices: dict[str, int],
+) -> Linear:
+    parts = tuple(LoraSlice(f"{prefix}.{name}", rows) for name, rows in slices.items())
+    return Linear(build, LoraSite(layer, site, in_features, parts), site in spec.biased_sites)

@@ -1,0 +1,51 @@
+"""ModelSpec: the facts about an architecture that the decoder is built from.
+
+Knows no family by name and reads no file: `families` translates a checkpoint's config into it.
+"""
+
+from dataclasses import dataclass
+
+from engine.model.rotary import Rotary
+
+
+class ModelError(ValueError):
+    """A checkpoint cannot be served; the message names the file or key and what is wrong."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """One decoder-only transformer. Sites are `qkv`, `o`, `gate_up` and `down`."""
+
+    # Sizes
+    vocab_size: int
+    num_layers: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_position: int  # the longest sequence the checkpoint was made for
+
+    # Linear layers
+    biased_sites: tuple[str, ...]  # sites whose linear layer has a bias
+    fused_sites: tuple[str, ...]  # sites that the checkpoint itself stores as one matrix
+    tied_embeddings: bool  # the output layer is the embedding matrix
+    activation: str  # silu, gelu or gelu_tanh
+
+    # Norms
+    norm_eps: float
+    norm_offset: float  # added to every stored norm weight
+    sandwich_norm: bool  # also normalise what attention and mlp give back
+    qk_norm: bool  # normalise each query and key head
+
+    # Attention, one entry per layer where layers may differ
+    attention_scale: float
+    attention_soft_cap: float | None
+    windows: tuple[int | None, ...]  # keys a query may see, itself included; None: all
+    rotaries: tuple[Rotary, ...]
+
+    # Scales of the residual stream
+    embedding_scale: float
+    residual_scale: float  # of what attention and mlp add
+    logit_scale: float
+    logit_soft_cap: float | None

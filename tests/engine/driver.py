@@ -1,0 +1,103 @@
+"""Runs an Engine to its end and collects what each choice got; makes PEFT folders for tests."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from engine.config import EngineConfig
+from engine.engine import Engine
+from engine.messages import AdapterFolder, GenerateRequest, RequestOutput, TokenLogprobs
+from engine.scheduler.request import SamplingParams
+
+ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+@dataclass(slots=True)
+class Result:
+    token_ids: list[int] = field(default_factory=list[int])
+    logprobs: list[TokenLogprobs] = field(default_factory=list[TokenLogprobs])
+    last: RequestOutput | None = None
+    first: RequestOutput | None = None
+
+    def add(self, output: RequestOutput) -> None:
+        assert self.last is None or self.last.finish_reason is None, "output after the end"
+        self.token_ids += output.token_ids
+        self.logprobs += output.logprobs or []
+        self.first = self.first or output
+        self.last = output
+
+
+def make_engine(folder: Path, **changes: Any) -> Engine:
+    defaults: dict[str, Any] = {
+        "memory_bytes": 2**24,
+        "max_num_batched_tokens": 64,
+        "max_num_seqs": 16,
+        "block_size": 4,
+        "device": "cpu",
+    }
+    return Engine(EngineConfig(str(folder), **{**defaults, **changes}))
+
+
+def run(engine: Engine, requests: Sequence[GenerateRequest]) -> dict[tuple[str, int], Result]:
+    """Submit all at once and step until all have ended."""
+    for request in requests:
+        engine.add_request(request)
+    return finish(engine)
+
+
+def finish(engine: Engine, max_steps: int = 20_000) -> dict[tuple[str, int], Result]:
+    results: dict[tuple[str, int], Result] = {}
+    while engine.scheduler.has_unfinished:
+        for output in engine.step():
+            results.setdefault((output.request_id, output.index), Result()).add(output)
+        engine.scheduler.check_integrity()
+        max_steps -= 1
+        assert max_steps, "requests never end"
+    for output in engine.step():
+        results.setdefault((output.request_id, output.index), Result()).add(output)
+    return results
+
+
+def greedy(max_tokens: int, **changes: Any) -> SamplingParams:
+    return SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True, **changes)
+
+
+def prompt_of(length: int, seed: int = 0, vocab: int = 256) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, vocab, (length,), generator=generator).tolist()
+
+
+def write_adapter(base: Path, folder: Path, seed: int = 0, **config: Any) -> AdapterFolder:
+    """A real PEFT adapter with random A and B, big enough to change the text."""
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32),
+        LoraConfig(**{"r": 8, "target_modules": ALL_LINEAR, **config}),
+    )
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                noise = torch.randn(parameter.shape, generator=generator)
+                parameter.copy_(noise * 0.7 * parameter.shape[1] ** -0.5)
+    model.save_pretrained(folder)
+    return AdapterFolder(f"digest-of-{folder.name}", str(folder))
+
+
+@torch.inference_mode()
+def generate(model: PreTrainedModel, prompt: list[int], max_tokens: int) -> list[int]:
+    """transformers' greedy text, without stopping."""
+    assert model.generation_config is not None
+    model.generation_config.eos_token_id = None
+    output = model.generate(
+        input_ids=torch.tensor([prompt]),
+        attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+        max_new_tokens=max_tokens,
+        do_sample=False,
+        use_cache=True,
+    )
+    return output[0, len(prompt) :].tolist()

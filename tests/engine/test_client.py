@@ -1,0 +1,187 @@
+"""The engine in its own process: frames, aborts, deaths, hangs, restarts."""
+
+import asyncio
+import os
+import signal
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+
+from engine.client import EngineClient, EngineStartError, EngineUnavailable
+from engine.config import EngineConfig
+from engine.framing import FrameDecoder, encode
+from engine.messages import (
+    ADAPTER_INVALID,
+    ENGINE_DIED,
+    INVALID_REQUEST,
+    AdapterFolder,
+    GenerateRequest,
+    RequestOutput,
+)
+from tests.engine.driver import greedy, make_engine, prompt_of, run
+from tests.engine.tiny import Tiny, write_tiny
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    return write_tiny(tmp_path_factory.mktemp("base"), "qwen2")
+
+
+def config_of(folder: Path) -> EngineConfig:
+    return EngineConfig(
+        str(folder), memory_bytes=2**24, max_num_batched_tokens=64, device="cpu", num_threads=1
+    )
+
+
+class Inbox:
+    """Collects what the client reports, and waits for conditions on it."""
+
+    def __init__(self) -> None:
+        self.outputs: list[RequestOutput] = []
+        self._changed = asyncio.Event()
+
+    def on_frame(self, outputs: list[RequestOutput]) -> None:
+        self.outputs += outputs
+        self._changed.set()
+
+    def tokens(self, request_id: str) -> list[int]:
+        return [t for o in self.outputs if o.request_id == request_id for t in o.token_ids]
+
+    def last(self, request_id: str) -> RequestOutput:
+        return next(o for o in reversed(self.outputs) if o.request_id == request_id)
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        async with asyncio.timeout(60):
+            while not condition():
+                self._changed.clear()
+                await self._changed.wait()
+
+    async def ended(self, *request_ids: str) -> None:
+        wanted = set(request_ids)
+        await self.until(lambda: wanted <= {o.request_id for o in self.outputs if o.finish_reason})
+
+
+def with_client(
+    folder: Path, test: Callable[[EngineClient, Inbox], Awaitable[None]], hang_timeout_s: float = 60
+) -> None:
+    async def scenario() -> None:
+        inbox = Inbox()
+        client = EngineClient(config_of(folder), inbox.on_frame, hang_timeout_s=hang_timeout_s)
+        await client.start()
+        try:
+            await test(client, inbox)
+        finally:
+            pid = client.pid
+            await client.close()
+            assert pid is None or not Path(f"/proc/{pid}").exists()
+
+    asyncio.run(scenario())
+
+
+async def is_restarted(client: EngineClient) -> None:
+    async with asyncio.timeout(60):
+        while not (client.num_restarts and client.is_ready):
+            await asyncio.sleep(0.02)
+
+
+def test_tokens_are_those_of_the_engine_in_this_process(tiny: Tiny) -> None:
+    requests = [GenerateRequest(f"r{n}", prompt_of(n), greedy(12)) for n in (3, 20, 40)]
+    expected = run(make_engine(tiny.folder), requests)
+
+    async def test(client: EngineClient, inbox: Inbox) -> None:
+        for request in requests:
+            client.submit(request)
+        await inbox.ended("r3", "r20", "r40")
+        for request in requests:
+            tokens = inbox.tokens(request.request_id)
+            assert tokens == expected[request.request_id, 0].token_ids
+        await inbox_stats(client)
+        assert client.stats.total_output_tokens == 36 and client.stats.num_running == 0
+
+    async def inbox_stats(client: EngineClient) -> None:
+        async with asyncio.timeout(60):
+            while client.stats.total_output_tokens < 36 or client.stats.num_running:
+                await asyncio.sleep(0.02)
+
+    with_client(tiny.folder, test)
+
+
+def test_bad_requests_and_bad_adapters_end_with_their_own_error(tiny: Tiny) -> None:
+    async def test(client: EngineClient, inbox: Inbox) -> None:
+        nowhere = AdapterFolder("d" * 64, "/nonexistent")
+        client.submit(GenerateRequest("empty", [], greedy(3)))
+        client.submit(GenerateRequest("adapter", [5], greedy(3), adapter=nowhere))
+        client.submit(GenerateRequest("fine", [5], greedy(3)))
+        await inbox.ended("empty", "adapter", "fine")
+        kinds = [inbox.last(name).error for name in ("empty", "adapter", "fine")]
+        assert [e and e.kind for e in kinds] == [INVALID_REQUEST, ADAPTER_INVALID, None]
+
+    with_client(tiny.folder, test)
+
+
+def test_abort_ends_a_request_and_an_unknown_id_is_no_error(tiny: Tiny) -> None:
+    async def test(client: EngineClient, inbox: Inbox) -> None:
+        client.submit(GenerateRequest("long", prompt_of(5), greedy(200)))
+        await inbox.until(lambda: len(inbox.tokens("long")) > 2)
+        client.abort("long")
+        client.abort("unknown")
+        await inbox.ended("long")
+        assert inbox.last("long").finish_reason == "abort"
+        assert len(inbox.tokens("long")) < 200
+
+    with_client(tiny.folder, test)
+
+
+def test_a_killed_process_ends_its_requests_and_is_started_again(tiny: Tiny) -> None:
+    async def test(client: EngineClient, inbox: Inbox) -> None:
+        client.submit(GenerateRequest("lost", prompt_of(5), greedy(200), n=2))
+        await inbox.until(lambda: bool(inbox.tokens("lost")))
+        assert client.pid is not None
+        os.kill(client.pid, signal.SIGKILL)
+        await inbox.until(lambda: sum(o.error is not None for o in inbox.outputs) == 2)
+        error = inbox.last("lost").error
+        assert error is not None and error.kind == ENGINE_DIED and "-9" in error.message
+        with pytest.raises(EngineUnavailable):
+            client.submit(GenerateRequest("early", [5], greedy(1)))
+        await is_restarted(client)
+        client.submit(GenerateRequest("again", [5], greedy(3)))
+        await inbox.ended("again")
+        assert inbox.last("again").error is None
+
+    with_client(tiny.folder, test)
+
+
+def test_a_hanging_process_is_killed_and_started_again(tiny: Tiny) -> None:
+    async def test(client: EngineClient, inbox: Inbox) -> None:
+        client.submit(GenerateRequest("stuck", prompt_of(5), greedy(200)))
+        await inbox.until(lambda: bool(inbox.tokens("stuck")))
+        assert client.pid is not None
+        os.kill(client.pid, signal.SIGSTOP)
+        await inbox.until(lambda: inbox.last("stuck").error is not None)
+        error = inbox.last("stuck").error
+        assert error is not None and "silent" in error.message
+        await is_restarted(client)
+
+    with_client(tiny.folder, test, hang_timeout_s=1.0)
+
+
+def test_a_model_that_cannot_be_loaded_gives_its_reason_at_start(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        client = EngineClient(config_of(tmp_path), lambda outputs: None)
+        with pytest.raises(EngineStartError, match=r"config\.json"):
+            await client.start()
+        await client.close()
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("portion", [1, 3, 1000])
+def test_frames_survive_any_portioning(portion: int) -> None:
+    messages = [("a", 1), {"b": [2] * 50}, None]
+    stream = b"".join(encode(m) for m in messages)
+    decoder = FrameDecoder()
+    found = [
+        m for i in range(0, len(stream), portion) for m in decoder.feed(stream[i : i + portion])
+    ]
+    assert found == messages

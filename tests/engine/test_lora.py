@@ -1,0 +1,248 @@
+"""Mixed batches of adapters against peft, against merged weights, and against each one alone."""
+
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from engine.lora.weights import AdapterLoadError, load_lora
+from engine.messages import ADAPTER_INVALID, AdapterFolder, GenerateRequest
+from tests.engine.driver import (
+    ALL_LINEAR,
+    finish,
+    generate,
+    greedy,
+    make_engine,
+    prompt_of,
+    run,
+    write_adapter,
+)
+from tests.engine.tiny import Tiny, write_tiny
+
+CONFIGS: dict[str, dict[str, object]] = {
+    "attention": {"r": 4, "target_modules": ["q_proj", "v_proj"]},
+    "everything": {"r": 8, "lora_alpha": 16},
+    "odd-rank": {"r": 3, "target_modules": ["o_proj", "gate_proj", "down_proj"]},
+    "rslora": {"r": 16, "lora_alpha": 4, "use_rslora": True},
+    "patterns": {
+        "r": 5,
+        "rank_pattern": {"q_proj": 2, "layers.1.mlp.up_proj": 9},
+        "alpha_pattern": {"down_proj": 20},
+    },
+    "one-layer": {"r": 2, "layers_to_transform": [1], "layers_pattern": "layers"},
+    "large": {"r": 64, "lora_alpha": 16, "target_modules": ["k_proj", "up_proj"]},
+}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    return write_tiny(tmp_path_factory.mktemp("base"), "qwen2")
+
+
+@pytest.fixture(scope="module")
+def adapters(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> dict[str, AdapterFolder]:
+    root = tmp_path_factory.mktemp("adapters")
+    return {
+        name: write_adapter(tiny.folder, root / name, seed, **config)
+        for seed, (name, config) in enumerate(CONFIGS.items())
+    }
+
+
+def peft_model(tiny: Tiny, adapter: AdapterFolder | None) -> torch.nn.Module:
+    base = AutoModelForCausalLM.from_pretrained(tiny.folder, dtype=torch.float32)
+    return base if adapter is None else PeftModel.from_pretrained(base, adapter.path).eval()
+
+
+def request_for(
+    name: str, adapter: AdapterFolder | None, length: int, max_tokens: int = 16
+) -> GenerateRequest:
+    sampling = greedy(max_tokens, logprobs=20)
+    return GenerateRequest(name, prompt_of(length, seed=length), sampling, adapter=adapter)
+
+
+@pytest.mark.parametrize("name", [*CONFIGS, "base"])
+@torch.inference_mode()
+def test_in_a_mixed_batch_each_adapter_gives_pefts_own_logits(
+    tiny: Tiny, adapters: dict[str, AdapterFolder], name: str
+) -> None:
+    everyone = {**adapters, "base": None}
+    requests = [request_for(n, a, 5 + 9 * i) for i, (n, a) in enumerate(everyone.items())]
+    result = run(make_engine(tiny.folder), requests)[name, 0]
+    prompt = next(r for r in requests if r.request_id == name).prompt_token_ids
+    model = peft_model(tiny, everyone[name])
+    tokens = prompt + result.token_ids
+    expected = model(torch.tensor([tokens])).logits[0].log_softmax(-1)
+    for i, got in enumerate(result.logprobs, len(prompt)):
+        for token_id, value in got.top:
+            assert value == pytest.approx(expected[i - 1, token_id].item(), abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["everything", "patterns", "rslora"])
+def test_an_adapters_text_equals_that_of_merged_weights(
+    tiny: Tiny, adapters: dict[str, AdapterFolder], name: str
+) -> None:
+    merged = peft_model(tiny, adapters[name]).merge_and_unload()  # type: ignore[operator]
+    request = request_for("r", adapters[name], 12, 32)
+    result = run(make_engine(tiny.folder), [request])["r", 0]
+    assert result.token_ids == generate(merged, request.prompt_token_ids, 32)
+
+
+def _traffic(kind: str, names: list[str], count: int) -> list[str]:
+    rng = random.Random(count)
+    if kind == "identical":
+        return [names[1]] * count
+    if kind == "distinct":
+        return [names[i % len(names)] for i in range(count)]
+    weights = {"uniform": 0.0, "zipf": 1.0, "skewed": 3.0}[kind]
+    return rng.choices(names, [(i + 1) ** -weights for i in range(len(names))], k=count)
+
+
+@pytest.mark.parametrize("kind", ["identical", "distinct", "uniform", "zipf", "skewed"])
+@pytest.mark.parametrize("budget", [16, 64])
+def test_a_mixed_batch_equals_each_adapter_alone(
+    tiny: Tiny, adapters: dict[str, AdapterFolder], kind: str, budget: int
+) -> None:
+    everyone: dict[str, AdapterFolder | None] = {**adapters, "base": None}
+    chosen = _traffic(kind, list(everyone), 12)
+    requests = [request_for(f"r{i}", everyone[n], 2 + 3 * i) for i, n in enumerate(chosen)]
+    together = run(make_engine(tiny.folder, max_num_batched_tokens=budget), requests)
+    for request in requests:
+        alone = run(make_engine(tiny.folder), [request])
+        assert together[request.request_id, 0].token_ids == alone[request.request_id, 0].token_ids
+
+
+def test_adapters_come_and_go_where_only_two_fit(
+    tiny: Tiny, adapters: dict[str, AdapterFolder]
+) -> None:
+    largest = run(make_engine(tiny.folder), [request_for("r", adapters["large"], 4)])
+    assert largest
+    roomy = make_engine(tiny.folder)
+    requests = [
+        request_for(f"r{i}", adapters[name], 3 + i)
+        for i, name in enumerate(["everything", "rslora", "large", "patterns"] * 3)
+    ]
+    expected = {k: r.token_ids for k, r in run(roomy, requests).items()}
+    sizes = sorted(w.nbytes for w in (roomy.host.get(a) for a in roomy.stats.resident_adapters))
+    tight = make_engine(
+        tiny.folder,
+        adapter_memory_bytes=sizes[-1] + sizes[-2],
+        host_adapter_bytes=sizes[-1],
+        enable_prefix_caching=False,
+    )
+    assert {k: r.token_ids for k, r in run(tight, requests).items()} == expected
+    assert tight.scheduler.adapters.used_bytes <= sizes[-1] + sizes[-2]
+    assert tight.host.used_bytes <= sizes[-1]
+
+
+def test_new_weights_under_another_digest_never_reach_the_old_ones_cache(
+    tiny: Tiny, tmp_path: Path
+) -> None:
+    old = write_adapter(tiny.folder, tmp_path / "old", seed=1)
+    new = write_adapter(tiny.folder, tmp_path / "new", seed=2)
+    engine = make_engine(tiny.folder)
+    run(engine, [request_for("a", old, 30)])
+    served = run(engine, [request_for("b", new, 30)])["b", 0]
+    fresh = run(make_engine(tiny.folder), [request_for("b", new, 30)])["b", 0]
+    assert served.token_ids == fresh.token_ids
+    assert served.last is not None and served.last.metrics is not None
+    assert served.last.metrics.num_cached_tokens == 0
+
+
+def test_enormous_weights_disturb_only_their_own_rows(tiny: Tiny, tmp_path: Path) -> None:
+    """Their products overflow; multiplied by a zero mask they would be NaN in others' rows."""
+    adapter = write_adapter(tiny.folder, tmp_path / "huge", r=4)
+    weights = Path(adapter.path) / "adapter_model.safetensors"
+    scaled = {k: v * (1e30 if "lora_A" in k else 1e8) for k, v in load_file(weights).items()}
+    save_file(scaled, weights)
+    requests = [request_for("base", None, 5), request_for("huge", adapter, 5)]
+    results = run(make_engine(tiny.folder), requests)
+    expected = generate(tiny.reference, requests[0].prompt_token_ids, 16)
+    assert results["base", 0].token_ids == expected
+
+
+def test_while_one_adapter_loads_others_go_on_and_overtake_it(
+    tiny: Tiny, adapters: dict[str, AdapterFolder]
+) -> None:
+    engine = make_engine(tiny.folder)
+    run(engine, [request_for("warm", adapters["attention"], 4, 1)])
+    load, is_open = engine.host._load, False
+
+    def slow(adapter: AdapterFolder) -> object:
+        deadline = time.monotonic() + 60
+        while not is_open and time.monotonic() < deadline:
+            time.sleep(0.001)
+        return load(adapter)
+
+    engine.host._load = slow  # type: ignore[assignment]
+    engine.add_request(request_for("cold", adapters["large"], 4, 4))
+    engine.add_request(request_for("resident", adapters["attention"], 4, 4))
+    engine.add_request(request_for("base", None, 4, 4))
+    finished: list[str] = []
+    while len(finished) < 2:
+        finished += [o.request_id for o in engine.step() if o.finish_reason]
+    assert sorted(finished) == ["base", "resident"]
+    is_open = True
+    assert finish(engine)["cold", 0].token_ids
+
+
+def _drop_config(folder: Path) -> None:
+    (folder / "adapter_config.json").unlink()
+
+
+def _truncate(folder: Path) -> None:
+    path = folder / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize("damage", [_drop_config, _truncate])
+def test_a_damaged_adapter_ends_its_requests_with_the_reason(
+    tiny: Tiny, tmp_path: Path, damage: Callable[[Path], None]
+) -> None:
+    adapter = write_adapter(tiny.folder, tmp_path / "bad")
+    damage(tmp_path / "bad")
+    engine = make_engine(tiny.folder)
+    results = run(engine, [request_for("bad", adapter, 4), request_for("good", None, 4)])
+    last = results["bad", 0].last
+    assert last is not None and last.error is not None
+    assert last.error.kind == ADAPTER_INVALID and adapter.digest in last.error.message
+    assert results["good", 0].token_ids
+
+
+def test_an_adapter_of_another_base_is_refused(tiny: Tiny, tmp_path: Path) -> None:
+    other = write_tiny(tmp_path / "base", "llama", hidden_size=32)
+    adapter = write_adapter(other.folder, tmp_path / "adapter")
+    sites = make_engine(tiny.folder).runner.decoder.lora_sites
+    with pytest.raises(AdapterLoadError, match="do not fit a layer of 64 inputs"):
+        load_lora(adapter, sites, torch.float32)
+
+
+def test_an_adapter_larger_than_its_memory_is_refused(
+    tiny: Tiny, adapters: dict[str, AdapterFolder]
+) -> None:
+    engine = make_engine(tiny.folder, adapter_memory_bytes=1000)
+    last = run(engine, [request_for("r", adapters["large"], 4)])["r", 0].last
+    assert last is not None and last.error is not None
+    assert "adapter_memory_bytes is 1000" in last.error.message
+
+
+def test_phi3_adapters_target_the_fused_modules(tmp_path: Path) -> None:
+    tiny = write_tiny(tmp_path / "base", "phi3")
+    adapter = write_adapter(
+        tiny.folder, tmp_path / "a", r=4, target_modules=["qkv_proj", "gate_up_proj", "o_proj"]
+    )
+    request = request_for("r", adapter, 9, 24)
+    merged = peft_model(tiny, adapter).merge_and_unload()  # type: ignore[operator]
+    result = run(make_engine(tiny.folder), [request])["r", 0]
+    assert result.token_ids == generate(merged, request.prompt_token_ids, 24)
+
+
+def test_every_linear_module_is_covered(tiny: Tiny) -> None:
+    sites = make_engine(tiny.folder).runner.decoder.lora_sites
+    names = {part.module.rsplit(".", 1)[-1] for site in sites for part in site.slices}
+    assert names == set(ALL_LINEAR)
