@@ -111,7 +111,6 @@ def store_kv(k: Tensor, v: Tensor, kv_layer: Tensor, slot_mapping: Tensor) -> No
 
 # ==== Paged attention ====
 
-
 # q [X, Y, M, D], k and v [X, Y, L, D], additive mask or None, causal -> [X, Y, M, D]
 _Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None, bool], Tensor]
 
@@ -236,7 +235,7 @@ def _make_plan(
     dtype: torch.dtype, kv_layer: Tensor, attention: AttentionInputs, window: int | None
 ) -> _Plan:
     num_decodes = attention.num_decodes
-    groups = _similar(attention.context_lens[:num_decodes])
+    groups = _similar([_visible(n, window) for n in attention.context_lens[:num_decodes]])
     chunks = range(num_decodes, len(attention.context_lens))
     return _Plan(
         groups=tuple(_plan_group(g, dtype, kv_layer, attention, window) for g in groups),
@@ -265,20 +264,23 @@ def _plan_group(
     device = kv_layer.device
     members = sorted(members)
     lengths = [attention.context_lens[i] for i in members]
-    visible = lengths if window is None else [min(length, window) for length in lengths]
+    visible = [_visible(length, window) for length in lengths]
     ends = torch.tensor(lengths, device=device)[:, None]
     counts = torch.tensor(visible, device=device)[:, None]
     column = torch.arange(max(visible), device=device)
     positions = ends - counts + torch.minimum(column, counts - 1)  # padding: the last key again
     whole = len(members) == attention.num_decodes
     rows = slice(0, len(members)) if whole else torch.tensor(members, device=device)
+    ragged = min(visible) < max(visible)
     return _Group(
         rows=rows,
         kv_rows=_kv_rows(positions, attention.block_tables[rows], kv_layer),
-        mask=None
-        if min(visible) == max(visible)
-        else _additive(column < counts, dtype)[:, None, None],
+        mask=_additive(column < counts, dtype)[:, None, None] if ragged else None,
     )
+
+
+def _visible(length: int, window: int | None) -> int:
+    return length if window is None else min(length, window)
 
 
 def _plan_chunk(

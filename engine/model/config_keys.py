@@ -56,6 +56,12 @@ class ConfigKeys:
         self._taken.add(key)
         return self._raw.get(key, default)
 
+    def require(self, *keys: str) -> None:
+        """Refuses absence where a family's default has nothing to do with the other sizes."""
+        for key in keys:
+            if key not in self._raw:
+                raise self.error(key, REQUIRED, "there")
+
     def integer(self, key: str, default: Any = REQUIRED, low: int = 1) -> int:
         value = self.take(key, default)
         if type(value) is not int or value < low:

@@ -20,7 +20,6 @@ from engine.model.spec import ModelError, ModelSpec
 
 ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-ALL_SITES = ("qkv", "o", "gate_up", "down")
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,17 +100,19 @@ def _granite(config: ConfigKeys, max_model_len: int | None) -> ModelSpec:
 
 
 def _mistral(config: ConfigKeys, max_model_len: int | None) -> ModelSpec:
+    config.require("num_key_value_heads")
     window = config.optional_integer("sliding_window", 4096)
     return _spec(config, max_model_len, windows=[window] * _num_layers(config))
 
 
 def _qwen2(config: ConfigKeys, max_model_len: int | None) -> ModelSpec:
+    config.require("num_key_value_heads")
     windows = _windows_of_late_layers(config)
     return _spec(config, max_model_len, biased_sites=("qkv",), windows=windows)
 
 
 def _qwen3(config: ConfigKeys, max_model_len: int | None) -> ModelSpec:
-    config.integer("head_dim")  # not derived from the other sizes, so it must be there
+    config.require("head_dim", "num_key_value_heads")
     return _spec(
         config,
         max_model_len,
@@ -171,6 +172,7 @@ def _phi3(config: ConfigKeys, max_model_len: int | None) -> ModelSpec:
 
 
 def _gemma_facts(config: ConfigKeys) -> dict[str, Any]:
+    config.require("head_dim", "num_key_value_heads")
     return {
         "biased_sites": _attention_biases(config),
         "activation": config.text("hidden_activation", "gelu_pytorch_tanh"),

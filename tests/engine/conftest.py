@@ -1,0 +1,25 @@
+"""Tiny checkpoints, written once per session however many tests ask for them."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from tests.engine.tiny import Tiny
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> "Callable[..., Tiny]":
+    """tiny_model(model_type, **config changes) -> Tiny. Its folder must not be changed."""
+    from tests.engine.tiny import write_tiny  # seconds to import, so only for those who ask
+
+    made: dict[str, Tiny] = {}
+
+    def make(model_type: str = "llama", **changes: Any) -> "Tiny":
+        key = repr((model_type, sorted(changes.items())))
+        if key not in made:
+            made[key] = write_tiny(tmp_path_factory.mktemp(model_type), model_type, **changes)
+        return made[key]
+
+    return make
