@@ -29,6 +29,7 @@ from engine.messages import (
 MAX_FAILED_STARTS = 3
 RESTART_BACKOFF_S = 0.5
 CLOSE_TIMEOUT_S = 5.0
+SPIN_COUNT = "1000"  # a few microseconds
 
 OnFrame = Callable[[list[RequestOutput]], None]
 
@@ -246,6 +247,11 @@ async def _connect(client: EngineClient) -> _Connection:
 
 
 def _environment(config: EngineConfig) -> dict[str, str]:
-    """Threads as configured, not as the parent's scheduler (Ray sets OMP_NUM_THREADS) has them."""
+    """Threads as configured, not as the parent's scheduler (Ray sets OMP_NUM_THREADS) has them.
+
+    Threads that wait for each other spin only briefly: with OpenMP's default, a step takes several
+    times as long as soon as another process wants one of the cores, and Ray always does.
+    """
     threads = str(config.num_threads or os.cpu_count() or 1)
-    return {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+    ours = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+    return {"GOMP_SPINCOUNT": SPIN_COUNT, **os.environ, **ours}

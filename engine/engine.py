@@ -176,7 +176,7 @@ class Engine:
     ) -> list[RequestOutput]:
         by_key: dict[tuple[str, int], RowOutput] = {}
         for scheduled, row in zip(batch.requests, rows, strict=True):
-            key = (scheduled.request_id, scheduled.index)
+            key = (scheduled.request_id, scheduled.choice)
             by_key[key] = row
             if row.prompt_logprobs:
                 known = self._prompt_logprobs.setdefault(key, {})

@@ -109,7 +109,7 @@ def _draw(row: torch.Tensor, request: ScheduledRequest) -> int:
     sampling = request.sampling
     row = row / sampling.temperature
     _filter(row, sampling)
-    return gumbel_argmax(row, sampling.seed + request.index, request.end)
+    return gumbel_argmax(row, sampling.seed + request.choice, request.end)
 
 
 def _filter(row: torch.Tensor, sampling: SamplingParams) -> None:

@@ -83,22 +83,30 @@ class BlockManager:
     def grow(self, table: list[int], num_tokens: int) -> bool:
         """Append blocks until `table` covers `num_tokens`; False and no change if blocks lack."""
         missing = self.blocks_for(num_tokens) - len(table)
+        if missing <= 0:
+            return True
         if missing > self.num_available:
             return False
         table.extend(self._take() for _ in range(missing))
         return True
 
-    def num_frozen(self, table: Sequence[int], start: int, end: int) -> int:
-        """Blocks that `make_writable` would have to copy."""
-        return len(self._frozen(table, start, end))
+    def frozen(self, table: Sequence[int], start: int, end: int) -> list[int]:
+        """Indexes into `table` of the blocks under positions [start, end) that others may read."""
+        first, last = start // self.block_size, min(self.blocks_for(end), len(table))
+        references, hashes = self._references, self._hashes
+        return [
+            i
+            for i in range(first, last)
+            if references[table[i]] > 1 or hashes[table[i]] is not None
+        ]
 
-    def make_writable(self, table: list[int], start: int, end: int) -> list[tuple[int, int]]:
-        """Replace shared or published blocks under positions [start, end) by private copies.
+    def make_private(self, table: list[int], frozen: Iterable[int]) -> list[tuple[int, int]]:
+        """Replace these blocks of the table by new ones; as many must be available.
 
-        Returns the (source, destination) copies to make. `num_frozen` blocks must be available.
+        Returns the (source, destination) copies to make before anything is written.
         """
         copies: list[tuple[int, int]] = []
-        for i in self._frozen(table, start, end):
+        for i in frozen:
             source, table[i] = table[i], self._take()
             copies.append((source, table[i]))
             self._drop(source)
@@ -131,15 +139,6 @@ class BlockManager:
         assert all(self._hashes[b] is not None for b in cached), "a cached block has no content"
         known = {h: b for b, h in enumerate(self._hashes) if h is not None}
         assert known == self._by_hash, "the hash table differs from the blocks' hashes"
-
-    def _frozen(self, table: Sequence[int], start: int, end: int) -> list[int]:
-        """Indexes into `table` of the blocks under [start, end) that others may read."""
-        covered = range(start // self.block_size, min(self.blocks_for(end), len(table)))
-        return [
-            i
-            for i in covered
-            if self._references[table[i]] > 1 or self._hashes[table[i]] is not None
-        ]
 
     def _take(self) -> int:
         if self._free:

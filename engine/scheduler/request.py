@@ -147,5 +147,6 @@ class Request:
     def token_ids(self, start: int, end: int) -> list[int]:
         """Prompt and output as one sequence, [start, end)."""
         n = len(self.prompt_token_ids)
-        prompt = self.prompt_token_ids[start : min(end, n)]
-        return [*prompt, *self.output_token_ids[max(start - n, 0) : max(end - n, 0)]]
+        if start >= n:  # a decode, nearly always
+            return self.output_token_ids[start - n : end - n]
+        return [*self.prompt_token_ids[start:end], *self.output_token_ids[: max(end - n, 0)]]

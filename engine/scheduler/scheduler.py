@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from engine.scheduler.adapter_slots import AdapterSlots
 from engine.scheduler.batch import ScheduledBatch, ScheduledRequest
 from engine.scheduler.block_manager import BlockManager, block_hash, scope_hash
-from engine.scheduler.request import FinishReason, Request, RequestStatus
+from engine.scheduler.request import FinishReason, Request, RequestStatus, SamplingParams
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +107,7 @@ class Scheduler:
         """Take each request's sampled tokens (none for an unfinished prompt), in batch order."""
         progress: list[Progress] = []
         for scheduled, token_ids in zip(batch.requests, sampled, strict=True):
-            request = self._by_key.get((scheduled.request_id, scheduled.index))
+            request = self._by_key.get((scheduled.request_id, scheduled.choice))
             if request is None or request.status is not RequestStatus.RUNNING:
                 continue
             self._publish_blocks(request)
@@ -120,7 +120,7 @@ class Scheduler:
         """The step raised: end its requests; adapters that it was to load are not resident."""
         ended: list[Request] = []
         for scheduled in batch.requests:
-            ended += self.end_with_error((scheduled.request_id, scheduled.index))
+            ended += self.end_with_error((scheduled.request_id, scheduled.choice))
         for _, digest in batch.adapter_loads:
             self.adapters.discard(digest)
         return ended
@@ -195,13 +195,15 @@ class Scheduler:
 
     def _allocate(self, request: Request, count: int, step: "_Step") -> bool:
         """Private blocks for `count` more tokens; False and no change if there are too few."""
-        table, start = request.block_table, request.num_computed_tokens
+        blocks, table, start = self.blocks, request.block_table, request.num_computed_tokens
         end = start + count
-        missing = self.blocks.blocks_for(end) - len(table)
-        if missing + self.blocks.num_frozen(table, start, end) > self.blocks.num_available:
-            return False
-        step.block_copies += self.blocks.make_writable(table, start, end)
-        return self.blocks.grow(table, end)
+        missing = blocks.blocks_for(end) - len(table)
+        frozen = blocks.frozen(table, start, end)
+        if missing + len(frozen) > 0:
+            if missing + len(frozen) > blocks.num_available:
+                return False
+            step.block_copies += blocks.make_private(table, frozen)
+        return blocks.grow(table, end)
 
     def _preempt(self, request: Request) -> None:
         self.num_preemptions += 1
@@ -275,10 +277,8 @@ class Scheduler:
 
     def _end_of(self, request: Request, token_id: int) -> FinishReason | None:
         sampling, num_outputs = request.sampling, len(request.output_token_ids)
-        if num_outputs >= sampling.min_tokens:
-            is_eos = token_id in self.limits.eos_token_ids and not sampling.ignore_eos
-            if is_eos or token_id in sampling.stop_token_ids:
-                return FinishReason.STOP
+        if num_outputs >= sampling.min_tokens and token_id in self._end_tokens(sampling):
+            return FinishReason.STOP
         if num_outputs >= sampling.max_tokens or request.num_tokens >= self.limits.max_model_len:
             return FinishReason.LENGTH
         return None
@@ -322,36 +322,38 @@ class Scheduler:
 
     def _to_scheduled(self, request: Request, count: int) -> ScheduledRequest:
         start = request.num_computed_tokens
-        end = start + count
-        request.num_computed_tokens = end
-        sampling, num_prompt = request.sampling, request.num_prompt_tokens
-        targets = None
-        if sampling.prompt_logprobs is not None and start < num_prompt - 1:
-            targets = request.token_ids(start + 1, min(end + 1, num_prompt))
+        end = request.num_computed_tokens = start + count
+        sampling, adapter = request.sampling, request.scope.adapter
+        num_outputs = len(request.output_token_ids)
+        history = None
+        if sampling.uses_penalties:
+            history = (list(request.prompt_token_ids), list(request.output_token_ids))
         return ScheduledRequest(
             request_id=request.request_id,
-            index=request.index,
+            choice=request.index,
             token_ids=request.token_ids(start, end),
             start=start,
             block_table=tuple(request.block_table),
-            adapter_slot=self.adapters.slot(request.adapter) if request.adapter else 0,
+            adapter_slot=self.adapters.slot(adapter) if adapter else 0,
             sampling=sampling,
             samples=end == request.num_tokens,
-            forbidden_token_ids=self._forbidden(request),
-            history=(
-                (list(request.prompt_token_ids), list(request.output_token_ids))
-                if sampling.uses_penalties
-                else None
+            forbidden_token_ids=(
+                self._end_tokens(sampling) if num_outputs + 1 < sampling.min_tokens else ()
             ),
-            prompt_targets=targets,
+            history=history,
+            prompt_targets=_prompt_targets(request, start, end),
         )
 
-    def _forbidden(self, request: Request) -> tuple[int, ...]:
-        sampling = request.sampling
-        if len(request.output_token_ids) + 1 >= sampling.min_tokens:
-            return ()
+    def _end_tokens(self, sampling: SamplingParams) -> tuple[int, ...]:
         eos = () if sampling.ignore_eos else self.limits.eos_token_ids
         return (*eos, *sampling.stop_token_ids)
+
+
+def _prompt_targets(request: Request, start: int, end: int) -> list[int] | None:
+    """The tokens that follow positions [start, end) within the prompt, where they are scored."""
+    if request.sampling.prompt_logprobs is None or start >= request.num_prompt_tokens - 1:
+        return None
+    return request.token_ids(start + 1, min(end + 1, request.num_prompt_tokens))
 
 
 class _Step:

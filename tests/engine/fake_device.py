@@ -58,7 +58,7 @@ class FakeDevice:
             self.kv[self._slot(request, position)] = (adapter, known)
         for position in range(request.end):  # what attention would read
             assert self.kv[self._slot(request, position)] == (adapter, known[: position + 1])
-        salt = request.sampling.seed + request.index
+        salt = request.sampling.seed + request.choice
         return [next_token(adapter, known, salt)] if request.samples else []
 
     def _slot(self, request: ScheduledRequest, position: int) -> tuple[int, int]:

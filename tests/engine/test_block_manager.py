@@ -51,11 +51,11 @@ class Blocks(RuleBasedStateMachine):
         table, tokens = self._pick(data)
         start, end = len(tokens), len(tokens) + len(extra)
         before = list(table)
-        needed = self.manager.blocks_for(end) - len(table)
-        needed += self.manager.num_frozen(table, start, end)
+        frozen = self.manager.frozen(table, start, end)
+        needed = self.manager.blocks_for(end) - len(table) + len(frozen)
         if needed > self.manager.num_available:
             return
-        copies = self.manager.make_writable(table, start, end)
+        copies = self.manager.make_private(table, frozen)
         assert self.manager.grow(table, end)
         assert [old for old, new in zip(before, table, strict=False) if old != new] == [
             source for source, _ in copies
@@ -85,7 +85,7 @@ class Blocks(RuleBasedStateMachine):
     def nobody_writes_where_another_reads(self) -> None:
         for table, tokens in zip(self.tables, self.tokens, strict=True):
             start = len(tokens)
-            if self.manager.num_frozen(table, start, start + 1):
+            if self.manager.frozen(table, start, start + 1):
                 continue  # would be copied first
             last = table[start // BLOCK :][:1]
             others = [b for t in self.tables if t is not table for b in t]

@@ -1,0 +1,38 @@
+"""How fast this machine reads memory and multiplies matrices, measured in about two seconds.
+
+The best of many tries: what the hardware can do, not what a busy moment lets it.
+"""
+
+import time
+from collections.abc import Callable
+
+import torch
+
+from engine.plan_arithmetic import Machine
+
+READ_BYTES = 2**28  # far larger than any cache
+MATRIX_SIZE = {"cpu": 1024, "cuda": 8192}
+PERIOD_S = 0.8
+
+
+def measure(device: torch.device, dtype: torch.dtype) -> Machine:
+    """Reads with a sum over a large tensor; multiplies square matrices of `dtype`."""
+    cells = torch.zeros(READ_BYTES // 4, dtype=torch.float32, device=device)
+    n = MATRIX_SIZE[device.type]
+    left, right = (torch.ones(n, n, dtype=dtype, device=device) for _ in range(2))
+    read_s = _best_s(lambda: cells.sum(), device)
+    multiply_s = _best_s(lambda: left @ right, device)
+    name = f"{torch.get_num_threads()} CPU threads" if device.type == "cpu" else "the GPU"
+    return Machine(READ_BYTES / read_s, 2 * n**3 / multiply_s, f"measured here, on {name}")
+
+
+def _best_s(work: Callable[[], torch.Tensor], device: torch.device) -> float:
+    work()  # the first call sets things up
+    best, deadline = float("inf"), time.perf_counter() + PERIOD_S
+    while time.perf_counter() < deadline:
+        start = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return best

@@ -1,0 +1,93 @@
+"""The plan as a picture: how memory divides, and the step floor against the batch.
+
+Needs matplotlib, which nothing else here does.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from engine.plan_arithmetic import (
+    Load,
+    Machine,
+    ModelSize,
+    adapter_bytes,
+    kv_bytes,
+    largest_batch,
+    own_format,
+    step_floor,
+    weight_bytes,
+)
+
+SUFFIXES = (".svg", ".png")
+MAX_BATCH = 128
+BAR_ADAPTERS = (0, 8, 32, 128)
+COLOURS = {"weights": "#4c5c7a", "adapters": "#e0874f", "KV cache": "#7fb3a6", "free": "#e8e8e8"}
+
+
+def draw(size: ModelSize, load: Load, machine: Machine, path: Path) -> None:
+    """Raises ImportError without matplotlib, OSError where the file cannot be written."""
+    if path.suffix not in SUFFIXES:
+        raise OSError(f"{path}: a picture's name must end in one of {', '.join(SUFFIXES)}")
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ImportError("--picture needs matplotlib: pip install matplotlib") from error
+    matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "plan"  # the same plan gives the same file
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    _draw_memory(left, size, load)
+    _draw_floor(right, size, load, machine)
+    metadata = {"Date": None} if path.suffix == ".svg" else None
+    figure.savefig(path, dpi=150, metadata=metadata)
+    pyplot.close(figure)
+
+
+def memory_shares(size: ModelSize, load: Load, num_adapters: int) -> dict[str, int]:
+    """Bytes by use when as many sequences run as fit; they add up to the memory."""
+    form = own_format(size)
+    num_sequences = largest_batch(size, form, load, num_adapters)
+    shares = {
+        "weights": weight_bytes(size, form),
+        "adapters": num_adapters * adapter_bytes(size, form.dtype, load.lora_rank),
+        "KV cache": num_sequences * kv_bytes(size, form.dtype, load.context, load.block_size),
+    }
+    return shares | {"free": load.memory_bytes - sum(shares.values())}
+
+
+def _draw_memory(axes: Any, size: ModelSize, load: Load) -> None:
+    labels: list[str] = []
+    for row, count in enumerate(BAR_ADAPTERS):
+        start = 0.0
+        for name, nbytes in memory_shares(size, load, count).items():
+            width = max(nbytes, 0) / 2**30
+            axes.barh(row, width, left=start, color=COLOURS[name], label=name if not row else None)
+            start += width
+        num_sequences = largest_batch(size, own_format(size), load, count)
+        labels.append(f"{count} adapters\n{num_sequences:,} sequences")
+    axes.set_yticks(range(len(labels)), labels)
+    axes.invert_yaxis()
+    axes.axvline(load.memory_bytes / 2**30, color="black", linewidth=1)
+    axes.set_xlabel("GiB")
+    axes.set_title(f"Memory at {load.context} tokens, adapters of rank {load.lora_rank}")
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, -0.36), ncols=4, frameon=False)
+
+
+def _draw_floor(axes: Any, size: ModelSize, load: Load, machine: Machine) -> None:
+    batches = range(1, MAX_BATCH + 1)
+    for name, style, count in (
+        ("an adapter for each", "-", None),
+        ("one adapter", "--", 1),
+        ("base model", ":", 0),
+    ):
+        floors = [
+            step_floor(size, load, machine, b, b if count is None else count) for b in batches
+        ]
+        axes.plot(batches, [1e3 * f.step_s for f in floors], style, color="#4c5c7a", label=name)
+    axes.set_xlabel("batch")
+    axes.set_ylabel("ms per step, at least")
+    axes.set_ylim(bottom=0)
+    rates = f"{machine.bytes_per_s / 1e9:.0f} GB/s, {machine.flops_per_s / 1e12:.2g} TFLOP/s"
+    axes.set_title(f"Decode step floor at {rates}")
+    axes.legend(frameon=False)
