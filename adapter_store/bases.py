@@ -1,0 +1,130 @@
+"""A base model as adapters see it: its fingerprint, and the shapes of the modules they may change.
+
+Reads only config.json and safetensors files. Knows no architecture.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from adapter_store.errors import BaseInvalid, StoreCorrupt
+from adapter_store.object_store import OnBytes
+from adapter_store.safetensors_file import hash_file, read_header
+
+CONFIG_NAME = "config.json"
+WEIGHTS_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+HASHES_NAME = "file-hashes.json"
+_PROVENANCE_KEYS = ("_name_or_path", "transformers_version")  # say nothing about what it computes
+_MODULE = re.compile(
+    r"(?P<module>(?:.+\.)?layers\.\d+\.(?:self_attn|mlp)\.(?:.+\.)?\w*_proj)\.weight"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class BaseModel:
+    """`modules` maps a module's path to (out_features, in_features)."""
+
+    fingerprint: str
+    modules: Mapping[str, tuple[int, int]]
+
+    def to_json(self) -> bytes:
+        data = {"fingerprint": self.fingerprint, "modules": dict(self.modules)}
+        return json.dumps(data, indent=1, sort_keys=True).encode()
+
+
+def describe_base(model_folder: Path, cache_dir: Path, on_bytes: OnBytes) -> BaseModel:
+    """Hash a model folder and list its modules.
+
+    Hashes of files that did not change since the last call come from a file in `cache_dir`;
+    `on_bytes` hears of every byte that is hashed.
+    """
+    try:
+        config = _read_config(model_folder)
+        paths = weight_files(model_folder)
+        modules = _modules(paths)
+        hashes = _hash_files(paths, cache_dir / HASHES_NAME, on_bytes)
+    except (OSError, ValueError, AttributeError) as error:
+        raise BaseInvalid(f"{model_folder} is not a usable model folder: {error}") from error
+    parts = {"config": config, "files": hashes}
+    fingerprint = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    return BaseModel(fingerprint, modules)
+
+
+def parse_base(raw: bytes, fingerprint: str) -> BaseModel:
+    try:
+        data: dict[str, Any] = json.loads(raw)
+        modules = {name: (int(out), int(in_)) for name, (out, in_) in data["modules"].items()}
+        base = BaseModel(str(data["fingerprint"]), modules)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise StoreCorrupt(
+            f"the description of base {fingerprint} is damaged: {error!r}"
+        ) from error
+    if base.fingerprint != fingerprint:
+        raise StoreCorrupt(f"the description of base {fingerprint} is {base.fingerprint}'s")
+    return base
+
+
+def weight_files(model_folder: Path) -> list[Path]:
+    """The safetensors files of a model, sharded or not, in the order of their names."""
+    whole = model_folder / WEIGHTS_NAME
+    index = model_folder / INDEX_NAME
+    if whole.is_file() or not index.is_file():
+        return [whole]
+    weight_map: dict[str, Any] = json.loads(index.read_bytes()).get("weight_map", {})
+    names = sorted({str(name) for name in weight_map.values()})
+    if strange := [name for name in names if name != Path(name).name]:
+        raise ValueError(f"{INDEX_NAME} names {strange[0]!r}, which is not in the folder")
+    return [model_folder / name for name in names]
+
+
+def _read_config(model_folder: Path) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads((model_folder / CONFIG_NAME).read_bytes())
+    return {key: value for key, value in config.items() if key not in _PROVENANCE_KEYS}
+
+
+def _modules(paths: list[Path]) -> dict[str, tuple[int, int]]:
+    modules: dict[str, tuple[int, int]] = {}
+    for path in paths:
+        for name, tensor in read_header(path).items():
+            match = _MODULE.fullmatch(name)
+            if match and len(tensor.shape) == 2:
+                modules[match["module"]] = (tensor.shape[0], tensor.shape[1])
+    if not modules:
+        raise ValueError("it has no layers.N.(self_attn|mlp).*_proj.weight matrix")
+    return dict(sorted(modules.items()))
+
+
+def _hash_files(paths: list[Path], cache: Path, on_bytes: OnBytes) -> dict[str, str]:
+    known = _read_cache(cache)
+    fresh: dict[str, str] = {}
+    hashes: dict[str, str] = {}
+    for path in paths:
+        stat = path.stat()
+        key = f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}"
+        if key not in known:
+            known[key] = fresh[key] = hash_file(path, on_bytes)
+        hashes[path.name] = known[key]
+    if fresh:
+        _write_cache(cache, known)
+    return hashes
+
+
+def _read_cache(cache: Path) -> dict[str, str]:
+    """Only a shortcut: a damaged cache is the same as none."""
+    try:
+        data: dict[str, Any] = json.loads(cache.read_bytes())
+        return {str(key): str(value) for key, value in data.items()}
+    except (OSError, ValueError, AttributeError):
+        return {}
+
+
+def _write_cache(cache: Path, hashes: dict[str, str]) -> None:
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    draft = cache.with_name(f"{cache.name}.{hashlib.sha256(str(hashes).encode()).hexdigest()[:16]}")
+    draft.write_text(json.dumps(hashes, indent=1, sort_keys=True))
+    draft.replace(cache)

@@ -1,0 +1,174 @@
+"""The registry's state: what all records of the log add up to. No I/O, no clock, no locks.
+
+Invariant: the state depends on the sequence of records alone, so every process that has read as
+far has the same one. A record that does not follow from the state is refused, never guessed at.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from adapter_store.errors import AdapterNotFound, InvalidName, StoreCorrupt
+from adapter_store.names import LATEST, AdapterRecord, AdapterRef, check_alias, split_name
+
+
+@dataclass(slots=True)
+class Version:
+    digest: str
+    base: str
+    lora_rank: int
+    nbytes: int
+    published_s: float
+    is_retired: bool = False
+
+
+@dataclass(slots=True)
+class Adapter:
+    """Version n is versions[n - 1]."""
+
+    versions: list[Version] = field(default_factory=list[Version])
+    aliases: dict[str, int] = field(default_factory=dict[str, int])
+
+    def latest(self, base: str | None) -> int | None:
+        for version in range(len(self.versions), 0, -1):
+            if self.is_live(version) and base in (None, self.versions[version - 1].base):
+                return version
+        return None
+
+    def is_live(self, version: int) -> bool:
+        return 1 <= version <= len(self.versions) and not self.versions[version - 1].is_retired
+
+
+class Catalog:
+    """Adapters by (tenant, name), after `num_records` records."""
+
+    def __init__(self) -> None:
+        self.num_records = 0
+        self._adapters: dict[tuple[str, str], Adapter] = {}
+
+    # ---- reading -------------------------------------------------------------------------------
+
+    def resolve(self, tenant: str, full_name: str, base: str | None = None) -> AdapterRef:
+        """The live version meant by name[@version|alias]; `latest` is the latest for this base."""
+        name, selector = split_name(full_name)
+        adapter = self._adapters.get((tenant, name))
+        if adapter is None:
+            raise AdapterNotFound(f"tenant {tenant} has no adapter {name!r}")
+        version = self._select(adapter, selector, base)
+        if version is None or not adapter.is_live(version):
+            suffix = f" for base {base}" if base is not None else ""
+            raise AdapterNotFound(f"tenant {tenant} has no live adapter {full_name!r}{suffix}")
+        found = adapter.versions[version - 1]
+        if base not in (None, found.base):
+            raise AdapterNotFound(
+                f"{full_name!r} is an adapter of base {found.base}, not of {base}"
+            )
+        return AdapterRef(tenant, name, version, found.digest, found.base)
+
+    def list(self, tenant: str | None = None) -> Iterable[AdapterRecord]:
+        """Live versions in the order of tenant, name and version."""
+        for (owner, name), adapter in sorted(self._adapters.items()):
+            if tenant not in (None, owner):
+                continue
+            latest = adapter.latest(None)
+            for version, entry in enumerate(adapter.versions, start=1):
+                if entry.is_retired:
+                    continue
+                aliases = sorted(a for a, target in adapter.aliases.items() if target == version)
+                yield AdapterRecord(
+                    tenant=owner,
+                    name=name,
+                    version=version,
+                    digest=entry.digest,
+                    base=entry.base,
+                    lora_rank=entry.lora_rank,
+                    nbytes=entry.nbytes,
+                    published_s=entry.published_s,
+                    aliases=(LATEST, *aliases) if version == latest else tuple(aliases),
+                )
+
+    def find_digest(self, tenant: str, name: str, digest: str) -> int | None:
+        """The live version of this name with this content, the latest if there are several."""
+        adapter = self._adapters.get((tenant, name), Adapter())
+        for version in range(len(adapter.versions), 0, -1):
+            if adapter.is_live(version) and adapter.versions[version - 1].digest == digest:
+                return version
+        return None
+
+    def latest(self, tenant: str, name: str, base: str) -> int | None:
+        return self._adapters.get((tenant, name), Adapter()).latest(base)
+
+    def num_versions(self, tenant: str, name: str) -> int:
+        return len(self._adapters.get((tenant, name), Adapter()).versions)
+
+    def live_versions(self, tenant: str, name: str) -> tuple[int, ...]:
+        versions = range(1, self.num_versions(tenant, name) + 1)
+        return tuple(v for v in versions if self._adapters[tenant, name].is_live(v))
+
+    # ---- writing -------------------------------------------------------------------------------
+
+    def apply(self, record: Mapping[str, Any]) -> None:
+        """Take the next record of the log into account."""
+        number = self.num_records + 1
+        try:
+            {"publish": self._publish, "alias": self._alias, "retire": self._retire}[
+                record["kind"]
+            ](record)
+        except (AttributeError, KeyError, TypeError, ValueError, InvalidName) as error:
+            raise StoreCorrupt(f"log record {number} does not make sense: {error!r}") from error
+        self.num_records = number
+
+    def to_data(self) -> dict[str, Any]:
+        """Everything as JSON values: the content of a snapshot."""
+        adapters = [
+            {"tenant": tenant, "name": name, **asdict(adapter)}
+            for (tenant, name), adapter in sorted(self._adapters.items())
+        ]
+        return {"format": 1, "num_records": self.num_records, "adapters": adapters}
+
+    @classmethod
+    def from_data(cls, data: Mapping[str, Any]) -> "Catalog":
+        """The inverse of to_data; KeyError, TypeError or ValueError if it is not that."""
+        if data["format"] != 1:
+            raise ValueError(f"format {data['format']!r} is not 1")
+        catalog = cls()
+        catalog.num_records = int(data["num_records"])
+        for entry in data["adapters"]:
+            versions = [Version(**version) for version in entry["versions"]]
+            adapter = Adapter(versions, dict(entry["aliases"]))
+            catalog._adapters[entry["tenant"], entry["name"]] = adapter
+        return catalog
+
+    def _publish(self, record: Mapping[str, Any]) -> None:
+        key = (str(record["tenant"]), str(record["name"]))
+        version = Version(
+            digest=str(record["digest"]),
+            base=str(record["base"]),
+            lora_rank=int(record["lora_rank"]),
+            nbytes=int(record["nbytes"]),
+            published_s=float(record["published_s"]),
+        )
+        if record["version"] != self.num_versions(*key) + 1:
+            raise ValueError(f"version {record['version']} does not follow")
+        self._adapters.setdefault(key, Adapter()).versions.append(version)
+
+    def _alias(self, record: Mapping[str, Any]) -> None:
+        adapter = self._adapters[record["tenant"], record["name"]]
+        if not adapter.is_live(record["version"]):
+            raise ValueError(f"version {record['version']} is not live")
+        adapter.aliases[check_alias(record["alias"])] = record["version"]
+
+    def _retire(self, record: Mapping[str, Any]) -> None:
+        adapter = self._adapters[record["tenant"], record["name"]]
+        if not all(adapter.is_live(version) for version in record["versions"]):
+            raise ValueError(f"not all of the versions {record['versions']} are live")
+        for version in record["versions"]:
+            adapter.versions[version - 1].is_retired = True
+
+    @staticmethod
+    def _select(adapter: Adapter, selector: int | str, base: str | None) -> int | None:
+        if isinstance(selector, int):
+            return selector
+        if selector == LATEST:
+            return adapter.latest(base)
+        return adapter.aliases.get(selector)

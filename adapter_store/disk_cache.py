@@ -1,0 +1,307 @@
+"""Adapters on local disk: a folder per digest, verified, bounded in bytes, least recent out first.
+
+The folders are the whole state: a folder that is visible is complete, its modification time is
+its last use, so a restart forgets nothing and processes may share the cache.
+
+    <root>/<digest>/                    a verified adapter
+    <root>/.partial/<digest>.<nbytes>/  a download, with the bytes reserved for it
+    <root>/.partial/trash.<id>/         being deleted
+    <root>/.locks/<digest>.pin          shared lock while pinned, exclusive while evicted
+    <root>/.locks/<digest>.fetch        exclusive lock of the one process that downloads it
+    <root>/.locks/room                  exclusive lock while room is made and reserved
+
+Knows no names and no object store: `fetch` brings one file of the adapter.
+"""
+
+import os
+import shutil
+import threading
+import time
+import uuid
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from adapter_store.errors import AdapterTooLarge, CacheFull, StoreCorrupt
+from adapter_store.file_lock import FileLock
+from adapter_store.manifest import MANIFEST_NAME, AdapterManifest, is_digest, parse_manifest
+from adapter_store.safetensors_file import hash_file
+
+Fetch = Callable[[str, Path], object]  # (file name, destination): write that file there
+
+
+@dataclass(slots=True)
+class _Pin:
+    count: int
+    lock: FileLock
+
+
+class DiskCache:
+    """Thread-safe. A folder stays only as long as it is pinned, so pin before you `ensure`."""
+
+    def __init__(
+        self, root: Path, max_bytes: int, clock_ns: Callable[[], int] = time.time_ns
+    ) -> None:
+        if max_bytes < 1:
+            raise ValueError(f"max_bytes={max_bytes} must be at least 1")
+        self._root = root
+        self._max_bytes = max_bytes
+        self._clock_ns = clock_ns
+        self._partial = root / ".partial"
+        self._locks = root / ".locks"
+        self._pin_lock = threading.Lock()  # over _pins; never taken while a file lock is held
+        self._pins: dict[str, _Pin] = {}
+        self._lock = threading.Lock()  # over the two below; nothing waits while holding it
+        self._verified: set[str] = set()  # digests whose files this process has hashed
+        self._opening: dict[str, threading.Lock] = {}
+        self._partial.mkdir(parents=True, exist_ok=True)
+        self._locks.mkdir(exist_ok=True)
+        self._remove_leftovers()
+        with self._room_lock():
+            self._evict_for(0)
+
+    # ---- pins ----------------------------------------------------------------------------------
+
+    def pin(self, digest: str) -> None:
+        """Forbid eviction, whether or not the adapter is here yet. Pins count."""
+        _check_digest(digest)
+        with self._pin_lock:
+            if digest in self._pins:
+                self._pins[digest].count += 1
+                return
+            lock = FileLock.acquire(self._locks / f"{digest}.pin", shared=True)
+            assert lock is not None
+            self._pins[digest] = _Pin(1, lock)
+
+    def unpin(self, digest: str) -> None:
+        with self._pin_lock:
+            if digest not in self._pins:
+                raise ValueError(f"{digest} is not pinned")
+            pin = self._pins[digest]
+            pin.count -= 1
+            if not pin.count:
+                del self._pins[digest]
+                pin.lock.release()
+
+    @contextmanager
+    def pinned(self, digest: str) -> Generator[None, None, None]:
+        self.pin(digest)
+        try:
+            yield
+        finally:
+            self.unpin(digest)
+
+    # ---- content -------------------------------------------------------------------------------
+
+    def ensure(self, digest: str, fetch: Fetch) -> Path:
+        """The adapter's folder, after at most one download however many callers ask.
+
+        The first time in a process the files are hashed, and fetched again if they are damaged.
+        AdapterTooLarge, CacheFull, StoreCorrupt, or what `fetch` raises: then it is not here, and
+        others may have been evicted in vain.
+        """
+        folder = self._folder(digest)
+        if digest in self._verified and self._touch(folder):
+            return folder
+        with self._opening_lock(digest):
+            if digest in self._verified and self._touch(folder):
+                return folder
+            self._open(digest, folder, fetch)
+            with self._lock:
+                self._verified.add(digest)
+        return folder
+
+    def contains(self, digest: str) -> bool:
+        return self._folder(digest).is_dir()
+
+    def digests(self) -> list[str]:
+        """What is here, the least recently used first."""
+        used = [(_used_ns(self._root / name), name) for name in os.listdir(self._root)]
+        return [name for used_ns, name in sorted(used) if is_digest(name) and used_ns]
+
+    def evict(self, digest: str) -> bool:
+        """Remove an adapter; False, and nothing removed, if it is absent or pinned by anybody."""
+        folder = self._folder(digest)
+        lock = FileLock.acquire(self._locks / f"{digest}.pin", wait=False)
+        if lock is None:
+            return False
+        try:
+            trash = self._discard(folder)
+        finally:
+            lock.release()
+        if trash is None:
+            return False
+        shutil.rmtree(trash, ignore_errors=True)
+        return True
+
+    def check_integrity(self) -> None:
+        """Assert the invariants; only between operations."""
+        used = 0
+        for digest in self.digests():
+            folder = self._root / digest
+            manifest = parse_manifest((folder / MANIFEST_NAME).read_bytes(), digest)
+            names = sorted(path.name for path in folder.iterdir())
+            assert names == sorted([*manifest.files, MANIFEST_NAME]), f"{digest} holds {names}"
+            used += _size(folder)
+        assert used <= self._max_bytes, f"{used} bytes used of {self._max_bytes}"
+        assert not list(self._partial.iterdir()), "a download was left over"
+        assert all(pin.count > 0 for pin in self._pins.values()), "a pin with no holder"
+        held = sorted(path.name for path in self._locks.iterdir())
+        assert set(held) >= {f"{digest}.pin" for digest in self._pins}, "a pin without its lock"
+
+    # ---- download ------------------------------------------------------------------------------
+
+    def _open(self, digest: str, folder: Path, fetch: Fetch) -> None:
+        lock = FileLock.acquire(self._locks / f"{digest}.fetch")
+        assert lock is not None
+        try:
+            if folder.is_dir():
+                if not _damage(folder, digest) and self._touch(folder):
+                    return
+                if trash := self._discard(folder):
+                    shutil.rmtree(trash, ignore_errors=True)
+            self._download(digest, folder, fetch)
+        finally:
+            lock.release()
+
+    def _download(self, digest: str, folder: Path, fetch: Fetch) -> None:
+        for leftover in self._partial.glob(f"{digest}.*"):  # of a crash: the lock is ours now
+            shutil.rmtree(leftover)
+        draft = self._partial / f"{digest}.0"
+        draft.mkdir()
+        try:
+            fetch(MANIFEST_NAME, draft / MANIFEST_NAME)
+            raw = (draft / MANIFEST_NAME).read_bytes()
+            manifest = parse_manifest(raw, digest)
+            draft = self._reserve(digest, draft, manifest.nbytes + len(raw))
+            for name in manifest.files:
+                fetch(name, draft / name)
+            if problem := _damage(draft, digest):
+                raise StoreCorrupt(f"the download of {digest} is damaged: {problem}")
+            self._touch(draft)
+            with self._room_lock():  # so that nobody counts it twice, or not at all
+                draft.rename(folder)
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
+
+    def _reserve(self, digest: str, draft: Path, nbytes: int) -> Path:
+        """Make room and give the draft the name that reserves it."""
+        if nbytes > self._max_bytes:
+            raise AdapterTooLarge(
+                f"adapter {digest} has {nbytes} bytes, the disk cache holds {self._max_bytes}"
+            )
+        with self._room_lock():
+            free = self._evict_for(nbytes)
+            if free < nbytes:
+                raise CacheFull(
+                    f"no room for the {nbytes} bytes of adapter {digest}: of {self._max_bytes}, "
+                    f"{self._max_bytes - free} are pinned or being downloaded"
+                )
+            return draft.rename(self._partial / f"{digest}.{nbytes}")
+
+    def _evict_for(self, nbytes: int) -> int:
+        """Evict, the least recently used first, until `nbytes` are free; how many are."""
+        sizes = {digest: _size(self._root / digest) for digest in self.digests()}
+        reserved = [path.name.split(".") for path in self._partial.iterdir()]
+        free = self._max_bytes - sum(sizes.values())
+        free -= sum(int(size) for owner, size in reserved if owner != "trash")
+        for digest, size in sizes.items():
+            if free >= nbytes:
+                break
+            if self.evict(digest):
+                free += size
+        return free
+
+    @contextmanager
+    def _room_lock(self) -> Generator[None, None, None]:
+        lock = FileLock.acquire(self._locks / "room")
+        assert lock is not None
+        try:
+            yield
+        finally:
+            lock.release()
+
+    # ---- folders -------------------------------------------------------------------------------
+
+    def _folder(self, digest: str) -> Path:
+        return self._root / _check_digest(digest)
+
+    def _touch(self, folder: Path) -> bool:
+        """Note a use; whether the folder is there."""
+        now_ns = self._clock_ns()
+        try:
+            os.utime(folder, ns=(now_ns, now_ns))
+        except FileNotFoundError:
+            return False
+        return True
+
+    def _discard(self, folder: Path) -> Path | None:
+        """Make a folder disappear at once; where it went, None if it was not there."""
+        trash = self._partial / f"trash.{uuid.uuid4().hex}"
+        try:
+            return folder.rename(trash)
+        except FileNotFoundError:
+            return None
+
+    @contextmanager
+    def _opening_lock(self, digest: str) -> Generator[None, None, None]:
+        with self._lock:
+            lock = self._opening.setdefault(digest, threading.Lock())
+        with lock:
+            yield
+        # The entry stays: another thread may already hold a reference to it, and it is small.
+
+    def _remove_leftovers(self) -> None:
+        """Delete what crashed processes left, and nothing that a live one is working on."""
+        for path in list(self._partial.iterdir()):
+            digest = path.name.split(".")[0]
+            lock = FileLock.acquire(self._locks / f"{digest}.fetch", wait=False)
+            if lock is not None:
+                shutil.rmtree(path, ignore_errors=True)
+                lock.release()
+        for path in list(self._locks.iterdir()):
+            lock = FileLock.acquire(path, wait=False)
+            if lock is not None:
+                lock.release()
+
+
+def _check_digest(digest: str) -> str:
+    if not is_digest(digest):
+        raise ValueError(f"{digest!r} is not a digest: 64 hexadecimal digits")
+    return digest
+
+
+def _used_ns(folder: Path) -> int:
+    """When a folder was last used; 0 if it has just disappeared."""
+    try:
+        return folder.stat().st_mtime_ns
+    except FileNotFoundError:
+        return 0
+
+
+def _size(folder: Path) -> int:
+    """Bytes in a folder; 0 if it has just disappeared."""
+    try:
+        return sum(path.stat().st_size for path in folder.iterdir())
+    except FileNotFoundError:
+        return 0
+
+
+def _damage(folder: Path, digest: str) -> str | None:
+    """What is wrong with a folder's files, if anything."""
+    try:
+        manifest = parse_manifest((folder / MANIFEST_NAME).read_bytes(), digest)
+        return next((p for name in manifest.files if (p := _damaged(folder, manifest, name))), None)
+    except (OSError, StoreCorrupt) as error:
+        return str(error)
+
+
+def _damaged(folder: Path, manifest: AdapterManifest, name: str) -> str | None:
+    expected = manifest.files[name]
+    nbytes, sha256 = (folder / name).stat().st_size, hash_file(folder / name, lambda _: None)
+    if (nbytes, sha256) == (expected.nbytes, expected.sha256):
+        return None
+    return (
+        f"{name} has {nbytes} bytes and sha256 {sha256}, not {expected.nbytes}, {expected.sha256}"
+    )

@@ -1,0 +1,298 @@
+"""What an adapter is: which modules it changes, at which rank and scaling, and its digest.
+
+`read_lora_layout` is all that the engine needs of a folder. `prepare` checks an upload completely
+and gives it its identity: the digest of its weights, of the settings that matter and of its base.
+Knows nothing of names, versions or stores.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from adapter_store.errors import AdapterInvalid, StoreCorrupt
+from adapter_store.object_store import OnBytes
+from adapter_store.peft_config import CONFIG_NAME, LoraSettings, read_settings
+from adapter_store.safetensors_file import (
+    TensorEntry,
+    find_not_finite,
+    hash_file,
+    read_header,
+)
+
+WEIGHTS_NAME = "adapter_model.safetensors"
+MANIFEST_NAME = "manifest.json"
+WEIGHT_DTYPES = ("F32", "F16", "BF16")
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+_PREFIX = "base_model.model."
+_LORA_TENSOR = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight")
+_UNSERVED_TENSORS = {  # part of a tensor's name: why it cannot be served
+    "lora_magnitude_vector": "DoRA magnitudes",
+    "modules_to_save": "modules that are replaced as a whole",
+    "lora_embedding_": "LoRA on token embeddings",
+    "trainable_tokens": "retrained token embeddings",
+    "embed_tokens": "token embeddings",
+    "lm_head": "an output layer",
+    "lora_diag": "KaSA's diagonal of singular values",
+    ".bias": "biases",
+    ".base_layer": "weights of the base",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class LoraModule:
+    """One adapted linear layer: y += scaling * (x @ A^T) @ B^T, A [R, in] and B [out, R]."""
+
+    lora_rank: int
+    scaling: float
+    in_features: int
+    out_features: int
+    dtype: str  # "F32", "F16" or "BF16", of A and of B
+    lora_a: str  # tensor names in adapter_model.safetensors
+    lora_b: str
+
+
+@dataclass(frozen=True, slots=True)
+class LoraLayout:
+    """Every adapted module by its path in the base, e.g. model.layers.0.self_attn.q_proj."""
+
+    modules: Mapping[str, LoraModule]
+
+    @property
+    def lora_rank(self) -> int:
+        return max(module.lora_rank for module in self.modules.values())
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(
+            module.lora_rank * (module.in_features + module.out_features)
+            for module in self.modules.values()
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class FileEntry:
+    nbytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterManifest:
+    """An adapter's identity and weight. Everything in it follows from the content alone."""
+
+    digest: str
+    base: str  # fingerprint
+    lora_rank: int  # of the widest module
+    num_parameters: int
+    nbytes: int  # of the files together, without the manifest
+    files: Mapping[str, FileEntry]
+    modules: Mapping[str, LoraModule]
+
+    @property
+    def target_modules(self) -> tuple[str, ...]:
+        """The last parts of the module names, e.g. q_proj."""
+        return tuple(sorted({name.rpartition(".")[2] for name in self.modules}))
+
+    def to_json(self) -> bytes:
+        return json.dumps(asdict(self), indent=1, sort_keys=True).encode()
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedAdapter:
+    """A checked upload, ready to be stored: the config is rewritten to what matters."""
+
+    manifest: AdapterManifest
+    config: bytes
+    weights: Path
+
+
+def is_digest(text: str) -> bool:
+    return _DIGEST.fullmatch(text) is not None
+
+
+def read_lora_layout(folder: Path) -> LoraLayout:
+    """The layout of an adapter folder, from its config and the header of its weights.
+
+    AdapterInvalid with the module and the reason if the two do not fit each other. Reads no tensor.
+    """
+    return _layout(read_settings(folder), _read_tensors(folder))
+
+
+def prepare(
+    folder: Path, base: str, base_modules: Mapping[str, tuple[int, int]], on_bytes: OnBytes
+) -> PreparedAdapter:
+    """Check an upload completely, weights included, and compute its digest.
+
+    `base_modules` maps each module of the base to (out_features, in_features). Reads the weights
+    twice; `on_bytes` hears of each byte both times.
+    """
+    settings, tensors = read_settings(folder), _read_tensors(folder)
+    layout = _layout(settings, tensors)
+    _check_base(layout, base_modules)
+    weights = folder / WEIGHTS_NAME
+    try:
+        bad = find_not_finite(weights, tensors, on_bytes)
+        sha256 = hash_file(weights, on_bytes)
+    except (OSError, ValueError) as error:
+        raise AdapterInvalid(f"{weights} cannot be read: {error}") from error
+    if bad is not None:
+        raise AdapterInvalid(f"tensor {bad} holds a NaN or an infinity")
+    config = _canonical_config(settings, layout)
+    files = {
+        CONFIG_NAME: FileEntry(len(config), hashlib.sha256(config).hexdigest()),
+        WEIGHTS_NAME: FileEntry(weights.stat().st_size, sha256),
+    }
+    manifest = AdapterManifest(
+        digest=adapter_digest(base, files),
+        base=base,
+        lora_rank=layout.lora_rank,
+        num_parameters=layout.num_parameters,
+        nbytes=sum(file.nbytes for file in files.values()),
+        files=files,
+        modules=layout.modules,
+    )
+    return PreparedAdapter(manifest, config, weights)
+
+
+def parse_manifest(raw: bytes, digest: str) -> AdapterManifest:
+    """The manifest of this digest; StoreCorrupt if these bytes are not it."""
+    try:
+        data: dict[str, Any] = json.loads(raw)
+        files = {
+            name: FileEntry(int(entry["nbytes"]), str(entry["sha256"]))
+            for name, entry in data.pop("files").items()
+        }
+        modules = {name: LoraModule(**entry) for name, entry in data.pop("modules").items()}
+        manifest = AdapterManifest(**data, files=files, modules=modules)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise StoreCorrupt(f"the manifest of {digest} is damaged: {error!r}") from error
+    if set(files) != {CONFIG_NAME, WEIGHTS_NAME} or adapter_digest(manifest.base, files) != digest:
+        raise StoreCorrupt(f"the manifest of {digest} describes other files")
+    return manifest
+
+
+def adapter_digest(base: str, files: Mapping[str, FileEntry]) -> str:
+    """The identity of an adapter. The config among the files is the canonical one."""
+    parts = {"base": base, "files": {name: entry.sha256 for name, entry in files.items()}}
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _canonical_config(settings: LoraSettings, layout: LoraLayout) -> bytes:
+    """A PEFT configuration with the same effect, equal for all that have this effect.
+
+    Patterns become one entry per module that differs from the first, so neither the way a pattern
+    is written nor a training option changes the digest.
+    """
+    names = sorted(layout.modules)
+    ranks = {name: settings.lora_rank(name) for name in names}
+    alphas = {name: _number(settings.alpha(name)) for name in names}
+    r, alpha = ranks[names[0]], alphas[names[0]]
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "inference_mode": True,
+        "bias": "none",
+        "r": r,
+        "lora_alpha": alpha,
+        "use_rslora": settings.use_rslora,
+        "target_modules": names,
+        "rank_pattern": {re.escape(name): ranks[name] for name in names if ranks[name] != r},
+        "alpha_pattern": {re.escape(name): alphas[name] for name in names if alphas[name] != alpha},
+    }
+    return json.dumps(config, indent=1, sort_keys=True).encode()
+
+
+def _number(value: float) -> float:
+    """16 and 16.0 are one number, so they are written as one."""
+    return int(value) if value == int(value) else value
+
+
+def _read_tensors(folder: Path) -> dict[str, TensorEntry]:
+    path = folder / WEIGHTS_NAME
+    if not path.is_file():
+        pickles = sorted(
+            file.name for file in folder.glob("*") if file.suffix in (".bin", ".pt", ".pth", ".pkl")
+        )
+        if pickles:
+            raise AdapterInvalid(
+                f"{pickles[0]} is a pickle file, which can run code when it is opened; "
+                f"save the adapter as {WEIGHTS_NAME}"
+            )
+        raise AdapterInvalid(f"{folder} has no {WEIGHTS_NAME}")
+    try:
+        return read_header(path)
+    except (OSError, ValueError) as error:
+        raise AdapterInvalid(f"{path} is not a valid safetensors file: {error}") from error
+
+
+def _layout(settings: LoraSettings, tensors: Mapping[str, TensorEntry]) -> LoraLayout:
+    pairs: dict[str, dict[str, str]] = {}
+    for name, tensor in tensors.items():
+        module, side = _parse_tensor_name(name)
+        if tensor.dtype not in WEIGHT_DTYPES:
+            raise AdapterInvalid(
+                f"tensor {name} has dtype {tensor.dtype}, not one of {', '.join(WEIGHT_DTYPES)}"
+            )
+        if side in pairs.setdefault(module, {}):
+            raise AdapterInvalid(f"{module} has two tensors lora_{side}: {name} is the second")
+        pairs[module][side] = name
+    if not pairs:
+        raise AdapterInvalid(f"{WEIGHTS_NAME} holds no tensor")
+    return LoraLayout(
+        {name: _module(name, pairs[name], tensors, settings) for name in sorted(pairs)}
+    )
+
+
+def _parse_tensor_name(name: str) -> tuple[str, str]:
+    """base_model.model.<module>.lora_A.weight -> (<module>, "A")."""
+    for part, meaning in _UNSERVED_TENSORS.items():
+        if part in name:
+            raise AdapterInvalid(f"tensor {name} ({meaning}) is not served yet")
+    match = _LORA_TENSOR.fullmatch(name.removeprefix(_PREFIX))
+    if match is None:
+        raise AdapterInvalid(f"tensor {name} is neither a lora_A.weight nor a lora_B.weight")
+    return match["module"], match["side"]
+
+
+def _module(
+    name: str, pair: Mapping[str, str], tensors: Mapping[str, TensorEntry], settings: LoraSettings
+) -> LoraModule:
+    for side, other in ("AB", "BA"):
+        if other not in pair:
+            raise AdapterInvalid(f"{name} has a lora_{side} but no lora_{other}")
+    if not settings.targets.include(name):
+        raise AdapterInvalid(f"{name} has weights, but target_modules does not select it")
+    a, b = tensors[pair["A"]], tensors[pair["B"]]
+    r = settings.lora_rank(name)
+    if len(a.shape) != 2 or len(b.shape) != 2:
+        raise AdapterInvalid(f"{name}: lora_A {a.shape} and lora_B {b.shape} must be matrices")
+    if a.shape[0] != r or b.shape[1] != r:
+        raise AdapterInvalid(
+            f"{name}: lora_A {a.shape} and lora_B {b.shape} do not have the config's rank {r}"
+        )
+    if a.dtype != b.dtype:
+        raise AdapterInvalid(f"{name}: lora_A is {a.dtype}, but lora_B is {b.dtype}")
+    return LoraModule(
+        lora_rank=r,
+        scaling=settings.scaling(name),
+        in_features=a.shape[1],
+        out_features=b.shape[0],
+        dtype=a.dtype,
+        lora_a=pair["A"],
+        lora_b=pair["B"],
+    )
+
+
+def _check_base(layout: LoraLayout, base_modules: Mapping[str, tuple[int, int]]) -> None:
+    for name, module in layout.modules.items():
+        shape = base_modules.get(name)
+        if shape is None:
+            raise AdapterInvalid(f"{name} is not a module of the base that can carry an adapter")
+        if shape != (module.out_features, module.in_features):
+            raise AdapterInvalid(
+                f"{name} is {shape[0]} x {shape[1]} in the base, but the adapter was made for "
+                f"{module.out_features} x {module.in_features}"
+            )

@@ -1,0 +1,64 @@
+"""How tenants, adapters, versions and aliases are spelled, and what a spelling resolves to."""
+
+import re
+from dataclasses import dataclass
+
+from adapter_store.errors import InvalidName
+
+LATEST = "latest"
+NAME_RULE = "[A-Za-z0-9][A-Za-z0-9._-]{0,95}"
+_NAME = re.compile(NAME_RULE)
+_VERSION = re.compile("[1-9][0-9]{0,17}")
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterRef:
+    """A resolved name. Only the digest is identity; the rest says how it was reached."""
+
+    tenant: str
+    name: str
+    version: int
+    digest: str
+    base: str  # fingerprint
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterRecord:
+    """One live version, as listings show it."""
+
+    tenant: str
+    name: str
+    version: int
+    digest: str
+    base: str
+    lora_rank: int
+    nbytes: int
+    published_s: float  # seconds since 1970
+    aliases: tuple[str, ...]  # `latest` among them
+
+
+def check_name(kind: str, name: str) -> str:
+    if _NAME.fullmatch(name) is None:
+        raise InvalidName(f"{kind} {name!r} does not match {NAME_RULE}")
+    return name
+
+
+def check_alias(alias: str) -> str:
+    if alias == LATEST or alias.isdecimal():
+        raise InvalidName(
+            f"alias {alias!r} is reserved: numbers are versions, {LATEST} is implicit"
+        )
+    return check_name("alias", alias)
+
+
+def split_name(full_name: str) -> tuple[str, int | str]:
+    """`sql@3` -> ("sql", 3); `sql@prod` -> ("sql", "prod"); `sql` -> ("sql", "latest")."""
+    name, at, selector = full_name.partition("@")
+    check_name("adapter", name)
+    if not at:
+        return name, LATEST
+    if _VERSION.fullmatch(selector):
+        return name, int(selector)
+    if selector.isdecimal():
+        raise InvalidName(f"version {selector!r} of {name} must be a number from 1")
+    return name, check_name("version or alias", selector)

@@ -1,0 +1,206 @@
+"""Objects under string keys: the only durable state. Knows nothing of adapters.
+
+Two guarantees carry the rest of the package: a reader never sees half an object, and of many
+writers of one key `put_if_absent` lets exactly one succeed.
+"""
+
+import hashlib
+import os
+import re
+import time
+import uuid
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Protocol
+from urllib.parse import unquote, urlsplit
+
+from adapter_store.errors import ObjectNotFound, SourceUnavailable, StoreCorrupt
+
+CHUNK_BYTES = 4 * 2**20
+MAX_DRAFT_AGE_S = 86_400
+_SEGMENT = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")  # no leading dot: neither "..", nor hidden
+
+OnBytes = Callable[[int], object]  # told the size of every chunk that has been dealt with
+
+
+class ObjectStore(Protocol):
+    """All methods may raise SourceUnavailable. Keys are segments joined by `/`."""
+
+    def get(self, key: str) -> bytes:
+        """The whole object, or ObjectNotFound."""
+        ...
+
+    def get_range(self, key: str, start: int, length: int) -> bytes:
+        """Bytes [start, start + length), fewer at the end of the object; or ObjectNotFound."""
+        ...
+
+    def size(self, key: str) -> int | None:
+        """Bytes in the object; None where there is none."""
+        ...
+
+    def put(self, key: str, data: bytes) -> None:
+        """Write or replace."""
+        ...
+
+    def put_if_absent(self, key: str, data: bytes) -> bool:
+        """Write unless the key exists; whether this call wrote it."""
+        ...
+
+    def put_file(self, key: str, path: Path, sha256: str, on_bytes: OnBytes) -> None:
+        """Write or replace with a file's content; StoreCorrupt, and no write, if it differs."""
+        ...
+
+    def list(self, prefix: str, start_after: str = "") -> Sequence[str]:
+        """Keys that begin with `prefix` and sort after `start_after`, sorted."""
+        ...
+
+
+def open_store(root: str) -> ObjectStore:
+    """The store at a root such as `file:///srv/adapters`."""
+    url = urlsplit(root)
+    if url.scheme == "s3":
+        raise SourceUnavailable(
+            f"root {root!r}: s3:// is not supported in this version, use file://"
+        )
+    if url.scheme != "file":
+        raise SourceUnavailable(f"root {root!r} must begin with file:///")
+    if url.netloc or not url.path.startswith("/"):
+        raise SourceUnavailable(f"root {root!r} is not absolute: write file:///absolute/path")
+    return FileStore(Path(unquote(url.path)))
+
+
+class FileStore:
+    """Objects as files below a folder of one file system that has hard links.
+
+    Content is first written beside the objects and flushed, then linked or renamed into place in
+    one step of the file system, so processes that share the folder need no other lock.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._drafts = root / ".drafts"
+        with _unavailable(f"store {root}"):
+            self._drafts.mkdir(parents=True, exist_ok=True)
+            self._remove_old_drafts()
+
+    def get(self, key: str) -> bytes:
+        with _unavailable(key):
+            return self._path(key).read_bytes()
+
+    def get_range(self, key: str, start: int, length: int) -> bytes:
+        with _unavailable(key), self._path(key).open("rb") as file:
+            file.seek(start)
+            return file.read(length)
+
+    def size(self, key: str) -> int | None:
+        try:
+            return self._path(key).stat().st_size
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError as error:
+            raise SourceUnavailable(f"cannot read {key}: {error}") from error
+
+    def put(self, key: str, data: bytes) -> None:
+        with _unavailable(key), self._draft([data]) as (draft, _):
+            self._replace(draft, self._path(key))
+
+    def put_if_absent(self, key: str, data: bytes) -> bool:
+        path = self._path(key)
+        with _unavailable(key), self._draft([data]) as (draft, _):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                os.link(draft, path)
+            except FileExistsError:
+                return False
+            _flush_folder(path.parent)
+            return True
+
+    def put_file(self, key: str, path: Path, sha256: str, on_bytes: OnBytes) -> None:
+        with _unavailable(key), self._draft(_chunks(path, on_bytes)) as (draft, written):
+            if written != sha256:
+                raise StoreCorrupt(f"{path} changed while it was uploaded: its sha256 is {written}")
+            self._replace(draft, self._path(key))
+
+    def list(self, prefix: str, start_after: str = "") -> Sequence[str]:
+        parent = "".join(prefix.rpartition("/")[:2])
+        if not (self._root / parent).is_dir():  # nothing has been put there yet
+            return []
+        with _unavailable(prefix):
+            keys = [key for key in self._walk(parent) if key.startswith(prefix)]
+        return sorted(key for key in keys if key > start_after)
+
+    def _walk(self, parent: str) -> Generator[str, None, None]:
+        """All keys below a folder, which is "" or ends in a slash."""
+        with os.scandir(self._root / parent) as entries:
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                if entry.is_dir():
+                    yield from self._walk(f"{parent}{entry.name}/")
+                else:
+                    yield parent + entry.name
+
+    def _path(self, key: str) -> Path:
+        if not all(_SEGMENT.fullmatch(segment) for segment in key.split("/")):
+            raise ValueError(
+                f"object key {key!r} must be segments of A-Z a-z 0-9 . _ - joined by /"
+            )
+        return self._root / key
+
+    @contextmanager
+    def _draft(
+        self, chunks: "Sequence[bytes] | Generator[bytes, None, None]"
+    ) -> Generator[tuple[Path, str], None, None]:
+        """A flushed file with this content, and its sha256; gone afterwards unless moved."""
+        draft = self._drafts / uuid.uuid4().hex
+        digest = hashlib.sha256()
+        try:
+            with draft.open("xb") as file:
+                for chunk in chunks:
+                    digest.update(chunk)
+                    file.write(chunk)
+                file.flush()
+                os.fsync(file.fileno())
+            yield draft, digest.hexdigest()
+        finally:
+            draft.unlink(missing_ok=True)
+
+    def _remove_old_drafts(self) -> None:
+        """Of writers that crashed: no write takes this long."""
+        for draft in self._drafts.iterdir():
+            with suppress(FileNotFoundError):  # another process removes them too
+                if draft.stat().st_mtime < time.time() - MAX_DRAFT_AGE_S:
+                    draft.unlink()
+
+    def _replace(self, draft: Path, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(draft, path)
+        _flush_folder(path.parent)
+
+
+@contextmanager
+def _unavailable(what: str) -> Generator[None, None, None]:
+    """Turn the file system's errors into ours."""
+    try:
+        yield
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise ObjectNotFound(f"there is no object {what}") from error
+    except OSError as error:
+        raise SourceUnavailable(f"cannot use {what}: {error}") from error
+
+
+def _flush_folder(folder: Path) -> None:
+    """Make a new name in a folder survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _chunks(path: Path, on_bytes: OnBytes) -> Generator[bytes, None, None]:
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            yield chunk
+            on_bytes(len(chunk))

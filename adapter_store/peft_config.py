@@ -1,0 +1,255 @@
+"""adapter_config.json -> LoraSettings: which modules an adapter changes, at which rank and scaling.
+
+Every key of PEFT's LoRA configuration is in one of the four tables below. A key that would change
+the mathematics in a way that is not served is refused by name, and so is an unknown key that is
+set to anything: an adapter is served as PEFT would run it, or not at all.
+"""
+
+import json
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from adapter_store.errors import AdapterInvalid
+from adapter_store.safetensors_file import unique_keys
+
+CONFIG_NAME = "adapter_config.json"
+MAX_CONFIG_BYTES = 4 * 2**20
+MAX_LORA_RANK = 1024
+MAX_LORA_ALPHA = 1e6
+MAX_PATTERN_CHARS = 4096
+MAX_QUANTIFIERS = 5  # per pattern: matching time grows with (length of a name) ** quantifiers
+
+# Read below; together with the tensors they are the mathematics.
+UNDERSTOOD_KEYS = (
+    *("peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+    "init_lora_weights",
+)
+# Of training, of provenance, or options of a key that is refused by itself.
+IGNORED_KEYS = (
+    *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
+    *("inference_mode", "lora_dropout", "eva_config", "corda_config", "loftq_config"),
+    *("lora_ga_config", "megatron_core", "qalora_group_size", "runtime_config"),
+    "ensure_weight_tying",
+)
+# Change the mathematics: the only value that is served, and what another one means.
+NEUTRAL_VALUES: dict[str, tuple[object, str]] = {
+    "bias": ("none", "trained biases of the base"),
+    "lora_bias": (False, "biases beside lora_B"),
+    "fan_in_fan_out": (False, "transposed weights"),
+    "use_dora": (False, "DoRA magnitudes"),
+    "use_qalora": (False, "QALoRA's pooled inputs"),
+    "use_bdlora": (None, "block-diagonal LoRA"),
+    "modules_to_save": (None, "modules that are replaced as a whole"),
+    "trainable_token_indices": (None, "retrained token embeddings"),
+    "target_parameters": (None, "LoRA on bare parameters"),
+    "layer_replication": (None, "layers that are stacked anew"),
+    "alora_invocation_tokens": (None, "activated LoRA"),
+    "arrow_config": (None, "Arrow routing between adapters"),
+    "kasa_config": (None, "KaSA's diagonal of singular values"),
+    "monteclora_config": (None, "Monte Carlo noise on the weights"),
+    "velora_config": (None, "VeLoRA's compressed activations"),
+    "megatron_config": (None, "Megatron's parallel layers"),
+}
+# How training began. Every other way also rewrites the base's weights, so that the adapter alone
+# means nothing; PEFT converts it with save_pretrained(path_initial_model_for_weight_conversion=).
+NEUTRAL_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
+
+
+@dataclass(frozen=True, slots=True)
+class Targets:
+    """Which modules PEFT would wrap."""
+
+    modules: re.Pattern[str] | frozenset[str]  # a pattern of whole names, or suffixes of names
+    excluded: re.Pattern[str] | frozenset[str]
+    layers: frozenset[int]  # empty: all of them
+    layer_patterns: tuple[re.Pattern[str], ...]
+
+    def include(self, module: str) -> bool:
+        if _names(self.excluded, module):
+            return False
+        if isinstance(self.modules, re.Pattern) or not self.layers or module in self.modules:
+            return _names(self.modules, module)
+        return _names(self.modules, module) and self._layer(module) in self.layers
+
+    def _layer(self, module: str) -> int | None:
+        for pattern in self.layer_patterns:
+            if match := pattern.match(module):
+                return int(match["layer"]) if match["layer"] else None
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class LoraSettings:
+    """The part of the configuration that decides what the adapter computes."""
+
+    r: int
+    lora_alpha: float
+    use_rslora: bool
+    rank_pattern: tuple[tuple[re.Pattern[str], int], ...]
+    alpha_pattern: tuple[tuple[re.Pattern[str], float], ...]
+    targets: Targets
+
+    def lora_rank(self, module: str) -> int:
+        return next((r for key, r in self.rank_pattern if key.match(module)), self.r)
+
+    def alpha(self, module: str) -> float:
+        return next((a for key, a in self.alpha_pattern if key.match(module)), self.lora_alpha)
+
+    def scaling(self, module: str) -> float:
+        r = self.lora_rank(module)
+        return self.alpha(module) / (math.sqrt(r) if self.use_rslora else r)
+
+
+def read_settings(folder: Path) -> LoraSettings:
+    """The settings of an adapter folder; AdapterInvalid with the key, its value and the reason."""
+    path = folder / CONFIG_NAME
+    try:
+        if path.stat().st_size > MAX_CONFIG_BYTES:
+            raise ValueError(f"it is larger than {MAX_CONFIG_BYTES} bytes")
+        config = json.loads(path.read_bytes(), object_pairs_hook=unique_keys)
+    except FileNotFoundError as error:
+        raise AdapterInvalid(f"{folder} has no {CONFIG_NAME}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise AdapterInvalid(f"{path} cannot be read: {error}") from error
+    if not isinstance(config, dict):
+        raise AdapterInvalid(f"{path} is not a JSON object")
+    return _settings(cast("dict[str, Any]", config))
+
+
+def _settings(config: dict[str, Any]) -> LoraSettings:
+    _refuse_unserved(config)
+    rank_pattern: dict[str, Any] = _mapping(config, "rank_pattern")
+    alpha_pattern: dict[str, Any] = _mapping(config, "alpha_pattern")
+    return LoraSettings(
+        r=_rank("r", config.get("r", 8)),
+        lora_alpha=_alpha("lora_alpha", config.get("lora_alpha", 8)),
+        use_rslora=_flag(config, "use_rslora"),
+        rank_pattern=tuple(
+            (_suffix("rank_pattern", key), _rank(f"rank_pattern[{key!r}]", value))
+            for key, value in rank_pattern.items()
+        ),
+        alpha_pattern=tuple(
+            (_suffix("alpha_pattern", key), _alpha(f"alpha_pattern[{key!r}]", value))
+            for key, value in alpha_pattern.items()
+        ),
+        targets=_targets(config),
+    )
+
+
+def _refuse_unserved(config: dict[str, Any]) -> None:
+    if config.get("peft_type") != "LORA":
+        raise AdapterInvalid(f"peft_type={config.get('peft_type')!r} is not served, only 'LORA'")
+    init = config.get("init_lora_weights", True)
+    if init not in NEUTRAL_INITS:
+        raise AdapterInvalid(
+            f"init_lora_weights={init!r} also changed the base's weights; save the adapter with "
+            "PEFT's path_initial_model_for_weight_conversion"
+        )
+    for key, value in config.items():
+        if key in NEUTRAL_VALUES:
+            neutral, meaning = NEUTRAL_VALUES[key]
+            if value not in (neutral, None, []):
+                raise AdapterInvalid(f"{key}={value!r} ({meaning}) is not served yet")
+        elif key not in UNDERSTOOD_KEYS and key not in IGNORED_KEYS and value:
+            raise AdapterInvalid(
+                f"{key}={value!r} is not a key of a PEFT LoRA configuration that is known here, "
+                "so it may change what the adapter computes"
+            )
+
+
+def _targets(config: dict[str, Any]) -> Targets:
+    modules, layers = config.get("target_modules"), _layers(config.get("layers_to_transform"))
+    if modules is None:
+        raise AdapterInvalid("target_modules is missing: name the modules that the adapter changes")
+    if isinstance(modules, str) and layers:
+        raise AdapterInvalid(f"layers_to_transform={layers} needs target_modules to be a list")
+    layer_patterns = [
+        _compile("layers_pattern", pattern, rf"(?:^|.*?\.){pattern}\.(?P<layer>\d+)\.")
+        for pattern in _listed(config.get("layers_pattern") or [])
+    ]
+    return Targets(
+        modules=_module_names("target_modules", modules),
+        excluded=_module_names("exclude_modules", config.get("exclude_modules") or []),
+        layers=frozenset(layers),
+        layer_patterns=tuple(layer_patterns) or (re.compile(r".*?\.[^.]*\.(?P<layer>\d+)\."),),
+    )
+
+
+def _layers(value: Any) -> list[int]:
+    layers = [] if value is None else _listed(value)
+    if not all(type(layer) is int for layer in layers):
+        raise AdapterInvalid(f"layers_to_transform={value!r} must be whole numbers")
+    return layers
+
+
+def _module_names(key: str, value: Any) -> re.Pattern[str] | frozenset[str]:
+    if isinstance(value, str):
+        all_linear = key == "target_modules" and value.lower() == "all-linear"
+        return _compile(key, value, ".*" if all_linear else value)
+    if not all(isinstance(name, str) for name in _listed(value)):
+        raise AdapterInvalid(f"{key}={value!r} must be a list of module names or one pattern")
+    return frozenset(_listed(value))
+
+
+def _listed(value: Any) -> list[Any]:
+    return cast("list[Any]", value) if isinstance(value, list) else [value]
+
+
+def _names(names: re.Pattern[str] | frozenset[str], module: str) -> bool:
+    """PEFT's rule: one pattern fits the whole name; a listed name is all of it or its last part."""
+    if isinstance(names, re.Pattern):
+        return names.fullmatch(module) is not None
+    parts = module.split(".")
+    return any(".".join(parts[start:]) in names for start in range(len(parts)))
+
+
+def _suffix(key: str, pattern: str) -> re.Pattern[str]:
+    """PEFT's rule for rank_pattern and alpha_pattern: the first that fits a name's end counts."""
+    return _compile(key, pattern, rf"(.*\.)?({pattern})$")
+
+
+def _compile(key: str, pattern: Any, expression: str) -> re.Pattern[str]:
+    """Compile a pattern that somebody else wrote, unless it could match for hours."""
+    if not isinstance(pattern, str) or len(pattern) > MAX_PATTERN_CHARS:
+        raise AdapterInvalid(f"{key}: a pattern must be at most {MAX_PATTERN_CHARS} characters")
+    bare = re.sub(r"\\.", "", pattern)
+    num_quantifiers = len(re.findall(r"[*+{]|(?<![(*+?}])\?", bare))
+    if re.search(r"\)[*+{]", bare) or num_quantifiers > MAX_QUANTIFIERS:
+        raise AdapterInvalid(
+            f"{key}: {pattern!r} is too complex: it must repeat no group and have at most "
+            f"{MAX_QUANTIFIERS} of * + ? {{"
+        )
+    try:
+        return re.compile(expression)
+    except (re.error, RecursionError) as error:
+        raise AdapterInvalid(f"{key}: {pattern!r} is not a valid pattern: {error}") from error
+
+
+def _mapping(config: dict[str, Any], key: str) -> dict[str, Any]:
+    value: Any = config.get(key) or {}
+    if not isinstance(value, dict):
+        raise AdapterInvalid(f"{key}={value!r} must map module names to numbers")
+    return cast("dict[str, Any]", value)
+
+
+def _rank(key: str, value: Any) -> int:
+    if type(value) is not int or not 1 <= value <= MAX_LORA_RANK:
+        raise AdapterInvalid(f"{key}={value!r} must be a whole number in 1..{MAX_LORA_RANK}")
+    return value
+
+
+def _alpha(key: str, value: Any) -> float:
+    if type(value) not in (int, float) or not -MAX_LORA_ALPHA <= value <= MAX_LORA_ALPHA:
+        raise AdapterInvalid(f"{key}={value!r} must be a number in +-{MAX_LORA_ALPHA:g}")
+    return value
+
+
+def _flag(config: dict[str, Any], key: str) -> bool:
+    value = config.get(key) or False
+    if type(value) is not bool:
+        raise AdapterInvalid(f"{key}={value!r} must be true or false")
+    return value

@@ -1,0 +1,175 @@
+"""Names -> digests: one append-only log in the object store, folded into memory.
+
+Record n is the object log/<n>, written with put-if-absent: of several writers one gets the number
+and the others, having read what it wrote, try the next. So nothing is lost, every record was
+valid where it stands, and following the log is one LIST after the last key seen. Snapshots only
+shorten the start: a damaged one is skipped.
+"""
+
+import gzip
+import json
+import logging
+import threading
+import zlib
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+from adapter_store.catalog import Catalog
+from adapter_store.errors import AdapterNotFound, SourceUnavailable, StoreCorrupt
+from adapter_store.manifest import AdapterManifest
+from adapter_store.names import AdapterRecord, AdapterRef, check_alias, check_name, split_name
+from adapter_store.object_store import ObjectStore
+
+SNAPSHOT_EVERY = 256
+_log = logging.getLogger(__name__)
+
+Record = dict[str, Any]
+
+
+class Registry:
+    """Thread-safe. Reads answer from memory as of the last `refresh`; writes refresh first."""
+
+    def __init__(self, store: ObjectStore, wall_clock: Callable[[], float]) -> None:
+        self._store = store
+        self._wall_clock = wall_clock
+        self._refreshing = threading.Lock()  # held over I/O
+        self._lock = threading.Lock()  # held over memory only
+        self._catalog = self._load_snapshot()
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Apply every record that other writers have appended."""
+        with self._refreshing:
+            last = _log_key(self._catalog.num_records)
+            for key in self._store.list("log/", start_after=last):
+                record = self._read_record(key)
+                with self._lock:
+                    self._catalog.apply(record)
+
+    def resolve(self, tenant: str, full_name: str, base: str | None = None) -> AdapterRef:
+        with self._lock:
+            return self._catalog.resolve(tenant, full_name, base)
+
+    def list(self, tenant: str | None = None) -> Sequence[AdapterRecord]:
+        with self._lock:
+            return tuple(self._catalog.list(tenant))
+
+    def publish(self, tenant: str, name: str, manifest: AdapterManifest) -> AdapterRef:
+        """The name's next version; or, if its latest one has this very content, that."""
+        check_name("tenant", tenant)
+        check_name("adapter", name)
+
+        def record(catalog: Catalog) -> Record | None:
+            found = catalog.find_digest(tenant, name, manifest.digest)
+            if found is not None and found == catalog.latest(tenant, name, manifest.base):
+                return None
+            return {
+                "kind": "publish",
+                "tenant": tenant,
+                "name": name,
+                "version": catalog.num_versions(tenant, name) + 1,
+                "digest": manifest.digest,
+                "base": manifest.base,
+                "lora_rank": manifest.lora_rank,
+                "nbytes": manifest.nbytes,
+                "published_s": self._wall_clock(),
+            }
+
+        self._append(record)
+        with self._lock:
+            version = self._catalog.find_digest(tenant, name, manifest.digest)
+        if version is None:
+            raise AdapterNotFound(f"{name} of tenant {tenant} was retired while it was published")
+        return AdapterRef(tenant, name, version, manifest.digest, manifest.base)
+
+    def alias(self, tenant: str, name: str, alias: str, version: int) -> None:
+        """Make name@alias mean this version, whatever it meant before."""
+        check_alias(alias)
+
+        def record(catalog: Catalog) -> Record:
+            ref = catalog.resolve(tenant, f"{check_name('adapter', name)}@{version}")
+            return {
+                "kind": "alias",
+                "tenant": tenant,
+                "name": name,
+                "alias": alias,
+                "version": ref.version,
+            }
+
+        self._append(record)
+
+    def retire(self, tenant: str, full_name: str) -> tuple[int, ...]:
+        """Withdraw name@version, or every version of a bare name; the versions withdrawn."""
+        retired: tuple[int, ...] = ()
+
+        def record(catalog: Catalog) -> Record:
+            nonlocal retired
+            ref = catalog.resolve(tenant, full_name)
+            name, _ = split_name(full_name)
+            retired = (ref.version,) if "@" in full_name else catalog.live_versions(tenant, name)
+            return {"kind": "retire", "tenant": tenant, "name": name, "versions": list(retired)}
+
+        self._append(record)
+        return retired
+
+    # ---- the log -------------------------------------------------------------------------------
+
+    def _append(self, make_record: Callable[[Catalog], Record | None]) -> None:
+        """Append what `make_record` says of the newest state; None: nothing to do."""
+        while True:
+            self.refresh()
+            with self._lock:
+                record = make_record(self._catalog)
+                number = self._catalog.num_records + 1
+            if record is None:
+                return
+            written = self._store.put_if_absent(_log_key(number), _encode(record))
+            self.refresh()
+            if self._catalog.num_records < number:
+                raise SourceUnavailable(f"the store has record {number} but does not list it")
+            if written:
+                if number % SNAPSHOT_EVERY == 0:
+                    self._save_snapshot()
+                return
+
+    def _read_record(self, key: str) -> Record:
+        if key != _log_key(self._catalog.num_records + 1):
+            raise StoreCorrupt(f"{key} is there, but not the record before it")
+        try:
+            record = json.loads(self._store.get(key))
+        except ValueError as error:
+            raise StoreCorrupt(f"{key} is not JSON: {error}") from error
+        if not isinstance(record, dict):
+            raise StoreCorrupt(f"{key} is not a JSON object")
+        return cast("Record", record)
+
+    # ---- snapshots -----------------------------------------------------------------------------
+
+    def _save_snapshot(self) -> None:
+        with self._lock:
+            number, data = self._catalog.num_records, self._catalog.to_data()
+        # mtime=0: equal states are equal bytes, whoever writes them.
+        self._store.put_if_absent(_snapshot_key(number), gzip.compress(_encode(data), mtime=0))
+
+    def _load_snapshot(self) -> Catalog:
+        for key in reversed(self._store.list("snapshots/")):
+            try:
+                catalog = Catalog.from_data(json.loads(gzip.decompress(self._store.get(key))))
+                if key != _snapshot_key(catalog.num_records):
+                    raise ValueError(f"it is snapshot {catalog.num_records}")
+                return catalog
+            except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError) as error:
+                _log.warning("skipping the damaged snapshot %s: %r", key, error)
+        return Catalog()
+
+
+def _log_key(number: int) -> str:
+    return f"log/{number:020}.json"
+
+
+def _snapshot_key(number: int) -> str:
+    return f"snapshots/{number:020}.json.gz"
+
+
+def _encode(data: Record) -> bytes:
+    return json.dumps(data, sort_keys=True).encode()

@@ -1,0 +1,269 @@
+"""AdapterStore: from a tenant's name for an adapter to a verified folder on local disk.
+
+The facade over registry, object store and disk cache; everything above imports this. Thread-safe.
+Knows no HTTP, no engine and no tensor.
+"""
+
+import contextlib
+import hashlib
+import logging
+import threading
+import time
+from collections.abc import Callable, Generator, Iterable, Sequence
+from pathlib import Path
+
+from adapter_store.bases import BaseModel, describe_base, parse_base
+from adapter_store.disk_cache import DiskCache
+from adapter_store.errors import (
+    AdapterNotFound,
+    BaseNotFound,
+    ObjectNotFound,
+    SourceUnavailable,
+    StoreCorrupt,
+)
+from adapter_store.manifest import (
+    CONFIG_NAME,
+    MANIFEST_NAME,
+    AdapterManifest,
+    PreparedAdapter,
+    parse_manifest,
+    prepare,
+)
+from adapter_store.names import AdapterRecord, AdapterRef, check_name
+from adapter_store.object_store import CHUNK_BYTES, OnBytes, open_store
+from adapter_store.registry import Registry
+from adapter_store.sources import local_folder
+
+MISS_INTERVAL_S = 0.1  # unknown names make the log be read at most this often
+MIN_PREFIX = 8  # of a fingerprint, in digits
+_log = logging.getLogger(__name__)
+
+
+def _ignore(num_bytes: int) -> None:
+    """Nobody watches the progress."""
+
+
+class AdapterStore:
+    """One root in an object store, and this machine's cache of it.
+
+    `resolve` and `list` answer from memory. They look for news in the store once
+    `refresh_interval_s` has passed, and after a miss; with an interval of infinity only after a
+    miss and in `refresh`.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        disk_path: Path,
+        disk_bytes: int,
+        *,
+        refresh_interval_s: float = 1.0,
+        clock: Callable[[], float] = time.monotonic,
+        wall_clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._objects = open_store(root)
+        self._cache = DiskCache(disk_path, disk_bytes)
+        self._registry = Registry(self._objects, wall_clock)
+        self._scratch = disk_path / ".bases"
+        self._interval_s = refresh_interval_s
+        self._clock = clock
+        self._lock = threading.Lock()  # over the two below
+        self._next_refresh_s = clock() + refresh_interval_s
+        self._next_miss_s = clock()
+
+    # ---- bases ---------------------------------------------------------------------------------
+
+    def register_base(self, model_folder: Path, on_bytes: OnBytes = _ignore) -> str:
+        """Make a model known as a base for adapters; its fingerprint. Once is enough."""
+        base = describe_base(Path(model_folder), self._scratch, on_bytes)
+        self._objects.put_if_absent(f"bases/{base.fingerprint}.json", base.to_json())
+        return base.fingerprint
+
+    def bases(self) -> tuple[str, ...]:
+        """The fingerprints of all known bases."""
+        keys = self._objects.list("bases/")
+        return tuple(key.removeprefix("bases/").removesuffix(".json") for key in keys)
+
+    def base_model(self, base: str | None = None) -> BaseModel:
+        """The base with this fingerprint, or this beginning of one; None: the only one there is."""
+        known = self.bases()
+        if base is not None and len(base) < MIN_PREFIX:
+            raise BaseNotFound(f"base {base!r} must be at least {MIN_PREFIX} digits")
+        found = [fingerprint for fingerprint in known if fingerprint.startswith(base or "")]
+        if len(found) != 1:
+            wanted = "no base was named" if base is None else f"{base!r} is not one of the bases"
+            listed = ", ".join(known) or "none: register one first"
+            raise BaseNotFound(f"{wanted}; the store knows {listed}")
+        return parse_base(self._objects.get(f"bases/{found[0]}.json"), found[0])
+
+    # ---- names ---------------------------------------------------------------------------------
+
+    def publish(
+        self,
+        folder: str | Path,
+        tenant: str,
+        name: str,
+        base: str | None = None,
+        on_bytes: OnBytes = _ignore,
+    ) -> AdapterRef:
+        """Check a PEFT folder, store it and make it the name's next version.
+
+        If the name's latest version has the same content, that is returned. `on_bytes` hears
+        of every byte three times: checked, hashed, copied.
+        """
+        check_name("tenant", tenant)
+        check_name("adapter", name)
+        upload = local_folder(folder)
+        model = self.base_model(base)
+        adapter = prepare(upload, model.fingerprint, model.modules, on_bytes)
+        self._upload(adapter, on_bytes)
+        return self._registry.publish(tenant, name, adapter.manifest)
+
+    def resolve(self, tenant: str, full_name: str, base: str | None = None) -> AdapterRef:
+        """What name[@version|alias] means now; AdapterNotFound or InvalidName."""
+        self._refresh_if_due()
+        try:
+            return self._registry.resolve(tenant, full_name, base)
+        except AdapterNotFound:
+            if not self._refresh_after_miss():
+                raise
+        return self._registry.resolve(tenant, full_name, base)
+
+    def alias(self, tenant: str, name: str, alias: str, version: int) -> None:
+        """Make name@alias mean this live version from now on."""
+        self._registry.alias(tenant, name, alias, version)
+
+    def retire(self, tenant: str, full_name: str) -> tuple[int, ...]:
+        """Withdraw name@version, or all versions of a bare name. Their files stay."""
+        return self._registry.retire(tenant, full_name)
+
+    def refresh(self) -> None:
+        """Read what other processes have published, aliased or retired."""
+        with self._lock:
+            self._next_refresh_s = self._clock() + self._interval_s
+        self._registry.refresh()
+
+    # ---- files ---------------------------------------------------------------------------------
+
+    def ensure_local(self, adapter: AdapterRef | str) -> Path:
+        """The adapter's verified folder. It may be evicted unless it was pinned before."""
+        digest = _digest(adapter)
+        return self._cache.ensure(digest, lambda name, path: self._download(digest, name, path))
+
+    def pin(self, adapter: AdapterRef | str) -> None:
+        """Keep the folder, once it is here, until as many calls of `unpin`."""
+        self._cache.pin(_digest(adapter))
+
+    def unpin(self, adapter: AdapterRef | str) -> None:
+        self._cache.unpin(_digest(adapter))
+
+    @contextlib.contextmanager
+    def pinned(self, adapter: AdapterRef | str) -> Generator[Path, None, None]:
+        """The adapter's folder, which stays for the length of the block."""
+        with self._cache.pinned(_digest(adapter)):
+            yield self.ensure_local(adapter)
+
+    def is_local(self, adapter: AdapterRef | str) -> bool:
+        """Whether ensure_local would find it on disk."""
+        return self._cache.contains(_digest(adapter))
+
+    def manifest(self, adapter: AdapterRef | str) -> AdapterManifest:
+        """Ranks, modules and sizes, from the object store."""
+        digest = _digest(adapter)
+        return parse_manifest(self._objects.get(_blob_key(digest, MANIFEST_NAME)), digest)
+
+    def verify(self, records: Iterable[AdapterRecord], on_bytes: OnBytes = _ignore) -> list[str]:
+        """Hash the stored files of these adapters; one sentence for everything that is wrong."""
+        digests = dict.fromkeys(record.digest for record in records)
+        return [problem for digest in digests for problem in self._problems(digest, on_bytes)]
+
+    def list(self, tenant: str | None = None) -> Sequence[AdapterRecord]:
+        """All live versions, of one tenant or of everybody."""
+        self._refresh_if_due()
+        return self._registry.list(tenant)
+
+    # ---- inside --------------------------------------------------------------------------------
+
+    def _refresh_if_due(self) -> None:
+        """Follow the log at intervals. A store that is down must not stop what is known."""
+        with self._lock:
+            now = self._clock()
+            if now < self._next_refresh_s:
+                return
+            self._next_refresh_s = now + self._interval_s  # before the I/O: one thread is enough
+        try:
+            self._registry.refresh()
+        except SourceUnavailable as error:
+            _log.warning("answering from memory, the log cannot be followed: %s", error)
+
+    def _refresh_after_miss(self) -> bool:
+        with self._lock:
+            now = self._clock()
+            if now < self._next_miss_s:
+                return False
+            self._next_miss_s = now + MISS_INTERVAL_S
+        self.refresh()
+        return True
+
+    def _upload(self, adapter: PreparedAdapter, on_bytes: OnBytes) -> None:
+        """Write the blob, the manifest last: a blob with a manifest is complete."""
+        manifest = adapter.manifest
+        sizes = {
+            name: self._objects.size(_blob_key(manifest.digest, name)) for name in manifest.files
+        }
+        wanted = {name: entry.nbytes for name, entry in manifest.files.items()}
+        manifest_key = _blob_key(manifest.digest, MANIFEST_NAME)
+        if sizes == wanted and self._objects.size(manifest_key) is not None:
+            return
+        self._objects.put(_blob_key(manifest.digest, CONFIG_NAME), adapter.config)
+        weights = adapter.weights
+        sha256 = manifest.files[weights.name].sha256
+        weights_key = _blob_key(manifest.digest, weights.name)
+        self._objects.put_file(weights_key, weights, sha256, on_bytes)
+        self._objects.put_if_absent(manifest_key, manifest.to_json())
+
+    def _download(self, digest: str, name: str, path: Path) -> None:
+        try:
+            with path.open("wb") as file:
+                for chunk in self._chunks(_blob_key(digest, name)):
+                    file.write(chunk)
+        except OSError as error:
+            raise SourceUnavailable(f"cannot write {path}: {error}") from error
+
+    def _chunks(self, key: str) -> Generator[bytes, None, None]:
+        start = 0
+        while chunk := self._objects.get_range(key, start, CHUNK_BYTES):
+            yield chunk
+            start += len(chunk)
+            if len(chunk) < CHUNK_BYTES:
+                return
+
+    def _problems(self, digest: str, on_bytes: OnBytes) -> Generator[str, None, None]:
+        try:
+            manifest = self.manifest(digest)
+        except (ObjectNotFound, StoreCorrupt) as error:
+            yield str(error)
+            return
+        for name, expected in manifest.files.items():
+            try:
+                sha256 = self._hash_object(_blob_key(digest, name), on_bytes)
+            except ObjectNotFound as error:
+                yield str(error)
+                continue
+            if sha256 != expected.sha256:
+                yield f"{_blob_key(digest, name)} has sha256 {sha256}, not {expected.sha256}"
+
+    def _hash_object(self, key: str, on_bytes: OnBytes) -> str:
+        digest = hashlib.sha256()
+        for chunk in self._chunks(key):
+            digest.update(chunk)
+            on_bytes(len(chunk))
+        return digest.hexdigest()
+
+
+def _digest(adapter: AdapterRef | str) -> str:
+    return adapter.digest if isinstance(adapter, AdapterRef) else adapter
+
+
+def _blob_key(digest: str, name: str) -> str:
+    return f"blobs/{digest}/{name}"

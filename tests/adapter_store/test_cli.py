@@ -1,0 +1,118 @@
+"""The command line: one clear line on success, one sentence and an exit code on failure."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from adapter_store.__main__ import main
+from adapter_store.manifest import WEIGHTS_NAME
+from tests.adapter_store.adapters import changed
+
+Run = Callable[..., tuple[int, list[str], str]]
+
+
+@pytest.fixture
+def run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Exit code, lines of stdout, stderr; in this process, because each start costs."""
+
+    def call(*arguments: object) -> tuple[int, list[str], str]:
+        options = ["--root", f"file://{tmp_path}/root", "--cache", str(tmp_path / "cache")]
+        code = main([*options, *(str(argument) for argument in arguments)])
+        captured = capsys.readouterr()
+        return code, captured.out.splitlines(), captured.err
+
+    return call
+
+
+def test_a_shell_can_publish_and_list(base_folder: Path, peft_folder: Path, tmp_path: Path) -> None:
+    environment = os.environ | {"ADAPTER_STORE_ROOT": f"file://{tmp_path}/root"}
+
+    def shell(*arguments: object) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "adapter_store", "--cache", tmp_path / "cache", *arguments]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+    published = shell("publish", peft_folder, "--name", "sql", "--base", base_folder)
+    assert (published.returncode, published.stderr) == (0, "")
+    assert published.stdout.startswith("published public/sql@1 as ")
+    listed = shell("list")
+    assert (listed.returncode, listed.stderr) == (0, "")
+    assert listed.stdout.startswith("public/sql@1  rank 4  ")
+    refused = shell("publish", tmp_path, "--name", "sql")
+    assert (refused.returncode, refused.stdout) == (1, "")
+    assert refused.stderr == f"adapter_store: {tmp_path} has no adapter_config.json\n"
+    assert shell("publish").returncode == 2
+
+
+def test_the_life_of_an_adapter(
+    run: Run, base_folder: Path, peft_folder: Path, tmp_path: Path
+) -> None:
+    second = changed(peft_folder, tmp_path / "second", {"lora_alpha": 3})
+    run("publish", peft_folder, "--name", "sql", "--base", base_folder)
+    code, (line,), _ = run("publish", second, "--name", "sql", "--tenant", "public")
+    assert code == 0
+    assert line.startswith("published public/sql@2 as ")
+    assert run("publish", second, "--name", "sql")[1] == [line]
+    assert run("alias", "sql", "prod", 1) == (0, ["public/sql@prod is version 1"], "")
+    assert [line.split()[-1] for line in run("list")[1]] == ["prod", "latest"]
+    assert run("list", "--tenant", "other") == (0, [], "")
+    assert run("verify") == (0, ["verified 2 adapters"], "")
+    assert run("retire", "sql@1") == (0, ["retired public/sql, version 1"], "")
+    assert run("retire", "sql") == (0, ["retired public/sql, version 2"], "")
+    assert run("list") == (0, [], "")
+
+
+def test_verify_says_what_is_damaged(
+    run: Run, base_folder: Path, peft_folder: Path, tmp_path: Path
+) -> None:
+    run("publish", peft_folder, "--name", "sql", "--base", base_folder)
+    (weights,) = (tmp_path / "root").rglob(WEIGHTS_NAME)
+    weights.write_bytes(b"")
+    code, lines, error = run("verify", "sql")
+    assert (code, lines) == (1, [])
+    assert error.startswith("adapter_store: blobs/")
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("retire", "sql"), "tenant public has no adapter 'sql'"),
+        (("alias", "sql", "7", "1"), "alias '7' is reserved"),
+        (("retire", "../sql"), "adapter '../sql' does not match"),
+        (("verify", "sql"), "there is no live adapter 'sql'"),
+        (("publish", "/", "--name", "sql"), "the store knows none"),
+        (("publish", "hf://org/adapter", "--name", "sql"), "hf:// is not supported"),
+    ],
+)
+def test_an_error_is_one_sentence(arguments: tuple[str, ...], sentence: str, run: Run) -> None:
+    code, lines, error = run(*arguments)
+    assert (code, lines) == (1, [])
+    assert sentence in error
+    assert error.count("\n") == 1
+
+
+def test_a_missing_root_is_wrong_usage(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("ADAPTER_STORE_ROOT", raising=False)
+    with pytest.raises(SystemExit) as exit_:
+        main(["list"])
+    assert exit_.value.code == 2
+    assert "ADAPTER_STORE_ROOT" in capsys.readouterr().err
+
+
+def test_a_scratch_folder_that_cannot_be_used_is_an_error(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("a file")
+    code, lines, error = run("list")
+    assert (code, lines) == (1, [])
+    assert str(tmp_path / "cache") in error
+    assert error.count("\n") == 1
+
+
+def test_a_root_that_is_not_served_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--root", "s3://bucket", "list"]) == 1
+    assert "s3:// is not supported in this version" in capsys.readouterr().err

@@ -1,0 +1,130 @@
+"""Headers that lie are refused with a reason; the safetensors library is the oracle."""
+
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from adapter_store.safetensors_file import DTYPE_BITS, find_not_finite, hash_file, read_header
+
+VALID = save({"b": np.ones((2, 3), np.float32), "a": np.zeros(5, np.float16)})
+
+
+def raw_file(folder: Path, header: Any, data: bytes = b"") -> Path:
+    encoded = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path = folder / "x.safetensors"
+    path.write_bytes(struct.pack("<Q", len(encoded)) + encoded + data)
+    return path
+
+
+def entry(start: int, end: int, dtype: str = "F32", shape: list[Any] | None = None) -> Any:
+    shape = [(end - start) // 4] if shape is None else shape
+    return {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+
+
+@pytest.mark.parametrize(
+    ("header", "reason"),
+    [
+        (b"not json", "not JSON"),
+        (b"[1]", "not a JSON object"),
+        (b"\xff{}", "not JSON"),
+        (b"[" * 100_000, "not JSON"),
+        (b'{"a": 1, "a": 2}', "'a' appears twice"),
+        ({"a": []}, "no valid dtype"),
+        ({"a": {"dtype": "F32", "shape": [2]}}, "no valid dtype"),
+        ({"a": entry(0, 8, shape=[-2])}, "no valid dtype"),
+        ({"a": entry(0, 8, shape=[2.0])}, "no valid dtype"),
+        ({"a": entry(0, 8, shape=[1] * 9)}, "no valid dtype"),
+        ({"a": entry(8, 0, shape=[2])}, "spans -8 bytes"),
+        ({"a": entry(0, 8, dtype="F33")}, "unknown dtype 'F33'"),
+        ({"a": entry(0, 8, dtype=["F32"])}, "unknown dtype"),  # type: ignore[arg-type]
+        ({"a": entry(0, 8, shape=[3])}, "needs 12"),
+        ({"a": entry(0, 8, shape=[2**31, 2**31])}, "needs"),
+        ({"a": entry(0, 4), "b": entry(0, 8)}, "overlaps"),
+        ({"a": entry(0, 4), "b": entry(0, 4)}, "overlaps"),
+        ({"a": entry(4, 8)}, "gap"),
+        ({"a": entry(0, 16)}, "truncated: .* end at"),
+        ({"a": entry(0, 4)}, "4 bytes follow its last tensor"),
+    ],
+)
+def test_a_header_that_does_not_describe_the_file_is_refused(
+    header: Any, reason: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=reason):
+        read_header(raw_file(tmp_path, header, bytes(8)))
+
+
+def test_a_header_longer_than_the_file_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(struct.pack("<Q", 2**63) + b"{}")
+    with pytest.raises(ValueError, match="claims 9223372036854775808 bytes, but 2 follow"):
+        read_header(path)
+
+
+@pytest.mark.parametrize("length", range(0, len(VALID), 7))
+def test_every_truncation_is_refused(length: int, tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(VALID[:length])
+    with pytest.raises(ValueError, match=r"truncated|claims"):
+        read_header(path)
+
+
+@given(position=st.integers(0, len(VALID) - 1), byte=st.integers(0, 255))
+def test_what_is_read_is_what_the_library_reads(
+    position: int, byte: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """With any byte changed: refuse, or agree with the library on every tensor."""
+    path = tmp_path_factory.getbasetemp() / "fuzzed.safetensors"
+    path.write_bytes(VALID[:position] + bytes([byte]) + VALID[position + 1 :])
+    try:
+        ours = read_header(path)
+    except ValueError:
+        return
+    try:
+        file = safe_open(path, framework="np")
+    except SafetensorError as error:
+        raise AssertionError(f"accepted what the library refuses: {error}") from error
+    with file:
+        assert set(ours) == set(file.keys())
+        for name, tensor in ours.items():
+            assert list(tensor.shape) == file.get_slice(name).get_shape()
+            assert tensor.dtype == file.get_slice(name).get_dtype()
+
+
+def test_a_valid_file_is_read_in_file_order(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(VALID)
+    tensors = read_header(path)
+    assert {name: t.shape for name, t in tensors.items()} == {"b": (2, 3), "a": (5,)}
+    assert [t.num_elements * DTYPE_BITS[t.dtype] // 8 for t in tensors.values()] == [24, 10]
+    assert [t.end - t.start for t in tensors.values()] == [24, 10]
+
+
+@given(values=st.lists(st.floats(width=32), max_size=40))
+def test_not_finite_is_found_wherever_numpy_finds_it(
+    values: list[float], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "floats.safetensors"
+    array = np.array(values, np.float32)
+    path.write_bytes(save({"x": array, "y": np.ones(3, np.float32)}))
+    expected = None if np.isfinite(array).all() else "x"
+    assert find_not_finite(path, read_header(path), lambda _: None) == expected
+
+
+def test_tensors_larger_than_a_chunk_are_read_to_their_end(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    array = np.zeros(3 * 2**20 // 2 + 1, np.float32)  # 6 MiB and a bit
+    array[-1] = np.nan
+    path.write_bytes(save({"x": array}))
+    seen: list[int] = []
+    assert find_not_finite(path, read_header(path), seen.append) == "x"
+    seen.clear()
+    hash_file(path, seen.append)
+    assert sum(seen) == path.stat().st_size
