@@ -6,7 +6,6 @@ Imports no torch; that stays in the engine's process.
 """
 
 import asyncio
-import contextlib
 import os
 import socket
 import subprocess
@@ -180,6 +179,7 @@ class _Connection(asyncio.Protocol):
         self._kill_reason: str | None = None
         self._transport: asyncio.Transport | None = None
         self._gone = asyncio.Event()
+        self._burial: asyncio.Future[None] | None = None
 
     @property
     def is_ready(self) -> bool:
@@ -197,11 +197,6 @@ class _Connection(asyncio.Protocol):
     async def close(self) -> None:
         if self._transport is not None:
             self._transport.close()
-        try:
-            await asyncio.to_thread(self.process.wait, CLOSE_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            await asyncio.to_thread(self.process.wait)
         await self._gone.wait()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -220,17 +215,24 @@ class _Connection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.is_lost = True
-        reason = self._kill_reason or f"the engine's process ended with code {self._exit_code()}"
+        self._burial = asyncio.ensure_future(self._bury())
+
+    async def _bury(self) -> None:
+        """The socket closes a moment before the process can be reaped; never leave it behind."""
+        code = await asyncio.to_thread(_wait_or_kill, self.process)
+        reason = self._kill_reason or f"the engine's process ended with code {code}"
         if not self.ready.done():
             self.ready.set_exception(EngineStartError(reason))
         self._client._on_lost(reason)
         self._gone.set()
 
-    def _exit_code(self) -> int | None:
-        """The socket closes when the process ends, a moment before it can be reaped."""
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            return self.process.wait(0.2)
-        return None
+
+def _wait_or_kill(process: "subprocess.Popen[bytes]") -> int:
+    try:
+        return process.wait(CLOSE_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return process.wait()
 
 
 async def _connect(client: EngineClient) -> _Connection:
