@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 from engine.config import EngineConfig
 from engine.framing import FrameDecoder, encode
@@ -21,6 +21,7 @@ from engine.messages import (
     EngineInfo,
     EngineStats,
     GenerateRequest,
+    Item,
     RequestError,
     RequestOutput,
 )
@@ -30,7 +31,7 @@ RESTART_BACKOFF_S = 0.5
 CLOSE_TIMEOUT_S = 5.0
 SPIN_COUNT = "1000"  # a few microseconds
 
-OnFrame = Callable[[list[RequestOutput]], None]
+OnFrame = Callable[[list[Item]], None]
 
 
 class EngineStartError(RuntimeError):
@@ -109,18 +110,18 @@ class EngineClient:
 
     # ==== what the connection reports ====
 
-    def _on_message(self, outputs: list[RequestOutput], stats: EngineStats | None) -> None:
+    def _on_message(self, items: list[Item], stats: EngineStats | None) -> None:
         if stats is not None:
             self.stats = stats
-        for output in outputs:
-            if output.finish_reason is not None:
-                self._forget(output)
-        if outputs:
-            self._on_frame(outputs)
+        for item in items:
+            if not isinstance(item, tuple) and item.finish_reason is not None:
+                self._forget(item)
+        if items:
+            self._on_frame(items)
 
     def _on_lost(self, reason: str) -> None:
         error = RequestError(ENGINE_DIED, reason)
-        ended = [
+        ended: list[Item] = [
             RequestOutput(request_id, index, [], finish_reason="error", error=error)
             for request_id, indexes in self._live.items()
             for index in sorted(indexes)
@@ -200,8 +201,7 @@ class _Connection(asyncio.Protocol):
         await self._gone.wait()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's is no subclass
 
     def data_received(self, data: bytes) -> None:
         self.heard_s = time.monotonic()

@@ -138,7 +138,8 @@ def _batches(size: ModelSize, load: Load) -> Iterator[str]:
 
 
 def _floors(size: ModelSize, load: Load, machine: Machine) -> Iterator[str]:
-    yield f"\nDecode step floor in {own_format(size).name}, every sequence {load.context} tokens long"
+    name = own_format(size).name
+    yield f"\nDecode step floor in {name}, every sequence {load.context} tokens long"
     yield (
         f"  max(bytes read / {machine.bytes_per_s / 1e9:.1f} GB/s, "
         f"operations / {machine.flops_per_s / 1e12:.3f} TFLOP/s), {machine.source}"

@@ -13,7 +13,7 @@ from engine.kernels.dispatch import reference_ops
 from engine.model.decoder import Decoder
 from engine.model.families import read_dtype, read_spec
 from engine.model.layers import Build
-from engine.model.spec import ModelError, ModelSpec
+from engine.model.spec import ModelSpec
 from engine.runner.kv_cache import kv_bytes_per_token
 
 ATTENTION_SITES = ("qkv", "o")
@@ -190,9 +190,7 @@ def step_floor(
     weights and, if there are adapters, by its own one.
     """
     form, spec = own_format(size), size.spec
-    read = weight_bytes(size, form) + num_adapters * adapter_bytes(
-        size, form.dtype, load.lora_rank
-    )
+    read = weight_bytes(size, form) + num_adapters * adapter_bytes(size, form.dtype, load.lora_rank)
     if size.num_head:  # of an embedding that is not the head, a row per token
         read -= size.num_embedding * form.dtype.itemsize
     read += batch * load.context * kv_bytes_per_token(spec, form.dtype)

@@ -10,20 +10,23 @@ import torch
 
 from engine.plan_arithmetic import Machine
 
-READ_BYTES = 2**28  # far larger than any cache
-MATRIX_SIZE = {"cpu": 1024, "cuda": 8192}
-PERIOD_S = 0.8
+READ_BYTES = {"cpu": 2**27, "cuda": 2**30}  # larger than any cache
+MATRIX_SIZE = {"cpu": 512, "cuda": 8192}  # a millisecond: short enough to be undisturbed once
+PERIOD_S = 1.0
 
 
 def measure(device: torch.device, dtype: torch.dtype) -> Machine:
     """Reads with a sum over a large tensor; multiplies square matrices of `dtype`."""
-    cells = torch.zeros(READ_BYTES // 4, dtype=torch.float32, device=device)
+    num_bytes = READ_BYTES[device.type]
+    cells = torch.ones(num_bytes // 4, dtype=torch.float32, device=device)
     n = MATRIX_SIZE[device.type]
     left, right = (torch.ones(n, n, dtype=dtype, device=device) for _ in range(2))
     read_s = _best_s(lambda: cells.sum(), device)
     multiply_s = _best_s(lambda: left @ right, device)
-    name = f"{torch.get_num_threads()} CPU threads" if device.type == "cpu" else "the GPU"
-    return Machine(READ_BYTES / read_s, 2 * n**3 / multiply_s, f"measured here, on {name}")
+    num_threads = torch.get_num_threads()
+    threads = "one CPU thread" if num_threads == 1 else f"{num_threads} CPU threads"
+    name = threads if device.type == "cpu" else "the GPU"
+    return Machine(num_bytes / read_s, 2 * n**3 / multiply_s, f"measured here, on {name}")
 
 
 def _best_s(work: Callable[[], torch.Tensor], device: torch.device) -> float:

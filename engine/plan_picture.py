@@ -70,24 +70,25 @@ def _draw_memory(axes: Any, size: ModelSize, load: Load) -> None:
     axes.invert_yaxis()
     axes.axvline(load.memory_bytes / 2**30, color="black", linewidth=1)
     axes.set_xlabel("GiB")
-    axes.set_title(f"Memory at {load.context} tokens, adapters of rank {load.lora_rank}")
+    axes.set_title(
+        f"Memory at {load.context} tokens, adapters of rank {load.lora_rank}", fontsize="medium"
+    )
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, -0.36), ncols=4, frameon=False)
 
 
 def _draw_floor(axes: Any, size: ModelSize, load: Load, machine: Machine) -> None:
     batches = range(1, MAX_BATCH + 1)
-    for name, style, count in (
-        ("an adapter for each", "-", None),
-        ("one adapter", "--", 1),
-        ("base model", ":", 0),
+    for name, colour, count in (
+        ("an adapter for each", "adapters", None),
+        ("base model", "weights", 0),
     ):
         floors = [
             step_floor(size, load, machine, b, b if count is None else count) for b in batches
         ]
-        axes.plot(batches, [1e3 * f.step_s for f in floors], style, color="#4c5c7a", label=name)
+        axes.plot(batches, [1e3 * f.step_s for f in floors], color=COLOURS[colour], label=name)
     axes.set_xlabel("batch")
     axes.set_ylabel("ms per step, at least")
     axes.set_ylim(bottom=0)
-    rates = f"{machine.bytes_per_s / 1e9:.0f} GB/s, {machine.flops_per_s / 1e12:.2g} TFLOP/s"
-    axes.set_title(f"Decode step floor at {rates}")
+    rates = f"{machine.bytes_per_s / 1e9:.0f} GB/s, {machine.flops_per_s / 1e12:.3g} TFLOP/s"
+    axes.set_title(f"Decode step floor at {rates}", fontsize="medium")
     axes.legend(frameon=False)

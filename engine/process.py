@@ -3,7 +3,7 @@
     python -m engine.process <socket file descriptor>
 
 in:   ("start", EngineConfig)  ("add", GenerateRequest)  ("abort", request_id)  ("ping",)
-out:  ("ready", EngineInfo) or ("failed", text), then ("frame", outputs, stats or None)
+out:  ("ready", EngineInfo) or ("failed", text), then ("frame", items, stats or None)
 
 The loop never blocks on a slow reader: what the socket does not take waits in memory. It ends
 when the other end closes. Every frame is sent by the step loop itself, so a loop that hangs is
@@ -19,6 +19,8 @@ from contextlib import suppress
 from typing import Any
 
 from engine.framing import FrameDecoder, encode
+from engine.messages import INVALID_REQUEST, RequestError, RequestOutput, to_item
+from engine.scheduler.request import InvalidRequest
 
 STATS_PERIOD_S = 0.1
 _CHUNK = 1 << 20
@@ -123,9 +125,6 @@ class _Loop:
             raise ValueError(f"unknown message {kind!r}")
 
     def _add(self, request: Any) -> None:
-        from engine.messages import INVALID_REQUEST, RequestError, RequestOutput
-        from engine.scheduler.request import InvalidRequest
-
         try:
             self._engine.add_request(request)
         except InvalidRequest as refusal:
@@ -148,7 +147,7 @@ class _Loop:
         if is_due:
             self._stats_due_s, self._stats_stale = now + STATS_PERIOD_S, False
         if outputs or stats is not None:
-            self._connection.send(("frame", outputs, stats))
+            self._connection.send(("frame", [to_item(o) for o in outputs], stats))
         self._is_pinged = False
 
 

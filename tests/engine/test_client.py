@@ -17,6 +17,7 @@ from engine.messages import (
     INVALID_REQUEST,
     AdapterFolder,
     GenerateRequest,
+    Item,
     RequestOutput,
 )
 from tests.engine.driver import greedy, make_engine, prompt_of, run
@@ -41,8 +42,8 @@ class Inbox:
         self.outputs: list[RequestOutput] = []
         self._changed = asyncio.Event()
 
-    def on_frame(self, outputs: list[RequestOutput]) -> None:
-        self.outputs += outputs
+    def on_frame(self, items: list[Item]) -> None:
+        self.outputs += [RequestOutput(*i) if isinstance(i, tuple) else i for i in items]
         self._changed.set()
 
     def tokens(self, request_id: str) -> list[int]:

@@ -1,0 +1,41 @@
+# `make serve` and `make test` are all one needs. Everything lands below this folder:
+# .venv (the environment), .venv-clients (other people's clients, for tests), .data (the demo).
+
+PYTHON ?= python3
+CONFIG ?= configs/dev-cpu.yaml
+PORT ?= 8000
+
+.PHONY: serve test lint bench
+
+serve: .venv/demo.stamp
+	@exec .venv/bin/python -m deployments.serve --config $(CONFIG) --port $(PORT)
+
+test: .venv/dev.stamp .venv-clients/stamp
+	.venv/bin/pytest
+
+lint: .venv/dev.stamp
+	.venv/bin/ruff format --check .
+	.venv/bin/ruff check .
+	.venv/bin/pyright
+
+bench: .venv/dev.stamp
+	@echo "Benchmarks are programs in tests/bench; each prints one line and its conditions:"
+	@ls tests/bench/*.py 2>/dev/null | sed 's|^|  .venv/bin/python |'
+	@echo "Those that need a server say so; start one with 'make serve'. Results: tests/bench/LOG.md"
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/demo.stamp: pyproject.toml | .venv/bin/python
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -e '.[demo]'
+	@touch $@
+
+.venv/dev.stamp: pyproject.toml | .venv/bin/python
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@touch $@
+
+# The clients live apart, so that what they pull in cannot reach the server's environment.
+.venv-clients/stamp: tests/clients/requirements.txt
+	$(PYTHON) -m venv .venv-clients
+	.venv-clients/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	@touch $@

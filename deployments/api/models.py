@@ -1,0 +1,31 @@
+"""Bodies of /v1/models: base models and, below them, adapters."""
+
+from typing import Any
+
+from adapter_store.names import AdapterRecord
+
+OWNER = "reef"
+
+
+def base_card(model_id: str, created: int, max_model_len: int | None) -> dict[str, Any]:
+    """`max_model_len` is null until the engine has loaded the model."""
+    card = _card(model_id, created, root=model_id, parent=None)
+    return {**card, "max_model_len": max_model_len}
+
+
+def adapter_card(model_id: str, parent: str, digest: str, created: int) -> dict[str, Any]:
+    """`root` is what the name stands for: the adapter's content."""
+    return _card(model_id, created, root=digest, parent=parent)
+
+
+def record_card(record: AdapterRecord, parent: str) -> dict[str, Any]:
+    return adapter_card(record.name, parent, record.digest, int(record.published_s))
+
+
+def model_list(cards: list[dict[str, Any]]) -> dict[str, Any]:
+    return {"object": "list", "data": cards}
+
+
+def _card(model_id: str, created: int, root: str, parent: str | None) -> dict[str, Any]:
+    fields = {"id": model_id, "object": "model", "created": created, "owned_by": OWNER}
+    return {**fields, "root": root, "parent": parent}

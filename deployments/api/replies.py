@@ -1,0 +1,228 @@
+"""Bodies of OpenAI's answers: server-sent events and whole documents.
+
+A plain text chunk is three byte strings put together: everything around the text is encoded
+once per request, because this is done for every token of every stream.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from deployments.choice import Choice, TokenEntry
+from deployments.text import Vocabulary
+from engine.messages import TokenLogprobs
+
+DONE = b"data: [DONE]\n\n"
+LOWEST_LOGPROB = -9999.0  # JSON has no infinity
+
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    num_prompt_tokens: int
+    num_cached_tokens: int
+    num_output_tokens: int
+
+    def document(self) -> dict[str, Any]:
+        return {
+            "prompt_tokens": self.num_prompt_tokens,
+            "completion_tokens": self.num_output_tokens,
+            "total_tokens": self.num_prompt_tokens + self.num_output_tokens,
+            "prompt_tokens_details": {"cached_tokens": self.num_cached_tokens},
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class ReplyHead:
+    """What every part of one answer repeats, and what the client asked to have in it."""
+
+    reply_id: str
+    created: int
+    model: str
+    has_logprobs: bool = False
+    has_token_ids: bool = False
+    has_usage_in_chunks: bool = False  # null until the last chunk
+
+    def document(self, object_name: str) -> dict[str, Any]:
+        fields = {"id": self.reply_id, "object": object_name, "created": self.created}
+        return {**fields, "model": self.model}
+
+
+def event(document: object) -> bytes:
+    return f"data: {_encode(document)}\n\n".encode()
+
+
+class Reply:
+    """The parts that chat and completions share. A subclass says how a choice is written."""
+
+    chunk_object: str
+    whole_object: str
+
+    def __init__(
+        self, head: ReplyHead, vocabulary: Vocabulary, prompts: Sequence[Sequence[int]], n: int
+    ) -> None:
+        self._head = head
+        self._vocabulary = vocabulary
+        self._prompts = prompts
+        self._n = n
+        self._chunk_head = head.document(self.chunk_object)
+        self._is_plain = not (head.has_logprobs or head.has_token_ids)
+        self._frames: dict[int, tuple[bytes, bytes]] = {}
+
+    def opening(self, index: int) -> bytes:
+        """Sent for each choice before its first text."""
+        raise NotImplementedError
+
+    def text(self, choice: Choice, text: str) -> bytes:
+        """One chunk with new text."""
+        if self._is_plain:
+            frame = self._frames.get(choice.index) or self._frame(choice.index)
+            return frame[0] + _encode(text).encode() + frame[1]
+        return self._chunk([self._chunk_choice(choice, text)])
+
+    def closing(self, choice: Choice) -> bytes:
+        """The last chunk of a choice: why it ended."""
+        document = self._chunk_choice(choice, None)
+        document["finish_reason"] = choice.finish_reason
+        document["stop_reason"] = choice.stop_reason
+        return self._chunk([document])
+
+    def usage(self, usage: Usage) -> bytes:
+        return event({**self._chunk_head, "choices": [], "usage": usage.document()})
+
+    def whole(self, choices: Sequence[Choice], texts: Sequence[str], usage: Usage) -> bytes:
+        documents = [self._whole_choice(c, t) for c, t in zip(choices, texts, strict=True)]
+        head = self._head.document(self.whole_object)
+        body = {**head, "choices": documents, "usage": usage.document(), **self._whole_extra()}
+        return _encode(body).encode()
+
+    def _chunk(self, choices: list[dict[str, Any]]) -> bytes:
+        tail = {"usage": None} if self._head.has_usage_in_chunks else {}
+        return event({**self._chunk_head, "choices": choices, **tail})
+
+    def _frame(self, index: int) -> tuple[bytes, bytes]:
+        """The bytes before and after the text in a plain chunk of this choice."""
+        mark = "\x00"
+        chunk = self._chunk([self._bare_choice(index, mark)]).decode()
+        before, after = chunk.split(_encode(mark))
+        frame = self._frames[index] = (before.encode(), after.encode())
+        return frame
+
+    def _chunk_choice(self, choice: Choice, text: str | None) -> dict[str, Any]:
+        document = self._bare_choice(choice.index, text)
+        if self._head.has_logprobs:
+            document["logprobs"] = self._logprobs(choice.unsent_entries)
+        if self._head.has_token_ids:
+            document["token_ids"] = choice.token_ids[choice.num_sent_tokens :]
+        choice.unsent_entries.clear()
+        choice.num_sent_tokens = len(choice.token_ids)
+        return document
+
+    def _end(self, choice: Choice) -> dict[str, Any]:
+        logprobs = self._logprobs(choice.unsent_entries) if self._head.has_logprobs else None
+        ids = {"token_ids": choice.token_ids} if self._head.has_token_ids else {}
+        ends = {"finish_reason": choice.finish_reason, "stop_reason": choice.stop_reason}
+        return {"logprobs": logprobs, **ends, **ids}
+
+    def _prompt_of(self, index: int) -> list[int]:
+        return list(self._prompts[index // self._n])
+
+    def _bare_choice(self, index: int, text: str | None) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def _whole_choice(self, choice: Choice, text: str) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def _whole_extra(self) -> dict[str, Any]:
+        return {}
+
+    def _logprobs(self, entries: Sequence[TokenEntry]) -> dict[str, Any]:
+        raise NotImplementedError
+
+
+class ChatReply(Reply):
+    chunk_object = "chat.completion.chunk"
+    whole_object = "chat.completion"
+
+    def opening(self, index: int) -> bytes:
+        choice = self._bare_choice(index, None)
+        choice["delta"] = {"role": "assistant", "content": ""}
+        if not self._head.has_token_ids or index:
+            return self._chunk([choice])
+        tail = {"usage": None} if self._head.has_usage_in_chunks else {}
+        ids = {"prompt_token_ids": self._prompt_of(index)}
+        return event({**self._chunk_head, "choices": [choice], **tail, **ids})
+
+    def _bare_choice(self, index: int, text: str | None) -> dict[str, Any]:
+        delta = {} if text is None else {"content": text}
+        return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+
+    def _whole_choice(self, choice: Choice, text: str) -> dict[str, Any]:
+        message = {"role": "assistant", "content": text, "refusal": None}
+        return {"index": choice.index, "message": message, **self._end(choice)}
+
+    def _whole_extra(self) -> dict[str, Any]:
+        return {"prompt_token_ids": self._prompt_of(0)} if self._head.has_token_ids else {}
+
+    def _logprobs(self, entries: Sequence[TokenEntry]) -> dict[str, Any]:
+        return {"content": [self._entry(entry) for entry in entries], "refusal": None}
+
+    def _entry(self, entry: TokenEntry) -> dict[str, Any]:
+        assert entry.logprobs is not None, "chats have no prompt logprobs"
+        top = [self._token(token_id, value) for token_id, value in entry.logprobs.top]
+        return {**self._token(entry.token_id, entry.logprobs.logprob), "top_logprobs": top}
+
+    def _token(self, token_id: int, logprob: float) -> dict[str, Any]:
+        raw = self._vocabulary.token_bytes(token_id)
+        text = raw.decode("utf-8", "replace")
+        return {"token": text, "logprob": _finite(logprob), "bytes": list(raw)}
+
+
+class CompletionReply(Reply):
+    chunk_object = "text_completion"
+    whole_object = "text_completion"
+
+    def opening(self, index: int) -> bytes:
+        if not self._head.has_token_ids:
+            return b""
+        choice = {**self._bare_choice(index, ""), "token_ids": []}
+        return self._chunk([{**choice, "prompt_token_ids": self._prompt_of(index)}])
+
+    def _bare_choice(self, index: int, text: str | None) -> dict[str, Any]:
+        return {"index": index, "text": text or "", "logprobs": None, "finish_reason": None}
+
+    def _whole_choice(self, choice: Choice, text: str) -> dict[str, Any]:
+        document = {"index": choice.index, "text": text, **self._end(choice)}
+        if self._head.has_token_ids:
+            document["prompt_token_ids"] = self._prompt_of(choice.index)
+        return document
+
+    def _logprobs(self, entries: Sequence[TokenEntry]) -> dict[str, Any]:
+        text_of = self._vocabulary.token_text
+        return {
+            "tokens": [text_of(entry.token_id) for entry in entries],
+            "token_logprobs": [_logprob(entry.logprobs) for entry in entries],
+            "top_logprobs": [self._top(entry) for entry in entries],
+            "text_offset": [entry.text_offset for entry in entries],
+        }
+
+    def _top(self, entry: TokenEntry) -> dict[str, float] | None:
+        if entry.logprobs is None:
+            return None
+        text_of = self._vocabulary.token_text
+        top: dict[str, float] = {}
+        # Two tokens may have the same text: the likelier one is named. The chosen one always is.
+        for token_id, value in entry.logprobs.top:
+            top.setdefault(text_of(token_id), _finite(value))
+        top.setdefault(text_of(entry.token_id), _finite(entry.logprobs.logprob))
+        return top
+
+
+def _logprob(logprobs: TokenLogprobs | None) -> float | None:
+    return None if logprobs is None else _finite(logprobs.logprob)
+
+
+def _finite(logprob: float) -> float:
+    return max(logprob, LOWEST_LOGPROB)

@@ -1,0 +1,113 @@
+"""Our exceptions and how HTTP says them: a status and an OpenAI error body.
+
+The only file that knows which status an error has. Lower floors raise their own exceptions;
+`from_engine` translates what an engine says about a request that cannot go on.
+"""
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from adapter_store.errors import (
+    AdapterInvalid,
+    AdapterNotFound,
+    AdapterTooLarge,
+    CacheFull,
+    InvalidName,
+    SourceUnavailable,
+)
+from engine.messages import (
+    ADAPTER_INVALID,
+    ENGINE_DIED,
+    ENGINE_ERROR,
+    INVALID_REQUEST,
+    RequestError,
+)
+
+# Further kinds of RequestError, raised around the engine and not by it.
+OVERLOADED = "overloaded"
+ADAPTER_NOT_FOUND = "adapter_not_found"
+ADAPTER_UNAVAILABLE = "adapter_unavailable"
+
+
+@dataclass(eq=False)
+class ApiError(Exception):
+    """An answer that is an error. `type` and `code` are OpenAI's words where it has one."""
+
+    status: int
+    message: str
+    type: str = "invalid_request_error"
+    param: str | None = None
+    code: str | None = None
+    retry_after_s: int | None = None
+
+    def __str__(self) -> str:
+        return self.message
+
+    def document(self) -> dict[str, Any]:
+        fields = {"message": self.message, "type": self.type, "param": self.param}
+        return {"error": {**fields, "code": self.code}}
+
+    def body(self) -> bytes:
+        return json.dumps(self.document(), ensure_ascii=False).encode()
+
+    def headers(self) -> dict[str, str]:
+        return {} if self.retry_after_s is None else {"retry-after": str(self.retry_after_s)}
+
+
+def invalid(message: str, param: str | None = None, code: str | None = None) -> ApiError:
+    return ApiError(400, message, param=param, code=code)
+
+
+def model_not_found(name: str) -> ApiError:
+    return ApiError(
+        404,
+        f"The model {name!r} does not exist or you do not have access to it.",
+        param="model",
+        code="model_not_found",
+    )
+
+
+def body_too_large(max_bytes: int) -> ApiError:
+    message = f"The request body is larger than the limit of {max_bytes} bytes."
+    return ApiError(413, message, code="request_too_large")
+
+
+def overloaded(message: str) -> ApiError:
+    return ApiError(429, message, "rate_limit_error", code="overloaded", retry_after_s=1)
+
+
+def unavailable(message: str) -> ApiError:
+    return ApiError(503, message, "server_error", code="unavailable", retry_after_s=2)
+
+
+def internal(message: str = "The server failed to process the request.") -> ApiError:
+    return ApiError(500, message, "server_error", code="internal_error")
+
+
+def from_engine(error: RequestError, model: str) -> ApiError:
+    """The answer for a request that the engine, or the replica around it, gave up."""
+    if error.kind == INVALID_REQUEST:
+        return invalid(error.message)
+    if error.kind == ADAPTER_NOT_FOUND:
+        return model_not_found(model)
+    if error.kind == ADAPTER_INVALID:
+        return invalid(f"The adapter {model!r} cannot be served: {error.message}", "model")
+    if error.kind == OVERLOADED:
+        return overloaded(error.message)
+    if error.kind in (ENGINE_DIED, ADAPTER_UNAVAILABLE):
+        return unavailable(error.message)
+    if error.kind == ENGINE_ERROR:
+        return internal(error.message)
+    return internal(f"unknown error kind {error.kind!r}: {error.message}")
+
+
+def adapter_error(error: Exception) -> RequestError:
+    """What a replica says when the adapter store refuses."""
+    if isinstance(error, AdapterNotFound | InvalidName):
+        return RequestError(ADAPTER_NOT_FOUND, str(error))
+    if isinstance(error, AdapterInvalid | AdapterTooLarge):
+        return RequestError(ADAPTER_INVALID, str(error))
+    if isinstance(error, SourceUnavailable | CacheFull):
+        return RequestError(ADAPTER_UNAVAILABLE, f"The adapter cannot be fetched now: {error}")
+    return RequestError(ENGINE_ERROR, f"The adapter could not be loaded: {error!r}")

@@ -1,0 +1,193 @@
+"""Generation: everything one HTTP request asked an engine for, from submit to the last byte.
+
+`start` pulls the first news, so that errors can still be a status; `events` and `whole` write
+the answer. However it ends, `close` gives the engine back what it holds.
+"""
+
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import cast
+
+from deployments.api.replies import DONE, Reply, Usage
+from deployments.choice import Choice
+from deployments.errors import from_engine
+from deployments.metrics import Gaps, Metrics
+from deployments.models import Target
+from deployments.transport import Submit
+from engine.messages import RequestOutput
+
+News = dict[Choice, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is submitted and how it is to be answered. Choice i of prompt p has index p*n + i."""
+
+    model_name: str
+    target: Target
+    submits: Sequence[Submit]
+    n: int
+    make_choice: Callable[[int, RequestOutput | None], Choice]
+    reply: Reply
+    include_usage: bool = False
+    is_prompt_only: bool = False  # max_tokens 0: the engine's one token is not shown
+
+
+class Generation:
+    """One reader of one mailbox. Not reusable."""
+
+    def __init__(
+        self, plan: Plan, metrics: Metrics, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._plan = plan
+        self._metrics = metrics
+        self._clock = clock
+        self._link = plan.target.model.link
+        self._mailbox = self._link.open(plan.submits)
+        ids = [submit.request.request_id for submit in plan.submits]
+        self._first_index = {request_id: at * plan.n for at, request_id in enumerate(ids)}
+        self._num_engine_open = dict.fromkeys(ids, plan.n)
+        self._num_cached = dict.fromkeys(ids, 0)
+        self._choices: dict[int, Choice] = {}
+        self._num_open = plan.n * len(ids)
+        self._first: News = {}
+        self._arrival_s = clock()
+        self._gaps = Gaps()
+        self._first_s: dict[int, float] = {}
+        self._last_s: dict[int, float] = {}
+
+    async def start(self) -> None:
+        """Waits for the first news. Raises ApiError if that is an error."""
+        self._first = await self._next()
+
+    async def events(self) -> AsyncIterator[bytes]:
+        """Server-sent events, as many at once as there is news. Raises ApiError in the middle."""
+        reply = self._plan.reply
+        indexes = range(self._num_choices)
+        yield b"".join([*map(reply.opening, indexes), *self._write(self._first)])
+        while self._num_open:
+            chunks = self._write(await self._next())
+            if chunks:
+                yield b"".join(chunks)
+        tail = reply.usage(self.usage()) if self._plan.include_usage else b""
+        yield tail + DONE
+
+    async def whole(self) -> bytes:
+        """The answer as one document. Raises ApiError."""
+        texts: dict[int, list[str]] = {}
+        news = self._first
+        while True:
+            for choice, text in news.items():
+                texts.setdefault(choice.index, []).append(text)
+            if not self._num_open:
+                break
+            news = await self._next()
+        choices = [self._choices[index] for index in range(self._num_choices)]
+        joined = ["".join(texts.get(choice.index, ())) for choice in choices]
+        return self._plan.reply.whole(choices, joined, self.usage())
+
+    def usage(self) -> Usage:
+        prompts = [submit.request.prompt_token_ids for submit in self._plan.submits]
+        is_prompt_only = self._plan.is_prompt_only
+        num_output = sum(len(choice.token_ids) for choice in self._choices.values())
+        return Usage(
+            num_prompt_tokens=sum(map(len, prompts)),
+            num_cached_tokens=sum(self._num_cached.values()),
+            num_output_tokens=0 if is_prompt_only else num_output,
+        )
+
+    def close(self) -> None:
+        """Ends what has not ended, and hands the figures over. Call it exactly once."""
+        self._link.release(self._mailbox)
+        usage, label = self.usage(), self._plan.target.label
+        self._metrics.observe_gaps(label, self._gaps)
+        self._metrics.count_tokens(
+            label, usage.num_prompt_tokens, usage.num_cached_tokens, usage.num_output_tokens
+        )
+
+    @property
+    def _num_choices(self) -> int:
+        return self._plan.n * len(self._plan.submits)
+
+    # ---- news ----------------------------------------------------------------------------
+
+    async def _next(self) -> News:
+        """What every choice that was open has gained, one text per choice."""
+        news: News = {}
+        for item in await self._mailbox.next():
+            if type(item) is tuple:
+                request_id, index, token_ids = item
+                choice = self._choice(request_id, index, None, news)
+                if choice.finish_reason is not None:
+                    continue  # behind a stop string
+                text = choice.push(token_ids)
+            else:
+                output = cast(RequestOutput, item)
+                choice = self._choice(output.request_id, output.index, output, news)
+                was_open = choice.finish_reason is None
+                text = self._take(choice, output)
+                if not was_open:
+                    continue
+            self._stamp(choice)
+            news[choice] = news.get(choice, "") + text
+        return news
+
+    def _take(self, choice: Choice, output: RequestOutput) -> str:
+        if output.finish_reason is None:
+            return choice.push(output.token_ids, output.logprobs)
+        self._finish_in_engine(output)
+        if self._plan.is_prompt_only:
+            output = replace(output, token_ids=[], logprobs=None, stop_token_id=None)
+        return choice.finish(output)
+
+    def _choice(
+        self, request_id: str, index: int, output: RequestOutput | None, news: News
+    ) -> Choice:
+        if output is not None and output.error is not None:
+            raise from_engine(output.error, self._plan.model_name)
+        at = self._first_index[request_id] + index
+        choice = self._choices.get(at)
+        if choice is None:
+            choice = self._choices[at] = self._plan.make_choice(at, output)
+            news[choice] = choice.opening
+        return choice
+
+    def _finish_in_engine(self, output: RequestOutput) -> None:
+        request_id = output.request_id
+        self._num_engine_open[request_id] -= 1
+        if self._num_engine_open[request_id] == 0:
+            self._link.finish(request_id)
+        if output.metrics is not None:
+            cached = output.metrics.num_cached_tokens
+            self._num_cached[request_id] = max(self._num_cached[request_id], cached)
+            self._metrics.observe_queue(self._plan.target.label, output.metrics.queue_s)
+
+    def _stamp(self, choice: Choice) -> None:
+        """Times one item of one choice: its first, the gap since the last, its end."""
+        now = self._clock()
+        last = self._last_s.get(choice.index)
+        if last is None:
+            self._first_s[choice.index] = now
+        else:
+            self._gaps.observe(now - last)
+        self._last_s[choice.index] = now
+        if choice.finish_reason is not None:
+            self._num_open -= 1
+            first = self._first_s[choice.index]
+            self._metrics.observe_choice(
+                self._plan.target.label,
+                ttft_s=first - self._arrival_s,
+                e2e_s=now - self._arrival_s,
+                num_tokens=len(choice.token_ids),
+            )
+
+    def _write(self, news: News) -> list[bytes]:
+        reply = self._plan.reply
+        chunks: list[bytes] = []
+        for choice, text in news.items():
+            if text:
+                chunks.append(reply.text(choice, text))
+            if choice.finish_reason is not None:
+                chunks.append(reply.closing(choice))
+        return chunks

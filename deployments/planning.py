@@ -1,0 +1,223 @@
+"""From a parsed request and a resolved model to a Plan: prompts, limits, sampling, seeds.
+
+Everything about a request that can be wrong without asking the engine is refused here, with
+the value and the allowed range.
+"""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from deployments.api.openai import ChatCompletionRequest, CompletionRequest, GenerationRequest
+from deployments.api.replies import ChatReply, CompletionReply, ReplyHead
+from deployments.choice import Choice, TokenEntry
+from deployments.errors import invalid
+from deployments.generation import Plan
+from deployments.models import OPEN_TENANT, Target
+from deployments.template import TemplateRefused
+from deployments.text import Vocabulary
+from deployments.transport import Submit
+from engine.messages import EngineInfo, GenerateRequest, RequestOutput, TokenLogprobs
+
+LONG_TEXT = 20_000  # characters; longer text is encoded off the event loop
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """What a request does not say itself: new ids, seeds and the time."""
+
+    new_id: Callable[[], str]
+    new_seed: Callable[[], int]
+    now: Callable[[], float]
+
+
+async def plan_chat(request: ChatCompletionRequest, target: Target, origin: Origin) -> Plan:
+    vocabulary = target.model.vocabulary
+    info = _engine_info(target)
+    add_prompt = request.add_generation_prompt is not False
+    try:
+        text = vocabulary.render(
+            [message.document() for message in request.messages],
+            add_prompt,
+            request.chat_template_kwargs or {},
+        )
+    except TemplateRefused as error:
+        raise invalid(str(error), "messages") from None
+    prompt = await _encode(vocabulary, text, request.add_special_tokens is True)
+    head = _head(request, f"chatcmpl-{origin.new_id()}", origin)
+    reply = ChatReply(head, vocabulary, [prompt], request.num_choices)
+    submits = _submits(request, target, info, [prompt], ["messages"], head.reply_id, origin)
+    return Plan(
+        request.model,
+        target,
+        submits,
+        request.num_choices,
+        _choice_maker(request, vocabulary, [prompt], [""], False),
+        reply,
+        request.include_usage,
+    )
+
+
+async def plan_completion(request: CompletionRequest, target: Target, origin: Origin) -> Plan:
+    vocabulary = target.model.vocabulary
+    info = _engine_info(target)
+    add_special = request.add_special_tokens is not False
+    prompts = [
+        list(p) if isinstance(p, list) else await _encode(vocabulary, p, add_special)
+        for p in request.prompt
+    ]
+    one = len(prompts) == 1
+    paths = ["prompt" if one else f"prompt[{at}]" for at in range(len(prompts))]
+    head = _head(request, f"cmpl-{origin.new_id()}", origin)
+    submits = _submits(request, target, info, prompts, paths, head.reply_id, origin)
+    openings = [""] * len(prompts)
+    if request.echo:
+        pairs = zip(request.prompt, prompts, strict=True)
+        openings = [p if isinstance(p, str) else vocabulary.decode(i, False) for p, i in pairs]
+    return Plan(
+        request.model,
+        target,
+        submits,
+        request.num_choices,
+        _choice_maker(request, vocabulary, prompts, openings, bool(request.echo)),
+        CompletionReply(head, vocabulary, prompts, request.num_choices),
+        request.include_usage,
+        is_prompt_only=request.max_tokens == 0,
+    )
+
+
+def _engine_info(target: Target) -> EngineInfo:
+    hello = target.model.link.hello
+    if hello is None:
+        raise target.model.link.unavailable()
+    return hello.engine
+
+
+async def _encode(vocabulary: Vocabulary, text: str, add_special_tokens: bool) -> list[int]:
+    if len(text) <= LONG_TEXT:
+        return vocabulary.encode(text, add_special_tokens)
+    return await asyncio.to_thread(vocabulary.encode, text, add_special_tokens)
+
+
+def _head(request: GenerationRequest, reply_id: str, origin: Origin) -> ReplyHead:
+    return ReplyHead(
+        reply_id,
+        int(origin.now()),
+        request.model,
+        has_logprobs=request.wanted_logprobs is not None,
+        has_token_ids=bool(request.return_token_ids),
+        has_usage_in_chunks=request.include_usage,
+    )
+
+
+# ---- limits --------------------------------------------------------------------------------
+
+
+def _submits(
+    request: GenerationRequest,
+    target: Target,
+    info: EngineInfo,
+    prompts: Sequence[list[int]],
+    paths: Sequence[str],
+    reply_id: str,
+    origin: Origin,
+) -> list[Submit]:
+    """One per prompt. Prompts of one request get different seeds unless the client gave one."""
+    _check_token_ids("stop_token_ids", request.stop_token_ids or (), info.vocab_size)
+    _check_token_ids("logit_bias", list(request.logit_bias or ()), info.vocab_size)
+    submits: list[Submit] = []
+    for at, (prompt, path) in enumerate(zip(prompts, paths, strict=True)):
+        _check_token_ids(path, prompt, info.vocab_size)
+        max_tokens = _max_tokens(request, path, len(prompt), info.max_model_len)
+        generate = GenerateRequest(
+            request_id=f"{reply_id}-{at}",
+            prompt_token_ids=prompt,
+            sampling=request.sampling(max_tokens, origin.new_seed()),
+            n=request.num_choices,
+            tenant=OPEN_TENANT,
+            cache_salt=request.cache_salt or "",
+        )
+        submits.append(Submit(generate, target.adapter))
+    return submits
+
+
+def _check_token_ids(path: str, token_ids: Sequence[int], vocab_size: int) -> None:
+    for token_id in token_ids:
+        if not 0 <= token_id < vocab_size:
+            raise invalid(f"{path}: token id {token_id} is outside 0..{vocab_size - 1}.", path)
+
+
+def _max_tokens(request: GenerationRequest, path: str, num_prompt: int, limit: int) -> int:
+    """Prompt and answer share the context; without a wish the answer gets all that is left."""
+    if num_prompt == 0:
+        raise invalid("The prompt is empty: it has no tokens.", path)
+    if num_prompt >= limit:
+        raise invalid(
+            f"The prompt has {num_prompt} tokens, and the model's context of {limit} tokens must "
+            "hold the answer too.",
+            path,
+            "context_length_exceeded",
+        )
+    wanted = request.wanted_max_tokens
+    if wanted is None:
+        return limit - num_prompt
+    if wanted < 0 or (wanted == 0 and isinstance(request, ChatCompletionRequest)):
+        raise invalid(f"max_tokens must be at least 1, not {wanted}.", "max_tokens")
+    if num_prompt + wanted > limit:
+        raise invalid(
+            f"The prompt has {num_prompt} tokens and max_tokens is {wanted}: together more than "
+            f"the model's context of {limit} tokens.",
+            "max_tokens",
+            "context_length_exceeded",
+        )
+    return max(wanted, 1)
+
+
+# ---- choices -------------------------------------------------------------------------------
+
+
+def _choice_maker(
+    request: GenerationRequest,
+    vocabulary: Vocabulary,
+    prompts: Sequence[list[int]],
+    openings: Sequence[str],
+    echo: bool,
+) -> Callable[[int, RequestOutput | None], Choice]:
+    skip = request.skip_special_tokens is not False
+    entries: dict[int, list[TokenEntry]] = {}  # by prompt; only its first choice brings them
+
+    def make_choice(index: int, output: RequestOutput | None) -> Choice:
+        at = index // request.num_choices
+        choice = Choice(
+            index,
+            vocabulary.detokenizer(skip, prompts[at]),
+            request.stop or (),
+            bool(request.include_stop_str_in_output),
+            request.min_tokens or 0,
+            openings[at],
+        )
+        if echo and request.wanted_logprobs is not None:
+            if at not in entries:
+                logprobs = None if output is None else output.prompt_logprobs
+                entries[at] = _prompt_entries(vocabulary, prompts[at], logprobs, skip)
+            choice.unsent_entries.extend(entries[at])
+        return choice
+
+    return make_choice
+
+
+def _prompt_entries(
+    vocabulary: Vocabulary,
+    prompt: Sequence[int],
+    prompt_logprobs: Sequence[TokenLogprobs | None] | None,
+    skip: bool,
+) -> list[TokenEntry]:
+    if prompt_logprobs is None:  # nothing precedes the only token of a prompt
+        prompt_logprobs = [None] * len(prompt)
+    detokenizer = vocabulary.detokenizer(skip, ())
+    entries: list[TokenEntry] = []
+    length = 0
+    for token_id, logprobs in zip(prompt, prompt_logprobs, strict=True):
+        entries.append(TokenEntry(token_id, logprobs, length))
+        length += len(detokenizer.push((token_id,)))
+    return entries

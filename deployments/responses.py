@@ -1,0 +1,105 @@
+"""Answers as bare ASGI messages: whole documents, event streams, errors.
+
+Starlette's own streaming costs a task group and several awaits per chunk; this is one await.
+"""
+
+import asyncio
+import logging
+from typing import cast
+
+from fastapi import Response
+from starlette.types import Receive, Scope, Send
+
+from deployments.errors import ApiError, internal
+from deployments.generation import Generation, Plan
+from deployments.metrics import Metrics
+
+CLIENT_GONE = 499  # nobody sees it but the metrics
+
+_EVENT_STREAM = (
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+)
+
+logger = logging.getLogger(__name__)
+
+
+class ErrorResponse(Response):
+    def __init__(self, error: ApiError) -> None:
+        super().__init__(error.body(), error.status, error.headers(), "application/json")
+
+
+class GenerationResponse(Response):
+    """Runs a plan and writes its answer.
+
+    The client is watched meanwhile: when it goes away the generation is closed at once, whether
+    the server cancels this call or only says so through `receive`.
+    """
+
+    def __init__(self, plan: Plan, stream: bool, metrics: Metrics, route: str) -> None:
+        super().__init__()
+        self._plan = plan
+        self._stream = stream
+        self._metrics = metrics
+        self._route = route
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        work = asyncio.ensure_future(self._answer(scope, receive, send))
+        watch = asyncio.ensure_future(_disconnect(receive))
+        status = CLIENT_GONE
+        try:
+            await asyncio.wait({work, watch}, return_when=asyncio.FIRST_COMPLETED)
+            if work.done():
+                status = work.result()
+        finally:
+            self._metrics.count_answer(self._route, status)
+            work.cancel()
+            watch.cancel()
+            await asyncio.gather(work, watch, return_exceptions=True)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> int:
+        """The status, once everything is sent."""
+        try:
+            generation = Generation(self._plan, self._metrics)
+            try:
+                await generation.start()
+                if self._stream:
+                    return await _send_events(generation, send)
+                response = Response(await generation.whole(), media_type="application/json")
+            finally:
+                generation.close()
+        except Exception as error:
+            response = ErrorResponse(_as_api_error(error))
+        await response(scope, receive, send)
+        return response.status_code
+
+
+async def _send_events(generation: Generation, send: Send) -> int:
+    """An error after the first byte is an event, and the stream ends without [DONE]."""
+    status = 200
+    # A list of its own: middleware appends to it.
+    headers = list(_EVENT_STREAM)
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    try:
+        async for chunk in generation.events():
+            await send({"type": "http.response.body", "body": chunk, "more_body": True})
+    except Exception as error:
+        failure = _as_api_error(error)
+        status = failure.status
+        event = b"data: " + failure.body() + b"\n\n"
+        await send({"type": "http.response.body", "body": event, "more_body": True})
+    await send({"type": "http.response.body", "body": b"", "more_body": False})
+    return status
+
+
+def _as_api_error(error: Exception) -> ApiError:
+    if isinstance(error, ApiError):
+        return error
+    logger.error("a generation failed", exc_info=error)
+    return internal()
+
+
+async def _disconnect(receive: Receive) -> None:
+    while cast(str, (await receive())["type"]) != "http.disconnect":
+        pass

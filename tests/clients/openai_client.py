@@ -1,0 +1,108 @@
+"""The official OpenAI client against a running server, sync and async.
+
+    python tests/clients/openai_client.py <base url> <base model> <adapter>
+
+Runs in an environment of its own (requirements.txt); ends with 0 if everything held.
+"""
+
+import asyncio
+import sys
+
+import openai
+from openai import AsyncOpenAI, OpenAI
+
+MESSAGES = [{"role": "user", "content": "Hello!"}]
+GREEDY = {"temperature": 0, "max_tokens": 12, "extra_body": {"ignore_eos": True}}
+
+
+def check_chat(client: OpenAI, base: str, adapter: str) -> None:
+    texts = {}
+    for model in (base, adapter):
+        whole = client.chat.completions.create(model=model, messages=MESSAGES, **GREEDY)
+        assert whole.model == model and whole.choices[0].finish_reason == "length"
+        assert whole.usage.completion_tokens == 12
+        stream = client.chat.completions.create(
+            model=model,
+            messages=MESSAGES,
+            stream=True,
+            stream_options={"include_usage": True},
+            **GREEDY,
+        )
+        chunks = list(stream)
+        text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
+        assert text == whole.choices[0].message.content
+        assert chunks[-1].usage == whole.usage or chunks[-1].usage.total_tokens > 0
+        texts[model] = text
+    assert texts[base] != texts[adapter], "the adapter must change what is said"
+
+
+def check_options(client: OpenAI, base: str) -> None:
+    several = client.chat.completions.create(
+        model=base, messages=MESSAGES, n=3, seed=5, max_tokens=6, logprobs=True, top_logprobs=2
+    )
+    assert [c.index for c in several.choices] == [0, 1, 2]
+    assert all(len(e.top_logprobs) == 2 for e in several.choices[0].logprobs.content)
+    again = client.chat.completions.create(model=base, messages=MESSAGES, n=3, seed=5, max_tokens=6)
+    texts = [[c.message.content for c in answer.choices] for answer in (several, again)]
+    assert texts[0] == texts[1], "a seed must give the same answers"
+
+
+def check_completions(client: OpenAI, adapter: str) -> None:
+    whole = client.completions.create(
+        model=adapter, prompt=["one", "two"], echo=True, logprobs=1, **GREEDY
+    )
+    assert [c.text[:3] for c in whole.choices] == ["one", "two"]
+    assert len(whole.choices[0].logprobs.tokens) == 3 + 12
+    assert whole.choices[0].logprobs.token_logprobs[0] is None
+    stream = client.completions.create(model=adapter, prompt="one", stream=True, **GREEDY)
+    text = "".join(chunk.choices[0].text for chunk in stream)
+    assert "one" + text == whole.choices[0].text
+    stop = text[4]
+    stopped = client.completions.create(model=adapter, prompt="one", stop=stop, **GREEDY)
+    assert stopped.choices[0].text == text[: text.index(stop)]
+    assert stopped.choices[0].finish_reason == "stop"
+
+
+def check_models_and_errors(client: OpenAI, base: str, adapter: str) -> None:
+    parents = {model.id: model.parent for model in client.models.list()}
+    assert parents[base] is None and parents[adapter] == base
+    assert client.models.retrieve(adapter).id == adapter
+    for call, error, code in (
+        ({"model": "nobody"}, openai.NotFoundError, "model_not_found"),
+        ({"model": base, "temperature": -1}, openai.BadRequestError, None),
+        ({"model": base, "tools": [{"type": "function"}]}, openai.BadRequestError, None),
+        ({"model": base, "extra_body": {"nonsense": 1}}, openai.BadRequestError, "unknown_field"),
+    ):
+        try:
+            client.chat.completions.create(messages=MESSAGES, **call)
+        except error as caught:
+            assert code is None or caught.code == code, caught
+        else:
+            raise AssertionError(f"{call} was accepted")
+
+
+async def check_async(url: str, base: str, adapter: str) -> None:
+    async with AsyncOpenAI(base_url=url, api_key="none", max_retries=0) as client:
+
+        async def one(model: str) -> str:
+            stream = await client.chat.completions.create(
+                model=model, messages=MESSAGES, stream=True, **GREEDY
+            )
+            return "".join([c.choices[0].delta.content or "" async for c in stream])
+
+        texts = await asyncio.gather(*(one(model) for model in (base, adapter) * 4))
+        assert len(set(texts[::2])) == len(set(texts[1::2])) == 1, "concurrency changed an answer"
+
+
+def main() -> None:
+    url, base, adapter = f"{sys.argv[1]}/v1", *sys.argv[2:]
+    with OpenAI(base_url=url, api_key="none", max_retries=0) as client:
+        check_chat(client, base, adapter)
+        check_options(client, base)
+        check_completions(client, adapter)
+        check_models_and_errors(client, base, adapter)
+    asyncio.run(check_async(url, base, adapter))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,433 @@
+"""An engine, an adapter store and a client that run in the test's own event loop.
+
+Deterministic and steered by the test: the engine answers what it is told to, a step at a time,
+stops when paused and dies on request.
+"""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from adapter_store.errors import AdapterNotFound
+from adapter_store.names import AdapterRecord, AdapterRef
+from deployments.ingress import Ingress, build_api
+from deployments.link import EngineLink
+from deployments.metrics import Metrics
+from deployments.models import Models, ServedModel
+from deployments.planning import Origin
+from deployments.replica import EngineReplica
+from deployments.text import Vocabulary
+from deployments.transport import Command, Frame, Hello, Lease
+from engine.client import EngineUnavailable
+from engine.messages import (
+    ENGINE_DIED,
+    EngineInfo,
+    EngineStats,
+    GenerateRequest,
+    RequestError,
+    RequestOutput,
+    TokenLogprobs,
+)
+from engine.scheduler.timings import RequestMetrics
+
+BASE = "b" * 64
+EOS = 256  # after the 256 bytes
+TEMPLATE = "{% for m in messages %}{{ m.role }}:{{ m.content }};{% endfor %}"
+INFO = EngineInfo(
+    max_model_len=128,
+    vocab_size=258,
+    num_blocks=64,
+    block_size=16,
+    eos_token_ids=(EOS,),
+    device="cpu",
+    dtype="float32",
+    weight_bytes=1,
+    load_s=0.1,
+)
+
+
+def byte_tokenizer() -> Tokenizer:
+    """One token per byte, id = the byte; then <eos> and <pad>."""
+    by_byte = {byte: char for char, byte in _alphabet().items()}
+    vocabulary = {by_byte[byte]: byte for byte in range(256)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<eos>", "<pad>"])
+    return tokenizer
+
+
+def _alphabet() -> dict[str, int]:
+    """tokenizers' own: each byte that is a character by itself, then the rest in order."""
+    own = [b for b in range(256) if chr(b) in set(pre_tokenizers.ByteLevel.alphabet())]
+    rest = [b for b in range(256) if b not in own]
+    return {chr(b): b for b in own} | {chr(256 + n): b for n, b in enumerate(rest)}
+
+
+def byte_vocabulary(template: str | None = TEMPLATE) -> Vocabulary:
+    return Vocabulary(byte_tokenizer(), {"eos_token": "<eos>"}, template)
+
+
+def encode(text: str) -> list[int]:
+    return list(text.encode())
+
+
+# ---- the engine ----------------------------------------------------------------------------
+
+
+@dataclass
+class Live:
+    request: GenerateRequest
+    answer: list[int]
+    num_sent: int = 0
+
+
+Answer = Callable[[GenerateRequest], list[int]]
+
+
+def shout(request: GenerateRequest) -> list[int]:
+    """The prompt in capitals, behind the adapter's first letters; then the end."""
+    name = "" if request.adapter is None else request.adapter.digest[:3] + ":"
+    prompt = bytes(i for i in request.prompt_token_ids if i < 256)
+    return [*encode(name), *prompt.upper(), EOS]
+
+
+class FakeEngine:
+    """Gives every live request one token per step. `answer` says which."""
+
+    def __init__(self, answer: Answer = shout) -> None:
+        self.on_frame: Callable[[list[RequestOutput]], None] = lambda outputs: None
+        self.answer = answer
+        self.info = INFO
+        self.failure: str | None = None
+        self.is_up = True
+        self.requests: list[GenerateRequest] = []
+        self.aborted: list[str] = []
+        self.running = asyncio.Event()
+        self.running.set()
+        self._live: dict[str, Live] = {}
+        self._task: asyncio.Task[None] | None = None
+
+    @property
+    def stats(self) -> EngineStats:
+        return EngineStats(num_running=len(self._live), num_blocks_total=64)
+
+    async def start(self) -> EngineInfo:
+        self._task = asyncio.create_task(self._run())
+        return self.info
+
+    async def close(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+
+    def submit(self, request: GenerateRequest) -> None:
+        if not self.is_up:
+            raise EngineUnavailable("the engine is being started again")
+        self.requests.append(request)
+        self._live[request.request_id] = Live(request, self.answer(request))
+
+    def abort(self, request_id: str) -> None:
+        self.aborted.append(request_id)
+        self._live.pop(request_id, None)
+
+    def die(self) -> None:
+        """As a killed process: every live request ends with an error."""
+        self.is_up = False
+        error = RequestError(ENGINE_DIED, "the engine died")
+        lost, self._live = self._live, {}
+        self.on_frame(
+            [
+                RequestOutput(request_id, index, [], finish_reason="error", error=error)
+                for request_id, live in lost.items()
+                for index in range(live.request.n)
+            ]
+        )
+
+    async def _run(self) -> None:
+        while True:
+            await self.running.wait()
+            await asyncio.sleep(0)
+            self.step()
+
+    def step(self) -> None:
+        outputs = [o for live in list(self._live.values()) for o in self._advance(live)]
+        if outputs:
+            self.on_frame(outputs)
+
+    def _advance(self, live: Live) -> list[RequestOutput]:
+        request, at = live.request, live.num_sent
+        sampling = request.sampling
+        token_id = live.answer[at]
+        live.num_sent += 1
+        reason, stop = None, None
+        if token_id == EOS and not sampling.ignore_eos:
+            reason, stop = "stop", EOS
+        elif live.num_sent == sampling.max_tokens:
+            reason = "length"
+        if reason is not None:
+            del self._live[request.request_id]
+        return [
+            RequestOutput(
+                request.request_id,
+                index,
+                [token_id],
+                logprobs=None if sampling.logprobs is None else [_logprobs(token_id, sampling)],
+                prompt_logprobs=_prompt_logprobs(request) if at == index == 0 else None,
+                finish_reason=reason,
+                stop_token_id=stop,
+                metrics=None if reason is None else _metrics(live),
+            )
+            for index in range(request.n)
+        ]
+
+
+def _logprobs(token_id: int, sampling: Any) -> TokenLogprobs:
+    top = tuple(((token_id + k) % 256, -0.5 - k) for k in range(sampling.logprobs))
+    return TokenLogprobs(-0.5, top)
+
+
+def _prompt_logprobs(request: GenerateRequest) -> list[TokenLogprobs | None] | None:
+    if request.sampling.prompt_logprobs is None:
+        return None
+    return [None, *(TokenLogprobs(-2.0, ()) for _ in request.prompt_token_ids[1:])]
+
+
+def _metrics(live: Live) -> RequestMetrics:
+    return RequestMetrics(0.01, 0.02, None, 0.03, len(live.request.prompt_token_ids), 2, 1)
+
+
+# ---- the adapter store ---------------------------------------------------------------------
+
+
+class FakeStore:
+    """Adapters by name; `fetch` stands for the download and may block or raise."""
+
+    def __init__(self, *names: str) -> None:
+        digests = {name: f"{name}-digest" for name in names}
+        self.refs = {n: AdapterRef("public", n, 1, digest, BASE) for n, digest in digests.items()}
+        self.pins: dict[str, int] = {}
+        self.fetched: list[str] = []
+        self.fetch: Callable[[AdapterRef], None] = lambda ref: None
+
+    def resolve(self, tenant: str, full_name: str, base: str | None = None) -> AdapterRef:
+        name, _, version = full_name.partition("@")
+        if name not in self.refs or version not in ("", "1", "latest"):
+            raise AdapterNotFound(full_name)
+        return self.refs[name]
+
+    def list(self, tenant: str | None = None) -> Sequence[AdapterRecord]:
+        return [
+            AdapterRecord("public", ref.name, 1, ref.digest, ref.base, 8, 100, 1e9, ("latest",))
+            for ref in self.refs.values()
+        ]
+
+    def ensure_local(self, ref: AdapterRef) -> Path:
+        self.fetch(ref)
+        self.fetched.append(ref.name)
+        return Path("/adapters") / ref.digest
+
+    def pin(self, digest: str) -> None:
+        self.pins[digest] = self.pins.get(digest, 0) + 1
+
+    def unpin(self, digest: str) -> None:
+        self.pins[digest] -= 1
+
+
+# ---- everything together -------------------------------------------------------------------
+
+
+class LocalConnection:
+    """The replica in the same process; every `control` call can be made to fail or hang."""
+
+    def __init__(self, replica: EngineReplica) -> None:
+        self.replica = replica
+        self.lose: Callable[[Command], bool] = lambda command: False
+        self.hang = False
+        self.break_streams = asyncio.Event()
+
+    async def attach(self, stream_id: str) -> AsyncIterator[Hello | Frame]:
+        stream = self.replica.attach(stream_id)
+        broken = asyncio.ensure_future(self.break_streams.wait())
+        item: asyncio.Future[Hello | Frame | None] = asyncio.ensure_future(anext(stream, None))
+        try:
+            while True:
+                await asyncio.wait({item, broken}, return_when=asyncio.FIRST_COMPLETED)
+                if broken.done():
+                    raise ConnectionError("the replica is gone")
+                news = item.result()
+                if news is None:
+                    return
+                item = asyncio.ensure_future(anext(stream, None))
+                yield news
+        finally:
+            broken.cancel()
+            item.cancel()
+            await asyncio.gather(item, return_exceptions=True)
+            await stream.aclose()
+
+    async def control(
+        self, stream_id: str, commands: Sequence[Command], renew: bool
+    ) -> Lease | None:
+        if self.hang:
+            await asyncio.Event().wait()
+        kept = [command for command in commands if not self.lose(command)]
+        return await self.replica.control(stream_id, kept, renew)
+
+
+@dataclass
+class Server:
+    """One ingress in front of one replica, both in this process."""
+
+    engine: FakeEngine
+    store: FakeStore
+    replica: EngineReplica
+    connection: LocalConnection
+    link: EngineLink
+    api: FastAPI
+    metrics: Metrics
+
+    async def call(self, method: str, path: str, body: object = None) -> "Answered":
+        raw = b"" if body is None else json.dumps(body).encode()
+        return await call(self.api, method, path, raw)
+
+    async def post(self, path: str, **body: Any) -> "Answered":
+        return await self.call("POST", path, {"model": "base", **body})
+
+
+@asynccontextmanager
+async def serving(
+    engine: FakeEngine | None = None,
+    store: FakeStore | None = None,
+    vocabulary: Vocabulary | None = None,
+    max_requests: int = 100,
+    renew_s: float = 2.0,
+    silence_s: float = 10.0,
+    clock: Callable[[], float] | None = None,
+) -> AsyncIterator[Server]:
+    """The clock, if given, is the link's and the replica's."""
+    engine = engine or FakeEngine()
+    store = store or FakeStore("red", "blue")
+    clock = clock or asyncio.get_running_loop().time
+
+    def make_engine(on_frame: Callable[[list[RequestOutput]], None]) -> FakeEngine:
+        engine.on_frame = on_frame
+        return engine
+
+    replica = EngineReplica(make_engine, store, BASE, max_requests, clock)
+    await replica.start()
+    connection = LocalConnection(replica)
+    link = EngineLink(connection, "ingress", clock, renew_s, silence_s, retry_s=0.0)
+    link.start()
+    metrics = Metrics()
+    served = ServedModel("base", vocabulary or byte_vocabulary(), link)
+    numbers = iter(range(10**6))
+    origin = Origin(lambda: str(next(numbers)), lambda: 1000 + next(numbers), lambda: 1e9)
+    ingress = Ingress(Models([served], store), metrics, 10_000, 10**9, origin)
+    server = Server(engine, store, replica, connection, link, build_api(ingress), metrics)
+    try:
+        await until(lambda: link.hello is not None)
+        yield server
+    finally:
+        await link.close()
+        await replica.close()
+
+
+async def until(condition: Callable[[], bool], seconds: float = 5.0) -> None:
+    """Lets the event loop turn until it is so; fails after a while."""
+    deadline = asyncio.get_running_loop().time() + seconds
+    while not condition():
+        assert asyncio.get_running_loop().time() < deadline, "it never became so"
+        await asyncio.sleep(0.001)
+
+
+# ---- a client ------------------------------------------------------------------------------
+
+
+@dataclass
+class Answered:
+    status: int = 0
+    headers: dict[str, str] = field(default_factory=dict)
+    body: bytes = b""
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+    @property
+    def error(self) -> dict[str, Any]:
+        return self.json["error"]
+
+    @property
+    def events(self) -> list[Any]:
+        """The JSON of each server-sent event; `[DONE]` as that string."""
+        lines = self.body.decode().split("\n\n")
+        assert lines.pop() == ""
+        texts = [line.removeprefix("data: ") for line in lines]
+        return [text if text == "[DONE]" else json.loads(text) for text in texts]
+
+    @property
+    def chunks(self) -> list[Any]:
+        assert self.events[-1] == "[DONE]"
+        return self.events[:-1]
+
+    def text(self, index: int = 0) -> str:
+        """What a streaming client would have put together for one choice."""
+        choices = [c for chunk in self.chunks for c in chunk["choices"] if c["index"] == index]
+        return "".join(c.get("text") or c.get("delta", {}).get("content") or "" for c in choices)
+
+
+class Client:
+    """One ASGI call, running in the background until its answer is complete."""
+
+    def __init__(self, api: FastAPI, method: str, path: str, body: bytes) -> None:
+        self.answered = Answered()
+        self._parts = [body[:100], body[100:]]
+        self._gone = asyncio.Event()
+        scope = {
+            "type": "http",
+            "asgi": {"version": "3.0"},
+            "http_version": "1.1",
+            "method": method,
+            "path": path,
+            "raw_path": path.encode(),
+            "root_path": "",
+            "scheme": "http",
+            "query_string": b"",
+            "headers": [(b"content-type", b"application/json")],
+            "client": ("127.0.0.1", 1),
+            "server": ("127.0.0.1", 80),
+        }
+        self.done = asyncio.ensure_future(api(scope, self._receive, self._send))
+
+    def hang_up(self) -> None:
+        self._gone.set()
+
+    async def _receive(self) -> dict[str, Any]:
+        if self._parts:
+            part = self._parts.pop(0)
+            return {"type": "http.request", "body": part, "more_body": bool(self._parts)}
+        await self._gone.wait()
+        return {"type": "http.disconnect"}
+
+    async def _send(self, message: Any) -> None:
+        if message["type"] == "http.response.start":
+            assert self.answered.status == 0, "two answers to one request"
+            self.answered.status = message["status"]
+            self.answered.headers = {k.decode(): v.decode() for k, v in message["headers"]}
+            assert "x-added" not in self.answered.headers, "headers of an answer before"
+            message["headers"].append((b"x-added", b"by middleware"))
+        else:
+            self.answered.body += message.get("body", b"")
+
+
+async def call(api: FastAPI, method: str, path: str, body: bytes) -> Answered:
+    client = Client(api, method, path, body)
+    await asyncio.wait_for(client.done, 10)
+    return client.answered

@@ -1,0 +1,117 @@
+"""Model names and the configuration file: what is accepted, and how the rest is refused."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from deployments.config import load_config, parse_bytes
+from deployments.names import ModelName, parse_model_name
+from deployments.serve import ray_environment, read_application
+from engine.config import ConfigError
+
+BASES = ["demo", "org/demo", "org/demo:x"]
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("demo", ModelName(base="demo")),
+        ("org/demo", ModelName(base="org/demo")),  # not an adapter of the tenant org
+        ("sql", ModelName(adapter="sql")),
+        ("sql@3", ModelName(adapter="sql@3")),
+        ("sql@prod", ModelName(adapter="sql@prod")),
+        ("acme/sql@3", ModelName(tenant="acme", adapter="sql@3")),
+        ("demo:sql@3", ModelName(base="demo", adapter="sql@3")),
+        ("org/demo:acme/sql", ModelName(base="org/demo", tenant="acme", adapter="sql")),
+        ("org/demo:x:sql", ModelName(base="org/demo:x", adapter="sql")),  # the longest base
+    ],
+)
+def test_a_model_name_is_a_base_or_an_adapter(text: str, wanted: ModelName) -> None:
+    assert parse_model_name(text, BASES) == wanted
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "@3",
+        "sql@",
+        "a/b/c",
+        "other:sql",
+        "sql@1@2",
+        "../sql",
+        "sql ",
+        "demo:",
+        "-sql",
+        "a" * 97,
+    ],
+)
+def test_what_no_model_can_be_called_is_none(text: str) -> None:
+    assert parse_model_name(text, BASES) is None
+
+
+MODEL: dict[str, Any] = {"id": "demo", "source": "somewhere"}
+
+
+def test_a_minimal_configuration_has_defaults_and_absolute_paths(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = load_config({"models": [MODEL], "adapters": {"root": "file://store"}})
+    assert config.models[0].source == str(tmp_path / "somewhere")
+    assert config.adapters.root == f"file://{tmp_path}/store"
+    assert config.engine_config(config.models[0]).max_num_seqs == 64
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ({"models": [MODEL], "nonsense": 1}, "nonsense: unknown key"),
+        ({"models": [{**MODEL, "engine": {"max_seqs": 1}}]}, "models.0.engine.max_seqs: unknown"),
+        ({"models": [{**MODEL, "engine": {"memory_bytes": "2 bananas"}}]}, "'2 bananas'"),
+        ({"models": [{**MODEL, "engine": {"max_num_seqs": 0}}]}, "max_num_seqs=0 is outside"),
+        ({"models": [{**MODEL, "engine": {"max_num_seqs": "8"}}]}, "models.0.engine.max_num_seqs"),
+        ({"models": [{**MODEL, "replicas": {"max": 2}}]}, "models.0.replicas.max"),
+        ({"models": [{**MODEL, "id": "a:b"}]}, "models.0.id"),
+        ({"models": []}, "models"),
+        ({}, "models"),
+        ({"models": [MODEL, MODEL]}, "distinct"),
+        ({"models": [MODEL], "tenancy": {"mode": "keys"}}, "tenancy.mode"),
+    ],
+)
+def test_a_bad_setting_is_refused_with_its_path(args: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(args)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [("2GiB", 2 << 30), ("1.5 KB", 1500), ("7", 7), ("64MiB", 64 << 20), (12, 12), ("3B", 3)],
+)
+def test_sizes_in_bytes_have_units(text: object, wanted: int) -> None:
+    assert parse_bytes(text) == wanted
+
+
+def test_the_configurations_that_come_along_are_valid() -> None:
+    paths = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+    assert paths
+    for path in paths:
+        load_config(read_application(path)["args"])
+
+
+def test_a_config_file_with_unknown_keys_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    entry = {"import_path": "deployments.app:build_app", "args": {}, "num_replicaz": 2}
+    path.write_text(yaml.safe_dump({"applications": [entry]}))
+    with pytest.raises(ConfigError, match="num_replicaz"):
+        read_application(path)
+
+
+def test_two_servers_on_one_machine_share_no_port_folder_or_token(tmp_path: Path) -> None:
+    first, second = ray_environment(tmp_path / "a"), ray_environment(tmp_path / "b")
+    own = [n for n in first if n.endswith(("_PORT", "_LOC", "_PATH", "_BASE", "_FILE", "_TOKEN"))]
+    assert len(own) == 8
+    assert all(first[name] != second[name] for name in own)

@@ -1,0 +1,114 @@
+"""Chat templates and tokenizers, with transformers as the oracle; and no torch anywhere."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from deployments.template import ChatTemplate, TemplateRefused
+from deployments.text import Vocabulary, VocabularyMissing
+from tests.deployments.fakes import byte_tokenizer, byte_vocabulary
+
+MESSAGES = [
+    {"role": "system", "content": "Be <brief> & kind."},
+    {"role": "user", "content": "Héllo “you”"},
+    {"role": "assistant", "content": "Hi"},
+    {"role": "user", "content": "Bye\n\n  now"},
+]
+TEMPLATES = {
+    "plain": (
+        "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}] {{ m.content }}{{ eos_token }}"
+        "{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+    ),
+    "trimmed": (
+        "{% for m in messages %}\n    {% if loop.first %}\n  A{% endif %}\n"
+        "{{ m.content | trim }}\n{% endfor %}\n"
+    ),
+    "json": "{{ messages | tojson }}{{ messages[0] | tojson(indent=2) }}",
+    "loop controls": (
+        "{% for m in messages %}{% if m.role == 'assistant' %}{% continue %}{% endif %}"
+        "{{ m.content }}{% endfor %}"
+    ),
+    "generation": (
+        "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}"
+        "{{ m.content }}{% endgeneration %}{% endif %}{% endfor %}"
+    ),
+    "namespace": (
+        "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}"
+        "{% endfor %}{{ ns.n }} {{ 'tools' if tools else 'no tools' }} "
+        "{{ extra | default('none') }}"
+    ),
+}
+
+
+def reference(template: str) -> PreTrainedTokenizerFast:
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=byte_tokenizer(), bos_token="<pad>", eos_token="<eos>"
+    )
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("extra", [{}, {"extra": "given"}])
+def test_chats_are_rendered_as_transformers_renders_them(name: str, extra: dict[str, Any]) -> None:
+    ours = ChatTemplate(TEMPLATES[name], {"bos_token": "<pad>", "eos_token": "<eos>"})
+    wanted = reference(TEMPLATES[name]).apply_chat_template(
+        MESSAGES, tokenize=False, add_generation_prompt=True, **extra
+    )
+    assert ours.render(MESSAGES, True, extra) == wanted
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ raise_exception('roles must alternate') }}",
+        "{{ messages[0].content.no.such.thing }}",
+        "{{ ''.__class__.__mro__ }}",
+        "{{ messages.append(1) }}",
+        "{{ 1 + 'a' }}",
+    ],
+)
+def test_what_a_template_refuses_or_must_not_do_is_an_error(template: str) -> None:
+    with pytest.raises(TemplateRefused):
+        ChatTemplate(template, {}).render(MESSAGES, True, {})
+
+
+@pytest.mark.parametrize("as_file", [True, False])
+def test_a_saved_tokenizer_loads_with_its_template(tmp_path: Path, as_file: bool) -> None:
+    saved = reference(TEMPLATES["plain"])
+    saved.save_pretrained(tmp_path, save_jinja_files=as_file)
+    ours = Vocabulary.load(tmp_path)
+    text = ours.render(MESSAGES, True, {})
+    assert text == saved.apply_chat_template(MESSAGES, tokenize=False, add_generation_prompt=True)
+    assert ours.encode(text, False) == saved.encode(text, add_special_tokens=False)
+    assert ours.decode([72, 105, 256], True) == "Hi"
+
+
+def test_of_several_named_templates_the_default_is_taken(tmp_path: Path) -> None:
+    reference("").save_pretrained(tmp_path)
+    (tmp_path / "chat_template.jinja").unlink(missing_ok=True)
+    path = tmp_path / "tokenizer_config.json"
+    named = [{"name": "tool_use", "template": "T"}, {"name": "default", "template": "D"}]
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": named}))
+    assert Vocabulary.load(tmp_path).render(MESSAGES, True, {}) == "D"
+
+
+def test_a_folder_without_a_fast_tokenizer_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(VocabularyMissing, match=r"tokenizer\.json"):
+        Vocabulary.load(tmp_path)
+
+
+def test_a_model_without_a_template_says_so() -> None:
+    with pytest.raises(TemplateRefused, match="/v1/completions"):
+        byte_vocabulary(template=None).render(MESSAGES, True, {})
+
+
+def test_serving_processes_never_import_torch() -> None:
+    modules = "app, serve, ingress, replica, link, text, planning, responses"
+    code = f"import sys; from deployments import {modules}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=False).returncode == 0
