@@ -6,6 +6,7 @@ Imports no torch; that stays in the engine's process.
 """
 
 import asyncio
+import logging
 import os
 import socket
 import subprocess
@@ -30,6 +31,8 @@ MAX_FAILED_STARTS = 3
 RESTART_BACKOFF_S = 0.5
 CLOSE_TIMEOUT_S = 5.0
 SPIN_COUNT = "1000"  # a few microseconds
+
+log = logging.getLogger(__name__)
 
 OnFrame = Callable[[list[Item]], None]
 
@@ -116,8 +119,7 @@ class EngineClient:
         for item in items:
             if not isinstance(item, tuple) and item.finish_reason is not None:
                 self._forget(item)
-        if items:
-            self._on_frame(items)
+        self._deliver(items)
 
     def _on_lost(self, reason: str) -> None:
         error = RequestError(ENGINE_DIED, reason)
@@ -128,10 +130,16 @@ class EngineClient:
         ]
         self._live.clear()
         self.stats = EngineStats()
-        if ended:
-            self._on_frame(ended)
+        self._deliver(ended)
         if not self._is_closing and self._info is not None:
             self._spawn(self._restart())
+
+    def _deliver(self, items: list[Item]) -> None:
+        try:
+            if items:
+                self._on_frame(items)
+        except Exception:  # the reader's bug must not cost the process and everybody's requests
+            log.exception("the reader of the engine's frames raised")
 
     def _forget(self, output: RequestOutput) -> None:
         indexes = self._live.get(output.request_id)

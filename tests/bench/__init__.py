@@ -1,0 +1,1 @@
+"""Benchmarks: started by hand, never collected by pytest."""
