@@ -8,11 +8,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 
-from engine import plan
 from engine.lora.weights import load_lora
 from engine.messages import AdapterFolder
 from engine.model.loader import load_decoder
-from engine.plan_arithmetic import (
+from engine.plan import __main__ as plan
+from engine.plan.arithmetic import (
     FORMATS,
     LinearShape,
     Load,
@@ -28,7 +28,7 @@ from engine.plan_arithmetic import (
     step_floor,
     weight_bytes,
 )
-from engine.plan_picture import memory_shares
+from engine.plan.picture import memory_shares
 from engine.runner.kv_cache import allocate_kv_cache
 from tests.engine.tiny import MODEL_TYPES, write_tiny
 

@@ -3,7 +3,7 @@
     python -m engine.plan <model folder> [--memory 24GiB] [--context 2048] [--rank 16]
                           [--bandwidth GB/s] [--flops TFLOP/s] [--picture out.svg]
 
-The command line and its text; the numbers come from `plan_arithmetic`. Reads no weights.
+The command line and its text; the numbers come from `arithmetic`. Reads no weights.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from engine.model.spec import ModelError
-from engine.plan_arithmetic import (
+from engine.plan.arithmetic import (
     FORMATS,
     NF4_BLOCK,
     Load,
@@ -32,7 +32,7 @@ from engine.plan_arithmetic import (
     step_floor,
     weight_bytes,
 )
-from engine.plan_machine import measure
+from engine.plan.machine import measure
 from engine.runner.kv_cache import kv_bytes_per_token
 
 NUM_ADAPTERS = (0, 1, 8, 32, 128)
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         machine = _machine(size.dtype, options.bandwidth, options.flops)
         print("\n".join(report(size, load, machine)))
         if options.picture is not None:
-            from engine.plan_picture import draw  # matplotlib is optional
+            from engine.plan.picture import draw  # matplotlib is optional
 
             draw(size, load, machine, options.picture)
     except (ModelError, ImportError, OSError) as error:
