@@ -1,0 +1,122 @@
+"""Makes the demo: `python -m examples.demo.make OUT [--seed N]`.
+
+    OUT/base              transformers folder, float32, with tokenizer and chat template
+    OUT/adapters/<name>   peft folders
+    OUT/heldout.json      name -> [{"prompt", "answer"}], never trained or tuned on
+    OUT/report.json       what was trained, how long it took, how well it does; written last
+
+Each part is written beside its place and renamed into it, so a part that exists is whole, and a
+run that was interrupted goes on with the first missing one. Needs no network. What is in a part
+is the business of `parts`.
+"""
+
+import argparse
+import fcntl
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from examples.demo.recipe import DEFAULT_RECIPE, Recipe
+
+
+class OtherDemo(ValueError):
+    """The folder holds parts of a demo that was made with another recipe."""
+
+
+def ensure_demo(out: Path, recipe: Recipe = DEFAULT_RECIPE) -> Path:
+    """Make in `out` whatever is missing there; returns `out`, at once if all is there."""
+    if not _is_complete(out, recipe):
+        out.mkdir(parents=True, exist_ok=True)
+        with _locked(out):
+            _claim(out, recipe)
+            _make_missing(out, recipe)
+    return out
+
+
+def _is_complete(out: Path, recipe: Recipe) -> bool:
+    parts = ["base", *(f"adapters/{adapter.job}" for adapter in recipe.adapters)]
+    return all((out / part).exists() for part in (*parts, "heldout.json", "report.json"))
+
+
+@contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    """One maker at a time; a second one waits, then finds the parts made."""
+    with (out / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for abandoned in (*out.glob(".base-*"), *out.glob("adapters/.*-*")):
+            shutil.rmtree(abandoned)  # by a run that was killed
+        yield
+
+
+def _claim(out: Path, recipe: Recipe) -> None:
+    """Parts of two recipes would not fit each other: write down whose folder this is."""
+    claim, wanted = out / "recipe.json", json.loads(json.dumps(asdict(recipe)))
+    if not claim.exists():
+        _write_json(claim, wanted)
+    held = json.loads(claim.read_text())
+    if held != wanted:
+        other = [f"{k} {held.get(k)!r}, not {v!r}" for k, v in wanted.items() if held.get(k) != v]
+        raise OtherDemo(
+            f"{out} holds a demo made with {'; '.join(other)}: delete it or name another folder"
+        )
+
+
+def _make_missing(out: Path, recipe: Recipe) -> None:
+    # OpenMP's threads spin while they wait for each other: with its default for long enough that
+    # training takes several times as long as soon as anything else runs. Read when torch loads.
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    # Imported here because a demo that is made needs neither peft nor the seconds to import it.
+    from examples.demo import parts
+
+    with parts.quiet_transformers():
+        _make_part(out / "base", partial(parts.make_base, recipe=recipe))
+        for adapter in recipe.adapters:
+            make = partial(parts.make_adapter, base=out / "base", adapter=adapter, recipe=recipe)
+            _make_part(out / "adapters" / adapter.job, make)
+        held_out = parts.draw_held_out(recipe)
+        listed = {name: [e._asdict() for e in examples] for name, examples in held_out.items()}
+        _write_json(out / "heldout.json", listed)
+        _write_json(out / "report.json", parts.report(out, held_out, recipe))
+
+
+def _make_part(place: Path, make: Callable[[Path], None]) -> None:
+    if place.exists():
+        return
+    place.parent.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{place.name}-", dir=place.parent) as temporary:
+        unfinished = Path(temporary) / place.name
+        unfinished.mkdir()
+        make(unfinished)
+        unfinished.rename(place)
+
+
+def _write_json(place: Path, content: Any) -> None:
+    unfinished = place.with_name(f".{place.name}")
+    unfinished.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    unfinished.rename(place)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Train the demo's base model and adapters.")
+    parser.add_argument("out", type=Path, help="the folder to write")
+    parser.add_argument("--seed", type=int, default=DEFAULT_RECIPE.seed)
+    arguments = parser.parse_args()
+    recipe = replace(DEFAULT_RECIPE, seed=arguments.seed)
+    made = json.loads((ensure_demo(arguments.out, recipe) / "report.json").read_text())
+    print(f"{arguments.out}: trained in {made['training']['seconds']:.0f} s")
+    for name, adapter in made["adapters"].items():
+        print(
+            f"  {name:10} {adapter['exact_match']:6.1%} of the held-out prompts exactly right "
+            f"(the base alone {adapter['base_exact_match']:.1%}): {adapter['does']}"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+"""The words of the demo's world, and which of them each split may use.
+
+Names, cities, numbers, colour-noun pairs and adverb-adjective pairs are dealt to three splits by
+hashing, so what is measured on was never trained on, whoever draws it and with whatever seed.
+Single nouns, colours and adjectives are a lexicon that every split shares: what is new in a
+held-out sentence is its values and its combinations. Knows nothing of sentences or models.
+"""
+
+import hashlib
+import random
+from collections.abc import Callable, Sequence
+from enum import Enum
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+class Split(Enum):
+    TRAIN = "train"  # three fifths: all that the base or an adapter ever learns from
+    TUNE = "tune"  # one fifth: tells the training when to stop
+    HELD_OUT = "held out"  # one fifth: measured once, at the end
+
+
+BUCKETS = (Split.TRAIN, Split.TRAIN, Split.TRAIN, Split.TUNE, Split.HELD_OUT)
+
+# English plural -> Esperanto plural, accusative ("[she bought] lamps").
+NOUNS = {
+    "lamps": "lampojn", "shoes": "ŝuojn", "chairs": "seĝojn", "tables": "tablojn",
+    "books": "librojn", "cups": "tasojn", "plates": "telerojn", "bags": "sakojn",
+    "boots": "botojn", "hats": "ĉapelojn", "coats": "mantelojn", "rugs": "tapiŝojn",
+    "clocks": "horloĝojn", "mirrors": "spegulojn", "pillows": "kusenojn", "towels": "mantukojn",
+    "vases": "vazojn", "bottles": "botelojn", "knives": "tranĉilojn", "forks": "forkojn",
+    "spoons": "kulerojn", "pens": "plumojn", "pots": "potojn", "pans": "patojn",
+    "baskets": "korbojn", "candles": "kandelojn", "curtains": "kurtenojn",
+    "blankets": "kovrilojn", "radios": "radiojn", "cameras": "fotilojn", "rings": "ringojn",
+    "belts": "zonojn", "scarves": "skarpojn", "gloves": "gantojn", "shirts": "ĉemizojn",
+    "umbrellas": "ombrelojn", "toys": "ludilojn", "drums": "tamburojn", "flutes": "flutojn",
+    "guitars": "gitarojn", "bikes": "biciklojn", "tents": "tendojn", "ropes": "ŝnurojn",
+    "hammers": "martelojn",
+}  # fmt: skip
+COLOURS = {
+    "red": "ruĝajn", "blue": "bluajn", "green": "verdajn", "yellow": "flavajn",
+    "black": "nigrajn", "white": "blankajn", "brown": "brunajn", "pink": "rozajn",
+    "grey": "grizajn", "orange": "oranĝajn", "purple": "purpurajn", "golden": "orajn",
+}  # fmt: skip
+VERBS = {"ordered": "mendis", "bought": "aĉetis", "received": "ricevis", "picked": "elektis"}
+GLAD = ("happy", "pleased", "delighted", "glad", "thrilled", "satisfied", "content", "impressed")
+SAD = ("unhappy", "annoyed", "upset", "angry", "sad", "disappointed", "furious", "worried")
+ADVERBS = ("very", "truly", "really", "quite", "so", "rather", "deeply", "extremely")
+
+
+def split_words(text: str) -> tuple[str, ...]:
+    """A long list is easier to read, and to extend, without a quote around every word."""
+    return tuple(text.split())
+
+
+ONSETS = split_words("b br d dr f g gr h j k kl l m n p r s sh st t tr v w z")
+VOWELS = split_words("a e i o u ai")
+CODAS = ("", "", "", *split_words("n r l s nd"))
+TOWNS = split_words("ton burg ford ville dale holm stad wick")
+
+
+def split_of(value: str) -> Split:
+    """Which split owns a name, a number or a pair ("red lamps"): a property of its text alone."""
+    digest = hashlib.blake2b(value.encode(), digest_size=8).digest()
+    return BUCKETS[int.from_bytes(digest, "big") % len(BUCKETS)]
+
+
+class Words:
+    """Draws words that one split owns. The random source is the caller's."""
+
+    def __init__(self, rng: random.Random, split: Split) -> None:
+        self.rng = rng
+        self.split = split
+
+    def name(self) -> str:
+        """One word, or two."""
+        words = [self._name_word() for _ in range(self.rng.randint(1, 2))]
+        return " ".join(words)
+
+    def city(self) -> str:
+        return self._owned(lambda: self._syllables(1) + self.rng.choice(TOWNS))
+
+    def number(self, low: int, high: int) -> str:
+        return self._owned(lambda: str(self.rng.randint(low, high)))
+
+    def scribble(self) -> str:
+        """Any letters at all, to practise copying what looks like no name."""
+        letters = "abcdefghijklmnopqrstuvwxyz"
+        length = self.rng.randint(2, 6)
+        return self._owned(lambda: "".join(self.rng.choices(letters, k=length)).capitalize())
+
+    def item(self) -> tuple[str, str]:
+        """A colour and a noun whose combination the split owns."""
+        return self._pair(list(COLOURS), list(NOUNS))
+
+    def feeling(self, adjectives: Sequence[str]) -> tuple[str, str]:
+        """An adverb and an adjective whose combination the split owns."""
+        return self._pair(ADVERBS, adjectives)
+
+    def _pair(self, firsts: Sequence[str], seconds: Sequence[str]) -> tuple[str, str]:
+        pair = self._owned(lambda: f"{self.rng.choice(firsts)} {self.rng.choice(seconds)}")
+        first, second = pair.split()
+        return first, second
+
+    def _name_word(self) -> str:
+        return self._owned(lambda: self._syllables(2))
+
+    def _syllables(self, count: int) -> str:
+        """A coda ends the word, and now and then an inner syllable."""
+        choice, word = self.rng.choice, ""
+        for left in range(count, 0, -1):
+            word += choice(ONSETS) + choice(VOWELS)
+            if left == 1 or self.rng.random() < 0.3:
+                word += choice(CODAS)
+        return word.capitalize()
+
+    def _owned(self, draw: Callable[[], str]) -> str:
+        while split_of(word := draw()) is not self.split:
+            pass
+        return word
+
+
+def distinct(draw: Callable[[], T], count: int) -> list[T]:
+    """The first `count` different things drawn, in the order of drawing."""
+    found: dict[T, None] = {}
+    while len(found) < count:
+        found.setdefault(draw())
+    return list(found)
