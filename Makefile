@@ -1,5 +1,6 @@
 # `make serve` and `make test` are all one needs. Everything lands below this folder:
-# .venv (the environment), .venv-clients (other people's clients, for tests), .data (the demo).
+# .venv (the environment), .venv-clients (other people's clients, for tests), .venv-swift (an S3
+# server, for tests), .data (the demo).
 
 PYTHON ?= python3
 CONFIG ?= configs/dev-cpu.yaml
@@ -10,7 +11,7 @@ PORT ?= 8000
 serve: .venv/demo.stamp
 	@exec .venv/bin/python -m deployments.serve --config $(CONFIG) --port $(PORT)
 
-test: .venv/dev.stamp .venv-clients/stamp
+test: .venv/dev.stamp .venv-clients/stamp .venv-swift/stamp
 	.venv/bin/pytest
 
 lint: .venv/dev.stamp
@@ -38,4 +39,10 @@ bench: .venv/dev.stamp
 .venv-clients/stamp: tests/clients/requirements.txt
 	$(PYTHON) -m venv .venv-clients
 	.venv-clients/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	@touch $@
+
+# The S3 server lives apart too.
+.venv-swift/stamp: tests/swift/requirements.txt
+	$(PYTHON) -m venv .venv-swift
+	.venv-swift/bin/python -m pip install --quiet --disable-pip-version-check -r $<
 	@touch $@

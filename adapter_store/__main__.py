@@ -35,7 +35,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--root or the variable {ROOT_VARIABLE} must say where the store is")
     command: Command = options.command
     try:
-        command(AdapterStore(root, options.cache, CACHE_BYTES), options)
+        endpoint_url: str | None = options.endpoint_url
+        store = AdapterStore(root, options.cache, CACHE_BYTES, endpoint_url=endpoint_url)
+        command(store, options)
     except (AdapterStoreError, OSError) as error:  # OSError: the scratch folder
         print(f"adapter_store: {error}", file=sys.stderr)
         return 1
@@ -44,7 +46,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="adapter_store", description="Manage LoRA adapters.")
-    parser.add_argument("--root", help=f"file:///path of the store (default: ${ROOT_VARIABLE})")
+    where = f"file:///path or s3://bucket/prefix (default: ${ROOT_VARIABLE})"
+    parser.add_argument("--root", help=where)
+    parser.add_argument("--endpoint-url", help="of an S3 server (default: $S3_ENDPOINT_URL)")
     cache = Path.home() / ".cache" / "reef" / "adapter_store"
     parser.add_argument("--cache", type=Path, default=cache, help="scratch folder (%(default)s)")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")

@@ -12,7 +12,7 @@ import uuid
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Protocol
+from typing import BinaryIO, Protocol
 from urllib.parse import unquote, urlsplit
 
 from adapter_store.errors import ObjectNotFound, SourceUnavailable, StoreCorrupt
@@ -33,6 +33,14 @@ class ObjectStore(Protocol):
 
     def get_range(self, key: str, start: int, length: int) -> bytes:
         """Bytes [start, start + length), fewer at the end of the object; or ObjectNotFound."""
+        ...
+
+    def get_many(self, keys: Sequence[str]) -> Sequence[bytes]:
+        """The whole objects in this order, several at a time where each one is a journey."""
+        ...
+
+    def get_file(self, key: str, path: Path) -> None:
+        """The whole object into a file, new or not; OSError if that cannot be written."""
         ...
 
     def size(self, key: str) -> int | None:
@@ -56,18 +64,27 @@ class ObjectStore(Protocol):
         ...
 
 
-def open_store(root: str) -> ObjectStore:
-    """The store at a root such as `file:///srv/adapters`."""
+def open_store(root: str, endpoint_url: str | None = None) -> ObjectStore:
+    """The store at a root such as `file:///srv/adapters` or `s3://bucket/prefix`."""
     url = urlsplit(root)
     if url.scheme == "s3":
-        raise SourceUnavailable(
-            f"root {root!r}: s3:// is not supported in this version, use file://"
-        )
+        from adapter_store.s3_store import open_s3  # boto3 takes its time, and files need none
+
+        return open_s3(root, endpoint_url)
     if url.scheme != "file":
-        raise SourceUnavailable(f"root {root!r} must begin with file:///")
+        raise SourceUnavailable(f"root {root!r} must begin with file:/// or s3://")
     if url.netloc or not url.path.startswith("/"):
         raise SourceUnavailable(f"root {root!r} is not absolute: write file:///absolute/path")
+    if endpoint_url is not None:
+        raise SourceUnavailable(f"root {root!r} has no endpoint: leave endpoint_url out")
     return FileStore(Path(unquote(url.path)))
+
+
+def check_key(key: str) -> str:
+    """The key, if it is segments that cannot leave the root; else ValueError."""
+    if not all(_SEGMENT.fullmatch(segment) for segment in key.split("/")):
+        raise ValueError(f"object key {key!r} must be segments of A-Z a-z 0-9 . _ - joined by /")
+    return key
 
 
 class FileStore:
@@ -92,6 +109,16 @@ class FileStore:
         with _unavailable(key), self._path(key).open("rb") as file:
             file.seek(start)
             return file.read(length)
+
+    def get_many(self, keys: Sequence[str]) -> Sequence[bytes]:
+        return [self.get(key) for key in keys]
+
+    def get_file(self, key: str, path: Path) -> None:
+        with _unavailable(key):
+            source = self._path(key).open("rb")
+        with source, path.open("wb") as target:
+            while chunk := _next_chunk(source, key):
+                target.write(chunk)
 
     def size(self, key: str) -> int | None:
         try:
@@ -142,11 +169,7 @@ class FileStore:
                     yield parent + entry.name
 
     def _path(self, key: str) -> Path:
-        if not all(_SEGMENT.fullmatch(segment) for segment in key.split("/")):
-            raise ValueError(
-                f"object key {key!r} must be segments of A-Z a-z 0-9 . _ - joined by /"
-            )
-        return self._root / key
+        return self._root / check_key(key)
 
     @contextmanager
     def _draft(
@@ -188,6 +211,11 @@ def _unavailable(what: str) -> Generator[None, None, None]:
         raise ObjectNotFound(f"there is no object {what}") from error
     except OSError as error:
         raise SourceUnavailable(f"cannot use {what}: {error}") from error
+
+
+def _next_chunk(file: BinaryIO, key: str) -> bytes:
+    with _unavailable(key):
+        return file.read(CHUNK_BYTES)
 
 
 def _flush_folder(folder: Path) -> None:

@@ -40,9 +40,9 @@ class Registry:
     def refresh(self) -> None:
         """Apply every record that other writers have appended."""
         with self._refreshing:
-            last = _log_key(self._catalog.num_records)
-            for key in self._store.list("log/", start_after=last):
-                record = self._read_record(key)
+            keys = self._store.list("log/", start_after=_log_key(self._catalog.num_records))
+            for key, raw in zip(keys, self._store.get_many(keys), strict=True):
+                record = self._parse_record(key, raw)
                 with self._lock:
                     self._catalog.apply(record)
 
@@ -132,11 +132,11 @@ class Registry:
                     self._save_snapshot()
                 return
 
-    def _read_record(self, key: str) -> Record:
+    def _parse_record(self, key: str, raw: bytes) -> Record:
         if key != _log_key(self._catalog.num_records + 1):
             raise StoreCorrupt(f"{key} is there, but not the record before it")
         try:
-            record = json.loads(self._store.get(key))
+            record = json.loads(raw)
         except ValueError as error:
             raise StoreCorrupt(f"{key} is not JSON: {error}") from error
         if not isinstance(record, dict):

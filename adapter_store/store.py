@@ -10,6 +10,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 
 from adapter_store.bases import BaseModel, describe_base, parse_base
@@ -35,6 +36,7 @@ from adapter_store.registry import Registry
 from adapter_store.sources import local_folder
 
 MISS_INTERVAL_S = 0.1  # unknown names make the log be read at most this often
+PATIENCE_S = 2.0  # with a store that does not answer
 MIN_PREFIX = 8  # of a fingerprint, in digits
 _log = logging.getLogger(__name__)
 
@@ -48,7 +50,8 @@ class AdapterStore:
 
     `resolve` and `list` answer from memory. They look for news in the store once
     `refresh_interval_s` has passed, and after a miss; with an interval of infinity only after a
-    miss and in `refresh`.
+    miss and in `refresh`. A store that is away, or does not answer for PATIENCE_S, stops nothing
+    that is known already.
     """
 
     def __init__(
@@ -57,19 +60,22 @@ class AdapterStore:
         disk_path: Path,
         disk_bytes: int,
         *,
+        endpoint_url: str | None = None,
         refresh_interval_s: float = 1.0,
         clock: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
-        self._objects = open_store(root)
+        self._objects = open_store(root, endpoint_url)
         self._cache = DiskCache(disk_path, disk_bytes)
         self._registry = Registry(self._objects, wall_clock)
         self._scratch = disk_path / ".bases"
         self._interval_s = refresh_interval_s
         self._clock = clock
-        self._lock = threading.Lock()  # over the two below
+        self._lock = threading.Lock()  # over the three below
         self._next_refresh_s = clock() + refresh_interval_s
         self._next_miss_s = clock()
+        self._news: Future[None] = Future()  # the last look for news, done or under way
+        self._news.set_result(None)
 
     # ---- bases ---------------------------------------------------------------------------------
 
@@ -121,13 +127,19 @@ class AdapterStore:
 
     def resolve(self, tenant: str, full_name: str, base: str | None = None) -> AdapterRef:
         """What name[@version|alias] means now; AdapterNotFound or InvalidName."""
+        return self.resolve_first([(tenant, base)], full_name)
+
+    def resolve_first(self, places: Sequence[tuple[str, str | None]], full_name: str) -> AdapterRef:
+        """What the name means in the first of these (tenant, base) that has it.
+
+        Only if none has it is it a miss: a name that is found at once asks nobody for news.
+        """
         self._refresh_if_due()
         try:
-            return self._registry.resolve(tenant, full_name, base)
+            return self._find(places, full_name)
         except AdapterNotFound:
-            if not self._refresh_after_miss():
-                raise
-        return self._registry.resolve(tenant, full_name, base)
+            self._refresh_after_miss()
+        return self._find(places, full_name)
 
     def alias(self, tenant: str, name: str, alias: str, version: int) -> None:
         """Make name@alias mean this live version from now on."""
@@ -184,26 +196,51 @@ class AdapterStore:
 
     # ---- inside --------------------------------------------------------------------------------
 
+    def _find(self, places: Sequence[tuple[str, str | None]], full_name: str) -> AdapterRef:
+        *others, last = places
+        for tenant, base in others:
+            with contextlib.suppress(AdapterNotFound):
+                return self._registry.resolve(tenant, full_name, base)
+        return self._registry.resolve(last[0], full_name, last[1])
+
     def _refresh_if_due(self) -> None:
         """Follow the log at intervals. A store that is down must not stop what is known."""
         with self._lock:
             now = self._clock()
-            if now < self._next_refresh_s:
+            if now < self._next_refresh_s or not self._news.done():
                 return
-            self._next_refresh_s = now + self._interval_s  # before the I/O: one thread is enough
+            self._next_refresh_s = now + self._interval_s
+            news = self._look_for_news()
         try:
-            self._registry.refresh()
+            _wait_for(news)
         except SourceUnavailable as error:
             _log.warning("answering from memory, the log cannot be followed: %s", error)
 
-    def _refresh_after_miss(self) -> bool:
+    def _refresh_after_miss(self) -> None:
+        """Look for news, or learn from a look that is under way or recent. SourceUnavailable."""
         with self._lock:
             now = self._clock()
-            if now < self._next_miss_s:
-                return False
-            self._next_miss_s = now + MISS_INTERVAL_S
-        self.refresh()
-        return True
+            if now >= self._next_miss_s and self._news.done():
+                self._next_miss_s = now + MISS_INTERVAL_S
+                self._look_for_news()
+            news = self._news
+        _wait_for(news)
+
+    def _look_for_news(self) -> Future[None]:
+        """In a thread of its own, because nobody can interrupt a request that hangs."""
+        news: Future[None] = Future()
+
+        def look() -> None:
+            try:
+                self._registry.refresh()
+            except BaseException as error:
+                news.set_exception(error)
+            else:
+                news.set_result(None)
+
+        threading.Thread(target=look, name="adapter news", daemon=True).start()
+        self._news = news
+        return news
 
     def _upload(self, adapter: PreparedAdapter, on_bytes: OnBytes) -> None:
         """Write the blob, the manifest last: a blob with a manifest is complete."""
@@ -224,9 +261,7 @@ class AdapterStore:
 
     def _download(self, digest: str, name: str, path: Path) -> None:
         try:
-            with path.open("wb") as file:
-                for chunk in self._chunks(_blob_key(digest, name)):
-                    file.write(chunk)
+            self._objects.get_file(_blob_key(digest, name), path)
         except OSError as error:
             raise SourceUnavailable(f"cannot write {path}: {error}") from error
 
@@ -259,6 +294,13 @@ class AdapterStore:
             digest.update(chunk)
             on_bytes(len(chunk))
         return digest.hexdigest()
+
+
+def _wait_for(news: Future[None]) -> None:
+    try:
+        news.result(PATIENCE_S)
+    except TimeoutError as error:
+        raise SourceUnavailable(f"the store has not answered for {PATIENCE_S} s") from error
 
 
 def _digest(adapter: AdapterRef | str) -> str:

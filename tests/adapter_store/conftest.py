@@ -1,17 +1,25 @@
-"""One base and one real adapter for all tests; tests copy what they change."""
+"""One base and one real adapter for all tests, which copy what they change; and one S3 server."""
 
+import uuid
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
+import botocore.loaders
 import pytest
 
+from adapter_store import store as store_module
 from adapter_store.bases import BaseModel, describe_base
 from adapter_store.manifest import PreparedAdapter, prepare
 from adapter_store.store import AdapterStore
 from tests.adapter_store.adapters import write_base, write_peft
+from tests.adapter_store.roots import BUCKET, Root, s3_client
+from tests.swift.process import ACCESS_KEY, SECRET, Swift, running_swift, why_not
 
+LOADER = (
+    botocore.loaders.create_loader()
+)  # of boto3's own files, which it would read for each client
 PEFT_WARNING = "`is_gradient_checkpointing`"  # peft asks transformers by its old name
 
 
@@ -41,14 +49,68 @@ def check(base: BaseModel) -> Callable[[Path], PreparedAdapter]:
     return lambda folder: prepare(folder, base.fingerprint, base.modules, lambda _: None)
 
 
+@pytest.fixture(autouse=True)
+def boto3_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tests' credentials, and nothing of the machine's."""
+    for name in ("S3_ENDPOINT_URL", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_CONFIG_FILE", "/nonexistent")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nonexistent")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", ACCESS_KEY)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr("botocore.session.create_loader", lambda *_: LOADER)
+
+
+@pytest.fixture(autouse=True)
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A busy machine is no store that hangs."""
+    monkeypatch.setattr(store_module, "PATIENCE_S", 60.0)
+
+
+@pytest.fixture(scope="session")
+def swift(tmp_path_factory: pytest.TempPathFactory) -> Generator[Swift, None, None]:
+    """A real S3 server, with one bucket."""
+    folder = tmp_path_factory.mktemp("swift")
+    if reason := why_not(folder):
+        pytest.skip(reason)
+    with running_swift(folder) as server:
+        s3_client(server.endpoint_url).create_bucket(Bucket=BUCKET)
+        yield server
+
+
 @pytest.fixture
-def new_store(tmp_path: Path) -> Callable[..., AdapterStore]:
+def file_root(tmp_path: Path) -> Root:
+    folder = tmp_path / "root"
+    return Root(f"file://{folder}", lambda key: (folder / key).unlink())
+
+
+@pytest.fixture
+def s3_root(swift: Swift, monkeypatch: pytest.MonkeyPatch) -> Root:
+    """A prefix of its own on the server, to which the environment points."""
+    monkeypatch.setenv("S3_ENDPOINT_URL", swift.endpoint_url)
+    prefix = uuid.uuid4().hex
+
+    def remove(key: str) -> None:
+        s3_client(swift.endpoint_url).delete_object(Bucket=BUCKET, Key=f"{prefix}/{key}")
+
+    return Root(f"s3://{BUCKET}/{prefix}", remove)
+
+
+@pytest.fixture(params=["file", "s3"])
+def root(request: pytest.FixtureRequest) -> Root:
+    return request.getfixturevalue(f"{request.param}_root")
+
+
+@pytest.fixture
+def new_store(tmp_path: Path, root: Root) -> Callable[..., AdapterStore]:
     """Stores over one root; each has a disk cache of its own."""
     made: list[AdapterStore] = []
 
     def make(**options: Any) -> AdapterStore:
         cache = tmp_path / f"cache{len(made)}"
-        made.append(AdapterStore(f"file://{tmp_path}/root", cache, 2**30, **options))
+        made.append(AdapterStore(root.url, cache, 2**30, **options))
         return made[-1]
 
     return make

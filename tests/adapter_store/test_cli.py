@@ -11,16 +11,17 @@ import pytest
 from adapter_store.__main__ import main
 from adapter_store.manifest import WEIGHTS_NAME
 from tests.adapter_store.adapters import changed
+from tests.adapter_store.roots import Root
 
 Run = Callable[..., tuple[int, list[str], str]]
 
 
 @pytest.fixture
-def run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Run:
+def run(root: Root, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Run:
     """Exit code, lines of stdout, stderr; in this process, because each start costs."""
 
     def call(*arguments: object) -> tuple[int, list[str], str]:
-        options = ["--root", f"file://{tmp_path}/root", "--cache", str(tmp_path / "cache")]
+        options = ["--root", root.url, "--cache", str(tmp_path / "cache")]
         code = main([*options, *(str(argument) for argument in arguments)])
         captured = capsys.readouterr()
         return code, captured.out.splitlines(), captured.err
@@ -28,8 +29,10 @@ def run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Run:
     return call
 
 
-def test_a_shell_can_publish_and_list(base_folder: Path, peft_folder: Path, tmp_path: Path) -> None:
-    environment = os.environ | {"ADAPTER_STORE_ROOT": f"file://{tmp_path}/root"}
+def test_a_shell_can_publish_and_list(
+    root: Root, base_folder: Path, peft_folder: Path, tmp_path: Path
+) -> None:
+    environment = os.environ | {"ADAPTER_STORE_ROOT": root.url}
 
     def shell(*arguments: object) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "adapter_store", "--cache", tmp_path / "cache", *arguments]
@@ -65,18 +68,20 @@ def test_the_life_of_an_adapter(
     assert run("list") == (0, [], "")
 
 
+@pytest.mark.parametrize("root", ["file"], indirect=True)
 def test_verify_says_what_is_damaged(
-    run: Run, base_folder: Path, peft_folder: Path, tmp_path: Path
+    run: Run, root: Root, base_folder: Path, peft_folder: Path
 ) -> None:
     run("publish", peft_folder, "--name", "sql", "--base", base_folder)
-    (weights,) = (tmp_path / "root").rglob(WEIGHTS_NAME)
-    weights.write_bytes(b"")
+    (weights,) = (key for key in root.objects() if key.endswith(WEIGHTS_NAME))
+    root.open().put(weights, b"")
     code, lines, error = run("verify", "sql")
     assert (code, lines) == (1, [])
     assert error.startswith("adapter_store: blobs/")
     assert error.count("\n") == 1
 
 
+@pytest.mark.parametrize("root", ["file"], indirect=True)
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
@@ -113,6 +118,21 @@ def test_a_scratch_folder_that_cannot_be_used_is_an_error(run: Run, tmp_path: Pa
     assert error.count("\n") == 1
 
 
-def test_a_root_that_is_not_served_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--root", "s3://bucket", "list"]) == 1
-    assert "s3:// is not supported in this version" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--root", "http://bucket"], "must begin with file:/// or s3://"),
+        (["--root", "s3://b"], "must be s3://bucket or s3://bucket/prefix"),
+        (
+            ["--root", "s3://bucket", "--endpoint-url", "127.0.0.1:1"],
+            "endpoint_url '127.0.0.1:1' must be http://host:port or https://host:port",
+        ),
+    ],
+)
+def test_a_root_that_is_not_served_is_an_error(
+    arguments: list[str], sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*arguments, "--cache", str(tmp_path), "list"]) == 1
+    error = capsys.readouterr().err
+    assert sentence in error
+    assert error.count("\n") == 1

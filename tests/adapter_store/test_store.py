@@ -20,6 +20,7 @@ from adapter_store.errors import (
 from adapter_store.manifest import CONFIG_NAME, MANIFEST_NAME, WEIGHTS_NAME, read_lora_layout
 from adapter_store.store import MISS_INTERVAL_S, AdapterStore
 from tests.adapter_store.adapters import changed, write_base
+from tests.adapter_store.roots import Root
 
 NewStore = Callable[..., AdapterStore]
 
@@ -86,10 +87,10 @@ def test_publishing_reports_every_byte_three_times(store: AdapterStore, peft_fol
 
 
 def test_a_refused_upload_leaves_no_trace(
-    store: AdapterStore, peft_folder: Path, tmp_path: Path
+    store: AdapterStore, root: Root, peft_folder: Path, tmp_path: Path
 ) -> None:
     bad = changed(peft_folder, tmp_path / "bad", {"use_dora": True})
-    before = sorted(path for path in (tmp_path / "root").rglob("*"))
+    before = root.objects()
     with pytest.raises(AdapterInvalid, match="use_dora"):
         store.publish(bad, "public", "sql")
     with pytest.raises(InvalidName):
@@ -101,7 +102,7 @@ def test_a_refused_upload_leaves_no_trace(
     for remote in ("hf://org/adapter", "s3://bucket/adapter"):
         with pytest.raises(SourceUnavailable, match="not supported in this version"):
             store.publish(remote, "public", "sql")
-    assert sorted(path for path in (tmp_path / "root").rglob("*")) == before
+    assert root.objects() == before
 
 
 def test_threads_that_publish_the_same_content_agree(
@@ -114,21 +115,20 @@ def test_threads_that_publish_the_same_content_agree(
 
 
 def test_an_upload_that_was_interrupted_is_completed_by_the_next(
-    store: AdapterStore, peft_folder: Path, tmp_path: Path
+    store: AdapterStore, root: Root, peft_folder: Path
 ) -> None:
     ref = store.publish(peft_folder, "public", "sql")
-    blob = tmp_path / "root" / "blobs" / ref.digest
-    (blob / MANIFEST_NAME).unlink()
-    (blob / WEIGHTS_NAME).write_bytes(b"half")
+    root.remove(f"blobs/{ref.digest}/{MANIFEST_NAME}")
+    root.open().put(f"blobs/{ref.digest}/{WEIGHTS_NAME}", b"half")
     assert store.publish(peft_folder, "public", "again").digest == ref.digest
     assert store.verify(store.list()) == []
 
 
 def test_publishing_again_replaces_a_file_of_the_wrong_size(
-    store: AdapterStore, peft_folder: Path, tmp_path: Path
+    store: AdapterStore, root: Root, peft_folder: Path
 ) -> None:
     ref = store.publish(peft_folder, "public", "sql")
-    (tmp_path / "root" / "blobs" / ref.digest / WEIGHTS_NAME).write_bytes(b"half")
+    root.open().put(f"blobs/{ref.digest}/{WEIGHTS_NAME}", b"half")
     assert store.publish(peft_folder, "public", "sql") == ref
     assert store.verify(store.list()) == []
 
@@ -165,16 +165,17 @@ def test_with_no_or_several_bases_the_error_lists_them(
 # ---- news --------------------------------------------------------------------------------------
 
 
-def test_resolving_a_known_name_touches_no_file(
+def test_resolving_a_known_name_asks_no_store(
     store: AdapterStore, peft_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ref = store.publish(peft_folder, "public", "sql")
+    store.refresh()
 
     def forbidden(*_: object, **__: object) -> None:
-        raise AssertionError("the file system was used")
+        raise AssertionError("the store was asked")
 
-    monkeypatch.setattr("adapter_store.object_store.FileStore.list", forbidden)
-    monkeypatch.setattr("adapter_store.object_store.FileStore.get", forbidden)
+    for method in ("list", "get", "get_many", "get_range", "size"):
+        monkeypatch.setattr(store._objects, method, forbidden)
     assert {store.resolve("public", "sql") for _ in range(1000)} == {ref}
 
 
@@ -224,7 +225,7 @@ def test_a_store_that_is_down_does_not_stop_what_is_known(
     def down(*_: object, **__: object) -> None:
         raise SourceUnavailable("no route to the store")
 
-    monkeypatch.setattr("adapter_store.object_store.FileStore.list", down)
+    monkeypatch.setattr(reader._objects, "list", down)
     clock.now_s += 10
     assert reader.resolve("public", "sql") == ref
     assert "no route to the store" in caplog.text
@@ -256,31 +257,31 @@ def test_aliases_and_retirement_reach_other_machines(
 
 @pytest.mark.parametrize("name", [CONFIG_NAME, WEIGHTS_NAME])
 def test_a_damaged_blob_is_never_served_and_verify_names_it(
-    name: str, store: AdapterStore, peft_folder: Path, tmp_path: Path
+    name: str, store: AdapterStore, root: Root, peft_folder: Path
 ) -> None:
     ref = store.publish(peft_folder, "public", "sql")
     assert store.verify(store.list()) == []
-    path = tmp_path / "root" / "blobs" / ref.digest / name
-    raw = path.read_bytes()
-    path.write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
+    objects, key = root.open(), f"blobs/{ref.digest}/{name}"
+    raw = objects.get(key)
+    objects.put(key, raw[:-1] + bytes([raw[-1] ^ 1]))
     with pytest.raises(StoreCorrupt, match=name):
         store.ensure_local(ref)
     (problem,) = store.verify(store.list())
     assert f"{ref.digest}/{name} has sha256" in problem
-    path.unlink()
+    root.remove(key)
     (problem,) = store.verify(store.list())
     assert f"no object blobs/{ref.digest}/{name}" in problem
 
 
 def test_verify_reports_every_damaged_adapter(
-    store: AdapterStore, peft_folder: Path, tmp_path: Path
+    store: AdapterStore, root: Root, peft_folder: Path, tmp_path: Path
 ) -> None:
     refs = [
         store.publish(version_of(peft_folder, tmp_path / str(alpha), alpha), "public", f"a{alpha}")
         for alpha in (1, 2, 3)
     ]
-    (tmp_path / "root" / "blobs" / refs[0].digest / MANIFEST_NAME).write_text("{}")
-    (tmp_path / "root" / "blobs" / refs[2].digest / MANIFEST_NAME).unlink()
+    root.open().put(f"blobs/{refs[0].digest}/{MANIFEST_NAME}", b"{}")
+    root.remove(f"blobs/{refs[2].digest}/{MANIFEST_NAME}")
     problems = store.verify(store.list())
     assert len(problems) == 2
     assert refs[0].digest in problems[0]

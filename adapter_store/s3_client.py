@@ -1,0 +1,135 @@
+"""boto3 at arm's length: one bucket, typed, and every failure one sentence of ours.
+
+The only file that imports boto3. Credentials are boto3's business: they are never looked at, kept
+or printed here. Knows no keys' meaning and makes no decisions.
+"""
+
+# pyright: reportMissingTypeStubs=false
+
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from typing import Any
+from urllib.parse import urlsplit
+
+import boto3.session
+from botocore.config import Config
+from botocore.exceptions import (
+    BotoCoreError,
+    ClientError,
+    IncompleteReadError,
+    NoCredentialsError,
+    ReadTimeoutError,
+    ResponseStreamingError,
+)
+from botocore.parsers import ResponseParserError
+
+from adapter_store.errors import SourceUnavailable
+
+CONNECT_TIMEOUT_S = 3.0
+READ_TIMEOUT_S = 20.0  # between two packets
+MAX_ATTEMPTS = 3
+MAX_CONNECTIONS = 64  # kept open
+
+Answer = Mapping[str, Any]  # what boto3 returns
+
+
+class S3Error(SourceUnavailable):
+    """What the server said, or why it could not be asked."""
+
+    def __init__(
+        self,
+        sentence: str,
+        status: int = 0,
+        code: str = "",
+        was_repeated: bool = False,
+        is_broken_off: bool = False,
+    ) -> None:
+        super().__init__(sentence)
+        self.status = status  # HTTP's; 0: there was no answer
+        self.code = code  # S3's
+        self.was_repeated = was_repeated  # so an earlier attempt may have had an effect
+        self.is_broken_off = is_broken_off  # in the middle of a body
+
+
+class S3Client:
+    """Requests to one bucket. Thread-safe."""
+
+    def __init__(self, bucket: str, endpoint_url: str | None) -> None:
+        self._bucket = bucket
+        self.where = f"bucket {bucket} at {_checked(endpoint_url) or 'the endpoint of AWS'}"
+        with self.errors("connect to"):
+            try:
+                self._client = _connect(endpoint_url)
+            except ValueError as error:  # boto3's word for an endpoint that is none
+                raise SourceUnavailable(f"cannot connect to {self.where}: {error}") from error
+        self.where = f"bucket {bucket} at {self._client.meta.endpoint_url}"
+
+    def call(self, operation: str, doing: str, **request: Any) -> Answer:
+        """The answer to boto3's operation of this name. `doing` completes "cannot ... bucket"."""
+        with self.errors(doing):
+            return getattr(self._client, operation)(Bucket=self._bucket, **request)
+
+    @contextmanager
+    def errors(self, doing: str) -> Generator[None, None, None]:
+        """Turn what boto3 raises into S3Error, bodies that are read within included."""
+        try:
+            yield
+        except ClientError as error:
+            raise _refusal(f"cannot {doing} {self.where}", error) from error
+        except (BotoCoreError, ResponseParserError) as error:
+            broken = (IncompleteReadError, ReadTimeoutError, ResponseStreamingError)
+            raise S3Error(
+                f"cannot {doing} {self.where}: {_reason(error)}",
+                is_broken_off=isinstance(error, broken),
+            ) from error
+
+
+def _connect(endpoint_url: str | None) -> Any:
+    config = Config(
+        connect_timeout=CONNECT_TIMEOUT_S,
+        read_timeout=READ_TIMEOUT_S,
+        retries={"mode": "standard", "total_max_attempts": MAX_ATTEMPTS},
+        max_pool_connections=MAX_CONNECTIONS,
+        s3={"addressing_style": "path" if endpoint_url else "auto"},
+        # Not all servers know the newer checksums; ours are in the manifests.
+        request_checksum_calculation="when_required",
+        response_checksum_validation="when_required",
+    )
+    session: Any = boto3.session.Session()  # of our own: the default one is not thread-safe
+    return session.client("s3", endpoint_url=endpoint_url, config=config)
+
+
+def _checked(endpoint_url: str | None) -> str | None:
+    if endpoint_url is None:
+        return None
+    url = urlsplit(endpoint_url)
+    if "@" in url.netloc:  # what is before it may be a secret
+        raise SourceUnavailable("endpoint_url must not hold a user or a password")
+    if url.scheme not in ("http", "https") or not url.netloc or url.query or url.fragment:
+        raise SourceUnavailable(
+            f"endpoint_url {endpoint_url!r} must be http://host:port or https://host:port"
+        )
+    return endpoint_url
+
+
+def _refusal(sentence: str, error: ClientError) -> S3Error:
+    response: Answer = error.response
+    said: Answer = response.get("Error", {})
+    answer: Answer = response.get("ResponseMetadata", {})
+    code, message = str(said.get("Code", "no code")), str(said.get("Message", "no message"))
+    return S3Error(
+        f"{sentence}: {_one_line(f'{code}: {message}')}",
+        status=int(answer.get("HTTPStatusCode", 0)),
+        code=code,
+        was_repeated=int(answer.get("RetryAttempts", 0)) > 0,
+    )
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, NoCredentialsError):
+        return "there are no credentials, set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+    return _one_line(str(error))
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split()).rstrip(".")

@@ -1,0 +1,519 @@
+"""What only S3 can get wrong: credentials, distance, a server that fails, changes or lies."""
+
+import hashlib
+import logging
+import os
+import random
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import wait
+from pathlib import Path
+
+import pytest
+
+from adapter_store import s3_client as s3_client_module
+from adapter_store import s3_store
+from adapter_store import store as store_module
+from adapter_store.__main__ import main
+from adapter_store.errors import AdapterNotFound, SourceUnavailable, StoreCorrupt
+from adapter_store.object_store import open_store
+from adapter_store.registry import Registry
+from adapter_store.s3_store import NUM_CONNECTIONS, PROBE_KEY, RANGE_BYTES, S3Store
+from adapter_store.store import AdapterStore
+from tests.adapter_store.adapters import changed
+from tests.adapter_store.forwarder import Forward, Forwarder, Reply, Request
+from tests.adapter_store.roots import BUCKET, Root, s3_client
+from tests.adapter_store.synthetic import synthetic
+from tests.swift.process import Swift
+
+LARGE = random.Random(0).randbytes(20 * 2**20 + 12345)
+
+
+@pytest.fixture
+def root(s3_root: Root) -> Root:
+    return s3_root
+
+
+@pytest.fixture
+def direct(root: Root) -> S3Store:
+    opened = root.open()
+    assert isinstance(opened, S3Store)
+    return opened
+
+
+def through(forwarder: Forwarder, root: Root) -> S3Store:
+    opened = open_store(root.url, forwarder.endpoint_url)
+    assert isinstance(opened, S3Store)
+    return opened
+
+
+def once(fault: Callable[[Request, Forward], Reply | None], wanted: str) -> Callable[..., object]:
+    """The fault, for the first request whose method and path hold `wanted`; then none."""
+    seen = threading.Semaphore(1)
+
+    def first_only(request: Request, forward: Forward) -> Reply | None:
+        if wanted in f"{request.method} {request.path}" and seen.acquire(blocking=False):
+            return fault(request, forward)
+        return forward()
+
+    return first_only
+
+
+def range_start(request: Request) -> int | None:
+    value = request.headers.get("Range")
+    return None if value is None else int(value.removeprefix("bytes=").split("-")[0])
+
+
+# ---- a start that fails ------------------------------------------------------------------------
+
+
+def test_a_wrong_secret_is_refused_and_never_shown(
+    root: Root, swift: Swift, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hush-hush")
+    with pytest.raises(SourceUnavailable) as error:
+        root.open()
+    sentence = str(error.value)
+    assert f"to bucket {BUCKET} at {swift.endpoint_url}: SignatureDoesNotMatch: " in sentence
+    assert "\n" not in sentence
+    assert "hush-hush" not in sentence + caplog.text
+
+
+def test_an_unknown_access_key_is_refused(root: Root, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test:nobody")
+    with pytest.raises(SourceUnavailable, match=f"to bucket {BUCKET} at .*: "):
+        root.open()
+
+
+def test_no_credentials_at_all_are_named_as_the_reason(
+    root: Root, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    with pytest.raises(SourceUnavailable, match="no credentials, set AWS_ACCESS_KEY_ID"):
+        root.open()
+
+
+def test_a_missing_bucket_is_named(swift: Swift) -> None:
+    with pytest.raises(SourceUnavailable, match=r"bucket absent at http://127\S*: NoSuchBucket"):
+        open_store("s3://absent/prefix", swift.endpoint_url)
+
+
+def test_an_endpoint_that_nobody_listens_at_is_named() -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{unused.getsockname()[1]}"
+        with pytest.raises(SourceUnavailable, match=f"bucket bucket at {url}: Could not connect"):
+            open_store("s3://bucket", url)
+
+
+def test_a_server_that_is_no_s3_is_refused_in_one_sentence(swift: Swift, root: Root) -> None:
+    page = Reply(200, {"content-length": "15", "content-type": "text/html"}, b"<html>Hi</html>")
+    with Forwarder(swift.endpoint_url, lambda request, forward: page) as forwarder:
+        with pytest.raises(SourceUnavailable, match="cannot be used: it ignores If-None-Match"):
+            through(forwarder, root)
+        forwarder.fault = lambda request, forward: Reply(501, {"content-length": "0"})
+        with pytest.raises(SourceUnavailable, match="501") as error:
+            through(forwarder, root)
+    assert "\n" not in str(error.value)
+
+
+def test_a_shell_sees_one_sentence(
+    root: Root, swift: Swift, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["--root", "s3://absent", "--endpoint-url", swift.endpoint_url]
+    assert main([*command, "--cache", str(tmp_path), "list"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("adapter_store: cannot write probe/put-if-absent to bucket absent at")
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "url", ["s3://", "s3:bucket", "s3://b", "s3://bucket/a b", "s3://bucket/a//b", "s3://b?x=y/z"]
+)
+def test_a_root_that_is_no_bucket_and_prefix_is_refused(url: str) -> None:
+    with pytest.raises(SourceUnavailable, match="must be s3://bucket or s3://bucket/prefix"):
+        open_store(url, "http://127.0.0.1:1")
+
+
+def test_secrets_in_a_url_are_refused_and_not_repeated() -> None:
+    for root, endpoint_url in [
+        ("s3://key:hush@bucket", "http://127.0.0.1:1"),
+        ("s3://bucket", "http://key:hush@127.0.0.1:1"),
+    ]:
+        with pytest.raises(SourceUnavailable, match="must not hold") as error:
+            open_store(root, endpoint_url)
+        assert "hush" not in str(error.value)
+
+
+@pytest.mark.parametrize("url", ["127.0.0.1:9000", "ftp://host", "http://", "http://h?x", "hush"])
+def test_an_endpoint_that_is_no_web_address_is_refused(url: str) -> None:
+    with pytest.raises(SourceUnavailable, match="must be http://host:port"):
+        open_store("s3://bucket", url)
+
+
+def test_the_argument_wins_over_the_environment(
+    root: Root, swift: Swift, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nowhere = "http://127.0.0.1:1"
+    monkeypatch.setenv("S3_ENDPOINT_URL", nowhere)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", nowhere)
+    open_store(root.url, swift.endpoint_url).put("k", b"argument")
+    monkeypatch.setenv("S3_ENDPOINT_URL", swift.endpoint_url)
+    assert open_store(root.url).get("k") == b"argument"
+    monkeypatch.setenv("S3_ENDPOINT_URL", "")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", swift.endpoint_url)
+    assert open_store(root.url).get("k") == b"argument"
+    monkeypatch.setenv("AWS_ENDPOINT_URL", nowhere)
+    with pytest.raises(SourceUnavailable, match=nowhere):
+        open_store(root.url)
+
+
+def test_two_prefixes_of_one_bucket_are_strangers(root: Root, swift: Swift) -> None:
+    one, other = open_store(f"{root.url}/one"), open_store(f"{root.url}/one-more")
+    one.put("k", b"1")
+    assert other.size("k") is None
+    assert other.put_if_absent("k", b"2")
+    assert (one.get("k"), other.get("k")) == (b"1", b"2")
+    assert list(one.list("k")) == ["k"]
+
+
+def test_a_file_root_needs_no_boto3(tmp_path: Path) -> None:
+    script = (
+        "import sys; from adapter_store.object_store import open_store; "
+        f"open_store('file://{tmp_path}/root'); print('boto3' in sys.modules)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert result.stdout.strip() == "False"
+
+
+# ---- put-if-absent -----------------------------------------------------------------------------
+
+
+def test_a_store_that_ignores_if_none_match_is_refused(
+    root: Root, swift: Swift, tmp_path: Path
+) -> None:
+    def obliging(request: Request, forward: Forward) -> Reply:
+        reply = forward()
+        return Reply(200, {"content-length": "0"}) if reply.status == 412 else reply
+
+    with (
+        Forwarder(swift.endpoint_url, obliging) as forwarder,
+        pytest.raises(SourceUnavailable, match="ignores If-None-Match") as error,
+    ):
+        AdapterStore(root.url, tmp_path, 2**20, endpoint_url=forwarder.endpoint_url)
+    assert f"bucket {BUCKET} at {forwarder.endpoint_url} cannot be used" in str(error.value)
+    assert root.objects() == []
+
+
+def test_the_probe_is_one_request_from_the_second_start_on(root: Root, swift: Swift) -> None:
+    with Forwarder(swift.endpoint_url) as forwarder:
+        for num_requests in (2, 1, 1):
+            forwarder.requests.clear()
+            through(forwarder, root)
+            assert len(forwarder.requests) == num_requests
+            assert all(request.path.endswith(PROBE_KEY) for request in forwarder.requests)
+
+
+def test_a_write_whose_answer_was_lost_is_still_ours(
+    root: Root, direct: S3Store, swift: Swift
+) -> None:
+    def lose_answer(request: Request, forward: Forward) -> None:
+        forward()
+
+    with Forwarder(swift.endpoint_url, once(lose_answer, "/k")) as forwarder:
+        assert through(forwarder, root).put_if_absent("k", b"ours")
+    assert direct.get("k") == b"ours"
+    assert not direct.put_if_absent("k", b"ours")
+
+
+def test_a_write_that_was_lost_itself_may_be_somebody_elses(
+    root: Root, direct: S3Store, swift: Swift
+) -> None:
+    def be_slower(request: Request, forward: Forward) -> None:
+        assert direct.put_if_absent("k", b"same")
+
+    with Forwarder(swift.endpoint_url, once(be_slower, "/k")) as forwarder:
+        assert not through(forwarder, root).put_if_absent("k", b"same")
+
+
+def test_a_conflict_with_another_writer_is_tried_again(
+    root: Root, direct: S3Store, swift: Swift, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def conflict(request: Request, forward: Forward) -> Reply:
+        return Reply(409, {"content-length": "0"})
+
+    monkeypatch.setattr(s3_store, "CONFLICT_PAUSE_S", 0.0)
+    with Forwarder(swift.endpoint_url, once(conflict, "/k")) as forwarder:
+        tested = through(forwarder, root)
+        assert tested.put_if_absent("k", b"v")
+        assert direct.get("k") == b"v"
+        forwarder.fault = conflict
+        with pytest.raises(SourceUnavailable, match="20 attempts each met another writer"):
+            tested.put_if_absent("other", b"v")
+
+
+# ---- large objects -----------------------------------------------------------------------------
+
+
+def upload(tested: S3Store, path: Path, data: bytes, key: str = "large") -> int:
+    """Put the data; how many bytes were reported."""
+    path.write_bytes(data)
+    seen: list[int] = []
+    tested.put_file(key, path, hashlib.sha256(data).hexdigest(), seen.append)
+    return sum(seen)
+
+
+def test_a_large_object_goes_up_and_down_in_parts_side_by_side(
+    root: Root, swift: Swift, tmp_path: Path
+) -> None:
+    together = threading.Barrier(2, timeout=60)  # broken unless two requests overlap
+
+    def wait_for_the_other(request: Request, forward: Forward) -> Reply:
+        if (range_start(request) or 0) > 0 or "partNumber=1&" in f"{request.path}&":
+            together.wait()
+        if "partNumber=2&" in f"{request.path}&":
+            together.wait()
+        return forward()
+
+    with Forwarder(swift.endpoint_url, wait_for_the_other) as forwarder:
+        tested = through(forwarder, root)
+        assert upload(tested, tmp_path / "up", LARGE) == len(LARGE)
+        forwarder.requests.clear()
+        tested.get_file("large", tmp_path / "down")
+    assert (tmp_path / "down").read_bytes() == LARGE
+    starts = [range_start(request) for request in forwarder.requests]
+    assert sorted(start for start in starts if start is not None) == [
+        0,
+        RANGE_BYTES,
+        2 * RANGE_BYTES,
+    ]
+    etags = {request.headers.get("If-Match") for request in forwarder.requests}
+    assert len(etags) == 2 and None in etags  # the first range has none yet
+
+
+@pytest.mark.parametrize("extra", [-1, 0, 1])
+def test_an_object_about_as_large_as_a_part_arrives_whole(
+    extra: int, direct: S3Store, tmp_path: Path
+) -> None:
+    data = LARGE[: RANGE_BYTES + extra]
+    assert upload(direct, tmp_path / "up", data) == len(data)
+    direct.get_file("large", tmp_path / "down")
+    assert (tmp_path / "down").read_bytes() == data
+
+
+def test_any_number_of_ranges_makes_the_same_file(
+    direct: S3Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(s3_store, "RANGE_BYTES", 100)
+    for nbytes in (0, 1, 99, 100, 101, 200, 2345):
+        direct.put("k", LARGE[:nbytes])
+        direct.get_file("k", tmp_path / "down")
+        assert (tmp_path / "down").read_bytes() == LARGE[:nbytes]
+
+
+def test_an_object_that_changes_while_it_is_downloaded_is_noticed(
+    root: Root,
+    direct: S3Store,
+    swift: Swift,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(s3_store, "RANGE_BYTES", 1000)
+
+    def replace_first(request: Request, forward: Forward) -> Reply:
+        direct.put("k", b"y" * 5000)
+        return forward()
+
+    with Forwarder(swift.endpoint_url) as forwarder:
+        tested = through(forwarder, root)
+        direct.put("k", b"x" * 5000)
+        forwarder.fault = lambda request, forward: (
+            replace_first(request, forward) if range_start(request) == 3000 else forward()
+        )
+        with pytest.raises(StoreCorrupt, match="k changed while it was downloaded"):
+            tested.get_file("k", tmp_path / "down")
+
+
+def test_a_file_that_changes_while_it_is_uploaded_leaves_nothing(
+    direct: S3Store, root: Root, swift: Swift, tmp_path: Path
+) -> None:
+    path = tmp_path / "up"
+    path.write_bytes(LARGE)
+    with pytest.raises(StoreCorrupt, match="changed while it was uploaded"):
+        direct.put_file("large", path, hashlib.sha256(b"other").hexdigest(), lambda _: None)
+    assert direct.size("large") is None
+    prefix = root.url.removeprefix(f"s3://{BUCKET}/")
+    uploads = s3_client(swift.endpoint_url).list_multipart_uploads(Bucket=BUCKET, Prefix=prefix)
+    assert "Uploads" not in uploads
+
+
+def test_a_file_that_is_gone_is_named(direct: S3Store, tmp_path: Path) -> None:
+    with pytest.raises(SourceUnavailable, match=r"cannot read .*absent"):
+        direct.put_file("k", tmp_path / "absent", "", lambda _: None)
+
+
+def test_a_body_that_breaks_off_is_asked_for_again(
+    root: Root, direct: S3Store, swift: Swift, tmp_path: Path
+) -> None:
+    def break_off(request: Request, forward: Forward) -> Reply:
+        reply = forward()
+        return Reply(reply.status, reply.headers, reply.body, num_sent=len(reply.body) // 2)
+
+    direct.put("k", LARGE[:100_000])
+    with Forwarder(swift.endpoint_url, once(break_off, "GET")) as forwarder:
+        tested = through(forwarder, root)
+        assert tested.get("k") == LARGE[:100_000]
+        forwarder.fault = once(break_off, "GET")  # type: ignore[assignment]
+        tested.get_file("k", tmp_path / "down")
+        assert (tmp_path / "down").read_bytes() == LARGE[:100_000]
+        forwarder.fault = break_off
+        with pytest.raises(SourceUnavailable, match=f"cannot read k in bucket {BUCKET} at"):
+            tested.get("k")
+
+
+def test_a_server_that_ignores_ranges_is_refused(
+    root: Root, direct: S3Store, swift: Swift, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(s3_store, "RANGE_BYTES", 1000)
+
+    def whole(request: Request, forward: Forward) -> Reply:
+        if request.method != "GET":
+            return forward()
+        return Reply(200, {"content-length": "5000", "etag": '"e"'}, b"x" * 5000)
+
+    direct.put("k", b"x" * 5000)
+    with Forwarder(swift.endpoint_url, whole) as forwarder:
+        tested = through(forwarder, root)
+        with pytest.raises(SourceUnavailable, match="does not answer with the range asked"):
+            tested.get_file("k", tmp_path / "down")
+
+
+# ---- listings and the log ----------------------------------------------------------------------
+
+
+def test_a_listing_of_many_pages_is_complete_and_in_order(
+    root: Root, direct: S3Store, swift: Swift
+) -> None:
+    keys = [f"log/{n:02}" for n in range(25)]  # ten to a page
+    for key in keys:
+        direct.put(key, b"")
+    with Forwarder(swift.endpoint_url) as forwarder:
+        tested = through(forwarder, root)
+        forwarder.requests.clear()
+        assert list(tested.list("log/")) == keys
+        assert len(forwarder.requests) == 3
+        assert list(tested.list("log/", start_after="log/07")) == keys[8:]
+        forwarder.requests.clear()
+        assert list(tested.list("log/", start_after="log/24")) == []
+        assert len(forwarder.requests) == 1
+
+
+def test_a_cold_start_reads_the_log_side_by_side(root: Root, direct: S3Store, swift: Swift) -> None:
+    written = Registry(direct, lambda: 0.0)
+    for seed in range(2 * NUM_CONNECTIONS):
+        written.publish("t", "sql", synthetic(seed)[0])
+    together = threading.Barrier(NUM_CONNECTIONS, timeout=60)  # broken unless so many overlap
+
+    def wait_for_the_others(request: Request, forward: Forward) -> Reply:
+        if "/log/" in request.path:
+            together.wait()
+        return forward()
+
+    with Forwarder(swift.endpoint_url, wait_for_the_others) as forwarder:
+        reader = Registry(through(forwarder, root), lambda: 0.0)
+    assert reader.list() == written.list()
+    assert len(reader.list()) == 2 * NUM_CONNECTIONS
+
+
+# ---- a store that goes away --------------------------------------------------------------------
+
+
+def adapters_known_and_cached(
+    root: Root, base_folder: Path, peft_folder: Path, tmp_path: Path, endpoint_url: str
+) -> AdapterStore:
+    """A reader that knows two adapters and has the files of one."""
+    writer = AdapterStore(root.url, tmp_path / "writer", 2**30)
+    writer.register_base(base_folder)
+    cached = writer.publish(peft_folder, "public", "cached")
+    other = changed(peft_folder, tmp_path / "other", {"lora_alpha": 3})
+    writer.publish(other, "public", "remote")
+    reader = AdapterStore(root.url, tmp_path / "reader", 2**30, endpoint_url=endpoint_url)
+    reader.ensure_local(cached)
+    return reader
+
+
+def check_that_the_cached_goes_on(reader: AdapterStore, where: str) -> None:
+    cached = reader.resolve("public", "cached")
+    remote = reader.resolve("public", "remote")
+    assert (reader.ensure_local(cached) / "adapter_config.json").is_file()
+    assert [record.name for record in reader.list()] == ["cached", "remote"]
+    with pytest.raises(SourceUnavailable, match=where):
+        reader.ensure_local(remote)
+    assert not reader.is_local(remote)
+    for _ in range(3):
+        with pytest.raises(SourceUnavailable):
+            reader.resolve("public", "unheard-of")
+
+
+def test_a_server_that_is_gone_stops_only_what_is_not_cached(
+    root: Root, swift: Swift, base_folder: Path, peft_folder: Path, tmp_path: Path
+) -> None:
+    with Forwarder(swift.endpoint_url) as forwarder:
+        url = forwarder.endpoint_url
+        reader = adapters_known_and_cached(root, base_folder, peft_folder, tmp_path, url)
+    check_that_the_cached_goes_on(reader, f"bucket {BUCKET} at {url}")
+
+
+def test_a_server_that_hangs_stops_only_what_is_not_cached(
+    root: Root,
+    swift: Swift,
+    base_folder: Path,
+    peft_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    url = swift.endpoint_url
+    monkeypatch.setattr(s3_client_module, "READ_TIMEOUT_S", 3.0)
+    monkeypatch.setattr(s3_client_module, "MAX_ATTEMPTS", 1)
+    reader = adapters_known_and_cached(root, base_folder, peft_folder, tmp_path, url)
+    with swift.paused(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(store_module, "PATIENCE_S", 0.05)
+        reader._next_refresh_s = 0.0  # news are due
+        check_that_the_cached_goes_on(reader, f"bucket {BUCKET} at {url}: Read timeout")
+    assert "answering from memory" in caplog.text
+    assert "the store has not answered for 0.05 s" in caplog.text
+    wait([reader._news], timeout=60)  # the look that hung
+    assert reader.ensure_local(reader.resolve("public", "remote")).is_dir()
+    reader._next_miss_s = 0.0
+    with pytest.raises(AdapterNotFound):
+        reader.resolve("public", "unheard-of")
+
+
+def test_a_download_that_is_cut_leaves_nothing_and_may_be_tried_again(
+    root: Root, swift: Swift, base_folder: Path, peft_folder: Path, tmp_path: Path
+) -> None:
+    def cut(request: Request, forward: Forward) -> Reply | None:
+        return None if "adapter_model" in request.path else forward()
+
+    with Forwarder(swift.endpoint_url, cut) as forwarder:
+        url = forwarder.endpoint_url
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(s3_client_module, "MAX_ATTEMPTS", 1)
+            writer = AdapterStore(root.url, tmp_path / "writer", 2**30)
+            writer.register_base(base_folder)
+            ref = writer.publish(peft_folder, "public", "sql")
+            reader = AdapterStore(root.url, tmp_path / "reader", 2**30, endpoint_url=url)
+        with pytest.raises(SourceUnavailable, match="cannot read blobs"):
+            reader.ensure_local(ref)
+        assert not reader.is_local(ref)
+        assert os.listdir(tmp_path / "reader" / ".partial") == []
+        forwarder.fault = lambda request, forward: forward()
+        assert reader.ensure_local(ref).is_dir()
