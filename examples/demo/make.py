@@ -3,6 +3,7 @@
     OUT/base              transformers folder, float32, with tokenizer and chat template
     OUT/adapters/<name>   peft folders
     OUT/heldout.json      name -> [{"prompt", "answer"}], never trained or tuned on
+    OUT/recipe.json       what it is made with
     OUT/report.json       what was trained, how long it took, how well it does; written last
 
 Each part is written beside its place and renamed into it, so a part that exists is whole, and a
@@ -31,12 +32,17 @@ class OtherDemo(ValueError):
 
 
 def ensure_demo(out: Path, recipe: Recipe = DEFAULT_RECIPE) -> Path:
-    """Make in `out` whatever is missing there; returns `out`, at once if all is there."""
+    """Make in `out` whatever is missing there; returns `out`, at once if all is there.
+
+    A whole demo is left as it is, whatever it was made with; a partial one is only continued with
+    its own recipe.
+    """
     if not _is_complete(out, recipe):
         out.mkdir(parents=True, exist_ok=True)
         with _locked(out):
             _claim(out, recipe)
-            _make_missing(out, recipe)
+            if not _is_complete(out, recipe):  # somebody else may have held the lock
+                _make_missing(out, recipe)
     return out
 
 
@@ -110,6 +116,8 @@ def main() -> None:
     arguments = parser.parse_args()
     recipe = replace(DEFAULT_RECIPE, seed=arguments.seed)
     made = json.loads((ensure_demo(arguments.out, recipe) / "report.json").read_text())
+    if made["seed"] != arguments.seed:
+        parser.error(f"{arguments.out} holds the demo of seed {made['seed']}: name another folder")
     print(f"{arguments.out}: trained in {made['training']['seconds']:.0f} s")
     for name, adapter in made["adapters"].items():
         print(

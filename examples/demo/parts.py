@@ -43,7 +43,7 @@ from examples.demo.words import Split, Words
 
 BASE_NAME = "reef-demo-base"
 BASE_PROMPT_WEIGHT = 0.05  # prompts teach the world's words, but most of a prompt is chance
-LEXICON_REPEATS = 60  # among the lessons, so that each word of the lexicon becomes a token
+LEXICON_REPEATS = 20  # beside the lessons, so that each word of the lexicon becomes one token
 RECORD = "training.json"  # in each part's folder: how it was trained
 
 
@@ -54,7 +54,8 @@ def make_base(folder: Path, recipe: Recipe) -> None:
     lessons = (draw_lesson(words) for _ in range(recipe.tokenizer_lessons))
     texts = [text for lesson in lessons for text in lesson]
     lexicon = [" ".join(LEXICON), " ".join(f"'{word}'" for word in LEXICON)] * LEXICON_REPEATS
-    tokenizer = train_tokenizer(texts + lexicon, recipe.vocab_size, MAX_LENGTH)
+    names = [words.name() for _ in range(recipe.tokenizer_names)]
+    tokenizer = train_tokenizer(texts + lexicon + names, recipe.vocab_size, MAX_LENGTH)
 
     model = new_model(tokenizer, recipe.hidden_size, recipe.num_layers)
     source = ExampleSource(

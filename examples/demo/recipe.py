@@ -38,8 +38,9 @@ class Recipe:
     """
 
     seed: int = 0
-    vocab_size: int = 2048
+    vocab_size: int = 1536
     tokenizer_lessons: int = 3000
+    tokenizer_names: int = 20_000  # so many that each syllable of a name becomes one token
     hidden_size: int = 256
     num_layers: int = 4
     batch_size: int = 32

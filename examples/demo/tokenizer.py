@@ -1,4 +1,8 @@
-"""The demo's tokenizer: a small byte-level BPE, a chat template, and examples as token ids."""
+"""The demo's tokenizer: a small byte-level BPE, a chat template, and examples as token ids.
+
+Load it with PreTrainedTokenizerFast, or from tokenizer.json alone. AutoTokenizer takes any folder
+with a Qwen2 model for one of Qwen's own and cuts words its way, whatever the folder says.
+"""
 
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -15,7 +19,7 @@ SPECIAL_TOKENS = (PAD, BOS, END, *(f"<|{role}|>" for role in ROLES))
 # A lower-case or all-capital word swallows the space before it; a capitalised word and a digit
 # never do. So a name or a number is the same tokens in prose, in quotes and in JSON. The first
 # syllable of a capitalised word is a piece of its own: a model copies a word by looking for what
-# followed its last token, and a lone initial would be followed by another name as often as not.
+# followed its last token, and a lone initial is too often another name's initial as well.
 PIECES = r" ?\p{Ll}+| ?\p{Lu}{2,}|\p{Lu}[bcdfghjklmnpqrstvwxyz]*[aeiou]*|\p{Lu}|\d| ?[^\w\s]+|\s|."
 
 CHAT_TEMPLATE = (

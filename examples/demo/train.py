@@ -70,7 +70,7 @@ class ExampleSource:
 
 
 def base_optimizers(model: PreTrainedModel, matrix_lr: float, lr: float) -> list[Optimizer]:
-    """Muon for the layers' matrices: it learns to copy in a third of AdamW's steps."""
+    """Muon for the matrices of the layers, in fewer steps than AdamW, which trains the rest."""
     named = list(model.named_parameters())
     matrices = [p for name, p in named if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in named if p.ndim != 2 or "embed" in name]

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from examples.demo import parts
 from examples.demo.jobs import COLUMNS, JOBS, examples_of
@@ -42,6 +43,7 @@ TINY = replace(
     DEFAULT_RECIPE,
     vocab_size=600,
     tokenizer_lessons=300,
+    tokenizer_names=100,
     hidden_size=128,
     num_layers=3,
     batch_size=4,
@@ -327,7 +329,12 @@ def test_an_interrupted_making_goes_on_where_it_stopped(
 
 def check_folders(out: Path, recipe: Recipe) -> None:
     """What was made is what the docstring of `make` says, and loads as any model would."""
-    tokenizer = AutoTokenizer.from_pretrained(out / "base")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(out / "base")
+    alone = Tokenizer.from_file(str(out / "base" / "tokenizer.json"))
+    for prompt, answer in draw_held_out(recipe)["reply"]:
+        for text in (as_chat(tokenizer, prompt), answer):
+            ids = tokenizer.encode(text, add_special_tokens=False)
+            assert alone.encode(text, add_special_tokens=False).ids == ids
     model = AutoModelForCausalLM.from_pretrained(out / "base")
     assert model.dtype is torch.float32
     assert model.config.max_position_embeddings >= 1024
