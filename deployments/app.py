@@ -1,35 +1,61 @@
 """The Serve graph: one Ingress deployment in front of one Engine deployment per base model.
 
-The only module, beside `serve`, that imports Ray. What a deployment does is in `ingress` and
-`replica`; here is how Ray starts it and how the two reach each other.
+What a deployment does is in `ingress` and `replica`; here is how Ray starts, stops and scales it.
+How the two reach each other is in `connection`, and who goes where in `router`.
 """
 
 import asyncio
 import logging
 import os
 import time
+import warnings
 from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import ray
 from fastapi import FastAPI
 from ray import serve
 from ray.serve import Application
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
+from ray.serve.context import _get_global_client
 from ray.serve.handle import DeploymentHandle
 
-from adapter_store.store import AdapterStore
-from deployments.config import AppConfig, ModelSection, load_config
+from deployments import autoscaler, router
+from deployments.config import AppConfig, ModelSection, check_exposure, load_config
+from deployments.connection import RayConnection
 from deployments.ingress import Ingress, build_api
+from deployments.limits import Limiter
 from deployments.link import EngineLink
+from deployments.logs import log_to_serves_file
 from deployments.metrics import Metrics
 from deployments.models import Models, ServedModel
-from deployments.replica import EngineReplica
+from deployments.replica import EngineReplica, ReplicaSettings
+from deployments.stores import open_adapter_store
+from deployments.tenants import open_tenants
 from deployments.text import Vocabulary
-from deployments.transport import Command, Frame, Hello, Lease
+from deployments.transport import (
+    Abort,
+    Frame,
+    Hello,
+    Hints,
+    Lease,
+    Receipt,
+    StreamId,
+    Submit,
+    UnknownStream,
+)
 from engine.client import EngineClient
 
 # Limits of Ray's own, far above ours: requests are counted where the engine is.
 MAX_ONGOING = 100_000
+# The controller pulls figures, and sends on those that have changed, this often.
+ROUTING_STATS_PERIOD_S = 0.5
+SCALING_STATS_PERIOD_S = 1.0
+# After a drain: for the last frames, for whoever notices late, and for the engine to end.
+STOP_MARGIN_S = 10.0
+# An answer cannot move to another ingress, so this one is given the time to finish it.
+INGRESS_DRAIN_S = 600.0
 FAST_PATH = ("RAY_SERVE_ENABLE_HA_PROXY", "RAY_SERVE_THROUGHPUT_OPTIMIZED")
 
 logger = logging.getLogger(__name__)
@@ -38,18 +64,13 @@ logger = logging.getLogger(__name__)
 def build_app(args: dict[str, Any]) -> Application:
     """The whole graph. Raises ConfigError for anything in `args` that is not understood."""
     config = load_config(args)
+    check_exposure(config.tenancy, http_host())
     warn_if_slow(os.environ)
     engines = {
         model.id: serve.deployment(
             EngineDeployment,
             name=f"Engine-{number}" if number else "Engine",
-            num_replicas=model.replicas.min,
-            max_ongoing_requests=MAX_ONGOING,
-            ray_actor_options=_actor_options(model),
-            health_check_period_s=2,
-            # Streams to the ingress never end by themselves: there is nothing to wait for.
-            graceful_shutdown_timeout_s=1,
-            graceful_shutdown_wait_loop_s=0.5,
+            **_engine_options(model),
         ).bind(config, model)
         for number, model in enumerate(config.models)
     }
@@ -58,10 +79,18 @@ def build_app(args: dict[str, Any]) -> Application:
         name="Ingress",
         max_ongoing_requests=MAX_ONGOING,
         ray_actor_options={"num_cpus": config.ingress.num_cpus},
-        graceful_shutdown_timeout_s=5,
+        graceful_shutdown_timeout_s=INGRESS_DRAIN_S,
         graceful_shutdown_wait_loop_s=0.5,
     )
     return ingress.bind(config, engines)
+
+
+def http_host() -> str | None:
+    """Where the cluster's Serve listens; None where it does not, or there is none yet."""
+    client = (
+        _get_global_client(raise_if_no_controller_running=False) if ray.is_initialized() else None
+    )
+    return None if client is None else client.http_config.host
 
 
 def warn_if_slow(environment: Mapping[str, str]) -> None:
@@ -74,33 +103,103 @@ def warn_if_slow(environment: Mapping[str, str]) -> None:
         )
 
 
-def _actor_options(model: ModelSection) -> dict[str, float]:
-    return {"num_cpus": model.replicas.num_cpus, "num_gpus": model.replicas.num_gpus}
+def _engine_options(model: ModelSection) -> dict[str, Any]:
+    replicas = model.replicas
+    keep_s = replicas.drain_s + STOP_MARGIN_S
+    scale = (
+        {"autoscaling_config": _autoscaling(model)}
+        if replicas.min < replicas.most
+        else {"num_replicas": replicas.min}
+    )
+    return {
+        **scale,
+        "max_ongoing_requests": MAX_ONGOING,
+        "ray_actor_options": {"num_cpus": replicas.num_cpus, "num_gpus": replicas.num_gpus},
+        "max_surge_percent": replicas.surge_percent,
+        "health_check_period_s": 2,
+        "graceful_shutdown_timeout_s": keep_s,
+        "graceful_shutdown_wait_loop_s": 0.5,
+        "request_router_config": RequestRouterConfig(
+            request_router_class=router.AdapterRouter,
+            request_router_kwargs={"keep_s": keep_s},
+            request_routing_stats_period_s=ROUTING_STATS_PERIOD_S,
+            request_routing_stats_timeout_s=5.0,
+        ),
+    }
+
+
+def _autoscaling(model: ModelSection) -> AutoscalingConfig:
+    replicas, scaling = model.replicas, model.replicas.autoscaling
+    targets = {
+        "queued_tokens": scaling.target_queued_tokens,
+        "kv_used": scaling.target_kv_used,
+        "num_requests": scaling.target_requests or float(model.engine.max_num_seqs),
+    }
+    with warnings.catch_warnings():
+        # Ray announces environment variables in its place, but 2.60 reads only this one; its own
+        # default, 10 s, would let a burst wait for that long before anybody hears of it.
+        warnings.filterwarnings("ignore", "The `metrics_interval_s` field", DeprecationWarning)
+        return AutoscalingConfig(
+            min_replicas=replicas.min,
+            max_replicas=replicas.most,
+            metrics_interval_s=SCALING_STATS_PERIOD_S,
+            look_back_period_s=scaling.look_back_s,
+            upscale_delay_s=scaling.upscale_delay_s,
+            downscale_delay_s=scaling.downscale_delay_s,
+            policy=AutoscalingPolicy(policy_function=autoscaler.LoadPolicy, policy_kwargs=targets),
+        )
 
 
 class EngineDeployment:
     """Running once the model is loaded; failed, with the engine's own words, if it cannot be."""
 
     async def __init__(self, config: AppConfig, model: ModelSection) -> None:
-        store = await asyncio.to_thread(_open_store, config)
+        log_to_serves_file()
+        store = await asyncio.to_thread(open_adapter_store, config.adapters)
         fingerprint = await asyncio.to_thread(store.register_base, Path(model.source))
         engine_config = config.engine_config(model)
-        self._replica = EngineReplica(
-            lambda on_frame: EngineClient(engine_config, on_frame),
-            store,
+        self._id = serve.get_replica_context().replica_id.unique_id
+        settings = ReplicaSettings(
+            self._id,
             fingerprint,
+            engine_config.max_num_seqs,
             engine_config.max_num_seqs + config.ingress.max_queued_requests,
+            model.replicas.drain_s,
+        )
+        self._replica = EngineReplica(
+            lambda on_frame: EngineClient(engine_config, on_frame), store, settings
         )
         await self._replica.start()
 
-    async def attach(self, stream_id: str) -> AsyncIterator[Hello | Frame]:
-        async for frame in self._replica.attach(stream_id):
+    async def submit(
+        self, hints: Hints, ingress_id: str, epochs: Mapping[str, int], submit: Submit
+    ) -> Receipt:
+        return self._replica.submit(ingress_id, epochs, submit)
+
+    async def attach(
+        self, hints: Hints, ingress_id: str, epochs: Mapping[str, int]
+    ) -> AsyncIterator[Hello | Frame]:
+        self._check_target(hints)
+        async for frame in self._replica.attach(ingress_id, epochs):
             yield frame
 
     async def control(
-        self, stream_id: str, commands: Sequence[Command], renew: bool
+        self, hints: Hints, stream_id: StreamId, aborts: Sequence[Abort], renew: bool
     ) -> Lease | None:
-        return await self._replica.control(stream_id, commands, renew)
+        self._check_target(hints)
+        if hints.is_leaving:
+            self._replica.drain()
+        return await self._replica.control(stream_id, aborts, renew)
+
+    def _check_target(self, hints: Hints) -> None:
+        if hints.target not in ("", self._id):
+            raise UnknownStream(f"{hints.target} is gone; this is {self._id}")
+
+    def record_routing_stats(self) -> dict[str, Any]:
+        return router.to_stats(self._replica.figures())
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        return autoscaler.to_stats(self._replica.load())
 
     def check_health(self) -> None:
         self._replica.check_health()
@@ -115,6 +214,7 @@ class IngressDeployment:
     """Up before the engines are, so that /health can say that they are not."""
 
     def __init__(self, config: AppConfig, engines: dict[str, DeploymentHandle]) -> None:
+        log_to_serves_file()
         ingress_id = serve.get_replica_context().replica_id.unique_id
         models = [
             ServedModel(
@@ -126,39 +226,17 @@ class IngressDeployment:
         ]
         for model in models:
             model.link.start()
+        metrics = Metrics()
+        tenants = open_tenants(config.tenancy)
+        tenants.start()
         self._ingress = Ingress(
-            Models(models, _open_store(config)),
-            Metrics(),
+            Models(models, open_adapter_store(config.adapters)),
+            tenants,
+            Limiter(metrics),
+            metrics,
             config.ingress.max_body_bytes,
             int(time.time()),
         )
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return build_api(self._ingress)
-
-
-class RayConnection:
-    """A Connection over a Serve handle. Frames are pickled by C, not by cloudpickle."""
-
-    def __init__(self, handle: DeploymentHandle) -> None:
-        handle = handle.options(request_serialization="pickle", response_serialization="pickle")
-        self._unary = handle
-        self._streaming = handle.options(stream=True)
-
-    async def attach(self, stream_id: str) -> AsyncIterator[Hello | Frame]:
-        response = self._streaming.attach.remote(stream_id)
-        try:
-            async for frame in response:
-                yield frame
-        finally:
-            response.cancel()
-
-    async def control(
-        self, stream_id: str, commands: Sequence[Command], renew: bool
-    ) -> Lease | None:
-        return await self._unary.control.remote(stream_id, commands, renew)
-
-
-def _open_store(config: AppConfig) -> AdapterStore:
-    adapters = config.adapters
-    return AdapterStore(adapters.root, Path(adapters.disk_path), adapters.disk_bytes)

@@ -5,6 +5,7 @@ The only file that knows which status an error has. Lower floors raise their own
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from adapter_store.errors import (
     InvalidName,
     SourceUnavailable,
 )
+from deployments.policy.admission import Refusal
 from engine.messages import (
     ADAPTER_INVALID,
     ENGINE_DIED,
@@ -40,6 +42,7 @@ class ApiError(Exception):
     param: str | None = None
     code: str | None = None
     retry_after_s: int | None = None
+    authenticate: str | None = None  # which credentials are wanted
 
     def __str__(self) -> str:
         return self.message
@@ -52,7 +55,9 @@ class ApiError(Exception):
         return json.dumps(self.document(), ensure_ascii=False).encode()
 
     def headers(self) -> dict[str, str]:
-        return {} if self.retry_after_s is None else {"retry-after": str(self.retry_after_s)}
+        after = None if self.retry_after_s is None else str(self.retry_after_s)
+        named = {"retry-after": after, "www-authenticate": self.authenticate}
+        return {name: value for name, value in named.items() if value is not None}
 
 
 def invalid(message: str, param: str | None = None, code: str | None = None) -> ApiError:
@@ -73,12 +78,29 @@ def body_too_large(max_bytes: int) -> ApiError:
     return ApiError(413, message, code="request_too_large")
 
 
+def bad_key(message: str) -> ApiError:
+    """Says nothing of the key itself: it may be right but for a letter."""
+    return ApiError(401, message, code="invalid_api_key", authenticate='Bearer realm="reef"')
+
+
+def rate_limited(refusal: Refusal) -> ApiError:
+    after, what = refusal.retry_after_s, refusal.limit.replace("_", " ")
+    message = f"The limit of {refusal.value} {what} is reached. Retry after {after} s."
+    code = "rate_limit_exceeded"
+    return ApiError(429, message, "rate_limit_error", code=code, retry_after_s=after)
+
+
 def overloaded(message: str) -> ApiError:
     return ApiError(429, message, "rate_limit_error", code="overloaded", retry_after_s=1)
 
 
 def unavailable(message: str) -> ApiError:
     return ApiError(503, message, "server_error", code="unavailable", retry_after_s=2)
+
+
+def models_not_ready(model_ids: Sequence[str]) -> ApiError:
+    which = ", ".join(map(repr, model_ids))
+    return unavailable(f"Not ready, being loaded or restarted: {which}. Retry soon.")
 
 
 def internal(message: str = "The server failed to process the request.") -> ApiError:

@@ -45,9 +45,10 @@ class Generation:
         self._clock = clock
         self._link = plan.target.model.link
         self._mailbox = self._link.open(plan.submits)
-        ids = [submit.request.request_id for submit in plan.submits]
+        requests = [submit.request for submit in plan.submits]
+        ids = [request.request_id for request in requests]
         self._first_index = {request_id: at * plan.n for at, request_id in enumerate(ids)}
-        self._num_engine_open = dict.fromkeys(ids, plan.n)
+        self._num_prompt = {r.request_id: len(r.prompt_token_ids) for r in requests}
         self._num_cached = dict.fromkeys(ids, 0)
         self._choices: dict[int, Choice] = {}
         self._num_open = plan.n * len(ids)
@@ -155,11 +156,9 @@ class Generation:
 
     def _finish_in_engine(self, output: RequestOutput) -> None:
         request_id = output.request_id
-        self._num_engine_open[request_id] -= 1
-        if self._num_engine_open[request_id] == 0:
-            self._link.finish(request_id)
         if output.metrics is not None:
-            cached = output.metrics.num_cached_tokens
+            # Of an answer that was continued elsewhere, its own tokens may have been cached too.
+            cached = min(output.metrics.num_cached_tokens, self._num_prompt[request_id])
             self._num_cached[request_id] = max(self._num_cached[request_id], cached)
             self._metrics.observe_queue(self._plan.target.label, output.metrics.queue_s)
 

@@ -8,27 +8,33 @@ import json
 import logging
 import secrets
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
-from deployments.api.models import adapter_card, base_card, model_list, record_card
+from deployments.api.models import adapter_card, base_card, model_list
 from deployments.api.openai import (
     ChatCompletionRequest,
     CompletionRequest,
     parse_request,
 )
-from deployments.errors import ApiError, body_too_large, internal, invalid
+from deployments.errors import ApiError, body_too_large, internal, invalid, models_not_ready
+from deployments.limits import Limiter
 from deployments.metrics import CONTENT_TYPE, Metrics
 from deployments.models import Models, ServedModel
 from deployments.planning import Origin, plan_chat, plan_completion
 from deployments.responses import CLIENT_GONE, ErrorResponse, GenerationResponse
+from deployments.tenants import Tenant, Tenants
 
-Handler = Callable[[Request], Awaitable[Response]]
+Handler = Callable[[Request, ExitStack], Awaitable[Response]]
+TenantHandler = Callable[[Request, Tenant], Awaitable[Response]]
 
 logger = logging.getLogger(__name__)
 
@@ -43,25 +49,34 @@ def system_origin() -> Origin:
 
 @dataclass(frozen=True, slots=True)
 class Ingress:
-    """What the routes work with, and the routes."""
+    """What the routes work with, and the routes. Those of tenants are told whose request it is."""
 
     models: Models
+    tenants: Tenants
+    limiter: Limiter
     metrics: Metrics
     max_body_bytes: int
     created: int  # when this ingress began to serve, for the model cards
     origin: Origin = field(default_factory=system_origin)
 
+    @contextmanager
+    def tenant_of(self, request: Request) -> Iterator[Tenant]:
+        """For as long as the request runs it counts as its tenant's. Raises ApiError."""
+        tenant = self.tenants.identify(request.headers.get("authorization"))
+        with self.limiter.inside(tenant.name, tenant.limits):
+            yield tenant
+
     # ---- generation ----------------------------------------------------------------------
 
-    async def chat(self, request: Request) -> Response:
+    async def chat(self, request: Request, tenant: Tenant) -> Response:
         parsed = parse_request(ChatCompletionRequest, await self._document(request))
-        target = await self.models.resolve(parsed.model)
+        target = await self.models.resolve(tenant, parsed.model)
         plan = await plan_chat(parsed, target, self.origin)
         return GenerationResponse(plan, bool(parsed.stream), self.metrics, request.url.path)
 
-    async def completion(self, request: Request) -> Response:
+    async def completion(self, request: Request, tenant: Tenant) -> Response:
         parsed = parse_request(CompletionRequest, await self._document(request))
-        target = await self.models.resolve(parsed.model)
+        target = await self.models.resolve(tenant, parsed.model)
         plan = await plan_completion(parsed, target, self.origin)
         return GenerationResponse(plan, bool(parsed.stream), self.metrics, request.url.path)
 
@@ -74,17 +89,17 @@ class Ingress:
 
     # ---- models --------------------------------------------------------------------------
 
-    async def list_models(self, request: Request) -> Response:
+    async def list_models(self, request: Request, tenant: Tenant) -> Response:
         cards = [self._base_card(model) for model in self.models.by_id.values()]
-        for record in await self.models.list_adapters():
-            parent = self.models.base_id(record.base)
-            assert parent is not None, "list_adapters keeps to the served bases"
-            cards.append(record_card(record, parent))
+        for listed in await self.models.list_adapters(tenant):
+            record = listed.record
+            created = int(record.published_s)
+            cards.append(adapter_card(listed.id, listed.parent, record.digest, created))
         return _json(model_list(cards))
 
-    async def show_model(self, request: Request) -> Response:
+    async def show_model(self, request: Request, tenant: Tenant) -> Response:
         name = request.path_params["model_id"]
-        target = await self.models.resolve(name)
+        target = await self.models.resolve(tenant, name)
         if target.adapter is None:
             return _json(self._base_card(target.model))
         digest = target.adapter.digest
@@ -97,13 +112,13 @@ class Ingress:
 
     # ---- operation -----------------------------------------------------------------------
 
-    async def health(self, request: Request) -> Response:
-        for model in self.models.by_id.values():
-            if model.link.hello is None:
-                raise model.link.unavailable()
+    async def health(self, request: Request, held: ExitStack) -> Response:
+        if self.models.not_ready:
+            raise models_not_ready(self.models.not_ready)
         return _json({"status": "ok"})
 
-    async def show_metrics(self, request: Request) -> Response:
+    async def show_metrics(self, request: Request, held: ExitStack) -> Response:
+        self.tenants.check_metrics(request.headers.get("authorization"))
         models = self.models.by_id.values()
         stats = {model.id: await model.link.refresh_stats() for model in models}
         return Response(self.metrics.render(stats), media_type=CONTENT_TYPE)
@@ -125,12 +140,19 @@ def build_api(ingress: Ingress) -> FastAPI:
     api = FastAPI(openapi_url=None, redirect_slashes=False)
 
     def route(method: str, path: str, handler: Handler) -> None:
-        api.add_api_route(path, _guard(ingress, handler), methods=[method], response_model=None)
+        endpoint = Endpoint(path, handler, ingress.metrics)
+        api.router.routes.append(Route(path, endpoint, methods=[method]))
 
-    route("POST", "/v1/chat/completions", ingress.chat)
-    route("POST", "/v1/completions", ingress.completion)
-    route("GET", "/v1/models", ingress.list_models)
-    route("GET", "/v1/models/{model_id:path}", ingress.show_model)
+    def of_tenants(handler: TenantHandler) -> Handler:
+        async def handle(request: Request, held: ExitStack) -> Response:
+            return await handler(request, held.enter_context(ingress.tenant_of(request)))
+
+        return handle
+
+    route("POST", "/v1/chat/completions", of_tenants(ingress.chat))
+    route("POST", "/v1/completions", of_tenants(ingress.completion))
+    route("GET", "/v1/models", of_tenants(ingress.list_models))
+    route("GET", "/v1/models/{model_id:path}", of_tenants(ingress.show_model))
     route("GET", "/health", ingress.health)
     route("GET", "/metrics", ingress.show_metrics)
 
@@ -144,25 +166,35 @@ def build_api(ingress: Ingress) -> FastAPI:
     return api
 
 
-def _guard(ingress: Ingress, handler: Handler) -> Handler:
-    """Errors become answers, and every answer is counted."""
+class Endpoint:
+    """One route as an ASGI application. Errors become answers, and every answer is counted.
 
-    async def guarded(request: Request) -> Response:
-        route = request.scope["route"].path
+    What a handler puts into `held` is let go once the answer is sent, or nobody wants it.
+    """
+
+    def __init__(self, path: str, handler: Handler, metrics: Metrics) -> None:
+        self._path = path
+        self._handler = handler
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with ExitStack() as held:
+            response = await self._respond(Request(scope, receive), held)
+            await response(scope, receive, send)
+
+    async def _respond(self, request: Request, held: ExitStack) -> Response:
         try:
-            response = await handler(request)
+            response = await self._handler(request, held)
         except ApiError as error:
             response = ErrorResponse(error)
         except ClientDisconnect:
             response = ErrorResponse(ApiError(CLIENT_GONE, "The client went away."))
         except Exception:
-            logger.exception("%s failed", route)
+            logger.exception("%s failed", self._path)
             response = ErrorResponse(internal())
         if not isinstance(response, GenerationResponse):  # that one counts itself, at its end
-            ingress.metrics.count_answer(route, response.status_code)
+            self._metrics.count_answer(self._path, response.status_code)
         return response
-
-    return guarded
 
 
 def _json(document: dict[str, Any]) -> Response:

@@ -82,6 +82,9 @@ class Metrics:
         )
         self._output_tokens = self._count("reef_generation_tokens", "Billed tokens.", "adapter")
         self._requests = self._count("reef_requests", "Answers.", "route", "status")
+        self._refused = self._count(
+            "reef_refused_requests", "Requests beyond a tenant's limits.", "tenant", "limit"
+        )
         self._engine = {
             name: Gauge(f"reef_{name}", text, ["model"], registry=self.registry)
             for name, text in _ENGINE_GAUGES.items()
@@ -95,6 +98,9 @@ class Metrics:
 
     def count_answer(self, route: str, status: int | str) -> None:
         self._requests.labels(route, str(status)).inc()
+
+    def count_refusal(self, tenant: str, limit: str) -> None:
+        self._refused.labels(tenant, limit).inc()
 
     def count_tokens(self, adapter: str, num_prompt: int, num_cached: int, num_out: int) -> None:
         self._prompt_tokens.labels(adapter).inc(num_prompt)

@@ -1,28 +1,35 @@
-"""Models: from a model name in a request to the engine and the adapter that serve it.
+"""Models: from a model name in a tenant's request to the engine and the adapter that serve it.
 
-A name that nothing has is 404; it never means the base. Asks the adapter store off the event
-loop, because the store reads objects.
+A name that the tenant has no access to is 404, exactly like one that nothing has, and never
+means the base. Asks the adapter store off the event loop, because the store reads objects.
+
+One name may mean several adapters. Without a namespace it is the tenant's own adapter of that
+name if there is a live one, whatever its versions and bases, and else the public one. A name
+without version or alias that was published for several bases means the newest of the base that
+comes first in the configuration; the others are `<base>:<name>`. So a version that is withdrawn
+turns into nobody else's, and publishing for one more base changes no answer of those before it.
 """
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from adapter_store.errors import AdapterNotFound, AdapterStoreError, InvalidName
 from adapter_store.names import AdapterRecord, AdapterRef
-from deployments.errors import model_not_found, unavailable
+from deployments.errors import model_not_found, models_not_ready, unavailable
 from deployments.link import EngineLink
 from deployments.names import parse_model_name
+from deployments.tenants import Tenant
 from deployments.text import Vocabulary
-
-OPEN_TENANT = "public"  # everybody, where there are no keys
 
 
 class Registry(Protocol):
     """The part of `adapter_store.store.AdapterStore` that an ingress uses."""
 
-    def resolve(self, tenant: str, full_name: str, base: str | None = None) -> AdapterRef: ...
+    def resolve_first(
+        self, places: Sequence[tuple[str, str | None]], full_name: str
+    ) -> AdapterRef: ...
     def list(self, tenant: str | None = None) -> Sequence[AdapterRecord]: ...
 
 
@@ -37,10 +44,11 @@ class ServedModel:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What a model name turned out to be."""
+    """What a model name turned out to be, and for whom."""
 
     model: ServedModel
     adapter: AdapterRef | None
+    tenant: str
 
     @property
     def label(self) -> str:
@@ -49,64 +57,118 @@ class Target:
         return self.model.id if ref is None else f"{ref.tenant}/{ref.name}@{ref.version}"
 
 
+@dataclass(frozen=True, slots=True)
+class ListedAdapter:
+    """`id` is the shortest name by which the tenant gets this very version."""
+
+    id: str
+    parent: str
+    record: AdapterRecord
+
+
 class Models:
     """All that this ingress serves."""
 
     def __init__(self, models: Sequence[ServedModel], registry: Registry) -> None:
         self.by_id = {model.id: model for model in models}
         self._registry = registry
+        self._known_bases: dict[str, str] = {}  # fingerprints by model id, as of the last Hello
 
     @property
-    def is_ready(self) -> bool:
-        return all(model.link.hello is not None for model in self.by_id.values())
+    def not_ready(self) -> list[str]:
+        return [model.id for model in self.by_id.values() if model.link.hello is None]
 
-    async def resolve(self, text: str) -> Target:
+    # ---- one name ------------------------------------------------------------------------
+
+    async def resolve(self, tenant: Tenant, text: str) -> Target:
         """Raises ApiError."""
         name = parse_model_name(text, list(self.by_id))
         if name is None:
             raise model_not_found(text)
         if name.adapter is None:
             assert name.base is not None, "a name is a base, an adapter or both"
-            return Target(self.by_id[name.base], None)
-        if name.tenant not in (None, OPEN_TENANT):
-            raise model_not_found(text)
-        base = None if name.base is None else self._fingerprint(self.by_id[name.base])
-        ref = await self._find(text, name.adapter, base)
-        return Target(self._model_of(text, ref), ref)
-
-    async def list_adapters(self) -> Sequence[AdapterRecord]:
-        """The newest live version of each adapter that fits a served base, by name."""
+            return Target(self.by_id[name.base], None, tenant.name)
+        if name.tenant is not None and name.tenant not in tenant.namespaces:
+            raise model_not_found(text)  # without a look: what is there makes no difference
+        namespaces = tenant.default_namespaces if name.tenant is None else (name.tenant,)
+        bases = self._fingerprints(list(self.by_id) if name.base is None else [name.base])
         try:
-            records = await asyncio.to_thread(self._registry.list, OPEN_TENANT)
-        except AdapterStoreError as error:
-            raise unavailable(f"The adapter store cannot be read now: {error}") from error
-        newest = {record.name: record for record in records if self.base_id(record.base)}
-        return list(newest.values())
-
-    def base_id(self, fingerprint: str) -> str | None:
-        for model in self.by_id.values():
-            hello = model.link.hello
-            if hello is not None and hello.base_fingerprint == fingerprint:
-                return model.id
-        return None
-
-    async def _find(self, text: str, adapter: str, base: str | None) -> AdapterRef:
-        try:
-            return await asyncio.to_thread(self._registry.resolve, OPEN_TENANT, adapter, base)
+            ref = await asyncio.to_thread(self._find, namespaces, name.adapter, bases)
         except (AdapterNotFound, InvalidName):
             raise model_not_found(text) from None
         except AdapterStoreError as error:
             raise unavailable(f"The adapter store cannot be read now: {error}") from error
+        return Target(self._model_of(text, ref, bases), ref, tenant.name)
 
-    def _model_of(self, text: str, ref: AdapterRef) -> ServedModel:
-        base_id = self.base_id(ref.base)
-        if base_id is not None:
-            return self.by_id[base_id]
-        if not self.is_ready:
-            raise unavailable("The model is not ready: it is being loaded or restarted.")
+    def _find(
+        self, namespaces: Sequence[str], adapter: str, bases: Mapping[str, str | None]
+    ) -> AdapterRef:
+        """In the first namespace that has the name, the first base that has the version."""
+        namespace = namespaces[0]
+        if len(namespaces) > 1:
+            bare_name = adapter.partition("@")[0]
+            places = [(candidate, None) for candidate in namespaces]
+            namespace = self._registry.resolve_first(places, bare_name).tenant
+        # Without all fingerprints: is there anything at all?
+        wanted = [None] if None in bases.values() else list(bases.values())
+        return self._registry.resolve_first([(namespace, base) for base in wanted], adapter)
+
+    def _model_of(self, text: str, ref: AdapterRef, bases: Mapping[str, str | None]) -> ServedModel:
+        """503 while a base that has not started yet might change the answer."""
+        fitting = [model_id for model_id, base in bases.items() if base == ref.base]
+        waiting = [model_id for model_id, base in bases.items() if base is None]
+        if fitting and (not waiting or "@" in text):
+            return self.by_id[fitting[0]]
+        if waiting:
+            raise models_not_ready(waiting)
         raise model_not_found(text)
 
-    def _fingerprint(self, model: ServedModel) -> str:
-        if model.link.hello is None:
-            raise model.link.unavailable()
-        return model.link.hello.base_fingerprint
+    def _fingerprints(self, model_ids: Sequence[str]) -> dict[str, str | None]:
+        """By model id. A model that is being restarted has the one it had; None: no start yet."""
+        for model in self.by_id.values():
+            if model.link.hello is not None:
+                self._known_bases[model.id] = model.link.hello.base_fingerprint
+        return {model_id: self._known_bases.get(model_id) for model_id in model_ids}
+
+    # ---- all names -----------------------------------------------------------------------
+
+    async def list_adapters(self, tenant: Tenant) -> Sequence[ListedAdapter]:
+        """Per adapter and base that has started, the newest live version, if it may be used."""
+        taken = set(self.by_id)  # spellings that mean something else already
+        hidden: set[str] = set()  # names that mean an adapter of a namespace before
+        listed: list[ListedAdapter] = []
+        for namespace in tenant.namespaces:
+            records = await self._records(namespace)
+            is_default = namespace in tenant.default_namespaces
+            for parent, record in self._served(records):
+                spellings = _spellings(record, parent, is_default and record.name not in hidden)
+                shortest = next(each for each in spellings if each not in taken)
+                listed.append(ListedAdapter(shortest, parent, record))
+                taken.update(spellings)
+            hidden |= {record.name for record in records}
+        return listed
+
+    async def _records(self, namespace: str) -> Sequence[AdapterRecord]:
+        try:
+            return await asyncio.to_thread(self._registry.list, namespace)
+        except AdapterStoreError as error:
+            raise unavailable(f"The adapter store cannot be read now: {error}") from error
+
+    def _served(self, records: Sequence[AdapterRecord]) -> Iterator[tuple[str, AdapterRecord]]:
+        """Model id and newest version, by name and then in the order of the bases."""
+        newest: dict[str, dict[str, AdapterRecord]] = {}
+        for record in records:
+            newest.setdefault(record.name, {})[record.base] = record
+        for of_name in newest.values():
+            for model_id, base in self._fingerprints(list(self.by_id)).items():
+                record = None if base is None else of_name.pop(base, None)
+                if record is not None:
+                    yield model_id, record
+
+
+def _spellings(record: AdapterRecord, parent: str, is_bare: bool) -> list[str]:
+    """Everything that means this adapter, or one of a base before; the short ones first."""
+    full = f"{record.tenant}/{record.name}"
+    if is_bare:
+        return [record.name, full, f"{parent}:{record.name}", f"{parent}:{full}"]
+    return [full, f"{parent}:{full}"]

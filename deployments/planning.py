@@ -13,7 +13,7 @@ from deployments.api.replies import ChatReply, CompletionReply, ReplyHead
 from deployments.choice import Choice, TokenEntry
 from deployments.errors import invalid
 from deployments.generation import Plan
-from deployments.models import OPEN_TENANT, Target
+from deployments.models import Target
 from deployments.template import TemplateRefused
 from deployments.text import Vocabulary
 from deployments.transport import Submit
@@ -134,7 +134,7 @@ def _submits(
             prompt_token_ids=prompt,
             sampling=request.sampling(max_tokens, origin.new_seed()),
             n=request.num_choices,
-            tenant=OPEN_TENANT,
+            tenant=target.tenant,
             cache_salt=request.cache_salt or "",
         )
         submits.append(Submit(generate, target.adapter))

@@ -1,27 +1,34 @@
-"""EngineReplica: one adapter store and one engine behind `attach` and `control`.
+"""EngineReplica: one adapter store and one engine behind `submit`, `attach` and `control`.
 
-It fetches adapters off the engine's path, pins them while a request uses them, splits each
-engine frame by ingress, and lets go of the requests whose ingress is gone. No text, no HTTP, no
-tenants' keys; no torch: the engine is a process of its own.
+It has adapters fetched off the engine's path, splits each engine frame by ingress, and lets go of
+the requests whose ingress is gone. Told to drain, it takes nothing new, finishes what it can and
+hands the rest back. No text, no HTTP, no tenants' keys, no Ray; no torch: the engine is a process
+of its own.
 """
 
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
 from adapter_store.names import AdapterRef
 from deployments.errors import OVERLOADED, adapter_error
+from deployments.fetches import Fetches, Store
+from deployments.policy.autoscaling import ReplicaLoad
+from deployments.policy.routing import ReplicaFigures
 from deployments.transport import (
+    DRAINING,
+    HANDED_BACK,
+    STALE_STREAM,
     Abort,
-    Command,
     Frame,
     Hello,
     Lease,
+    Receipt,
+    StreamId,
     Submit,
     UnknownStream,
 )
@@ -38,7 +45,7 @@ from engine.messages import (
 )
 
 LEASE_S = 8.0  # an ingress that says nothing for so long is gone
-MAX_FETCHES = 64  # adapters being fetched at once; each may be slow
+MAX_DISK_ADAPTERS = 256  # of those that are reported to routers
 
 logger = logging.getLogger(__name__)
 
@@ -51,29 +58,33 @@ class Engine(Protocol):
 
     @property
     def info(self) -> EngineInfo: ...
+    @property
+    def is_ready(self) -> bool: ...
     async def start(self) -> EngineInfo: ...
     def submit(self, request: GenerateRequest) -> None: ...
     def abort(self, request_id: str) -> None: ...
     async def close(self) -> None: ...
 
 
-class Store(Protocol):
-    """The part of `adapter_store.store.AdapterStore` that a replica uses."""
-
-    def ensure_local(self, ref: AdapterRef) -> Path: ...
-    def pin(self, digest: str) -> None: ...
-    def unpin(self, digest: str) -> None: ...
+@dataclass(frozen=True, slots=True)
+class ReplicaSettings:
+    replica_id: str
+    base_fingerprint: str
+    max_num_seqs: int
+    max_requests: int  # running and queued
+    drain_s: float = 30.0  # for running requests to finish once the replica is being stopped
 
 
 @dataclass(eq=False, slots=True)
 class Stream:
     """One ingress. `items` is what it has not been sent yet."""
 
-    stream_id: str
+    id: StreamId
     renewed_s: float
     items: list[Item] = field(default_factory=list[Item])
     wake: asyncio.Event = field(default_factory=asyncio.Event)
     is_open: bool = True
+    is_attached: bool = False
     request_ids: dict[str, None] = field(default_factory=dict[str, None])
 
 
@@ -88,14 +99,6 @@ class Route:
     admission: asyncio.Task[None] | None = None
 
 
-@dataclass(eq=False, slots=True)
-class Fetch:
-    """An adapter on its way to the local disk, or there, and how many requests hold it."""
-
-    folder: asyncio.Future[Path]
-    num_users: int = 0
-
-
 class EngineReplica:
     """Owns the routes: every accepted request ends with one last output per choice, or its
     ingress is gone. `make_engine` is given the callback for the engine's frames.
@@ -105,32 +108,30 @@ class EngineReplica:
         self,
         make_engine: Callable[[Callable[[list[Item]], None]], Engine],
         store: Store,
-        base_fingerprint: str,
-        max_requests: int,
+        settings: ReplicaSettings,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._engine = make_engine(self.on_frame)
-        self._store = store
-        self._base_fingerprint = base_fingerprint
-        self._max_requests = max_requests
+        self._settings = settings
         self._clock = clock
         self._streams: dict[str, Stream] = {}
         self._routes: dict[str, Route] = {}
-        self._fetches: dict[str, Fetch] = {}
-        self._fetchers = ThreadPoolExecutor(MAX_FETCHES, "fetch-adapter")
-        self._reaper: asyncio.Task[None] | None = None
+        self._fetches = Fetches(store)
+        self._num_received = 0
+        self._draining_since_s: float | None = None
+        self._caretaker: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         """Waits until the model is loaded. Raises what the engine raises."""
         await self._engine.start()
-        self._reaper = asyncio.create_task(self._reap())
+        self._caretaker = asyncio.create_task(self._take_care())
 
     async def close(self) -> None:
-        if self._reaper is not None:
-            self._reaper.cancel()
+        if self._caretaker is not None:
+            self._caretaker.cancel()
         for stream in list(self._streams.values()):
             self._detach(stream)
-        self._fetchers.shutdown(wait=False, cancel_futures=True)
+        self._fetches.close()
         await self._engine.close()
 
     def check_health(self) -> None:
@@ -140,13 +141,21 @@ class EngineReplica:
 
     # ---- to the ingress: frames ----------------------------------------------------------
 
-    async def attach(self, stream_id: str) -> AsyncIterator[Hello | Frame]:
-        """A Hello, then a frame whenever there is news, until one side goes away."""
-        stream = Stream(stream_id, self._clock())
-        self._streams[stream_id] = stream
+    async def attach(
+        self, ingress_id: str, epochs: Mapping[str, int]
+    ) -> AsyncIterator[Hello | Frame]:
+        """A Hello, then a frame whenever there is news, until one side goes away or this replica
+        is draining and has nothing left for that ingress."""
+        settings = self._settings
+        stream = self._stream(ingress_id, epochs.get(settings.replica_id, 0))
+        if stream is None or stream.is_attached:
+            raise UnknownStream(f"{ingress_id} has another stream to {settings.replica_id}")
+        stream.is_attached = True
+        stream.renewed_s = self._clock()
         try:
-            yield Hello(self._engine.info, self._base_fingerprint)
-            while stream.is_open:
+            engine = self._engine.info
+            yield Hello(engine, settings.base_fingerprint, settings.replica_id, stream.id.epoch)
+            while stream.is_open and not self._has_drained(stream):
                 await stream.wake.wait()
                 stream.wake.clear()
                 if stream.items:
@@ -166,7 +175,7 @@ class EngineReplica:
                 continue  # aborted while this was on its way
             stream = route.stream
             stream.items.append(item)
-            touched[stream.stream_id] = stream
+            touched[stream.id.ingress_id] = stream
             if not is_plain and item.finish_reason is not None:
                 self._finish_choice(request_id, route)
         for stream in touched.values():
@@ -178,7 +187,7 @@ class EngineReplica:
             self._release(request_id, route)
 
     def _fail(self, request_id: str, error: RequestError) -> None:
-        """The last output of every choice of a request that never reached the engine."""
+        """The last output of every choice that has not had one."""
         n = self._routes[request_id].request.n
         self.on_frame(
             [
@@ -187,49 +196,80 @@ class EngineReplica:
             ]
         )
 
-    # ---- from the ingress: commands ------------------------------------------------------
+    # ---- from the ingress ----------------------------------------------------------------
+
+    def submit(self, ingress_id: str, epochs: Mapping[str, int], submit: Submit) -> Receipt:
+        """Takes the request or says why not. To be asked twice for the same one is no error."""
+        replica_id = self._settings.replica_id
+        epoch = epochs.get(replica_id, 0)
+        if submit.request.request_id in self._routes:
+            return Receipt(replica_id, epoch)
+        refusal = self._refusal()
+        if refusal is None:
+            stream = self._stream(ingress_id, epoch)
+            if stream is not None:
+                self._accept(stream, submit)
+                return Receipt(replica_id, epoch)
+            refusal = RequestError(STALE_STREAM, f"{ingress_id} has opened a later stream")
+        return Receipt(replica_id, epoch, refusal)
 
     async def control(
-        self, stream_id: str, commands: Sequence[Command], renew: bool
+        self, stream_id: StreamId, aborts: Sequence[Abort], renew: bool
     ) -> Lease | None:
-        stream = self._streams.get(stream_id)
-        if stream is None:
+        stream = self._streams.get(stream_id.ingress_id)
+        if stream is None or stream.id != stream_id:
             raise UnknownStream(stream_id)
         stream.renewed_s = self._clock()
-        for command in commands:
-            if isinstance(command, Submit):
-                self._submit(stream, command)
-            else:
-                self._abort(command)
-        if not renew:
+        for abort in aborts:
+            route = self._routes.get(abort.request_id)
+            if route is not None:
+                self._drop(abort.request_id, route)
+        if not renew and not self.is_draining:
             return None
-        return Lease(frozenset(stream.request_ids), self._engine.stats)
+        return Lease(frozenset(stream.request_ids), self._engine.stats, self.is_draining)
 
-    def _submit(self, stream: Stream, submit: Submit) -> None:
+    def _refusal(self) -> RequestError | None:
+        if self.is_draining:
+            return RequestError(DRAINING, "the replica is being stopped")
+        if not self._engine.is_ready:
+            reason = self._engine.failure or "the engine is being started again"
+            return RequestError(ENGINE_DIED, reason)
+        limit = self._settings.max_requests
+        if len(self._routes) >= limit:
+            message = f"{limit} requests are running or queued, which is the limit."
+            return RequestError(OVERLOADED, message)
+        return None
+
+    def _accept(self, stream: Stream, submit: Submit) -> None:
         request = submit.request
         route = Route(stream, request, request.n)
+        self._num_received += 1
         self._routes[request.request_id] = route
         stream.request_ids[request.request_id] = None
-        if len(self._routes) > self._max_requests:
-            message = f"{self._max_requests} requests are running or queued, which is the limit."
-            self._fail(request.request_id, RequestError(OVERLOADED, message))
-        elif submit.adapter is None:
+        if submit.adapter is None:
             self._start(request)
         else:
-            folder = self._acquire_adapter(submit.adapter)
+            folder = self._fetches.acquire(submit.adapter)
             route.adapter = submit.adapter
             route.admission = asyncio.create_task(self._start_with(folder, route, submit.adapter))
+
+    async def _start_with(
+        self, folder: asyncio.Future[Path], route: Route, ref: AdapterRef
+    ) -> None:
+        try:
+            path = await asyncio.shield(folder)  # others may be waiting for it too
+        except Exception as error:
+            logger.warning("adapter %s of %s: %r", ref.name, ref.tenant, error)
+            self._fail(route.request.request_id, adapter_error(error))
+            return
+        route.admission = None
+        self._start(replace(route.request, adapter=AdapterFolder(ref.digest, str(path))))
 
     def _start(self, request: GenerateRequest) -> None:
         try:
             self._engine.submit(request)
         except EngineUnavailable as error:
             self._fail(request.request_id, RequestError(ENGINE_DIED, str(error)))
-
-    def _abort(self, command: Abort) -> None:
-        route = self._routes.get(command.request_id)
-        if route is not None:
-            self._drop(command.request_id, route)
 
     def _drop(self, request_id: str, route: Route) -> None:
         """The ingress no longer wants it: nothing more is sent for it."""
@@ -242,67 +282,105 @@ class EngineReplica:
         del self._routes[request_id]
         del route.stream.request_ids[request_id]
         if route.adapter is not None:
-            self._release_adapter(route.adapter)
+            self._fetches.release(route.adapter)
+        if self.is_draining:
+            route.stream.wake.set()
 
-    # ---- adapters ------------------------------------------------------------------------
+    # ---- streams -------------------------------------------------------------------------
 
-    async def _start_with(
-        self, folder: asyncio.Future[Path], route: Route, ref: AdapterRef
-    ) -> None:
-        try:
-            path = await asyncio.shield(folder)  # others may be waiting for it too
-        except Exception as error:
-            logger.warning("adapter %s of %s: %r", ref.name, ref.tenant, error)
-            self._fail(route.request.request_id, adapter_error(error))
-            return
-        self._start(replace(route.request, adapter=AdapterFolder(ref.digest, str(path))))
-
-    def _acquire_adapter(self, ref: AdapterRef) -> asyncio.Future[Path]:
-        """One fetch and one pin per digest, however many requests want it."""
-        fetch = self._fetches.get(ref.digest)
-        if fetch is None:
-            loop = asyncio.get_running_loop()
-            folder = loop.run_in_executor(self._fetchers, self._pin_and_fetch, ref)
-            fetch = self._fetches[ref.digest] = Fetch(folder)
-        fetch.num_users += 1
-        return fetch.folder
-
-    def _release_adapter(self, ref: AdapterRef) -> None:
-        fetch = self._fetches[ref.digest]
-        fetch.num_users -= 1
-        if fetch.num_users == 0:
-            del self._fetches[ref.digest]
-            fetch.folder.add_done_callback(lambda done: self._unpin(ref.digest, done))
-
-    def _pin_and_fetch(self, ref: AdapterRef) -> Path:
-        """In a thread. Leaves a pin if and only if it returns."""
-        self._store.pin(ref.digest)
-        try:
-            return self._store.ensure_local(ref)
-        except BaseException:
-            self._store.unpin(ref.digest)
-            raise
-
-    def _unpin(self, digest: str, fetched: asyncio.Future[Path]) -> None:
-        if not fetched.cancelled() and fetched.exception() is None:
-            self._store.unpin(digest)
-
-    # ---- ingress replicas that went away -------------------------------------------------
+    def _stream(self, ingress_id: str, epoch: int) -> Stream | None:
+        """That ingress' stream of that epoch, opened if need be; None if a later one is there."""
+        stream = self._streams.get(ingress_id)
+        if stream is not None and stream.id.epoch > epoch:
+            return None
+        if stream is not None and stream.id.epoch < epoch:
+            self._detach(stream)  # given up by the ingress, unnoticed here so far
+            stream = None
+        if stream is None:
+            stream = Stream(StreamId(ingress_id, epoch), self._clock())
+            self._streams[ingress_id] = stream
+        return stream
 
     def _detach(self, stream: Stream) -> None:
         stream.is_open = False
         stream.wake.set()
-        self._streams.pop(stream.stream_id, None)
+        if self._streams.get(stream.id.ingress_id) is stream:
+            del self._streams[stream.id.ingress_id]
         for request_id in list(stream.request_ids):
             self._drop(request_id, self._routes[request_id])
 
-    async def _reap(self) -> None:
+    async def _take_care(self) -> None:
         while True:
-            await asyncio.sleep(1.0)
-            self.reap(self._clock())
+            await asyncio.sleep(0.5)
+            self.take_care(self._clock())
 
-    def reap(self, now: float) -> None:
+    def take_care(self, now: float) -> None:
+        """Reaps the requests of silent ingresses; ends a drain that has lasted long enough."""
         for stream in list(self._streams.values()):
             if now - stream.renewed_s > LEASE_S:
-                logger.warning("ingress stream %s fell silent", stream.stream_id)
+                logger.warning("ingress stream %s fell silent", stream.id)
                 self._detach(stream)
+        since_s = self._draining_since_s
+        if since_s is not None and now - since_s > self._settings.drain_s:
+            self._hand_back()
+
+    # ---- the way out ---------------------------------------------------------------------
+
+    @property
+    def is_draining(self) -> bool:
+        return self._draining_since_s is not None
+
+    def drain(self) -> None:
+        """From now on nothing new; streams end when their last request has. To be told twice is
+        no error."""
+        if self._draining_since_s is None:
+            logger.warning("draining: %d requests are to finish", len(self._routes))
+            self._draining_since_s = self._clock()
+            for stream in self._streams.values():
+                stream.wake.set()
+
+    def _has_drained(self, stream: Stream) -> bool:
+        return self.is_draining and not stream.request_ids and not stream.items
+
+    def _hand_back(self) -> None:
+        error = RequestError(HANDED_BACK, "The replica was stopped.")
+        for request_id, route in list(self._routes.items()):
+            if route.admission is not None:
+                route.admission.cancel()
+            self._engine.abort(request_id)
+            self._fail(request_id, error)
+
+    # ---- figures -------------------------------------------------------------------------
+
+    def figures(self) -> ReplicaFigures:
+        """For routers."""
+        stats = self._engine.stats
+        return ReplicaFigures(
+            num_received=self._num_received,
+            queued_tokens=self._queued_tokens(),
+            num_requests=self._num_open(),
+            max_num_seqs=self._settings.max_num_seqs,
+            kv_used=_kv_used(stats),
+            device_adapters=frozenset(stats.resident_adapters),
+            disk_adapters=frozenset(self._fetches.recent(MAX_DISK_ADAPTERS)),
+        )
+
+    def load(self) -> ReplicaLoad:
+        """For the autoscaler."""
+        return ReplicaLoad(
+            self._queued_tokens(), _kv_used(self._engine.stats), float(self._num_open())
+        )
+
+    def _num_open(self) -> int:
+        """Choices, for it is they that take a place in the batch."""
+        return sum(route.num_open for route in self._routes.values())
+
+    def _queued_tokens(self) -> int:
+        """Prompt tokens to be computed: in the engine, and of those whose adapter is on its way."""
+        waiting = [route for route in self._routes.values() if route.admission is not None]
+        on_their_way = sum(len(route.request.prompt_token_ids) for route in waiting)
+        return self._engine.stats.queued_tokens + on_their_way
+
+
+def _kv_used(stats: EngineStats) -> float:
+    return stats.num_blocks_used / stats.num_blocks_total if stats.num_blocks_total else 0.0

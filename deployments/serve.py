@@ -1,6 +1,6 @@
 """What `make serve` runs: a Ray cluster of its own on loopback, the application, and the way out.
 
-    python -m deployments.serve [--config configs/dev-cpu.yaml] [--port 8000]
+    python -m deployments.serve [--config configs/dev-cpu.yaml] [--host 127.0.0.1] [--port 8000]
 
 Everything it starts is a descendant of this process and ends with it. Nothing is shared with
 another cluster on the machine: ports, folders and the token are its own.
@@ -11,7 +11,9 @@ import importlib
 import json
 import logging
 import os
+import re
 import secrets
+import shlex
 import shutil
 import signal
 import socket
@@ -27,10 +29,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from adapter_store.store import AdapterStore
-from deployments.config import AppConfig, load_config
+from adapter_store.errors import AdapterStoreError
+from deployments.config import AppConfig, check_exposure, load_config
+from deployments.config_file import Address, read_address, read_application
+from deployments.stores import open_adapter_store
+from deployments.tenants import open_tenants
 from engine.config import ConfigError
 
 DEMO = Path(".data/demo")
@@ -38,17 +41,22 @@ DEMO_TENANT = "public"
 READY_TIMEOUT_S = 600.0
 KILL_TIMEOUT_S = 5.0
 OBJECT_STORE_BYTES = 100 * 2**20
-APPLICATION_KEYS = {"name", "import_path", "route_prefix", "args"}
+
+_OUR_ERROR = re.compile(r"^(?:adapter_store|deployments|engine)\.[\w.]+: ", re.MULTILINE)
+
+
+class StartFailed(Exception):
+    """A deployment could not start; the message is why."""
 
 
 def main() -> int:
     options = _parse_arguments()
     _end_on_signals()
     try:
-        _serve(options.config, options.port)
+        _serve(options.config, read_address(options.config, options.host, options.port))
     except KeyboardInterrupt:
         return 0
-    except (ConfigError, OSError) as error:
+    except (AdapterStoreError, ConfigError, OSError, StartFailed) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
@@ -61,49 +69,36 @@ def _end_on_signals() -> None:
 
 
 def _parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Serve a configuration on loopback.")
+    parser = argparse.ArgumentParser(description="Serve a configuration.")
     parser.add_argument("--config", type=Path, default=Path("configs/dev-cpu.yaml"))
-    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--host", help="the address to listen on (default: 127.0.0.1)")
+    parser.add_argument("--port", type=int, help="(default: 8000)")
     return parser.parse_args()
 
 
-def _serve(path: Path, port: int) -> None:
+def _serve(path: Path, address: Address) -> None:
     started_s = time.monotonic()
     application = read_application(path)
     config = load_config(application["args"])
-    _refuse_busy_port(port)
-    has_demo = any(Path(model.source) == (DEMO / "base").absolute() for model in config.models)
+    check_exposure(config.tenancy, address.host)
+    _refuse_busy_port(address)
+    # Here already, where what is wrong is one sentence and not three attempts to start.
+    open_tenants(config.tenancy)
+    open_adapter_store(config.adapters)
+    has_demo = _serves_demo(config)
     if has_demo:
         _make_demo()
     with _folder() as folder, ThreadPoolExecutor(1) as executor:
         os.environ.update(ray_environment(folder))
         # While Ray starts.
         published = executor.submit(_publish_demo, config) if has_demo else None
-        with _cluster(folder, port):
+        with _cluster(folder, address):
             if published is not None:
                 published.result()
             _run(application)
-            _wait_until_healthy(port)
-            _announce(config, port, time.monotonic() - started_s)
+            _wait_until_healthy(address)
+            _announce(config, address, time.monotonic() - started_s)
             signal.pause()
-
-
-# ---- configuration -------------------------------------------------------------------------
-
-
-def read_application(path: Path) -> dict[str, Any]:
-    """The one application of a Serve config file. Raises ConfigError."""
-    document = yaml.safe_load(path.read_text())
-    if not isinstance(document, dict) or set(document) != {"applications"}:
-        raise ConfigError(f"{path}: the only key at the top must be applications")
-    applications = document["applications"]
-    if not isinstance(applications, list) or len(applications) != 1:
-        raise ConfigError(f"{path}: applications must be a list with one entry")
-    unknown = sorted(set(applications[0]) - APPLICATION_KEYS)
-    if unknown or "args" not in applications[0]:
-        wanted = ", ".join(sorted(APPLICATION_KEYS))
-        raise ConfigError(f"{path}: applications[0] has {unknown or 'no args'}; keys: {wanted}")
-    return applications[0]
 
 
 def ray_environment(folder: Path) -> dict[str, str]:
@@ -138,16 +133,23 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _refuse_busy_port(port: int) -> None:
-    with socket.socket() as probe:
+def _refuse_busy_port(address: Address) -> None:
+    family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
+    with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind(("127.0.0.1", port))
-        except OSError as error:
-            raise OSError(f"port {port} cannot be used: {error.strerror}; try PORT=n") from None
+            probe.bind((address.host, address.port))
+        except (OSError, OverflowError) as error:
+            reason = getattr(error, "strerror", None) or error
+            where = f"port {address.port} of {address.host}"
+            raise OSError(f"{where} cannot be used: {reason}; try PORT=n") from None
 
 
 # ---- the demo ------------------------------------------------------------------------------
+
+
+def _serves_demo(config: AppConfig) -> bool:
+    return any(Path(model.source) == (DEMO / "base").absolute() for model in config.models)
 
 
 def _make_demo() -> None:
@@ -162,8 +164,7 @@ def _make_demo() -> None:
 
 def _publish_demo(config: AppConfig) -> None:
     """What is published already stays as it is."""
-    adapters = config.adapters
-    store = AdapterStore(adapters.root, Path(adapters.disk_path), adapters.disk_bytes)
+    store = open_adapter_store(config.adapters)
     fingerprint = store.register_base(DEMO / "base")
     for folder in sorted((DEMO / "adapters").iterdir()):
         store.publish(folder, DEMO_TENANT, folder.name, fingerprint)
@@ -183,7 +184,7 @@ def _folder() -> Iterator[Path]:
 
 
 @contextmanager
-def _cluster(folder: Path, port: int) -> Iterator[None]:
+def _cluster(folder: Path, address: Address) -> Iterator[None]:
     """A head in this process' care. At the end all of its processes are gone."""
     import ray
     from ray import serve
@@ -201,7 +202,8 @@ def _cluster(folder: Path, port: int) -> Iterator[None]:
             logging_level="warning",
         )
         _end_on_signals()  # Ray has a handler of its own for SIGTERM
-        serve.start(http_options={"host": "127.0.0.1", "port": port}, logging_config=None)
+        http_options = {"host": address.host, "port": address.port}
+        serve.start(http_options=http_options, logging_config=None)
         yield
     finally:
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -235,11 +237,20 @@ def _run(application: dict[str, Any]) -> None:
 
     module, _, name = application["import_path"].partition(":")
     build = getattr(importlib.import_module(module), name)
-    serve.run(
-        build(application["args"]),
-        name=application.get("name", "default"),
-        route_prefix=application.get("route_prefix", "/"),
-    )
+    name = application.get("name", "default")
+    graph = build(application["args"])
+    try:
+        serve.run(graph, name=name, route_prefix=application.get("route_prefix", "/"))
+    except RuntimeError as error:
+        deployments = serve.status().applications[name].deployments.values()
+        reasons = dict.fromkeys(reason(d.message) for d in deployments if d.message)
+        raise StartFailed("\n".join(reasons) or str(error)) from None
+
+
+def reason(message: str) -> str:
+    """Of what Ray says about a deployment that failed, our own words; all of it if it has none."""
+    ours = list(_OUR_ERROR.finditer(message))
+    return message[ours[-1].end() :].strip() if ours else message
 
 
 def descendants(root: int) -> list[int]:
@@ -263,11 +274,11 @@ def descendants(root: int) -> list[int]:
 # ---- for the person at the terminal --------------------------------------------------------
 
 
-def _wait_until_healthy(port: int) -> None:
+def _wait_until_healthy(address: Address) -> None:
     deadline_s = time.monotonic() + READY_TIMEOUT_S
     while time.monotonic() < deadline_s:
         try:
-            urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
+            urllib.request.urlopen(f"{address.url}/health", timeout=5).close()
         except (urllib.error.URLError, ConnectionError, TimeoutError):
             time.sleep(0.1)
         else:
@@ -275,17 +286,29 @@ def _wait_until_healthy(port: int) -> None:
     raise OSError(f"the server did not become healthy within {READY_TIMEOUT_S:.0f} s")
 
 
-def _announce(config: AppConfig, port: int, took_s: float) -> None:
-    url = f"http://127.0.0.1:{port}"
-    message = {"role": "user", "content": "Hello!"}
-    body = json.dumps({"model": config.models[0].id, "messages": [message], "max_tokens": 32})
+def _announce(config: AppConfig, address: Address, took_s: float) -> None:
+    url, key = address.url, ""
+    if config.tenancy.mode == "keys":
+        key = ' -H "Authorization: Bearer $REEF_KEY"'
+    model, prompt = _example(config)
+    message = {"role": "user", "content": prompt}
+    body = json.dumps({"model": model, "messages": [message], "max_tokens": 64, "temperature": 0})
     print(
         f"\nServing on {url} after {took_s:.1f} s. Ctrl-C ends it. Try:\n\n"
-        f"curl -s {url}/v1/models\n\n"
-        f"curl -s {url}/v1/chat/completions -H 'Content-Type: application/json' \\\n"
-        f"  -d '{body}'\n",
+        f"curl -s {url}/v1/models{key}\n\n"
+        f"curl -s {url}/v1/chat/completions{key} -H 'Content-Type: application/json' \\\n"
+        f"  -d {shlex.quote(body)}\n",
         flush=True,
     )
+
+
+def _example(config: AppConfig) -> tuple[str, str]:
+    """A model and a prompt worth trying: one that no adapter of the demo has seen, if it runs."""
+    if not _serves_demo(config):
+        return config.models[0].id, "Hello!"
+    held_out = json.loads((DEMO / "heldout.json").read_text())
+    name = next(iter(held_out))
+    return name, held_out[name][0]["prompt"]
 
 
 if __name__ == "__main__":

@@ -1,18 +1,50 @@
-"""What an ingress replica and an engine replica say to each other. Plain data.
+"""What an ingress replica and the engine replicas say to each other. Plain data.
 
-One long-lived stream per pair carries a Hello, then one frame per engine step with the news of
-all requests of that ingress. Everything the other way goes through `control`: a few commands
-at a time, answered by a Lease now and then, from which both sides notice what was lost.
+A request is handed over by `submit`, which the router sends wherever is best; the replica that
+takes it says so in its Receipt. Its news comes back on the one long-lived stream between that
+replica and that ingress: a Hello, then one frame per engine step with the news of all requests of
+the ingress. Everything else goes through `control`, addressed to that very replica and answered
+by a Lease now and then, from which both sides notice what was lost.
+
+A stream has an epoch: whoever has given one up opens the next one under the next number, so what
+is still on its way through the old one can never be taken for news of the new.
 """
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from adapter_store.names import AdapterRef
-from engine.messages import EngineInfo, EngineStats, GenerateRequest, Item
+from engine.messages import EngineInfo, EngineStats, GenerateRequest, Item, RequestError
 
 Frame = list[Item]
+
+# Kinds of RequestError that send a request elsewhere and that no client ever sees.
+DRAINING = "draining"  # the replica is being stopped and takes nothing new
+HANDED_BACK = "handed_back"  # the replica is being stopped and cannot finish it
+STALE_STREAM = "stale_stream"  # the ingress has given up the stream it was submitted for
+
+
+@dataclass(slots=True)
+class Hints:
+    """The first argument of every call: all that the router knows of it.
+
+    `target` names the only replica that the call is for. `is_leaving` is the router's own word to
+    that replica: it is being stopped.
+    """
+
+    target: str = ""
+    request_id: str = ""
+    num_prompt_tokens: int = 0
+    adapter: str = ""  # digest; empty for the base model
+    tenant: str = ""
+    avoid: tuple[str, ...] = ()
+    is_leaving: bool = False
+
+
+class StreamId(NamedTuple):
+    ingress_id: str
+    epoch: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +53,8 @@ class Hello:
 
     engine: EngineInfo
     base_fingerprint: str
+    replica_id: str
+    epoch: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,11 +66,17 @@ class Submit:
 
 
 @dataclass(frozen=True, slots=True)
+class Receipt:
+    """Who was asked, and why it was refused. Without a refusal the request is the replica's."""
+
+    replica_id: str
+    epoch: int
+    refusal: RequestError | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Abort:
     request_id: str
-
-
-Command = Submit | Abort
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,17 +85,27 @@ class Lease:
 
     live_request_ids: frozenset[str]
     stats: EngineStats
+    is_draining: bool = False
 
 
 class UnknownStream(Exception):
-    """The replica has no such stream (any more): the ingress must attach again."""
+    """The replica has no such stream (any more), or is not the one that is meant."""
 
 
 class Connection(Protocol):
-    """How an ingress reaches its engine replica: a Ray handle, or the replica itself in tests."""
+    """How an ingress reaches the replicas: a Ray handle, or the replicas themselves in tests.
 
-    def attach(self, stream_id: str) -> AsyncIterator[Hello | Frame]: ...
+    `epochs` are those of the replicas whose stream was given up at least once; it is 0 for others.
+    """
+
+    async def submit(
+        self, hints: Hints, ingress_id: str, epochs: Mapping[str, int], submit: Submit
+    ) -> Receipt: ...
+
+    def attach(
+        self, hints: Hints, ingress_id: str, epochs: Mapping[str, int]
+    ) -> AsyncIterator[Hello | Frame]: ...
 
     async def control(
-        self, stream_id: str, commands: Sequence[Command], renew: bool
+        self, hints: Hints, stream_id: StreamId, aborts: Sequence[Abort], renew: bool
     ) -> Lease | None: ...

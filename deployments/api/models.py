@@ -2,8 +2,6 @@
 
 from typing import Any
 
-from adapter_store.names import AdapterRecord
-
 OWNER = "reef"
 
 
@@ -16,10 +14,6 @@ def base_card(model_id: str, created: int, max_model_len: int | None) -> dict[st
 def adapter_card(model_id: str, parent: str, digest: str, created: int) -> dict[str, Any]:
     """`root` is what the name stands for: the adapter's content."""
     return _card(model_id, created, root=digest, parent=parent)
-
-
-def record_card(record: AdapterRecord, parent: str) -> dict[str, Any]:
-    return adapter_card(record.name, parent, record.digest, int(record.published_s))
 
 
 def model_list(cards: list[dict[str, Any]]) -> dict[str, Any]:

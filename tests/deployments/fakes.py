@@ -6,9 +6,10 @@ stops when paused and dies on request.
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,15 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from adapter_store.errors import AdapterNotFound
 from adapter_store.names import AdapterRecord, AdapterRef
 from deployments.ingress import Ingress, build_api
+from deployments.limits import Limiter
 from deployments.link import EngineLink
 from deployments.metrics import Metrics
 from deployments.models import Models, ServedModel
 from deployments.planning import Origin
-from deployments.replica import EngineReplica
+from deployments.replica import EngineReplica, ReplicaSettings
+from deployments.replica_link import Pace
+from deployments.tenants import Everybody, Tenants
 from deployments.text import Vocabulary
-from deployments.transport import Command, Frame, Hello, Lease
 from engine.client import EngineUnavailable
 from engine.messages import (
     ENGINE_DIED,
@@ -36,6 +39,7 @@ from engine.messages import (
     TokenLogprobs,
 )
 from engine.scheduler.timings import RequestMetrics
+from tests.deployments.fleet import LocalFleet
 
 BASE = "b" * 64
 EOS = 256  # after the 256 bytes
@@ -85,8 +89,8 @@ def encode(text: str) -> list[int]:
 @dataclass
 class Live:
     request: GenerateRequest
-    answer: list[int]
-    num_sent: int = 0
+    answers: dict[int, list[int]]  # of the choices that have not ended
+    num_sent: int  # by this engine or by one before it
 
 
 Answer = Callable[[GenerateRequest], list[int]]
@@ -100,7 +104,8 @@ def shout(request: GenerateRequest) -> list[int]:
 
 
 class FakeEngine:
-    """Gives every live request one token per step. `answer` says which."""
+    """Gives every choice of every live request one token per step. `answer` says which, and is
+    told the choice's own seed, as a real sampler is; a resumed request goes on where it was."""
 
     def __init__(self, answer: Answer = shout) -> None:
         self.on_frame: Callable[[list[RequestOutput]], None] = lambda outputs: None
@@ -114,6 +119,10 @@ class FakeEngine:
         self.running.set()
         self._live: dict[str, Live] = {}
         self._task: asyncio.Task[None] | None = None
+
+    @property
+    def is_ready(self) -> bool:
+        return self.is_up
 
     @property
     def stats(self) -> EngineStats:
@@ -131,7 +140,10 @@ class FakeEngine:
         if not self.is_up:
             raise EngineUnavailable("the engine is being started again")
         self.requests.append(request)
-        self._live[request.request_id] = Live(request, self.answer(request))
+        seeds = [request.sampling.seed + index for index in range(request.n)]
+        single = [replace(request, sampling=replace(request.sampling, seed=s)) for s in seeds]
+        answers = {index: self.answer(choice) for index, choice in enumerate(single)}
+        self._live[request.request_id] = Live(request, answers, len(request.output_token_ids))
 
     def abort(self, request_id: str) -> None:
         self.aborted.append(request_id)
@@ -146,7 +158,7 @@ class FakeEngine:
             [
                 RequestOutput(request_id, index, [], finish_reason="error", error=error)
                 for request_id, live in lost.items()
-                for index in range(live.request.n)
+                for index in live.answers
             ]
         )
 
@@ -162,30 +174,34 @@ class FakeEngine:
             self.on_frame(outputs)
 
     def _advance(self, live: Live) -> list[RequestOutput]:
+        outputs = [self._output(live, index) for index in list(live.answers)]
+        live.num_sent += 1
+        if not live.answers:
+            del self._live[live.request.request_id]
+        return outputs
+
+    def _output(self, live: Live, index: int) -> RequestOutput:
         request, at = live.request, live.num_sent
         sampling = request.sampling
-        token_id = live.answer[at]
-        live.num_sent += 1
+        token_id = live.answers[index][at]
         reason, stop = None, None
         if token_id == EOS and not sampling.ignore_eos:
             reason, stop = "stop", EOS
-        elif live.num_sent == sampling.max_tokens:
+        elif at + 1 == sampling.max_tokens:
             reason = "length"
         if reason is not None:
-            del self._live[request.request_id]
-        return [
-            RequestOutput(
-                request.request_id,
-                index,
-                [token_id],
-                logprobs=None if sampling.logprobs is None else [_logprobs(token_id, sampling)],
-                prompt_logprobs=_prompt_logprobs(request) if at == index == 0 else None,
-                finish_reason=reason,
-                stop_token_id=stop,
-                metrics=None if reason is None else _metrics(live),
-            )
-            for index in range(request.n)
-        ]
+            del live.answers[index]
+        is_first = at == len(request.output_token_ids) and index == 0
+        return RequestOutput(
+            request.request_id,
+            index,
+            [token_id],
+            logprobs=None if sampling.logprobs is None else [_logprobs(token_id, sampling)],
+            prompt_logprobs=_prompt_logprobs(request) if is_first else None,
+            finish_reason=reason,
+            stop_token_id=stop,
+            metrics=None if reason is None else _metrics(live),
+        )
 
 
 def _logprobs(token_id: int, sampling: Any) -> TokenLogprobs:
@@ -222,6 +238,9 @@ class FakeStore:
             raise AdapterNotFound(full_name)
         return self.refs[name]
 
+    def resolve_first(self, places: Sequence[tuple[str, str | None]], full_name: str) -> AdapterRef:
+        return self.resolve("public", full_name)
+
     def list(self, tenant: str | None = None) -> Sequence[AdapterRecord]:
         return [
             AdapterRecord("public", ref.name, 1, ref.digest, ref.base, 8, 100, 1e9, ("latest",))
@@ -243,44 +262,6 @@ class FakeStore:
 # ---- everything together -------------------------------------------------------------------
 
 
-class LocalConnection:
-    """The replica in the same process; every `control` call can be made to fail or hang."""
-
-    def __init__(self, replica: EngineReplica) -> None:
-        self.replica = replica
-        self.lose: Callable[[Command], bool] = lambda command: False
-        self.hang = False
-        self.break_streams = asyncio.Event()
-
-    async def attach(self, stream_id: str) -> AsyncIterator[Hello | Frame]:
-        stream = self.replica.attach(stream_id)
-        broken = asyncio.ensure_future(self.break_streams.wait())
-        item: asyncio.Future[Hello | Frame | None] = asyncio.ensure_future(anext(stream, None))
-        try:
-            while True:
-                await asyncio.wait({item, broken}, return_when=asyncio.FIRST_COMPLETED)
-                if broken.done():
-                    raise ConnectionError("the replica is gone")
-                news = item.result()
-                if news is None:
-                    return
-                item = asyncio.ensure_future(anext(stream, None))
-                yield news
-        finally:
-            broken.cancel()
-            item.cancel()
-            await asyncio.gather(item, return_exceptions=True)
-            await stream.aclose()
-
-    async def control(
-        self, stream_id: str, commands: Sequence[Command], renew: bool
-    ) -> Lease | None:
-        if self.hang:
-            await asyncio.Event().wait()
-        kept = [command for command in commands if not self.lose(command)]
-        return await self.replica.control(stream_id, kept, renew)
-
-
 @dataclass
 class Server:
     """One ingress in front of one replica, both in this process."""
@@ -288,17 +269,19 @@ class Server:
     engine: FakeEngine
     store: FakeStore
     replica: EngineReplica
-    connection: LocalConnection
+    connection: LocalFleet
     link: EngineLink
     api: FastAPI
     metrics: Metrics
 
-    async def call(self, method: str, path: str, body: object = None) -> "Answered":
+    async def call(
+        self, method: str, path: str, body: object = None, key: str | None = None
+    ) -> "Answered":
         raw = b"" if body is None else json.dumps(body).encode()
-        return await call(self.api, method, path, raw)
+        return await call(self.api, method, path, raw, key)
 
-    async def post(self, path: str, **body: Any) -> "Answered":
-        return await self.call("POST", path, {"model": "base", **body})
+    async def post(self, path: str, key: str | None = None, **body: Any) -> "Answered":
+        return await self.call("POST", path, {"model": "base", **body}, key)
 
 
 @asynccontextmanager
@@ -309,7 +292,11 @@ async def serving(
     max_requests: int = 100,
     renew_s: float = 2.0,
     silence_s: float = 10.0,
+    patience_s: float = 1.0,
+    hello_s: float = 10.0,
     clock: Callable[[], float] | None = None,
+    tenants: Tenants | None = None,
+    clock_ns: Callable[[], int] = time.monotonic_ns,
 ) -> AsyncIterator[Server]:
     """The clock, if given, is the link's and the replica's."""
     engine = engine or FakeEngine()
@@ -320,16 +307,28 @@ async def serving(
         engine.on_frame = on_frame
         return engine
 
-    replica = EngineReplica(make_engine, store, BASE, max_requests, clock)
+    settings = ReplicaSettings("replica", BASE, 64, max_requests)
+    replica = EngineReplica(make_engine, store, settings, clock)
     await replica.start()
-    connection = LocalConnection(replica)
-    link = EngineLink(connection, "ingress", clock, renew_s, silence_s, retry_s=0.0)
+    connection = LocalFleet({"replica": replica})
+    pace = Pace(
+        renew_s,
+        silence_s,
+        retry_s=0.001,
+        max_retry_s=0.01,
+        patience_s=patience_s,
+        hello_s=hello_s,
+        clock=clock,
+    )
+    link = EngineLink(connection, "ingress", pace)
     link.start()
     metrics = Metrics()
     served = ServedModel("base", vocabulary or byte_vocabulary(), link)
     numbers = iter(range(10**6))
     origin = Origin(lambda: str(next(numbers)), lambda: 1000 + next(numbers), lambda: 1e9)
-    ingress = Ingress(Models([served], store), metrics, 10_000, 10**9, origin)
+    limiter = Limiter(metrics, clock_ns)
+    models = Models([served], store)
+    ingress = Ingress(models, tenants or Everybody(), limiter, metrics, 10_000, 10**9, origin)
     server = Server(engine, store, replica, connection, link, build_api(ingress), metrics)
     try:
         await until(lambda: link.hello is not None)
@@ -386,7 +385,10 @@ class Answered:
 class Client:
     """One ASGI call, running in the background until its answer is complete."""
 
-    def __init__(self, api: FastAPI, method: str, path: str, body: bytes) -> None:
+    def __init__(
+        self, api: FastAPI, method: str, path: str, body: bytes, key: str | None = None
+    ) -> None:
+        credentials = [] if key is None else [(b"authorization", f"Bearer {key}".encode())]
         self.answered = Answered()
         self._parts = [body[:100], body[100:]]
         self._gone = asyncio.Event()
@@ -400,7 +402,7 @@ class Client:
             "root_path": "",
             "scheme": "http",
             "query_string": b"",
-            "headers": [(b"content-type", b"application/json")],
+            "headers": [(b"content-type", b"application/json"), *credentials],
             "client": ("127.0.0.1", 1),
             "server": ("127.0.0.1", 80),
         }
@@ -427,7 +429,9 @@ class Client:
             self.answered.body += message.get("body", b"")
 
 
-async def call(api: FastAPI, method: str, path: str, body: bytes) -> Answered:
-    client = Client(api, method, path, body)
+async def call(
+    api: FastAPI, method: str, path: str, body: bytes, key: str | None = None
+) -> Answered:
+    client = Client(api, method, path, body, key)
     await asyncio.wait_for(client.done, 10)
     return client.answered

@@ -507,8 +507,7 @@ def test_a_client_that_goes_away_frees_its_request(stream: bool, how: str) -> No
 def test_health_is_503_until_there_is_an_engine() -> None:
     async def test(server: Server) -> None:
         assert (await server.call("GET", "/health")).status == 200
-        server.connection.replica = None  # type: ignore[assignment]
-        server.connection.break_streams.set()
+        server.connection.kill("replica")
         await until(lambda: server.link.hello is None)
         for answer in (
             await server.call("GET", "/health"),
@@ -516,7 +515,7 @@ def test_health_is_503_until_there_is_an_engine() -> None:
         ):
             assert answer.status == 503 and "retry-after" in answer.headers
 
-    in_server(test)
+    in_server(test, lambda: serving(hello_s=0.0))
 
 
 def test_metrics_say_what_was_served() -> None:

@@ -73,12 +73,14 @@ def test_a_minimal_configuration_has_defaults_and_absolute_paths(
         ({"models": [{**MODEL, "engine": {"memory_bytes": "2 bananas"}}]}, "'2 bananas'"),
         ({"models": [{**MODEL, "engine": {"max_num_seqs": 0}}]}, "max_num_seqs=0 is outside"),
         ({"models": [{**MODEL, "engine": {"max_num_seqs": "8"}}]}, "models.0.engine.max_num_seqs"),
-        ({"models": [{**MODEL, "replicas": {"max": 2}}]}, "models.0.replicas.max"),
+        ({"models": [{**MODEL, "replicas": {"min": 0}}]}, "models.0.replicas.min"),
+        ({"models": [{**MODEL, "replicas": {"min": 3, "max": 2}}]}, "models.0.replicas: "),
+        ({"models": [{**MODEL, "replicas": {"drain_s": -1.0}}]}, "models.0.replicas.drain_s"),
         ({"models": [{**MODEL, "id": "a:b"}]}, "models.0.id"),
         ({"models": []}, "models"),
         ({}, "models"),
         ({"models": [MODEL, MODEL]}, "distinct"),
-        ({"models": [MODEL], "tenancy": {"mode": "keys"}}, "tenancy.mode"),
+        ({"models": [MODEL], "tenancy": {"mode": "keys"}}, "tenancy.keys_file"),
     ],
 )
 def test_a_bad_setting_is_refused_with_its_path(args: dict[str, Any], message: str) -> None:

@@ -14,9 +14,10 @@ from adapter_store.errors import (
     SourceUnavailable,
 )
 from adapter_store.names import AdapterRef
-from deployments.link import LOST_S, Mailbox
+from deployments.mailbox import Mailbox
 from deployments.replica import LEASE_S
-from deployments.transport import Abort, Command, Submit
+from deployments.replica_link import Pace
+from deployments.transport import STALE_STREAM, Abort, StreamId, Submit, UnknownStream
 from engine.messages import GenerateRequest, RequestOutput
 from engine.scheduler.request import SamplingParams
 from tests.deployments.fakes import Client, FakeEngine, FakeStore, Server, serving, until
@@ -62,20 +63,32 @@ def start(server: Server, model: str = "base", stream: bool = True) -> Client:
 # ---- the replica or its engine goes away ---------------------------------------------------
 
 
-def test_when_the_stream_breaks_every_request_ends_and_the_ingress_attaches_again() -> None:
+def test_where_no_replica_is_left_every_choice_ends_with_an_error() -> None:
     async def test(server: Server) -> None:
         server.engine.running.clear()
         mailboxes = [server.link.open([submit(name, n=2)]) for name in ("a", "b")]
         await until(lambda: len(server.engine.requests) == 2)
-        server.connection.break_streams.set()
+        server.connection.kill("replica")
         for mailbox in mailboxes:
             outputs = await last_outputs(mailbox, 2)
             assert [(o.index, o.finish_reason) for o in outputs] == [(0, "error"), (1, "error")]
         assert sorted(server.engine.aborted) == ["a", "b"], "the replica lets go of them too"
-        server.connection.break_streams.clear()
+        assert server.link.num_live == 0
+
+    in_server(test, patience_s=0.05)
+
+
+def test_when_a_stream_breaks_the_same_replica_may_go_on_in_a_new_one() -> None:
+    async def test(server: Server) -> None:
+        server.engine.running.clear()
+        client = start(server)
+        await until(lambda: len(server.engine.requests) == 1)
+        server.engine.step()
+        server.connection.break_streams("replica")
+        await until(lambda: len(server.engine.requests) == 2)
         server.engine.running.set()
-        await until(lambda: server.link.hello is not None)
-        assert (await server.post(COMPLETIONS, prompt="x")).status == 200
+        await client.done
+        assert client.answered.text() == "ABC"
 
     in_server(test)
 
@@ -83,16 +96,19 @@ def test_when_the_stream_breaks_every_request_ends_and_the_ingress_attaches_agai
 def test_a_replica_that_falls_silent_is_given_up() -> None:
     async def test(server: Server) -> None:
         server.engine.running.clear()
+        mailbox = server.link.open([submit("a")])
+        await until(lambda: server.link.stats.num_running == 1)
         server.connection.hang = True
-        outputs = await last_outputs(server.link.open([submit("a")]))
+        outputs = await last_outputs(mailbox)
         assert outputs[0].error is not None
+        assert server.link.hello is None
         server.connection.hang = False
         await until(lambda: server.link.hello is not None)
 
-    in_server(test, renew_s=0.01, silence_s=0.05)
+    in_server(test, renew_s=0.01, silence_s=0.05, patience_s=0.05, hello_s=0.0)
 
 
-def test_a_dying_engine_ends_a_stream_with_an_error_and_refuses_until_it_is_back() -> None:
+def test_a_stream_goes_on_once_the_engine_is_started_again() -> None:
     async def test(server: Server) -> None:
         server.engine.running.clear()
         client = start(server)
@@ -100,14 +116,26 @@ def test_a_dying_engine_ends_a_stream_with_an_error_and_refuses_until_it_is_back
         server.engine.step()
         await until(lambda: client.answered.body != b"")
         server.engine.die()
-        await client.done
-        assert client.answered.events[-1]["error"]["code"] == "unavailable"
-        assert (await server.post(COMPLETIONS, prompt="x")).status == 503
+        later = start(server)
+        await asyncio.sleep(0.02)
+        assert not client.done.done() and not later.done.done()
         server.engine.is_up = True
         server.engine.running.set()
-        assert (await server.post(COMPLETIONS, prompt="x")).status == 200
+        for waiting in (client, later):
+            await waiting.done
+            assert waiting.answered.text() == "ABC"
 
     in_server(test)
+
+
+def test_an_engine_that_does_not_come_back_is_an_answer() -> None:
+    async def test(server: Server) -> None:
+        server.engine.die()
+        answer = await server.post(COMPLETIONS, prompt="x")
+        assert answer.status == 503 and answer.error["code"] == "unavailable"
+        assert "started again" in answer.error["message"]
+
+    in_server(test, patience_s=0.05)
 
 
 def test_a_replica_is_unhealthy_once_its_engine_is_given_up() -> None:
@@ -123,34 +151,33 @@ def test_a_replica_is_unhealthy_once_its_engine_is_given_up() -> None:
 # ---- messages that get lost ----------------------------------------------------------------
 
 
-def test_a_submit_that_got_lost_ends_with_an_error() -> None:
+def test_a_request_that_its_replica_has_forgotten_is_submitted_again() -> None:
     clock = Clock()
 
     async def test(server: Server) -> None:
-        server.connection.lose = lambda command: isinstance(command, Submit)
-        mailbox = server.link.open([submit("a")])
+        server.engine.running.clear()
+        server.link.open([submit("a")])
+        await until(lambda: len(server.engine.requests) == 1)
+        server.replica._drop("a", server.replica._routes["a"])
         await server.link.refresh_stats()
-        assert server.link.num_live == 1, "it may only be on its way"
-        clock.now_s += LOST_S + 0.1
+        assert len(server.engine.requests) == 1, "its last news may only be on its way"
+        clock.now_s += Pace().lost_s + 0.1
         await server.link.refresh_stats()
-        (output,) = await last_outputs(mailbox)
-        assert output.error is not None and "lost" in output.error.message
+        await until(lambda: len(server.engine.requests) == 2)
 
     in_server(test, clock=clock)
 
 
 def test_an_abort_that_got_lost_is_sent_again() -> None:
-    lost: list[Command] = []
+    lost: list[Abort] = []
 
-    def lose_first_abort(command: Command) -> bool:
-        if not isinstance(command, Abort) or lost:
-            return False
-        lost.append(command)
-        return True
+    def lose_first(abort: Abort) -> bool:
+        lost.append(abort)
+        return len(lost) == 1
 
     async def test(server: Server) -> None:
         server.engine.running.clear()
-        server.connection.lose = lose_first_abort
+        server.connection.lose = lose_first
         mailbox = server.link.open([submit("a")])
         await until(lambda: len(server.engine.requests) == 1)
         server.link.release(mailbox)
@@ -162,6 +189,18 @@ def test_an_abort_that_got_lost_is_sent_again() -> None:
     in_server(test)
 
 
+def test_what_is_released_before_its_receipt_comes_is_aborted() -> None:
+    async def test(server: Server) -> None:
+        server.engine.running.clear()
+        mailboxes: list[Mailbox] = []
+        server.connection.on_accepted = lambda r, s: server.link.release(mailboxes[0])
+        mailboxes.append(server.link.open([submit("a")]))
+        await until(lambda: server.engine.aborted == ["a"])
+        assert server.link.num_live == 0
+
+    in_server(test)
+
+
 def test_a_replica_reaps_the_requests_of_an_ingress_that_fell_silent() -> None:
     clock = Clock()
 
@@ -169,13 +208,62 @@ def test_a_replica_reaps_the_requests_of_an_ingress_that_fell_silent() -> None:
         server.engine.running.clear()
         server.link.open([submit("a")])
         await until(lambda: len(server.engine.requests) == 1)
-        server.replica.reap(clock.now_s + LEASE_S - 0.1)
+        server.replica.take_care(clock.now_s + LEASE_S - 0.1)
         assert server.engine.aborted == []
-        server.replica.reap(clock.now_s + LEASE_S + 0.1)
+        server.replica.take_care(clock.now_s + LEASE_S + 0.1)
         assert server.engine.aborted == ["a"]
         assert LEASE_S < 10
 
     in_server(test, clock=clock)
+
+
+def test_what_was_submitted_for_a_stream_that_never_came_is_reaped() -> None:
+    clock = Clock()
+
+    async def test(server: Server) -> None:
+        server.engine.running.clear()
+        assert server.replica.submit("another ingress", {}, submit("a")).refusal is None
+        server.replica.take_care(clock.now_s + LEASE_S + 0.1)
+        assert server.engine.aborted == ["a"]
+
+    in_server(test, clock=clock)
+
+
+def test_what_was_submitted_for_a_stream_waits_for_it() -> None:
+    async def test(server: Server) -> None:
+        server.replica.submit("another ingress", {}, submit("a"))
+        await until(lambda: server.replica._routes == {})
+        stream = server.replica.attach("another ingress", {})
+        frames = [await anext(stream) for _ in range(2)]
+        assert [item for item in frames[1] if isinstance(item, RequestOutput)][-1].finish_reason  # type: ignore[union-attr]
+        await stream.aclose()
+
+    in_server(test)
+
+
+def test_a_later_epoch_ends_the_stream_before_it_and_an_earlier_one_is_refused() -> None:
+    async def test(server: Server) -> None:
+        server.engine.running.clear()
+        replica = server.replica
+        assert replica.submit("i", {"replica": 3}, submit("a")).epoch == 3
+        assert replica.submit("i", {"replica": 4}, submit("b")).refusal is None
+        assert server.engine.aborted == ["a"]
+        refusal = replica.submit("i", {"replica": 3}, submit("c")).refusal
+        assert refusal is not None and refusal.kind == STALE_STREAM
+        with pytest.raises(UnknownStream):
+            await replica.control(StreamId("i", 3), [], True)
+
+    in_server(test)
+
+
+def test_submitting_the_same_request_twice_runs_it_once() -> None:
+    async def test(server: Server) -> None:
+        server.engine.running.clear()
+        receipts = [server.replica.submit("i", {}, submit("a")) for _ in range(2)]
+        assert receipts[0] == receipts[1] and receipts[0].refusal is None
+        assert len(server.engine.requests) == 1
+
+    in_server(test)
 
 
 def test_what_comes_after_an_abort_is_dropped() -> None:

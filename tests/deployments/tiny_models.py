@@ -2,6 +2,7 @@
 
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -17,12 +18,13 @@ TEMPLATE = (
 )
 
 
-def make_base(folder: Path, max_position: int) -> None:
+def make_base(folder: Path, max_position: int, **changes: Any) -> None:
     tokenizer = byte_tokenizer()
     tokenizer.add_special_tokens([AddedToken("<bos>", special=True)])
     size = tokenizer.get_vocab_size()
     ids = {"eos_token_id": 256, "pad_token_id": 257, "bos_token_id": 258}
-    write_tiny(folder, "qwen2", vocab_size=size, max_position_embeddings=max_position, **ids)
+    sizes = {"vocab_size": size, "max_position_embeddings": max_position}
+    write_tiny(folder, "qwen2", **sizes, **ids, **changes)
     wrapped = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>"
     )

@@ -1,0 +1,70 @@
+"""What `make serve` reads of a Ray Serve config file: the one application, and where to listen.
+
+`serve run` reads the same file by itself; what a key means to it, it means here. Says nothing of
+the application's `args`: `deployments.config` does.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from engine.config import ConfigError
+
+DOCUMENT_KEYS = {"applications", "http_options"}
+APPLICATION_KEYS = {"name", "import_path", "route_prefix", "args"}
+DEFAULT_HOST = "127.0.0.1"
+DEFAULT_PORT = 8000
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where HTTP is served."""
+
+    host: str
+    port: int
+
+    @property
+    def url(self) -> str:
+        """For a client on this machine."""
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
+        return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
+
+
+def read_address(path: Path, host: str | None, port: int | None) -> Address:
+    """What was given, else the file's http_options, else loopback. Raises ConfigError."""
+    options = _read_document(path).get("http_options", {})
+    if not isinstance(options, dict) or not set(options) <= {"host", "port"}:
+        raise ConfigError(f"{path}: http_options must have no keys but host and port")
+    address = Address(
+        options.get("host", DEFAULT_HOST) if host is None else host,
+        options.get("port", DEFAULT_PORT) if port is None else port,
+    )
+    if not isinstance(address.host, str) or type(address.port) is not int:
+        raise ConfigError(f"{path}: http_options must be a host and a port, not {options}")
+    return address
+
+
+def read_application(path: Path) -> dict[str, Any]:
+    """The one application of a Serve config file. Raises ConfigError."""
+    applications = _read_document(path).get("applications")
+    if not isinstance(applications, list) or len(applications) != 1:
+        raise ConfigError(f"{path}: applications must be a list with one entry")
+    unknown = sorted(set(applications[0]) - APPLICATION_KEYS)
+    if unknown or "args" not in applications[0]:
+        wanted = ", ".join(sorted(APPLICATION_KEYS))
+        raise ConfigError(f"{path}: applications[0] has {unknown or 'no args'}; keys: {wanted}")
+    return applications[0]
+
+
+def _read_document(path: Path) -> dict[str, Any]:
+    try:
+        document = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not YAML: {error}") from None
+    unknown = set(document) - DOCUMENT_KEYS if isinstance(document, dict) else {"no mapping"}
+    if unknown:
+        wanted = ", ".join(sorted(DOCUMENT_KEYS))
+        raise ConfigError(f"{path} has {sorted(unknown)} at its top; keys: {wanted}")
+    return document

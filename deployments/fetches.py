@@ -1,0 +1,86 @@
+"""Fetches: adapters on their way to the local disk, or there and pinned while requests hold them.
+
+One fetch and one pin per digest, however many requests want it. Downloads run in threads; nothing
+here waits for them.
+"""
+
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from adapter_store.names import AdapterRef
+
+MAX_FETCHES = 64  # adapters being fetched at once; each may be slow
+
+
+class Store(Protocol):
+    """The part of `adapter_store.store.AdapterStore` that a replica uses."""
+
+    def ensure_local(self, ref: AdapterRef) -> Path: ...
+    def pin(self, digest: str) -> None: ...
+    def unpin(self, digest: str) -> None: ...
+
+
+@dataclass(eq=False, slots=True)
+class _Fetch:
+    folder: asyncio.Future[Path]
+    num_users: int = 0
+
+
+class Fetches:
+    """`acquire` and `release` come in pairs; the pin goes with the last release."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._live: dict[str, _Fetch] = {}
+        self._used: dict[str, None] = {}  # digests that arrived, the latest last
+        self._threads = ThreadPoolExecutor(MAX_FETCHES, "fetch-adapter")
+
+    def acquire(self, ref: AdapterRef) -> asyncio.Future[Path]:
+        """The folder, some day. Whoever awaits it must shield it: others may be waiting too."""
+        fetch = self._live.get(ref.digest)
+        if fetch is None:
+            loop = asyncio.get_running_loop()
+            folder = loop.run_in_executor(self._threads, self._pin_and_fetch, ref)
+            fetch = self._live[ref.digest] = _Fetch(folder)
+            folder.add_done_callback(lambda done: self._note(ref.digest, done))
+        fetch.num_users += 1
+        return fetch.folder
+
+    def release(self, ref: AdapterRef) -> None:
+        fetch = self._live[ref.digest]
+        fetch.num_users -= 1
+        if fetch.num_users == 0:
+            del self._live[ref.digest]
+            fetch.folder.add_done_callback(lambda done: self._unpin(ref.digest, done))
+
+    def recent(self, limit: int) -> list[str]:
+        """Digests that arrived here, the latest first. Some may have been evicted since."""
+        return list(reversed(self._used))[:limit]
+
+    def close(self) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def _pin_and_fetch(self, ref: AdapterRef) -> Path:
+        """In a thread. Leaves a pin if and only if it returns."""
+        self._store.pin(ref.digest)
+        try:
+            return self._store.ensure_local(ref)
+        except BaseException:
+            self._store.unpin(ref.digest)
+            raise
+
+    def _note(self, digest: str, fetched: asyncio.Future[Path]) -> None:
+        if _has_arrived(fetched):
+            self._used.pop(digest, None)
+            self._used[digest] = None
+
+    def _unpin(self, digest: str, fetched: asyncio.Future[Path]) -> None:
+        if _has_arrived(fetched):
+            self._store.unpin(digest)
+
+
+def _has_arrived(fetched: asyncio.Future[Path]) -> bool:
+    return not fetched.cancelled() and fetched.exception() is None

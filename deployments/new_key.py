@@ -1,0 +1,114 @@
+"""A new API key: shown once on stdout, its hash put into a keys file or shown for one.
+
+The file is replaced in one step and under a lock, so a server that reads it meanwhile sees it
+before or after, and of two commands at a time none is lost. Comments in it are.
+"""
+
+import argparse
+import json
+import os
+import re
+import secrets
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from adapter_store.file_lock import FileLock
+from adapter_store.names import NAME_RULE
+from deployments.tenants import KEY_PREFIX, hash_key, parse_document
+from engine.config import ConfigError
+
+KEY_BYTES = 32
+NEW_FILE_MODE = 0o600
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if (options.tenant is None) != options.metrics:
+        parser.error("name a tenant, or write --metrics")
+    key = KEY_PREFIX + secrets.token_urlsafe(KEY_BYTES)
+    try:
+        _store(key, options.tenant, options.file)
+    except (ConfigError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(key)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m deployments.tenants")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    text = "Make an API key, print it, and store only its hash."
+    new_key = commands.add_parser("new-key", help=text, description=text)
+    new_key.add_argument("tenant", nargs="?", type=_tenant)
+    new_key.add_argument("--metrics", action="store_true", help="a key for /metrics alone")
+    new_key.add_argument(
+        "--file", type=Path, help="the keys file; made if there is none, rewritten without comments"
+    )
+    return parser
+
+
+def _tenant(name: str) -> str:
+    if re.fullmatch(NAME_RULE, name) is None:
+        raise argparse.ArgumentTypeError(f"{name!r} does not match {NAME_RULE}")
+    return name
+
+
+def _store(key: str, tenant: str | None, path: Path | None) -> None:
+    digest = hash_key(key).hex()
+    whose = "the metrics" if tenant is None else f"tenant {tenant}"
+    if path is None:
+        lines = yaml.safe_dump(_with_key({}, tenant, digest), sort_keys=False)
+        print(f"For the keys file, the hash of a key for {whose}:\n\n{lines}", file=sys.stderr)
+        return
+    path = path.resolve()  # not the link to it, but what it points to, is replaced
+    lock = FileLock.acquire(path.with_name(f".{path.name}.lock"))
+    assert lock is not None, "acquire waits"
+    try:
+        document = _read(path)
+        _replace(path, _write(_with_key(document, tenant, digest), path.suffix == ".json"))
+    finally:
+        lock.release()
+    print(f"{path} has its hash for {whose}; the key is shown only here:", file=sys.stderr)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    return parse_document(path).model_dump(exclude_unset=True)
+
+
+def _with_key(document: dict[str, Any], tenant: str | None, digest: str) -> dict[str, Any]:
+    if tenant is None:
+        document.setdefault("metrics_keys", []).append(digest)
+    else:
+        entry = document.setdefault("tenants", {}).setdefault(tenant, {})
+        entry.setdefault("keys", []).append(digest)
+    return document
+
+
+def _write(document: dict[str, Any], as_json: bool) -> str:
+    if as_json:
+        return json.dumps(document, indent=2) + "\n"
+    return yaml.safe_dump(document, sort_keys=False)
+
+
+def _replace(path: Path, text: str) -> None:
+    """In one step, and readable by whoever could read the file before."""
+    mode = path.stat().st_mode & 0o777 if path.exists() else NEW_FILE_MODE
+    descriptor, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with open(descriptor, "w") as file:
+            file.write(text)
+            os.fchmod(file.fileno(), mode)
+            os.fsync(file.fileno())
+        os.replace(draft, path)
+    except BaseException:
+        os.unlink(draft)
+        raise

@@ -1,0 +1,106 @@
+"""AdapterRouter: Ray's request router on top of `policy.routing`.
+
+Ray pickles this module by value and runs it in every ingress replica, on its event loop: all that
+decides is in `policy.routing`, nothing here waits, and everything a request says of itself is in
+its first argument, a `transport.Hints`.
+"""
+
+import time
+from typing import Any
+
+from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
+
+from deployments.policy.routing import (
+    OptimisticView,
+    ReplicaFigures,
+    RoutedRequest,
+    RoutingCosts,
+    rank,
+)
+from deployments.transport import Hints
+
+DIGEST_CHARS = 12  # of an adapter's digest: figures are sent to every router, twice a second
+
+
+def to_stats(figures: ReplicaFigures) -> dict[str, Any]:
+    """As a replica's routing stats. Rounded: what differs is broadcast to every router."""
+    return {
+        "num_received": figures.num_received,
+        "queued_tokens": round(figures.queued_tokens, -2),
+        "num_requests": figures.num_requests,
+        "max_num_seqs": figures.max_num_seqs,
+        "kv_used": round(figures.kv_used, 1),
+        "device": sorted(digest[:DIGEST_CHARS] for digest in figures.device_adapters),
+        "disk": sorted(digest[:DIGEST_CHARS] for digest in figures.disk_adapters),
+    }
+
+
+def from_stats(stats: dict[str, Any]) -> ReplicaFigures:
+    fields = dict(stats)
+    device, disk = frozenset(fields.pop("device")), frozenset(fields.pop("disk"))
+    return ReplicaFigures(**fields, device_adapters=device, disk_adapters=disk)
+
+
+class AdapterRouter(RequestRouter):
+    """Calls with a target go there or, where it is gone, to somebody who will say so.
+
+    A replica that is being stopped is no candidate any more for Ray. Here one that calls have
+    named stays reachable for `keep_s`, for such calls only: its requests are still running.
+    """
+
+    def initialize_state(self, keep_s: float = 60.0, **costs: float) -> None:
+        self._costs = RoutingCosts(**costs)
+        self._view = OptimisticView()
+        self._stats: dict[str, dict[str, Any]] = {}
+        self._named: set[str] = set()
+        self._leaving: dict[str, tuple[float, RunningReplica]] = {}
+        self._keep_s = keep_s
+
+    def update_replicas(self, replicas: list[RunningReplica]) -> None:
+        now = time.monotonic()
+        running = {replica.replica_id.unique_id for replica in replicas}
+        for replica in self.curr_replicas.values():
+            replica_id = replica.replica_id.unique_id
+            if replica_id in self._named and replica_id not in running:
+                self._leaving.setdefault(replica_id, (now + self._keep_s, replica))
+        self._leaving = {
+            replica_id: (until, replica)
+            for replica_id, (until, replica) in self._leaving.items()
+            if replica_id not in running and until > now
+        }
+        self._named &= running | self._leaving.keys()
+        self._view.keep(running)
+        self._stats = {r: stats for r, stats in self._stats.items() if r in running}
+        super().update_replicas([*replicas, *(replica for _, replica in self._leaving.values())])
+
+    async def choose_replicas(
+        self,
+        candidate_replicas: list[RunningReplica],
+        pending_request: PendingRequest | None = None,
+    ) -> list[list[RunningReplica]]:
+        if pending_request is None:
+            return [candidate_replicas]
+        pending_request.routing_context.should_backoff = True
+        candidates = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
+        hints = pending_request.args[0]
+        if hints.target in candidates:
+            self._named.add(hints.target)
+            hints.is_leaving = hints.target in self._leaving
+            return [[candidates[hints.target]]]
+        running = [r for r in candidates if r not in self._leaving] or list(candidates)
+        return [[candidates[r]] for r in self._rank(running, candidates, hints)]
+
+    def _rank(
+        self, ids: list[str], candidates: dict[str, RunningReplica], hints: Hints
+    ) -> list[str]:
+        for replica_id in ids:
+            stats = candidates[replica_id].routing_stats
+            if stats and stats is not self._stats.get(replica_id):
+                self._stats[replica_id] = stats
+                self._view.report(replica_id, from_stats(stats))
+        adapter = hints.adapter[:DIGEST_CHARS]
+        request = RoutedRequest(hints.request_id, hints.num_prompt_tokens, adapter, hints.avoid)
+        ranked = rank(ids, request, self._view, self._costs)
+        if hints.request_id:
+            self._view.sent(ranked[0], request)
+        return ranked

@@ -1,0 +1,16 @@
+"""The adapter store that a configuration names. The one place that puts the two together."""
+
+from pathlib import Path
+
+from adapter_store.store import AdapterStore
+from deployments.config import AdaptersSection
+
+
+def open_adapter_store(adapters: AdaptersSection) -> AdapterStore:
+    """Raises AdapterStoreError, in one sentence, where the store cannot be used now."""
+    return AdapterStore(
+        adapters.root,
+        Path(adapters.disk_path),
+        adapters.disk_bytes,
+        endpoint_url=adapters.endpoint_url,
+    )

@@ -1,0 +1,66 @@
+"""A Ray cluster that does as it is told: a script, run by `test_ray_fleet` as a process of its own.
+
+    python -m tests.deployments.ray_driver PORT
+
+Each line on standard input is one order, and each line on standard output its answer, all JSON:
+the `args` of an application to deploy, "figures" for what each engine replica says of itself, or
+"running" for how many of them there are. It ends, with all below it, when its input does.
+"""
+
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+
+def main() -> None:
+    # Ray's and HAProxy's sockets must have short paths.
+    with tempfile.TemporaryDirectory(prefix="reef-", ignore_cleanup_errors=True) as folder:
+        run(Path(folder), int(sys.argv[1]))
+
+
+def run(folder: Path, port: int) -> None:
+    answers, sys.stdout = sys.stdout, sys.stderr  # Ray prints now and then
+    from deployments.serve import ray_environment
+
+    # Before Ray is imported, here and in all its processes.
+    os.environ.update(ray_environment(folder))
+    import ray
+    from ray import serve
+
+    from deployments.app import build_app
+
+    ray.init(
+        address="local",
+        num_cpus=8,  # as many replicas as a test likes; what they share is another matter
+        include_dashboard=False,
+        object_store_memory=100 * 2**20,
+        _temp_dir=str(folder / "ray"),
+        _node_ip_address="127.0.0.1",
+        log_to_driver=False,
+        logging_level="warning",
+    )
+    try:
+        serve.start(http_options={"host": "127.0.0.1", "port": port}, logging_config=None)
+        engines = None
+        for line in sys.stdin:
+            order = json.loads(line)
+            if order == "figures":
+                if engines is None:
+                    engines = serve.get_deployment_handle("Engine", "reef")
+                    engines._init(_run_router_in_separate_loop=True)  # here is no event loop
+                answer = engines.broadcast("record_routing_stats").results(timeout_s=10)
+            elif order == "running":
+                states = serve.status().applications["reef"].deployments["Engine"].replica_states
+                answer = states.get("RUNNING", 0)
+            else:
+                serve.run(build_app(order), name="reef")
+                answer = "deployed"
+            print(json.dumps(answer), file=answers, flush=True)
+    finally:
+        ray.shutdown()
+
+
+if __name__ == "__main__":
+    main()

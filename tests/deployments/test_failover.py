@@ -1,0 +1,461 @@
+"""Answers that outlive the replicas that began them: the same tokens, each of them once.
+
+Faults are injected at every point between an ingress and two or three replicas; what the client
+gets is compared with what it gets when nothing happens.
+"""
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+
+import pytest
+
+from deployments.journey import Journey
+from deployments.link import MAX_LOSSES, EngineLink
+from deployments.mailbox import Mailbox
+from deployments.replica import EngineReplica, ReplicaSettings
+from deployments.replica_link import Pace
+from deployments.transport import Submit
+from engine.messages import GenerateRequest, Item, RequestOutput
+from engine.scheduler.request import SamplingParams
+from tests.deployments.fakes import BASE, FakeEngine, FakeStore, until
+from tests.deployments.fleet import LocalFleet
+
+NUM_TOKENS = 12
+IDS = ("one", "two", "three")
+
+
+def seeded(request: GenerateRequest) -> list[int]:
+    """A token depends on seed and position alone, as with the real sampler."""
+    return [(7 * request.sampling.seed + 31 * at) % 251 for at in range(NUM_TOKENS)]
+
+
+def submit(request_id: str = "r", n: int = 1, **sampling: object) -> Submit:
+    params = SamplingParams(max_tokens=NUM_TOKENS, seed=5, ignore_eos=True)
+    changed = replace(params, **sampling)  # type: ignore[arg-type]
+    return Submit(GenerateRequest(request_id, [1, 2, 3], changed, n), None)
+
+
+@dataclass
+class Fleet:
+    engines: dict[str, FakeEngine]
+    connection: LocalFleet
+    link: EngineLink
+
+    def step(self) -> None:
+        for engine in self.engines.values():
+            engine.step()
+
+    def where(self, request_id: str) -> str:
+        """The replica that runs it."""
+        found = [name for name, e in self.engines.items() if request_id in e._live]
+        assert len(found) == 1, found
+        return found[0]
+
+    def running(self) -> Counter[str]:
+        return Counter({name: len(e._live) for name, e in self.engines.items() if e._live})
+
+    async def until_running(self, num: int = 1) -> None:
+        await until(lambda: sum(self.running().values()) == num)
+
+
+@asynccontextmanager
+async def fleet(*names: str, drain_s: float = 30.0, **pace: float) -> AsyncIterator[Fleet]:
+    """Engines stand still until the test says `step`."""
+    engines = {name: FakeEngine(seeded) for name in names}
+    replicas: dict[str, EngineReplica] = {}
+    for name, engine in engines.items():
+        engine.running.clear()
+        replicas[name] = replica_of(name, engine, drain_s)
+        await replicas[name].start()
+    connection = LocalFleet(replicas)
+    quick = {"retry_s": 0.001, "max_retry_s": 0.01, "patience_s": 1.0, **pace}
+    link = EngineLink(connection, "ingress", Pace(**quick))  # type: ignore[arg-type]
+    link.start()
+    try:
+        await until(lambda: link.hello is not None)
+        yield Fleet(engines, connection, link)
+    finally:
+        await link.close()
+        for replica in replicas.values():
+            await replica.close()
+
+
+def replica_of(name: str, engine: FakeEngine, drain_s: float) -> EngineReplica:
+    def make_engine(on_frame: Callable[[list[Item]], None]) -> FakeEngine:
+        engine.on_frame = on_frame  # type: ignore[assignment]
+        return engine
+
+    settings = ReplicaSettings(name, BASE, 8, 100, drain_s)
+    return EngineReplica(make_engine, FakeStore(), settings)  # type: ignore[arg-type]
+
+
+def in_fleet(
+    test: Callable[[Fleet], Awaitable[None]], *names: str, drain_s: float = 30.0, **pace: float
+) -> None:
+    async def run() -> None:
+        async with fleet(*(names or IDS[:2]), drain_s=drain_s, **pace) as running:
+            await test(running)
+
+    asyncio.run(run())
+
+
+class Reader:
+    """What came out of a mailbox, by choice."""
+
+    def __init__(self, mailbox: Mailbox, n: int = 1) -> None:
+        self.token_ids: dict[int, list[int]] = {index: [] for index in range(n)}
+        self.outputs: list[RequestOutput] = []
+        self._mailbox = mailbox
+
+    @property
+    def ended(self) -> dict[int, str]:
+        return {o.index: o.finish_reason for o in self.outputs if o.finish_reason}
+
+    async def read(self) -> None:
+        for item in await asyncio.wait_for(self._mailbox.next(), 5):
+            if isinstance(item, tuple):
+                request_id, index, token_ids = item
+            else:
+                request_id, index, token_ids = item.request_id, item.index, item.token_ids
+                self.outputs.append(item)
+            assert request_id == "r" and index not in list(self.ended)[:-1]
+            self.token_ids[index] += token_ids
+
+    async def read_all(self) -> None:
+        while len(self.ended) < len(self.token_ids):
+            await self.read()
+
+    def assert_whole(self, seed: int = 5) -> None:
+        for index, token_ids in self.token_ids.items():
+            params = replace(submit().request.sampling, seed=seed + index)
+            assert token_ids == seeded(replace(submit().request, sampling=params))
+        assert set(self.ended.values()) == {"length"}
+
+
+async def finish(running: Fleet, reader: Reader) -> None:
+    for engine in running.engines.values():
+        engine.running.set()
+    await reader.read_all()
+
+
+# ---- before and while it is accepted -------------------------------------------------------
+
+
+def test_a_replica_that_dies_before_it_accepts_costs_nothing() -> None:
+    async def test(running: Fleet) -> None:
+        def die_once(replica_id: str, submitted: Submit) -> None:
+            if len(running.connection.submitted) == 1:
+                running.connection.kill(replica_id)
+                raise ConnectionError("gone")
+
+        running.connection.on_submit = die_once
+        reader = Reader(running.link.open([submit()]))
+        await finish(running, reader)
+        reader.assert_whole()
+
+    in_fleet(test)
+
+
+def test_what_a_replica_accepted_without_a_receipt_is_heard_once() -> None:
+    """It lives and works on it, but its word got lost: the ingress asks another one too."""
+
+    async def test(running: Fleet) -> None:
+        def lose_receipt(replica_id: str, submitted: Submit) -> None:
+            if len(running.connection.submitted) == 1:
+                raise ConnectionError("the answer got lost")
+
+        running.connection.on_accepted = lose_receipt
+        reader = Reader(running.link.open([submit()]))
+        await running.until_running(2)
+        running.step()
+        await running.link.refresh_stats()
+        await running.until_running(1)
+        await finish(running, reader)
+        reader.assert_whole()
+
+    in_fleet(test)
+
+
+def test_news_that_overtakes_the_receipt_is_kept() -> None:
+    async def test(running: Fleet) -> None:
+        running.connection.on_accepted = lambda replica_id, submitted: running.step()
+        reader = Reader(running.link.open([submit()]))
+        await finish(running, reader)
+        reader.assert_whole()
+
+    in_fleet(test)
+
+
+def test_a_receipt_from_a_stream_that_was_given_up_meanwhile_does_not_count() -> None:
+    async def test(running: Fleet) -> None:
+        (linked,) = running.link._links
+
+        def break_stream(replica_id: str, submitted: Submit) -> None:
+            if len(running.connection.submitted) == 1:
+                running.connection.break_streams(linked)
+
+        running.connection.on_accepted = break_stream
+        reader = Reader(running.link.open([submit()]))
+        await finish(running, reader)
+        reader.assert_whole()
+
+    in_fleet(test)
+
+
+# ---- in the middle -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_before", [0, 1, 5, NUM_TOKENS - 1])
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("fault", ["replica", "engine", "stream"])
+def test_an_answer_goes_on_with_the_next_token(num_before: int, n: int, fault: str) -> None:
+    async def test(running: Fleet) -> None:
+        reader = Reader(running.link.open([submit(n=n)]), n)
+        await running.until_running()
+        victim = running.where("r")
+        for _ in range(num_before):
+            running.step()
+            await reader.read()
+        if fault == "replica":
+            running.connection.kill(victim)
+            running.engines.pop(victim)
+        elif fault == "engine":
+            running.engines[victim].die()
+        else:
+            running.connection.break_streams(victim)
+        await finish(running, reader)
+        reader.assert_whole()
+
+    in_fleet(test)
+
+
+def test_what_was_sent_but_not_read_yet_is_not_asked_for_again() -> None:
+    async def test(running: Fleet) -> None:
+        reader = Reader(running.link.open([submit()]))
+        await running.until_running()
+        for _ in range(4):
+            running.step()
+            await asyncio.sleep(0.01)
+        running.connection.kill(running.where("r"))
+        await finish(running, reader)
+        reader.assert_whole()
+
+    in_fleet(test)
+
+
+def test_choices_that_have_ended_stay_ended() -> None:
+    async def test(running: Fleet) -> None:
+        lengths = {5: NUM_TOKENS, 6: 4}  # by seed: the second choice stops early
+
+        def answer(request: GenerateRequest) -> list[int]:
+            return seeded(request)[: lengths[request.sampling.seed] - 1] + [256] * 9
+
+        for engine in running.engines.values():
+            engine.answer = answer
+        reader = Reader(running.link.open([submit(n=2, ignore_eos=False)]), 2)
+        await running.until_running()
+        for _ in range(5):
+            running.step()
+            await reader.read()
+        assert reader.ended == {1: "stop"}
+        running.connection.kill(running.where("r"))
+        await finish(running, reader)
+        assert {i: len(ids) for i, ids in reader.token_ids.items()} == {0: NUM_TOKENS, 1: 4}
+        resumed = running.connection.submitted[-1][1].request
+        assert resumed.n == 1 and resumed.sampling.seed == 5
+
+    in_fleet(test)
+
+
+def test_two_replicas_may_die_one_after_the_other() -> None:
+    async def test(running: Fleet) -> None:
+        reader = Reader(running.link.open([submit()]))
+        request_id = "r"
+        for _ in range(2):
+            await running.until_running()
+            ((victim, _),) = running.running().items()
+            running.engines[victim].step()
+            await reader.read()
+            running.connection.kill(victim)
+            del running.engines[victim]
+        await finish(running, reader)
+        reader.assert_whole()
+        assert [r for r, _ in running.connection.submitted] == list(IDS), request_id
+
+    in_fleet(test, *IDS)
+
+
+def test_a_request_that_kills_whoever_takes_it_is_given_up() -> None:
+    async def test(running: Fleet) -> None:
+        num_killed = 0
+        reader = Reader(running.link.open([submit()]))
+        while not reader.ended:
+            await until(lambda: bool(running.running()) or running.link.num_live == 0)
+            for name in running.running():
+                running.engines[name].die()
+                running.engines[name].is_up = True
+                num_killed += 1
+            if running.link.num_live == 0:
+                await reader.read()
+        assert reader.ended == {0: "error"} and num_killed == MAX_LOSSES
+
+    in_fleet(test)
+
+
+def test_prompt_logprobs_come_once() -> None:
+    async def test(running: Fleet) -> None:
+        reader = Reader(running.link.open([submit(n=2, prompt_logprobs=0, logprobs=0)]), 2)
+        await running.until_running()
+        running.connection.kill(running.where("r"))
+        await until(lambda: len(running.connection.submitted) == 2)
+        victim = running.connection.submitted[1][0]
+        await until(lambda: bool(running.engines[victim]._live))
+        running.engines[victim].step()
+        await reader.read()
+        running.connection.kill(victim)
+        await finish(running, reader)
+        reader.assert_whole()
+        assert sum(output.prompt_logprobs is not None for output in reader.outputs) == 1
+        assert sum(len(o.logprobs or ()) for o in reader.outputs) == 2 * NUM_TOKENS
+
+    in_fleet(test, *IDS)
+
+
+# ---- nobody there, too much, the way out ---------------------------------------------------
+
+
+def test_while_there_is_no_replica_a_stream_waits_for_one() -> None:
+    async def test(running: Fleet) -> None:
+        reader = Reader(running.link.open([submit()]))
+        await running.until_running()
+        running.step()
+        await reader.read()
+        replica = running.connection.kill("one")
+        await asyncio.sleep(0.03)
+        assert not reader.ended and running.link.num_live == 1
+        running.connection.replicas["one"] = replica
+        await finish(running, reader)
+        reader.assert_whole()
+
+    in_fleet(test, "one")
+
+
+def test_after_its_patience_ends_an_error_ends_the_stream() -> None:
+    async def test(running: Fleet) -> None:
+        reader = Reader(running.link.open([submit(n=2)]), 2)
+        await running.until_running()
+        running.connection.kill("one")
+        await reader.read_all()
+        assert reader.ended == {0: "error", 1: "error"}
+        assert running.link.num_live == 0
+
+    in_fleet(test, "one", patience_s=0.05)
+
+
+def test_a_full_replica_sends_new_requests_to_the_others_before_anybody_is_refused() -> None:
+    async def test(running: Fleet) -> None:
+        for replica in running.connection.replicas.values():
+            replica._settings = replace(replica._settings, max_requests=1)
+        for name in ("a", "b"):
+            running.link.open([submit(name)])
+        await running.until_running(2)
+        assert set(running.running().values()) == {1}
+        mailbox = running.link.open([submit("c")])
+        (output,) = await asyncio.wait_for(mailbox.next(), 5)
+        assert output.error is not None and output.error.kind == "overloaded"  # type: ignore[union-attr]
+
+    in_fleet(test)
+
+
+def test_a_draining_replica_finishes_what_it_has_and_takes_nothing_new() -> None:
+    async def test(running: Fleet) -> None:
+        reader = Reader(running.link.open([submit()]))
+        await running.until_running()
+        leaving = running.where("r")
+        running.connection.replicas[leaving].drain()
+        running.link.open([submit("new")])
+        await running.until_running(2)
+        assert running.where("r") == leaving and set(running.running().values()) == {1}
+        await finish(running, reader)
+        reader.assert_whole()
+        assert len(running.connection.submitted) == 3, "one of them was refused"
+        await until(lambda: leaving not in running.link._links)
+
+    in_fleet(test)
+
+
+def test_the_router_tells_a_replica_that_it_is_leaving() -> None:
+    async def test(running: Fleet) -> None:
+        running.link.open([submit()])
+        await running.until_running()
+        leaving = running.where("r")
+        running.connection.leaving.add(leaving)
+        await running.link.refresh_stats()
+        assert running.connection.replicas[leaving].is_draining
+
+    in_fleet(test)
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_what_a_draining_replica_cannot_finish_goes_on_elsewhere(n: int) -> None:
+    async def test(running: Fleet) -> None:
+        reader = Reader(running.link.open([submit(n=n)]), n)
+        await running.until_running()
+        leaving = running.where("r")
+        running.step()
+        await reader.read()
+        running.connection.leaving.add(leaving)
+        replica = running.connection.replicas[leaving]
+        replica.drain()
+        replica.take_care(asyncio.get_running_loop().time() + 31)
+        await until(lambda: running.engines[leaving]._live == {})
+        await running.until_running(n)
+        await finish(running, reader)
+        reader.assert_whole()
+
+    in_fleet(test)
+
+
+def test_a_stream_to_a_replica_that_is_gone_is_not_answered_by_another() -> None:
+    async def test(running: Fleet) -> None:
+        running.connection.on_accepted = lambda replica_id, s: None
+        (linked,) = running.link._links
+        other = next(name for name in running.engines if name != linked)
+
+        def only_other_then_none(replica_id: str, submitted: Submit) -> None:
+            if replica_id == other:
+                running.connection.kill(other)
+
+        running.connection.on_accepted = only_other_then_none
+        running.link._suspects[linked] = running.link._clock() + 60
+        reader = Reader(running.link.open([submit()]))
+        await finish(running, reader)
+        reader.assert_whole()
+        assert [r for r, _ in running.connection.submitted] == [other, linked]
+
+    in_fleet(test)
+
+
+# ---- bookkeeping ---------------------------------------------------------------------------
+
+
+def test_the_largest_seed_has_choices_after_it() -> None:
+    heard: list[Item] = []
+    journey = Journey(submit(n=2, seed=2**63 - 1), heard.append)
+    leg = journey.first_leg()
+    journey.take(leg, ("r", 1, [9]))
+    seeds = [rest.request.sampling.seed for rest in journey.next_legs(leg, 1, ())]
+    assert seeds == [2**63 - 1, -(2**63)], "as the sampler counts: modulo 2**64"
+
+
+def test_nothing_is_delivered_after_a_choice_has_ended() -> None:
+    heard: list[Item] = []
+    journey = Journey(submit(), heard.append)
+    leg = journey.first_leg()
+    journey.take(leg, RequestOutput("r", 0, [1], finish_reason="stop"))
+    journey.take(leg, ("r", 0, [2]))
+    journey.take(leg, RequestOutput("r", 0, [3], finish_reason="stop"))
+    assert len(heard) == 1 and journey.legs == {}

@@ -1,0 +1,366 @@
+"""What a model name means to a tenant, with several bases, and where only names are known.
+
+The registry is the adapter store's own catalog, without its log.
+"""
+
+import asyncio
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from adapter_store.catalog import Catalog
+from adapter_store.errors import AdapterNotFound, SourceUnavailable
+from adapter_store.names import AdapterRecord, AdapterRef
+from deployments.errors import ApiError
+from deployments.ingress import Ingress, build_api
+from deployments.limits import Limiter
+from deployments.metrics import Metrics
+from deployments.models import Models, ServedModel, Target
+from deployments.tenants import Everybody, Tenant
+from deployments.transport import Hello
+from tests.deployments.fakes import INFO, Answered, byte_vocabulary, call
+
+ACME = Tenant("acme", granted=("lab",))
+SMALL, LARGE, FOREIGN = "5" * 64, "1" * 64, "f" * 64  # fingerprints
+VOCABULARY = byte_vocabulary()
+
+
+class CatalogStore:
+    """Adapters by (tenant, name, base), in the order in which they are published."""
+
+    def __init__(self, *published: tuple[str, str, str]) -> None:
+        self.catalog = Catalog()
+        self.looks: list[str] = []
+        self.failure: Exception | None = None
+        for number, (tenant, name, base) in enumerate(published):
+            self._append(
+                kind="publish",
+                tenant=tenant,
+                name=name,
+                version=self.catalog.num_versions(tenant, name) + 1,
+                digest=f"digest-{number}",
+                base=base,
+                lora_rank=8,
+                nbytes=1,
+                published_s=1e9 + number,
+            )
+
+    def alias(self, tenant: str, name: str, alias: str, version: int) -> None:
+        self._append(kind="alias", tenant=tenant, name=name, alias=alias, version=version)
+
+    def retire(self, tenant: str, name: str, versions: list[int]) -> None:
+        self._append(kind="retire", tenant=tenant, name=name, versions=versions)
+
+    def _append(self, **record: Any) -> None:
+        self.catalog.apply(record)
+
+    def resolve_first(self, places: Sequence[tuple[str, str | None]], full_name: str) -> AdapterRef:
+        for tenant, base in places:
+            self.looks.append(tenant)
+            try:
+                return self.catalog.resolve(tenant, full_name, base)
+            except AdapterNotFound:
+                continue
+        raise self.failure or AdapterNotFound(full_name)
+
+    def list(self, tenant: str | None = None) -> Sequence[AdapterRecord]:
+        if self.failure is not None:
+            raise self.failure
+        return list(self.catalog.list(tenant))
+
+
+@dataclass
+class FakeLink:
+    hello: Hello | None
+
+
+def models(store: CatalogStore, **bases: str | None) -> Models:
+    """Served models by id; None: its engine has not started yet."""
+    served = [
+        ServedModel(i, VOCABULARY, FakeLink(base and Hello(INFO, base, "replica", 1)))  # type: ignore[arg-type]
+        for i, base in bases.items()
+    ]
+    return Models(served, store)
+
+
+def resolve(at: Models, name: str, tenant: Tenant = ACME) -> Target:
+    return asyncio.run(at.resolve(tenant, name))
+
+
+def error(at: Models, name: str, tenant: Tenant = ACME) -> ApiError:
+    with pytest.raises(ApiError) as caught:
+        resolve(at, name, tenant)
+    return caught.value
+
+
+def digest(at: Models, name: str, tenant: Tenant = ACME) -> str:
+    target = resolve(at, name, tenant)
+    assert target.adapter is not None and target.tenant == tenant.name
+    return target.adapter.digest
+
+
+# ---- tenants -------------------------------------------------------------------------------
+
+SQLS = CatalogStore(
+    ("public", "sql", SMALL),
+    ("acme", "sql", SMALL),
+    ("umbrella", "sql", SMALL),
+    ("lab", "sql", SMALL),
+    ("public", "both", SMALL),
+    ("umbrella", "secret", SMALL),
+    ("lab", "rare", SMALL),
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        ("sql", "digest-1"),
+        ("acme/sql", "digest-1"),
+        ("small:sql@1", "digest-1"),
+        ("public/sql", "digest-0"),
+        ("small:public/sql@latest", "digest-0"),
+        ("lab/sql", "digest-3"),
+        ("both", "digest-4"),
+        ("lab/rare", "digest-6"),
+    ],
+)
+def test_a_tenants_own_adapters_come_first_then_public_ones(name: str, wanted: str) -> None:
+    assert digest(models(SQLS, small=SMALL), name) == wanted
+
+
+def test_the_same_name_means_another_adapter_to_another_tenant() -> None:
+    at = models(SQLS, small=SMALL)
+    assert digest(at, "sql", Tenant("umbrella")) == "digest-2"
+    assert digest(at, "sql", Tenant("newcomer")) == "digest-0"
+    assert digest(at, "sql", Tenant("public")) == "digest-0"
+
+
+@pytest.mark.parametrize("there", ["umbrella/sql", "umbrella/secret", "small:umbrella/secret@1"])
+def test_anothers_adapter_is_404_like_one_that_nobody_has_and_is_not_even_looked_for(
+    there: str,
+) -> None:
+    store = CatalogStore(("umbrella", "sql", SMALL), ("umbrella", "secret", SMALL))
+    at = models(store, small=SMALL)
+    absent = there.replace("umbrella", "nobody").replace("secret", "nothing")
+    found, missing = error(at, there), error(at, absent)
+    assert found.status == missing.status == 404
+    assert found.body().replace(there.encode(), b"") == missing.body().replace(absent.encode(), b"")
+    assert found.headers() == missing.headers()
+    assert store.looks == []
+
+
+def test_what_was_granted_is_found_under_its_full_name_alone() -> None:
+    at = models(SQLS, small=SMALL)
+    assert error(at, "rare").status == 404
+    assert error(at, "lab/rare", Tenant("umbrella")).status == 404
+
+
+# ---- several bases -------------------------------------------------------------------------
+
+MIXED = CatalogStore(
+    ("acme", "sql", LARGE),  # version 1
+    ("acme", "sql", SMALL),
+    ("acme", "sql", SMALL),
+    ("acme", "sql", LARGE),  # version 4
+    ("acme", "sql", FOREIGN),
+    ("public", "sql", SMALL),
+    ("public", "small-only", SMALL),
+)
+MIXED.alias("acme", "sql", "prod", 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "model", "wanted"),
+    [
+        ("sql", "large", "digest-3"),  # the first base in the configuration
+        ("sql@latest", "large", "digest-3"),
+        ("large:sql", "large", "digest-3"),
+        ("small:sql", "small", "digest-2"),
+        ("sql@1", "large", "digest-0"),
+        ("sql@3", "small", "digest-2"),
+        ("sql@prod", "small", "digest-1"),
+        ("small:sql@prod", "small", "digest-1"),
+        ("small-only", "small", "digest-6"),
+        ("public/sql", "small", "digest-5"),
+    ],
+)
+def test_an_adapter_goes_to_the_base_that_it_was_published_for(
+    name: str, model: str, wanted: str
+) -> None:
+    target = resolve(models(MIXED, large=LARGE, small=SMALL), name)
+    assert target.adapter is not None
+    assert (target.model.id, target.adapter.digest) == (model, wanted)
+
+
+@pytest.mark.parametrize("name", ["large:sql@prod", "small:sql@1", "large:small-only", "sql@5"])
+def test_an_adapter_of_another_base_is_404(name: str) -> None:
+    assert error(models(MIXED, large=LARGE, small=SMALL), name).status == 404
+
+
+def test_a_withdrawn_version_does_not_turn_into_a_public_one() -> None:
+    store = CatalogStore(
+        ("acme", "sql", SMALL),
+        ("acme", "sql", SMALL),
+        ("public", "sql", SMALL),
+        ("public", "sql", SMALL),
+    )
+    at = models(store, small=SMALL)
+    assert digest(at, "sql@2") == "digest-1"
+    store.retire("acme", "sql", [2])
+    assert error(at, "sql@2").status == 404
+    assert digest(at, "sql") == "digest-0"
+    store.retire("acme", "sql", [1])
+    assert digest(at, "sql") == "digest-3", "no adapter of its own is left"
+
+
+def test_publishing_for_a_later_base_does_not_change_what_a_name_means() -> None:
+    before = CatalogStore(("acme", "sql", LARGE))
+    after = CatalogStore(("acme", "sql", LARGE), ("acme", "sql", SMALL))
+    bases = {"large": LARGE, "small": SMALL}
+    assert digest(models(before, **bases), "sql") == digest(models(after, **bases), "sql")
+
+
+def test_two_models_of_the_same_base_are_told_apart_by_their_ids() -> None:
+    at = models(MIXED, exact=SMALL, fast=SMALL)
+    assert [resolve(at, n).model.id for n in ("sql", "fast:sql", "exact:sql")] == [
+        "exact",
+        "fast",
+        "exact",
+    ]
+
+
+# ---- engines that are not there ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["sql", "small-only", "large:sql", "sql@1"])
+def test_what_a_base_that_never_started_might_have_is_503_and_named(name: str) -> None:
+    found = error(models(MIXED, large=None, small=SMALL), name)
+    assert found.status == 503 and found.retry_after_s and "'large'" in found.message
+
+
+@pytest.mark.parametrize("name", ["small:sql", "sql@3", "sql@prod"])
+def test_a_base_that_never_started_does_not_stop_what_surely_is_not_its(name: str) -> None:
+    assert resolve(models(MIXED, large=None, small=SMALL), name).model.id == "small"
+
+
+@pytest.mark.parametrize("name", ["nothing", "large:nothing", "umbrella/sql"])
+def test_what_nobody_has_is_404_whoever_has_started(name: str) -> None:
+    assert error(models(MIXED, large=None, small=SMALL), name).status == 404
+
+
+def test_a_base_that_is_restarted_keeps_its_adapters() -> None:
+    at = models(MIXED, large=LARGE, small=SMALL)
+    assert at.not_ready == [] and digest(at, "sql") == "digest-3"
+    at.by_id["large"].link.hello = None
+    assert at.not_ready == ["large"]
+    assert resolve(at, "sql").model.id == "large"
+    assert resolve(at, "small:sql").model.id == "small"
+
+
+def test_a_registry_that_cannot_be_read_is_503_for_what_it_does_not_know_by_heart() -> None:
+    store = CatalogStore(("acme", "sql", SMALL))
+    at = models(store, small=SMALL)
+    store.failure = SourceUnavailable("the bucket does not answer")
+    assert digest(at, "sql") == "digest-0"
+    found = error(at, "news")
+    assert found.status == 503 and "retry-after" in found.headers()
+
+
+# ---- lists ---------------------------------------------------------------------------------
+
+
+def test_everything_a_tenant_may_use_is_listed_with_its_parent_under_its_shortest_name() -> None:
+    store = CatalogStore(
+        ("acme", "sql", SMALL),
+        ("acme", "sql", LARGE),
+        ("public", "sql", SMALL),
+        ("public", "tales", LARGE),
+        ("lab", "tales", LARGE),
+        ("umbrella", "secret", LARGE),
+        ("acme", "foreign", FOREIGN),
+    )
+    at = models(store, large=LARGE, small=SMALL)
+    listed = asyncio.run(at.list_adapters(ACME))
+    assert [(card.id, card.parent, card.record.tenant) for card in listed] == [
+        ("sql", "large", "acme"),
+        ("small:sql", "small", "acme"),
+        ("public/sql", "small", "public"),
+        ("tales", "large", "public"),
+        ("lab/tales", "large", "lab"),
+    ]
+
+
+TENANTS = ("acme", "public", "lab", "umbrella")
+PUBLISHED = st.lists(
+    st.tuples(
+        st.sampled_from(TENANTS),
+        st.sampled_from(["a", "b", "base"]),
+        st.sampled_from([SMALL, LARGE, FOREIGN]),
+    ),
+    max_size=12,
+)
+
+
+@settings(deadline=None, max_examples=60)
+@given(PUBLISHED, st.sampled_from([("large", "small"), ("small", "large"), ("base", "acme/a")]))
+def test_every_listed_name_means_what_the_list_says_and_nothing_is_missing(
+    published: list[tuple[str, str, str]], ids: tuple[str, str]
+) -> None:
+    at = models(CatalogStore(*published), **dict(zip(ids, (LARGE, SMALL), strict=True)))
+    listed = asyncio.run(at.list_adapters(ACME))
+    names = [card.id for card in listed]
+    assert len(set(names) | set(ids)) == len(names) + len(ids), "no name comes twice"
+    for card in listed:
+        target = resolve(at, card.id)
+        assert target.adapter is not None
+        assert (target.model.id, target.adapter.digest) == (card.parent, card.record.digest)
+    wanted = {p for p in published if p[0] != "umbrella" and p[2] != FOREIGN}
+    assert {(c.record.tenant, c.record.name, c.record.base) for c in listed} == wanted
+
+
+@settings(deadline=None, max_examples=60)
+@given(PUBLISHED)
+def test_no_name_gets_a_tenant_to_anothers_adapter_or_past_its_own(
+    published: list[tuple[str, str, str]],
+) -> None:
+    at = models(CatalogStore(*published), large=LARGE, small=SMALL)
+    owners = {tenant for tenant, name, _ in published if name == "a"}
+    bare_owner = next((owner for owner in ("acme", "public") if owner in owners), None)
+
+    async def check(base: str, namespace: str, version: str) -> None:
+        try:
+            target = await at.resolve(ACME, f"{base}{namespace}a{version}")
+        except ApiError as refused:
+            assert refused.status == 404
+        else:
+            assert target.adapter is not None
+            assert target.adapter.tenant == (namespace.rstrip("/") or bare_owner) != "umbrella"
+
+    async def check_all() -> None:
+        namespaces = ("", *(f"{tenant}/" for tenant in TENANTS))
+        spellings = itertools.product(("", "large:", "small:"), namespaces, ("", "@1", "@2"))
+        for spelling in spellings:
+            await check(*spelling)
+
+    asyncio.run(check_all())
+
+
+def test_health_names_the_models_that_are_not_ready() -> None:
+    async def health(**bases: str | None) -> Answered:
+        metrics = Metrics()
+        served = models(CatalogStore(), **bases)
+        ingress = Ingress(served, Everybody(), Limiter(metrics), metrics, 100, 10**9)
+        return await call(build_api(ingress), "GET", "/health", b"")
+
+    assert asyncio.run(health(large=LARGE, small=SMALL)).json == {"status": "ok"}
+    one = asyncio.run(health(large=LARGE, small=None))
+    assert one.status == 503 and int(one.headers["retry-after"]) >= 1
+    assert "'small'" in one.error["message"] and "'large'" not in one.error["message"]
+    both = asyncio.run(health(large=None, small=None)).error["message"]
+    assert "'small'" in both and "'large'" in both

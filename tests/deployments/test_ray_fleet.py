@@ -1,0 +1,339 @@
+"""Several engine replicas on a real Ray cluster: who gets what, and what survives whom.
+
+Every answer is compared with the one that the same request gets when nothing happens to it.
+"""
+
+import http.client
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from adapter_store.store import AdapterStore
+from deployments.serve import descendants, free_port
+from tests.deployments.test_ray import ROOT, command, wait_for
+from tests.deployments.tiny_models import make_adapter, make_base
+
+pytestmark = pytest.mark.ray
+
+ADAPTERS = ("red", "blue", "green", "gold", "grey", "pink")
+NUM_STREAMS = 20
+NUM_TOKENS = 600  # a few seconds: long enough to be interrupted
+MAX_NUM_SEQS = 32  # more than all streams together: each begins at once
+DRAIN_S = 0.5  # less than a stream takes: it has to be handed over
+
+
+@dataclass
+class Cluster:
+    driver: "subprocess.Popen[str]"
+    port: int
+    folder: Path
+
+    def order(self, order: object) -> Any:
+        assert self.driver.stdin is not None and self.driver.stdout is not None
+        self.driver.stdin.write(json.dumps(order) + "\n")
+        self.driver.stdin.flush()
+        answer = self.driver.stdout.readline()
+        assert answer, (self.folder / "driver.log").read_text()
+        return json.loads(answer)
+
+    def deploy(self, **replicas: Any) -> None:
+        engine = {
+            "device": "cpu",
+            "memory_bytes": "64MiB",
+            "num_threads": 1,
+            "max_num_seqs": MAX_NUM_SEQS,
+        }
+        replicas = {"num_cpus": 0.5, "drain_s": DRAIN_S, **replicas}
+        source = str(self.folder / "base")
+        model = {"id": "tiny", "source": source, "engine": engine, "replicas": replicas}
+        root = f"file://{self.folder}/store"
+        adapters = {"root": root, "disk_path": str(self.folder / "cache")}
+        assert self.order({"models": [model], "adapters": adapters}) == "deployed"
+
+    def figures(self) -> list[dict[str, Any]]:
+        return sorted(self.order("figures"), key=lambda figures: str(figures["device"]))
+
+    def pids(self, word: str) -> list[int]:
+        return [pid for pid in descendants(self.driver.pid) if word in command(pid)]
+
+    def connect(self, **body: Any) -> http.client.HTTPConnection:
+        """A connection with a request that has been sent."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        connection.request("POST", "/v1/completions", json.dumps({"model": "tiny", **body}))
+        return connection
+
+    def post(self, **body: Any) -> Any:
+        connection = self.connect(**body)
+        response = connection.getresponse()
+        answer = json.loads(response.read())
+        connection.close()
+        assert response.status == 200, answer
+        return answer
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    folder = tmp_path_factory.mktemp("fleet")
+    make_base(folder / "base", 8192)
+    store = AdapterStore(f"file://{folder}/store", folder / "cache", 10**9)
+    fingerprint = store.register_base(folder / "base")
+    for seed, name in enumerate(ADAPTERS):
+        make_adapter(folder / name, folder / "base", 4, seed)
+        store.publish(folder / name, "public", name, fingerprint)
+    port = free_port()
+    with (folder / "driver.log").open("wb") as log:
+        driver = subprocess.Popen(
+            [sys.executable, "-m", "tests.deployments.ray_driver", str(port)],
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+        )
+    cluster = Cluster(driver, port, folder)
+    try:
+        cluster.deploy(min=2)
+        yield cluster
+    finally:
+        family = descendants(driver.pid)
+        driver.communicate(timeout=30)
+        left = [command(pid) for pid in family if command(pid)]
+        assert not left, f"processes were left behind: {left}"
+
+
+# ---- streams -------------------------------------------------------------------------------
+
+
+@dataclass
+class Heard:
+    """All that a client heard of one stream, but the time it took."""
+
+    token_ids: dict[int, list[int]] = field(default_factory=dict)
+    text: dict[int, str] = field(default_factory=dict)
+    logprobs: dict[int, Any] = field(default_factory=dict)
+    finished: dict[int, str] = field(default_factory=dict)
+    num_tokens: int = 0
+    error: Any = None
+
+    def take(self, chunk: dict[str, Any]) -> None:
+        self.error = self.error or chunk.get("error")
+        for choice in chunk.get("choices", ()):
+            index = choice["index"]
+            self.token_ids.setdefault(index, []).extend(choice.get("token_ids") or [])
+            self.text[index] = self.text.get(index, "") + choice["text"]
+            if choice.get("logprobs"):
+                found = choice["logprobs"]["token_logprobs"]
+                self.logprobs.setdefault(index, []).extend(found)
+            if choice.get("finish_reason"):
+                self.finished[index] = choice["finish_reason"]
+        if chunk.get("usage"):
+            self.num_tokens = chunk["usage"]["completion_tokens"]
+
+    def roughly(self) -> "Heard":
+        """To compare with: a logprob may differ in its last bits, tokens may not."""
+        logprobs = {i: pytest.approx(found, abs=1e-4) for i, found in self.logprobs.items()}
+        return replace(self, logprobs=logprobs)
+
+
+def request(number: int) -> dict[str, Any]:
+    """Greedy and seeded, base and adapters, one choice and two, with logprobs and without."""
+    return {
+        "model": ("tiny", "tiny", "tiny", *ADAPTERS)[number % 5],
+        "prompt": f"stream {number}",
+        "max_tokens": NUM_TOKENS,
+        "ignore_eos": True,
+        "temperature": number % 2,
+        "seed": number,
+        "n": 2 if number % 4 == 1 else 1,
+        "logprobs": 1 if number % 4 == 0 else None,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        "return_token_ids": True,
+    }
+
+
+def listen(cluster: Cluster, number: int, heard: dict[int, Heard]) -> None:
+    connection = cluster.connect(**request(number))
+    mine = heard[number] = Heard()
+    for line in connection.getresponse():
+        if line.startswith(b"data: {"):
+            mine.take(json.loads(line.removeprefix(b"data: ")))
+    connection.close()
+
+
+def all_streams(cluster: Cluster, meanwhile: Callable[[], None] = lambda: None) -> dict[int, Heard]:
+    """Runs them all at once, and does something once every one of them has begun."""
+    heard: dict[int, Heard] = {}
+    threads = [
+        threading.Thread(target=listen, args=(cluster, number, heard))
+        for number in range(NUM_STREAMS)
+    ]
+    for thread in threads:
+        thread.start()
+
+    def have_begun() -> bool:
+        return len(heard) == NUM_STREAMS and all(h.token_ids for h in list(heard.values()))
+
+    wait_for(have_begun, 30, "streaming")
+    meanwhile()
+    for thread in threads:
+        thread.join()
+    return heard
+
+
+@pytest.fixture(scope="module")
+def undisturbed(cluster: Cluster) -> dict[int, Heard]:
+    heard = all_streams(cluster)
+    for number, mine in heard.items():
+        n = request(number)["n"]
+        assert mine.error is None and mine.num_tokens == n * NUM_TOKENS
+        assert [len(ids) for ids in mine.token_ids.values()] == [NUM_TOKENS] * n
+    return {number: mine.roughly() for number, mine in heard.items()}
+
+
+# ---- who gets what -------------------------------------------------------------------------
+
+
+def test_an_adapter_sticks_to_a_replica_and_new_ones_spread(cluster: Cluster) -> None:
+    for _ in range(3):
+        for name in ADAPTERS:
+            cluster.post(model=name, prompt="x", max_tokens=2)
+    first, second = (set(figures["disk"]) for figures in cluster.figures())
+    assert len(first | second) == len(ADAPTERS), "all of them are somewhere"
+    assert not first & second, "and none is at two places"
+    assert first and second, "and each replica has some"
+
+
+def test_no_replica_is_idle_while_the_other_has_a_queue(cluster: Cluster) -> None:
+    """One adapter that everybody wants: it must not stay with its replica at any price."""
+    fields = {"prompt": "x", "max_tokens": 100, "ignore_eos": True, "n": 1}
+    before = [figures["num_received"] for figures in cluster.figures()]
+    sent = [cluster.connect(model="red", **fields) for _ in range(3 * MAX_NUM_SEQS)]
+    answers = [connection.getresponse() for connection in sent]
+    assert {answer.status for answer in answers} == {200}
+    for connection, answer in zip(sent, answers, strict=True):
+        answer.read()
+        connection.close()
+    after = [figures["num_received"] for figures in cluster.figures()]
+    received = sorted(b - a for a, b in zip(sorted(before), sorted(after), strict=True))
+    assert sum(received) == len(sent)
+    assert received[0] >= MAX_NUM_SEQS, received
+
+
+def test_base_requests_and_the_prompts_of_one_request_use_all_replicas(cluster: Cluster) -> None:
+    before = sum(figures["num_received"] for figures in cluster.figures())
+    prompts = [f"prompt {number}" for number in range(12)]
+    fields = {"temperature": 0, "max_tokens": 30, "ignore_eos": True}
+    together = cluster.post(prompt=prompts, **fields)["choices"]
+    counts = [figures["num_received"] for figures in cluster.figures()]
+    assert sum(counts) - before == len(prompts)
+    alone = [cluster.post(prompt=prompt, **fields)["choices"][0] for prompt in prompts]
+    assert [c["text"] for c in together] == [c["text"] for c in alone]
+
+
+# ---- what survives whom --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("victim", ["ServeReplica:reef:Engine", "engine.process"])
+def test_streams_go_on_as_if_nothing_had_been_killed(
+    cluster: Cluster, undisturbed: dict[int, Heard], victim: str
+) -> None:
+    busy = Counter[str]()
+
+    def kill_one() -> None:
+        busy.update(str(figures["num_requests"] > 0) for figures in cluster.figures())
+        os.kill(cluster.pids(victim)[0], signal.SIGKILL)
+
+    heard = all_streams(cluster, kill_one)
+    assert heard == undisturbed
+    assert busy == {"True": 2}, "whichever was killed had streams"
+    wait_for(lambda: len(cluster.pids("engine.process")) == 2, 60, "two engines again")
+    wait_for(lambda: cluster.order("running") == 2, 60, "two replicas again")
+
+
+def test_a_new_deployment_loses_no_stream(cluster: Cluster, undisturbed: dict[int, Heard]) -> None:
+    before = set(cluster.pids("engine.process"))
+    heard = all_streams(cluster, lambda: cluster.deploy(min=2, drain_s=DRAIN_S + 1))
+    assert heard == undisturbed
+    assert not before & set(cluster.pids("engine.process"))
+
+
+def test_what_a_dead_ingress_asked_for_is_gone_within_ten_seconds(cluster: Cluster) -> None:
+    def num_requests() -> int:
+        return sum(figures["num_requests"] for figures in cluster.figures())
+
+    fields = {"prompt": "x", "max_tokens": 8000, "ignore_eos": True, "stream": True}
+    sent = [cluster.connect(**fields) for _ in range(4)]
+    for connection in sent:
+        connection.getresponse().read(100)
+    assert num_requests() == len(sent)
+    (ingress,) = cluster.pids("ServeReplica:reef:Ingress")
+    os.kill(ingress, signal.SIGKILL)
+    wait_for(lambda: num_requests() == 0, 10, "orphans gone")
+    for connection in sent:
+        connection.close()
+    wait_for(lambda: is_serving(cluster), 30, "serving again")
+
+
+def is_serving(cluster: Cluster) -> bool:
+    try:
+        connection = cluster.connect(prompt="x", max_tokens=1)
+        status = connection.getresponse().status
+    except (OSError, http.client.HTTPException):
+        return False
+    connection.close()
+    return status == 200
+
+
+# ---- as many as it takes -------------------------------------------------------------------
+
+
+def test_replicas_come_with_the_load_and_go_without_it(
+    cluster: Cluster, undisturbed: dict[int, Heard]
+) -> None:
+    quick = {
+        "look_back_s": 1.5,
+        "upscale_delay_s": 0.5,
+        "downscale_delay_s": 2,
+        "target_requests": 8,
+    }
+    cluster.deploy(min=1, max=2, autoscaling=quick)
+    assert cluster.order("running") == 1
+
+    def until_there_are_two() -> None:
+        wait_for(lambda: cluster.order("running") == 2, 40, "a second replica")
+
+    stop = threading.Event()
+
+    def keep_busy() -> None:
+        while not stop.is_set():
+            cluster.post(prompt="x", max_tokens=300, ignore_eos=True)
+
+    clients = [threading.Thread(target=keep_busy) for _ in range(12)]
+    for client in clients:
+        client.start()
+    try:
+        until_there_are_two()
+    finally:
+        stop.set()
+        for client in clients:
+            client.join()
+    # Too little for two, and still there when one of them goes.
+    heard: dict[int, Heard] = {}
+    last = [threading.Thread(target=listen, args=(cluster, n, heard)) for n in (1, 2, 3)]
+    for thread in last:
+        thread.start()
+    wait_for(lambda: cluster.order("running") == 1, 40, "one replica again")
+    for thread in last:
+        thread.join()
+    assert heard == {number: undisturbed[number] for number in (1, 2, 3)}

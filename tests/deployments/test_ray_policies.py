@@ -1,0 +1,175 @@
+"""The two classes that Ray calls, without a cluster: who is chosen, and how many are wanted."""
+
+import tests.deployments.quiet_ray  # noqa: F401
+
+# isort: split
+import asyncio
+import json
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from ray.serve.request_router import RequestRouter
+
+from deployments import autoscaler, router
+from deployments.app import _autoscaling, _engine_options
+from deployments.autoscaler import LoadPolicy
+from deployments.config import load_config
+from deployments.policy.autoscaling import ReplicaLoad
+from deployments.policy.routing import ReplicaFigures
+from deployments.router import DIGEST_CHARS, AdapterRouter, from_stats, to_stats
+from deployments.transport import Hints
+
+DIGEST = "d" * 64
+
+
+@dataclass(eq=False)
+class Replica:
+    """As much of Ray's RunningReplica as the router looks at."""
+
+    name: str
+    routing_stats: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def replica_id(self) -> Any:
+        return SimpleNamespace(unique_id=self.name)
+
+
+@pytest.fixture
+def chooser(monkeypatch: pytest.MonkeyPatch) -> AdapterRouter:
+    """A router without Ray's machinery around it."""
+
+    def update(self: Any, replicas: list[Replica]) -> None:
+        self._replicas = {replica.name: replica for replica in replicas}
+
+    monkeypatch.setattr(RequestRouter, "update_replicas", update)
+    made = object.__new__(AdapterRouter)
+    made._replicas = {}
+    made.initialize_state(keep_s=60.0)
+    return made
+
+
+def choose(chooser: AdapterRouter, hints: Hints) -> list[str]:
+    pending = SimpleNamespace(args=[hints], routing_context=SimpleNamespace(should_backoff=False))
+    candidates: Any = list(chooser.curr_replicas.values())
+    ranks = asyncio.run(chooser.choose_replicas(candidates, pending))  # type: ignore[arg-type]
+    assert pending.routing_context.should_backoff, "else a busy loop"
+    return [replica.name for rank in ranks for replica in rank]  # type: ignore[attr-defined]
+
+
+def replicas(*names: str, **stats: ReplicaFigures) -> Any:
+    return [Replica(name, to_stats(stats.get(name, ReplicaFigures()))) for name in names]
+
+
+def test_figures_survive_the_trip_but_for_what_is_rounded() -> None:
+    figures = ReplicaFigures(3, 1234, 5, 64, 0.4567, frozenset({DIGEST}), frozenset({"e" * 64}))
+    stats = to_stats(figures)
+    assert json.loads(json.dumps(stats)) == stats
+    short = frozenset({"d" * DIGEST_CHARS}), frozenset({"e" * DIGEST_CHARS})
+    assert from_stats(stats) == ReplicaFigures(3, 1200, 5, 64, 0.5, *short)
+
+
+def test_a_request_goes_where_its_adapter_is(chooser: AdapterRouter) -> None:
+    having = ReplicaFigures(device_adapters=frozenset({DIGEST}), max_num_seqs=8)
+    for name in ("a", "b", "c"):
+        chooser.update_replicas(replicas("a", "b", "c", **{name: having}))
+        ranked = choose(chooser, Hints(request_id="r", num_prompt_tokens=5, adapter=DIGEST))
+        assert ranked[0] == name and sorted(ranked) == ["a", "b", "c"]
+
+
+def test_requests_between_two_reports_spread(chooser: AdapterRouter) -> None:
+    same = ReplicaFigures(max_num_seqs=8)
+    chooser.update_replicas(replicas("a", "b", a=same, b=same))
+    chosen = [choose(chooser, Hints(request_id=f"r{n}", num_prompt_tokens=5))[0] for n in range(8)]
+    assert sorted(chosen) == ["a"] * 4 + ["b"] * 4
+
+
+def test_a_call_with_a_target_goes_there_alone(chooser: AdapterRouter) -> None:
+    chooser.update_replicas(replicas("a", "b"))
+    assert choose(chooser, Hints(target="b", avoid=("b",))) == ["b"]
+
+
+def test_a_call_whose_target_is_gone_reaches_somebody_who_can_say_so(
+    chooser: AdapterRouter,
+) -> None:
+    chooser.update_replicas(replicas("a"))
+    assert choose(chooser, Hints(target="b")) == ["a"]
+
+
+def test_a_leaving_replica_is_reached_by_name_and_told(chooser: AdapterRouter) -> None:
+    chooser.update_replicas(replicas("a", "b", "c"))
+    for name in ("a", "b"):
+        hints = Hints(target=name)
+        choose(chooser, hints)
+        assert not hints.is_leaving
+    chooser.update_replicas(replicas("b"))
+    assert choose(chooser, Hints(request_id="r")) == ["b"], "c was never named and is forgotten"
+    leaving = Hints(target="a")
+    assert choose(chooser, leaving) == ["a"] and leaving.is_leaving
+    chooser.update_replicas(replicas("a", "b"))
+    staying = Hints(target="a")
+    assert choose(chooser, staying) == ["a"] and not staying.is_leaving
+
+
+def test_a_leaving_replica_is_forgotten_in_time(
+    chooser: AdapterRouter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 100.0
+    monkeypatch.setattr(router.time, "monotonic", lambda: now)
+    chooser.update_replicas(replicas("a", "b"))
+    choose(chooser, Hints(target="a"))
+    chooser.update_replicas(replicas("b"))
+    assert "a" in chooser.curr_replicas
+    now += 61.0
+    chooser.update_replicas(replicas("b"))
+    assert "a" not in chooser.curr_replicas
+
+
+def context(num_requests: dict[str, float], target: int = 1) -> Any:
+    return SimpleNamespace(
+        aggregated_metrics={"num_requests": num_requests, "somebody_elses": {"a": 1.0}},
+        running_replicas=["a", "b"],
+        target_num_replicas=target,
+    )
+
+
+@pytest.mark.parametrize(("requests", "wanted"), [({}, 0), ({"a": 4.0}, 1), ({"a": 9.0}, 3)])
+def test_the_policy_asks_for_what_the_reports_add_up_to(
+    requests: dict[str, float], wanted: int
+) -> None:
+    policy = LoadPolicy(queued_tokens=100.0, kv_used=0.5, num_requests=4.0)
+    assert policy(context(requests)) == (wanted, {})
+
+
+def test_a_load_survives_the_trip() -> None:
+    stats = autoscaler.to_stats(ReplicaLoad(10, 0.5, 3))
+    assert stats == {"queued_tokens": 10.0, "kv_used": 0.5, "num_requests": 3.0}
+
+
+# ---- from the configuration to Ray's options -----------------------------------------------
+
+
+def model(**replicas: Any) -> Any:
+    section = {"id": "m", "source": "somewhere", "replicas": replicas}
+    return load_config({"models": [section]}).models[0]
+
+
+def test_a_range_of_replicas_switches_autoscaling_on() -> None:
+    scaling = {"target_requests": 7.0, "upscale_delay_s": 1.5, "look_back_s": 3.0}
+    config = _autoscaling(model(min=2, max=5, autoscaling=scaling))
+    assert (config.min_replicas, config.max_replicas) == (2, 5)
+    assert (config.upscale_delay_s, config.look_back_period_s) == (1.5, 3.0)
+    assert config.policy.policy_kwargs["num_requests"] == 7.0
+    assert "num_replicas" not in _engine_options(model(min=2, max=5))
+
+
+@pytest.mark.parametrize("replicas", [{"min": 3}, {"min": 3, "max": 3}])
+def test_a_fixed_number_of_replicas_does_not(replicas: dict[str, int]) -> None:
+    options = _engine_options(model(**replicas))
+    assert options["num_replicas"] == 3 and "autoscaling_config" not in options
+
+
+def test_ray_waits_longer_for_a_replica_than_the_replica_for_its_requests() -> None:
+    options = _engine_options(model(drain_s=50.0))
+    assert options["graceful_shutdown_timeout_s"] > 50.0

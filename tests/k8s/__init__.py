@@ -1,0 +1,1 @@
+"""The manifests in k8s/: against schemas, against the configuration, against each other."""
