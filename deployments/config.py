@@ -102,7 +102,6 @@ class AdaptersSection(Section):
     disk_path: str = ".data/adapters"
     disk_bytes: Bytes = 10 * 2**30
     host_bytes: Bytes = 2 * 2**30
-    preload: list[str] = Field(default=[], max_length=0)  # not supported yet
 
 
 class TenancySection(Section):
