@@ -49,7 +49,7 @@ class Recipe:
     base_lr: float = 3e-3  # AdamW, for all that is no matrix of a layer
     adapter_lr: float = 4e-3  # AdamW
     adapters: tuple[AdapterRecipe, ...] = ADAPTERS
-    max_rounds: int = 5
+    max_rounds: int = 8
     good_enough: float = 0.99
     num_tuning: int = 100
     num_held_out: int = 100
