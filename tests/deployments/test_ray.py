@@ -17,6 +17,7 @@ import yaml
 
 from adapter_store.store import AdapterStore
 from deployments.serve import descendants, free_port
+from tests.deployments.processes import assert_gone, command
 from tests.deployments.tiny_models import make_adapter, make_base
 
 pytestmark = pytest.mark.ray
@@ -63,13 +64,6 @@ class Running:
         return found[0]
 
 
-def command(pid: int) -> str:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
-    except OSError:
-        return ""
-
-
 def wait_for(condition: Callable[[], bool], seconds: float, what: str) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
@@ -103,8 +97,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
         family = descendants(process.pid)
         process.send_signal(signal.SIGINT)
         assert process.wait(30) == 0
-        left = [command(pid) for pid in family if command(pid)]
-        assert not left, f"processes were left behind: {left}"
+        assert_gone(family)
 
 
 def configuration() -> dict[str, Any]:

@@ -20,7 +20,8 @@ import pytest
 
 from adapter_store.store import AdapterStore
 from deployments.serve import descendants, free_port
-from tests.deployments.test_ray import ROOT, command, wait_for
+from tests.deployments.processes import assert_gone, command
+from tests.deployments.test_ray import ROOT, wait_for
 from tests.deployments.tiny_models import make_adapter, make_base
 
 pytestmark = pytest.mark.ray
@@ -107,8 +108,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     finally:
         family = descendants(driver.pid)
         driver.communicate(timeout=30)
-        left = [command(pid) for pid in family if command(pid)]
-        assert not left, f"processes were left behind: {left}"
+        assert_gone(family)
 
 
 # ---- streams -------------------------------------------------------------------------------

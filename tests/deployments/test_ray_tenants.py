@@ -27,6 +27,7 @@ from transformers import AutoModelForCausalLM
 from adapter_store.store import AdapterStore
 from deployments.new_key import main as new_key_main
 from deployments.serve import descendants, free_port
+from tests.deployments.processes import assert_gone
 from tests.deployments.tiny_models import make_adapter, make_base
 
 pytestmark = pytest.mark.ray
@@ -120,8 +121,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
         process.send_signal(signal.SIGINT)
         process.wait(30)
     assert process.returncode == 0
-    left = [pid for pid in family if Path(f"/proc/{pid}/cmdline").exists()]
-    assert not left, f"processes were left behind: {left}"
+    assert_gone(family)
 
 
 def make_models(folder: Path) -> list[list[Any]]:
