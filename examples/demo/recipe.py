@@ -51,7 +51,7 @@ class Recipe:
     adapters: tuple[AdapterRecipe, ...] = ADAPTERS
     max_rounds: int = 8
     good_enough: float = 0.99
-    num_tuning: int = 100
+    num_tuning: int = 300
     num_held_out: int = 100
 
 
