@@ -23,10 +23,11 @@ END_TIMEOUT_S = 60.0
 GROUPS = ("engine", "replica", "ingress", "haproxy", "ray")
 
 
-def write_config(scratch: Path, source: Path, engine: dict[str, Any]) -> Path:
+def write_config(scratch: Path, source: Path, engine: dict[str, Any], replicas: int = 1) -> Path:
     """JSON is YAML too."""
+    model = {"id": MODEL, "source": str(source), "engine": engine, "replicas": {"min": replicas}}
     args = {
-        "models": [{"id": MODEL, "source": str(source), "engine": engine}],
+        "models": [model],
         "adapters": {
             "root": f"file://{scratch / 'store'}",
             "disk_path": str(scratch / "disk"),

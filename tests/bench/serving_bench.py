@@ -65,7 +65,7 @@ def main() -> int:
         "num_threads": torch.get_num_threads(),
     }
     with tempfile.TemporaryDirectory(prefix="bench-") as scratch:
-        config = write_config(Path(scratch), source, engine)
+        config = write_config(Path(scratch), source, engine, options.replicas)
         names = [MODEL, *publish(Path(scratch), source, folders)]
         own = ThroughProcess(EngineConfig(source=str(source), **engine), folders)
         try:
@@ -136,7 +136,7 @@ def _conditions(options: argparse.Namespace) -> str:
     return (
         f"{header(options.seed)} | serving | {options.shape} | {options.traffic}, "
         f"{options.requests} requests, prompt {options.prompt}, output {options.output}, "
-        f"{options.adapters} adapters, {options.rounds} rounds"
+        f"{options.adapters} adapters, {options.replicas} replicas, {options.rounds} rounds"
     )
 
 
@@ -170,6 +170,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--traffic", choices=TRAFFIC, default="uniform")
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 8, 16])
     parser.add_argument("--requests", type=int, default=32)
+    parser.add_argument("--replicas", type=int, default=1, help="of the served engine")
     parser.add_argument("--adapters", type=int, default=8)
     parser.add_argument("--memory-mib", type=int, default=2048, help="KV and adapters")
     parser.add_argument("--prompt", type=lengths, default=lengths("32-64"))
