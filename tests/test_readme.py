@@ -7,7 +7,8 @@ from typing import Any, get_args
 import pytest
 from pydantic import BaseModel
 
-from deployments.config import AppConfig
+from deployments.config import AppConfig, load_config
+from deployments.config_file import read_application
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -73,3 +74,13 @@ def test_the_tree_was_found() -> None:
 @pytest.mark.parametrize("target", ["serve", "test", "lint", "bench"])
 def test_the_commands_are_targets_of_the_makefile(target: str) -> None:
     assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.name)
+def test_every_config_is_accepted(path: Path) -> None:
+    load_config(read_application(path)["args"])
+
+
+def test_the_configs_that_the_readme_names_exist() -> None:
+    named = re.findall(r"configs/[\w-]+\.yaml", README)
+    assert named and all((ROOT / name).exists() for name in named)
