@@ -14,10 +14,6 @@ def kv_bytes_per_token(spec: ModelSpec, dtype: torch.dtype) -> int:
     return 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * dtype.itemsize
 
 
-def num_blocks_in(memory_bytes: int, block_size: int, spec: ModelSpec, dtype: torch.dtype) -> int:
-    return memory_bytes // (block_size * kv_bytes_per_token(spec, dtype))
-
-
 def allocate_kv_cache(
     num_blocks: int, block_size: int, spec: ModelSpec, dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor:

@@ -44,9 +44,6 @@ class AdapterSlots:
     def is_ready(self, digest: str) -> bool:
         return digest in self._resident or digest in self._ready
 
-    def fits(self, nbytes: int) -> bool:
-        return nbytes <= self.capacity_bytes
-
     def acquire(self, digest: str) -> int | None:
         """Pin a ready adapter and return its slot; None while pinned ones leave no room."""
         entry = self._resident.get(digest)
