@@ -1,0 +1,96 @@
+"""Compiles the native library: once per version of its sources, with the machine's compiler.
+
+The library's name carries a digest of its sources, so a stale one is never loaded. A wheel brings
+it along; a checkout compiles it at first use, beside the sources or, where that folder cannot be
+written, in the user's cache.
+"""
+
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+SOURCES = Path(__file__).parent / "src"
+COMPILERS = ("g++", "clang++", "c++")
+FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=default", "-Wall", "-Wextra", "-Werror")
+ISAS = {
+    "avx2": ("-mavx2", "-mfma"),
+    "avx512": (
+        *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16"),
+        *("-mavx512vnni", "-mavx512vbmi", "-mavx2", "-mfma", "-mprefer-vector-width=512"),
+    ),
+}
+PLAIN = ("pool.cpp", "reef.cpp", "program.cpp")  # every other source is compiled once per ISA
+
+
+class BuildError(RuntimeError):
+    """There is no native library here; the message says why."""
+
+
+def ensure_library() -> Path:
+    """The library's path, compiled now if nobody has before. Raises BuildError."""
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        raise BuildError(f"the native kernels are for Linux on x86-64, not {platform.platform()}")
+    for folder in _folders():
+        if (folder / library_name()).exists():
+            return folder / library_name()
+    for folder in _folders():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            writable = os.access(folder, os.W_OK)
+        except OSError:
+            writable = False
+        if writable:
+            return compile_library(folder)
+    raise BuildError(f"none of {', '.join(map(str, _folders()))} can be written")
+
+
+def library_name() -> str:
+    digest = hashlib.sha256()
+    for path in sorted(SOURCES.iterdir()):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    digest.update(repr((FLAGS, ISAS)).encode())
+    return f"libreef-{digest.hexdigest()[:16]}.so"
+
+
+def compile_library(folder: Path, extra_flags: tuple[str, ...] = ()) -> Path:
+    """Compile every source for every instruction set and link them into `folder`."""
+    compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
+    if compiler is None:
+        raise BuildError(f"no C++ compiler found (looked for {', '.join(COMPILERS)})")
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as scratch, ThreadPoolExecutor() as pool:
+        jobs = list(_compilations(compiler, Path(scratch), extra_flags))
+        list(pool.map(lambda job: _run(job[1]), jobs))
+        linked = Path(scratch) / "linked.so"
+        objects = [str(obj) for obj, _ in jobs]
+        _run([compiler, "-shared", "-pthread", *extra_flags, *objects, "-o", str(linked)])
+        target = folder / library_name()
+        os.replace(linked, target)  # whoever else compiles the same wins or loses whole
+    return target
+
+
+def _folders() -> tuple[Path, Path]:
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(__file__).parent / "lib", cache / "reef"
+
+
+def _compilations(compiler: str, scratch: Path, extra_flags: tuple[str, ...]):
+    for source in sorted(SOURCES.glob("*.cpp")):
+        isas = {"plain": ()} if source.name in PLAIN else ISAS
+        for isa, flags in isas.items():
+            target = scratch / f"{source.stem}-{isa}.o"
+            define = [f"-DREEF_ISA={isa}"] if flags else []
+            command = [compiler, *FLAGS, *flags, *define, *extra_flags]
+            yield target, [*command, "-c", str(source), "-o", str(target)]
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise BuildError(f"{' '.join(command)} failed:\n{done.stderr[-4000:]}")

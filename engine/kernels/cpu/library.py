@@ -1,0 +1,76 @@
+"""Context: the loaded native library with its threads, at one instruction set.
+
+Calls release the GIL. A context runs one call at a time; the engine's one thread owns it.
+"""
+
+import ctypes as c
+import logging
+import os
+from collections.abc import Callable
+from functools import lru_cache
+
+from engine.kernels.cpu import structs
+from engine.kernels.cpu.build import ensure_library
+
+log = logging.getLogger(__name__)
+
+ISAS = ("none", "avx2", "avx512")  # by the number that the library knows them by
+
+
+class Context:
+    """`isa` and `threads` default to the best of this machine and to all of its cores."""
+
+    def __init__(self, isa: str | None = None, threads: int | None = None) -> None:
+        self.library = _load()
+        best = self.library.reef_best_isa()
+        self.isa = isa or ISAS[best]
+        self.threads = threads or len(os.sched_getaffinity(0))
+        self._handle = self.library.reef_open(ISAS.index(self.isa), self.threads)
+        if not self._handle:
+            raise ValueError(
+                f"isa {self.isa!r} with {self.threads} threads: this machine has "
+                f"{ISAS[1 : best + 1]}, and at least 1 thread is needed"
+            )
+
+    def function(self, name: str, args: type[c.Structure]) -> Callable[[c.Structure], None]:
+        """A C function of (context, pointer to args) as a function of args."""
+        function, handle = self.library[f"reef_{name}"], self._handle
+        function.argtypes = [c.c_void_p, c.POINTER(args)]
+        function.restype = None
+        return lambda value: function(handle, value)
+
+    def close(self) -> None:
+        """Ends the threads. Nothing may be called afterwards."""
+        handle, self._handle = self._handle, None
+        if handle:
+            self.library.reef_close(handle)
+
+    def __del__(self) -> None:
+        if getattr(self, "_handle", None):
+            self.close()
+
+
+def supported_isas() -> tuple[str, ...]:
+    """What this machine can run, the best last; empty where it can run none."""
+    return ISAS[1 : _load().reef_best_isa() + 1]
+
+
+@lru_cache(maxsize=1)
+def _load() -> c.CDLL:
+    library = c.CDLL(str(ensure_library()))
+    library.reef_open.argtypes, library.reef_open.restype = [c.c_int, c.c_int], c.c_void_p
+    library.reef_close.argtypes, library.reef_close.restype = [c.c_void_p], None
+    return library
+
+
+FUNCTIONS: dict[str, type[c.Structure]] = {
+    "linear": structs.LinearArgs,
+    "lora": structs.LoraArgs,
+    "store": structs.StoreArgs,
+    "attention": structs.AttentionArgs,
+    "embed": structs.EmbedArgs,
+    "norm": structs.NormArgs,
+    "gate": structs.GateArgs,
+    "gather": structs.GatherArgs,
+    "greedy": structs.GreedyArgs,
+}

@@ -1,0 +1,6 @@
+#include "linear.h"
+#include "table.h"
+
+namespace REEF_ISA {
+reef::Task attention(const ReefAttentionArgs* args, int) { return {nullptr, args, 0}; }
+}

@@ -1,0 +1,26 @@
+// Linear layers, by the format of their weights.
+#include "linear.h"
+
+#include "table.h"
+
+namespace REEF_ISA {
+
+reef::Task linear_prepare(const ReefLinearArgs* args, int threads) {
+    switch (args->linear->format) {
+        case REEF_INT8:
+        case REEF_NF4_INT8: return quantize_rows(args, threads);
+        default: return {nullptr, args, 0};
+    }
+}
+
+reef::Task linear(const ReefLinearArgs* args, int threads) {
+    switch (args->linear->format) {
+        case REEF_INT8: return linear_int8(args, threads);
+        case REEF_NF4: return linear_nf4(args, threads);
+        case REEF_NF4_INT8: return linear_nf4_int8(args, threads);
+        case REEF_INT4: return linear_int4(args, threads);
+        default: return linear_bf16(args, threads);
+    }
+}
+
+}  // namespace REEF_ISA

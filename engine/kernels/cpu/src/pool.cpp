@@ -1,0 +1,103 @@
+#include "pool.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace reef {
+namespace {
+
+// Long enough to bridge the gap between two operations of a step, short enough to leave the core
+// to others between two steps: about a tenth of a millisecond.
+constexpr int kSpins = 4000;
+constexpr int kSpinsBeforeYield = 2000;
+
+inline void relax() {
+#if defined(__x86_64__)
+    _mm_pause();
+#endif
+}
+
+inline uint32_t job_of(uint64_t ticket) { return static_cast<uint32_t>(ticket >> 32); }
+inline uint32_t left_of(uint64_t ticket) { return static_cast<uint32_t>(ticket); }
+
+}  // namespace
+
+Pool::Pool(int threads) {
+    for (int i = 1; i < threads; ++i) workers_.emplace_back([this] { serve(); });
+}
+
+Pool::~Pool() {
+    {
+        std::lock_guard<std::mutex> lock(mutex_);
+        stop_ = true;
+    }
+    wake_.notify_all();
+    for (std::thread& worker : workers_) worker.join();
+}
+
+void Pool::run(const Task* tasks, int num_tasks) {
+    uint32_t chunks = 0;
+    for (int i = 0; i < num_tasks; ++i) chunks += static_cast<uint32_t>(tasks[i].chunks);
+    if (chunks == 0) return;
+    tasks_ = tasks;
+    num_tasks_ = static_cast<uint32_t>(num_tasks);
+    if (workers_.empty() || chunks == 1) {
+        for (uint32_t i = 0; i < chunks; ++i) run_chunk(i);
+        return;
+    }
+    const uint32_t job = job_of(ticket_.load(std::memory_order_relaxed)) + 1;
+    begin(job, chunks);
+    take_chunks(job);
+    for (int spins = 0; unfinished_.load(std::memory_order_acquire) != 0; ++spins) {
+        if (spins < kSpinsBeforeYield) relax();
+        else std::this_thread::yield();
+    }
+}
+
+void Pool::begin(uint32_t job, uint32_t chunks) {
+    unfinished_.store(chunks, std::memory_order_relaxed);
+    ticket_.store(static_cast<uint64_t>(job) << 32 | chunks, std::memory_order_seq_cst);
+    if (sleeping_.load(std::memory_order_seq_cst) == 0) return;
+    { std::lock_guard<std::mutex> lock(mutex_); }  // nobody is between its last look and its sleep
+    wake_.notify_all();
+}
+
+void Pool::take_chunks(uint32_t job) {
+    uint64_t ticket = ticket_.load(std::memory_order_acquire);
+    while (job_of(ticket) == job && left_of(ticket) != 0) {
+        if (!ticket_.compare_exchange_weak(ticket, ticket - 1, std::memory_order_acq_rel)) continue;
+        run_chunk(left_of(ticket) - 1);
+        unfinished_.fetch_sub(1, std::memory_order_acq_rel);
+        ticket = ticket_.load(std::memory_order_acquire);
+    }
+}
+
+void Pool::run_chunk(uint32_t index) const {
+    const Task* task = tasks_;
+    while (index >= static_cast<uint32_t>(task->chunks)) index -= static_cast<uint32_t>((task++)->chunks);
+    task->run(task->args, static_cast<int>(index));
+}
+
+void Pool::serve() {
+    for (uint32_t job = 0; !stop_;) {
+        job = wait_for_job(job);
+        take_chunks(job);
+    }
+}
+
+// Returns the number of a job other than `last`, or anything once the pool stops.
+uint32_t Pool::wait_for_job(uint32_t last) {
+    for (int spins = 0; spins < kSpins; ++spins) {
+        const uint32_t job = job_of(ticket_.load(std::memory_order_acquire));
+        if (job != last || stop_.load(std::memory_order_relaxed)) return job;
+        relax();
+    }
+    std::unique_lock<std::mutex> lock(mutex_);
+    sleeping_.fetch_add(1, std::memory_order_seq_cst);
+    wake_.wait(lock, [&] { return stop_ || job_of(ticket_.load(std::memory_order_seq_cst)) != last; });
+    sleeping_.fetch_sub(1, std::memory_order_seq_cst);
+    return job_of(ticket_.load(std::memory_order_acquire));
+}
+
+}  // namespace reef

@@ -1,0 +1,63 @@
+// The C ABI: a context with its threads and the kernels of one instruction set, and each kernel
+// on its own. `program.cpp` runs many in one call.
+#include "context.h"
+
+extern "C" {
+
+// The best instruction set of this machine: 2 avx512 (bf16, VNNI), 1 avx2, 0 neither.
+int reef_best_isa() {
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni") &&
+        __builtin_cpu_supports("avx512vbmi"))
+        return 2;
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? 1 : 0;
+}
+
+// Null where this machine lacks the instruction set.
+ReefContext* reef_open(int isa, int threads) {
+    if (isa < 1 || isa > reef_best_isa() || threads < 1) return nullptr;
+    return new ReefContext(isa == 2 ? avx512::table : avx2::table, threads);
+}
+
+void reef_close(ReefContext* context) { delete context; }
+
+void reef_linear(ReefContext* context, const ReefLinearArgs* args) {
+    context->run(context->kernels.linear_prepare, args);
+    context->run(context->kernels.linear, args);
+}
+
+void reef_lora(ReefContext* context, const ReefLoraArgs* args) {
+    context->run(context->kernels.lora_shrink, args);
+    context->run(context->kernels.lora_expand, args);
+}
+
+void reef_store(ReefContext* context, const ReefStoreArgs* args) {
+    context->run(context->kernels.store, args);
+}
+
+void reef_attention(ReefContext* context, const ReefAttentionArgs* args) {
+    context->run(context->kernels.attention, args);
+}
+
+void reef_embed(ReefContext* context, const ReefEmbedArgs* args) {
+    context->run(context->kernels.embed, args);
+}
+
+void reef_norm(ReefContext* context, const ReefNormArgs* args) {
+    context->run(context->kernels.norm, args);
+}
+
+void reef_gate(ReefContext* context, const ReefGateArgs* args) {
+    context->run(context->kernels.gate, args);
+}
+
+void reef_gather(ReefContext* context, const ReefGatherArgs* args) {
+    context->run(context->kernels.gather, args);
+}
+
+void reef_greedy(ReefContext* context, const ReefGreedyArgs* args) {
+    context->run(context->kernels.greedy, args);
+}
+
+}  // extern "C"

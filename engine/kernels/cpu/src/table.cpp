@@ -1,0 +1,11 @@
+#include "table.h"
+
+namespace REEF_ISA {
+
+extern const reef::Kernels table;
+const reef::Kernels table = {
+    linear_prepare, linear, lora_shrink, lora_expand, store, attention,
+    embed,          norm,   gate,        gather,      greedy,
+};
+
+}  // namespace REEF_ISA

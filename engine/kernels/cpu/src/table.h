@@ -1,0 +1,20 @@
+// The kernels of the instruction set that this file is compiled for. Each is defined in the .cpp
+// file of its name; `table` in table.cpp collects them.
+#pragma once
+#include "kernels.h"
+
+namespace REEF_ISA {
+
+reef::Task linear_prepare(const ReefLinearArgs* args, int threads);
+reef::Task linear(const ReefLinearArgs* args, int threads);
+reef::Task lora_shrink(const ReefLoraArgs* args, int threads);
+reef::Task lora_expand(const ReefLoraArgs* args, int threads);
+reef::Task store(const ReefStoreArgs* args, int threads);
+reef::Task attention(const ReefAttentionArgs* args, int threads);
+reef::Task embed(const ReefEmbedArgs* args, int threads);
+reef::Task norm(const ReefNormArgs* args, int threads);
+reef::Task gate(const ReefGateArgs* args, int threads);
+reef::Task gather(const ReefGatherArgs* args, int threads);
+reef::Task greedy(const ReefGreedyArgs* args, int threads);
+
+}  // namespace REEF_ISA

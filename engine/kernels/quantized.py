@@ -1,0 +1,76 @@
+"""QuantizedWeight: a linear layer's weight in few bits, in the plainest layout there is.
+
+Whatever a checkpoint or the quantizer calls a format, it arrives here, and every kernel packs it
+from here into a layout of its own. `dequantize` is the meaning of each format and the oracle of
+all tests.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# The 16 values of a 4-bit normal float (Dettmers et al. 2023, QLoRA), in the order of their codes
+NF4_VALUES = (
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+    *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+    *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+    *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedWeight:
+    """One weight [out, in].
+
+    int8:  weight = codes * scales                        codes int8 [out, in], scales [out, 1]
+    nf4:   weight = NF4_VALUES[codes] * scales            codes uint8 [out, in / 2], scales [out, G]
+    int4:  weight = (codes - zeros) * scales              codes uint8 [out, in / 2], both [out, G]
+
+    4-bit codes lie two in a byte, the even input in the low half. Scales and zeros are float32,
+    one per output and group of `group_size` neighbouring inputs, G = in / group_size. With an
+    `input_order` (int32 [in]), column k of the codes belongs to input input_order[k].
+    """
+
+    format: str
+    codes: Tensor
+    scales: Tensor
+    group_size: int
+    zeros: Tensor | None = None
+    input_order: Tensor | None = None
+
+    @property
+    def out_features(self) -> int:
+        return self.codes.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        return self.codes.shape[1] * (1 if self.format == "int8" else 2)
+
+    @property
+    def nbytes(self) -> int:
+        extra = sum(t.nbytes for t in (self.zeros, self.input_order) if t is not None)
+        return self.codes.nbytes + self.scales.nbytes + extra
+
+
+def dequantize(weight: QuantizedWeight) -> Tensor:
+    """The weight [out, in] in float32, its inputs in their own order."""
+    groups = weight.scales.shape[1]
+    values = _values(weight).view(weight.out_features, groups, -1)
+    if weight.zeros is not None:
+        values = values - weight.zeros[..., None]
+    wide = (values * weight.scales[..., None]).flatten(1)
+    if weight.input_order is None:
+        return wide
+    restored = torch.empty_like(wide)
+    restored[:, weight.input_order.long()] = wide
+    return restored
+
+
+def _values(weight: QuantizedWeight) -> Tensor:
+    if weight.format == "int8":
+        return weight.codes.float()
+    codes = torch.stack([weight.codes & 15, weight.codes >> 4], -1).flatten(1)
+    if weight.format == "int4":
+        return codes.float()
+    return torch.tensor(NF4_VALUES, device=codes.device)[codes.long()]
