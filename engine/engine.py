@@ -29,6 +29,7 @@ from engine.model.families import read_eos_token_ids
 from engine.model.loader import load_decoder, weight_bytes
 from engine.runner.kv_cache import allocate_kv_cache
 from engine.runner.model_runner import ModelRunner, RowOutput
+from engine.runner.torch_forward import TorchForward
 from engine.scheduler.adapter_slots import AdapterSlots
 from engine.scheduler.batch import ScheduledBatch
 from engine.scheduler.block_manager import BlockManager
@@ -64,10 +65,11 @@ class Engine:
             max_model_len=s.max_model_len,
             progress=progress,
         )
-        self._sites = decoder.lora_sites
+        self.lora_sites = decoder.lora_sites
         self.host = HostCache(config.host_adapter_bytes, self._load_adapter, wake)
         kv_cache = allocate_kv_cache(s.num_blocks, config.block_size, s.spec, s.dtype, s.device)
-        self.runner = ModelRunner(decoder, kv_cache, config.block_size, self.host.get)
+        model = TorchForward(decoder, kv_cache, config.block_size)
+        self.runner = ModelRunner(model, self.host.get)
         eos_token_ids = read_eos_token_ids(folder)
         self.scheduler = Scheduler(
             SchedulerLimits(
@@ -238,7 +240,7 @@ class Engine:
     def _load_adapter(self, adapter: AdapterFolder) -> LoraWeights:
         """Runs in the host cache's threads."""
         s, capacity = self.settled, self.config.device_adapter_bytes
-        weights = load_lora(adapter, self._sites, s.dtype, pin=s.device.type == "cuda")
+        weights = load_lora(adapter, self.lora_sites, s.dtype, pin=s.device.type == "cuda")
         if weights.nbytes > capacity:
             raise AdapterLoadError(
                 f"adapter {adapter.digest} needs {weights.nbytes} bytes on the device; "

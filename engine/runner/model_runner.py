@@ -1,25 +1,48 @@
 """ModelRunner: executes a ScheduledBatch on one device.
 
-    execute(batch) -> StepOutput     moves adapters and blocks, forward, sample
+    execute(batch) -> one RowOutput per request     moves adapters and blocks, forward, sample
 
-Owns the weights, the KV tensor and the adapters on the device; decides nothing.
+Decides nothing: what is computed is the batch's business, how is the ForwardPass's.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
+from torch import Tensor
 
-from engine.lora.bank import AdapterBank
 from engine.lora.weights import LoraWeights
 from engine.messages import TokenLogprobs
-from engine.model.decoder import Decoder
-from engine.runner.inputs import build_inputs
-from engine.runner.kv_cache import copy_blocks
 from engine.runner.sampler import NotFinite, SampledToken, sample, target_logprobs
 from engine.scheduler.batch import ScheduledBatch, ScheduledRequest
 
 LOGITS_ROWS = 128  # rows of [*, V] logits that are in memory at once for prompt logprobs
+
+
+class ForwardPass(Protocol):
+    """The model with its KV cache and adapters, on one device and in one implementation."""
+
+    def load_adapter(self, slot: int, weights: LoraWeights) -> None: ...
+
+    def evict_adapter(self, slot: int) -> None: ...
+
+    def copy_blocks(self, copies: tuple[tuple[int, int], ...]) -> None:
+        """KV blocks, (source, destination); all are read before any is written."""
+        ...
+
+    def hidden(self, batch: ScheduledBatch, output_rows: list[int]) -> Tensor:
+        """Computes all rows, writing their KV; returns the chosen rows' hidden states [M, E],
+        which stay valid until the next call."""
+        ...
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [M, E] -> [M, V] in float32."""
+        ...
+
+    def greedy(self, logits: Tensor) -> tuple[list[int], list[float]]:
+        """Of each row: the first of the largest logits, and that logit; NaN if any is NaN."""
+        ...
 
 
 @dataclass(slots=True)
@@ -33,18 +56,8 @@ class RowOutput:
 
 
 class ModelRunner:
-    def __init__(
-        self,
-        decoder: Decoder,
-        kv_cache: torch.Tensor,
-        block_size: int,
-        host_weights: Callable[[str], LoraWeights],
-    ) -> None:
-        self.decoder = decoder
-        self.kv_cache = kv_cache
-        self.block_size = block_size
-        self.device = kv_cache.device
-        self.bank = AdapterBank(self.device)
+    def __init__(self, model: ForwardPass, host_weights: Callable[[str], LoraWeights]) -> None:
+        self.model = model
         self._host_weights = host_weights
 
     @torch.inference_mode()
@@ -53,33 +66,38 @@ class ModelRunner:
         self._move(batch)
         if not batch.requests:
             return []
-        inputs = build_inputs(batch, self.block_size, self.device, self.bank.batch(batch))
-        hidden = self.decoder(inputs, self.kv_cache)
+        rows, spans = _wanted_rows(batch)
+        hidden = self.model.hidden(batch, rows)
         outputs = [RowOutput() for _ in batch.requests]
-        ends = inputs.attention.cu_seqlens_q[1:]
-        self._sample(batch, hidden, ends, outputs)
-        for request, end, output in zip(batch.requests, ends, outputs, strict=True):
+        self._sample(batch, hidden, spans, outputs)
+        for request, (start, end), output in zip(batch.requests, spans, outputs, strict=True):
             if request.prompt_targets:
-                rows = hidden[end - len(request.token_ids) :][: len(request.prompt_targets)]
-                output.prompt_logprobs = self._prompt_logprobs(request, rows)
+                targets = hidden[start:end][: len(request.prompt_targets)]
+                output.prompt_logprobs = self._prompt_logprobs(request, targets)
         return outputs
 
     def _move(self, batch: ScheduledBatch) -> None:
         for slot in batch.adapter_evictions:
-            self.bank.evict(slot)
+            self.model.evict_adapter(slot)
         for slot, digest in batch.adapter_loads:
-            self.bank.load(slot, self._host_weights(digest))
-        copy_blocks(self.kv_cache, batch.block_copies)
+            self.model.load_adapter(slot, self._host_weights(digest))
+        if batch.block_copies:
+            self.model.copy_blocks(batch.block_copies)
 
     def _sample(
-        self, batch: ScheduledBatch, hidden: torch.Tensor, ends: list[int], outputs: list[RowOutput]
+        self,
+        batch: ScheduledBatch,
+        hidden: Tensor,
+        spans: list[tuple[int, int]],
+        outputs: list[RowOutput],
     ) -> None:
         chosen = [i for i, r in enumerate(batch.requests) if r.samples]
         if not chosen:
             return
-        rows = hidden[torch.tensor([ends[i] - 1 for i in chosen], device=self.device)]
+        last = [spans[i][1] - 1 for i in chosen]
+        rows = hidden if last == list(range(len(hidden))) else hidden[torch.tensor(last)]
         requests = [batch.requests[i] for i in chosen]
-        results = sample(requests, self.decoder.logits(rows))
+        results = sample(requests, self.model.logits(rows), self.model.greedy)
         for i, request, result in zip(chosen, requests, results, strict=True):
             if isinstance(result, NotFinite):
                 outputs[i].error = "the model gave logits that are not finite"
@@ -88,16 +106,30 @@ class ModelRunner:
             if request.sampling.logprobs is not None:
                 outputs[i].logprobs = [_token_logprobs(result)]
 
-    def _prompt_logprobs(
-        self, request: ScheduledRequest, hidden: torch.Tensor
-    ) -> list[TokenLogprobs]:
+    def _prompt_logprobs(self, request: ScheduledRequest, hidden: Tensor) -> list[TokenLogprobs]:
         targets, num_top = request.prompt_targets or [], request.sampling.prompt_logprobs or 0
         entries: list[TokenLogprobs] = []
         for i in range(0, len(targets), LOGITS_ROWS):
-            logits = self.decoder.logits(hidden[i : i + LOGITS_ROWS])
+            logits = self.model.logits(hidden[i : i + LOGITS_ROWS])
             picked = target_logprobs(logits, targets[i : i + LOGITS_ROWS], num_top)
             entries += [TokenLogprobs(logprob, top) for logprob, top in picked]
         return entries
+
+
+def _wanted_rows(batch: ScheduledBatch) -> tuple[list[int], list[tuple[int, int]]]:
+    """Rows of the batch whose hidden states are needed, and each request's span of that list."""
+    rows: list[int] = []
+    spans: list[tuple[int, int]] = []
+    end = 0
+    for request in batch.requests:
+        start, end = end, end + len(request.token_ids)
+        first = len(rows)
+        if request.prompt_targets:
+            rows += range(start, end)
+        elif request.samples:
+            rows.append(end - 1)
+        spans.append((first, len(rows)))
+    return rows, spans
 
 
 def _token_logprobs(token: SampledToken) -> TokenLogprobs:

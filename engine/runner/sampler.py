@@ -6,6 +6,8 @@ trick; Yellott 1977), so the same request draws the same tokens in any batch, on
 after a resumption in its middle.
 """
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -27,23 +29,33 @@ class SampledToken:
     top: tuple[tuple[int, float], ...] = ()
 
 
+def best_tokens(logits: torch.Tensor) -> tuple[list[int], list[float]]:
+    """Of each row [V]: the largest logit's token and that logit, NaN if any of them is NaN."""
+    highest, token_ids = logits.max(dim=-1)
+    return token_ids.tolist(), highest.tolist()
+
+
 class NotFinite:
     """In place of a token: the row's logits are NaN or infinite. Only its own request ends."""
 
 
 def sample(
-    requests: list[ScheduledRequest], logits: torch.Tensor
+    requests: list[ScheduledRequest],
+    logits: torch.Tensor,
+    find_best: Callable[[torch.Tensor], tuple[list[int], list[float]]] = best_tokens,
 ) -> list[SampledToken | NotFinite]:
-    """One token per row of logits [B, V] float32, which is modified in place."""
+    """One token per row of logits [B, V] float32, which is modified in place.
+
+    `find_best` does what `best_tokens` does.
+    """
     wanted = [(i, r.sampling.logprobs) for i, r in enumerate(requests)]
     logprobs = {i: (logits[i].clone(), k) for i, k in wanted if k is not None}
     for i, request in enumerate(requests):
         _adjust(logits[i], request)
-    highest, best = logits.max(dim=-1)  # NaN if any is NaN
-    is_finite, token_ids = torch.isfinite(highest).tolist(), best.tolist()
+    token_ids, highest = find_best(logits)
     sampled: list[SampledToken | NotFinite] = []
     for i, request in enumerate(requests):
-        if not is_finite[i]:
+        if not math.isfinite(highest[i]):
             sampled.append(NotFinite())
             continue
         greedy = request.sampling.temperature == 0

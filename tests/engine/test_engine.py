@@ -263,14 +263,14 @@ def test_a_step_that_raises_ends_its_requests_and_the_engine_goes_on(
 
 def test_a_row_whose_logits_are_not_finite_ends_alone(tiny: Tiny) -> None:
     engine = make_engine(tiny.folder)
-    logits = engine.runner.decoder.logits
+    logits = engine.runner.model.logits
 
     def poisoned(hidden: torch.Tensor) -> torch.Tensor:
         values = logits(hidden)
         values[0] = torch.nan
         return values
 
-    engine.runner.decoder.logits = poisoned  # type: ignore[method-assign]
+    engine.runner.model.logits = poisoned  # type: ignore[method-assign]
     for name in ("first", "second"):
         engine.add_request(GenerateRequest(name, prompt_of(5), greedy(3)))
     outputs = {o.request_id: o for o in engine.step()}

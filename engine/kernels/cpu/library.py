@@ -25,8 +25,8 @@ class Context:
         best = self.library.reef_best_isa()
         self.isa = isa or ISAS[best]
         self.threads = threads or len(os.sched_getaffinity(0))
-        self._handle = self.library.reef_open(ISAS.index(self.isa), self.threads)
-        if not self._handle:
+        self.handle = self.library.reef_open(ISAS.index(self.isa), self.threads)
+        if not self.handle:
             raise ValueError(
                 f"isa {self.isa!r} with {self.threads} threads: this machine has "
                 f"{ISAS[1 : best + 1]}, and at least 1 thread is needed"
@@ -34,19 +34,19 @@ class Context:
 
     def function(self, name: str, args: type[c.Structure]) -> Callable[[c.Structure], None]:
         """A C function of (context, pointer to args) as a function of args."""
-        function, handle = self.library[f"reef_{name}"], self._handle
+        function, handle = self.library[f"reef_{name}"], self.handle
         function.argtypes = [c.c_void_p, c.POINTER(args)]
         function.restype = None
         return lambda value: function(handle, value)
 
     def close(self) -> None:
         """Ends the threads. Nothing may be called afterwards."""
-        handle, self._handle = self._handle, None
+        handle, self.handle = self.handle, None
         if handle:
             self.library.reef_close(handle)
 
     def __del__(self) -> None:
-        if getattr(self, "_handle", None):
+        if getattr(self, "handle", None):
             self.close()
 
 

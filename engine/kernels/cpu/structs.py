@@ -190,3 +190,47 @@ class GreedyArgs(c.Structure):
         ("rows", i32),
         ("vocab", i32),
     ]
+
+
+class _OpArgs(c.Union):
+    _fields_ = [
+        ("embed", EmbedArgs),
+        ("norm", NormArgs),
+        ("linear", LinearArgs),
+        ("store", StoreArgs),
+        ("attention", AttentionArgs),
+        ("gate", GateArgs),
+        ("gather", GatherArgs),
+    ]
+
+
+OP_KINDS = ("embed", "norm", "linear", "store", "attention", "gate", "gather")  # ReefOpKind
+
+
+class Op(c.Structure):
+    _anonymous_ = ("args",)
+    _fields_ = [
+        ("kind", i32),
+        ("lora_site", i32),
+        ("on_outputs", i32),
+        ("reserved", i32),
+        ("lora", LoraArgs),
+        ("args", _OpArgs),
+    ]
+
+
+class Step(c.Structure):
+    _fields_ = [
+        ("rows", i32),
+        ("num_outputs", i32),
+        ("token_ids", pointer),
+        ("positions", pointer),
+        ("slot_mapping", pointer),
+        ("output_rows", pointer),
+        ("requests", Requests),
+        ("lora", c.POINTER(LoraBatch)),
+        ("output_lora", c.POINTER(LoraBatch)),
+        ("lora_h", pointer),
+        ("lora_h_stride", i64),
+        ("nanoseconds", pointer),
+    ]

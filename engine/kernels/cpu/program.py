@@ -1,0 +1,262 @@
+"""Program: the operations of a forward pass, recorded once and run with one call per step.
+
+What a CUDA graph is to a GPU: between two operations no Python runs, and what changes from step
+to step (rows, requests, adapters) is read from the step. Knows buffers and operations; which of
+them make up a model is `engine.model.native`'s business.
+"""
+
+import ctypes as c
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from engine.kernels.cpu import structs
+from engine.kernels.cpu.library import Context
+from engine.kernels.cpu.linear import NativeLinear
+
+_LINE = 32  # bfloat16s in a cache line
+
+
+@dataclass(frozen=True, slots=True)
+class Buffer:
+    """Activations [capacity, width] in bfloat16; a slice of columns is a Buffer too."""
+
+    rows: Tensor
+
+    @property
+    def pointer(self) -> int:
+        return self.rows.data_ptr()
+
+    @property
+    def stride(self) -> int:
+        return self.rows.stride(0)
+
+    @property
+    def width(self) -> int:
+        return self.rows.shape[1]
+
+    def columns(self, start: int, end: int) -> "Buffer":
+        return Buffer(self.rows[:, start:end])
+
+
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """x / rms(x) * weight; weight [width] in float32."""
+
+    weight: Tensor
+    eps: float
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """What a branch adds to the residual stream, times a constant."""
+
+    buffer: Buffer
+    scale: float = 1.0
+
+
+class Program:
+    """Records operations, then runs them. `capacity` bounds the rows of a step.
+
+    After `gather` operations go on with the step's output rows alone.
+    """
+
+    def __init__(self, context: Context, capacity: int) -> None:
+        self.capacity = capacity
+        self._context = context
+        self._ops: list[structs.Op] = []
+        self._on_outputs = False
+        self._keep: list[object] = []  # whatever the recorded pointers lead to
+        self._scratch_bytes = 0
+        self._recorded: c.Array[structs.Op] | None = None
+        self._lora_h = torch.empty(0, dtype=torch.bfloat16)
+        self._run = context.library.reef_run
+        self._run.argtypes = [c.c_void_p, c.c_void_p, c.c_int32, c.POINTER(structs.Step)]
+        self._run.restype = None
+
+    def buffer(self, width: int) -> Buffer:
+        """Rows begin on cache lines, and never a multiple of 1 KiB apart, where the rows of a
+        tile would fight for the same few sets of the cache."""
+        stride = -(-width // _LINE) * _LINE
+        stride += _LINE if stride % 512 == 0 else 0
+        return Buffer(aligned(self.capacity * stride).view(self.capacity, stride)[:, :width])
+
+    # ==== recording ====
+
+    def embed(self, table: Tensor, out: Buffer, scale: float) -> None:
+        self._keep.append(table)
+        args = structs.EmbedArgs(
+            table=table.data_ptr(),
+            x=out.pointer,
+            x_stride=out.stride,
+            scale=scale,
+            width=out.width,
+        )
+        self._add("embed", args, out)
+
+    def norm(
+        self, x: Buffer, norm: Norm, out: Buffer, delta: Delta | None = None, groups: int = 1
+    ) -> None:
+        """x += delta; out = norm(x), for each of `groups` equal parts of a row on its own."""
+        weight = norm.weight.float().contiguous()
+        self._keep.append(weight)
+        args = structs.NormArgs(
+            x=x.pointer,
+            x_stride=x.stride,
+            delta=delta.buffer.pointer if delta else None,
+            delta_stride=delta.buffer.stride if delta else 0,
+            delta_scale=delta.scale if delta else 0.0,
+            y=out.pointer,
+            y_stride=out.stride,
+            weight=weight.data_ptr(),
+            eps=norm.eps,
+            width=x.width // groups,
+            groups=groups,
+        )
+        self._add("norm", args, x, out)
+
+    def linear(self, x: Buffer, parts: Sequence[NativeLinear], out: Buffer, lora_site: int) -> None:
+        """out = the parts' results side by side, plus what each row's adapter has at this site."""
+        end = 0
+        for part in parts:
+            start, end = end, end + part.out_features
+            op = self._linear_part(x, part, out.columns(start, end))
+        assert end == out.width
+        op.lora_site = lora_site  # with the last part, when all of `out` is there to be added to
+        op.lora = structs.LoraArgs(
+            in_features=x.width,
+            x=x.pointer,
+            x_stride=x.stride,
+            y=out.pointer,
+            y_stride=out.stride,
+        )
+
+    def _linear_part(self, x: Buffer, linear: NativeLinear, out: Buffer) -> structs.Op:
+        self._keep.append(linear)
+        self._scratch_bytes = max(self._scratch_bytes, linear.scratch_bytes(self.capacity))
+        args = structs.LinearArgs(
+            linear=c.pointer(linear.struct),
+            x=x.pointer,
+            x_stride=x.stride,
+            y=out.pointer,
+            y_stride=out.stride,
+        )
+        return self._add("linear", args, x, out)
+
+    def store(self, kv: structs.KvLayer, qkv: Buffer, heads: int, cos: Tensor, sin: Tensor) -> None:
+        """Turns q and k by the row's position and writes k and v; cos and sin [positions, R]."""
+        self._keep += [cos, sin]
+        args = structs.StoreArgs(
+            kv=kv,
+            qkv=qkv.pointer,
+            qkv_stride=qkv.stride,
+            cos=cos.data_ptr(),
+            sin=sin.data_ptr(),
+            heads=heads,
+            rotary_dim=cos.shape[1],
+        )
+        self._add("store", args, qkv)
+
+    def attention(
+        self,
+        kv: structs.KvLayer,
+        q: Buffer,
+        out: Buffer,
+        *,
+        heads: int,
+        scale: float,
+        window: int | None,
+        soft_cap: float | None,
+    ) -> None:
+        args = structs.AttentionArgs(
+            kv=kv,
+            q=q.pointer,
+            q_stride=q.stride,
+            out=out.pointer,
+            out_stride=out.stride,
+            heads=heads,
+            window=window or 0,
+            scale=scale,
+            soft_cap=soft_cap or 0.0,
+        )
+        self._add("attention", args, q, out)
+
+    def gate(self, x: Buffer, out: Buffer, activation: str) -> None:
+        args = structs.GateArgs(
+            x=x.pointer,
+            x_stride=x.stride,
+            y=out.pointer,
+            y_stride=out.stride,
+            width=out.width,
+            activation=structs.ACTIVATIONS[activation],
+        )
+        self._add("gate", args, x, out)
+
+    def gather(self, x: Buffer, out: Buffer) -> None:
+        """out = the output rows of x; from here on operations run on those alone."""
+        self._on_outputs = True
+        args = structs.GatherArgs(
+            x=x.pointer,
+            x_stride=x.stride,
+            y=out.pointer,
+            y_stride=out.stride,
+            width=x.width,
+        )
+        self._add("gather", args, x, out)
+
+    def _add(self, kind: str, args: c.Structure, *buffers: Buffer) -> structs.Op:
+        assert self._recorded is None, "recorded after the first run"
+        op = structs.Op(kind=structs.OP_KINDS.index(kind), lora_site=-1)
+        op.on_outputs = self._on_outputs
+        setattr(op, kind, args)
+        self._keep += [args, *buffers]
+        self._ops.append(op)
+        return op
+
+    # ==== running ====
+
+    def run(self, step: structs.Step) -> None:
+        """All operations on one step, which must fit the capacity."""
+        assert 0 < step.rows <= self.capacity and step.num_outputs <= self.capacity
+        if self._recorded is None:
+            self._recorded = self._finish()
+        if step.lora or step.output_lora:
+            self._make_room_for_lora(step)
+        self._run(self._context.handle, self._recorded, len(self._ops), c.byref(step))
+
+    def profile(self, step: structs.Step) -> dict[str, float]:
+        """Runs the step and returns the seconds that each kind of operation took."""
+        spent = (c.c_int64 * len(self._ops))()
+        step.nanoseconds = c.cast(spent, c.c_void_p)
+        self.run(step)
+        step.nanoseconds = None
+        seconds: dict[str, float] = {}
+        for op, nanoseconds in zip(self._ops, spent, strict=True):
+            kind = structs.OP_KINDS[op.kind]
+            seconds[kind] = seconds.get(kind, 0.0) + nanoseconds / 1e9
+        return seconds
+
+    def _finish(self) -> "c.Array[structs.Op]":
+        scratch = aligned(-(-self._scratch_bytes // 2))
+        self._keep.append(scratch)
+        for op in self._ops:
+            if structs.OP_KINDS[op.kind] == "linear":
+                op.linear.scratch = scratch.data_ptr()
+        return (structs.Op * len(self._ops))(*self._ops)
+
+    def _make_room_for_lora(self, step: structs.Step) -> None:
+        batches = [b.contents for b in (step.lora, step.output_lora) if b]
+        width = max(batch.max_lora_rank for batch in batches)
+        width += width % 2
+        if self._lora_h.numel() < self.capacity * width:
+            self._lora_h = aligned(self.capacity * width)
+        step.lora_h, step.lora_h_stride = self._lora_h.data_ptr(), width
+
+
+def aligned(numel: int) -> Tensor:
+    """[numel] bfloat16 zeros that begin on a cache line."""
+    raw = torch.zeros(numel + _LINE, dtype=torch.bfloat16)
+    start = -raw.data_ptr() % 64 // 2
+    return raw[start : start + numel]

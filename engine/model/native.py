@@ -1,0 +1,162 @@
+"""A Decoder as a program of native operations: the same model, no Python between its layers.
+
+Reads the modules of a loaded Decoder and records what their `forward` methods would do. It adds
+no choice of its own, so a family that the Decoder can express needs nothing here.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from engine.kernels.cpu import structs
+from engine.kernels.cpu.library import Context
+from engine.kernels.cpu.program import Buffer, Delta, Norm, Program
+from engine.model.decoder import Attention, Decoder, DecoderLayer
+from engine.model.layers import Linear, RmsNorm, Scale
+from engine.model.rotary import RotaryTable
+
+
+class NativeDecoder:
+    """`run(step)` then `hidden(n)`; weights and KV cache are those that it was made from.
+
+    `kv_layers` says where each layer's blocks are; `capacity` bounds the rows of a step.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        context: Context,
+        kv_layers: list[structs.KvLayer],
+        max_model_len: int,
+        capacity: int,
+    ) -> None:
+        spec = decoder.spec
+        self._head = decoder.head
+        self.program = program = Program(context, capacity)
+        self._buffers = buffers = _Buffers.make(program, decoder)
+        self._sites = {(s.layer, s.site): i for i, s in enumerate(decoder.lora_sites)}
+        self._rotations = [
+            RotaryTable(rotary, max_model_len, torch.float32, torch.device("cpu"))
+            for rotary in dict.fromkeys(spec.rotaries)
+        ]
+        embedding = decoder.embedding
+        program.embed(embedding.weight, buffers.x, float(embedding.scale))
+        pending: Delta | None = None
+        for layer, kv in zip(decoder.layers, kv_layers, strict=True):
+            assert isinstance(layer, DecoderLayer)
+            is_last = layer is decoder.layers[-1]
+            pending = self._layer(layer, kv, buffers, pending, is_last)
+            if is_last:
+                buffers = buffers.of_outputs()
+        program.norm(buffers.x, _norm(decoder.norm), buffers.normed, pending)
+
+    def hidden(self, num_outputs: int) -> Tensor:
+        """[num_outputs, E] of the last step, until the next one overwrites it."""
+        return self._buffers.of_outputs().normed.rows[:num_outputs]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [M, E] -> [M, V] in float32."""
+        return self._head(hidden)
+
+    def _layer(
+        self,
+        layer: DecoderLayer,
+        kv: structs.KvLayer,
+        buffers: "_Buffers",
+        pending: Delta | None,
+        is_last: bool,
+    ) -> Delta:
+        program = self.program
+        program.norm(buffers.x, _norm(layer.enter_attention), buffers.normed, pending)
+        self._attend(layer.attention, kv, buffers)
+        if is_last:  # nobody looks at the other rows' hidden states
+            outputs = buffers.of_outputs()
+            program.gather(buffers.x, outputs.x)
+            program.gather(buffers.attended, outputs.attended)
+            buffers = outputs
+        self._linear(layer.attention.o, buffers.attended, buffers.delta)
+        pending = self._leave(layer.leave_attention, buffers.delta)
+        program.norm(buffers.x, _norm(layer.enter_mlp), buffers.normed, pending)
+        self._linear(layer.mlp.gate_up, buffers.normed, buffers.gate_up)
+        program.gate(buffers.gate_up, buffers.gated, layer.mlp.activation)
+        self._linear(layer.mlp.down, buffers.gated, buffers.delta)
+        return self._leave(layer.leave_mlp, buffers.delta)
+
+    def _attend(self, attention: Attention, kv: structs.KvLayer, buffers: "_Buffers") -> None:
+        program, heads, kv_heads = self.program, attention.num_heads, attention.num_kv_heads
+        q_end, k_end = heads * attention.head_dim, (heads + kv_heads) * attention.head_dim
+        q, k = buffers.qkv.columns(0, q_end), buffers.qkv.columns(q_end, k_end)
+        self._linear(attention.qkv, buffers.normed, buffers.qkv)
+        if attention.norm_heads is not None:
+            program.norm(q, _norm(attention.norm_heads.q_norm), q, groups=heads)
+            program.norm(k, _norm(attention.norm_heads.k_norm), k, groups=kv_heads)
+        rotation = self._rotations[attention.rotary_index]
+        program.store(kv, buffers.qkv, heads, rotation.cos, rotation.sin)
+        program.attention(
+            kv,
+            q,
+            buffers.attended,
+            heads=heads,
+            scale=attention.scale,
+            window=attention.window,
+            soft_cap=attention.soft_cap,
+        )
+
+    def _linear(self, linear: Linear, x: Buffer, out: Buffer) -> None:
+        site = self._sites[linear.layer, linear.site]
+        self.program.linear(x, linear.packed, out, site)
+
+    def _leave(self, leave: nn.Module, delta: Buffer) -> Delta:
+        if isinstance(leave, RmsNorm):
+            self.program.norm(delta, _norm(leave), delta)
+        return Delta(delta, leave.scale if isinstance(leave, Scale) else 1.0)
+
+
+@dataclass(frozen=True, slots=True)
+class _Buffers:
+    """Activations of a layer; `of_outputs` are those of the output rows alone."""
+
+    x: Buffer  # the residual stream
+    normed: Buffer
+    qkv: Buffer
+    attended: Buffer
+    delta: Buffer
+    gate_up: Buffer
+    gated: Buffer
+    output_x: Buffer
+    output_attended: Buffer
+
+    @staticmethod
+    def make(program: Program, decoder: Decoder) -> "_Buffers":
+        spec = decoder.spec
+        q_size = spec.num_heads * spec.head_dim
+        widths = {
+            "x": spec.hidden_size,
+            "normed": spec.hidden_size,
+            "qkv": q_size + 2 * spec.num_kv_heads * spec.head_dim,
+            "attended": q_size,
+            "delta": spec.hidden_size,
+            "gate_up": 2 * spec.intermediate_size,
+            "gated": spec.intermediate_size,
+            "output_x": spec.hidden_size,
+            "output_attended": q_size,
+        }
+        return _Buffers(**{name: program.buffer(width) for name, width in widths.items()})
+
+    def of_outputs(self) -> "_Buffers":
+        return _Buffers(
+            x=self.output_x,
+            normed=self.normed,
+            qkv=self.qkv,
+            attended=self.output_attended,
+            delta=self.delta,
+            gate_up=self.gate_up,
+            gated=self.gated,
+            output_x=self.output_x,
+            output_attended=self.output_attended,
+        )
+
+
+def _norm(module: RmsNorm) -> Norm:
+    return Norm(module.weight, module.eps)

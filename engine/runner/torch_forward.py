@@ -1,0 +1,43 @@
+"""TorchForward: one forward pass by torch, on any device that it has."""
+
+import torch
+from torch import Tensor
+
+from engine.lora.bank import AdapterBank
+from engine.lora.weights import LoraWeights
+from engine.model.decoder import Decoder
+from engine.runner.inputs import build_inputs
+from engine.runner.kv_cache import copy_blocks
+from engine.runner.sampler import best_tokens
+from engine.scheduler.batch import ScheduledBatch
+
+
+class TorchForward:
+    """Owns the KV tensor [blocks, layers, 2, block_size, H_kv, D] and the adapters."""
+
+    def __init__(self, decoder: Decoder, kv_cache: Tensor, block_size: int) -> None:
+        self.device = kv_cache.device
+        self._decoder = decoder
+        self._kv_cache = kv_cache
+        self._block_size = block_size
+        self._bank = AdapterBank(self.device)
+
+    def load_adapter(self, slot: int, weights: LoraWeights) -> None:
+        self._bank.load(slot, weights)
+
+    def evict_adapter(self, slot: int) -> None:
+        self._bank.evict(slot)
+
+    def copy_blocks(self, copies: tuple[tuple[int, int], ...]) -> None:
+        copy_blocks(self._kv_cache, copies)
+
+    def hidden(self, batch: ScheduledBatch, output_rows: list[int]) -> Tensor:
+        inputs = build_inputs(batch, self._block_size, self.device, self._bank.batch(batch))
+        hidden = self._decoder(inputs, self._kv_cache)
+        return hidden[torch.tensor(output_rows, dtype=torch.long, device=self.device)]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return self._decoder.logits(hidden)
+
+    def greedy(self, logits: Tensor) -> tuple[list[int], list[float]]:
+        return best_tokens(logits)
