@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 SOURCES = Path(__file__).parent / "src"
+LIBRARY_FOLDER = Path(__file__).parent / "lib"
 COMPILERS = ("g++", "clang++", "c++")
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=default", "-Wall", "-Wextra", "-Werror")
 ISAS = {
@@ -25,7 +26,8 @@ ISAS = {
         *("-mavx512vnni", "-mavx512vbmi", "-mavx2", "-mfma", "-mprefer-vector-width=512"),
     ),
 }
-PLAIN = ("pool.cpp", "reef.cpp", "program.cpp")  # every other source is compiled once per ISA
+# every other source is compiled once per instruction set
+PLAIN = ("pack.cpp", "pool.cpp", "program.cpp", "reef.cpp")
 
 
 class BuildError(RuntimeError):
@@ -34,8 +36,7 @@ class BuildError(RuntimeError):
 
 def ensure_library() -> Path:
     """The library's path, compiled now if nobody has before. Raises BuildError."""
-    if sys.platform != "linux" or platform.machine() != "x86_64":
-        raise BuildError(f"the native kernels are for Linux on x86-64, not {platform.platform()}")
+    _check_platform()
     for folder in _folders():
         if (folder / library_name()).exists():
             return folder / library_name()
@@ -60,6 +61,7 @@ def library_name() -> str:
 
 def compile_library(folder: Path, extra_flags: tuple[str, ...] = ()) -> Path:
     """Compile every source for every instruction set and link them into `folder`."""
+    _check_platform()
     compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
     if compiler is None:
         raise BuildError(f"no C++ compiler found (looked for {', '.join(COMPILERS)})")
@@ -75,9 +77,14 @@ def compile_library(folder: Path, extra_flags: tuple[str, ...] = ()) -> Path:
     return target
 
 
+def _check_platform() -> None:
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        raise BuildError(f"the native kernels are for Linux on x86-64, not {platform.platform()}")
+
+
 def _folders() -> tuple[Path, Path]:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Path(__file__).parent / "lib", cache / "reef"
+    return LIBRARY_FOLDER, cache / "reef"
 
 
 def _compilations(compiler: str, scratch: Path, extra_flags: tuple[str, ...]):

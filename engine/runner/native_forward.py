@@ -1,0 +1,83 @@
+"""NativeForward: one forward pass by the native CPU kernels, in one call from Python."""
+
+import ctypes as c
+
+import torch
+from torch import Tensor
+
+from engine.kernels.cpu import structs
+from engine.kernels.cpu.adapters import NativeAdapterBank
+from engine.kernels.cpu.kv import KvFormat
+from engine.kernels.cpu.library import Context
+from engine.kernels.cpu.memory import aligned_bytes
+from engine.lora.weights import LoraWeights
+from engine.model.decoder import Decoder
+from engine.model.native import NativeDecoder
+from engine.runner.kv_cache import copy_blocks
+from engine.runner.native_step import StepArrays
+from engine.scheduler.batch import ScheduledBatch
+
+
+class NativeForward:
+    """Owns the KV blocks, uint8 [blocks, layers, bytes of a layer's block], and the adapters."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        context: Context,
+        kv_format: KvFormat,
+        num_blocks: int,
+        max_model_len: int,
+        max_rows: int,
+    ) -> None:
+        layer_bytes, num_layers = kv_format.block_bytes, decoder.spec.num_layers
+        memory = aligned_bytes(num_blocks * num_layers * layer_bytes)
+        self._kv_cache = memory.view(num_blocks, num_layers, layer_bytes)
+        self._block_size = kv_format.block_size
+        kv_layers = [kv_format.layer(self._kv_cache[:, i]) for i in range(num_layers)]
+        self._bank = NativeAdapterBank([(s.layer, s.site) for s in decoder.lora_sites])
+        self._decoder = NativeDecoder(decoder, context, kv_layers, max_model_len, max_rows)
+        self._find_best = context.function("greedy", structs.GreedyArgs)
+
+    def load_adapter(self, slot: int, weights: LoraWeights) -> None:
+        self._bank.load(slot, weights)
+
+    def evict_adapter(self, slot: int) -> None:
+        self._bank.evict(slot)
+
+    def copy_blocks(self, copies: tuple[tuple[int, int], ...]) -> None:
+        copy_blocks(self._kv_cache, copies)
+
+    def hidden(self, batch: ScheduledBatch, output_rows: list[int]) -> Tensor:
+        self._decoder.program.run(self._step(batch, output_rows).step)
+        return self._decoder.hidden(len(output_rows))
+
+    def profile(self, batch: ScheduledBatch, output_rows: list[int]) -> dict[str, float]:
+        """Runs the batch like `hidden` and returns the seconds of each kind of operation."""
+        return self._decoder.program.profile(self._step(batch, output_rows).step)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return self._decoder.logits(hidden)
+
+    def greedy(self, logits: Tensor) -> tuple[list[int], list[float]]:
+        rows, vocab = logits.shape
+        token_ids, highest = (c.c_int32 * rows)(), (c.c_float * rows)()
+        self._find_best(
+            structs.GreedyArgs(
+                logits=logits.data_ptr(),
+                logits_stride=logits.stride(0),
+                token_ids=c.addressof(token_ids),
+                highest=c.addressof(highest),
+                rows=rows,
+                vocab=vocab,
+            )
+        )
+        return list(token_ids), list(highest)
+
+    def _step(self, batch: ScheduledBatch, output_rows: list[int]) -> StepArrays:
+        arrays = StepArrays(batch.requests, output_rows, self._block_size)
+        slots = [s for r in batch.requests for s in (r.adapter_slot,) * len(r.token_ids)]
+        if any(slots):
+            arrays.lora = self._bank.batch(slots)
+            arrays.output_lora = self._bank.batch([slots[row] for row in output_rows])
+        return arrays
