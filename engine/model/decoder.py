@@ -119,7 +119,7 @@ class Attention(nn.Module):
         self.qkv = _linear(spec, build, layer, "qkv", spec.hidden_size, prefix, slices)
         o_slices = {"o_proj": spec.hidden_size}
         self.o = _linear(spec, build, layer, "o", q_size, prefix, o_slices)
-        self.norm_heads = _HeadNorms(spec, build, prefix) if spec.qk_norm else _no_head_norms
+        self.norm_heads = HeadNorms(spec, build, prefix) if spec.qk_norm else _no_head_norms
 
     def forward(
         self, x: Tensor, inputs: ForwardInputs, rotations: list[Rotation], kv_layer: Tensor
@@ -153,13 +153,14 @@ class Mlp(nn.Module):
         self.gate_up = _linear(spec, build, layer, "gate_up", spec.hidden_size, prefix, slices)
         down_slices = {"down_proj": spec.hidden_size}
         self.down = _linear(spec, build, layer, "down", width, prefix, down_slices)
+        self.activation = spec.activation
         self.activate = build.ops.gated_activation[spec.activation]
 
     def forward(self, x: Tensor, inputs: ForwardInputs) -> Tensor:
         return self.down(self.activate(self.gate_up(x, inputs)), inputs)
 
 
-class _HeadNorms(nn.Module):
+class HeadNorms(nn.Module):
     """Query and key heads [N, H + H_kv, D], each kind normalised by its own weight."""
 
     def __init__(self, spec: ModelSpec, build: Build, prefix: str) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from engine.kernels.cpu import structs
 from engine.kernels.cpu.library import Context
 from engine.kernels.cpu.program import Buffer, Delta, Norm, Program
-from engine.model.decoder import Attention, Decoder, DecoderLayer
+from engine.model.decoder import Attention, Decoder, DecoderLayer, HeadNorms
 from engine.model.layers import Linear, RmsNorm, Scale
 from engine.model.rotary import RotaryTable
 
@@ -88,9 +88,10 @@ class NativeDecoder:
         q_end, k_end = heads * attention.head_dim, (heads + kv_heads) * attention.head_dim
         q, k = buffers.qkv.columns(0, q_end), buffers.qkv.columns(q_end, k_end)
         self._linear(attention.qkv, buffers.normed, buffers.qkv)
-        if attention.norm_heads is not None:
-            program.norm(q, _norm(attention.norm_heads.q_norm), q, groups=heads)
-            program.norm(k, _norm(attention.norm_heads.k_norm), k, groups=kv_heads)
+        norms = attention.norm_heads
+        if isinstance(norms, HeadNorms):
+            program.norm(q, _norm(norms.q_norm), q, groups=heads)
+            program.norm(k, _norm(norms.k_norm), k, groups=kv_heads)
         rotation = self._rotations[attention.rotary_index]
         program.store(kv, buffers.qkv, heads, rotation.cos, rotation.sin)
         program.attention(

@@ -8,7 +8,6 @@ from engine.kernels.cpu import structs
 from engine.scheduler.batch import ScheduledRequest
 
 
-
 class StepArrays:
     """A structs.Step and the memory that it points to."""
 

@@ -24,7 +24,7 @@ class Context:
         self.library = _load()
         best = self.library.reef_best_isa()
         self.isa = isa or ISAS[best]
-        self.threads = threads or len(os.sched_getaffinity(0))
+        self.threads = len(os.sched_getaffinity(0)) if threads is None else threads
         self.handle = self.library.reef_open(ISAS.index(self.isa), self.threads)
         if not self.handle:
             raise ValueError(
