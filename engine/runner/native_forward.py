@@ -2,7 +2,6 @@
 
 import ctypes as c
 
-import torch
 from torch import Tensor
 
 from engine.kernels.cpu import structs

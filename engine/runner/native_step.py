@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from itertools import accumulate
 
 from engine.kernels.cpu import structs
+from engine.kernels.cpu.adapters import NativeBatch
 from engine.scheduler.batch import ScheduledRequest
 
 

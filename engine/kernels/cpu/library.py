@@ -23,7 +23,7 @@ class Context:
     def __init__(self, isa: str | None = None, threads: int | None = None) -> None:
         self.library = _load()
         best = self.library.reef_best_isa()
-        self.isa = isa or ISAS[best]
+        self.isa = ISAS[best] if isa is None else isa
         self.threads = len(os.sched_getaffinity(0)) if threads is None else threads
         self.handle = self.library.reef_open(ISAS.index(self.isa), self.threads)
         if not self.handle:

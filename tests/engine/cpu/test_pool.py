@@ -63,7 +63,7 @@ def test_contexts_open_and_close_without_a_thread_left(isa: str) -> None:
 
 
 def test_what_this_machine_lacks_is_refused_by_name(isa: str) -> None:
-    with pytest.raises(ValueError, match=r"with 0 threads: this machine has \['avx2'"):
+    with pytest.raises(ValueError, match=r"with 0 threads: this machine has "):
         Context(isa, 0)
     with pytest.raises(ValueError, match="isa 'none' with 1 threads"):
         Context("none", 1)
