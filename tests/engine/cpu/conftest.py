@@ -1,11 +1,18 @@
 """The native library at every instruction set of this machine, with one thread and with several."""
 
+import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+from engine.kernels.cpu import library
 from engine.kernels.cpu.build import BuildError
 from engine.kernels.cpu.library import Context, supported_isas
+
+if "REEF_TEST_LIBRARY" in os.environ:  # one that was compiled in another way
+    library.ensure_library = lambda: Path(os.environ["REEF_TEST_LIBRARY"])
+THREADS = [2] if "REEF_TEST_QUICK" in os.environ else [1, 2, 3]
 
 
 def _isas() -> tuple[str, ...]:
@@ -22,7 +29,7 @@ def isa(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-@pytest.fixture(params=[1, 2, 3], ids=["1-thread", "2-threads", "3-threads"])
+@pytest.fixture(params=THREADS, ids="{}-threads".format)
 def context(request: pytest.FixtureRequest, isa: str) -> Iterator[Context]:
     opened = Context(isa, request.param)
     yield opened
