@@ -62,6 +62,7 @@ class Engine:
             dtype=s.dtype,
             device=s.device,
             max_model_len=s.max_model_len,
+            quantization=config.quantization,
             progress=progress,
         )
         self._sites = decoder.lora_sites
