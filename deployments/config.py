@@ -49,6 +49,8 @@ class EngineSection(Section):
     adapter_memory_bytes: Bytes | None = None
     enable_prefix_caching: bool = True
     num_threads: int | None = None
+    activations: str = "bf16"
+    kv_dtype: str = "auto"
 
 
 class AutoscalingSection(Section):

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda")
-QUANTIZATIONS = ("none",)
+QUANTIZATIONS = ("none", "int8", "nf4")
+ACTIVATIONS = ("bf16", "int8")
+KV_DTYPES = ("auto", "int8")
 
 
 class ConfigError(ValueError):
@@ -24,7 +26,9 @@ class EngineConfig:
 
     source: str  # a local Hugging Face model folder
     dtype: str = "auto"  # auto: float32 stays, everything else becomes bfloat16
-    quantization: str = "none"
+    quantization: str = "none"  # of the linear layers, applied as they are loaded
+    activations: str = "bf16"  # of linear layers in nf4; int8 weights always take int8
+    kv_dtype: str = "auto"  # auto: the model's own; int8 has a scale per position and head
     device: str = "auto"
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 512
@@ -40,6 +44,8 @@ class EngineConfig:
         _one_of("dtype", self.dtype, DTYPES)
         _one_of("device", self.device, DEVICES)
         _one_of("quantization", self.quantization, QUANTIZATIONS)
+        _one_of("activations", self.activations, ACTIVATIONS)
+        _one_of("kv_dtype", self.kv_dtype, KV_DTYPES)
         _between("max_num_seqs", self.max_num_seqs, 1, 4096)
         _between("max_num_batched_tokens", self.max_num_batched_tokens, 1, 2**20)
         _between("block_size", self.block_size, 1, 1024)

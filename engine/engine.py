@@ -63,6 +63,7 @@ class Engine:
             dtype=s.dtype,
             device=s.device,
             max_model_len=s.max_model_len,
+            quantization=config.quantization,
             progress=progress,
         )
         self.lora_sites = decoder.lora_sites

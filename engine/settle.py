@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 
 from engine.config import ConfigError, EngineConfig
-from engine.model.families import read_dtype, read_spec
+from engine.model.families import read_dtype, read_scheme, read_spec
+from engine.model.quantized_checkpoint import weight_format
 from engine.model.spec import ModelSpec
 from engine.runner.kv_cache import kv_bytes_per_token
 
@@ -17,6 +18,8 @@ DEFAULT_MAX_MODEL_LEN = 8192
 class Settled:
     spec: ModelSpec
     dtype: torch.dtype
+    kv_dtype: torch.dtype  # int8: with scales
+    weight_format: str  # of the linear layers: none, int8, nf4 or int4
     device: torch.device
     max_model_len: int
     num_blocks: int
@@ -27,7 +30,8 @@ def settle(config: EngineConfig) -> Settled:
     folder = Path(config.source)
     spec = read_spec(folder, config.max_model_len)
     dtype, device = _dtype(config, folder), _device(config)
-    block_bytes = config.block_size * kv_bytes_per_token(spec, dtype)
+    kv_dtype, form = _kv_dtype(config, dtype, device), _weight_format(config, folder)
+    block_bytes = config.block_size * kv_bytes_per_token(spec, kv_dtype)
     num_blocks = (config.memory_bytes - config.device_adapter_bytes) // block_bytes
     room = num_blocks * config.block_size
     max_model_len = config.max_model_len
@@ -49,7 +53,7 @@ def settle(config: EngineConfig) -> Settled:
             f"{config.device_adapter_bytes} bytes for adapters; max_model_len={max_model_len} "
             f"needs memory_bytes of at least {needed}"
         )
-    return Settled(spec, dtype, device, max_model_len, num_blocks)
+    return Settled(spec, dtype, kv_dtype, form, device, max_model_len, num_blocks)
 
 
 def _dtype(config: EngineConfig, folder: Path) -> torch.dtype:
@@ -59,6 +63,27 @@ def _dtype(config: EngineConfig, folder: Path) -> torch.dtype:
             config.dtype
         ]
     return torch.float32 if read_dtype(folder) == torch.float32 else torch.bfloat16
+
+
+def _kv_dtype(config: EngineConfig, dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    if config.kv_dtype == "auto":
+        return dtype
+    if device.type != "cpu" or dtype != torch.bfloat16:
+        raise ConfigError(
+            f"kv_dtype={config.kv_dtype!r} is only for bfloat16 on a CPU, not {dtype} on "
+            f"{device.type}; use 'auto'"
+        )
+    return torch.int8
+
+
+def _weight_format(config: EngineConfig, folder: Path) -> str:
+    form = weight_format(folder, read_scheme(folder), config.quantization)
+    if config.activations == "int8" and form not in ("int8", "nf4"):
+        raise ConfigError(
+            f"activations='int8' is only for linear layers in nf4 (int8 has them anyway), not "
+            f"{'dense ones' if form == 'none' else form}; use 'bf16'"
+        )
+    return form
 
 
 def _device(config: EngineConfig) -> torch.device:

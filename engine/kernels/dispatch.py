@@ -14,12 +14,13 @@ from torch import Tensor
 
 from engine.kernels import reference, torch_ops
 from engine.kernels.inputs import AttentionInputs
+from engine.kernels.quantized import QuantizedWeight
 
 Multiply = Callable[[Tensor], Tensor]  # [N, in] -> [N, out]
 
 
 class PackLinear(Protocol):
-    def __call__(self, weight: Tensor, bias: Tensor | None) -> Multiply:
+    def __call__(self, weight: Tensor | QuantizedWeight, bias: Tensor | None) -> Multiply:
         """x @ weight [out, in]^T + bias; may keep its own copy of the weight or the weight."""
         ...
 

@@ -5,7 +5,8 @@ from here into a layout of its own. `dequantize` is the meaning of each format a
 all tests.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ NF4_VALUES = (
     *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
     *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
 )
+CHUNK_VALUES = 2**18  # values of a weight that are in float32 at once: about a core's cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +54,44 @@ class QuantizedWeight:
         extra = sum(t.nbytes for t in (self.zeros, self.input_order) if t is not None)
         return self.codes.nbytes + self.scales.nbytes + extra
 
+    def rows(self, rows: slice) -> "QuantizedWeight":
+        """Some of the outputs, as a view."""
+        zeros = None if self.zeros is None else self.zeros[rows]
+        return replace(self, codes=self.codes[rows], scales=self.scales[rows], zeros=zeros)
+
+
+def can_join(a: QuantizedWeight, b: QuantizedWeight) -> bool:
+    """Whether the two differ in nothing but their outputs, so that one matrix can hold both."""
+    if (a.format, a.group_size, a.in_features) != (b.format, b.group_size, b.in_features):
+        return False
+    if a.input_order is None or b.input_order is None:
+        return a.input_order is b.input_order
+    return torch.equal(a.input_order, b.input_order)
+
+
+def join(parts: Sequence[QuantizedWeight]) -> QuantizedWeight:
+    """One matrix with the outputs of all parts, in their order; each pair `can_join`."""
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    zeros = [part.zeros for part in parts if part.zeros is not None]
+    return replace(
+        first,
+        codes=torch.cat([part.codes for part in parts]),
+        scales=torch.cat([part.scales for part in parts]),
+        zeros=torch.cat(zeros) if zeros else None,
+    )
+
+
+def pack_pairs(codes: Tensor) -> Tensor:
+    """uint8 codes [out, in] below 16 -> [out, in / 2], the even input in the low half."""
+    return codes[:, ::2] | codes[:, 1::2] << 4
+
+
+def unpack_pairs(packed: Tensor) -> Tensor:
+    """What `pack_pairs` packed: uint8 [out, in]."""
+    return torch.stack([packed & 15, packed >> 4], -1).flatten(1)
+
 
 def dequantize(weight: QuantizedWeight) -> Tensor:
     """The weight [out, in] in float32, its inputs in their own order."""
@@ -67,10 +107,20 @@ def dequantize(weight: QuantizedWeight) -> Tensor:
     return restored
 
 
+def dequantize_to(weight: QuantizedWeight, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The same, rounded to `dtype`; float32 copies exist of a few rows at a time."""
+    dense = torch.empty(weight.out_features, weight.in_features, dtype=dtype, device=device)
+    step = max(1, CHUNK_VALUES // weight.in_features)
+    for start in range(0, weight.out_features, step):
+        rows = slice(start, start + step)
+        dense[rows] = dequantize(weight.rows(rows))
+    return dense
+
+
 def _values(weight: QuantizedWeight) -> Tensor:
     if weight.format == "int8":
         return weight.codes.float()
-    codes = torch.stack([weight.codes & 15, weight.codes >> 4], -1).flatten(1)
+    codes = unpack_pairs(weight.codes)
     if weight.format == "int4":
         return codes.float()
     return torch.tensor(NF4_VALUES, device=codes.device)[codes.long()]

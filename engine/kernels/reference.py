@@ -10,11 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.kernels.inputs import AttentionInputs
+from engine.kernels.quantized import QuantizedWeight, dequantize
 
 
-def pack_linear(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+def pack_linear(
+    weight: Tensor | QuantizedWeight, bias: Tensor | None
+) -> Callable[[Tensor], Tensor]:
     def multiply(x: Tensor) -> Tensor:
-        y = x.float() @ weight.float().T
+        wide = dequantize(weight) if isinstance(weight, QuantizedWeight) else weight.float()
+        y = x.float() @ wide.T
         return (y if bias is None else y + bias.float()).to(x.dtype)
 
     return multiply

@@ -1,10 +1,11 @@
 """The fast plain-torch path, on a CPU or any other device that torch has.
 
 Linear layers go through oneDNN with weights packed once where the CPU has it: torch's own
-linear lays them out anew on every call. Attention gathers single slots instead of whole blocks,
-which costs the same and lets padding repeat a slot of the same request, so that nothing of
-another request's KV is ever read. What depends on the batch alone (slots and masks) is computed
-in the first layer and reused by the others.
+linear lays them out anew on every call. Quantized weights are expanded when they are packed: they
+give their format's numbers and take a dense weight's memory. Attention gathers single slots
+instead of whole blocks, which costs the same and lets padding repeat a slot of the same request,
+so that nothing of another request's KV is ever read. What depends on the batch alone (slots and
+masks) is computed in the first layer and reused by the others.
 """
 
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from engine.kernels import reference
 from engine.kernels.inputs import AttentionInputs
+from engine.kernels.quantized import QuantizedWeight, dequantize_to
 
 # ==== Linear ====
 
@@ -24,8 +26,15 @@ Multiply = Callable[[Tensor], Tensor]
 
 def select_pack_linear(
     device: torch.device, dtype: torch.dtype
-) -> Callable[[Tensor, Tensor | None], Multiply]:
-    return _pack_onednn if device.type == "cpu" and _onednn_has(dtype) else _pack_plain
+) -> Callable[[Tensor | QuantizedWeight, Tensor | None], Multiply]:
+    pack_dense = _pack_onednn if device.type == "cpu" and _onednn_has(dtype) else _pack_plain
+
+    def pack(weight: Tensor | QuantizedWeight, bias: Tensor | None) -> Multiply:
+        if isinstance(weight, QuantizedWeight):
+            weight = dequantize_to(weight, dtype, device)
+        return pack_dense(weight, bias)
+
+    return pack
 
 
 def _onednn_has(dtype: torch.dtype) -> bool:

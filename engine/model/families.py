@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from engine.model.config_keys import IRRELEVANT, NEUTRAL, ConfigKeys
+from engine.model.quantized_checkpoint import Scheme, parse_scheme
 from engine.model.rope_keys import RopeReader
 from engine.model.spec import ModelError, ModelSpec
 
@@ -33,7 +34,7 @@ class _Family:
 
 def read_spec(folder: Path, max_model_len: int | None) -> ModelSpec:
     """The architecture of the checkpoint in `folder`, for sequences of up to `max_model_len`."""
-    config = ConfigKeys(_read_json(folder / "config.json"), str(folder / "config.json"))
+    config = _config(folder)
     model_type = config.text("model_type")
     if model_type not in FAMILIES:
         raise config.error("model_type", model_type, f"one of {', '.join(FAMILIES)}")
@@ -42,10 +43,16 @@ def read_spec(folder: Path, max_model_len: int | None) -> ModelSpec:
     if architectures not in (None, [family.architecture]):
         raise config.error("architectures", architectures, f"[{family.architecture!r}]")
     spec = family.read(config, max_model_len)
+    parse_scheme(config)  # how weights are stored is no part of the architecture, only checked
     config.finish(NEUTRAL | family.neutral, IRRELEVANT)
     if max_model_len is not None and not 1 <= max_model_len <= spec.max_position:
         raise ModelError(f"max_model_len={max_model_len} is outside 1..{spec.max_position}")
     return spec
+
+
+def read_scheme(folder: Path) -> Scheme | None:
+    """How the checkpoint in `folder` stores its linear layers; None: dense."""
+    return parse_scheme(_config(folder))
 
 
 def read_eos_token_ids(folder: Path) -> tuple[int, ...]:
@@ -68,6 +75,10 @@ def read_dtype(folder: Path) -> torch.dtype:
             "say which to use with the engine's own dtype setting"
         )
     return DTYPES[name]
+
+
+def _config(folder: Path) -> ConfigKeys:
+    return ConfigKeys(_read_json(folder / "config.json"), str(folder / "config.json"))
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -1,12 +1,13 @@
 """The leaves of the decoder: embedding, linear and norm, each with the weights it expects.
 
 A leaf names the checkpoint tensors that it wants (`parts`) and how each is stored; it opens no
-file. Memory for a weight is taken when its first part arrives, and a linear layer is packed
-into the form that its op wants as soon as its last part is there.
+file. A linear layer keeps its parts as they come, dense or quantized, and is packed into the form
+that its op wants as soon as the last one is there.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,15 +15,20 @@ from torch import Tensor, nn
 
 from engine.kernels.dispatch import Ops
 from engine.kernels.inputs import ForwardInputs
+from engine.kernels.quantized import QuantizedWeight, can_join, join
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One checkpoint tensor: its key, its shape, and what to do with it."""
+    """One checkpoint tensor: its key, its shape, and what to do with it.
+
+    `module` is the linear layer whose weight it is: only that may come as a QuantizedWeight.
+    """
 
     key: str
     shape: tuple[int, ...]
-    store: Callable[[Tensor], None]
+    store: Callable[[Any], None]
+    module: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,9 +73,11 @@ class Linear(nn.Module):
         self.place = place
         self.layer, self.site = place.layer, place.site
         self.multiply: Callable[[Tensor], Tensor] = _not_loaded
+        self.quantized_bytes: dict[str, int] = {}  # of the parts that came quantized, by key
         self._build = build
-        self._weight: Tensor | None = None
-        self._bias = build.empty(place.out_features) if bias else None
+        self._weights: dict[int, Tensor | QuantizedWeight] = {}  # by slice, until all are there
+        self._has_bias = bias
+        self._bias = build.empty(place.out_features) if bias else None  # until it is packed
         self._pending = len(place.slices) * (2 if bias else 1)
 
     def forward(self, x: Tensor, inputs: ForwardInputs) -> Tensor:
@@ -80,19 +88,19 @@ class Linear(nn.Module):
 
     def parts(self) -> Iterator[Part]:
         start = 0
-        for part in self.place.slices:
+        for i, part in enumerate(self.place.slices):
             rows = slice(start, start + part.out_features)
-            shape = (part.out_features, self.place.in_features)
-            yield Part(f"{part.module}.weight", shape, self._weight_rows(rows))
-            if self._bias is not None:
+            key, shape = f"{part.module}.weight", (part.out_features, self.place.in_features)
+            yield Part(key, shape, self._weight_of(i, key), part.module)
+            if self._has_bias:
                 yield Part(f"{part.module}.bias", shape[:1], self._bias_rows(rows))
             start = rows.stop
 
-    def _weight_rows(self, rows: slice) -> Callable[[Tensor], None]:
-        def store(tensor: Tensor) -> None:
-            if self._weight is None:
-                self._weight = self._build.empty(self.place.out_features, self.place.in_features)
-            self._weight[rows] = tensor
+    def _weight_of(self, index: int, key: str) -> Callable[[Tensor | QuantizedWeight], None]:
+        def store(weight: Tensor | QuantizedWeight) -> None:
+            if isinstance(weight, QuantizedWeight):
+                self.quantized_bytes[key] = weight.nbytes
+            self._weights[index] = weight
             self._arrived()
 
         return store
@@ -108,9 +116,62 @@ class Linear(nn.Module):
     def _arrived(self) -> None:
         self._pending -= 1
         if self._pending == 0:
-            assert self._weight is not None
-            self.multiply = self._build.ops.pack_linear(self._weight, self._bias)
-            self._weight = self._bias = None
+            weights = [self._weights.pop(i) for i in range(len(self.place.slices))]
+            self.multiply = self._packed(weights)
+            self._bias = None
+
+    def _packed(self, weights: list[Tensor | QuantizedWeight]) -> Callable[[Tensor], Tensor]:
+        """One matrix where that can be, else one for each run of slices that can share one."""
+        multiplies: list[Callable[[Tensor], Tensor]] = []
+        start = 0
+        for run in _runs(weights):
+            stop = start + sum(map(_out_features, run))
+            bias = None if self._bias is None else self._bias[start:stop]
+            multiplies.append(self._build.ops.pack_linear(self._joined(run), bias))
+            start = stop
+        return multiplies[0] if len(multiplies) == 1 else SideBySide(tuple(multiplies))
+
+    def _joined(self, run: list[Tensor | QuantizedWeight]) -> Tensor | QuantizedWeight:
+        quantized = [weight for weight in run if isinstance(weight, QuantizedWeight)]
+        if quantized:
+            return join(quantized)
+        dense, start = self._build.empty(sum(map(_out_features, run)), self.place.in_features), 0
+        for weight in run:
+            assert isinstance(weight, Tensor)
+            dense[start : start + len(weight)] = weight
+            start += len(weight)
+        return dense
+
+
+@dataclass(frozen=True, slots=True)
+class SideBySide:
+    """x [N, in] -> the outputs of several matrices, one after another."""
+
+    multiplies: tuple[Callable[[Tensor], Tensor], ...]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return torch.cat([multiply(x) for multiply in self.multiplies], -1)
+
+
+def _runs(weights: list[Tensor | QuantizedWeight]) -> list[list[Tensor | QuantizedWeight]]:
+    """Neighbours that one matrix can hold."""
+    runs = [[weights[0]]]
+    for weight in weights[1:]:
+        if _alike(runs[-1][-1], weight):
+            runs[-1].append(weight)
+        else:
+            runs.append([weight])
+    return runs
+
+
+def _alike(a: Tensor | QuantizedWeight, b: Tensor | QuantizedWeight) -> bool:
+    if isinstance(a, QuantizedWeight) and isinstance(b, QuantizedWeight):
+        return can_join(a, b)
+    return isinstance(a, Tensor) and isinstance(b, Tensor)
+
+
+def _out_features(weight: Tensor | QuantizedWeight) -> int:
+    return weight.out_features if isinstance(weight, QuantizedWeight) else len(weight)
 
 
 class Embedding(nn.Module):

@@ -1,26 +1,29 @@
-"""From a folder of safetensors to a Decoder, one tensor at a time.
+"""From a folder of safetensors to a Decoder, one weight at a time, layer by layer.
 
 Every tensor of the checkpoint is used exactly once, with the shape that its config promises, or
-the load is refused with its name. At no time are there two copies of more than a few layers.
+the load is refused with its name. A linear layer's weight is quantized on its way, or comes
+quantized. At no time are there two copies of more than a few layers.
 """
 
-import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from torch import Tensor
 from tqdm import tqdm
 
 from engine.kernels.dispatch import select_ops
+from engine.kernels.quantized import QuantizedWeight
+from engine.model.checkpoint import Checkpoint
 from engine.model.decoder import Decoder
-from engine.model.families import read_spec
-from engine.model.layers import Build, Part
+from engine.model.families import read_scheme, read_spec
+from engine.model.layers import Build, Linear, Part
+from engine.model.quantize import QUANTIZERS, NotFinite, check_quantizable
+from engine.model.quantized_checkpoint import Scheme, weight_format
 from engine.model.spec import ModelError
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-TIED_HEAD = "lm_head.weight"  # some checkpoints keep a copy of what their config ties
+HEAD = "lm_head"
+TIED_HEAD = f"{HEAD}.weight"  # some checkpoints keep a copy of what their config ties
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -30,73 +33,101 @@ def load_decoder(
     dtype: torch.dtype,
     device: torch.device,
     max_model_len: int,
+    quantization: str = "none",
     progress: bool = False,
 ) -> Decoder:
-    """The model in `folder`, ready to run; raises ModelError where it cannot be served."""
-    spec = read_spec(folder, max_model_len)
-    build = Build(select_ops(device, dtype), dtype, device)
-    decoder = Decoder(spec, build, max_model_len)
-    parts = {part.key: part for part in decoder.parts()}
-    files = _weight_files(folder)
-    skipped = {key for keys in files.values() for key in keys if _is_derived(key)}
-    if spec.tied_embeddings:
-        skipped.add(TIED_HEAD)
-    _check_keys(folder, files, parts, skipped)
-    with tqdm(total=len(parts), desc="weights", unit="tensor", disable=not progress) as bar:
-        for path, keys in files.items():
-            _load_file(path, [key for key in keys if key not in skipped], parts, bar)
-    if spec.tied_embeddings:
-        _check_tied_head(files, decoder)
-        decoder.tie_head()
+    """The model in `folder`, ready to run; raises ModelError where it cannot be served.
+
+    `quantization` other than none is applied to the linear layers' weights as the checkpoint
+    stores them; embeddings, the output layer, norms and biases are in `dtype`.
+    """
+    spec, scheme = read_spec(folder, max_model_len), read_scheme(folder)
+    weight_format(folder, scheme, quantization)
+    decoder = Decoder(spec, Build(select_ops(device, dtype), dtype, device), max_model_len)
+    check_quantizable(quantization, decoder.lora_sites)
+    with Checkpoint(folder) as checkpoint:
+        reader = _Reader(checkpoint, scheme, quantization)
+        parts = list(decoder.parts())
+        reader.check_keys(parts, spec.tied_embeddings)
+        for part in tqdm(parts, desc="weights", unit="tensor", disable=not progress):
+            part.store(reader.read(part))
+        if spec.tied_embeddings:
+            _check_tied_head(checkpoint, decoder)
+            decoder.tie_head()
     return decoder.eval()
 
 
 def weight_bytes(decoder: Decoder, dtype: torch.dtype) -> int:
-    """What the weights weigh in `dtype`; a tied output layer counts once."""
-    return sum(torch.Size(part.shape).numel() for part in decoder.parts()) * dtype.itemsize
+    """What the weights weigh, in `dtype` where they are dense; a tied output layer counts once.
+
+    Quantized weights count as they are stored; ops without a kernel for them take more.
+    """
+    quantized: dict[str, int] = {}
+    for leaf in decoder.modules():
+        if isinstance(leaf, Linear):
+            quantized |= leaf.quantized_bytes
+    return sum(
+        quantized.get(part.key, torch.Size(part.shape).numel() * dtype.itemsize)
+        for part in decoder.parts()
+    )
 
 
-def _weight_files(folder: Path) -> dict[Path, list[str]]:
-    """The safetensors files of a checkpoint and the tensors that each really holds."""
-    if (folder / INDEX).exists():
-        paths = _shards(folder / INDEX)
-    elif (folder / SINGLE).exists():
-        paths = [folder / SINGLE]
-    else:
-        raise ModelError(f"{folder} has neither {SINGLE} nor {INDEX}; other formats are not read")
-    found: dict[Path, list[str]] = {}
-    for path in paths:
-        with _opened(path) as file:
-            found[path] = list(file.keys())
-    return found
+class _Reader:
+    """A part's weight as the decoder shall keep it."""
 
+    def __init__(self, checkpoint: Checkpoint, scheme: Scheme | None, quantization: str) -> None:
+        self._checkpoint, self._scheme = checkpoint, scheme
+        self._quantize = QUANTIZERS.get(quantization)
 
-def _shards(index: Path) -> list[Path]:
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        names = list(dict.fromkeys(weight_map.values()))
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ModelError(f"{index} is not an index of safetensors files: {error!r}") from error
-    for name in names:
-        if not isinstance(name, str) or Path(name).name != name:
-            raise ModelError(f"{index} names {name!r}, which is not a file beside it")
-    return [index.parent / name for name in names]
+    def check_keys(self, parts: list[Part], tied: bool) -> None:
+        """Every tensor has a use, and every part its tensors."""
+        wanted = {key for part in parts for key in self._keys_of(part)}
+        modules = {part.module for part in parts if part.module is not None}
+        self._check_head_is_dense()
+        for key in self._checkpoint.keys:
+            if key in wanted or _is_derived(key) or (tied and key == TIED_HEAD):
+                continue
+            if not self._is_empty_bias(key, modules):
+                raise self._checkpoint.error(key, "is not a weight of this architecture")
+        missing = sorted(key for key in wanted if key not in self._checkpoint)
+        if missing:
+            folder = self._checkpoint.folder
+            raise ModelError(f"{folder} lacks {missing[0]} ({len(missing)} weights are missing)")
 
+    def read(self, part: Part) -> Tensor | QuantizedWeight:
+        if part.module is not None and self._packed_keys(part.module):
+            assert self._scheme is not None
+            out_features, in_features = part.shape
+            return self._scheme.read(self._checkpoint, part.module, out_features, in_features)
+        tensor = self._checkpoint.tensor(part.key, part.shape, FLOATS, "the config")
+        if part.module is None or self._quantize is None:
+            return tensor
+        try:
+            return self._quantize(tensor)
+        except NotFinite as error:
+            raise self._checkpoint.error(part.key, str(error)) from None
 
-def _check_keys(
-    folder: Path, files: dict[Path, list[str]], parts: dict[str, Part], skipped: set[str]
-) -> None:
-    seen: dict[str, Path] = {}
-    for path, keys in files.items():
-        for key in keys:
-            if key in seen:
-                raise ModelError(f"{path}: {key} is also in {seen[key]}")
-            if key not in parts and key not in skipped:
-                raise ModelError(f"{path}: {key} is not a weight of this architecture")
-            seen[key] = path
-    missing = [key for key in parts if key not in seen]
-    if missing:
-        raise ModelError(f"{folder} lacks {missing[0]} ({len(missing)} weights are missing)")
+    def _keys_of(self, part: Part) -> list[str]:
+        packed = [] if part.module is None else self._packed_keys(part.module)
+        return packed or [part.key]
+
+    def _packed_keys(self, module: str) -> list[str]:
+        """Empty where the checkpoint keeps the module dense."""
+        return [] if self._scheme is None else self._scheme.keys_of(self._checkpoint, module)
+
+    def _check_head_is_dense(self) -> None:
+        for key in self._packed_keys(HEAD):
+            if key in self._checkpoint:
+                raise self._checkpoint.error(
+                    key, f"is part of a quantized {HEAD}; only layers' linear modules may be"
+                )
+
+    def _is_empty_bias(self, key: str, modules: Collection[str]) -> bool:
+        """Quantizers give every module a bias, zero where the architecture has none."""
+        module, _, kind = key.rpartition(".")
+        if kind != "bias" or module not in modules or not self._packed_keys(module):
+            return False
+        return not self._checkpoint.any_shape(key).any()
 
 
 def _is_derived(key: str) -> bool:
@@ -104,35 +135,12 @@ def _is_derived(key: str) -> bool:
     return key.endswith(".rotary_emb.inv_freq")
 
 
-def _load_file(path: Path, keys: list[str], parts: dict[str, Part], bar: "tqdm[None]") -> None:
-    with _opened(path) as file:
-        for key in keys:
-            tensor, part = file.get_tensor(key), parts[key]
-            if tuple(tensor.shape) != part.shape:
-                found, wanted = list(tensor.shape), list(part.shape)
-                raise ModelError(f"{path}: {key} has shape {found}; the config asks for {wanted}")
-            if tensor.dtype not in FLOATS:
-                allowed = ", ".join(map(str, FLOATS))
-                raise ModelError(f"{path}: {key} is {tensor.dtype}, not one of {allowed}")
-            part.store(tensor)
-            bar.update()
-
-
-def _check_tied_head(files: dict[Path, list[str]], decoder: Decoder) -> None:
+def _check_tied_head(checkpoint: Checkpoint, decoder: Decoder) -> None:
+    if TIED_HEAD not in checkpoint:
+        return
     embedding = decoder.embedding.weight
-    for path in (path for path, keys in files.items() if TIED_HEAD in keys):
-        with _opened(path) as file:
-            if not torch.equal(file.get_tensor(TIED_HEAD).to(embedding), embedding):
-                raise ModelError(
-                    f"{path}: {TIED_HEAD} differs from the embedding, but config.json says "
-                    "tie_word_embeddings=true"
-                )
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[safe_open]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except (OSError, SafetensorError) as error:
-        raise ModelError(f"{path} cannot be read: {error}") from error
+    if not torch.equal(checkpoint.any_shape(TIED_HEAD).to(embedding), embedding):
+        raise checkpoint.error(
+            TIED_HEAD,
+            "differs from the embedding, but config.json says tie_word_embeddings=true",
+        )

@@ -1,6 +1,7 @@
 """What a model costs before it is started: bytes of weights, KV and adapters, and the step floor.
 
     python -m engine.plan <model folder> [--memory 24GiB] [--context 2048] [--rank 16]
+                          [--quantization int8] [--kv-dtype int8]
                           [--bandwidth GB/s] [--flops TFLOP/s] [--picture out.svg]
 
 The command line and its text; the numbers come from `arithmetic`. Reads no weights.
@@ -15,25 +16,24 @@ from pathlib import Path
 
 import torch
 
+from engine.config import KV_DTYPES, QUANTIZATIONS
+from engine.model.quantize import NF4_BLOCK
 from engine.model.spec import ModelError
 from engine.plan.arithmetic import (
-    FORMATS,
-    NF4_BLOCK,
     Load,
     Machine,
     ModelSize,
     adapter_bytes,
     adapter_values,
-    kv_bytes,
+    formats,
     largest_batch,
     largest_distinct_batch,
-    own_format,
     read_model_size,
     step_floor,
     weight_bytes,
 )
 from engine.plan.machine import measure
-from engine.runner.kv_cache import kv_bytes_per_token
+from engine.runner.kv_cache import SCALE_BYTES, kv_bytes_per_token
 
 NUM_ADAPTERS = (0, 1, 8, 32, 128)
 BATCHES = (1, 8, 32, 128)
@@ -42,9 +42,10 @@ UNITS = {"": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
-    load = Load(options.memory, options.context, options.rank)
+    kv_dtype = torch.int8 if options.kv_dtype == "int8" else None
+    load = Load(options.memory, options.context, options.rank, kv_dtype=kv_dtype)
     try:
-        size = read_model_size(options.folder)
+        size = read_model_size(options.folder, options.quantization)
         if not load.context <= size.spec.max_position:
             raise ModelError(
                 f"--context {load.context} is outside 1..{size.spec.max_position}, the positions "
@@ -87,27 +88,35 @@ def _parameters(size: ModelSize) -> Iterator[str]:
 
 def _weights(size: ModelSize) -> Iterator[str]:
     yield "\nWeights"
-    for form in FORMATS:
+    for form in formats(size):
         nbytes = weight_bytes(size, form)
-        own = "  the engine's choice for this checkpoint" if form == own_format(size) else ""
+        own = "  how the engine serves it" if form == size.form else ""
         yield f"  {form.name:<9} {nbytes:>16,} bytes  {_size(nbytes):>10}{own}"
     yield (
         f"  int8 has a float32 scale per output row, nf4 a float32 absmax per {NF4_BLOCK} values;"
     )
     yield "  both leave embeddings, lm_head, norms and biases in bfloat16."
+    if size.form.quantization == "int4":
+        group = size.form.group_size or "row"
+        yield f"  as stored: 4-bit integers, a float32 scale and zero per group of {group};"
+        yield f"  all else in {_name(size.dtype)}."
 
 
 def _kv(size: ModelSize, load: Load) -> Iterator[str]:
-    spec, itemsize = size.spec, size.dtype.itemsize
-    sequence = kv_bytes(size, size.dtype, load.context, load.block_size)
-    yield f"\nKV cache in {_name(size.dtype)}"
-    yield "  2 (K and V) x layers x KV heads x head dim x bytes per value, per token:"
+    spec, dtype = size.spec, load.kv_dtype or size.dtype
+    scale = f", and {SCALE_BYTES} bytes of scale per head" if dtype == torch.int8 else ""
+    head = (
+        f"{spec.head_dim} x {dtype.itemsize}" if not scale else f"({spec.head_dim} + {SCALE_BYTES})"
+    )
+    yield f"\nKV cache in {_name(dtype)}"
+    yield f"  2 (K and V) x layers x KV heads x head dim x bytes per value, per token{scale}:"
     yield (
-        f"  2 x {spec.num_layers} x {spec.num_kv_heads} x {spec.head_dim} x {itemsize}"
-        f" = {kv_bytes_per_token(spec, size.dtype):,} bytes"
+        f"  2 x {spec.num_layers} x {spec.num_kv_heads} x {head}"
+        f" = {kv_bytes_per_token(spec, dtype):,} bytes"
     )
     yield (
-        f"  a sequence of {load.context} tokens, in blocks of {load.block_size}: {_size(sequence)}"
+        f"  a sequence of {load.context} tokens, in blocks of {load.block_size}: "
+        f"{_size(load.sequence_bytes(size, size.form))}"
     )
 
 
@@ -129,16 +138,16 @@ def _batches(size: ModelSize, load: Load) -> Iterator[str]:
         "the weights"
     )
     yield f"and that many adapters of rank {load.lora_rank} on all linear modules"
-    yield "  adapters   " + "".join(f"{form.name:>10}" for form in FORMATS)
+    yield "  adapters   " + "".join(f"{form.name:>10}" for form in formats(size))
     for count in NUM_ADAPTERS:
-        cells = (largest_batch(size, form, load, count) for form in FORMATS)
+        cells = (largest_batch(size, form, load, count) for form in formats(size))
         yield f"  {count:<11}" + "".join(f"{cell:>10,}" for cell in cells)
-    cells = (largest_distinct_batch(size, form, load) for form in FORMATS)
+    cells = (largest_distinct_batch(size, form, load) for form in formats(size))
     yield "  one for each" + "".join(f"{cell:>10,}" for cell in cells).removeprefix(" ")
 
 
 def _floors(size: ModelSize, load: Load, machine: Machine) -> Iterator[str]:
-    name = own_format(size).name
+    name = size.form.name
     yield f"\nDecode step floor in {name}, every sequence {load.context} tokens long"
     yield (
         f"  max(bytes read / {machine.bytes_per_s / 1e9:.1f} GB/s, "
@@ -184,6 +193,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--memory", type=_bytes, default=24 * 2**30, help="default 24GiB")
     parser.add_argument("--context", type=_positive_int, default=2048, help="default %(default)s")
     parser.add_argument("--rank", type=_positive_int, default=16, help="default %(default)s")
+    parser.add_argument("--quantization", choices=QUANTIZATIONS, default="none")
+    parser.add_argument("--kv-dtype", choices=KV_DTYPES, default="auto")
     parser.add_argument("--bandwidth", type=_positive, help="GB/s (default: measured)")
     parser.add_argument("--flops", type=_positive, help="TFLOP/s (default: measured)")
     parser.add_argument("--picture", type=Path, help="write a .svg or .png; needs matplotlib")

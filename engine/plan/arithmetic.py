@@ -4,21 +4,22 @@ The decoder is laid out on torch's `meta` device, without memory, so that every 
 loader's own. A floor says what no implementation can be faster than, not how fast this one is.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from engine.kernels.dispatch import reference_ops
 from engine.model.decoder import Decoder
-from engine.model.families import read_dtype, read_spec
+from engine.model.families import read_dtype, read_scheme, read_spec
 from engine.model.layers import Build
+from engine.model.quantize import NF4_BLOCK, check_quantizable
+from engine.model.quantized_checkpoint import weight_format
 from engine.model.spec import ModelSpec
 from engine.runner.kv_cache import kv_bytes_per_token
 
 ATTENTION_SITES = ("qkv", "o")
-NF4_BLOCK = 64  # values that share one absmax
-SCALE_BYTES = 4  # a float32 per row (int8) or per block (nf4)
+SCALE_BYTES = 4  # a float32 per row (int8), per block (nf4) or per group (int4, and a zero each)
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,10 +27,44 @@ class LinearShape:
     site: str
     in_features: int
     out_features: int
+    module: str = ""
 
     @property
     def numel(self) -> int:
         return self.in_features * self.out_features
+
+
+@dataclass(frozen=True, slots=True)
+class WeightFormat:
+    """How linear weights are stored; all else, KV and adapters are in `dtype`."""
+
+    name: str
+    dtype: torch.dtype
+    quantization: str = "none"  # int8, nf4 or int4
+    group_size: int | None = None  # inputs that share a scale; None: all
+    is_reordered: bool = False  # each weight has an order of its inputs
+    dense_modules: tuple[str, ...] = ()  # parts of module names that are left in `dtype`
+
+    def linear_bytes(self, linear: LinearShape) -> int:
+        if self.quantization == "none" or self._is_dense(linear.module):
+            return linear.numel * self.dtype.itemsize
+        scales = -(-linear.numel // (self.group_size or linear.in_features)) * SCALE_BYTES
+        if self.quantization == "int8":
+            return linear.numel + scales
+        codes = -(-linear.numel // 2)
+        order = 4 * linear.in_features if self.is_reordered else 0
+        return codes + scales * (2 if self.quantization == "int4" else 1) + order
+
+    def _is_dense(self, module: str) -> bool:
+        return any(f".{name}." in f".{module}." for name in self.dense_modules)
+
+
+FORMATS = (
+    WeightFormat("float32", torch.float32),
+    WeightFormat("bfloat16", torch.bfloat16),
+    WeightFormat("int8", torch.bfloat16, "int8"),
+    WeightFormat("nf4", torch.bfloat16, "nf4", NF4_BLOCK),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +77,7 @@ class ModelSize:
     num_embedding: int
     num_head: int
     num_other: int  # norms and biases
+    form: WeightFormat  # in which the engine serves it
 
     @property
     def num_linear(self) -> int:
@@ -52,59 +88,53 @@ class ModelSize:
         return self.num_linear + self.num_embedding + self.num_head + self.num_other
 
 
-def read_model_size(folder: Path) -> ModelSize:
-    """Raises ModelError where the model cannot be served."""
+def read_model_size(folder: Path, quantization: str = "none") -> ModelSize:
+    """Raises ModelError where the model cannot be served, or not with this `quantization`."""
     spec = read_spec(folder, None)
     build = Build(reference_ops(), torch.bfloat16, torch.device("meta"))
     decoder = Decoder(spec, build, max_model_len=1)
     total = sum(torch.Size(part.shape).numel() for part in decoder.parts())
+    check_quantizable(quantization, decoder.lora_sites)
     linears = tuple(
-        LinearShape(site.site, site.in_features, part.out_features)
+        LinearShape(site.site, site.in_features, part.out_features, part.module)
         for site in decoder.lora_sites
         for part in site.slices
     )
     num_linear = sum(linear.numel for linear in linears)
     num_embedding = spec.vocab_size * spec.hidden_size
     num_head = 0 if spec.tied_embeddings else num_embedding
+    dtype = torch.float32 if read_dtype(folder) == torch.float32 else torch.bfloat16
     return ModelSize(
         spec,
-        torch.float32 if read_dtype(folder) == torch.float32 else torch.bfloat16,
+        dtype,
         linears,
         num_embedding,
         num_head,
         total - num_linear - num_embedding - num_head,
+        _own_format(folder, quantization, dtype),
     )
+
+
+def _own_format(folder: Path, quantization: str, dtype: torch.dtype) -> WeightFormat:
+    """The one of FORMATS that it is, else one of its own."""
+    scheme = read_scheme(folder)
+    kind = weight_format(folder, scheme, quantization)
+    if scheme is None:
+        alike = [form for form in FORMATS if form.quantization == kind]
+        same = [form for form in alike if form.dtype == dtype]
+        return same[0] if same else replace(alike[0], name=f"{kind}/f32", dtype=dtype)
+    own = WeightFormat(
+        kind, dtype, kind, scheme.group_size, scheme.is_reordered, scheme.dense_modules
+    )
+    return own if own in FORMATS else replace(own, name="as stored")
 
 
 # ==== bytes ====
 
 
-@dataclass(frozen=True, slots=True)
-class WeightFormat:
-    """How linear weights are stored; all else, KV and adapters are in `dtype`."""
-
-    name: str
-    dtype: torch.dtype
-
-    def linear_bytes(self, linear: LinearShape) -> int:
-        if self.name == "int8":
-            return linear.numel + linear.out_features * SCALE_BYTES
-        if self.name == "nf4":
-            return -(-linear.numel // 2) + -(-linear.numel // NF4_BLOCK) * SCALE_BYTES
-        return linear.numel * self.dtype.itemsize
-
-
-FORMATS = (
-    WeightFormat("float32", torch.float32),
-    WeightFormat("bfloat16", torch.bfloat16),
-    WeightFormat("int8", torch.bfloat16),
-    WeightFormat("nf4", torch.bfloat16),
-)
-
-
-def own_format(size: ModelSize) -> WeightFormat:
-    """The one in which the engine serves the checkpoint as it is."""
-    return next(f for f in FORMATS if f.dtype == size.dtype)
+def formats(size: ModelSize) -> tuple[WeightFormat, ...]:
+    """All that a plan compares: the well-known ones, and the model's own where it is another."""
+    return FORMATS if size.form in FORMATS else (*FORMATS, size.form)
 
 
 def weight_bytes(size: ModelSize, form: WeightFormat) -> int:
@@ -141,6 +171,11 @@ class Load:
     context: int
     lora_rank: int
     block_size: int = 16
+    kv_dtype: torch.dtype | None = None  # None: that of the format
+
+    def sequence_bytes(self, size: ModelSize, form: WeightFormat) -> int:
+        """The KV blocks of one sequence."""
+        return kv_bytes(size, self.kv_dtype or form.dtype, self.context, self.block_size)
 
 
 def largest_batch(size: ModelSize, form: WeightFormat, load: Load, num_adapters: int) -> int:
@@ -149,12 +184,12 @@ def largest_batch(size: ModelSize, form: WeightFormat, load: Load, num_adapters:
         size, form.dtype, load.lora_rank
     )
     room = load.memory_bytes - taken
-    return max(room, 0) // kv_bytes(size, form.dtype, load.context, load.block_size)
+    return max(room, 0) // load.sequence_bytes(size, form)
 
 
 def largest_distinct_batch(size: ModelSize, form: WeightFormat, load: Load) -> int:
     """The same when every sequence brings an adapter of its own."""
-    each = kv_bytes(size, form.dtype, load.context, load.block_size)
+    each = load.sequence_bytes(size, form)
     each += adapter_bytes(size, form.dtype, load.lora_rank)
     return max(load.memory_bytes - weight_bytes(size, form), 0) // each
 
@@ -189,11 +224,11 @@ def step_floor(
     Every weight, key, value and adapter in use is read once. Each row is multiplied by the
     weights and, if there are adapters, by its own one.
     """
-    form, spec = own_format(size), size.spec
+    form, spec = size.form, size.spec
     read = weight_bytes(size, form) + num_adapters * adapter_bytes(size, form.dtype, load.lora_rank)
     if size.num_head:  # of an embedding that is not the head, a row per token
         read -= size.num_embedding * form.dtype.itemsize
-    read += batch * load.context * kv_bytes_per_token(spec, form.dtype)
+    read += batch * load.context * kv_bytes_per_token(spec, load.kv_dtype or form.dtype)
     multiplied = size.num_linear + (size.num_head or size.num_embedding)
     multiplied += 2 * spec.num_layers * spec.num_heads * spec.head_dim * load.context
     if num_adapters:

@@ -11,9 +11,7 @@ from engine.plan.arithmetic import (
     Machine,
     ModelSize,
     adapter_bytes,
-    kv_bytes,
     largest_batch,
-    own_format,
     step_floor,
     weight_bytes,
 )
@@ -46,12 +44,12 @@ def draw(size: ModelSize, load: Load, machine: Machine, path: Path) -> None:
 
 def memory_shares(size: ModelSize, load: Load, num_adapters: int) -> dict[str, int]:
     """Bytes by use when as many sequences run as fit; they add up to the memory."""
-    form = own_format(size)
+    form = size.form
     num_sequences = largest_batch(size, form, load, num_adapters)
     shares = {
         "weights": weight_bytes(size, form),
         "adapters": num_adapters * adapter_bytes(size, form.dtype, load.lora_rank),
-        "KV cache": num_sequences * kv_bytes(size, form.dtype, load.context, load.block_size),
+        "KV cache": num_sequences * load.sequence_bytes(size, form),
     }
     return shares | {"free": load.memory_bytes - sum(shares.values())}
 
@@ -64,7 +62,7 @@ def _draw_memory(axes: Any, size: ModelSize, load: Load) -> None:
             width = max(nbytes, 0) / 2**30
             axes.barh(row, width, left=start, color=COLOURS[name], label=name if not row else None)
             start += width
-        num_sequences = largest_batch(size, own_format(size), load, count)
+        num_sequences = largest_batch(size, size.form, load, count)
         labels.append(f"{count} adapters\n{num_sequences:,} sequences")
     axes.set_yticks(range(len(labels)), labels)
     axes.invert_yaxis()

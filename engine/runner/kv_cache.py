@@ -8,10 +8,15 @@ import torch
 
 from engine.model.spec import ModelSpec
 
+SCALE_BYTES = 4  # int8 keys and values have a float32 scale per position and head
+
 
 def kv_bytes_per_token(spec: ModelSpec, dtype: torch.dtype) -> int:
-    """2 (K and V) x layers x KV heads x head dim x bytes per element."""
-    return 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * dtype.itemsize
+    """2 (K and V) x layers x KV heads x bytes per head; `dtype` is that of keys and values."""
+    head_bytes = spec.head_dim * dtype.itemsize
+    if dtype == torch.int8:
+        head_bytes += SCALE_BYTES
+    return 2 * spec.num_layers * spec.num_kv_heads * head_bytes
 
 
 def allocate_kv_cache(

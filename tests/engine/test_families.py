@@ -233,7 +233,7 @@ def test_the_first_name_of_longrope_is_understood(tiny_model: MakeTiny, tmp_path
 
 
 REFUSED: list[tuple[str, str, Any]] = [
-    ("llama", "quantization_config", {"quant_method": "gptq"}),
+    ("llama", "quantization_config", ["gptq"]),
     ("llama", "hidden_act", "relu"),
     ("llama", "partial_rotary_factor", 0.5),
     ("llama", "rope_scaling", {"rope_type": "proportional", "factor": 2.0}),

@@ -23,7 +23,6 @@ from engine.plan.arithmetic import (
     kv_bytes,
     largest_batch,
     largest_distinct_batch,
-    own_format,
     read_model_size,
     step_floor,
     weight_bytes,
@@ -46,15 +45,15 @@ def file_bytes(folder: Path) -> int:
 def test_weight_bytes_are_those_of_the_checkpoints_tensors(tmp_path: Path, model_type: str) -> None:
     write_tiny(tmp_path, model_type)
     size = read_model_size(tmp_path)
-    assert weight_bytes(size, own_format(size)) == file_bytes(tmp_path)
-    assert own_format(size).name == "float32"
+    assert weight_bytes(size, size.form) == file_bytes(tmp_path)
+    assert size.form.name == "float32"
 
 
 def test_a_tied_head_weighs_nothing_and_bfloat16_half(tmp_path: Path) -> None:
     write_tiny(tmp_path, "qwen2", dtype=torch.bfloat16, tie_word_embeddings=True)
     size = read_model_size(tmp_path)
-    assert own_format(size).name == "bfloat16"
-    assert weight_bytes(size, own_format(size)) == file_bytes(tmp_path)
+    assert size.form.name == "bfloat16"
+    assert weight_bytes(size, size.form) == file_bytes(tmp_path)
     assert size.num_head == 0 and size.num_embedding > 0
 
 

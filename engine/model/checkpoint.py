@@ -1,0 +1,113 @@
+"""Checkpoint: the tensors of a folder of safetensors files, by name, each checked as it is read.
+
+Files are mapped, not read: a tensor's pages come when it is used and are the kernel's to drop.
+Knows nothing of what the tensors mean. Every refusal names the file and the tensor.
+"""
+
+import json
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from engine.model.spec import ModelError
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+class Checkpoint:
+    """Open for as long as it is a context. Raises ModelError."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._paths: dict[str, Path] = {}
+        self._files: dict[Path, safe_open] = {}
+        self._opened = ExitStack()
+
+    def __enter__(self) -> "Checkpoint":
+        with ExitStack() as opened:
+            for path in _weight_files(self.folder):
+                self._open(path, opened)
+            self._opened = opened.pop_all()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._opened.close()
+
+    @property
+    def keys(self) -> list[str]:
+        """Every tensor that the files really hold, in their order."""
+        return list(self._paths)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._paths
+
+    def tensor(
+        self, key: str, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...], asker: str
+    ) -> Tensor:
+        """A view of the file, valid beyond the context; `asker` says who wants this shape."""
+        tensor = self.any_shape(key)
+        if tuple(tensor.shape) != shape:
+            found, wanted = list(tensor.shape), list(shape)
+            raise self.error(key, f"has shape {found}; {asker} asks for {wanted}")
+        if tensor.dtype not in dtypes:
+            raise self.error(key, f"is {tensor.dtype}, not {_one_of(dtypes)}")
+        return tensor
+
+    def vector(self, key: str, dtype: torch.dtype) -> Tensor:
+        """One dimension of any length."""
+        tensor = self.any_shape(key)
+        return self.tensor(key, (tensor.numel(),), (dtype,), "its meaning")
+
+    def error(self, key: str, text: str) -> ModelError:
+        return ModelError(f"{self._paths[key]}: {key} {text}")
+
+    def any_shape(self, key: str) -> Tensor:
+        path = self._paths[key]
+        try:
+            return self._files[path].get_tensor(key)
+        except (OSError, SafetensorError) as error:
+            raise ModelError(f"{path} cannot be read: {error}") from error
+
+    def _open(self, path: Path, opened: ExitStack) -> None:
+        try:
+            file = opened.enter_context(safe_open(path, framework="pt"))
+        except (OSError, SafetensorError) as error:
+            raise ModelError(f"{path} cannot be read: {error}") from error
+        self._files[path] = file
+        for key in file.keys():  # noqa: SIM118  # it is no mapping
+            if key in self._paths:
+                raise ModelError(f"{path}: {key} is also in {self._paths[key]}")
+            self._paths[key] = path
+
+
+def _one_of(dtypes: tuple[torch.dtype, ...]) -> str:
+    return ("one of " if len(dtypes) > 1 else "") + ", ".join(map(str, dtypes))
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    if (folder / INDEX).exists():
+        return _shards(folder / INDEX)
+    if (folder / SINGLE).exists():
+        return [folder / SINGLE]
+    raise ModelError(f"{folder} has neither {SINGLE} nor {INDEX}; other formats are not read")
+
+
+def _shards(index: Path) -> list[Path]:
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = list(dict.fromkeys(weight_map.values()))
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ModelError(f"{index} is not an index of safetensors files: {error!r}") from error
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name:
+            raise ModelError(f"{index} names {name!r}, which is not a file beside it")
+    return [index.parent / name for name in names]

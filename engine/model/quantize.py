@@ -1,0 +1,91 @@
+"""From a dense weight to a QuantizedWeight, a few rows at a time.
+
+Codes are those of bitsandbytes. int8: per output, symmetric, scale = max|w| / 127. nf4: blocks of
+64 neighbouring inputs, scale = max|w|, the code whose value is nearest to w / scale, the lower of
+two that are equally near. Computed in float32 whatever the weight is stored in.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from engine.kernels.quantized import CHUNK_VALUES, NF4_VALUES, QuantizedWeight, pack_pairs
+from engine.model.layers import LoraSite
+from engine.model.spec import ModelError
+
+NF4_BLOCK = 64
+# Computed in float32, as where they come from: between two values lies the code's limit
+_LIMITS = tuple(float((torch.tensor(a) + torch.tensor(b)) / 2) for a, b in pairwise(NF4_VALUES))
+_TINY = 1e-38  # below it, 1 / scale would overflow
+
+
+class NotFinite(ValueError):
+    """A weight holds NaN or infinity, or is too large for float32."""
+
+
+def quantize_int8(weight: Tensor) -> QuantizedWeight:
+    """weight [out, in] of any float dtype."""
+    codes = torch.empty(weight.shape, dtype=torch.int8)
+    scales = torch.empty(weight.shape[0], 1)
+    for rows, wide in _chunks(weight):
+        scale = wide.abs().amax(1, keepdim=True) / 127
+        # The largest lies beyond 127 steps where the scale is denormal and so rounded itself
+        steps = wide.div_(scale.where(scale > 0, 1.0)).round_().clamp_(-127, 127)
+        codes[rows] = steps.to(torch.int8)
+        scales[rows] = scale
+    return QuantizedWeight("int8", codes, _finite(scales), group_size=weight.shape[1])
+
+
+def quantize_nf4(weight: Tensor) -> QuantizedWeight:
+    """weight [out, in] of any float dtype; in is a multiple of 64."""
+    num_out, num_in = weight.shape
+    codes = torch.empty(num_out, num_in // 2, dtype=torch.uint8)
+    scales = torch.empty(num_out, num_in // NF4_BLOCK)
+    for rows, wide in _chunks(weight):
+        blocks = wide.view(len(wide), -1, NF4_BLOCK)
+        scale = blocks.abs().amax(-1)
+        blocks.mul_((1.0 / scale.clamp(min=_TINY))[..., None])
+        codes[rows] = pack_pairs(_nearest_codes(wide))
+        scales[rows] = scale
+    return QuantizedWeight("nf4", codes, _finite(scales), group_size=NF4_BLOCK)
+
+
+QUANTIZERS: dict[str, Callable[[Tensor], QuantizedWeight]] = {
+    "int8": quantize_int8,
+    "nf4": quantize_nf4,
+}
+
+
+def check_quantizable(quantization: str, sites: Iterable[LoraSite]) -> None:
+    """Refuses a model whose rows nf4 blocks would straddle."""
+    for site in sites:
+        if quantization == "nf4" and site.in_features % NF4_BLOCK:
+            raise ModelError(
+                f"quantization='nf4': {site.slices[0].module} has {site.in_features} input "
+                f"features, which must be a multiple of {NF4_BLOCK}; use 'int8' or 'none'"
+            )
+
+
+def _chunks(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Float32 copies of a few rows each, for the caller to spoil."""
+    step = max(1, CHUNK_VALUES // weight.shape[1])
+    for start in range(0, weight.shape[0], step):
+        rows = slice(start, start + step)
+        yield rows, weight[rows].to("cpu", torch.float32, copy=True)
+
+
+def _nearest_codes(values: Tensor) -> Tensor:
+    """How many limits lie below each value: 15 passes through a cache beat a search per value."""
+    codes = torch.zeros(values.shape, dtype=torch.uint8)
+    above = torch.empty(values.shape, dtype=torch.bool)
+    for limit in _LIMITS:
+        codes += torch.gt(values, limit, out=above).view(torch.uint8)
+    return codes
+
+
+def _finite(scales: Tensor) -> Tensor:
+    if not scales.isfinite().all():
+        raise NotFinite("holds values that are not finite")
+    return scales
