@@ -48,6 +48,7 @@ class EngineSection(Section):
     memory_bytes: Bytes = 2 * 2**30
     adapter_memory_bytes: Bytes | None = None
     enable_prefix_caching: bool = True
+    kernels: str = "auto"
     num_threads: int | None = None
     activations: str = "bf16"
     kv_dtype: str = "auto"

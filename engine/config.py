@@ -6,6 +6,7 @@ Knows nothing of YAML, HTTP or Ray: `deployments.config` nests it in the file th
 from dataclasses import dataclass
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+KERNELS = ("auto", "torch")
 DEVICES = ("auto", "cpu", "cuda")
 QUANTIZATIONS = ("none", "int8", "nf4")
 ACTIVATIONS = ("bf16", "int8")
@@ -38,10 +39,12 @@ class EngineConfig:
     adapter_memory_bytes: int | None = None
     host_adapter_bytes: int = 2 * 2**30
     enable_prefix_caching: bool = True
-    num_threads: int | None = None  # None: torch's own choice
+    kernels: str = "auto"  # auto: native ones for bfloat16 on a CPU that has them
+    num_threads: int | None = None  # None: all cores
 
     def __post_init__(self) -> None:
         _one_of("dtype", self.dtype, DTYPES)
+        _one_of("kernels", self.kernels, KERNELS)
         _one_of("device", self.device, DEVICES)
         _one_of("quantization", self.quantization, QUANTIZATIONS)
         _one_of("activations", self.activations, ACTIVATIONS)

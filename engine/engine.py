@@ -26,10 +26,8 @@ from engine.messages import (
     TokenLogprobs,
 )
 from engine.model.families import read_eos_token_ids
-from engine.model.loader import load_decoder, weight_bytes
-from engine.runner.kv_cache import allocate_kv_cache
+from engine.runner.load import load_model
 from engine.runner.model_runner import ModelRunner, RowOutput
-from engine.runner.torch_forward import TorchForward
 from engine.scheduler.adapter_slots import AdapterSlots
 from engine.scheduler.batch import ScheduledBatch
 from engine.scheduler.block_manager import BlockManager
@@ -58,19 +56,9 @@ class Engine:
         self.config = config
         self.settled = s = settle(config)
         self._clock = clock
-        decoder = load_decoder(
-            folder,
-            dtype=s.dtype,
-            device=s.device,
-            max_model_len=s.max_model_len,
-            quantization=config.quantization,
-            progress=progress,
-        )
-        self.lora_sites = decoder.lora_sites
+        self.model = load_model(config, s, progress=progress)
         self.host = HostCache(config.host_adapter_bytes, self._load_adapter, wake)
-        kv_cache = allocate_kv_cache(s.num_blocks, config.block_size, s.spec, s.dtype, s.device)
-        model = TorchForward(decoder, kv_cache, config.block_size)
-        self.runner = ModelRunner(model, self.host.get)
+        self.runner = ModelRunner(self.model.forward, self.host.get)
         eos_token_ids = read_eos_token_ids(folder)
         self.scheduler = Scheduler(
             SchedulerLimits(
@@ -94,7 +82,8 @@ class Engine:
             eos_token_ids=eos_token_ids,
             device=str(s.device),
             dtype=str(s.dtype).removeprefix("torch."),
-            weight_bytes=weight_bytes(decoder, s.dtype),
+            weight_bytes=self.model.weight_bytes,
+            kernels=self.model.kernels,
             load_s=time.perf_counter() - start,
         )
 
@@ -241,7 +230,13 @@ class Engine:
     def _load_adapter(self, adapter: AdapterFolder) -> LoraWeights:
         """Runs in the host cache's threads."""
         s, capacity = self.settled, self.config.device_adapter_bytes
-        weights = load_lora(adapter, self.lora_sites, s.dtype, pin=s.device.type == "cuda")
+        weights = load_lora(
+            adapter,
+            self.model.lora_sites,
+            s.dtype,
+            b_layout=self.model.b_layout,
+            pin=s.device.type == "cuda",
+        )
         if weights.nbytes > capacity:
             raise AdapterLoadError(
                 f"adapter {adapter.digest} needs {weights.nbytes} bytes on the device; "

@@ -95,6 +95,7 @@ class EngineInfo:
     eos_token_ids: tuple[int, ...]
     device: str
     dtype: str
+    kernels: str  # native-avx512, native-avx2 or torch
     weight_bytes: int
     load_s: float
 

@@ -6,13 +6,16 @@ has in its KV blocks, be it NaN, never reaches another's rows.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from engine.kernels import reference, torch_ops
+from engine.kernels.cpu.library import Context
+from engine.kernels.cpu.linear import NativeLinear
 from engine.kernels.inputs import AttentionInputs
 from engine.kernels.quantized import QuantizedWeight
 
@@ -22,6 +25,12 @@ Multiply = Callable[[Tensor], Tensor]  # [N, in] -> [N, out]
 class PackLinear(Protocol):
     def __call__(self, weight: Tensor | QuantizedWeight, bias: Tensor | None) -> Multiply:
         """x @ weight [out, in]^T + bias; may keep its own copy of the weight or the weight."""
+        ...
+
+
+class PackHead(Protocol):
+    def __call__(self, weight: Tensor) -> Multiply:
+        """x @ weight [out, in]^T in float32, a tensor that the caller may change."""
         ...
 
 
@@ -67,6 +76,7 @@ class Ops:
     """One implementation of everything, for one device and dtype."""
 
     pack_linear: PackLinear
+    pack_head: PackHead
     rms_norm: RmsNorm
     apply_rotary: ApplyRotary
     gated_activation: Mapping[str, Callable[[Tensor], Tensor]]  # [N, 2 I] -> [N, I]: act(a) * b
@@ -75,9 +85,11 @@ class Ops:
 
 
 def select_ops(device: torch.device, dtype: torch.dtype) -> Ops:
-    """The fastest implementation that this device has for this dtype."""
+    """The fastest that torch has for this dtype on this device."""
+    pack_linear = torch_ops.select_pack_linear(device, dtype)
     return Ops(
-        pack_linear=torch_ops.select_pack_linear(device, dtype),
+        pack_linear=pack_linear,
+        pack_head=_float_head(pack_linear),
         rms_norm=torch_ops.rms_norm,
         apply_rotary=torch_ops.apply_rotary,
         gated_activation=torch_ops.GATED_ACTIVATIONS,
@@ -86,13 +98,35 @@ def select_ops(device: torch.device, dtype: torch.dtype) -> Ops:
     )
 
 
+def native_ops(context: Context, *, int8_activations: bool) -> Ops:
+    """bfloat16 on a CPU, with linear layers of the native kernels."""
+
+    def pack_linear(weight: Tensor | QuantizedWeight, bias: Tensor | None) -> Multiply:
+        return NativeLinear(context, weight, bias, int8_activations=int8_activations)
+
+    def pack_head(weight: Tensor) -> Multiply:
+        return partial(NativeLinear(context, weight), out_dtype=torch.float32)
+
+    torch_only = select_ops(torch.device("cpu"), torch.bfloat16)
+    return replace(torch_only, pack_linear=pack_linear, pack_head=pack_head)
+
+
 def reference_ops() -> Ops:
     """Every op as written in `reference`: slow, plain, the oracle of every other."""
     return Ops(
         pack_linear=reference.pack_linear,
+        pack_head=_float_head(reference.pack_linear),
         rms_norm=reference.rms_norm,
         apply_rotary=reference.apply_rotary,
         gated_activation=reference.GATED_ACTIVATIONS,
         store_kv=reference.store_kv,
         paged_attention=reference.paged_attention,
     )
+
+
+def _float_head(pack_linear: PackLinear) -> PackHead:
+    def pack(weight: Tensor) -> Multiply:
+        multiply = pack_linear(weight, None)
+        return lambda x: multiply(x).float()
+
+    return pack

@@ -205,14 +205,15 @@ class Head(nn.Module):
         self._build = build
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return self.cap(self.multiply(hidden).float() * self.scale)
+        logits = self.multiply(hidden)
+        return self.cap(logits if self.scale == 1.0 else logits.mul_(self.scale))
 
     def load(self, tensor: Tensor) -> None:
         self.tie(self._build.empty(*tensor.shape).copy_(tensor))
 
     def tie(self, weight: Tensor) -> None:
         """Uses this very weight, in the model's dtype and on its device."""
-        self.multiply = self._build.ops.pack_linear(weight, None)
+        self.multiply = self._build.ops.pack_head(weight)
 
 
 class RmsNorm(nn.Module):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from engine.kernels.dispatch import select_ops
+from engine.kernels.dispatch import Ops, select_ops
 from engine.kernels.quantized import QuantizedWeight
 from engine.model.checkpoint import Checkpoint
 from engine.model.decoder import Decoder
@@ -34,6 +34,7 @@ def load_decoder(
     device: torch.device,
     max_model_len: int,
     quantization: str = "none",
+    ops: Ops | None = None,
     progress: bool = False,
 ) -> Decoder:
     """The model in `folder`, ready to run; raises ModelError where it cannot be served.
@@ -43,7 +44,8 @@ def load_decoder(
     """
     spec, scheme = read_spec(folder, max_model_len), read_scheme(folder)
     weight_format(folder, scheme, quantization)
-    decoder = Decoder(spec, Build(select_ops(device, dtype), dtype, device), max_model_len)
+    build = Build(ops or select_ops(device, dtype), dtype, device)
+    decoder = Decoder(spec, build, max_model_len)
     check_quantizable(quantization, decoder.lora_sites)
     with Checkpoint(folder) as checkpoint:
         reader = _Reader(checkpoint, scheme, quantization)

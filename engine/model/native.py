@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from engine.kernels.cpu import structs
 from engine.kernels.cpu.library import Context
+from engine.kernels.cpu.linear import NativeLinear
 from engine.kernels.cpu.program import Buffer, Delta, Norm, Program
 from engine.model.decoder import Attention, Decoder, DecoderLayer, HeadNorms
-from engine.model.layers import Linear, RmsNorm, Scale
+from engine.model.layers import Linear, RmsNorm, Scale, SideBySide
 from engine.model.rotary import RotaryTable
 
 
@@ -106,7 +107,11 @@ class NativeDecoder:
 
     def _linear(self, linear: Linear, x: Buffer, out: Buffer) -> None:
         site = self._sites[linear.layer, linear.site]
-        self.program.linear(x, linear.packed, out, site)
+        multiply = linear.multiply
+        parts = multiply.multiplies if isinstance(multiply, SideBySide) else (multiply,)
+        native = [part for part in parts if isinstance(part, NativeLinear)]
+        assert len(native) == len(parts), "the decoder was loaded with other ops"
+        self.program.linear(x, native, out, site)
 
     def _leave(self, leave: nn.Module, delta: Buffer) -> Delta:
         if isinstance(leave, RmsNorm):

@@ -6,9 +6,8 @@ from torch import Tensor
 
 from engine.kernels.cpu import structs
 from engine.kernels.cpu.adapters import NativeAdapterBank
-from engine.kernels.cpu.kv import KvFormat
+from engine.kernels.cpu.kv import KvLayout
 from engine.kernels.cpu.library import Context
-from engine.kernels.cpu.memory import aligned_bytes
 from engine.lora.weights import LoraWeights
 from engine.model.decoder import Decoder
 from engine.model.native import NativeDecoder
@@ -24,16 +23,15 @@ class NativeForward:
         self,
         decoder: Decoder,
         context: Context,
-        kv_format: KvFormat,
+        kv_layout: KvLayout,
         num_blocks: int,
         max_model_len: int,
         max_rows: int,
     ) -> None:
-        layer_bytes, num_layers = kv_format.block_bytes, decoder.spec.num_layers
-        memory = aligned_bytes(num_blocks * num_layers * layer_bytes)
-        self._kv_cache = memory.view(num_blocks, num_layers, layer_bytes)
-        self._block_size = kv_format.block_size
-        kv_layers = [kv_format.layer(self._kv_cache[:, i]) for i in range(num_layers)]
+        num_layers = decoder.spec.num_layers
+        self._kv_cache = kv_layout.allocate(num_blocks, num_layers)
+        self._block_size = kv_layout.block_size
+        kv_layers = [kv_layout.layer(self._kv_cache, i) for i in range(num_layers)]
         self._bank = NativeAdapterBank([(s.layer, s.site) for s in decoder.lora_sites])
         self._decoder = NativeDecoder(decoder, context, kv_layers, max_model_len, max_rows)
         self._find_best = context.function("greedy", structs.GreedyArgs)
@@ -48,12 +46,14 @@ class NativeForward:
         copy_blocks(self._kv_cache, copies)
 
     def hidden(self, batch: ScheduledBatch, output_rows: list[int]) -> Tensor:
-        self._decoder.program.run(self._step(batch, output_rows).step)
+        arrays = self._step(batch, output_rows)
+        self._decoder.program.run(arrays.step)
         return self._decoder.hidden(len(output_rows))
 
     def profile(self, batch: ScheduledBatch, output_rows: list[int]) -> dict[str, float]:
         """Runs the batch like `hidden` and returns the seconds of each kind of operation."""
-        return self._decoder.program.profile(self._step(batch, output_rows).step)
+        arrays = self._step(batch, output_rows)
+        return self._decoder.program.profile(arrays.step)
 
     def logits(self, hidden: Tensor) -> Tensor:
         return self._decoder.logits(hidden)
@@ -75,8 +75,8 @@ class NativeForward:
 
     def _step(self, batch: ScheduledBatch, output_rows: list[int]) -> StepArrays:
         arrays = StepArrays(batch.requests, output_rows, self._block_size)
-        slots = [s for r in batch.requests for s in (r.adapter_slot,) * len(r.token_ids)]
-        if any(slots):
-            arrays.lora = self._bank.batch(slots)
-            arrays.output_lora = self._bank.batch([slots[row] for row in output_rows])
+        lora = self._bank.batch(batch)
+        if lora is not None:
+            is_all = len(output_rows) == arrays.step.rows
+            arrays.use(lora, lora if is_all else self._bank.batch(batch, output_rows))
         return arrays

@@ -1,11 +1,12 @@
 """From a ScheduledBatch to the arrays that a native program's step reads."""
 
+import ctypes as c
 from array import array
 from collections.abc import Sequence
 from itertools import accumulate
 
 from engine.kernels.cpu import structs
-from engine.kernels.cpu.adapters import NativeBatch
+from engine.kernels.cpu.adapters import NativeLoraBatch
 from engine.scheduler.batch import ScheduledRequest
 
 
@@ -24,8 +25,7 @@ class StepArrays:
         context_lens = array("i", [r.end for r in requests])
         outputs = array("i", output_rows)
         self._keep = (token_ids, positions, slots, tables, row_starts, context_lens, outputs)
-        self.lora: NativeBatch | None = None
-        self.output_lora: NativeBatch | None = None
+        self._adapters: tuple[NativeLoraBatch | None, ...] = ()
         self.step = structs.Step(
             rows=len(token_ids),
             num_outputs=len(outputs),
@@ -41,6 +41,14 @@ class StepArrays:
                 block_tables=address(tables),
             ),
         )
+
+
+    def use(self, lora: NativeLoraBatch, output_lora: NativeLoraBatch | None) -> None:
+        """The adapters of all rows, and of the output rows where those have any."""
+        self._adapters = (lora, output_lora)
+        self.step.lora = c.pointer(lora.struct)
+        if output_lora is not None:
+            self.step.output_lora = c.pointer(output_lora.struct)
 
 
 def address(values: "array[int]") -> int:

@@ -52,6 +52,7 @@ INFO = EngineInfo(
     eos_token_ids=(EOS,),
     device="cpu",
     dtype="float32",
+    kernels="torch",
     weight_bytes=1,
     load_s=0.1,
 )

@@ -217,7 +217,7 @@ def test_a_damaged_adapter_ends_its_requests_with_the_reason(
 def test_an_adapter_of_another_base_is_refused(tiny: Tiny, tmp_path: Path) -> None:
     other = write_tiny(tmp_path / "base", "llama", hidden_size=32)
     adapter = write_adapter(other.folder, tmp_path / "adapter")
-    sites = make_engine(tiny.folder).lora_sites
+    sites = make_engine(tiny.folder).model.lora_sites
     with pytest.raises(AdapterLoadError, match="do not fit a layer of 64 inputs"):
         load_lora(adapter, sites, torch.float32)
 
@@ -243,6 +243,6 @@ def test_phi3_adapters_target_the_fused_modules(tmp_path: Path) -> None:
 
 
 def test_every_linear_module_is_covered(tiny: Tiny) -> None:
-    sites = make_engine(tiny.folder).lora_sites
+    sites = make_engine(tiny.folder).model.lora_sites
     names = {part.module.rsplit(".", 1)[-1] for site in sites for part in site.slices}
     assert names == set(ALL_LINEAR)
