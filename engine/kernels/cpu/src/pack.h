@@ -1,0 +1,29 @@
+// Packing: a weight [out, in] of a checkpoint into the layout that its kernel reads.
+#pragma once
+#include <cstdint>
+
+#include "kernels.h"
+
+extern "C" {
+
+struct ReefPackArgs {  // mirrored in engine/kernels/cpu/linear.py
+    int32_t format;    // ReefFormat
+    int32_t in_features, out_features;
+    int32_t group_size;
+    const void* weight;     // row-major: bf16, int8, or 4-bit codes two in a byte
+    int64_t weight_stride;  // bytes from one output to the next
+    const float* scales;    // of QuantizedWeight; formats with groups
+    const float* zeros;
+    void* packed;           // 64-byte aligned, all of it is written
+    void* packed_scales;
+    void* packed_zeros;
+};
+
+}  // extern "C"
+
+namespace reef {
+
+Task pack_bf16(const ReefPackArgs* args);
+Task pack_int8(const ReefPackArgs* args);
+
+}  // namespace reef
