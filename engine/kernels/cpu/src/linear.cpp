@@ -7,7 +7,8 @@ namespace REEF_ISA {
 
 reef::Task linear_prepare(const ReefLinearArgs* args, int threads) {
     switch (args->linear->format) {
-        case REEF_INT8:
+        case REEF_BF16: return tile_bf16(args, threads);
+        case REEF_INT8: return quantize_and_tile_rows(args, threads);
         case REEF_NF4_INT8: return quantize_rows(args, threads);
         default: return {nullptr, args, 0};
     }

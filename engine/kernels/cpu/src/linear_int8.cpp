@@ -3,8 +3,7 @@
 // Activations are quantized first, row by row (QuantizedRows). The packed weights are unsigned,
 // weight + 128, because the processor multiplies unsigned by signed bytes:
 //     sum_k w q = sum_k (w + 128) q - 128 sum_k q.
-#include "linear.h"
-#include "simd.h"
+#include "linear_tiles.h"
 #include "table.h"
 
 namespace REEF_ISA {
@@ -15,12 +14,55 @@ constexpr float kTooSmall = 1e-35f;  // 127 / max |x| would overflow: such a row
 
 #if defined(__AVX512BF16__)
 
+struct I16 { __m512i v; };  // 16 int32
+struct Q64 { __m512i v; };  // 64 bytes: sixteen neighbouring fours
+
+Q64 load_fours(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
+Q64 repeat_four(const uint8_t* p) {
+    int32_t four;
+    std::memcpy(&four, p, 4);
+    return {_mm512_set1_epi32(four)};
+}
+// c[i] += a[4i] * b[4i] + ... + a[4i+3] * b[4i+3], a unsigned and b signed
+I16 dot_fours(Q64 a, Q64 b, I16 c) { return {_mm512_dpbusd_epi32(c.v, a.v, b.v)}; }
+I16 minus(I16 a, int32_t b) { return {_mm512_sub_epi32(a.v, _mm512_set1_epi32(b))}; }
+F16 to_float(I16 a) { return {_mm512_cvtepi32_ps(a.v)}; }
+
 void store_int8(int8_t* p, F16 a) {
     const __m128i bytes = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(a.v));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bytes);
 }
 
 #else
+
+struct I16 { __m256i lo, hi; };
+struct Q64 { __m256i lo, hi; };
+
+Q64 load_fours(const uint8_t* p) {
+    const auto* q = reinterpret_cast<const __m256i*>(p);
+    return {_mm256_loadu_si256(q), _mm256_loadu_si256(q + 1)};
+}
+Q64 repeat_four(const uint8_t* p) {
+    int32_t four;
+    std::memcpy(&four, p, 4);
+    return {_mm256_set1_epi32(four), _mm256_set1_epi32(four)};
+}
+// Even and odd bytes apart, as 16-bit integers: the product of bytes saturates, this one cannot.
+__m256i dot_fours(__m256i a, __m256i b, __m256i c) {
+    const __m256i a_even = _mm256_and_si256(a, _mm256_set1_epi16(255));
+    const __m256i a_odd = _mm256_srli_epi16(a, 8);
+    const __m256i b_even = _mm256_srai_epi16(_mm256_slli_epi16(b, 8), 8);
+    const __m256i b_odd = _mm256_srai_epi16(b, 8);
+    const __m256i products = _mm256_add_epi32(_mm256_madd_epi16(a_even, b_even),
+                                              _mm256_madd_epi16(a_odd, b_odd));
+    return _mm256_add_epi32(c, products);
+}
+I16 dot_fours(Q64 a, Q64 b, I16 c) { return {dot_fours(a.lo, b.lo, c.lo), dot_fours(a.hi, b.hi, c.hi)}; }
+I16 minus(I16 a, int32_t b) {
+    const __m256i same = _mm256_set1_epi32(b);
+    return {_mm256_sub_epi32(a.lo, same), _mm256_sub_epi32(a.hi, same)};
+}
+F16 to_float(I16 a) { return {_mm256_cvtepi32_ps(a.lo), _mm256_cvtepi32_ps(a.hi)}; }
 
 void store_int8(int8_t* p, F16 a) {
     const __m256i words = _mm256_packs_epi32(_mm256_cvtps_epi32(a.lo), _mm256_cvtps_epi32(a.hi));
@@ -90,6 +132,50 @@ void quantize_chunk(const void* p, int chunk) {
         quantize_row(args, out, row);
 }
 
+struct Int8 {
+    using Words = Q64;
+    using Sum = I16;
+
+    static Words load(const uint8_t* p) { return load_fours(p); }
+    static Words repeat(const uint8_t* p) { return repeat_four(p); }
+    static Sum dot(Words weights, Words x, Sum sum) { return dot_fours(weights, x, sum); }
+    static int words(int in_features) { return (in_features + 3) / 4; }
+
+    static bool is_tiled(const ReefLinearArgs& args) { return args.rows > kDirectRows; }
+    static uint8_t* tiles(const ReefLinearArgs& args) {
+        if (!is_tiled(args)) return nullptr;
+        const reef::QuantizedLayout layout(args.linear->in_features, args.rows);
+        return static_cast<uint8_t*>(args.scratch) + layout.end;
+    }
+    static DirectX rows(const ReefLinearArgs& args, int row) {
+        const QuantizedRows all = quantized_rows(&args);
+        return {reinterpret_cast<const uint8_t*>(all.q + row * all.stride), all.stride};
+    }
+    static F16 result(const ReefLinearArgs& args, int row, int output, Sum sum) {
+        const QuantizedRows all = quantized_rows(&args);
+        const ReefLinear& linear = *args.linear;
+        const int32_t* sums = all.sums + row * (all.stride / kGroup);
+        int32_t offset = 0;  // wraps as the sum does; the difference is right
+        for (int64_t i = 0; i < all.stride / kGroup; ++i) offset += 128 * sums[i];
+        const auto* scales = static_cast<const float*>(linear.scales);
+        const F16 value = to_float(minus(sum, offset)) * some_of(scales, output, linear.out_features);
+        return fma(value, set1(all.scales[row]), bias_of(linear, output));
+    }
+};
+
+void quantize_tiles(const void* p, int chunk) {
+    const auto& args = *static_cast<const ReefLinearArgs*>(p);
+    const QuantizedRows all = quantized_rows(&args);
+    const Tiling tiling(args, Int8::words(args.linear->in_features));
+    for_tiles_of_chunk(tiling, chunk, [&](int tile) {
+        const int row = tiling.first_row(tile, args.rows), end = tiling.first_row(tile + 1, args.rows);
+        for (int r = row; r < end; ++r) quantize_row(args, all, r);
+        const auto* q = reinterpret_cast<const uint8_t*>(all.q + row * all.stride);
+        uint8_t* out = Int8::tiles(args) + int64_t{4} * row * tiling.words;
+        tile_words(q, all.stride, end - row, tiling.words, out);
+    });
+}
+
 }  // namespace
 
 QuantizedRows quantized_rows(const ReefLinearArgs* args) {
@@ -104,6 +190,11 @@ reef::Task quantize_rows(const ReefLinearArgs* args, int) {
     return {quantize_chunk, args, (args->rows + count - 1) / count};
 }
 
-reef::Task linear_int8(const ReefLinearArgs* args, int) { return {nullptr, args, 0}; }
+reef::Task quantize_and_tile_rows(const ReefLinearArgs* args, int threads) {
+    if (!Int8::is_tiled(*args)) return quantize_rows(args, threads);
+    return {quantize_tiles, args, tile_chunks(Tiling(*args, Int8::words(args->linear->in_features)))};
+}
+
+reef::Task linear_int8(const ReefLinearArgs* args, int) { return multiply_task<Int8>(args); }
 
 }  // namespace REEF_ISA

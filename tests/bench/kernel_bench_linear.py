@@ -1,0 +1,143 @@
+"""Linear layers alone: the native kernels beside torch's packed bfloat16 (oneDNN), interleaved.
+
+    python -m tests.bench.kernel_bench_linear --models qwen --rows-of-x 1 8 128
+
+Every layer has so many copies that weights come from memory, as in a model's step. Each round runs
+every kernel once; the rows show the fastest round, since what disturbs only ever adds. `read` is
+what two threads reach that only read as many bytes.
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from engine.kernels.cpu.library import Context
+from engine.kernels.cpu.linear import NativeLinear
+from engine.kernels.cpu.memory import aligned_bytes
+from engine.kernels.quantized import QuantizedWeight
+from tests.bench.environment import append_row, header
+
+MODELS = {  # (out, in) of the four linear layers of one decoder layer
+    "qwen": {"qkv": (1152, 896), "o": (896, 896), "gate_up": (9728, 896), "down": (896, 4864)},
+    "smollm": {"qkv": (960, 576), "o": (576, 576), "gate_up": (3072, 576), "down": (576, 1536)},
+}
+Layer = Callable[[Tensor], Tensor]
+
+
+def main() -> None:
+    options = _parse()
+    torch.set_num_threads(options.threads)
+    context = Context(threads=options.threads)
+    append_row(options.rows, f"{header(0)} | {context.isa} | fastest of {options.rounds} rounds")
+    append_row(options.rows, f"read | {read_gb_per_s(options.mib, options.rounds):.1f} GB/s")
+    for model in options.models:
+        for name, (out_features, in_features) in MODELS[model].items():
+            copies = max(options.mib * 2**20 // (out_features * in_features * 2), 2)
+            kernels = make_kernels(context, options.kernels, copies, out_features, in_features)
+            for rows in options.rows_of_x:
+                fastest = measure(kernels, rows, in_features, options.rounds)
+                label = f"{model} {name} {out_features}x{in_features} | {rows} rows"
+                append_row(options.rows, f"{label} | {_results(fastest, kernels, rows)}")
+
+
+class Copies:
+    """One kernel and as many layers of one shape as fill the memory asked for."""
+
+    def __init__(self, layers: list[Layer], nbytes: int, flop_per_row: int) -> None:
+        self.layers, self.nbytes, self.flop_per_row = layers, nbytes, flop_per_row
+
+
+def make_kernels(
+    context: Context, names: list[str], copies: int, out_features: int, in_features: int
+) -> dict[str, Copies]:
+    weight = torch.randn(out_features, in_features) / in_features**0.5
+    flop = 2 * out_features * in_features
+
+    def native(source: Tensor | QuantizedWeight) -> Copies:
+        layers = [NativeLinear(context, source) for _ in range(copies)]
+        return Copies(list(layers), layers[0].nbytes, flop)
+
+    def torch_packed() -> Copies:
+        layers = [_torch_layer(weight.bfloat16()) for _ in range(copies)]
+        return Copies(layers, weight.numel() * 2, flop)
+
+    makers = {
+        "bf16": lambda: native(weight.bfloat16()),
+        "int8": lambda: native(_int8(weight)),
+        "torch": torch_packed,
+    }
+    return {name: makers[name]() for name in names}
+
+
+def measure(
+    kernels: dict[str, Copies], rows: int, in_features: int, rounds: int
+) -> dict[str, float]:
+    """Seconds of one layer, the fastest round of each kernel."""
+    x = torch.randn(rows, in_features).bfloat16()
+    fastest = dict.fromkeys(kernels, float("inf"))
+    for _ in range(rounds):
+        for name, kernel in kernels.items():
+            # A round is a pass over the copies, or as much of one as takes a moment
+            layers = kernel.layers[: max(int(4e10 / (kernel.flop_per_row * rows)), 2)]
+            start_s = time.perf_counter()
+            for layer in layers:
+                layer(x)
+            per_layer_s = (time.perf_counter() - start_s) / len(layers)
+            fastest[name] = min(fastest[name], per_layer_s)
+    return fastest
+
+
+def read_gb_per_s(mib: int, rounds: int) -> float:
+    block = aligned_bytes(mib * 2**20).fill_(1).view(torch.float32)
+    fastest_s = float("inf")
+    for _ in range(rounds):
+        start_s = time.perf_counter()
+        block.amax()
+        fastest_s = min(fastest_s, time.perf_counter() - start_s)
+    return block.nbytes / fastest_s / 1e9
+
+
+def _torch_layer(weight: Tensor) -> Layer:
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight)
+    return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
+
+
+def _int8(weight: Tensor) -> QuantizedWeight:
+    scales = weight.abs().amax(1, keepdim=True) / 127
+    codes = torch.round(weight / scales).to(torch.int8)
+    return QuantizedWeight("int8", codes, scales, group_size=weight.shape[1])
+
+
+def _results(fastest: dict[str, float], kernels: dict[str, Copies], rows: int) -> str:
+    texts = []
+    for name, seconds in fastest.items():
+        gb_per_s = kernels[name].nbytes / seconds / 1e9
+        gflop_per_s = kernels[name].flop_per_row * rows / seconds / 1e9
+        texts.append(f"{name} {seconds * 1e3:.3f} ms {gb_per_s:.1f} GB/s {gflop_per_s:.0f} GFLOP/s")
+    if "torch" in fastest:
+        texts += [
+            f"{name} / torch {fastest['torch'] / seconds:.2f}x"
+            for name, seconds in fastest.items()
+            if name != "torch"
+        ]
+    return " | ".join(texts)
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Linear layers, native and torch's.")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--kernels", nargs="+", default=["bf16", "int8", "torch"])
+    parser.add_argument("--rows-of-x", nargs="+", type=int, default=[1, 8, 16, 32, 128, 512])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--mib", type=int, default=160, help="of bfloat16 weights of one shape")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rows", type=Path, help="append the rows to this file")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,268 @@
+"""Linear layers in bf16 and int8 against float64 and exact integers, row by row and bit by bit."""
+
+import ctypes as c
+
+import pytest
+import torch
+from torch import Tensor
+
+from engine.kernels.cpu import structs
+from engine.kernels.cpu.library import Context
+from engine.kernels.cpu.linear import NativeLinear
+from engine.kernels.cpu.memory import HUGE_PAGE, aligned_bytes
+from engine.kernels.quantized import QuantizedWeight
+
+SHAPES = [  # (out, in): one of each, whole panels and words, and neither
+    *[(1, 1), (1, 2), (3, 7), (31, 63), (32, 64), (33, 65), (64, 130)],
+    *[(70, 897), (100, 96), (129, 1026), (576, 576)],
+]
+ROWS = [1, 2, 4, 5, 12, 13, 25, 70]
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.fixture(params=["bf16", "int8"])
+def format(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.mark.parametrize(("out_features", "in_features"), SHAPES)
+def test_bf16_is_within_what_float32_sums_may_lose(
+    context: Context, out_features: int, in_features: int
+) -> None:
+    weight, bias = _weight(out_features, in_features), _random(out_features)
+    linear = NativeLinear(context, weight, bias)
+    for rows in ROWS:
+        x = _x(rows, in_features)
+        exact = x.double() @ weight.double().T + bias
+        # Each of in_features + 1 additions rounds its result, at most the sum of all magnitudes,
+        # by 2^-24 of it; a processor that rounds products as well doubles that.
+        magnitude = x.double().abs() @ weight.double().abs().T + bias.abs()
+        error = (linear(x, torch.float32) - exact).abs()
+        assert (error <= (in_features + 1) * 2**-23 * magnitude).all()
+
+
+@pytest.mark.parametrize(("out_features", "in_features"), SHAPES)
+def test_int8_is_the_exact_integer_sum_scaled_once(
+    context: Context, out_features: int, in_features: int
+) -> None:
+    weight, bias = _int8_weight(out_features, in_features), _random(out_features)
+    linear = NativeLinear(context, weight, bias)
+    for rows in ROWS:
+        x = _x(rows, in_features)
+        assert torch.equal(linear(x, torch.float32), _int8_oracle(x, weight, bias))
+
+
+def test_int8_does_not_saturate_where_every_product_is_the_largest(context: Context) -> None:
+    in_features = 16384
+    codes = torch.full((40, in_features), -128, dtype=torch.int8)
+    codes[1::2] = 127
+    weight = QuantizedWeight("int8", codes, torch.ones(40, 1), in_features)
+    x = torch.ones(3, in_features).bfloat16()
+    x[1] = -1
+    y = NativeLinear(context, weight)(x, torch.float32)
+    assert torch.equal(y, _int8_oracle(x, weight, torch.zeros(40)))
+
+
+def test_bf16_output_is_the_float_output_rounded_once(context: Context, format: str) -> None:
+    linear = _linear(context, format, 70, 100)
+    for rows in ROWS:
+        x = _x(rows, 100)
+        assert torch.equal(linear(x), linear(x, torch.float32).bfloat16())
+
+
+def test_the_bias_is_added(context: Context, format: str) -> None:
+    bias = _random(70)
+    x = torch.zeros(5, 33).bfloat16()
+    y = _linear(context, format, 70, 33, bias)(x, torch.float32)
+    assert torch.equal(y, bias.expand(5, -1))
+
+
+def test_a_bias_in_bfloat16_counts_as_its_value(context: Context) -> None:
+    bias = _random(40).bfloat16()
+    y = _linear(context, "bf16", 40, 8, bias)(torch.zeros(1, 8).bfloat16(), torch.float32)
+    assert torch.equal(y[0], bias.float())
+
+
+@pytest.mark.parametrize("in_features", [33, 64, 897])
+def test_a_row_is_the_same_bits_whatever_rows_are_beside_it(
+    context: Context, format: str, in_features: int
+) -> None:
+    linear = _linear(context, format, 70, in_features, _random(70))
+    x = _x(200, in_features)
+    alone = torch.cat([linear(x[i : i + 1], torch.float32) for i in range(200)])
+    for rows in [2, 3, 4, 5, 8, 11, 12, 13, 16, 24, 25, 63, 200]:
+        assert torch.equal(linear(x[:rows], torch.float32), alone[:rows]), rows
+    assert torch.equal(linear(x[7:20], torch.float32), alone[7:20])
+
+
+def test_threads_do_not_change_a_bit(isa: str, format: str) -> None:
+    contexts = [Context(isa, threads) for threads in (1, 2, 3)]
+    x = _x(100, 576)
+    for rows in (1, 4, 30, 100):
+        first, *others = (_linear(each, format, 1000, 576)(x[:rows]) for each in contexts)
+        assert all(torch.equal(first, other) for other in others)
+    for each in contexts:
+        each.close()
+
+
+@pytest.mark.parametrize("value", [NAN, INF, -INF])
+@pytest.mark.parametrize("in_features", [1, 33, 64, 97])
+@pytest.mark.parametrize("rows", [3, 40])
+def test_what_is_not_finite_stays_in_its_row(
+    context: Context, format: str, value: float, in_features: int, rows: int
+) -> None:
+    linear = _linear(context, format, 40, in_features)
+    x = _x(rows, in_features)
+    clean = linear(x)
+    x[1, 0] = value  # right behind the last input of row 0
+    y = linear(x)
+    assert not y[1].isfinite().any()
+    y[1] = clean[1]
+    assert torch.equal(y, clean)
+
+
+def test_int8_of_a_row_with_an_infinity_is_nan(context: Context) -> None:
+    x = _x(2, 64)
+    x[1, 5] = INF
+    y = _linear(context, "int8", 40, 64)(x)
+    assert y[1].isnan().all() and y[0].isfinite().all()
+
+
+@pytest.mark.parametrize("magnitude", [0.0, 1e-38, 1e-36])
+def test_int8_of_a_row_of_almost_nothing_is_zero(context: Context, magnitude: float) -> None:
+    x = torch.full((2, 65), magnitude).bfloat16()
+    y = _linear(context, "int8", 40, 65)(x, torch.float32)
+    assert torch.equal(y, torch.zeros(2, 40))
+
+
+def test_rows_may_lie_apart(context: Context, format: str) -> None:
+    linear = _linear(context, format, 40, 65)
+    wide = torch.full((30, 71), NAN).bfloat16()
+    wide[:, 3:68] = _x(30, 65)
+    for rows in (1, 3, 30):
+        apart = wide[:rows, 3:68]
+        assert torch.equal(linear(apart), linear(apart.contiguous()))
+
+
+def test_nothing_is_written_beside_y_and_behind_scratch(context: Context, format: str) -> None:
+    linear = _linear(context, format, 41, 65)
+    run = context.function("linear", structs.LinearArgs)
+    for rows in (1, 5, 30):
+        x = _x(rows, 65)
+        y = torch.full((rows, 50), 7.0)
+        scratch_bytes = linear.scratch_bytes(rows)
+        scratch = aligned_bytes(scratch_bytes + 64).fill_(99)
+        run(
+            structs.LinearArgs(
+                linear=c.pointer(linear.struct),
+                x=x.data_ptr(),
+                x_stride=65,
+                y=y.data_ptr(),
+                y_stride=50,
+                rows=rows,
+                y_is_float=1,
+                scratch=scratch.data_ptr(),
+            )
+        )
+        assert torch.equal(y[:, :41], linear(x, torch.float32))
+        assert (y[:, 41:] == 7).all()
+        assert (scratch[scratch_bytes:] == 99).all()
+
+
+def test_no_rows_give_no_rows(context: Context, format: str) -> None:
+    assert _linear(context, format, 40, 8)(_x(0, 8)).shape == (0, 40)
+
+
+def test_a_weight_may_be_a_part_or_a_transposition_of_another(context: Context) -> None:
+    whole, x = _weight(60, 90), _x(3, 40)
+    for part in (whole[5:45, 10:50], whole[:40, :40].T):
+        y = NativeLinear(context, part)(x)
+        assert torch.equal(y, NativeLinear(context, part.contiguous())(x))
+
+
+def test_nothing_of_the_tensors_given_is_kept(context: Context, format: str) -> None:
+    weight = _weight(40, 64) if format == "bf16" else _int8_weight(40, 64)
+    bias, x = _random(40), _x(3, 64)
+    linear = NativeLinear(context, weight, bias)
+    before = linear(x)
+    for tensor in [bias, *([weight] if format == "bf16" else [weight.codes, weight.scales])]:
+        tensor.zero_()
+    assert torch.equal(linear(x), before)
+
+
+def test_packed_bytes_are_the_weights_padded_to_panels(context: Context) -> None:
+    assert NativeLinear(context, _weight(33, 7)).nbytes == 64 * 8 * 2
+    assert NativeLinear(context, _int8_weight(33, 7)).nbytes == 64 * 8 + 33 * 4
+
+
+@pytest.mark.parametrize("nbytes", [0, 1, 1000, HUGE_PAGE - 1, HUGE_PAGE, 2 * HUGE_PAGE + 1])
+def test_memory_is_aligned_to_cache_lines_and_large_memory_to_huge_pages(nbytes: int) -> None:
+    block = aligned_bytes(nbytes)
+    assert block.numel() == nbytes
+    assert block.data_ptr() % (HUGE_PAGE if nbytes >= HUGE_PAGE else 64) == 0
+    block.fill_(1)
+
+
+def test_what_no_kernel_takes_is_refused_by_name(isa: str) -> None:
+    context = Context(isa, 1)
+    with pytest.raises(ValueError, match=r"weight torch.float16: expected bfloat16"):
+        NativeLinear(context, torch.zeros(4, 4).half())
+    with pytest.raises(ValueError, match=r"weight \(4,\): expected \[out, in\]"):
+        NativeLinear(context, torch.zeros(4).bfloat16())
+    with pytest.raises(ValueError, match=r"weight \(0, 4\): expected \[out, in\]"):
+        NativeLinear(context, torch.zeros(0, 4).bfloat16())
+    with pytest.raises(ValueError, match="weight format 'fp7': allowed are bf16, int8"):
+        NativeLinear(context, QuantizedWeight("fp7", torch.zeros(4, 4), torch.ones(4, 1), 4))
+    with pytest.raises(ValueError, match=r"bias \(3,\): expected \[4\]"):
+        NativeLinear(context, _weight(4, 4), torch.zeros(3))
+
+
+def test_an_input_that_does_not_fit_is_refused(isa: str) -> None:
+    linear = _linear(Context(isa, 1), "bf16", 4, 6)
+    with pytest.raises(ValueError, match=r"x torch.float32 \(2, 6\): expected bfloat16 \[N, 6\]"):
+        linear(torch.zeros(2, 6))
+    with pytest.raises(ValueError, match=r"x torch.bfloat16 \(2, 5\): expected bfloat16 \[N, 6\]"):
+        linear(_x(2, 5))
+    with pytest.raises(ValueError, match="its last dimension must be contiguous"):
+        linear(_x(6, 2).T)
+    with pytest.raises(ValueError, match=r"out_dtype torch.float16: allowed are"):
+        linear(_x(2, 6), torch.float16)
+
+
+# ==== layers, inputs and the integer oracle ====
+
+
+def _linear(
+    context: Context, format: str, out_features: int, in_features: int, bias: Tensor | None = None
+) -> NativeLinear:
+    make = _weight if format == "bf16" else _int8_weight
+    return NativeLinear(context, make(out_features, in_features), bias)
+
+
+def _weight(out_features: int, in_features: int) -> Tensor:
+    return _random(out_features, in_features).bfloat16()
+
+
+def _int8_weight(out_features: int, in_features: int) -> QuantizedWeight:
+    generator = torch.Generator().manual_seed(in_features)
+    shape = (out_features, in_features)
+    codes = torch.randint(-128, 128, shape, generator=generator, dtype=torch.int8)
+    return QuantizedWeight("int8", codes, _random(out_features, 1).abs() + 0.01, in_features)
+
+
+def _x(rows: int, in_features: int) -> Tensor:
+    return (_random(rows, in_features) + 0.1).bfloat16()
+
+
+def _random(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(len(shape) + shape[0]))
+
+
+def _int8_oracle(x: Tensor, weight: QuantizedWeight, bias: Tensor) -> Tensor:
+    """The sum in integers, one rounding for each of the two scales and the bias is added with
+    the second: float64 holds that product and sum exactly enough to round but once."""
+    most = x.float().abs().amax(1, keepdim=True)
+    q = torch.round(x.float() * (torch.tensor(127.0) / most))
+    sums = (q.double() @ weight.codes.double().T).float()
+    scaled = sums * weight.scales.flatten()
+    return (scaled.double() * (most / 127).double() + bias.double()).float()
