@@ -1,12 +1,14 @@
 """From a verified PEFT folder to LoraWeights: the factors of every site, in kernel layout.
 
-Layout: A as [R, in] and B rank-major as [R, out] (the transpose of PEFT's), with the scaling
-folded into B. Modules that read the same input (q, k, v; gate, up) share one site and its A.
+Layout: A as [R, in] and B, with the scaling folded in, either rank-major as [R, out] (the transpose
+of PEFT's) or in pairs of ranks. Modules that read the same input (q, k, v; gate, up) share one site
+and its A.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,6 +17,12 @@ from adapter_store.errors import AdapterStoreError
 from adapter_store.manifest import LoraModule, read_lora_layout
 from engine.messages import AdapterFolder
 from engine.model.decoder import LoraSite
+from engine.model.layers import LoraSlice
+
+# rank_major: B [r, out], what torch multiplies with
+# rank_pairs: B [ceil(r / 2), out, 2], neighbouring ranks side by side and an odd last one beside
+#             zeros; what the native kernels multiply with
+BLayout = Literal["rank_major", "rank_pairs"]
 
 
 class AdapterLoadError(ValueError):
@@ -26,7 +34,7 @@ class SiteWeights:
     """Rows [r0, r1) of `a` and the matching B write output columns [out0, out1)."""
 
     a: torch.Tensor  # [R, in]
-    expands: tuple[tuple[int, int, int, int, torch.Tensor], ...]  # (r0, r1, out0, out1, B [r, out])
+    expands: tuple[tuple[int, int, int, int, torch.Tensor], ...]  # (r0, r1, out0, out1, B)
 
     def to(self, device: torch.device) -> "SiteWeights":
         expands = tuple((*e[:4], e[4].to(device, non_blocking=True)) for e in self.expands)
@@ -43,7 +51,8 @@ class LoraWeights:
 
     digest: str
     sites: dict[tuple[int, str], SiteWeights]
-    nbytes: int
+    nbytes: int  # as held, padding included
+    b_layout: BLayout = "rank_major"
 
     def to(self, device: torch.device) -> "LoraWeights":
         if device.type == "cpu":
@@ -52,65 +61,103 @@ class LoraWeights:
 
 
 def load_lora(
-    adapter: AdapterFolder, sites: Sequence[LoraSite], dtype: torch.dtype, *, pin: bool = False
+    adapter: AdapterFolder,
+    sites: Sequence[LoraSite],
+    dtype: torch.dtype,
+    *,
+    b_layout: BLayout = "rank_major",
+    pin: bool = False,
 ) -> LoraWeights:
     """Read and lay out an adapter. Raises AdapterLoadError; `pin` page-locks for fast copies."""
     folder = Path(adapter.path)
     try:
         layout = read_lora_layout(folder)
         with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
-            loaded = _load_sites(dict(layout.modules), sites, file, dtype)
+            loaded = _load_sites(dict(layout.modules), sites, file, dtype, b_layout)
     except (AdapterStoreError, SafetensorError, OSError) as error:
         raise AdapterLoadError(f"adapter {adapter.digest}: {error}") from error
     if pin:
         loaded = {key: _pinned(site) for key, site in loaded.items()}
-    return LoraWeights(adapter.digest, loaded, sum(s.nbytes for s in loaded.values()))
+    return LoraWeights(adapter.digest, loaded, sum(s.nbytes for s in loaded.values()), b_layout)
+
+
+def rank_pairs(b: torch.Tensor) -> torch.Tensor:
+    """B [out, r] in pairs of ranks [ceil(r / 2), out, 2]; 2-byte dtypes only."""
+    if b.shape[1] % 2:
+        b = torch.nn.functional.pad(b, (0, 1))
+    pairs = b.contiguous().view(torch.int32)  # transposing words is what torch is fast at
+    return pairs.T.contiguous().view(b.dtype).view(pairs.shape[1], b.shape[0], 2)
 
 
 def _load_sites(
-    modules: dict[str, LoraModule], sites: Sequence[LoraSite], file: safe_open, dtype: torch.dtype
+    modules: dict[str, LoraModule],
+    sites: Sequence[LoraSite],
+    file: safe_open,
+    dtype: torch.dtype,
+    b_layout: BLayout,
 ) -> dict[tuple[int, str], SiteWeights]:
     loaded: dict[tuple[int, str], SiteWeights] = {}
     for site in sites:
-        rows: list[torch.Tensor] = []
-        expands: list[tuple[int, int, int, int, torch.Tensor]] = []
-        r0 = out0 = 0
+        adapted: list[tuple[LoraModule, LoraSlice, int]] = []
+        out0 = 0
         for part in site.slices:
             module = modules.pop(part.module, None)
             if module is not None:
-                a, b = _factors(module, part.module, site.in_features, part.out_features, file)
-                rows.append(a.to(dtype))
-                r1 = r0 + a.shape[0]
-                expands.append((r0, r1, out0, out0 + part.out_features, _cast(b, dtype, module)))
-                r0 = r1
+                adapted.append((module, part, out0))
             out0 += part.out_features
-        if rows:
-            loaded[site.layer, site.site] = SiteWeights(torch.cat(rows), tuple(expands))
+        if adapted:
+            loaded[site.layer, site.site] = _load_site(site, adapted, file, dtype, b_layout)
     if modules:
         raise AdapterLoadError(f"the base has no linear module {next(iter(modules))!r} to adapt")
     return loaded
 
 
+def _load_site(
+    site: LoraSite,
+    adapted: list[tuple[LoraModule, LoraSlice, int]],  # each with its first output column
+    file: safe_open,
+    dtype: torch.dtype,
+    b_layout: BLayout,
+) -> SiteWeights:
+    a = torch.empty(sum(m.lora_rank for m, *_ in adapted), site.in_features, dtype=dtype)
+    expands: list[tuple[int, int, int, int, torch.Tensor]] = []
+    r0 = 0
+    for module, part, out0 in adapted:
+        r1 = r0 + module.lora_rank
+        factor_a, factor_b = _factors(module, part, site.in_features, file)
+        a[r0:r1] = factor_a
+        b = _scaled(factor_b, dtype, module)
+        b = rank_pairs(b) if b_layout == "rank_pairs" else b.T.contiguous()
+        expands.append((r0, r1, out0, out0 + part.out_features, b))
+        r0 = r1
+    return SiteWeights(a, tuple(expands))
+
+
 def _factors(
-    module: LoraModule, name: str, in_features: int, out_features: int, file: safe_open
+    module: LoraModule, part: LoraSlice, in_features: int, file: safe_open
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A [r, in] and scaled B [r, out], both float32."""
-    a, b = file.get_tensor(module.lora_a).float(), file.get_tensor(module.lora_b).float()
-    if a.shape != (module.lora_rank, in_features) or b.shape != (out_features, module.lora_rank):
+    """A [r, in] and B [out, r] as they are in the file."""
+    a, b = file.get_tensor(module.lora_a), file.get_tensor(module.lora_b)
+    if a.shape != (module.lora_rank, in_features) or b.shape != (
+        part.out_features,
+        module.lora_rank,
+    ):
         raise AdapterLoadError(
-            f"{name}: A {tuple(a.shape)} and B {tuple(b.shape)} do not fit a layer of "
-            f"{in_features} inputs and {out_features} outputs at rank {module.lora_rank}"
+            f"{part.module}: A {tuple(a.shape)} and B {tuple(b.shape)} do not fit a layer of "
+            f"{in_features} inputs and {part.out_features} outputs at rank {module.lora_rank}"
         )
-    return a, (b.T * module.scaling).contiguous()
+    return a, b
 
 
-def _cast(b: torch.Tensor, dtype: torch.dtype, module: LoraModule) -> torch.Tensor:
-    b = b.to(dtype)
-    if not torch.isfinite(b).all():
+def _scaled(b: torch.Tensor, dtype: torch.dtype, module: LoraModule) -> torch.Tensor:
+    """B times the scaling, multiplied in float32 (as torch does for bfloat16 too)."""
+    wide = b if b.dtype == dtype else b.float()
+    scaled = (wide * module.scaling).to(dtype)
+    if not scaled.abs().max().isfinite():  # NaN is the largest of all; 20 times isfinite().all()
         raise AdapterLoadError(
             f"{module.lora_b}: not finite in {dtype} at scaling {module.scaling}"
         )
-    return b
+    return scaled
 
 
 def _pinned(site: SiteWeights) -> SiteWeights:
