@@ -42,7 +42,6 @@ class StepArrays:
             ),
         )
 
-
     def use(self, lora: NativeLoraBatch, output_lora: NativeLoraBatch | None) -> None:
         """The adapters of all rows, and of the output rows where those have any."""
         self._adapters = (lora, output_lora)

@@ -182,7 +182,9 @@ def bench_decodes(context: Context, model: Model) -> None:
 
 
 def bench_prefills(context: Context, model: Model) -> None:
-    print(f"{'prefill':28} {'GFLOP':>7} {'min':>7} {'median':>7} {'GFLOP/s':>8} {'of base flop':>12}")
+    print(
+        f"{'prefill':28} {'GFLOP':>7} {'min':>7} {'median':>7} {'GFLOP/s':>8} {'of base flop':>12}"
+    )
     base = sum(i * sum(widths) for i, widths in model.sites.values()) * model.layers
     for name, rank in PREFILLS.items():
         weights = make_weights(model, rank)

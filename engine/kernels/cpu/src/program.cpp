@@ -55,6 +55,7 @@ public:
 
     void operator()(ReefOp op) {
         const int32_t rows = op.on_outputs ? step_.num_outputs : step_.rows;
+        if (rows == 0) return;  // a chunk of a prompt whose end is yet to come
         switch (op.kind) {
             case REEF_OP_EMBED:
                 op.embed.rows = rows;

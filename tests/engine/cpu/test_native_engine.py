@@ -1,0 +1,144 @@
+"""The engine on native kernels: close to float32, and the same bits in every company."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from engine.engine import Engine
+from engine.kernels.cpu.library import Context
+from engine.messages import AdapterFolder, GenerateRequest
+from engine.runner import load
+from engine.scheduler.request import SamplingParams
+from tests.engine.driver import Result, greedy, make_engine, prompt_of, run, write_adapter
+from tests.engine.tiny import MODEL_TYPES, Tiny
+
+LENGTHS = (1, 3, 16, 17, 30, 41, 70)
+VARIANTS = [
+    {},
+    {"max_num_batched_tokens": 16},
+    {"max_num_batched_tokens": 23, "block_size": 32},
+    {"max_num_seqs": 2},
+    {"enable_prefix_caching": False},
+    {"num_threads": 1},
+    {"num_threads": 3},
+]
+FORMATS = [
+    {},
+    {"quantization": "int8"},
+    {"quantization": "nf4"},
+    {"quantization": "nf4", "activations": "int8"},
+    {"kv_dtype": "int8"},
+]
+
+
+@pytest.fixture(autouse=True)
+def only_this_isa(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(load, "Context", partial(Context, isa))
+
+
+def native_engine(folder: Path, **changes: Any) -> Engine:
+    defaults = {"dtype": "bfloat16", "block_size": 16, "max_num_batched_tokens": 64}
+    engine = make_engine(folder, **{**defaults, "num_threads": 2, **changes})
+    assert engine.info.kernels.startswith("native-")
+    return engine
+
+
+def texts(results: dict[tuple[str, int], Result]) -> dict[tuple[str, int], list[int]]:
+    return {key: result.token_ids for key, result in results.items()}
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory: pytest.TempPathFactory, tiny: Tiny) -> list[AdapterFolder]:
+    folder = tmp_path_factory.mktemp("adapters")
+    shapes: list[dict[str, Any]] = [
+        {"r": 3},
+        {"r": 8, "rank_pattern": {"q_proj": 5, "down_proj": 16}},
+        {"r": 16, "target_modules": ["v_proj", "up_proj"]},
+    ]
+    return [
+        write_adapter(tiny.folder, folder / f"a{i}", seed=i, **shape)
+        for i, shape in enumerate(shapes)
+    ]
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_model: Callable[..., Tiny]) -> Tiny:
+    return tiny_model("qwen2", hidden_size=128, intermediate_size=192)
+
+
+def mixed(adapters: list[AdapterFolder], max_tokens: int = 20) -> list[GenerateRequest]:
+    """Greedy and sampled ones of different lengths, with and without an adapter."""
+    hot = SamplingParams(max_tokens=max_tokens, temperature=1.3, top_p=0.9, seed=5, ignore_eos=True)
+    own = [None, *adapters]
+    return [
+        GenerateRequest(
+            f"r{n}",
+            prompt_of(n, seed=n),
+            hot if n % 2 else greedy(max_tokens),
+            adapter=own[i % len(own)],
+        )
+        for i, n in enumerate(LENGTHS)
+    ]
+
+
+@pytest.mark.parametrize("form", FORMATS, ids=str)
+def test_company_chunks_and_threads_change_no_bit(
+    tiny: Tiny, adapters: list[AdapterFolder], form: dict[str, str]
+) -> None:
+    alone: dict[tuple[str, int], list[int]] = {}
+    for request in mixed(adapters):
+        engine = native_engine(tiny.folder, enable_prefix_caching=False, **form)
+        alone.update(texts(run(engine, [request])))
+    for variant in VARIANTS:
+        engine = native_engine(tiny.folder, **form, **variant)
+        for _ in range(2):  # the second time with a warm prefix cache
+            assert texts(run(engine, mixed(adapters))) == alone, variant
+
+
+def test_preemption_changes_no_bit(tiny: Tiny, adapters: list[AdapterFolder]) -> None:
+    roomy = texts(run(native_engine(tiny.folder), mixed(adapters, 40)))
+    room = 12 * 16 * 2 * 3 * 2 * 32 * 2  # blocks, positions, K and V, layers, heads, dim, bytes
+    small = native_engine(
+        tiny.folder,
+        memory_bytes=2**20 + room,
+        adapter_memory_bytes=2**20,
+        max_model_len=128,
+    )
+    assert small.info.num_blocks == 12
+    assert texts(run(small, mixed(adapters, 40))) == roomy
+    assert small.stats.total_preemptions > 0
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_logits_of_every_family_are_as_close_as_bfloat16_is(
+    model_type: str, tiny_model: Callable[..., Tiny]
+) -> None:
+    tiny = tiny_model(model_type)
+    prompt = prompt_of(40)
+    request = GenerateRequest("r", prompt, greedy(1, prompt_logprobs=1))
+    with torch.inference_mode():
+        logits = tiny.reference(torch.tensor([prompt])).logits[0].float()
+    exact = logits.log_softmax(-1)[torch.arange(39), prompt[1:]]
+
+    def error(engine: Engine) -> float:
+        last = run(engine, [request])["r", 0].last
+        assert last is not None and last.prompt_logprobs is not None
+        got = torch.tensor([entry.logprob for entry in last.prompt_logprobs[1:] if entry])
+        return float((got - exact).square().mean().sqrt())
+
+    native = error(native_engine(tiny.folder))
+    by_torch = error(make_engine(tiny.folder, dtype="bfloat16", kernels="torch"))
+    assert native < 1.25 * by_torch + 1e-3, (native, by_torch)
+
+
+def test_torch_is_there_for_what_the_kernels_cannot_do(
+    tiny: Tiny, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = make_engine(tiny.folder, dtype="bfloat16", block_size=4)
+    assert engine.info.kernels == "torch"
+    (warning,) = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert "computing with torch" in warning and "block_size 4: need a multiple of 16" in warning
