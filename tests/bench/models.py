@@ -9,7 +9,7 @@ load. Their text means nothing; their arithmetic costs what the real model's doe
 import argparse
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice, product
@@ -90,9 +90,9 @@ def make_model(shape: Shape) -> Path:
     return folder
 
 
-def make_adapters(shape: Shape, count: int) -> list[Path]:
-    """PEFT folders on all seven linear modules, of ranks 8, 16, 32, 64, 8, ..."""
-    return [_make_adapter(shape, i) for i in range(count)]
+def make_adapters(shape: Shape, count: int, ranks: Sequence[int] = RANKS) -> list[Path]:
+    """PEFT folders on all seven linear modules, of these ranks in turn."""
+    return [_make_adapter(shape, i, ranks[i % len(ranks)]) for i in range(count)]
 
 
 # ==== a model ====
@@ -145,8 +145,7 @@ def _ones(size: int) -> torch.Tensor:
 # ==== an adapter ====
 
 
-def _make_adapter(shape: Shape, index: int) -> Path:
-    lora_rank = RANKS[index % len(RANKS)]
+def _make_adapter(shape: Shape, index: int, lora_rank: int) -> Path:
     folder = CACHE / shape.name / "adapters" / f"a{index:04d}-r{lora_rank}"
     if not folder.exists():
         with _written_whole(folder) as partial:

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from engine.config import ConfigError
 from engine.engine import Engine
+from engine.kernels.cpu.build import BuildError
 from engine.kernels.cpu.library import Context
 from engine.messages import AdapterFolder, GenerateRequest
 from engine.runner import load
@@ -142,3 +144,19 @@ def test_torch_is_there_for_what_the_kernels_cannot_do(
     assert engine.info.kernels == "torch"
     (warning,) = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
     assert "computing with torch" in warning and "block_size 4: need a multiple of 16" in warning
+
+
+def test_without_a_library_everything_works_and_one_warning_says_what_it_costs(
+    tiny: Tiny, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_compiler(*_: object, **__: object) -> Context:
+        raise BuildError("no C++ compiler found (looked for g++, clang++, c++)")
+
+    monkeypatch.setattr(load, "Context", no_compiler)
+    engine = make_engine(tiny.folder, dtype="bfloat16", block_size=16, quantization="nf4")
+    assert engine.info.kernels == "torch"
+    (warning,) = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert "two to five times as long" in warning and "no C++ compiler" in warning
+    assert len(run(engine, [GenerateRequest("r", prompt_of(5), greedy(3))])["r", 0].token_ids) == 3
+    with pytest.raises(ConfigError, match="kv_dtype='int8' needs the native kernels: no C"):
+        make_engine(tiny.folder, dtype="bfloat16", block_size=16, kv_dtype="int8")
