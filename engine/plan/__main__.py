@@ -51,6 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 f"--context {load.context} is outside 1..{size.spec.max_position}, the positions "
                 "that the model was made for"
             )
+        if kv_dtype is not None and size.dtype != torch.bfloat16:
+            raise ModelError(f"--kv-dtype int8 is only for bfloat16, not {_name(size.dtype)}")
         machine = _machine(size.dtype, options.bandwidth, options.flops)
         print("\n".join(report(size, load, machine)))
         if options.picture is not None:

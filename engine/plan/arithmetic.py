@@ -52,7 +52,7 @@ class WeightFormat:
         if self.quantization == "int8":
             return linear.numel + scales
         codes = -(-linear.numel // 2)
-        order = 4 * linear.in_features if self.is_reordered else 0
+        order = 4 * linear.in_features if self.is_reordered and self.group_size else 0
         return codes + scales * (2 if self.quantization == "int4" else 1) + order
 
     def _is_dense(self, module: str) -> bool:
