@@ -13,7 +13,7 @@ from torch import Tensor
 
 from engine.kernels.cpu import structs
 from engine.kernels.cpu.library import Context
-from engine.kernels.cpu.memory import aligned_bytes
+from engine.kernels.cpu.memory import aligned_bytes, temporary_bytes
 from engine.kernels.quantized import QuantizedWeight
 
 PANEL = 32  # outputs that lie together: kPanel of src/linear_layout.h
@@ -41,8 +41,8 @@ class PackArgs(c.Structure):
 
 @dataclass(frozen=True, slots=True)
 class PackedWeight:
-    """What a packer returns: the format's number, and what the kernels read, in 64-byte aligned
-    memory (`aligned_bytes`). `scales` and the rest are as the format wants them."""
+    """What a packer returns: the format's number, and what the kernels read, in memory of
+    `aligned_bytes`. `scales` and the rest are as the format wants them."""
 
     format: int
     packed: Tensor
@@ -95,22 +95,24 @@ class NativeLinear:
         """x bf16 [N, in], its last dimension contiguous -> [N, out] in bfloat16 or float32."""
         self._check(x, out_dtype)
         y = torch.empty(len(x), self.out_features, dtype=out_dtype)
-        if len(x) == 0:
-            return y
-        scratch = aligned_bytes(self.scratch_bytes(len(x)))
-        self._run(
-            structs.LinearArgs(
-                linear=c.pointer(self.struct),
-                x=x.data_ptr(),
-                x_stride=x.stride(0),
-                y=y.data_ptr(),
-                y_stride=y.stride(0),
-                rows=len(x),
-                y_is_float=out_dtype == torch.float32,
-                scratch=scratch.data_ptr(),
-            )
-        )
+        if len(x):
+            scratch = temporary_bytes(self.scratch_bytes(len(x)))  # lives as long as the call
+            self._run(self.args(x, y, scratch))
         return y
+
+    def args(self, x: Tensor, y: Tensor, scratch: Tensor) -> structs.LinearArgs:
+        """What the library takes for y [N, out] = layer(x [N, in]); unchecked. It points into
+        the three tensors and keeps none of them."""
+        return structs.LinearArgs(
+            linear=c.pointer(self.struct),
+            x=x.data_ptr(),
+            x_stride=x.stride(0),
+            y=y.data_ptr(),
+            y_stride=y.stride(0),
+            rows=len(x),
+            y_is_float=y.dtype == torch.float32,
+            scratch=scratch.data_ptr(),
+        )
 
     def _check(self, x: Tensor, out_dtype: torch.dtype) -> None:
         if x.dtype != torch.bfloat16 or x.dim() != 2 or x.shape[1] != self.in_features:

@@ -1,4 +1,4 @@
-"""Memory that kernels stream through: aligned to cache lines, in huge pages where it is large."""
+"""Memory that kernels stream through: aligned to cache lines, and in huge pages where it stays."""
 
 import mmap
 
@@ -7,20 +7,47 @@ from torch import Tensor
 
 ALIGNMENT = 64
 HUGE_PAGE = 2 * 2**20
+BLOCK = 64 * 2**20
 
 
 def aligned_bytes(nbytes: int) -> Tensor:
-    """uint8 [nbytes] that starts at a multiple of 64 bytes; its content is undefined.
+    """uint8 [nbytes] for what stays, as weights do; its content is undefined.
 
-    From 2 MiB on it starts at a huge page, and untouched pages take no memory.
+    Neighbours share huge pages, so that streaming through them misses few translations. A block
+    is given back when everything cut from it is gone. For one thread at a time.
     """
-    if nbytes < HUGE_PAGE:
-        return _aligned(torch.empty(nbytes + ALIGNMENT, dtype=torch.uint8), nbytes, ALIGNMENT)
+    return _blocks.cut(nbytes)
+
+
+def temporary_bytes(nbytes: int) -> Tensor:
+    """uint8 [nbytes], undefined, from torch's allocator: for what is gone soon."""
+    return _from_multiple(torch.empty(nbytes + ALIGNMENT, dtype=torch.uint8), ALIGNMENT)[:nbytes]
+
+
+class _Blocks:
+    """The unused rest of the newest block; pages of it that nobody touches take no memory."""
+
+    def __init__(self) -> None:
+        self._rest = torch.empty(0, dtype=torch.uint8)
+
+    def cut(self, nbytes: int) -> Tensor:
+        taken = -(-nbytes // ALIGNMENT) * ALIGNMENT
+        if taken > BLOCK // 4:
+            return _map(nbytes)[:nbytes]  # on its own, so that it goes alone
+        if taken > self._rest.numel():
+            self._rest = _map(BLOCK)
+        piece, self._rest = self._rest[:nbytes], self._rest[taken:]
+        return piece
+
+
+def _map(nbytes: int) -> Tensor:
     memory = mmap.mmap(-1, nbytes + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory.madvise(mmap.MADV_HUGEPAGE)
-    return _aligned(torch.frombuffer(memory, dtype=torch.uint8), nbytes, HUGE_PAGE)
+    return _from_multiple(torch.frombuffer(memory, dtype=torch.uint8), HUGE_PAGE)
 
 
-def _aligned(block: Tensor, nbytes: int, alignment: int) -> Tensor:
-    start = -block.data_ptr() % alignment
-    return block[start : start + nbytes]
+def _from_multiple(block: Tensor, alignment: int) -> Tensor:
+    return block[-block.data_ptr() % alignment :]
+
+
+_blocks = _Blocks()

@@ -1,6 +1,6 @@
 """Linear layers in bf16 and int8 against float64 and exact integers, row by row and bit by bit."""
 
-import ctypes as c
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor
 from engine.kernels.cpu import structs
 from engine.kernels.cpu.library import Context
 from engine.kernels.cpu.linear import NativeLinear
-from engine.kernels.cpu.memory import HUGE_PAGE, aligned_bytes
+from engine.kernels.cpu.memory import BLOCK, aligned_bytes, temporary_bytes
 from engine.kernels.quantized import QuantizedWeight
 
 SHAPES = [  # (out, in): one of each, whole panels and words, and neither
@@ -152,18 +152,7 @@ def test_nothing_is_written_beside_y_and_behind_scratch(context: Context, format
         y = torch.full((rows, 50), 7.0)
         scratch_bytes = linear.scratch_bytes(rows)
         scratch = aligned_bytes(scratch_bytes + 64).fill_(99)
-        run(
-            structs.LinearArgs(
-                linear=c.pointer(linear.struct),
-                x=x.data_ptr(),
-                x_stride=65,
-                y=y.data_ptr(),
-                y_stride=50,
-                rows=rows,
-                y_is_float=1,
-                scratch=scratch.data_ptr(),
-            )
-        )
+        run(linear.args(x, y[:, :41], scratch))
         assert torch.equal(y[:, :41], linear(x, torch.float32))
         assert (y[:, 41:] == 7).all()
         assert (scratch[scratch_bytes:] == 99).all()
@@ -195,12 +184,20 @@ def test_packed_bytes_are_the_weights_padded_to_panels(context: Context) -> None
     assert NativeLinear(context, _int8_weight(33, 7)).nbytes == 64 * 8 + 33 * 4
 
 
-@pytest.mark.parametrize("nbytes", [0, 1, 1000, HUGE_PAGE - 1, HUGE_PAGE, 2 * HUGE_PAGE + 1])
-def test_memory_is_aligned_to_cache_lines_and_large_memory_to_huge_pages(nbytes: int) -> None:
-    block = aligned_bytes(nbytes)
-    assert block.numel() == nbytes
-    assert block.data_ptr() % (HUGE_PAGE if nbytes >= HUGE_PAGE else 64) == 0
-    block.fill_(1)
+@pytest.mark.parametrize("make", [aligned_bytes, temporary_bytes])
+def test_pieces_of_memory_are_aligned_and_apart(make: Callable[[int], Tensor]) -> None:
+    pieces = [make(nbytes) for nbytes in (0, 1, 1000, 64, BLOCK // 4, BLOCK // 4 + 1, 63)]
+    for i, piece in enumerate(pieces):
+        assert piece.data_ptr() % 64 == 0
+        piece.fill_(i)
+    for i, nbytes in enumerate((0, 1, 1000, 64, BLOCK // 4, BLOCK // 4 + 1, 63)):
+        assert pieces[i].shape == (nbytes,)
+        assert (pieces[i] == i).all()
+
+
+def test_memory_that_fills_many_blocks_is_apart() -> None:
+    pieces = [aligned_bytes(BLOCK // 4).fill_(i) for i in range(6)]
+    assert all((piece == i).all() for i, piece in enumerate(pieces))
 
 
 def test_what_no_kernel_takes_is_refused_by_name(isa: str) -> None:

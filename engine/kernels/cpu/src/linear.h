@@ -11,13 +11,15 @@ using reef::kPanel;
 
 // Activations of the formats that multiply integers, in ReefLinearArgs::scratch:
 // q int8 [rows, stride] with stride = in_features rounded up to 64 and zeros behind, then
-// scales float [rows], then sums int32 [rows, stride / 64]: of each 64 neighbouring q.
+// scales float [rows], then sums int32 [rows, stride / 64]: of each 64 neighbouring q,
+// then totals int32 [rows]: of all q of a row.
 // x = q * scale, scale = max |x| / 127.
 struct QuantizedRows {
     int8_t* q;
     int64_t stride;
     float* scales;
     int32_t* sums;
+    int32_t* totals;
 };
 QuantizedRows quantized_rows(const ReefLinearArgs* args);
 reef::Task quantize_rows(const ReefLinearArgs* args, int threads);

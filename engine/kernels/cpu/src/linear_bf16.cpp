@@ -1,7 +1,7 @@
 // bf16 weights times bf16 activations, summed in float32 and rounded once.
 //
-// Packed [panel][pair of inputs][32 outputs][2]. The processor's own product of pairs is what
-// there is of order within a word; words follow each other (linear_tiles.h).
+// Packed [panel][pair of inputs][32 outputs][2]. The two products of a pair are added by `dot` of
+// simd.h, in the order of the instruction set; pairs follow each other (linear_tiles.h).
 #include "linear_tiles.h"
 #include "table.h"
 
@@ -11,6 +11,9 @@ namespace {
 struct Bf16 {
     using Words = B32;
     using Sum = F16;
+    const ReefLinearArgs& args;
+
+    explicit Bf16(const ReefLinearArgs& all) : args(all) {}
 
     static Words load(const uint8_t* p) { return load_pairs(reinterpret_cast<const bf16*>(p)); }
     static Words repeat(const uint8_t* p) { return repeat_pair(reinterpret_cast<const bf16*>(p)); }
@@ -21,15 +24,13 @@ struct Bf16 {
     static bool is_tiled(const ReefLinearArgs& args) {
         return args.rows > kDirectRows || args.linear->in_features % 2 != 0;
     }
-    static const uint8_t* tiles(const ReefLinearArgs& args) {
+    const uint8_t* tiles() const {
         return is_tiled(args) ? static_cast<const uint8_t*>(args.scratch) : nullptr;
     }
-    static DirectX rows(const ReefLinearArgs& args, int row) {
+    DirectX rows(int row) const {
         return {reinterpret_cast<const uint8_t*>(args.x + row * args.x_stride), args.x_stride * 2};
     }
-    static F16 result(const ReefLinearArgs& args, int, int output, Sum sum) {
-        return sum + bias_of(*args.linear, output);
-    }
+    F16 result(int, int output, Sum sum) const { return sum + bias_of(*args.linear, output); }
 };
 
 void fill_tile(const ReefLinearArgs& args, const Tiling& tiling, int tile) {

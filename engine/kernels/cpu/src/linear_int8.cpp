@@ -57,7 +57,9 @@ __m256i dot_fours(__m256i a, __m256i b, __m256i c) {
                                               _mm256_madd_epi16(a_odd, b_odd));
     return _mm256_add_epi32(c, products);
 }
-I16 dot_fours(Q64 a, Q64 b, I16 c) { return {dot_fours(a.lo, b.lo, c.lo), dot_fours(a.hi, b.hi, c.hi)}; }
+I16 dot_fours(Q64 a, Q64 b, I16 c) {
+    return {dot_fours(a.lo, b.lo, c.lo), dot_fours(a.hi, b.hi, c.hi)};
+}
 I16 minus(I16 a, int32_t b) {
     const __m256i same = _mm256_set1_epi32(b);
     return {_mm256_sub_epi32(a.lo, same), _mm256_sub_epi32(a.hi, same)};
@@ -107,6 +109,7 @@ void quantize_row(const ReefLinearArgs& args, const QuantizedRows& out, int row)
     const bf16* x = args.x + row * args.x_stride;
     int8_t* q = out.q + row * out.stride;
     int32_t* sums = out.sums + row * (out.stride / kGroup);
+    out.totals[row] = 0;
     const float most = largest_of_row(x, in_features);
     if (!(most >= kTooSmall)) {  // zeros, or NaN
         out.scales[row] = most * 0.f;
@@ -115,8 +118,10 @@ void quantize_row(const ReefLinearArgs& args, const QuantizedRows& out, int row)
         return;
     }
     out.scales[row] = most / 127.f;
-    for (int64_t k = 0; k < out.stride; k += kGroup)
+    for (int64_t k = 0; k < out.stride; k += kGroup) {
         sums[k / kGroup] = quantize_group(x, static_cast<int>(k), in_features, 127.f / most, q + k);
+        out.totals[row] += sums[k / kGroup];
+    }
 }
 
 // Rows of one chunk: some ten thousand values, a few microseconds.
@@ -135,6 +140,10 @@ void quantize_chunk(const void* p, int chunk) {
 struct Int8 {
     using Words = Q64;
     using Sum = I16;
+    const ReefLinearArgs& args;
+    const QuantizedRows x;
+
+    explicit Int8(const ReefLinearArgs& all) : args(all), x(quantized_rows(&all)) {}
 
     static Words load(const uint8_t* p) { return load_fours(p); }
     static Words repeat(const uint8_t* p) { return repeat_four(p); }
@@ -142,37 +151,34 @@ struct Int8 {
     static int words(int in_features) { return (in_features + 3) / 4; }
 
     static bool is_tiled(const ReefLinearArgs& args) { return args.rows > kDirectRows; }
-    static uint8_t* tiles(const ReefLinearArgs& args) {
+    uint8_t* tiles() const {
         if (!is_tiled(args)) return nullptr;
         const reef::QuantizedLayout layout(args.linear->in_features, args.rows);
         return static_cast<uint8_t*>(args.scratch) + layout.end;
     }
-    static DirectX rows(const ReefLinearArgs& args, int row) {
-        const QuantizedRows all = quantized_rows(&args);
-        return {reinterpret_cast<const uint8_t*>(all.q + row * all.stride), all.stride};
+    DirectX rows(int row) const {
+        return {reinterpret_cast<const uint8_t*>(x.q + row * x.stride), x.stride};
     }
-    static F16 result(const ReefLinearArgs& args, int row, int output, Sum sum) {
-        const QuantizedRows all = quantized_rows(&args);
+    F16 result(int row, int output, Sum sum) const {
         const ReefLinear& linear = *args.linear;
-        const int32_t* sums = all.sums + row * (all.stride / kGroup);
-        int32_t offset = 0;  // wraps as the sum does; the difference is right
-        for (int64_t i = 0; i < all.stride / kGroup; ++i) offset += 128 * sums[i];
         const auto* scales = static_cast<const float*>(linear.scales);
-        const F16 value = to_float(minus(sum, offset)) * some_of(scales, output, linear.out_features);
-        return fma(value, set1(all.scales[row]), bias_of(linear, output));
+        const I16 exact = minus(sum, 128 * x.totals[row]);
+        const F16 value = to_float(exact) * some_of(scales, output, linear.out_features);
+        return fma(value, set1(x.scales[row]), bias_of(linear, output));
     }
 };
 
 void quantize_tiles(const void* p, int chunk) {
     const auto& args = *static_cast<const ReefLinearArgs*>(p);
-    const QuantizedRows all = quantized_rows(&args);
+    const Int8 format(args);
     const Tiling tiling(args, Int8::words(args.linear->in_features));
     for_tiles_of_chunk(tiling, chunk, [&](int tile) {
-        const int row = tiling.first_row(tile, args.rows), end = tiling.first_row(tile + 1, args.rows);
-        for (int r = row; r < end; ++r) quantize_row(args, all, r);
-        const auto* q = reinterpret_cast<const uint8_t*>(all.q + row * all.stride);
-        uint8_t* out = Int8::tiles(args) + int64_t{4} * row * tiling.words;
-        tile_words(q, all.stride, end - row, tiling.words, out);
+        const int row = tiling.first_row(tile, args.rows);
+        const int end = tiling.first_row(tile + 1, args.rows);
+        for (int r = row; r < end; ++r) quantize_row(args, format.x, r);
+        const auto* q = reinterpret_cast<const uint8_t*>(format.x.q + row * format.x.stride);
+        uint8_t* out = format.tiles() + int64_t{4} * row * tiling.words;
+        tile_words(q, format.x.stride, end - row, tiling.words, out);
     });
 }
 
@@ -182,7 +188,8 @@ QuantizedRows quantized_rows(const ReefLinearArgs* args) {
     const reef::QuantizedLayout layout(args->linear->in_features, args->rows);
     auto* base = static_cast<int8_t*>(args->scratch);
     return {base, layout.stride, reinterpret_cast<float*>(base + layout.scales),
-            reinterpret_cast<int32_t*>(base + layout.sums)};
+            reinterpret_cast<int32_t*>(base + layout.sums),
+            reinterpret_cast<int32_t*>(base + layout.totals)};
 }
 
 reef::Task quantize_rows(const ReefLinearArgs* args, int) {
@@ -192,7 +199,8 @@ reef::Task quantize_rows(const ReefLinearArgs* args, int) {
 
 reef::Task quantize_and_tile_rows(const ReefLinearArgs* args, int threads) {
     if (!Int8::is_tiled(*args)) return quantize_rows(args, threads);
-    return {quantize_tiles, args, tile_chunks(Tiling(*args, Int8::words(args->linear->in_features)))};
+    const Tiling tiling(*args, Int8::words(args->linear->in_features));
+    return {quantize_tiles, args, tile_chunks(tiling)};
 }
 
 reef::Task linear_int8(const ReefLinearArgs* args, int) { return multiply_task<Int8>(args); }

@@ -12,17 +12,20 @@ constexpr int64_t round_up(int64_t value, int64_t multiple) {
     return (value + multiple - 1) / multiple * multiple;
 }
 
-inline int panels_of(const ReefLinear& linear) { return (linear.out_features + kPanel - 1) / kPanel; }
+inline int panels_of(const ReefLinear& linear) {
+    return (linear.out_features + kPanel - 1) / kPanel;
+}
 
 // Offsets in scratch of the quantized rows (QuantizedRows in linear.h); `end` is what they take.
 struct QuantizedLayout {
-    int64_t stride, scales, sums, end;
+    int64_t stride, scales, sums, totals, end;
 
     QuantizedLayout(int in_features, int64_t rows)
         : stride(round_up(in_features, 64)),
           scales(rows * stride),
           sums(scales + round_up(rows * 4, 64)),
-          end(sums + round_up(rows * (stride / 64) * 4, 64)) {}
+          totals(sums + rows * (stride / 64) * 4),
+          end(round_up(totals + rows * 4, 64)) {}
 };
 
 // Formats that multiply bf16 keep x in tiles; int8 keeps quantized rows, and those in tiles.

@@ -20,13 +20,14 @@ namespace REEF_ISA {
 #if defined(__AVX512BF16__)
 constexpr int kTileRows = 12;   // times 2 vectors of sums: 24 of 32 registers
 constexpr int kDirectRows = 4;  // up to so many rows are read where they lie
-constexpr int kPairedRows = 4;  // tiles of up to so many rows take two panels at a time
 #else
 constexpr int kTileRows = 2;  // times 4 vectors of sums: 8 of 16 registers
 constexpr int kDirectRows = 2;
-constexpr int kPairedRows = 0;
 #endif
-constexpr int kAhead = 16;  // words of a panel that are prefetched: 2 KB
+// Words of a panel that are prefetched, 4 KB, by tiles of many rows: they take so long over a word
+// that the processor does not see far enough ahead by itself. With few rows it does.
+constexpr int kAhead = 32;
+constexpr int kPrefetchedRows = 4;
 
 // f(0), ..., f(N - 1), each argument a constant
 template <class F, int... I>
@@ -40,34 +41,45 @@ __attribute__((always_inline)) inline void unroll(F f) {
 
 struct Tiling {
     int words, panels;
-    int tiles;                    // of rows, whose sizes differ by one at most
-    int tiles_per_block, blocks;
-    int panels_per_group, groups;
+    int tiles;   // of rows, whose sizes differ by one at most
+    int blocks;  // of tiles
+    int groups;  // of panels
 
     Tiling(const ReefLinearArgs& args, int words);
-    int first_row(int tile, int rows) const {
-        return static_cast<int>(static_cast<int64_t>(tile) * rows / tiles);
-    }
+    int first_row(int tile, int rows) const { return share(tile, tiles, rows); }
+    int first_tile(int block) const { return share(block, blocks, tiles); }
+    int first_panel(int group) const { return share(group, groups, panels); }
     int64_t panel_bytes() const { return int64_t{4} * kPanel * words; }
+
+private:
+    // Where part `i` of `parts` begins that `whole` is cut into.
+    static int share(int64_t i, int64_t parts, int64_t whole) {
+        return static_cast<int>(i * whole / parts);
+    }
 };
+
+// How many groups to cut work of `cost` nanoseconds into: of some microseconds each, so that
+// taking them costs little, and in even shares for two, four and eight threads.
+inline int64_t groups_of(int64_t cost, int64_t most) {
+    if (cost < 3000) return 1;
+    if (cost < 32000) return 4;
+    return std::max<int64_t>(std::min(cost / 8000, most) / 8 * 8, 8);
+}
 
 inline Tiling::Tiling(const ReefLinearArgs& args, int num_words)
     : words(num_words), panels(reef::panels_of(*args.linear)) {
-    constexpr int64_t kBlockBytes = 384 * 1024;
+    constexpr int64_t kBlockBytes = 256 * 1024;
     tiles = (args.rows + kTileRows - 1) / kTileRows;
     const int64_t fitting = std::max<int64_t>(kBlockBytes / (int64_t{4} * kTileRows * words), 1);
     blocks = static_cast<int>((tiles + fitting - 1) / fitting);
-    tiles_per_block = (tiles + blocks - 1) / blocks;
-    blocks = (tiles + tiles_per_block - 1) / tiles_per_block;
-    // Nanoseconds of one thread for a panel and a block: reading or multiplying, whichever is longer.
-    const int64_t rows = (args.rows + blocks - 1) / blocks;
-    const int64_t cost = std::max<int64_t>(panel_bytes() / 26, rows * words * 6 / 10) + 1;
-    const int64_t wanted = std::clamp<int64_t>(cost * panels * blocks / 128, 3000, 300000);
-    panels_per_group = static_cast<int>(std::clamp<int64_t>(wanted / cost, 1, panels));
-    groups = (panels + panels_per_group - 1) / panels_per_group;
+    // Nanoseconds of one thread for a block: reading or multiplying, whichever is longer.
+    const int64_t reading = panels * panel_bytes() / 26;
+    const int64_t multiplying = panels * int64_t{args.rows} * words / blocks * 6 / 10;
+    const int64_t wanted = groups_of(std::max(reading, multiplying), 256 / blocks);
+    groups = static_cast<int>(std::min<int64_t>(panels, wanted));
 }
 
-// Where a tile finds word k of its row r: at base + r * row + k * step bytes.
+// Where a tile finds word k of its row r.
 struct DirectX {
     const uint8_t* base;
     int64_t row;
@@ -79,26 +91,30 @@ struct TiledX {
     const uint8_t* word(int r, int64_t k) const { return base + (k * kRows + r) * 4; }
 };
 
-// Adds words [begin, end) of kPanels neighbouring panels to the sums [row][half of a panel].
-// `ahead`: what is prefetched at word 0.
-template <class Format, int kRows, int kPanels, class X>
-__attribute__((always_inline)) inline void multiply(
-    const X& x, const uint8_t* panel, int64_t panel_bytes, const uint8_t* ahead, int begin, int end,
-    typename Format::Sum (&sums)[kRows][2 * kPanels]) {
+// Adds words [begin, end) of a panel to the sums [row][half of the panel]. `ahead`: what is
+// prefetched at word 0.
+template <class Format, int kRows, class X>
+__attribute__((always_inline)) inline void multiply(const X& x, const uint8_t* panel,
+                                                    const uint8_t* ahead, int begin, int end,
+                                                    typename Format::Sum (&sums)[kRows][2]) {
     for (int64_t k = begin; k < end; ++k) {
-        typename Format::Words weights[2 * kPanels];
-        unroll<2 * kPanels>([&](auto i) {
-            const int64_t offset = (i / 2) * panel_bytes + k * 128 + (i % 2) * 64;
-            _mm_prefetch(reinterpret_cast<const char*>(ahead + offset), _MM_HINT_T0);
-            weights[i] = Format::load(panel + offset);
-        });
+        if constexpr (kRows > kPrefetchedRows) {
+            _mm_prefetch(reinterpret_cast<const char*>(ahead + k * 128), _MM_HINT_T0);
+            _mm_prefetch(reinterpret_cast<const char*>(ahead + k * 128 + 64), _MM_HINT_T0);
+        }
+        const auto low = Format::load(panel + k * 128), high = Format::load(panel + k * 128 + 64);
         unroll<kRows>([&](auto r) {
             const auto repeated = Format::repeat(x.word(r, k));
-            unroll<2 * kPanels>([&](auto i) {
-                sums[r][i] = Format::dot(weights[i], repeated, sums[r][i]);
-            });
+            sums[r][0] = Format::dot(low, repeated, sums[r][0]);
+            sums[r][1] = Format::dot(high, repeated, sums[r][1]);
         });
     }
+}
+
+// The line of y that a row of a tile will be written to: it comes while the tile is multiplied.
+inline void expect_write(const ReefLinearArgs& args, int row, int output) {
+    const int64_t at = (row * args.y_stride + output) * (args.y_is_float ? 4 : 2);
+    __builtin_prefetch(static_cast<uint8_t*>(args.y) + at, 1);
 }
 
 // Sixteen outputs of a row, or those of them that the layer has.
@@ -125,78 +141,72 @@ inline F16 bias_of(const ReefLinear& linear, int output) {
 
 struct Place {  // of a tile: what it multiplies
     int row, panel;
-    const uint8_t* next;  // what will be read after these panels
+    const uint8_t* next;  // the panel that is read after this one
 };
 
-template <class Format, int kRows, int kPanels, class X>
-void multiply_tile(const ReefLinearArgs& args, const X& x, const Tiling& tiling, const Place& place) {
-    const int64_t panel_bytes = tiling.panel_bytes();
-    const uint8_t* panel = static_cast<const uint8_t*>(args.linear->packed) + place.panel * panel_bytes;
+template <int kRows, class Format, class X>
+void multiply_tile(const Format& format, const X& x, const Tiling& tiling, const Place& place) {
+    const ReefLinearArgs& args = format.args;
+    const auto* packed = static_cast<const uint8_t*>(args.linear->packed);
+    const uint8_t* panel = packed + place.panel * tiling.panel_bytes();
     const int split = std::max(tiling.words - kAhead, 0);
-    typename Format::Sum sums[kRows][2 * kPanels] = {};
-    multiply<Format, kRows, kPanels>(x, panel, panel_bytes, panel + kAhead * 128, 0, split, sums);
-    multiply<Format, kRows, kPanels>(x, panel, panel_bytes, place.next - split * 128, split,
-                                     tiling.words, sums);
+    const int output = place.panel * kPanel;
+    typename Format::Sum sums[kRows][2] = {};
+    unroll<kRows>([&](auto r) { expect_write(args, place.row + r, output); });
+    multiply<Format>(x, panel, panel + kAhead * 128, 0, split, sums);
+    multiply<Format>(x, panel, place.next - split * 128, split, tiling.words, sums);
     unroll<kRows>([&](auto r) {
-        unroll<2 * kPanels>([&](auto i) {
-            const int output = place.panel * kPanel + i * 16;
-            if (output < args.linear->out_features)
-                put(args, place.row + r, output, Format::result(args, place.row + r, output, sums[r][i]));
-        });
+        const int row = place.row + r;
+        put(args, row, output, format.result(row, output, sums[r][0]));
+        if (output + 16 < args.linear->out_features)
+            put(args, row, output + 16, format.result(row, output + 16, sums[r][1]));
     });
 }
 
-template <class Format, int kRows, int kPanels>
-void multiply_rows(const ReefLinearArgs& args, const Tiling& tiling, const Place& place) {
-    if (const uint8_t* tiled = Format::tiles(args)) {
+template <class Format, int kRows>
+void multiply_rows(const Format& format, const Tiling& tiling, const Place& place) {
+    if (const uint8_t* tiled = format.tiles()) {
         const TiledX<kRows> x{tiled + int64_t{4} * place.row * tiling.words};
-        multiply_tile<Format, kRows, kPanels>(args, x, tiling, place);
+        multiply_tile<kRows>(format, x, tiling, place);
     } else if constexpr (kRows <= kDirectRows) {
-        multiply_tile<Format, kRows, kPanels>(args, Format::rows(args, place.row), tiling, place);
+        multiply_tile<kRows>(format, format.rows(place.row), tiling, place);
     }
 }
 
-using MultiplyRows = void (*)(const ReefLinearArgs&, const Tiling&, const Place&);
+template <class Format>
+using MultiplyRows = void (*)(const Format&, const Tiling&, const Place&);
 
-template <class Format, int kPanels, int... I>
-MultiplyRows multiply_rows_of(int rows, std::integer_sequence<int, I...>) {
-    static constexpr MultiplyRows functions[] = {multiply_rows<Format, I + 1, kPanels>...};
+template <class Format, int... I>
+MultiplyRows<Format> multiply_rows_of(int rows, std::integer_sequence<int, I...>) {
+    static constexpr MultiplyRows<Format> functions[] = {multiply_rows<Format, I + 1>...};
     return functions[rows - 1];
 }
-template <class Format, int kPanels>
-MultiplyRows multiply_rows_of(int rows) {
-    constexpr int kMost = kPanels == 1 ? kTileRows : kPairedRows;
-    return multiply_rows_of<Format, kPanels>(rows, std::make_integer_sequence<int, kMost>{});
+template <class Format>
+MultiplyRows<Format> multiply_rows_of(int rows) {
+    return multiply_rows_of<Format>(rows, std::make_integer_sequence<int, kTileRows>{});
 }
 
-// All tiles of a block by kPanels panels.
-template <class Format, int kPanels>
-void multiply_block(const ReefLinearArgs& args, const Tiling& tiling, int block, Place place) {
-    const int begin = block * tiling.tiles_per_block;
-    const int end = std::min(begin + tiling.tiles_per_block, tiling.tiles);
-    for (int tile = begin; tile < end; ++tile) {
-        place.row = tiling.first_row(tile, args.rows);
-        const int rows = tiling.first_row(tile + 1, args.rows) - place.row;
-        multiply_rows_of<Format, kPanels>(rows)(args, tiling, place);
+// All tiles of a block by one panel.
+template <class Format>
+void multiply_block(const Format& format, const Tiling& tiling, int block, Place place) {
+    for (int tile = tiling.first_tile(block); tile < tiling.first_tile(block + 1); ++tile) {
+        place.row = tiling.first_row(tile, format.args.rows);
+        const int rows = tiling.first_row(tile + 1, format.args.rows) - place.row;
+        multiply_rows_of<Format>(rows)(format, tiling, place);
     }
 }
 
 template <class Format>
 void multiply_chunk(const void* p, int chunk) {
     const auto& args = *static_cast<const ReefLinearArgs*>(p);
+    const Format format(args);
     const Tiling tiling(args, Format::words(args.linear->in_features));
-    const int block = chunk % tiling.blocks;
-    int panel = chunk / tiling.blocks * tiling.panels_per_group;
-    const int end = std::min(panel + tiling.panels_per_group, tiling.panels);
+    const int group = chunk / tiling.blocks, end = tiling.first_panel(group + 1);
     const auto* packed = static_cast<const uint8_t*>(args.linear->packed);
-    const auto after = [&](int next) { return packed + std::min(next, end - 1) * tiling.panel_bytes(); };
-    if constexpr (kPairedRows > 0) {
-        if (args.rows <= kPairedRows)
-            for (; panel + 2 <= end; panel += 2)
-                multiply_block<Format, 2>(args, tiling, block, {0, panel, after(panel + 2)});
+    for (int panel = tiling.first_panel(group); panel < end; ++panel) {
+        const uint8_t* next = packed + std::min(panel + 1, end - 1) * tiling.panel_bytes();
+        multiply_block(format, tiling, chunk % tiling.blocks, {0, panel, next});
     }
-    for (; panel < end; ++panel)
-        multiply_block<Format, 1>(args, tiling, block, {0, panel, after(panel + 1)});
 }
 
 template <class Format>
@@ -206,7 +216,8 @@ reef::Task multiply_task(const ReefLinearArgs* args) {
 }
 
 // Words [0, words) of rows that lie `stride` bytes apart, as a tile.
-inline void tile_words(const uint8_t* rows, int64_t stride, int count, int64_t words, uint8_t* tile) {
+inline void tile_words(const uint8_t* rows, int64_t stride, int count, int64_t words,
+                       uint8_t* tile) {
     for (int r = 0; r < count; ++r)
         for (int64_t k = 0; k < words; ++k)
             std::memcpy(tile + (k * count + r) * 4, rows + r * stride + k * 4, 4);
