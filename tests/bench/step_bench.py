@@ -25,6 +25,7 @@ from engine.messages import AdapterFolder, GenerateRequest
 from engine.plan.arithmetic import Machine
 from engine.plan.machine import measure as measure_machine
 from engine.runner.kv_cache import kv_bytes_per_token
+from engine.runner.native_forward import NativeForward
 from engine.scheduler.request import SamplingParams
 from tests.bench.environment import append_row, header
 from tests.bench.models import SHAPES, Shape, make_adapters, make_model
@@ -84,6 +85,11 @@ def main() -> None:
         f"{conditions} | {engines[options.formats[0]].info.kernels} | read "
         f"{machine.bytes_per_s / 1e9:.1f} GB/s, multiply {machine.flops_per_s / 1e9:.0f} GFLOP/s",
     )
+    if options.profile:
+        for form, batch in product(options.formats, options.batches):
+            spent = profile(engines[form], batch, folders)
+            text = ", ".join(f"{kind} {ms:.2f}" for kind, ms in spent.items())
+            append_row(options.rows, f"{form} | decode x{batch} | base | profile in ms: {text}")
     for case, times in seconds.items():
         append_row(options.rows, _row(case, times, engines[case.form], shape, machine, folders))
 
@@ -137,11 +143,7 @@ def run(engine: Engine, case: Case, folders: Folders, steps: int) -> list[float]
         _step(engine)
     for _ in range(2):
         engine.step()
-    times: list[float] = []
-    for _ in range(steps):
-        start = time.perf_counter()
-        engine.step()
-        times.append(time.perf_counter() - start)
+    times = [_timed(engine) for _ in range(steps)]
     _abort_all(engine)
     return times
 
@@ -166,6 +168,32 @@ def request(
     prompt = torch.randint(3, engine.info.vocab_size, (length,), generator=generator)
     sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
     return GenerateRequest(f"r{index}", prompt.tolist(), sampling, adapter=adapter)
+
+
+def _timed(engine: Engine) -> float:
+    start = time.perf_counter()
+    engine.step()
+    return time.perf_counter() - start
+
+
+def profile(engine: Engine, batch: int, folders: Folders) -> dict[str, float]:
+    """Milliseconds by kind of operation in a decode step of the base, medians of 20; and of the
+    whole step, whose rest is the output layer, sampling and Python."""
+    case = Case("", batch, "base")
+    times = {"step": [1e3 * t for t in run(engine, case, folders, 20)]}
+    for i, adapter in enumerate(chosen(case, folders)):
+        engine.add_request(request(engine, i, PROMPT, adapter, 100))
+    while any(not r.output_token_ids for r in engine.scheduler.running) or engine.stats.num_waiting:
+        _step(engine)
+    forward, scheduled = engine.model.forward, engine.scheduler.schedule(0.0)
+    assert isinstance(forward, NativeForward) and scheduled is not None
+    for _ in range(20):
+        with torch.inference_mode():
+            spent = forward.profile(scheduled, list(range(batch)))
+        for kind, seconds in spent.items():
+            times.setdefault(kind, []).append(1e3 * seconds)
+    _abort_all(engine)
+    return {kind: statistics.median(values) for kind, values in times.items()}
 
 
 def _first_token_s(engine: Engine) -> float:
@@ -242,6 +270,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--chunk", type=int, default=512, help="tokens in a step")
     parser.add_argument("--steps", type=int, default=20, help="measured per case and round")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--profile", action="store_true", help="also by kind of operation")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rows", type=Path, help="append the rows to this file")
     return parser.parse_args()
