@@ -25,7 +25,8 @@ ISAS = {
         *("-mavx512vnni", "-mavx512vbmi", "-mavx2", "-mfma", "-mprefer-vector-width=512"),
     ),
 }
-PLAIN = ("pool.cpp", "reef.cpp", "program.cpp")  # every other source is compiled once per ISA
+# every other source is compiled once per instruction set
+PLAIN = ("pack.cpp", "pack4.cpp", "pool.cpp", "program.cpp", "reef.cpp")
 
 
 class BuildError(RuntimeError):

@@ -9,6 +9,7 @@ reef::Task linear_prepare(const ReefLinearArgs* args, int threads) {
     switch (args->linear->format) {
         case REEF_INT8:
         case REEF_NF4_INT8: return quantize_rows(args, threads);
+        case REEF_INT4: return prepare_int4(args);
         default: return {nullptr, args, 0};
     }
 }

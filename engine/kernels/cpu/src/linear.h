@@ -3,11 +3,11 @@
 // All packed weights lie in panels of 32 outputs, padded with zeros; a panel is read once from
 // beginning to end for all rows. A row's sum over its inputs runs in one fixed order.
 #pragma once
-#include "kernels.h"
+#include "linear_layout.h"
 
 namespace REEF_ISA {
 
-constexpr int kPanel = 32;  // outputs that are computed together
+using reef::kPanel;
 
 // Activations of the formats that multiply integers, in ReefLinearArgs::scratch:
 // q int8 [rows, stride] with stride = in_features rounded up to 64 and zeros behind, then
@@ -21,6 +21,8 @@ struct QuantizedRows {
 };
 QuantizedRows quantized_rows(const ReefLinearArgs* args);
 reef::Task quantize_rows(const ReefLinearArgs* args, int threads);
+
+reef::Task prepare_int4(const ReefLinearArgs* args);
 
 reef::Task linear_bf16(const ReefLinearArgs* args, int threads);
 reef::Task linear_int8(const ReefLinearArgs* args, int threads);

@@ -1,0 +1,134 @@
+"""NativeLinear: a linear layer's weight, packed for the native kernels, and the layer as a call.
+
+The weight is copied once, by the context's threads, into panels of 32 outputs (src/linear.h);
+nothing of the tensors given is kept.
+"""
+
+import ctypes as c
+
+import torch
+from torch import Tensor
+
+from engine.kernels.cpu import structs
+from engine.kernels.cpu.library import Context
+from engine.kernels.cpu.memory import aligned_bytes
+from engine.kernels.cpu.pack import Packer, Weight, pack_bf16, pack_int8
+from engine.kernels.cpu.pack4 import pack_int4, pack_nf4
+from engine.kernels.quantized import QuantizedWeight
+
+
+class NativeLinear:
+    """y = x W^T + bias. `weight` is bf16 [out, in] or quantized; `bias` is [out] of any float.
+
+    `int8_activations` chooses for the formats that have both ways (nf4): activations rounded to
+    int8 per row, faster and less exact. bf16 has only exact ones, int8 only rounded ones.
+    Raises ValueError for a weight that no kernel takes.
+    """
+
+    def __init__(
+        self,
+        context: Context,
+        weight: Weight,
+        bias: Tensor | None = None,
+        *,
+        int8_activations: bool = False,
+    ) -> None:
+        self.out_features, self.in_features = _shape(weight)
+        if bias is not None and bias.shape != (self.out_features,):
+            raise ValueError(f"bias {tuple(bias.shape)}: expected [{self.out_features}]")
+        self._weight = _packer(weight)(context, weight, int8_activations)
+        self._bias = None if bias is None else bias.detach().float().clone()
+        self.struct = self._struct()
+        self._run = context.function("linear", structs.LinearArgs)
+        self._scratch_bytes = context.library["reef_linear_scratch_bytes"]
+        self._scratch_bytes.argtypes = [c.POINTER(structs.Linear), structs.i32]
+        self._scratch_bytes.restype = structs.i64
+
+    @property
+    def nbytes(self) -> int:
+        """Of everything that a call reads besides x."""
+        return sum(t.nbytes for t in self._tensors() if t is not None)
+
+    def scratch_bytes(self, rows: int) -> int:
+        """What `LinearArgs.scratch` must hold for so many rows."""
+        return self._scratch_bytes(self.struct, rows)
+
+    def __call__(self, x: Tensor, out_dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        """x bf16 [N, in], its last dimension contiguous -> [N, out] in bfloat16 or float32."""
+        self._check(x, out_dtype)
+        y = torch.empty(len(x), self.out_features, dtype=out_dtype)
+        if len(x):
+            scratch = aligned_bytes(self.scratch_bytes(len(x)))
+            self._run(self.args(x, y, scratch))
+        return y
+
+    def args(self, x: Tensor, y: Tensor, scratch: Tensor) -> structs.LinearArgs:
+        """What the library takes for y [N, out] = layer(x [N, in]); unchecked. It points into
+        the three tensors and keeps none of them."""
+        return structs.LinearArgs(
+            linear=c.pointer(self.struct),
+            x=x.data_ptr(),
+            x_stride=x.stride(0),
+            y=y.data_ptr(),
+            y_stride=y.stride(0),
+            rows=len(x),
+            y_is_float=y.dtype == torch.float32,
+            scratch=scratch.data_ptr(),
+        )
+
+    def _check(self, x: Tensor, out_dtype: torch.dtype) -> None:
+        if x.dtype != torch.bfloat16 or x.dim() != 2 or x.shape[1] != self.in_features:
+            raise ValueError(
+                f"x {x.dtype} {tuple(x.shape)}: expected bfloat16 [N, {self.in_features}]"
+            )
+        if x.stride(1) != 1 and self.in_features > 1:
+            raise ValueError(f"x has strides {x.stride()}: its last dimension must be contiguous")
+        if out_dtype not in (torch.bfloat16, torch.float32):
+            raise ValueError(f"out_dtype {out_dtype}: allowed are bfloat16 and float32")
+
+    def _struct(self) -> structs.Linear:
+        packed, scales, zeros, input_order, bias = (_address(t) for t in self._tensors())
+        return structs.Linear(
+            format=self._weight.format,
+            in_features=self.in_features,
+            out_features=self.out_features,
+            group_size=self._weight.group_size,
+            packed=packed,
+            scales=scales,
+            zeros=zeros,
+            bias=bias,
+            input_order=input_order,
+        )
+
+    def _tensors(self) -> tuple[Tensor | None, ...]:
+        weight = self._weight
+        return weight.packed, weight.scales, weight.zeros, weight.input_order, self._bias
+
+
+PACKERS: dict[str, Packer] = {  # by QuantizedWeight.format; "bf16" for a plain tensor
+    "bf16": pack_bf16,
+    "int8": pack_int8,
+    "nf4": pack_nf4,
+    "int4": pack_int4,
+}
+
+
+def _packer(weight: Weight) -> Packer:
+    if isinstance(weight, Tensor) and weight.dtype != torch.bfloat16:
+        raise ValueError(f"weight {weight.dtype}: expected bfloat16, or a QuantizedWeight")
+    name = "bf16" if isinstance(weight, Tensor) else weight.format
+    if name not in PACKERS:
+        raise ValueError(f"weight format {name!r}: allowed are {', '.join(PACKERS)}")
+    return PACKERS[name]
+
+
+def _shape(weight: Weight) -> tuple[int, int]:
+    if isinstance(weight, QuantizedWeight):
+        return weight.out_features, weight.in_features
+    if weight.dim() != 2 or weight.numel() == 0:
+        raise ValueError(f"weight {tuple(weight.shape)}: expected [out, in], neither of them 0")
+    return weight.shape[0], weight.shape[1]
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
