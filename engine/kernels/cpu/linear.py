@@ -5,54 +5,16 @@ nothing of the tensors given is kept.
 """
 
 import ctypes as c
-from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from engine.kernels.cpu import structs
 from engine.kernels.cpu.library import Context
-from engine.kernels.cpu.memory import aligned_bytes, temporary_bytes
+from engine.kernels.cpu.memory import temporary_bytes
+from engine.kernels.cpu.pack import Packer, Weight, pack_bf16, pack_int8
+from engine.kernels.cpu.pack4 import pack_int4, pack_nf4
 from engine.kernels.quantized import QuantizedWeight
-
-PANEL = 32  # outputs that lie together: kPanel of src/linear_layout.h
-
-Weight = Tensor | QuantizedWeight
-
-
-class PackArgs(c.Structure):
-    """ReefPackArgs of src/pack.h, field by field."""
-
-    _fields_ = [
-        ("format", structs.i32),
-        ("in_features", structs.i32),
-        ("out_features", structs.i32),
-        ("group_size", structs.i32),
-        ("weight", structs.pointer),
-        ("weight_stride", structs.i64),
-        ("scales", structs.pointer),
-        ("zeros", structs.pointer),
-        ("packed", structs.pointer),
-        ("packed_scales", structs.pointer),
-        ("packed_zeros", structs.pointer),
-    ]
-
-
-@dataclass(frozen=True, slots=True)
-class PackedWeight:
-    """What a packer returns: the format's number, and what the kernels read, in memory of
-    `aligned_bytes`. `scales` and the rest are as the format wants them."""
-
-    format: int
-    packed: Tensor
-    scales: Tensor | None = None
-    zeros: Tensor | None = None
-    input_order: Tensor | None = None
-    group_size: int = 0
-
-
-Packer = Callable[[Context, Weight, bool], PackedWeight]  # (context, weight, int8_activations)
 
 
 class NativeLinear:
@@ -143,50 +105,11 @@ class NativeLinear:
         return weight.packed, weight.scales, weight.zeros, weight.input_order, self._bias
 
 
-def pack_bf16(context: Context, weight: Tensor, _: bool = False) -> PackedWeight:
-    """[panel][pair of inputs][32 outputs][2]."""
-    source = weight if weight.stride(1) == 1 else weight.contiguous()
-    out_features, in_features = source.shape
-    pairs = -(-in_features // 2)
-    packed = aligned_bytes(_panels(out_features) * pairs * PANEL * 4)
-    run_pack(context, structs.BF16, source, packed, in_features)
-    return PackedWeight(structs.BF16, packed)
-
-
-def pack_int8(context: Context, weight: QuantizedWeight, _: bool = False) -> PackedWeight:
-    """[panel][four inputs][32 outputs][4], each plus 128; scales float32 [out]."""
-    out_features, in_features = weight.codes.shape
-    quads = -(-in_features // 4)
-    packed = aligned_bytes(_panels(out_features) * quads * PANEL * 4)
-    run_pack(context, structs.INT8, weight.codes.contiguous(), packed, in_features)
-    return PackedWeight(structs.INT8, packed, weight.scales.detach().float().flatten().clone())
-
-
-def run_pack(
-    context: Context,
-    format: int,
-    source: Tensor,
-    packed: Tensor,
-    in_features: int,
-    **more: int,
-) -> None:
-    """`source` [out, ...] into `packed` on the context's threads; `more`: fields of PackArgs."""
-    context.function("pack", PackArgs)(
-        PackArgs(
-            format=format,
-            in_features=in_features,
-            out_features=len(source),
-            weight=source.data_ptr(),
-            weight_stride=source.stride(0) * source.element_size(),
-            packed=packed.data_ptr(),
-            **more,
-        )
-    )
-
-
 PACKERS: dict[str, Packer] = {  # by QuantizedWeight.format; "bf16" for a plain tensor
     "bf16": pack_bf16,
     "int8": pack_int8,
+    "nf4": pack_nf4,
+    "int4": pack_int4,
 }
 
 
@@ -205,10 +128,6 @@ def _shape(weight: Weight) -> tuple[int, int]:
     if weight.dim() != 2 or weight.numel() == 0:
         raise ValueError(f"weight {tuple(weight.shape)}: expected [out, in], neither of them 0")
     return weight.shape[0], weight.shape[1]
-
-
-def _panels(out_features: int) -> int:
-    return -(-out_features // PANEL)
 
 
 def _address(tensor: Tensor | None) -> int | None:

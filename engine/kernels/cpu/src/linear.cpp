@@ -10,6 +10,7 @@ reef::Task linear_prepare(const ReefLinearArgs* args, int threads) {
         case REEF_BF16: return tile_bf16(args, threads);
         case REEF_INT8: return quantize_and_tile_rows(args, threads);
         case REEF_NF4_INT8: return quantize_rows(args, threads);
+        case REEF_INT4: return prepare_int4(args);
         default: return {nullptr, args, 0};
     }
 }

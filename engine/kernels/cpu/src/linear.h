@@ -27,6 +27,7 @@ reef::Task quantize_rows(const ReefLinearArgs* args, int threads);
 // What bf16 and int8 prepare: x in tiles for many rows (linear_tiles.h).
 reef::Task tile_bf16(const ReefLinearArgs* args, int threads);
 reef::Task quantize_and_tile_rows(const ReefLinearArgs* args, int threads);
+reef::Task prepare_int4(const ReefLinearArgs* args);
 
 reef::Task linear_bf16(const ReefLinearArgs* args, int threads);
 reef::Task linear_int8(const ReefLinearArgs* args, int threads);

@@ -28,12 +28,24 @@ struct QuantizedLayout {
           end(round_up(totals + rows * 4, 64)) {}
 };
 
+// Offsets in scratch of what int4 prepares: x in the order of the columns where they have one, and
+// float [rows][groups], the sums of x over each group.
+struct Int4Layout {
+    int64_t x = 0, sums, end;
+
+    Int4Layout(const ReefLinear& linear, int64_t rows)
+        : sums(linear.input_order ? round_up(rows * linear.in_features * 2, 64) : 0),
+          end(sums + rows * (linear.in_features / linear.group_size) * 4) {}
+};
+
 // Formats that multiply bf16 keep x in tiles; int8 keeps quantized rows, and those in tiles.
 inline int64_t linear_scratch_bytes(const ReefLinear& linear, int rows) {
     const int64_t quantized = QuantizedLayout(linear.in_features, rows).end;
     switch (linear.format) {
         case REEF_INT8: return quantized + rows * round_up(linear.in_features, 4);
         case REEF_NF4_INT8: return quantized;
+        case REEF_NF4: return 0;
+        case REEF_INT4: return Int4Layout(linear, rows).end;
         default: return rows * round_up(linear.in_features, 2) * 2;
     }
 }

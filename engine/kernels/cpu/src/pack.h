@@ -6,17 +6,13 @@
 
 extern "C" {
 
-struct ReefPackArgs {  // mirrored in engine/kernels/cpu/linear.py
+struct ReefPackArgs {  // mirrored in engine/kernels/cpu/pack.py
     int32_t format;    // ReefFormat
     int32_t in_features, out_features;
-    int32_t group_size;
+    int32_t group_size;     // 4-bit formats: as packed
     const void* weight;     // row-major: bf16, int8, or 4-bit codes two in a byte
     int64_t weight_stride;  // bytes from one output to the next
-    const float* scales;    // of QuantizedWeight; formats with groups
-    const float* zeros;
     void* packed;           // 64-byte aligned, all of it is written
-    void* packed_scales;
-    void* packed_zeros;
 };
 
 }  // extern "C"
@@ -25,5 +21,6 @@ namespace reef {
 
 Task pack_bf16(const ReefPackArgs* args);
 Task pack_int8(const ReefPackArgs* args);
+Task pack_fourbit(const ReefPackArgs* args);  // pack4.cpp
 
 }  // namespace reef

@@ -1,0 +1,91 @@
+"""Packing: a weight into the layout that its kernel reads, by the context's threads."""
+
+import ctypes as c
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from engine.kernels.cpu import structs
+from engine.kernels.cpu.library import Context
+from engine.kernels.cpu.memory import aligned_bytes
+from engine.kernels.quantized import QuantizedWeight
+
+PANEL = 32  # outputs that lie together: kPanel of src/linear_layout.h
+
+Weight = Tensor | QuantizedWeight
+
+
+class PackArgs(c.Structure):
+    """ReefPackArgs of src/pack.h, field by field."""
+
+    _fields_ = [
+        ("format", structs.i32),
+        ("in_features", structs.i32),
+        ("out_features", structs.i32),
+        ("group_size", structs.i32),
+        ("weight", structs.pointer),
+        ("weight_stride", structs.i64),
+        ("packed", structs.pointer),
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class PackedWeight:
+    """What a packer returns: the format's number, and what the kernels read, in 64-byte aligned
+    memory (`aligned_bytes`). `scales` and the rest are as the format wants them."""
+
+    format: int
+    packed: Tensor
+    scales: Tensor | None = None
+    zeros: Tensor | None = None
+    input_order: Tensor | None = None
+    group_size: int = 0
+
+
+Packer = Callable[[Context, Weight, bool], PackedWeight]  # (context, weight, int8_activations)
+
+
+def pack_bf16(context: Context, weight: Tensor, _: bool = False) -> PackedWeight:
+    """[panel][pair of inputs][32 outputs][2]."""
+    source = weight if weight.stride(1) == 1 else weight.contiguous()
+    out_features, in_features = source.shape
+    pairs = -(-in_features // 2)
+    packed = aligned_bytes(panels_of(out_features) * pairs * PANEL * 4)
+    run_pack(context, structs.BF16, source, packed, in_features)
+    return PackedWeight(structs.BF16, packed)
+
+
+def pack_int8(context: Context, weight: QuantizedWeight, _: bool = False) -> PackedWeight:
+    """[panel][four inputs][32 outputs][4], each plus 128; scales float32 [out]."""
+    out_features, in_features = weight.codes.shape
+    quads = -(-in_features // 4)
+    packed = aligned_bytes(panels_of(out_features) * quads * PANEL * 4)
+    run_pack(context, structs.INT8, weight.codes.contiguous(), packed, in_features)
+    return PackedWeight(structs.INT8, packed, weight.scales.detach().float().flatten().clone())
+
+
+def run_pack(
+    context: Context,
+    format: int,
+    source: Tensor,
+    packed: Tensor,
+    in_features: int,
+    group_size: int = 0,
+) -> None:
+    """`source` [out, ...] into `packed` on the context's threads; `group_size`: 4-bit formats."""
+    context.function("pack", PackArgs)(
+        PackArgs(
+            format=format,
+            in_features=in_features,
+            out_features=len(source),
+            group_size=group_size,
+            weight=source.data_ptr(),
+            weight_stride=source.stride(0) * source.element_size(),
+            packed=packed.data_ptr(),
+        )
+    )
+
+
+def panels_of(out_features: int) -> int:
+    return -(-out_features // PANEL)

@@ -1,0 +1,93 @@
+"""Packing of 4-bit weights for the native kernels: src/linear_nf4.cpp and src/linear_int4.cpp.
+
+Scales stay float32. The kernels hold the values of the codes in bf16 or int8, times a factor at
+which little is lost; the packed scales are divided by it.
+"""
+
+import torch
+from torch import Tensor
+
+from engine.kernels.cpu import structs
+from engine.kernels.cpu.library import Context
+from engine.kernels.cpu.memory import aligned_bytes
+from engine.kernels.cpu.pack import PANEL, PackedWeight, panels_of, run_pack
+from engine.kernels.quantized import QuantizedWeight
+
+NF4_FACTOR = 1.4367  # of the table in bf16
+NF4_INT8_FACTOR = 124.114  # of the table in int8
+INT4_MIDDLE = 8  # the int4 kernel looks up code - 8, and is told 8 - zero
+GROUP_STEP = 32  # group sizes are multiples of it
+LARGEST_GROUP = 256  # kLargestGroup of src/fourbit.h: larger groups are split, scales repeated
+
+
+def pack_nf4(context: Context, weight: QuantizedWeight, int8_activations: bool) -> PackedWeight:
+    """`group_size` must be a multiple of 32 that divides in_features. Raises ValueError."""
+    if weight.input_order is not None:
+        raise ValueError("an nf4 weight has no input_order: only int4 ones may")
+    if int8_activations:
+        return _pack(context, weight, structs.NF4_INT8, NF4_INT8_FACTOR)
+    return _pack(context, weight, structs.NF4, NF4_FACTOR)
+
+
+def pack_int4(context: Context, weight: QuantizedWeight, _: bool = False) -> PackedWeight:
+    """Zeros may be any float; the kernel is as exact for whole ones as for others.
+
+    `group_size` must be a multiple of 32 that divides in_features, an `input_order` a permutation
+    of the inputs. Raises ValueError.
+    """
+    if weight.zeros is None or weight.zeros.shape != weight.scales.shape:
+        shape = None if weight.zeros is None else tuple(weight.zeros.shape)
+        raise ValueError(f"zeros {shape}: expected {tuple(weight.scales.shape)}, as of scales")
+    return _pack(context, weight, structs.INT4, 1.0)
+
+
+def _pack(context: Context, weight: QuantizedWeight, format: int, factor: float) -> PackedWeight:
+    _check(weight)
+    group_size = _packed_group_size(weight.group_size)
+    repeats = weight.group_size // group_size
+    packed = aligned_bytes(panels_of(weight.out_features) * PANEL * weight.in_features // 2)
+    run_pack(context, format, weight.codes.contiguous(), packed, weight.in_features, group_size)
+    zeros, order = weight.zeros, weight.input_order
+    return PackedWeight(
+        format,
+        packed,
+        scales=_by_panel(weight.scales.float() / factor, repeats),
+        zeros=None if zeros is None else _by_panel(INT4_MIDDLE - zeros.float(), repeats),
+        input_order=None if order is None else order.to(torch.int32).clone(),
+        group_size=group_size,
+    )
+
+
+def _by_panel(values: Tensor, repeats: int) -> Tensor:
+    """[out, groups] -> float32 [panel, groups * repeats, 32], zeros behind the last output."""
+    out_features, groups = values.shape
+    panels = panels_of(out_features)
+    packed = aligned_bytes(panels * groups * repeats * PANEL * 4).view(torch.float32)
+    by_panel = packed.view(panels, groups, repeats, PANEL)
+    padded = torch.nn.functional.pad(values, (0, 0, 0, panels * PANEL - out_features))
+    by_panel.copy_(padded.view(panels, PANEL, groups, 1).permute(0, 2, 3, 1))
+    return packed
+
+
+def _packed_group_size(group_size: int) -> int:
+    """The largest divisor that is a multiple of 32 and that the kernel takes."""
+    sizes = range(min(group_size, LARGEST_GROUP), 0, -GROUP_STEP)
+    return next(size for size in sizes if group_size % size == 0)
+
+
+def _check(weight: QuantizedWeight) -> None:
+    in_features, group_size = weight.in_features, weight.group_size
+    if group_size <= 0 or group_size % GROUP_STEP or in_features % group_size:
+        raise ValueError(
+            f"group_size {group_size} of {in_features} inputs: expected a multiple of "
+            f"{GROUP_STEP} that divides them"
+        )
+    expected = (weight.out_features, in_features // group_size)
+    if weight.codes.dtype != torch.uint8 or weight.scales.shape != expected:
+        raise ValueError(
+            f"codes {weight.codes.dtype}, scales {tuple(weight.scales.shape)}: expected uint8 and "
+            f"{expected}"
+        )
+    order = weight.input_order
+    if order is not None and not torch.equal(order.sort().values.long(), torch.arange(in_features)):
+        raise ValueError(f"input_order is no permutation of the {in_features} inputs")

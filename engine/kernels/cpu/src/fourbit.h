@@ -1,0 +1,334 @@
+// Linear layers of 4-bit codes: one kernel, given what a code stands for and what it multiplies.
+//
+//   y[row, out] = bias[out] + sum over groups g of scales[out, g] * dot(g)
+//   dot(g)      = sum over k in g of value(code[out, k]) * x[row, k]   (+ start(g), see the format)
+//
+// Layout. A panel is 32 outputs, a step 8 neighbouring inputs. The codes of one step of a panel are
+// 128 bytes, a lane of four bytes for each output; how the eight codes lie in a lane is the
+// format's business. The steps of two neighbouring groups alternate, so that one row can work on
+// both while it reads straight on: [panel][pair of groups][step][group of the pair], the last
+// group alone where their number is odd. The scales are float [panel][group][32], and so are zero
+// points where there are any.
+//
+// A format's dot product takes lanes of four bytes: two bf16 or four int8 of neighbouring inputs,
+// a `Word` for each of 16 outputs. A step decodes to kWords words, and x is read word by word.
+//
+// A few rows decode the codes in registers. Many rows decode a slice of a panel once into a buffer
+// that stays in the nearest cache, and multiply that: the same operations in the same order.
+#pragma once
+#include <utility>
+
+#include "linear.h"
+#include "simd.h"
+
+namespace REEF_ISA {
+namespace fourbit {
+
+constexpr int kStep = 8;
+constexpr int kStepBytes = kPanel * kStep / 2;
+constexpr int kWordBytes = kPanel * 4;  // of a panel
+constexpr int kLargestGroup = 256;      // a slice holds whole groups
+constexpr int kBlockRows = 96;          // rows that share a decoded slice
+constexpr int kAhead = 2048;            // bytes of a panel that are prefetched
+#if defined(__AVX512BF16__)
+constexpr int kFewRows = 8;     // decode in registers up to here
+constexpr int kPairedRows = 2;  // so few rows take two groups at a time
+constexpr int kTileRows = 12;   // rows of decoded weights whose sums fill the registers
+#else
+constexpr int kFewRows = 2;
+constexpr int kPairedRows = 0;
+constexpr int kTileRows = 2;
+#endif
+
+// One step of 16 outputs.
+#if defined(__AVX512BF16__)
+struct Codes { __m512i v; };
+inline Codes load_codes(const uint8_t* p) { return {_mm512_load_si512(p)}; }
+#else
+struct Codes { __m256i lo, hi; };
+inline Codes load_codes(const uint8_t* p) {
+    const auto* q = reinterpret_cast<const __m256i*>(p);
+    return {_mm256_load_si256(q), _mm256_load_si256(q + 1)};
+}
+#endif
+
+struct Panel {
+    const uint8_t* codes;
+    const float* scales;  // [group][32]
+    const float* zeros;   // [group][32] or null
+    int group_size, groups;
+
+    bool is_paired(int group) const { return (group | 1) < groups; }
+    int step_bytes(int group) const { return is_paired(group) ? 2 * kStepBytes : kStepBytes; }
+    const uint8_t* codes_of(int group) const {  // its first step
+        return codes + int64_t{group & ~1} * group_size * (kPanel / 2) + (group & 1) * kStepBytes;
+    }
+    F16 scale(int group, int half) const { return load(scales + group * kPanel + 16 * half); }
+    F16 zero_point(int group, int half) const { return load(zeros + group * kPanel + 16 * half); }
+};
+
+inline Panel panel_of(const ReefLinear& linear, int panel) {
+    const int groups = linear.in_features / linear.group_size;
+    const int64_t first = int64_t{panel} * groups * kPanel;
+    const auto* zeros = static_cast<const float*>(linear.zeros);
+    return {static_cast<const uint8_t*>(linear.packed) + int64_t{panel} * linear.in_features * (kPanel / 2),
+            static_cast<const float*>(linear.scales) + first, zeros == nullptr ? nullptr : zeros + first,
+            linear.group_size, groups};
+}
+
+inline void prefetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
+
+// Sixteen outputs of a row, or those of them that the layer has.
+inline void write(const ReefLinearArgs& args, int row, int output, F16 value) {
+    const int left = args.linear->out_features - output;
+    if (left <= 0) return;
+    if (const float* bias = args.linear->bias)
+        value = value + (left >= 16 ? load(bias + output) : load(bias + output, left));
+    const int64_t at = row * args.y_stride + output;
+    if (args.y_is_float) {
+        float* y = static_cast<float*>(args.y) + at;
+        left >= 16 ? store(y, value) : store(y, value, left);
+    } else {
+        bf16* y = static_cast<bf16*>(args.y) + at;
+        left >= 16 ? store(y, value) : store(y, value, left);
+    }
+}
+
+// ==== A few rows ====
+
+template <class Format, int kWord, int kRows>
+inline void add_word(Codes c0, Codes c1, const typename Format::Values& values, const uint8_t* x,
+                     int64_t stride, typename Format::Sum (&sums)[kRows][2]) {
+    const auto w0 = Format::template decode<kWord>(c0, values);
+    const auto w1 = Format::template decode<kWord>(c1, values);
+    for (int row = 0; row < kRows; ++row) {
+        const auto repeated = Format::repeat(x + row * stride + 4 * kWord);
+        sums[row][0] = Format::dot(w0, repeated, sums[row][0]);
+        sums[row][1] = Format::dot(w1, repeated, sums[row][1]);
+    }
+}
+
+template <class Format, int kRows>
+inline void add_step(const uint8_t* codes, const typename Format::Values& values, const uint8_t* x,
+                     int64_t stride, typename Format::Sum (&sums)[kRows][2]) {
+    prefetch(codes + kAhead);
+    prefetch(codes + kAhead + kStepBytes / 2);
+    const Codes c0 = load_codes(codes), c1 = load_codes(codes + kStepBytes / 2);
+    add_word<Format, 0>(c0, c1, values, x, stride, sums);
+    add_word<Format, 1>(c0, c1, values, x, stride, sums);
+    if constexpr (Format::kWords == 4) {
+        add_word<Format, 2>(c0, c1, values, x, stride, sums);
+        add_word<Format, 3>(c0, c1, values, x, stride, sums);
+    }
+}
+
+// Adds kGroups neighbouring groups to the totals of rows [0, kRows). Two groups: enough independent
+// sums to hide the latency of a dot product.
+template <class Format, int kRows, int kGroups>
+inline void add_groups(const Panel& panel, const typename Format::Values& values,
+                       const typename Format::Rows& rows, int group, F16 (&totals)[kRows][2]) {
+    typename Format::Sum sums[kGroups][kRows][2];
+    for (int g = 0; g < kGroups; ++g)
+        for (int row = 0; row < kRows; ++row)
+            for (int half = 0; half < 2; ++half)
+                sums[g][row][half] = Format::start(panel, rows, row, group + g, half);
+    const int steps = panel.group_size / kStep, step_bytes = panel.step_bytes(group);
+    const int64_t group_words = int64_t{steps} * Format::kWords;
+    const uint8_t* codes = panel.codes_of(group);
+    const uint8_t* x = rows.x + group * group_words * 4;
+    for (int step = 0; step < steps; ++step, codes += step_bytes, x += 4 * Format::kWords)
+        for (int g = 0; g < kGroups; ++g)
+            add_step<Format, kRows>(codes + g * kStepBytes, values, x + g * group_words * 4, rows.stride,
+                                    sums[g]);
+    for (int g = 0; g < kGroups; ++g)
+        for (int row = 0; row < kRows; ++row)
+            for (int half = 0; half < 2; ++half)
+                totals[row][half] =
+                    fma(Format::to_float(sums[g][row][half]), panel.scale(group + g, half), totals[row][half]);
+}
+
+// One panel for all kRows rows of the call.
+template <class Format, int kRows>
+void few_rows(const ReefLinearArgs& args, const typename Format::Rows& rows, int panel_number) {
+    const typename Format::Values values = Format::values();
+    const Panel panel = panel_of(*args.linear, panel_number);
+    F16 totals[kRows][2];
+    for (auto& row : totals) row[0] = row[1] = zero();
+    int group = 0;
+    if constexpr (kRows <= kPairedRows)
+        for (; group + 2 <= panel.groups; group += 2)
+            add_groups<Format, kRows, 2>(panel, values, rows, group, totals);
+    for (; group < panel.groups; ++group)
+        add_groups<Format, kRows, 1>(panel, values, rows, group, totals);
+    for (int row = 0; row < kRows; ++row)
+        for (int half = 0; half < 2; ++half)
+            write(args, row, panel_number * kPanel + 16 * half, Format::result(rows, row, totals[row][half]));
+}
+
+// ==== Many rows ====
+
+template <class Format, int kWord>
+inline void decode_word(const uint8_t* codes, const typename Format::Values& values, uint8_t* decoded) {
+    uint8_t* word = decoded + kWord * kWordBytes;
+    Format::store(word, Format::template decode<kWord>(load_codes(codes), values));
+    Format::store(word + kWordBytes / 2,
+                  Format::template decode<kWord>(load_codes(codes + kStepBytes / 2), values));
+}
+
+// Groups [group, end) as [group][step][word of the step][32 outputs].
+template <class Format>
+void decode_slice(const Panel& panel, int group, int end, uint8_t* decoded) {
+    const typename Format::Values values = Format::values();
+    for (; group < end; ++group) {
+        const uint8_t* codes = panel.codes_of(group);
+        for (int step = 0; step < panel.group_size / kStep; ++step) {
+            decode_word<Format, 0>(codes, values, decoded);
+            decode_word<Format, 1>(codes, values, decoded);
+            if constexpr (Format::kWords == 4) {
+                decode_word<Format, 2>(codes, values, decoded);
+                decode_word<Format, 3>(codes, values, decoded);
+            }
+            codes += panel.step_bytes(group);
+            decoded += Format::kWords * kWordBytes;
+        }
+    }
+}
+
+// totals [kRows][32] += groups [group, end) of rows [row, row + kRows); `decoded` begins with `group`.
+template <class Format, int kRows>
+void multiply_slice(const Panel& panel, const uint8_t* decoded, const typename Format::Rows& rows,
+                    int first, int group, int end, float* totals) {
+    const int words = panel.group_size / kStep * Format::kWords;
+    const uint8_t* x = rows.x + first * rows.stride + int64_t{group} * words * 4;
+    for (; group < end; ++group) {
+        typename Format::Sum sums[kRows][2];
+        for (int row = 0; row < kRows; ++row)
+            for (int half = 0; half < 2; ++half)
+                sums[row][half] = Format::start(panel, rows, first + row, group, half);
+        for (int word = 0; word < words; ++word, decoded += kWordBytes, x += 4) {
+            const auto w0 = Format::load(decoded), w1 = Format::load(decoded + kWordBytes / 2);
+            for (int row = 0; row < kRows; ++row) {
+                const auto repeated = Format::repeat(x + row * rows.stride);
+                sums[row][0] = Format::dot(w0, repeated, sums[row][0]);
+                sums[row][1] = Format::dot(w1, repeated, sums[row][1]);
+            }
+        }
+        for (int row = 0; row < kRows; ++row)
+            for (int half = 0; half < 2; ++half) {
+                float* at = totals + row * kPanel + 16 * half;
+                store(at, fma(Format::to_float(sums[row][half]), panel.scale(group, half), load(at)));
+            }
+    }
+}
+
+template <class Format>
+using MultiplySlice = void (*)(const Panel&, const uint8_t*, const typename Format::Rows&, int, int, int,
+                               float*);
+
+template <class Format, int... kIndex>
+MultiplySlice<Format> multiply_slice_of(int rows, std::integer_sequence<int, kIndex...>) {
+    static constexpr MultiplySlice<Format> kernels[] = {multiply_slice<Format, kIndex + 1>...};
+    return kernels[rows - 1];
+}
+
+// Rows [first, first + count) of one panel, in tiles of nearly equal height.
+template <class Format>
+void many_rows(const ReefLinearArgs& args, const typename Format::Rows& rows, int first, int count,
+               int panel_number) {
+    alignas(64) uint8_t decoded[kLargestGroup / kStep * Format::kWords * kWordBytes];
+    alignas(64) float totals[kBlockRows * kPanel];
+    std::memset(totals, 0, static_cast<size_t>(count) * kPanel * sizeof(float));
+    const Panel panel = panel_of(*args.linear, panel_number);
+    const int tiles = (count + kTileRows - 1) / kTileRows;
+    const int per_slice = kLargestGroup / panel.group_size;
+    for (int group = 0; group < panel.groups; group += per_slice) {
+        const int end = group + per_slice < panel.groups ? group + per_slice : panel.groups;
+        decode_slice<Format>(panel, group, end, decoded);
+        for (int tile = 0; tile < tiles; ++tile) {
+            const int from = count * tile / tiles, to = count * (tile + 1) / tiles;
+            multiply_slice_of<Format>(to - from, std::make_integer_sequence<int, kTileRows>{})(
+                panel, decoded, rows, first + from, group, end, totals + from * kPanel);
+        }
+    }
+    for (int row = 0; row < count; ++row)
+        for (int half = 0; half < 2; ++half)
+            write(args, first + row, panel_number * kPanel + 16 * half,
+                  Format::result(rows, first + row, load(totals + row * kPanel + 16 * half)));
+}
+
+// ==== The task ====
+
+template <class Format>
+using FewRows = void (*)(const ReefLinearArgs&, const typename Format::Rows&, int);
+
+template <class Format, int... kIndex>
+FewRows<Format> few_rows_of(int rows, std::integer_sequence<int, kIndex...>) {
+    static constexpr FewRows<Format> kernels[] = {few_rows<Format, kIndex + 1>...};
+    return kernels[rows - 1];
+}
+
+inline int ceil_div(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
+
+// How a call is cut: into blocks of rows of nearly equal height, times groups of panels.
+struct Cut {
+    int panels, blocks, panels_per_chunk, chunks;
+
+    explicit Cut(const ReefLinearArgs& args)
+        : panels(reef::panels_of(*args.linear)), blocks(ceil_div(args.rows, kBlockRows)) {
+        // One thread's nanoseconds for a panel and a block, whether reading or multiplying takes longer
+        const int64_t inputs = args.linear->in_features, rows = ceil_div(args.rows, blocks);
+        const int64_t cost = 1 + inputs * (20 > 9 * rows ? 20 : 9 * rows) / 30;
+        const int64_t share = cost * panels * blocks / 64;
+        const int64_t wanted = share < 2500 ? 2500 : share > 20000 ? 20000 : share;
+        panels_per_chunk = wanted / cost < panels ? static_cast<int>(wanted / cost) : panels;
+        if (panels_per_chunk < 1) panels_per_chunk = 1;
+        chunks = ceil_div(panels, panels_per_chunk) * blocks;
+    }
+};
+
+// The pool hands out chunks from the last to the first, to each of N threads about every N-th.
+// Numbered so, each thread reads one of N regions from its beginning to its end, and the hardware
+// follows it; neighbouring chunks on different threads would halve what memory delivers.
+template <int kRegions>
+int place_of(int chunk, int chunks) {
+    const int turn = chunks - 1 - chunk, region = turn % kRegions;
+    const int size = chunks / kRegions, longer = chunks % kRegions;
+    return region * size + (region < longer ? region : longer) + turn / kRegions;
+}
+
+template <class Format>
+void run_place(const ReefLinearArgs& args, const Cut& cut, int place) {
+    const int block = place % cut.blocks;
+    const int first = static_cast<int>(int64_t{args.rows} * block / cut.blocks);
+    const int count = static_cast<int>(int64_t{args.rows} * (block + 1) / cut.blocks) - first;
+    const typename Format::Rows rows = Format::rows(args);
+    int panel = place / cut.blocks * cut.panels_per_chunk;
+    const int end = panel + cut.panels_per_chunk < cut.panels ? panel + cut.panels_per_chunk : cut.panels;
+    if (args.rows > kFewRows) {
+        for (; panel < end; ++panel) many_rows<Format>(args, rows, first, count, panel);
+    } else {
+        const auto kernel = few_rows_of<Format>(count, std::make_integer_sequence<int, kFewRows>{});
+        for (; panel < end; ++panel) kernel(args, rows, panel);
+    }
+}
+
+template <class Format, int kRegions>
+void run_chunk(const void* p, int chunk) {
+    const auto& args = *static_cast<const ReefLinearArgs*>(p);
+    const Cut cut(args);
+    run_place<Format>(args, cut, place_of<kRegions>(chunk, cut.chunks));
+}
+
+template <class Format>
+reef::Task task(const ReefLinearArgs* args, int threads) {
+    const int chunks = Cut(*args).chunks;
+    if (threads >= 16) return {run_chunk<Format, 16>, args, chunks};
+    if (threads >= 8) return {run_chunk<Format, 8>, args, chunks};
+    if (threads >= 4) return {run_chunk<Format, 4>, args, chunks};
+    if (threads == 3) return {run_chunk<Format, 3>, args, chunks};
+    if (threads == 2) return {run_chunk<Format, 2>, args, chunks};
+    return {run_chunk<Format, 1>, args, chunks};
+}
+
+}  // namespace fourbit
+}  // namespace REEF_ISA
