@@ -8,6 +8,7 @@ import ctypes as c
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from struct import Struct
 
 import torch
 
@@ -16,6 +17,11 @@ from engine.lora.weights import LoraWeights, SiteWeights
 from engine.scheduler.batch import ScheduledBatch
 
 Site = tuple[int, str]  # (layer, site)
+
+# structs.LoraSite and LoraSlice, packed: a cold adapter is put in between two steps, and assigning
+# fields one by one takes ctypes twice as long
+_SITE, _SLICE = Struct("PPii"), Struct("iiiiP")
+assert _SITE.size == c.sizeof(structs.LoraSite) and _SLICE.size == c.sizeof(structs.LoraSlice)
 
 
 class NativeAdapter:
@@ -48,9 +54,10 @@ class NativeAdapter:
     def _fill(self, number: int, site: SiteWeights, first: int) -> None:
         _check(self.weights.digest, site)
         for i, (r0, r1, out0, out1, b) in enumerate(site.expands, first):
-            self._slices[i] = (r0, r1, out0, out1, b.data_ptr())
-        slices = c.pointer(self._slices[first])
-        self._sites[number] = (site.a.data_ptr(), slices, site.a.shape[0], len(site.expands))
+            _SLICE.pack_into(self._slices, i * _SLICE.size, r0, r1, out0, out1, b.data_ptr())
+        slices = c.addressof(self._slices) + first * _SLICE.size
+        shape = site.a.shape[0], len(site.expands)
+        _SITE.pack_into(self._sites, number * _SITE.size, site.a.data_ptr(), slices, *shape)
 
 
 @dataclass(frozen=True, slots=True)

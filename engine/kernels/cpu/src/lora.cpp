@@ -22,14 +22,23 @@ namespace {
 
 constexpr int kBlockRows = 32;    // of a segment, to a chunk
 constexpr int kManyRows = 16;     // from here on a chunk is measured in arithmetic, not in bytes
-constexpr int kPieceBytes = 1 << 15;
+constexpr int kShrinkBytes = 1 << 15;  // of A, to a chunk
+constexpr int kExpandBytes = 1 << 16;  // of B; twice as many where segments alone make many chunks
+constexpr int kManySegments = 5;
 constexpr int kLanes = 16;
+constexpr int kAhead = 256;  // of a pair's columns, to be fetched early
 #if defined(__AVX512BF16__)
 constexpr int kTileRows = 4, kTileRanks = 4, kTileVectors = 4;
 #else  // half as many registers, and half as wide
 constexpr int kTileRows = 2, kTileRanks = 2, kTileVectors = 2;
 #endif
 constexpr int kTileColumns = kTileVectors * kLanes;
+
+// What is read a tile later. Past the end of an array it is somebody else's and does no harm.
+inline void fetch(const bf16* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
+inline void fetch_soon(const bf16* p) {
+    _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T1);
+}
 
 int ceil_div(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
 
@@ -59,7 +68,7 @@ Work divide_ranks(const ReefLoraArgs& args, const ReefLoraSegment& segment,
     const int64_t rank_bytes = std::max<int64_t>(1, args.in_features) * sizeof(bf16);
     const bool is_long = segment.end - segment.start >= kManyRows;
     const int wanted = is_long ? ceil_div(site.lora_rank, 32)
-                               : static_cast<int>(site.lora_rank * rank_bytes / kPieceBytes);
+                               : static_cast<int>(site.lora_rank * rank_bytes / kShrinkBytes);
     return {&segment, &site, 0, site.lora_rank, run_length(site.lora_rank, wanted, kTileRanks)};
 }
 
@@ -73,7 +82,7 @@ Work divide_columns(const ReefLoraArgs& args, const ReefLoraSegment& segment,
         end = std::max(end, slice.out1);
         bytes += static_cast<int64_t>(slice.out1 - slice.out0) * (slice.r1 - slice.r0) * 2;
     }
-    const int64_t piece = args.batch->num_segments > 4 ? 2 * kPieceBytes : kPieceBytes;
+    const int64_t piece = kExpandBytes * (args.batch->num_segments < kManySegments ? 1 : 2);
     return {&segment, &site, begin, end,
             run_length(end - begin, static_cast<int>(bytes / piece), kTileColumns)};
 }
@@ -143,7 +152,7 @@ F16 fold_lanes(F16 a, F16 b) {
     return {_mm512_add_ps(_mm512_shuffle_ps(a.v, b.v, kEven), _mm512_shuffle_ps(a.v, b.v, kOdd))};
 }
 
-// sums[rank][row] of 4 x 4 accumulators [row][rank], by the same tree: lane 4 row + rank.
+// Of 4 x 4 accumulators [row][rank] at once, by the same tree; the sum is in lane 4 row + rank.
 F16 sum_lanes(const F16 (&sums)[4][4]) {
     F16 ranks[4];
     for (int i = 0; i < 4; ++i) {
@@ -192,11 +201,8 @@ void shrink_tile(const bf16* const* x, const bf16* a, int in_features, bf16* h, 
         for (F16& entry : row) entry = zero();
     int k = 0;
     for (; k + 32 <= in_features; k += 32) {
-#ifdef PF
-        if (kRows == 1)
-            for (int rank = 0; rank < kRanks; ++rank)
-                _mm_prefetch((const char*)(a + (rank + kRanks) * (int64_t)in_features + k), PF);
-#endif
+        for (int rank = 0; rank < kRanks; ++rank)
+            fetch_soon(a + (kRanks + rank) * static_cast<int64_t>(in_features) + k);
         multiply_step(sums, x, a, in_features, k, [](const bf16* p) { return load_pairs(p); });
     }
     if (k < in_features) {
@@ -240,6 +246,21 @@ void shrink_chunk(const void* pointer, int chunk) {
 
 // ==== Expand ====
 
+// y += sums, rounded once. Subnormal results may become zero, as they do in the products.
+#if defined(__AVX512BF16__)
+inline void add_to(bf16* y, F16 sums) {
+    const __m256bh rounded = _mm512_cvtneps_pbh((load(y) + sums).v);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(y), (__m256i)rounded);
+}
+inline void add_to(bf16* y, F16 sums, int n) {
+    const __m256bh rounded = _mm512_cvtneps_pbh((load(y, n) + sums).v);
+    _mm256_mask_storeu_epi16(y, first(n), (__m256i)rounded);
+}
+#else
+inline void add_to(bf16* y, F16 sums) { store(y, load(y) + sums); }
+inline void add_to(bf16* y, F16 sums, int n) { store(y, load(y, n) + sums, n); }
+#endif
+
 // Columns of y, from `y[row]` on, of kRows rows: kVectors whole vectors or `n` < 16 columns.
 struct Columns {
     const bf16* b;   // their first pair
@@ -254,6 +275,7 @@ inline void add_pairs(F16 (&sums)[kRows][kVectors], const bf16* const* h, const 
     const auto add = [&](const B32 (&factors)[kRows], const bf16* b) {
         for (int v = 0; v < kVectors; ++v) {
             const B32 pairs = load_b(b + 32 * v);
+            fetch(b + 32 * v + kAhead);
             for (int row = 0; row < kRows; ++row)
                 sums[row][v] = dot(factors[row], pairs, sums[row][v]);
         }
@@ -262,10 +284,6 @@ inline void add_pairs(F16 (&sums)[kRows][kVectors], const bf16* const* h, const 
     const bf16* b = columns.b;
     int rank = 0;
     for (; rank + 2 <= columns.ranks; rank += 2, b += columns.stride) {
-#ifdef PFE
-        if (kRows == 1)
-            for (int v = 0; v < kVectors; ++v) _mm_prefetch((const char*)(b + 32 * v) + PFE, _MM_HINT_T0);
-#endif
         for (int row = 0; row < kRows; ++row) factors[row] = repeat_pair(h[row] + rank);
         add(factors, b);
     }
@@ -285,7 +303,7 @@ void expand_tile(bf16* const* y, const bf16* const* h, const Columns& columns) {
     add_pairs(sums, h, columns, [](const bf16* p) { return load_pairs(p); });
     for (int row = 0; row < kRows; ++row)
         for (int v = 0; v < kVectors; ++v)
-            store(y[row] + kLanes * v, load(y[row] + kLanes * v) + sums[row][v]);
+            add_to(y[row] + kLanes * v, sums[row][v]);
 }
 
 template <int kRows>
@@ -294,7 +312,7 @@ void expand_part_of_vector(bf16* const* y, const bf16* const* h, const Columns& 
     for (auto& row : sums) row[0] = zero();
     const int n = columns.n;
     add_pairs(sums, h, columns, [n](const bf16* p) { return load_pairs(p, 2 * n); });
-    for (int row = 0; row < kRows; ++row) store(y[row], load(y[row], n) + sums[row][0], n);
+    for (int row = 0; row < kRows; ++row) add_to(y[row], sums[row][0], n);
 }
 
 template <int kRows>
@@ -302,6 +320,15 @@ void expand_columns(bf16* const* y, const bf16* const* h, const Columns& columns
     if (columns.n == kTileColumns) expand_tile<kRows, kTileVectors>(y, h, columns);
     else if (columns.n == kLanes) expand_tile<kRows, 1>(y, h, columns);
     else expand_part_of_vector<kRows>(y, h, columns);
+}
+
+// The next tile's part of y: too short a run per row for the machine to see it coming.
+inline void fetch_outputs(const ReefLoraArgs& args, int row, int end, int column) {
+    for (int i = row; i < std::min(row + kTileRows, end); ++i) {
+        const bf16* y = args.y + args.batch->rows[i] * args.y_stride + column;
+        fetch(y);
+        fetch(y + 32);
+    }
 }
 
 // `column` of y is the first of `columns`, `rank` the first of the slice.
@@ -315,6 +342,7 @@ void expand_rows(const ReefLoraArgs& args, const Piece& piece, int column, int r
             y[j] = args.y + args.batch->rows[i + j] * args.y_stride + column;
             h[j] = args.h + (i + j) * args.h_stride + rank;
         }
+        fetch_outputs(args, i + kTileRows, piece.row1, column);
         if (rows == kTileRows) {
             expand_columns<kTileRows>(y, h, columns);
             i += kTileRows;
@@ -328,10 +356,21 @@ void expand_rows(const ReefLoraArgs& args, const Piece& piece, int column, int r
     }
 }
 
+// The beginning of every pair's run of columns, all at once; from there on each tile looks ahead.
+void fetch_first_columns(const ReefLoraSlice& slice, int column) {
+    const int width = slice.out1 - slice.out0;
+    const int pairs = (slice.r1 - slice.r0 + 1) / 2;
+    for (int pair = 0; pair < pairs; ++pair) {
+        const bf16* b = slice.b + 2 * (static_cast<int64_t>(pair) * width + column - slice.out0);
+        for (int i = 0; i < kAhead; i += 32) fetch_soon(b + i);
+    }
+}
+
 void expand_slice(const ReefLoraArgs& args, const Piece& piece, const ReefLoraSlice& slice) {
-    const int end = std::min(piece.end, slice.out1);
+    const int begin = std::max(piece.begin, slice.out0), end = std::min(piece.end, slice.out1);
     const int64_t stride = 2 * static_cast<int64_t>(slice.out1 - slice.out0);
-    for (int column = std::max(piece.begin, slice.out0); column < end;) {
+    if (begin < end) fetch_first_columns(slice, begin);
+    for (int column = begin; column < end;) {
         const int left = end - column;
         const int n = left >= kTileColumns ? kTileColumns : std::min(left, kLanes);
         const bf16* b = slice.b + 2 * (column - slice.out0);
