@@ -3,7 +3,15 @@
 // Included by files that are compiled once per instruction set, each into its own namespace
 // REEF_ISA (avx512: with bf16 and VNNI; avx2: with FMA). bfloat16 is held as uint16_t.
 #pragma once
+#if defined(__GNUC__) && !defined(__clang__)  // GCC 12 takes its own "undefined" vectors for bugs
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #include <immintrin.h>
+#pragma GCC diagnostic pop
+#else
+#include <immintrin.h>
+#endif
 
 #include <cmath>
 #include <cstdint>
