@@ -4,6 +4,8 @@ The engine moves blocks as bytes; only the kernels, tests and tools look inside.
 described in src/kv_layout.h.
 """
 
+import mmap
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -45,11 +47,16 @@ class KvLayout:
         return self.kv_heads * sum(self._part_bytes())
 
     def allocate(self, num_blocks: int, num_layers: int = 1) -> Tensor:
-        """uint8 [num_blocks, num_layers, block_bytes], whatever was there before.
+        """uint8 [num_blocks, num_layers, block_bytes] in huge pages where the system grants them.
 
-        What lies in slots that nobody has written never reaches a result.
+        Attention hops between blocks and would look up a page for each.
         """
-        return torch.empty(num_blocks, num_layers, self.block_bytes, dtype=torch.uint8)
+        nbytes = num_blocks * num_layers * self.block_bytes
+        memory = mmap.mmap(-1, nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        with suppress(OSError):
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        flat = torch.frombuffer(memory, dtype=torch.uint8)  # keeps the memory
+        return flat.view(num_blocks, num_layers, self.block_bytes)
 
     def layer(self, blocks: Tensor, layer: int = 0) -> structs.KvLayer:
         """One layer of `allocate`'s tensor, as the kernels read it; the tensor must outlive it."""

@@ -43,9 +43,16 @@ struct Tile {  // by run; runs that no lane sees are not set
     const float* value_scales[kRuns];
 };
 
+// Asks for the cache line at p, to come as far as the second level: the first is full.
+inline void fetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
+
 struct Visible {  // the keys of a tile that a lane sees: from <= key < to; empty where from >= to
     int from, to;
     bool empty() const { return from >= to; }
+    uint16_t bits(int run) const {
+        const uint64_t below = to < kTile ? (uint64_t{1} << to) - 1 : ~uint64_t{0};
+        return static_cast<uint16_t>((below & ~uint64_t{0} << from) >> run * kRun);
+    }
 };
 
 struct ScoreRule {
@@ -67,22 +74,17 @@ constexpr int vectors_for(int lanes) {
 
 // ==== Vectors ====
 
-// The lanes from <= i < to of a, the others of b.
+// a where a bit is set, the lowest bit being the first lane; else b.
 #if defined(__AVX512BF16__)
-inline F16 keep(F16 a, int from, int to, F16 b) {
-    const unsigned below = (1u << std::max(0, std::min(16, to))) - 1;
-    const unsigned skipped = (1u << std::max(0, std::min(16, from))) - 1;
-    return {_mm512_mask_blend_ps(static_cast<__mmask16>(below & ~skipped), b.v, a.v)};
-}
+inline F16 keep(F16 a, uint16_t bits, F16 b) { return {_mm512_mask_blend_ps(bits, b.v, a.v)}; }
 #else
-inline __m256 keep(__m256 a, int from, int to, __m256 b) {
-    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-    const __m256i below = _mm256_cmpgt_epi32(_mm256_set1_epi32(to), lane);
-    const __m256i skipped = _mm256_cmpgt_epi32(_mm256_set1_epi32(from), lane);
-    return _mm256_blendv_ps(b, a, _mm256_castsi256_ps(_mm256_andnot_si256(skipped, below)));
+inline __m256 keep(__m256 a, int bits, __m256 b) {
+    const __m256i lane = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+    const __m256i kept = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(bits), lane), lane);
+    return _mm256_blendv_ps(b, a, _mm256_castsi256_ps(kept));
 }
-inline F16 keep(F16 a, int from, int to, F16 b) {
-    return {keep(a.lo, from, to, b.lo), keep(a.hi, from - 8, to - 8, b.hi)};
+inline F16 keep(F16 a, uint16_t bits, F16 b) {
+    return {keep(a.lo, bits, b.lo), keep(a.hi, bits >> 8, b.hi)};
 }
 #endif
 
@@ -107,6 +109,12 @@ inline F16 exp2(F16 a) {
 #else
     return p * power_of_two(n);
 #endif
+}
+
+inline float exp2(float a) {
+    float all[16];
+    store(all, exp2(set1(a)));
+    return all[0];
 }
 
 // Rounds 32 neighbouring values to bf16, denormals to zero or not as the machine does it.
@@ -149,15 +157,17 @@ inline B32 operator&(B32 a, B32 b) {
 
 // ==== Scores ====
 
-// s [M, kTile]: of M queries and R runs of keys.
-template <int M, int R>
-inline void score_runs(const bf16* q, const bf16* const* keys, int head_dim, float* s) {
+// s [M, kTile]: of M queries and R runs of keys. FETCH: asks for the runs of `next` on the way.
+template <int M, int R, bool FETCH>
+inline void score_runs(const bf16* q, const bf16* const* keys, const bf16* const* next,
+                       int head_dim, float* s) {
     F16 sums[M][R];
     for (int m = 0; m < M; ++m)
         for (int r = 0; r < R; ++r) sums[m][r] = zero();
     for (int d = 0; d < head_dim; d += 2) {
         B32 k[R];
         for (int r = 0; r < R; ++r) k[r] = load_pairs(keys[r] + d * kRun);
+        for (int r = 0; r < R && FETCH; ++r) fetch(next[r] + d * kRun);
         for (int m = 0; m < M; ++m) {
             const B32 pair = repeat_pair(q + m * kQueryStride + d);
             for (int r = 0; r < R; ++r) sums[m][r] = dot(k[r], pair, sums[m][r]);
@@ -168,12 +178,15 @@ inline void score_runs(const bf16* q, const bf16* const* keys, int head_dim, flo
 }
 
 // Of the runs first <= r < last; other scores are left as they are.
-template <int M>
-void scores(const bf16* q, const Tile& tile, int first, int last, int head_dim, float* s) {
+template <int M, bool FETCH>
+void scores(const bf16* q, const Tile& tile, const Tile& next, int first, int last, int head_dim,
+            float* s) {
     constexpr int R = vectors_for(M);
     int r = first;
-    for (; r + R <= last; r += R) score_runs<M, R>(q, tile.keys + r, head_dim, s + r * kRun);
-    for (; r < last; ++r) score_runs<M, 1>(q, tile.keys + r, head_dim, s + r * kRun);
+    for (; r + R <= last; r += R)
+        score_runs<M, R, FETCH>(q, tile.keys + r, next.keys + r, head_dim, s + r * kRun);
+    for (; r < last; ++r)
+        score_runs<M, 1, FETCH>(q, tile.keys + r, next.keys + r, head_dim, s + r * kRun);
 }
 
 // ==== Softmax ====
@@ -187,29 +200,22 @@ inline F16 to_log2(F16 s, const ScoreRule& rule) {
 
 // p [kTile] of one lane from its s; returns 2^(m_before - m). Never inlined: compiled once, its
 // multiplications and additions are fused the same way for every number of lanes.
-[[gnu::noinline]] inline float softmax(const float* s, const Tile& tile, Visible seen, const ScoreRule& rule,
-                                       LaneState lane, bf16* p) {
-    const F16 minus_infinity = set1(-INFINITY);
+[[gnu::noinline]] inline float softmax(const float* s, const Tile& tile, Visible seen,
+                                       const ScoreRule& rule, LaneState lane, bf16* p) {
     F16 t[kRuns];
     for (int r = 0; r < kRuns; ++r) {
-        const int from = seen.from - r * kRun, to = seen.to - r * kRun;
-        t[r] = minus_infinity;
-        if (to <= 0 || from >= kRun) continue;
         F16 scores = load(s + r * kRun);
-        if (rule.scaled) scores = scores * load(tile.key_scales[r]);
-        t[r] = keep(to_log2(scores, rule), from, to, minus_infinity);
+        if (rule.scaled && seen.bits(r)) scores = scores * load(tile.key_scales[r]);
+        t[r] = keep(to_log2(scores, rule), seen.bits(r), set1(-INFINITY));
     }
     const float before = *lane.highest;
     const float highest = std::max(before, largest(max(max(t[0], t[1]), max(t[2], t[3]))));
-    const F16 correction = exp2(set1(before - highest));
-    F16 sums = load(lane.sums) * correction;
     for (int r = 0; r < kRuns; ++r) t[r] = exp2(t[r] - set1(highest));
-    if (rule.scaled) {
-        for (int r = 0; r < kRuns; ++r) {
-            const int from = seen.from - r * kRun, to = seen.to - r * kRun;
-            sums = sums + t[r];
-            if (to > 0 && from < kRun) t[r] = keep(t[r] * load(tile.value_scales[r]), from, to, zero());
-        }
+    const float factor = highest == before ? 1.f : exp2(before - highest);
+    F16 sums = load(lane.sums) * set1(factor);
+    for (int r = 0; r < kRuns && rule.scaled; ++r) {
+        sums = sums + t[r];
+        if (seen.bits(r)) t[r] = keep(t[r] * load(tile.value_scales[r]), seen.bits(r), zero());
     }
     for (int r = 0; r < kRuns; r += 2) {
         const B32 pairs = round_pairs(t[r], t[r + 1]);
@@ -218,25 +224,27 @@ inline F16 to_log2(F16 s, const ScoreRule& rule) {
     }
     store(lane.sums, sums);
     *lane.highest = highest;
-    float first[16];
-    store(first, correction);
-    return first[0];
+    return factor;
 }
 
 // ==== Values ====
 
-// o [M] += p v over whole pairs of positions first <= pair < last, for N vectors of dimensions.
-template <int M, int N>
-inline void add_vectors(const bf16* p, const bf16* const* values, int first, int last, int width, float* out) {
+// o [M] += p v over whole pairs of positions first <= pair < last, for the N vectors of dimensions
+// from number `vector` on.
+template <int M, int N, bool FETCH>
+inline void add_vectors(const bf16* p, const Tile& tile, const Tile& next, int first, int last,
+                        int width, int vector, float* out) {
     F16 o[M][N];
     for (int m = 0; m < M; ++m)
-        for (int n = 0; n < N; ++n) o[m][n] = load(out + m * kOutStride + n * 16);
+        for (int n = 0; n < N; ++n) o[m][n] = load(out + m * kOutStride + (vector + n) * 16);
     for (int pair = first; pair < last;) {
-        const int end = std::min(last, (pair / kPairs + 1) * kPairs);
-        const bf16* v = values[pair / kPairs] + (pair % kPairs) * 2 * width;
-        for (; pair < end; ++pair, v += 2 * width) {
+        const int run = pair / kPairs, end = std::min(last, (run + 1) * kPairs);
+        const int64_t offset = int64_t{pair % kPairs} * 2 * width + vector * 32;
+        const bf16 *v = tile.values[run] + offset, *ahead = next.values[run] + offset;
+        for (; pair < end; ++pair, v += 2 * width, ahead += 2 * width) {
             B32 row[N];
             for (int n = 0; n < N; ++n) row[n] = load_pairs(v + n * 32);
+            for (int n = 0; n < N && FETCH; ++n) fetch(ahead + n * 32);
             for (int m = 0; m < M; ++m) {
                 const B32 weight = repeat_pair(p + m * kTile + 2 * pair);
                 for (int n = 0; n < N; ++n) o[m][n] = dot(row[n], weight, o[m][n]);
@@ -244,21 +252,18 @@ inline void add_vectors(const bf16* p, const bf16* const* values, int first, int
         }
     }
     for (int m = 0; m < M; ++m)
-        for (int n = 0; n < N; ++n) store(out + m * kOutStride + n * 16, o[m][n]);
+        for (int n = 0; n < N; ++n) store(out + m * kOutStride + (vector + n) * 16, o[m][n]);
 }
 
-template <int M>
-void add_values(const bf16* p, const Tile& tile, int first, int last, int width, float* out) {
+template <int M, bool FETCH>
+void add_values(const bf16* p, const Tile& tile, const Tile& next, int first, int last, int width,
+                float* out) {
     constexpr int N = vectors_for(M);
-    const bf16* values[kRuns];
-    std::copy(tile.values, tile.values + kRuns, values);
-    const auto advance = [&](int vectors) {
-        for (int r = first / kPairs; r * kPairs < last; ++r) values[r] += vectors * 32;
-        out += vectors * 16;
-    };
-    int left = width / 16;
-    for (; left >= N; left -= N, advance(N)) add_vectors<M, N>(p, values, first, last, width, out);
-    for (; left > 0; --left, advance(1)) add_vectors<M, 1>(p, values, first, last, width, out);
+    int vector = 0;
+    for (; (vector + N) * 16 <= width; vector += N)
+        add_vectors<M, N, FETCH>(p, tile, next, first, last, width, vector, out);
+    for (; vector * 16 < width; ++vector)
+        add_vectors<M, 1, FETCH>(p, tile, next, first, last, width, vector, out);
 }
 
 // One lane's o += p v over keys from <= key < to, where a pair may be visible by half.
@@ -280,38 +285,39 @@ inline void rescale(float* out, int width, float factor) {
 
 // ==== All of it ====
 
-// Adds one tile to M lanes. Scores stay where they are computed; other lanes are not touched.
-template <int M>
-void attend_tile(const bf16* q, const Tile& tile, const Visible* seen, const ScoreRule& rule, int head_dim,
-                 float* highest, float* sums, float* out) {
+// Adds one tile to M lanes; other lanes are not touched. FETCH: asks for `next`, all of whose runs
+// are set, while it computes.
+template <int M, bool FETCH>
+void attend_tile(const bf16* q, const Tile& tile, const Tile& next, const Visible* seen,
+                 const ScoreRule& rule, int head_dim, float* highest, float* sums, float* out) {
     alignas(64) float s[M * kTile];
     alignas(64) bf16 p[M * kTile];
     const int width = padded_dim(head_dim);
     Visible any = {kTile, 0}, all = {0, kTile};
     for (int m = 0; m < M; ++m) {
         all = {std::max(all.from, seen[m].from), std::min(all.to, seen[m].to)};
-        if (!seen[m].empty()) any = {std::min(any.from, seen[m].from), std::max(any.to, seen[m].to)};
+        if (seen[m].empty()) continue;
+        any = {std::min(any.from, seen[m].from), std::max(any.to, seen[m].to)};
     }
     if (any.empty()) return;
-    scores<M>(q, tile, any.from / kRun, (any.to + kRun - 1) / kRun, head_dim, s);
+    scores<M, FETCH>(q, tile, next, any.from / kRun, (any.to + kRun - 1) / kRun, head_dim, s);
     for (int m = 0; m < M; ++m) {
         if (seen[m].empty()) continue;
         const LaneState lane = {highest + m, sums + m * 16, out + m * kOutStride};
         rescale(lane.out, width, softmax(s + m * kTile, tile, seen[m], rule, lane, p + m * kTile));
     }
     // What all lanes see is added for all at once, what some do not see by each lane alone.
+    const auto add_edges = [&](int from, int to) {
+        for (int m = 0; m < M; ++m) {
+            const int first = std::max(from, seen[m].from), last = std::min(to, seen[m].to);
+            add_edge(p + m * kTile, tile, first, last, width, out + m * kOutStride);
+        }
+    };
     const int first = (all.from + 1) / 2, last = all.to / 2;
-    if (first >= last) {
-        for (int m = 0; m < M; ++m)
-            if (!seen[m].empty())
-                add_edge(p + m * kTile, tile, seen[m].from, seen[m].to, width, out + m * kOutStride);
-        return;
-    }
-    for (int m = 0; m < M; ++m)
-        add_edge(p + m * kTile, tile, seen[m].from, first * 2, width, out + m * kOutStride);
-    add_values<M>(p, tile, first, last, width, out);
-    for (int m = 0; m < M; ++m)
-        add_edge(p + m * kTile, tile, last * 2, seen[m].to, width, out + m * kOutStride);
+    if (first >= last) return add_edges(0, kTile);
+    add_edges(0, first * 2);
+    add_values<M, FETCH>(p, tile, next, first, last, width, out);
+    add_edges(last * 2, kTile);
 }
 
 }  // namespace REEF_ISA

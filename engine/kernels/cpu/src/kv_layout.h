@@ -42,13 +42,16 @@ struct KvHead {  // one kv head's part of one block
 };
 
 inline KvHead kv_head(const ReefKvLayer& kv, int64_t block, int head) {
-    const int64_t key_bytes = int64_t{kv.block_size} * kv.head_dim * element_bytes(kv);
-    const int64_t value_bytes = int64_t{kv.block_size} * padded_dim(kv.head_dim) * element_bytes(kv);
     const bool scaled = kv.format == REEF_KV_INT8;
+    const int64_t dim_bytes = int64_t{kv.block_size} * element_bytes(kv);  // all positions, one dim
+    const int64_t key_bytes = dim_bytes * kv.head_dim;
+    const int64_t value_bytes = dim_bytes * padded_dim(kv.head_dim);
     const int64_t scale_bytes = scaled ? int64_t{kv.block_size} * 4 : 0;
-    uint8_t* keys = kv.base + block * kv.block_bytes + head * (key_bytes + value_bytes + 2 * scale_bytes);
-    auto* scales = reinterpret_cast<float*>(keys + key_bytes + value_bytes);
-    return {keys, keys + key_bytes, scaled ? scales : nullptr, scaled ? scales + kv.block_size : nullptr};
+    const int64_t head_bytes = key_bytes + value_bytes + 2 * scale_bytes;
+    uint8_t* keys = kv.base + block * kv.block_bytes + head * head_bytes;
+    uint8_t* values = keys + key_bytes;
+    auto* scales = scaled ? reinterpret_cast<float*>(values + value_bytes) : nullptr;
+    return {keys, values, scales, scaled ? scales + kv.block_size : nullptr};
 }
 
 }  // namespace REEF_ISA

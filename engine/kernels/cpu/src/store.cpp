@@ -13,7 +13,7 @@
 namespace REEF_ISA {
 namespace {
 
-constexpr int kChunkElements = 32768;  // of qkv: a few microseconds
+constexpr int kChunkElements = 16384;  // of qkv: a few microseconds
 
 int64_t row_elements(const ReefStoreArgs& a) {
     return int64_t{a.heads + 2 * a.kv.kv_heads} * a.kv.head_dim;
@@ -23,17 +23,28 @@ int rows_per_chunk(const ReefStoreArgs& a) {
     return static_cast<int>(std::max<int64_t>(1, kChunkElements / row_elements(a)));
 }
 
-// ==== Rotary ====
-
-// n of the dimensions below `half`, and those `half` further on.
-void turn_some(bf16* x, const float* cos, const float* sin, int half, int n) {
-    const F16 low = load(x, n), high = load(x + half, n);
-    store(x, fma(low, load(cos, n), high * load(sin, n)), n);
-    store(x + half, fma(high, load(cos + half, n), low * load(sin + half, n)), n);
+// Of n left: sixteen of them, or as many as there are.
+template <class T>
+F16 load_up_to(const T* x, int n) {
+    return n >= 16 ? load(x) : load(x, n);
+}
+void store_up_to(bf16* x, F16 a, int n) {
+    if (n >= 16) store(x, a);
+    else store(x, a, n);
 }
 
+// ==== Rotary ====
+
 void turn(bf16* x, const float* cos, const float* sin, int half) {
-    for (int d = 0; d < half; d += 16) turn_some(x + d, cos + d, sin + d, half, std::min(16, half - d));
+    for (int d = 0; d < half; d += 16) {
+        const int n = half - d;
+        bf16 *below = x + d, *above = x + half + d;
+        const F16 low = load_up_to(below, n), high = load_up_to(above, n);
+        const F16 cos_low = load_up_to(cos + d, n), cos_high = load_up_to(cos + half + d, n);
+        const F16 sin_low = load_up_to(sin + d, n), sin_high = load_up_to(sin + half + d, n);
+        store_up_to(below, fma(low, cos_low, high * sin_low), n);
+        store_up_to(above, fma(high, cos_high, low * sin_high), n);
+    }
 }
 
 // ==== Writing to a slot ====
@@ -52,7 +63,7 @@ void write_value(const bf16* value, int head_dim, int position, bf16* values) {
 float scale_of(const bf16* x, int n) {
     F16 most = zero(), finite = zero();
     for (int d = 0; d < n; d += 16) {
-        const F16 a = load(x + d, std::min(16, n - d));
+        const F16 a = load_up_to(x + d, n - d);
         most = max(most, abs(a));
         finite = fma(a, zero(), finite);
     }
@@ -63,7 +74,7 @@ void quantize(const bf16* x, int n, float scale, int8_t* codes) {
     const float inverse = scale > 0.f ? 1.f / scale : 0.f;
     for (int d = 0; d < n; d += 16) {
         float whole[16];
-        store(whole, round(load(x + d, std::min(16, n - d)) * set1(inverse)));
+        store(whole, round(load_up_to(x + d, n - d) * set1(inverse)));
         for (int i = 0; i < std::min(16, n - d); ++i)
             codes[d + i] = static_cast<int8_t>(std::max(-127.f, std::min(127.f, whole[i])));
     }
@@ -107,7 +118,8 @@ void store_row(const ReefStoreArgs& a, int row) {
 void store_rows(const void* args, int chunk) {
     const auto& a = *static_cast<const ReefStoreArgs*>(args);
     const int rows = rows_per_chunk(a);
-    for (int row = chunk * rows; row < std::min(a.rows, (chunk + 1) * rows); ++row) store_row(a, row);
+    const int end = std::min(a.rows, (chunk + 1) * rows);
+    for (int row = chunk * rows; row < end; ++row) store_row(a, row);
 }
 
 }  // namespace
