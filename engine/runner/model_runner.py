@@ -14,7 +14,7 @@ from torch import Tensor
 
 from engine.lora.weights import LoraWeights
 from engine.messages import TokenLogprobs
-from engine.runner.sampler import NotFinite, SampledToken, sample, target_logprobs
+from engine.runner.sampler import NotFinite, Picker, SampledToken, sample, target_logprobs
 from engine.scheduler.batch import ScheduledBatch, ScheduledRequest
 
 LOGITS_ROWS = 128  # rows of [*, V] logits that are in memory at once for prompt logprobs
@@ -40,8 +40,9 @@ class ForwardPass(Protocol):
         """hidden [M, E] -> [M, V] in float32."""
         ...
 
-    def greedy(self, logits: Tensor) -> tuple[list[int], list[float]]:
-        """Of each row: the first of the largest logits, and that logit; NaN if any is NaN."""
+    @property
+    def picker(self) -> Picker:
+        """What chooses tokens from the logits."""
         ...
 
 
@@ -97,7 +98,7 @@ class ModelRunner:
         last = [spans[i][1] - 1 for i in chosen]
         rows = hidden if last == list(range(len(hidden))) else hidden[torch.tensor(last)]
         requests = [batch.requests[i] for i in chosen]
-        results = sample(requests, self.model.logits(rows), self.model.greedy)
+        results = sample(requests, self.model.logits(rows), self.model.picker)
         for i, request, result in zip(chosen, requests, results, strict=True):
             if isinstance(result, NotFinite):
                 outputs[i].error = "the model gave logits that are not finite"

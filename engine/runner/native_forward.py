@@ -1,10 +1,7 @@
 """NativeForward: one forward pass by the native CPU kernels, in one call from Python."""
 
-import ctypes as c
-
 from torch import Tensor
 
-from engine.kernels.cpu import structs
 from engine.kernels.cpu.adapters import NativeAdapterBank
 from engine.kernels.cpu.kv import KvLayout
 from engine.kernels.cpu.library import Context
@@ -12,6 +9,7 @@ from engine.lora.weights import LoraWeights
 from engine.model.decoder import Decoder
 from engine.model.native import NativeDecoder
 from engine.runner.kv_cache import copy_blocks
+from engine.runner.native_sampler import NativePicker
 from engine.runner.native_step import StepArrays
 from engine.scheduler.batch import ScheduledBatch
 
@@ -34,7 +32,7 @@ class NativeForward:
         kv_layers = [kv_layout.layer(self._kv_cache, i) for i in range(num_layers)]
         self._bank = NativeAdapterBank([(s.layer, s.site) for s in decoder.lora_sites])
         self._decoder = NativeDecoder(decoder, context, kv_layers, max_model_len, max_rows)
-        self._find_best = context.function("greedy", structs.GreedyArgs)
+        self.picker = NativePicker(context)
 
     def load_adapter(self, slot: int, weights: LoraWeights) -> None:
         self._bank.load(slot, weights)
@@ -57,21 +55,6 @@ class NativeForward:
 
     def logits(self, hidden: Tensor) -> Tensor:
         return self._decoder.logits(hidden)
-
-    def greedy(self, logits: Tensor) -> tuple[list[int], list[float]]:
-        rows, vocab = logits.shape
-        token_ids, highest = (c.c_int32 * rows)(), (c.c_float * rows)()
-        self._find_best(
-            structs.GreedyArgs(
-                logits=logits.data_ptr(),
-                logits_stride=logits.stride(0),
-                token_ids=c.addressof(token_ids),
-                highest=c.addressof(highest),
-                rows=rows,
-                vocab=vocab,
-            )
-        )
-        return list(token_ids), list(highest)
 
     def _step(self, batch: ScheduledBatch, output_rows: list[int]) -> StepArrays:
         arrays = StepArrays(batch.requests, output_rows, self._block_size)

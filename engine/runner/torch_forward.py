@@ -8,7 +8,7 @@ from engine.lora.weights import LoraWeights
 from engine.model.decoder import Decoder
 from engine.runner.inputs import build_inputs
 from engine.runner.kv_cache import copy_blocks
-from engine.runner.sampler import best_tokens
+from engine.runner.sampler import TorchPicker
 from engine.scheduler.batch import ScheduledBatch
 
 
@@ -21,6 +21,7 @@ class TorchForward:
         self._kv_cache = kv_cache
         self._block_size = block_size
         self._bank = AdapterBank(self.device)
+        self.picker = TorchPicker()
 
     def load_adapter(self, slot: int, weights: LoraWeights) -> None:
         self._bank.load(slot, weights)
@@ -38,6 +39,3 @@ class TorchForward:
 
     def logits(self, hidden: Tensor) -> Tensor:
         return self._decoder.logits(hidden)
-
-    def greedy(self, logits: Tensor) -> tuple[list[int], list[float]]:
-        return best_tokens(logits)

@@ -17,6 +17,8 @@ from transformers import (
 from engine.runner.sampler import (
     MAX_NOISE,
     NotFinite,
+    TorchPicker,
+    _largest,
     gumbel_argmax,
     gumbel_noise,
     sample,
@@ -170,6 +172,51 @@ def test_logprobs_are_those_before_temperature_and_filters() -> None:
     values, ids = expected.topk(5)
     assert [i for i, _ in token.top] == ids.tolist()
     assert [v for _, v in token.top] == pytest.approx(values.tolist(), abs=1e-5)
+
+
+@pytest.mark.parametrize("penalized", [False, True])
+def test_logprobs_are_of_the_chosen_token_before_penalties(penalized: bool) -> None:
+    logits = random_logits(6)
+    history = ([3], list(range(VOCAB))) if penalized else None
+    params = SamplingParams(seed=2, frequency_penalty=1.5, repetition_penalty=1.2, logprobs=1)
+    (token,) = sample([row(params, history=history)], logits[None].clone())
+    assert not isinstance(token, NotFinite)
+    assert token.logprob == logits.log_softmax(-1)[token.token_id].item()
+
+
+@pytest.mark.parametrize("vocab", [1, 31, 640, 1500, 32 * 400, 32 * 400 + 31])
+@pytest.mark.parametrize("k", [0, 1, 5, 20])
+def test_the_few_largest_are_those_of_the_whole_row(vocab: int, k: int) -> None:
+    k = min(k, vocab)
+    for logits in (random_logits(1, vocab), torch.arange(vocab) / 7, -torch.arange(vocab) / 7):
+        values, ids = _largest(logits, k)
+        expected = logits.topk(k)
+        assert torch.equal(values, expected.values) and torch.equal(ids, expected.indices)
+    values, ids = _largest(random_logits(2, vocab).round(), k)
+    assert torch.equal(values, random_logits(2, vocab).round().topk(k).values)
+    assert len(set(ids.tolist())) == k, "none twice where many are equal"
+
+
+def test_only_rows_that_need_it_are_drawn() -> None:
+    class Recorder(TorchPicker):
+        rows: list[int] | None = None
+
+        def draw(self, logits, rows, requests, best):  # type: ignore[no-untyped-def]
+            self.rows = rows
+            return super().draw(logits, rows, requests, best)
+
+    logits = torch.stack([random_logits(s) for s in range(4)])
+    logits[3, 5] = math.nan
+    hot, cold = row(SamplingParams(seed=1)), row(SamplingParams(temperature=0))
+    picker = Recorder()
+    got = sample([cold, hot, cold, hot], logits.clone(), picker)
+    assert picker.rows == [1] and isinstance(got.pop(), NotFinite)
+    assert [t.token_id for t in got if not isinstance(t, NotFinite)] == [
+        int(logits[0].argmax()),
+        gumbel_argmax(logits[1], 1, 7),
+        int(logits[2].argmax()),
+    ]
+    assert sample([cold], logits[:1].clone(), quiet := Recorder()) and quiet.rows is None
 
 
 def test_target_logprobs_of_each_row() -> None:

@@ -73,4 +73,5 @@ FUNCTIONS: dict[str, type[c.Structure]] = {
     "gate": structs.GateArgs,
     "gather": structs.GatherArgs,
     "greedy": structs.GreedyArgs,
+    "draw": structs.DrawArgs,
 }

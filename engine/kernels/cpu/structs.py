@@ -7,6 +7,7 @@ KV_BF16, KV_INT8 = range(2)  # ReefKvFormat
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2}  # ReefActivation
 
 pointer, i32, i64, f32 = c.c_void_p, c.c_int32, c.c_int64, c.c_float
+u64 = c.c_uint64
 
 
 class Linear(c.Structure):
@@ -192,6 +193,32 @@ class GreedyArgs(c.Structure):
     ]
 
 
+class Draw(c.Structure):
+    _fields_ = [
+        ("row", i32),
+        ("best", i32),
+        ("seed", u64),
+        ("position", u64),
+        ("temperature", f32),
+        ("top_k", i32),
+        ("top_p", f32),
+        ("min_p", f32),
+    ]
+
+
+class DrawArgs(c.Structure):
+    _fields_ = [
+        ("logits", pointer),
+        ("logits_stride", i64),
+        ("draws", c.POINTER(Draw)),
+        ("token_ids", pointer),
+        ("scratch", pointer),
+        ("scratch_stride", i64),
+        ("num_draws", i32),
+        ("vocab", i32),
+    ]
+
+
 class _OpArgs(c.Union):
     _fields_ = [
         ("embed", EmbedArgs),
@@ -234,3 +261,9 @@ class Step(c.Structure):
         ("lora_h_stride", i64),
         ("nanoseconds", pointer),
     ]
+
+
+def draw_scratch(top_k: int) -> int:
+    """Floats of scratch that each of a call's draws needs, by the largest top_k below the
+    vocabulary's size among them; 0: none has one."""
+    return 2 * top_k + 256 if top_k else 0

@@ -14,6 +14,7 @@ FOLDER = Path(__file__).parent
 FLAGS = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 TESTS = (
     "test_attention.py",
+    "test_draw.py",
     "test_elementwise.py",
     "test_linear.py",
     "test_linear_fourbit.py",

@@ -180,6 +180,26 @@ struct ReefGreedyArgs {  // of each row of logits: the first of the largest, and
     int32_t rows, vocab;
 };
 
+struct ReefDraw {  // how one token is drawn; see draw.cpp
+    int32_t row;   // of logits; neither NaN nor plus infinity there, and one finite logit
+    int32_t best;  // one of the row's largest
+    uint64_t seed, position;  // what the noise is a function of, with the token id
+    float temperature;
+    int32_t top_k;  // 0: all
+    float top_p;    // 1: all
+    float min_p;    // 0: all
+};
+
+struct ReefDrawArgs {  // token_ids[i] is drawn as draws[i] says
+    const float* logits;
+    int64_t logits_stride;
+    const ReefDraw* draws;
+    int32_t* token_ids;
+    float* scratch;          // [num_draws, scratch_stride]
+    int64_t scratch_stride;  // at least 2 k + 256 for the largest top_k < vocab; 0 where is none
+    int32_t num_draws, vocab;
+};
+
 }  // extern "C"
 
 namespace reef {
@@ -198,6 +218,7 @@ struct Kernels {
     Task (*gate)(const ReefGateArgs*, int threads);
     Task (*gather)(const ReefGatherArgs*, int threads);
     Task (*greedy)(const ReefGreedyArgs*, int threads);
+    Task (*draw)(const ReefDrawArgs*, int threads);
 };
 
 }  // namespace reef

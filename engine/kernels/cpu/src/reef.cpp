@@ -60,4 +60,8 @@ void reef_greedy(ReefContext* context, const ReefGreedyArgs* args) {
     context->run(context->kernels.greedy, args);
 }
 
+void reef_draw(ReefContext* context, const ReefDrawArgs* args) {
+    context->run(context->kernels.draw, args);
+}
+
 }  // extern "C"

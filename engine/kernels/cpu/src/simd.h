@@ -1,4 +1,5 @@
-// Vectors of sixteen floats and of thirty-two bfloat16s, the same on every instruction set.
+// Vectors of sixteen floats or integers and of thirty-two bfloat16s, the same on every instruction
+// set.
 //
 // Included by files that are compiled once per instruction set, each into its own namespace
 // REEF_ISA (avx512: with bf16 and VNNI; avx2: with FMA). bfloat16 is held as uint16_t.
@@ -93,6 +94,24 @@ inline B32 repeat_pair(const bf16* p) {  // the two values at p, sixteen times
 }
 // c[i] += a[2i] * b[2i] + a[2i+1] * b[2i+1], in float32
 inline F16 dot(B32 a, B32 b, F16 c) { return {_mm512_dpbf16_ps(c.v, a.v, b.v)}; }
+
+struct I16 { __m512i v; };  // 16 int32 that wrap
+inline I16 set1(int32_t a) { return {_mm512_set1_epi32(a)}; }
+inline I16 load(const int32_t* p) { return {_mm512_loadu_si512(p)}; }
+inline void store(int32_t* p, I16 a) { _mm512_storeu_si512(p, a.v); }
+inline I16 operator+(I16 a, I16 b) { return {_mm512_add_epi32(a.v, b.v)}; }
+inline I16 operator*(I16 a, I16 b) { return {_mm512_mullo_epi32(a.v, b.v)}; }
+inline I16 operator^(I16 a, I16 b) { return {_mm512_xor_si512(a.v, b.v)}; }
+template <int n>
+inline I16 shift_right(I16 a) { return {_mm512_srli_epi32(a.v, n)}; }  // zeros come in
+inline F16 to_float(I16 a) { return {_mm512_cvtepi32_ps(a.v)}; }
+inline I16 bits_of(F16 a) { return {_mm512_castps_si512(a.v)}; }
+
+// Bit i: a[i] >= b[i], which is false where either is NaN.
+inline uint32_t at_least(F16 a, F16 b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GE_OQ); }
+inline F16 where_at_least(F16 a, F16 b, F16 value) {  // value where a >= b, elsewhere zero
+    return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_GE_OQ), value.v)};
+}
 
 #else  // AVX2 and FMA
 
@@ -198,6 +217,43 @@ inline __m256 dot(__m256i a, __m256i b, __m256 c) {
     return _mm256_fmadd_ps(a1, b1, _mm256_fmadd_ps(a0, b0, c));
 }
 inline F16 dot(B32 a, B32 b, F16 c) { return {dot(a.lo, b.lo, c.lo), dot(a.hi, b.hi, c.hi)}; }
+
+struct I16 { __m256i lo, hi; };
+inline I16 set1(int32_t a) { return {_mm256_set1_epi32(a), _mm256_set1_epi32(a)}; }
+inline I16 load(const int32_t* p) {
+    const auto* q = reinterpret_cast<const __m256i*>(p);
+    return {_mm256_loadu_si256(q), _mm256_loadu_si256(q + 1)};
+}
+inline void store(int32_t* p, I16 a) {
+    auto* q = reinterpret_cast<__m256i*>(p);
+    _mm256_storeu_si256(q, a.lo);
+    _mm256_storeu_si256(q + 1, a.hi);
+}
+inline I16 operator+(I16 a, I16 b) {
+    return {_mm256_add_epi32(a.lo, b.lo), _mm256_add_epi32(a.hi, b.hi)};
+}
+inline I16 operator*(I16 a, I16 b) {
+    return {_mm256_mullo_epi32(a.lo, b.lo), _mm256_mullo_epi32(a.hi, b.hi)};
+}
+inline I16 operator^(I16 a, I16 b) {
+    return {_mm256_xor_si256(a.lo, b.lo), _mm256_xor_si256(a.hi, b.hi)};
+}
+template <int n>
+inline I16 shift_right(I16 a) {
+    return {_mm256_srli_epi32(a.lo, n), _mm256_srli_epi32(a.hi, n)};
+}
+inline F16 to_float(I16 a) { return {_mm256_cvtepi32_ps(a.lo), _mm256_cvtepi32_ps(a.hi)}; }
+inline I16 bits_of(F16 a) { return {_mm256_castps_si256(a.lo), _mm256_castps_si256(a.hi)}; }
+
+inline uint32_t at_least(F16 a, F16 b) {
+    const int lo = _mm256_movemask_ps(_mm256_cmp_ps(a.lo, b.lo, _CMP_GE_OQ));
+    const int hi = _mm256_movemask_ps(_mm256_cmp_ps(a.hi, b.hi, _CMP_GE_OQ));
+    return static_cast<uint32_t>(lo | hi << 8);
+}
+inline F16 where_at_least(F16 a, F16 b, F16 value) {
+    return {_mm256_and_ps(_mm256_cmp_ps(a.lo, b.lo, _CMP_GE_OQ), value.lo),
+            _mm256_and_ps(_mm256_cmp_ps(a.hi, b.hi, _CMP_GE_OQ), value.hi)};
+}
 
 #endif
 

@@ -5,7 +5,7 @@ namespace REEF_ISA {
 extern const reef::Kernels table;
 const reef::Kernels table = {
     linear_prepare, linear, lora_shrink, lora_expand, store, attention,
-    embed,          norm,   gate,        gather,      greedy,
+    embed,          norm,   gate,        gather,      greedy, draw,
 };
 
 }  // namespace REEF_ISA

@@ -16,5 +16,6 @@ reef::Task norm(const ReefNormArgs* args, int threads);
 reef::Task gate(const ReefGateArgs* args, int threads);
 reef::Task gather(const ReefGatherArgs* args, int threads);
 reef::Task greedy(const ReefGreedyArgs* args, int threads);
+reef::Task draw(const ReefDrawArgs* args, int threads);
 
 }  // namespace REEF_ISA
