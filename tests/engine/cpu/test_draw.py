@@ -244,9 +244,12 @@ def test_the_smallest_temperatures_are_greedy(
     assert draw(context, logits, requests) == logits.argmax(-1).tolist()
 
 
-def test_of_equal_logits_any_may_win_at_the_smallest_temperature(context: Context) -> None:
+@pytest.mark.parametrize("temperature", [1e-6, 1e-42, 1e-50])
+def test_of_equal_logits_any_may_win_at_the_smallest_temperatures(
+    context: Context, temperature: float
+) -> None:
     logits = torch.zeros(200, 3) - torch.tensor([0, 1e-3, 0])
-    drawn = draw(context, logits, seeded(200, temperature=1e-6, top_p=0.9))
+    drawn = draw(context, logits, seeded(200, temperature=temperature, top_p=0.9))
     assert set(drawn) == {0, 2}
 
 
