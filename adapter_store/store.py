@@ -141,6 +141,21 @@ class AdapterStore:
             self._refresh_after_miss()
         return self._find(places, full_name)
 
+    def resolve_known(
+        self, places: Sequence[tuple[str, str | None]], full_name: str
+    ) -> AdapterRef | None:
+        """What resolve_first would say, if it would say it from memory; never waits.
+
+        None: ask resolve_first, in a thread.
+        """
+        with self._lock:
+            if self._is_refresh_due(self._clock()):
+                return None
+        try:
+            return self._find(places, full_name)
+        except AdapterNotFound:
+            return None
+
     def alias(self, tenant: str, name: str, alias: str, version: int) -> None:
         """Make name@alias mean this live version from now on."""
         self._registry.alias(tenant, name, alias, version)
@@ -203,11 +218,14 @@ class AdapterStore:
                 return self._registry.resolve(tenant, full_name, base)
         return self._registry.resolve(last[0], full_name, last[1])
 
+    def _is_refresh_due(self, now: float) -> bool:
+        return now >= self._next_refresh_s and self._news.done()
+
     def _refresh_if_due(self) -> None:
         """Follow the log at intervals. A store that is down must not stop what is known."""
         with self._lock:
             now = self._clock()
-            if now < self._next_refresh_s or not self._news.done():
+            if not self._is_refresh_due(now):
                 return
             self._next_refresh_s = now + self._interval_s
             news = self._look_for_news()

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from fastapi import FastAPI
 from ray import serve
 from ray.serve import Application
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
@@ -22,6 +21,7 @@ from ray.serve.context import _get_global_client
 from ray.serve.handle import DeploymentHandle
 
 from deployments import autoscaler, router
+from deployments.asgi import Api
 from deployments.config import AppConfig, ModelSection, check_exposure, load_config
 from deployments.connection import RayConnection
 from deployments.ingress import Ingress, build_api
@@ -37,7 +37,6 @@ from deployments.text import Vocabulary
 from deployments.transport import (
     Abort,
     Frame,
-    Hello,
     Hints,
     Lease,
     Receipt,
@@ -45,6 +44,7 @@ from deployments.transport import (
     Submit,
     UnknownStream,
 )
+from deployments.wire import Greeting, WireServer
 from engine.client import EngineClient
 
 # Limits of Ray's own, far above ours: requests are counted where the engine is.
@@ -169,6 +169,8 @@ class EngineDeployment:
         self._replica = EngineReplica(
             lambda on_frame: EngineClient(engine_config, on_frame), store, settings
         )
+        self._wires = WireServer()
+        await self._wires.listen(ray.util.get_node_ip_address())
         await self._replica.start()
 
     async def submit(
@@ -178,10 +180,15 @@ class EngineDeployment:
 
     async def attach(
         self, hints: Hints, ingress_id: str, epochs: Mapping[str, int]
-    ) -> AsyncIterator[Hello | Frame]:
+    ) -> AsyncIterator[Greeting | Frame]:
         self._check_target(hints)
-        async for frame in self._replica.attach(ingress_id, epochs):
-            yield frame
+
+        def submit(epoch: int, submit: Submit) -> Receipt:
+            return self._replica.submit(ingress_id, {self._id: epoch}, submit)
+
+        stream = self._replica.attach(ingress_id, epochs)
+        async for item in self._wires.carry(stream, submit):
+            yield item
 
     async def control(
         self, hints: Hints, stream_id: StreamId, aborts: Sequence[Abort], renew: bool
@@ -195,17 +202,20 @@ class EngineDeployment:
         if hints.target not in ("", self._id):
             raise UnknownStream(f"{hints.target} is gone; this is {self._id}")
 
-    def record_routing_stats(self) -> dict[str, Any]:
+    # Ray calls what is not async in a thread, beside the loop that changes what they read.
+
+    async def record_routing_stats(self) -> dict[str, Any]:
         return router.to_stats(self._replica.figures())
 
-    def record_autoscaling_stats(self) -> dict[str, float]:
+    async def record_autoscaling_stats(self) -> dict[str, float]:
         return autoscaler.to_stats(self._replica.load())
 
-    def check_health(self) -> None:
+    async def check_health(self) -> None:
         self._replica.check_health()
 
     async def __del__(self) -> None:
-        if hasattr(self, "_replica"):
+        if hasattr(self, "_wires"):
+            self._wires.close()
             await self._replica.close()
 
 
@@ -238,5 +248,5 @@ class IngressDeployment:
             int(time.time()),
         )
 
-    def __serve_build_asgi_app__(self) -> FastAPI:
+    def __serve_build_asgi_app__(self) -> Api:
         return build_api(self._ingress)

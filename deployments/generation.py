@@ -1,11 +1,12 @@
 """Generation: everything one HTTP request asked an engine for, from submit to the last byte.
 
-`start` pulls the first news, so that errors can still be a status; `events` and `whole` write
-the answer. However it ends, `close` gives the engine back what it holds.
+`start` pulls the first news, so that errors can still be a status; then `first_events` and
+`next_events` write the answer piece by piece, or `whole` at once. However it ends, `close` gives
+the engine back what it holds.
 """
 
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -62,17 +63,19 @@ class Generation:
         """Waits for the first news. Raises ApiError if that is an error."""
         self._first = await self._next()
 
-    async def events(self) -> AsyncIterator[bytes]:
-        """Server-sent events, as many at once as there is news. Raises ApiError in the middle."""
-        reply = self._plan.reply
-        indexes = range(self._num_choices)
-        yield b"".join([*map(reply.opening, indexes), *self._write(self._first)])
-        while self._num_open:
-            chunks = self._write(await self._next())
-            if chunks:
-                yield b"".join(chunks)
-        tail = reply.usage(self.usage()) if self._plan.include_usage else b""
-        yield tail + DONE
+    @property
+    def is_open(self) -> bool:
+        """Whether more events follow."""
+        return self._num_open > 0
+
+    def first_events(self) -> bytes:
+        """Server-sent events: how every choice begins, and the first news."""
+        opening = b"".join(map(self._plan.reply.opening, range(self._num_choices)))
+        return opening + self._write(self._first)
+
+    async def next_events(self) -> bytes:
+        """As many events at once as there is news; perhaps none. Raises ApiError."""
+        return self._write(await self._next())
 
     async def whole(self) -> bytes:
         """The answer as one document. Raises ApiError."""
@@ -116,22 +119,26 @@ class Generation:
     async def _next(self) -> News:
         """What every choice that was open has gained, one text per choice."""
         news: News = {}
-        for item in await self._mailbox.next():
+        items = await self._mailbox.next()
+        now = self._clock()
+        for item in items:
             if type(item) is tuple:
                 request_id, index, token_ids = item
-                choice = self._choice(request_id, index, None, news)
+                choice = self._choices.get(self._first_index[request_id] + index)
+                if choice is None:
+                    choice = self._new_choice(request_id, index, None, news)
                 if choice.finish_reason is not None:
                     continue  # behind a stop string
                 text = choice.push(token_ids)
             else:
                 output = cast(RequestOutput, item)
-                choice = self._choice(output.request_id, output.index, output, news)
+                choice = self._choice_of(output, news)
                 was_open = choice.finish_reason is None
                 text = self._take(choice, output)
                 if not was_open:
                     continue
-            self._stamp(choice)
-            news[choice] = news.get(choice, "") + text
+            self._stamp(choice, now)
+            news[choice] = news[choice] + text if choice in news else text
         return news
 
     def _take(self, choice: Choice, output: RequestOutput) -> str:
@@ -142,16 +149,20 @@ class Generation:
             output = replace(output, token_ids=[], logprobs=None, stop_token_id=None)
         return choice.finish(output)
 
-    def _choice(
+    def _choice_of(self, output: RequestOutput, news: News) -> Choice:
+        if output.error is not None:
+            raise from_engine(output.error, self._plan.model_name)
+        choice = self._choices.get(self._first_index[output.request_id] + output.index)
+        if choice is None:
+            choice = self._new_choice(output.request_id, output.index, output, news)
+        return choice
+
+    def _new_choice(
         self, request_id: str, index: int, output: RequestOutput | None, news: News
     ) -> Choice:
-        if output is not None and output.error is not None:
-            raise from_engine(output.error, self._plan.model_name)
         at = self._first_index[request_id] + index
-        choice = self._choices.get(at)
-        if choice is None:
-            choice = self._choices[at] = self._plan.make_choice(at, output)
-            news[choice] = choice.opening
+        choice = self._choices[at] = self._plan.make_choice(at, output)
+        news[choice] = choice.opening
         return choice
 
     def _finish_in_engine(self, output: RequestOutput) -> None:
@@ -162,9 +173,8 @@ class Generation:
             self._num_cached[request_id] = max(self._num_cached[request_id], cached)
             self._metrics.observe_queue(self._plan.target.label, output.metrics.queue_s)
 
-    def _stamp(self, choice: Choice) -> None:
+    def _stamp(self, choice: Choice, now: float) -> None:
         """Times one item of one choice: its first, the gap since the last, its end."""
-        now = self._clock()
         last = self._last_s.get(choice.index)
         if last is None:
             self._first_s[choice.index] = now
@@ -181,7 +191,8 @@ class Generation:
                 num_tokens=len(choice.token_ids),
             )
 
-    def _write(self, news: News) -> list[bytes]:
+    def _write(self, news: News) -> bytes:
+        """The events that say so; behind the very last of them, how the stream ends."""
         reply = self._plan.reply
         chunks: list[bytes] = []
         for choice, text in news.items():
@@ -189,4 +200,7 @@ class Generation:
                 chunks.append(reply.text(choice, text))
             if choice.finish_reason is not None:
                 chunks.append(reply.closing(choice))
-        return chunks
+        if not self.is_open:
+            chunks.append(reply.usage(self.usage()) if self._plan.include_usage else b"")
+            chunks.append(DONE)
+        return chunks[0] if len(chunks) == 1 else b"".join(chunks)

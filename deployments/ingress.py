@@ -1,6 +1,6 @@
 """The HTTP side: the routes of one ingress replica.
 
-`build_api` makes a FastAPI application of an Ingress; nothing here imports Ray or touches a
+`build_api` makes an ASGI application of an Ingress; nothing here imports Ray or touches a
 tensor. Requests are parsed, resolved and planned here; `responses` runs them.
 """
 
@@ -11,11 +11,11 @@ import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from http import HTTPStatus
 from typing import Any
 
-from fastapi import FastAPI, Request, Response
-from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
@@ -25,6 +25,7 @@ from deployments.api.openai import (
     CompletionRequest,
     parse_request,
 )
+from deployments.asgi import Api
 from deployments.errors import ApiError, body_too_large, internal, invalid, models_not_ready
 from deployments.limits import Limiter
 from deployments.metrics import CONTENT_TYPE, Metrics
@@ -35,6 +36,9 @@ from deployments.tenants import Tenant, Tenants
 
 Handler = Callable[[Request, ExitStack], Awaitable[Response]]
 TenantHandler = Callable[[Request, Tenant], Awaitable[Response]]
+
+CHAT = "/v1/chat/completions"
+COMPLETIONS = "/v1/completions"
 
 logger = logging.getLogger(__name__)
 
@@ -72,13 +76,13 @@ class Ingress:
         parsed = parse_request(ChatCompletionRequest, await self._document(request))
         target = await self.models.resolve(tenant, parsed.model)
         plan = await plan_chat(parsed, target, self.origin)
-        return GenerationResponse(plan, bool(parsed.stream), self.metrics, request.url.path)
+        return GenerationResponse(plan, bool(parsed.stream), self.metrics, CHAT)
 
     async def completion(self, request: Request, tenant: Tenant) -> Response:
         parsed = parse_request(CompletionRequest, await self._document(request))
         target = await self.models.resolve(tenant, parsed.model)
         plan = await plan_completion(parsed, target, self.origin)
-        return GenerationResponse(plan, bool(parsed.stream), self.metrics, request.url.path)
+        return GenerationResponse(plan, bool(parsed.stream), self.metrics, COMPLETIONS)
 
     async def _document(self, request: Request) -> object:
         body = await read_body(request, self.max_body_bytes)
@@ -136,12 +140,9 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
     return b"".join(chunks)
 
 
-def build_api(ingress: Ingress) -> FastAPI:
-    api = FastAPI(openapi_url=None, redirect_slashes=False)
-
-    def route(method: str, path: str, handler: Handler) -> None:
-        endpoint = Endpoint(path, handler, ingress.metrics)
-        api.router.routes.append(Route(path, endpoint, methods=[method]))
+def build_api(ingress: Ingress) -> Api:
+    def route(method: str, path: str, handler: Handler) -> Route:
+        return Route(path, Endpoint(path, handler, ingress.metrics), methods=[method])
 
     def of_tenants(handler: TenantHandler) -> Handler:
         async def handle(request: Request, held: ExitStack) -> Response:
@@ -149,21 +150,20 @@ def build_api(ingress: Ingress) -> FastAPI:
 
         return handle
 
-    route("POST", "/v1/chat/completions", of_tenants(ingress.chat))
-    route("POST", "/v1/completions", of_tenants(ingress.completion))
-    route("GET", "/v1/models", of_tenants(ingress.list_models))
-    route("GET", "/v1/models/{model_id:path}", of_tenants(ingress.show_model))
-    route("GET", "/health", ingress.health)
-    route("GET", "/metrics", ingress.show_metrics)
+    def no_route(scope: Scope, status: int) -> Response:
+        ingress.metrics.count_answer("none", status)
+        what = f"{scope['method']} {Request(scope).url.path}"
+        return ErrorResponse(ApiError(status, f"{HTTPStatus(status).phrase}: {what}"))
 
-    async def no_route(request: Request, error: Exception) -> Response:
-        assert isinstance(error, HTTPException)
-        ingress.metrics.count_answer("none", error.status_code)
-        message = f"{error.detail}: {request.method} {request.url.path}"
-        return ErrorResponse(ApiError(error.status_code, message))
-
-    api.add_exception_handler(HTTPException, no_route)
-    return api
+    routes = [
+        route("POST", CHAT, of_tenants(ingress.chat)),
+        route("POST", COMPLETIONS, of_tenants(ingress.completion)),
+        route("GET", "/v1/models", of_tenants(ingress.list_models)),
+        route("GET", "/v1/models/{model_id:path}", of_tenants(ingress.show_model)),
+        route("GET", "/health", ingress.health),
+        route("GET", "/metrics", ingress.show_metrics),
+    ]
+    return Api(routes, no_route)
 
 
 class Endpoint:

@@ -8,9 +8,11 @@ Which replica a request goes to is the router's decision; here is only which one
 """
 
 import asyncio
+import contextvars
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
+from typing import Any
 
 from deployments.errors import OVERLOADED, ApiError, unavailable
 from deployments.journey import Journey, Leg
@@ -44,7 +46,7 @@ class EngineLink:
         self._pace = pace or Pace()
         self._clock = self._pace.clock
         self._legs: dict[str, Leg] = {}
-        self._journeys: dict[Mailbox, list[Journey]] = {}
+        self._journeys: dict[Mailbox[Item], list[Journey]] = {}
         self._links: dict[str, ReplicaLink] = {}
         self._discovery: ReplicaLink | None = None
         self._epochs: dict[str, int] = {}
@@ -81,18 +83,18 @@ class EngineLink:
 
     # ---- for requests --------------------------------------------------------------------
 
-    def open(self, submits: Sequence[Submit]) -> Mailbox:
+    def open(self, submits: Sequence[Submit]) -> Mailbox[Item]:
         """Never blocks. The caller must `release` the mailbox."""
         if self.hello is None:
             raise self.unavailable()
-        mailbox = Mailbox()
+        mailbox: Mailbox[Item] = Mailbox()
         journeys = [Journey(submit, mailbox.put) for submit in submits]
         self._journeys[mailbox] = journeys
         for journey in journeys:
             self._depart(journey.first_leg())
         return mailbox
 
-    def release(self, mailbox: Mailbox) -> None:
+    def release(self, mailbox: Mailbox[Item]) -> None:
         """The reader is done. What has not finished is aborted."""
         for journey in self._journeys.pop(mailbox):
             for leg in list(journey.legs.values()):
@@ -150,9 +152,11 @@ class EngineLink:
             tenant=request.tenant,
             avoid=(*leg.avoid, *self._current_suspects()),
         )
-        submit = self._connection.submit(hints, self._ingress_id, self._epochs, leg.submit)
         try:
-            return await asyncio.wait_for(submit, self._pace.silence_s)
+            async with asyncio.timeout(self._pace.silence_s):
+                return await self._connection.submit(
+                    hints, self._ingress_id, self._epochs, leg.submit
+                )
         except Exception as error:  # whatever Ray raises for a replica that dies or hangs
             logger.warning("submitting %s: %r", leg.id, error)
             return None
@@ -308,8 +312,9 @@ class EngineLink:
             self._epochs[link.replica_id] = self._epochs.get(link.replica_id, 0) + 1
             self._alone_since_s = self._clock()
 
-    def _spawn(self, work: object) -> None:
-        task = asyncio.ensure_future(work)  # type: ignore[arg-type]
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        # Out of the context of the HTTP request that it was called from: it may outlive that one.
+        task = asyncio.create_task(work, context=contextvars.Context())
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 

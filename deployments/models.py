@@ -11,7 +11,7 @@ turns into nobody else's, and publishing for one more base changes no answer of 
 """
 
 import asyncio
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -23,6 +23,8 @@ from deployments.names import parse_model_name
 from deployments.tenants import Tenant
 from deployments.text import Vocabulary
 
+Resolve = Callable[[Sequence[tuple[str, str | None]], str], AdapterRef | None]
+
 
 class Registry(Protocol):
     """The part of `adapter_store.store.AdapterStore` that an ingress uses."""
@@ -30,6 +32,9 @@ class Registry(Protocol):
     def resolve_first(
         self, places: Sequence[tuple[str, str | None]], full_name: str
     ) -> AdapterRef: ...
+    def resolve_known(
+        self, places: Sequence[tuple[str, str | None]], full_name: str
+    ) -> AdapterRef | None: ...
     def list(self, tenant: str | None = None) -> Sequence[AdapterRecord]: ...
 
 
@@ -93,7 +98,12 @@ class Models:
         namespaces = tenant.default_namespaces if name.tenant is None else (name.tenant,)
         bases = self._fingerprints(list(self.by_id) if name.base is None else [name.base])
         try:
-            ref = await asyncio.to_thread(self._find, namespaces, name.adapter, bases)
+            # A thread costs more than all the rest: only where the store may have to be asked.
+            ref = self._find(self._registry.resolve_known, namespaces, name.adapter, bases)
+            if ref is None:
+                find = self._registry.resolve_first
+                ref = await asyncio.to_thread(self._find, find, namespaces, name.adapter, bases)
+            assert ref is not None, "resolve_first raises where it finds nothing"
         except (AdapterNotFound, InvalidName):
             raise model_not_found(text) from None
         except AdapterStoreError as error:
@@ -101,17 +111,23 @@ class Models:
         return Target(self._model_of(text, ref, bases), ref, tenant.name)
 
     def _find(
-        self, namespaces: Sequence[str], adapter: str, bases: Mapping[str, str | None]
-    ) -> AdapterRef:
+        self,
+        resolve: Resolve,
+        namespaces: Sequence[str],
+        adapter: str,
+        bases: Mapping[str, str | None],
+    ) -> AdapterRef | None:
         """In the first namespace that has the name, the first base that has the version."""
         namespace = namespaces[0]
         if len(namespaces) > 1:
             bare_name = adapter.partition("@")[0]
-            places = [(candidate, None) for candidate in namespaces]
-            namespace = self._registry.resolve_first(places, bare_name).tenant
+            found = resolve([(candidate, None) for candidate in namespaces], bare_name)
+            if found is None:
+                return None
+            namespace = found.tenant
         # Without all fingerprints: is there anything at all?
         wanted = [None] if None in bases.values() else list(bases.values())
-        return self._registry.resolve_first([(namespace, base) for base in wanted], adapter)
+        return resolve([(namespace, base) for base in wanted], adapter)
 
     def _model_of(self, text: str, ref: AdapterRef, bases: Mapping[str, str | None]) -> ServedModel:
         """503 while a base that has not started yet might change the answer."""

@@ -7,7 +7,7 @@ import asyncio
 import logging
 from typing import cast
 
-from fastapi import Response
+from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from deployments.errors import ApiError, internal
@@ -45,18 +45,30 @@ class GenerationResponse(Response):
         self._route = route
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        work = asyncio.ensure_future(self._answer(scope, receive, send))
+        work = asyncio.current_task()
+        assert work is not None
+        is_gone = False
+
+        def give_up(watch: asyncio.Task[None]) -> None:
+            nonlocal is_gone
+            is_gone = True
+            work.cancel()
+            if not watch.cancelled():
+                watch.exception()  # how it ended makes no difference
+
         watch = asyncio.ensure_future(_disconnect(receive))
+        watch.add_done_callback(give_up)
         status = CLIENT_GONE
         try:
-            await asyncio.wait({work, watch}, return_when=asyncio.FIRST_COMPLETED)
-            if work.done():
-                status = work.result()
+            status = await self._answer(scope, receive, send)
+        except asyncio.CancelledError:
+            # Our own, unless somebody else wants an end too.
+            if not is_gone or work.uncancel() > 0:
+                raise
         finally:
-            self._metrics.count_answer(self._route, status)
-            work.cancel()
+            watch.remove_done_callback(give_up)
             watch.cancel()
-            await asyncio.gather(work, watch, return_exceptions=True)
+            self._metrics.count_answer(self._route, status)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> int:
         """The status, once everything is sent."""
@@ -82,14 +94,16 @@ async def _send_events(generation: Generation, send: Send) -> int:
     headers = list(_EVENT_STREAM)
     await send({"type": "http.response.start", "status": status, "headers": headers})
     try:
-        async for chunk in generation.events():
-            await send({"type": "http.response.body", "body": chunk, "more_body": True})
+        events = generation.first_events()
+        while generation.is_open:
+            if events:
+                await send({"type": "http.response.body", "body": events, "more_body": True})
+            events = await generation.next_events()
     except Exception as error:
         failure = _as_api_error(error)
         status = failure.status
-        event = b"data: " + failure.body() + b"\n\n"
-        await send({"type": "http.response.body", "body": event, "more_body": True})
-    await send({"type": "http.response.body", "body": b"", "more_body": False})
+        events = b"data: " + failure.body() + b"\n\n"
+    await send({"type": "http.response.body", "body": events, "more_body": False})
     return status
 
 

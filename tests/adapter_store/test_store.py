@@ -196,6 +196,25 @@ def test_news_arrive_after_the_interval_and_not_before(
     assert reader.resolve("public", "sql").version == 1
 
 
+def test_what_is_known_is_said_without_waiting_and_nothing_else_is(
+    store: AdapterStore, new_store: NewStore, peft_folder: Path, tmp_path: Path
+) -> None:
+    clock = Clock()
+    ref = store.publish(peft_folder, "public", "sql")
+    reader = new_store(clock=clock, refresh_interval_s=1.0)
+    places = [("acme", None), ("public", None)]
+    assert reader.resolve_known(places, "sql") == ref
+    assert reader.resolve_known(places, "nobody") is None
+    newer = store.publish(version_of(peft_folder, tmp_path / "v2", 9), "public", "sql")
+    assert reader.resolve_known(places, "sql") == ref
+    clock.now_s += 1.0
+    assert reader.resolve_known(places, "sql") is None, "there may be news"
+    assert reader.resolve_first(places, "sql") == newer
+    assert reader.resolve_known(places, "sql") == newer
+    with pytest.raises(InvalidName):
+        reader.resolve_known(places, "/")
+
+
 def test_a_miss_looks_for_news_once_and_then_only_at_intervals(
     store: AdapterStore, new_store: NewStore, peft_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

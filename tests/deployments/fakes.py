@@ -13,11 +13,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from fastapi import FastAPI
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from adapter_store.errors import AdapterNotFound
 from adapter_store.names import AdapterRecord, AdapterRef
+from deployments.asgi import Api
 from deployments.ingress import Ingress, build_api
 from deployments.limits import Limiter
 from deployments.link import EngineLink
@@ -242,6 +242,11 @@ class FakeStore:
     def resolve_first(self, places: Sequence[tuple[str, str | None]], full_name: str) -> AdapterRef:
         return self.resolve("public", full_name)
 
+    def resolve_known(
+        self, places: Sequence[tuple[str, str | None]], full_name: str
+    ) -> AdapterRef | None:
+        return None
+
     def list(self, tenant: str | None = None) -> Sequence[AdapterRecord]:
         return [
             AdapterRecord("public", ref.name, 1, ref.digest, ref.base, 8, 100, 1e9, ("latest",))
@@ -272,7 +277,7 @@ class Server:
     replica: EngineReplica
     connection: LocalFleet
     link: EngineLink
-    api: FastAPI
+    api: Api
     metrics: Metrics
 
     async def call(
@@ -387,7 +392,7 @@ class Client:
     """One ASGI call, running in the background until its answer is complete."""
 
     def __init__(
-        self, api: FastAPI, method: str, path: str, body: bytes, key: str | None = None
+        self, api: Api, method: str, path: str, body: bytes, key: str | None = None
     ) -> None:
         credentials = [] if key is None else [(b"authorization", f"Bearer {key}".encode())]
         self.answered = Answered()
@@ -430,9 +435,7 @@ class Client:
             self.answered.body += message.get("body", b"")
 
 
-async def call(
-    api: FastAPI, method: str, path: str, body: bytes, key: str | None = None
-) -> Answered:
+async def call(api: Api, method: str, path: str, body: bytes, key: str | None = None) -> Answered:
     client = Client(api, method, path, body, key)
     await asyncio.wait_for(client.done, 10)
     return client.answered

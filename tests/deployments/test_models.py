@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adapter_store.catalog import Catalog
-from adapter_store.errors import AdapterNotFound, SourceUnavailable
+from adapter_store.errors import AdapterNotFound, AdapterStoreError, SourceUnavailable
 from adapter_store.names import AdapterRecord, AdapterRef
 from deployments.errors import ApiError
 from deployments.ingress import Ingress, build_api
@@ -67,6 +67,14 @@ class CatalogStore:
             except AdapterNotFound:
                 continue
         raise self.failure or AdapterNotFound(full_name)
+
+    def resolve_known(
+        self, places: Sequence[tuple[str, str | None]], full_name: str
+    ) -> AdapterRef | None:
+        try:
+            return self.resolve_first(places, full_name)
+        except AdapterStoreError:
+            return None
 
     def list(self, tenant: str | None = None) -> Sequence[AdapterRecord]:
         if self.failure is not None:

@@ -1,0 +1,61 @@
+"""The routes of one ingress replica as a bare ASGI application.
+
+A framework's layers cost every request a task's worth of calls and every chunk of a stream two more
+of them. Nothing would be left for them to do: `ingress` parses bodies and makes every error an
+answer by itself.
+"""
+
+from collections.abc import Callable, Sequence
+
+from starlette.routing import Match, Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+NoRoute = Callable[[Scope, int], ASGIApp]
+
+
+class Api:
+    """The first route that fits; `no_route` answers where none does (404), or not by this method
+    (405). Ray Serve reads `routes` too: its log and its figures name requests by them."""
+
+    def __init__(self, routes: Sequence[Route], no_route: NoRoute) -> None:
+        self.routes = list(routes)
+        self._no_route = no_route
+        # Nearly every request is for one of these. The others have parameters in their paths.
+        self._exact = {
+            (method, route.path): route.app
+            for route in routes
+            for method in route.methods or ()
+            if not route.param_convertors
+        }
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            await self._find(scope)(scope, receive, send)
+        elif scope["type"] == "lifespan":
+            await _live(receive, send)
+        else:
+            await send({"type": "websocket.close", "code": 1000, "reason": ""})
+
+    def _find(self, scope: Scope) -> ASGIApp:
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        found = self._exact.get((scope["method"], path))
+        if found is not None:
+            return found
+        status = 404
+        for route in self.routes:
+            match, parameters = route.matches(scope)
+            if match is Match.FULL:
+                scope.update(parameters)
+                return route.app
+            if match is Match.PARTIAL:
+                status = 405
+        return self._no_route(scope, status)
+
+
+async def _live(receive: Receive, send: Send) -> None:
+    """There is nothing to do at start and end but to say that it is done."""
+    while True:
+        message = await receive()
+        await send({"type": f"{message['type']}.complete"})
+        if message["type"] == "lifespan.shutdown":
+            return

@@ -1,0 +1,340 @@
+"""The connection beside Ray: what goes through it, who gets in, and what happens when it breaks."""
+
+import tests.deployments.quiet_ray  # noqa: F401
+
+# isort: split
+import asyncio
+import pickle
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deployments import wire
+from deployments.connection import RayConnection
+from deployments.link import EngineLink
+from deployments.mailbox import Mailbox
+from deployments.replica import EngineReplica, ReplicaSettings
+from deployments.replica_link import Pace
+from deployments.transport import Receipt, Submit
+from deployments.wire import TICKET_BYTES, Offer, ReplicaEnd, Wire, WireServer, take_up
+from engine.framing import encode
+from engine.messages import GenerateRequest, RequestOutput
+from engine.scheduler.request import SamplingParams
+from tests.deployments.fakes import BASE, EOS, FakeEngine, FakeStore, until
+from tests.deployments.fakes import encode as tokens
+
+HOST = "127.0.0.1"
+
+
+class Streamed:
+    """A stream as Ray has it: the replica's side runs whether or not anybody reads."""
+
+    def __init__(self, work: AsyncIterator[Any], items: list[object]) -> None:
+        self._queue: asyncio.Queue[Any] = asyncio.Queue()
+        self._task = asyncio.ensure_future(self._pump(work, items))
+
+    async def _pump(self, work: AsyncIterator[Any], items: list[object]) -> None:
+        async for item in work:
+            items.append(item)
+            self._queue.put_nowait(item)
+        self._queue.put_nowait(None)
+
+    def __aiter__(self) -> "Streamed":
+        return self
+
+    async def __anext__(self) -> object:
+        item = await self._queue.get()
+        if item is None:
+            raise StopAsyncIteration
+        return item
+
+    def cancel(self) -> None:
+        self._task.cancel()
+
+
+@dataclass
+class Handle:
+    """A deployment's, with one replica. `calls` and `items` are what Ray had to carry."""
+
+    replica: EngineReplica
+    server: WireServer
+    calls: list[str] = field(default_factory=list)
+    items: list[object] = field(default_factory=list)
+    name: str = ""
+
+    def options(self, **options: object) -> "Handle":
+        return self
+
+    def __getattr__(self, name: str) -> "Handle":
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return Handle(self.replica, self.server, self.calls, self.items, name)
+
+    @asynccontextmanager
+    async def choose_replica(self, hints: object, _reserve: bool) -> AsyncIterator[Any]:
+        yield type("Selection", (), {"replica_id": "replica"})
+
+    def remote(self, hints: object, *arguments: Any) -> Any:
+        self.calls.append(self.name)
+        if self.name == "attach":
+            ingress_id, _ = arguments
+            stream = self.replica.attach(*arguments)
+
+            def submit(epoch: int, what: Submit) -> Receipt:
+                return self.replica.submit(ingress_id, {"replica": epoch}, what)
+
+            return Streamed(self.server.carry(stream, submit), self.items)  # type: ignore[arg-type]
+        return asyncio.ensure_future(self._answer(*arguments))
+
+    async def _answer(self, *arguments: Any) -> object:
+        await asyncio.sleep(0)
+        if self.name == "submit":
+            return self.replica.submit(*arguments)
+        return await self.replica.control(*arguments)
+
+
+@dataclass
+class Setup:
+    engine: FakeEngine
+    replica: EngineReplica
+    server: WireServer
+    handle: Handle
+    connection: RayConnection
+    link: EngineLink
+
+    def open(self, request_id: str, prompt: str) -> Mailbox[Any]:
+        params = SamplingParams(max_tokens=100)
+        return self.link.open([Submit(GenerateRequest(request_id, tokens(prompt), params), None)])
+
+    @property
+    def wires(self) -> list[Wire]:
+        return list(self.connection._wires.values())
+
+
+def in_setup(test: Callable[[Setup], Awaitable[None]], host: str = HOST) -> None:
+    async def run() -> None:
+        engine = FakeEngine()
+
+        def make_engine(on_frame: Callable[[list[RequestOutput]], None]) -> FakeEngine:
+            engine.on_frame = on_frame
+            return engine
+
+        settings = ReplicaSettings("replica", BASE, 64, 100)
+        replica = EngineReplica(make_engine, FakeStore(), settings)
+        await replica.start()
+        server = WireServer()
+        await server.listen(host)
+        handle = Handle(replica, server)
+        connection = RayConnection(handle)  # type: ignore[arg-type]
+        pace = Pace(retry_s=0.001, max_retry_s=0.01, patience_s=2.0)
+        link = EngineLink(connection, "ingress", pace)
+        link.start()
+        try:
+            await until(lambda: link.hello is not None)
+            await test(Setup(engine, replica, server, handle, connection, link))
+        finally:
+            await link.close()
+            server.close()
+            await replica.close()
+
+    asyncio.run(run())
+
+
+async def answer(mailbox: Mailbox[Any]) -> str:
+    """All of it, each token as often as it came."""
+    token_ids: list[int] = []
+    while True:
+        for item in await asyncio.wait_for(mailbox.next(), 5):
+            token_ids += item[2] if isinstance(item, tuple) else item.token_ids
+            if not isinstance(item, tuple) and item.finish_reason is not None:
+                assert item.error is None, item.error
+                return bytes(i for i in token_ids if i != EOS).decode()
+
+
+def test_submits_receipts_and_frames_do_not_go_through_ray() -> None:
+    async def test(setup: Setup) -> None:
+        mailboxes = [setup.open(str(n), f"request {n}") for n in range(5)]
+        assert [await answer(m) for m in mailboxes] == [f"REQUEST {n}" for n in range(5)]
+        assert len(setup.wires) == 1
+        assert "submit" not in setup.handle.calls
+        assert len(setup.handle.items) == 1, "the greeting"
+
+    in_setup(test)
+
+
+def test_where_nobody_can_connect_all_goes_through_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wire, "OFFER_S", 0.05)
+
+    async def refuse(offer: Offer) -> None:
+        return await take_up(Offer(HOST, 1, offer.ticket))  # type: ignore[return-value]
+
+    monkeypatch.setattr("deployments.connection.take_up", refuse)
+
+    async def test(setup: Setup) -> None:
+        assert await answer(setup.open("a", "abc")) == "ABC"
+        assert setup.wires == [] and "submit" in setup.handle.calls
+
+    in_setup(test)
+
+
+def test_a_replica_that_cannot_listen_makes_no_offer() -> None:
+    async def test(setup: Setup) -> None:
+        assert await answer(setup.open("a", "abc")) == "ABC"
+        assert setup.handle.items[0][1] is None  # type: ignore[index]
+
+    in_setup(test, host="192.0.2.1")  # nobody's address
+
+
+def test_when_a_wire_breaks_the_answer_goes_on() -> None:
+    async def test(setup: Setup) -> None:
+        setup.engine.running.clear()
+        mailbox = setup.open("a", "a long answer")
+        await until(lambda: len(setup.engine.requests) == 1)
+        for _ in range(3):
+            setup.engine.step()
+        first = [i for item in await mailbox.next() for i in item.token_ids]
+        setup.wires[0]._transport.abort()  # type: ignore[union-attr]
+        await until(lambda: len(setup.engine.requests) == 2)
+        setup.engine.running.set()
+        assert bytes(first).decode() + await answer(mailbox) == "A LONG ANSWER"
+        assert setup.engine.requests[1].output_token_ids[: len(first)] == first
+
+    in_setup(test)
+
+
+def test_a_submit_that_waits_when_the_wire_breaks_is_not_left_waiting() -> None:
+    async def test(setup: Setup) -> None:
+        line = setup.wires[0]
+        line.send = lambda message: None  # type: ignore[method-assign]
+        params = SamplingParams(max_tokens=1)
+        waiting = asyncio.ensure_future(
+            line.submit(0, Submit(GenerateRequest("a", [1], params), None))
+        )
+        await asyncio.sleep(0)
+        line._transport.abort()  # type: ignore[union-attr]
+        with pytest.raises(ConnectionError):
+            await asyncio.wait_for(waiting, 5)
+        with pytest.raises(ConnectionError):
+            await line.submit(0, Submit(GenerateRequest("b", [1], params), None))
+
+    in_setup(test)
+
+
+def test_a_submit_that_fails_costs_the_others_nothing() -> None:
+    async def test(setup: Setup) -> None:
+        def fail(request: GenerateRequest) -> None:
+            setup.engine.submit = submit  # type: ignore[method-assign]
+            raise AssertionError("a bug")
+
+        setup.engine.running.clear()
+        before = setup.open("before", "abc")
+        await until(lambda: len(setup.engine.requests) == 1)
+        submit, setup.engine.submit = setup.engine.submit, fail  # type: ignore[method-assign]
+        after = setup.open("after", "xyz")
+        await until(lambda: setup.engine.submit != fail)
+        setup.engine.running.set()
+        assert await answer(before) == "ABC" and await answer(after) == "XYZ"
+        assert len(setup.wires) == 1
+
+    in_setup(test)
+
+
+def test_a_drained_replica_ends_the_stream_and_nothing_is_lost(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def test(setup: Setup) -> None:
+        setup.engine.running.clear()
+        mailbox = setup.open("a", "abc")
+        await until(lambda: len(setup.engine.requests) == 1)
+        line = setup.wires[0]
+        setup.replica.drain()
+        setup.engine.running.set()
+        assert await answer(mailbox) == "ABC"
+        await until(lambda: line.is_over)
+        await until(lambda: line not in setup.wires)
+        assert "ConnectionError" not in caplog.text
+
+    in_setup(test)
+
+
+# ---- strangers -----------------------------------------------------------------------------
+
+
+class Bomb:
+    """Leaves a trace where it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __reduce__(self) -> Any:
+        return (Path.touch, (self._path,))
+
+
+async def knock(setup: Setup, data: bytes) -> bytes:
+    """All that the replica has to say to this."""
+    reader, writer = await asyncio.open_connection(*setup.server._address)
+    writer.write(data)
+    try:
+        return await asyncio.wait_for(reader.read(), 5)
+    except ConnectionResetError:
+        return b""
+    finally:
+        writer.close()
+
+
+def test_nothing_is_unpickled_from_whoever_has_no_ticket(tmp_path: Path) -> None:
+    trace = tmp_path / "trace"
+    assert pickle.loads(pickle.dumps(Bomb(trace))) is None and trace.exists(), "it does go off"
+    trace.unlink()
+
+    async def test(setup: Setup) -> None:
+        bomb = encode((0, 0, Bomb(trace)))
+        assert await knock(setup, bytes(TICKET_BYTES) + bomb) == b""
+        used = setup.handle.items[0][1].ticket  # type: ignore[index]
+        assert await knock(setup, used + bomb) == b"", "a ticket is good for one connection"
+        assert not trace.exists()
+
+    in_setup(test)
+
+
+def test_who_shows_no_ticket_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test(setup: Setup) -> None:
+        monkeypatch.setattr(wire, "OFFER_S", 0.05)
+        assert await knock(setup, b"only a few bytes") == b""
+
+    in_setup(test)
+
+
+def test_an_offer_that_nobody_has_taken_up_is_void_after_a_while() -> None:
+    async def test(setup: Setup) -> None:
+        taken: asyncio.Future[ReplicaEnd] = asyncio.get_running_loop().create_future()
+        with setup.server._offer(taken, lambda epoch, submit: Receipt("", 0)) as offer:
+            assert offer is not None
+        assert await take_up(offer) is None
+
+    in_setup(test)
+
+
+# ---- slow readers --------------------------------------------------------------------------
+
+
+def test_frames_wait_while_the_ingress_is_slow() -> None:
+    async def run() -> None:
+        end = ReplicaEnd(WireServer())
+        end.pause_writing()
+        sending = asyncio.ensure_future(end.send_frame([]))
+        await asyncio.sleep(0.01)
+        assert not sending.done()
+        end.resume_writing()
+        assert await asyncio.wait_for(sending, 1)
+        end.pause_writing()
+        sending = asyncio.ensure_future(end.send_frame([]))
+        await asyncio.sleep(0)
+        end.connection_lost(None)
+        assert not await asyncio.wait_for(sending, 1), "nobody is there any more"
+
+    asyncio.run(run())
