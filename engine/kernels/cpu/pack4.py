@@ -17,7 +17,10 @@ NF4_FACTOR = 1.4367  # of the table in bf16
 NF4_INT8_FACTOR = 124.114  # of the table in int8
 INT4_MIDDLE = 8  # the int4 kernel looks up code - 8, and is told 8 - zero
 GROUP_STEP = 32  # group sizes are multiples of it
-LARGEST_GROUP = 256  # kLargestGroup of src/fourbit.h: larger groups are split, scales repeated
+# Larger groups are split, their scales repeated. kLargestGroup of src/fourbit.h; with int8
+# activations that many have their sums at hand, and groups are either of 64 or of 32.
+LARGEST_GROUP = 256
+LARGEST_INT8_GROUP = 64
 
 
 def pack_nf4(context: Context, weight: QuantizedWeight, int8_activations: bool) -> PackedWeight:
@@ -43,7 +46,8 @@ def pack_int4(context: Context, weight: QuantizedWeight, _: bool = False) -> Pac
 
 def _pack(context: Context, weight: QuantizedWeight, format: int, factor: float) -> PackedWeight:
     _check(weight)
-    group_size = _packed_group_size(weight.group_size)
+    largest = LARGEST_INT8_GROUP if format == structs.NF4_INT8 else LARGEST_GROUP
+    group_size = _packed_group_size(weight.group_size, largest)
     repeats = weight.group_size // group_size
     packed = aligned_bytes(panels_of(weight.out_features) * PANEL * weight.in_features // 2)
     run_pack(context, format, weight.codes.contiguous(), packed, weight.in_features, group_size)
@@ -69,9 +73,9 @@ def _by_panel(values: Tensor, repeats: int) -> Tensor:
     return packed
 
 
-def _packed_group_size(group_size: int) -> int:
-    """The largest divisor that is a multiple of 32 and that the kernel takes."""
-    sizes = range(min(group_size, LARGEST_GROUP), 0, -GROUP_STEP)
+def _packed_group_size(group_size: int, largest: int) -> int:
+    """The largest divisor that is a multiple of 32 and not above `largest`."""
+    sizes = range(min(group_size, largest), 0, -GROUP_STEP)
     return next(size for size in sizes if group_size % size == 0)
 
 

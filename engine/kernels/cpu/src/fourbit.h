@@ -52,6 +52,17 @@ inline Codes load_codes(const uint8_t* p) {
 }
 #endif
 
+// f(row, half) for each sum of kRows rows, both arguments constants: only so do the compilers keep
+// an array of sums in registers.
+template <int kRows, class F, int... kIndex>
+__attribute__((always_inline)) inline void for_sums(F f, std::integer_sequence<int, kIndex...>) {
+    (f(std::integral_constant<int, kIndex / 2>{}, std::integral_constant<int, kIndex % 2>{}), ...);
+}
+template <int kRows, class F>
+__attribute__((always_inline)) inline void for_sums(F f) {
+    for_sums<kRows>(f, std::make_integer_sequence<int, 2 * kRows>{});
+}
+
 struct Panel {
     const uint8_t* codes;
     const float* scales;  // [group][32]
@@ -101,18 +112,19 @@ inline void add_word(Codes c0, Codes c1, const typename Format::Values& values, 
                      int64_t stride, typename Format::Sum (&sums)[kRows][2]) {
     const auto w0 = Format::template decode<kWord>(c0, values);
     const auto w1 = Format::template decode<kWord>(c1, values);
-    for (int row = 0; row < kRows; ++row) {
+    for_sums<kRows>([&](auto row, auto half) {
         const auto repeated = Format::repeat(x + row * stride + 4 * kWord);
-        sums[row][0] = Format::dot(w0, repeated, sums[row][0]);
-        sums[row][1] = Format::dot(w1, repeated, sums[row][1]);
-    }
+        sums[row][half] = Format::dot(half == 0 ? w0 : w1, repeated, sums[row][half]);
+    });
 }
 
 template <class Format, int kRows>
 inline void add_step(const uint8_t* codes, const typename Format::Values& values, const uint8_t* x,
                      int64_t stride, typename Format::Sum (&sums)[kRows][2]) {
-    prefetch(codes + kAhead);
-    prefetch(codes + kAhead + kStepBytes / 2);
+    if (kRows > kPairedRows) {  // fewer read so fast that the hardware is ahead by itself
+        prefetch(codes + kAhead);
+        prefetch(codes + kAhead + kStepBytes / 2);
+    }
     const Codes c0 = load_codes(codes), c1 = load_codes(codes + kStepBytes / 2);
     add_word<Format, 0>(c0, c1, values, x, stride, sums);
     add_word<Format, 1>(c0, c1, values, x, stride, sums);
@@ -129,9 +141,9 @@ inline void add_groups(const Panel& panel, const typename Format::Values& values
                        const typename Format::Rows& rows, int group, F16 (&totals)[kRows][2]) {
     typename Format::Sum sums[kGroups][kRows][2];
     for (int g = 0; g < kGroups; ++g)
-        for (int row = 0; row < kRows; ++row)
-            for (int half = 0; half < 2; ++half)
-                sums[g][row][half] = Format::start(panel, rows, row, group + g, half);
+        for_sums<kRows>([&](auto row, auto half) {
+            sums[g][row][half] = Format::start(panel, rows, row, group + g, half);
+        });
     const int steps = panel.group_size / kStep, step_bytes = panel.step_bytes(group);
     const int64_t group_words = int64_t{steps} * Format::kWords;
     const uint8_t* codes = panel.codes_of(group);
@@ -141,10 +153,10 @@ inline void add_groups(const Panel& panel, const typename Format::Values& values
             add_step<Format, kRows>(codes + g * kStepBytes, values, x + g * group_words * 4, rows.stride,
                                     sums[g]);
     for (int g = 0; g < kGroups; ++g)
-        for (int row = 0; row < kRows; ++row)
-            for (int half = 0; half < 2; ++half)
-                totals[row][half] =
-                    fma(Format::to_float(sums[g][row][half]), panel.scale(group + g, half), totals[row][half]);
+        for_sums<kRows>([&](auto row, auto half) {
+            const F16 sum = Format::to_float(sums[g][row][half]);
+            totals[row][half] = fma(sum, panel.scale(group + g, half), totals[row][half]);
+        });
 }
 
 // One panel for all kRows rows of the call.
@@ -153,16 +165,16 @@ void few_rows(const ReefLinearArgs& args, const typename Format::Rows& rows, int
     const typename Format::Values values = Format::values();
     const Panel panel = panel_of(*args.linear, panel_number);
     F16 totals[kRows][2];
-    for (auto& row : totals) row[0] = row[1] = zero();
+    for_sums<kRows>([&](auto row, auto half) { totals[row][half] = zero(); });
     int group = 0;
     if constexpr (kRows <= kPairedRows)
         for (; group + 2 <= panel.groups; group += 2)
             add_groups<Format, kRows, 2>(panel, values, rows, group, totals);
     for (; group < panel.groups; ++group)
         add_groups<Format, kRows, 1>(panel, values, rows, group, totals);
-    for (int row = 0; row < kRows; ++row)
-        for (int half = 0; half < 2; ++half)
-            write(args, row, panel_number * kPanel + 16 * half, Format::result(rows, row, totals[row][half]));
+    for_sums<kRows>([&](auto row, auto half) {
+        write(args, row, panel_number * kPanel + 16 * half, Format::result(rows, row, totals[row][half]));
+    });
 }
 
 // ==== Many rows ====
@@ -202,22 +214,20 @@ void multiply_slice(const Panel& panel, const uint8_t* decoded, const typename F
     const uint8_t* x = rows.x + first * rows.stride + int64_t{group} * words * 4;
     for (; group < end; ++group) {
         typename Format::Sum sums[kRows][2];
-        for (int row = 0; row < kRows; ++row)
-            for (int half = 0; half < 2; ++half)
-                sums[row][half] = Format::start(panel, rows, first + row, group, half);
+        for_sums<kRows>([&](auto row, auto half) {
+            sums[row][half] = Format::start(panel, rows, first + row, group, half);
+        });
         for (int word = 0; word < words; ++word, decoded += kWordBytes, x += 4) {
             const auto w0 = Format::load(decoded), w1 = Format::load(decoded + kWordBytes / 2);
-            for (int row = 0; row < kRows; ++row) {
+            for_sums<kRows>([&](auto row, auto half) {
                 const auto repeated = Format::repeat(x + row * rows.stride);
-                sums[row][0] = Format::dot(w0, repeated, sums[row][0]);
-                sums[row][1] = Format::dot(w1, repeated, sums[row][1]);
-            }
+                sums[row][half] = Format::dot(half == 0 ? w0 : w1, repeated, sums[row][half]);
+            });
         }
-        for (int row = 0; row < kRows; ++row)
-            for (int half = 0; half < 2; ++half) {
-                float* at = totals + row * kPanel + 16 * half;
-                store(at, fma(Format::to_float(sums[row][half]), panel.scale(group, half), load(at)));
-            }
+        for_sums<kRows>([&](auto row, auto half) {
+            float* at = totals + row * kPanel + 16 * half;
+            store(at, fma(Format::to_float(sums[row][half]), panel.scale(group, half), load(at)));
+        });
     }
 }
 

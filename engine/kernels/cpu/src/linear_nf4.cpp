@@ -39,12 +39,12 @@ struct Nf4 : fourbit::Bf16Format {
 struct Nf4Int8 {
     static constexpr int kWords = 2;
 
-    struct Rows {  // QuantizedRows, for groups of `group_size`
+    struct Rows {
         const uint8_t* x;
         int64_t stride;
-        const int32_t* sums;
+        const int32_t* sums;  // of 64 inputs each
         const float* scales;
-        int group_size;
+        int group_size;  // 64, or 32 where groups are no multiples of that
     };
     static Rows rows(const ReefLinearArgs& args) {
         const QuantizedRows quantized = quantized_rows(&args);
@@ -56,7 +56,8 @@ struct Nf4Int8 {
 #if defined(__AVX512BF16__)
     // The processor multiplies unsigned by signed bytes, so 128 is added to the values, and
     // each sum starts at minus 128 times the sum of x.
-    struct Sum { __m512i v; };
+    // Not an __m512i: GCC 12 would copy each through memory, for its lanes are of another type.
+    using Sum = int32_t __attribute__((vector_size(64)));
     struct Word { __m512i v; };
     using Values = Word;
 
@@ -70,15 +71,16 @@ struct Nf4Int8 {
         return {_mm512_shuffle_epi8(values.v, _mm512_and_si512(shifted, _mm512_set1_epi8(15)))};
     }
     static Sum start(const Panel&, const Rows& rows, int row, int group, int) {
-        return {_mm512_set1_epi32(-128 * sum_of(rows, row, group))};
+        const __m512i sum = _mm512_set1_epi32(sum_of(rows, row, group));
+        return (Sum)_mm512_sub_epi32(_mm512_setzero_si512(), _mm512_slli_epi32(sum, 7));
     }
     static Word load(const uint8_t* p) { return {_mm512_load_si512(p)}; }
     static void store(uint8_t* p, Word a) { _mm512_store_si512(p, a.v); }
     static Word repeat(const uint8_t* x) { return {_mm512_set1_epi32(four(x))}; }
     static Sum dot(Word weights, Word x, Sum sum) {
-        return {_mm512_dpbusd_epi32(sum.v, weights.v, x.v)};
+        return (Sum)_mm512_dpbusd_epi32((__m512i)sum, weights.v, x.v);
     }
-    static F16 to_float(Sum sum) { return {_mm512_cvtepi32_ps(sum.v)}; }
+    static F16 to_float(Sum sum) { return {_mm512_cvtepi32_ps((__m512i)sum)}; }
 #else
     struct Sum { __m256i lo, hi; };
     struct Word { __m256i lo, hi; };
@@ -126,15 +128,10 @@ private:
 
 #if defined(__AVX512BF16__)
     static int32_t sum_of(const Rows& rows, int row, int group) {
-        const int first = group * rows.group_size;
+        if (rows.group_size == 64) return rows.sums[row * (rows.stride >> 6) + group];
+        const auto* q = reinterpret_cast<const int8_t*>(rows.x + row * rows.stride + 32 * group);
         int32_t sum = 0;
-        if (rows.group_size % 64 == 0) {
-            const int32_t* sums = rows.sums + row * (rows.stride / 64) + first / 64;
-            for (int i = 0; i < rows.group_size / 64; ++i) sum += sums[i];
-        } else {
-            const auto* q = reinterpret_cast<const int8_t*>(rows.x + row * rows.stride + first);
-            for (int i = 0; i < rows.group_size; ++i) sum += q[i];
-        }
+        for (int i = 0; i < 32; ++i) sum += q[i];
         return sum;
     }
 #else
