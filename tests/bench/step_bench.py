@@ -4,8 +4,8 @@
 
 A step's floor is the larger of two times: its bytes (weights as stored, the distinct adapters of
 the batch, KV) over the memory bandwidth, and its operations over the rate of bfloat16 products,
-both measured here before and after. Rounds visit every case in turn, so that a busy moment hits
-all alike; rows show medians.
+both measured in every round: they drift with the host. Rounds visit every case in turn, so that
+a busy moment hits all alike; rows show medians, and so do the two rates.
 """
 
 import argparse
@@ -68,22 +68,24 @@ def main() -> None:
         if adapters in ("base", "shared")
     ]
     cases = decodes + prefills
-    machine = measure(options.threads)
     seconds: dict[Case, list[float]] = {case: [] for case in cases}
+    machines: list[Machine] = []
     for _ in range(options.rounds):
+        machines.append(measure(options.threads))
         for case in cases:
             seconds[case] += run(engines[case.form], case, folders, options.steps)
-    after = measure(options.threads)
+    machines.append(measure(options.threads))
     machine = replace(
-        machine,
-        bytes_per_s=max(machine.bytes_per_s, after.bytes_per_s),
-        flops_per_s=max(machine.flops_per_s, after.flops_per_s),
+        machines[0],
+        bytes_per_s=statistics.median(m.bytes_per_s for m in machines),
+        flops_per_s=statistics.median(m.flops_per_s for m in machines),
     )
     conditions = f"{header(0)} | step | {shape.name} | prompt {PROMPT} | {options.rounds} rounds"
     append_row(
         options.rows,
         f"{conditions} | {engines[options.formats[0]].info.kernels} | read "
-        f"{machine.bytes_per_s / 1e9:.1f} GB/s, multiply {machine.flops_per_s / 1e9:.0f} GFLOP/s",
+        f"{_range([m.bytes_per_s / 1e9 for m in machines])} GB/s, multiply "
+        f"{_range([m.flops_per_s / 1e9 for m in machines])} GFLOP/s",
     )
     if options.profile:
         for form, batch in product(options.formats, options.batches):
@@ -221,6 +223,10 @@ def _abort_all(engine: Engine) -> None:
 
 
 # ==== rows ====
+
+
+def _range(values: list[float]) -> str:
+    return f"{statistics.median(values):.1f} ({min(values):.1f}-{max(values):.1f})"
 
 
 def _row(
