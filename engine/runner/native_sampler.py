@@ -21,7 +21,6 @@ class NativePicker:
     """
 
     def __init__(self, context: Context) -> None:
-        self._context = context  # which ends when nobody holds it
         self._greedy = context.function("greedy", structs.GreedyArgs)
         self._draw = context.function("draw", structs.DrawArgs)
 

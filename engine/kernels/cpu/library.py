@@ -33,11 +33,12 @@ class Context:
             )
 
     def function(self, name: str, args: type[c.Structure]) -> Callable[[c.Structure], None]:
-        """A C function of (context, pointer to args) as a function of args."""
-        function, handle = self.library[f"reef_{name}"], self.handle
+        """A C function of (context, pointer to args) as a function of args, which keeps the
+        context alive."""
+        function = self.library[f"reef_{name}"]
         function.argtypes = [c.c_void_p, c.POINTER(args)]
         function.restype = None
-        return lambda value: function(handle, value)
+        return lambda value: function(self.handle, value)
 
     def close(self) -> None:
         """Ends the threads. Nothing may be called afterwards."""
