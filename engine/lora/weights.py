@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from adapter_store.errors import AdapterStoreError
 from adapter_store.manifest import LoraModule, read_lora_layout
+from engine.kernels.cpu.memory import ALIGNMENT, separate_bytes
 from engine.messages import AdapterFolder
 from engine.model.decoder import LoraSite
 from engine.model.layers import LoraSlice
@@ -23,6 +24,11 @@ from engine.model.layers import LoraSlice
 # rank_pairs: B [ceil(r / 2), out, 2], neighbouring ranks side by side and an odd last one beside
 #             zeros; what the native kernels multiply with
 BLayout = Literal["rank_major", "rank_pairs"]
+
+
+LARGE = 4 * 2**20  # bytes from which an adapter has huge pages of its own
+
+Site = tuple[int, str]  # (layer, site)
 
 
 class AdapterLoadError(ValueError):
@@ -45,12 +51,15 @@ class SiteWeights:
         return self.a.nbytes + sum(b.nbytes for *_, b in self.expands)
 
 
+Sites = dict[Site, SiteWeights]
+
+
 @dataclass(frozen=True, slots=True)
 class LoraWeights:
     """One adapter, each site at its own rank; sites that it does not target are absent."""
 
     digest: str
-    sites: dict[tuple[int, str], SiteWeights]
+    sites: Sites
     nbytes: int  # as held, padding included
     b_layout: BLayout = "rank_major"
 
@@ -78,7 +87,10 @@ def load_lora(
         raise AdapterLoadError(f"adapter {adapter.digest}: {error}") from error
     if pin:
         loaded = {key: _pinned(site) for key, site in loaded.items()}
-    return LoraWeights(adapter.digest, loaded, sum(s.nbytes for s in loaded.values()), b_layout)
+    nbytes = sum(s.nbytes for s in loaded.values())
+    if b_layout == "rank_pairs" and nbytes >= LARGE:
+        loaded, nbytes = _in_one_piece(loaded)
+    return LoraWeights(adapter.digest, loaded, nbytes, b_layout)
 
 
 def rank_pairs(b: torch.Tensor) -> torch.Tensor:
@@ -95,8 +107,8 @@ def _load_sites(
     file: safe_open,
     dtype: torch.dtype,
     b_layout: BLayout,
-) -> dict[tuple[int, str], SiteWeights]:
-    loaded: dict[tuple[int, str], SiteWeights] = {}
+) -> Sites:
+    loaded: Sites = {}
     for site in sites:
         adapted: list[tuple[LoraModule, LoraSlice, int]] = []
         out0 = 0
@@ -158,6 +170,24 @@ def _scaled(b: torch.Tensor, dtype: torch.dtype, module: LoraModule) -> torch.Te
             f"{module.lora_b}: not finite in {dtype} at scaling {module.scaling}"
         )
     return scaled
+
+
+def _in_one_piece(sites: Sites) -> tuple[Sites, int]:
+    """Copies in huge pages, in the order in which a step reads them; and the bytes they take."""
+    tensors = [t for s in sites.values() for t in (s.a, *(e[4] for e in s.expands))]
+    sizes = [-(-t.nbytes // ALIGNMENT) * ALIGNMENT for t in tensors]
+    block = separate_bytes(sum(sizes))
+    pieces = iter(block[: sum(sizes)].split(sizes))
+
+    def moved(tensor: torch.Tensor) -> torch.Tensor:
+        piece = next(pieces)[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        return piece.copy_(tensor)
+
+    copies = {
+        key: SiteWeights(moved(site.a), tuple((*e[:4], moved(e[4])) for e in site.expands))
+        for key, site in sites.items()
+    }
+    return copies, block.nbytes
 
 
 def _pinned(site: SiteWeights) -> SiteWeights:

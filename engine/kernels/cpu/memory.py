@@ -24,6 +24,12 @@ def temporary_bytes(nbytes: int) -> Tensor:
     return _from_multiple(torch.empty(nbytes + ALIGNMENT, dtype=torch.uint8), ALIGNMENT)[:nbytes]
 
 
+def separate_bytes(nbytes: int) -> Tensor:
+    """uint8, `nbytes` rounded up to huge pages: for what comes and goes as a whole; undefined."""
+    whole = -(-nbytes // HUGE_PAGE) * HUGE_PAGE
+    return _map(whole)[:whole]
+
+
 class _Blocks:
     """The unused rest of the newest block; pages of it that nobody touches take no memory."""
 

@@ -4,7 +4,7 @@ Tolerance: factors, h and y are bfloat16, so each of four roundings may be off b
 rounded; errors are measured against the sum of the absolute products.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -17,14 +17,15 @@ from transformers import AutoModelForCausalLM
 from engine.kernels.cpu import structs
 from engine.kernels.cpu.adapters import NativeAdapter, NativeAdapterBank, NativeLoraBatch
 from engine.kernels.cpu.library import Context
+from engine.lora import weights as weights_module
 from engine.lora.weights import AdapterLoadError, LoraWeights, load_lora
 from engine.messages import AdapterFolder
 from engine.model.layers import LoraSite
 from engine.model.loader import load_decoder
 from engine.scheduler.batch import ScheduledBatch, ScheduledRequest
 from engine.scheduler.request import SamplingParams
-from tests.engine.driver import write_adapter
-from tests.engine.tiny import write_tiny
+from tests.engine.driver import make_engine, write_adapter
+from tests.engine.tiny import Tiny, write_tiny
 
 CONFIGS: dict[str, dict[str, object]] = {
     "attention": {"r": 4, "target_modules": ["q_proj", "v_proj"]},
@@ -263,3 +264,24 @@ def test_a_batch_keeps_its_adapters_alive(
     bank.evict(3)
     assert lora is not None
     assert_adds_the_deltas(context, model, lora, [3] * 4)
+
+
+def test_a_large_adapter_lies_in_one_piece_in_the_order_of_a_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_model: Callable[..., Tiny]
+) -> None:
+    base = tiny_model("llama")
+    adapter = write_adapter(base.folder, tmp_path / "a", r=5)
+    sites = make_engine(base.folder).model.lora_sites
+    apart = load_lora(adapter, sites, torch.bfloat16, b_layout="rank_pairs")
+    monkeypatch.setattr(weights_module, "LARGE", 1)
+    whole = load_lora(adapter, sites, torch.bfloat16, b_layout="rank_pairs")
+    addresses: list[int] = []
+    for key, site in apart.sites.items():
+        copy = whole.sites[key]
+        assert torch.equal(copy.a, site.a)
+        addresses.append(copy.a.data_ptr())
+        for ours, theirs in zip(copy.expands, site.expands, strict=True):
+            assert ours[:4] == theirs[:4] and torch.equal(ours[4], theirs[4])
+            addresses.append(ours[4].data_ptr())
+    assert addresses == sorted(addresses) and all(a % 64 == 0 for a in addresses)
+    assert addresses[-1] - addresses[0] < whole.nbytes == 2 * 2**20
