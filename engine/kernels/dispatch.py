@@ -7,7 +7,6 @@ has in its KV blocks, be it NaN, never reaches another's rows.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Protocol
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from engine.kernels import reference, torch_ops
 from engine.kernels.cpu.library import Context
-from engine.kernels.cpu.linear import NativeLinear
+from engine.kernels.cpu.linear import NativeHead, NativeLinear
 from engine.kernels.inputs import AttentionInputs
 from engine.kernels.quantized import QuantizedWeight
 
@@ -30,7 +29,8 @@ class PackLinear(Protocol):
 
 class PackHead(Protocol):
     def __call__(self, weight: Tensor) -> Multiply:
-        """x @ weight [out, in]^T in float32, a tensor that the caller may change."""
+        """x @ weight [out, in]^T in float32: a tensor that the caller may change and that the
+        next call may overwrite."""
         ...
 
 
@@ -105,7 +105,7 @@ def native_ops(context: Context, *, int8_activations: bool) -> Ops:
         return NativeLinear(context, weight, bias, int8_activations=int8_activations)
 
     def pack_head(weight: Tensor) -> Multiply:
-        return partial(NativeLinear(context, weight), out_dtype=torch.float32)
+        return NativeHead(context, weight)
 
     torch_only = select_ops(torch.device("cpu"), torch.bfloat16)
     return replace(torch_only, pack_linear=pack_linear, pack_head=pack_head)

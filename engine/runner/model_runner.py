@@ -17,7 +17,7 @@ from engine.messages import TokenLogprobs
 from engine.runner.sampler import NotFinite, Picker, SampledToken, sample, target_logprobs
 from engine.scheduler.batch import ScheduledBatch, ScheduledRequest
 
-LOGITS_ROWS = 128  # rows of [*, V] logits that are in memory at once for prompt logprobs
+LOGITS_ROWS = 32  # rows of [*, V] logits that are in memory at once for prompt logprobs
 
 
 class ForwardPass(Protocol):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from engine.kernels.cpu import structs
 from engine.kernels.cpu.library import Context
-from engine.kernels.cpu.memory import temporary_bytes
+from engine.kernels.cpu.memory import separate_bytes, temporary_bytes
 from engine.kernels.cpu.pack import Packer, Weight, pack_bf16, pack_int8
 from engine.kernels.cpu.pack4 import pack_int4, pack_nf4
 from engine.kernels.quantized import QuantizedWeight
@@ -56,7 +56,11 @@ class NativeLinear:
     def __call__(self, x: Tensor, out_dtype: torch.dtype = torch.bfloat16) -> Tensor:
         """x bf16 [N, in], its last dimension contiguous -> [N, out] in bfloat16 or float32."""
         self._check(x, out_dtype)
-        y = torch.empty(len(x), self.out_features, dtype=out_dtype)
+        return self.into(x, torch.empty(len(x), self.out_features, dtype=out_dtype))
+
+    def into(self, x: Tensor, y: Tensor) -> Tensor:
+        """The same into y [N, out], whose last dimension is contiguous; returns y."""
+        self._check(x, y.dtype)
         if len(x):
             scratch = temporary_bytes(self.scratch_bytes(len(x)))  # lives as long as the call
             self._run(self.args(x, y, scratch))
@@ -103,6 +107,24 @@ class NativeLinear:
     def _tensors(self) -> tuple[Tensor | None, ...]:
         weight = self._weight
         return weight.packed, weight.scales, weight.zeros, weight.input_order, self._bias
+
+
+class NativeHead:
+    """x bf16 [N, in] -> logits float32 [N, out], which the next call overwrites.
+
+    Megabytes that are allocated anew in every step would be zeroed by the system every time.
+    """
+
+    def __init__(self, context: Context, weight: Tensor) -> None:
+        self._linear = NativeLinear(context, weight)
+        self._logits = torch.empty(0, self._linear.out_features)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if len(x) > len(self._logits):
+            cells = separate_bytes(4 * len(x) * self._linear.out_features).view(torch.float32)
+            width = self._linear.out_features
+            self._logits = cells[: len(x) * width].view(len(x), width)
+        return self._linear.into(x, self._logits[: len(x)])
 
 
 PACKERS: dict[str, Packer] = {  # by QuantizedWeight.format; "bf16" for a plain tensor
