@@ -15,6 +15,7 @@ INSTRUCTIONS = [
 SETUPTOOLS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
 PACKAGES = {pattern.rstrip("*") for pattern in SETUPTOOLS["packages"]["find"]["include"]}
 NOT_SERVED = {"examples"}
+BUILT = ROOT / "engine" / "kernels" / "cpu" / "lib"  # by setup.py
 
 
 def arguments(instruction: str) -> list[str]:
@@ -26,7 +27,8 @@ def copied() -> list[str]:
 
 
 def test_the_image_holds_the_packages_and_what_installing_them_needs() -> None:
-    assert set(copied()) == (PACKAGES - NOT_SERVED) | {"pyproject.toml", "README.md", "LICENSE"}
+    needed = {"pyproject.toml", "setup.py", "README.md", "LICENSE"}
+    assert set(copied()) == (PACKAGES - NOT_SERVED) | needed
 
 
 def test_the_build_sees_what_it_copies_and_nothing_else() -> None:
@@ -46,7 +48,10 @@ def test_the_image_runs_as_the_user_of_the_pods() -> None:
 @pytest.mark.parametrize("package", sorted(PACKAGES - NOT_SERVED))
 def test_every_file_beside_the_code_is_package_data(package: str) -> None:
     """What is not, is there in a checkout and missing in the image."""
-    patterns = SETUPTOOLS["package-data"]["*"]
+    everywhere, *others = SETUPTOOLS["package-data"].items()
+    assert everywhere[0] == "*"
+    patterns = [f"*/{pattern}" for pattern in everywhere[1]]
+    patterns += [f"*/{name.replace('.', '/')}/{p}" for name, own in others for p in own]
     for path in (ROOT / package).rglob("*"):
-        if path.is_file() and path.suffix not in (".py", ".pyc"):
-            assert any(fnmatch(path.name, pattern) for pattern in patterns), path
+        if path.is_file() and path.suffix not in (".py", ".pyc") and path.parent != BUILT:
+            assert any(fnmatch(str(path), pattern) for pattern in patterns), path
