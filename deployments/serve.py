@@ -122,6 +122,8 @@ def ray_environment(folder: Path) -> dict[str, str]:
         # Ray's own work while nothing happens; ten times a second is for clusters of hundreds.
         "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.25",
         "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "1000",
+        # Ray runs its workers at 15, where two busy threads may stay on one core for seconds.
+        "RAY_worker_niceness": "0",
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
         "RAY_USAGE_STATS_ENABLED": "0",
