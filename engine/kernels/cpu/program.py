@@ -15,6 +15,7 @@ from torch import Tensor
 from engine.kernels.cpu import structs
 from engine.kernels.cpu.library import Context
 from engine.kernels.cpu.linear import NativeLinear
+from engine.kernels.cpu.memory import aligned_bytes
 
 _LINE = 32  # bfloat16s in a cache line
 
@@ -256,7 +257,5 @@ class Program:
 
 
 def aligned(numel: int) -> Tensor:
-    """[numel] bfloat16 zeros that begin on a cache line."""
-    raw = torch.zeros(numel + _LINE, dtype=torch.bfloat16)
-    start = -raw.data_ptr() % 64 // 2
-    return raw[start : start + numel]
+    """[numel] bfloat16 zeros in huge pages: pages that lie anywhere would share cache sets."""
+    return aligned_bytes(2 * numel).view(torch.bfloat16).zero_()
