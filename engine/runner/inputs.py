@@ -1,11 +1,11 @@
 """From a ScheduledBatch to the tensors of one forward pass."""
 
-from array import array
 from itertools import accumulate
 
 import torch
 
 from engine.kernels.inputs import AttentionInputs, ForwardInputs, LoraBatch
+from engine.runner.rows import padded_block_tables, row_numbers
 from engine.scheduler.batch import ScheduledBatch, ScheduledRequest
 
 
@@ -14,14 +14,7 @@ def build_inputs(
 ) -> ForwardInputs:
     """Rows in the batch's order; one host-to-device copy for all that is per row."""
     requests = batch.requests
-    token_ids: list[int] = []
-    positions: list[int] = []
-    slots: list[int] = []
-    for _, _, new_ids, start, table, *_ in requests:
-        token_ids += new_ids
-        for position in range(start, start + len(new_ids)):
-            positions.append(position)
-            slots.append(table[position // block_size] * block_size + position % block_size)
+    token_ids, positions, slots = row_numbers(requests, block_size)
     rows = torch.tensor([token_ids, positions, slots], device=device)
     return ForwardInputs(
         token_ids=rows[0],
@@ -38,10 +31,5 @@ def build_inputs(
 
 
 def _block_tables(requests: tuple[ScheduledRequest, ...], device: torch.device) -> torch.Tensor:
-    tables = [r.block_table for r in requests]
-    width = max(map(len, tables))
-    padded = array("q")
-    for table in tables:
-        padded.extend(table)
-        padded.extend((0,) * (width - len(table)))
-    return torch.frombuffer(padded, dtype=torch.int64).view(-1, width).to(device)
+    tables, width = padded_block_tables(requests, "q")
+    return torch.frombuffer(tables, dtype=torch.int64).view(-1, width).to(device)

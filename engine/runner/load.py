@@ -9,7 +9,7 @@ import torch
 from engine.config import ConfigError, EngineConfig
 from engine.kernels.cpu import structs
 from engine.kernels.cpu.build import BuildError
-from engine.kernels.cpu.kv import KvLayout
+from engine.kernels.cpu.kv import KvLayout, check_heads, check_rotary
 from engine.kernels.cpu.library import Context
 from engine.kernels.dispatch import native_ops, select_ops
 from engine.lora.weights import BLayout
@@ -91,10 +91,14 @@ def _open_native(config: EngineConfig, settled: Settled) -> Context | None:
 
 
 def _kv_layout(config: EngineConfig, settled: Settled) -> KvLayout:
-    is_int8 = settled.kv_dtype == torch.int8
+    """Raises ValueError for a shape of attention that the native kernels cannot do."""
+    spec, is_int8 = settled.spec, settled.kv_dtype == torch.int8
+    check_heads(spec.num_heads, spec.num_kv_heads)
+    for rotary in spec.rotaries:
+        check_rotary(rotary.dim, spec.head_dim)
     return KvLayout(
         structs.KV_INT8 if is_int8 else structs.KV_BF16,
         config.block_size,
-        settled.spec.num_kv_heads,
-        settled.spec.head_dim,
+        spec.num_kv_heads,
+        spec.head_dim,
     )

@@ -7,6 +7,7 @@ from itertools import accumulate
 
 from engine.kernels.cpu import structs
 from engine.kernels.cpu.adapters import NativeLoraBatch
+from engine.runner.rows import padded_block_tables, row_numbers
 from engine.scheduler.batch import ScheduledRequest
 
 
@@ -19,8 +20,9 @@ class StepArrays:
         output_rows: list[int],
         block_size: int,
     ) -> None:
-        token_ids, positions, slots = _rows(requests, block_size)
-        tables, table_stride = _block_tables(requests)
+        numbers = row_numbers(requests, block_size)
+        token_ids, positions, slots = (array("i", values) for values in numbers)
+        tables, table_stride = padded_block_tables(requests, "i")
         row_starts = array("i", [0, *accumulate(len(r.token_ids) for r in requests)])
         context_lens = array("i", [r.end for r in requests])
         outputs = array("i", output_rows)
@@ -52,26 +54,3 @@ class StepArrays:
 
 def address(values: "array[int]") -> int:
     return values.buffer_info()[0]
-
-
-def _rows(
-    requests: Sequence[ScheduledRequest], block_size: int
-) -> tuple["array[int]", "array[int]", "array[int]"]:
-    """Token ids, positions and slots (block * block_size + offset) of all rows."""
-    token_ids, positions, slots = array("i"), array("i"), array("i")
-    for _, _, new_ids, start, table, *_ in requests:
-        token_ids.extend(new_ids)
-        for position in range(start, start + len(new_ids)):
-            positions.append(position)
-            slots.append(table[position // block_size] * block_size + position % block_size)
-    return token_ids, positions, slots
-
-
-def _block_tables(requests: Sequence[ScheduledRequest]) -> tuple["array[int]", int]:
-    """[B, width], zero-padded, and the width."""
-    width = max(len(r.block_table) for r in requests)
-    tables = array("i")
-    for request in requests:
-        tables.extend(request.block_table)
-        tables.extend((0,) * (width - len(request.block_table)))
-    return tables, width

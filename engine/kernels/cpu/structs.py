@@ -125,7 +125,6 @@ class AttentionArgs(c.Structure):
         ("window", i32),
         ("scale", f32),
         ("soft_cap", f32),
-        ("scratch", pointer),
     ]
 
 
@@ -240,7 +239,6 @@ class Op(c.Structure):
         ("kind", i32),
         ("lora_site", i32),
         ("on_outputs", i32),
-        ("reserved", i32),
         ("lora", LoraArgs),
         ("args", _OpArgs),
     ]

@@ -18,7 +18,7 @@
 #pragma once
 #include <utility>
 
-#include "linear.h"
+#include "linear_output.h"
 #include "simd.h"
 
 namespace REEF_ISA {
@@ -89,20 +89,11 @@ inline Panel panel_of(const ReefLinear& linear, int panel) {
 
 inline void prefetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
 
-// Sixteen outputs of a row, or those of them that the layer has.
+// Sixteen outputs of a row and their bias; a panel's second half may lie behind the last output.
 inline void write(const ReefLinearArgs& args, int row, int output, F16 value) {
-    const int left = args.linear->out_features - output;
-    if (left <= 0) return;
-    if (const float* bias = args.linear->bias)
-        value = value + (left >= 16 ? load(bias + output) : load(bias + output, left));
-    const int64_t at = row * args.y_stride + output;
-    if (args.y_is_float) {
-        float* y = static_cast<float*>(args.y) + at;
-        left >= 16 ? store(y, value) : store(y, value, left);
-    } else {
-        bf16* y = static_cast<bf16*>(args.y) + at;
-        left >= 16 ? store(y, value) : store(y, value, left);
-    }
+    if (output >= args.linear->out_features) return;
+    if (args.linear->bias) value = value + bias_of(*args.linear, output);
+    put(args, row, output, value);
 }
 
 // ==== A few rows ====

@@ -126,7 +126,6 @@ struct ReefAttentionArgs {  // out [rows, heads, head_dim]
     int32_t window;   // keys a query may see, itself included; 0: all
     float scale;
     float soft_cap;   // 0: none
-    void* scratch;    // attention_scratch_bytes(...); 64-byte aligned
 };
 
 // ==== Elementwise ====

@@ -12,7 +12,7 @@
 #include <algorithm>
 #include <utility>
 
-#include "linear.h"
+#include "linear_output.h"
 #include "simd.h"
 
 namespace REEF_ISA {
@@ -115,28 +115,6 @@ __attribute__((always_inline)) inline void multiply(const X& x, const uint8_t* p
 inline void expect_write(const ReefLinearArgs& args, int row, int output) {
     const int64_t at = (row * args.y_stride + output) * (args.y_is_float ? 4 : 2);
     __builtin_prefetch(static_cast<uint8_t*>(args.y) + at, 1);
-}
-
-// Sixteen outputs of a row, or those of them that the layer has.
-inline void put(const ReefLinearArgs& args, int row, int output, F16 value) {
-    const int left = args.linear->out_features - output;
-    const int64_t at = row * args.y_stride + output;
-    if (args.y_is_float) {
-        float* y = static_cast<float*>(args.y) + at;
-        left >= 16 ? store(y, value) : store(y, value, left);
-    } else {
-        bf16* y = static_cast<bf16*>(args.y) + at;
-        left >= 16 ? store(y, value) : store(y, value, left);
-    }
-}
-
-inline F16 some_of(const float* values, int output, int out_features) {
-    const int left = out_features - output;
-    return left >= 16 ? load(values + output) : load(values + output, left);
-}
-
-inline F16 bias_of(const ReefLinear& linear, int output) {
-    return linear.bias ? some_of(linear.bias, output, linear.out_features) : zero();
 }
 
 struct Place {  // of a tile: what it multiplies

@@ -17,7 +17,6 @@ struct ReefOp {
     int32_t kind;
     int32_t lora_site;   // of a linear layer; -1: adapters never touch it
     int32_t on_outputs;  // runs on the step's output rows alone, else on all
-    int32_t reserved;
     ReefLoraArgs lora;   // of a linear layer with a site
     union {
         ReefEmbedArgs embed;
