@@ -1,0 +1,1 @@
+"""Kernels for CUDA devices, written in Triton; they also run in its interpreter, for tests."""

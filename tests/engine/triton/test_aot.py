@@ -1,0 +1,24 @@
+"""Every kernel compiles for sm_80 and sm_90 without spills, and loads what is large widely."""
+
+import pytest
+
+from tests.engine.triton.aot import ARCHITECTURES, Compiled, all_cases, run_all
+
+CASES = {case.name: case for case in all_cases()}
+
+
+@pytest.fixture(scope="module")
+def compiled() -> dict[tuple[str, int], Compiled]:
+    return {(c.name, c.architecture): c for c in run_all()}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("name", CASES)
+def test_kernel_keeps_its_budget(
+    compiled: dict[tuple[str, int], Compiled], name: str, architecture: int
+) -> None:
+    case, figures = CASES[name], compiled[name, architecture]
+    assert figures.stack_bytes == 0, "spills or run-time indexed arrays"
+    assert figures.registers <= case.max_registers
+    assert case.allow_scalar_loads or figures.scalar_loads == 0
+    assert not figures.missing
