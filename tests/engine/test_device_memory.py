@@ -21,7 +21,7 @@ def test_what_was_asked_for_is_taken_as_it_is() -> None:
 
 
 def test_more_than_is_left_is_refused_with_what_would_fit() -> None:
-    with pytest.raises(ConfigError, match="memory_bytes=66571993088 needs 62.00 GiB") as error:
+    with pytest.raises(ConfigError, match=r"memory_bytes=66571993088 needs 62\.00 GiB") as error:
         arena_bytes(80 * GIB, NEEDS, 62 * GIB, GIB, "")
     message = str(error.value)
     fits = re.search(r"memory_bytes=(\d+) would fit", message)
@@ -32,5 +32,5 @@ def test_more_than_is_left_is_refused_with_what_would_fit() -> None:
 
 @pytest.mark.parametrize("asked", [None, GIB, 8 * GIB])
 def test_a_model_too_large_for_the_device_is_refused_with_advice(asked: int | None) -> None:
-    with pytest.raises(ConfigError, match="4.00 GiB are missing: take quantization='nf4'"):
+    with pytest.raises(ConfigError, match=r"4\.00 GiB are missing: take quantization='nf4'"):
         arena_bytes(18 * GIB, NEEDS, asked, 2 * GIB, "take quantization='nf4'")
