@@ -183,11 +183,13 @@ def test_an_adapter_that_a_lost_step_was_to_load_is_loaded_again_for_those_who_c
 
 
 def test_choices_start_when_the_prompt_has_been_computed_for_certain() -> None:
-    world = ahead(prefix_caching=False)
+    world = ahead(prefix_caching=False, budget=4)
     world.scheduler.add(make_request("r", list(range(6)), n=3, max_tokens=5))
     world.launch()
     world.launch()
+    world.collect()
     assert len(world.scheduler.running) == 1
+    world.launch()
     world.collect()
     assert len(world.scheduler.running) == 3
     tables = [r.block_table for r in world.scheduler.running]

@@ -1,7 +1,7 @@
 """The scheduler on a device that notices any wrong share, copy, eviction or preemption."""
 
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 from hypothesis import settings
@@ -145,7 +145,8 @@ class Traffic(RuleBasedStateMachine):
         self.ended: dict[Request, FinishReason] = {}
 
     @rule(
-        prompt=st.lists(st.integers(0, 1), min_size=1, max_size=20),
+        common=st.integers(0, 16),
+        tail=st.lists(st.integers(0, 1), min_size=1, max_size=6),
         adapter=st.sampled_from(sorted(ADAPTERS)),
         max_tokens=st.integers(1, 20),
         n=st.integers(1, 3),
@@ -155,7 +156,8 @@ class Traffic(RuleBasedStateMachine):
     )
     def add(
         self,
-        prompt: list[int],
+        common: int,
+        tail: list[int],
         adapter: str,
         max_tokens: int,
         n: int,
@@ -166,7 +168,7 @@ class Traffic(RuleBasedStateMachine):
         number = len(self.added)
         request = make_request(
             f"r{number}",
-            prompt,
+            [2] * common + tail,
             adapter=adapter,
             max_tokens=max_tokens,
             n=n,
@@ -178,19 +180,17 @@ class Traffic(RuleBasedStateMachine):
         )
         self._add(request)
 
-    @precondition(lambda self: self.ended)
-    @rule(data=st.data())
-    def resume(self, data: st.DataObject) -> None:
-        """Another request under the name of one that ended early goes on where that one was."""
-        old = data.draw(st.sampled_from(list(self.ended)))
-        cut = data.draw(st.integers(0, len(old.output_token_ids)))
-        request = Request(old.request_id, old.prompt_token_ids, old.sampling, 0.0, scope=old.scope)
-        request.output_token_ids = expected_of(request)[:cut]
-        is_over = len(expected_of(request)) <= cut or any(
-            r.request_id == old.request_id and r not in self.ended for r in self.added
-        )
-        if not is_over:
-            self._add(request)
+    @precondition(lambda self: self.added)
+    @rule(data=st.data(), num_resumed=st.integers(0, 3))
+    def take_over(self, data: st.DataObject, num_resumed: int) -> None:
+        """Abort a request, and let another one of its name go on from some tokens of its own."""
+        old = data.draw(st.sampled_from(self.added))
+        self._end(self.world.scheduler.abort(old.request_id))
+        sampling = replace(old.sampling, seed=len(self.added))
+        new = Request(old.request_id, old.prompt_token_ids, sampling, 0.0, scope=old.scope)
+        whole = expected_of(new)
+        new.output_token_ids = whole[: min(num_resumed, len(whole) - 1)]
+        self._add(new)
 
     @rule(adapter=st.sampled_from(["x", "y", "z"]))
     def adapter_becomes_ready(self, adapter: str) -> None:
