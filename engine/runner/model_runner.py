@@ -5,7 +5,7 @@
 Decides nothing: what is computed is the batch's business, how is the ForwardPass's.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from engine.lora.weights import LoraWeights
 from engine.messages import TokenLogprobs
 from engine.runner.sampler import NotFinite, Picker, SampledToken, sample, target_logprobs
-from engine.scheduler.batch import ScheduledBatch, ScheduledRequest
+from engine.scheduler.batch import AdapterLoad, Move, ScheduledBatch, ScheduledRequest
 
 LOGITS_ROWS = 32  # rows of [*, V] logits that are in memory at once for prompt logprobs
 
@@ -23,12 +23,12 @@ LOGITS_ROWS = 32  # rows of [*, V] logits that are in memory at once for prompt 
 class ForwardPass(Protocol):
     """The model with its KV cache and adapters, on one device and in one implementation."""
 
-    def load_adapter(self, slot: int, weights: LoraWeights) -> None: ...
+    def load_adapter(self, load: AdapterLoad, weights: LoraWeights) -> None: ...
 
     def evict_adapter(self, slot: int) -> None: ...
 
-    def copy_blocks(self, copies: tuple[tuple[int, int], ...]) -> None:
-        """KV blocks, (source, destination); all are read before any is written."""
+    def move(self, moves: Sequence[Move]) -> None:
+        """KV blocks and adapters, one after the other."""
         ...
 
     def hidden(self, batch: ScheduledBatch, output_rows: list[int]) -> Tensor:
@@ -57,6 +57,8 @@ class RowOutput:
 
 
 class ModelRunner:
+    loads_are_immediate = True  # `execute` returns with the batch's adapters in place
+
     def __init__(self, model: ForwardPass, host_weights: Callable[[str], LoraWeights]) -> None:
         self.model = model
         self._host_weights = host_weights
@@ -80,10 +82,9 @@ class ModelRunner:
     def _move(self, batch: ScheduledBatch) -> None:
         for slot in batch.adapter_evictions:
             self.model.evict_adapter(slot)
-        for slot, digest in batch.adapter_loads:
-            self.model.load_adapter(slot, self._host_weights(digest))
-        if batch.block_copies:
-            self.model.copy_blocks(batch.block_copies)
+        self.model.move(batch.moves)
+        for load in batch.adapter_loads:
+            self.model.load_adapter(load, self._host_weights(load.digest))
 
     def _sample(
         self,

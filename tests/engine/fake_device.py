@@ -8,8 +8,13 @@ import hashlib
 from collections.abc import Sequence
 
 from engine.scheduler.batch import ScheduledBatch, ScheduledRequest
+from tests.engine.fake_arena import CELL, FakeArena, Garbage
 
 VOCAB = 50
+
+
+def block_bytes(block_size: int) -> int:
+    return (block_size + 1) * CELL
 
 
 def next_token(adapter: str, token_ids: Sequence[int], salt: int) -> int:
@@ -29,35 +34,45 @@ def expected_output(
 
 
 class FakeDevice:
-    def __init__(self, block_size: int) -> None:
+    """A KV slot is a cell of the arena; a block has one more, that no token uses."""
+
+    def __init__(
+        self, block_size: int, memory_bytes: int, *, loads_are_immediate: bool = True
+    ) -> None:
         self.block_size = block_size
-        self.kv: dict[tuple[int, int], tuple[str, tuple[int, ...]]] = {}
-        self.adapters: dict[int, str] = {0: ""}
+        self.arena = FakeArena(
+            memory_bytes, block_bytes(block_size), loads_are_immediate=loads_are_immediate
+        )
 
     def execute(self, batch: ScheduledBatch) -> list[list[int]]:
-        for slot in batch.adapter_evictions:
-            del self.adapters[slot]
-        for slot, digest in batch.adapter_loads:
-            assert slot not in self.adapters, "loaded over a resident adapter"
-            self.adapters[slot] = digest
-        for source, destination in batch.block_copies:
-            for offset in range(self.block_size):
-                if (source, offset) in self.kv:
-                    self.kv[destination, offset] = self.kv[source, offset]
+        self.arena.change(batch.adapter_evictions, batch.moves, batch.adapter_loads)
         self._check_disjoint_writes(batch)
-        return [self._run(request) for request in batch.requests]
+        outputs = [self._run(request) for request in batch.requests]
+        self.arena.check()
+        return outputs
+
+    def lose(self, batch: ScheduledBatch) -> None:
+        """What a step that breaks down in its middle leaves behind."""
+        changes = batch.adapter_evictions, batch.moves, batch.adapter_loads
+        self.arena.change(*changes, is_lost=True)
+        for request in batch.requests:
+            for position in range(request.start, request.end):
+                self.arena.write(*self._slot(request, position), Garbage())
 
     def _run(self, request: ScheduledRequest) -> list[int]:
-        adapter = self.adapters[request.adapter_slot]
+        adapter, arena = self.arena.adapter(request.adapter_slot), self.arena
         known: tuple[int, ...] = ()
-        if request.start:
-            owner, known = self.kv[self._slot(request, request.start - 1)]
-            assert owner == adapter and len(known) == request.start
+        for position in range(request.start):  # what attention would read
+            content = arena.read(*self._slot(request, position))
+            assert isinstance(content, tuple)
+            owner, known = content
+            assert owner == adapter and len(known) == position + 1
         for position, token_id in enumerate(request.token_ids, request.start):
             known = (*known, token_id)
-            self.kv[self._slot(request, position)] = (adapter, known)
-        for position in range(request.end):  # what attention would read
-            assert self.kv[self._slot(request, position)] == (adapter, known[: position + 1])
+            arena.write(*self._slot(request, position), (adapter, known))
+        for position in range(request.end):
+            content = arena.read(*self._slot(request, position))
+            assert content == (adapter, known[: position + 1])
         salt = request.sampling.seed + request.choice
         return [next_token(adapter, known, salt)] if request.samples else []
 

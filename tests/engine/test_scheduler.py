@@ -9,11 +9,18 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from engine.scheduler.adapter_slots import AdapterSlots
 from engine.scheduler.block_manager import BlockManager
-from engine.scheduler.request import CacheScope, FinishReason, Request, SamplingParams
+from engine.scheduler.memory import MemoryBudget
+from engine.scheduler.request import (
+    CacheScope,
+    FinishReason,
+    InvalidRequest,
+    Request,
+    SamplingParams,
+)
 from engine.scheduler.scheduler import Scheduler, SchedulerLimits
-from tests.engine.fake_device import FakeDevice, expected_output
+from tests.engine.fake_device import FakeDevice, block_bytes, expected_output
 
-ADAPTERS = {"": 0, "x": 4, "y": 6, "z": 10}
+ADAPTERS = {"x": 900, "y": 1500, "z": 2600}  # bytes; a block of 4 tokens has 640
 
 
 @dataclass
@@ -33,10 +40,16 @@ class World:
         progress = self.scheduler.update(batch, self.device.execute(batch), self.now)
         return [p.request for p in progress if p.request.finish_reason]
 
+    def arrive(self) -> None:
+        """The adapter that has been on its way to the device for longest is there."""
+        if self.device.arena.arriving:
+            self.scheduler.adapters.set_resident(self.device.arena.arrive())
+
     def run(self, max_steps: int = 2000) -> list[Request]:
         finished: list[Request] = []
         while self.scheduler.has_unfinished:
             finished += self.step()
+            self.arrive()
             self.scheduler.check_integrity()
             max_steps -= 1
             assert max_steps, "requests never end"
@@ -51,15 +64,18 @@ def make_world(
     budget: int = 16,
     ready: bool = True,
     prefix_caching: bool = True,
+    loads_are_immediate: bool = True,
 ) -> World:
-    adapters = AdapterSlots(10)
+    adapters = AdapterSlots(loads_are_immediate=loads_are_immediate)
     if ready:
         for digest, nbytes in ADAPTERS.items():
-            if digest:
-                adapters.set_ready(digest, nbytes)
+            adapters.set_ready(digest, nbytes)
     limits = SchedulerLimits(max_num_seqs, budget, max_model_len=num_blocks * block_size)
     blocks = BlockManager(num_blocks, block_size, prefix_caching=prefix_caching)
-    return World(Scheduler(limits, blocks, adapters), FakeDevice(block_size))
+    memory_bytes = num_blocks * block_bytes(block_size)
+    memory = MemoryBudget(memory_bytes, block_bytes(block_size), blocks, adapters)
+    device = FakeDevice(block_size, memory_bytes, loads_are_immediate=loads_are_immediate)
+    return World(Scheduler(limits, memory), device)
 
 
 def make_request(
@@ -96,16 +112,24 @@ def assert_expected(request: Request) -> None:
 class Traffic(RuleBasedStateMachine):
     """Requests come, are aborted, fail and finish in a space too small for all of them."""
 
+    loads_are_immediate = True
+
     def __init__(self) -> None:
         super().__init__()
-        self.world = make_world(num_blocks=12, max_num_seqs=4, budget=7, ready=False)
+        self.world = make_world(
+            num_blocks=13,
+            max_num_seqs=4,
+            budget=7,
+            ready=False,
+            loads_are_immediate=self.loads_are_immediate,
+        )
         self.count = 0
         self.ended: dict[tuple[str, int], FinishReason] = {}
         self.expected: dict[tuple[str, int], None] = {}
 
     @rule(
         prompt=st.lists(st.integers(0, 1), min_size=1, max_size=20),
-        adapter=st.sampled_from(sorted(ADAPTERS)),
+        adapter=st.sampled_from(["", *ADAPTERS]),
         max_tokens=st.integers(1, 20),
         n=st.integers(1, 3),
         tenant=st.sampled_from(["s", "t"]),
@@ -122,12 +146,26 @@ class Traffic(RuleBasedStateMachine):
             stop=(3, 4),
             tenant=tenant,
         )
+        if self.world.scheduler.refusal(request):
+            with pytest.raises(InvalidRequest, match="bytes of memory"):
+                self.world.scheduler.add(request)
+            return
         self.world.scheduler.add(request)
         self.expected.update({(request.request_id, i): None for i in range(n)})
 
-    @rule(adapter=st.sampled_from(["x", "y", "z"]))
+    @rule(adapter=st.sampled_from(sorted(ADAPTERS)))
     def adapter_becomes_ready(self, adapter: str) -> None:
         self.world.scheduler.adapters.set_ready(adapter, ADAPTERS[adapter])
+        for request in self.world.scheduler.end_too_large(adapter):
+            self._end(request)
+
+    @rule(adapter=st.sampled_from(sorted(ADAPTERS)))
+    def the_host_drops_an_adapter(self, adapter: str) -> None:
+        self.world.scheduler.adapters.set_absent(adapter)
+
+    @rule()
+    def an_adapter_arrives(self) -> None:
+        self.world.arrive()
 
     @rule(steps=st.integers(1, 5))
     def run(self, steps: int) -> None:
@@ -149,11 +187,7 @@ class Traffic(RuleBasedStateMachine):
         batch = scheduler.schedule(self.world.now)
         if batch is None:
             return
-        lost_evictions = list(batch.adapter_evictions)
-        for slot in lost_evictions:
-            del self.world.device.adapters[slot]
-        for slot, digest in batch.adapter_loads:
-            self.world.device.adapters[slot] = digest
+        self.world.device.lose(batch)
         for request in scheduler.fail(batch):
             self._end(request)
 
@@ -162,7 +196,7 @@ class Traffic(RuleBasedStateMachine):
         self.world.scheduler.check_integrity()
 
     def teardown(self) -> None:
-        for adapter in ("x", "y", "z"):
+        for adapter in ADAPTERS:
             self.adapter_becomes_ready(adapter)
         for request in self.world.run():
             self._end(request)
@@ -176,8 +210,16 @@ class Traffic(RuleBasedStateMachine):
         self.ended[request.key] = request.finish_reason
 
 
+class SlowLoads(Traffic):
+    """Adapters are on their way to the device for any number of steps."""
+
+    loads_are_immediate = False
+
+
 TestTraffic = Traffic.TestCase
-TestTraffic.settings = settings(max_examples=80, stateful_step_count=30, deadline=None)
+TestSlowLoads = SlowLoads.TestCase
+TestTraffic.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+TestSlowLoads.settings = TestTraffic.settings
 
 
 @pytest.mark.parametrize("budget", [3, 5, 16, 64])
