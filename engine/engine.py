@@ -21,6 +21,7 @@ from engine.lora.weights import AdapterLoadError, LoraWeights, load_lora
 from engine.messages import (
     ADAPTER_INVALID,
     ENGINE_ERROR,
+    INVALID_REQUEST,
     AdapterFolder,
     EngineInfo,
     EngineStats,
@@ -41,6 +42,7 @@ from engine.runner.model_runner import (
 from engine.scheduler.adapter_slots import AdapterSlots
 from engine.scheduler.batch import ScheduledBatch
 from engine.scheduler.block_manager import BlockManager
+from engine.scheduler.memory import MemoryBudget
 from engine.scheduler.request import CacheScope, FinishReason, Request
 from engine.scheduler.scheduler import Progress, Scheduler, SchedulerLimits
 from engine.scheduler.timings import RequestMetrics, request_metrics
@@ -81,10 +83,7 @@ class Engine:
             SchedulerLimits(
                 config.max_num_seqs, config.max_num_batched_tokens, s.max_model_len, eos_token_ids
             ),
-            BlockManager(
-                s.num_blocks, config.block_size, prefix_caching=config.enable_prefix_caching
-            ),
-            AdapterSlots(config.device_adapter_bytes),
+            self._memory_budget(),
             pipeline_depth=self.runner.pipeline_depth,
         )
         self.is_idle = True  # the last step found nothing that could run, and nothing under way
@@ -128,10 +127,10 @@ class Engine:
             for i in range(request.n)
         ]
         first.forks = forks
+        self.scheduler.add(first)
         if adapter:
             for _ in range(request.n):
                 self.host.want(adapter)
-        self.scheduler.add(first)
 
     def abort(self, request_id: str) -> None:
         """End the request; its blocks are free on return. An unknown id has ended already."""
@@ -146,7 +145,7 @@ class Engine:
         """
         self._poll_adapters()
         num_kept = self._launch()
-        self.is_idle = not self._in_flight
+        self.is_idle = not self._in_flight and not self.scheduler.adapters.is_any_loading
         while len(self._in_flight) > num_kept:
             self._collect(self._in_flight.popleft())
         outputs, self._outputs = self._outputs, []
@@ -185,7 +184,7 @@ class Engine:
             num_waiting=s.num_waiting,
             num_blocks_used=blocks.num_held,
             num_blocks_cached=blocks.num_cached,
-            num_blocks_total=blocks.num_blocks,
+            num_blocks_total=s.memory.num_reachable_blocks,
             queued_tokens=s.queued_tokens,
             resident_adapters=s.adapters.resident,
             total_steps=self._num_steps,
@@ -264,11 +263,25 @@ class Engine:
                 )
             )
 
+    # ==== memory ====
+
+    def _memory_budget(self) -> MemoryBudget:
+        config, s = self.config, self.settled
+        return MemoryBudget(
+            config.memory_bytes,
+            s.block_bytes,
+            BlockManager(
+                s.num_blocks, config.block_size, prefix_caching=config.enable_prefix_caching
+            ),
+            AdapterSlots(loads_are_immediate=self.runner.loads_are_immediate),
+            max_adapter_bytes=config.adapter_memory_bytes,
+        )
+
     # ==== adapters ====
 
     def _load_adapter(self, adapter: AdapterFolder) -> LoraWeights:
         """Runs in the host cache's threads."""
-        s, capacity = self.settled, self.config.device_adapter_bytes
+        s = self.settled
         weights = load_lora(
             adapter,
             self.model.lora_sites,
@@ -276,10 +289,11 @@ class Engine:
             b_layout=self.model.b_layout,
             pin=s.device.type == "cuda",
         )
-        if weights.nbytes > capacity:
+        most = self.config.adapter_memory_bytes
+        if most is not None and weights.nbytes > most:
             raise AdapterLoadError(
                 f"adapter {adapter.digest} needs {weights.nbytes} bytes on the device; "
-                f"adapter_memory_bytes is {capacity}"
+                f"adapter_memory_bytes is {most}"
             )
         return weights
 
@@ -288,12 +302,18 @@ class Engine:
             self.scheduler.adapters.set_resident(digest)
         for loaded in self.host.poll():
             if loaded.weights is not None:
-                self.scheduler.adapters.set_ready(loaded.digest, loaded.weights.nbytes)
+                self._set_ready(loaded.digest, loaded.weights.nbytes)
                 continue
             kind = ADAPTER_INVALID if isinstance(loaded.error, AdapterLoadError) else ENGINE_ERROR
             log.error("adapter %s cannot be used: %s", loaded.digest, loaded.error)
             ended = self.scheduler.end_adapter_with_error(loaded.digest)
             self._end(ended, RequestError(kind, str(loaded.error)))
+
+    def _set_ready(self, digest: str, nbytes: int) -> None:
+        self.scheduler.adapters.set_ready(digest, nbytes)
+        for request in self.scheduler.end_too_large(digest):
+            text = self.scheduler.refusal(request)
+            self._end([request], RequestError(INVALID_REQUEST, text))
 
     def _release_adapter(self, request: Request) -> None:
         if request.adapter:

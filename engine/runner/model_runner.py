@@ -16,7 +16,7 @@ from torch import Tensor
 from engine.lora.weights import LoraWeights
 from engine.messages import TokenLogprobs
 from engine.runner.sampler import NotFinite, Picker, SampledToken, sample, target_logprobs
-from engine.scheduler.batch import ScheduledBatch, ScheduledRequest
+from engine.scheduler.batch import AdapterLoad, Move, ScheduledBatch, ScheduledRequest
 
 LOGITS_ROWS = 32  # rows of [*, V] logits that are in memory at once for prompt logprobs
 
@@ -24,12 +24,12 @@ LOGITS_ROWS = 32  # rows of [*, V] logits that are in memory at once for prompt 
 class ForwardPass(Protocol):
     """The model with its KV cache and adapters, on one device and in one implementation."""
 
-    def load_adapter(self, slot: int, weights: LoraWeights) -> None: ...
+    def load_adapter(self, load: AdapterLoad, weights: LoraWeights) -> None: ...
 
     def evict_adapter(self, slot: int) -> None: ...
 
-    def copy_blocks(self, copies: tuple[tuple[int, int], ...]) -> None:
-        """KV blocks, (source, destination); all are read before any is written."""
+    def move(self, moves: Sequence[Move]) -> None:
+        """KV blocks and adapters, one after the other."""
         ...
 
     def hidden(self, batch: ScheduledBatch, output_rows: list[int]) -> Tensor:
@@ -81,6 +81,11 @@ class Runner(Protocol):
         """
         ...
 
+    @property
+    def loads_are_immediate(self) -> bool:
+        """Whether a step's adapters are in place before it is computed; else see `arrived`."""
+        ...
+
     def launch(self, batch: ScheduledBatch) -> StepHandle:
         """Start the step. What it raises has happened to this batch alone."""
         ...
@@ -112,6 +117,7 @@ class ModelRunner:
     """A Runner without any asynchrony: `launch` returns when the step is done."""
 
     pipeline_depth = 0
+    loads_are_immediate = True
 
     def __init__(self, model: ForwardPass, host_weights: Callable[[str], LoraWeights]) -> None:
         self.model = model
@@ -142,10 +148,9 @@ class ModelRunner:
     def _move(self, batch: ScheduledBatch) -> None:
         for slot in batch.adapter_evictions:
             self.model.evict_adapter(slot)
-        for slot, digest in batch.adapter_loads:
-            self.model.load_adapter(slot, self._host_weights(digest))
-        if batch.block_copies:
-            self.model.copy_blocks(batch.block_copies)
+        self.model.move(batch.moves)
+        for load in batch.adapter_loads:
+            self.model.load_adapter(load, self._host_weights(load.digest))
 
     def _sample(
         self,

@@ -40,14 +40,49 @@ class ScheduledRequest(NamedTuple):
         return self.start + len(self.token_ids)
 
 
+class BlockCopy(NamedTuple):
+    """All of a KV block's content, from one block number to another."""
+
+    source: int
+    destination: int
+
+
+class AdapterMove(NamedTuple):
+    """A resident adapter's extent, from one offset in the arena to another; the two are disjoint.
+
+    It belongs to the adapter that has the slot since before this batch.
+    """
+
+    slot: int
+    source_bytes: int
+    destination_bytes: int
+    nbytes: int
+
+
+class AdapterLoad(NamedTuple):
+    """The adapter's weights, from host memory to its extent in the arena."""
+
+    slot: int
+    digest: str
+    offset_bytes: int
+    nbytes: int
+
+
+Move = BlockCopy | AdapterMove
+
+
 @dataclass(frozen=True, slots=True)
 class ScheduledBatch:
-    """One step. Requests with a single new token come first, then prefill chunks by length."""
+    """One step. Requests with a single new token come first, then prefill chunks by length.
+
+    What changes in memory is to be done before the forward, in the order of the fields: evictions,
+    then the moves one after the other, each reading what those before it wrote, then the loads.
+    """
 
     requests: tuple[ScheduledRequest, ...]
-    block_copies: tuple[tuple[int, int], ...] = ()  # (source, destination), before the forward
-    adapter_evictions: tuple[int, ...] = ()  # slots, before the loads
-    adapter_loads: tuple[tuple[int, str], ...] = ()  # (slot, digest)
+    adapter_evictions: tuple[int, ...] = ()  # slots
+    moves: tuple[Move, ...] = ()
+    adapter_loads: tuple[AdapterLoad, ...] = ()
 
     @property
     def num_tokens(self) -> int:

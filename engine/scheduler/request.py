@@ -123,6 +123,7 @@ class Request:
     life: int = 0  # a new number with every admission; 0 unless RUNNING
     num_cached_tokens: int = 0
     num_published_blocks: int = 0
+    awaited_load: int = 0  # number of the first copy of its adapter that it had to wait for
     finish_reason: FinishReason | None = None
     timings: Timings = field(default_factory=Timings)
 

@@ -12,9 +12,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from engine.scheduler.batch import PENDING, ScheduledBatch, ScheduledRequest
+from tests.engine.fake_arena import CELL, FakeArena, Garbage
 
 VOCAB = 50
 GARBAGE = -7  # a token that comes of a lost step
+
+
+def block_bytes(block_size: int) -> int:
+    return (block_size + 1) * CELL
 
 
 def next_token(
@@ -59,10 +64,15 @@ class FakeStep:
 
 
 class FakeDevice:
-    def __init__(self, block_size: int) -> None:
+    """A KV slot is a cell of the arena; a block has one more, that no token uses."""
+
+    def __init__(
+        self, block_size: int, memory_bytes: int, *, loads_are_immediate: bool = True
+    ) -> None:
         self.block_size = block_size
-        self.kv: dict[tuple[int, int], tuple[str, tuple[int, ...]] | None] = {}  # None: garbage
-        self.adapters: dict[int, str | None] = {0: ""}
+        self.arena = FakeArena(
+            memory_bytes, block_bytes(block_size), loads_are_immediate=loads_are_immediate
+        )
         self._queue: list[FakeStep] = []
         self._done: dict[FakeStep, list[list[int]]] = {}
         self._sampled: dict[tuple[str, int, int], int] = {}  # by the last step
@@ -82,13 +92,10 @@ class FakeDevice:
         return self._done.pop(step)
 
     def _execute(self, batch: ScheduledBatch) -> list[list[int]]:
-        self._move_adapters(batch, is_lost=False)
-        for source, destination in batch.block_copies:
-            for offset in range(self.block_size):
-                if (source, offset) in self.kv:
-                    self.kv[destination, offset] = self.kv[source, offset]
+        self.arena.change(batch.adapter_evictions, batch.moves, batch.adapter_loads)
         self._check_disjoint_writes(batch)
         outputs = [self._run(request) for request in batch.requests]
+        self.arena.check()
         self._sampled = {
             (r.request_id, r.choice, r.life): token_id
             for r, token_ids in zip(batch.requests, outputs, strict=True)
@@ -98,9 +105,8 @@ class FakeDevice:
 
     def _lose(self, batch: ScheduledBatch) -> list[list[int]]:
         """What a step that breaks down in its middle leaves behind."""
-        self._move_adapters(batch, is_lost=True)
-        for _, block in batch.block_copies:
-            self.kv.update({(block, offset): None for offset in range(self.block_size)})
+        changes = batch.adapter_evictions, batch.moves, batch.adapter_loads
+        self.arena.change(*changes, is_lost=True)
         for request in batch.requests:
             self._spoil(request)
         self._sampled = {
@@ -108,31 +114,27 @@ class FakeDevice:
         }
         return []
 
-    def _move_adapters(self, batch: ScheduledBatch, *, is_lost: bool) -> None:
-        for slot in batch.adapter_evictions:
-            del self.adapters[slot]
-        for slot, digest in batch.adapter_loads:
-            assert slot not in self.adapters, "loaded over a resident adapter"
-            self.adapters[slot] = None if is_lost else digest
-
     def _run(self, request: ScheduledRequest) -> list[int]:
-        new_ids, adapter = self._resolved(request), self.adapters[request.adapter_slot]
-        read = [self.kv[self._slot(request, position)] for position in range(request.start)]
-        if adapter is None or GARBAGE in new_ids or None in read:
+        new_ids, arena = self._resolved(request), self.arena
+        adapter = arena.adapter(request.adapter_slot)
+        read = [arena.read(*self._slot(request, i)) for i in range(request.start)]
+        if GARBAGE in new_ids or Garbage() in (adapter, *read):
             self._spoil(request)
             return [GARBAGE] if request.samples else []
         known: tuple[int, ...] = ()
-        if read:
-            owner, known = read[-1] or ("", ())
-            assert owner == adapter and len(known) == request.start
+        for position, content in enumerate(read):  # what attention would read
+            assert isinstance(content, tuple)
+            owner, known = content
+            assert owner == adapter and len(known) == position + 1
         for position, token_id in enumerate(new_ids, request.start):
             known = (*known, token_id)
-            self.kv[self._slot(request, position)] = (adapter, known)
-        for position in range(request.end):  # what attention would read
-            assert self.kv[self._slot(request, position)] == (adapter, known[: position + 1])
+            arena.write(*self._slot(request, position), (adapter, known))
+        for position in range(request.end):
+            content = arena.read(*self._slot(request, position))
+            assert content == (adapter, known[: position + 1])
         self._check_history(request, known)
         salt = request.sampling.seed + request.choice
-        token_id = next_token(adapter, known, salt, request.forbidden_token_ids)
+        token_id = next_token(str(adapter), known, salt, request.forbidden_token_ids)
         return [token_id] if request.samples else []
 
     def _resolved(self, request: ScheduledRequest) -> list[int]:
@@ -143,7 +145,7 @@ class FakeDevice:
 
     def _spoil(self, request: ScheduledRequest) -> None:
         for position in range(request.start, request.end):
-            self.kv[self._slot(request, position)] = None
+            self.arena.write(*self._slot(request, position), Garbage())
 
     def _slot(self, request: ScheduledRequest, position: int) -> tuple[int, int]:
         return request.block_table[position // self.block_size], position % self.block_size

@@ -38,8 +38,8 @@ class LateRunner(ModelRunner):
             raise RuntimeError("the launch is refused")
         self.num_in_flight += 1
         assert self.num_in_flight <= 2
-        for _, digest in batch.adapter_loads:
-            self._weights[digest] = self._at_launch(digest)
+        for load in batch.adapter_loads:
+            self._weights[load.digest] = self._at_launch(load.digest)
         return LateStep(self, batch)
 
     def compute(self, batch: ScheduledBatch) -> list[RowOutput]:

@@ -22,8 +22,14 @@ class PipelinedTraffic(Traffic):
     pipeline_depth = 1
 
 
+class PipelinedSlowLoads(PipelinedTraffic):
+    loads_are_immediate = False
+
+
 TestTraffic = PipelinedTraffic.TestCase
-TestTraffic.settings = settings(max_examples=200, stateful_step_count=40, deadline=None)
+TestSlowLoads = PipelinedSlowLoads.TestCase
+TestTraffic.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
+TestSlowLoads.settings = TestTraffic.settings
 
 
 def ahead(**changes: Any) -> World:

@@ -11,11 +11,24 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from engine.scheduler.adapter_slots import AdapterSlots
 from engine.scheduler.batch import ScheduledBatch
 from engine.scheduler.block_manager import BlockManager
-from engine.scheduler.request import CacheScope, FinishReason, Request, SamplingParams
+from engine.scheduler.memory import MemoryBudget
+from engine.scheduler.request import (
+    CacheScope,
+    FinishReason,
+    InvalidRequest,
+    Request,
+    SamplingParams,
+)
 from engine.scheduler.scheduler import Scheduler, SchedulerLimits
-from tests.engine.fake_device import DeviceError, FakeDevice, FakeStep, expected_output
+from tests.engine.fake_device import (
+    DeviceError,
+    FakeDevice,
+    FakeStep,
+    block_bytes,
+    expected_output,
+)
 
-ADAPTERS = {"": 0, "x": 4, "y": 6, "z": 10}
+ADAPTERS = {"x": 900, "y": 1500, "z": 2600}  # bytes; a block of 4 tokens has 640
 
 
 @dataclass
@@ -53,10 +66,16 @@ class World:
         progress = self.scheduler.update(step.batch, sampled, self.now)
         return [p.request for p in progress if p.request.finish_reason]
 
+    def arrive(self) -> None:
+        """The adapter that has been on its way to the device for longest is there."""
+        if self.device.arena.arriving:
+            self.scheduler.adapters.set_resident(self.device.arena.arrive())
+
     def run(self, max_steps: int = 2000) -> list[Request]:
         finished: list[Request] = []
         while self.scheduler.has_unfinished or self.in_flight:
             finished += self.step()
+            self.arrive()
             self.scheduler.check_integrity()
             max_steps -= 1
             assert max_steps, "requests never end"
@@ -73,16 +92,18 @@ def make_world(
     prefix_caching: bool = True,
     max_model_len: int | None = None,
     pipeline_depth: int = 0,
+    loads_are_immediate: bool = True,
 ) -> World:
-    adapters = AdapterSlots(10)
+    adapters = AdapterSlots(loads_are_immediate=loads_are_immediate)
     if ready:
         for digest, nbytes in ADAPTERS.items():
-            if digest:
-                adapters.set_ready(digest, nbytes)
+            adapters.set_ready(digest, nbytes)
     limits = SchedulerLimits(max_num_seqs, budget, max_model_len or num_blocks * block_size)
     blocks = BlockManager(num_blocks, block_size, prefix_caching=prefix_caching)
-    scheduler = Scheduler(limits, blocks, adapters, pipeline_depth=pipeline_depth)
-    return World(scheduler, FakeDevice(block_size))
+    memory_bytes = num_blocks * block_bytes(block_size)
+    memory = MemoryBudget(memory_bytes, block_bytes(block_size), blocks, adapters)
+    device = FakeDevice(block_size, memory_bytes, loads_are_immediate=loads_are_immediate)
+    return World(Scheduler(limits, memory, pipeline_depth=pipeline_depth), device)
 
 
 def make_request(
@@ -131,15 +152,17 @@ class Traffic(RuleBasedStateMachine):
     """Requests come, are aborted, fail and finish in a space too small for all of them."""
 
     pipeline_depth = 0
+    loads_are_immediate = True
 
     def __init__(self) -> None:
         super().__init__()
         self.world = make_world(
-            num_blocks=12,
+            num_blocks=13,
             max_num_seqs=4,
             budget=7,
             ready=False,
             pipeline_depth=self.pipeline_depth,
+            loads_are_immediate=self.loads_are_immediate,
         )
         self.added: list[Request] = []
         self.ended: dict[Request, FinishReason] = {}
@@ -147,7 +170,7 @@ class Traffic(RuleBasedStateMachine):
     @rule(
         common=st.integers(0, 16),
         tail=st.lists(st.integers(0, 1), min_size=1, max_size=6),
-        adapter=st.sampled_from(sorted(ADAPTERS)),
+        adapter=st.sampled_from(["", *ADAPTERS]),
         max_tokens=st.integers(1, 20),
         n=st.integers(1, 3),
         tenant=st.sampled_from(["s", "t"]),
@@ -192,9 +215,18 @@ class Traffic(RuleBasedStateMachine):
         new.output_token_ids = whole[: min(num_resumed, len(whole) - 1)]
         self._add(new)
 
-    @rule(adapter=st.sampled_from(["x", "y", "z"]))
+    @rule(adapter=st.sampled_from(sorted(ADAPTERS)))
     def adapter_becomes_ready(self, adapter: str) -> None:
         self.world.scheduler.adapters.set_ready(adapter, ADAPTERS[adapter])
+        self._end(self.world.scheduler.end_too_large(adapter))
+
+    @rule(adapter=st.sampled_from(sorted(ADAPTERS)))
+    def the_host_drops_an_adapter(self, adapter: str) -> None:
+        self.world.scheduler.adapters.set_absent(adapter)
+
+    @rule()
+    def an_adapter_arrives(self) -> None:
+        self.world.arrive()
 
     @rule(steps=st.integers(1, 5))
     def run(self, steps: int) -> None:
@@ -216,15 +248,20 @@ class Traffic(RuleBasedStateMachine):
         self.world.scheduler.check_integrity()
 
     def teardown(self) -> None:
-        for adapter in ("x", "y", "z"):
+        for adapter in ADAPTERS:
             self.adapter_becomes_ready(adapter)
         self._end(self.world.run())
         assert self.ended.keys() == set(self.added), "a request ended without an answer"
         assert self.world.scheduler.blocks.num_held == 0
 
     def _add(self, request: Request) -> None:
+        scheduler = self.world.scheduler
+        if scheduler.refusal(request):
+            with pytest.raises(InvalidRequest, match="bytes of memory"):
+                scheduler.add(request)
+            return
         self.added += [request, *request.forks]
-        self.world.scheduler.add(request)
+        scheduler.add(request)
 
     def _end(self, requests: list[Request]) -> None:
         for request in requests:
@@ -238,8 +275,16 @@ class Traffic(RuleBasedStateMachine):
                 assert request.output_token_ids == expected[: len(request.output_token_ids)]
 
 
+class SlowLoads(Traffic):
+    """Adapters are on their way to the device for any number of steps."""
+
+    loads_are_immediate = False
+
+
 TestTraffic = Traffic.TestCase
-TestTraffic.settings = settings(max_examples=80, stateful_step_count=30, deadline=None)
+TestSlowLoads = SlowLoads.TestCase
+TestTraffic.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+TestSlowLoads.settings = TestTraffic.settings
 
 
 @pytest.mark.parametrize("budget", [3, 5, 16, 64])
