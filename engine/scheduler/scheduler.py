@@ -228,13 +228,16 @@ class Scheduler:
     def _make_room(self, request: Request, count: int, step: "_Step") -> bool:
         """Blocks for `count` more tokens, at the cost of requests admitted later or of itself.
 
-        Where a request is about to end, its blocks are waited for instead.
+        Where a request is about to end, its blocks are waited for instead; and this one does not
+        give way before its pending token is known, or it might sample that one for ever.
         """
         while not self._allocate(request, count):
             step.lacks_blocks = True
             if any(self._is_ending(r) for r in self.running):
                 return False
             victim = next(r for r in reversed(self.running) if not step.has(r))
+            if victim is request and request.num_pending_tokens:
+                return False
             self._preempt(victim)
             if victim is request:
                 return False

@@ -129,6 +129,19 @@ def test_a_request_preempted_in_flight_samples_its_pending_token_again() -> None
     assert_expected(young)
 
 
+def test_a_request_that_gives_way_itself_keeps_its_pending_token() -> None:
+    world = ahead(num_blocks=4, block_size=4, max_num_seqs=2, max_model_len=16, budget=32)
+    old, young = make_request("old", [1] * 4, seed=1), make_request("young", [2] * 7, seed=2)
+    world.scheduler.add(old)
+    world.scheduler.add(young)
+    while not world.scheduler.num_preemptions:
+        world.step()
+    assert len(young.output_token_ids) == 2
+    assert {r.request_id for r in world.run()} == {"old", "young"}
+    assert_expected(old)
+    assert_expected(young)
+
+
 def test_blocks_of_a_request_that_is_about_to_end_are_waited_for() -> None:
     world = ahead(num_blocks=4, block_size=4, max_num_seqs=2, max_model_len=16)
     world.scheduler.add(make_request("long", [1] * 7, max_tokens=9))
