@@ -122,8 +122,7 @@ def test_answers_are_those_of_one_step_at_a_time(
 
 
 def test_preemption_changes_no_answer(ahead: MakeEngine, expected: Answers) -> None:
-    room = 72 * 2 * 3 * 2 * 16 * 4
-    engine = ahead(memory_bytes=2**20, adapter_memory_bytes=2**20 - room, max_model_len=64)
+    engine = ahead(memory_bytes=72 * 2 * 3 * 2 * 16 * 4, max_model_len=64)
     assert_same(run(engine, diverse_requests()), expected)
     assert engine.stats.total_preemptions > 0
 

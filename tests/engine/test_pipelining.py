@@ -28,7 +28,7 @@ class PipelinedSlowLoads(PipelinedTraffic):
 
 TestTraffic = PipelinedTraffic.TestCase
 TestSlowLoads = PipelinedSlowLoads.TestCase
-TestTraffic.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
+TestTraffic.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
 TestSlowLoads.settings = TestTraffic.settings
 
 
