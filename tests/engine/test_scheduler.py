@@ -311,8 +311,12 @@ def test_a_resident_adapter_overtakes_one_that_is_loading() -> None:
     assert [r.request_id for r in world.run()] == ["slow"]
 
 
-def test_a_large_adapter_is_not_starved_by_small_ones_that_keep_coming() -> None:
-    world = make_world()
+@pytest.mark.parametrize("loads_are_immediate", [True, False])
+def test_a_large_adapter_is_not_starved_by_small_ones_that_keep_coming(
+    loads_are_immediate: bool,
+) -> None:
+    """The two do not fit together."""
+    world = make_world(num_blocks=6, loads_are_immediate=loads_are_immediate)
     world.scheduler.add(make_request("small-0", [1], adapter="x", max_tokens=4))
     world.step()
     world.scheduler.add(make_request("large", [1], adapter="z", max_tokens=1))
@@ -320,7 +324,58 @@ def test_a_large_adapter_is_not_starved_by_small_ones_that_keep_coming() -> None
     for i in range(1, 12):
         world.scheduler.add(make_request(f"small-{i}", [1], adapter="x", max_tokens=4))
         done += [r.request_id for r in world.step()]
+        world.arrive()
     assert "large" in done
+
+
+def test_while_an_adapter_is_copied_its_request_waits_and_others_go_on() -> None:
+    world = make_world(loads_are_immediate=False)
+    world.scheduler.add(make_request("slow", [1, 2, 3], adapter="x"))
+    world.scheduler.add(make_request("fast", [1, 2, 3], max_tokens=3))
+    finished = [r.request_id for _ in range(4) for r in world.step()]
+    assert finished == ["fast"] and len(world.device.arena.arriving) == 1
+    assert world.scheduler.schedule(9.0) is None
+    assert [r.request_id for r in world.run()] == ["slow"]
+
+
+def test_a_batch_may_have_nothing_but_a_copy() -> None:
+    world = make_world(loads_are_immediate=False)
+    world.scheduler.add(make_request("r", [1, 2, 3], adapter="x"))
+    batch = world.scheduler.schedule(1.0)
+    assert batch is not None and not batch.requests
+    (load,) = batch.adapter_loads
+    assert (load.digest, load.nbytes) == ("x", ADAPTERS["x"])
+
+
+@pytest.mark.parametrize("num_tokens", [12, 13])
+def test_those_who_overtake_leave_the_blocks_that_will_be_wanted(num_tokens: int) -> None:
+    world = make_world(num_blocks=13, loads_are_immediate=False)  # 11 beside the adapter
+    world.scheduler.add(make_request("slow", list(range(32)), adapter="x"))
+    world.scheduler.add(make_request("other", list(range(num_tokens)), max_tokens=1))
+    assert bool(world.step()) == (num_tokens == 12)
+
+
+def test_nobody_overtakes_a_request_whose_adapter_has_to_be_copied_again() -> None:
+    world = make_world(loads_are_immediate=False)
+    world.scheduler.add(make_request("slow", [1, 2, 3], adapter="x"))
+    world.step()
+    world.arrive()
+    world.scheduler.memory.discard("x")
+    world.scheduler.add(make_request("late", [1, 2, 3], max_tokens=1))
+    assert not world.step() and not world.step()
+    world.arrive()
+    assert [r.request_id for r in world.step()] == ["late"]
+    assert [r.request_id for r in world.scheduler.running] == ["slow"]
+
+
+def test_a_request_that_never_fits_is_refused_with_the_bytes() -> None:
+    world = make_world(num_blocks=13)
+    world.scheduler.add(make_request("fits", [1] * 4, adapter="z", max_tokens=29))
+    with pytest.raises(
+        InvalidRequest, match=f"33 tokens .* need {9 * 640 + 2816} .*are {13 * 640}"
+    ):
+        world.scheduler.add(make_request("never", [1] * 4, adapter="z", max_tokens=30))
+    assert [r.request_id for r in world.run()] == ["fits"]
 
 
 def test_choices_share_the_prompt_and_copy_only_what_they_write() -> None:
