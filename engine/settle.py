@@ -22,7 +22,8 @@ class Settled:
     weight_format: str  # of the linear layers: none, int8, nf4 or int4
     device: torch.device
     max_model_len: int
-    num_blocks: int
+    block_bytes: int
+    num_blocks: int  # of the whole memory; where adapters are, there are fewer
 
 
 def settle(config: EngineConfig) -> Settled:
@@ -32,11 +33,12 @@ def settle(config: EngineConfig) -> Settled:
     dtype, device = _dtype(config, folder), _device(config)
     kv_dtype, form = _kv_dtype(config, dtype, device), _weight_format(config, folder)
     block_bytes = config.block_size * kv_bytes_per_token(spec, kv_dtype)
-    num_blocks = (config.memory_bytes - config.device_adapter_bytes) // block_bytes
+    num_blocks = config.memory_bytes // block_bytes
     room = num_blocks * config.block_size
     max_model_len = config.max_model_len
     if max_model_len is None:
-        max_model_len = min(spec.max_position, DEFAULT_MAX_MODEL_LEN, room)
+        beside_adapters = _bytes_beside_adapters(config) // block_bytes * config.block_size
+        max_model_len = min(spec.max_position, DEFAULT_MAX_MODEL_LEN, beside_adapters)
         spec = read_spec(folder, max_model_len) if max_model_len >= 2 else spec
     if max_model_len > spec.max_position:
         raise ConfigError(
@@ -44,16 +46,18 @@ def settle(config: EngineConfig) -> Settled:
             f"that the model was made for"
         )
     if max_model_len < 2 or max_model_len > room:
-        needed = (
-            config.device_adapter_bytes
-            + -(-max(max_model_len, 2) // config.block_size) * block_bytes
-        )
+        needed = -(-max(max_model_len, 2) // config.block_size) * block_bytes
         raise ConfigError(
-            f"memory_bytes={config.memory_bytes} leaves room for {room} tokens of KV cache beside "
-            f"{config.device_adapter_bytes} bytes for adapters; max_model_len={max_model_len} "
-            f"needs memory_bytes of at least {needed}"
+            f"memory_bytes={config.memory_bytes} has room for {room} tokens of KV cache; "
+            f"max_model_len={max_model_len} needs memory_bytes of at least {needed}"
         )
-    return Settled(spec, dtype, kv_dtype, form, device, max_model_len, num_blocks)
+    return Settled(spec, dtype, kv_dtype, form, device, max_model_len, block_bytes, num_blocks)
+
+
+def _bytes_beside_adapters(config: EngineConfig) -> int:
+    """What a request may count on that nobody sized: a quarter is left for its adapter."""
+    quarter, most = config.memory_bytes // 4, config.adapter_memory_bytes
+    return config.memory_bytes - (quarter if most is None else min(quarter, most))
 
 
 def _dtype(config: EngineConfig, folder: Path) -> torch.dtype:
