@@ -85,7 +85,7 @@ def _case(
 ) -> AotCase:
     """Every pointer and stride of these shapes is a multiple of 16."""
     signature = {key: "constexpr" if key in constants else kind for key, kind in types.items()}
-    signature |= {key: "constexpr" for key in constants}
+    signature |= dict.fromkeys(constants, "constexpr")
     whole = [k for k, kind in signature.items() if kind.startswith("*") or kind == "i32"]
     return AotCase(
         name=f"elementwise {name}",
