@@ -35,9 +35,9 @@ class PagedAttentionInto(Protocol):
         scale: float,
         window: int | None,
         soft_cap: float | None,
-    ) -> None:
-        """As PagedAttention of engine.kernels.dispatch, into out [N, H, D]. q's rows lie apart:
-        it is a part of the qkv layer's output. `attention` is what `forward` was given."""
+    ) -> Tensor:
+        """As PagedAttention of engine.kernels.dispatch, into out [N, H, D], returned. q's rows lie
+        apart: it is a part of the qkv layer's output. `attention` is what `forward` was given."""
         ...
 
 

@@ -37,8 +37,8 @@ def e4m3_bits(values):
 def store_e4m3(values, inside, codes_ptr, scale_ptr):
     """A whole row, float32 and 0 outside: its codes through pointers [BLOCK], its scale."""
     largest = tl.maximum(tl.max(tl.abs(values), 0), TINY)
-    tl.store(scale_ptr, largest / LARGEST)
-    scaled = values * (LARGEST / largest)
+    tl.store(scale_ptr, tl.div_rn(largest, LARGEST))
+    scaled = values * tl.div_rn(LARGEST, largest)
     clamped = tl.minimum(tl.maximum(scaled, -LARGEST), LARGEST)
     clamped = tl.where(scaled != scaled, scaled, clamped)
     tl.store(codes_ptr, e4m3_bits(clamped), mask=inside)

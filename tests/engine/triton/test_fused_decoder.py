@@ -29,7 +29,7 @@ from engine.scheduler.request import SamplingParams
 from tests.engine.tiny import MODEL_TYPES, Tiny, random_prompt
 
 MakeTiny = Callable[..., Tiny]
-CPU = torch.device("cpu")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BLOCK_SIZE, NUM_BLOCKS, CAPACITY = 4, 40, 10
 
 # (new tokens, context with them, adapter slot); decodes first
@@ -61,16 +61,17 @@ def batch_of(requests: Sequence[tuple[int, int, int]]) -> Batch:
         num_decodes=sum(count == 1 for count, _, _ in requests),
         cu_seqlens_q=starts,
         context_lens=[context for _, context, _ in requests],
-        block_tables=tables,
-        slot_mapping=torch.cat(slots),
+        block_tables=tables.to(DEVICE),
+        slot_mapping=torch.cat(slots).to(DEVICE),
     )
-    return Batch(torch.tensor(random_prompt(starts[-1])), torch.cat(positions), attention)
+    token_ids = torch.tensor(random_prompt(starts[-1]), device=DEVICE)
+    return Batch(token_ids, torch.cat(positions).to(DEVICE), attention)
 
 
 def random_cache(decoder: Decoder) -> torch.Tensor:
     spec, generator = decoder.spec, torch.Generator().manual_seed(11)
     shape = (NUM_BLOCKS, spec.num_layers, 2, BLOCK_SIZE, spec.num_kv_heads, spec.head_dim)
-    return torch.randn(shape, generator=generator).to(decoder.embedding.weight.dtype)
+    return torch.randn(shape, generator=generator).to(decoder.embedding.weight)
 
 
 def attend_into(
@@ -80,11 +81,12 @@ def attend_into(
     *,
     out: torch.Tensor,
     **options: Any,
-) -> None:
+) -> torch.Tensor:
     """The reference; padding after the last request gets zeros."""
     num_rows = attention.cu_seqlens_q[-1]
     out[:num_rows] = reference.paged_attention(q[:num_rows], kv_layer, attention, **options)
     out[num_rows:] = 0
+    return out
 
 
 # ==== Adapters ====
@@ -110,7 +112,7 @@ def random_adapter(sites: Sequence[LoraSite], seed: int, dtype: torch.dtype) -> 
 
 
 def adapters_of(decoder: Decoder) -> AdapterBank:
-    bank, dtype = AdapterBank(CPU), decoder.embedding.weight.dtype
+    bank, dtype = AdapterBank(DEVICE), decoder.embedding.weight.dtype
     for slot in (1, 2):
         bank.load(slot, random_adapter(decoder.lora_sites, slot, dtype))
     return bank
@@ -141,7 +143,7 @@ def load(
     folder: Path, ops: Ops, dtype: torch.dtype = torch.float32, quantization: str = "none"
 ) -> Decoder:
     return load_decoder(
-        folder, dtype=dtype, device=CPU, max_model_len=64, quantization=quantization, ops=ops
+        folder, dtype=dtype, device=DEVICE, max_model_len=64, quantization=quantization, ops=ops
     )
 
 
@@ -160,7 +162,7 @@ def found_of(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     kv_cache = random_cache(decoder)
     fused = FusedDecoder(decoder, attend_into, kv_cache, CAPACITY)
-    padding = torch.zeros(num_padding, dtype=torch.int64)
+    padding = torch.zeros(num_padding, dtype=torch.int64, device=DEVICE)
     token_ids = torch.cat([batch.token_ids, padding])
     rows = options.get("output_rows", token_ids)
     hidden = fused.forward(
@@ -190,7 +192,7 @@ def test_a_step_with_adapters_is_that_of_the_plain_decoder(
 
 
 def check_step(folder: Path, traffic: str) -> None:
-    requests, ops = with_slots(traffic), device_ops(CPU, torch.float32)
+    requests, ops = with_slots(traffic), device_ops(DEVICE, torch.float32)
     plain, decoder = load(folder, reference_ops()), load(folder, ops)
     batch, bank = batch_of(requests), adapters_of(plain)
     lora = mixed(bank, [(count, slot) for count, _, slot in requests])
@@ -232,7 +234,7 @@ CHANGES: dict[str, tuple[str, dict[str, Any]]] = {
 def test_what_no_family_has_by_default(name: str, tiny_model: MakeTiny) -> None:
     model_type, changes = CHANGES[name]
     folder, batch = tiny_model(model_type, **changes).folder, batch_of(REQUESTS)
-    plain, decoder = load(folder, reference_ops()), load(folder, device_ops(CPU, torch.float32))
+    plain, decoder = load(folder, reference_ops()), load(folder, device_ops(DEVICE, torch.float32))
     hidden, kv_cache = expected_of(plain, batch, None)
     found, found_cache = found_of(decoder, batch)
     close(found, hidden)
@@ -248,7 +250,7 @@ def test_output_rows_are_those_of_the_whole_batch(
 ) -> None:
     """In the last layer adapters apply to these rows alone, if they are given for them."""
     folder, requests = tiny_model("gemma2").folder, with_slots(traffic)
-    decoder, batch = load(folder, device_ops(CPU, torch.float32)), batch_of(requests)
+    decoder, batch = load(folder, device_ops(DEVICE, torch.float32)), batch_of(requests)
     bank = adapters_of(decoder)
     lora = mixed(bank, [(count, slot) for count, _, slot in requests])
     output_lora = mixed(bank, [(1, slot) for _, _, slot in requests])
@@ -257,7 +259,7 @@ def test_output_rows_are_those_of_the_whole_batch(
         decoder,
         batch,
         lora=lora,
-        output_rows=torch.tensor(OUTPUTS),
+        output_rows=torch.tensor(OUTPUTS, device=DEVICE),
         output_lora=output_lora if is_cut else None,
     )
     close(found, hidden[OUTPUTS])
@@ -271,7 +273,7 @@ def test_a_step_in_half_precision_is_as_near_as_the_plain_decoders(
     folder, batch = tiny_model("gemma3_text").folder, batch_of(REQUESTS)
     exact, _ = expected_of(load(folder, reference_ops()), batch, None)
     plain, _ = expected_of(load(folder, reference_ops(), dtype), batch, None)
-    found, _ = found_of(load(folder, device_ops(CPU, dtype), dtype), batch)
+    found, _ = found_of(load(folder, device_ops(DEVICE, dtype), dtype), batch)
     # The interpreter rounds to bfloat16 towards zero: twice the error of rounding
     allowed = (plain.float() - exact).abs().max() * (4 if dtype == torch.bfloat16 else 2)
     assert (found.float() - exact).abs().max() <= allowed
@@ -279,12 +281,12 @@ def test_a_step_in_half_precision_is_as_near_as_the_plain_decoders(
 
 @torch.inference_mode()
 def test_nothing_of_a_step_is_left_for_the_next(tiny_model: MakeTiny) -> None:
-    decoder = load(tiny_model("qwen3").folder, device_ops(CPU, torch.float32))
+    decoder = load(tiny_model("qwen3").folder, device_ops(DEVICE, torch.float32))
     fused = FusedDecoder(decoder, attend_into, random_cache(decoder), CAPACITY)
 
     def run(requests: Sequence[tuple[int, int, int]]) -> torch.Tensor:
         b = batch_of(requests)
-        out = torch.empty(len(b.token_ids), decoder.spec.hidden_size)
+        out = torch.empty(len(b.token_ids), decoder.spec.hidden_size, device=DEVICE)
         slots = b.attention.slot_mapping
         return fused.forward(b.token_ids, b.positions, slots, b.attention, out=out)
 
@@ -294,7 +296,7 @@ def test_nothing_of_a_step_is_left_for_the_next(tiny_model: MakeTiny) -> None:
 
 
 def test_more_rows_than_there_is_room_for_are_refused(tiny_model: MakeTiny) -> None:
-    decoder = load(tiny_model("llama").folder, device_ops(CPU, torch.float32))
+    decoder = load(tiny_model("llama").folder, device_ops(DEVICE, torch.float32))
     with pytest.raises(AssertionError, match="11 rows, room for 10"):
         found_of(decoder, batch_of(REQUESTS), num_padding=4)
 
@@ -304,7 +306,7 @@ def test_more_rows_than_there_is_room_for_are_refused(tiny_model: MakeTiny) -> N
 
 def test_slices_that_no_matrix_joins_write_their_own_columns(tiny_model: MakeTiny) -> None:
     folder, batch = tiny_model("qwen2").folder, batch_of(REQUESTS)
-    decoder, whole = (load(folder, device_ops(CPU, torch.float32)) for _ in range(2))
+    decoder, whole = (load(folder, device_ops(DEVICE, torch.float32)) for _ in range(2))
     for layer in decoder.layers:
         assert isinstance(layer, DecoderLayer)
         for linear in (layer.attention.qkv, layer.mlp.gate_up):
@@ -322,7 +324,7 @@ def columns(linear: DenseLinear, start: int, stop: int) -> DenseLinear:
 
 def test_fp8_layers_read_rows_that_the_kernels_rounded(tiny_model: MakeTiny) -> None:
     folder, batch = tiny_model("qwen2").folder, batch_of(REQUESTS)
-    ops = device_ops(CPU, torch.float32, fp8_multiply=dequantized_mm)
+    ops = device_ops(DEVICE, torch.float32, fp8_multiply=dequantized_mm)
     decoder = load(folder, ops, quantization="fp8")
     lora = mixed(adapters_of(decoder), [(count, slot) for count, _, slot in REQUESTS])
     expected, _ = expected_of(decoder, batch, lora)

@@ -14,11 +14,11 @@ from engine.kernels.triton.norm import add_rms_norm
 
 EPS = 1e-5
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-CPU = torch.device("cpu")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
 
 
 def close(found: torch.Tensor, expected: torch.Tensor) -> None:
@@ -58,7 +58,7 @@ def test_a_row_is_the_same_in_any_batch() -> None:
     whole = [x.clone(), torch.empty_like(x)]
     add_rms_norm(whole[0], delta, weight, EPS, whole[1])
     for i in (0, 2, 4):
-        alone = [x[i : i + 1].clone(), torch.empty(1, 72)]
+        alone = [x[i : i + 1].clone(), torch.empty(1, 72, device=DEVICE)]
         add_rms_norm(alone[0], delta[i : i + 1], weight, EPS, alone[1])
         assert torch.equal(alone[0][0], whole[0][i]) and torch.equal(alone[1][0], whole[1][i])
 
@@ -76,7 +76,7 @@ def test_rows_may_lie_apart_and_there_may_be_none() -> None:
 
 
 def test_a_row_too_wide_for_a_program_is_refused() -> None:
-    x = torch.empty(1, MAX_WIDTH + 1)
+    x = torch.empty(1, MAX_WIDTH + 1, device=DEVICE)
     with pytest.raises(ValueError, match=f"{MAX_WIDTH + 1} values; at most {MAX_WIDTH}"):
         add_rms_norm(x, None, x[0], EPS, x)
 
@@ -95,8 +95,8 @@ def every_value() -> torch.Tensor:
 
 
 def test_fp8_rounds_every_kind_of_value_as_torch_does() -> None:
-    x = every_value()[None].contiguous()
-    rows = E4m3Rows.empty(*x.shape, CPU)
+    x = every_value()[None].to(DEVICE)
+    rows = E4m3Rows.empty(*x.shape, DEVICE)
     quantize_rows(x, rows)
     assert rows.scales.item() == 1.0
     assert torch.equal(rows.codes.view(torch.uint8), x.to(E4M3).view(torch.uint8))
@@ -104,9 +104,9 @@ def test_fp8_rounds_every_kind_of_value_as_torch_does() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_fp8_rows_are_those_of_the_plain_quantizer(dtype: torch.dtype) -> None:
-    scale = torch.tensor([0.0, 1e-30, 1e-6, 0.3, 1.0, 1e4])[:, None]
+    scale = torch.tensor([0.0, 1e-30, 1e-6, 0.3, 1.0, 1e4], device=DEVICE)[:, None]
     x = (normal(6, 72) * scale).to(dtype)
-    expected, rows = plainly_quantized(x), E4m3Rows.empty(6, 72, CPU)
+    expected, rows = plainly_quantized(x), E4m3Rows.empty(6, 72, DEVICE)
     quantize_rows(x, rows)
     assert torch.equal(rows.scales, expected.scales)
     assert torch.equal(rows.codes.float(), expected.codes.float())
@@ -117,7 +117,7 @@ def test_fp8_rows_are_those_of_the_plain_quantizer(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(("bad", "row"), list(itertools.product([torch.nan, torch.inf], [0, 2])))
 def test_what_is_not_finite_stays_in_its_row(bad: float, row: int) -> None:
     x = normal(3, 64)
-    clean, rows = plainly_quantized(x), E4m3Rows.empty(3, 64, CPU)
+    clean, rows = plainly_quantized(x), E4m3Rows.empty(3, 64, DEVICE)
     x[row, 5] = bad
     quantize_rows(x, rows)
     found = rows.codes.float() * rows.scales
@@ -129,7 +129,7 @@ def test_what_is_not_finite_stays_in_its_row(bad: float, row: int) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_norm_can_give_its_rows_in_fp8_too(dtype: torch.dtype) -> None:
     x, delta = normal(3, 72, dtype=dtype), normal(3, 72, dtype=dtype, seed=1)
-    out, rows = torch.empty_like(x), E4m3Rows.empty(3, 72, CPU)
+    out, rows = torch.empty_like(x), E4m3Rows.empty(3, 72, DEVICE)
     add_rms_norm(x, delta, normal(72, seed=2), EPS, out, rounded=rows)
     expected = plainly_quantized(out)
     assert torch.equal(rows.scales, expected.scales)

@@ -11,13 +11,14 @@ from engine.model.rotary import Rotary, RotaryTable, Unscaled
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SLACK = {torch.float32: 2e-6, torch.float16: 2**-9, torch.bfloat16: 2**-6}
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 EPS = 1e-5
 BLOCKS, LAYERS, BLOCK_SIZE = 5, 3, 4
 MAX_LEN = 50
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
 
 
 @dataclass
@@ -37,9 +38,9 @@ class Case:
         width = (self.heads + 2 * self.kv_heads) * self.dim
         self.qkv = normal(len(self.slots), width).to(self.dtype)
         shape = (BLOCKS, LAYERS, 2, BLOCK_SIZE, self.kv_heads, self.dim)
-        self.kv_cache = torch.full(shape, torch.nan, dtype=self.dtype)
+        self.kv_cache = torch.full(shape, torch.nan, dtype=self.dtype, device=DEVICE)
         rotary = Rotary(self.rotary_dim, 1e4, Unscaled())
-        self.table = RotaryTable(rotary, MAX_LEN, torch.float32, torch.device("cpu"))
+        self.table = RotaryTable(rotary, MAX_LEN, torch.float32, DEVICE)
         self.norms = [normal(self.dim, seed=seed) for seed in (1, 2)] if self.is_normed else None
 
     def run(self, index_dtype: torch.dtype = torch.int64) -> tuple[torch.Tensor, torch.Tensor]:
@@ -49,8 +50,8 @@ class Case:
             qkv,
             self.table.cos,
             self.table.sin,
-            torch.tensor(self.positions, dtype=index_dtype),
-            torch.tensor(self.slots, dtype=index_dtype),
+            torch.tensor(self.positions, dtype=index_dtype, device=DEVICE),
+            torch.tensor(self.slots, dtype=index_dtype, device=DEVICE),
             kv_cache[:, 1],
             q_norm=q_norm,
             k_norm=k_norm,
@@ -66,10 +67,10 @@ class Case:
         if self.norms is not None:
             q.copy_(reference.rms_norm(q, self.norms[0], EPS))
             k.copy_(reference.rms_norm(k, self.norms[1], EPS))
-        cos, sin = self.table(torch.tensor(self.positions))
+        cos, sin = self.table(torch.tensor(self.positions, device=DEVICE))
         for part in (q, k):
             reference.apply_rotary(part, cos, sin)
-        kv_cache, slots = self.kv_cache.clone(), torch.tensor(self.slots)
+        kv_cache, slots = self.kv_cache.clone(), torch.tensor(self.slots, device=DEVICE)
         stored = slots >= 0
         reference.store_kv(k[stored], v[stored], kv_cache[:, 1], slots[stored])
         return heads.flatten(1), kv_cache
