@@ -8,7 +8,7 @@ from dataclasses import dataclass
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 KERNELS = ("auto", "torch")
 DEVICES = ("auto", "cpu", "cuda")
-QUANTIZATIONS = ("none", "int8", "nf4")
+QUANTIZATIONS = ("none", "int8", "nf4", "fp8")
 ACTIVATIONS = ("bf16", "int8")
 KV_DTYPES = ("auto", "int8")
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from engine.config import ConfigError, EngineConfig
+from engine.kernels.fp8 import check_fp8
 from engine.model.families import read_dtype, read_scheme, read_spec
 from engine.model.quantized_checkpoint import weight_format
 from engine.model.spec import ModelSpec
@@ -19,7 +20,7 @@ class Settled:
     spec: ModelSpec
     dtype: torch.dtype
     kv_dtype: torch.dtype  # int8: with scales
-    weight_format: str  # of the linear layers: none, int8, nf4 or int4
+    weight_format: str  # of the linear layers: none, int8, nf4, fp8 or int4
     device: torch.device
     max_model_len: int
     block_bytes: int
@@ -32,6 +33,8 @@ def settle(config: EngineConfig) -> Settled:
     spec = read_spec(folder, config.max_model_len)
     dtype, device = _dtype(config, folder), _device(config)
     kv_dtype, form = _kv_dtype(config, dtype, device), _weight_format(config, folder)
+    if form == "fp8":
+        _check_fp8(device, dtype)
     block_bytes = config.block_size * kv_bytes_per_token(spec, kv_dtype)
     num_blocks = config.memory_bytes // block_bytes
     room = num_blocks * config.block_size
@@ -88,6 +91,13 @@ def _weight_format(config: EngineConfig, folder: Path) -> str:
             f"{'dense ones' if form == 'none' else form}; use 'bf16'"
         )
     return form
+
+
+def _check_fp8(device: torch.device, dtype: torch.dtype) -> None:
+    try:
+        check_fp8(device, dtype)
+    except ValueError as error:
+        raise ConfigError(f"quantization='fp8': {error}") from None
 
 
 def _device(config: EngineConfig) -> torch.device:
