@@ -18,6 +18,7 @@ from engine.kernels.triton.attention_tile import (
     absorb,
     check_shapes,
     load_tile,
+    score_constants,
     scores_of,
     tile_constants,
 )
@@ -89,8 +90,7 @@ def paged_decode(
         block_tables.stride(0),
         num_splits,
         **constants,
-        SCALE=scale,
-        SOFT_CAP=soft_cap or 0.0,
+        **score_constants(scale, soft_cap),
         SPLIT=num_splits > 1,
         num_warps=NUM_WARPS,
         num_stages=NUM_STAGES,
@@ -209,7 +209,7 @@ def _decode(
         )
         scores = scores_of(query, k, SCALE, SOFT_CAP, UPCAST)
         scores = tl.where(seen[None, :], scores, float("-inf"))
-        acc, total, high = absorb(acc, total, high, scores, v, UPCAST)
+        acc, total, high = absorb(acc, total, high, scores, v, SCALE, SOFT_CAP, UPCAST)
     mean = acc / tl.where(total == 0.0, 1.0, total)[:, None]  # 0: a row without keys
     if SPLIT:
         row = (request.to(tl.int64) * KV_HEADS * GROUP + head) * num_splits + split

@@ -16,6 +16,7 @@ from engine.kernels.triton.attention_tile import (
     absorb,
     check_shapes,
     load_tile,
+    score_constants,
     scores_of,
     tile_constants,
 )
@@ -60,9 +61,8 @@ def paged_prefill(
         kv_layer.stride(0),
         block_tables.stride(0),
         **constants,
-        SCALE=scale,
+        **score_constants(scale, soft_cap),
         WINDOW=window or 0,
-        SOFT_CAP=soft_cap or 0.0,
         **prefill_options(constants),
     )
 
@@ -200,5 +200,5 @@ def _walk(
             if WINDOW > 0:
                 seen &= key[None, :] > position[:, None] - WINDOW
             scores = tl.where(seen, scores, float("-inf"))
-        acc, total, high = absorb(acc, total, high, scores, v, UPCAST)
+        acc, total, high = absorb(acc, total, high, scores, v, SCALE, SOFT_CAP, UPCAST)
     return acc, total, high

@@ -45,6 +45,13 @@ def tile_constants(
     }
 
 
+def score_constants(scale: float, soft_cap: float | None) -> dict[str, float]:
+    """Raises ValueError: the highest of scores that are scaled later must be the highest before."""
+    if not scale > 0 or (soft_cap is not None and not soft_cap > 0):
+        raise ValueError(f"scale {scale} and soft_cap {soft_cap}: need numbers above 0")
+    return {"SCALE": scale, "SOFT_CAP": soft_cap or 0.0}
+
+
 def check_shapes(q: torch.Tensor, kv_layer: torch.Tensor, out: torch.Tensor) -> None:
     """q and out [N, H, D] with their heads side by side, kv_layer [blocks, 2, block_size, H_kv, D]
     with only its blocks apart. Raises ValueError."""
@@ -110,25 +117,36 @@ def load_tile(
 
 @triton.jit
 def scores_of(q, k, SCALE: tl.constexpr, SOFT_CAP: tl.constexpr, UPCAST: tl.constexpr):
-    """log2(e) * capped(q @ k^T * SCALE) [M, keys]; SOFT_CAP 0: not capped."""
+    """q @ k^T [M, keys], which `absorb` scales; where scores are capped, what scales the cap."""
     if UPCAST:
         q, k = q.to(tl.float32), k.to(tl.float32)
     scores = tl.dot(q, tl.trans(k), input_precision="ieee")
     if SOFT_CAP > 0:
         power = tl.exp2(scores * (2 * LOG2_E * SCALE / SOFT_CAP))
-        scores = (1 - 2 / (power + 1)) * (LOG2_E * SOFT_CAP)  # tanh, also of what is infinite
-    else:
-        scores *= LOG2_E * SCALE
+        scores = 1 - 2 / (power + 1)  # tanh, also of what is infinite
     return scores
 
 
 @triton.jit
-def absorb(acc, total, high, scores, v, UPCAST: tl.constexpr):
-    """acc, total and high with one more tile; scores of what a row does not see are -inf."""
-    new_high = tl.maximum(high, tl.max(scores, 1))
+def absorb(
+    acc,
+    total,
+    high,
+    scores,
+    v,
+    SCALE: tl.constexpr,
+    SOFT_CAP: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """acc, total and high with one more tile; scores of what a row does not see are -inf.
+
+    Scaling is left to here, where it and the subtraction are one instruction.
+    """
+    factor: tl.constexpr = LOG2_E * (SOFT_CAP if SOFT_CAP > 0 else SCALE)
+    new_high = tl.maximum(high, tl.max(scores, 1) * factor)
     # a row that has seen nothing yet would take -inf from -inf
     base = tl.where(new_high == float("-inf"), 0.0, new_high)
-    weights = tl.exp2(scores - base[:, None])
+    weights = tl.exp2(scores * factor - base[:, None])
     shrink = tl.exp2(high - base)
     total = total * shrink + tl.sum(weights, 1)
     if UPCAST:

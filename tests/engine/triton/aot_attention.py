@@ -13,13 +13,6 @@ STRIDES = {"q_stride": "i32", "out_stride": "i32", "block_stride": "i32", "table
 PARTIALS = {"partials": "*fp32", "log_sums": "*fp32"}
 DECODE = {**TENSORS, "out": "*bf16", **PARTIALS, **STRIDES, "num_splits": "i32"}
 PREFILL = {**TENSORS, "cu_seqlens_q": "*i32", "tiles": "*i32", "out": "*bf16", **STRIDES}
-COMBINE = {
-    **PARTIALS,
-    "context_lens": "*i32",
-    "out": "*bf16",
-    "out_stride": "i32",
-    "num_splits": "i32",
-}
 UNALIGNED = ("table_stride", "num_splits")
 PLAIN = {"SCALE": 0.125, "SOFT_CAP": 0.0}
 CAPPED = {"SCALE": 0.0625, "SOFT_CAP": 50.0}
@@ -72,20 +65,6 @@ CASES = [
     _decode("llama-3-8b", LLAMA_3_8B),
     _decode("qwen2.5-0.5b", QWEN_2_5_HALF_B, SPLIT=False),
     _decode("gemma-2-9b", GEMMA_2_9B, window=4096, **CAPPED),
-    _case(
-        "combine",
-        "attention_decode:_combine",
-        COMBINE,
-        {
-            "HEAD_DIM": 128,
-            "PADDED_DIM": 128,
-            "PADDED_SPLITS": 32,
-            "WINDOW": 0,
-            "TILE_KEYS": 64,
-            "MIN_TILES": attention_decode.MIN_TILES_PER_SPLIT,
-        },
-        num_warps=attention_decode.NUM_WARPS,
-    ),
     _prefill("llama-3-8b", LLAMA_3_8B),
     _prefill("qwen2.5-0.5b", QWEN_2_5_HALF_B),
     _prefill("gemma-2-9b", GEMMA_2_9B, WINDOW=4096, **CAPPED),

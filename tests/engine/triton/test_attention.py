@@ -276,6 +276,12 @@ def test_a_cache_of_another_layout_or_dtype_is_refused() -> None:
         check_shapes(q, kv_layer, torch.randn(3, 4, 32)[..., :16])
 
 
+@pytest.mark.parametrize("settings", [{"scale": 0.0}, {"scale": -1.0}, {"soft_cap": 0.0}])
+def test_scales_that_turn_an_order_around_are_refused(settings: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="above 0"):
+        attend(make_batch([Request(20)]), **settings)
+
+
 def test_scratch_that_is_too_small_is_refused() -> None:
     with pytest.raises(ValueError, match="need float32 of 136"):
         decode(make_batch([Request(20)]), 2, scratch_numel=135)
