@@ -70,6 +70,8 @@ def paged_decode(
     """
     check_shapes(q, kv_layer, out)
     batch, heads, head_dim = q.shape
+    if not 1 <= num_splits <= MAX_SPLITS:
+        raise ValueError(f"num_splits {num_splits}: need 1 to {MAX_SPLITS}")
     needed = decode_scratch_numel(batch, heads, head_dim, num_splits)
     if scratch.numel() < needed or scratch.dtype != torch.float32:
         raise ValueError(f"scratch {scratch.dtype} of {scratch.numel()}: need float32 of {needed}")
@@ -105,7 +107,7 @@ def paged_decode(
             out.stride(0),
             num_splits,
             **{name: constants[name] for name in names},
-            PADDED_SPLITS=triton.next_power_of_2(num_splits),
+            MAX_SPLITS=MAX_SPLITS,
             num_warps=NUM_WARPS,
         )
 
@@ -230,7 +232,7 @@ def _combine(
     num_splits,
     HEAD_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr,
-    PADDED_SPLITS: tl.constexpr,
+    MAX_SPLITS: tl.constexpr,
     WINDOW: tl.constexpr,
     TILE_KEYS: tl.constexpr,
     MIN_TILES: tl.constexpr,
@@ -239,7 +241,7 @@ def _combine(
     read, for nobody wrote them."""
     request, head = tl.program_id(0), tl.program_id(1)
     context_len = tl.load(context_lens + request)
-    split = tl.arange(0, PADDED_SPLITS)
+    split = tl.arange(0, MAX_SPLITS)
     begin, end = _stretch(context_len, split, num_splits, WINDOW, TILE_KEYS, MIN_TILES)
     used = (begin < end) & (split < num_splits)
     dims = tl.arange(0, PADDED_DIM)

@@ -282,6 +282,11 @@ def test_scales_that_turn_an_order_around_are_refused(settings: dict[str, float]
         attend(make_batch([Request(20)]), **settings)
 
 
+def test_more_splits_than_are_added_up_are_refused() -> None:
+    with pytest.raises(ValueError, match="num_splits 33: need 1 to 32"):
+        decode(make_batch([Request(20)]), 33)
+
+
 def test_scratch_that_is_too_small_is_refused() -> None:
     with pytest.raises(ValueError, match="need float32 of 136"):
         decode(make_batch([Request(20)]), 2, scratch_numel=135)
