@@ -1,5 +1,6 @@
 """Triton's paged attention against plain torch, and against itself: alone and among others."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -23,39 +24,36 @@ from engine.kernels.triton.attention_tile import check_shapes
 from tests.engine.triton.attention_batch import Batch, Request, make_batch, oracle
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-SCALE = 0.3
+SCALE, MAX_CONTEXT_LEN = 0.3, 256
 # float32 sums in another order, of scores up to 30; the others round weights and results
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 2**-9, torch.bfloat16: 2**-6}
 MIXED = [Request(5), Request(70), Request(40, 40), Request(133, 3)]
 
 
 def attend(batch: Batch, *, tile_tokens: int = 8, num_sms: int = 4, **settings: Any) -> Tensor:
-    positions = copy_positions(batch.scheduled, tile_tokens, DEVICE, 256)
-    return run(batch, positions, batch.q, num_sms, **settings)
+    attention = make_attention(batch.q.shape[1], *batch.kv_layer.shape[3:], num_sms)
+    positions = copy_positions(batch.scheduled, tile_tokens, DEVICE, MAX_CONTEXT_LEN)
+    settings = {"scale": SCALE, "window": None, "soft_cap": None, **settings}
+    return attention(batch.q.to(DEVICE), _to_device(batch.kv_layer), positions, **settings).cpu()
 
 
-def run(
-    batch: Batch, positions: DevicePositions, q: Tensor, num_sms: int, **settings: Any
-) -> Tensor:
-    kv_heads, head_dim = batch.kv_layer.shape[3:]
-    attention = TritonAttention(
-        num_heads=q.shape[1],
+def make_attention(heads: int, kv_heads: int, head_dim: int, num_sms: int) -> TritonAttention:
+    return TritonAttention(
+        num_heads=heads,
         num_kv_heads=kv_heads,
         head_dim=head_dim,
         max_decodes=8,
-        max_context_len=256,
+        max_context_len=MAX_CONTEXT_LEN,
         num_sms=num_sms,
         device=DEVICE,
     )
-    settings = {"scale": SCALE, "window": None, "soft_cap": None, **settings}
-    return attention(q.to(DEVICE), _to_device(batch.kv_layer), positions, **settings).cpu()
 
 
 def decode(
     batch: Batch, num_splits: int, window: int | None = None, scratch_numel: int | None = None
 ) -> Tensor:
     """`paged_decode` with scratch and results full of NaN."""
-    positions = copy_positions(batch.scheduled, 1, DEVICE, 256)
+    positions = copy_positions(batch.scheduled, 1, DEVICE, MAX_CONTEXT_LEN)
     q, out = batch.q.to(DEVICE), torch.full_like(batch.q, torch.nan, device=DEVICE)
     numel = scratch_numel or decode_scratch_numel(*q.shape, num_splits)
     paged_decode(
@@ -211,27 +209,47 @@ def test_a_row_of_padding_is_zeros_and_reads_nothing(num_splits: int) -> None:
 # ==== A captured graph's shapes ====
 
 
-def test_positions_with_room_to_spare_change_nothing() -> None:
-    batch = make_batch(MIXED)
-    q = torch.randn(3 + 43, 4, 16)  # a third decode, of padding
-    q[:2], q[3:] = batch.q[:2], batch.q[2:]
+def test_what_was_captured_serves_every_batch_that_fits() -> None:
+    """Same tensors, same launches, other numbers. First all is padding; later a third decode is,
+    and some tiles."""
     capacity = PositionsCapacity(
-        num_decodes=3, num_prefills=4, table_width=16, num_tiles=12, tile_tokens=8
+        num_decodes=3, num_prefills=3, table_width=16, num_tiles=12, tile_tokens=8
     )
     arrays = {n: np.full(shape, 2**30, np.int32) for n, shape in capacity.shapes().items()}
-    write_positions(arrays, batch.scheduled, capacity)
+    write_positions(arrays, [], capacity)
+    tensors = {n: torch.from_numpy(array).to(DEVICE) for n, array in arrays.items()}
     positions = DevicePositions(
-        **{name: torch.from_numpy(array).to(DEVICE) for name, array in arrays.items()},
-        num_decodes=3,
-        tile_tokens=8,
-        max_context_len=256,
+        **tensors, num_decodes=3, tile_tokens=8, max_context_len=MAX_CONTEXT_LEN
     )
-    # with one multiprocessor, a decode is not split, whatever the batch
-    out = run(batch, positions, q, num_sms=1)
-    exact = attend(batch, num_sms=1)
-    assert torch.equal(out[:2], exact[:2])
-    assert torch.equal(out[2], torch.zeros_like(out[2]))
-    assert torch.equal(out[3:], exact[2:])
+    kv_layer = torch.zeros(32, 2, 2, 16, 2, 16, device=DEVICE)[:, 1]
+    q = torch.zeros(3 + 43, 4, 16, device=DEVICE)
+    out = torch.full_like(q, torch.nan)
+    attention = make_attention(4, 2, 16, num_sms=1)  # with so few, a decode is not split
+    settings = {"scale": SCALE, "window": None, "soft_cap": None}
+    replay = captured(lambda: attention(q, kv_layer, positions, out=out, **settings))
+    for requests in (MIXED, [Request(30), Request(61), Request(99), Request(20, 11)], MIXED):
+        batch = make_batch(requests)
+        write_positions(arrays, batch.scheduled, capacity)
+        for name, tensor in tensors.items():
+            tensor.copy_(torch.from_numpy(arrays[name]))
+        kv_layer[: len(batch.kv_layer)] = batch.kv_layer.to(DEVICE)
+        decodes = sum(r.new == 1 for r in requests)
+        rows = torch.tensor([*range(decodes), *range(3, 3 + len(batch.q) - decodes)])
+        q[rows] = batch.q.to(DEVICE)
+        replay()
+        assert torch.equal(out[rows].cpu(), attend(batch, num_sms=1))
+        assert not out[decodes:3].any()
+
+
+def captured(launch: Callable[[], object]) -> Callable[[], object]:
+    """The launches as a CUDA graph; without a card, made anew."""
+    launch()
+    if DEVICE.type == "cpu":
+        return launch
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        launch()
+    return graph.replay
 
 
 @pytest.mark.parametrize(("batch", "splits"), [(1, 32), (8, 9), (64, 2), (256, 1)])
