@@ -24,7 +24,7 @@ from engine.kernels.triton.attention_tile import (
 )
 
 # None of these was measured on a card.
-PROGRAMS_PER_SM = 4  # aimed at by splitting: two at a time, and as many to even lengths out
+PROGRAMS_PER_SM = 4  # aimed at by splitting: more than run at a time, to even lengths out
 MAX_SPLITS = 32
 MAX_KEYS_PER_SPLIT = 8192  # aimed at in long contexts, so that one row does not hold up a batch
 MIN_TILES_PER_SPLIT = 2  # a stretch must be worth its share of the second kernel

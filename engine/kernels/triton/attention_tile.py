@@ -25,8 +25,7 @@ def tile_constants(
 ) -> dict[str, Any]:
     """What both kernels are specialized for besides their own tiles. Raises ValueError.
 
-    At most 16 KiB of keys are a tile's, in 2-byte numbers; float32 is for tests and takes twice
-    that.
+    A tile has at most 16 KiB of keys, or 32 in float32, which is for tests.
     """
     if head_dim % 8 or not 8 <= head_dim <= MAX_HEAD_DIM:
         raise ValueError(f"head_dim {head_dim}: need a multiple of 8 from 8 to {MAX_HEAD_DIM}")
