@@ -15,17 +15,19 @@ import triton.language as tl
 from torch import Tensor
 
 from engine.kernels.triton.attention_tile import (
+    MAX_SPLITS,
     absorb,
+    check_scratch,
     check_shapes,
     load_tile,
     score_constants,
     scores_of,
+    stretch,
     tile_constants,
 )
 
 # None of these was measured on a card.
 PROGRAMS_PER_SM = 4  # aimed at by splitting: more than run at a time, to even lengths out
-MAX_SPLITS = 32
 MAX_KEYS_PER_SPLIT = 8192  # aimed at in long contexts, so that one row does not hold up a batch
 MIN_TILES_PER_SPLIT = 2  # a stretch must be worth its share of the second kernel
 NUM_WARPS = 4
@@ -70,11 +72,8 @@ def paged_decode(
     """
     check_shapes(q, kv_layer, out)
     batch, heads, head_dim = q.shape
-    if not 1 <= num_splits <= MAX_SPLITS:
-        raise ValueError(f"num_splits {num_splits}: need 1 to {MAX_SPLITS}")
     needed = decode_scratch_numel(batch, heads, head_dim, num_splits)
-    if scratch.numel() < needed or scratch.dtype != torch.float32:
-        raise ValueError(f"scratch {scratch.dtype} of {scratch.numel()}: need float32 of {needed}")
+    check_scratch(scratch, needed, num_splits)
     block_size, kv_heads = kv_layer.shape[2:4]
     constants = decode_constants(heads, kv_heads, head_dim, block_size, q.dtype, window)
     log_sums = scratch[needed // (head_dim + 1) * head_dim :]
@@ -98,16 +97,14 @@ def paged_decode(
         num_stages=NUM_STAGES,
     )
     if num_splits > 1:
-        names = ("HEAD_DIM", "PADDED_DIM", "TILE_KEYS", "WINDOW", "MIN_TILES")
         _combine[batch, heads](
-            scratch,
-            log_sums,
             context_lens,
             out,
+            scratch,
+            log_sums,
             out.stride(0),
             num_splits,
-            **{name: constants[name] for name in names},
-            MAX_SPLITS=MAX_SPLITS,
+            **combine_constants(constants),
             num_warps=NUM_WARPS,
         )
 
@@ -128,23 +125,17 @@ def decode_constants(
     }
 
 
+def combine_constants(constants: dict[str, Any]) -> dict[str, Any]:
+    """What the second kernel is specialized for, of the first one's constants."""
+    names = ("HEAD_DIM", "PADDED_DIM", "TILE_KEYS", "WINDOW", "MIN_TILES")
+    return {**{name: constants[name] for name in names}, "MAX_SPLITS": MAX_SPLITS}
+
+
 @triton.jit
-def _stretch(
-    context_len,
-    split,
-    num_splits,
-    WINDOW: tl.constexpr,
-    TILE_KEYS: tl.constexpr,
-    MIN_TILES: tl.constexpr,
-):
-    """The tiles [begin, end) of one split, or of a tensor of them; begin >= end: it has none."""
-    first = 0
-    if WINDOW > 0:
-        first = tl.maximum(context_len - WINDOW, 0) // TILE_KEYS
-    last = tl.cdiv(context_len, TILE_KEYS)
-    tiles = tl.maximum(tl.cdiv(last - first, num_splits), MIN_TILES)
-    begin = first + split * tiles
-    return begin, tl.minimum(begin + tiles, last)
+def _tiles_of(context_len, WINDOW: tl.constexpr, TILE_KEYS: tl.constexpr):
+    """The tiles [first, last) of the keys that a query at the end of a context sees."""
+    first = tl.maximum(context_len - WINDOW, 0) // TILE_KEYS if WINDOW > 0 else 0
+    return first, tl.cdiv(context_len, TILE_KEYS)
 
 
 @triton.jit(do_not_specialize=["table_stride", "num_splits"])
@@ -177,7 +168,8 @@ def _decode(
 ):
     request, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     context_len = tl.load(context_lens + request)
-    begin, end = _stretch(context_len, split, num_splits, WINDOW, TILE_KEYS, MIN_TILES)
+    begin, end = _tiles_of(context_len, WINDOW, TILE_KEYS)
+    begin, end = stretch(begin, end, split, num_splits, MIN_TILES)
     if SPLIT:  # noqa: SIM102 (what is known when this is compiled stands apart)
         if begin >= end:
             return  # the second kernel knows
@@ -224,10 +216,10 @@ def _decode(
 
 @triton.jit(do_not_specialize=["num_splits"])
 def _combine(
-    partials,
-    log_sums,
     context_lens,
     out,
+    partials,
+    log_sums,
     out_stride,
     num_splits,
     HEAD_DIM: tl.constexpr,
@@ -242,7 +234,8 @@ def _combine(
     request, head = tl.program_id(0), tl.program_id(1)
     context_len = tl.load(context_lens + request)
     split = tl.arange(0, MAX_SPLITS)
-    begin, end = _stretch(context_len, split, num_splits, WINDOW, TILE_KEYS, MIN_TILES)
+    first, last = _tiles_of(context_len, WINDOW, TILE_KEYS)
+    begin, end = stretch(first, last, split, num_splits, MIN_TILES)
     used = (begin < end) & (split < num_splits)
     dims = tl.arange(0, PADDED_DIM)
     inside = dims < HEAD_DIM

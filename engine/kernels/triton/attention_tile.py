@@ -18,6 +18,7 @@ import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 MAX_HEAD_DIM = 256
+MAX_SPLITS = 32
 
 
 def tile_constants(
@@ -49,6 +50,13 @@ def score_constants(scale: float, soft_cap: float | None) -> dict[str, float]:
     if not scale > 0 or (soft_cap is not None and not soft_cap > 0):
         raise ValueError(f"scale {scale} and soft_cap {soft_cap}: need numbers above 0")
     return {"SCALE": scale, "SOFT_CAP": soft_cap or 0.0}
+
+
+def check_scratch(scratch: torch.Tensor, numel: int, num_splits: int) -> None:
+    if not 1 <= num_splits <= MAX_SPLITS:
+        raise ValueError(f"num_splits {num_splits}: need 1 to {MAX_SPLITS}")
+    if scratch.numel() < numel or scratch.dtype != torch.float32:
+        raise ValueError(f"scratch {scratch.dtype} of {scratch.numel()}: need float32 of {numel}")
 
 
 def check_shapes(q: torch.Tensor, kv_layer: torch.Tensor, out: torch.Tensor) -> None:
@@ -152,3 +160,14 @@ def absorb(
         v = v.to(tl.float32)
     acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
     return acc, total, new_high
+
+
+@triton.jit
+def stretch(first, last, split, num_splits, MIN_TILES: tl.constexpr):
+    """Of the tiles [first, last), the [begin, end) of one split, or of a tensor of them.
+
+    MIN_TILES or more but in the last one; begin >= end: this split has none.
+    """
+    tiles = tl.maximum(tl.cdiv(last - first, num_splits), MIN_TILES)
+    begin = first + split * tiles
+    return begin, tl.minimum(begin + tiles, last)

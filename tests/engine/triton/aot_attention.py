@@ -12,7 +12,18 @@ TENSORS = {"q": "*bf16", "kv": "*bf16", "block_tables": "*i32", "context_lens": 
 STRIDES = {"q_stride": "i32", "out_stride": "i32", "block_stride": "i32", "table_stride": "i32"}
 PARTIALS = {"partials": "*fp32", "log_sums": "*fp32"}
 DECODE = {**TENSORS, "out": "*bf16", **PARTIALS, **STRIDES, "num_splits": "i32"}
-PREFILL = {**TENSORS, "cu_seqlens_q": "*i32", "tiles": "*i32", "out": "*bf16", **STRIDES}
+PREFILL = {
+    **TENSORS,
+    "cu_seqlens_q": "*i32",
+    "tiles": "*i32",
+    "out": "*bf16",
+    **PARTIALS,
+    **STRIDES,
+    "num_splits": "i32",
+}
+RESULTS = {"out": "*bf16", **PARTIALS, "out_stride": "i32", "num_splits": "i32"}
+COMBINE_DECODE = {"context_lens": "*i32", **RESULTS}
+COMBINE_PREFILL = {"context_lens": "*i32", "cu_seqlens_q": "*i32", "tiles": "*i32", **RESULTS}
 UNALIGNED = ("table_stride", "num_splits")
 PLAIN = {"SCALE": 0.125, "SOFT_CAP": 0.0}
 CAPPED = {"SCALE": 0.0625, "SOFT_CAP": 50.0}
@@ -46,14 +57,16 @@ def _decode(
     )
 
 
-def _prefill(name: str, shape: tuple[int, int, int], **scores: Any) -> AotCase:
+def _prefill(
+    name: str, shape: tuple[int, int, int], *, window: int | None = None, **scores: Any
+) -> AotCase:
     tokens = prefill_tile_tokens(*shape)
-    constants = attention_prefill.prefill_constants(*shape, 16, torch.bfloat16, tokens)
+    constants = attention_prefill.prefill_constants(*shape, 16, torch.bfloat16, tokens, window)
     return _case(
         f"prefill {name}",
         "attention_prefill:_prefill",
         PREFILL,
-        {**constants, **PLAIN, "WINDOW": 0, **scores, "UPCAST": False},
+        {**constants, **PLAIN, "SPLIT": False, **scores, "UPCAST": False},
         **attention_prefill.prefill_options(constants),
         needs=("cp.async.cg", "wgmma"),
     )
@@ -65,7 +78,23 @@ CASES = [
     _decode("llama-3-8b", LLAMA_3_8B),
     _decode("qwen2.5-0.5b", QWEN_2_5_HALF_B, SPLIT=False),
     _decode("gemma-2-9b", GEMMA_2_9B, window=4096, **CAPPED),
+    _case(
+        "combine decode",
+        "attention_decode:_combine",
+        COMBINE_DECODE,
+        attention_decode.combine_constants(
+            attention_decode.decode_constants(*LLAMA_3_8B, 16, torch.bfloat16, None)
+        ),
+    ),
     _prefill("llama-3-8b", LLAMA_3_8B),
     _prefill("qwen2.5-0.5b", QWEN_2_5_HALF_B),
-    _prefill("gemma-2-9b", GEMMA_2_9B, WINDOW=4096, **CAPPED),
+    _prefill("gemma-2-9b", GEMMA_2_9B, window=4096, SPLIT=True, **CAPPED),
+    _case(
+        "combine prefill",
+        "attention_prefill:_combine",
+        COMBINE_PREFILL,
+        attention_prefill.combine_constants(
+            attention_prefill.prefill_constants(*LLAMA_3_8B, 16, torch.bfloat16, 32, None)
+        ),
+    ),
 ]

@@ -20,6 +20,11 @@ from engine.kernels.triton.attention_decode import (
     decode_scratch_numel,
     paged_decode,
 )
+from engine.kernels.triton.attention_prefill import (
+    choose_prefill_splits,
+    paged_prefill,
+    prefill_scratch_numel,
+)
 from engine.kernels.triton.attention_tile import check_shapes
 from tests.engine.triton.attention_batch import Batch, Request, make_batch, oracle
 
@@ -71,6 +76,27 @@ def decode(
     return out.cpu()
 
 
+def prefill(batch: Batch, num_splits: int, **settings: Any) -> Tensor:
+    """`paged_prefill` with scratch and results full of NaN."""
+    positions = copy_positions(batch.scheduled, 8, DEVICE, 512)
+    q, out = batch.q.to(DEVICE), torch.full_like(batch.q, torch.nan, device=DEVICE)
+    shape = (len(positions.tiles), q.shape[1], batch.kv_layer.shape[3], q.shape[2], 8, num_splits)
+    paged_prefill(
+        q,
+        _to_device(batch.kv_layer),
+        positions.block_tables,
+        positions.context_lens,
+        positions.cu_seqlens_q,
+        positions.tiles,
+        out,
+        torch.full((prefill_scratch_numel(*shape),), torch.nan, device=DEVICE),
+        tile_tokens=8,
+        num_splits=num_splits,
+        **{"scale": SCALE, "window": None, "soft_cap": None, **settings},
+    )
+    return out.cpu()
+
+
 def _to_device(kv_layer: Tensor) -> Tensor:
     """With other layers between its blocks, as in the arena."""
     return torch.stack([torch.full_like(kv_layer, torch.nan), kv_layer], 1).to(DEVICE)[:, 1]
@@ -111,12 +137,21 @@ def test_blocks_of_several_sizes(block_size: int) -> None:
     expect_close(attend(batch), oracle(batch, scale=SCALE))
 
 
-@pytest.mark.parametrize("num_splits", [1, 2, 5])
-@pytest.mark.parametrize("window", [None, 1, 65])
+@pytest.mark.parametrize(
+    ("num_splits", "window"), [(1, None), (2, None), (5, None), (1, 65), (3, 65), (2, 1)]
+)
 def test_splits_of_a_decode_add_up(num_splits: int, window: int | None) -> None:
     batch = make_batch([Request(1), Request(64), Request(133), Request(250)], kv_heads=1)
     out = decode(batch, num_splits, window)
     expect_close(out, oracle(batch, scale=SCALE, window=window))
+
+
+@pytest.mark.parametrize(("num_splits", "window"), [(2, None), (5, None), (3, 200), (2, 1)])
+def test_splits_of_a_prefill_add_up(num_splits: int, window: int | None) -> None:
+    batch = make_batch([Request(400, 11), Request(30, 12)], heads=6, kv_heads=2)
+    expect_close(
+        prefill(batch, num_splits, window=window), oracle(batch, scale=SCALE, window=window)
+    )
 
 
 @pytest.mark.parametrize("window", [1, 32, 33, 100])
@@ -128,7 +163,7 @@ def test_a_window_cuts_through_a_long_prefill(window: int) -> None:
 
 def test_a_tile_longer_than_all_keys_and_one_of_a_single_row() -> None:
     batch = make_batch([Request(9, 9), Request(34, 34)], kv_heads=1)
-    for tile_tokens in (1, 64):
+    for tile_tokens in (1, 32):
         expect_close(attend(batch, tile_tokens=tile_tokens), oracle(batch, scale=SCALE))
 
 
@@ -166,6 +201,13 @@ def test_a_prefill_is_the_same_bits_alone_and_among_others() -> None:
     together = attend(batch)
     for i in (2, 3):
         assert torch.equal(attend(batch.only(i)), together[batch.rows_of(i)])
+
+
+def test_a_split_prefill_is_the_same_bits_alone_and_among_others() -> None:
+    batch = make_batch([Request(300, 11), Request(200, 4)], kv_heads=1, dtype=torch.float16)
+    together = prefill(batch, 2)
+    for i in range(2):
+        assert torch.equal(prefill(batch.only(i), 2), together[batch.rows_of(i)])
 
 
 # ==== What a row must not see ====
@@ -255,6 +297,13 @@ def captured(launch: Callable[[], object]) -> Callable[[], object]:
 @pytest.mark.parametrize(("batch", "splits"), [(1, 32), (8, 9), (64, 2), (256, 1)])
 def test_fewer_splits_the_more_requests(batch: int, splits: int) -> None:
     assert choose_num_splits(batch, kv_heads=8, num_sms=132, max_context_len=8192) == splits
+
+
+@pytest.mark.parametrize(("tiles", "splits"), [(1, 16), (3, 5), (8, 2), (9, 1), (1000, 1)])
+def test_the_keys_of_few_tiles_are_split(tiles: int, splits: int) -> None:
+    shape = {"kv_heads": 8, "num_sms": 132}
+    assert choose_prefill_splits(tiles, **shape, max_context_len=8192) == splits
+    assert choose_prefill_splits(tiles, **shape, max_context_len=64) == 1
 
 
 def test_long_contexts_are_split_in_large_batches_and_short_ones_never() -> None:
