@@ -2,6 +2,7 @@
 
 import random
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -60,7 +61,7 @@ def test_pieces_are_aligned_and_do_not_overlap() -> None:
             spans.append((part.b_bytes, part.b_bytes + b.nbytes))
     assert spans == sorted(spans)
     assert all(start % UNIT_BYTES == 0 for start, _ in spans)
-    assert all(end <= start for (_, end), (start, _) in zip(spans, spans[1:], strict=False))
+    assert all(end <= start for (_, end), (start, _) in pairwise(spans))
     assert extent.nbytes % UNIT_BYTES == 0
     assert weights.nbytes <= extent.nbytes < weights.nbytes + len(spans) * UNIT_BYTES
 
@@ -84,7 +85,7 @@ def test_other_layouts_and_mixed_dtypes_are_refused() -> None:
         extent_of(replace(weights, b_layout="rank_pairs"))
     other = make_weights(torch.float32).sites[3, "down"]
     mixed = replace(weights, sites={**weights.sites, (3, "down"): other})
-    with pytest.raises(ValueError, match="torch.bfloat16.*torch.float32"):
+    with pytest.raises(ValueError, match=r"torch.bfloat16.*torch.float32"):
         extent_of(mixed)
 
 

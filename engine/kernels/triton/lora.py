@@ -30,12 +30,12 @@ from engine.kernels.triton import lora_work
 from engine.kernels.triton.lora_work import SiteKind, WorkShape
 from engine.lora.extent import UNIT_BYTES
 
-HEADER_WORDS = tl.constexpr(lora_work.HEADER_WORDS)
 SEGMENT_WORDS = tl.constexpr(lora_work.SEGMENT_WORDS)
 MAX_BLOCKS = tl.constexpr(lora_work.MAX_BLOCKS)
 ROWS_AT = tl.constexpr(lora_work.ROWS_AT)
 BLOCKS_AT = tl.constexpr(lora_work.BLOCKS_AT)
 NUM_ITEMS = tl.constexpr(lora_work.NUM_ITEMS)
+ITEMS_PER_BLOCK = tl.constexpr(lora_work.ITEMS_PER_BLOCK)
 PLANES_PER_ITEM = tl.constexpr(lora_work.PLANES_PER_ITEM)
 LISTED_AT = tl.constexpr(lora_work.LISTED_AT)
 NUM_LISTED = tl.constexpr(lora_work.NUM_LISTED)
@@ -192,14 +192,14 @@ def _shrink_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    PER_PLANE: tl.constexpr = tl.cdiv(tl.cdiv(IN, PLANES), BLOCK_K) * BLOCK_K
+    PER_PLANE: tl.constexpr = (IN + PLANES * BLOCK_K - 1) // (PLANES * BLOCK_K) * BLOCK_K
     RECORD: tl.constexpr = 2 + 2 * SLICES
     header = words + HEADER_AT
     rows_at = tl.load(header + ROWS_AT)
     blocks_at = tl.load(header + BLOCKS_AT)
     num_items = tl.load(header + NUM_ITEMS)
+    items_per_block = tl.load(header + ITEMS_PER_BLOCK)
     per_item = tl.load(header + PLANES_PER_ITEM)
-    items_per_block = PLANES // per_item
     for item in range(tl.program_id(0), num_items, tl.num_programs(0)):
         block = tl.load(words + blocks_at + item // items_per_block)
         first_plane = (item % items_per_block) * per_item
@@ -219,7 +219,8 @@ def _shrink_kernel(
             h = planes + position[:, None] * PLANE_WIDTH + r[None, :]
             for plane in range(first_plane, first_plane + per_item):
                 total = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-                for k0 in range(plane * PER_PLANE, min((plane + 1) * PER_PLANE, IN), BLOCK_K):
+                plane_end = tl.minimum((plane + 1) * PER_PLANE, IN)
+                for k0 in range(plane * PER_PLANE, plane_end, BLOCK_K):
                     k = tl.multiple_of(k0, BLOCK_K) + tl.arange(0, BLOCK_K)
                     x_mask = (position < end)[:, None]
                     a_mask = (r < rank)[None, :]

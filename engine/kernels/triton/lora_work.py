@@ -7,10 +7,11 @@ adapters, and a list is as long as there is work: nothing is padded to the large
 
 All lists are one int32 array, the words of a plan:
 
-    header     HEADER_WORDS per kind of site: the fields below
+    header     HEADER_WORDS per kind of site: the fields below; zeros are no work
     segments   SEGMENT_WORDS each: first and last + 1 position in rows, adapter slot
     rows       row of the batch at each position
-    per kind   its blocks (segment * MAX_BLOCKS + block), then the segments that have any
+    blocks     segment * MAX_BLOCKS + block, kind by kind
+    listed     segments that have any block, kind by kind
 
     x [rows, in] --shrink--> planes [P, positions, R] float32 --expand--> y [rows, out] += ...
 
@@ -25,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 HEADER_WORDS = 8  # per kind of site
-ROWS_AT, BLOCKS_AT, NUM_ITEMS, PLANES_PER_ITEM, LISTED_AT, NUM_LISTED = range(6)
+ROWS_AT, BLOCKS_AT, NUM_ITEMS, ITEMS_PER_BLOCK, PLANES_PER_ITEM, LISTED_AT, NUM_LISTED = range(7)
 SEGMENT_WORDS = 4
 MAX_BLOCKS = 256  # of one segment at one site
 
@@ -34,6 +35,7 @@ PLANE_ROWS = 8192  # positions times planes where planes take little memory
 PLANE_INPUTS = 256  # fewer inputs are not worth a plane
 
 Words = NDArray[np.int32]
+Indices = NDArray[np.intp]
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,62 +132,59 @@ def build_words(shape: WorkShape, row_slots: Sequence[int], ranks: NDArray[np.in
     `ranks` [kinds, slots]: the largest sum of slice ranks that a slot has at sites of a kind.
     """
     rows, segments = _segments(np.asarray(row_slots, np.int32), shape.tiles.segment_rows)
-    num_kinds = len(shape.kinds)
-    header = np.zeros((num_kinds, HEADER_WORDS), np.int32)
-    header[:, ROWS_AT] = header.size + segments.size
-    parts = [header.reshape(-1), segments.reshape(-1), rows]
-    used = header.size + segments.size + rows.size
-    for number, kind in enumerate(shape.kinds):
-        num_blocks = -(-ranks[number, segments[:, 2]] // shape.tiles.shrink.ranks)
-        blocks = _repeated(num_blocks) * MAX_BLOCKS + _counted_up(num_blocks)
-        listed = np.flatnonzero(num_blocks).astype(np.int32)
-        planes = shape.num_planes(kind)
-        per_item = _planes_per_item(planes, blocks.size, shape.min_items)
-        num_items = blocks.size * (planes // per_item)
-        listed_at = used + blocks.size
-        header[number, BLOCKS_AT : NUM_LISTED + 1] = (
-            *(used, num_items, per_item),
-            *(listed_at, listed.size),
-        )
-        parts += [blocks, listed]
-        used = listed_at + listed.size
-    return np.concatenate(parts)
+    num_blocks = -(-ranks[:, segments[:, 2]] // shape.tiles.shrink.ranks)  # [kinds, segments]
+    owner, block = _spread(num_blocks.reshape(-1))
+    blocks = owner % max(len(segments), 1) * MAX_BLOCKS + block
+    listed_kind, listed = num_blocks.nonzero()
+
+    header = np.zeros((len(shape.kinds), HEADER_WORDS), np.int32)
+    totals, num_listed = num_blocks.sum(1), np.bincount(listed_kind, minlength=len(header))
+    per_item = _planes_per_item(shape, totals.tolist())
+    per_block = [shape.num_planes(kind) // n for kind, n in zip(shape.kinds, per_item, strict=True)]
+    header[:, ROWS_AT] = rows_at = header.size + segments.size
+    header[:, BLOCKS_AT] = rows_at + rows.size + totals.cumsum() - totals
+    header[:, NUM_ITEMS] = totals * per_block
+    header[:, ITEMS_PER_BLOCK] = per_block
+    header[:, PLANES_PER_ITEM] = per_item
+    header[:, LISTED_AT] = rows_at + rows.size + blocks.size + num_listed.cumsum() - num_listed
+    header[:, NUM_LISTED] = num_listed
+    parts = header.reshape(-1), segments.reshape(-1), rows, blocks, listed
+    return np.concatenate(parts, dtype=np.int32, casting="same_kind")
 
 
-def _segments(row_slots: NDArray[np.int32], segment_rows: int) -> tuple[Words, Words]:
+def _segments(row_slots: NDArray[np.int32], segment_rows: int) -> tuple[Indices, Words]:
     """Rows with an adapter, sorted by it, and segments [S, SEGMENT_WORDS] of them."""
-    order = np.argsort(row_slots, kind="stable").astype(np.int32)
-    rows = order[np.count_nonzero(row_slots == 0) :]
+    rows = row_slots.argsort(kind="stable")[row_slots.size - np.count_nonzero(row_slots) :]
     slots = row_slots[rows]
     begins = np.flatnonzero(np.diff(slots, prepend=0))
     counts = np.diff(begins, append=rows.size)
     pieces = -(-counts // segment_rows)
-    begin, count = np.repeat(begins, pieces), np.repeat(counts, pieces)
-    piece = _counted_up(pieces) * segment_rows
-    segments = np.zeros((begin.size, SEGMENT_WORDS), np.int32)
-    segments[:, 0] = begin + piece
-    segments[:, 1] = begin + np.minimum(piece + segment_rows, count)
-    segments[:, 2] = slots[begin]
+    owner, piece = _spread(pieces)
+    first, offset = begins[owner], piece * segment_rows
+    segments = np.zeros((owner.size, SEGMENT_WORDS), np.int32)
+    segments[:, 0] = first + offset
+    segments[:, 1] = first + np.minimum(offset + segment_rows, counts[owner])
+    segments[:, 2] = slots[first]
     return rows, segments
 
 
-def _planes_per_item(planes: int, num_blocks: int, min_items: int) -> int:
-    """As many as leave enough items for all programs: fewer items read x and tables less often."""
-    per_item = planes
-    while per_item > 1 and num_blocks * (planes // per_item) < min_items:
-        per_item //= 2
-    return per_item
+def _planes_per_item(shape: WorkShape, num_blocks: list[int]) -> list[int]:
+    """Of each kind. As many as leave enough items for all programs: fewer items read x and the
+    tables less often."""
+    found: list[int] = []
+    for kind, blocks in zip(shape.kinds, num_blocks, strict=True):
+        planes = per_item = shape.num_planes(kind)
+        while per_item > 1 and blocks * (planes // per_item) < shape.min_items:
+            per_item //= 2
+        found.append(per_item)
+    return found
 
 
-def _repeated(counts: NDArray[np.int32]) -> Words:
-    """[2, 0, 3] -> [0, 0, 2, 2, 2]"""
-    return np.repeat(np.arange(counts.size, dtype=np.int32), counts)
-
-
-def _counted_up(counts: NDArray[np.int32]) -> Words:
-    """[2, 0, 3] -> [0, 1, 0, 1, 2]"""
-    firsts = np.cumsum(counts) - counts
-    return (np.arange(counts.sum()) - np.repeat(firsts, counts)).astype(np.int32)
+def _spread(counts: NDArray[np.signedinteger]) -> tuple[Indices, Indices]:
+    """[2, 0, 3] -> which it is of, [0, 0, 2, 2, 2], and its number there, [0, 1, 0, 1, 2]."""
+    ends = counts.cumsum()
+    owner = np.arange(counts.size).repeat(counts)
+    return owner, np.arange(owner.size) - (ends - counts)[owner]
 
 
 def _power_of_two(limit: int) -> int:

@@ -50,8 +50,7 @@ def segments_of(shape: WorkShape, words: Words) -> list[tuple[list[int], int]]:
 def products_of(shape: WorkShape, words: Words, kind: int) -> list[tuple[int, int, int]]:
     """(segment, first rank row, plane) of everything that shrink's items multiply."""
     header = words[kind * HEADER_WORDS :]
-    planes, per_item = shape.num_planes(shape.kinds[kind]), header[lora_work.PLANES_PER_ITEM]
-    per_block = planes // per_item
+    per_block, per_item = header[lora_work.ITEMS_PER_BLOCK], header[lora_work.PLANES_PER_ITEM]
     products: list[tuple[int, int, int]] = []
     for item in range(header[lora_work.NUM_ITEMS]):
         segment, block = divmod(
@@ -120,18 +119,15 @@ def test_a_batch_without_adapters_has_no_work() -> None:
     assert build_words(shape, [], random_ranks(0)).tolist() == words.tolist()
 
 
-def test_lonely_blocks_are_cut_finer_but_never_summed_otherwise() -> None:
+def test_blocks_are_cut_finer_while_they_are_few() -> None:
     ranks = np.full((len(KINDS), NUM_SLOTS + 1), 16, np.int32)
-    shape = make_shape(256, num_processors=132)
-    one, many = (
-        build_words(shape, slots, ranks)[lora_work.PLANES_PER_ITEM :: HEADER_WORDS][: len(KINDS)]
-        for slots in ([1], [i % NUM_SLOTS + 1 for i in range(256)])
-    )
-    crowded = make_shape(256, num_processors=1)
-    every = build_words(crowded, list(range(1, NUM_SLOTS + 1)), ranks)
-    planes = [shape.num_planes(kind) for kind in KINDS]
-    assert one.tolist() == [1, 1, 1] and many.tolist() == [1, 1, 1]
-    assert every[lora_work.PLANES_PER_ITEM] == planes[0] == 8 == crowded.num_planes(KINDS[0])
+    distinct = list(range(1, NUM_SLOTS + 1))
+    for num_processors, slots, wanted in ((132, [1], 1), (8, distinct, 4), (1, distinct, 8)):
+        shape = make_shape(256, num_processors=num_processors)
+        words = build_words(shape, slots, ranks)
+        assert shape.num_planes(KINDS[0]) == 8
+        assert words[lora_work.PLANES_PER_ITEM] == wanted
+        assert words[lora_work.NUM_ITEMS] == len(slots) * 8 // wanted
 
 
 @pytest.mark.parametrize("rows", [1, 255, 256, 257, 512, 513, 8192, 20000])
