@@ -41,10 +41,6 @@ LISTED_AT = tl.constexpr(lora_work.LISTED_AT)
 NUM_LISTED = tl.constexpr(lora_work.NUM_LISTED)
 
 
-def record_words(max_slices: int) -> int:
-    return 2 + 2 * max_slices
-
-
 def column_tiles(kind: SiteKind, columns: int) -> list[tuple[int, int, int, int]]:
     """(slice, first column in the slice, first column in y, width of the slice) of each tile."""
     tiles: list[tuple[int, int, int, int]] = []

@@ -1,5 +1,6 @@
 """Random adapters for a model's sites, whose they are in a batch, and what they must add."""
 
+import os
 import random
 from collections.abc import Mapping, Sequence
 
@@ -11,6 +12,7 @@ from engine.lora.extent import UNIT_BYTES, extent_nbytes, pack_extent
 from engine.lora.weights import LoraWeights, Site, SiteWeights
 from engine.model.layers import LoraSite, LoraSlice
 
+DEVICE = torch.device("cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda")
 TRAFFIC = ["identical", "distinct", "uniform", "zipf", "skewed"]
 
 Ranks = Mapping[str, Sequence[int]]  # of each slice of a site, 0 where it has no module
@@ -72,7 +74,8 @@ def make_bank(
     num_processors: int = 1,
 ) -> DeviceAdapterBank:
     return DeviceAdapterBank(
-        torch.randint(0, 256, (arena_bytes,), dtype=torch.uint8),  # what was there before
+        # What was there before must not matter
+        torch.randint(0, 256, (arena_bytes,), dtype=torch.uint8, device=DEVICE),
         sites,
         dtype,
         max_slots=max_slots,
@@ -101,8 +104,9 @@ def expected(
 ) -> tuple[Tensor, Tensor]:
     """y with each row's adapter added, in float32, and the sum of the absolute products."""
     result, size = y.float(), y.float().abs()
+    sites = {slot: weights.to(DEVICE).sites.get(key) for slot, weights in adapters.items()}
     for row, slot in enumerate(slots):
-        site = adapters[slot].sites.get(key) if slot else None
+        site = sites[slot] if slot else None
         for r0, r1, out0, out1, b in site.expands if site else ():
             a, wide = site.a[r0:r1].float(), x[row].float()
             result[row, out0:out1] += (a @ wide) @ b.float()

@@ -18,6 +18,7 @@ from engine.scheduler.request import SamplingParams
 from tests.engine.driver import write_adapter
 from tests.engine.tiny import write_tiny
 from tests.engine.triton.adapters import (
+    DEVICE,
     TRAFFIC,
     load,
     load_all,
@@ -43,7 +44,7 @@ def make_adapters() -> dict[int, LoraWeights]:
 
 
 def plain_bank(adapters: dict[int, LoraWeights]) -> AdapterBank:
-    bank = AdapterBank(torch.device("cpu"))
+    bank = AdapterBank(DEVICE)
     for slot, weights in adapters.items():
         bank.load(slot, weights)
     return bank
@@ -67,8 +68,8 @@ def inputs_of(rows: int, seed: int = 0) -> dict[tuple[int, str], tuple[Tensor, T
     generator = torch.Generator().manual_seed(seed)
     return {
         (s.layer, s.site): (
-            torch.randn(rows, s.in_features, generator=generator),
-            torch.randn(rows, s.out_features, generator=generator),
+            torch.randn(rows, s.in_features, generator=generator).to(DEVICE),
+            torch.randn(rows, s.out_features, generator=generator).to(DEVICE),
         )
         for s in SITES
     }
@@ -106,7 +107,7 @@ def test_a_captured_launch_serves_any_later_plan() -> None:
     """One TritonLora, as a graph would hold it: only buffers change below it."""
     adapters = make_adapters()
     bank = make_bank(SITES, F32)
-    words = torch.zeros(bank.max_words(16), dtype=torch.int32)
+    words = torch.zeros(bank.max_words(16), dtype=torch.int32, device=DEVICE)
     lora = bank.batch(16, words)
     load(bank, 1, 0, adapters[1])
     for step, slots in enumerate(([1] * 16, [0, 1] * 8, [4, 1, 5] * 5, [0] * 16, [5])):
@@ -126,6 +127,30 @@ def test_a_captured_launch_serves_any_later_plan() -> None:
             plain.add(1, "gate_up", x[: len(slots)], wanted)
         torch.testing.assert_close(got[: len(slots)], wanted, rtol=1e-5, atol=2e-5)
         assert torch.equal(got[len(slots) :], y[len(slots) :])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE.type == "cpu", reason="needs a CUDA device")
+def test_a_cuda_graph_replays_for_any_adapters() -> None:
+    adapters = make_adapters()
+    bank = make_bank(SITES, F32)
+    bank.warm_up()
+    lora, graph = bank.batch(16), torch.cuda.CUDAGraph()
+    x, y = (torch.zeros_like(t) for t in inputs_of(16)[0, "qkv"])
+    with torch.cuda.graph(graph):
+        lora.add(0, "qkv", x, y)
+    load_all(bank, adapters)
+    for step, kind in enumerate(TRAFFIC):
+        slots = row_slots(kind, len(RANKS), 16)
+        plain = plain_bank(adapters).batch(batch_of(slots))
+        values = inputs_of(16, seed=step)[0, "qkv"]
+        x.copy_(values[0])
+        y.copy_(values[1])
+        bank.upload(bank.plan(slots))
+        graph.replay()
+        if plain is not None:
+            plain.add(0, "qkv", *values)
+        torch.testing.assert_close(y, values[1], rtol=1e-5, atol=2e-5)
 
 
 def test_the_buffers_addresses_never_change() -> None:
@@ -226,7 +251,8 @@ def test_real_adapters_of_a_real_model(tmp_path: Path) -> None:
     lora, plain = bank.upload(bank.plan(slots_of(batch))), plain_bank(adapters).batch(batch)
     assert plain is not None
     for site in decoder.lora_sites:
-        x, y = torch.randn(5, site.in_features), torch.randn(5, site.out_features)
+        x = torch.randn(5, site.in_features, device=DEVICE)
+        y = torch.randn(5, site.out_features, device=DEVICE)
         wanted = y.clone()
         lora.add(site.layer, site.site, x, y)
         plain.add(site.layer, site.site, x, wanted)
@@ -282,7 +308,7 @@ def test_places_outside_the_arena_or_between_units_are_refused(offset: int) -> N
 
 def test_adapters_of_another_model_dtype_or_rank_are_refused() -> None:
     bank = make_bank(SITES, F32, max_lora_rank=16)
-    with pytest.raises(ValueError, match=r"lora_rank 32 at .* at most 16 is allowed"):
+    with pytest.raises(ValueError, match=r"\(0, 'o'\) has lora_rank 32; at most 16 is allowed"):
         bank.place(1, 0, extent_of(make_adapter(SITES, {"o": (32,)}, F32)))
     with pytest.raises(ValueError, match=r"only torch.float32 is allowed"):
         bank.place(1, 0, extent_of(make_adapter(SITES, {"o": (8,)}, torch.float16)))
@@ -292,7 +318,9 @@ def test_adapters_of_another_model_dtype_or_rank_are_refused() -> None:
     wider = replace(other, sites=make_adapter(make_sites(1, o=(72, (64,))), {"o": (8,)}, F32).sites)
     with pytest.raises(ValueError, match="has 72 inputs, not 64"):
         bank.place(1, 0, extent_of(wider))
-    with pytest.raises(ValueError, match="slices"):
+    with pytest.raises(
+        ValueError, match=r"slices of \(64,\) outputs, and none of columns \(0, 80\)"
+    ):
         longer = make_adapter(make_sites(1, o=(64, (80,))), {"o": (8,)}, F32)
         bank.place(1, 0, extent_of(longer))
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from engine.lora.device_bank import DeviceAdapterBank
 from engine.lora.weights import LoraWeights
 from tests.engine.triton.adapters import (
+    DEVICE,
     TRAFFIC,
     expected,
     load_all,
@@ -44,8 +45,9 @@ def loaded_bank(adapters: dict[int, LoraWeights], **changes: int) -> DeviceAdapt
 def batch_of(name: str, rows: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     site = next(s for s in SITES if s.site == name)
     generator = torch.Generator().manual_seed(rows)
-    x = torch.randn(rows, site.in_features, generator=generator).to(dtype)
-    return x, torch.randn(rows, site.out_features, generator=generator).to(dtype)
+    x = torch.randn(rows, site.in_features, generator=generator)
+    y = torch.randn(rows, site.out_features, generator=generator)
+    return x.to(DEVICE, dtype), y.to(DEVICE, dtype)
 
 
 def add(bank: DeviceAdapterBank, slots: list[int], name: str, x: Tensor, y: Tensor) -> Tensor:
@@ -108,7 +110,8 @@ def test_x_and_y_may_be_columns_of_wider_tensors() -> None:
     adapters = make_adapters(torch.float32)
     slots = row_slots("zipf", len(RANKS), 9)
     x, y = batch_of("qkv", len(slots), torch.float32)
-    wide_x, wide_y = torch.randn(len(slots), 400), torch.randn(len(slots), 200)
+    wide_x = torch.randn(len(slots), 400, device=DEVICE)
+    wide_y = torch.randn(len(slots), 200, device=DEVICE)
     around = wide_y.clone()
     wide_x[:, 48:368], wide_y[:, 16:176] = x, y
     bank = loaded_bank(adapters)
