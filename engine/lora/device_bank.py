@@ -104,7 +104,6 @@ class DeviceAdapterBank:
         _write(self._memory.table[slot], self._table.records(offset_bytes, extent))
         self._ranks[:, slot] = self._table.ranks(extent)
         self._extents[slot] = extent, offset_bytes
-        self._last_plan = None
 
     def move(self, slot: int, offset_bytes: int) -> None:
         """Moves its bytes, by any distance, and its place. Plans with it stay good."""

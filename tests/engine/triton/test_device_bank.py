@@ -129,6 +129,19 @@ def test_a_captured_launch_serves_any_later_plan() -> None:
         assert torch.equal(got[len(slots) :], y[len(slots) :])
 
 
+def test_ranks_may_differ_from_layer_to_layer() -> None:
+    small, large = ({name: [r] * n for name, n in (("qkv", 3), ("o", 1))} for r in (3, 30))
+    parts = [make_adapter(SITES, ranks, F32, seed=8).sites for ranks in (small, large)]
+    weights = [
+        {key: parts[(key[0] + first) % 2][key] for key in parts[0] if key != (first, "o")}
+        for first in (0, 1)
+    ]
+    adapters = {slot: LoraWeights(f"d{slot}", sites, 0) for slot, sites in enumerate(weights, 1)}
+    bank = make_bank(SITES, F32)
+    load_all(bank, adapters)
+    assert_equal_to_the_plain_bank(bank, adapters, batch_of([2, 1, 0, 2]))
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE.type == "cpu", reason="needs a CUDA device")
 def test_a_cuda_graph_replays_for_any_adapters() -> None:
@@ -290,6 +303,7 @@ def test_slots_out_of_range_empty_or_taken_are_refused() -> None:
     for use in (lambda: bank.plan([2, 1]), lambda: bank.move(1, 0)):
         with pytest.raises(ValueError, match="adapter slot 1 holds no adapter"):
             use()
+    assert bank.plan([2]) is bank.plan([2])
     bank.evict(2)
     with pytest.raises(ValueError, match="adapter slot 2 holds no adapter"):
         bank.plan([2])
