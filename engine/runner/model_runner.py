@@ -15,6 +15,7 @@ from torch import Tensor
 
 from engine.lora.weights import LoraWeights
 from engine.messages import TokenLogprobs
+from engine.runner.rows import wanted_rows
 from engine.runner.sampler import NotFinite, Picker, SampledToken, sample, target_logprobs
 from engine.scheduler.batch import AdapterLoad, Move, ScheduledBatch, ScheduledRequest
 
@@ -135,7 +136,7 @@ class ModelRunner:
         self._move(batch)
         if not batch.requests:
             return []
-        rows, spans = _wanted_rows(batch)
+        rows, spans = wanted_rows(batch.requests)
         hidden = self.model.hidden(batch, rows)
         outputs = [RowOutput() for _ in batch.requests]
         self._sample(batch, hidden, spans, outputs)
@@ -182,22 +183,6 @@ class ModelRunner:
             picked = target_logprobs(logits, targets[i : i + LOGITS_ROWS], num_top)
             entries += [TokenLogprobs(logprob, top) for logprob, top in picked]
         return entries
-
-
-def _wanted_rows(batch: ScheduledBatch) -> tuple[list[int], list[tuple[int, int]]]:
-    """Rows of the batch whose hidden states are needed, and each request's span of that list."""
-    rows: list[int] = []
-    spans: list[tuple[int, int]] = []
-    end = 0
-    for request in batch.requests:
-        start, end = end, end + len(request.token_ids)
-        first = len(rows)
-        if request.prompt_targets:
-            rows += range(start, end)
-        elif request.samples:
-            rows.append(end - 1)
-        spans.append((first, len(rows)))
-    return rows, spans
 
 
 def _token_logprobs(token: SampledToken) -> TokenLogprobs:
