@@ -132,7 +132,7 @@ _ENGINE_GAUGES = {
     "requests_waiting": "Requests in the engine's queue.",
     "queued_tokens": "Prompt tokens not yet computed.",
     "kv_blocks_used": "KV blocks that requests hold.",
-    "kv_blocks_total": "KV blocks there are.",
+    "kv_blocks_total": "KV blocks that adapters in use leave.",
     "resident_adapters": "Adapters in device memory.",
 }
 

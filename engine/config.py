@@ -8,7 +8,7 @@ from dataclasses import dataclass
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 KERNELS = ("auto", "torch")
 DEVICES = ("auto", "cpu", "cuda")
-QUANTIZATIONS = ("none", "int8", "nf4")
+QUANTIZATIONS = ("none", "int8", "nf4", "fp8")
 ACTIVATIONS = ("bf16", "int8")
 KV_DTYPES = ("auto", "int8")
 
@@ -21,8 +21,8 @@ class ConfigError(ValueError):
 class EngineConfig:
     """Everything that decides how one base model is loaded and scheduled.
 
-    `memory_bytes` bounds KV blocks and device-resident adapters together;
-    `adapter_memory_bytes` of it (default a quarter) is for adapters.
+    `memory_bytes` bounds KV blocks and device-resident adapters together: what one does not need
+    the other may have. `adapter_memory_bytes` is the most that adapters may have of it.
     """
 
     source: str  # a local Hugging Face model folder
@@ -36,7 +36,7 @@ class EngineConfig:
     max_model_len: int | None = None  # None: the model's own maximum, at most 8192
     block_size: int = 16
     memory_bytes: int = 2 * 2**30
-    adapter_memory_bytes: int | None = None
+    adapter_memory_bytes: int | None = None  # None: all that KV blocks in use leave
     host_adapter_bytes: int = 2 * 2**30
     enable_prefix_caching: bool = True
     kernels: str = "auto"  # auto: native ones for bfloat16 on a CPU that has them
@@ -52,7 +52,7 @@ class EngineConfig:
         _between("max_num_seqs", self.max_num_seqs, 1, 4096)
         _between("max_num_batched_tokens", self.max_num_batched_tokens, 1, 2**20)
         _between("block_size", self.block_size, 1, 1024)
-        _between("memory_bytes", self.memory_bytes, 2**20, 2**50)
+        _between("memory_bytes", self.memory_bytes, 2**12, 2**50)
         _between("host_adapter_bytes", self.host_adapter_bytes, 0, 2**50)
         if self.max_model_len is not None:
             _between("max_model_len", self.max_model_len, 2, 2**24)
@@ -65,11 +65,6 @@ class EngineConfig:
                 f"max_num_batched_tokens={self.max_num_batched_tokens} must be at least "
                 f"max_num_seqs={self.max_num_seqs}: each running request decodes a token per step"
             )
-
-    @property
-    def device_adapter_bytes(self) -> int:
-        given = self.adapter_memory_bytes
-        return self.memory_bytes // 4 if given is None else given
 
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:

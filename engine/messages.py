@@ -90,7 +90,7 @@ class EngineInfo:
 
     max_model_len: int
     vocab_size: int
-    num_blocks: int
+    num_blocks: int  # where no adapter takes memory
     block_size: int
     eos_token_ids: tuple[int, ...]
     device: str
@@ -108,7 +108,7 @@ class EngineStats:
     num_waiting: int = 0
     num_blocks_used: int = 0
     num_blocks_cached: int = 0
-    num_blocks_total: int = 0
+    num_blocks_total: int = 0  # that there can be beside the adapters in use
     queued_tokens: int = 0
     resident_adapters: tuple[str, ...] = ()
     total_steps: int = 0

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from engine.config import ConfigError, EngineConfig
+from engine.kernels.fp8 import check_fp8
 from engine.model.families import read_dtype, read_scheme, read_spec
 from engine.model.quantized_checkpoint import weight_format
 from engine.model.spec import ModelSpec
@@ -19,10 +20,11 @@ class Settled:
     spec: ModelSpec
     dtype: torch.dtype
     kv_dtype: torch.dtype  # int8: with scales
-    weight_format: str  # of the linear layers: none, int8, nf4 or int4
+    weight_format: str  # of the linear layers: none, int8, nf4, fp8 or int4
     device: torch.device
     max_model_len: int
-    num_blocks: int
+    block_bytes: int
+    num_blocks: int  # of the whole memory; where adapters are, there are fewer
 
 
 def settle(config: EngineConfig) -> Settled:
@@ -31,12 +33,15 @@ def settle(config: EngineConfig) -> Settled:
     spec = read_spec(folder, config.max_model_len)
     dtype, device = _dtype(config, folder), _device(config)
     kv_dtype, form = _kv_dtype(config, dtype, device), _weight_format(config, folder)
+    if form == "fp8":
+        _check_fp8(device, dtype)
     block_bytes = config.block_size * kv_bytes_per_token(spec, kv_dtype)
-    num_blocks = (config.memory_bytes - config.device_adapter_bytes) // block_bytes
+    num_blocks = config.memory_bytes // block_bytes
     room = num_blocks * config.block_size
     max_model_len = config.max_model_len
     if max_model_len is None:
-        max_model_len = min(spec.max_position, DEFAULT_MAX_MODEL_LEN, room)
+        beside_adapters = _bytes_beside_adapters(config) // block_bytes * config.block_size
+        max_model_len = min(spec.max_position, DEFAULT_MAX_MODEL_LEN, beside_adapters)
         spec = read_spec(folder, max_model_len) if max_model_len >= 2 else spec
     if max_model_len > spec.max_position:
         raise ConfigError(
@@ -44,16 +49,18 @@ def settle(config: EngineConfig) -> Settled:
             f"that the model was made for"
         )
     if max_model_len < 2 or max_model_len > room:
-        needed = (
-            config.device_adapter_bytes
-            + -(-max(max_model_len, 2) // config.block_size) * block_bytes
-        )
+        needed = -(-max(max_model_len, 2) // config.block_size) * block_bytes
         raise ConfigError(
-            f"memory_bytes={config.memory_bytes} leaves room for {room} tokens of KV cache beside "
-            f"{config.device_adapter_bytes} bytes for adapters; max_model_len={max_model_len} "
-            f"needs memory_bytes of at least {needed}"
+            f"memory_bytes={config.memory_bytes} has room for {room} tokens of KV cache; "
+            f"max_model_len={max_model_len} needs memory_bytes of at least {needed}"
         )
-    return Settled(spec, dtype, kv_dtype, form, device, max_model_len, num_blocks)
+    return Settled(spec, dtype, kv_dtype, form, device, max_model_len, block_bytes, num_blocks)
+
+
+def _bytes_beside_adapters(config: EngineConfig) -> int:
+    """What a request may count on that nobody sized: a quarter is left for its adapter."""
+    quarter, most = config.memory_bytes // 4, config.adapter_memory_bytes
+    return config.memory_bytes - (quarter if most is None else min(quarter, most))
 
 
 def _dtype(config: EngineConfig, folder: Path) -> torch.dtype:
@@ -84,6 +91,13 @@ def _weight_format(config: EngineConfig, folder: Path) -> str:
             f"{'dense ones' if form == 'none' else form}; use 'bf16'"
         )
     return form
+
+
+def _check_fp8(device: torch.device, dtype: torch.dtype) -> None:
+    try:
+        check_fp8(device, dtype)
+    except ValueError as error:
+        raise ConfigError(f"quantization='fp8': {error}") from None
 
 
 def _device(config: EngineConfig) -> torch.device:

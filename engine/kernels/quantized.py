@@ -18,6 +18,7 @@ NF4_VALUES = (
     *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
     *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
 )
+BYTE_FORMATS = ("int8", "fp8")  # a code in each byte; the others have two
 CHUNK_VALUES = 2**18  # values of a weight that are in float32 at once: about a core's cache
 
 
@@ -26,6 +27,7 @@ class QuantizedWeight:
     """One weight [out, in].
 
     int8:  weight = codes * scales                        codes int8 [out, in], scales [out, 1]
+    fp8:   weight = codes * scales                        codes e4m3 [out, in], scales [out, 1]
     nf4:   weight = NF4_VALUES[codes] * scales            codes uint8 [out, in / 2], scales [out, G]
     int4:  weight = (codes - zeros) * scales              codes uint8 [out, in / 2], both [out, G]
 
@@ -47,7 +49,7 @@ class QuantizedWeight:
 
     @property
     def in_features(self) -> int:
-        return self.codes.shape[1] * (1 if self.format == "int8" else 2)
+        return self.codes.shape[1] * (1 if self.format in BYTE_FORMATS else 2)
 
     @property
     def nbytes(self) -> int:
@@ -118,7 +120,7 @@ def dequantize_to(weight: QuantizedWeight, dtype: torch.dtype, device: torch.dev
 
 
 def _values(weight: QuantizedWeight) -> Tensor:
-    if weight.format == "int8":
+    if weight.format in BYTE_FORMATS:
         return weight.codes.float()
     codes = unpack_pairs(weight.codes)
     if weight.format == "int4":

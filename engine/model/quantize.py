@@ -1,8 +1,9 @@
 """From a dense weight to a QuantizedWeight, a few rows at a time.
 
-Codes are those of bitsandbytes. int8: per output, symmetric, scale = max|w| / 127. nf4: blocks of
-64 neighbouring inputs, scale = max|w|, the code whose value is nearest to w / scale, the lower of
-two that are equally near. Computed in float32 whatever the weight is stored in.
+Codes of int8 and nf4 are those of bitsandbytes. int8: per output, symmetric, scale = max|w| / 127.
+nf4: blocks of 64 neighbouring inputs, scale = max|w|, the code whose value is nearest to w / scale,
+the lower of two that are equally near. fp8: per output, scale = max|w| / 448, the nearest e4m3.
+Computed in float32 whatever the weight is stored in.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -11,6 +12,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from engine.kernels.fp8 import E4M3, MULTIPLE, quantize_rows
 from engine.kernels.quantized import CHUNK_VALUES, NF4_VALUES, QuantizedWeight, pack_pairs
 from engine.model.layers import LoraSite
 from engine.model.spec import ModelError
@@ -52,15 +54,33 @@ def quantize_nf4(weight: Tensor) -> QuantizedWeight:
     return QuantizedWeight("nf4", codes, _finite(scales), group_size=NF4_BLOCK)
 
 
+def quantize_fp8(weight: Tensor) -> QuantizedWeight:
+    """weight [out, in] of any float dtype."""
+    codes = torch.empty(weight.shape, dtype=E4M3)
+    scales = torch.empty(weight.shape[0], 1)
+    for rows, wide in _chunks(weight):
+        rounded = quantize_rows(wide)
+        codes[rows], scales[rows] = rounded.codes, rounded.scales
+    return QuantizedWeight("fp8", codes, _finite(scales), group_size=weight.shape[1])
+
+
 QUANTIZERS: dict[str, Callable[[Tensor], QuantizedWeight]] = {
     "int8": quantize_int8,
     "nf4": quantize_nf4,
+    "fp8": quantize_fp8,
 }
 
 
 def check_quantizable(quantization: str, sites: Iterable[LoraSite]) -> None:
-    """Refuses a model whose rows nf4 blocks would straddle."""
+    """Refuses a model whose rows nf4 blocks would straddle, or FP8's tiles."""
     for site in sites:
+        sizes = (site.in_features, site.out_features)
+        if quantization == "fp8" and any(size % MULTIPLE for size in sizes):
+            raise ModelError(
+                f"quantization='fp8': {site.slices[0].module} belongs to a layer of {sizes[0]} "
+                f"inputs and {sizes[1]} outputs, which must be multiples of {MULTIPLE}; use "
+                f"'int8' or 'none'"
+            )
         if quantization == "nf4" and site.in_features % NF4_BLOCK:
             raise ModelError(
                 f"quantization='nf4': {site.slices[0].module} has {site.in_features} input "

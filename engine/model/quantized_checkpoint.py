@@ -72,7 +72,7 @@ def parse_scheme(config: ConfigKeys) -> Scheme | None:
 
 
 def weight_format(folder: Path, scheme: Scheme | None, quantization: str) -> str:
-    """none, int8, nf4 or int4: in what the linear layers are served. Raises ModelError."""
+    """none, int8, nf4, fp8 or int4: in what the linear layers are served. Raises ModelError."""
     if scheme is None:
         return quantization
     if quantization != "none":

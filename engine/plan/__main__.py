@@ -95,9 +95,10 @@ def _weights(size: ModelSize) -> Iterator[str]:
         own = "  how the engine serves it" if form == size.form else ""
         yield f"  {form.name:<9} {nbytes:>16,} bytes  {_size(nbytes):>10}{own}"
     yield (
-        f"  int8 has a float32 scale per output row, nf4 a float32 absmax per {NF4_BLOCK} values;"
+        "  int8 and fp8 have a float32 scale per output row, nf4 a float32 absmax per "
+        f"{NF4_BLOCK} values;"
     )
-    yield "  both leave embeddings, lm_head, norms and biases in bfloat16."
+    yield "  all leave embeddings, lm_head, norms and biases in bfloat16."
     if size.form.quantization == "int4":
         group = size.form.group_size or "row"
         yield f"  as stored: 4-bit integers, a float32 scale and zero per group of {group};"

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from engine.kernels.dispatch import reference_ops
+from engine.kernels.quantized import BYTE_FORMATS
 from engine.model.decoder import Decoder
 from engine.model.families import read_dtype, read_scheme, read_spec
 from engine.model.layers import Build
@@ -19,7 +20,7 @@ from engine.model.spec import ModelSpec
 from engine.runner.kv_cache import kv_bytes_per_token
 
 ATTENTION_SITES = ("qkv", "o")
-SCALE_BYTES = 4  # a float32 per row (int8), per block (nf4) or per group (int4, and a zero each)
+SCALE_BYTES = 4  # a float32 per row (int8, fp8), block (nf4) or group (int4, and a zero each)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +41,7 @@ class WeightFormat:
 
     name: str
     dtype: torch.dtype
-    quantization: str = "none"  # int8, nf4 or int4
+    quantization: str = "none"  # int8, nf4, fp8 or int4
     group_size: int | None = None  # inputs that share a scale; None: all
     is_reordered: bool = False  # each weight has an order of its inputs
     dense_modules: tuple[str, ...] = ()  # parts of module names that are left in `dtype`
@@ -49,7 +50,7 @@ class WeightFormat:
         if self.quantization == "none" or self._is_dense(linear.module):
             return linear.numel * self.dtype.itemsize
         scales = -(-linear.numel // (self.group_size or linear.in_features)) * SCALE_BYTES
-        if self.quantization == "int8":
+        if self.quantization in BYTE_FORMATS:
             return linear.numel + scales
         codes = -(-linear.numel // 2)
         order = 4 * linear.in_features if self.is_reordered and self.group_size else 0
@@ -64,6 +65,7 @@ FORMATS = (
     WeightFormat("bfloat16", torch.bfloat16),
     WeightFormat("int8", torch.bfloat16, "int8"),
     WeightFormat("nf4", torch.bfloat16, "nf4", NF4_BLOCK),
+    WeightFormat("fp8", torch.bfloat16, "fp8"),
 )
 
 

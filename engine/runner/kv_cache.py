@@ -4,9 +4,12 @@ Layout is block-major, `[num_blocks, num_layers, 2, block_size, H_kv, D]`: a blo
 contiguous piece of memory, so that it can be copied, evicted or moved as a unit.
 """
 
+from collections.abc import Sequence
+
 import torch
 
 from engine.model.spec import ModelSpec
+from engine.scheduler.batch import BlockCopy
 
 SCALE_BYTES = 4  # int8 keys and values have a float32 scale per position and head
 
@@ -27,9 +30,7 @@ def allocate_kv_cache(
     return torch.zeros(shape, dtype=dtype, device=device)
 
 
-def copy_blocks(kv_cache: torch.Tensor, copies: tuple[tuple[int, int], ...]) -> None:
-    """kv_cache[destination] = kv_cache[source], all sources read before any is written."""
-    if not copies:
-        return
-    source, destination = torch.tensor(copies, device=kv_cache.device).unbind(1)
-    kv_cache[destination] = kv_cache[source]
+def copy_blocks(kv_cache: torch.Tensor, copies: Sequence[BlockCopy]) -> None:
+    """One after the other: a copy may read what one before it wrote."""
+    for source, destination in copies:
+        kv_cache[destination] = kv_cache[source]

@@ -1,11 +1,12 @@
-"""ModelRunner: executes a ScheduledBatch on one device.
+"""What executes ScheduledBatches: the Runner protocol, and the ModelRunner, which computes at once.
 
-    execute(batch) -> one RowOutput per request     moves adapters and blocks, forward, sample
+    launch(batch) -> StepHandle                     starts the step
+    handle.result() -> one RowOutput per request    waits for it
 
-Decides nothing: what is computed is the batch's business, how is the ForwardPass's.
+A runner decides nothing: what is computed is the batch's business, how is the ForwardPass's.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -14,8 +15,9 @@ from torch import Tensor
 
 from engine.lora.weights import LoraWeights
 from engine.messages import TokenLogprobs
+from engine.runner.rows import wanted_rows
 from engine.runner.sampler import NotFinite, Picker, SampledToken, sample, target_logprobs
-from engine.scheduler.batch import ScheduledBatch, ScheduledRequest
+from engine.scheduler.batch import AdapterLoad, Move, ScheduledBatch, ScheduledRequest
 
 LOGITS_ROWS = 32  # rows of [*, V] logits that are in memory at once for prompt logprobs
 
@@ -23,12 +25,12 @@ LOGITS_ROWS = 32  # rows of [*, V] logits that are in memory at once for prompt 
 class ForwardPass(Protocol):
     """The model with its KV cache and adapters, on one device and in one implementation."""
 
-    def load_adapter(self, slot: int, weights: LoraWeights) -> None: ...
+    def load_adapter(self, load: AdapterLoad, weights: LoraWeights) -> None: ...
 
     def evict_adapter(self, slot: int) -> None: ...
 
-    def copy_blocks(self, copies: tuple[tuple[int, int], ...]) -> None:
-        """KV blocks, (source, destination); all are read before any is written."""
+    def move(self, moves: Sequence[Move]) -> None:
+        """KV blocks and adapters, one after the other."""
         ...
 
     def hidden(self, batch: ScheduledBatch, output_rows: list[int]) -> Tensor:
@@ -56,10 +58,77 @@ class RowOutput:
     error: str | None = None
 
 
+class StepHandle(Protocol):
+    """A step that was launched."""
+
+    def result(self) -> list[RowOutput]:
+        """One output per request of the batch, in its order; waits until they are there.
+
+        Called once, in the order of the launches. Raises what the step raised.
+        """
+        ...
+
+
+class Runner(Protocol):
+    """Executes batches one after the other, in the order of their launches."""
+
+    @property
+    def pipeline_depth(self) -> int:
+        """How many steps may be launched before the result of the one before them is taken.
+
+        At 1, a row may hold PENDING: the token that the step before sampled for the same request
+        and life. After a step that raised, rows that hold a PENDING of that step may give
+        anything: nobody reads them.
+        """
+        ...
+
+    @property
+    def loads_are_immediate(self) -> bool:
+        """Whether a step's adapters are in place before it is computed; else see `arrived`."""
+        ...
+
+    def launch(self, batch: ScheduledBatch) -> StepHandle:
+        """Start the step. What it raises has happened to this batch alone."""
+        ...
+
+    def arrived(self) -> Sequence[str]:
+        """Digests of adapters that came to be usable on the device since the last call."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedStep:
+    outputs: list[RowOutput]
+
+    def result(self) -> list[RowOutput]:
+        return self.outputs
+
+
+@dataclass(frozen=True, slots=True)
+class FailedStep:
+    """A step that raised before it was under way."""
+
+    error: Exception
+
+    def result(self) -> list[RowOutput]:
+        raise self.error
+
+
 class ModelRunner:
+    """A Runner without any asynchrony: `launch` returns when the step is done."""
+
+    pipeline_depth = 0
+    loads_are_immediate = True
+
     def __init__(self, model: ForwardPass, host_weights: Callable[[str], LoraWeights]) -> None:
         self.model = model
         self._host_weights = host_weights
+
+    def launch(self, batch: ScheduledBatch) -> FinishedStep:
+        return FinishedStep(self.execute(batch))
+
+    def arrived(self) -> tuple[str, ...]:
+        return ()  # `launch` loads adapters itself
 
     @torch.inference_mode()
     def execute(self, batch: ScheduledBatch) -> list[RowOutput]:
@@ -67,7 +136,7 @@ class ModelRunner:
         self._move(batch)
         if not batch.requests:
             return []
-        rows, spans = _wanted_rows(batch)
+        rows, spans = wanted_rows(batch.requests)
         hidden = self.model.hidden(batch, rows)
         outputs = [RowOutput() for _ in batch.requests]
         self._sample(batch, hidden, spans, outputs)
@@ -80,10 +149,9 @@ class ModelRunner:
     def _move(self, batch: ScheduledBatch) -> None:
         for slot in batch.adapter_evictions:
             self.model.evict_adapter(slot)
-        for slot, digest in batch.adapter_loads:
-            self.model.load_adapter(slot, self._host_weights(digest))
-        if batch.block_copies:
-            self.model.copy_blocks(batch.block_copies)
+        self.model.move(batch.moves)
+        for load in batch.adapter_loads:
+            self.model.load_adapter(load, self._host_weights(load.digest))
 
     def _sample(
         self,
@@ -115,22 +183,6 @@ class ModelRunner:
             picked = target_logprobs(logits, targets[i : i + LOGITS_ROWS], num_top)
             entries += [TokenLogprobs(logprob, top) for logprob, top in picked]
         return entries
-
-
-def _wanted_rows(batch: ScheduledBatch) -> tuple[list[int], list[tuple[int, int]]]:
-    """Rows of the batch whose hidden states are needed, and each request's span of that list."""
-    rows: list[int] = []
-    spans: list[tuple[int, int]] = []
-    end = 0
-    for request in batch.requests:
-        start, end = end, end + len(request.token_ids)
-        first = len(rows)
-        if request.prompt_targets:
-            rows += range(start, end)
-        elif request.samples:
-            rows.append(end - 1)
-        spans.append((first, len(rows)))
-    return rows, spans
 
 
 def _token_logprobs(token: SampledToken) -> TokenLogprobs:

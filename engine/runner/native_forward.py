@@ -1,5 +1,7 @@
 """NativeForward: one forward pass by the native CPU kernels, in one call from Python."""
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from engine.kernels.cpu.adapters import NativeAdapterBank
@@ -11,7 +13,7 @@ from engine.model.native import NativeDecoder
 from engine.runner.kv_cache import copy_blocks
 from engine.runner.native_sampler import NativePicker
 from engine.runner.native_step import StepArrays
-from engine.scheduler.batch import ScheduledBatch
+from engine.scheduler.batch import AdapterLoad, BlockCopy, Move, ScheduledBatch
 
 
 class NativeForward:
@@ -34,14 +36,15 @@ class NativeForward:
         self._decoder = NativeDecoder(decoder, context, kv_layers, max_model_len, max_rows)
         self.picker = NativePicker(context)
 
-    def load_adapter(self, slot: int, weights: LoraWeights) -> None:
-        self._bank.load(slot, weights)
+    def load_adapter(self, load: AdapterLoad, weights: LoraWeights) -> None:
+        self._bank.load(load.slot, weights)
 
     def evict_adapter(self, slot: int) -> None:
         self._bank.evict(slot)
 
-    def copy_blocks(self, copies: tuple[tuple[int, int], ...]) -> None:
-        copy_blocks(self._kv_cache, copies)
+    def move(self, moves: Sequence[Move]) -> None:
+        """Adapters are where the host has them, and their offsets in the arena mean nothing."""
+        copy_blocks(self._kv_cache, [move for move in moves if isinstance(move, BlockCopy)])
 
     def hidden(self, batch: ScheduledBatch, output_rows: list[int]) -> Tensor:
         arrays = self._step(batch, output_rows)

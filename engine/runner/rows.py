@@ -31,3 +31,21 @@ def padded_block_tables(
         tables.extend(request.block_table)
         tables.extend((0,) * (width - len(request.block_table)))
     return tables, width
+
+
+def wanted_rows(
+    requests: Sequence[ScheduledRequest],
+) -> tuple[list[int], list[tuple[int, int]]]:
+    """Rows of the batch whose hidden states are needed, and each request's span of that list."""
+    rows: list[int] = []
+    spans: list[tuple[int, int]] = []
+    end = 0
+    for request in requests:
+        start, end = end, end + len(request.token_ids)
+        first = len(rows)
+        if request.prompt_targets:
+            rows += range(start, end)
+        elif request.samples:
+            rows.append(end - 1)
+        spans.append((first, len(rows)))
+    return rows, spans

@@ -1,5 +1,7 @@
 """TorchForward: one forward pass by torch, on any device that it has."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -9,7 +11,7 @@ from engine.model.decoder import Decoder
 from engine.runner.inputs import build_inputs
 from engine.runner.kv_cache import copy_blocks
 from engine.runner.sampler import TorchPicker
-from engine.scheduler.batch import ScheduledBatch
+from engine.scheduler.batch import AdapterLoad, BlockCopy, Move, ScheduledBatch
 
 
 class TorchForward:
@@ -23,14 +25,15 @@ class TorchForward:
         self._bank = AdapterBank(self.device)
         self.picker = TorchPicker()
 
-    def load_adapter(self, slot: int, weights: LoraWeights) -> None:
-        self._bank.load(slot, weights)
+    def load_adapter(self, load: AdapterLoad, weights: LoraWeights) -> None:
+        self._bank.load(load.slot, weights)
 
     def evict_adapter(self, slot: int) -> None:
         self._bank.evict(slot)
 
-    def copy_blocks(self, copies: tuple[tuple[int, int], ...]) -> None:
-        copy_blocks(self._kv_cache, copies)
+    def move(self, moves: Sequence[Move]) -> None:
+        """Adapters are where the host has them, and their offsets in the arena mean nothing."""
+        copy_blocks(self._kv_cache, [move for move in moves if isinstance(move, BlockCopy)])
 
     def hidden(self, batch: ScheduledBatch, output_rows: list[int]) -> Tensor:
         inputs = build_inputs(batch, self._block_size, self.device, self._bank.batch(batch))

@@ -1,37 +1,62 @@
-"""AdapterSlots: which adapters are resident on the device, bounded in bytes.
+"""AdapterSlots: which adapters are on the device, who uses them, and which may go first.
 
-An adapter is known here once its weights are in host memory (`set_ready`). It becomes resident
-when a request needs it, pinned while a running request uses it, and is otherwise evicted in
-least-recently-used order when bytes lack. Slot 0 is the base model and is never assigned.
+An adapter is known here once its weights are in host memory (`set_ready`). On the device it is
+
+    loading    its bytes have a place but are not all there; stays
+    pinned     used by running requests; stays
+    idle       neither; stays until its memory is needed, last used first to go last
+
+Slot 0 is the base model and is never assigned. Where adapters lie is `MemoryBudget`'s business.
 """
 
 from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 
 @dataclass(slots=True)
-class _Resident:
+class _Placed:
     slot: int
     nbytes: int
+    load: int  # number of the load that is under way; 0: it has arrived
     pins: int = 0
 
 
 class AdapterSlots:
-    """Residency decisions only; whoever executes the batch moves the bytes."""
+    """`loads_are_immediate`: a load is done before the step that it belongs to is computed.
 
-    def __init__(self, capacity_bytes: int) -> None:
-        self.capacity_bytes = capacity_bytes
-        self.used_bytes = 0
+    Otherwise an adapter is loading until `set_resident`. `step` is the clock of last uses.
+    """
+
+    def __init__(self, *, loads_are_immediate: bool = True) -> None:
+        self.loads_are_immediate = loads_are_immediate
+        self.step = 0
         self._ready: dict[str, int] = {}
-        self._resident: OrderedDict[str, _Resident] = OrderedDict()  # oldest use first
+        self._placed: dict[str, _Placed] = {}
+        self._idle: OrderedDict[str, int] = OrderedDict()  # step of last use, oldest first
         self._free_slots: list[int] = []
         self._num_slots = 0
-        self._loads: list[tuple[int, str]] = []
-        self._evictions: list[int] = []
+        self._num_loads = 0
 
     @property
     def resident(self) -> tuple[str, ...]:
-        return tuple(self._resident)
+        return tuple(digest for digest, entry in self._placed.items() if not entry.load)
+
+    @property
+    def idle(self) -> Iterator[tuple[str, int]]:
+        """Digests and the steps of their last use, oldest first."""
+        return iter(self._idle.items())
+
+    @property
+    def placed(self) -> tuple[str, ...]:
+        """On the device or on the way there."""
+        return tuple(self._placed)
+
+    @property
+    def is_any_loading(self) -> bool:
+        return any(entry.load for entry in self._placed.values())
+
+    # ==== what the host has ====
 
     def set_ready(self, digest: str, nbytes: int) -> None:
         """The host has the weights and keeps them until `set_absent`."""
@@ -41,77 +66,89 @@ class AdapterSlots:
         """The host dropped the weights; a resident copy stays usable."""
         self._ready.pop(digest, None)
 
+    def is_on_host(self, digest: str) -> bool:
+        return digest in self._ready
+
     def is_ready(self, digest: str) -> bool:
-        return digest in self._resident or digest in self._ready
+        return digest in self._placed or digest in self._ready
+
+    def nbytes(self, digest: str) -> int | None:
+        """None while nobody has told."""
+        entry = self._placed.get(digest)
+        return entry.nbytes if entry else self._ready.get(digest)
+
+    # ==== what the device has ====
+
+    def is_placed(self, digest: str) -> bool:
+        return digest in self._placed
+
+    def is_pinned(self, digest: str) -> bool:
+        return self._placed[digest].pins > 0
+
+    def is_idle(self, digest: str) -> bool:
+        return digest in self._idle
+
+    def is_loading(self, digest: str) -> bool:
+        entry = self._placed.get(digest)
+        return entry is not None and entry.load > 0
+
+    def awaited_load(self, digest: str) -> int:
+        """Number of the load that its requests have to wait for; 0: none."""
+        entry = self._placed.get(digest)
+        return entry.load if entry and not self.loads_are_immediate else 0
+
+    def slot(self, digest: str) -> int:
+        return self._placed[digest].slot
+
+    def place(self, digest: str) -> int:
+        """A ready adapter gets a slot and is loading."""
+        self._num_loads += 1
+        entry = _Placed(self._new_slot(), self._ready[digest], self._num_loads)
+        self._placed[digest] = entry
+        return entry.slot
+
+    def set_resident(self, digest: str) -> None:
+        """Its load has ended. One that was discarded meanwhile is none of our business."""
+        entry = self._placed.get(digest)
+        if entry is not None and entry.load:
+            entry.load = 0
+            self._set_idle_if_unused(digest, entry)
 
     def acquire(self, digest: str) -> int | None:
-        """Pin a ready adapter and return its slot; None while pinned ones leave no room."""
-        entry = self._resident.get(digest)
-        if entry is None:
-            entry = self._admit(digest)
-        if entry is None:
+        """Pin an adapter and return its slot; None while it cannot be used on the device."""
+        entry = self._placed.get(digest)
+        if entry is None or self.awaited_load(digest):
             return None
-        self._resident.move_to_end(digest)
+        self._idle.pop(digest, None)
         entry.pins += 1
         return entry.slot
 
     def release(self, digest: str) -> None:
-        entry = self._resident[digest]
+        entry = self._placed[digest]
         assert entry.pins > 0, f"adapter {digest} was released more often than acquired"
         entry.pins -= 1
+        self._set_idle_if_unused(digest, entry)
 
-    def discard(self, digest: str) -> None:
-        """Evict an unpinned adapter now, for one whose load may not have reached the device."""
-        entry = self._resident.get(digest)
-        if entry is not None and not entry.pins:
-            self._evict(digest, entry)
-
-    def slot(self, digest: str) -> int:
-        return self._resident[digest].slot
-
-    def take_moves(self) -> tuple[tuple[int, ...], tuple[tuple[int, str], ...]]:
-        """Evictions (slots) and loads (slot, digest) since the last call, in that order."""
-        moves = tuple(self._evictions), tuple(self._loads)
-        self._evictions, self._loads = [], []
-        return moves
+    def evict(self, digest: str) -> int:
+        """Take an adapter that nobody uses off the device; returns the slot that it had."""
+        entry = self._placed.pop(digest)
+        assert not entry.pins, f"adapter {digest} is evicted while it is used"
+        self._idle.pop(digest, None)
+        self._free_slots.append(entry.slot)
+        return entry.slot
 
     def check_integrity(self, pins: dict[str, int]) -> None:
-        """Raise AssertionError unless bytes, slots and `pins` (uses per digest) all agree."""
-        assert {d: e.pins for d, e in self._resident.items() if e.pins} == pins
-        assert self.used_bytes == sum(e.nbytes for e in self._resident.values())
-        assert self.used_bytes <= self.capacity_bytes
-        used = [e.slot for e in self._resident.values()]
+        """Raise AssertionError unless slots, states and `pins` (uses per digest) all agree."""
+        assert {d: e.pins for d, e in self._placed.items() if e.pins} == pins
+        idle = [d for d, e in self._placed.items() if not e.pins and not e.load]
+        assert sorted(idle) == sorted(self._idle), "an adapter's state is wrong"
+        assert list(self._idle.values()) == sorted(self._idle.values()), "idle ones out of order"
+        used = [e.slot for e in self._placed.values()]
         assert sorted(used + self._free_slots) == list(range(1, self._num_slots + 1))
 
-    def _admit(self, digest: str) -> _Resident | None:
-        nbytes = self._ready[digest]
-        if not self._make_room(nbytes):
-            return None
-        entry = self._resident[digest] = _Resident(self._new_slot(), nbytes)
-        self.used_bytes += nbytes
-        self._loads.append((entry.slot, digest))
-        return entry
-
-    def _make_room(self, nbytes: int) -> bool:
-        idle = [(d, e) for d, e in self._resident.items() if not e.pins]
-        reclaimable = sum(e.nbytes for _, e in idle)
-        if nbytes > self.capacity_bytes - self.used_bytes + reclaimable:
-            return False
-        for digest, entry in idle:
-            if nbytes <= self.capacity_bytes - self.used_bytes:
-                break
-            self._evict(digest, entry)
-        return True
-
-    def _evict(self, digest: str, entry: _Resident) -> None:
-        del self._resident[digest]
-        self.used_bytes -= entry.nbytes
-        self._free_slots.append(entry.slot)
-        pending = (entry.slot, digest)
-        if pending in self._loads:  # never reached the device
-            self._loads.remove(pending)
-        else:
-            self._evictions.append(entry.slot)
+    def _set_idle_if_unused(self, digest: str, entry: _Placed) -> None:
+        if not entry.pins and not entry.load:
+            self._idle[digest] = self.step
 
     def _new_slot(self) -> int:
         if self._free_slots:

@@ -9,6 +9,9 @@ A block is in one of three states:
 Nothing tracks "held" by itself: it is every block with a reference. Block contents are immutable
 once published, so a block that is shared or published is copied before it is written.
 
+Cached and held blocks are all below `limit`; the memory of those above it may be an adapter's.
+The lowest free block is taken first, so that they stay out of its way.
+
 The hash of a block covers all tokens before it and starts at the request's CacheScope, so equal
 hashes mean equal KV: same tenant scope, salt and adapter digest, same tokens.
 """
@@ -16,8 +19,10 @@ hashes mean equal KV: same tenant scope, salt and adapter digest, same tokens.
 import hashlib
 from array import array
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from heapq import heappop, heappush
 
+from engine.scheduler.batch import BlockCopy
 from engine.scheduler.request import CacheScope
 
 
@@ -35,22 +40,27 @@ def block_hash(previous: bytes, token_ids: Sequence[int]) -> bytes:
 
 
 class BlockManager:
-    """Allocates KV blocks 0..num_blocks-1 with reference counts and a prefix cache."""
+    """Allocates KV blocks 0..limit-1 with reference counts and a prefix cache.
+
+    Whoever takes blocks sees to it that as many are free: nothing is evicted on the way.
+    `step` is the clock of last uses.
+    """
 
     def __init__(self, num_blocks: int, block_size: int, *, prefix_caching: bool = True) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.prefix_caching = prefix_caching
+        self.limit = num_blocks
+        self.step = 0
         self._references = [0] * num_blocks
         self._hashes: list[bytes | None] = [None] * num_blocks
         self._by_hash: dict[bytes, int] = {}
-        self._free: list[int] = list(range(num_blocks - 1, -1, -1))
-        self._cached: OrderedDict[int, None] = OrderedDict()
+        self._free: list[int] = list(range(num_blocks))  # a heap, of blocks above `limit` too
+        self._cached: OrderedDict[bytes, int] = OrderedDict()  # step of last use, oldest first
 
     @property
-    def num_available(self) -> int:
-        """Blocks that an allocation may take: free ones and cached ones."""
-        return len(self._free) + len(self._cached)
+    def num_free(self) -> int:
+        return self.limit - self.num_blocks + len(self._free)
 
     @property
     def num_cached(self) -> int:
@@ -58,7 +68,12 @@ class BlockManager:
 
     @property
     def num_held(self) -> int:
-        return self.num_blocks - self.num_available
+        return self.num_blocks - len(self._free) - len(self._cached)
+
+    @property
+    def cached_uses(self) -> Iterator[int]:
+        """The steps in which cached blocks were last used, oldest first."""
+        return iter(self._cached.values())
 
     def blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
@@ -77,18 +92,15 @@ class BlockManager:
         """One more reference to each."""
         for block in blocks:
             if self._references[block] == 0:
-                del self._cached[block]
+                content = self._hashes[block]
+                assert content is not None, f"block {block} is shared and has no content"
+                del self._cached[content]
             self._references[block] += 1
 
-    def grow(self, table: list[int], num_tokens: int) -> bool:
-        """Append blocks until `table` covers `num_tokens`; False and no change if blocks lack."""
-        missing = self.blocks_for(num_tokens) - len(table)
-        if missing <= 0:
-            return True
-        if missing > self.num_available:
-            return False
-        table.extend(self._take() for _ in range(missing))
-        return True
+    def grow(self, table: list[int], num_tokens: int) -> None:
+        """Append free blocks until `table` covers `num_tokens`."""
+        for _ in range(self.blocks_for(num_tokens) - len(table)):
+            table.append(self._take())
 
     def frozen(self, table: Sequence[int], start: int, end: int) -> list[int]:
         """Indexes into `table` of the blocks under positions [start, end) that others may read."""
@@ -100,15 +112,15 @@ class BlockManager:
             if references[table[i]] > 1 or hashes[table[i]] is not None
         ]
 
-    def make_private(self, table: list[int], frozen: Iterable[int]) -> list[tuple[int, int]]:
-        """Replace these blocks of the table by new ones; as many must be available.
+    def make_private(self, table: list[int], frozen: Iterable[int]) -> list[BlockCopy]:
+        """Replace these blocks of the table by free ones.
 
-        Returns the (source, destination) copies to make before anything is written.
+        Returns the copies to make, in order, before anything is written.
         """
-        copies: list[tuple[int, int]] = []
+        copies: list[BlockCopy] = []
         for i in frozen:
             source, table[i] = table[i], self._take()
-            copies.append((source, table[i]))
+            copies.append(BlockCopy(source, table[i]))
             self._drop(source)
         return copies
 
@@ -124,6 +136,31 @@ class BlockManager:
             self._hashes[block] = content
             self._by_hash[content] = block
 
+    def evict(self, count: int) -> None:
+        """Free the cached blocks that were used longest ago."""
+        for _ in range(count):
+            content, _ = self._cached.popitem(last=False)
+            block = self._by_hash.pop(content)
+            self._hashes[block] = None
+            heappush(self._free, block)
+
+    def set_limit(self, limit: int, tables: Iterable[list[int]]) -> list[BlockCopy]:
+        """Give memory up or take it over; cached and held blocks must fit below the limit.
+
+        Those above it move into the lowest free blocks, in all of `tables`, which must be all that
+        hold any. Returns the copies to make, in order.
+        """
+        assert self.num_held + self.num_cached <= limit <= self.num_blocks
+        high = [b for b in range(limit, self.limit) if self._references[b] or self._hashes[b]]
+        self.limit = limit
+        moved = {block: heappop(self._free) for block in high}
+        for source, destination in moved.items():
+            self._rename(source, destination)
+        if moved:
+            for table in tables:
+                table[:] = [moved.get(block, block) for block in table]
+        return [BlockCopy(source, destination) for source, destination in moved.items()]
+
     def check_integrity(self, tables: Iterable[Sequence[int]]) -> None:
         """Raise AssertionError unless the state is exactly what these block tables imply."""
         counts = [0] * self.num_blocks
@@ -131,21 +168,20 @@ class BlockManager:
             for block in table:
                 counts[block] += 1
         assert counts == self._references, "references differ from the tables that hold blocks"
+        known = {h: b for b, h in enumerate(self._hashes) if h is not None}
+        assert known == self._by_hash, "the hash table differs from the blocks' hashes"
         unheld = {b for b in range(self.num_blocks) if not counts[b]}
-        free, cached = set(self._free), set(self._cached)
+        free, cached = set(self._free), {self._by_hash[h] for h in self._cached}
         assert len(free) == len(self._free), "a block is free twice"
         assert free | cached == unheld and not free & cached, "an unheld block is lost or doubled"
         assert all(self._hashes[b] is None for b in free), "a free block still has content"
-        assert all(self._hashes[b] is not None for b in cached), "a cached block has no content"
-        known = {h: b for b, h in enumerate(self._hashes) if h is not None}
-        assert known == self._by_hash, "the hash table differs from the blocks' hashes"
+        assert all(b in free for b in range(self.limit, self.num_blocks)), "used above the limit"
+        uses = list(self._cached.values())
+        assert uses == sorted(uses), "cached blocks out of order"
 
     def _take(self) -> int:
-        if self._free:
-            block = self._free.pop()
-        else:
-            block, _ = self._cached.popitem(last=False)
-            self._forget(block)
+        assert self.num_free > 0, "a block is taken and none is free"
+        block = heappop(self._free)
         self._references[block] = 1
         return block
 
@@ -154,13 +190,17 @@ class BlockManager:
         assert self._references[block] >= 0, f"block {block} was freed twice"
         if self._references[block]:
             return
-        if self._hashes[block] is None:
-            self._free.append(block)
-        else:
-            self._cached[block] = None
-
-    def _forget(self, block: int) -> None:
         content = self._hashes[block]
+        if content is None:
+            heappush(self._free, block)
+        else:
+            self._cached[content] = self.step
+
+    def _rename(self, source: int, destination: int) -> None:
+        """The free `destination` becomes what `source` was, but in the tables."""
+        self._references[destination], self._references[source] = self._references[source], 0
+        content = self._hashes[destination] = self._hashes[source]
+        self._hashes[source] = None
         if content is not None:
-            del self._by_hash[content]
-            self._hashes[block] = None
+            self._by_hash[content] = destination
+        heappush(self._free, source)

@@ -1,4 +1,4 @@
-"""Residency of adapters: bytes, pins and least-recently-used order, against a plain model."""
+"""Which adapters are on the device and who uses them, against a plain model."""
 
 import pytest
 from hypothesis import settings
@@ -7,28 +7,44 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from engine.scheduler.adapter_slots import AdapterSlots
 
-CAPACITY = 10
-SIZES = {"a": 1, "b": 3, "c": 4, "d": 6, "e": 10}
+DIGESTS = "abcde"
 
 
 class Slots(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
-        self.slots = AdapterSlots(CAPACITY)
+        self.slots = AdapterSlots(loads_are_immediate=False)
         self.pins: dict[str, int] = {}
-        self.order: list[str] = []  # resident, oldest use first
-        self.device: dict[int, str] = {}  # what an executor would hold
-        for digest, nbytes in SIZES.items():
-            self.slots.set_ready(digest, nbytes)
+        self.loading: list[str] = []
+        self.idle: list[str] = []  # oldest use first
+        self.used: dict[int, str] = {}  # slots
+        for i, digest in enumerate(DIGESTS):
+            self.slots.set_ready(digest, i)
 
-    @rule(digest=st.sampled_from(sorted(SIZES)))
+    @rule(digest=st.sampled_from(DIGESTS))
+    def place(self, digest: str) -> None:
+        if not self.slots.is_placed(digest):
+            slot = self.slots.place(digest)
+            assert slot not in self.used, "a slot is given twice"
+            self.used[slot] = digest
+            self.loading.append(digest)
+
+    @rule(digest=st.sampled_from(DIGESTS))
+    def arrive(self, digest: str) -> None:
+        self.slots.set_resident(digest)
+        if digest in self.loading:
+            self.loading.remove(digest)
+            self.idle.append(digest)
+
+    @rule(digest=st.sampled_from(DIGESTS))
     def acquire(self, digest: str) -> None:
-        expected = self._expected_after(digest)
         slot = self.slots.acquire(digest)
-        assert (slot is None) == (expected is None)
-        if expected is not None:
-            self.order = expected
+        is_there = digest in self.used.values() and digest not in self.loading
+        assert (slot is not None) == is_there
+        if slot is not None:
+            assert self.used[slot] == digest
             self.pins[digest] = self.pins.get(digest, 0) + 1
+            self.idle = [d for d in self.idle if d != digest]
 
     @precondition(lambda self: self.pins)
     @rule(data=st.data())
@@ -38,53 +54,48 @@ class Slots(RuleBasedStateMachine):
         self.pins[digest] -= 1
         if not self.pins[digest]:
             del self.pins[digest]
+            self.idle.append(digest)
+
+    @precondition(lambda self: self.idle)
+    @rule()
+    def evict(self) -> None:
+        slot = self.slots.evict(self.idle[0])
+        assert self.used.pop(slot) == self.idle.pop(0)
 
     @rule()
-    def execute(self) -> None:
-        evictions, loads = self.slots.take_moves()
-        for slot in evictions:
-            del self.device[slot]
-        for slot, digest in loads:
-            assert slot not in self.device
-            self.device[slot] = digest
-        assert sorted(self.device.values()) == sorted(self.order)
-        assert all(self.device[self.slots.slot(d)] == d for d in self.order)
+    def step(self) -> None:
+        self.slots.step += 1
 
     @invariant()
     def agrees_with_the_model(self) -> None:
         self.slots.check_integrity(self.pins)
-        assert list(self.slots.resident) == self.order
-
-    def _expected_after(self, digest: str) -> list[str] | None:
-        order = [d for d in self.order if d != digest]
-        room = CAPACITY - (0 if digest in self.order else SIZES[digest])
-        if digest not in self.order:
-            while sum(SIZES[d] for d in order) > room:
-                idle = [d for d in order if d not in self.pins]
-                if not idle:
-                    return None
-                order.remove(idle[0])
-        return [*order, digest]
+        assert [digest for digest, _ in self.slots.idle] == self.idle
+        assert sorted(self.slots.placed) == sorted(self.used.values())
+        assert sorted(self.slots.resident) == sorted({*self.idle, *self.pins})
+        assert self.slots.is_any_loading == bool(self.loading)
 
 
 TestSlots = Slots.TestCase
 TestSlots.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 
 
-def test_evicting_a_pinned_adapter_is_refused() -> None:
-    slots = AdapterSlots(CAPACITY)
-    for digest in ("d", "c", "b"):
-        slots.set_ready(digest, SIZES[digest])
-    assert slots.acquire("d") and slots.acquire("c")
-    assert slots.acquire("b") is None
-    slots.release("d")
-    assert slots.acquire("b")
-    assert set(slots.resident) == {"b", "c"}
+def ready(*digests: str, loads_are_immediate: bool = True) -> AdapterSlots:
+    slots = AdapterSlots(loads_are_immediate=loads_are_immediate)
+    for digest in digests:
+        slots.set_ready(digest, 1)
+        slots.place(digest)
+    return slots
+
+
+def test_evicting_a_pinned_adapter_is_noticed() -> None:
+    slots = ready("a")
+    slots.acquire("a")
+    with pytest.raises(AssertionError, match="is used"):
+        slots.evict("a")
 
 
 def test_releasing_more_often_than_acquired_is_noticed() -> None:
-    slots = AdapterSlots(CAPACITY)
-    slots.set_ready("a", 1)
+    slots = ready("a")
     slots.acquire("a")
     slots.release("a")
     with pytest.raises(AssertionError, match="more often"):
@@ -92,6 +103,21 @@ def test_releasing_more_often_than_acquired_is_noticed() -> None:
 
 
 def test_slot_zero_is_never_given_to_an_adapter() -> None:
-    slots = AdapterSlots(CAPACITY)
-    slots.set_ready("a", 1)
-    assert slots.acquire("a") == 1
+    assert ready("a").slot("a") == 1
+
+
+def test_only_where_loads_are_immediate_an_adapter_is_used_before_it_is_resident() -> None:
+    assert ready("a").acquire("a") == 1
+    slots = ready("a", loads_are_immediate=False)
+    assert slots.acquire("a") is None and slots.awaited_load("a") == 1
+    slots.set_resident("a")
+    assert slots.acquire("a") == 1 and not slots.awaited_load("a")
+
+
+def test_what_is_on_the_device_is_ready_even_if_the_host_dropped_it() -> None:
+    slots = ready("a")
+    slots.set_absent("a")
+    assert slots.is_ready("a") and not slots.is_on_host("a") and slots.nbytes("a") == 1
+    slots.set_resident("a")
+    slots.evict("a")
+    assert not slots.is_ready("a") and slots.nbytes("a") is None

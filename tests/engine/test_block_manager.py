@@ -28,10 +28,10 @@ class Blocks(RuleBasedStateMachine):
         for i, block in enumerate(table):
             assert self.content[block] == tokens[: (i + 1) * BLOCK]
         self.manager.share(table)
-        if not self.manager.grow(table, len(tokens)):
-            assert self.manager.blocks_for(len(tokens)) - len(table) > self.manager.num_available
+        if not self._free_up(self.manager.blocks_for(len(tokens)) - len(table)):
             self.manager.free(table)
             return
+        self.manager.grow(table, len(tokens))
         self.tables.append(table)
         self.tokens.append(list(tokens))
 
@@ -53,12 +53,12 @@ class Blocks(RuleBasedStateMachine):
         before = list(table)
         frozen = self.manager.frozen(table, start, end)
         needed = self.manager.blocks_for(end) - len(table) + len(frozen)
-        if needed > self.manager.num_available:
+        if not self._free_up(needed):
             return
         copies = self.manager.make_private(table, frozen)
-        assert self.manager.grow(table, end)
+        self.manager.grow(table, end)
         assert [old for old, new in zip(before, table, strict=False) if old != new] == [
-            source for source, _ in copies
+            copy.source for copy in copies
         ]
         tokens.extend(extra)
 
@@ -77,6 +77,21 @@ class Blocks(RuleBasedStateMachine):
         self.manager.free(self.tables.pop(i))
         self.tokens.pop(i)
 
+    @rule(limit=st.integers(0, 12))
+    def change_limit(self, limit: int) -> None:
+        """The content moves with its block."""
+        used = self.manager.num_held + self.manager.num_cached
+        if used > limit:
+            return
+        before = [[self.content.get(block) for block in table] for table in self.tables]
+        copies = self.manager.set_limit(limit, self.tables)
+        for source, destination in copies:
+            assert destination < limit <= source
+            self.content[destination] = self.content.pop(source, [])
+        after = [[self.content.get(block) or None for block in table] for table in self.tables]
+        assert after == [[content or None for content in table] for table in before]
+        assert self.manager.num_free == limit - used
+
     @invariant()
     def integrity(self) -> None:
         self.manager.check_integrity(self.tables)
@@ -90,6 +105,13 @@ class Blocks(RuleBasedStateMachine):
             last = table[start // BLOCK :][:1]
             others = [b for t in self.tables if t is not table for b in t]
             assert not set(last) & set(others)
+
+    def _free_up(self, count: int) -> bool:
+        lacking = count - self.manager.num_free
+        if lacking > self.manager.num_cached:
+            return False
+        self.manager.evict(max(lacking, 0))
+        return True
 
     def _pick(self, data: st.DataObject) -> tuple[list[int], list[int]]:
         i = data.draw(st.integers(0, len(self.tables) - 1))
@@ -111,28 +133,41 @@ def test_the_oldest_cached_block_is_evicted_first() -> None:
     manager = BlockManager(2, BLOCK)
     for content in (b"old", b"new"):
         table: list[int] = []
-        assert manager.grow(table, BLOCK)
+        manager.grow(table, BLOCK)
         manager.publish(table[0], content)
         if content == b"old":
             old = table
         else:
             manager.free(old)
             manager.free(table)
-    assert manager.grow([], BLOCK)
+    manager.evict(1)
     assert manager.find([b"old"]) == [] and manager.find([b"new"])
 
 
-def test_growing_beyond_what_is_available_changes_nothing() -> None:
-    manager = BlockManager(2, BLOCK)
-    table: list[int] = []
-    assert not manager.grow(table, 3 * BLOCK)
-    assert table == [] and manager.num_available == 2
+def test_the_lowest_free_block_is_taken_first() -> None:
+    manager = BlockManager(6, BLOCK)
+    low: list[int] = []
+    middle: list[int] = []
+    manager.grow(low, BLOCK)
+    manager.grow(middle, 3 * BLOCK)
+    manager.free(low)
+    low.append(middle.pop(1))
+    manager.free(low)
+    manager.grow(middle, 5 * BLOCK)
+    assert middle == [1, 3, 0, 2, 4]
+
+
+def test_taking_a_block_where_none_is_free_is_noticed() -> None:
+    manager = BlockManager(3, BLOCK)
+    manager.set_limit(2, [])
+    with pytest.raises(AssertionError, match="none is free"):
+        manager.grow([], 3 * BLOCK)
 
 
 def test_freeing_twice_is_noticed() -> None:
     manager = BlockManager(2, BLOCK)
     table: list[int] = []
-    assert manager.grow(table, 1)
+    manager.grow(table, 1)
     twice = list(table)
     manager.free(table)
     with pytest.raises(AssertionError, match="freed twice"):

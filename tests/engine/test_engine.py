@@ -71,10 +71,7 @@ def test_company_and_chunks_change_no_token(
 
 def test_preemption_changes_no_token(tiny: Tiny, alone: dict[tuple[str, int], list[int]]) -> None:
     bytes_per_token = 2 * 3 * 2 * 16 * 4
-    room = 72 * bytes_per_token
-    engine = make_engine(
-        tiny.folder, memory_bytes=2**20, adapter_memory_bytes=2**20 - room, max_model_len=64
-    )
+    engine = make_engine(tiny.folder, memory_bytes=72 * bytes_per_token, max_model_len=64)
     assert engine.info.num_blocks == 18
     assert texts(run(engine, mixed_requests())) == alone
     assert engine.stats.total_preemptions > 0
@@ -280,10 +277,18 @@ def test_a_row_whose_logits_are_not_finite_ends_alone(tiny: Tiny) -> None:
 
 
 def test_too_little_memory_is_refused_with_the_bytes_that_would_do(tiny: Tiny) -> None:
-    with pytest.raises(ValueError, match=r"max_model_len=256 needs memory_bytes of at least \d+"):
-        make_engine(
-            tiny.folder, memory_bytes=2**20, adapter_memory_bytes=2**20 - 4096, max_model_len=256
-        )
+    needed = 256 * 2 * 3 * 2 * 16 * 4
+    match = f"max_model_len=256 needs memory_bytes of at least {needed}"
+    with pytest.raises(ValueError, match=match):
+        make_engine(tiny.folder, memory_bytes=needed - 1, max_model_len=256)
+    assert make_engine(tiny.folder, memory_bytes=needed, max_model_len=256).info.num_blocks == 64
+
+
+def test_where_nobody_says_how_long_a_context_is_it_leaves_room_for_an_adapter(tiny: Tiny) -> None:
+    whole = 128 * 2 * 3 * 2 * 16 * 4
+    assert make_engine(tiny.folder, memory_bytes=whole).info.max_model_len == 96
+    alone = make_engine(tiny.folder, memory_bytes=whole, adapter_memory_bytes=0)
+    assert alone.info.max_model_len == 128
 
 
 def test_bfloat16_runs_and_stays_close_to_float32(tiny: Tiny) -> None:

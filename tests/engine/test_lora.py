@@ -1,6 +1,7 @@
 """Mixed batches of adapters against peft, against merged weights, and against each one alone."""
 
 import random
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from engine.lora.weights import AdapterLoadError, load_lora
-from engine.messages import ADAPTER_INVALID, AdapterFolder, GenerateRequest
+from engine.messages import ADAPTER_INVALID, INVALID_REQUEST, AdapterFolder, GenerateRequest
+from engine.scheduler.extents import extent_size
+from engine.scheduler.request import InvalidRequest
 from tests.engine.driver import (
     ALL_LINEAR,
     finish,
@@ -129,14 +132,15 @@ def test_adapters_come_and_go_where_only_two_fit(
     ]
     expected = {k: r.token_ids for k, r in run(roomy, requests).items()}
     sizes = sorted(w.nbytes for w in (roomy.host.get(a) for a in roomy.stats.resident_adapters))
+    room = extent_size(sizes[-1]) + extent_size(sizes[-2])
     tight = make_engine(
         tiny.folder,
-        adapter_memory_bytes=sizes[-1] + sizes[-2],
+        adapter_memory_bytes=room,
         host_adapter_bytes=sizes[-1],
         enable_prefix_caching=False,
     )
     assert {k: r.token_ids for k, r in run(tight, requests).items()} == expected
-    assert tight.scheduler.adapters.used_bytes <= sizes[-1] + sizes[-2]
+    assert tight.scheduler.memory.adapter_bytes <= room
     assert tight.host.used_bytes <= sizes[-1]
 
 
@@ -229,6 +233,44 @@ def test_an_adapter_larger_than_its_memory_is_refused(
     last = run(engine, [request_for("r", adapters["large"], 4)])["r", 0].last
     assert last is not None and last.error is not None
     assert "adapter_memory_bytes is 1000" in last.error.message
+
+
+@pytest.mark.parametrize("is_known", [False, True], ids=["as-it-arrives", "at-once"])
+def test_a_request_that_cannot_fit_beside_its_adapter_is_refused_with_the_bytes(
+    tiny: Tiny, adapters: dict[str, AdapterFolder], is_known: bool
+) -> None:
+    sites = make_engine(tiny.folder).model.lora_sites
+    nbytes = extent_size(load_lora(adapters["large"], sites, torch.float32).nbytes)
+    kv_bytes = 64 * 2 * 3 * 2 * 16 * 4
+    engine = make_engine(
+        tiny.folder, memory_bytes=kv_bytes + nbytes, max_model_len=96, max_num_seqs=2
+    )
+    fits = request_for("fits", adapters["large"], 4, 61)
+    too_long = request_for("too-long", adapters["large"], 4, 62)
+    text = f"65 tokens beside adapter .* need {68 * 768 + nbytes} bytes of memory, and there are"
+    if is_known:
+        assert len(run(engine, [fits])["fits", 0].token_ids) == 61
+        with pytest.raises(InvalidRequest, match=text):
+            engine.add_request(too_long)
+        return
+    results = run(engine, [too_long, request_for("base", None, 4), fits])
+    last = results["too-long", 0].last
+    assert last is not None and last.error is not None and last.error.kind == INVALID_REQUEST
+    assert re.match(text, last.error.message)
+    assert results["base", 0].token_ids and len(results["fits", 0].token_ids) == 61
+
+
+def test_adapters_and_kv_blocks_share_one_memory(
+    tiny: Tiny, adapters: dict[str, AdapterFolder]
+) -> None:
+    """Room for about two of them beside the blocks that all requests would like to have."""
+    names = ["everything", "rslora", "large", "patterns"] * 3
+    requests = [request_for(f"r{i}", adapters[n], 3 + 4 * i, 24) for i, n in enumerate(names)]
+    expected = {k: r.token_ids for k, r in run(make_engine(tiny.folder), requests).items()}
+    tight = make_engine(tiny.folder, memory_bytes=2**19, max_model_len=128)
+    assert {k: r.token_ids for k, r in run(tight, requests).items()} == expected
+    assert tight.stats.total_preemptions > 0
+    assert len(tight.stats.resident_adapters) < 4
 
 
 def test_phi3_adapters_target_the_fused_modules(tmp_path: Path) -> None:

@@ -102,16 +102,13 @@ def test_company_chunks_and_threads_change_no_bit(
 
 
 def test_preemption_changes_no_bit(tiny: Tiny, adapters: list[AdapterFolder]) -> None:
-    roomy = texts(run(native_engine(tiny.folder), mixed(adapters, 40)))
-    room = 12 * 16 * 2 * 3 * 2 * 32 * 2  # blocks, positions, K and V, layers, heads, dim, bytes
-    small = native_engine(
-        tiny.folder,
-        memory_bytes=2**20 + room,
-        adapter_memory_bytes=2**20,
-        max_model_len=128,
-    )
-    assert small.info.num_blocks == 12
-    assert texts(run(small, mixed(adapters, 40))) == roomy
+    roomy = native_engine(tiny.folder)
+    expected = texts(run(roomy, mixed(adapters, 40)))
+    block_bytes = 16 * 2 * 3 * 2 * 32 * 2  # positions, K and V, layers, heads, dim, bytes
+    adapter_bytes = sum(roomy.host.get(a.digest).nbytes for a in adapters)
+    memory_bytes = 12 * block_bytes + adapter_bytes
+    small = native_engine(tiny.folder, memory_bytes=memory_bytes, max_model_len=128)
+    assert texts(run(small, mixed(adapters, 40))) == expected
     assert small.stats.total_preemptions > 0
 
 

@@ -1,0 +1,96 @@
+"""Ops of a device that launches kernels: linear layers that write where they are told to.
+
+Everything else of these Ops is torch's: a decoder that wants more fuses it (engine.model.fused).
+"""
+
+from dataclasses import replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from engine.kernels.dispatch import Ops, select_ops
+from engine.kernels.fp8 import Fp8Linear, ScaledMm, check_fp8, scaled_mm
+from engine.kernels.quantized import QuantizedWeight
+
+
+class DeviceLinear(Protocol):
+    """A packed linear layer: x [N, in] -> x W^T + bias [N, out], in x's dtype."""
+
+    @property
+    def out_features(self) -> int: ...
+
+    def __call__(self, x: Tensor) -> Tensor: ...
+
+    def into(self, x: Tensor, out: Tensor) -> Tensor:
+        """The same into out [N, out], whose last dimension is contiguous; returns out."""
+        ...
+
+
+class DenseLinear:
+    """The weight [out, in] as it is, multiplied by the vendor's library."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self.out_features = len(weight)
+        self._weight = weight.T
+        self._bias = bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.into(x, x.new_empty(len(x), self.out_features))
+
+    def into(self, x: Tensor, out: Tensor) -> Tensor:
+        if self._bias is None:
+            return torch.mm(x, self._weight, out=out)
+        return torch.addmm(self._bias, x, self._weight, out=out)
+
+
+class DenseHead:
+    """x [M, in] -> logits [M, out] in float32, summed and kept so where the device can."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self._weight = weight.T
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if x.is_cuda and x.dtype != torch.float32:
+            return torch.mm(x, self._weight, out_dtype=torch.float32)
+        return torch.mm(x, self._weight).float()
+
+
+def device_ops(
+    device: torch.device, dtype: torch.dtype, *, fp8_multiply: ScaledMm | None = None
+) -> Ops:
+    """`pack_linear` gives DeviceLinears; dense weights are used where they lie, others copied.
+    Layers in few bits share their scratch: all must exist before the first one is called.
+
+    `fp8_multiply` replaces the device's own FP8 multiplication, and the check that it has one:
+    ValueError as from `check_fp8`, when such a weight comes.
+    """
+
+    weight_only = _WeightOnly(device, dtype)
+
+    def pack_linear(weight: Tensor | QuantizedWeight, bias: Tensor | None) -> DeviceLinear:
+        if isinstance(weight, Tensor):
+            return DenseLinear(weight, bias)
+        if weight.format == "fp8":
+            if fp8_multiply is None:
+                check_fp8(device, dtype)
+            return Fp8Linear(weight, bias, device, dtype, fp8_multiply or scaled_mm)
+        return weight_only(weight, bias)
+
+    return replace(select_ops(device, dtype), pack_linear=pack_linear, pack_head=DenseHead)
+
+
+class _WeightOnly:
+    """Layers whose weights stay in few bits; imports Triton with the first one."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self._device, self._dtype = device, dtype
+        self._scratch: Any = None
+
+    def __call__(self, weight: QuantizedWeight, bias: Tensor | None) -> DeviceLinear:
+        from engine.kernels.triton.scratch import Scratch
+        from engine.kernels.triton.weight_only import WeightOnlyLinear
+
+        if self._scratch is None:
+            self._scratch = Scratch(self._device)
+        return WeightOnlyLinear(weight, bias, self._device, self._dtype, self._scratch)

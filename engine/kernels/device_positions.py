@@ -1,0 +1,176 @@
+"""DevicePositions: where the queries and keys of a batch are, in numbers that kernels read.
+
+What `engine.kernels.inputs.AttentionInputs` says to the host, in fixed shapes on the device: a CUDA
+graph that has been captured over these tensors serves every batch that fits into them. Requests
+that fill a batch up have a context of 0: one query row each among the decodes, none among the
+prefills. No Triton here: whoever lays out a step's numbers needs only numpy.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from struct import pack_into
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from engine.scheduler.batch import ScheduledRequest
+
+NO_REQUEST = -1  # in a tile that fills the list up
+
+Numbers = NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True)
+class DevicePositions:
+    """B requests: `num_decodes` with one query row each, request i's being row i, then prefills.
+
+    The query rows of request i are [cu_seqlens_q[i], cu_seqlens_q[i + 1]), and its last query is
+    at position context_lens[i] - 1. A tile stands for the `tile_tokens` query rows from its first
+    on, as far as they are its request's. Tensors are int32, on the kernels' device.
+    """
+
+    context_lens: Tensor  # [B]
+    cu_seqlens_q: Tensor  # [B + 1]
+    block_tables: Tensor  # [B, W]; columns behind a request's last block are never read
+    tiles: Tensor  # [T, 2]: request or NO_REQUEST, first query row; of the prefills alone
+    num_decodes: int
+    tile_tokens: int  # a power of two
+    max_context_len: int  # no context of this batch, or of any other of this graph, is longer
+
+
+@dataclass(frozen=True, slots=True)
+class PositionsCapacity:
+    """How much DevicePositions have room for."""
+
+    num_decodes: int
+    num_prefills: int
+    table_width: int
+    num_tiles: int
+    tile_tokens: int
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of the tensors of DevicePositions, by name, in its order."""
+        num_requests = self.num_decodes + self.num_prefills
+        return {
+            "context_lens": (num_requests,),
+            "cu_seqlens_q": (num_requests + 1,),
+            "block_tables": (num_requests, self.table_width),
+            "tiles": (self.num_tiles, 2),
+        }
+
+
+def prefill_tile_tokens(num_heads: int, num_kv_heads: int, head_dim: int) -> int:
+    """Query rows of a prefill tile: with their heads of one group they make 128 rows of a matrix
+    product, or 64 of heads so wide that more would not fit into registers."""
+    rows = 128 if head_dim <= 128 else 64
+    group = num_heads // num_kv_heads
+    return max(1, rows // (1 << (group - 1).bit_length()))
+
+
+def exact_capacity(requests: Sequence[ScheduledRequest], tile_tokens: int) -> PositionsCapacity:
+    """For these requests and no more; decodes, which have one token, come first."""
+    lengths = [len(r.token_ids) for r in requests]
+    num_decodes = sum(length == 1 for length in lengths)
+    return PositionsCapacity(
+        num_decodes=num_decodes,
+        num_prefills=len(requests) - num_decodes,
+        table_width=max((len(r.block_table) for r in requests), default=0),
+        num_tiles=sum(-(-length // tile_tokens) for length in lengths[num_decodes:]),
+        tile_tokens=tile_tokens,
+    )
+
+
+def write_positions(
+    arrays: Mapping[str, Numbers], requests: Sequence[ScheduledRequest], capacity: PositionsCapacity
+) -> None:
+    """Fill host arrays of `capacity.shapes()`, all but the columns of block tables that nobody
+    reads. Raises ValueError for what is too much.
+
+    The requests with one token are the decodes and come first.
+    """
+    decodes = [r for r in requests if len(r.token_ids) == 1]
+    prefills = requests[len(decodes) :]
+    _check(requests, decodes, prefills, capacity)
+    lengths = np.zeros(capacity.num_decodes + capacity.num_prefills, np.int32)
+    lengths[: capacity.num_decodes] = 1
+    context_lens = arrays["context_lens"]
+    context_lens[:] = 0
+    for first, group in ((0, decodes), (capacity.num_decodes, prefills)):
+        last = first + len(group)
+        lengths[first:last] = [len(r.token_ids) for r in group]
+        context_lens[first:last] = [r.end for r in group]
+        _write_tables(arrays["block_tables"][first:last], group)
+    row_starts = arrays["cu_seqlens_q"]
+    row_starts[0] = 0
+    np.cumsum(lengths, out=row_starts[1:])
+    tiles = _tiles(row_starts, context_lens, capacity)
+    arrays["tiles"][: len(tiles)] = tiles
+    arrays["tiles"][len(tiles) :] = NO_REQUEST, 0
+
+
+def copy_positions(
+    requests: Sequence[ScheduledRequest],
+    tile_tokens: int,
+    device: torch.device,
+    max_context_len: int,
+) -> DevicePositions:
+    """New tensors of these requests' own size: for a batch that no graph has been captured for."""
+    capacity = exact_capacity(requests, tile_tokens)
+    shapes = capacity.shapes()
+    ends = np.cumsum([0, *(int(np.prod(shape)) for shape in shapes.values())])
+    flat = np.empty(ends[-1], np.int32)
+    spans = list(zip(shapes.items(), ends, ends[1:], strict=False))
+    arrays = {name: flat[a:b].reshape(shape) for (name, shape), a, b in spans}
+    write_positions(arrays, requests, capacity)
+    copied = torch.from_numpy(flat).to(device)
+    views: dict[str, Any] = {name: copied[a:b].view(shape) for (name, shape), a, b in spans}
+    return DevicePositions(
+        **views,
+        num_decodes=capacity.num_decodes,
+        tile_tokens=tile_tokens,
+        max_context_len=max_context_len,
+    )
+
+
+def _check(
+    requests: Sequence[ScheduledRequest],
+    decodes: Sequence[ScheduledRequest],
+    prefills: Sequence[ScheduledRequest],
+    capacity: PositionsCapacity,
+) -> None:
+    if any(len(r.token_ids) != 1 for r in requests[: len(decodes)]):
+        raise ValueError("a prefill comes before a decode: decodes, with one token, must be first")
+    width = max((len(r.block_table) for r in requests), default=0)
+    tiles = sum(-(-len(r.token_ids) // capacity.tile_tokens) for r in prefills)
+    for what, given, allowed in (
+        ("decodes", len(decodes), capacity.num_decodes),
+        ("prefills", len(prefills), capacity.num_prefills),
+        ("blocks of one request", width, capacity.table_width),
+        ("prefill tiles", tiles, capacity.num_tiles),
+    ):
+        if given > allowed:
+            raise ValueError(f"{given} {what}: there is room for {allowed}")
+
+
+def _write_tables(rows: Numbers, requests: Sequence[ScheduledRequest]) -> None:
+    """Packed by `struct`, which takes half of numpy's time per number: a large batch of long
+    contexts has a hundred thousand of them in every step."""
+    for row, request in zip(rows, requests, strict=True):
+        table = request.block_table
+        pack_into(f"{len(table)}i", row, 0, *table)
+
+
+def _tiles(row_starts: Numbers, context_lens: Numbers, capacity: PositionsCapacity) -> Numbers:
+    """Those with the most keys first, so that none of them is begun last and waited for."""
+    tiles: list[tuple[int, int]] = []
+    keys: list[int] = []
+    for i in range(capacity.num_decodes, len(context_lens)):
+        end = int(row_starts[i + 1])
+        for row in range(int(row_starts[i]), end, capacity.tile_tokens):
+            tiles.append((i, row))
+            keys.append(int(context_lens[i]) - end + min(row + capacity.tile_tokens, end))
+    order = np.argsort(-np.array(keys, np.int64), kind="stable")
+    return np.array(tiles, np.int32).reshape(-1, 2)[order]

@@ -1,0 +1,138 @@
+"""FP8 linear layers: weights in e4m3 with a scale per output, activations with one per row.
+
+The multiplication is torch's, `_scaled_mm` with row-wise scales, which a device of capability 8.9
+or higher has. Elsewhere the format is refused: see `check_fp8`. `dequantized_mm` computes the same
+slowly anywhere, for tests.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from engine.kernels.quantized import QuantizedWeight
+
+E4M3 = torch.float8_e4m3fn
+LARGEST = 448.0  # of e4m3
+TINY = 1e-12  # rows below it have its scale: 1 / scale must not overflow
+CAPABILITY = (8, 9)  # the first with FP8 in its tensor cores
+MULTIPLE = 16  # of inputs and outputs, which `_scaled_mm` wants
+
+
+@dataclass(frozen=True, slots=True)
+class E4m3Rows:
+    """x = codes * scales. codes e4m3 [N, in], contiguous; scales float32 [N, 1]."""
+
+    codes: Tensor
+    scales: Tensor
+
+    @staticmethod
+    def empty(rows: int, width: int, device: torch.device) -> "E4m3Rows":
+        codes = torch.empty(rows, width, dtype=E4M3, device=device)
+        return E4m3Rows(codes, torch.empty(rows, 1, device=device))
+
+    def first(self, rows: int) -> "E4m3Rows":
+        return E4m3Rows(self.codes[:rows], self.scales[:rows])
+
+
+def quantize_rows(x: Tensor) -> E4m3Rows:
+    """x [N, in] of any float; scale = max|x| / 448, codes rounded to nearest even."""
+    wide = x.float()
+    largest = wide.abs().amax(1, keepdim=True).clamp(min=TINY)
+    inverse = torch.full_like(largest, LARGEST) / largest  # rounded once, as kernels do
+    codes = (wide * inverse).clamp(-LARGEST, LARGEST).to(E4M3)
+    return E4m3Rows(codes, largest / LARGEST)
+
+
+class ScaledMm(Protocol):
+    def __call__(
+        self, x: E4m3Rows, weight: Tensor, scales: Tensor, bias: Tensor | None, out: Tensor
+    ) -> None:
+        """out [N, out] = x @ weight + bias; weight e4m3 [in, out] with its inputs contiguous,
+        scales float32 [1, out]. out is contiguous."""
+        ...
+
+
+def scaled_mm(
+    x: E4m3Rows, weight: Tensor, scales: Tensor, bias: Tensor | None, out: Tensor
+) -> None:
+    torch._scaled_mm(
+        x.codes,
+        weight,
+        scale_a=x.scales,
+        scale_b=scales,
+        bias=bias,
+        out_dtype=out.dtype,
+        use_fast_accum=True,
+        out=out,
+    )
+
+
+def dequantized_mm(
+    x: E4m3Rows, weight: Tensor, scales: Tensor, bias: Tensor | None, out: Tensor
+) -> None:
+    y = (x.codes.float() * x.scales) @ (weight.float() * scales)
+    out.copy_(y if bias is None else y + bias.float())
+
+
+class Fp8Linear:
+    """y = x W^T + bias. `weight` is in the format fp8 [out, in], `bias` [out] of any float.
+
+    The weight lies on `device` afterwards, in its own bytes and nothing else. Raises ValueError
+    for sizes that are no multiples of 16.
+    """
+
+    def __init__(
+        self,
+        weight: QuantizedWeight,
+        bias: Tensor | None,
+        device: torch.device,
+        dtype: torch.dtype,
+        multiply: ScaledMm = scaled_mm,
+    ) -> None:
+        self.out_features, self.in_features = weight.out_features, weight.in_features
+        if self.out_features % MULTIPLE or self.in_features % MULTIPLE:
+            raise ValueError(
+                f"weight [{self.out_features}, {self.in_features}] in fp8: "
+                f"both must be multiples of {MULTIPLE}"
+            )
+        self._weight = weight.codes.to(device).T
+        self._scales = weight.scales.to(device).T.contiguous()
+        self._bias = None if bias is None else bias.to(device, dtype)
+        self._multiply = multiply
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [N, in] -> [N, out] in x's dtype."""
+        return self.into(x, torch.empty(len(x), self.out_features, dtype=x.dtype, device=x.device))
+
+    def into(self, x: Tensor, out: Tensor) -> Tensor:
+        """The same into out [N, out], contiguous; returns it."""
+        return self.rows_into(quantize_rows(x), out)
+
+    def rows_into(self, rows: E4m3Rows, out: Tensor) -> Tensor:
+        """The same of an x that is rounded already."""
+        if len(out):
+            self._multiply(rows, self._weight, self._scales, self._bias, out)
+        return out
+
+
+def check_fp8(device: torch.device, dtype: torch.dtype) -> None:
+    """Raises ValueError where FP8 layers cannot run, with what would."""
+    if device.type != "cuda":
+        raise ValueError(
+            f"fp8 needs a CUDA device of capability {_text(CAPABILITY)} or higher, not "
+            f"{device.type}; use 'int8' or 'nf4'"
+        )
+    if dtype != torch.bfloat16:
+        raise ValueError(f"fp8 computes in bfloat16, not {dtype}; use dtype 'bfloat16'")
+    found = torch.cuda.get_device_capability(device)
+    if found < CAPABILITY:
+        raise ValueError(
+            f"fp8 needs a CUDA device of capability {_text(CAPABILITY)} or higher; "
+            f"{torch.cuda.get_device_name(device)} has {_text(found)}; use 'nf4' or 'int8'"
+        )
+
+
+def _text(capability: tuple[int, int]) -> str:
+    return f"{capability[0]}.{capability[1]}"

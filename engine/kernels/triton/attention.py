@@ -1,0 +1,109 @@
+"""Paged attention of one batch on a CUDA device: its decodes, then its prefill chunks."""
+
+import torch
+from torch import Tensor
+
+from engine.kernels.device_positions import DevicePositions, prefill_tile_tokens
+from engine.kernels.triton.attention_decode import (
+    choose_num_splits,
+    decode_scratch_numel,
+    paged_decode,
+)
+from engine.kernels.triton.attention_prefill import (
+    choose_prefill_splits,
+    paged_prefill,
+    prefill_scratch_numel,
+)
+
+
+class TritonAttention:
+    """`engine.kernels.dispatch.PagedAttention` over DevicePositions, for one model.
+
+    Holds the scratch of split keys, which every layer and every CUDA graph of one stream shares:
+    at most `max_decodes` requests with one query, contexts of at most `max_context_len`, and
+    prefill tiles of at most `prefill_tile_tokens`.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        max_decodes: int,
+        max_context_len: int,
+        num_sms: int,
+        device: torch.device,
+    ) -> None:
+        self._num_sms = num_sms
+        self._max_context_len = max_context_len
+        limits = (num_kv_heads, num_sms, max_context_len)
+        decodes = (
+            decode_scratch_numel(n, num_heads, head_dim, choose_num_splits(n, *limits))
+            for n in range(1, max_decodes + 1)
+        )
+        tokens = prefill_tile_tokens(num_heads, num_kv_heads, head_dim)
+        shape = (num_heads, num_kv_heads, head_dim, tokens)
+        prefills = (
+            prefill_scratch_numel(n, *shape, choose_prefill_splits(n, *limits))
+            for n in range(1, num_sms + 1)
+        )
+        numel = max(*decodes, *prefills)
+        self._scratch = torch.empty(numel, dtype=torch.float32, device=device)
+
+    def __call__(
+        self,
+        q: Tensor,
+        kv_layer: Tensor,
+        positions: DevicePositions,
+        *,
+        scale: float,
+        window: int | None,
+        soft_cap: float | None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """q [N, H, D] over each request's own keys -> `out` [N, H, D], new where not given.
+
+        Heads of one row must lie side by side, rows may lie apart. Rows of padding become zeros.
+        Launches at most four kernels, with grids that follow from shapes alone.
+        """
+        out = torch.empty_like(q) if out is None else out
+        settings = {"scale": scale, "window": window, "soft_cap": soft_cap}
+        limits = (kv_layer.shape[3], self._num_sms, self._longest(positions, window))
+        num_decodes, num_tiles = positions.num_decodes, len(positions.tiles)
+        if num_decodes:
+            paged_decode(
+                q[:num_decodes],
+                kv_layer,
+                positions.block_tables[:num_decodes],
+                positions.context_lens[:num_decodes],
+                out[:num_decodes],
+                self._scratch,
+                num_splits=choose_num_splits(num_decodes, *limits),
+                **settings,
+            )
+        if num_tiles:
+            paged_prefill(
+                q,
+                kv_layer,
+                positions.block_tables,
+                positions.context_lens,
+                positions.cu_seqlens_q,
+                positions.tiles,
+                out,
+                self._scratch,
+                tile_tokens=positions.tile_tokens,
+                num_splits=choose_prefill_splits(num_tiles, *limits),
+                **settings,
+            )
+        return out
+
+    def _longest(self, positions: DevicePositions, window: int | None) -> int:
+        """The most keys that a query sees."""
+        longest = positions.max_context_len
+        if longest > self._max_context_len:
+            raise ValueError(
+                f"contexts of {longest}: this attention was made for at most "
+                f"{self._max_context_len}"
+            )
+        return longest if window is None else min(longest, window)

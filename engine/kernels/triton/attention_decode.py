@@ -1,0 +1,251 @@
+"""Paged decode: one query per request over its own keys, which are split among programs.
+
+A program takes the query heads of one KV head, padded to the 16 rows that the tensor cores
+multiply, over one stretch of keys, and leaves its mean of the values and the logarithm of its
+weights' sum; a second kernel adds the stretches up (split-KV, or "flash decoding": Dao, Haziza,
+Massa and Sizov, 2023). Where the stretches of a request lie follows from its own length and from
+`num_splits`, so a row's bits do not depend on the rest of the batch.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from engine.kernels.triton.attention_tile import (
+    MAX_SPLITS,
+    absorb,
+    check_scratch,
+    check_shapes,
+    load_tile,
+    score_constants,
+    scores_of,
+    stretch,
+    tile_constants,
+)
+
+# None of these was measured on a card.
+PROGRAMS_PER_SM = 4  # aimed at by splitting: more than run at a time, to even lengths out
+MAX_KEYS_PER_SPLIT = 8192  # aimed at in long contexts, so that one row does not hold up a batch
+MIN_TILES_PER_SPLIT = 2  # a stretch must be worth its share of the second kernel
+NUM_WARPS = 4
+NUM_STAGES = 5  # keys are found through the table: with fewer, no copy runs while a tile is used
+
+
+def choose_num_splits(batch: int, kv_heads: int, num_sms: int, max_context_len: int) -> int:
+    """Into how many stretches `paged_decode` cuts the longest rows; constant for a CUDA graph.
+
+    Enough programs for `num_sms` multiprocessors, and in large batches enough that a row of
+    `max_context_len` keys is not one program's work alone.
+    """
+    to_fill = -(-PROGRAMS_PER_SM * num_sms // (batch * kv_heads))
+    for_length = min(8, -(-max_context_len // MAX_KEYS_PER_SPLIT))
+    useful = -(-max_context_len // (MIN_TILES_PER_SPLIT * 32))
+    return max(1, min(max(to_fill, for_length), useful, MAX_SPLITS))
+
+
+def decode_scratch_numel(batch: int, heads: int, head_dim: int, num_splits: int) -> int:
+    """float32 numbers that `paged_decode` needs to keep the stretches in."""
+    return 0 if num_splits == 1 else batch * heads * num_splits * (head_dim + 1)
+
+
+def paged_decode(
+    q: Tensor,
+    kv_layer: Tensor,
+    block_tables: Tensor,
+    context_lens: Tensor,
+    out: Tensor,
+    scratch: Tensor,
+    *,
+    scale: float,
+    window: int | None,
+    soft_cap: float | None,
+    num_splits: int,
+) -> None:
+    """out [B, H, D] = attention of q [B, H, D] over the keys [0, context_lens[i]) of each row.
+
+    kv_layer [blocks, 2, block_size, H_kv, D] strided over blocks, block_tables int32 [B, W],
+    context_lens int32 [B]; 0 makes a row of zeros for which nothing is read. `scratch` is float32
+    [`decode_scratch_numel`], undefined before and after. Raises ValueError.
+    """
+    check_shapes(q, kv_layer, out)
+    batch, heads, head_dim = q.shape
+    needed = decode_scratch_numel(batch, heads, head_dim, num_splits)
+    check_scratch(scratch, needed, num_splits)
+    block_size, kv_heads = kv_layer.shape[2:4]
+    constants = decode_constants(heads, kv_heads, head_dim, block_size, q.dtype, window)
+    log_sums = scratch[needed // (head_dim + 1) * head_dim :]
+    _decode[batch, kv_heads, num_splits](
+        q,
+        kv_layer,
+        block_tables,
+        context_lens,
+        out,
+        scratch,
+        log_sums,
+        q.stride(0),
+        out.stride(0),
+        kv_layer.stride(0),
+        block_tables.stride(0),
+        num_splits,
+        **constants,
+        **score_constants(scale, soft_cap),
+        SPLIT=num_splits > 1,
+        num_warps=NUM_WARPS,
+        num_stages=NUM_STAGES,
+    )
+    if num_splits > 1:
+        _combine[batch, heads](
+            context_lens,
+            out,
+            scratch,
+            log_sums,
+            out.stride(0),
+            num_splits,
+            **combine_constants(constants),
+            num_warps=NUM_WARPS,
+        )
+
+
+def decode_constants(
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    block_size: int,
+    dtype: torch.dtype,
+    window: int | None,
+) -> dict[str, Any]:
+    return {
+        **tile_constants(heads, kv_heads, head_dim, block_size, dtype),
+        "TILE_ROWS": max(16, triton.next_power_of_2(heads // kv_heads)),
+        "WINDOW": window or 0,
+        "MIN_TILES": MIN_TILES_PER_SPLIT,
+    }
+
+
+def combine_constants(constants: dict[str, Any]) -> dict[str, Any]:
+    """What the second kernel is specialized for, of the first one's constants."""
+    names = ("HEAD_DIM", "PADDED_DIM", "TILE_KEYS", "WINDOW", "MIN_TILES")
+    return {**{name: constants[name] for name in names}, "MAX_SPLITS": MAX_SPLITS}
+
+
+@triton.jit
+def _tiles_of(context_len, WINDOW: tl.constexpr, TILE_KEYS: tl.constexpr):
+    """The tiles [first, last) of the keys that a query at the end of a context sees."""
+    first = tl.maximum(context_len - WINDOW, 0) // TILE_KEYS if WINDOW > 0 else 0
+    return first, tl.cdiv(context_len, TILE_KEYS)
+
+
+@triton.jit(do_not_specialize=["table_stride", "num_splits"])
+def _decode(
+    q,
+    kv,
+    block_tables,
+    context_lens,
+    out,
+    partials,
+    log_sums,
+    q_stride,
+    out_stride,
+    block_stride,
+    table_stride,
+    num_splits,
+    GROUP: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    TILE_KEYS: tl.constexpr,
+    MIN_TILES: tl.constexpr,
+    SCALE: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFT_CAP: tl.constexpr,
+    SPLIT: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    request, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    context_len = tl.load(context_lens + request)
+    begin, end = _tiles_of(context_len, WINDOW, TILE_KEYS)
+    begin, end = stretch(begin, end, split, num_splits, MIN_TILES)
+    if SPLIT:  # noqa: SIM102 (what is known when this is compiled stands apart)
+        if begin >= end:
+            return  # the second kernel knows
+    member = tl.arange(0, TILE_ROWS)
+    head = kv_head * GROUP + member
+    dims = tl.arange(0, PADDED_DIM)
+    inside = (member < GROUP)[:, None] & (dims < HEAD_DIM)[None, :]
+    place = head[:, None] * HEAD_DIM + dims[None, :]
+    query = tl.load(q + request.to(tl.int64) * q_stride + place, mask=inside, other=0.0)
+    table = block_tables + request.to(tl.int64) * table_stride
+    acc = tl.zeros([TILE_ROWS, PADDED_DIM], tl.float32)
+    total = tl.zeros([TILE_ROWS], tl.float32)
+    high = tl.full([TILE_ROWS], float("-inf"), tl.float32)
+    for tile in range(begin, end):
+        positions = tile * TILE_KEYS + tl.arange(0, TILE_KEYS)
+        seen = positions < context_len
+        if WINDOW > 0:
+            seen &= positions >= context_len - WINDOW
+        k, v = load_tile(
+            kv,
+            table,
+            positions,
+            seen,
+            kv_head,
+            block_stride,
+            BLOCK_SIZE,
+            KV_HEADS,
+            HEAD_DIM,
+            PADDED_DIM,
+            True,
+        )
+        scores = scores_of(query, k, SCALE, SOFT_CAP, UPCAST)
+        scores = tl.where(seen[None, :], scores, float("-inf"))
+        acc, total, high = absorb(acc, total, high, scores, v, SCALE, SOFT_CAP, UPCAST)
+    mean = acc / tl.where(total == 0.0, 1.0, total)[:, None]  # 0: a row without keys
+    if SPLIT:
+        row = (request.to(tl.int64) * KV_HEADS * GROUP + head) * num_splits + split
+        tl.store(partials + row[:, None] * HEAD_DIM + dims[None, :], mean, mask=inside)
+        tl.store(log_sums + row, high + tl.log2(total), mask=member < GROUP)
+    else:
+        target = out + request.to(tl.int64) * out_stride + place
+        tl.store(target, mean.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["num_splits"])
+def _combine(
+    context_lens,
+    out,
+    partials,
+    log_sums,
+    out_stride,
+    num_splits,
+    HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    MAX_SPLITS: tl.constexpr,
+    WINDOW: tl.constexpr,
+    TILE_KEYS: tl.constexpr,
+    MIN_TILES: tl.constexpr,
+):
+    """out = the stretches' means, weighted by their sums; stretches that have no keys are not
+    read, for nobody wrote them."""
+    request, head = tl.program_id(0), tl.program_id(1)
+    context_len = tl.load(context_lens + request)
+    split = tl.arange(0, MAX_SPLITS)
+    first, last = _tiles_of(context_len, WINDOW, TILE_KEYS)
+    begin, end = stretch(first, last, split, num_splits, MIN_TILES)
+    used = (begin < end) & (split < num_splits)
+    dims = tl.arange(0, PADDED_DIM)
+    inside = dims < HEAD_DIM
+    row = (request.to(tl.int64) * tl.num_programs(1) + head) * num_splits + split
+    log_sum = tl.load(log_sums + row, mask=used, other=float("-inf"))
+    parts = partials + row[:, None] * HEAD_DIM + dims[None, :]
+    means = tl.load(parts, mask=used[:, None] & inside[None, :], other=0.0)
+    highest = tl.max(log_sum, 0)
+    weight = tl.exp2(log_sum - tl.where(highest == float("-inf"), 0.0, highest))
+    total = tl.sum(weight, 0)
+    mean = tl.sum(weight[:, None] * means, 0) / tl.where(total == 0.0, 1.0, total)
+    target = out + request.to(tl.int64) * out_stride + head * HEAD_DIM + dims
+    tl.store(target, mean.to(out.dtype.element_ty), mask=inside)

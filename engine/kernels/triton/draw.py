@@ -1,0 +1,225 @@
+"""Drawing a token from each of many rows of logits, by its own temperature, filters and noise.
+
+    floors   the smallest logit, over the temperature, that a row's top-k and top-p leave
+    draw     argmax over the vocabulary of logit / temperature + Gumbel noise, floors respected
+
+Meaning and results are those of `engine.runner.device_draw`: the noise is the same hash, and the
+floors count tokens and probabilities as integers, so that a sum has no order. A floor is found
+from the highest bits of a number to the lowest, two at a time, with one pass over the row for each:
+nothing is sorted, and nothing of the size of the logits is stored.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import libdevice
+
+MASS_SCALE = tl.constexpr(float(2**40))  # a probability of 1 relative to the likeliest token's
+FLOOR_BLOCK, FLOOR_WARPS = 4096, 16
+DRAW_BLOCK, DRAW_WARPS = 1024, 4
+DRAW_PART = 8192  # tokens of one program
+
+
+def floors(
+    logits: Tensor,
+    rows: Tensor,
+    temperature: Tensor,
+    highest: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    floor: Tensor,
+) -> None:
+    """floor [D] = max(floor, what top-k and then top-p ask for), over the temperature.
+
+    logits [B, V] float32 with adjacent columns; rows [D] int32 which of them; temperature,
+    highest (of the row, over the temperature) and top_p [D] float32; top_k [D] int32. top_k 0 and
+    top_p 1 are off.
+    """
+    _floors_kernel[(len(rows),)](
+        logits,
+        rows,
+        temperature,
+        highest,
+        top_k,
+        top_p,
+        floor,
+        logits.stride(0),
+        logits.shape[1],
+        BLOCK=FLOOR_BLOCK,
+        num_warps=FLOOR_WARPS,
+    )
+
+
+def draw(
+    logits: Tensor,
+    rows: Tensor,
+    temperature: Tensor,
+    floor: Tensor,
+    key_low: Tensor,
+    key_high: Tensor,
+) -> Tensor:
+    """[D] int64: one of the tokens whose logit / temperature is at least the floor [D].
+
+    key_low and key_high [D] int32 are the halves of each row's key of noise.
+    """
+    num_parts = triton.cdiv(logits.shape[1], DRAW_PART)
+    best = torch.empty(len(rows), num_parts, device=logits.device)
+    token_ids = torch.empty(len(rows), num_parts, dtype=torch.int32, device=logits.device)
+    _draw_kernel[(len(rows), num_parts)](
+        logits,
+        rows,
+        temperature,
+        floor,
+        key_low,
+        key_high,
+        best,
+        token_ids,
+        logits.stride(0),
+        logits.shape[1],
+        num_parts,
+        PART=DRAW_PART,
+        BLOCK=DRAW_BLOCK,
+        IS_INTERPRETED=bool(triton.knobs.runtime.interpret),
+        num_warps=DRAW_WARPS,
+    )
+    return token_ids.gather(1, best.argmax(1, keepdim=True))[:, 0].long()
+
+
+@triton.jit
+def _floors_kernel(
+    logits,
+    rows,
+    temperature,
+    highest,
+    top_k,
+    top_p,
+    floor,
+    logits_stride,
+    vocab,
+    BLOCK: tl.constexpr,
+):
+    draw = tl.program_id(0)
+    row = logits + tl.load(rows + draw).to(tl.int64) * logits_stride
+    t = tl.load(temperature + draw)
+    top = tl.load(highest + draw)
+    k = tl.load(top_k + draw)
+    p = tl.load(top_p + draw)
+    kth = tl.full((), float("-inf"), tl.float32)
+    if (k > 0) & (k < vocab):
+        kth = _weighted_floor(row, t, top, kth, k.to(tl.int64), vocab, False, BLOCK)
+    nucleus = tl.full((), float("-inf"), tl.float32)
+    if p < 1.0:
+        masses = tl.zeros((BLOCK,), tl.int64)
+        for start in range(0, vocab, BLOCK):
+            values, mask = _scaled(row, t, start, vocab, BLOCK)
+            masses += _mass(values, mask & (values >= kth), top)
+        total = tl.sum(masses, 0)
+        needed = tl.ceil(total.to(tl.float64) * p.to(tl.float64)).to(tl.int64)
+        needed = tl.maximum(tl.minimum(needed, total), 1)
+        nucleus = _weighted_floor(row, t, top, kth, needed, vocab, True, BLOCK)
+    tl.store(floor + draw, tl.maximum(tl.load(floor + draw), tl.maximum(kth, nucleus)))
+
+
+@triton.jit
+def _weighted_floor(row, t, top, kth, needed, vocab, BY_MASS: tl.constexpr, BLOCK: tl.constexpr):
+    """The largest value such that tokens of at least it weigh what is needed: count, or have the
+    mass of those from `kth` on."""
+    chosen = tl.zeros((), tl.int64)
+    step = tl.full((), 1 << 30, tl.int64)
+    for _ in range(16):
+        first = tl.zeros((BLOCK,), tl.int64)
+        second = tl.zeros((BLOCK,), tl.int64)
+        third = tl.zeros((BLOCK,), tl.int64)
+        for start in range(0, vocab, BLOCK):
+            values, mask = _scaled(row, t, start, vocab, BLOCK)
+            weight = mask.to(tl.int64)
+            if BY_MASS:
+                weight = _mass(values, mask & (values >= kth), top)
+            above = _sortable(values) - chosen
+            first += tl.where(above >= step, weight, 0)
+            second += tl.where(above >= 2 * step, weight, 0)
+            third += tl.where(above >= 3 * step, weight, 0)
+        steps = (tl.sum(first, 0) >= needed).to(tl.int64)
+        steps += (tl.sum(second, 0) >= needed).to(tl.int64)
+        steps += (tl.sum(third, 0) >= needed).to(tl.int64)
+        chosen += steps * step
+        step = step >> 2
+    bits = (chosen - 2147483648).to(tl.int32)
+    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _draw_kernel(
+    logits,
+    rows,
+    temperature,
+    floor,
+    key_low,
+    key_high,
+    best,
+    token_ids,
+    logits_stride,
+    vocab,
+    num_parts,
+    PART: tl.constexpr,
+    BLOCK: tl.constexpr,
+    IS_INTERPRETED: tl.constexpr,
+):
+    draw = tl.program_id(0)
+    part = tl.program_id(1)
+    row = logits + tl.load(rows + draw).to(tl.int64) * logits_stride
+    t = tl.load(temperature + draw)
+    least = tl.load(floor + draw)
+    low = tl.load(key_low + draw).to(tl.uint32, bitcast=True)
+    high = tl.load(key_high + draw).to(tl.uint32, bitcast=True)
+    highest = tl.full((BLOCK,), float("-inf"), tl.float32)
+    winners = part * PART + tl.arange(0, BLOCK)
+    for start in range(part * PART, min((part + 1) * PART, vocab), BLOCK):
+        values, mask = _scaled(row, t, start, vocab, BLOCK)
+        ids = start + tl.arange(0, BLOCK)
+        noisy = values + _gumbel(ids, low, high, IS_INTERPRETED)
+        is_better = mask & (values >= least) & (noisy > highest)
+        highest = tl.where(is_better, noisy, highest)
+        winners = tl.where(is_better, ids, winners)
+    value = tl.max(highest, 0)
+    place = draw * num_parts + part
+    tl.store(best + place, value)
+    tl.store(token_ids + place, tl.min(tl.where(highest == value, winners, 0x7FFFFFFF), 0))
+
+
+@triton.jit
+def _scaled(row, t, start, vocab, BLOCK: tl.constexpr):
+    ids = start + tl.arange(0, BLOCK)
+    mask = ids < vocab
+    return tl.div_rn(tl.load(row + ids, mask=mask, other=0.0), t), mask
+
+
+@triton.jit
+def _mass(values, mask, top):
+    share = tl.exp(tl.where(mask, values - top, 0.0))
+    return tl.where(mask, (share * MASS_SCALE + 0.5).to(tl.int64), 0)
+
+
+@triton.jit
+def _sortable(values):
+    """float32 -> int64 in [0, 2**32) in the same order; both zeros are one."""
+    bits = (values + 0.0).to(tl.int32, bitcast=True)
+    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64) + 2147483648
+
+
+@triton.jit
+def _gumbel(ids, low, high, IS_INTERPRETED: tl.constexpr):
+    words = _mix32(_mix32(ids.to(tl.uint32) ^ low) + high)
+    uniform = ((words >> 9).to(tl.float32) + 0.5) * (1.0 / 8388608)
+    if IS_INTERPRETED:
+        return -tl.log(-tl.log(uniform))
+    return -libdevice.log(-libdevice.log(uniform))  # tl.log is wrong where its result is near 0
+
+
+@triton.jit
+def _mix32(x):
+    """MurmurHash3's 32-bit finalizer (Appleby)."""
+    x = (x ^ (x >> 16)) * 0x85EBCA6B
+    x = (x ^ (x >> 13)) * 0xC2B2AE35
+    return x ^ (x >> 16)

@@ -1,0 +1,306 @@
+"""Multi-LoRA: every row of a batch with its own adapter at its own rank, in two kernels.
+
+    shrink  planes [P, positions, R] = x [N, in] @ A^T     in float32, P parts of the inputs apart
+    expand  y [N, out] += (sum of planes) @ B              slice by slice, in place
+
+A is [R, in], the ranks of all slices (q, k, v; gate, up) one below the other, B of a slice is
+[r, out_j]. Both lie in one arena, at multiples of UNIT_BYTES; where, the table says:
+
+    table  int32 [slots, 1 + sites, record]
+           record 0          start of the adapter's extent in units, then nothing
+           record 1 + site   units from there to A and to each slice's B (S words each, S = most
+                             slices of any site), then 0 and where the ranks of each slice end
+
+Grids are constant and everything that changes is read from device memory: the words of a plan
+(`engine.kernels.triton.lora_work`) and the table. No atomics: a row's result depends on that row,
+its adapter and the tiles alone. Rows without an adapter are neither read nor written.
+
+Offsets are multiples of UNIT_BYTES from a base that the launcher knows to be aligned; that is what
+lets the compiler load 16 bytes at a time.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from engine.kernels.triton import lora_work
+from engine.kernels.triton.lora_work import SiteKind, WorkShape
+from engine.lora.extent import UNIT_BYTES
+
+SEGMENT_WORDS = tl.constexpr(lora_work.SEGMENT_WORDS)
+MAX_BLOCKS = tl.constexpr(lora_work.MAX_BLOCKS)
+ROWS_AT = tl.constexpr(lora_work.ROWS_AT)
+BLOCKS_AT = tl.constexpr(lora_work.BLOCKS_AT)
+NUM_ITEMS = tl.constexpr(lora_work.NUM_ITEMS)
+ITEMS_PER_BLOCK = tl.constexpr(lora_work.ITEMS_PER_BLOCK)
+PLANES_PER_ITEM = tl.constexpr(lora_work.PLANES_PER_ITEM)
+LISTED_AT = tl.constexpr(lora_work.LISTED_AT)
+NUM_LISTED = tl.constexpr(lora_work.NUM_LISTED)
+
+
+def column_tiles(kind: SiteKind, columns: int) -> list[tuple[int, int, int, int]]:
+    """(slice, first column in the slice, first column in y, width of the slice) of each tile."""
+    tiles: list[tuple[int, int, int, int]] = []
+    out0 = 0
+    for number, width in enumerate(kind.out_features):
+        tiles += [(number, column, out0 + column, width) for column in range(0, width, columns)]
+        out0 += width
+    return tiles
+
+
+@dataclass(frozen=True, slots=True)
+class LoraMemory:
+    """What the kernels read besides a batch's own rows; the addresses never change."""
+
+    arena: Tensor  # [elements], of the adapters' dtype
+    table: Tensor  # int32 [slots, 1 + sites, record]
+
+
+@dataclass(frozen=True, slots=True)
+class KindLaunch:
+    """How the kernels are launched at sites of one kind, for batches of one shape."""
+
+    column_tiles: Tensor  # int32 [tiles, 4], on the device
+    shrink_programs: int
+    expand_programs: int
+    shrink_options: dict[str, int | bool]
+    expand_options: dict[str, int | bool]
+
+    @staticmethod
+    def make(
+        shape: WorkShape, kind_index: int, max_slices: int, dtype: torch.dtype, device: torch.device
+    ) -> "KindLaunch":
+        tiles = shape.tiles
+        of_columns = column_tiles(shape.kinds[kind_index], tiles.expand_columns)
+        return KindLaunch(
+            column_tiles=torch.tensor(of_columns, dtype=torch.int32, device=device),
+            shrink_programs=shape.num_processors * tiles.shrink.programs,
+            expand_programs=shape.num_processors * tiles.expand.programs,
+            shrink_options=shrink_constants(shape, kind_index, max_slices, dtype)
+            | {"num_warps": tiles.shrink.warps, "num_stages": tiles.shrink.stages},
+            expand_options=expand_constants(shape, kind_index, max_slices, dtype)
+            | {"num_warps": tiles.expand.warps, "num_stages": tiles.expand.stages},
+        )
+
+
+def shrink(
+    launch: KindLaunch, memory: LoraMemory, words: Tensor, planes: Tensor, site: int, x: Tensor
+) -> None:
+    """x [N, in], adjacent columns -> the planes, for its rows that have an adapter."""
+    _shrink_kernel[(launch.shrink_programs,)](
+        x,
+        memory.arena,
+        planes,
+        memory.table,
+        words,
+        site,
+        x.stride(0),
+        memory.table.stride(0),
+        **launch.shrink_options,
+    )
+
+
+def expand(
+    launch: KindLaunch, memory: LoraMemory, words: Tensor, planes: Tensor, site: int, y: Tensor
+) -> None:
+    """y [N, out], adjacent columns, += what the planes hold, times B."""
+    _expand_kernel[(launch.expand_programs,)](
+        planes,
+        memory.arena,
+        y,
+        memory.table,
+        words,
+        launch.column_tiles,
+        site,
+        y.stride(0),
+        memory.table.stride(0),
+        **launch.expand_options,
+    )
+
+
+def shrink_constants(
+    shape: WorkShape, kind_index: int, max_slices: int, dtype: torch.dtype
+) -> dict[str, int | bool]:
+    return {
+        **_constants(shape, kind_index, max_slices, dtype),
+        "IN": shape.kinds[kind_index].in_features,
+        "BLOCK_R": shape.tiles.shrink.ranks,
+        "BLOCK_K": shape.tiles.shrink_depth,
+    }
+
+
+def expand_constants(
+    shape: WorkShape, kind_index: int, max_slices: int, dtype: torch.dtype
+) -> dict[str, int | bool]:
+    kind, tiles = shape.kinds[kind_index], shape.tiles
+    in_16_bytes = 16 // dtype.itemsize
+    is_aligned = all(width % in_16_bytes == 0 for width in kind.out_features)
+    return {
+        **_constants(shape, kind_index, max_slices, dtype),
+        "TILES": len(column_tiles(kind, tiles.expand_columns)),
+        "ALIGNMENT": in_16_bytes if is_aligned else 1,
+        "BLOCK_R": tiles.expand.ranks,
+        "BLOCK_N": tiles.expand_columns,
+    }
+
+
+def _constants(
+    shape: WorkShape, kind_index: int, max_slices: int, dtype: torch.dtype
+) -> dict[str, int | bool]:
+    kind = shape.kinds[kind_index]
+    return {
+        "HEADER_AT": kind_index * lora_work.HEADER_WORDS,
+        "SEGMENTS_AT": len(shape.kinds) * lora_work.HEADER_WORDS,
+        "SLICES": max_slices,
+        "UNIT": UNIT_BYTES // dtype.itemsize,
+        "PLANES": shape.num_planes(kind),
+        "PLANE_ROWS": shape.max_rows,
+        "PLANE_WIDTH": shape.plane_width(kind),
+        "BLOCK_M": shape.tiles.segment_rows,
+        # The interpreter multiplies bfloat16 wrongly
+        "UPCAST": dtype == torch.bfloat16 and bool(triton.knobs.runtime.interpret),
+    }
+
+
+@triton.jit(do_not_specialize=["site", "table_stride"])
+def _shrink_kernel(
+    x,
+    arena,
+    planes,
+    table,
+    words,
+    site,
+    x_stride,
+    table_stride,
+    HEADER_AT: tl.constexpr,
+    SEGMENTS_AT: tl.constexpr,
+    SLICES: tl.constexpr,
+    UNIT: tl.constexpr,
+    PLANES: tl.constexpr,
+    PLANE_ROWS: tl.constexpr,
+    PLANE_WIDTH: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    UPCAST: tl.constexpr,
+    IN: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    PER_PLANE: tl.constexpr = (IN + PLANES * BLOCK_K - 1) // (PLANES * BLOCK_K) * BLOCK_K
+    RECORD: tl.constexpr = 2 + 2 * SLICES
+    header = words + HEADER_AT
+    rows_at = tl.load(header + ROWS_AT)
+    blocks_at = tl.load(header + BLOCKS_AT)
+    num_items = tl.load(header + NUM_ITEMS)
+    items_per_block = tl.load(header + ITEMS_PER_BLOCK)
+    per_item = tl.load(header + PLANES_PER_ITEM)
+    for item in range(tl.program_id(0), num_items, tl.num_programs(0)):
+        block = tl.load(words + blocks_at + item // items_per_block)
+        first_plane = (item % items_per_block) * per_item
+        segment = words + SEGMENTS_AT + (block // MAX_BLOCKS) * SEGMENT_WORDS
+        start = tl.load(segment)
+        end = tl.load(segment + 1)
+        extent = table + tl.load(segment + 2).to(tl.int64) * table_stride
+        record = extent + (1 + site) * RECORD
+        rank = tl.load(record + RECORD - 1)
+        r = (block % MAX_BLOCKS) * BLOCK_R + tl.arange(0, BLOCK_R)
+        if (block % MAX_BLOCKS) * BLOCK_R < rank:
+            a = arena + (tl.load(extent) + tl.load(record)).to(tl.int64) * UNIT
+            position = start + tl.arange(0, BLOCK_M)
+            row = tl.load(words + rows_at + position, mask=position < end, other=0)
+            x_rows = x + row.to(tl.int64)[:, None] * x_stride
+            a_rows = a + r[None, :] * IN
+            h = planes + position[:, None] * PLANE_WIDTH + r[None, :]
+            for plane in range(first_plane, first_plane + per_item):
+                total = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+                plane_end = tl.minimum((plane + 1) * PER_PLANE, IN)
+                for k0 in range(plane * PER_PLANE, plane_end, BLOCK_K):
+                    k = tl.multiple_of(k0, BLOCK_K) + tl.arange(0, BLOCK_K)
+                    x_mask = (position < end)[:, None]
+                    a_mask = (r < rank)[None, :]
+                    if IN % BLOCK_K:
+                        x_mask &= (k < IN)[None, :]
+                        a_mask &= (k < IN)[:, None]
+                    x_tile = tl.load(x_rows + k[None, :], mask=x_mask, other=0.0)
+                    a_tile = tl.load(a_rows + k[:, None], mask=a_mask, other=0.0)
+                    if UPCAST:
+                        x_tile = x_tile.to(tl.float32)
+                        a_tile = a_tile.to(tl.float32)
+                    total = tl.dot(x_tile, a_tile, total, input_precision="ieee")
+                h_mask = (position < end)[:, None] & (r < rank)[None, :]
+                tl.store(h + plane * (PLANE_ROWS * PLANE_WIDTH), total, mask=h_mask)
+
+
+@triton.jit(do_not_specialize=["site", "table_stride"])
+def _expand_kernel(
+    planes,
+    arena,
+    y,
+    table,
+    words,
+    column_tiles,
+    site,
+    y_stride,
+    table_stride,
+    HEADER_AT: tl.constexpr,
+    SEGMENTS_AT: tl.constexpr,
+    SLICES: tl.constexpr,
+    UNIT: tl.constexpr,
+    PLANES: tl.constexpr,
+    PLANE_ROWS: tl.constexpr,
+    PLANE_WIDTH: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    UPCAST: tl.constexpr,
+    TILES: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    RECORD: tl.constexpr = 2 + 2 * SLICES
+    header = words + HEADER_AT
+    rows_at = tl.load(header + ROWS_AT)
+    listed_at = tl.load(header + LISTED_AT)
+    num_items = tl.load(header + NUM_LISTED) * TILES
+    for item in range(tl.program_id(0), num_items, tl.num_programs(0)):
+        tile = column_tiles + (item % TILES) * 4
+        slice_index = tl.load(tile)
+        column0 = tl.multiple_of(tl.load(tile + 1), ALIGNMENT)
+        y_column0 = tl.multiple_of(tl.load(tile + 2), ALIGNMENT)
+        width = tl.multiple_of(tl.load(tile + 3), ALIGNMENT)
+        segment = words + SEGMENTS_AT + tl.load(words + listed_at + item // TILES) * SEGMENT_WORDS
+        start = tl.load(segment)
+        end = tl.load(segment + 1)
+        extent = table + tl.load(segment + 2).to(tl.int64) * table_stride
+        record = extent + (1 + site) * RECORD
+        rank0 = tl.load(record + 1 + SLICES + slice_index)
+        rank = tl.load(record + 2 + SLICES + slice_index) - rank0
+        if rank > 0:
+            b = arena + (tl.load(extent) + tl.load(record + 1 + slice_index)).to(tl.int64) * UNIT
+            position = start + tl.arange(0, BLOCK_M)
+            row = tl.load(words + rows_at + position, mask=position < end, other=0)
+            n = tl.arange(0, BLOCK_N)
+            in_slice = (column0 + n < width)[None, :]
+            y_tile = y + row.to(tl.int64)[:, None] * y_stride + (y_column0 + n)[None, :]
+            y_mask = (position < end)[:, None] & in_slice
+            before = tl.load(y_tile, mask=y_mask, other=0.0)
+            h_rows = planes + position[:, None] * PLANE_WIDTH + rank0
+            total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+            for r0 in range(0, rank, BLOCK_R):
+                r = r0 + tl.arange(0, BLOCK_R)
+                h_mask = (position < end)[:, None] & (r < rank)[None, :]
+                h = tl.load(h_rows + r[None, :], mask=h_mask, other=0.0)
+                for plane in tl.static_range(1, PLANES):
+                    offset = plane * (PLANE_ROWS * PLANE_WIDTH)
+                    h += tl.load(h_rows + offset + r[None, :], mask=h_mask, other=0.0)
+                b_tile = b + r.to(tl.int64)[:, None] * width + (column0 + n)[None, :]
+                b_mask = (r < rank)[:, None] & in_slice
+                factors = tl.load(b_tile, mask=b_mask, other=0.0)
+                h_cast = h.to(factors.dtype)
+                if UPCAST:
+                    h_cast = h_cast.to(tl.float32)
+                    factors = factors.to(tl.float32)
+                total = tl.dot(h_cast, factors, total, input_precision="ieee")
+            after = before.to(tl.float32) + total
+            tl.store(y_tile, after.to(y.dtype.element_ty), mask=y_mask)

@@ -1,0 +1,92 @@
+"""Residual addition and RMSNorm in one pass over each row."""
+
+import torch
+import triton
+import triton.language as tl
+
+from engine.kernels.fp8 import E4m3Rows
+from engine.kernels.triton.fp8_rows import store_e4m3
+from engine.kernels.triton.launch import block_of, warps_of
+
+
+@triton.jit
+def normalised(x, weight_ptr, columns, inside, eps, WIDTH: tl.constexpr):
+    """x / rms(x) * weight of one row: float32 [BLOCK], 0 outside."""
+    weight = tl.load(weight_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+    return x * tl.rsqrt(tl.sum(x * x, 0) / WIDTH + eps) * weight
+
+
+@triton.jit
+def add_rms_norm_kernel(
+    x_ptr,
+    delta_ptr,  # None: nothing is added
+    leave_ptr,  # None: delta is added as it is
+    weight_ptr,
+    out_ptr,
+    codes_ptr,  # None: no FP8
+    scales_ptr,
+    x_stride,
+    delta_stride,
+    out_stride,
+    scale,
+    eps,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < WIDTH
+    x_at = x_ptr + row * x_stride + columns
+    x = tl.load(x_at, mask=inside, other=0.0).to(tl.float32)
+    if delta_ptr is not None:
+        delta_at = delta_ptr + row * delta_stride + columns
+        delta = tl.load(delta_at, mask=inside, other=0.0).to(tl.float32)
+        if leave_ptr is not None:
+            delta = normalised(delta, leave_ptr, columns, inside, eps, WIDTH)
+        added = (x + delta * scale).to(x_ptr.dtype.element_ty)
+        tl.store(x_at, added, mask=inside)
+        x = added.to(tl.float32)  # the norm is that of what the next layer will read
+    normed = normalised(x, weight_ptr, columns, inside, eps, WIDTH).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + row * out_stride + columns, normed, mask=inside)
+    if codes_ptr is not None:
+        codes_at = codes_ptr + row * WIDTH + columns
+        store_e4m3(normed.to(tl.float32), inside, codes_at, scales_ptr + row)
+
+
+def add_rms_norm(
+    x: torch.Tensor,
+    delta: torch.Tensor | None,
+    weight: torch.Tensor,
+    eps: float,
+    out: torch.Tensor,
+    *,
+    scale: float = 1.0,
+    leave: torch.Tensor | None = None,
+    rounded: E4m3Rows | None = None,
+) -> None:
+    """x += scale * delta in place, then out = x / rms(x) * weight, each rounded once.
+
+    x, delta and out are [N, E], their last dimension contiguous. weight [E] is of any float. With
+    `leave` [E], delta itself is normalised by that weight before it is added. `rounded` gets out
+    in FP8. N may be 0.
+    """
+    if len(x):
+        width = x.shape[1]
+        block = block_of(width)
+        add_rms_norm_kernel[(len(x),)](
+            x,
+            delta,
+            leave,
+            weight,
+            out,
+            None if rounded is None else rounded.codes.view(torch.uint8),
+            None if rounded is None else rounded.scales,
+            x.stride(0),
+            0 if delta is None else delta.stride(0),
+            out.stride(0),
+            scale,
+            eps,
+            WIDTH=width,
+            BLOCK=block,
+            num_warps=warps_of(block),
+        )

@@ -1,0 +1,248 @@
+"""DeviceAdapterBank: adapters on a CUDA device, and the mixed batch over them by Triton kernels.
+
+The bank writes where each adapter lies; who may lie where is decided elsewhere, and so is when its
+bytes are copied. Everything that a kernel reads has a fixed address, so that a captured graph
+serves any adapters: what a load, a move or an eviction changes are numbers in these tables. All
+writes are ordered by the current stream.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from engine.kernels.triton import lora
+from engine.kernels.triton.lora import KindLaunch, LoraMemory
+from engine.kernels.triton.lora_work import Words, WorkShape, build_words, rounded_rows
+from engine.lora.extent import UNIT_BYTES, Extent, move_bytes
+from engine.lora.site_table import SiteTable
+from engine.model.layers import LoraSite
+
+WORDS = "lora_words"  # name of a plan's only array, and of its buffer
+MOVE_BYTES = 4 * 2**20  # at a time, of an adapter that is moved by less than its size
+
+
+@dataclass(frozen=True, slots=True)
+class LoraPlan:
+    """A batch's work lists on the host, at most `DeviceAdapterBank.max_words(num_rows)` long."""
+
+    num_rows: int
+    words: Words
+
+    @property
+    def arrays(self) -> list[tuple[str, Words]]:
+        """What has to be at the start of `DeviceAdapterBank.buffers`, by name."""
+        return [(WORDS, self.words)]
+
+
+class DeviceAdapterBank:
+    """Adapters in slots 1 to `max_slots`, their bytes in `arena` uint8 [bytes]."""
+
+    def __init__(
+        self,
+        arena: Tensor,
+        sites: Sequence[LoraSite],
+        dtype: torch.dtype,
+        *,
+        max_slots: int,
+        max_rows: int,
+        max_adapters: int | None = None,  # of one batch; None: max_slots
+        max_lora_rank: int = 256,  # of one module
+        num_processors: int | None = None,  # None: those of the device
+    ) -> None:
+        self.arena = arena
+        self._sites, self._table = tuple(sites), SiteTable(sites, max_lora_rank)
+        self._dtype, self._max_slots, self._max_rows = dtype, max_slots, max_rows
+        self._max_adapters = min(max_adapters or max_slots, max_slots)
+        self._num_processors = num_processors or _num_processors(arena.device)
+        self._extents: dict[int, tuple[Extent, int]] = {}  # by slot, with its offset
+        self._ranks = np.zeros((len(self._table.kinds), max_slots + 1), np.int32)
+        self._last_plan: tuple[Words, LoraPlan] | None = None
+        self._allocate([self._shape(rows) for rows in self.row_capacities])
+
+    def _allocate(self, shapes: list[WorkShape]) -> None:
+        device, sites = self.arena.device, 1 + len(self._sites)
+        table = self._max_slots + 1, sites, self._table.record_words
+        whole = self.arena.numel() // UNIT_BYTES * UNIT_BYTES
+        self._memory = LoraMemory(
+            self.arena[:whole].view(self._dtype),
+            torch.zeros(table, dtype=torch.int32, device=device),
+        )
+        plane_words = max(shape.plane_words for shape in shapes)
+        self._planes = torch.empty(2, plane_words, device=device)  # by parity of the site
+        num_words = max(s.max_words(min(s.max_rows, self._max_rows)) for s in shapes)
+        self.buffers = {WORDS: torch.zeros(num_words, dtype=torch.int32, device=device)}
+        self._scratch = torch.empty(
+            min(MOVE_BYTES, self.arena.numel()), dtype=torch.uint8, device=device
+        )
+        self._launches = {
+            shape.max_rows: [
+                KindLaunch.make(shape, kind, self._table.max_slices, self._dtype, device)
+                for kind in range(len(shape.kinds))
+            ]
+            for shape in shapes
+        }
+
+    # ---- residency ----
+
+    def place(self, slot: int, offset_bytes: int, extent: Extent) -> None:
+        """The adapter in `slot` lies at `arena[offset_bytes:]`, or will before it is used.
+
+        Raises ValueError for a slot that is taken, and for what the arena or the sites cannot hold.
+        """
+        self._check_slot(slot, is_placed=False)
+        self._check_place(offset_bytes, extent)
+        if extent.dtype != self._dtype:
+            raise ValueError(
+                f"adapter {extent.digest}: factors are {extent.dtype}; "
+                f"only {self._dtype} is allowed"
+            )
+        self._table.check(extent)
+        _write(self._memory.table[slot], self._table.records(offset_bytes, extent))
+        self._ranks[:, slot] = self._table.ranks(extent)
+        self._extents[slot] = extent, offset_bytes
+
+    def move(self, slot: int, offset_bytes: int) -> None:
+        """Moves its bytes, by any distance, and its place. Plans with it stay good."""
+        self._check_slot(slot, is_placed=True)
+        extent, source = self._extents[slot]
+        self._check_place(offset_bytes, extent)
+        move_bytes(self.arena, source, offset_bytes, extent.nbytes, self._scratch)
+        units = np.array([offset_bytes // UNIT_BYTES], np.int32)
+        _write(self._memory.table[slot, 0, :1], units)
+        self._extents[slot] = extent, offset_bytes
+
+    def evict(self, slot: int) -> None:
+        """Nothing is written: steps that were launched with it may still run."""
+        self._extents.pop(slot, None)
+        self._last_plan = None
+
+    # ---- batches ----
+
+    @property
+    def row_capacities(self) -> tuple[int, ...]:
+        """Batches of up to so many rows share their kernels; the last holds `max_rows`."""
+        first, last = rounded_rows(1), rounded_rows(self._max_rows)
+        return tuple(first << i for i in range((last // first).bit_length()))
+
+    def max_words(self, num_rows: int) -> int:
+        """Longest `LoraPlan.words` of a batch of this many rows."""
+        return self._shape(num_rows).max_words(num_rows)
+
+    def plan(self, row_slots: Sequence[int]) -> LoraPlan:
+        """Row i of the batch has the adapter in `row_slots[i]`, 0 for none.
+
+        Raises ValueError for too many rows or adapters, and for a slot that holds none.
+        """
+        slots = np.asarray(row_slots, np.int32)
+        if self._last_plan is not None and np.array_equal(slots, self._last_plan[0]):
+            return self._last_plan[1]  # a decode step like the one before
+        if slots.size > self._max_rows:
+            raise ValueError(f"a batch of {slots.size} rows; at most {self._max_rows} are allowed")
+        used = set(slots.tolist()) - {0}
+        for slot in sorted(used):
+            self._check_slot(slot, is_placed=True)
+        if len(used) > self._max_adapters:
+            raise ValueError(
+                f"a batch with {len(used)} adapters; at most {self._max_adapters} are allowed"
+            )
+        plan = LoraPlan(slots.size, build_words(self._shape(slots.size), slots, self._ranks))
+        self._last_plan = slots.copy(), plan
+        return plan
+
+    def batch(self, num_rows: int, words: Tensor | None = None) -> "TritonLora":
+        """Whatever plan is in `words`, by default the bank's own buffer, when a kernel runs.
+
+        The plan's rows must round up to the same one of `row_capacities` as `num_rows`. Zeros are
+        a plan without adapters. Batches share the planes: not two at the same time.
+        """
+        launches = self._launches[self._shape(num_rows).max_rows]
+        own = self.buffers[WORDS] if words is None else words
+        return TritonLora(self._table, launches, self._memory, own, self._planes)
+
+    def upload(self, plan: LoraPlan) -> "TritonLora":
+        """Copies the plan into the bank's buffer, after what the stream still does with it."""
+        _write(self.buffers[WORDS][: plan.words.size], plan.words)
+        return self.batch(plan.num_rows)
+
+    def warm_up(self) -> None:
+        """Compiles every kernel that a batch may need; adds nothing to anything."""
+        words = torch.zeros_like(self.buffers[WORDS])
+        for rows in self.row_capacities:
+            lora = self.batch(rows, words)
+            for number, kind in enumerate(self._table.kinds):
+                site = self._sites[self._table.kind_of.index(number)]
+                x = self._memory.arena.new_zeros(1, kind.in_features)
+                y = self._memory.arena.new_zeros(1, sum(kind.out_features))
+                lora.add(site.layer, site.site, x, y)
+
+    def _shape(self, num_rows: int) -> WorkShape:
+        return WorkShape(
+            kinds=self._table.kinds,
+            max_rows=rounded_rows(num_rows),
+            max_adapters=self._max_adapters,
+            max_lora_rank=self._table.max_lora_rank,
+            num_processors=self._num_processors,
+        )
+
+    def _check_slot(self, slot: int, *, is_placed: bool) -> None:
+        if not 1 <= slot <= self._max_slots:
+            raise ValueError(f"adapter slot {slot}; only 1 to {self._max_slots} are allowed")
+        if (slot in self._extents) != is_placed:
+            raise ValueError(f"adapter slot {slot} holds {'no' if is_placed else 'an'} adapter")
+
+    def _check_place(self, offset_bytes: int, extent: Extent) -> None:
+        last = self.arena.numel() - extent.nbytes
+        if offset_bytes % UNIT_BYTES or not 0 <= offset_bytes <= last:
+            raise ValueError(
+                f"adapter {extent.digest} at byte {offset_bytes}; only multiples of {UNIT_BYTES} "
+                f"from 0 to {last} are allowed"
+            )
+
+
+class TritonLora:
+    """A LoraBatch, also for graph capture: the same launches whatever plan is in the buffer."""
+
+    def __init__(
+        self,
+        table: SiteTable,
+        launches: list[KindLaunch],
+        memory: LoraMemory,
+        words: Tensor,
+        planes: Tensor,
+    ) -> None:
+        self._table, self._launches = table, launches
+        self._memory, self._words, self._planes = memory, words, planes
+
+    def add(self, layer: int, site: str, x: Tensor, y: Tensor) -> None:
+        """y [N, out] += x [N, in] @ A^T @ (scaling * B), in place, by each row's adapter."""
+        self.shrink(layer, site, x)
+        self.expand(layer, site, y)
+
+    def shrink(self, layer: int, site: str, x: Tensor) -> None:
+        """The first half, which needs no y and may run beside the base's multiplication.
+
+        Two sites may be under way: neighbours in the decoder's order have planes of their own.
+        """
+        number = self._table.number[layer, site]
+        launch = self._launches[self._table.kind_of[number]]
+        lora.shrink(launch, self._memory, self._words, self._planes[number % 2], number, x)
+
+    def expand(self, layer: int, site: str, y: Tensor) -> None:
+        """The second half: y += the planes @ B."""
+        number = self._table.number[layer, site]
+        launch = self._launches[self._table.kind_of[number]]
+        lora.expand(launch, self._memory, self._words, self._planes[number % 2], number, y)
+
+
+def _write(buffer: Tensor, values: NDArray[np.int32]) -> None:
+    """Through memory that torch's allocator keeps until the stream has read it."""
+    source = torch.from_numpy(values)
+    buffer.copy_(source.pin_memory() if buffer.is_cuda else source, non_blocking=True)
+
+
+def _num_processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -1,0 +1,105 @@
+"""A Decoder as a chain of fused kernels on buffers that stay: the same model for a GPU.
+
+Reads the modules of a loaded Decoder once and runs what their `forward` methods would do. It adds
+no choice of its own, so a family that the Decoder can express needs nothing here. A forward
+allocates nothing, reads nothing back and launches the same kernels for every batch of one size, so
+a CUDA graph can capture it. Imports Triton: whoever has a GPU imports this module.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from engine.kernels.inputs import LoraBatch
+from engine.model.decoder import Decoder, DecoderLayer
+from engine.model.fused_layer import AddNorm, Buffers, FusedLayer, PagedAttentionInto, Rows
+from engine.model.rotary import RotaryTable
+
+
+class FusedDecoder:
+    """Weights and KV cache [blocks, layers, 2, block_size, H_kv, D] are those it was made from.
+
+    The decoder was loaded with `device_ops`. `capacity` bounds the rows of a forward.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        paged_attention: PagedAttentionInto,
+        kv_cache: Tensor,
+        capacity: int,
+    ) -> None:
+        self._embedding = decoder.embedding
+        self._is_scaled = float(decoder.embedding.scale) != 1.0
+        self._head = decoder.head
+        tables = _tables(decoder)
+        self._layers: list[FusedLayer] = []
+        pending: nn.Module | None = None
+        for layer, kv_layer in zip(decoder.layers, kv_cache.unbind(1), strict=True):
+            assert isinstance(layer, DecoderLayer)
+            table = tables[layer.attention.rotary_index]
+            self._layers.append(FusedLayer.of(layer, pending, table, kv_layer, paged_attention))
+            pending = layer.leave_mlp
+        self._norm = AddNorm.of(decoder.norm, pending)
+        self._buffers = Buffers.make(decoder, capacity)
+
+    def forward(
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        slot_mapping: Tensor,
+        attention: Any,
+        lora: LoraBatch | None = None,
+        output_rows: Tensor | None = None,
+        output_lora: LoraBatch | None = None,
+        *,
+        out: Tensor,
+    ) -> Tensor:
+        """Hidden states after the last norm to out [N, E], returned; writes the KV cache.
+
+        token_ids, positions and slot_mapping [N] are int32 or int64; a row whose slot is -1
+        stores nothing. With output_rows [M] out is [M, E], of those rows alone, and so is all that
+        the last layer computes after its attention: if there is `lora`, then only if `output_lora`
+        has the same adapters for these rows.
+        """
+        b = self._buffers.first(len(token_ids))
+        self._embed(token_ids, b.x)
+        for layer in self._layers[:-1]:
+            layer.attend(b, positions, slot_mapping, attention, lora)
+            layer.transform(b, lora)
+        last = self._layers[-1]
+        last.attend(b, positions, slot_mapping, attention, lora)
+        if output_rows is not None and (lora is None or output_lora is not None):
+            b, lora, output_rows = self._cut(b, output_rows), output_lora, None
+        last.transform(b, lora)
+        if output_rows is None:
+            self._norm(b.x, b.delta, Rows(out, None))
+            return out
+        self._norm(b.x, b.delta, Rows(b.normed.wide, None))
+        return torch.index_select(b.normed.wide, 0, output_rows, out=out)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [M, E] -> [M, V] in float32."""
+        return self._head(hidden)
+
+    def _embed(self, token_ids: Tensor, x: Tensor) -> None:
+        torch.index_select(self._embedding.weight, 0, token_ids, out=x)
+        if self._is_scaled:
+            x.mul_(self._embedding.scale)
+
+    def _cut(self, b: Buffers, rows: Tensor) -> Buffers:
+        """The buffers of these rows alone, with what the last layer still needs."""
+        outputs = self._buffers.first(len(rows))
+        torch.index_select(b.x, 0, rows, out=outputs.output_x)
+        torch.index_select(b.attended.wide, 0, rows, out=outputs.output_attended.wide)
+        return replace(outputs, x=outputs.output_x, attended=outputs.output_attended)
+
+
+def _tables(decoder: Decoder) -> list[RotaryTable]:
+    """The decoder's own, but in float32."""
+    own = decoder.rotary_tables[0]
+    assert isinstance(own, RotaryTable)
+    rotaries = dict.fromkeys(decoder.spec.rotaries)
+    return [RotaryTable(r, len(own.cos), torch.float32, own.cos.device) for r in rotaries]

@@ -1,0 +1,295 @@
+"""One layer of a FusedDecoder: what it reads from a DecoderLayer, and its kernels in order."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from engine.kernels.fp8 import E4m3Rows, Fp8Linear
+from engine.kernels.inputs import LoraBatch
+from engine.kernels.triton.fp8_rows import quantize_rows
+from engine.kernels.triton.gate import gate
+from engine.kernels.triton.norm import add_rms_norm
+from engine.kernels.triton.rotary import rotate_and_store
+from engine.model.decoder import Attention, Decoder, DecoderLayer, HeadNorms
+from engine.model.layers import Linear, RmsNorm, Scale, SideBySide
+from engine.model.rotary import RotaryTable
+
+
+class PagedAttentionInto(Protocol):
+    def __call__(
+        self,
+        q: Tensor,
+        kv_layer: Tensor,
+        attention: Any,
+        *,
+        out: Tensor,
+        scale: float,
+        window: int | None,
+        soft_cap: float | None,
+    ) -> Tensor:
+        """As PagedAttention of engine.kernels.dispatch, into out [N, H, D], returned. q's rows lie
+        apart: it is a part of the qkv layer's output. `attention` is what `forward` was given."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """What a linear layer reads. Adapters always read `wide`, FP8 layers `rounded`."""
+
+    wide: Tensor  # [N, in]
+    rounded: E4m3Rows | None
+
+    def first(self, n: int) -> "Rows":
+        return Rows(self.wide[:n], None if self.rounded is None else self.rounded.first(n))
+
+
+@dataclass(frozen=True, slots=True)
+class Buffers:
+    """Activations of a layer."""
+
+    x: Tensor  # the residual stream
+    normed: Rows
+    qkv: Tensor
+    attended: Rows
+    delta: Tensor  # what attention or mlp will add to x
+    gate_up: Tensor
+    gated: Rows
+    output_x: Tensor  # of the output rows alone
+    output_attended: Rows
+
+    @staticmethod
+    def make(decoder: Decoder, capacity: int) -> "Buffers":
+        spec, weight = decoder.spec, decoder.embedding.weight
+        linears = [leaf for leaf in decoder.modules() if isinstance(leaf, Linear)]
+        is_fp8 = any(isinstance(linear.multiply, Fp8Linear) for linear in linears)
+
+        def tensor(width: int) -> Tensor:
+            return weight.new_zeros(capacity, width)
+
+        def rows(width: int) -> Rows:
+            rounded = E4m3Rows.empty(capacity, width, weight.device) if is_fp8 else None
+            return Rows(tensor(width), rounded)
+
+        q_size = spec.num_heads * spec.head_dim
+        return Buffers(
+            x=tensor(spec.hidden_size),
+            normed=rows(spec.hidden_size),
+            qkv=tensor(q_size + 2 * spec.num_kv_heads * spec.head_dim),
+            attended=rows(q_size),
+            delta=tensor(spec.hidden_size),
+            gate_up=tensor(2 * spec.intermediate_size),
+            gated=rows(spec.intermediate_size),
+            output_x=tensor(spec.hidden_size),
+            output_attended=rows(q_size),
+        )
+
+    def first(self, n: int) -> "Buffers":
+        """Views of n rows."""
+        assert n <= len(self.x), f"{n} rows, room for {len(self.x)}"
+        return Buffers(
+            x=self.x[:n],
+            normed=self.normed.first(n),
+            qkv=self.qkv[:n],
+            attended=self.attended.first(n),
+            delta=self.delta[:n],
+            gate_up=self.gate_up[:n],
+            gated=self.gated.first(n),
+            output_x=self.output_x[:n],
+            output_attended=self.output_attended.first(n),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class FusedLayer:
+    """One DecoderLayer; what its mlp gives is added by whatever norm comes next."""
+
+    enter_attention: "AddNorm"
+    qkv: "_Site"
+    attention: "_Attention"
+    o: "_Site"
+    enter_mlp: "AddNorm"
+    gate_up: "_Site"
+    activation: str
+    down: "_Site"
+
+    @staticmethod
+    def of(
+        layer: DecoderLayer,
+        pending: nn.Module | None,
+        table: RotaryTable,
+        kv_layer: Tensor,
+        paged_attention: PagedAttentionInto,
+    ) -> "FusedLayer":
+        return FusedLayer(
+            enter_attention=AddNorm.of(layer.enter_attention, pending),
+            qkv=_Site.of(layer.attention.qkv),
+            attention=_Attention.of(layer.attention, table, kv_layer, paged_attention),
+            o=_Site.of(layer.attention.o),
+            enter_mlp=AddNorm.of(layer.enter_mlp, layer.leave_attention),
+            gate_up=_Site.of(layer.mlp.gate_up),
+            activation=layer.mlp.activation,
+            down=_Site.of(layer.mlp.down),
+        )
+
+    def attend(
+        self,
+        b: Buffers,
+        positions: Tensor,
+        slot_mapping: Tensor,
+        attention: Any,
+        lora: LoraBatch | None,
+    ) -> None:
+        self.enter_attention(b.x, b.delta, b.normed)
+        self.qkv(b.normed, b.qkv, lora)
+        self.attention(b.qkv, positions, slot_mapping, attention, b.attended.wide)
+
+    def transform(self, b: Buffers, lora: LoraBatch | None) -> None:
+        """All that follows attention, of any rows."""
+        if b.attended.rounded is not None:
+            quantize_rows(b.attended.wide, b.attended.rounded)
+        self.o(b.attended, b.delta, lora)
+        self.enter_mlp(b.x, b.delta, b.normed)
+        self.gate_up(b.normed, b.gate_up, lora)
+        gate(b.gate_up, b.gated.wide, self.activation, rounded=b.gated.rounded)
+        self.down(b.gated, b.delta, lora)
+
+
+@dataclass(frozen=True, slots=True)
+class AddNorm:
+    """x += scale * leave(delta), if there is a delta yet; out = norm(x)."""
+
+    weight: Tensor
+    eps: float
+    adds: bool
+    scale: float
+    leave: Tensor | None
+
+    @staticmethod
+    def of(norm: nn.Module, pending: nn.Module | None) -> "AddNorm":
+        assert isinstance(norm, RmsNorm)
+        assert not isinstance(pending, RmsNorm) or pending.eps == norm.eps
+        return AddNorm(
+            weight=norm.weight,
+            eps=norm.eps,
+            adds=pending is not None,
+            scale=pending.scale if isinstance(pending, Scale) else 1.0,
+            leave=pending.weight if isinstance(pending, RmsNorm) else None,
+        )
+
+    def __call__(self, x: Tensor, delta: Tensor, out: Rows) -> None:
+        add_rms_norm(
+            x,
+            delta if self.adds else None,
+            self.weight,
+            self.eps,
+            out.wide,
+            scale=self.scale,
+            leave=self.leave,
+            rounded=out.rounded,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Attention:
+    """From the qkv layer's output to attention's: head norms, rotary, store, attention."""
+
+    kv_layer: Tensor
+    table: RotaryTable
+    norms: HeadNorms | None
+    num_heads: int
+    scale: float
+    window: int | None
+    soft_cap: float | None
+    paged_attention: PagedAttentionInto
+
+    @staticmethod
+    def of(
+        attention: Attention,
+        table: RotaryTable,
+        kv_layer: Tensor,
+        paged_attention: PagedAttentionInto,
+    ) -> "_Attention":
+        norms = attention.norm_heads
+        return _Attention(
+            kv_layer=kv_layer,
+            table=table,
+            norms=norms if isinstance(norms, HeadNorms) else None,
+            num_heads=attention.num_heads,
+            scale=attention.scale,
+            window=attention.window,
+            soft_cap=attention.soft_cap,
+            paged_attention=paged_attention,
+        )
+
+    def __call__(
+        self, qkv: Tensor, positions: Tensor, slot_mapping: Tensor, attention: Any, out: Tensor
+    ) -> None:
+        norms = self.norms
+        rotate_and_store(
+            qkv,
+            self.table.cos,
+            self.table.sin,
+            positions,
+            slot_mapping,
+            self.kv_layer,
+            q_norm=None if norms is None else norms.q_norm.weight,
+            k_norm=None if norms is None else norms.k_norm.weight,
+            eps=0.0 if norms is None else norms.q_norm.eps,
+        )
+        shape = (len(qkv), self.num_heads, self.kv_layer.shape[-1])
+        self.paged_attention(
+            qkv[:, : out.shape[1]].view(shape),
+            self.kv_layer,
+            attention,
+            out=out.view(shape),
+            scale=self.scale,
+            window=self.window,
+            soft_cap=self.soft_cap,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Site:
+    """A linear layer, and what each row's adapter adds to it."""
+
+    layer: int
+    site: str
+    into: Callable[[Rows, Tensor], None]
+
+    @staticmethod
+    def of(linear: Linear) -> "_Site":
+        return _Site(linear.layer, linear.site, _into(linear.multiply))
+
+    def __call__(self, x: Rows, out: Tensor, lora: LoraBatch | None) -> None:
+        self.into(x, out)
+        if lora is not None:
+            lora.add(self.layer, self.site, x.wide, out)
+
+
+def _into(multiply: Any) -> Callable[[Rows, Tensor], None]:
+    if isinstance(multiply, SideBySide):
+        return _side_by_side(multiply.multiplies)
+    if isinstance(multiply, Fp8Linear):
+        return lambda x, out: _rounded_into(multiply, x, out)
+    assert hasattr(multiply, "into"), "the decoder was loaded with other ops"
+    return lambda x, out: multiply.into(x.wide, out)
+
+
+def _rounded_into(linear: Fp8Linear, x: Rows, out: Tensor) -> None:
+    assert x.rounded is not None
+    linear.rows_into(x.rounded, out)
+
+
+def _side_by_side(parts: tuple[Any, ...]) -> Callable[[Rows, Tensor], None]:
+    """Each into its own columns."""
+
+    def into(x: Rows, out: Tensor) -> None:
+        start = 0
+        for part in parts:
+            stop = start + part.out_features
+            part.into(x.wide, out[:, start:stop])
+            start = stop
+
+    return into

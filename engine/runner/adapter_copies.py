@@ -1,0 +1,117 @@
+"""AdapterCopies: the bytes of adapters on the device, and those on their way there.
+
+Where an adapter lies in the arena is the scheduler's decision; here it is carried out. Copies run
+beside the steps on a second stream. They begin after the last launched step, which may still read
+what lay in their place, and whatever takes their place again waits for them; the host never does.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from engine.lora.extent import Extent, extent_nbytes, pack_extent
+from engine.lora.weights import LoraWeights
+from engine.runner.device import Device, Event
+from engine.scheduler.batch import AdapterLoad, BlockCopy, Move, ScheduledBatch
+
+
+@dataclass(frozen=True, slots=True)
+class PackedAdapter:
+    """An adapter in host memory as it will lie on the device."""
+
+    extent: Extent
+    pinned: Tensor  # uint8 [nbytes]
+
+    @property
+    def nbytes(self) -> int:
+        return self.extent.nbytes
+
+
+def pack_adapter(weights: LoraWeights, device: Device) -> PackedAdapter:
+    """For the host cache, in its own threads; the weights themselves are not kept."""
+    pinned = device.pinned(extent_nbytes(weights))
+    return PackedAdapter(pack_extent(weights, pinned), pinned)
+
+
+class AdapterTable(Protocol):
+    """Where the adapter of each slot lies, as kernels read it. Written on the main stream."""
+
+    def place(self, slot: int, offset_bytes: int, extent: Extent) -> None:
+        """Its bytes are there before it is used."""
+        ...
+
+    def move(self, slot: int, offset_bytes: int) -> None:
+        """Moves its bytes, too."""
+        ...
+
+    def evict(self, slot: int) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Load:
+    digest: str
+    event: Event
+    source: Tensor  # kept until it has been read, whatever the host cache drops meanwhile
+
+
+class AdapterCopies:
+    """Carries out evictions, moves and loads of a batch, in this order."""
+
+    def __init__(
+        self,
+        device: Device,
+        arena: Tensor,
+        block_bytes: int,
+        table: AdapterTable,
+        host_adapter: Callable[[str], PackedAdapter],
+    ) -> None:
+        self._device = device
+        self._arena = arena  # uint8, the scheduler's memory
+        num_blocks = arena.numel() // block_bytes
+        self._blocks = arena[: num_blocks * block_bytes].view(num_blocks, block_bytes)
+        self._table = table
+        self._host_adapter = host_adapter
+        self._loads: dict[int, _Load] = {}  # by slot
+
+    def apply(self, batch: ScheduledBatch) -> None:
+        for slot in batch.adapter_evictions:
+            self._settle(slot)
+            self._loads.pop(slot, None)
+            self._table.evict(slot)
+        for move in batch.moves:
+            self._move(move)
+        if batch.adapter_loads:
+            self._load(batch.adapter_loads)
+
+    def arrived(self) -> list[str]:
+        """Digests whose copies have ended since the last call; never waits."""
+        ended = [slot for slot, load in self._loads.items() if load.event.is_done()]
+        return [self._loads.pop(slot).digest for slot in ended]
+
+    def _load(self, loads: Sequence[AdapterLoad]) -> None:
+        """The table is written on the main stream, which reads it no earlier than the adapter."""
+        sources = [self._host_adapter(load.digest) for load in loads]
+        with self._device.side(self._device.record()):
+            for load, packed in zip(loads, sources, strict=True):
+                assert packed.nbytes == load.nbytes, "the scheduler was told another size"
+                target = self._arena[load.offset_bytes : load.offset_bytes + load.nbytes]
+                self._device.copy(target, packed.pinned[: load.nbytes])
+                event = self._device.record()
+                self._loads[load.slot] = _Load(load.digest, event, packed.pinned)
+        for load, packed in zip(loads, sources, strict=True):
+            self._table.place(load.slot, load.offset_bytes, packed.extent)
+
+    def _move(self, move: Move) -> None:
+        if isinstance(move, BlockCopy):
+            self._blocks[move.destination].copy_(self._blocks[move.source])
+            return
+        self._settle(move.slot)
+        self._table.move(move.slot, move.destination_bytes)
+
+    def _settle(self, slot: int) -> None:
+        """What follows on the main stream finds no copy to this slot's memory under way."""
+        load = self._loads.get(slot)
+        if load is not None:
+            self._device.main_waits(load.event)

@@ -1,0 +1,182 @@
+"""Device: what a runner needs of the thing that computes, beside tensors.
+
+Two of them: a CUDA device, where work is queued and the host runs ahead, and the host itself, where
+everything has happened when a call returns. Whoever is written against the protocol runs on both,
+so that all of it can be tested where there is no GPU.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+Replay = Callable[[], None]
+
+
+class Event(Protocol):
+    """A point in a stream of work."""
+
+    def is_done(self) -> bool:
+        """Everything before it has been computed; never waits."""
+        ...
+
+    def wait(self) -> None:
+        """The host waits until everything before it has been computed."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceMemory:
+    """Bytes of the whole device, whoever uses them; zeros where nobody counts."""
+
+    free_bytes: int
+    total_bytes: int
+
+
+class Device(Protocol):
+    """Work goes to the main stream, in the order in which it is given, unless said otherwise."""
+
+    torch_device: torch.device
+
+    def pinned(self, nbytes: int) -> Tensor:
+        """uint8 [nbytes] of host memory from and to which copies need no host."""
+        ...
+
+    def copy(self, target: Tensor, source: Tensor) -> None:
+        """target[:] = source between pinned and device memory; neither may change before a later
+        event is done."""
+        ...
+
+    def record(self) -> Event:
+        """The point after all work given so far to the stream in use."""
+        ...
+
+    def main_waits(self, event: Event) -> None:
+        """The main stream goes on after the event; the host does not wait."""
+        ...
+
+    def side(self, after: Event) -> AbstractContextManager[None]:
+        """Work given inside goes to a second stream, which first waits for the event."""
+        ...
+
+    def capture(self, work: Callable[[], None]) -> Replay:
+        """Records the work, all of it on fixed memory; the replay does it again."""
+        ...
+
+    def memory(self) -> DeviceMemory: ...
+
+    def release_cached(self) -> None:
+        """Give back memory that is held for later allocations."""
+        ...
+
+    def synchronize(self) -> None:
+        """The host waits for all streams."""
+        ...
+
+
+class CudaDevice:
+    """Graphs share one pool of memory: they must be replayed one after another."""
+
+    def __init__(self, torch_device: torch.device) -> None:
+        index = torch_device.index or 0
+        self.torch_device = torch.device("cuda", index)
+        torch.cuda.set_device(self.torch_device)
+        self._side = torch.cuda.Stream(self.torch_device)
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def pinned(self, nbytes: int) -> Tensor:
+        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+
+    def copy(self, target: Tensor, source: Tensor) -> None:
+        target.copy_(source, non_blocking=True)
+
+    def record(self) -> Event:
+        event = _CudaEvent()
+        event.event.record()
+        return event
+
+    def main_waits(self, event: Event) -> None:
+        assert isinstance(event, _CudaEvent)
+        torch.cuda.current_stream(self.torch_device).wait_event(event.event)
+
+    @contextmanager
+    def side(self, after: Event) -> Iterator[None]:
+        assert isinstance(after, _CudaEvent)
+        self._side.wait_event(after.event)
+        with torch.cuda.stream(self._side):
+            yield
+
+    def capture(self, work: Callable[[], None]) -> Replay:
+        graph = torch.cuda.CUDAGraph()
+        # Another thread may be pinning an adapter's memory, which is none of this graph's business
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            work()
+        return graph.replay
+
+    def memory(self) -> DeviceMemory:
+        return DeviceMemory(*torch.cuda.mem_get_info(self.torch_device))
+
+    def release_cached(self) -> None:
+        torch.cuda.empty_cache()
+
+    def synchronize(self) -> None:
+        torch.cuda.synchronize(self.torch_device)
+
+
+class _CudaEvent:
+    def __init__(self) -> None:
+        self.event = torch.cuda.Event()
+
+    def is_done(self) -> bool:
+        return self.event.query()
+
+    def wait(self) -> None:
+        self.event.synchronize()
+
+
+class HostDevice:
+    """The same calls on a CPU, each done when it returns; a capture remembers the function."""
+
+    def __init__(self) -> None:
+        self.torch_device = torch.device("cpu")
+
+    def pinned(self, nbytes: int) -> Tensor:
+        return torch.empty(nbytes, dtype=torch.uint8)
+
+    def copy(self, target: Tensor, source: Tensor) -> None:
+        target.copy_(source)
+
+    def record(self) -> Event:
+        return _Done()
+
+    def main_waits(self, event: Event) -> None:
+        event.wait()
+
+    @contextmanager
+    def side(self, after: Event) -> Iterator[None]:
+        after.wait()
+        yield
+
+    def capture(self, work: Callable[[], None]) -> Replay:
+        work()
+        return work
+
+    def memory(self) -> DeviceMemory:
+        return DeviceMemory(0, 0)
+
+    def release_cached(self) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+
+class _Done:
+    def is_done(self) -> bool:
+        return True
+
+    def wait(self) -> None:
+        pass

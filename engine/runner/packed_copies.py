@@ -1,0 +1,136 @@
+"""One copy for many small arrays, in either direction, through pinned memory that is used again.
+
+Arrays and tensors are of 4-byte types. An upload's pinned buffer is written again only after its
+copy has ended; a download's belongs to whoever has not read it yet.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from engine.runner.device import Device, Event
+
+Words = NDArray[Any]  # int32 or float32
+WORD_BYTES = 4
+ALIGNMENT = 64  # words: a section starts on 256 bytes, as kernels like to read
+
+
+class PinnedRing:
+    """Pinned buffers that take turns, two of them where the host runs a step ahead."""
+
+    def __init__(self, device: Device, count: int = 2) -> None:
+        self._device = device
+        self._buffers = [device.pinned(0) for _ in range(count)]
+        self._sent: list[Event | None] = [None] * count
+        self._turn = 0
+
+    def take(self, nbytes: int) -> Tensor:
+        """The next buffer, of at least so many bytes, which no copy reads any more."""
+        self._turn = (self._turn + 1) % len(self._buffers)
+        event = self._sent[self._turn]
+        if event is not None:
+            event.wait()
+        if self._buffers[self._turn].numel() < nbytes:
+            self._buffers[self._turn] = self._device.pinned(nbytes)
+        return self._buffers[self._turn]
+
+    @property
+    def turn(self) -> int:
+        """Which of the buffers was taken last."""
+        return self._turn
+
+    def sent(self) -> None:
+        """The copies from the buffer taken last have been given to the device."""
+        self._sent[self._turn] = self._device.record()
+
+
+class Upload:
+    """Arrays of this moment to device memory of their own."""
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self._ring = PinnedRing(device)
+
+    def send(self, arrays: Sequence[Words]) -> list[Tensor]:
+        """The same arrays on the device, each with its shape and type."""
+        if not arrays:
+            return []
+        starts, total = places([a.size for a in arrays])
+        pinned = self._ring.take(total * WORD_BYTES)[: total * WORD_BYTES].view(torch.int32)
+        words = pinned.numpy()
+        for start, array in zip(starts, arrays, strict=True):
+            words[start : start + array.size] = array.reshape(-1).view(np.int32)
+        there = torch.empty(total, dtype=torch.int32, device=self._device.torch_device)
+        self._device.copy(there, pinned)
+        self._ring.sent()
+        return [
+            there[start : start + a.size].view(_torch_dtype(a)).view(a.shape)
+            for start, a in zip(starts, arrays, strict=True)
+        ]
+
+
+class Download:
+    """Tensors of this moment to pinned memory, read when they have arrived."""
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self._free: list[Tensor] = []
+
+    def send(self, tensors: Sequence[Tensor]) -> "Arrival":
+        words = [t.reshape(-1).view(torch.int32) for t in tensors]
+        packed = torch.cat(words)
+        pinned = self._take(packed.numel() * WORD_BYTES)
+        self._device.copy(pinned[: packed.numel() * WORD_BYTES].view(torch.int32), packed)
+        shapes = [(tuple(t.shape), t.dtype) for t in tensors]
+        return Arrival(self._device.record(), pinned, shapes, self._free)
+
+    def _take(self, nbytes: int) -> Tensor:
+        while self._free:
+            buffer = self._free.pop()
+            if buffer.numel() >= nbytes:
+                return buffer
+        return self._device.pinned(nbytes)
+
+
+class Arrival:
+    """Tensors on their way to the host."""
+
+    def __init__(
+        self,
+        event: Event,
+        pinned: Tensor,
+        shapes: list[tuple[tuple[int, ...], torch.dtype]],
+        free: list[Tensor],
+    ) -> None:
+        self._event, self._pinned, self._shapes, self._free = event, pinned, shapes, free
+
+    def read(self) -> list[Tensor]:
+        """Waits, then copies out of the pinned memory, which is free again; to be called once."""
+        self._event.wait()
+        words, start = self._pinned.view(torch.int32).clone(), 0
+        self._free.append(self._pinned)
+        tensors: list[Tensor] = []
+        for shape, dtype in self._shapes:
+            count = int(np.prod(shape))
+            tensors.append(words[start : start + count].view(dtype).view(shape))
+            start += count
+        return tensors
+
+
+def places(sizes: Sequence[int]) -> tuple[list[int], int]:
+    """First words of sections of these sizes, and the words of all."""
+    starts: list[int] = []
+    end = 0
+    for size in sizes:
+        starts.append(end)
+        end += -(-size // ALIGNMENT) * ALIGNMENT
+    return starts, end
+
+
+def _torch_dtype(array: Words) -> torch.dtype:
+    assert array.dtype in (np.int32, np.float32), f"{array.dtype} is not packed"
+    return torch.int32 if array.dtype == np.int32 else torch.float32

@@ -1,0 +1,126 @@
+"""A DeviceRunner that computes with the Triton kernels; whoever imports this imports Triton."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from engine.kernels.device_positions import prefill_tile_tokens
+from engine.kernels.triton import draw as kernels
+from engine.kernels.triton.attention import TritonAttention
+from engine.lora.device_bank import DeviceAdapterBank
+from engine.lora.extent import extent_of
+from engine.lora.site_table import SiteTable
+from engine.lora.weights import AdapterLoadError, LoraWeights
+from engine.model.decoder import Decoder
+from engine.model.fused import FusedDecoder
+from engine.runner.adapter_copies import AdapterCopies, PackedAdapter, pack_adapter
+from engine.runner.cuda_graphs import GraphFigures
+from engine.runner.device import Device
+from engine.runner.device_draw import Draws, likeliest_unless_finite
+from engine.runner.device_forward import DeviceForward, StepLimits
+from engine.runner.device_runner import DeviceRunner
+from engine.runner.kv_cache import kv_bytes_per_token
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterLimits:
+    max_slots: int  # adapters that are on the device at a time
+    max_lora_rank: int  # of one module
+
+
+@dataclass(frozen=True, slots=True)
+class TritonRunner:
+    runner: DeviceRunner
+    graphs: GraphFigures
+    pack: Callable[[LoraWeights], PackedAdapter]  # for the host cache; raises AdapterLoadError
+
+
+def make_triton_runner(
+    device: Device,
+    decoder: Decoder,
+    arena: Tensor,
+    limits: StepLimits,
+    adapters: AdapterLimits,
+    host_adapter: Callable[[str], PackedAdapter],
+    *,
+    uses_graphs: bool,
+    progress: bool = False,
+) -> TritonRunner:
+    """The decoder was loaded with `device_ops`. `arena` uint8 [bytes], on the device, is all that
+    the scheduler deals out: KV block i lies at i times a block's bytes."""
+    spec, num_processors = decoder.spec, _num_processors(device)
+    kv_cache = kv_blocks(arena, decoder, limits.block_size)
+    attention = TritonAttention(
+        num_heads=spec.num_heads,
+        num_kv_heads=spec.num_kv_heads,
+        head_dim=spec.head_dim,
+        max_decodes=limits.max_num_seqs,
+        max_context_len=limits.max_model_len,
+        num_sms=num_processors,
+        device=device.torch_device,
+    )
+    bank = DeviceAdapterBank(
+        arena,
+        decoder.lora_sites,
+        decoder.embedding.weight.dtype,
+        max_slots=adapters.max_slots,
+        max_rows=limits.max_num_batched_tokens,
+        max_adapters=limits.max_num_seqs,
+        max_lora_rank=adapters.max_lora_rank,
+        num_processors=num_processors,
+    )
+    forward = DeviceForward(
+        device,
+        FusedDecoder(decoder, attention, kv_cache, limits.max_num_batched_tokens),
+        bank,
+        limits,
+        tile_tokens=prefill_tile_tokens(spec.num_heads, spec.num_kv_heads, spec.head_dim),
+        hidden_size=spec.hidden_size,
+        dtype=decoder.embedding.weight.dtype,
+        uses_graphs=uses_graphs,
+    )
+    figures = forward.capture_graphs(progress=progress)
+    copies = AdapterCopies(device, arena, kv_cache[0].nbytes, bank, host_adapter)
+    runner = DeviceRunner(device, forward, copies, triton_draw)
+    if device.torch_device.type == "cuda":
+        bank.warm_up()
+        runner.warm_up()
+    table = SiteTable(decoder.lora_sites, adapters.max_lora_rank)
+    return TritonRunner(runner, figures, lambda weights: _pack(weights, device, table))
+
+
+def _pack(weights: LoraWeights, device: Device, table: SiteTable) -> PackedAdapter:
+    try:
+        table.check(extent_of(weights))
+    except ValueError as error:
+        raise AdapterLoadError(str(error)) from error
+    return pack_adapter(weights, device)
+
+
+def triton_draw(logits: Tensor, draws: Draws, highest: Tensor, best: Tensor) -> Tensor:
+    """A Draw by kernels that keep nothing of the logits' size."""
+    top = highest.index_select(0, draws.rows) / draws.temperature
+    floor = top + draws.min_p.log()
+    if draws.has_filters:
+        kernels.floors(logits, draws.rows, draws.temperature, top, draws.top_k, draws.top_p, floor)
+    keys = draws.key_low, draws.key_high
+    drawn = kernels.draw(logits, draws.rows, draws.temperature, floor, *keys)
+    return likeliest_unless_finite(drawn, draws, highest, best)
+
+
+def kv_blocks(arena: Tensor, decoder: Decoder, block_size: int) -> Tensor:
+    """[blocks, layers, 2, block_size, H_kv, D] from the arena's low end, as many as it can hold."""
+    spec, dtype = decoder.spec, decoder.embedding.weight.dtype
+    block_bytes = block_size * kv_bytes_per_token(spec, dtype)
+    num_blocks = arena.numel() // block_bytes
+    shape = (num_blocks, spec.num_layers, 2, block_size, spec.num_kv_heads, spec.head_dim)
+    return arena[: num_blocks * block_bytes].view(dtype).view(shape)
+
+
+def _num_processors(device: Device) -> int:
+    """1 on a CPU, where an interpreter is all of them."""
+    if device.torch_device.type == "cpu":
+        return 1
+    return torch.cuda.get_device_properties(device.torch_device).multi_processor_count

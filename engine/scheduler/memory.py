@@ -1,0 +1,290 @@
+"""MemoryBudget: one arena for KV blocks and adapters, and who gives way to whom.
+
+    0                                                                     memory_bytes
+    | KV block 0 | 1 | 2 | ...   ->       free      <- | adapter | gap | adapter |
+
+Block i is the bytes [i * block_bytes, (i + 1) * block_bytes). Adapters have extents of their own
+size, from the high end down. The lowest one is where KV ends. What nobody uses at the moment, be
+it a cached block or an idle adapter, stays until its memory is needed, and then goes in the order
+of last use. Lowest extents are moved up into gaps before that.
+
+Everything is decided here and listed for the executor, which performs it in the same order.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from heapq import merge
+from itertools import islice
+from typing import NamedTuple
+
+from engine.scheduler.adapter_slots import AdapterSlots
+from engine.scheduler.batch import AdapterLoad, AdapterMove, Move
+from engine.scheduler.block_manager import BlockManager
+from engine.scheduler.extents import Extents, Shift, extent_size
+
+
+class MemoryChanges(NamedTuple):
+    """What an executor has to do, as in ScheduledBatch."""
+
+    evictions: tuple[int, ...]
+    moves: tuple[Move, ...]
+    loads: tuple[AdapterLoad, ...]
+
+    def __bool__(self) -> bool:
+        return any(self[:])
+
+
+@dataclass(frozen=True, slots=True)
+class _Wish:
+    """`num_blocks` free blocks beside those held, and maybe an extent for an adapter."""
+
+    num_blocks: int
+    digest: str = ""
+    size: int = 0  # 0: the adapter is there, and stays, or there is none
+
+
+@dataclass(slots=True)
+class _Plan:
+    """How the arena looks afterwards, and what leads there."""
+
+    extents: Extents
+    shifts: list[Shift]
+    evicted: list[str]
+    num_kept: int = 0  # cached blocks
+
+
+@dataclass(slots=True)
+class _Pending:
+    """Changes that no batch has taken yet."""
+
+    evictions: list[int] = field(default_factory=list[int])
+    moves: list[Move] = field(default_factory=list[Move])
+    loads: list[AdapterLoad] = field(default_factory=list[AdapterLoad])
+
+
+class MemoryBudget:
+    """The sum of bytes stays within `memory_bytes`, whatever `blocks` and `adapters` hold."""
+
+    def __init__(
+        self,
+        memory_bytes: int,
+        block_bytes: int,
+        blocks: BlockManager,
+        adapters: AdapterSlots,
+        *,
+        max_adapter_bytes: int | None = None,
+    ) -> None:
+        assert blocks.num_blocks == memory_bytes // block_bytes
+        self.block_bytes = block_bytes
+        self.blocks = blocks
+        self.adapters = adapters
+        self.max_adapter_bytes = memory_bytes if max_adapter_bytes is None else max_adapter_bytes
+        self._extents = Extents(memory_bytes)
+        self._is_packed = True  # no gap takes the lowest extent
+        self._pending = _Pending()
+        self._step = 0
+
+    @property
+    def adapter_bytes(self) -> int:
+        """Taken by adapters that are resident or being loaded."""
+        return self._extents.used_bytes
+
+    @property
+    def num_reachable_blocks(self) -> int:
+        """Blocks that KV could have beside the adapters in use."""
+        idle = sum(self._extents.size(digest) for digest, _ in self.adapters.idle)
+        return self._blocks_beside(self._extents.used_bytes - idle)
+
+    def lacking_bytes(self, num_tokens: int, digest: str) -> tuple[int, int] | None:
+        """(needed, had) if so many tokens and the adapter never fit, however empty the arena is.
+
+        An adapter whose size is not known yet counts nothing.
+        """
+        nbytes = self.adapters.nbytes(digest) if digest else None
+        size = 0 if nbytes is None else extent_size(nbytes)
+        if size > self.max_adapter_bytes:
+            return size, self.max_adapter_bytes
+        num_blocks = self.blocks.blocks_for(num_tokens)
+        if num_blocks <= self._blocks_beside(size):
+            return None
+        return num_blocks * self.block_bytes + size, self._extents.memory_bytes
+
+    def reserve(self, num_blocks: int, digest: str = "", tables: Iterable[list[int]] = ()) -> bool:
+        """Make so many blocks free and bring the adapter to the device; or change nothing: False.
+
+        `tables` are all lists of blocks that hold any; blocks that move are replaced in them.
+        """
+        blocks, adapters = self.blocks, self.adapters
+        is_placed = not digest or adapters.is_placed(digest)
+        if is_placed and num_blocks <= blocks.num_free:
+            return True
+        if is_placed and self._evict_oldest_blocks(num_blocks - blocks.num_free):
+            return True
+        size = 0 if is_placed else self._size(digest)
+        plan = self._plan(_Wish(num_blocks, digest, size))
+        if plan is None and adapters.is_idle(digest) and adapters.is_on_host(digest):
+            again = _Wish(num_blocks, digest, self._size(digest))  # it may lie in its own way
+            plan = self._plan(again, [digest])
+        if plan is not None:
+            self._follow(plan, digest, tables)
+        return plan is not None
+
+    def make_private(self, table: list[int], frozen: Iterable[int]) -> None:
+        """As BlockManager does; the copies are made with the next batch."""
+        self._pending.moves += self.blocks.make_private(table, frozen)
+
+    def discard(self, digest: str, tables: Iterable[list[int]] = ()) -> None:
+        """Evict an adapter that nobody uses and whose bytes are not to be relied on."""
+        if self.adapters.is_placed(digest) and not self.adapters.is_pinned(digest):
+            self._evict([digest])
+            self._set_limit(tables)
+
+    def forget(self, tables: Iterable[list[int]] = ()) -> None:
+        """Drop all that is kept for nobody: cached blocks and idle adapters."""
+        self.blocks.evict(self.blocks.num_cached)
+        self._evict([digest for digest, _ in self.adapters.idle])
+        self._set_limit(tables)
+
+    def take_changes(self) -> MemoryChanges:
+        """What the step that is scheduled now has to do first. The next one's time begins."""
+        pending, self._pending = self._pending, _Pending()
+        if self.adapters.loads_are_immediate:
+            for load in pending.loads:
+                self.adapters.set_resident(load.digest)
+        self._step += 1
+        self.blocks.step = self.adapters.step = self._step
+        return MemoryChanges(tuple(pending.evictions), tuple(pending.moves), tuple(pending.loads))
+
+    def check_integrity(self, tables: Sequence[Sequence[int]], pins: dict[str, int]) -> None:
+        """Raise AssertionError unless blocks, adapters and their places in the arena agree."""
+        self.blocks.check_integrity(tables)
+        self.adapters.check_integrity(pins)
+        self._extents.check_integrity()
+        assert sorted(self._extents.digests) == sorted(self.adapters.placed)
+        assert self.blocks.limit == self._limit(self._extents)
+        assert self.blocks.limit * self.block_bytes <= self._extents.bottom
+        assert self._is_packed == self._extents.is_packed
+        assert self._extents.used_bytes <= self.max_adapter_bytes
+
+    # ==== what has to give way ====
+
+    def _evict_oldest_blocks(self, count: int) -> bool:
+        """The usual case, and quick: nothing but cached blocks would give way."""
+        oldest_idle = next((use for _, use in self.adapters.idle), self._step)
+        uses = list(islice(self.blocks.cached_uses, count))
+        if not self._is_packed or len(uses) < count or uses[-1] > oldest_idle:
+            return False
+        self.blocks.evict(count)
+        return True
+
+    def _plan(self, wish: _Wish, evicted: Sequence[str] = ()) -> _Plan | None:
+        """The fewest evictions, in the order of last use, that grant the wish; None: none do."""
+        idle = [(d, use) for d, use in self.adapters.idle if d != wish.digest]
+        if not self._grants(wish, self._arranged(wish, [*evicted, *(d for d, _ in idle)], 0)):
+            return None
+        gone = list(evicted)
+        while self._is_over(wish, gone):
+            gone.append(idle.pop(0)[0])
+        num_forced, victims = len(gone), self._victims(idle)
+        plan = self._arranged(wish, gone, self.blocks.num_cached)
+        while not self._grants(wish, plan):
+            victim = next(victims)
+            if victim:
+                gone.append(victim)
+                plan = self._arranged(wish, gone, plan.num_kept)
+            else:
+                plan.num_kept -= 1
+        return self._without_needless(wish, plan, num_forced)
+
+    def _victims(self, idle: Sequence[tuple[str, int]]) -> Iterator[str]:
+        """Adapters, and "" for the oldest cached block left; of equals a block, which is less."""
+        blocks = ((use, "") for use in self.blocks.cached_uses)
+        return (victim for _, victim in merge(blocks, ((use, d) for d, use in idle)))
+
+    def _without_needless(self, wish: _Wish, plan: _Plan, num_forced: int) -> _Plan:
+        """Some were chosen before it turned out that others have to go."""
+        for digest in reversed(plan.evicted[num_forced:]):
+            fewer = [d for d in plan.evicted if d != digest]
+            trial = self._arranged(wish, fewer, plan.num_kept)
+            if self._grants(wish, trial):
+                plan = trial
+        return plan
+
+    def _arranged(self, wish: _Wish, evicted: Sequence[str], num_kept: int) -> _Plan:
+        """The arena without these adapters and with the wished one, KV's part as large as it gets.
+
+        No larger than needed, that is: nothing moves for no purpose.
+        """
+        extents = self._extents.without(evicted)
+        fits_gap = wish.size and extents.gap_for(wish.size) is not None
+        if fits_gap:
+            extents.place(wish.digest, wish.size)
+        needed = (self.blocks.num_held + num_kept + wish.num_blocks) * self.block_bytes
+        if wish.size and not fits_gap:
+            needed += wish.size
+        shifts = extents.raise_bottom(needed, lambda digest: self._is_movable(digest, wish))
+        shifts = [s for s in shifts if s.digest != wish.digest or not wish.size]
+        if wish.size and not fits_gap:
+            extents.place(wish.digest, wish.size)
+        return _Plan(extents, shifts, list(evicted), num_kept)
+
+    def _is_movable(self, digest: str, wish: _Wish) -> bool:
+        """What is not there yet moves freely."""
+        return not self.adapters.is_loading(digest) or (digest == wish.digest and wish.size > 0)
+
+    def _grants(self, wish: _Wish, plan: _Plan) -> bool:
+        needed = self.blocks.num_held + plan.num_kept + wish.num_blocks
+        is_over = plan.extents.used_bytes > self.max_adapter_bytes
+        return needed <= self._limit(plan.extents) and not is_over
+
+    def _is_over(self, wish: _Wish, gone: Sequence[str]) -> bool:
+        """Whether adapters would take more than they may."""
+        return self._extents.without(gone).used_bytes + wish.size > self.max_adapter_bytes
+
+    def _limit(self, extents: Extents) -> int:
+        """Blocks below the lowest extent; negative where one is placed where no memory is."""
+        return extents.bottom // self.block_bytes
+
+    def _blocks_beside(self, size: int) -> int:
+        """How many there are beside so many bytes of adapters without gaps."""
+        return (self._extents.top - size) // self.block_bytes if size else self.blocks.num_blocks
+
+    def _size(self, digest: str) -> int:
+        nbytes = self.adapters.nbytes(digest)
+        assert nbytes is not None, f"adapter {digest} is wanted before it is ready"
+        return extent_size(nbytes)
+
+    # ==== making it so ====
+
+    def _follow(self, plan: _Plan, digest: str, tables: Iterable[list[int]]) -> None:
+        adapters, pending = self.adapters, self._pending
+        self._evict(plan.evicted)
+        self.blocks.evict(self.blocks.num_cached - plan.num_kept)
+        for shift in plan.shifts:
+            nbytes = adapters.nbytes(shift.digest) or 0
+            slot = adapters.slot(shift.digest)
+            pending.moves.append(AdapterMove(slot, shift.source, shift.destination, nbytes))
+        self._set_extents(plan.extents)
+        if digest and not adapters.is_placed(digest):
+            slot, nbytes = adapters.place(digest), adapters.nbytes(digest) or 0
+            load = AdapterLoad(slot, digest, plan.extents.offset(digest), nbytes)
+            pending.loads.append(load)
+        self._set_limit(tables)
+
+    def _set_limit(self, tables: Iterable[list[int]]) -> None:
+        self._pending.moves += self.blocks.set_limit(self._limit(self._extents), tables)
+
+    def _evict(self, digests: Sequence[str]) -> None:
+        """The executor never hears of moves of what it evicts first."""
+        pending = self._pending
+        for digest in digests:
+            slot = self.adapters.evict(digest)
+            pending.evictions.append(slot)
+            pending.moves = [
+                m for m in pending.moves if not (isinstance(m, AdapterMove) and m.slot == slot)
+            ]
+        self._set_extents(self._extents.without(digests))
+
+    def _set_extents(self, extents: Extents) -> None:
+        self._extents = extents
+        self._is_packed = extents.is_packed

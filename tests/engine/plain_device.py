@@ -1,0 +1,179 @@
+"""A DeviceRunner whose model and adapters are plain torch, and a driver that may run a step ahead.
+
+The model reads everything from the views that a captured graph would have, the adapters from the
+bytes of the arena: what the runner puts there wrongly gives wrong tokens. Rows that no request has
+come out as NaN.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.kernels.device_positions import DevicePositions
+from engine.kernels.inputs import AttentionInputs, ForwardInputs, LoraBatch
+from engine.lora.extent import Extent, move_bytes
+from engine.lora.weights import LoraWeights
+from engine.model.decoder import Decoder
+from engine.runner.adapter_copies import AdapterCopies, PackedAdapter, pack_adapter
+from engine.runner.device import Device, HostDevice
+from engine.runner.device_forward import DeviceForward, Numbers, StepLimits
+from engine.runner.device_runner import DeviceRunner
+
+BLOCK_SIZE = 4
+ARENA_BYTES = 2**21
+TILE_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class PlainPlan:
+    words: Numbers
+
+
+class PlainBank:
+    def __init__(self, arena: Tensor) -> None:
+        self.arena = arena
+        self.places: dict[int, tuple[int, Extent]] = {}
+
+    def place(self, slot: int, offset_bytes: int, extent: Extent) -> None:
+        assert slot not in self.places
+        self.places[slot] = offset_bytes, extent
+
+    def move(self, slot: int, offset_bytes: int) -> None:
+        source, extent = self.places[slot]
+        move_bytes(self.arena, source, offset_bytes, extent.nbytes, torch.empty(256).byte())
+        self.places[slot] = offset_bytes, extent
+
+    def evict(self, slot: int) -> None:
+        self.places.pop(slot, None)
+
+    def max_words(self, num_rows: int) -> int:
+        return num_rows
+
+    def plan(self, row_slots: Numbers) -> PlainPlan:
+        return PlainPlan(np.asarray(row_slots, np.int32))
+
+    def batch(self, num_rows: int, words: Tensor | None = None) -> LoraBatch:
+        assert words is not None and len(words) == num_rows
+        return PlainLora(self, words)
+
+
+@dataclass(frozen=True)
+class PlainLora:
+    bank: PlainBank
+    row_slots: Tensor
+
+    def add(self, layer: int, site: str, x: Tensor, y: Tensor) -> None:
+        for row, slot in enumerate(self.row_slots.tolist()[: len(x)]):
+            if not slot:
+                continue
+            offset, extent = self.bank.places[slot]
+            where = extent.sites.get((layer, site))
+            if where is None:
+                continue
+            a = self._tensor(extent, offset + where.a_bytes, where.lora_rank, where.in_features)
+            h = a @ x[row]
+            for s in where.slices:
+                b = self._tensor(extent, offset + s.b_bytes, s.r1 - s.r0, s.out1 - s.out0)
+                y[row, s.out0 : s.out1] += h[s.r0 : s.r1] @ b
+
+    def _tensor(self, extent: Extent, start: int, rows: int, columns: int) -> Tensor:
+        nbytes = rows * columns * extent.dtype.itemsize
+        return self.bank.arena[start : start + nbytes].view(extent.dtype).view(rows, columns)
+
+
+class PlainModel:
+    def __init__(self, decoder: Decoder, kv_cache: Tensor) -> None:
+        self.decoder, self.kv_cache = decoder, kv_cache
+
+    def forward(
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        slot_mapping: Tensor,
+        attention: DevicePositions,
+        lora: LoraBatch | None = None,
+        output_rows: Tensor | None = None,
+        output_lora: LoraBatch | None = None,
+        *,
+        out: Tensor,
+    ) -> Tensor:
+        context_lens = [length for length in attention.context_lens.tolist() if length]
+        row_starts = attention.cu_seqlens_q.tolist()[: len(context_lens) + 1]
+        rows = row_starts[-1]
+        assert (slot_mapping[rows:] == -1).all() and (slot_mapping[:rows] >= 0).all()
+        hidden = torch.full((len(token_ids), self.decoder.spec.hidden_size), torch.nan)
+        if rows:
+            hidden[:rows] = self.decoder(
+                ForwardInputs(
+                    token_ids[:rows].long(),
+                    positions[:rows].long(),
+                    AttentionInputs(
+                        num_decodes=sum(b - a == 1 for a, b in pairwise(row_starts)),
+                        cu_seqlens_q=row_starts,
+                        context_lens=context_lens,
+                        block_tables=attention.block_tables.long(),
+                        slot_mapping=slot_mapping[:rows].long(),
+                    ),
+                    lora,
+                ),
+                self.kv_cache,
+            )
+        if output_rows is None:
+            return out.copy_(hidden)
+        if lora is not None:
+            assert isinstance(lora, PlainLora) and isinstance(output_lora, PlainLora)
+            assert torch.equal(output_lora.row_slots, lora.row_slots[output_rows.long()])
+        return out.copy_(hidden[output_rows.long()])
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return self.decoder.logits(hidden)
+
+
+def kv_view(arena: Tensor, decoder: Decoder) -> Tensor:
+    """KV blocks [blocks, layers, 2, block_size, H_kv, D], as many as the arena has room for."""
+    spec, dtype = decoder.spec, decoder.embedding.weight.dtype
+    shape = (spec.num_layers, 2, BLOCK_SIZE, spec.num_kv_heads, spec.head_dim)
+    block_bytes = int(np.prod(shape)) * dtype.itemsize
+    num_blocks = arena.numel() // block_bytes
+    return arena[: num_blocks * block_bytes].view(dtype).view(num_blocks, *shape)
+
+
+@dataclass
+class PlainDevice:
+    runner: DeviceRunner
+    arena: Tensor
+    kv_cache: Tensor
+    packed: dict[str, PackedAdapter]
+
+
+def make_plain(
+    decoder: Decoder,
+    adapters: Sequence[LoraWeights] = (),
+    *,
+    uses_graphs: bool = True,
+    device: Device | None = None,
+    limits: StepLimits | None = None,
+) -> PlainDevice:
+    device = device or HostDevice()
+    limits = limits or StepLimits(8, 64, 128, BLOCK_SIZE)
+    arena = torch.zeros(ARENA_BYTES, dtype=torch.uint8)
+    arena.view(torch.float32).fill_(torch.nan)  # nobody may count on what nobody has written
+    kv_cache, bank = kv_view(arena, decoder), PlainBank(arena)
+    packed = {weights.digest: pack_adapter(weights, device) for weights in adapters}
+    forward = DeviceForward(
+        device,
+        PlainModel(decoder, kv_cache),
+        bank,
+        limits,
+        tile_tokens=TILE_TOKENS,
+        hidden_size=decoder.spec.hidden_size,
+        dtype=decoder.embedding.weight.dtype,
+        uses_graphs=uses_graphs,
+    )
+    forward.capture_graphs()
+    copies = AdapterCopies(device, arena, kv_cache[0].nbytes, bank, packed.__getitem__)
+    return PlainDevice(DeviceRunner(device, forward, copies), arena, kv_cache, packed)

@@ -1,0 +1,185 @@
+"""DeviceRunner against ModelRunner: the same rows, whatever runs ahead, is padded or replayed."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from engine.lora.weights import LoraWeights, load_lora
+from engine.model.decoder import Decoder
+from engine.model.loader import load_decoder
+from engine.runner.device import HostDevice
+from engine.runner.sampler import target_logprobs
+from engine.scheduler.batch import (
+    PENDING,
+    AdapterLoad,
+    AdapterMove,
+    BlockCopy,
+    ScheduledBatch,
+    ScheduledRequest,
+)
+from engine.scheduler.request import SamplingParams
+from tests.engine.driver import write_adapter
+from tests.engine.generations import (
+    drive,
+    expected,
+    generations_of,
+    greedy,
+    loads_at_the_end,
+)
+from tests.engine.plain_device import ARENA_BYTES, make_plain
+from tests.engine.tiny import OneRequest, Tiny
+
+MakeTiny = Callable[..., Tiny]
+
+
+@pytest.fixture(scope="module")
+def decoder(tiny_model: MakeTiny) -> Decoder:
+    return load_decoder(
+        tiny_model("llama").folder,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+        max_model_len=128,
+    )
+
+
+@pytest.fixture(scope="module")
+def adapters(
+    tiny_model: MakeTiny, decoder: Decoder, tmp_path_factory: pytest.TempPathFactory
+) -> list[LoraWeights]:
+    folder = tmp_path_factory.mktemp("adapters")
+    configs: list[dict[str, Any]] = [{"r": 8}, {"r": 3, "target_modules": ["q_proj", "down_proj"]}]
+    return [
+        load_lora(
+            write_adapter(tiny_model("llama").folder, folder / str(i), seed=i, **config),
+            decoder.lora_sites,
+            torch.float32,
+        )
+        for i, config in enumerate(configs)
+    ]
+
+
+MIXED = [
+    greedy(9),
+    SamplingParams(max_tokens=8, seed=5, top_p=0.8),
+    greedy(7, repetition_penalty=1.5, frequency_penalty=0.4),
+    SamplingParams(max_tokens=9, seed=6, presence_penalty=1.0, logprobs=3),
+    greedy(10, logprobs=0),
+    SamplingParams(max_tokens=6, seed=7, temperature=0.7, top_k=20, min_p=0.01),
+    greedy(11, logit_bias=((7, 3.0),), logprobs=2),
+]
+
+
+@pytest.mark.parametrize("uses_graphs", [True, False], ids=["graphs", "eager"])
+@pytest.mark.parametrize("depth", [0, 1])
+@pytest.mark.parametrize("slots", [[0] * 7, [1] * 7, [1, 2, 0, 2, 1, 0, 2]], ids=str)
+def test_every_request_gets_what_it_gets_alone(
+    decoder: Decoder, adapters: list[LoraWeights], uses_graphs: bool, depth: int, slots: list[int]
+) -> None:
+    plain = make_plain(decoder, adapters, uses_graphs=uses_graphs)
+    if not uses_graphs:
+        plain.runner.warm_up()  # leaves nothing behind
+    generations = generations_of(MIXED, slots)
+    loads = loads_at_the_end(plain.packed.values(), (1, 2), ARENA_BYTES)
+    plain.runner.launch(ScheduledBatch((), adapter_loads=loads)).result()
+    assert list(plain.runner.arrived()) == [load.digest for load in loads]
+    drive(plain.runner, generations, budget=40, depth=depth, seed=depth)
+    for s in generations:
+        tokens = expected(decoder, s, adapters[s.slot - 1] if s.slot else None)
+        assert s.output == [t.token_id for t in tokens]
+        scored = [entry for result in s.results for entry in result.logprobs or ()]
+        assert len(scored) == (0 if s.sampling.logprobs is None else len(tokens))
+        for entry, token in zip(scored, tokens, strict=False):
+            assert entry.logprob == pytest.approx(token.logprob, abs=1e-4)
+            assert [i for i, _ in entry.top] == [i for i, _ in token.top]
+
+
+def test_prompt_logprobs_are_those_of_all_rows(decoder: Decoder) -> None:
+    samplings = [greedy(3, prompt_logprobs=2), greedy(4), greedy(2, prompt_logprobs=0)]
+    generations = generations_of(samplings, [0] * 3)
+    drive(make_plain(decoder).runner, generations, budget=9, depth=1, seed=3)
+    for s in (generations[0], generations[2]):
+        entries = [entry for result in s.results for entry in result.prompt_logprobs]
+        with torch.inference_mode():
+            logits = OneRequest(decoder).forward(s.prompt)
+        scores = target_logprobs(logits[:-1], s.prompt[1:], s.sampling.prompt_logprobs or 0)
+        assert [e.logprob for e in entries] == pytest.approx([v for v, _ in scores], abs=1e-4)
+        assert [[i for i, _ in e.top] for e in entries] == [[i for i, _ in t] for _, t in scores]
+
+
+def test_moved_and_reloaded_adapters_keep_their_requests_text(
+    decoder: Decoder, adapters: list[LoraWeights]
+) -> None:
+    """Between the steps adapters are moved, evicted and loaded elsewhere, blocks are copied."""
+    plain = make_plain(decoder, adapters)
+    first, second = loads_at_the_end(plain.packed.values(), (1, 2), ARENA_BYTES)
+    generations = generations_of([greedy(30)] * 3, [1, 1, 0])
+    step = first.offset_bytes - 2**20
+    moved = AdapterMove(1, first.offset_bytes, step, first.nbytes)
+    again = AdapterLoad(3, second.digest, second.offset_bytes - 4096, second.nbytes)
+
+    def between(number: int) -> ScheduledBatch | None:
+        if number == 0:
+            return ScheduledBatch((), adapter_loads=(first, second))
+        if number == 6:
+            return ScheduledBatch((), moves=(moved,))
+        if number == 8:  # what lay there is overwritten by another adapter
+            return ScheduledBatch((), adapter_evictions=(2,), adapter_loads=(again,))
+        if number in (10, 13):
+            s = generations[2]
+            old, new = s.blocks[0], 500 + number
+            s.blocks = (new, *s.blocks[1:])
+            return ScheduledBatch((), moves=(BlockCopy(old, 400), BlockCopy(400, new)))
+        return None
+
+    drive(plain.runner, generations, budget=40, depth=1, seed=1, between=between)
+    for s in generations:
+        tokens = expected(decoder, s, adapters[0] if s.slot else None)
+        assert s.output == [t.token_id for t in tokens]
+    later = generations_of([greedy(5)], [3])
+    drive(plain.runner, later, budget=40, depth=1)
+    assert later[0].output == [t.token_id for t in expected(decoder, later[0], adapters[1])]
+
+
+def test_a_step_without_memory_ends_alone(decoder: Decoder) -> None:
+    class Small(HostDevice):
+        released = 0
+
+        def release_cached(self) -> None:
+            self.released += 1
+
+    device = Small()
+    plain = make_plain(decoder, device=device)
+    model = plain.runner._forward._model
+    logits, failing = model.logits, True
+
+    def out_of_memory(hidden: Tensor) -> Tensor:
+        if failing:
+            raise torch.OutOfMemoryError("no room for logits")
+        return logits(hidden)
+
+    model.logits = out_of_memory  # type: ignore[method-assign]
+    generations = generations_of([greedy(5)] * 2, [0, 0])
+    with pytest.raises(torch.OutOfMemoryError, match="no room for logits"):
+        drive(plain.runner, generations, budget=40, depth=1)
+    assert device.released == 1
+    failing = False
+    again = generations_of([greedy(5)] * 2, [0, 0])
+    drive(plain.runner, again, budget=40, depth=1)
+    assert [s.output for s in again] == [
+        [t.token_id for t in expected(decoder, s, None)] for s in again
+    ]
+
+
+def test_rows_with_a_lost_pending_token_do_not_disturb_the_others(decoder: Decoder) -> None:
+    """The step before raised: its request still has a row, and anything may come of it."""
+    plain = make_plain(decoder)
+    lost, fine = generations_of([greedy(5)] * 2, [0, 0])
+    drive(plain.runner, [fine], budget=40, depth=0)
+    row = ScheduledRequest("lost", 0, [PENDING], 4, lost.blocks, 0, lost.sampling, True)
+    again = generations_of([greedy(1)] * 2, [0, 0])[1]
+    prompt = ScheduledRequest("1", 0, again.prompt, 0, again.blocks, 0, again.sampling, True)
+    outputs = plain.runner.launch(ScheduledBatch((row, prompt))).result()
+    assert outputs[1].token_ids == fine.output[:1]

@@ -1,0 +1,109 @@
+"""The elementwise kernels as Llama-3-8B's decoder starts them."""
+
+from typing import Any
+
+from engine.kernels.triton.gate import BLOCK
+from engine.kernels.triton.launch import block_of, warps_of
+from engine.kernels.triton.rotary import TILE_VALUES
+from tests.engine.triton.aot import AotCase
+
+HIDDEN, WIDTH = 4096, 14336
+HEADS, KV_HEADS, DIM = 32, 8, 128
+KERNELS = "engine.kernels.triton"
+
+
+def norm(name: str, *, is_sandwich: bool, is_rounded: bool) -> AotCase:
+    none = {} if is_sandwich else {"leave_ptr": None}
+    none |= {} if is_rounded else {"codes_ptr": None, "scales_ptr": None}
+    types = {
+        "x_ptr": "*bf16",
+        "delta_ptr": "*bf16",
+        "leave_ptr": "*fp32",
+        "weight_ptr": "*fp32" if is_sandwich else "*bf16",
+        "out_ptr": "*bf16",
+        "codes_ptr": "*u8",
+        "scales_ptr": "*fp32",
+        "x_stride": "i32",
+        "delta_stride": "i32",
+        "out_stride": "i32",
+        "scale": "fp32",
+        "eps": "fp32",
+    }
+    block = block_of(HIDDEN)
+    constants = none | {"WIDTH": HIDDEN, "BLOCK": block}
+    return _case(name, "norm:add_rms_norm_kernel", types, constants, warps_of(block))
+
+
+def gate(name: str, activation: str, *, is_rounded: bool) -> AotCase:
+    none = {} if is_rounded else {"codes_ptr": None, "scales_ptr": None}
+    types = {
+        "gate_up_ptr": "*bf16",
+        "out_ptr": "*bf16",
+        "codes_ptr": "*u8",
+        "scales_ptr": "*fp32",
+        "gate_up_stride": "i32",
+        "out_stride": "i32",
+    }
+    block = block_of(WIDTH) if is_rounded else BLOCK
+    constants = none | {"WIDTH": WIDTH, "BLOCK": block, "ACTIVATION": activation}
+    return _case(name, "gate:gate_kernel", types, constants, warps_of(block))
+
+
+def rotary(name: str, *, is_normed: bool) -> AotCase:
+    types = {
+        "qkv_ptr": "*bf16",
+        "cos_ptr": "*fp32",
+        "sin_ptr": "*fp32",
+        "positions_ptr": "*i64",
+        "slots_ptr": "*i64",
+        "kv_ptr": "*bf16",
+        "q_norm_ptr": "*bf16",
+        "k_norm_ptr": "*bf16",
+        "qkv_stride": "i32",
+        "block_stride": "i32",
+        "value_stride": "i32",
+        "slot_stride": "i32",
+        "eps": "fp32",
+    }
+    constants = {} if is_normed else {"q_norm_ptr": None, "k_norm_ptr": None}
+    constants |= {
+        "HEADS": HEADS,
+        "KV_HEADS": KV_HEADS,
+        "DIM": DIM,
+        "ROTARY_DIM": DIM,
+        "BLOCK_SIZE": 16,
+        "TILE": TILE_VALUES // DIM,
+        "DIM_BLOCK": DIM,
+        "HALF_BLOCK": DIM // 2,
+        "REST_BLOCK": 1,
+    }
+    return _case(name, "rotary:rotate_and_store_kernel", types, constants, num_warps=1)
+
+
+def _case(
+    name: str, kernel: str, types: dict[str, str], constants: dict[str, Any], num_warps: int
+) -> AotCase:
+    """Every pointer and stride of these shapes is a multiple of 16."""
+    signature = {key: "constexpr" if key in constants else kind for key, kind in types.items()}
+    signature |= dict.fromkeys(constants, "constexpr")
+    whole = [k for k, kind in signature.items() if kind.startswith("*") or kind == "i32"]
+    return AotCase(
+        name=f"elementwise {name}",
+        kernel=f"{KERNELS}.{kernel}",
+        signature=signature,
+        constants=constants,
+        divisible=tuple(whole),
+        num_warps=num_warps,
+        max_registers=128,
+        needs=("ld.global.v4",),
+    )
+
+
+CASES = [
+    norm("norm", is_sandwich=False, is_rounded=False),
+    norm("sandwich norm to fp8", is_sandwich=True, is_rounded=True),
+    gate("gate", "silu", is_rounded=False),
+    gate("gate to fp8", "gelu_tanh", is_rounded=True),
+    rotary("rotary", is_normed=False),
+    rotary("rotary with head norms", is_normed=True),
+]

@@ -1,0 +1,342 @@
+"""FusedDecoder against the plain Decoder with reference ops: hidden states, logits and KV cache.
+
+One batch has decodes, a prefill from the start and one that goes on, and a row of padding; blocks
+lie scattered in a cache of random numbers.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from engine.kernels import reference
+from engine.kernels.device_ops import DenseLinear, device_ops
+from engine.kernels.dispatch import Ops, reference_ops
+from engine.kernels.fp8 import dequantized_mm
+from engine.kernels.inputs import AttentionInputs, ForwardInputs, LoraBatch
+from engine.lora.bank import AdapterBank
+from engine.lora.weights import LoraWeights, SiteWeights
+from engine.model.decoder import Decoder, DecoderLayer
+from engine.model.fused import FusedDecoder
+from engine.model.layers import LoraSite, SideBySide
+from engine.model.loader import load_decoder
+from engine.scheduler.batch import ScheduledBatch, ScheduledRequest
+from engine.scheduler.request import SamplingParams
+from tests.engine.tiny import MODEL_TYPES, Tiny, random_prompt
+
+MakeTiny = Callable[..., Tiny]
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+BLOCK_SIZE, NUM_BLOCKS, CAPACITY = 4, 40, 10
+
+# (new tokens, context with them, adapter slot); decodes first
+REQUESTS = [(1, 17, 1), (1, 9, 2), (2, 2, 0), (3, 14, 2)]
+OUTPUTS = [0, 1, 3, 6]  # the last row of each
+NUM_ROWS = 7
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The same step for both decoders."""
+
+    token_ids: torch.Tensor
+    positions: torch.Tensor
+    attention: AttentionInputs
+
+
+def batch_of(requests: Sequence[tuple[int, int, int]]) -> Batch:
+    generator = torch.Generator().manual_seed(3)
+    order = torch.randperm(NUM_BLOCKS, generator=generator)
+    tables = order[: 8 * len(requests)].view(len(requests), 8)
+    starts, positions, slots = [0], [], []
+    for table, (count, context, _) in zip(tables, requests, strict=True):
+        own = torch.arange(context - count, context)
+        positions.append(own)
+        slots.append(table[own // BLOCK_SIZE] * BLOCK_SIZE + own % BLOCK_SIZE)
+        starts.append(starts[-1] + count)
+    attention = AttentionInputs(
+        num_decodes=sum(count == 1 for count, _, _ in requests),
+        cu_seqlens_q=starts,
+        context_lens=[context for _, context, _ in requests],
+        block_tables=tables.to(DEVICE),
+        slot_mapping=torch.cat(slots).to(DEVICE),
+    )
+    token_ids = torch.tensor(random_prompt(starts[-1]), device=DEVICE)
+    return Batch(token_ids, torch.cat(positions).to(DEVICE), attention)
+
+
+def random_cache(decoder: Decoder) -> torch.Tensor:
+    spec, generator = decoder.spec, torch.Generator().manual_seed(11)
+    shape = (NUM_BLOCKS, spec.num_layers, 2, BLOCK_SIZE, spec.num_kv_heads, spec.head_dim)
+    return torch.randn(shape, generator=generator).to(decoder.embedding.weight)
+
+
+def attend_into(
+    q: torch.Tensor,
+    kv_layer: torch.Tensor,
+    attention: AttentionInputs,
+    *,
+    out: torch.Tensor,
+    **options: Any,
+) -> torch.Tensor:
+    """The reference; padding after the last request gets zeros."""
+    num_rows = attention.cu_seqlens_q[-1]
+    out[:num_rows] = reference.paged_attention(q[:num_rows], kv_layer, attention, **options)
+    out[num_rows:] = 0
+    return out
+
+
+# ==== Adapters ====
+
+
+def random_adapter(sites: Sequence[LoraSite], seed: int, dtype: torch.dtype) -> LoraWeights:
+    """Every second slice of every site, at ranks of their own."""
+    generator = torch.Generator().manual_seed(seed)
+    found: dict[tuple[int, str], SiteWeights] = {}
+    for site in sites:
+        expands, rank, out0 = [], 0, 0
+        for i, part in enumerate(site.slices):
+            if (i + seed) % 2 == 0:
+                r = 2 + i
+                b = torch.randn(r, part.out_features, generator=generator).mul(0.2).to(dtype)
+                expands.append((rank, rank + r, out0, out0 + part.out_features, b))
+                rank += r
+            out0 += part.out_features
+        if rank:
+            a = torch.randn(rank, site.in_features, generator=generator).mul(0.2).to(dtype)
+            found[site.layer, site.site] = SiteWeights(a, tuple(expands))
+    return LoraWeights(f"adapter-{seed}", found, nbytes=1)
+
+
+def adapters_of(decoder: Decoder) -> AdapterBank:
+    bank, dtype = AdapterBank(DEVICE), decoder.embedding.weight.dtype
+    for slot in (1, 2):
+        bank.load(slot, random_adapter(decoder.lora_sites, slot, dtype))
+    return bank
+
+
+def mixed(bank: AdapterBank, counts_and_slots: Sequence[tuple[int, int]]) -> LoraBatch | None:
+    requests = tuple(
+        ScheduledRequest(str(i), 0, [0] * count, 0, (), slot, SamplingParams(), samples=True)
+        for i, (count, slot) in enumerate(counts_and_slots)
+    )
+    return bank.batch(ScheduledBatch(requests))
+
+
+TRAFFIC = {"none": [0, 0, 0, 0], "identical": [1, 1, 1, 1], "distinct": [1, 2, 0, 2]}
+
+
+def with_slots(traffic: str) -> list[tuple[int, int, int]]:
+    slots = TRAFFIC[traffic]
+    return [
+        (count, context, slot) for (count, context, _), slot in zip(REQUESTS, slots, strict=True)
+    ]
+
+
+# ==== Both decoders on one step ====
+
+
+def load(
+    folder: Path, ops: Ops, dtype: torch.dtype = torch.float32, quantization: str = "none"
+) -> Decoder:
+    return load_decoder(
+        folder, dtype=dtype, device=DEVICE, max_model_len=64, quantization=quantization, ops=ops
+    )
+
+
+@torch.inference_mode()
+def expected_of(
+    decoder: Decoder, batch: Batch, lora: LoraBatch | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    kv_cache = random_cache(decoder)
+    inputs = ForwardInputs(batch.token_ids, batch.positions, batch.attention, lora)
+    return decoder(inputs, kv_cache), kv_cache
+
+
+@torch.inference_mode()
+def found_of(
+    decoder: Decoder, batch: Batch, num_padding: int = 0, **options: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    kv_cache = random_cache(decoder)
+    fused = FusedDecoder(decoder, attend_into, kv_cache, CAPACITY)
+    padding = torch.zeros(num_padding, dtype=torch.int64, device=DEVICE)
+    token_ids = torch.cat([batch.token_ids, padding])
+    rows = options.get("output_rows", token_ids)
+    hidden = fused.forward(
+        token_ids.int(),
+        torch.cat([batch.positions, padding]).int(),
+        torch.cat([batch.attention.slot_mapping, padding - 1]).int(),
+        batch.attention,
+        **options,
+        out=kv_cache.new_empty(len(rows), decoder.spec.hidden_size),
+    )
+    return hidden, kv_cache
+
+
+def close(found: torch.Tensor, expected: torch.Tensor, atol: float = 2e-5) -> None:
+    torch.testing.assert_close(found, expected, rtol=0.0, atol=atol)
+
+
+def test_a_step_is_that_of_the_plain_decoder(tiny_model: MakeTiny) -> None:
+    check_step(tiny_model("llama").folder, "none")
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_a_step_with_adapters_is_that_of_the_plain_decoder(
+    model_type: str, tiny_model: MakeTiny
+) -> None:
+    check_step(tiny_model(model_type).folder, "distinct")
+
+
+def check_step(folder: Path, traffic: str) -> None:
+    requests, ops = with_slots(traffic), device_ops(DEVICE, torch.float32)
+    plain, decoder = load(folder, reference_ops()), load(folder, ops)
+    batch, bank = batch_of(requests), adapters_of(plain)
+    lora = mixed(bank, [(count, slot) for count, _, slot in requests])
+    hidden, kv_cache = expected_of(plain, batch, lora)
+    found, found_cache = found_of(decoder, batch, num_padding=1, lora=of_first_rows(lora))
+    close(found[:NUM_ROWS], hidden)
+    close(found_cache, kv_cache)
+    close(decoder.logits(found[:NUM_ROWS]), plain.logits(hidden), 1e-4)
+
+
+def of_first_rows(lora: LoraBatch | None) -> LoraBatch | None:
+    """The same adapters; none on padding."""
+
+    class FirstRows:
+        def add(self, layer: int, site: str, x: torch.Tensor, y: torch.Tensor) -> None:
+            assert lora is not None
+            lora.add(layer, site, x[:NUM_ROWS], y[:NUM_ROWS])
+
+    return None if lora is None else FirstRows()
+
+
+CHANGES: dict[str, tuple[str, dict[str, Any]]] = {
+    "biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "part of each head turned": (
+        "phi3",
+        {
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 10000.0,
+                "partial_rotary_factor": 0.5,
+            }
+        },
+    ),
+    "gelu, tied": ("llama", {"hidden_act": "gelu", "tie_word_embeddings": True}),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_what_no_family_has_by_default(name: str, tiny_model: MakeTiny) -> None:
+    model_type, changes = CHANGES[name]
+    folder, batch = tiny_model(model_type, **changes).folder, batch_of(REQUESTS)
+    plain, decoder = load(folder, reference_ops()), load(folder, device_ops(DEVICE, torch.float32))
+    hidden, kv_cache = expected_of(plain, batch, None)
+    found, found_cache = found_of(decoder, batch)
+    close(found, hidden)
+    close(found_cache, kv_cache)
+
+
+@pytest.mark.parametrize(
+    ("traffic", "is_cut"),
+    [("none", True), ("identical", True), ("distinct", True), ("distinct", False)],
+)
+def test_output_rows_are_those_of_the_whole_batch(
+    traffic: str, is_cut: bool, tiny_model: MakeTiny
+) -> None:
+    """In the last layer adapters apply to these rows alone, if they are given for them."""
+    folder, requests = tiny_model("gemma2").folder, with_slots(traffic)
+    decoder, batch = load(folder, device_ops(DEVICE, torch.float32)), batch_of(requests)
+    bank = adapters_of(decoder)
+    lora = mixed(bank, [(count, slot) for count, _, slot in requests])
+    output_lora = mixed(bank, [(1, slot) for _, _, slot in requests])
+    hidden, kv_cache = found_of(decoder, batch, lora=lora)
+    found, found_cache = found_of(
+        decoder,
+        batch,
+        lora=lora,
+        output_rows=torch.tensor(OUTPUTS, device=DEVICE),
+        output_lora=output_lora if is_cut else None,
+    )
+    close(found, hidden[OUTPUTS])
+    assert torch.equal(found_cache, kv_cache)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_step_in_half_precision_is_as_near_as_the_plain_decoders(
+    dtype: torch.dtype, tiny_model: MakeTiny
+) -> None:
+    folder, batch = tiny_model("gemma3_text").folder, batch_of(REQUESTS)
+    exact, _ = expected_of(load(folder, reference_ops()), batch, None)
+    plain, _ = expected_of(load(folder, reference_ops(), dtype), batch, None)
+    found, _ = found_of(load(folder, device_ops(DEVICE, dtype), dtype), batch)
+    # The interpreter rounds to bfloat16 towards zero: twice the error of rounding
+    allowed = (plain.float() - exact).abs().max() * (4 if dtype == torch.bfloat16 else 2)
+    assert (found.float() - exact).abs().max() <= allowed
+
+
+@torch.inference_mode()
+def test_nothing_of_a_step_is_left_for_the_next(tiny_model: MakeTiny) -> None:
+    decoder = load(tiny_model("qwen3").folder, device_ops(DEVICE, torch.float32))
+    fused = FusedDecoder(decoder, attend_into, random_cache(decoder), CAPACITY)
+
+    def run(requests: Sequence[tuple[int, int, int]]) -> torch.Tensor:
+        b = batch_of(requests)
+        out = torch.empty(len(b.token_ids), decoder.spec.hidden_size, device=DEVICE)
+        slots = b.attention.slot_mapping
+        return fused.forward(b.token_ids, b.positions, slots, b.attention, out=out)
+
+    run(REQUESTS)
+    found = run(REQUESTS[:2])
+    close(found, found_of(decoder, batch_of(REQUESTS[:2]))[0])
+
+
+def test_more_rows_than_there_is_room_for_are_refused(tiny_model: MakeTiny) -> None:
+    decoder = load(tiny_model("llama").folder, device_ops(DEVICE, torch.float32))
+    with pytest.raises(AssertionError, match="11 rows, room for 10"):
+        found_of(decoder, batch_of(REQUESTS), num_padding=4)
+
+
+# ==== Linear layers ====
+
+
+def test_slices_that_no_matrix_joins_write_their_own_columns(tiny_model: MakeTiny) -> None:
+    folder, batch = tiny_model("qwen2").folder, batch_of(REQUESTS)
+    decoder, whole = (load(folder, device_ops(DEVICE, torch.float32)) for _ in range(2))
+    for layer in decoder.layers:
+        assert isinstance(layer, DecoderLayer)
+        for linear in (layer.attention.qkv, layer.mlp.gate_up):
+            joined = linear.multiply
+            assert isinstance(joined, DenseLinear)
+            cuts = [0, 16, joined.out_features]
+            linear.multiply = SideBySide(tuple(columns(joined, *c) for c in pairwise(cuts)))
+    close(found_of(decoder, batch)[0], found_of(whole, batch)[0])
+
+
+def columns(linear: DenseLinear, start: int, stop: int) -> DenseLinear:
+    bias = None if linear._bias is None else linear._bias[start:stop]
+    return DenseLinear(linear._weight[:, start:stop].T, bias)
+
+
+def test_fp8_layers_read_rows_that_the_kernels_rounded(tiny_model: MakeTiny) -> None:
+    folder, batch = tiny_model("qwen2").folder, batch_of(REQUESTS)
+    ops = device_ops(DEVICE, torch.float32, fp8_multiply=dequantized_mm)
+    decoder = load(folder, ops, quantization="fp8")
+    bank = adapters_of(decoder)
+    lora = mixed(bank, [(count, slot) for count, _, slot in REQUESTS])
+    outputs = {
+        "output_rows": torch.tensor(OUTPUTS, device=DEVICE),
+        "output_lora": mixed(bank, [(1, slot) for _, _, slot in REQUESTS]),
+    }
+    expected, _ = expected_of(decoder, batch, lora)
+    dense, _ = expected_of(load(folder, reference_ops()), batch, lora)
+    found, _ = found_of(decoder, batch, lora=lora)
+    cut, _ = found_of(decoder, batch, lora=lora, **outputs)
+    # A sum in another order may round an activation the other way, by a sixteenth of it
+    allowed = 0.1 * (expected - dense).abs().mean()
+    assert (found - expected).abs().mean() < allowed
+    assert (cut - expected[OUTPUTS]).abs().mean() < allowed
