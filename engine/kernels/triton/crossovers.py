@@ -63,13 +63,12 @@ class Shape:
     in_features: int
 
 
-# Not measured: the largest tiles that leave two programs to a processor, and how many programs
-# per processor should be under way to keep its memory busy
+# Not measured. In the compiled code, 64 rows cost the fewest instructions for each weight, for
+# fewer rows too; 128 are needed where decoding twice would cost more than idle tensor cores. The
+# second number is how many programs a processor should get, if the inputs can be cut so far.
 _UNMEASURED = (
-    (Tiles(16, 128, num_warps=4, num_stages=4), 4),
-    (Tiles(32, 128, num_warps=4, num_stages=4), 4),
-    (Tiles(64, 128, num_warps=8, num_stages=4), 2),
-    (Tiles(128, 128, num_warps=8, num_stages=3), 1),
+    (64, Tiles(64, 128, num_warps=4, num_stages=4), 2),
+    (LARGEST_FUSED, Tiles(128, 128, num_warps=8, num_stages=3), 1),
 )
 
 
@@ -87,15 +86,13 @@ def choices_for(
 
 
 def unmeasured(shape: Shape, blocks: int, processors: int) -> tuple[Choice, ...]:
-    """Fused up to LARGEST_FUSED rows, in tiles that grow with them; then dequantize."""
-    choices: list[Choice] = []
-    for tiles, programs in _UNMEASURED:
+    """Fused up to LARGEST_FUSED rows, then dequantize."""
+    choices = [Choice(None, "dequantize")]
+    for up_to_rows, tiles, programs in reversed(_UNMEASURED):
         panels = -(-shape.out_features // tiles.outputs)
-        split = _split(panels, blocks, programs * processors)
-        last = (tiles, programs) == _UNMEASURED[-1]
-        limit = LARGEST_FUSED if last else tiles.rows
-        choices.append(Choice(limit, "fused", replace(tiles, split_k=split)))
-    return (*choices, Choice(None, "dequantize"))
+        split_k = _split(panels, blocks, programs * processors)
+        choices.insert(0, Choice(up_to_rows, "fused", replace(tiles, split_k=split_k)))
+    return tuple(choices)
 
 
 def choose(choices: tuple[Choice, ...], rows: int) -> Choice:

@@ -33,6 +33,7 @@ def dequantize_kernel(
 ):
     """One panel's outputs, BLOCKS of its inputs."""
     W: tl.constexpr = BK // 4 if DECODE == "int8" else BK // 8
+    HAS_ZEROS: tl.constexpr = DECODE == "int4" or DECODE == "int4_whole"
     DTYPE: tl.constexpr = dense_ptr.dtype.element_ty
     panel = tl.program_id(0).to(tl.int64)
     out = tl.program_id(0) * _PANEL + tl.arange(0, _PANEL)
@@ -42,7 +43,7 @@ def dequantize_kernel(
     for block in range(first, tl.minimum(first + BLOCKS, blocks)):
         group = (block // GROUP_BLOCKS) * out_padded + out
         scale = tl.load(scales_ptr + group)[:, None]
-        zero = tl.load(zeros_ptr + group)[:, None] if DECODE == "int4" else scale
+        zero = tl.load(zeros_ptr + group)[:, None] if HAS_ZEROS else scale
         words = tl.load(words_tile + block * (_PANEL * W))
         weights = decode(words, scale, zero, values_ptr, DECODE, DTYPE, UPCAST)
         column = block * BK + tl.arange(0, BK)[None, :]
@@ -64,7 +65,7 @@ def dequantize(weight: PackedWeight, dense: Tensor) -> None:
         weight.in_features,
         weight.blocks,
         weight.out_padded,
-        DECODE=decoding(weight.format, dense.dtype),
+        DECODE=decoding(weight, dense.dtype),
         BK=weight.block,
         GROUP_BLOCKS=weight.group_blocks,
         BLOCKS=BLOCKS,

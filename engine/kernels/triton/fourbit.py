@@ -1,13 +1,13 @@
 """y = x W^T for a weight in few bits: decoded in registers on its way to the tensor cores.
 
-A program takes BN outputs and BM rows of x and walks over blocks of BK inputs; a weight is read
-once for every BM rows. The product is computed transposed, weights on the left: the tensor cores
-of a Hopper card want 64 rows there, and x seldom has so many. Each weight is `dequantize`d in
-float32 and rounded to x's dtype before it is multiplied; sums are float32.
+A program takes BM rows of x and BN outputs and walks over blocks of BK inputs; a weight is read
+and decoded once for every BM rows. Each is multiplied by its scale in float32 and rounded to x's
+dtype before the product, as `dequantize` and a cast would; sums are float32.
 
-For few rows the inputs are cut into SPLIT_K parts, each summed into a float32 plane of its own,
-and `_sum_kernel` adds the planes in their order: no atomics, so the same x gives the same bits.
-A row's bits do not depend on the other rows, as long as BM and SPLIT_K stay what they are.
+Where one program per tile would leave processors idle, the inputs are cut into SPLIT_K parts,
+each summed into a float32 plane of its own, and `sum_kernel` adds the planes in their order. No
+atomics: the same x gives the same bits, and a row's bits do not depend on the other rows as long
+as BM and SPLIT_K stay what they are.
 """
 
 import torch
@@ -36,8 +36,8 @@ SUM_BLOCK = 1024
 def rounded(value, DTYPE: tl.constexpr, UPCAST: tl.constexpr):
     """float32 -> DTYPE, to the nearest, ties to even.
 
-    UPCAST is for the interpreter and bfloat16: it cuts the lower half off, so that the rounding
-    is done before, in integers. It does not expect NaN.
+    UPCAST: to bfloat16 in the interpreter, which only cuts the lower half off; what is cut is
+    rounded here, in integers. Not for NaN.
     """
     if UPCAST:
         bits = value.to(tl.uint32, bitcast=True)
@@ -62,17 +62,16 @@ def _interleave2(a, b):
 
 
 @triton.jit
-def _whole(words, SHIFT: tl.constexpr, MASK: tl.constexpr, LESS: tl.constexpr):
-    """The field at bit SHIFT of every word, less LESS, as a float, exactly.
+def _whole(words, less, SHIFT: tl.constexpr, MASK: tl.constexpr):
+    """The field at bit SHIFT of every word minus `less`, a whole number: as a float, exactly.
 
-    No conversion: put into the last bits of the float 2^23, field * 2^LOW is what that exceeds
-    2^23 by.
+    No conversion: in the last bits of the float 2^23, a field at bit LOW makes it exceed 2^23 by
+    field * 2^LOW.
     """
     LOW: tl.constexpr = SHIFT % 16
-    MINUS: tl.constexpr = -(2.0 ** (23 - LOW)) - LESS
     half = words.to(tl.uint32, bitcast=True) >> (SHIFT - LOW)
     field = (half & (MASK << LOW)) | _EXPONENT
-    return field.to(tl.float32, bitcast=True) * (0.5**LOW) + MINUS
+    return field.to(tl.float32, bitcast=True) * (0.5**LOW) - (2.0 ** (23 - LOW) + less)
 
 
 @triton.jit
@@ -88,9 +87,11 @@ def _value(
 ):
     """The weights of the codes at bit SHIFT of every word."""
     if DECODE == "int8":
-        value = _whole(words, SHIFT, 255, 128)
+        value = _whole(words, 128, SHIFT, 255)
+    elif DECODE == "int4_whole":
+        value = _whole(words, zero, SHIFT, 15)
     elif DECODE == "int4":
-        value = _whole(words, SHIFT, 15, 0) - zero
+        value = _whole(words, 0, SHIFT, 15) - zero
     else:
         value = tl.load(values_ptr + ((words >> SHIFT) & 15))
     return rounded(value * scale, DTYPE, UPCAST)
@@ -153,7 +154,8 @@ def decode(
 ):
     """words [BN, W], scale and zero [BN, 1] -> the weights in DTYPE, inputs in their order.
 
-    DECODE is a format, or nf4_registers: that of `nf4_lookup`, for 16-bit DTYPE on a device.
+    DECODE is a format; or nf4_registers, the same by `nf4_lookup`, for a 16-bit DTYPE and not
+    in the interpreter; or int4_whole, the same with less work where zeros are whole numbers.
     """
     if DECODE == "nf4_registers":
         return _nf4_in_registers(words, scale, DTYPE)
@@ -205,6 +207,7 @@ def gemm_kernel(
     UPCAST: tl.constexpr,
 ):
     W: tl.constexpr = BK // 4 if DECODE == "int8" else BK // 8
+    HAS_ZEROS: tl.constexpr = DECODE == "int4" or DECODE == "int4_whole"
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     row = tl.program_id(0) * BM + tl.arange(0, BM)
     first_out = tl.program_id(1) * BN
@@ -217,9 +220,9 @@ def gemm_kernel(
     words_tile += panel_offsets(blocks, BN, W)
     if ONE_GROUP:
         scale = tl.load(scales_ptr + out)[:, None]
-        zero = tl.load(zeros_ptr + out)[:, None] if DECODE == "int4" else scale
+        zero = tl.load(zeros_ptr + out)[:, None] if HAS_ZEROS else scale
 
-    acc = tl.zeros((BN, BM), tl.float32)
+    acc = tl.zeros((BM, BN), tl.float32)
     step = tl.cdiv(blocks, SPLIT_K)
     for block in range(part * step, tl.minimum(part * step + step, blocks)):
         mask = row[:, None] < rows
@@ -230,20 +233,19 @@ def gemm_kernel(
         if not ONE_GROUP:
             group = (block // GROUP_BLOCKS) * out_padded + out
             scale = tl.load(scales_ptr + group)[:, None]
-            zero = tl.load(zeros_ptr + group)[:, None] if DECODE == "int4" else scale
+            zero = tl.load(zeros_ptr + group)[:, None] if HAS_ZEROS else scale
         weights = decode(words, scale, zero, values_ptr, DECODE, DTYPE, UPCAST)
         if UPCAST:
             weights = weights.to(tl.float32)
             x = x.to(tl.float32)
-        acc = tl.dot(weights, tl.trans(x), acc, input_precision="ieee")
+        acc = tl.dot(x, tl.trans(weights), acc, input_precision="ieee")
 
-    y = tl.trans(acc)
     if HAS_BIAS:
-        y += tl.load(bias_ptr + out)[None, :]
+        acc += tl.load(bias_ptr + out)[None, :]
     at = y_ptr + part * stride_plane + row[:, None] * stride_y + out[None, :]
     mask = (row[:, None] < rows) & (out[None, :] < out_features)
     ROUND: tl.constexpr = UPCAST and SPLIT_K == 1
-    tl.store(at, rounded(y, y_ptr.dtype.element_ty, ROUND), mask=mask)
+    tl.store(at, rounded(acc, y_ptr.dtype.element_ty, ROUND), mask=mask)
 
 
 @triton.jit
@@ -310,7 +312,7 @@ def multiply(
         x.stride(0),
         stride_y,
         rows * weight.out_features,
-        DECODE=decoding(weight.format, x.dtype),
+        DECODE=decoding(weight, x.dtype),
         BM=tiles.rows,
         BN=tiles.outputs,
         BK=weight.block,
@@ -332,14 +334,15 @@ def planes_size(weight: PackedWeight, rows: int, tiles: Tiles) -> int:
     return tiles.split_k * rows * weight.out_features if tiles.split_k > 1 else 0
 
 
-def decoding(format: str, dtype: torch.dtype) -> str:
-    """The DECODE of the kernels: the interpreter runs no PTX, and it knows 16-bit values only."""
-    in_registers = format == "nf4" and dtype != torch.float32 and not interpreting()
-    return "nf4_registers" if in_registers else format
+def decoding(weight: PackedWeight, dtype: torch.dtype) -> str:
+    """The DECODE of the kernels."""
+    if weight.format == "nf4" and dtype != torch.float32 and not interpreting():
+        return "nf4_registers"
+    return "int4_whole" if weight.has_whole_zeros else weight.format
 
 
 def upcast(dtype: torch.dtype) -> bool:
-    """The UPCAST of the kernels: the interpreter's bfloat16 products are wrong."""
+    """The UPCAST of the kernels: the interpreter's products and roundings of bfloat16 are wrong."""
     return dtype == torch.bfloat16 and interpreting()
 
 

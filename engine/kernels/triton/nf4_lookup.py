@@ -18,7 +18,6 @@ from engine.kernels.quantized import NF4_VALUES
 TABLE_REGISTERS = 8  # the low bytes of codes 0-3, 4-7, 8-11, 12-15, then the high bytes
 TABLE_CONSTRAINTS = ",".join(["=r"] * TABLE_REGISTERS + ["f"])
 LOOKUP_CONSTRAINTS = ",".join(["=r"] * 4 + ["r"] * (1 + TABLE_REGISTERS))
-_CHOOSE = 0xCA  # lop3: a ? b : c, bit by bit
 
 
 def table_ptx(pair_type: str) -> str:
@@ -37,18 +36,18 @@ def table_ptx(pair_type: str) -> str:
 def lookup_ptx() -> str:
     """One word of eight codes ($4) and a table ($5 .. $12) -> four pairs of values ($0 .. $3),
     the first of each in the lower half."""
-    lines = [".reg .b32 index, upper, mask, below, above, low, high;"]
+    lines = [".reg .b32 index, side, below, above, low, high;"]
     lines.append("and.b32 index, $4, 0x77777777;")
-    lines.append("shr.u32 upper, $4, 3;")
-    lines.append("and.b32 upper, upper, 0x11111111;")  # 1 for the codes from 8 on
+    lines.append("shr.u32 side, $4, 1;")
+    lines.append("and.b32 side, side, 0x44444444;")
+    lines.append("or.b32 side, side, 0x32103210;")  # byte i of `below`, or of `above` from 8 on
     for half in range(2):
         if half:
-            lines += ["shr.u32 index, index, 16;", "shr.u32 upper, upper, 16;"]
-        lines.append("prmt.b32 mask, 0x0000FF00, 0, upper;")
+            lines += ["shr.u32 index, index, 16;", "shr.u32 side, side, 16;"]
         for plane, first in (("low", 5), ("high", 9)):
             lines.append(f"prmt.b32 below, ${first}, ${first + 1}, index;")
             lines.append(f"prmt.b32 above, ${first + 2}, ${first + 3}, index;")
-            lines.append(f"lop3.b32 {plane}, mask, above, below, {_CHOOSE:#x};")
+            lines.append(f"prmt.b32 {plane}, below, above, side;")
         lines.append(f"prmt.b32 ${2 * half}, low, high, 0x5140;")
         lines.append(f"prmt.b32 ${2 * half + 1}, low, high, 0x7362;")
     return _block(lines)

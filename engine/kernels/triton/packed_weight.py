@@ -27,6 +27,7 @@ class PackedWeight:
     words: Tensor  # int32 [panels, blocks, 64, words of a block]
     scales: Tensor  # float32 [G, padded outputs]
     zeros: Tensor | None  # as scales
+    has_whole_zeros: bool  # as all integer formats have; others are exact too, but slower
     values: Tensor  # float32 [16], what nf4 codes stand for
     input_order: Tensor | None  # int64 [in]: column k belongs to input input_order[k]
     out_features: int
@@ -61,6 +62,7 @@ def pack(weight: QuantizedWeight, device: torch.device) -> PackedWeight:
         words=_words(weight, block, device),
         scales=_by_group(weight.scales.to(device)),
         zeros=None if weight.zeros is None else _by_group(weight.zeros.to(device)),
+        has_whole_zeros=weight.zeros is not None and _are_whole(weight.zeros),
         values=torch.tensor(NF4_VALUES, device=device),
         input_order=None if order is None else order.to(device, torch.int64),
         out_features=weight.out_features,
@@ -86,6 +88,11 @@ def _words(weight: QuantizedWeight, block: int, device: torch.device) -> Tensor:
 def _by_group(values: Tensor) -> Tensor:
     padded = torch.nn.functional.pad(values.float(), (0, 0, 0, -len(values) % OUT_STEP))
     return padded.t().contiguous()
+
+
+def _are_whole(zeros: Tensor) -> bool:
+    """And small enough that sums of them and 2^23 are exact."""
+    return bool((zeros == zeros.round()).all() and (zeros.abs() < 2**10).all())
 
 
 def _check(weight: QuantizedWeight) -> None:
