@@ -119,7 +119,7 @@ def _four(
 
 @triton.jit
 def _nf4_in_registers(words, scale, DTYPE: tl.constexpr):
-    TABLE: tl.constexpr = _TABLE_FP16 if tl.float16 == DTYPE else _TABLE_BF16
+    TABLE: tl.constexpr = _TABLE_FP16 if DTYPE == tl.float16 else _TABLE_BF16  # noqa: SIM300
     t0, t1, t2, t3, t4, t5, t6, t7 = tl.inline_asm_elementwise(
         TABLE,
         _TABLE_CONSTRAINTS,

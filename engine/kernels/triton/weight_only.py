@@ -21,13 +21,14 @@ class WeightOnlyLinear:
     """y = x W^T + bias with W = `dequantize(weight)` rounded to `dtype`, sums in float32.
 
     The codes are laid out anew once; nothing of the tensors given is kept. Which implementation
-    runs depends on the number of rows alone (`crossovers`). While that and its tiles stay the
-    same, a row's bits do not depend on the other rows; between two choices they may differ, for
-    sums are taken in another order. The library's product of `dequantize` may itself choose by
-    the number of rows.
+    runs depends on the number of rows alone; `choices` are those of `crossovers` unless given.
+    While the choice stays the same, a row's bits do not depend on the other rows; between two
+    choices they may differ, for sums are taken in another order. The library's product of
+    `dequantize` may itself choose by the number of rows.
 
     `scratch` is shared by all layers that run on one stream; every layer must exist before the
-    first is called. With an `input_order` a call allocates a copy of x, whatever it is given.
+    first is called. Without one the layer has its own. With an `input_order` a call allocates a
+    copy of x, whatever it is given.
     Raises ValueError for a weight, bias or dtype that no kernel takes.
     """
 
@@ -37,7 +38,7 @@ class WeightOnlyLinear:
         bias: Tensor | None,
         device: torch.device,
         dtype: torch.dtype,
-        scratch: Scratch,
+        scratch: Scratch | None = None,
         choices: tuple[Choice, ...] | None = None,
     ) -> None:
         if dtype not in DTYPES:
@@ -49,11 +50,11 @@ class WeightOnlyLinear:
         self._weight = pack(weight, device)
         self._bias = None if bias is None else bias.detach().to(device, dtype)
         self._wide_bias = None if self._bias is None else _padded(self._bias, self._weight)
-        self._scratch = scratch
+        self._scratch = scratch or Scratch(device)
         choices = choices or _choices(self._weight, device)
         self._choices = _available(choices, weight, device)
         self._bitsandbytes = self._pack_bitsandbytes(weight, device)
-        scratch.reserve(max(self._scratch_bytes(choice) for choice in self._choices))
+        self._scratch.reserve(max(self._scratch_bytes(choice) for choice in self._choices))
 
     @property
     def nbytes(self) -> int:

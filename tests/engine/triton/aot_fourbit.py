@@ -58,26 +58,29 @@ def gemm(format: str, tiles: Tiles) -> AotCase:
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
         max_registers=128 if tiles.rows < 64 else 255,
-        # .cg: 16 bytes. Below 64 rows the older tensor instruction does it
-        needs=("wgmma.mma_async" if tiles.rows >= 64 else "mma.sync", "cp.async.cg.shared.global"),
+        needs=(
+            "wgmma.mma_async" if tiles.rows >= 64 else "mma.sync",
+            "cp.async.cg.shared.global",  # always 16 bytes
+            "cvt.rn.bf16x2.f32",
+        ),
     )
 
 
-def dequantize(format: str) -> AotCase:
+def dequantize_to_fp16() -> AotCase:
     return case(
         "dequantize:dequantize_kernel",
-        f"{format}_dequantize",
+        "nf4_dequantize_to_fp16",
         WEIGHT
-        | {"dense_ptr": "*bf16"}
+        | {"dense_ptr": "*fp16"}
         | integers("out_features", "in_features", "blocks", "out_padded"),
         {
-            "DECODE": DECODE[format],
+            "DECODE": DECODE["nf4"],
             "BK": BLOCK,
             "GROUP_BLOCKS": 1,
             "BLOCKS": BLOCKS,
             "UPCAST": False,
         },
-        needs=("ld.global.v4.b32", "st.global.v4.b32"),
+        needs=("ld.global.v4.b32", "st.global.v4.b32", "cvt.rn.f16x2.f32"),
     )
 
 
@@ -94,6 +97,6 @@ def sum_planes() -> AotCase:
 CASES = [
     *(gemm("nf4", tiles) for tiles in (*CHOSEN, *FEWER_ROWS) if tiles is not None),
     *(gemm(format, tiles) for format in ("int4", "int8") for tiles in CHOSEN[:1] if tiles),
-    dequantize("nf4"),
+    dequantize_to_fp16(),
     sum_planes(),
 ]

@@ -12,12 +12,13 @@ import torch
 
 from engine.kernels.quantized import NF4_VALUES, QuantizedWeight, dequantize, dequantize_to
 from engine.kernels.triton import nf4_lookup
-from engine.kernels.triton.crossovers import Tiles
+from engine.kernels.triton.crossovers import Shape, Tiles, choose, unmeasured
 from engine.kernels.triton.dequantize import dequantize as dequantize_packed
 from engine.kernels.triton.fourbit import multiply, planes_size
 from engine.kernels.triton.packed_weight import PackedWeight, pack
 
 CPU = torch.device("cpu")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SMALL = Tiles(16, 64, num_warps=4, num_stages=2)
 SPLIT = Tiles(16, 128, num_warps=4, num_stages=2, split_k=2)
@@ -62,19 +63,23 @@ WEIGHTS: dict[str, Callable[[], QuantizedWeight]] = {
 def fused(
     x: torch.Tensor, weight: PackedWeight, tiles: Tiles, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
-    out = torch.full((len(x), weight.out_features), torch.nan, dtype=x.dtype)
-    planes = torch.full((planes_size(weight, len(x), tiles),), torch.nan)
-    multiply(x, weight, bias, out, planes, tiles)
-    return out
+    """On the device, and from and to the CPU."""
+    shape = (len(x), weight.out_features)
+    out = torch.full(shape, torch.nan, dtype=x.dtype, device=DEVICE)
+    planes = torch.full((planes_size(weight, len(x), tiles),), torch.nan, device=DEVICE)
+    bias = None if bias is None else bias.to(DEVICE)
+    multiply(x.to(DEVICE), weight, bias, out, planes, tiles)
+    return out.cpu()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_dense_weight_equals_the_oracle_to_the_bit(name: str, dtype: torch.dtype) -> None:
     weight = WEIGHTS[name]()
-    dense = torch.full((weight.out_features, weight.in_features), torch.nan, dtype=dtype)
-    dequantize_packed(pack(weight, CPU), dense)
-    assert torch.equal(dense, dequantize_to(weight, dtype, CPU))
+    shape = (weight.out_features, weight.in_features)
+    dense = torch.full(shape, torch.nan, dtype=dtype, device=DEVICE)
+    dequantize_packed(pack(weight, DEVICE), dense)
+    assert torch.equal(dense.cpu(), dequantize_to(weight, dtype, CPU))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -84,7 +89,7 @@ def test_unit_vectors_give_the_weights_to_the_bit(name: str, dtype: torch.dtype)
     inputs = [0, 1, 5, 31, weight.in_features // 2, weight.in_features - 1]
     unit = torch.eye(weight.in_features, dtype=dtype)[inputs]
     expected = dequantize_to(weight, dtype, CPU)[:, inputs].t()
-    assert torch.equal(fused(unit, pack(weight, CPU), SMALL), expected)
+    assert torch.equal(fused(unit, pack(weight, DEVICE), SMALL), expected)
 
 
 @pytest.mark.parametrize("tiles", [SMALL, SPLIT], ids=["whole", "split"])
@@ -96,7 +101,7 @@ def test_product_equals_that_of_the_dense_weight(
     weight = WEIGHTS[name]()
     x = torch.randn(19, weight.in_features, generator=torch.Generator().manual_seed(1)).to(dtype)
     bias = torch.randn(weight.out_features, generator=torch.Generator().manual_seed(2))
-    packed = pack(weight, CPU)
+    packed = pack(weight, DEVICE)
     padded = torch.nn.functional.pad(bias, (0, packed.out_padded - len(bias)), value=torch.nan)
     expected = x.double() @ dequantize_to(weight, dtype, CPU).double().t() + bias
     actual = fused(x, packed, tiles, padded).double()
@@ -107,7 +112,7 @@ def test_product_equals_that_of_the_dense_weight(
 
 @pytest.mark.parametrize("tiles", [SMALL, SPLIT], ids=["whole", "split"])
 def test_rows_do_not_see_their_mates(tiles: Tiles) -> None:
-    packed = pack(make_weight("nf4", 72, 256), CPU)
+    packed = pack(make_weight("nf4", 72, 256), DEVICE)
     x = torch.randn(20, 256, generator=torch.Generator().manual_seed(3)).half()
     x[7] = torch.nan
     x[11] = 1000
@@ -117,11 +122,11 @@ def test_rows_do_not_see_their_mates(tiles: Tiles) -> None:
 
 
 def test_rows_may_be_parts_of_wider_ones() -> None:
-    packed = pack(make_weight("int8", 72, 128), CPU)
-    wide = torch.randn(3, 256, generator=torch.Generator().manual_seed(4))
-    out = torch.zeros(3, 200)
-    multiply(wide[:, 64:192], packed, None, out[:, 100:172], torch.empty(0), SMALL)
-    assert torch.equal(out[:, 100:172], fused(wide[:, 64:192].clone(), packed, SMALL))
+    packed = pack(make_weight("int8", 72, 128), DEVICE)
+    wide = torch.randn(3, 256, generator=torch.Generator().manual_seed(4)).to(DEVICE)
+    out = torch.zeros(3, 200, device=DEVICE)
+    multiply(wide[:, 64:192], packed, None, out[:, 100:172], torch.empty(0, device=DEVICE), SMALL)
+    assert torch.equal(out[:, 100:172].cpu(), fused(wide[:, 64:192].clone(), packed, SMALL))
     assert not out[:, :100].any() and not out[:, 172:].any()
 
 
@@ -131,6 +136,24 @@ def test_packed_codes_take_no_more_than_they_must() -> None:
     assert packed.words.nbytes == weight.codes.nbytes
     assert packed.nbytes == weight.nbytes + packed.values.nbytes
     assert torch.equal(packed.scales.t(), weight.scales)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE.type == "cpu", reason="needs a CUDA device")
+@pytest.mark.parametrize("rows", [1, 33, 64, 100, 256])
+@pytest.mark.parametrize("format", ["nf4", "int4", "int8"])
+def test_tiles_of_a_large_model_multiply_by_the_dense_weight(format: str, rows: int) -> None:
+    weight = make_weight(format, 1536, 4096, whole=True)
+    dense = dequantize_to(weight, torch.bfloat16, CPU).to(DEVICE)
+    x = torch.randn(rows, 4096, generator=torch.Generator().manual_seed(5)).bfloat16()
+    expected = (x.to(DEVICE).double() @ dense.double().t()).cpu()
+    shape = Shape(format, 1536, 4096)
+    tiles = choose(unmeasured(shape, 64, processors=132), rows).tiles
+    assert tiles is not None
+    actual = fused(x, pack(weight, DEVICE), tiles).double()
+    assert (actual - expected).abs().max() < 5e-3 * expected.abs().max()
+    unit = torch.eye(4096, dtype=torch.bfloat16)[4096 - rows :]
+    assert torch.equal(fused(unit, pack(weight, DEVICE), tiles), dense[:, 4096 - rows :].t().cpu())
 
 
 # ==== PTX ====

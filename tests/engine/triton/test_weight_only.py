@@ -21,7 +21,7 @@ from engine.kernels.triton.crossovers import (
 )
 from engine.kernels.triton.scratch import Scratch
 from engine.kernels.triton.weight_only import WeightOnlyLinear
-from tests.engine.triton.test_fourbit import CPU, DTYPES, TOLERANCE, make_weight
+from tests.engine.triton.test_fourbit import CPU, DEVICE, DTYPES, TOLERANCE, make_weight
 
 SPLIT = Tiles(16, 64, num_warps=4, num_stages=2, split_k=2)
 WHOLE = Tiles(32, 64, num_warps=4, num_stages=2)
@@ -30,7 +30,7 @@ LLAMA_SHAPES = ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336))
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
 
 
 def make_layer(
@@ -41,13 +41,14 @@ def make_layer(
     scratch: Scratch | None = None,
     choices: Sequence[Choice] = CHOICES,
 ) -> WeightOnlyLinear:
-    scratch = scratch or Scratch(CPU)
-    return WeightOnlyLinear(weight, bias, CPU, dtype, scratch, tuple(choices))
+    scratch = scratch or Scratch(DEVICE)
+    return WeightOnlyLinear(weight, bias, DEVICE, dtype, scratch, tuple(choices))
 
 
 def assert_close(actual: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:
     atol = TOLERANCE[dtype] * max(expected.abs().max().item(), 1)
-    torch.testing.assert_close(actual.double(), expected.double(), rtol=TOLERANCE[dtype], atol=atol)
+    actual, expected = actual.double().cpu(), expected.double().cpu()
+    torch.testing.assert_close(actual, expected, rtol=TOLERANCE[dtype], atol=atol)
 
 
 @pytest.mark.parametrize("rows", [0, 1, 4, 18, 30])
@@ -57,7 +58,8 @@ def test_every_choice_gives_the_dense_layer(dtype: torch.dtype, rows: int) -> No
     bias = normal(72)
     layer = make_layer(weight, bias=bias, dtype=dtype)
     x = normal(rows, 128, seed=1).to(dtype)
-    expected = x.double() @ dequantize_to(weight, dtype, CPU).double().t() + bias.to(dtype).double()
+    dense = dequantize_to(weight, dtype, CPU).double().to(DEVICE)
+    expected = x.double() @ dense.t() + bias.to(dtype).double()
     if rows:
         assert_close(layer(x), expected, dtype)
     assert layer(x).shape == (rows, 72)
@@ -66,7 +68,7 @@ def test_every_choice_gives_the_dense_layer(dtype: torch.dtype, rows: int) -> No
 @pytest.mark.parametrize("format", ["nf4", "int8"])
 def test_into_returns_the_tensor_it_filled(format: str) -> None:
     layer = make_layer(make_weight(format, 72, 128))
-    x, wide = normal(3, 128), torch.zeros(3, 100)
+    x, wide = normal(3, 128), torch.zeros(3, 100, device=DEVICE)
     assert layer.into(x, wide[:, 8:80]).data_ptr() == wide[:, 8:80].data_ptr()
     assert torch.equal(wide[:, 8:80], layer(x))
     assert not wide[:, :8].any() and not wide[:, 80:].any()
@@ -97,11 +99,25 @@ def test_nbytes_are_those_of_the_tensors_on_the_device() -> None:
     assert biased.nbytes == weight.nbytes + 16 * 4 + 2 * 128 * 4
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE.type == "cpu", reason="needs a CUDA device")
+@pytest.mark.parametrize("rows", [3, 18, 40])
+def test_a_cuda_graph_replays_every_choice_for_new_inputs(rows: int) -> None:
+    layer = make_layer(make_weight("int4", 72, 128, order=True), bias=normal(72))
+    x, out, graph = normal(rows, 128), normal(rows, 72), torch.cuda.CUDAGraph()
+    layer.into(x, out)
+    with torch.cuda.graph(graph):
+        layer.into(x, out)
+    x.copy_(normal(rows, 128, seed=1))
+    graph.replay()
+    assert torch.equal(out, layer(x))
+
+
 # ==== Scratch ====
 
 
 def test_layers_share_one_scratch_of_the_largest() -> None:
-    scratch = Scratch(CPU)
+    scratch = Scratch(DEVICE)
     small = make_layer(make_weight("nf4", 64, 64), scratch=scratch)
     large = make_layer(make_weight("int8", 192, 128), scratch=scratch)
     assert scratch.nbytes == 4 * 192 * 128
@@ -112,7 +128,7 @@ def test_layers_share_one_scratch_of_the_largest() -> None:
 
 
 def test_scratch_in_use_cannot_grow() -> None:
-    scratch = Scratch(CPU)
+    scratch = Scratch(DEVICE)
     make_layer(make_weight("nf4", 64, 64), scratch=scratch)(normal(1, 64))
     make_layer(make_weight("int8", 64, 64), scratch=scratch)
     with pytest.raises(RuntimeError, match="in use and cannot grow to 32768"):
@@ -120,7 +136,7 @@ def test_scratch_in_use_cannot_grow() -> None:
 
 
 def test_scratch_gives_only_what_was_reserved() -> None:
-    scratch = Scratch(CPU)
+    scratch = Scratch(DEVICE)
     scratch.reserve(64)
     assert scratch.take(torch.float32, 4, 4).shape == (4, 4)
     with pytest.raises(ValueError, match="68 bytes of scratch: 64 are reserved"):
@@ -166,9 +182,9 @@ def test_x_and_out_are_checked() -> None:
     with pytest.raises(ValueError, match="x has strides"):
         layer(normal(128, 2).t())
     with pytest.raises(ValueError, match=r"out torch.float32 \(2, 71\)"):
-        layer.into(x, torch.empty(2, 71))
+        layer.into(x, torch.empty(2, 71, device=DEVICE))
     with pytest.raises(ValueError, match="out has strides"):
-        layer.into(x, torch.empty(72, 2).t())
+        layer.into(x, torch.empty(72, 2, device=DEVICE).t())
 
 
 # ==== Crossovers ====
@@ -254,14 +270,18 @@ def test_table_in_the_package_is_readable() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_bitsandbytes_multiplies_by_the_same_weight(dtype: torch.dtype) -> None:
-    weight = replace(make_weight("nf4", 72, 128), scales=normal(72, 2).abs())
+    weight = replace(make_weight("nf4", 72, 128), scales=normal(72, 2).abs().cpu())
     bias = normal(72).to(dtype)
     x = normal(3, 128, seed=1).to(dtype)
-    expected = x.double() @ dequantize_to(weight, dtype, CPU).double().t() + bias.double()
-    assert_close(bitsandbytes_gemm.pack(weight, bias, CPU)(x), expected, dtype)
+    dense = dequantize_to(weight, dtype, CPU).double().to(DEVICE)
+    expected = x.double() @ dense.t() + bias.double()
+    assert_close(bitsandbytes_gemm.pack(weight, bias, DEVICE)(x), expected, dtype)
 
 
-def test_without_bitsandbytes_the_next_choice_takes_its_rows() -> None:
+def test_without_bitsandbytes_the_next_choice_takes_its_rows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(bitsandbytes_gemm, "takes", lambda weight, device: False)
     weight = make_weight("nf4", 72, 128)
     x = normal(3, 128)
     choices = (Choice(4, "bitsandbytes"), *CHOICES[1:])
@@ -272,10 +292,10 @@ def test_without_bitsandbytes_the_next_choice_takes_its_rows() -> None:
 
 def test_bitsandbytes_takes_rows_where_it_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bitsandbytes_gemm, "takes", lambda weight, device: True)
-    weight = replace(make_weight("nf4", 72, 128), scales=normal(72, 2).abs())
+    weight = replace(make_weight("nf4", 72, 128), scales=normal(72, 2).abs().cpu())
     x = normal(3, 128)
     layer = make_layer(weight, choices=(Choice(4, "bitsandbytes"), *CHOICES[1:]))
-    assert torch.equal(layer(x), bitsandbytes_gemm.pack(weight, None, CPU)(x))
+    assert torch.equal(layer(x), bitsandbytes_gemm.pack(weight, None, DEVICE)(x))
     assert layer.nbytes == make_layer(weight).nbytes + weight.codes.nbytes
 
 
