@@ -75,17 +75,8 @@ def _whole(words, less, SHIFT: tl.constexpr, MASK: tl.constexpr):
 
 
 @triton.jit
-def _value(
-    words,
-    scale,
-    zero,
-    values_ptr,
-    SHIFT: tl.constexpr,
-    DECODE: tl.constexpr,
-    DTYPE: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
-    """The weights of the codes at bit SHIFT of every word."""
+def _value(words, zero, values_ptr, SHIFT: tl.constexpr, DECODE: tl.constexpr):
+    """What the codes at bit SHIFT of every word stand for, but for the scale."""
     if DECODE == "int8":
         value = _whole(words, 128, SHIFT, 255)
     elif DECODE == "int4_whole":
@@ -94,26 +85,17 @@ def _value(
         value = _whole(words, 0, SHIFT, 15) - zero
     else:
         value = tl.load(values_ptr + ((words >> SHIFT) & 15))
-    return rounded(value * scale, DTYPE, UPCAST)
+    return value
 
 
 @triton.jit
-def _four(
-    words,
-    scale,
-    zero,
-    values_ptr,
-    FIRST: tl.constexpr,
-    DECODE: tl.constexpr,
-    DTYPE: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
-    """The weights of the codes at bits FIRST, FIRST + 8, FIRST + 16 and FIRST + 24."""
+def _four(words, zero, values_ptr, FIRST: tl.constexpr, DECODE: tl.constexpr):
+    """The same for the codes at bits FIRST, FIRST + 8, FIRST + 16 and FIRST + 24."""
     return _interleave4(
-        _value(words, scale, zero, values_ptr, FIRST, DECODE, DTYPE, UPCAST),
-        _value(words, scale, zero, values_ptr, FIRST + 8, DECODE, DTYPE, UPCAST),
-        _value(words, scale, zero, values_ptr, FIRST + 16, DECODE, DTYPE, UPCAST),
-        _value(words, scale, zero, values_ptr, FIRST + 24, DECODE, DTYPE, UPCAST),
+        _value(words, zero, values_ptr, FIRST, DECODE),
+        _value(words, zero, values_ptr, FIRST + 8, DECODE),
+        _value(words, zero, values_ptr, FIRST + 16, DECODE),
+        _value(words, zero, values_ptr, FIRST + 24, DECODE),
     )
 
 
@@ -137,9 +119,8 @@ def _nf4_in_registers(words, scale, DTYPE: tl.constexpr):
         pack=1,
     )
     pairs = _interleave4(a, b, c, d)
-    first = pairs.to(tl.int16).to(DTYPE, bitcast=True)
-    second = (pairs >> 16).to(tl.int16).to(DTYPE, bitcast=True)
-    return _interleave2(first, second)
+    halves = _interleave2(pairs.to(tl.int16), (pairs >> 16).to(tl.int16))
+    return halves.to(DTYPE, bitcast=True)
 
 
 @triton.jit
@@ -157,14 +138,15 @@ def decode(
     DECODE is a format; or nf4_registers, the same by `nf4_lookup`, for a 16-bit DTYPE and not
     in the interpreter; or int4_whole, the same with less work where zeros are whole numbers.
     """
+    # What comes last is no reshape: the compiler would carry that into shared memory, for which
+    # small blocks have no layout
     if DECODE == "nf4_registers":
         return _nf4_in_registers(words, scale, DTYPE)
-    elif DECODE == "int8":
-        return _four(words, scale, zero, values_ptr, 0, DECODE, DTYPE, UPCAST)
     else:
-        even = _four(words, scale, zero, values_ptr, 0, DECODE, DTYPE, UPCAST)
-        odd = _four(words, scale, zero, values_ptr, 4, DECODE, DTYPE, UPCAST)
-        return _interleave2(even, odd)
+        values = _four(words, zero, values_ptr, 0, DECODE)
+        if DECODE != "int8":
+            values = _interleave2(values, _four(words, zero, values_ptr, 4, DECODE))
+        return rounded(values * scale, DTYPE, UPCAST)
 
 
 @triton.jit

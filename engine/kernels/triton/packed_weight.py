@@ -64,7 +64,7 @@ def pack(weight: QuantizedWeight, device: torch.device) -> PackedWeight:
         zeros=None if weight.zeros is None else _by_group(weight.zeros.to(device)),
         has_whole_zeros=weight.zeros is not None and _are_whole(weight.zeros),
         values=torch.tensor(NF4_VALUES, device=device),
-        input_order=None if order is None else order.to(device, torch.int64),
+        input_order=None if order is None else order.to(device, torch.int64, copy=True),
         out_features=weight.out_features,
         in_features=weight.in_features,
         block=block,

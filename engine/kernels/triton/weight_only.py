@@ -48,10 +48,10 @@ class WeightOnlyLinear:
         self.out_features, self.in_features = weight.out_features, weight.in_features
         self.dtype = dtype
         self._weight = pack(weight, device)
-        self._bias = None if bias is None else bias.detach().to(device, dtype)
+        self._bias = None if bias is None else bias.detach().to(device, dtype, copy=True)
         self._wide_bias = None if self._bias is None else _padded(self._bias, self._weight)
         self._scratch = scratch or Scratch(device)
-        choices = choices or _choices(self._weight, device)
+        choices = choices or _choices(self._weight, device, dtype)
         self._choices = _available(choices, weight, device)
         self._bitsandbytes = self._pack_bitsandbytes(weight, device)
         self._scratch.reserve(max(self._scratch_bytes(choice) for choice in self._choices))
@@ -118,10 +118,12 @@ class WeightOnlyLinear:
                 )
 
 
-def _choices(weight: PackedWeight, device: torch.device) -> tuple[Choice, ...]:
+def _choices(weight: PackedWeight, device: torch.device, dtype: torch.dtype) -> tuple[Choice, ...]:
     shape = Shape(weight.format, weight.out_features, weight.in_features)
     if device.type != "cuda":
         return choices_for(shape, weight.blocks, device.type, processors=1)
+    if dtype == torch.float32:  # no tensor cores, and so no registers left for fused tiles
+        return (Choice(None, "dequantize"),)
     properties = torch.cuda.get_device_properties(device)
     processors = properties.multi_processor_count
     return choices_for(shape, weight.blocks, properties.name, processors)

@@ -5,10 +5,11 @@ from typing import Any
 from engine.kernels.triton.crossovers import Shape, Tiles, unmeasured
 from engine.kernels.triton.dequantize import BLOCKS
 from engine.kernels.triton.fourbit import SUM_BLOCK
+from engine.kernels.triton.packed_weight import BLOCK, SMALL_BLOCK
 from tests.engine.triton.aot import AotCase
 
 PROCESSORS = 132
-OUT, IN, BLOCK = 6144, 4096, 64
+OUT, IN = 6144, 4096
 DECODE = {"nf4": "nf4_registers", "int4": "int4_whole", "int8": "int8"}
 WEIGHT = {"words_ptr": "*i32", "scales_ptr": "*fp32", "zeros_ptr": "*fp32", "values_ptr": "*fp32"}
 
@@ -35,21 +36,21 @@ CHOSEN = tuple(c.tiles for c in unmeasured(Shape("nf4", OUT, IN), IN // BLOCK, P
 FEWER_ROWS = (Tiles(16, 128, num_warps=4, num_stages=4), Tiles(32, 64, num_warps=4, num_stages=4))
 
 
-def gemm(format: str, tiles: Tiles) -> AotCase:
+def gemm(format: str, tiles: Tiles, block: int = BLOCK) -> AotCase:
     split = tiles.split_k > 1
     y = {"bias_ptr": "*fp32", "y_ptr": "*fp32" if split else "*bf16"}
     sizes = integers("rows", "out_features", "in_features", "blocks", "out_padded")
     return case(
         "fourbit:gemm_kernel",
-        f"{format}_{tiles.rows}_rows",
+        f"{format}_{tiles.rows}_rows_of_{block}",
         {"x_ptr": "*bf16"} | WEIGHT | y | sizes | integers("stride_x", "stride_y", "stride_plane"),
         {
             "DECODE": DECODE[format],
             "BM": tiles.rows,
             "BN": tiles.outputs,
-            "BK": BLOCK,
+            "BK": block,
             "SPLIT_K": tiles.split_k,
-            "GROUP_BLOCKS": {"nf4": 1, "int4": 2, "int8": IN // BLOCK}[format],
+            "GROUP_BLOCKS": {"nf4": 64, "int4": 128, "int8": IN}[format] // block,
             "ONE_GROUP": format == "int8",
             "HAS_BIAS": not split,
             "EVEN_K": True,
@@ -61,7 +62,7 @@ def gemm(format: str, tiles: Tiles) -> AotCase:
         needs=(
             "wgmma.mma_async" if tiles.rows >= 64 else "mma.sync",
             "cp.async.cg.shared.global",  # always 16 bytes
-            "cvt.rn.bf16x2.f32",
+            *(("cvt.rn.bf16x2.f32",) if format == "nf4" else ()),
         ),
     )
 
@@ -97,6 +98,7 @@ def sum_planes() -> AotCase:
 CASES = [
     *(gemm("nf4", tiles) for tiles in (*CHOSEN, *FEWER_ROWS) if tiles is not None),
     *(gemm(format, tiles) for format in ("int4", "int8") for tiles in CHOSEN[:1] if tiles),
+    *(gemm("int4", tiles, SMALL_BLOCK) for tiles in CHOSEN[:1] if tiles),
     dequantize_to_fp16(),
     sum_planes(),
 ]

@@ -6,6 +6,7 @@ The interpreter runs no PTX; what the kernels use of it is run here, word by wor
 import re
 import struct
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -108,6 +109,14 @@ def test_product_equals_that_of_the_dense_weight(
     torch.testing.assert_close(
         actual, expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype] * expected.abs().max().item()
     )
+
+
+def test_parts_without_inputs_add_nothing() -> None:
+    packed = pack(make_weight("nf4", 72, 192), DEVICE)
+    x = torch.randn(2, 192, generator=torch.Generator().manual_seed(6))
+    expected = fused(x, packed, SMALL)
+    actual = fused(x, packed, replace(SMALL, split_k=8))
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("tiles", [SMALL, SPLIT], ids=["whole", "split"])

@@ -81,8 +81,11 @@ def test_joined_weights_multiply_side_by_side() -> None:
     assert torch.equal(make_layer(join(parts))(x), expected)
 
 
-def test_layer_keeps_nothing_of_its_arguments() -> None:
-    weight, bias, x = make_weight("int4", 64, 64, order=True), normal(64), normal(2, 64)
+@pytest.mark.parametrize("rows", [2, 20])
+def test_layer_keeps_nothing_of_its_arguments(rows: int) -> None:
+    weight, bias, x = make_weight("int4", 128, 64, order=True), normal(128), normal(rows, 64)
+    assert weight.input_order is not None
+    weight = replace(weight, input_order=weight.input_order.long())
     layer = make_layer(weight, bias=bias)
     before = layer(x)
     tensors = (weight.codes, weight.scales, weight.zeros, weight.input_order, bias)
