@@ -1,0 +1,45 @@
+"""NF4 through bitsandbytes' own kernel, for a few rows on devices where it was measured faster.
+
+It reads the codes of an output one after the other, the even input in the high half of a byte:
+a second copy of them beside that of our kernels.
+"""
+
+import importlib.util
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from engine.kernels.quantized import QuantizedWeight
+
+BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+
+
+def takes(weight: QuantizedWeight, device: torch.device) -> bool:
+    """Whether bitsandbytes is installed, and has a kernel for such a weight there."""
+    return (
+        device.type == "cuda"
+        and weight.format == "nf4"
+        and weight.input_order is None
+        and weight.group_size in BLOCK_SIZES
+        and importlib.util.find_spec("bitsandbytes") is not None
+    )
+
+
+def pack(
+    weight: QuantizedWeight, bias: Tensor | None, device: torch.device
+) -> Callable[[Tensor], Tensor]:
+    """x [N, in] -> x W^T + bias [N, out], in x's dtype, which is `bias`'s too. On a CPU it is
+    bitsandbytes' plain way, slow and for tests."""
+    import bitsandbytes  # noqa: F401  (registers the op)
+
+    codes = weight.codes.to(device)
+    high_first = (codes << 4 | codes >> 4).flatten().unsqueeze(1)
+    scales = weight.scales.to(device, torch.float32).flatten()
+    shape = [weight.out_features, weight.in_features]
+    gemm = torch.ops.bitsandbytes.gemm_4bit.default
+
+    def multiply(x: Tensor) -> Tensor:
+        return gemm(x, high_first, shape, scales, weight.group_size, "nf4", bias)
+
+    return multiply

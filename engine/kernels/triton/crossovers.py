@@ -1,0 +1,131 @@
+"""Which way a quantized linear layer goes, by its number of rows.
+
+    fused         decode and multiply in one kernel: reads a quarter of the bytes, decodes them
+                  anew for every tile of rows
+    dequantize    the whole weight into a scratch, then the library's product: for many rows
+    bitsandbytes  its gemm_4bit, NF4 only; the layer then keeps the codes a second time
+
+`crossovers.json` holds what was measured, under the name of the device it was measured on:
+
+    {"devices": {"NAME": [{"format": "nf4", "out_features": 4096, "in_features": 4096, "choices": [
+      {"up_to_rows": 16, "implementation": "fused", "tiles": {"rows": 16, "outputs": 128,
+       "num_warps": 4, "num_stages": 4, "split_k": 8}},
+      {"up_to_rows": null, "implementation": "dequantize"}]}]}}
+
+For every other device and shape `unmeasured` decides, which follows from counting bytes,
+instructions and processors alone.
+"""
+
+import json
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+TABLE = Path(__file__).with_name("crossovers.json")
+IMPLEMENTATIONS = ("fused", "dequantize", "bitsandbytes")
+ROWS = (16, 32, 64, 128, 256)  # of a tile
+OUTPUTS = (64, 128)
+
+LARGEST_FUSED = 256  # rows
+LARGEST_SPLIT = 16
+BLOCKS_PER_PART = 8  # at least: a part pays for filling and draining its pipeline
+
+
+@dataclass(frozen=True, slots=True)
+class Tiles:
+    """How the fused kernel cuts its work. A row's bits depend on `rows` and `split_k`."""
+
+    rows: int
+    outputs: int
+    num_warps: int
+    num_stages: int
+    split_k: int = 1
+
+    def __post_init__(self) -> None:
+        if self.rows not in ROWS or self.outputs not in OUTPUTS or self.split_k < 1:
+            raise ValueError(
+                f"{self}: allowed are rows {ROWS}, outputs {OUTPUTS} and split_k from 1 on"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    up_to_rows: int | None  # None: any number
+    implementation: str
+    tiles: Tiles | None = None  # of fused
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    format: str
+    out_features: int
+    in_features: int
+
+
+# Not measured. In the compiled code, 64 rows cost the fewest instructions for each weight, for
+# fewer rows too; 128 are needed where decoding twice would cost more than idle tensor cores. The
+# second number is how many programs a processor should get, if the inputs can be cut so far.
+_UNMEASURED = (
+    (64, Tiles(64, 128, num_warps=4, num_stages=4), 2),
+    (LARGEST_FUSED, Tiles(128, 128, num_warps=8, num_stages=3), 1),
+)
+
+
+def choices_for(
+    shape: Shape, blocks: int, device_name: str, processors: int, table: Path = TABLE
+) -> tuple[Choice, ...]:
+    """By ascending rows; the last takes any number. `blocks` of inputs are what a split cuts.
+
+    Raises ValueError for a table that says something else than the above.
+    """
+    for entry in json.loads(table.read_text())["devices"].get(device_name, []):
+        if shape == Shape(entry["format"], entry["out_features"], entry["in_features"]):
+            return _read(entry["choices"])
+    return unmeasured(shape, blocks, processors)
+
+
+def unmeasured(shape: Shape, blocks: int, processors: int) -> tuple[Choice, ...]:
+    """Fused up to LARGEST_FUSED rows, then dequantize."""
+    choices = [Choice(None, "dequantize")]
+    for up_to_rows, tiles, programs in reversed(_UNMEASURED):
+        panels = -(-shape.out_features // tiles.outputs)
+        split_k = _split(panels, blocks, programs * processors)
+        choices.insert(0, Choice(up_to_rows, "fused", replace(tiles, split_k=split_k)))
+    return tuple(choices)
+
+
+def choose(choices: tuple[Choice, ...], rows: int) -> Choice:
+    return next(c for c in choices if c.up_to_rows is None or rows <= c.up_to_rows)
+
+
+def _split(panels: int, blocks: int, programs: int) -> int:
+    """The smallest power of two that makes so many programs, if the inputs suffice."""
+    split = 1
+    while split < LARGEST_SPLIT and panels * split < programs:
+        if blocks < 2 * split * BLOCKS_PER_PART:
+            break
+        split *= 2
+    return split
+
+
+def _read(entries: list[dict[str, Any]]) -> tuple[Choice, ...]:
+    choices = tuple(_choice(**entry) for entry in entries)
+    limits = [c.up_to_rows for c in choices]
+    rising = all(a is not None and (b is None or a < b) for a, b in pairwise(limits))
+    if not limits or limits[-1] is not None or not rising:
+        raise ValueError(f"up_to_rows {limits}: expected rising numbers, and null at the end")
+    return choices
+
+
+def _choice(
+    up_to_rows: int | None, implementation: str, tiles: dict[str, int] | None = None
+) -> Choice:
+    if implementation not in IMPLEMENTATIONS:
+        allowed = ", ".join(IMPLEMENTATIONS)
+        raise ValueError(f"implementation {implementation!r}: allowed are {allowed}")
+    if (tiles is None) == (implementation == "fused"):
+        raise ValueError(f"tiles {tiles}: expected for fused, and for nothing else")
+    if tiles is not None and up_to_rows is None:
+        raise ValueError("up_to_rows null of fused: expected a number, which its planes are for")
+    return Choice(up_to_rows, implementation, None if tiles is None else Tiles(**tiles))
