@@ -88,7 +88,8 @@ class CudaDevice:
         self._pool = torch.cuda.graph_pool_handle()
 
     def pinned(self, nbytes: int) -> Tensor:
-        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+        with torch.cuda.device(self.torch_device):  # in whatever thread this is
+            return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
 
     def copy(self, target: Tensor, source: Tensor) -> None:
         target.copy_(source, non_blocking=True)

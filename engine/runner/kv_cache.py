@@ -30,6 +30,16 @@ def allocate_kv_cache(
     return torch.zeros(shape, dtype=dtype, device=device)
 
 
+def blocks_of_arena(
+    arena: torch.Tensor, block_size: int, spec: ModelSpec, dtype: torch.dtype
+) -> torch.Tensor:
+    """The same as a view of an arena of bytes, from its low end on, as many as it can hold."""
+    block_bytes = block_size * kv_bytes_per_token(spec, dtype)
+    num_blocks = arena.numel() // block_bytes
+    shape = (num_blocks, spec.num_layers, 2, block_size, spec.num_kv_heads, spec.head_dim)
+    return arena[: num_blocks * block_bytes].view(dtype).view(shape)
+
+
 def copy_blocks(kv_cache: torch.Tensor, copies: Sequence[BlockCopy]) -> None:
     """One after the other: a copy may read what one before it wrote."""
     for source, destination in copies:

@@ -21,7 +21,7 @@ from engine.runner.device import Device
 from engine.runner.device_draw import Draws, likeliest_unless_finite
 from engine.runner.device_forward import DeviceForward, StepLimits
 from engine.runner.device_runner import DeviceRunner
-from engine.runner.kv_cache import kv_bytes_per_token
+from engine.runner.kv_cache import blocks_of_arena
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,8 @@ def make_triton_runner(
     """The decoder was loaded with `device_ops`. `arena` uint8 [bytes], on the device, is all that
     the scheduler deals out: KV block i lies at i times a block's bytes."""
     spec, num_processors = decoder.spec, _num_processors(device)
-    kv_cache = kv_blocks(arena, decoder, limits.block_size)
+    dtype = decoder.embedding.weight.dtype
+    kv_cache = blocks_of_arena(arena, limits.block_size, spec, dtype)
     attention = TritonAttention(
         num_heads=spec.num_heads,
         num_kv_heads=spec.num_kv_heads,
@@ -64,7 +65,7 @@ def make_triton_runner(
     bank = DeviceAdapterBank(
         arena,
         decoder.lora_sites,
-        decoder.embedding.weight.dtype,
+        dtype,
         max_slots=adapters.max_slots,
         max_rows=limits.max_num_batched_tokens,
         max_adapters=limits.max_num_seqs,
@@ -78,7 +79,7 @@ def make_triton_runner(
         limits,
         tile_tokens=prefill_tile_tokens(spec.num_heads, spec.num_kv_heads, spec.head_dim),
         hidden_size=spec.hidden_size,
-        dtype=decoder.embedding.weight.dtype,
+        dtype=dtype,
         uses_graphs=uses_graphs,
     )
     figures = forward.capture_graphs(progress=progress)
@@ -108,15 +109,6 @@ def triton_draw(logits: Tensor, draws: Draws, highest: Tensor, best: Tensor) -> 
     keys = draws.key_low, draws.key_high
     drawn = kernels.draw(logits, draws.rows, draws.temperature, floor, *keys)
     return likeliest_unless_finite(drawn, draws, highest, best)
-
-
-def kv_blocks(arena: Tensor, decoder: Decoder, block_size: int) -> Tensor:
-    """[blocks, layers, 2, block_size, H_kv, D] from the arena's low end, as many as it can hold."""
-    spec, dtype = decoder.spec, decoder.embedding.weight.dtype
-    block_bytes = block_size * kv_bytes_per_token(spec, dtype)
-    num_blocks = arena.numel() // block_bytes
-    shape = (num_blocks, spec.num_layers, 2, block_size, spec.num_kv_heads, spec.head_dim)
-    return arena[: num_blocks * block_bytes].view(dtype).view(shape)
 
 
 def _num_processors(device: Device) -> int:

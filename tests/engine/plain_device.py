@@ -5,7 +5,7 @@ bytes of the arena: what the runner puts there wrongly gives wrong tokens. Rows 
 come out as NaN.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -15,17 +15,19 @@ from torch import Tensor
 
 from engine.kernels.device_positions import DevicePositions
 from engine.kernels.inputs import AttentionInputs, ForwardInputs, LoraBatch
-from engine.lora.extent import Extent, move_bytes
+from engine.lora.extent import UNIT_BYTES, Extent, move_bytes
 from engine.lora.weights import LoraWeights
 from engine.model.decoder import Decoder
 from engine.runner.adapter_copies import AdapterCopies, PackedAdapter, pack_adapter
 from engine.runner.device import Device, HostDevice
 from engine.runner.device_forward import DeviceForward, Numbers, StepLimits
 from engine.runner.device_runner import DeviceRunner
+from engine.runner.kv_cache import blocks_of_arena
 
 BLOCK_SIZE = 4
 ARENA_BYTES = 2**21
 TILE_TOKENS = 16
+SCRATCH = torch.zeros(256, dtype=torch.uint8)
 
 
 @dataclass(frozen=True)
@@ -39,12 +41,12 @@ class PlainBank:
         self.places: dict[int, tuple[int, Extent]] = {}
 
     def place(self, slot: int, offset_bytes: int, extent: Extent) -> None:
-        assert slot not in self.places
+        assert slot not in self.places and offset_bytes % UNIT_BYTES == 0
         self.places[slot] = offset_bytes, extent
 
     def move(self, slot: int, offset_bytes: int) -> None:
         source, extent = self.places[slot]
-        move_bytes(self.arena, source, offset_bytes, extent.nbytes, torch.empty(256).byte())
+        move_bytes(self.arena, source, offset_bytes, extent.nbytes, SCRATCH.clone())
         self.places[slot] = offset_bytes, extent
 
     def evict(self, slot: int) -> None:
@@ -133,47 +135,34 @@ class PlainModel:
         return self.decoder.logits(hidden)
 
 
-def kv_view(arena: Tensor, decoder: Decoder) -> Tensor:
-    """KV blocks [blocks, layers, 2, block_size, H_kv, D], as many as the arena has room for."""
-    spec, dtype = decoder.spec, decoder.embedding.weight.dtype
-    shape = (spec.num_layers, 2, BLOCK_SIZE, spec.num_kv_heads, spec.head_dim)
-    block_bytes = int(np.prod(shape)) * dtype.itemsize
-    num_blocks = arena.numel() // block_bytes
-    return arena[: num_blocks * block_bytes].view(dtype).view(num_blocks, *shape)
-
-
-@dataclass
-class PlainDevice:
-    runner: DeviceRunner
-    arena: Tensor
-    kv_cache: Tensor
-    packed: dict[str, PackedAdapter]
+def pack_all(adapters: Sequence[LoraWeights]) -> dict[str, PackedAdapter]:
+    return {weights.digest: pack_adapter(weights, HostDevice()) for weights in adapters}
 
 
 def make_plain(
     decoder: Decoder,
-    adapters: Sequence[LoraWeights] = (),
+    host_adapter: Callable[[str], PackedAdapter],
     *,
     uses_graphs: bool = True,
     device: Device | None = None,
     limits: StepLimits | None = None,
-) -> PlainDevice:
+    arena_bytes: int = ARENA_BYTES,
+) -> DeviceRunner:
     device = device or HostDevice()
     limits = limits or StepLimits(8, 64, 128, BLOCK_SIZE)
-    arena = torch.zeros(ARENA_BYTES, dtype=torch.uint8)
-    arena.view(torch.float32).fill_(torch.nan)  # nobody may count on what nobody has written
-    kv_cache, bank = kv_view(arena, decoder), PlainBank(arena)
-    packed = {weights.digest: pack_adapter(weights, device) for weights in adapters}
+    spec, dtype = decoder.spec, decoder.embedding.weight.dtype
+    arena = torch.full((arena_bytes,), 0xFF, dtype=torch.uint8)  # NaN: nobody has written yet
+    kv_cache, bank = blocks_of_arena(arena, limits.block_size, spec, dtype), PlainBank(arena)
     forward = DeviceForward(
         device,
         PlainModel(decoder, kv_cache),
         bank,
         limits,
         tile_tokens=TILE_TOKENS,
-        hidden_size=decoder.spec.hidden_size,
-        dtype=decoder.embedding.weight.dtype,
+        hidden_size=spec.hidden_size,
+        dtype=dtype,
         uses_graphs=uses_graphs,
     )
     forward.capture_graphs()
-    copies = AdapterCopies(device, arena, kv_cache[0].nbytes, bank, packed.__getitem__)
-    return PlainDevice(DeviceRunner(device, forward, copies), arena, kv_cache, packed)
+    copies = AdapterCopies(device, arena, kv_cache[0].nbytes, bank, host_adapter)
+    return DeviceRunner(device, forward, copies)

@@ -29,7 +29,7 @@ from tests.engine.generations import (
     greedy,
     loads_at_the_end,
 )
-from tests.engine.plain_device import ARENA_BYTES, make_plain
+from tests.engine.plain_device import ARENA_BYTES, make_plain, pack_all
 from tests.engine.tiny import OneRequest, Tiny
 
 MakeTiny = Callable[..., Tiny]
@@ -78,14 +78,15 @@ MIXED = [
 def test_every_request_gets_what_it_gets_alone(
     decoder: Decoder, adapters: list[LoraWeights], uses_graphs: bool, depth: int, slots: list[int]
 ) -> None:
-    plain = make_plain(decoder, adapters, uses_graphs=uses_graphs)
+    packed = pack_all(adapters)
+    runner = make_plain(decoder, packed.__getitem__, uses_graphs=uses_graphs)
     if not uses_graphs:
-        plain.runner.warm_up()  # leaves nothing behind
+        runner.warm_up()  # leaves nothing behind
     generations = generations_of(MIXED, slots)
-    loads = loads_at_the_end(plain.packed.values(), (1, 2), ARENA_BYTES)
-    plain.runner.launch(ScheduledBatch((), adapter_loads=loads)).result()
-    assert list(plain.runner.arrived()) == [load.digest for load in loads]
-    drive(plain.runner, generations, budget=40, depth=depth, seed=depth)
+    loads = loads_at_the_end(packed.values(), (1, 2), ARENA_BYTES)
+    runner.launch(ScheduledBatch((), adapter_loads=loads)).result()
+    assert list(runner.arrived()) == [load.digest for load in loads]
+    drive(runner, generations, budget=40, depth=depth, seed=depth)
     for s in generations:
         tokens = expected(decoder, s, adapters[s.slot - 1] if s.slot else None)
         assert s.output == [t.token_id for t in tokens]
@@ -99,7 +100,7 @@ def test_every_request_gets_what_it_gets_alone(
 def test_prompt_logprobs_are_those_of_all_rows(decoder: Decoder) -> None:
     samplings = [greedy(3, prompt_logprobs=2), greedy(4), greedy(2, prompt_logprobs=0)]
     generations = generations_of(samplings, [0] * 3)
-    drive(make_plain(decoder).runner, generations, budget=9, depth=1, seed=3)
+    drive(make_plain(decoder, {}.__getitem__), generations, budget=9, depth=1, seed=3)
     for s in (generations[0], generations[2]):
         entries = [entry for result in s.results for entry in result.prompt_logprobs]
         with torch.inference_mode():
@@ -113,8 +114,9 @@ def test_moved_and_reloaded_adapters_keep_their_requests_text(
     decoder: Decoder, adapters: list[LoraWeights]
 ) -> None:
     """Between the steps adapters are moved, evicted and loaded elsewhere, blocks are copied."""
-    plain = make_plain(decoder, adapters)
-    first, second = loads_at_the_end(plain.packed.values(), (1, 2), ARENA_BYTES)
+    packed = pack_all(adapters)
+    runner = make_plain(decoder, packed.__getitem__)
+    first, second = loads_at_the_end(packed.values(), (1, 2), ARENA_BYTES)
     generations = generations_of([greedy(30)] * 3, [1, 1, 0])
     step = first.offset_bytes - 2**20
     moved = AdapterMove(1, first.offset_bytes, step, first.nbytes)
@@ -134,12 +136,12 @@ def test_moved_and_reloaded_adapters_keep_their_requests_text(
             return ScheduledBatch((), moves=(BlockCopy(old, 400), BlockCopy(400, new)))
         return None
 
-    drive(plain.runner, generations, budget=40, depth=1, seed=1, between=between)
+    drive(runner, generations, budget=40, depth=1, seed=1, between=between)
     for s in generations:
         tokens = expected(decoder, s, adapters[0] if s.slot else None)
         assert s.output == [t.token_id for t in tokens]
     later = generations_of([greedy(5)], [3])
-    drive(plain.runner, later, budget=40, depth=1)
+    drive(runner, later, budget=40, depth=1)
     assert later[0].output == [t.token_id for t in expected(decoder, later[0], adapters[1])]
 
 
@@ -151,8 +153,8 @@ def test_a_step_without_memory_ends_alone(decoder: Decoder) -> None:
             self.released += 1
 
     device = Small()
-    plain = make_plain(decoder, device=device)
-    model = plain.runner._forward._model
+    runner = make_plain(decoder, {}.__getitem__, device=device)
+    model = runner._forward._model
     logits, failing = model.logits, True
 
     def out_of_memory(hidden: Tensor) -> Tensor:
@@ -163,11 +165,11 @@ def test_a_step_without_memory_ends_alone(decoder: Decoder) -> None:
     model.logits = out_of_memory  # type: ignore[method-assign]
     generations = generations_of([greedy(5)] * 2, [0, 0])
     with pytest.raises(torch.OutOfMemoryError, match="no room for logits"):
-        drive(plain.runner, generations, budget=40, depth=1)
+        drive(runner, generations, budget=40, depth=1)
     assert device.released == 1
     failing = False
     again = generations_of([greedy(5)] * 2, [0, 0])
-    drive(plain.runner, again, budget=40, depth=1)
+    drive(runner, again, budget=40, depth=1)
     assert [s.output for s in again] == [
         [t.token_id for t in expected(decoder, s, None)] for s in again
     ]
@@ -175,11 +177,11 @@ def test_a_step_without_memory_ends_alone(decoder: Decoder) -> None:
 
 def test_rows_with_a_lost_pending_token_do_not_disturb_the_others(decoder: Decoder) -> None:
     """The step before raised: its request still has a row, and anything may come of it."""
-    plain = make_plain(decoder)
+    runner = make_plain(decoder, {}.__getitem__)
     lost, fine = generations_of([greedy(5)] * 2, [0, 0])
-    drive(plain.runner, [fine], budget=40, depth=0)
+    drive(runner, [fine], budget=40, depth=0)
     row = ScheduledRequest("lost", 0, [PENDING], 4, lost.blocks, 0, lost.sampling, True)
     again = generations_of([greedy(1)] * 2, [0, 0])[1]
     prompt = ScheduledRequest("1", 0, again.prompt, 0, again.blocks, 0, again.sampling, True)
-    outputs = plain.runner.launch(ScheduledBatch((row, prompt))).result()
+    outputs = runner.launch(ScheduledBatch((row, prompt))).result()
     assert outputs[1].token_ids == fine.output[:1]

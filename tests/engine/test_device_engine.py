@@ -1,0 +1,190 @@
+"""The whole engine on a DeviceRunner: its answers are those of one step at a time.
+
+The model is plain torch, on a device where adapters arrive some steps after their loads began.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from engine.engine import Engine
+from engine.lora.weights import LoraWeights
+from engine.messages import ENGINE_ERROR, AdapterFolder, GenerateRequest
+from engine.runner.adapter_copies import PackedAdapter, pack_adapter
+from engine.runner.device import Event, HostDevice
+from engine.runner.device_forward import StepLimits
+from engine.runner.device_runner import DeviceRunner
+from engine.runner.torch_forward import TorchForward
+from tests.engine.driver import greedy, make_engine, prompt_of, run, write_adapter
+from tests.engine.plain_device import make_plain
+from tests.engine.test_pipelined_engine import Answers, assert_same, diverse_requests
+from tests.engine.tiny import Tiny
+
+POLLS = 3  # of a copy, until it has ended
+
+
+@dataclass(eq=False)
+class LateCopy:
+    work: list[Callable[[], object]]
+    polls: int = POLLS
+
+    def is_done(self) -> bool:
+        self.polls -= 1
+        if self.polls <= 0:
+            self.wait()
+        return not self.work
+
+    def wait(self) -> None:
+        while self.work:
+            self.work.pop(0)()
+
+
+class LateCopies(HostDevice):
+    """What is copied on the side stream arrives late, unless the main stream waits for it."""
+
+    side_work: list[Callable[[], object]] | None = None
+
+    def copy(self, target: Tensor, source: Tensor) -> None:
+        if self.side_work is None:
+            super().copy(target, source)
+        else:
+            self.side_work.append(lambda: target.copy_(source))
+
+    @contextmanager
+    def side(self, after: Event) -> Iterator[None]:
+        self.side_work = []
+        yield
+        self.side_work = None
+
+    def record(self) -> Event:
+        if self.side_work is None:
+            return super().record()
+        event, self.side_work = LateCopy(self.side_work), []
+        return event
+
+
+class DeviceEngine(Engine):
+    """As an engine on a device has it: adapters are packed by the host cache's threads."""
+
+    def _load_adapter(self, adapter: AdapterFolder) -> LoraWeights:
+        return pack_adapter(super()._load_adapter(adapter), HostDevice())  # type: ignore[return-value]
+
+
+MakeEngine = Callable[..., Engine]
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_model: Callable[..., Tiny]) -> Tiny:
+    return tiny_model()
+
+
+@pytest.fixture
+def on_device(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> MakeEngine:
+    def make(uses_graphs: bool = True, **changes: int) -> Engine:
+        seqs, tokens = changes.get("max_num_seqs", 16), changes.get("max_num_batched_tokens", 64)
+        limits = StepLimits(seqs, tokens, 128, changes.get("block_size", 4))
+
+        def runner(
+            forward: TorchForward, host_adapter: Callable[[str], PackedAdapter]
+        ) -> DeviceRunner:
+            return make_plain(
+                forward._decoder,
+                host_adapter,
+                uses_graphs=uses_graphs,
+                device=LateCopies(),
+                limits=limits,
+                arena_bytes=changes.get("memory_bytes", 2**22),
+            )
+
+        with monkeypatch.context() as patch:
+            patch.setattr("engine.engine.ModelRunner", runner)
+            patch.setattr("tests.engine.driver.Engine", DeviceEngine)
+            return make_engine(
+                tiny.folder, **{"memory_bytes": 2**22, "max_model_len": 128, **changes}
+            )
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def expected(tiny: Tiny) -> Answers:
+    return run(make_engine(tiny.folder), diverse_requests())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"max_num_batched_tokens": 16, "uses_graphs": False},
+        {"max_num_seqs": 3},
+        {"memory_bytes": 72 * 2 * 3 * 2 * 16 * 4, "max_model_len": 64},
+    ],
+    ids=["graphs", "eager", "few at a time", "with preemptions"],
+)
+def test_answers_are_those_of_one_step_at_a_time(
+    on_device: MakeEngine, expected: Answers, changes: dict[str, int]
+) -> None:
+    engine = on_device(**changes)
+    assert_same(run(engine, diverse_requests()), expected)
+    assert (engine.stats.total_preemptions > 0) == ("memory_bytes" in changes)
+
+
+def test_adapters_share_the_arena_with_blocks_and_take_turns(
+    on_device: MakeEngine, tiny: Tiny, tmp_path: Path
+) -> None:
+    """Room for two of five adapters, in three sizes: they are evicted, moved and loaded again."""
+    ranks = [8, 3, 8, 16, 3]
+    adapters = [
+        write_adapter(tiny.folder, tmp_path / f"a{i}", seed=i, r=r) for i, r in enumerate(ranks)
+    ]
+    requests = [
+        GenerateRequest(
+            f"r{i}", prompt_of(6 + i, i), greedy(5 + i % 4), adapter=(*adapters, None)[i % 6]
+        )
+        for i in range(18)
+    ]
+    expected = run(make_engine(tiny.folder), requests)
+    engine = on_device(memory_bytes=260_000, max_num_seqs=6)
+    launched = launches_of(engine)
+    assert_same(run(engine, requests), expected)
+    assert sum(len(batch.adapter_loads) for batch in launched) > len(adapters)
+    assert any(batch.adapter_evictions for batch in launched)
+    assert any(batch.moves for batch in launched)
+
+
+def launches_of(engine: Engine) -> list:  # type: ignore[type-arg]
+    batches, launch = [], engine.runner.launch
+
+    def noted(batch):  # type: ignore[no-untyped-def]
+        batches.append(batch)
+        return launch(batch)
+
+    engine.runner.launch = noted  # type: ignore[method-assign]
+    return batches
+
+
+def test_a_step_without_memory_ends_its_own_requests(
+    on_device: MakeEngine, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = on_device()
+    engine.add_request(GenerateRequest("lost", prompt_of(9, 1), greedy(20)))
+    for _ in range(4):
+        engine.step()
+    model = engine.runner._forward._model  # type: ignore[attr-defined]
+
+    def out_of_memory(_: Tensor) -> Tensor:
+        raise torch.OutOfMemoryError("no room for logits")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "logits", out_of_memory)
+        outputs = engine.step()
+    error = outputs[-1].error
+    assert error is not None and error.kind == ENGINE_ERROR and "no room" in error.message
+    assert not engine.scheduler.has_unfinished
+    later = GenerateRequest("later", prompt_of(9, 1), greedy(20))
+    assert_same(run(engine, [later]), run(make_engine(tiny.folder), [later]))
