@@ -7,8 +7,9 @@ reads both planes with byte permutes, whose selectors are the codes themselves: 
 instructions for each value, the same bits as multiplying value by value.
 
 Every operand belongs to one element of a tensor, so that the result cannot depend on how the
-compiler spreads a tensor over threads. Not yet measured on a device; the plain way, a load from a
-table of 16 floats per value, is `LOOKUP="memory"` of the kernels.
+compiler spreads a tensor over threads. No operand is read once a result is written: the compiler
+may give both the same register. Not yet measured on a device; the plain way is a load per value
+from a table of 16 floats.
 """
 
 import struct
@@ -36,7 +37,7 @@ def table_ptx(pair_type: str) -> str:
 def lookup_ptx() -> str:
     """One word of eight codes ($4) and a table ($5 .. $12) -> four pairs of values ($0 .. $3),
     the first of each in the lower half."""
-    lines = [".reg .b32 index, side, below, above, low, high;"]
+    lines = [".reg .b32 index, side, below, above, low0, high0, low1, high1;"]
     lines.append("and.b32 index, $4, 0x77777777;")
     lines.append("shr.u32 side, $4, 1;")
     lines.append("and.b32 side, side, 0x44444444;")
@@ -47,9 +48,10 @@ def lookup_ptx() -> str:
         for plane, first in (("low", 5), ("high", 9)):
             lines.append(f"prmt.b32 below, ${first}, ${first + 1}, index;")
             lines.append(f"prmt.b32 above, ${first + 2}, ${first + 3}, index;")
-            lines.append(f"prmt.b32 {plane}, below, above, side;")
-        lines.append(f"prmt.b32 ${2 * half}, low, high, 0x5140;")
-        lines.append(f"prmt.b32 ${2 * half + 1}, low, high, 0x7362;")
+            lines.append(f"prmt.b32 {plane}{half}, below, above, side;")
+    for half in range(2):
+        lines.append(f"prmt.b32 ${2 * half}, low{half}, high{half}, 0x5140;")
+        lines.append(f"prmt.b32 ${2 * half + 1}, low{half}, high{half}, 0x7362;")
     return _block(lines)
 
 

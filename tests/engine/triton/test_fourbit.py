@@ -214,13 +214,17 @@ INSTRUCTIONS: dict[str, Callable[..., int]] = {
 
 
 def run_ptx(text: str, inputs: dict[str, int], outputs: int) -> list[int]:
+    """Inputs are gone with the first output: a compiler may give them the same register."""
     registers = dict(inputs)
     for line in text.strip("{}\n").splitlines():
         if line.startswith(".reg"):
             continue
         name, operands = re.fullmatch(r"(\S+) (.*);", line).groups()  # type: ignore[union-attr]
         target, *sources = operands.split(", ")
-        registers[target] = INSTRUCTIONS[name](*(operand(s, registers) for s in sources))
+        result = INSTRUCTIONS[name](*(operand(s, registers) for s in sources))
+        if target.startswith("$"):
+            registers = {n: value for n, value in registers.items() if n not in inputs}
+        registers[target] = result
     return [registers[f"${i}"] for i in range(outputs)]
 
 
