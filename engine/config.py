@@ -6,7 +6,8 @@ Knows nothing of YAML, HTTP or Ray: `deployments.config` nests it in the file th
 from dataclasses import dataclass
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-KERNELS = ("auto", "torch")
+KERNELS = ("auto", "torch", "triton")
+CUDA_GRAPHS = ("auto", "off")
 DEVICES = ("auto", "cpu", "cuda")
 QUANTIZATIONS = ("none", "int8", "nf4", "fp8")
 ACTIVATIONS = ("bf16", "int8")
@@ -35,16 +36,18 @@ class EngineConfig:
     max_num_batched_tokens: int = 512
     max_model_len: int | None = None  # None: the model's own maximum, at most 8192
     block_size: int = 16
-    memory_bytes: int = 2 * 2**30
+    memory_bytes: int | None = None  # None: 2 GiB on a CPU, all that the weights leave on a GPU
     adapter_memory_bytes: int | None = None  # None: all that KV blocks in use leave
     host_adapter_bytes: int = 2 * 2**30
     enable_prefix_caching: bool = True
-    kernels: str = "auto"  # auto: native ones for bfloat16 on a CPU that has them
+    kernels: str = "auto"  # auto: native ones on a CPU, for bfloat16; Triton's on a GPU
+    cuda_graphs: str = "auto"  # auto: decode steps are captured at start, on a GPU
     num_threads: int | None = None  # None: all cores
 
     def __post_init__(self) -> None:
         _one_of("dtype", self.dtype, DTYPES)
         _one_of("kernels", self.kernels, KERNELS)
+        _one_of("cuda_graphs", self.cuda_graphs, CUDA_GRAPHS)
         _one_of("device", self.device, DEVICES)
         _one_of("quantization", self.quantization, QUANTIZATIONS)
         _one_of("activations", self.activations, ACTIVATIONS)
@@ -52,14 +55,16 @@ class EngineConfig:
         _between("max_num_seqs", self.max_num_seqs, 1, 4096)
         _between("max_num_batched_tokens", self.max_num_batched_tokens, 1, 2**20)
         _between("block_size", self.block_size, 1, 1024)
-        _between("memory_bytes", self.memory_bytes, 2**12, 2**50)
+        if self.memory_bytes is not None:
+            _between("memory_bytes", self.memory_bytes, 2**12, 2**50)
         _between("host_adapter_bytes", self.host_adapter_bytes, 0, 2**50)
         if self.max_model_len is not None:
             _between("max_model_len", self.max_model_len, 2, 2**24)
         if self.num_threads is not None:
             _between("num_threads", self.num_threads, 1, 1024)
         if self.adapter_memory_bytes is not None:
-            _between("adapter_memory_bytes", self.adapter_memory_bytes, 0, self.memory_bytes)
+            most = self.memory_bytes or 2**50
+            _between("adapter_memory_bytes", self.adapter_memory_bytes, 0, most)
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ConfigError(
                 f"max_num_batched_tokens={self.max_num_batched_tokens} must be at least "

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engine.config import EngineConfig
-from engine.lora.host_cache import HostCache
-from engine.lora.weights import AdapterLoadError, LoraWeights, load_lora
+from engine.lora.host_cache import HostAdapter, HostCache
+from engine.lora.weights import AdapterLoadError, load_lora
 from engine.messages import (
     ADAPTER_INVALID,
     ENGINE_ERROR,
@@ -34,7 +34,6 @@ from engine.model.families import read_eos_token_ids
 from engine.runner.load import load_model
 from engine.runner.model_runner import (
     FailedStep,
-    ModelRunner,
     RowOutput,
     Runner,
     StepHandle,
@@ -77,7 +76,7 @@ class Engine:
         self._clock = clock
         self.model = load_model(config, s, progress=progress)
         self.host = HostCache(config.host_adapter_bytes, self._load_adapter, wake)
-        self.runner: Runner = ModelRunner(self.model.forward, self.host.get)
+        self.runner: Runner = self.model.make_runner(self.host.get)
         eos_token_ids = read_eos_token_ids(folder)
         self.scheduler = Scheduler(
             SchedulerLimits(
@@ -268,18 +267,19 @@ class Engine:
     def _memory_budget(self) -> MemoryBudget:
         config, s = self.config, self.settled
         return MemoryBudget(
-            config.memory_bytes,
+            s.memory_bytes,
             s.block_bytes,
             BlockManager(
                 s.num_blocks, config.block_size, prefix_caching=config.enable_prefix_caching
             ),
             AdapterSlots(loads_are_immediate=self.runner.loads_are_immediate),
             max_adapter_bytes=config.adapter_memory_bytes,
+            max_adapters=self.model.max_adapters,
         )
 
     # ==== adapters ====
 
-    def _load_adapter(self, adapter: AdapterFolder) -> LoraWeights:
+    def _load_adapter(self, adapter: AdapterFolder) -> HostAdapter:
         """Runs in the host cache's threads."""
         s = self.settled
         weights = load_lora(
@@ -287,15 +287,18 @@ class Engine:
             self.model.lora_sites,
             s.dtype,
             b_layout=self.model.b_layout,
-            pin=s.device.type == "cuda",
         )
+        try:
+            packed = self.model.pack_adapter(weights)
+        except ValueError as error:
+            raise AdapterLoadError(str(error)) from error
         most = self.config.adapter_memory_bytes
-        if most is not None and weights.nbytes > most:
+        if most is not None and packed.nbytes > most:
             raise AdapterLoadError(
-                f"adapter {adapter.digest} needs {weights.nbytes} bytes on the device; "
+                f"adapter {adapter.digest} needs {packed.nbytes} bytes on the device; "
                 f"adapter_memory_bytes is {most}"
             )
-        return weights
+        return packed
 
     def _poll_adapters(self) -> None:
         for digest in self.runner.arrived():

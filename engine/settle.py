@@ -1,18 +1,22 @@
 """What an EngineConfig leaves open, settled once against the checkpoint and the machine."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from engine.config import ConfigError, EngineConfig
+from engine.device_memory import arena_bytes, needs
 from engine.kernels.fp8 import check_fp8
 from engine.model.families import read_dtype, read_scheme, read_spec
 from engine.model.quantized_checkpoint import weight_format
 from engine.model.spec import ModelSpec
+from engine.plan.arithmetic import FORMATS, read_model_size, weight_bytes
 from engine.runner.kv_cache import kv_bytes_per_token
 
 DEFAULT_MAX_MODEL_LEN = 8192
+DEFAULT_MEMORY_BYTES = 2 * 2**30  # on a CPU
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +27,7 @@ class Settled:
     weight_format: str  # of the linear layers: none, int8, nf4, fp8 or int4
     device: torch.device
     max_model_len: int
+    memory_bytes: int  # for KV blocks and adapters
     block_bytes: int
     num_blocks: int  # of the whole memory; where adapters are, there are fewer
 
@@ -35,32 +40,82 @@ def settle(config: EngineConfig) -> Settled:
     kv_dtype, form = _kv_dtype(config, dtype, device), _weight_format(config, folder)
     if form == "fp8":
         _check_fp8(device, dtype)
+    _check_kernels(config, device)
     block_bytes = config.block_size * kv_bytes_per_token(spec, kv_dtype)
-    num_blocks = config.memory_bytes // block_bytes
-    room = num_blocks * config.block_size
-    max_model_len = config.max_model_len
-    if max_model_len is None:
-        beside_adapters = _bytes_beside_adapters(config) // block_bytes * config.block_size
-        max_model_len = min(spec.max_position, DEFAULT_MAX_MODEL_LEN, beside_adapters)
-        spec = read_spec(folder, max_model_len) if max_model_len >= 2 else spec
-    if max_model_len > spec.max_position:
-        raise ConfigError(
-            f"max_model_len={max_model_len} is longer than the {spec.max_position} positions "
-            f"that the model was made for"
-        )
-    if max_model_len < 2 or max_model_len > room:
-        needed = -(-max(max_model_len, 2) // config.block_size) * block_bytes
-        raise ConfigError(
-            f"memory_bytes={config.memory_bytes} has room for {room} tokens of KV cache; "
-            f"max_model_len={max_model_len} needs memory_bytes of at least {needed}"
-        )
-    return Settled(spec, dtype, kv_dtype, form, device, max_model_len, block_bytes, num_blocks)
+    least = _num_blocks(config.max_model_len or 2, config) * block_bytes
+    memory_bytes = _memory_bytes(config, spec, dtype, device, least)
+    max_model_len = _max_model_len(config, spec, memory_bytes, block_bytes)
+    if config.max_model_len is None:
+        spec = read_spec(folder, max_model_len)
+    return Settled(
+        spec=spec,
+        dtype=dtype,
+        kv_dtype=kv_dtype,
+        weight_format=form,
+        device=device,
+        max_model_len=max_model_len,
+        memory_bytes=memory_bytes,
+        block_bytes=block_bytes,
+        num_blocks=memory_bytes // block_bytes,
+    )
 
 
-def _bytes_beside_adapters(config: EngineConfig) -> int:
+def _max_model_len(
+    config: EngineConfig, spec: ModelSpec, memory_bytes: int, block_bytes: int
+) -> int:
+    room = memory_bytes // block_bytes * config.block_size
+    wanted = config.max_model_len
+    if wanted is None:
+        beside = _bytes_beside_adapters(config, memory_bytes) // block_bytes * config.block_size
+        wanted = min(spec.max_position, DEFAULT_MAX_MODEL_LEN, beside)
+    if wanted > spec.max_position:
+        raise ConfigError(
+            f"max_model_len={wanted} is longer than the {spec.max_position} positions that the "
+            f"model was made for"
+        )
+    if wanted < 2 or wanted > room:
+        raise ConfigError(
+            f"memory_bytes={memory_bytes} has room for {room} tokens of KV cache; "
+            f"max_model_len={wanted} needs memory_bytes of at least "
+            f"{_num_blocks(max(wanted, 2), config) * block_bytes}"
+        )
+    return wanted
+
+
+def _num_blocks(num_tokens: int, config: EngineConfig) -> int:
+    return -(-num_tokens // config.block_size)
+
+
+def _bytes_beside_adapters(config: EngineConfig, memory_bytes: int) -> int:
     """What a request may count on that nobody sized: a quarter is left for its adapter."""
-    quarter, most = config.memory_bytes // 4, config.adapter_memory_bytes
-    return config.memory_bytes - (quarter if most is None else min(quarter, most))
+    quarter, most = memory_bytes // 4, config.adapter_memory_bytes
+    return memory_bytes - (quarter if most is None else min(quarter, most))
+
+
+def _memory_bytes(
+    config: EngineConfig, spec: ModelSpec, dtype: torch.dtype, device: torch.device, least: int
+) -> int:
+    """On a GPU what is asked for must be there beside the weights; raises ConfigError."""
+    if device.type != "cuda":
+        return DEFAULT_MEMORY_BYTES if config.memory_bytes is None else config.memory_bytes
+    size = read_model_size(Path(config.source), config.quantization)
+    free, total = torch.cuda.mem_get_info(device)
+    weights = weight_bytes(size, size.form)
+    rows, seqs = config.max_num_batched_tokens, config.max_num_seqs
+    needed = needs(weights, spec, rows, seqs, dtype, total)
+    advice = "lower max_num_batched_tokens or max_model_len"
+    if size.form.quantization == "none":
+        nf4 = weight_bytes(size, next(form for form in FORMATS if form.name == "nf4"))
+        advice = f"quantization='nf4' takes {nf4 / 2**30:.2f} GiB for the weights, or {advice}"
+    return arena_bytes(free, needed, config.memory_bytes, least, advice)
+
+
+def _check_kernels(config: EngineConfig, device: torch.device) -> None:
+    if config.kernels == "triton" and device.type != "cuda" and not is_interpreting():
+        raise ConfigError(
+            "kernels='triton' needs a CUDA device, or TRITON_INTERPRET=1 to try them on a CPU; "
+            "use 'auto'"
+        )
 
 
 def _dtype(config: EngineConfig, folder: Path) -> torch.dtype:
@@ -98,6 +153,11 @@ def _check_fp8(device: torch.device, dtype: torch.dtype) -> None:
         check_fp8(device, dtype)
     except ValueError as error:
         raise ConfigError(f"quantization='fp8': {error}") from None
+
+
+def is_interpreting() -> bool:
+    """Whether Triton's kernels run on a CPU, in its interpreter."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def _device(config: EngineConfig) -> torch.device:

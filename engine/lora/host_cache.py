@@ -8,16 +8,25 @@ from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any, Protocol
 
-from engine.lora.weights import LoraWeights
 from engine.messages import AdapterFolder
 
 LOADER_THREADS = 2
 
 
+class HostAdapter(Protocol):
+    """An adapter in host memory, in the form that the device's runner takes."""
+
+    @property
+    def nbytes(self) -> int:
+        """What it takes, here and on the device."""
+        ...
+
+
 @dataclass(slots=True)
 class _Entry:
-    future: "Future[LoraWeights]"
+    future: "Future[HostAdapter]"
     wanted: int = 0
     reported: bool = False
 
@@ -27,7 +36,7 @@ class Loaded:
     """One finished load; `error` says why there are no weights."""
 
     digest: str
-    weights: LoraWeights | None
+    weights: HostAdapter | None
     error: Exception | None
 
 
@@ -37,7 +46,7 @@ class HostCache:
     def __init__(
         self,
         max_bytes: int,
-        load: Callable[[AdapterFolder], LoraWeights],
+        load: Callable[[AdapterFolder], HostAdapter],
         wake: Callable[[], None] = lambda: None,
     ) -> None:
         self.max_bytes = max_bytes
@@ -81,7 +90,8 @@ class HostCache:
                 raise error
         return ended
 
-    def get(self, digest: str) -> LoraWeights:
+    def get(self, digest: str) -> Any:
+        """What `load` gave."""
         return self._entries[digest].future.result()
 
     @property

@@ -75,9 +75,8 @@ def load_lora(
     dtype: torch.dtype,
     *,
     b_layout: BLayout = "rank_major",
-    pin: bool = False,
 ) -> LoraWeights:
-    """Read and lay out an adapter. Raises AdapterLoadError; `pin` page-locks for fast copies."""
+    """Read and lay out an adapter. Raises AdapterLoadError."""
     folder = Path(adapter.path)
     try:
         layout = read_lora_layout(folder)
@@ -85,8 +84,6 @@ def load_lora(
             loaded = _load_sites(dict(layout.modules), sites, file, dtype, b_layout)
     except (AdapterStoreError, SafetensorError, OSError) as error:
         raise AdapterLoadError(f"adapter {adapter.digest}: {error}") from error
-    if pin:
-        loaded = {key: _pinned(site) for key, site in loaded.items()}
     nbytes = sum(s.nbytes for s in loaded.values())
     if b_layout == "rank_pairs" and nbytes >= LARGE:
         loaded, nbytes = _in_one_piece(loaded)
@@ -188,8 +185,3 @@ def _in_one_piece(sites: Sites) -> tuple[Sites, int]:
         for key, site in sites.items()
     }
     return copies, block.nbytes
-
-
-def _pinned(site: SiteWeights) -> SiteWeights:
-    expands = tuple((*e[:4], e[4].pin_memory()) for e in site.expands)
-    return SiteWeights(site.a.pin_memory(), expands)

@@ -1,8 +1,15 @@
-"""From a settled configuration to a model that is ready to run, by the best kernels there are."""
+"""From a settled configuration to a model that is ready to run, by the best kernels there are.
+
+CPU     native kernels (bfloat16), else torch
+CUDA    Triton's, with decode steps in CUDA graphs, else torch
+"""
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -11,60 +18,92 @@ from engine.kernels.cpu import structs
 from engine.kernels.cpu.build import BuildError
 from engine.kernels.cpu.kv import KvLayout, check_heads, check_rotary
 from engine.kernels.cpu.library import Context
-from engine.kernels.dispatch import native_ops, select_ops
-from engine.lora.weights import BLayout
-from engine.model.decoder import LoraSite
+from engine.kernels.dispatch import Ops, native_ops, select_ops
+from engine.lora.host_cache import HostAdapter
+from engine.lora.weights import BLayout, LoraWeights
+from engine.model.decoder import Decoder, LoraSite
 from engine.model.loader import load_decoder, weight_bytes
 from engine.runner.kv_cache import allocate_kv_cache
-from engine.runner.model_runner import ForwardPass
+from engine.runner.model_runner import ForwardPass, ModelRunner, Runner
 from engine.runner.native_forward import NativeForward
 from engine.runner.torch_forward import TorchForward
-from engine.settle import Settled
+from engine.settle import Settled, is_interpreting
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    forward: ForwardPass
+    make_runner: Callable[[Callable[[str], Any]], Runner]  # given HostAdapters by digest
+    pack_adapter: Callable[[LoraWeights], HostAdapter]  # by any thread; ValueError: does not fit
     lora_sites: tuple[LoraSite, ...]
-    b_layout: BLayout  # in which `forward` wants an adapter's B
+    b_layout: BLayout  # of the weights that `pack_adapter` takes
     weight_bytes: int
-    kernels: str  # what computes: native-avx512, native-avx2 or torch
+    kernels: str  # what computes: native-avx512, native-avx2, triton or torch
+    max_adapters: int | None = None  # on the device at a time
 
 
 def load_model(config: EngineConfig, settled: Settled, *, progress: bool = False) -> LoadedModel:
     """Reads the weights. Raises ModelError or ConfigError where that cannot be done."""
+    if _wants_triton(config, settled):
+        from engine.runner.load_triton import load_triton
+
+        return load_triton(config, settled, progress=progress)
     context = _open_native(config, settled)
-    s = settled
-    if context is None:
-        ops = select_ops(s.device, s.dtype)
-    else:
-        torch.set_num_threads(1)  # the rest is small, and its threads would fight the kernels'
-        ops = native_ops(context, int8_activations=config.activations == "int8")
-    decoder = load_decoder(
+    if context is not None:
+        return _load_native(config, settled, context, progress)
+    return _load_torch(config, settled, progress)
+
+
+def read_decoder(config: EngineConfig, settled: Settled, ops: Ops, progress: bool) -> Decoder:
+    return load_decoder(
         Path(config.source),
-        dtype=s.dtype,
-        device=s.device,
-        max_model_len=s.max_model_len,
+        dtype=settled.dtype,
+        device=settled.device,
+        max_model_len=settled.max_model_len,
         quantization=config.quantization,
         ops=ops,
         progress=progress,
     )
-    forward: ForwardPass
-    if context is None:
-        kv_cache = allocate_kv_cache(s.num_blocks, config.block_size, s.spec, s.dtype, s.device)
-        forward = TorchForward(decoder, kv_cache, config.block_size)
-    else:
-        layout, rows = _kv_layout(config, s), config.max_num_batched_tokens
-        forward = NativeForward(decoder, context, layout, s.num_blocks, s.max_model_len, rows)
+
+
+# ==== torch ====
+
+
+def _load_torch(config: EngineConfig, s: Settled, progress: bool) -> LoadedModel:
+    decoder = read_decoder(config, s, select_ops(s.device, s.dtype), progress)
+    kv_cache = allocate_kv_cache(s.num_blocks, config.block_size, s.spec, s.dtype, s.device)
+    forward = TorchForward(decoder, kv_cache, config.block_size)
+    return _computed_at_once(forward, decoder, s, "rank_major", "torch")
+
+
+def _computed_at_once(
+    forward: ForwardPass, decoder: Decoder, s: Settled, b_layout: BLayout, kernels: str
+) -> LoadedModel:
     return LoadedModel(
-        forward,
-        decoder.lora_sites,
-        "rank_major" if context is None else "rank_pairs",
-        weight_bytes(decoder, s.dtype),
-        "torch" if context is None else f"native-{context.isa}",
+        make_runner=partial(ModelRunner, forward),
+        pack_adapter=_as_it_is,
+        lora_sites=decoder.lora_sites,
+        b_layout=b_layout,
+        weight_bytes=weight_bytes(decoder, s.dtype),
+        kernels=kernels,
     )
+
+
+def _as_it_is(weights: LoraWeights) -> LoraWeights:
+    return weights
+
+
+# ==== native kernels ====
+
+
+def _load_native(config: EngineConfig, s: Settled, context: Context, progress: bool) -> LoadedModel:
+    torch.set_num_threads(1)  # the rest is small, and its threads would fight the kernels'
+    ops = native_ops(context, int8_activations=config.activations == "int8")
+    decoder = read_decoder(config, s, ops, progress)
+    layout, rows = _kv_layout(config, s), config.max_num_batched_tokens
+    forward = NativeForward(decoder, context, layout, s.num_blocks, s.max_model_len, rows)
+    return _computed_at_once(forward, decoder, s, "rank_pairs", f"native-{context.isa}")
 
 
 def _open_native(config: EngineConfig, settled: Settled) -> Context | None:
@@ -102,3 +141,30 @@ def _kv_layout(config: EngineConfig, settled: Settled) -> KvLayout:
         spec.num_kv_heads,
         spec.head_dim,
     )
+
+
+# ==== Triton's kernels ====
+
+
+def _wants_triton(config: EngineConfig, settled: Settled) -> bool:
+    """Says so where torch has to do on a GPU."""
+    if settled.device.type != "cuda" and not (config.kernels == "triton" and is_interpreting()):
+        return False
+    try:
+        if config.kernels == "torch":
+            raise ImportError("kernels='torch' is configured")
+        from engine.runner.load_triton import self_test
+
+        self_test(config, settled)
+    except Exception as error:  # whatever a compiler or a driver raises
+        if config.kernels == "triton" or settled.weight_format == "fp8":
+            raise ConfigError(
+                f"Triton's kernels do not run on {settled.device}: {error}"
+            ) from error
+        log.warning(
+            "computing with torch, without CUDA graphs, and quantized weights in %s: %s",
+            settled.dtype,
+            error,
+        )
+        return False
+    return True

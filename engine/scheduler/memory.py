@@ -73,12 +73,14 @@ class MemoryBudget:
         adapters: AdapterSlots,
         *,
         max_adapter_bytes: int | None = None,
+        max_adapters: int | None = None,
     ) -> None:
         assert blocks.num_blocks == memory_bytes // block_bytes
         self.block_bytes = block_bytes
         self.blocks = blocks
         self.adapters = adapters
         self.max_adapter_bytes = memory_bytes if max_adapter_bytes is None else max_adapter_bytes
+        self.max_adapters = max_adapters  # on the device or on the way there; None: no limit
         self._extents = Extents(memory_bytes)
         self._is_packed = True  # no gap takes the lowest extent
         self._pending = _Pending()
@@ -164,7 +166,8 @@ class MemoryBudget:
         assert self.blocks.limit == self._limit(self._extents)
         assert self.blocks.limit * self.block_bytes <= self._extents.bottom
         assert self._is_packed == self._extents.is_packed
-        assert self._extents.used_bytes <= self.max_adapter_bytes
+        num_adapters = len(self._extents.digests)
+        assert not self._exceeds(self._extents.used_bytes, num_adapters)
 
     # ==== what has to give way ====
 
@@ -234,12 +237,17 @@ class MemoryBudget:
 
     def _grants(self, wish: _Wish, plan: _Plan) -> bool:
         needed = self.blocks.num_held + plan.num_kept + wish.num_blocks
-        is_over = plan.extents.used_bytes > self.max_adapter_bytes
+        is_over = self._exceeds(plan.extents.used_bytes, len(plan.extents.digests))
         return needed <= self._limit(plan.extents) and not is_over
 
     def _is_over(self, wish: _Wish, gone: Sequence[str]) -> bool:
         """Whether adapters would take more than they may."""
-        return self._extents.without(gone).used_bytes + wish.size > self.max_adapter_bytes
+        left = self._extents.without(gone)
+        return self._exceeds(left.used_bytes + wish.size, len(left.digests) + (wish.size > 0))
+
+    def _exceeds(self, adapter_bytes: int, num_adapters: int) -> bool:
+        is_crowded = self.max_adapters is not None and num_adapters > self.max_adapters
+        return is_crowded or adapter_bytes > self.max_adapter_bytes
 
     def _limit(self, extents: Extents) -> int:
         """Blocks below the lowest extent; negative where one is placed where no memory is."""

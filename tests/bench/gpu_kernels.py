@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+
 from engine.kernels.device_positions import copy_positions, prefill_tile_tokens
 from engine.kernels.triton.attention import TritonAttention
 from engine.kernels.triton.weight_only import WeightOnlyLinear
-
 from engine.scheduler.batch import ScheduledRequest
 from engine.scheduler.request import SamplingParams
 from tests.bench.gpu_clock import graph_s, median_s

@@ -11,17 +11,17 @@ from itertools import pairwise
 from statistics import median, quantiles
 
 import torch
-from engine.kernels.device_ops import device_ops
-from engine.runner.adapter_copies import PackedAdapter, pack_adapter
-from engine.runner.device import CudaDevice, Device, HostDevice
-from engine.runner.device_forward import StepLimits
-from engine.runner.triton_runner import AdapterLimits, TritonRunner, make_triton_runner
 
+from engine.kernels.device_ops import device_ops
 from engine.lora.weights import LoraWeights, SiteWeights
 from engine.model.decoder import Decoder
 from engine.model.loader import weight_bytes
+from engine.runner.adapter_copies import PackedAdapter, pack_adapter
+from engine.runner.device import CudaDevice, Device, HostDevice
+from engine.runner.device_forward import StepLimits
 from engine.runner.kv_cache import kv_bytes_per_token
 from engine.runner.model_runner import StepHandle
+from engine.runner.triton_runner import AdapterLimits, TritonRunner, make_triton_runner
 from engine.scheduler.batch import PENDING, AdapterLoad, ScheduledBatch, ScheduledRequest
 from tests.bench.gpu_kernels import BLOCK_SIZE, Setting, decode_requests
 from tests.bench.gpu_model import random_decoder

@@ -187,7 +187,7 @@ def profile(engine: Engine, batch: int, folders: Folders) -> dict[str, float]:
         engine.add_request(request(engine, i, PROMPT, adapter, 100))
     while any(not r.output_token_ids for r in engine.scheduler.running) or engine.stats.num_waiting:
         _step(engine)
-    forward, scheduled = engine.model.forward, engine.scheduler.schedule(0.0)
+    forward, scheduled = engine.runner.model, engine.scheduler.schedule(0.0)
     assert isinstance(forward, NativeForward) and scheduled is not None
     for _ in range(20):
         with torch.inference_mode():

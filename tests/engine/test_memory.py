@@ -31,6 +31,7 @@ def make_memory(
     *,
     memory_bytes: int = MEMORY,
     max_adapter_bytes: int | None = None,
+    max_adapters: int | None = None,
     loads_are_immediate: bool = True,
 ) -> MemoryBudget:
     memory = MemoryBudget(
@@ -39,6 +40,7 @@ def make_memory(
         BlockManager(memory_bytes // BLOCK_BYTES, 1),  # a token is a block
         AdapterSlots(loads_are_immediate=loads_are_immediate),
         max_adapter_bytes=max_adapter_bytes,
+        max_adapters=max_adapters,
     )
     for digest, nbytes in sizes.items():
         memory.adapters.set_ready(digest, nbytes)
@@ -428,3 +430,16 @@ def test_extents_take_the_tightest_gap_and_its_high_end() -> None:
     assert extents.gap_for(768) == 4 * 256
     assert extents.gap_for(1024) is None
     assert extents.place("e", 1024) < 0
+
+
+def test_adapters_may_be_limited_in_number() -> None:
+    memory = make_memory(EQUAL, max_adapters=2)
+    for digest in "abc":
+        assert memory.reserve(0, digest)
+        memory.adapters.acquire(digest)
+        memory.take_changes()
+        if digest == "b":
+            memory.adapters.release("a")
+    assert sorted(memory.adapters.placed) == ["b", "c"]
+    assert not memory.reserve(0, "d"), "both are in use"
+    memory.check_integrity([], {"b": 1, "c": 1})

@@ -1,0 +1,73 @@
+"""A model on a device that computes with Triton's kernels; whoever imports this imports Triton."""
+
+from collections.abc import Callable
+
+import torch
+
+from engine.config import EngineConfig
+from engine.kernels.device_ops import device_ops
+from engine.kernels.reference import GATED_ACTIVATIONS
+from engine.kernels.triton.gate import gate
+from engine.lora.extent import extent_of
+from engine.lora.site_table import SiteTable
+from engine.lora.weights import LoraWeights
+from engine.model.loader import weight_bytes
+from engine.runner.adapter_copies import PackedAdapter, pack_adapter
+from engine.runner.device import CudaDevice, Device, HostDevice
+from engine.runner.device_forward import StepLimits
+from engine.runner.load import LoadedModel, read_decoder
+from engine.runner.model_runner import Runner
+from engine.runner.triton_runner import AdapterLimits, make_triton_runner
+from engine.settle import Settled
+
+MAX_ADAPTERS = 4096  # on the device at a time: their tables take four KiB each for an 8B model
+MAX_LORA_RANK = 256  # of one module: what a batch's intermediate results have room for
+
+
+def load_triton(config: EngineConfig, s: Settled, *, progress: bool) -> LoadedModel:
+    """Reads the weights and takes the arena; `make_runner` captures graphs."""
+    device: Device = CudaDevice(s.device) if s.device.type == "cuda" else HostDevice()
+    decoder = read_decoder(config, s, device_ops(s.device, s.dtype), progress)
+    arena = torch.zeros(s.memory_bytes, dtype=torch.uint8, device=s.device)
+    sites = SiteTable(decoder.lora_sites, MAX_LORA_RANK)
+    seqs, rows = config.max_num_seqs, config.max_num_batched_tokens
+
+    def make_runner(host_adapter: Callable[[str], PackedAdapter]) -> Runner:
+        return make_triton_runner(
+            device,
+            decoder,
+            arena,
+            StepLimits(seqs, rows, s.max_model_len, config.block_size),
+            AdapterLimits(MAX_ADAPTERS, MAX_LORA_RANK),
+            host_adapter,
+            uses_graphs=config.cuda_graphs == "auto",
+            progress=progress,
+        ).runner
+
+    def pack(weights: LoraWeights) -> PackedAdapter:
+        sites.check(extent_of(weights))
+        return pack_adapter(weights, device)
+
+    return LoadedModel(
+        make_runner=make_runner,
+        pack_adapter=pack,
+        lora_sites=decoder.lora_sites,
+        b_layout="rank_major",
+        weight_bytes=weight_bytes(decoder, s.dtype),
+        kernels="triton",
+        max_adapters=MAX_ADAPTERS,
+    )
+
+
+def self_test(config: EngineConfig, settled: Settled) -> None:
+    """Compiles and runs the smallest kernel. Raises whatever keeps it, or the model, from working."""
+    if config.block_size % 16:
+        raise ValueError(f"block_size={config.block_size} is not a multiple of 16")
+    if settled.spec.head_dim % 8 or settled.spec.head_dim > 256:
+        raise ValueError(f"heads of {settled.spec.head_dim}; only multiples of 8 up to 256 are done")
+    gate_up = torch.linspace(-3, 3, 64, device=settled.device).view(2, 32).to(settled.dtype)
+    out = torch.empty(2, 16, dtype=settled.dtype, device=settled.device)
+    gate(gate_up, out, "silu")
+    expected = GATED_ACTIVATIONS["silu"](gate_up)
+    if not torch.allclose(out.float(), expected.float(), rtol=2e-2, atol=1e-2):
+        raise RuntimeError("a kernel gave wrong numbers")
