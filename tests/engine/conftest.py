@@ -1,6 +1,7 @@
 """Tiny checkpoints, written once per session however many tests ask for them."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -23,3 +24,11 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> "Callable[..., Tiny]
         return made[key]
 
     return make
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if Path("/dev/nvidiactl").exists():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

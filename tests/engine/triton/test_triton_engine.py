@@ -1,0 +1,221 @@
+"""The engine on Triton's kernels: its text is that of transformers and peft.
+
+On a GPU all of it; in Triton's interpreter, which takes a second for a step, one mixed batch.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from engine.config import ConfigError
+from engine.engine import Engine
+from engine.messages import AdapterFolder, GenerateRequest
+from engine.scheduler.request import SamplingParams
+from tests.engine.driver import (
+    Result,
+    generate,
+    greedy,
+    make_engine,
+    prompt_of,
+    run,
+    write_adapter,
+)
+from tests.engine.tiny import MODEL_TYPES, Tiny
+
+MakeTiny = Callable[..., Tiny]
+Texts = dict[tuple[str, int], list[int]]
+LENGTHS = (1, 3, 16, 17, 30, 41, 70)
+BLOCK_BYTES = 16 * 2 * 3 * 2 * 32 * 4  # positions, K and V, layers, heads, dim, bytes
+VARIANTS: list[dict[str, Any]] = [
+    {},
+    {"cuda_graphs": "off"},
+    {"max_num_batched_tokens": 23, "max_num_seqs": 8},
+    {"max_num_seqs": 2},
+    {"enable_prefix_caching": False},
+]
+gpu = pytest.mark.gpu
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_model: MakeTiny) -> Tiny:
+    return tiny_model("qwen2", hidden_size=128, intermediate_size=192)
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory: pytest.TempPathFactory, tiny: Tiny) -> list[AdapterFolder]:
+    folder = tmp_path_factory.mktemp("adapters")
+    shapes: list[dict[str, Any]] = [
+        {"r": 3},
+        {"r": 8, "rank_pattern": {"q_proj": 5, "down_proj": 16}},
+        {"r": 16, "target_modules": ["v_proj", "up_proj"]},
+    ]
+    return [
+        write_adapter(tiny.folder, folder / f"a{i}", seed=i, **shape)
+        for i, shape in enumerate(shapes)
+    ]
+
+
+def triton_engine(folder: Path, **changes: Any) -> Engine:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    engine = make_engine(
+        folder, **{"device": device, "kernels": "triton", "block_size": 16, **changes}
+    )
+    assert engine.info.kernels == "triton"
+    return engine
+
+
+def texts(results: dict[tuple[str, int], Result]) -> Texts:
+    return {key: result.token_ids for key, result in results.items()}
+
+
+def mixed(adapters: list[AdapterFolder], max_tokens: int) -> list[GenerateRequest]:
+    """Greedy and sampled ones of different lengths, with and without an adapter."""
+    hot = SamplingParams(max_tokens=max_tokens, temperature=1.3, top_p=0.9, seed=5, ignore_eos=True)
+    own = [None, *adapters]
+    return [
+        GenerateRequest(
+            f"r{n}",
+            prompt_of(n, seed=n),
+            hot if n % 2 else greedy(max_tokens, repetition_penalty=1.1),
+            adapter=own[i % len(own)],
+        )
+        for i, n in enumerate(LENGTHS)
+    ]
+
+
+def by_torch(tiny: Tiny, requests: list[GenerateRequest], **changes: Any) -> Texts:
+    return texts(run(make_engine(tiny.folder, device="cpu", **changes), requests))
+
+
+def test_a_mixed_batch_in_little_memory_has_the_text_of_torch(
+    tiny: Tiny, adapters: list[AdapterFolder]
+) -> None:
+    requests = mixed(adapters, 3)[:5]
+    engine = triton_engine(
+        tiny.folder, max_num_seqs=4, max_model_len=96, memory_bytes=18 * BLOCK_BYTES
+    )
+    assert texts(run(engine, requests)) == by_torch(tiny, requests)
+    assert engine.runner.pipeline_depth == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [({"block_size": 8}, "block_size=8 is not a multiple of 16"), ({"kernels": "triton"}, "")],
+    ids=["block_size", "no interpreter"],
+)
+def test_what_triton_cannot_do_is_refused_where_it_was_asked_for(
+    tiny: Tiny, changes: dict[str, Any], reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not reason:
+        if torch.cuda.is_available():
+            pytest.skip("there is a GPU, and no interpreter is needed")
+        monkeypatch.delenv("TRITON_INTERPRET")
+        reason = "needs a CUDA device, or TRITON_INTERPRET=1"
+    with pytest.raises(ConfigError, match=reason):
+        triton_engine(tiny.folder, **changes)
+
+
+def test_an_adapter_of_too_high_a_rank_ends_its_requests_with_the_reason(
+    tiny: Tiny, tmp_path: Path
+) -> None:
+    large = write_adapter(tiny.folder, tmp_path / "large", r=257, target_modules=["q_proj"])
+    request = GenerateRequest("r", prompt_of(3), greedy(1), adapter=large)
+    engine = triton_engine(tiny.folder, max_num_seqs=1, cuda_graphs="off")
+    last = run(engine, [request])["r", 0].last
+    assert last is not None and last.error is not None
+    assert "lora_rank 257; at most 256" in last.error.message
+
+
+# ==== on a GPU ====
+
+
+@gpu
+@pytest.mark.parametrize("cuda_graphs", ["auto", "off"])
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_greedy_text_of_every_family_is_that_of_transformers(
+    model_type: str, cuda_graphs: str, tiny_model: MakeTiny
+) -> None:
+    tiny = tiny_model(model_type)
+    prompts = [prompt_of(n, seed=n) for n in LENGTHS]
+    requests = [GenerateRequest(f"r{i}", p, greedy(24)) for i, p in enumerate(prompts)]
+    found = texts(run(triton_engine(tiny.folder, cuda_graphs=cuda_graphs), requests))
+    assert found == {(f"r{i}", 0): generate(tiny.reference, p, 24) for i, p in enumerate(prompts)}
+
+
+@gpu
+def test_each_adapters_text_is_that_of_peft(tiny: Tiny, adapters: list[AdapterFolder]) -> None:
+    prompt = prompt_of(20)
+    requests = [
+        GenerateRequest(a.digest, prompt, greedy(24), adapter=a) for a in adapters for _ in "x"
+    ]
+    found = texts(run(triton_engine(tiny.folder), requests))
+    for adapter in adapters:
+        base = AutoModelForCausalLM.from_pretrained(tiny.folder, dtype=torch.float32)
+        model: PreTrainedModel = PeftModel.from_pretrained(base, adapter.path).merge_and_unload()
+        assert found[adapter.digest, 0] == generate(model, prompt, 24)
+
+
+@gpu
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_nothing_that_the_scheduler_does_changes_the_text(
+    tiny: Tiny, adapters: list[AdapterFolder], variant: dict[str, Any]
+) -> None:
+    requests = mixed(adapters, 20)
+    expected = by_torch(tiny, requests)
+    engine = triton_engine(tiny.folder, **variant)
+    for _ in range(2):  # the second time with a warm prefix cache
+        assert texts(run(engine, requests)) == expected
+
+
+@gpu
+@pytest.mark.parametrize("cuda_graphs", ["auto", "off"])
+def test_preempted_requests_and_evicted_adapters_lose_nothing(
+    tiny: Tiny, adapters: list[AdapterFolder], cuda_graphs: str
+) -> None:
+    requests = mixed(adapters, 40)
+    engine = triton_engine(
+        tiny.folder, max_model_len=128, memory_bytes=20 * BLOCK_BYTES, cuda_graphs=cuda_graphs
+    )
+    assert texts(run(engine, requests)) == by_torch(tiny, requests)
+    assert engine.stats.total_preemptions > 0
+
+
+@gpu
+@pytest.mark.parametrize("quantization", ["int8", "nf4"])
+def test_quantized_layers_have_the_text_of_dequantized_ones(
+    tiny: Tiny, adapters: list[AdapterFolder], quantization: str
+) -> None:
+    requests = mixed(adapters, 20)
+    found = texts(run(triton_engine(tiny.folder, quantization=quantization), requests))
+    assert found == by_torch(tiny, requests, quantization=quantization)
+
+
+@gpu
+@pytest.mark.parametrize("quantization", ["none", "int8", "nf4", "fp8"])
+def test_in_bfloat16_graphs_and_company_change_little(
+    tiny: Tiny, adapters: list[AdapterFolder], quantization: str
+) -> None:
+    """Logprobs of the prompt, which no choice of token can make diverge."""
+    requests = [
+        GenerateRequest(f"r{n}", prompt_of(n, seed=n), greedy(1, prompt_logprobs=0), adapter=a)
+        for n, a in zip((17, 30, 41), [None, *adapters[:2]], strict=True)
+    ]
+    found, exact = (
+        [
+            entry.logprob
+            for result in run(engine, requests).values()
+            for entry in (result.last.prompt_logprobs if result.last else None) or []
+            if entry
+        ]
+        for engine in (
+            triton_engine(tiny.folder, dtype="bfloat16", quantization=quantization),
+            make_engine(tiny.folder, dtype="float32"),
+        )
+    )
+    error = (torch.tensor(found) - torch.tensor(exact)).square().mean().sqrt()
+    assert len(found) == len(exact) and error < (0.1 if quantization == "none" else 0.8)
