@@ -61,7 +61,7 @@ def load_model(config: EngineConfig, settled: Settled, *, progress: bool = False
     return LoadedModel(
         forward,
         decoder.lora_sites,
-        "rank_major" if context is None else "rank_pairs",
+        "rank_major" if context is None else "panels",
         weight_bytes(decoder, s.dtype),
         "torch" if context is None else f"native-{context.isa}",
     )

@@ -1,22 +1,11 @@
 #include "pool.h"
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-
 namespace reef {
 namespace {
 
 // Long enough to bridge the gap between two operations of a step, short enough to leave the core
 // to others between two steps: about a tenth of a millisecond.
 constexpr int kSpins = 4000;
-constexpr int kSpinsBeforeYield = 2000;
-
-inline void relax() {
-#if defined(__x86_64__)
-    _mm_pause();
-#endif
-}
 
 inline uint32_t job_of(uint64_t ticket) { return static_cast<uint32_t>(ticket >> 32); }
 inline uint32_t left_of(uint64_t ticket) { return static_cast<uint32_t>(ticket); }
@@ -43,16 +32,13 @@ void Pool::run(const Task* tasks, int num_tasks) {
     tasks_ = tasks;
     num_tasks_ = static_cast<uint32_t>(num_tasks);
     if (workers_.empty() || chunks == 1) {
-        for (uint32_t i = 0; i < chunks; ++i) run_chunk(i);
+        for (uint32_t i = chunks; i-- > 0;) run_chunk(i);
         return;
     }
     const uint32_t job = job_of(ticket_.load(std::memory_order_relaxed)) + 1;
     begin(job, chunks);
     take_chunks(job);
-    for (int spins = 0; unfinished_.load(std::memory_order_acquire) != 0; ++spins) {
-        if (spins < kSpinsBeforeYield) relax();
-        else std::this_thread::yield();
-    }
+    wait_until([this] { return unfinished_.load(std::memory_order_acquire) == 0; });
 }
 
 void Pool::begin(uint32_t job, uint32_t chunks) {

@@ -10,9 +10,29 @@
 #include <thread>
 #include <vector>
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 #include "task.h"
 
 namespace reef {
+
+inline void relax() {
+#if defined(__x86_64__)
+    _mm_pause();
+#endif
+}
+
+// Waits for what another thread is at; soon without it, should the kernel have descheduled it.
+template <class Condition>
+inline void wait_until(Condition condition) {
+    constexpr int kSpinsBeforeYield = 2000;
+    for (int spins = 0; !condition(); ++spins) {
+        if (spins < kSpinsBeforeYield) relax();
+        else std::this_thread::yield();
+    }
+}
 
 class Pool {
 public:
@@ -24,8 +44,8 @@ public:
 
     int threads() const { return 1 + static_cast<int>(workers_.size()); }
 
-    // Runs every chunk of every task; tasks of one call must not depend on each other.
-    // One call at a time.
+    // Runs every chunk of every task, from the last to the first: a chunk may wait for chunks of
+    // later tasks, all of which somebody has begun by then. One call at a time.
     void run(const Task* tasks, int num_tasks);
     void run(const Task& task) { run(&task, 1); }
 

@@ -28,8 +28,10 @@ void reef_linear(ReefContext* context, const ReefLinearArgs* args) {
 }
 
 void reef_lora(ReefContext* context, const ReefLoraArgs* args) {
-    context->run(context->kernels.lora_shrink, args);
-    context->run(context->kernels.lora_expand, args);
+    ReefLoraArgs all = *args;
+    all.threads = context->pool.threads();
+    context->run(context->kernels.lora_shrink, &all);
+    context->run(context->kernels.lora_expand, &all);
 }
 
 void reef_store(ReefContext* context, const ReefStoreArgs* args) {
