@@ -1,11 +1,30 @@
 #include "pool.h"
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 namespace reef {
 namespace {
 
 // Long enough to bridge the gap between two operations of a step, short enough to leave the core
 // to others between two steps: about a tenth of a millisecond.
 constexpr int kSpins = 4000;
+constexpr int kSpinsBeforeYield = 2000;
+
+inline void relax() {
+#if defined(__x86_64__)
+    _mm_pause();
+#endif
+}
+
+// Until so many chunks at most are unfinished; somebody is at the others.
+void wait_for_unfinished(const std::atomic<uint32_t>& unfinished, uint32_t at_most) {
+    for (int spins = 0; unfinished.load(std::memory_order_acquire) > at_most; ++spins) {
+        if (spins < kSpinsBeforeYield) relax();
+        else std::this_thread::yield();
+    }
+}
 
 inline uint32_t job_of(uint64_t ticket) { return static_cast<uint32_t>(ticket >> 32); }
 inline uint32_t left_of(uint64_t ticket) { return static_cast<uint32_t>(ticket); }
@@ -38,7 +57,7 @@ void Pool::run(const Task* tasks, int num_tasks) {
     const uint32_t job = job_of(ticket_.load(std::memory_order_relaxed)) + 1;
     begin(job, chunks);
     take_chunks(job);
-    wait_until([this] { return unfinished_.load(std::memory_order_acquire) == 0; });
+    wait_for_unfinished(unfinished_, 0);
 }
 
 void Pool::begin(uint32_t job, uint32_t chunks) {
@@ -53,10 +72,19 @@ void Pool::take_chunks(uint32_t job) {
     uint64_t ticket = ticket_.load(std::memory_order_acquire);
     while (job_of(ticket) == job && left_of(ticket) != 0) {
         if (!ticket_.compare_exchange_weak(ticket, ticket - 1, std::memory_order_acq_rel)) continue;
+        wait_for_later_tasks(left_of(ticket) - 1);
         run_chunk(left_of(ticket) - 1);
         unfinished_.fetch_sub(1, std::memory_order_acq_rel);
         ticket = ticket_.load(std::memory_order_acquire);
     }
+}
+
+// Chunks of this task and of those before it cannot have ended while a later one's have not.
+void Pool::wait_for_later_tasks(uint32_t index) const {
+    const Task* task = tasks_;
+    uint32_t end = static_cast<uint32_t>(task->chunks);
+    while (index >= end) end += static_cast<uint32_t>((++task)->chunks);
+    if (task->waits) wait_for_unfinished(unfinished_, end);
 }
 
 void Pool::run_chunk(uint32_t index) const {

@@ -10,29 +10,9 @@
 #include <thread>
 #include <vector>
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-
 #include "task.h"
 
 namespace reef {
-
-inline void relax() {
-#if defined(__x86_64__)
-    _mm_pause();
-#endif
-}
-
-// Waits for what another thread is at; soon without it, should the kernel have descheduled it.
-template <class Condition>
-inline void wait_until(Condition condition) {
-    constexpr int kSpinsBeforeYield = 2000;
-    for (int spins = 0; !condition(); ++spins) {
-        if (spins < kSpinsBeforeYield) relax();
-        else std::this_thread::yield();
-    }
-}
 
 class Pool {
 public:
@@ -44,8 +24,8 @@ public:
 
     int threads() const { return 1 + static_cast<int>(workers_.size()); }
 
-    // Runs every chunk of every task, from the last to the first: a chunk may wait for chunks of
-    // later tasks, all of which somebody has begun by then. One call at a time.
+    // Runs every chunk of every task, from the last to the first; tasks of one call must not
+    // depend on each other but for those that wait. One call at a time.
     void run(const Task* tasks, int num_tasks);
     void run(const Task& task) { run(&task, 1); }
 
@@ -53,6 +33,7 @@ private:
     void serve();
     void take_chunks(uint32_t job);
     void run_chunk(uint32_t index) const;
+    void wait_for_later_tasks(uint32_t index) const;
     void begin(uint32_t job, uint32_t chunks);
     uint32_t wait_for_job(uint32_t last);
 

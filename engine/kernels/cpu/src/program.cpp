@@ -2,7 +2,6 @@
 //
 // Everything that does not change between steps (weights, buffers, strides) is in the recorded
 // operations; a step brings its rows, its requests and its adapters. No Python runs in between.
-#include <atomic>
 #include <chrono>
 
 #include "context.h"
@@ -49,38 +48,6 @@ struct ReefStep {
 
 namespace {
 
-// A linear layer and its adapters in one call of the pool. Shrink reads what the layer reads and
-// comes first, then the layer; expand, which needs both, waits for them.
-struct LinearWithLora {
-    const reef::Task expand, linear, shrink;
-    mutable std::atomic<int> left;  // chunks of the layer and of shrink
-    const reef::Task tasks[3];
-
-    LinearWithLora(const reef::Kernels& kernels, const ReefOp& op, int threads)
-        : expand(kernels.lora_expand(&op.lora, threads)),
-          linear(kernels.linear(&op.linear, threads)),
-          shrink(kernels.lora_shrink(&op.lora, threads)),
-          left(linear.chunks + shrink.chunks),
-          tasks{{run_expand, this, expand.chunks},
-                {run_linear, this, linear.chunks},
-                {run_shrink, this, shrink.chunks}} {}
-
-    static const LinearWithLora& of(const void* p) { return *static_cast<const LinearWithLora*>(p); }
-
-    static void run_shrink(const void* p, int chunk) {
-        of(p).shrink.run(of(p).shrink.args, chunk);
-        of(p).left.fetch_sub(1, std::memory_order_acq_rel);
-    }
-    static void run_linear(const void* p, int chunk) {
-        of(p).linear.run(of(p).linear.args, chunk);
-        of(p).left.fetch_sub(1, std::memory_order_acq_rel);
-    }
-    static void run_expand(const void* p, int chunk) {
-        reef::wait_until([&] { return of(p).left.load(std::memory_order_acquire) == 0; });
-        of(p).expand.run(of(p).expand.args, chunk);
-    }
-};
-
 class Run {
 public:
     Run(ReefContext& context, const ReefStep& step) : context_(context), step_(step) {}
@@ -118,6 +85,8 @@ public:
     }
 
 private:
+    // The adapters' shrink reads what the base layer reads and comes first; expand adds to what
+    // the layer has written.
     void linear(ReefOp& op) {
         const reef::Kernels& kernels = context_.kernels;
         const int threads = context_.pool.threads();
@@ -129,8 +98,11 @@ private:
         op.lora.h = step_.lora_h;
         op.lora.h_stride = step_.lora_h_stride;
         op.lora.threads = threads;
-        LinearWithLora all(kernels, op, threads);
-        context_.pool.run(all.tasks, 3);
+        reef::Task expand = kernels.lora_expand(&op.lora, threads);
+        expand.waits = true;
+        const reef::Task tasks[] = {
+            expand, kernels.linear(&op.linear, threads), kernels.lora_shrink(&op.lora, threads)};
+        context_.pool.run(tasks, 3);
     }
 
     ReefContext& context_;

@@ -30,8 +30,11 @@ void reef_linear(ReefContext* context, const ReefLinearArgs* args) {
 void reef_lora(ReefContext* context, const ReefLoraArgs* args) {
     ReefLoraArgs all = *args;
     all.threads = context->pool.threads();
-    context->run(context->kernels.lora_shrink, &all);
-    context->run(context->kernels.lora_expand, &all);
+    const reef::Kernels& kernels = context->kernels;
+    reef::Task tasks[] = {
+        kernels.lora_expand(&all, all.threads), kernels.lora_shrink(&all, all.threads)};
+    tasks[0].waits = true;
+    context->pool.run(tasks, 2);
 }
 
 void reef_store(ReefContext* context, const ReefStoreArgs* args) {
