@@ -1,8 +1,8 @@
 """From a verified PEFT folder to LoraWeights: the factors of every site, in kernel layout.
 
-Layout: A as [R, in] and B, with the scaling folded in, either rank-major as [R, out] (the transpose
-of PEFT's) or in panels of columns. Modules that read the same input (q, k, v; gate, up) share one site
-and its A.
+Layout: A as [R, in] and B, with the scaling folded in, either rank-major as [R, out] (the
+transpose of PEFT's) or in panels of columns. Modules that read the same input (q, k, v; gate, up)
+share one site and its A.
 """
 
 from collections.abc import Sequence
