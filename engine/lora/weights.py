@@ -1,8 +1,8 @@
 """From a verified PEFT folder to LoraWeights: the factors of every site, in kernel layout.
 
-Layout: A as [R, in] and B, with the scaling folded in, either rank-major as [R, out] (the transpose
-of PEFT's) or in pairs of ranks. Modules that read the same input (q, k, v; gate, up) share one site
-and its A.
+Layout: A as [R, in] and B, with the scaling folded in, either rank-major as [R, out] (the
+transpose of PEFT's) or in panels of columns. Modules that read the same input (q, k, v; gate, up)
+share one site and its A.
 """
 
 from collections.abc import Sequence
@@ -21,9 +21,10 @@ from engine.model.decoder import LoraSite
 from engine.model.layers import LoraSlice
 
 # rank_major: B [r, out], what torch multiplies with
-# rank_pairs: B [ceil(r / 2), out, 2], neighbouring ranks side by side and an odd last one beside
-#             zeros; what the native kernels multiply with
-BLayout = Literal["rank_major", "rank_pairs"]
+# panels:     B [ceil(out / 32), ceil(r / 2), 32, 2], neighbouring ranks of neighbouring columns
+#             side by side, padded with zeros; what the native kernels multiply with
+BLayout = Literal["rank_major", "panels"]
+PANEL = 32
 
 
 LARGE = 4 * 2**20  # bytes from which an adapter has huge pages of its own
@@ -85,17 +86,18 @@ def load_lora(
     except (AdapterStoreError, SafetensorError, OSError) as error:
         raise AdapterLoadError(f"adapter {adapter.digest}: {error}") from error
     nbytes = sum(s.nbytes for s in loaded.values())
-    if b_layout == "rank_pairs" and nbytes >= LARGE:
+    if b_layout == "panels" and nbytes >= LARGE:
         loaded, nbytes = _in_one_piece(loaded)
     return LoraWeights(adapter.digest, loaded, nbytes, b_layout)
 
 
-def rank_pairs(b: torch.Tensor) -> torch.Tensor:
-    """B [out, r] in pairs of ranks [ceil(r / 2), out, 2]; 2-byte dtypes only."""
-    if b.shape[1] % 2:
-        b = torch.nn.functional.pad(b, (0, 1))
+def panels(b: torch.Tensor) -> torch.Tensor:
+    """B [out, r] in panels [ceil(out / 32), ceil(r / 2), 32, 2]; 2-byte dtypes only."""
+    if b.shape[1] % 2 or b.shape[0] % PANEL:
+        b = torch.nn.functional.pad(b, (0, b.shape[1] % 2, 0, -b.shape[0] % PANEL))
     pairs = b.contiguous().view(torch.int32)  # transposing words is what torch is fast at
-    return pairs.T.contiguous().view(b.dtype).view(pairs.shape[1], b.shape[0], 2)
+    by_pair = pairs.T.contiguous().view(pairs.shape[1], -1, PANEL)
+    return by_pair.transpose(0, 1).contiguous().view(b.dtype).unflatten(2, (PANEL, 2))
 
 
 def _load_sites(
@@ -136,7 +138,7 @@ def _load_site(
         factor_a, factor_b = _factors(module, part, site.in_features, file)
         a[r0:r1] = factor_a
         b = _scaled(factor_b, dtype, module)
-        b = rank_pairs(b) if b_layout == "rank_pairs" else b.T.contiguous()
+        b = panels(b) if b_layout == "panels" else b.T.contiguous()
         expands.append((r0, r1, out0, out0 + part.out_features, b))
         r0 = r1
     return SiteWeights(a, tuple(expands))

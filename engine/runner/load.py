@@ -103,7 +103,7 @@ def _load_native(config: EngineConfig, s: Settled, context: Context, progress: b
     decoder = read_decoder(config, s, ops, progress)
     layout, rows = _kv_layout(config, s), config.max_num_batched_tokens
     forward = NativeForward(decoder, context, layout, s.num_blocks, s.max_model_len, rows)
-    return _computed_at_once(forward, decoder, s, "rank_pairs", f"native-{context.isa}")
+    return _computed_at_once(forward, decoder, s, "panels", f"native-{context.isa}")
 
 
 def _open_native(config: EngineConfig, settled: Settled) -> Context | None:

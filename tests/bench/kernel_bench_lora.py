@@ -73,11 +73,12 @@ def make_weights(model: Model, rank: int) -> LoraWeights:
         expands: list[tuple[int, int, int, int, Tensor]] = []
         out0 = 0
         for i, width in enumerate(widths):
-            b = torch.full(((rank + 1) // 2, width, 2), 0.01, dtype=torch.bfloat16)
+            shape = -(-width // 32), (rank + 1) // 2, 32, 2
+            b = torch.full(shape, 0.01, dtype=torch.bfloat16)
             expands.append((i * rank, (i + 1) * rank, out0, out0 + width, b))
             out0 += width
         sites[layer, name] = SiteWeights(a, tuple(expands))
-    return LoraWeights("bench", sites, sum(s.nbytes for s in sites.values()), "rank_pairs")
+    return LoraWeights("bench", sites, sum(s.nbytes for s in sites.values()), "panels")
 
 
 def request(slot: int, rows: int) -> ScheduledRequest:

@@ -27,14 +27,14 @@ assert _SITE.size == c.sizeof(structs.LoraSite) and _SLICE.size == c.sizeof(stru
 class NativeAdapter:
     """One adapter's ReefLoraSite[len(keys)]; sites that it does not touch have a null A.
 
-    Needs bfloat16 factors with B in rank pairs (`load_lora(..., b_layout="rank_pairs")`).
+    Needs bfloat16 factors with B in panels (`load_lora(..., b_layout="panels")`).
     Raises ValueError for others, and for a site that is not among `keys`.
     """
 
     def __init__(self, weights: LoraWeights, keys: Sequence[Site]) -> None:
-        if weights.b_layout != "rank_pairs":
+        if weights.b_layout != "panels":
             raise ValueError(
-                f"adapter {weights.digest}: B is {weights.b_layout}; only rank_pairs is allowed"
+                f"adapter {weights.digest}: B is {weights.b_layout}; only panels is allowed"
             )
         unknown = weights.sites.keys() - set(keys)
         if unknown:

@@ -74,6 +74,7 @@ class LoraArgs(c.Structure):
         ("y_stride", i64),
         ("h", pointer),
         ("h_stride", i64),
+        ("threads", i32),
     ]
 
 

@@ -72,7 +72,7 @@ class Model:
         return torch.cat([(after - before).detach() for after, before in weights])
 
     def weights(self, name: str) -> LoraWeights:
-        return load_lora(self.adapters[name], self.sites, BF16, b_layout="rank_pairs")
+        return load_lora(self.adapters[name], self.sites, BF16, b_layout="panels")
 
 
 @pytest.fixture(scope="module")
@@ -144,18 +144,19 @@ def assert_adds_the_deltas(
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_rank_pairs_hold_the_same_numbers_as_rank_major(model: Model, name: str) -> None:
-    pairs, plain = model.weights(name), load_lora(model.adapters[name], model.sites, BF16)
-    assert pairs.sites.keys() == plain.sites.keys()
-    for key, site in pairs.sites.items():
+def test_panels_hold_the_same_numbers_as_rank_major(model: Model, name: str) -> None:
+    panels, plain = model.weights(name), load_lora(model.adapters[name], model.sites, BF16)
+    assert panels.sites.keys() == plain.sites.keys()
+    for key, site in panels.sites.items():
         other = plain.sites[key]
         assert torch.equal(site.a, other.a)
         for (*where, b), (*expected_where, ranks) in zip(site.expands, other.expands, strict=True):
             assert where == expected_where
-            assert b.shape == ((len(ranks) + 1) // 2, ranks.shape[1], 2)
-            unrolled = b.transpose(1, 2).flatten(0, 1)
-            assert torch.equal(unrolled[: len(ranks)], ranks)
-            assert not unrolled[len(ranks) :].any()
+            rank, width = ranks.shape
+            assert b.shape == (-(-width // 32), (rank + 1) // 2, 32, 2)
+            unrolled = b.permute(1, 3, 0, 2).flatten(2).flatten(0, 1)
+            assert torch.equal(unrolled[:rank, :width], ranks)
+            assert not unrolled[rank:].any() and not unrolled[:, width:].any()
 
 
 def test_bytes_are_counted_with_their_padding(model: Model) -> None:
@@ -165,7 +166,7 @@ def test_bytes_are_counted_with_their_padding(model: Model) -> None:
     assert weights.nbytes > load_lora(model.adapters["odd-rank"], model.sites, BF16).nbytes
 
 
-@pytest.mark.parametrize("b_layout", ["rank_major", "rank_pairs"])
+@pytest.mark.parametrize("b_layout", ["rank_major", "panels"])
 @pytest.mark.parametrize("value", [float("nan"), 3e38])
 def test_factors_that_are_not_finite_once_scaled_are_refused(
     model: Model, tmp_path: Path, b_layout: str, value: float
@@ -190,11 +191,11 @@ def test_sites_that_an_adapter_leaves_alone_have_no_a(model: Model) -> None:
     assert native.lora_rank == 8  # q's and v's
 
 
-def test_only_rank_pairs_in_bfloat16_are_taken(model: Model) -> None:
+def test_only_panels_in_bfloat16_are_taken(model: Model) -> None:
     adapter = model.adapters["attention"]
-    with pytest.raises(ValueError, match="B is rank_major; only rank_pairs is allowed"):
+    with pytest.raises(ValueError, match="B is rank_major; only panels is allowed"):
         NativeAdapter(load_lora(adapter, model.sites, BF16), model.keys)
-    halves = load_lora(adapter, model.sites, torch.float16, b_layout="rank_pairs")
+    halves = load_lora(adapter, model.sites, torch.float16, b_layout="panels")
     with pytest.raises(ValueError, match=r"torch.float16.*only contiguous bfloat16"):
         NativeAdapter(halves, model.keys)
 
@@ -272,9 +273,9 @@ def test_a_large_adapter_lies_in_one_piece_in_the_order_of_a_step(
     base = tiny_model("llama")
     adapter = write_adapter(base.folder, tmp_path / "a", r=5)
     sites = make_engine(base.folder).model.lora_sites
-    apart = load_lora(adapter, sites, torch.bfloat16, b_layout="rank_pairs")
+    apart = load_lora(adapter, sites, torch.bfloat16, b_layout="panels")
     monkeypatch.setattr(weights_module, "LARGE", 1)
-    whole = load_lora(adapter, sites, torch.bfloat16, b_layout="rank_pairs")
+    whole = load_lora(adapter, sites, torch.bfloat16, b_layout="panels")
     addresses: list[int] = []
     for key, site in apart.sites.items():
         copy = whole.sites[key]

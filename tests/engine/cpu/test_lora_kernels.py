@@ -34,13 +34,14 @@ class Adapter:
     native: NativeAdapter
 
 
-def in_pairs(b: Tensor) -> Tensor:
-    """The layout of kernels.h, one element at a time as it is said there."""
+def in_panels(b: Tensor) -> Tensor:
+    """The layout of kernels.h, one rank at a time as it is said there."""
     ranks, width = b.shape
-    pairs = torch.zeros((ranks + 1) // 2, width, 2, dtype=b.dtype)
+    panels = torch.zeros(-(-width // 32), (ranks + 1) // 2, 32, 2, dtype=b.dtype)
     for r in range(ranks):
-        pairs[r // 2, :, r % 2] = b[r]
-    return pairs
+        columns = torch.nn.functional.pad(b[r], (0, -width % 32))
+        panels[:, r // 2, :, r % 2] = columns.view(-1, 32)
+    return panels
 
 
 def adapter(
@@ -56,13 +57,13 @@ def adapter(
             a = torch.randn(rank, in_features, generator=generator).bfloat16()
             b = torch.randn(rank, width, generator=generator).bfloat16()
             modules.append((out0, out0 + width, a, b))
-            expands.append((r0, r0 + rank, out0, out0 + width, in_pairs(b)))
+            expands.append((r0, r0 + rank, out0, out0 + width, in_panels(b)))
             r0 += rank
         out0 += width
     sites = {}
     if modules:
         sites[KEY] = SiteWeights(torch.cat([a for _, _, a, _ in modules]), tuple(expands))
-    weights = LoraWeights(f"adapter-{seed}", sites, 0, "rank_pairs")
+    weights = LoraWeights(f"adapter-{seed}", sites, 0, "panels")
     return Adapter(tuple(modules), NativeAdapter(weights, [KEY]))
 
 

@@ -48,7 +48,7 @@ struct ReefLinearArgs {
 struct ReefLoraSlice {  // one module of a fused site; scaling is folded into b
     int32_t r0, r1;      // its rows of a
     int32_t out0, out1;  // its columns of y
-    const uint16_t* b;   // [ceil((r1 - r0) / 2), out1 - out0, 2]: neighbouring ranks interleaved
+    const uint16_t* b;   // [panel of 32 columns][pair of ranks][32][2], padded with zeros
 };
 
 struct ReefLoraSite {  // one adapter at one linear layer
@@ -80,6 +80,7 @@ struct ReefLoraArgs {
     int64_t y_stride;
     uint16_t* h;  // [rows listed in batch, h_stride]: A x in bf16; h_stride even
     int64_t h_stride;
+    int32_t threads;  // of the pool; whoever runs the kernels sets it
 };
 
 // ==== Attention over paged KV ====

@@ -4,130 +4,66 @@
 //              tiles of 4 rows x 4 ranks, one accumulator vector each, added up across lanes at
 //              the end and rounded to bf16
 //     expand   y[row i][c] += sum over pairs p of h[i][2p, 2p+1] . b[p][c][0, 1]
-//              tiles of 4 rows x 64 columns, a lane per column; the sum begins at zero, and y is
+//              tiles of 8 rows x 32 columns, a lane per column; the sum begins at zero, and y is
 //              rounded once
 //
-// A decode is bound by the bytes of its adapters, each of which is read once; a prefill by
-// arithmetic. Whatever the tile, an element's sum has the same order, so that its bits depend on
-// its row alone.
+// A decode is bound by the bytes of its adapters, each of which is read once, from beginning to
+// end; a prefill by arithmetic. Whatever the tile, an element's sum has the same order, so that its
+// bits depend on its row alone.
 //
-// A chunk is a piece of one segment's work: some of its rows and some of the ranks or columns.
+// A chunk is an equal share of what all adapters of the batch cost at the site: it may end in the
+// middle of one and begin in the middle of another, so that their ranks may differ as they like.
 #include <algorithm>
 
+#include "linear_layout.h"
 #include "simd.h"
 #include "table.h"
 
 namespace REEF_ISA {
 namespace {
 
-constexpr int kBlockRows = 32;    // of a segment, to a chunk
-constexpr int kManyRows = 16;     // from here on a chunk is measured in arithmetic, not in bytes
-constexpr int kShrinkBytes = 1 << 15;  // of A, to a chunk
-constexpr int kExpandBytes = 1 << 16;  // of B; twice as many where segments alone make many chunks
-constexpr int kManySegments = 5;
+constexpr int kBlockRows = 32;  // of a segment, that take part in a piece of work together
 constexpr int kLanes = 16;
-constexpr int kAhead = 256;  // of a pair's columns, to be fetched early
+constexpr int kAhead = 2048;  // bytes that are fetched early
+constexpr int kTogether = 1 << 14;  // bytes of B that all rows use before the next
 #if defined(__AVX512BF16__)
-constexpr int kTileRows = 4, kTileRanks = 4, kTileVectors = 4;
+constexpr int kShrinkRows = 4, kTileRanks = 4, kExpandRows = 8;
 #else  // half as many registers, and half as wide
-constexpr int kTileRows = 2, kTileRanks = 2, kTileVectors = 2;
+constexpr int kShrinkRows = 2, kTileRanks = 2, kExpandRows = 2;
 #endif
-constexpr int kTileColumns = kTileVectors * kLanes;
 
-// What is read a tile later. Past the end of an array it is somebody else's and does no harm.
-inline void fetch(const bf16* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
-inline void fetch_soon(const bf16* p) {
-    _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T1);
-}
+// Past the end of an array it is somebody else's and does no harm.
+inline void fetch_soon(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 
 int ceil_div(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
 
-// ==== Chunks ====
+// ==== Shares of the work ====
 
-// One adapter's work at one site: blocks of its rows times runs of its ranks or columns.
+// Rows [row0, row1) of the batch's list, of one adapter at one site.
 struct Work {
-    const ReefLoraSegment* segment;
     const ReefLoraSite* site;
-    int begin, end;  // ranks, or columns
-    int length;      // of a run
-
-    int runs() const { return ceil_div(end - begin, length); }
-    int blocks() const { return ceil_div(segment->end - segment->start, kBlockRows); }
-    int chunks() const { return runs() * blocks(); }
+    int row0, row1;
 };
 
-using Divide = Work (*)(const ReefLoraArgs&, const ReefLoraSegment&, const ReefLoraSite&);
-
-// `wanted` runs of equal length, a multiple of `unit`.
-int run_length(int size, int wanted, int unit) {
-    return std::max(1, ceil_div(ceil_div(size, std::max(1, wanted)), unit)) * unit;
-}
-
-Work divide_ranks(const ReefLoraArgs& args, const ReefLoraSegment& segment,
-                  const ReefLoraSite& site) {
-    const int64_t rank_bytes = std::max<int64_t>(1, args.in_features) * sizeof(bf16);
-    const bool is_long = segment.end - segment.start >= kManyRows;
-    const int wanted = is_long ? ceil_div(site.lora_rank, 32)
-                               : static_cast<int>(site.lora_rank * rank_bytes / kShrinkBytes);
-    return {&segment, &site, 0, site.lora_rank, run_length(site.lora_rank, wanted, kTileRanks)};
-}
-
-Work divide_columns(const ReefLoraArgs& args, const ReefLoraSegment& segment,
-                    const ReefLoraSite& site) {
-    int begin = site.slices[0].out0, end = site.slices[0].out1;
-    int64_t bytes = 0;
-    for (int s = 0; s < site.num_slices; ++s) {
-        const ReefLoraSlice& slice = site.slices[s];
-        begin = std::min(begin, slice.out0);
-        end = std::max(end, slice.out1);
-        bytes += static_cast<int64_t>(slice.out1 - slice.out0) * (slice.r1 - slice.r0) * 2;
-    }
-    const int64_t piece = kExpandBytes * (args.batch->num_segments < kManySegments ? 1 : 2);
-    return {&segment, &site, begin, end,
-            run_length(end - begin, static_cast<int>(bytes / piece), kTileColumns)};
-}
-
-template <Divide divide, class Body>
+template <class Body>
 inline void for_each_work(const ReefLoraArgs& args, Body body) {
     for (int i = 0; i < args.batch->num_segments; ++i) {
         const ReefLoraSegment& segment = args.batch->segments[i];
         const ReefLoraSite& site = segment.sites[args.site];
-        if (site.a && site.num_slices && body(divide(args, segment, site))) return;
+        if (!site.a || !site.num_slices) continue;
+        for (int row = segment.start; row < segment.end; row += kBlockRows)
+            body(Work{&site, row, std::min(segment.end, row + kBlockRows)});
     }
 }
 
-template <Divide divide>
-int count_chunks(const ReefLoraArgs& args) {
-    int chunks = 0;
-    for_each_work<divide>(args, [&](const Work& work) {
-        chunks += work.chunks();
-        return false;
-    });
-    return chunks;
-}
+// The cost of reading a byte, or of multiplying with it, whichever is longer; 100 to a nanosecond.
+int64_t cost_of_byte(const Work& work) { return std::max(4, work.row1 - work.row0); }
 
-// What a chunk does: rows [row0, row1) of the batch's list and ranks or columns [begin, end).
-struct Piece {
-    const ReefLoraSite* site;
-    int row0, row1;
-    int begin, end;
-};
-
-template <Divide divide>
-Piece find_piece(const ReefLoraArgs& args, int chunk) {
-    Piece piece{};
-    for_each_work<divide>(args, [&](const Work& work) {
-        if (chunk >= work.chunks()) {
-            chunk -= work.chunks();
-            return false;
-        }
-        const int row0 = work.segment->start + chunk / work.runs() * kBlockRows;
-        const int begin = work.begin + chunk % work.runs() * work.length;
-        piece = {work.site, row0, std::min(work.segment->end, row0 + kBlockRows), begin,
-                 std::min(work.end, begin + work.length)};
-        return true;
-    });
-    return piece;
+// Long ones, which memory streams best, but no thread idle while another has microseconds to do.
+int chunks_of(int64_t cost, int64_t threads) {
+    const int64_t nanoseconds = cost / 100;
+    const int64_t equal = nanoseconds / 24000 / threads * threads;
+    return static_cast<int>(std::clamp<int64_t>(equal, std::min(threads, 1 + nanoseconds / 2000), 256));
 }
 
 // ==== Shrink ====
@@ -195,14 +131,15 @@ inline void multiply_step(F16 (&sums)[kRows][kRanks], const bf16* const* x, cons
 }
 
 template <int kRows, int kRanks>
-void shrink_tile(const bf16* const* x, const bf16* a, int in_features, bf16* h, int64_t h_stride) {
+void shrink_tile(const bf16* const* x, const bf16* a, const bf16* next, int in_features, bf16* h,
+                 int64_t h_stride) {
+    const int64_t stride = in_features;
     F16 sums[kRows][kRanks];
     for (auto& row : sums)
         for (F16& entry : row) entry = zero();
     int k = 0;
     for (; k + 32 <= in_features; k += 32) {
-        for (int rank = 0; rank < kRanks; ++rank)
-            fetch_soon(a + (kRanks + rank) * static_cast<int64_t>(in_features) + k);
+        for (int rank = 0; rank < kRanks; ++rank) fetch_soon(next + rank * stride + k);
         multiply_step(sums, x, a, in_features, k, [](const bf16* p) { return load_pairs(p); });
     }
     if (k < in_features) {
@@ -213,187 +150,271 @@ void shrink_tile(const bf16* const* x, const bf16* a, int in_features, bf16* h, 
     store_sums(sums, h, h_stride);
 }
 
+// Ranks [begin, end) of a work.
+struct Ranks {
+    Work work;
+    int begin, end;
+};
+
+// `next` is read after these ranks.
 template <int kRanks>
-void shrink_rows(const ReefLoraArgs& args, const Piece& piece, int rank) {
+void shrink_rows(const ReefLoraArgs& args, const Work& work, int rank, const bf16* next) {
     const int in = args.in_features;
-    const bf16* a = piece.site->a + static_cast<int64_t>(rank) * in;
-    for (int i = piece.row0; i < piece.row1;) {
-        const bf16* x[kTileRows];
-        const int rows = std::min(kTileRows, piece.row1 - i);
+    const bf16* a = work.site->a + static_cast<int64_t>(rank) * in;
+    for (int i = work.row0; i < work.row1;) {
+        const bf16* x[kShrinkRows];
+        const int rows = std::min(kShrinkRows, work.row1 - i);
         for (int j = 0; j < rows; ++j) x[j] = args.x + args.batch->rows[i + j] * args.x_stride;
         bf16* h = args.h + i * args.h_stride + rank;
-        if (rows == kTileRows) {
-            shrink_tile<kTileRows, kRanks>(x, a, in, h, args.h_stride);
-            i += kTileRows;
+        if (rows == kShrinkRows) {
+            shrink_tile<kShrinkRows, kRanks>(x, a, next, in, h, args.h_stride);
+            i += kShrinkRows;
         } else if (rows >= 2) {
-            shrink_tile<2, kRanks>(x, a, in, h, args.h_stride);
+            shrink_tile<2, kRanks>(x, a, next, in, h, args.h_stride);
             i += 2;
         } else {
-            shrink_tile<1, kRanks>(x, a, in, h, args.h_stride);
+            shrink_tile<1, kRanks>(x, a, next, in, h, args.h_stride);
             i += 1;
         }
     }
 }
 
+void shrink_ranks(const ReefLoraArgs& args, const Ranks& ranks, const bf16* next) {
+    int rank = ranks.begin;
+    for (; rank + kTileRanks <= ranks.end; rank += kTileRanks) {
+        const int64_t after = static_cast<int64_t>(rank + kTileRanks) * args.in_features;
+        const bf16* following = rank + kTileRanks < ranks.end ? ranks.work.site->a + after : next;
+        shrink_rows<kTileRanks>(args, ranks.work, rank, following);
+    }
+    for (; rank < ranks.end; ++rank) shrink_rows<1>(args, ranks.work, rank, next);
+}
+
+int64_t cost_of_ranks(const ReefLoraArgs& args, const Work& work) {  // of a tile of them
+    return cost_of_byte(work) * std::max(1, args.in_features) * kTileRanks * 2;
+}
+
+int64_t shrink_cost(const ReefLoraArgs& args) {
+    int64_t cost = 0;
+    for_each_work(args, [&](const Work& work) {
+        cost += ceil_div(work.site->lora_rank, kTileRanks) * cost_of_ranks(args, work);
+    });
+    return cost;
+}
+
+// body(ranks) for the tiles that begin within costs [begin, end) of all.
+template <class Body>
+void for_ranks_between(const ReefLoraArgs& args, int64_t begin, int64_t end, Body body) {
+    for_each_work(args, [&](const Work& work) {
+        const int64_t cost = cost_of_ranks(args, work);
+        const int64_t tiles = ceil_div(work.site->lora_rank, kTileRanks);
+        const int64_t first = std::clamp<int64_t>((begin + cost - 1) / cost, 0, tiles);
+        const int64_t last = std::clamp<int64_t>((end + cost - 1) / cost, 0, tiles);
+        const int rank = static_cast<int>(first) * kTileRanks;
+        if (first < last)
+            body(Ranks{work, rank, std::min<int>(last * kTileRanks, work.site->lora_rank)});
+        begin -= tiles * cost;
+        end -= tiles * cost;
+    });
+}
+
 void shrink_chunk(const void* pointer, int chunk) {
     const auto& args = *static_cast<const ReefLoraArgs*>(pointer);
-    const Piece piece = find_piece<divide_ranks>(args, chunk);
-    int rank = piece.begin;
-    for (; rank + kTileRanks <= piece.end; rank += kTileRanks)
-        shrink_rows<kTileRanks>(args, piece, rank);
-    for (; rank < piece.end; ++rank) shrink_rows<1>(args, piece, rank);
+    const int64_t cost = shrink_cost(args);
+    const int chunks = chunks_of(cost, args.threads);
+    Ranks ranks{};  // known one ahead of what is computed
+    for_ranks_between(args, cost * chunk / chunks, cost * (chunk + 1) / chunks,
+                      [&](const Ranks& next) {
+        const bf16* a = next.work.site->a + static_cast<int64_t>(next.begin) * args.in_features;
+        if (ranks.work.site) shrink_ranks(args, ranks, a);
+        ranks = next;
+    });
+    const bf16* a = ranks.work.site ? ranks.work.site->a : nullptr;
+    const int64_t after = static_cast<int64_t>(ranks.end) * args.in_features;
+    if (a) shrink_ranks(args, ranks, a + after);
 }
 
 // ==== Expand ====
 
 // y += sums, rounded once. Subnormal results may become zero, as they do in the products.
-#if defined(__AVX512BF16__)
 inline void add_to(bf16* y, F16 sums) {
+#if defined(__AVX512BF16__)
     const __m256bh rounded = _mm512_cvtneps_pbh((load(y) + sums).v);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(y), (__m256i)rounded);
-}
-inline void add_to(bf16* y, F16 sums, int n) {
-    const __m256bh rounded = _mm512_cvtneps_pbh((load(y, n) + sums).v);
-    _mm256_mask_storeu_epi16(y, first(n), (__m256i)rounded);
-}
 #else
-inline void add_to(bf16* y, F16 sums) { store(y, load(y) + sums); }
-inline void add_to(bf16* y, F16 sums, int n) { store(y, load(y, n) + sums, n); }
+    store(y, load(y) + sums);
 #endif
+}
 
-// Columns of y, from `y[row]` on, of kRows rows: kVectors whole vectors or `n` < 16 columns.
+// Lanes [begin, end) alone.
+inline void add_to(bf16* y, F16 sums, int begin, int end) {
+    if (begin >= end) return;
+    bf16 some[kLanes] = {};
+    std::memcpy(some + begin, y + begin, 2 * static_cast<size_t>(end - begin));
+    add_to(some, sums);
+    std::memcpy(y + begin, some + begin, 2 * static_cast<size_t>(end - begin));
+}
+
+// Columns [begin, end) of a slice, and what is read after them.
 struct Columns {
-    const bf16* b;   // their first pair
-    int64_t stride;  // from a pair to the next
-    int ranks;
-    int n;
+    Work work;
+    const ReefLoraSlice* slice;
+    int begin, end;
+
+    int ranks() const { return slice->r1 - slice->r0; }
+    // B is [panel][pair][32][2].
+    int64_t panel_size() const { return int64_t{64} * ((ranks() + 1) / 2); }
+    const bf16* at(int panel) const { return slice->b + panel * panel_size(); }
+    int first_panel() const { return begin / reef::kPanel; }
+    int last_panel() const { return ceil_div(end, reef::kPanel); }
 };
 
-template <int kRows, int kVectors, class LoadB>
-inline void add_pairs(F16 (&sums)[kRows][kVectors], const bf16* const* h, const Columns& columns,
-                      LoadB load_b) {
-    const auto add = [&](const B32 (&factors)[kRows], const bf16* b) {
-        for (int v = 0; v < kVectors; ++v) {
-            const B32 pairs = load_b(b + 32 * v);
-            fetch(b + 32 * v + kAhead);
-            for (int row = 0; row < kRows; ++row)
-                sums[row][v] = dot(factors[row], pairs, sums[row][v]);
+// A panel's ranks and what is read kAhead later: `ahead`, but from `turn` on so much further.
+struct Panel {
+    const bf16* b;
+    const bf16* ahead;
+    const bf16* turn;
+    int64_t jump;
+    int ranks;
+};
+
+template <int kRows>
+inline void add_pairs(F16 (&sums)[kRows][2], const bf16* const* h, const Panel& panel) {
+    const auto add = [&](const B32 (&factors)[kRows], int pair) {
+        const B32 low = load_pairs(panel.b + 64 * pair), high = load_pairs(panel.b + 64 * pair + 32);
+        const bf16* ahead = panel.ahead + 64 * pair;
+        ahead += ahead < panel.turn ? 0 : panel.jump;
+        fetch_soon(ahead);
+        fetch_soon(ahead + 32);
+        for (int row = 0; row < kRows; ++row) {
+            sums[row][0] = dot(factors[row], low, sums[row][0]);
+            sums[row][1] = dot(factors[row], high, sums[row][1]);
         }
     };
     B32 factors[kRows];
-    const bf16* b = columns.b;
-    int rank = 0;
-    for (; rank + 2 <= columns.ranks; rank += 2, b += columns.stride) {
-        for (int row = 0; row < kRows; ++row) factors[row] = repeat_pair(h[row] + rank);
-        add(factors, b);
+    const int pairs = panel.ranks / 2;
+    for (int pair = 0; pair < pairs; ++pair) {
+        for (int row = 0; row < kRows; ++row) factors[row] = repeat_pair(h[row] + 2 * pair);
+        add(factors, pair);
     }
-    if (rank == columns.ranks) return;
+    if (panel.ranks % 2 == 0) return;
     for (int row = 0; row < kRows; ++row) {  // what follows the last rank of h may be NaN
-        const bf16 last[2] = {h[row][rank], 0};
+        const bf16 last[2] = {h[row][2 * pairs], 0};
         factors[row] = repeat_pair(last);
     }
-    add(factors, b);
+    add(factors, pairs);
 }
 
-template <int kRows, int kVectors>
-void expand_tile(bf16* const* y, const bf16* const* h, const Columns& columns) {
-    F16 sums[kRows][kVectors];
-    for (auto& row : sums)
-        for (F16& entry : row) entry = zero();
-    add_pairs(sums, h, columns, [](const bf16* p) { return load_pairs(p); });
-    for (int row = 0; row < kRows; ++row)
-        for (int v = 0; v < kVectors; ++v)
-            add_to(y[row] + kLanes * v, sums[row][v]);
-}
-
+// Panels [first, last) of `columns`, for kRows rows of the batch's list from i on.
 template <int kRows>
-void expand_part_of_vector(bf16* const* y, const bf16* const* h, const Columns& columns) {
-    F16 sums[kRows][1];
-    for (auto& row : sums) row[0] = zero();
-    const int n = columns.n;
-    add_pairs(sums, h, columns, [n](const bf16* p) { return load_pairs(p, 2 * n); });
-    for (int row = 0; row < kRows; ++row) add_to(y[row], sums[row][0], n);
-}
-
-template <int kRows>
-void expand_columns(bf16* const* y, const bf16* const* h, const Columns& columns) {
-    if (columns.n == kTileColumns) expand_tile<kRows, kTileVectors>(y, h, columns);
-    else if (columns.n == kLanes) expand_tile<kRows, 1>(y, h, columns);
-    else expand_part_of_vector<kRows>(y, h, columns);
-}
-
-// The next tile's part of y: too short a run per row for the machine to see it coming.
-inline void fetch_outputs(const ReefLoraArgs& args, int row, int end, int column) {
-    for (int i = row; i < std::min(row + kTileRows, end); ++i) {
-        const bf16* y = args.y + args.batch->rows[i] * args.y_stride + column;
-        fetch(y);
-        fetch(y + 32);
+void expand_tile(const ReefLoraArgs& args, const Columns& columns, int first, int last, int i,
+                 const bf16* next) {
+    bf16* y[kRows];
+    const bf16* h[kRows];
+    for (int j = 0; j < kRows; ++j) {
+        y[j] = args.y + args.batch->rows[i + j] * args.y_stride + columns.slice->out0;
+        h[j] = args.h + (i + j) * args.h_stride + columns.slice->r0;
     }
-}
-
-// `column` of y is the first of `columns`, `rank` the first of the slice.
-void expand_rows(const ReefLoraArgs& args, const Piece& piece, int column, int rank,
-                 const Columns& columns) {
-    for (int i = piece.row0; i < piece.row1;) {
-        bf16* y[kTileRows];
-        const bf16* h[kTileRows];
-        const int rows = std::min(kTileRows, piece.row1 - i);
-        for (int j = 0; j < rows; ++j) {
-            y[j] = args.y + args.batch->rows[i + j] * args.y_stride + column;
-            h[j] = args.h + (i + j) * args.h_stride + rank;
-        }
-        fetch_outputs(args, i + kTileRows, piece.row1, column);
-        if (rows == kTileRows) {
-            expand_columns<kTileRows>(y, h, columns);
-            i += kTileRows;
-        } else if (rows >= 2) {
-            expand_columns<2>(y, h, columns);
-            i += 2;
-        } else {
-            expand_columns<1>(y, h, columns);
-            i += 1;
+    const bf16* turn = columns.at(columns.last_panel());
+    for (int p = first; p < last; ++p) {
+        const bf16* b = columns.at(p);
+        F16 sums[kRows][2];
+        for (auto& row : sums) row[0] = row[1] = zero();
+        add_pairs(sums, h, Panel{b, b + kAhead / 2, turn, next - turn, columns.ranks()});
+        const int column = p * reef::kPanel;
+        const int begin = std::max(columns.begin - column, 0);
+        const int end = std::min(columns.end - column, int{reef::kPanel});
+        for (int row = 0; row < kRows; ++row) {
+            bf16* out = y[row] + column;
+            if (end - begin == reef::kPanel) {
+                add_to(out, sums[row][0]);
+                add_to(out + kLanes, sums[row][1]);
+            } else {
+                add_to(out, sums[row][0], begin, std::min(end, kLanes));
+                add_to(out + kLanes, sums[row][1], std::max(begin - kLanes, 0), end - kLanes);
+            }
         }
     }
 }
 
-// The beginning of every pair's run of columns, all at once; from there on each tile looks ahead.
-void fetch_first_columns(const ReefLoraSlice& slice, int column) {
-    const int width = slice.out1 - slice.out0;
-    const int pairs = (slice.r1 - slice.r0 + 1) / 2;
-    for (int pair = 0; pair < pairs; ++pair) {
-        const bf16* b = slice.b + 2 * (static_cast<int64_t>(pair) * width + column - slice.out0);
-        for (int i = 0; i < kAhead; i += 32) fetch_soon(b + i);
+template <int kRows = kExpandRows>
+void expand_panels(const ReefLoraArgs& args, const Columns& columns, int first, int last, int i,
+                   const bf16* next) {
+    const int end = columns.work.row1;
+    for (; i + kRows <= end; i += kRows) expand_tile<kRows>(args, columns, first, last, i, next);
+    if constexpr (kRows > 1) expand_panels<kRows / 2>(args, columns, first, last, i, next);
+}
+
+// `next` is read after these columns.
+void expand_columns(const ReefLoraArgs& args, const Columns& columns, const bf16* next) {
+    const int64_t together = std::max<int64_t>(kTogether / (2 * columns.panel_size()), 1);
+    const int end = columns.last_panel();
+    for (int panel = columns.first_panel(); panel < end;) {
+        const int last = static_cast<int>(std::min<int64_t>(panel + together, end));
+        expand_panels(args, columns, panel, last, columns.work.row0, next);
+        panel = last;
     }
 }
 
-void expand_slice(const ReefLoraArgs& args, const Piece& piece, const ReefLoraSlice& slice) {
-    const int begin = std::max(piece.begin, slice.out0), end = std::min(piece.end, slice.out1);
-    const int64_t stride = 2 * static_cast<int64_t>(slice.out1 - slice.out0);
-    if (begin < end) fetch_first_columns(slice, begin);
-    for (int column = begin; column < end;) {
-        const int left = end - column;
-        const int n = left >= kTileColumns ? kTileColumns : std::min(left, kLanes);
-        const bf16* b = slice.b + 2 * (column - slice.out0);
-        expand_rows(args, piece, column, slice.r0, {b, stride, slice.r1 - slice.r0, n});
-        column += n;
-    }
+template <class Body>
+void for_each_slice(const ReefLoraArgs& args, Body body) {
+    for_each_work(args, [&](const Work& work) {
+        for (int s = 0; s < work.site->num_slices; ++s) {
+            const ReefLoraSlice& slice = work.site->slices[s];
+            body(Columns{work, &slice, 0, slice.out1 - slice.out0});
+        }
+    });
+}
+
+int64_t cost_of_panel(const Columns& columns) {
+    return std::max<int64_t>(1, cost_of_byte(columns.work) * columns.panel_size() * 2);
+}
+
+int64_t expand_cost(const ReefLoraArgs& args) {
+    int64_t cost = 0;
+    for_each_slice(args, [&](const Columns& columns) {
+        cost += cost_of_panel(columns) * columns.last_panel();
+    });
+    return cost;
+}
+
+// body(columns) for the panels that begin within costs [begin, end) of all.
+template <class Body>
+void for_columns_between(const ReefLoraArgs& args, int64_t begin, int64_t end, Body body) {
+    for_each_slice(args, [&](Columns columns) {
+        const int64_t cost = cost_of_panel(columns), panels = columns.last_panel();
+        const int64_t first = std::clamp<int64_t>((begin + cost - 1) / cost, 0, panels);
+        const int64_t last = std::clamp<int64_t>((end + cost - 1) / cost, 0, panels);
+        columns.begin = static_cast<int>(first) * reef::kPanel;
+        columns.end = std::min(columns.end, static_cast<int>(last) * reef::kPanel);
+        if (first < last) body(columns);
+        begin -= panels * cost;
+        end -= panels * cost;
+    });
 }
 
 void expand_chunk(const void* pointer, int chunk) {
     const auto& args = *static_cast<const ReefLoraArgs*>(pointer);
-    const Piece piece = find_piece<divide_columns>(args, chunk);
-    for (int s = 0; s < piece.site->num_slices; ++s)
-        expand_slice(args, piece, piece.site->slices[s]);
+    const int64_t cost = expand_cost(args);
+    const int chunks = chunks_of(cost, args.threads);
+    Columns columns{};  // known one ahead of what is computed
+    for_columns_between(args, cost * chunk / chunks, cost * (chunk + 1) / chunks,
+                        [&](const Columns& next) {
+        if (columns.slice) expand_columns(args, columns, next.at(next.first_panel()));
+        columns = next;
+    });
+    if (columns.slice) expand_columns(args, columns, columns.at(columns.last_panel()));
 }
 
 }  // namespace
 
 reef::Task lora_shrink(const ReefLoraArgs* args, int) {
-    return {shrink_chunk, args, count_chunks<divide_ranks>(*args)};
+    const int64_t cost = shrink_cost(*args);
+    return {shrink_chunk, args, cost ? chunks_of(cost, args->threads) : 0};
 }
 
 reef::Task lora_expand(const ReefLoraArgs* args, int) {
-    return {expand_chunk, args, count_chunks<divide_columns>(*args)};
+    const int64_t cost = expand_cost(*args);
+    return {expand_chunk, args, cost ? chunks_of(cost, args->threads) : 0};
 }
 
 }  // namespace REEF_ISA

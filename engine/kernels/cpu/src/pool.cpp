@@ -18,6 +18,14 @@ inline void relax() {
 #endif
 }
 
+// Until so many chunks at most are unfinished; somebody is at the others.
+void wait_for_unfinished(const std::atomic<uint32_t>& unfinished, uint32_t at_most) {
+    for (int spins = 0; unfinished.load(std::memory_order_acquire) > at_most; ++spins) {
+        if (spins < kSpinsBeforeYield) relax();
+        else std::this_thread::yield();
+    }
+}
+
 inline uint32_t job_of(uint64_t ticket) { return static_cast<uint32_t>(ticket >> 32); }
 inline uint32_t left_of(uint64_t ticket) { return static_cast<uint32_t>(ticket); }
 
@@ -43,16 +51,13 @@ void Pool::run(const Task* tasks, int num_tasks) {
     tasks_ = tasks;
     num_tasks_ = static_cast<uint32_t>(num_tasks);
     if (workers_.empty() || chunks == 1) {
-        for (uint32_t i = 0; i < chunks; ++i) run_chunk(i);
+        for (uint32_t i = chunks; i-- > 0;) run_chunk(i);
         return;
     }
     const uint32_t job = job_of(ticket_.load(std::memory_order_relaxed)) + 1;
     begin(job, chunks);
     take_chunks(job);
-    for (int spins = 0; unfinished_.load(std::memory_order_acquire) != 0; ++spins) {
-        if (spins < kSpinsBeforeYield) relax();
-        else std::this_thread::yield();
-    }
+    wait_for_unfinished(unfinished_, 0);
 }
 
 void Pool::begin(uint32_t job, uint32_t chunks) {
@@ -67,10 +72,19 @@ void Pool::take_chunks(uint32_t job) {
     uint64_t ticket = ticket_.load(std::memory_order_acquire);
     while (job_of(ticket) == job && left_of(ticket) != 0) {
         if (!ticket_.compare_exchange_weak(ticket, ticket - 1, std::memory_order_acq_rel)) continue;
+        wait_for_later_tasks(left_of(ticket) - 1);
         run_chunk(left_of(ticket) - 1);
         unfinished_.fetch_sub(1, std::memory_order_acq_rel);
         ticket = ticket_.load(std::memory_order_acquire);
     }
+}
+
+// Chunks of this task and of those before it cannot have ended while a later one's have not.
+void Pool::wait_for_later_tasks(uint32_t index) const {
+    const Task* task = tasks_;
+    uint32_t end = static_cast<uint32_t>(task->chunks);
+    while (index >= end) end += static_cast<uint32_t>((++task)->chunks);
+    if (task->waits) wait_for_unfinished(unfinished_, end);
 }
 
 void Pool::run_chunk(uint32_t index) const {

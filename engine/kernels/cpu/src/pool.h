@@ -24,8 +24,8 @@ public:
 
     int threads() const { return 1 + static_cast<int>(workers_.size()); }
 
-    // Runs every chunk of every task; tasks of one call must not depend on each other.
-    // One call at a time.
+    // Runs every chunk of every task, from the last to the first; tasks of one call must not
+    // depend on each other but for those that wait. One call at a time.
     void run(const Task* tasks, int num_tasks);
     void run(const Task& task) { run(&task, 1); }
 
@@ -33,6 +33,7 @@ private:
     void serve();
     void take_chunks(uint32_t job);
     void run_chunk(uint32_t index) const;
+    void wait_for_later_tasks(uint32_t index) const;
     void begin(uint32_t job, uint32_t chunks);
     uint32_t wait_for_job(uint32_t last);
 

@@ -85,7 +85,8 @@ public:
     }
 
 private:
-    // The adapters' shrink reads what the base layer reads, so both share one region.
+    // The adapters' shrink reads what the base layer reads and comes first; expand adds to what
+    // the layer has written.
     void linear(ReefOp& op) {
         const reef::Kernels& kernels = context_.kernels;
         const int threads = context_.pool.threads();
@@ -96,10 +97,12 @@ private:
         op.lora.site = op.lora_site;
         op.lora.h = step_.lora_h;
         op.lora.h_stride = step_.lora_h_stride;
-        const reef::Task both[] = {
-            kernels.linear(&op.linear, threads), kernels.lora_shrink(&op.lora, threads)};
-        context_.pool.run(both, 2);
-        context_.run(kernels.lora_expand, &op.lora);
+        op.lora.threads = threads;
+        reef::Task expand = kernels.lora_expand(&op.lora, threads);
+        expand.waits = true;
+        const reef::Task tasks[] = {
+            expand, kernels.linear(&op.linear, threads), kernels.lora_shrink(&op.lora, threads)};
+        context_.pool.run(tasks, 3);
     }
 
     ReefContext& context_;

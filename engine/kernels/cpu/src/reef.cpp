@@ -28,8 +28,13 @@ void reef_linear(ReefContext* context, const ReefLinearArgs* args) {
 }
 
 void reef_lora(ReefContext* context, const ReefLoraArgs* args) {
-    context->run(context->kernels.lora_shrink, args);
-    context->run(context->kernels.lora_expand, args);
+    ReefLoraArgs all = *args;
+    all.threads = context->pool.threads();
+    const reef::Kernels& kernels = context->kernels;
+    reef::Task tasks[] = {
+        kernels.lora_expand(&all, all.threads), kernels.lora_shrink(&all, all.threads)};
+    tasks[0].waits = true;
+    context->pool.run(tasks, 2);
 }
 
 void reef_store(ReefContext* context, const ReefStoreArgs* args) {

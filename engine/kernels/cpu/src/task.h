@@ -10,6 +10,8 @@ struct Task {
     void (*run)(const void* args, int chunk);
     const void* args;  // lives until the pool has run all chunks
     int chunks;
+    // Chunks begin once the tasks behind this one in the call have ended; for the first task alone
+    bool waits = false;
 };
 
 }  // namespace reef
