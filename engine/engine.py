@@ -250,11 +250,14 @@ class Engine:
             b_layout=self.model.b_layout,
             pin=s.device.type == "cuda",
         )
-        most = self.config.adapter_memory_bytes
-        if most is not None and weights.nbytes > most:
+        name = (
+            "memory_bytes" if self.config.adapter_memory_bytes is None else "adapter_memory_bytes"
+        )
+        most = getattr(self.config, name)
+        if weights.nbytes > most:
             raise AdapterLoadError(
                 f"adapter {adapter.digest} needs {weights.nbytes} bytes on the device; "
-                f"adapter_memory_bytes is {most}"
+                f"{name} is {most}"
             )
         return weights
 
