@@ -292,11 +292,13 @@ class Engine:
             packed = self.model.pack_adapter(weights)
         except ValueError as error:
             raise AdapterLoadError(str(error)) from error
-        most = self.config.adapter_memory_bytes
-        if most is not None and packed.nbytes > most:
+        most, name = self.config.adapter_memory_bytes, "adapter_memory_bytes"
+        if most is None:
+            most, name = s.memory_bytes, "memory_bytes"
+        if packed.nbytes > most:
             raise AdapterLoadError(
                 f"adapter {adapter.digest} needs {packed.nbytes} bytes on the device; "
-                f"adapter_memory_bytes is {most}"
+                f"{name} is {most}"
             )
         return packed
 

@@ -64,7 +64,9 @@ def self_test(config: EngineConfig, settled: Settled) -> None:
     if config.block_size % 16:
         raise ValueError(f"block_size={config.block_size} is not a multiple of 16")
     if settled.spec.head_dim % 8 or settled.spec.head_dim > 256:
-        raise ValueError(f"heads of {settled.spec.head_dim}; only multiples of 8 up to 256 are done")
+        raise ValueError(
+            f"heads of {settled.spec.head_dim}; only multiples of 8 up to 256 are done"
+        )
     gate_up = torch.linspace(-3, 3, 64, device=settled.device).view(2, 32).to(settled.dtype)
     out = torch.empty(2, 16, dtype=settled.dtype, device=settled.device)
     gate(gate_up, out, "silu")

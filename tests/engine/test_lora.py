@@ -229,10 +229,14 @@ def test_an_adapter_of_another_base_is_refused(tiny: Tiny, tmp_path: Path) -> No
 def test_an_adapter_larger_than_its_memory_is_refused(
     tiny: Tiny, adapters: dict[str, AdapterFolder]
 ) -> None:
-    engine = make_engine(tiny.folder, adapter_memory_bytes=1000)
-    last = run(engine, [request_for("r", adapters["large"], 4)])["r", 0].last
-    assert last is not None and last.error is not None
-    assert "adapter_memory_bytes is 1000" in last.error.message
+    for changes, text in (
+        ({"adapter_memory_bytes": 1000}, "adapter_memory_bytes is 1000"),
+        ({"memory_bytes": 2**17}, f"; memory_bytes is {2**17}"),
+    ):
+        engine = make_engine(tiny.folder, **changes)
+        last = run(engine, [request_for("r", adapters["large"], 4)])["r", 0].last
+        assert last is not None and last.error is not None
+        assert text in last.error.message
 
 
 @pytest.mark.parametrize("is_known", [False, True], ids=["as-it-arrives", "at-once"])

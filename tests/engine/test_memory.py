@@ -348,6 +348,16 @@ def test_a_pinned_adapter_moves_up_where_that_gives_kv_room() -> None:
     assert memory.blocks.limit == (TOP - 768) // BLOCK_BYTES == 16
 
 
+def test_what_is_evicted_in_the_same_step_is_not_moved_before() -> None:
+    memory = make_memory({"a": 1000, "b": 700})
+    place(memory, "a", "b")
+    slot = memory.adapters.slot("b")
+    memory.discard("a")
+    memory.take_changes()
+    assert memory.reserve(16) and memory.reserve(19)
+    assert memory.take_changes() == ((slot,), (), ())
+
+
 def test_an_extent_never_moves_over_itself_but_is_loaded_anew_once_it_is_idle() -> None:
     memory = make_memory({"b": 700, "d": 3000})
     place(memory, "b", "d")

@@ -368,6 +368,24 @@ def test_nobody_overtakes_a_request_whose_adapter_has_to_be_copied_again() -> No
     assert [r.request_id for r in world.scheduler.running] == ["slow"]
 
 
+def test_what_a_lost_step_was_to_move_is_computed_again() -> None:
+    world = make_world(num_blocks=13, max_num_seqs=2)
+    for first, request_id in enumerate(("low", "high")):
+        prompt = list(range(first, first + 20))
+        world.scheduler.add(make_request(request_id, prompt, max_tokens=1))
+    world.run()
+    assert world.scheduler.blocks.num_cached == 10
+    world.scheduler.add(make_request("lost", [1], adapter="z"))
+    batch = world.scheduler.schedule(9.0)
+    assert batch is not None and batch.moves
+    world.device.lose(batch)
+    assert [r.request_id for r in world.scheduler.fail(batch)] == ["lost"]
+    for first, request_id in enumerate(("low", "high")):
+        prompt = list(range(first, first + 20))
+        world.scheduler.add(make_request(request_id, prompt, max_tokens=1))
+    assert len(world.run()) == 2
+
+
 def test_a_request_that_never_fits_is_refused_with_the_bytes() -> None:
     world = make_world(num_blocks=13)
     world.scheduler.add(make_request("fits", [1] * 4, adapter="z", max_tokens=29))
