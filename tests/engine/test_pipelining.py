@@ -23,7 +23,7 @@ class PipelinedTraffic(Traffic):
 
 
 TestTraffic = PipelinedTraffic.TestCase
-TestTraffic.settings = settings(max_examples=200, stateful_step_count=40, deadline=None)
+TestTraffic.settings = settings(max_examples=100, stateful_step_count=30, deadline=None)
 
 
 def ahead(**changes: Any) -> World:
