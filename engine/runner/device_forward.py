@@ -67,7 +67,7 @@ class LoraPlanner(Protocol):
         """Longest list of a batch of this many rows, and of any smaller one."""
         ...
 
-    def plan(self, row_slots: Numbers) -> LoraPlan:
+    def plan(self, row_slots: Sequence[int]) -> LoraPlan:
         """Row i has the adapter in `row_slots[i]`, 0 for none."""
         ...
 
@@ -278,7 +278,7 @@ class DeviceForward:
         )
 
     def _lora_words(self, row_slots: Numbers) -> Numbers:
-        return self._lora.plan(row_slots).words
+        return self._lora.plan(row_slots.tolist()).words
 
 
 _NO_WORDS: Numbers = np.zeros(0, np.int32)

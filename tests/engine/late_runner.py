@@ -3,6 +3,7 @@
 A step is computed when its result is asked for, by which time the next one has been scheduled.
 """
 
+from collections import deque
 from dataclasses import dataclass, replace
 
 from engine.runner.model_runner import ModelRunner, RowOutput
@@ -25,6 +26,7 @@ class LateRunner(ModelRunner):
     refuses_launch = False
     loses_step = False
     num_in_flight = 0
+    loads_are_immediate = True  # False: some polls after their step
 
     def __init__(self, *args: object) -> None:
         super().__init__(*args)  # type: ignore[arg-type]
@@ -32,6 +34,8 @@ class LateRunner(ModelRunner):
         self._weights = {}
         self._host_weights = self._weights.__getitem__
         self._sampled: dict[tuple[str, int, int], int] = {}
+        self._computed_loads: list[str] = []
+        self._on_their_way: deque[list[str]] = deque([[], [], []])
 
     def launch(self, batch: ScheduledBatch) -> LateStep:
         if self.refuses_launch:
@@ -42,8 +46,14 @@ class LateRunner(ModelRunner):
             self._weights[load.digest] = self._at_launch(load.digest)
         return LateStep(self, batch)
 
+    def arrived(self) -> tuple[str, ...]:
+        self._on_their_way.append(self._computed_loads)
+        self._computed_loads = []
+        return tuple(self._on_their_way.popleft())
+
     def compute(self, batch: ScheduledBatch) -> list[RowOutput]:
         self.num_in_flight -= 1
+        self._computed_loads += [load.digest for load in batch.adapter_loads]
         sampled, self._sampled = self._sampled, {}
         rows = tuple(_resolved(r, sampled) for r in batch.requests)
         if self.loses_step:

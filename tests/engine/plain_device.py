@@ -55,7 +55,7 @@ class PlainBank:
     def max_words(self, num_rows: int) -> int:
         return num_rows
 
-    def plan(self, row_slots: Numbers) -> PlainPlan:
+    def plan(self, row_slots: Sequence[int]) -> PlainPlan:
         return PlainPlan(np.asarray(row_slots, np.int32))
 
     def batch(self, num_rows: int, words: Tensor | None = None) -> LoraBatch:

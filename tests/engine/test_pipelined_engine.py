@@ -127,8 +127,13 @@ def test_preemption_changes_no_answer(ahead: MakeEngine, expected: Answers) -> N
     assert engine.stats.total_preemptions > 0
 
 
+@pytest.mark.parametrize("loads_are_immediate", [True, False])
 def test_adapters_that_take_turns_change_no_answer(
-    ahead: MakeEngine, tiny: Tiny, tmp_path: Path
+    ahead: MakeEngine,
+    tiny: Tiny,
+    tmp_path: Path,
+    loads_are_immediate: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     adapters = [write_adapter(tiny.folder, tmp_path / f"a{i}", seed=i) for i in range(3)]
     requests = [
@@ -137,7 +142,10 @@ def test_adapters_that_take_turns_change_no_answer(
     ]
     changes = {"adapter_memory_bytes": 40_000}
     expected = run(make_engine(tiny.folder, **changes), requests)
-    assert_same(run(ahead(**changes), requests), expected)
+    monkeypatch.setattr(LateRunner, "loads_are_immediate", loads_are_immediate)
+    engine = ahead(**changes)
+    assert_same(run(engine, requests), expected)
+    assert not engine.scheduler.adapters.is_any_loading
 
 
 def test_no_step_is_launched_for_nothing(ahead: MakeEngine) -> None:

@@ -129,7 +129,7 @@ def test_without_graphs_the_text_is_the_same(
     folder: Path, plain: Decoder, adapters: list[LoraWeights]
 ) -> None:
     runner = with_adapters(folder, adapters, uses_graphs=False)
-    generations = generations_of(SAMPLINGS, [2, 0, 2], BLOCK_SIZE)
+    generations = generations_of(SAMPLINGS[:2], [2, 0], BLOCK_SIZE)
     drive(runner, generations, budget=LIMITS.max_num_batched_tokens, depth=1, seed=2)
     check(plain, adapters, generations)
 
