@@ -60,7 +60,7 @@ def load_triton(config: EngineConfig, s: Settled, *, progress: bool) -> LoadedMo
 
 
 def self_test(config: EngineConfig, settled: Settled) -> None:
-    """Compiles and runs the smallest kernel. Raises whatever keeps it, or the model, from working."""
+    """Raises whatever keeps the model, or the smallest kernel, from being run."""
     if config.block_size % 16:
         raise ValueError(f"block_size={config.block_size} is not a multiple of 16")
     if settled.spec.head_dim % 8 or settled.spec.head_dim > 256:
