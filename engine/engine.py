@@ -1,14 +1,18 @@
 """Engine: requests in, tokens out, one step at a time, in one process and one thread.
 
-    step():  schedule -> execute -> update
+    step():  schedule -> launch -> update
 
+Where the runner computes asynchronously, a step launches the next batch first and then takes the
+results of the one before, so that the device never waits for Python. At most two batches exist.
 Adapters are read and decoded by the host cache's threads; the step loop only notices when they
 are ready. A step that raises ends its own requests with an error and nothing else.
 """
 
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 from engine.config import EngineConfig
@@ -28,7 +32,13 @@ from engine.messages import (
 )
 from engine.model.families import read_eos_token_ids
 from engine.runner.load import load_model
-from engine.runner.model_runner import ModelRunner, RowOutput
+from engine.runner.model_runner import (
+    FailedStep,
+    ModelRunner,
+    RowOutput,
+    Runner,
+    StepHandle,
+)
 from engine.scheduler.adapter_slots import AdapterSlots
 from engine.scheduler.batch import ScheduledBatch
 from engine.scheduler.block_manager import BlockManager
@@ -40,6 +50,13 @@ from engine.settle import settle
 from engine.validate import validate
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _InFlight:
+    batch: ScheduledBatch
+    handle: StepHandle
+    start_s: float
 
 
 class Engine:
@@ -60,19 +77,21 @@ class Engine:
         self._clock = clock
         self.model = load_model(config, s, progress=progress)
         self.host = HostCache(config.host_adapter_bytes, self._load_adapter, wake)
-        self.runner = ModelRunner(self.model.forward, self.host.get)
+        self.runner: Runner = ModelRunner(self.model.forward, self.host.get)
         eos_token_ids = read_eos_token_ids(folder)
         self.scheduler = Scheduler(
             SchedulerLimits(
                 config.max_num_seqs, config.max_num_batched_tokens, s.max_model_len, eos_token_ids
             ),
             self._memory_budget(),
+            pipeline_depth=self.runner.pipeline_depth,
         )
-        self.is_idle = True  # the last step found nothing that could run
-        self._ended: list[RequestOutput] = []
+        self.is_idle = True  # the last step found nothing that could run, and nothing under way
+        self._in_flight: deque[_InFlight] = deque()  # oldest first
+        self._outputs: list[RequestOutput] = []  # in order of their happening
         self._prompt_logprobs: dict[tuple[str, int], dict[int, TokenLogprobs]] = {}
         self._num_steps = self._num_prompt = self._num_cached = self._num_outputs = 0
-        self._step_s = 0.0
+        self._step_s = self._last_update_s = 0.0
         self.info = EngineInfo(
             max_model_len=s.max_model_len,
             vocab_size=s.spec.vocab_size,
@@ -120,23 +139,42 @@ class Engine:
     # ==== a step ====
 
     def step(self) -> list[RequestOutput]:
-        """Run one step; returns what requests gained, and those that ended since the last one."""
+        """Launch a step and take the results of those that are due.
+
+        Returns what requests gained, and those that ended since the last call.
+        """
         self._poll_adapters()
+        num_kept = self._launch()
+        self.is_idle = not self._in_flight and not self.scheduler.adapters.is_any_loading
+        while len(self._in_flight) > num_kept:
+            self._collect(self._in_flight.popleft())
+        outputs, self._outputs = self._outputs, []
+        return outputs
+
+    def _launch(self) -> int:
+        """Start the next step if there is one; returns how many may now stay in flight."""
         start = self._clock()
         batch = self.scheduler.schedule(start)
-        self.is_idle = batch is None and not self.scheduler.adapters.is_any_loading
-        outputs: list[RequestOutput] = []
-        if batch is not None:
-            try:
-                rows = self.runner.execute(batch)
-            except Exception as error:
-                log.exception("a step failed; its %d requests end", len(batch.requests))
-                text = f"the step failed: {type(error).__name__}: {error}"
-                self._end(self.scheduler.fail(batch), RequestError(ENGINE_ERROR, text))
-            else:
-                outputs = self._update(batch, rows, start)
-        ended, self._ended = self._ended, []
-        return ended + outputs
+        if batch is None:
+            return 0
+        handle: StepHandle
+        num_kept = self.runner.pipeline_depth
+        try:
+            handle = self.runner.launch(batch)
+        except Exception as error:
+            handle, num_kept = FailedStep(error), 0
+        self._in_flight.append(_InFlight(batch, handle, start))
+        return num_kept
+
+    def _collect(self, step: _InFlight) -> None:
+        try:
+            rows = step.handle.result()
+        except Exception as error:
+            log.exception("a step failed; its %d requests end", len(step.batch.requests))
+            text = f"the step failed: {type(error).__name__}: {error}"
+            self._end(self.scheduler.fail(step.batch), RequestError(ENGINE_ERROR, text))
+        else:
+            self._update(step.batch, rows, step.start_s)
 
     @property
     def stats(self) -> EngineStats:
@@ -162,24 +200,25 @@ class Engine:
 
     # ==== what a step gave ====
 
-    def _update(
-        self, batch: ScheduledBatch, rows: list[RowOutput], start: float
-    ) -> list[RequestOutput]:
+    def _update(self, batch: ScheduledBatch, rows: list[RowOutput], start: float) -> None:
         by_key: dict[tuple[str, int], RowOutput] = {}
         for scheduled, row in zip(batch.requests, rows, strict=True):
-            key = (scheduled.request_id, scheduled.choice)
-            by_key[key] = row
+            request = self.scheduler.owner(scheduled)
+            if request is None:
+                continue  # it ended or was preempted meanwhile
+            by_key[request.key] = row
             if row.prompt_logprobs:
-                known = self._prompt_logprobs.setdefault(key, {})
+                known = self._prompt_logprobs.setdefault(request.key, {})
                 known.update(enumerate(row.prompt_logprobs, scheduled.start + 1))
             if row.error is not None:
-                ended = self.scheduler.end_with_error(key)
+                ended = self.scheduler.end_with_error(scheduled)
                 self._end(ended, RequestError(ENGINE_ERROR, row.error))
         now = self._clock()
         progress = self.scheduler.update(batch, [row.token_ids for row in rows], now)
         self._num_steps += 1
-        self._step_s += now - start
-        return [self._output(p, by_key[p.request.key], now) for p in progress]
+        self._step_s += now - max(start, self._last_update_s)  # steps in flight overlap
+        self._last_update_s = now
+        self._outputs += [self._output(p, by_key[p.request.key], now) for p in progress]
 
     def _output(self, progress: Progress, row: RowOutput, now: float) -> RequestOutput:
         request, count = progress.request, len(progress.token_ids)
@@ -213,7 +252,7 @@ class Engine:
         for request in requests:
             self._prompt_logprobs.pop(request.key, None)
             self._release_adapter(request)
-            self._ended.append(
+            self._outputs.append(
                 RequestOutput(
                     request.request_id,
                     request.index,
@@ -262,6 +301,8 @@ class Engine:
         return weights
 
     def _poll_adapters(self) -> None:
+        for digest in self.runner.arrived():
+            self.scheduler.adapters.set_resident(digest)
         for loaded in self.host.poll():
             if loaded.weights is not None:
                 self._set_ready(loaded.digest, loaded.weights.nbytes)

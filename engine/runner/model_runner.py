@@ -1,8 +1,9 @@
-"""ModelRunner: executes a ScheduledBatch on one device.
+"""What executes ScheduledBatches: the Runner protocol, and the ModelRunner, which computes at once.
 
-    execute(batch) -> one RowOutput per request     moves adapters and blocks, forward, sample
+    launch(batch) -> StepHandle                     starts the step
+    handle.result() -> one RowOutput per request    waits for it
 
-Decides nothing: what is computed is the batch's business, how is the ForwardPass's.
+A runner decides nothing: what is computed is the batch's business, how is the ForwardPass's.
 """
 
 from collections.abc import Callable, Sequence
@@ -56,12 +57,77 @@ class RowOutput:
     error: str | None = None
 
 
+class StepHandle(Protocol):
+    """A step that was launched."""
+
+    def result(self) -> list[RowOutput]:
+        """One output per request of the batch, in its order; waits until they are there.
+
+        Called once, in the order of the launches. Raises what the step raised.
+        """
+        ...
+
+
+class Runner(Protocol):
+    """Executes batches one after the other, in the order of their launches."""
+
+    @property
+    def pipeline_depth(self) -> int:
+        """How many steps may be launched before the result of the one before them is taken.
+
+        At 1, a row may hold PENDING: the token that the step before sampled for the same request
+        and life. After a step that raised, rows that hold a PENDING of that step may give
+        anything: nobody reads them.
+        """
+        ...
+
+    @property
+    def loads_are_immediate(self) -> bool:
+        """Whether a step's adapters are in place before it is computed; else see `arrived`."""
+        ...
+
+    def launch(self, batch: ScheduledBatch) -> StepHandle:
+        """Start the step. What it raises has happened to this batch alone."""
+        ...
+
+    def arrived(self) -> Sequence[str]:
+        """Digests of adapters that came to be usable on the device since the last call."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedStep:
+    outputs: list[RowOutput]
+
+    def result(self) -> list[RowOutput]:
+        return self.outputs
+
+
+@dataclass(frozen=True, slots=True)
+class FailedStep:
+    """A step that raised before it was under way."""
+
+    error: Exception
+
+    def result(self) -> list[RowOutput]:
+        raise self.error
+
+
 class ModelRunner:
-    loads_are_immediate = True  # `execute` returns with the batch's adapters in place
+    """A Runner without any asynchrony: `launch` returns when the step is done."""
+
+    pipeline_depth = 0
+    loads_are_immediate = True
 
     def __init__(self, model: ForwardPass, host_weights: Callable[[str], LoraWeights]) -> None:
         self.model = model
         self._host_weights = host_weights
+
+    def launch(self, batch: ScheduledBatch) -> FinishedStep:
+        return FinishedStep(self.execute(batch))
+
+    def arrived(self) -> tuple[str, ...]:
+        return ()  # `launch` loads adapters itself
 
     @torch.inference_mode()
     def execute(self, batch: ScheduledBatch) -> list[RowOutput]:

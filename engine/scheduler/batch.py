@@ -1,7 +1,7 @@
 """ScheduledBatch: what the scheduler hands to whatever executes a step.
 
 Plain picklable data, so that a process, tensor-parallel ranks or a simulator can stand behind
-`execute`. Holds no reference to the scheduler's own mutable state.
+`launch`. Holds no reference to the scheduler's own mutable state.
 """
 
 from dataclasses import dataclass
@@ -9,9 +9,15 @@ from typing import NamedTuple
 
 from engine.scheduler.request import SamplingParams
 
+PENDING = -1  # in token_ids: the token that the step before samples for this request
+
 
 class ScheduledRequest(NamedTuple):
     """One request's share of a step: `token_ids` go in at positions `start`, `start` + 1, ...
+
+    Where the step before has not been read yet, `token_ids` is [PENDING]: the executor puts in
+    what that step sampled for the same request and `life`, and counts it as the last token of
+    the output in `history`, which ends before it.
 
     A named tuple because one is made per request and step, at a third of a dataclass's price.
     """
@@ -27,6 +33,7 @@ class ScheduledRequest(NamedTuple):
     forbidden_token_ids: tuple[int, ...] = ()  # not to be sampled yet (min_tokens)
     history: tuple[list[int], list[int]] | None = None  # (prompt, output), where penalties need it
     prompt_targets: list[int] | None = None  # token after each row, where their logprobs are asked
+    life: int = 0  # which admission of the request this serves; never used twice
 
     @property
     def end(self) -> int:

@@ -99,8 +99,9 @@ class CacheScope:
 class Request:
     """One choice of one generation.
 
-    Invariant: 0 <= num_cached_tokens <= num_computed_tokens <= num_tokens, and while RUNNING the
-    block table covers num_computed_tokens. Only the scheduler writes the mutable fields.
+    Invariant: 0 <= num_cached_tokens <= num_computed_tokens <= num_tokens + num_pending_tokens,
+    and while RUNNING the block table covers num_computed_tokens, which count from when they are
+    scheduled. Only the scheduler writes the mutable fields.
     `forks` are further choices (n > 1) that wait for this one's prompt to be computed.
     """
 
@@ -118,6 +119,8 @@ class Request:
     block_table: list[int] = field(default_factory=list[int])
     block_hashes: list[bytes] = field(default_factory=list[bytes])
     num_computed_tokens: int = 0
+    num_pending_tokens: int = 0  # sampled by steps whose results are not in yet
+    life: int = 0  # a new number with every admission; 0 unless RUNNING
     num_cached_tokens: int = 0
     num_published_blocks: int = 0
     awaited_load: int = 0  # number of the first copy of its adapter that it had to wait for
@@ -138,15 +141,16 @@ class Request:
 
     @property
     def num_tokens(self) -> int:
+        """Known ones: pending ones do not count."""
         return len(self.prompt_token_ids) + len(self.output_token_ids)
 
     @property
     def num_remaining_tokens(self) -> int:
-        """Tokens known but not yet in the KV cache."""
-        return self.num_tokens - self.num_computed_tokens
+        """Tokens, known or pending, that no step has been given yet."""
+        return self.num_tokens + self.num_pending_tokens - self.num_computed_tokens
 
     def token_ids(self, start: int, end: int) -> list[int]:
-        """Prompt and output as one sequence, [start, end)."""
+        """Prompt and output as one sequence, [start, end); pending tokens are not in it."""
         n = len(self.prompt_token_ids)
         if start >= n:  # a decode, nearly always
             return self.output_token_ids[start - n : end - n]

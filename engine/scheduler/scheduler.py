@@ -2,7 +2,14 @@
 
     schedule(now) -> ScheduledBatch      decide, allocate, advance num_computed_tokens
     update(batch, sampled, now)          append what was sampled, publish blocks, finish
-    fail(batch, now)                     the step was lost: its requests end with an error
+    fail(batch)                          the step was lost: its requests end with an error
+
+With a `pipeline_depth` of 1, a step may be scheduled before the update of the one before it. A
+request whose next token is still being computed then goes on with PENDING in its place, unless
+that token is its last for certain. Every admission of a request is a life with a number of its
+own; what a step gives to a life that has ended or was preempted meanwhile is dropped. What such a
+life held is free at once, for executors run steps in order: what a dropped row writes is
+overwritten before anybody reads it.
 
 One step mixes decodes with chunks of prompts under `max_num_batched_tokens`. Running requests
 go first; waiting ones follow in arrival order, except that a request whose adapter is on its way
@@ -14,7 +21,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from engine.scheduler.batch import ScheduledBatch, ScheduledRequest
+from engine.scheduler.batch import PENDING, ScheduledBatch, ScheduledRequest
 from engine.scheduler.block_manager import block_hash, scope_hash
 from engine.scheduler.memory import MemoryBudget, MemoryChanges
 from engine.scheduler.request import (
@@ -46,15 +53,21 @@ class Progress:
 class Scheduler:
     """Owns every unfinished request. Finished ones are handed back once and forgotten."""
 
-    def __init__(self, limits: SchedulerLimits, memory: MemoryBudget):
+    def __init__(
+        self, limits: SchedulerLimits, memory: MemoryBudget, *, pipeline_depth: int = 0
+    ) -> None:
+        assert pipeline_depth in (0, 1), f"pipeline_depth must be 0 or 1, not {pipeline_depth}"
         self.limits = limits
         self.memory = memory
         self.blocks = memory.blocks
         self.adapters = memory.adapters
+        self.pipeline_depth = pipeline_depth
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []  # in order of admission
         self.num_preemptions = 0
         self._by_key: dict[tuple[str, int], Request] = {}
+        self._num_in_flight = 0  # batches handed out that have neither been updated nor failed
+        self._num_lives = 0
 
     # ==== requests in and out ====
 
@@ -75,9 +88,9 @@ class Scheduler:
         ended = [r for r in self._by_key.values() if r.request_id == request_id]
         return self._finish_all(ended, FinishReason.ABORT)
 
-    def end_with_error(self, key: tuple[str, int]) -> list[Request]:
-        """End one choice, and the forks that only it could have started."""
-        request = self._by_key.get(key)
+    def end_with_error(self, scheduled: ScheduledRequest) -> list[Request]:
+        """End the choice that this row is for, and the forks that only it could have started."""
+        request = self.owner(scheduled)
         return self._finish_all([request, *request.forks], FinishReason.ERROR) if request else []
 
     def end_too_large(self, digest: str) -> list[Request]:
@@ -114,35 +127,43 @@ class Scheduler:
 
     @property
     def queued_tokens(self) -> int:
-        """Known tokens that are not computed yet."""
+        """Tokens that no step has been given yet."""
         return sum(r.num_remaining_tokens for r in self._by_key.values())
 
     # ==== a step ====
 
     def schedule(self, now: float) -> ScheduledBatch | None:
-        """The next step, or None when nothing can run."""
+        """The next step, or None when nothing can run, or not before another update."""
+        assert self._num_in_flight <= self.pipeline_depth, "an update or fail is due first"
         step = _Step(self.limits.max_num_batched_tokens)
         self._schedule_running(step)
-        if not step.preempted:
+        if not step.lacks_blocks:
             self._schedule_waiting(step, now)
         changes = self.memory.take_changes()
         if not step.rows and not changes:
             return None
         for request, _ in step.rows:
             request.timings.on_scheduled(now)
+        self._num_in_flight += 1
         return self._to_batch(step, changes)
 
     def update(
         self, batch: ScheduledBatch, sampled: Sequence[Sequence[int]], now: float
     ) -> list[Progress]:
-        """Take each request's sampled tokens (none for an unfinished prompt), in batch order."""
+        """Take each request's sampled tokens (none for an unfinished prompt), in batch order.
+
+        Batches are updated in the order in which they were scheduled.
+        """
+        self._num_in_flight -= 1
         progress: list[Progress] = []
         for scheduled, token_ids in zip(batch.requests, sampled, strict=True):
-            request = self._by_key.get((scheduled.request_id, scheduled.choice))
-            if request is None or request.status is not RequestStatus.RUNNING:
+            request = self.owner(scheduled)
+            if request is None:
                 continue
-            self._publish_blocks(request)
-            self._start_forks(request)
+            assert scheduled.end <= request.num_tokens, "an earlier batch has not been updated"
+            self._publish_blocks(request, scheduled.end)
+            self._start_forks(request, scheduled.end)
+            request.num_pending_tokens -= scheduled.samples
             if token_ids:
                 progress.append(self._append(request, token_ids, now))
         return progress
@@ -150,24 +171,38 @@ class Scheduler:
     def fail(self, batch: ScheduledBatch) -> list[Request]:
         """The step raised: end its requests; what it was to load or move is not in memory.
 
-        After moves nothing in memory is relied on: all others are computed again.
+        Requests that only a later step has admitted with such an adapter are computed again, and
+        after moves, where nothing in memory is relied on, all are.
         """
+        self._num_in_flight -= 1
         ended: list[Request] = []
         for scheduled in batch.requests:
-            ended += self.end_with_error((scheduled.request_id, scheduled.choice))
-        if batch.moves:
-            for request in self.running[::-1]:
+            ended += self.end_with_error(scheduled)
+        lost = {load.digest: None for load in batch.adapter_loads}
+        for request in self.running[::-1]:
+            if batch.moves or request.adapter in lost:
                 self._preempt(request)
+        if batch.moves:
             self.memory.forget(self._tables())
-        for load in batch.adapter_loads:
-            self.memory.discard(load.digest, self._tables())
+        for digest in lost:
+            self.memory.discard(digest, self._tables())
         return ended
+
+    def owner(self, scheduled: ScheduledRequest) -> Request | None:
+        """The request that this row is for; None if it has ended or was preempted since."""
+        request = self._by_key.get((scheduled.request_id, scheduled.choice))
+        return request if request is not None and request.life == scheduled.life else None
 
     def check_integrity(self) -> None:
         """Raise AssertionError unless blocks, pins and queues agree with the requests."""
         pins: dict[str, int] = {}
+        alive = [r for r in self._by_key.values() if r.life]
+        assert len({r.life for r in alive}) == len(alive) == len(self.running)
+        for request in self._by_key.values():
+            assert request.num_remaining_tokens >= 0
+            assert 0 <= request.num_pending_tokens <= (self._num_in_flight if request.life else 0)
         for request in self.running:
-            assert request.status is RequestStatus.RUNNING
+            assert request.status is RequestStatus.RUNNING and request.life
             assert len(request.block_table) >= self.blocks.blocks_for(request.num_computed_tokens)
             if request.adapter:
                 pins[request.adapter] = pins.get(request.adapter, 0) + 1
@@ -179,7 +214,9 @@ class Scheduler:
     # ==== who runs ====
 
     def _schedule_running(self, step: "_Step") -> None:
-        decodes = [r for r in self.running if r.num_remaining_tokens == 1]
+        decodes = [
+            r for r in self.running if r.num_remaining_tokens == 1 and not self._is_ending(r)
+        ]
         prefills = [r for r in self.running if r.num_remaining_tokens > 1]
         for request in [*decodes, *prefills]:
             if request.status is not RequestStatus.RUNNING:
@@ -189,11 +226,19 @@ class Scheduler:
                 step.add(request, count)
 
     def _make_room(self, request: Request, count: int, step: "_Step") -> bool:
-        """Blocks for `count` more tokens, at the cost of requests admitted later or of itself."""
+        """Blocks for `count` more tokens, at the cost of requests admitted later or of itself.
+
+        Where a request is about to end, its blocks are waited for instead; and this one does not
+        give way before its pending token is known, or it might sample that one for ever.
+        """
         while not self._allocate(request, count):
+            step.lacks_blocks = True
+            if any(self._is_ending(r) for r in self.running):
+                return False
             victim = next(r for r in reversed(self.running) if not step.has(r))
+            if victim is request and request.num_pending_tokens:
+                return False
             self._preempt(victim)
-            step.preempted = True
             if victim is request:
                 return False
         return True
@@ -241,9 +286,8 @@ class Scheduler:
         has_room = self._allocate(request, count)
         assert has_room, "what was reserved for a request is gone"
         request.num_cached_tokens = max(request.num_cached_tokens, request.num_computed_tokens)
-        request.status = RequestStatus.RUNNING
         self.waiting.remove(request)
-        self.running.append(request)
+        self._start_life(request)
         step.add(request, count)
         return True
 
@@ -269,11 +313,18 @@ class Scheduler:
             blocks.grow(table, end)
         return True
 
+    def _start_life(self, request: Request) -> None:
+        self._num_lives += 1
+        request.life = self._num_lives
+        request.status = RequestStatus.RUNNING
+        self.running.append(request)
+
     def _preempt(self, request: Request) -> None:
+        """Pending tokens are lost: they are sampled again, the same ones."""
         self.num_preemptions += 1
         self._release(request)
         request.status = RequestStatus.WAITING
-        request.num_computed_tokens = 0
+        request.num_computed_tokens = request.num_pending_tokens = 0
         self.running.remove(request)
         self.waiting.appendleft(request)
 
@@ -295,18 +346,19 @@ class Scheduler:
             self._hashes(request, (request.num_tokens - 1) // self.blocks.block_size)
         )
 
-    def _publish_blocks(self, request: Request) -> None:
+    def _publish_blocks(self, request: Request, num_computed: int) -> None:
+        """Only what a step has computed for certain, not what one in flight is to compute."""
         if not self.blocks.prefix_caching:
             return
-        num_full = request.num_computed_tokens // self.blocks.block_size
+        num_full = num_computed // self.blocks.block_size
         hashes = self._hashes(request, num_full)
         for i in range(request.num_published_blocks, num_full):
             self.blocks.publish(request.block_table[i], hashes[i])
         request.num_published_blocks = num_full
 
-    def _start_forks(self, request: Request) -> None:
+    def _start_forks(self, request: Request, num_computed: int) -> None:
         """Once the prompt is computed, further choices share its blocks and redo its last token."""
-        if not request.forks or request.num_computed_tokens < request.num_prompt_tokens:
+        if not request.forks or num_computed < request.num_prompt_tokens:
             return
         shared = request.block_table[: self.blocks.blocks_for(request.num_prompt_tokens)]
         for fork in request.forks:
@@ -318,8 +370,7 @@ class Scheduler:
             fork.num_computed_tokens = request.num_prompt_tokens - 1
             fork.num_cached_tokens = fork.num_computed_tokens
             fork.timings.first_scheduled_s = request.timings.first_scheduled_s
-            fork.status = RequestStatus.RUNNING
-            self.running.append(fork)
+            self._start_life(fork)
             if fork.adapter:
                 self.adapters.acquire(fork.adapter)
         request.forks = []
@@ -338,6 +389,14 @@ class Scheduler:
                 stop = token_id if reason is FinishReason.STOP else None
                 return Progress(request, gained, stop)
         return Progress(request, gained)
+
+    def _is_ending(self, request: Request) -> bool:
+        """Whether a pending token is the last one, whatever it is."""
+        pending = request.num_pending_tokens
+        return pending > 0 and (
+            len(request.output_token_ids) + pending >= request.sampling.max_tokens
+            or request.num_tokens + pending >= self.limits.max_model_len
+        )
 
     def _end_of(self, request: Request, token_id: int) -> FinishReason | None:
         sampling, num_outputs = request.sampling, len(request.output_token_ids)
@@ -367,7 +426,7 @@ class Scheduler:
 
     def _release(self, request: Request) -> None:
         self.blocks.free(request.block_table)
-        request.num_published_blocks = 0
+        request.num_published_blocks = request.life = 0
         if request.adapter:
             self.adapters.release(request.adapter)
 
@@ -386,24 +445,28 @@ class Scheduler:
         start = request.num_computed_tokens
         end = request.num_computed_tokens = start + count
         sampling, adapter = request.sampling, request.scope.adapter
-        num_outputs = len(request.output_token_ids)
+        pending = request.num_pending_tokens
+        num_outputs = len(request.output_token_ids) + pending
+        samples = end == request.num_tokens + pending
+        request.num_pending_tokens += samples
         history = None
         if sampling.uses_penalties:
             history = (list(request.prompt_token_ids), list(request.output_token_ids))
         return ScheduledRequest(
             request_id=request.request_id,
             choice=request.index,
-            token_ids=request.token_ids(start, end),
+            token_ids=[PENDING] if pending else request.token_ids(start, end),
             start=start,
             block_table=tuple(request.block_table),
             adapter_slot=self.adapters.slot(adapter) if adapter else 0,
             sampling=sampling,
-            samples=end == request.num_tokens,
+            samples=samples,
             forbidden_token_ids=(
                 self._end_tokens(sampling) if num_outputs + 1 < sampling.min_tokens else ()
             ),
             history=history,
             prompt_targets=_prompt_targets(request, start, end),
+            life=request.life,
         )
 
     def _end_tokens(self, sampling: SamplingParams) -> tuple[int, ...]:
@@ -424,7 +487,7 @@ class _Step:
     def __init__(self, budget: int) -> None:
         self.budget = budget
         self.rows: list[tuple[Request, int]] = []
-        self.preempted = False
+        self.lacks_blocks = False  # for one that runs; so nobody is admitted
         self.num_promised = 0  # requests whose adapter is being copied to the device
         self.promised_blocks = 0  # that are left to them
         self._keys: dict[tuple[str, int], None] = {}

@@ -194,6 +194,7 @@ def profile(engine: Engine, batch: int, folders: Folders) -> dict[str, float]:
             spent = forward.profile(scheduled, list(range(batch)))
         for kind, seconds in spent.items():
             times.setdefault(kind, []).append(1e3 * seconds)
+    engine.scheduler.fail(scheduled)
     _abort_all(engine)
     return {kind: statistics.median(values) for kind, values in times.items()}
 

@@ -2,35 +2,65 @@
 
 The next token is a function of that memory, so a scheduler that shares, copies, evicts or
 preempts wrongly gives other tokens than `expected_output` does.
+
+It is asynchronous: `launch` only queues a step, which runs when its result is asked for, or that
+of a later one. So nothing that changes after the launch may matter to it.
 """
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from engine.scheduler.batch import ScheduledBatch, ScheduledRequest
+from engine.scheduler.batch import PENDING, ScheduledBatch, ScheduledRequest
 from tests.engine.fake_arena import CELL, FakeArena, Garbage
 
 VOCAB = 50
+GARBAGE = -7  # a token that comes of a lost step
 
 
 def block_bytes(block_size: int) -> int:
     return (block_size + 1) * CELL
 
 
-def next_token(adapter: str, token_ids: Sequence[int], salt: int) -> int:
+def next_token(
+    adapter: str, token_ids: Sequence[int], salt: int, forbidden: Sequence[int] = ()
+) -> int:
     raw = repr((adapter, tuple(token_ids), salt)).encode()
-    return int.from_bytes(hashlib.md5(raw).digest()[:4], "little") % VOCAB
+    token_id = int.from_bytes(hashlib.md5(raw).digest()[:4], "little") % VOCAB
+    while token_id in forbidden:
+        token_id = (token_id + 1) % VOCAB
+    return token_id
 
 
 def expected_output(
-    adapter: str, prompt: Sequence[int], salt: int, max_tokens: int, stop: Sequence[int] = ()
+    adapter: str,
+    prompt: Sequence[int],
+    salt: int,
+    max_tokens: int,
+    stop: Sequence[int] = (),
+    min_tokens: int = 0,
 ) -> list[int]:
-    tokens = list(prompt)
-    while len(tokens) < len(prompt) + max_tokens:
-        tokens.append(next_token(adapter, tokens, salt))
-        if tokens[-1] in stop:
+    tokens, length = list(prompt), len(prompt)
+    while len(tokens) < length + max_tokens:
+        forbidden = stop if len(tokens) + 1 < length + min_tokens else ()
+        tokens.append(next_token(adapter, tokens, salt, forbidden))
+        if tokens[-1] in stop and len(tokens) >= length + min_tokens:
             break
-    return tokens[len(prompt) :]
+    return tokens[length:]
+
+
+class DeviceError(Exception):
+    """A step was lost."""
+
+
+@dataclass(eq=False)
+class FakeStep:
+    device: "FakeDevice"
+    batch: ScheduledBatch
+    is_lost: bool = False
+
+    def result(self) -> list[list[int]]:
+        return self.device.run_to(self)
 
 
 class FakeDevice:
@@ -43,41 +73,89 @@ class FakeDevice:
         self.arena = FakeArena(
             memory_bytes, block_bytes(block_size), loads_are_immediate=loads_are_immediate
         )
+        self._queue: list[FakeStep] = []
+        self._done: dict[FakeStep, list[list[int]]] = {}
+        self._sampled: dict[tuple[str, int, int], int] = {}  # by the last step
 
-    def execute(self, batch: ScheduledBatch) -> list[list[int]]:
+    def launch(self, batch: ScheduledBatch) -> FakeStep:
+        step = FakeStep(self, batch)
+        self._queue.append(step)
+        return step
+
+    def run_to(self, step: FakeStep) -> list[list[int]]:
+        """Run what was launched up to this step, whose result is taken once."""
+        while step not in self._done:
+            head = self._queue.pop(0)
+            self._done[head] = self._lose(head.batch) if head.is_lost else self._execute(head.batch)
+        if step.is_lost:
+            raise DeviceError("a step was lost")
+        return self._done.pop(step)
+
+    def _execute(self, batch: ScheduledBatch) -> list[list[int]]:
         self.arena.change(batch.adapter_evictions, batch.moves, batch.adapter_loads)
         self._check_disjoint_writes(batch)
         outputs = [self._run(request) for request in batch.requests]
         self.arena.check()
+        self._sampled = {
+            (r.request_id, r.choice, r.life): token_id
+            for r, token_ids in zip(batch.requests, outputs, strict=True)
+            for token_id in token_ids
+        }
         return outputs
 
-    def lose(self, batch: ScheduledBatch) -> None:
+    def _lose(self, batch: ScheduledBatch) -> list[list[int]]:
         """What a step that breaks down in its middle leaves behind."""
         changes = batch.adapter_evictions, batch.moves, batch.adapter_loads
         self.arena.change(*changes, is_lost=True)
         for request in batch.requests:
-            for position in range(request.start, request.end):
-                self.arena.write(*self._slot(request, position), Garbage())
+            self._spoil(request)
+        self._sampled = {
+            (r.request_id, r.choice, r.life): GARBAGE for r in batch.requests if r.samples
+        }
+        return []
 
     def _run(self, request: ScheduledRequest) -> list[int]:
-        adapter, arena = self.arena.adapter(request.adapter_slot), self.arena
+        new_ids, arena = self._resolved(request), self.arena
+        adapter = arena.adapter(request.adapter_slot)
+        read = [arena.read(*self._slot(request, i)) for i in range(request.start)]
+        if GARBAGE in new_ids or Garbage() in (adapter, *read):
+            self._spoil(request)
+            return [GARBAGE] if request.samples else []
         known: tuple[int, ...] = ()
-        for position in range(request.start):  # what attention would read
-            content = arena.read(*self._slot(request, position))
+        for position, content in enumerate(read):  # what attention would read
             assert isinstance(content, tuple)
             owner, known = content
             assert owner == adapter and len(known) == position + 1
-        for position, token_id in enumerate(request.token_ids, request.start):
+        for position, token_id in enumerate(new_ids, request.start):
             known = (*known, token_id)
             arena.write(*self._slot(request, position), (adapter, known))
         for position in range(request.end):
             content = arena.read(*self._slot(request, position))
             assert content == (adapter, known[: position + 1])
+        self._check_history(request, known)
         salt = request.sampling.seed + request.choice
-        return [next_token(adapter, known, salt)] if request.samples else []
+        token_id = next_token(str(adapter), known, salt, request.forbidden_token_ids)
+        return [token_id] if request.samples else []
+
+    def _resolved(self, request: ScheduledRequest) -> list[int]:
+        if PENDING not in request.token_ids:
+            return request.token_ids
+        assert request.token_ids == [PENDING]
+        return [self._sampled[request.request_id, request.choice, request.life]]
+
+    def _spoil(self, request: ScheduledRequest) -> None:
+        for position in range(request.start, request.end):
+            self.arena.write(*self._slot(request, position), Garbage())
 
     def _slot(self, request: ScheduledRequest, position: int) -> tuple[int, int]:
         return request.block_table[position // self.block_size], position % self.block_size
+
+    def _check_history(self, request: ScheduledRequest, known: tuple[int, ...]) -> None:
+        assert (request.history is not None) == request.sampling.uses_penalties
+        if request.history and request.samples:
+            prompt, output = request.history
+            pending = known[-1:] if PENDING in request.token_ids else ()
+            assert (*prompt, *output, *pending) == known
 
     def _check_disjoint_writes(self, batch: ScheduledBatch) -> None:
         written = [

@@ -1,6 +1,7 @@
 """The scheduler on a device that notices any wrong share, copy, eviction or preemption."""
 
-from dataclasses import dataclass
+from collections import deque
+from dataclasses import dataclass, field, replace
 
 import pytest
 from hypothesis import settings
@@ -8,6 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from engine.scheduler.adapter_slots import AdapterSlots
+from engine.scheduler.batch import ScheduledBatch
 from engine.scheduler.block_manager import BlockManager
 from engine.scheduler.memory import MemoryBudget
 from engine.scheduler.request import (
@@ -18,26 +20,50 @@ from engine.scheduler.request import (
     SamplingParams,
 )
 from engine.scheduler.scheduler import Scheduler, SchedulerLimits
-from tests.engine.fake_device import FakeDevice, block_bytes, expected_output
+from tests.engine.fake_device import (
+    DeviceError,
+    FakeDevice,
+    FakeStep,
+    block_bytes,
+    expected_output,
+)
 
 ADAPTERS = {"x": 900, "y": 1500, "z": 2600}  # bytes; a block of 4 tokens has 640
 
 
 @dataclass
 class World:
-    """A scheduler, a device and the finished outputs."""
+    """A scheduler, a device and the steps that are in flight between them."""
 
     scheduler: Scheduler
     device: FakeDevice
     now: float = 0.0
+    in_flight: deque[FakeStep] = field(default_factory=deque[FakeStep])
 
-    def step(self) -> list[Request]:
+    def step(self, *, is_lost: bool = False) -> list[Request]:
+        """Launch a step if there is one, take results that are due; returns who ended."""
+        num_kept = self.scheduler.pipeline_depth if self.launch(is_lost=is_lost) else 0
+        ended: list[Request] = []
+        while len(self.in_flight) > num_kept:
+            ended += self.collect()
+        return ended
+
+    def launch(self, *, is_lost: bool = False) -> ScheduledBatch | None:
         self.now += 1.0
         batch = self.scheduler.schedule(self.now)
-        if batch is None:
-            return []
-        assert batch.num_tokens <= self.scheduler.limits.max_num_batched_tokens
-        progress = self.scheduler.update(batch, self.device.execute(batch), self.now)
+        if batch is not None:
+            assert batch.num_tokens <= self.scheduler.limits.max_num_batched_tokens
+            self.in_flight.append(self.device.launch(batch))
+            self.in_flight[-1].is_lost = is_lost
+        return batch
+
+    def collect(self) -> list[Request]:
+        step = self.in_flight.popleft()
+        try:
+            sampled = step.result()
+        except DeviceError:
+            return self.scheduler.fail(step.batch)
+        progress = self.scheduler.update(step.batch, sampled, self.now)
         return [p.request for p in progress if p.request.finish_reason]
 
     def arrive(self) -> None:
@@ -47,7 +73,7 @@ class World:
 
     def run(self, max_steps: int = 2000) -> list[Request]:
         finished: list[Request] = []
-        while self.scheduler.has_unfinished:
+        while self.scheduler.has_unfinished or self.in_flight:
             finished += self.step()
             self.arrive()
             self.scheduler.check_integrity()
@@ -64,18 +90,20 @@ def make_world(
     budget: int = 16,
     ready: bool = True,
     prefix_caching: bool = True,
+    max_model_len: int | None = None,
+    pipeline_depth: int = 0,
     loads_are_immediate: bool = True,
 ) -> World:
     adapters = AdapterSlots(loads_are_immediate=loads_are_immediate)
     if ready:
         for digest, nbytes in ADAPTERS.items():
             adapters.set_ready(digest, nbytes)
-    limits = SchedulerLimits(max_num_seqs, budget, max_model_len=num_blocks * block_size)
+    limits = SchedulerLimits(max_num_seqs, budget, max_model_len or num_blocks * block_size)
     blocks = BlockManager(num_blocks, block_size, prefix_caching=prefix_caching)
     memory_bytes = num_blocks * block_bytes(block_size)
     memory = MemoryBudget(memory_bytes, block_bytes(block_size), blocks, adapters)
     device = FakeDevice(block_size, memory_bytes, loads_are_immediate=loads_are_immediate)
-    return World(Scheduler(limits, memory), device)
+    return World(Scheduler(limits, memory, pipeline_depth=pipeline_depth), device)
 
 
 def make_request(
@@ -88,8 +116,14 @@ def make_request(
     n: int = 1,
     stop: tuple[int, ...] = (),
     tenant: str = "",
+    **sampling_changes: float,
 ) -> Request:
-    sampling = SamplingParams(max_tokens=max_tokens, seed=seed, stop_token_ids=stop)
+    sampling = SamplingParams(
+        max_tokens=max_tokens,
+        seed=seed,
+        stop_token_ids=stop,
+        **sampling_changes,  # type: ignore[arg-type]
+    )
     scope = CacheScope(tenant=tenant, adapter=adapter)
     first, *forks = [
         Request(request_id, prompt, sampling, 0.0, scope=scope, index=i) for i in range(n)
@@ -98,20 +132,26 @@ def make_request(
     return first
 
 
-def assert_expected(request: Request) -> None:
+def expected_of(request: Request) -> list[int]:
     sampling = request.sampling
-    assert request.output_token_ids == expected_output(
+    return expected_output(
         request.adapter,
         request.prompt_token_ids,
         sampling.seed + request.index,
         sampling.max_tokens,
         sampling.stop_token_ids,
+        sampling.min_tokens,
     )
+
+
+def assert_expected(request: Request) -> None:
+    assert request.output_token_ids == expected_of(request)
 
 
 class Traffic(RuleBasedStateMachine):
     """Requests come, are aborted, fail and finish in a space too small for all of them."""
 
+    pipeline_depth = 0
     loads_are_immediate = True
 
     def __init__(self) -> None:
@@ -121,43 +161,64 @@ class Traffic(RuleBasedStateMachine):
             max_num_seqs=4,
             budget=7,
             ready=False,
+            pipeline_depth=self.pipeline_depth,
             loads_are_immediate=self.loads_are_immediate,
         )
-        self.count = 0
-        self.ended: dict[tuple[str, int], FinishReason] = {}
-        self.expected: dict[tuple[str, int], None] = {}
+        self.added: list[Request] = []
+        self.ended: dict[Request, FinishReason] = {}
 
     @rule(
-        prompt=st.lists(st.integers(0, 1), min_size=1, max_size=20),
+        common=st.integers(0, 16),
+        tail=st.lists(st.integers(0, 1), min_size=1, max_size=6),
         adapter=st.sampled_from(["", *ADAPTERS]),
         max_tokens=st.integers(1, 20),
         n=st.integers(1, 3),
         tenant=st.sampled_from(["s", "t"]),
+        min_tokens=st.sampled_from([0, 0, 5]),
+        penalty=st.sampled_from([0.0, 0.0, 0.5]),
     )
-    def add(self, prompt: list[int], adapter: str, max_tokens: int, n: int, tenant: str) -> None:
-        self.count += 1
+    def add(
+        self,
+        common: int,
+        tail: list[int],
+        adapter: str,
+        max_tokens: int,
+        n: int,
+        tenant: str,
+        min_tokens: int,
+        penalty: float,
+    ) -> None:
+        number = len(self.added)
         request = make_request(
-            f"r{self.count}",
-            prompt,
+            f"r{number}",
+            [2] * common + tail,
             adapter=adapter,
             max_tokens=max_tokens,
             n=n,
-            seed=self.count,
-            stop=(3, 4),
+            seed=number,
+            stop=(3, 4, 5, 6),
             tenant=tenant,
+            min_tokens=min(min_tokens, max_tokens),
+            presence_penalty=penalty,
         )
-        if self.world.scheduler.refusal(request):
-            with pytest.raises(InvalidRequest, match="bytes of memory"):
-                self.world.scheduler.add(request)
-            return
-        self.world.scheduler.add(request)
-        self.expected.update({(request.request_id, i): None for i in range(n)})
+        self._add(request)
+
+    @precondition(lambda self: self.added)
+    @rule(data=st.data(), num_resumed=st.integers(0, 3))
+    def take_over(self, data: st.DataObject, num_resumed: int) -> None:
+        """Abort a request, and let another one of its name go on from some tokens of its own."""
+        old = data.draw(st.sampled_from(self.added))
+        self._end(self.world.scheduler.abort(old.request_id))
+        sampling = replace(old.sampling, seed=len(self.added))
+        new = Request(old.request_id, old.prompt_token_ids, sampling, 0.0, scope=old.scope)
+        whole = expected_of(new)
+        new.output_token_ids = whole[: min(num_resumed, len(whole) - 1)]
+        self._add(new)
 
     @rule(adapter=st.sampled_from(sorted(ADAPTERS)))
     def adapter_becomes_ready(self, adapter: str) -> None:
         self.world.scheduler.adapters.set_ready(adapter, ADAPTERS[adapter])
-        for request in self.world.scheduler.end_too_large(adapter):
-            self._end(request)
+        self._end(self.world.scheduler.end_too_large(adapter))
 
     @rule(adapter=st.sampled_from(sorted(ADAPTERS)))
     def the_host_drops_an_adapter(self, adapter: str) -> None:
@@ -170,26 +231,17 @@ class Traffic(RuleBasedStateMachine):
     @rule(steps=st.integers(1, 5))
     def run(self, steps: int) -> None:
         for _ in range(steps):
-            for request in self.world.step():
-                self._end(request)
-                assert_expected(request)
+            self._end(self.world.step())
 
-    @precondition(lambda self: self.count)
+    @precondition(lambda self: self.added)
     @rule(data=st.data())
     def abort(self, data: st.DataObject) -> None:
-        number = data.draw(st.integers(1, self.count))
-        for request in self.world.scheduler.abort(f"r{number}"):
-            self._end(request)
+        request = data.draw(st.sampled_from(self.added))
+        self._end(self.world.scheduler.abort(request.request_id))
 
     @rule()
     def lose_a_step(self) -> None:
-        scheduler = self.world.scheduler
-        batch = scheduler.schedule(self.world.now)
-        if batch is None:
-            return
-        self.world.device.lose(batch)
-        for request in scheduler.fail(batch):
-            self._end(request)
+        self._end(self.world.step(is_lost=True))
 
     @invariant()
     def integrity(self) -> None:
@@ -198,16 +250,29 @@ class Traffic(RuleBasedStateMachine):
     def teardown(self) -> None:
         for adapter in ADAPTERS:
             self.adapter_becomes_ready(adapter)
-        for request in self.world.run():
-            self._end(request)
-            assert_expected(request)
-        assert self.ended.keys() == self.expected.keys(), "a request ended without an answer"
+        self._end(self.world.run())
+        assert self.ended.keys() == set(self.added), "a request ended without an answer"
         assert self.world.scheduler.blocks.num_held == 0
 
-    def _end(self, request: Request) -> None:
-        assert request.key not in self.ended, "a request ended twice"
-        assert request.finish_reason is not None
-        self.ended[request.key] = request.finish_reason
+    def _add(self, request: Request) -> None:
+        scheduler = self.world.scheduler
+        if scheduler.refusal(request):
+            with pytest.raises(InvalidRequest, match="bytes of memory"):
+                scheduler.add(request)
+            return
+        self.added += [request, *request.forks]
+        scheduler.add(request)
+
+    def _end(self, requests: list[Request]) -> None:
+        for request in requests:
+            assert request not in self.ended, "a request ended twice"
+            assert request.finish_reason is not None
+            self.ended[request] = request.finish_reason
+            expected = expected_of(request)
+            if request.finish_reason in (FinishReason.STOP, FinishReason.LENGTH):
+                assert request.output_token_ids == expected
+            else:
+                assert request.output_token_ids == expected[: len(request.output_token_ids)]
 
 
 class SlowLoads(Traffic):
