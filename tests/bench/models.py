@@ -46,6 +46,7 @@ class Shape:
     intermediate_size: int
     rope_theta: float
     qkv_bias: bool
+    tied: bool = True
 
     @property
     def head_dim(self) -> int:
@@ -84,10 +85,14 @@ def make_model(shape: Shape) -> Path:
     folder = CACHE / shape.name / "base"
     if not folder.exists():
         with _written_whole(folder) as partial:
-            _write_json(partial / "config.json", _model_config(shape))
+            write_config(shape, partial)
             save_file(_model_tensors(shape), partial / "model.safetensors", {"format": "pt"})
             _tokenizer(shape.vocab_size).save_pretrained(partial)
     return folder
+
+
+def write_config(shape: Shape, folder: Path) -> None:
+    _write_json(folder / "config.json", _model_config(shape))
 
 
 def make_adapters(shape: Shape, count: int, ranks: Sequence[int] = RANKS) -> list[Path]:
@@ -112,7 +117,7 @@ def _model_config(shape: Shape) -> dict[str, object]:
         "rope_theta": shape.rope_theta,
         "rms_norm_eps": 1e-6,
         "hidden_act": "silu",
-        "tie_word_embeddings": True,
+        "tie_word_embeddings": shape.tied,
         "eos_token_id": 0,
         "dtype": "bfloat16",
     }

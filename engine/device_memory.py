@@ -1,0 +1,69 @@
+"""What a GPU's memory is divided into, decided before anything is loaded.
+
+free  =  weights  +  buffers of a step  +  reserve  +  arena of KV blocks and adapters
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from engine.config import ConfigError
+from engine.model.spec import ModelSpec
+
+# CUDA graphs, libraries' workspaces and what the allocator cannot use of its pieces
+RESERVE_BYTES = 3 * 2**29
+RESERVE_SHARE = 0.02
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """Bytes of everything that is on the device beside the arena."""
+
+    weights: int
+    buffers: int
+    reserve: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.buffers + self.reserve
+
+
+def needs(
+    weights: int, spec: ModelSpec, max_rows: int, max_num_seqs: int, dtype: torch.dtype, device: int
+) -> Needs:
+    """Of a model with so many bytes of weights, on a device with so many bytes in all."""
+    activations = max_rows * _activation_width(spec) * dtype.itemsize
+    logits = 3 * max_num_seqs * spec.vocab_size * 4  # as they come, sorted, and drawn from
+    return Needs(weights, activations + logits, int(RESERVE_BYTES + RESERVE_SHARE * device))
+
+
+def arena_bytes(free: int, needs: Needs, asked: int | None, least: int, advice: str) -> int:
+    """Bytes for KV blocks and adapters: `asked`, or all that is left where None is.
+
+    Raises ConfigError, with what is needed, what there is and what would fit, where it is less
+    than was asked for or than `least`. `advice` says what else can be done.
+    """
+    room = free - needs.total
+    wanted = least if asked is None else max(asked, least)
+    if wanted <= room:
+        return room if asked is None else asked
+    there = (
+        f"the device has {_gib(free)} free; weights take {_gib(needs.weights)}, a step's buffers "
+        f"{_gib(needs.buffers)}, and {_gib(needs.reserve)} are kept for graphs and libraries"
+    )
+    what = "one sequence of max_model_len" if asked is None else f"memory_bytes={asked}"
+    if room >= least:
+        raise ConfigError(f"{what} needs {_gib(wanted)}: {there}; memory_bytes={room} would fit")
+    missing = _gib(least - room)
+    raise ConfigError(f"{what} needs {_gib(wanted)}: {there}; {missing} are missing: {advice}")
+
+
+def _activation_width(spec: ModelSpec) -> int:
+    """Values per row of all buffers of a forward pass."""
+    q_size = spec.num_heads * spec.head_dim
+    qkv = q_size + 2 * spec.num_kv_heads * spec.head_dim
+    return 4 * spec.hidden_size + qkv + 2 * q_size + 3 * spec.intermediate_size
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.2f} GiB"

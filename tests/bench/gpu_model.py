@@ -1,0 +1,72 @@
+"""Random weights of real shapes, made on the device: no file is written and none is read."""
+
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+
+from engine.kernels.dispatch import Ops
+from engine.kernels.quantized import QuantizedWeight
+from engine.model.decoder import Decoder
+from engine.model.families import read_spec
+from engine.model.layers import Build, Part
+from tests.bench.models import SHAPES, Shape, write_config
+
+LLAMA_8B = Shape(
+    "8b", "llama", "LlamaForCausalLM", 128256, 4096, 32, 32, 8, 14336, 5e5, False, tied=False
+)
+TINY = replace(SHAPES["tiny"], name="tiny", hidden_size=128, intermediate_size=256, num_heads=4)
+
+
+def random_decoder(
+    shape: Shape, ops: Ops, dtype: torch.dtype, device: torch.device, quantization: str, seed: int
+) -> Decoder:
+    """A decoder of this shape, its linear layers in `quantization`; answers mean nothing."""
+    with TemporaryDirectory() as folder:
+        write_config(shape, Path(folder))
+        spec = read_spec(Path(folder), 8192)
+    decoder = Decoder(spec, Build(ops, dtype, device), max_model_len=8192)
+    generator = torch.Generator(device).manual_seed(seed)
+    for part in decoder.parts():
+        part.store(_random_weight(part, quantization, dtype, device, generator))
+    if spec.tied_embeddings:
+        decoder.tie_head()
+    return decoder.eval()
+
+
+def _random_weight(
+    part: Part,
+    quantization: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    generator: torch.Generator,
+) -> torch.Tensor | QuantizedWeight:
+    if len(part.shape) == 1:
+        return torch.ones(part.shape, dtype=dtype, device=device)
+    if part.module is None or quantization == "none":
+        noise = torch.randn(part.shape, dtype=dtype, device=device, generator=generator)
+        return noise.mul_(0.02)
+    return random_quantized(quantization, *part.shape, device, generator)
+
+
+def random_quantized(
+    quantization: str,
+    out_features: int,
+    in_features: int,
+    device: torch.device,
+    generator: torch.Generator,
+) -> QuantizedWeight:
+    """Codes of any value and scales that give weights of about 0.02."""
+    group = 64 if quantization == "nf4" else in_features
+    width = in_features // 2 if quantization == "nf4" else in_features
+    codes = torch.randint(
+        0, 256, (out_features, width), dtype=torch.uint8, device=device, generator=generator
+    )
+    scales = torch.full((out_features, in_features // group), 0.03, device=device)
+    if quantization == "fp8":
+        small = torch.randn(out_features, in_features, device=device, generator=generator)
+        return QuantizedWeight("fp8", small.to(torch.float8_e4m3fn), scales[:, :1] * 0.02, group)
+    if quantization == "int8":
+        return QuantizedWeight("int8", codes.view(torch.int8), scales / 127, group)
+    return QuantizedWeight(quantization, codes, scales, group)

@@ -1,0 +1,36 @@
+"""A GPU's memory is divided before anything is loaded, or the load is refused with figures."""
+
+import re
+
+import pytest
+
+from engine.config import ConfigError
+from engine.device_memory import Needs, arena_bytes
+
+GIB = 2**30
+NEEDS = Needs(weights=16 * GIB, buffers=GIB, reserve=3 * GIB)
+
+
+def test_the_arena_is_what_is_left() -> None:
+    assert arena_bytes(80 * GIB, NEEDS, None, GIB, "") == 60 * GIB
+
+
+def test_what_was_asked_for_is_taken_as_it_is() -> None:
+    assert arena_bytes(80 * GIB, NEEDS, 48 * GIB, GIB, "") == 48 * GIB
+    assert arena_bytes(80 * GIB, NEEDS, 60 * GIB, GIB, "") == 60 * GIB
+
+
+def test_more_than_is_left_is_refused_with_what_would_fit() -> None:
+    with pytest.raises(ConfigError, match=r"memory_bytes=66571993088 needs 62\.00 GiB") as error:
+        arena_bytes(80 * GIB, NEEDS, 62 * GIB, GIB, "")
+    message = str(error.value)
+    fits = re.search(r"memory_bytes=(\d+) would fit", message)
+    assert fits and arena_bytes(80 * GIB, NEEDS, int(fits[1]), GIB, "") == 60 * GIB
+    for figure in ("80.00 GiB free", "16.00 GiB", "1.00 GiB", "3.00 GiB"):
+        assert figure in message
+
+
+@pytest.mark.parametrize("asked", [None, GIB, 8 * GIB])
+def test_a_model_too_large_for_the_device_is_refused_with_advice(asked: int | None) -> None:
+    with pytest.raises(ConfigError, match=r"4\.00 GiB are missing: take quantization='nf4'"):
+        arena_bytes(18 * GIB, NEEDS, asked, 2 * GIB, "take quantization='nf4'")
