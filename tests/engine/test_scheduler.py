@@ -376,10 +376,9 @@ def test_what_a_lost_step_was_to_move_is_computed_again() -> None:
     world.run()
     assert world.scheduler.blocks.num_cached == 10
     world.scheduler.add(make_request("lost", [1], adapter="z"))
-    batch = world.scheduler.schedule(9.0)
+    batch = world.launch(is_lost=True)
     assert batch is not None and batch.moves
-    world.device.lose(batch)
-    assert [r.request_id for r in world.scheduler.fail(batch)] == ["lost"]
+    assert [r.request_id for r in world.collect()] == ["lost"]
     for first, request_id in enumerate(("low", "high")):
         prompt = list(range(first, first + 20))
         world.scheduler.add(make_request(request_id, prompt, max_tokens=1))
