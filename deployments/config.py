@@ -45,10 +45,11 @@ class EngineSection(Section):
     max_num_batched_tokens: int = 512
     max_model_len: int | None = None
     block_size: int = 16
-    memory_bytes: Bytes = 2 * 2**30
+    memory_bytes: Bytes | None = None
     adapter_memory_bytes: Bytes | None = None
     enable_prefix_caching: bool = True
     kernels: str = "auto"
+    cuda_graphs: str = "auto"
     num_threads: int | None = None
     activations: str = "bf16"
     kv_dtype: str = "auto"

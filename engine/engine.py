@@ -288,10 +288,7 @@ class Engine:
             s.dtype,
             b_layout=self.model.b_layout,
         )
-        try:
-            packed = self.model.pack_adapter(weights)
-        except ValueError as error:
-            raise AdapterLoadError(str(error)) from error
+        packed = self.model.pack_adapter(weights)
         most, name = self.config.adapter_memory_bytes, "adapter_memory_bytes"
         if most is None:
             most, name = s.memory_bytes, "memory_bytes"

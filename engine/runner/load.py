@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
     make_runner: Callable[[Callable[[str], Any]], Runner]  # given HostAdapters by digest
-    pack_adapter: Callable[[LoraWeights], HostAdapter]  # by any thread; ValueError: does not fit
+    pack_adapter: Callable[[LoraWeights], HostAdapter]  # by any thread
     lora_sites: tuple[LoraSite, ...]
     b_layout: BLayout  # of the weights that `pack_adapter` takes
     weight_bytes: int

@@ -8,16 +8,13 @@ from engine.config import EngineConfig
 from engine.kernels.device_ops import device_ops
 from engine.kernels.reference import GATED_ACTIVATIONS
 from engine.kernels.triton.gate import gate
-from engine.lora.extent import extent_of
-from engine.lora.site_table import SiteTable
-from engine.lora.weights import LoraWeights
 from engine.model.loader import weight_bytes
-from engine.runner.adapter_copies import PackedAdapter, pack_adapter
+from engine.runner.adapter_copies import PackedAdapter
 from engine.runner.device import CudaDevice, Device, HostDevice
 from engine.runner.device_forward import StepLimits
 from engine.runner.load import LoadedModel, read_decoder
 from engine.runner.model_runner import Runner
-from engine.runner.triton_runner import AdapterLimits, make_triton_runner
+from engine.runner.triton_runner import AdapterLimits, adapter_packer, make_triton_runner
 from engine.settle import Settled
 
 MAX_ADAPTERS = 4096  # on the device at a time: their tables take four KiB each for an 8B model
@@ -29,7 +26,6 @@ def load_triton(config: EngineConfig, s: Settled, *, progress: bool) -> LoadedMo
     device: Device = CudaDevice(s.device) if s.device.type == "cuda" else HostDevice()
     decoder = read_decoder(config, s, device_ops(s.device, s.dtype), progress)
     arena = torch.zeros(s.memory_bytes, dtype=torch.uint8, device=s.device)
-    sites = SiteTable(decoder.lora_sites, MAX_LORA_RANK)
     seqs, rows = config.max_num_seqs, config.max_num_batched_tokens
 
     def make_runner(host_adapter: Callable[[str], PackedAdapter]) -> Runner:
@@ -44,13 +40,9 @@ def load_triton(config: EngineConfig, s: Settled, *, progress: bool) -> LoadedMo
             progress=progress,
         ).runner
 
-    def pack(weights: LoraWeights) -> PackedAdapter:
-        sites.check(extent_of(weights))
-        return pack_adapter(weights, device)
-
     return LoadedModel(
         make_runner=make_runner,
-        pack_adapter=pack,
+        pack_adapter=adapter_packer(device, decoder, MAX_LORA_RANK),
         lora_sites=decoder.lora_sites,
         b_layout="rank_major",
         weight_bytes=weight_bytes(decoder, s.dtype),

@@ -34,7 +34,6 @@ class AdapterLimits:
 class TritonRunner:
     runner: DeviceRunner
     graphs: GraphFigures
-    pack: Callable[[LoraWeights], PackedAdapter]  # for the host cache; raises AdapterLoadError
 
 
 def make_triton_runner(
@@ -88,16 +87,23 @@ def make_triton_runner(
     if device.torch_device.type == "cuda":
         bank.warm_up()
         runner.warm_up()
-    table = SiteTable(decoder.lora_sites, adapters.max_lora_rank)
-    return TritonRunner(runner, figures, lambda weights: _pack(weights, device, table))
+    return TritonRunner(runner, figures)
 
 
-def _pack(weights: LoraWeights, device: Device, table: SiteTable) -> PackedAdapter:
-    try:
-        table.check(extent_of(weights))
-    except ValueError as error:
-        raise AdapterLoadError(str(error)) from error
-    return pack_adapter(weights, device)
+def adapter_packer(
+    device: Device, decoder: Decoder, max_lora_rank: int
+) -> Callable[[LoraWeights], PackedAdapter]:
+    """For the host cache's threads; raises AdapterLoadError for what does not fit the sites."""
+    table = SiteTable(decoder.lora_sites, max_lora_rank)
+
+    def pack(weights: LoraWeights) -> PackedAdapter:
+        try:
+            table.check(extent_of(weights))
+        except ValueError as error:
+            raise AdapterLoadError(str(error)) from error
+        return pack_adapter(weights, device)
+
+    return pack
 
 
 def triton_draw(logits: Tensor, draws: Draws, highest: Tensor, best: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from engine.runner.adapter_copies import PackedAdapter
 from engine.runner.device import HostDevice
 from engine.runner.device_forward import StepLimits
 from engine.runner.device_runner import DeviceRunner
-from engine.runner.triton_runner import AdapterLimits, make_triton_runner
+from engine.runner.triton_runner import AdapterLimits, adapter_packer, make_triton_runner
 from engine.scheduler.batch import AdapterLoad, AdapterMove, ScheduledBatch
 from engine.scheduler.request import SamplingParams
 from tests.engine.driver import write_adapter
@@ -66,9 +66,10 @@ def make(
     folder: Path, adapters: Sequence[LoraWeights], limits: StepLimits, *, uses_graphs: bool
 ) -> tuple[DeviceRunner, list[PackedAdapter]]:
     packed: dict[str, PackedAdapter] = {}
+    decoder = load(folder, ops=device_ops(CPU, torch.float32))
     made = make_triton_runner(
         HostDevice(),
-        load(folder, ops=device_ops(CPU, torch.float32)),
+        decoder,
         torch.zeros(ARENA_BYTES, dtype=torch.uint8),
         limits,
         AdapterLimits(max_slots=3, max_lora_rank=12),
@@ -76,7 +77,8 @@ def make(
         uses_graphs=uses_graphs,
     )
     assert bool(made.graphs.num_graphs) == uses_graphs
-    packed |= {weights.digest: made.pack(weights) for weights in adapters}
+    pack = adapter_packer(HostDevice(), decoder, 12)
+    packed |= {weights.digest: pack(weights) for weights in adapters}
     return made.runner, list(packed.values())
 
 
