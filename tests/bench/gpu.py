@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from tests.bench import gpu_kernels, gpu_steps
+from tests.bench import gpu_kernels, gpu_peft, gpu_steps
 from tests.bench.environment import ROOT, append_row, header
 from tests.bench.gpu_kernels import Setting
 from tests.bench.gpu_model import LLAMA_8B, TINY
@@ -34,7 +34,7 @@ def main() -> None:
     setting = Setting(device, dtype, shape, roofline, is_tiny)
     parts = [part for part in _parts(setting) if part.name in options.parts]
     append_row(options.rows, f"{header(0)} | gpu | {shape.name} | {dtype} | {roofline}")
-    rows = report(parts, options.rows)
+    rows = report(parts, options.rows, is_judged=not is_tiny)
     print(f"\n{table(rows)}")
     if any(row.note.startswith("failed") for row in rows):
         raise SystemExit(1)
@@ -45,16 +45,21 @@ def _parts(setting: Setting) -> list[Part]:
         "attention": gpu_kernels.decode_attention,
         "prefill-attention": gpu_kernels.prefill_attention,
         "linears": gpu_kernels.linears,
+        "adapters": gpu_kernels.adapters,
     }
     steps = {"bf16": "none", "nf4": "nf4", "fp8": "fp8"}
     return [
         Part("check", partial(_check, setting.tiny)),
         *(Part(name, partial(work, setting)) for name, work in kernels.items()),
         *(Part(name, partial(gpu_steps.decode, setting, form)) for name, form in steps.items()),
+        Part("peft", partial(gpu_peft.beside_peft, setting)),
     ]
 
 
-PARTS = ("check", "attention", "prefill-attention", "linears", "bf16", "nf4", "fp8")
+PARTS = (
+    *("check", "attention", "prefill-attention", "linears", "adapters"),
+    *("bf16", "nf4", "fp8", "peft"),
+)
 
 
 def _check(is_tiny: bool) -> Iterator[Row]:

@@ -12,10 +12,13 @@ import torch.nn.functional as F
 from engine.kernels.device_positions import copy_positions, prefill_tile_tokens
 from engine.kernels.triton.attention import TritonAttention
 from engine.kernels.triton.weight_only import WeightOnlyLinear
+from engine.lora.device_bank import DeviceAdapterBank
+from engine.lora.extent import extent_nbytes, pack_extent
+from engine.model.layers import LoraSite, LoraSlice
 from engine.scheduler.batch import ScheduledRequest
 from engine.scheduler.request import SamplingParams
 from tests.bench.gpu_clock import graph_s, median_s
-from tests.bench.gpu_model import random_quantized
+from tests.bench.gpu_model import random_adapter, random_quantized
 from tests.bench.gpu_report import Goal, Row
 from tests.bench.gpu_roofline import Roofline
 from tests.bench.models import Shape
@@ -125,6 +128,75 @@ def _paged(
         return attention(q, kv_layer, positions, scale=scale, window=None, soft_cap=None, out=out)
 
     return attend, kv_layer.nbytes
+
+
+# ==== adapters ====
+
+
+def adapters(setting: Setting) -> Iterator[Row]:
+    """Shrink and expand at every site of some layers, beside the bytes of the adapters' factors."""
+    num_layers = 2 if setting.tiny else 8
+    sites = [site for layer in range(num_layers) for site in _sites(setting.shape, layer)]
+    ranks = {"equal": [16], "mixed": [8, 16, 32, 64]}
+    for batch in (2,) if setting.tiny else (1, 8, 32, 128, 256):
+        for name, of_slots in ranks.items():
+            for traffic in ("shared", "distinct"):
+                slots = [1] * batch if traffic == "shared" else list(range(1, batch + 1))
+                of_batch = [of_slots[i % len(of_slots)] for i in range(max(slots))]
+                yield _adapter_row(setting, sites, slots, of_batch, f"{name} ranks, {traffic}")
+
+
+def _adapter_row(
+    setting: Setting, sites: list[LoraSite], slots: list[int], ranks: list[int], what: str
+) -> Row:
+    weights = {r: random_adapter(sites, r, setting.dtype) for r in set(ranks)}
+    sizes = [extent_nbytes(weights[r]) for r in ranks]
+    arena = torch.zeros(sum(sizes), dtype=torch.uint8, device=setting.device)
+    bank = DeviceAdapterBank(
+        arena,
+        sites,
+        setting.dtype,
+        max_slots=len(ranks),
+        max_rows=len(slots),
+        max_lora_rank=64,
+        num_processors=setting.num_sms,
+    )
+    offset = 0
+    for slot, (r, nbytes) in enumerate(zip(ranks, sizes, strict=True), 1):
+        extent = pack_extent(weights[r], arena[offset : offset + nbytes])
+        bank.place(slot, offset, extent)
+        offset += nbytes
+    lora = bank.upload(bank.plan(slots))
+    xs = {s.in_features: _noise(setting, len(slots), s.in_features) for s in sites}
+    ys = {s.out_features: _noise(setting, len(slots), s.out_features) for s in sites}
+
+    def add() -> None:
+        for s in sites:
+            lora.add(s.layer, s.site, xs[s.in_features], ys[s.out_features])
+
+    seconds = graph_s([add], setting.device)
+    floor_s = arena.numel() / setting.roofline.bytes_per_s
+    return Row(
+        f"adapters x{len(slots)}, {what}",
+        seconds / len(sites) * 1e6,
+        "us per site",
+        Goal(seconds / floor_s, "the time of their bytes"),
+    )
+
+
+def _sites(shape: Shape, layer: int) -> list[LoraSite]:
+    hidden, inter = shape.hidden_size, shape.intermediate_size
+    kv = shape.num_kv_heads * shape.head_dim
+    sites = {
+        "qkv": (hidden, (hidden, kv, kv)),
+        "o": (hidden, (hidden,)),
+        "gate_up": (hidden, (inter, inter)),
+        "down": (inter, (hidden,)),
+    }
+    return [
+        LoraSite(layer, name, width, tuple(LoraSlice(f"{name}{i}", n) for i, n in enumerate(outs)))
+        for name, (width, outs) in sites.items()
+    ]
 
 
 # ==== linear layers ====

@@ -1,5 +1,6 @@
 """Random weights of real shapes, made on the device: no file is written and none is read."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -8,9 +9,10 @@ import torch
 
 from engine.kernels.dispatch import Ops
 from engine.kernels.quantized import QuantizedWeight
+from engine.lora.weights import LoraWeights, SiteWeights
 from engine.model.decoder import Decoder
 from engine.model.families import read_spec
-from engine.model.layers import Build, Part
+from engine.model.layers import Build, LoraSite, Part
 from tests.bench.models import SHAPES, Shape, write_config
 
 LLAMA_8B = Shape(
@@ -70,3 +72,26 @@ def random_quantized(
     if quantization == "int8":
         return QuantizedWeight("int8", codes.view(torch.int8), scales / 127, group)
     return QuantizedWeight(quantization, codes, scales, group)
+
+
+def digest_of(lora_rank: int) -> str:
+    return f"rank-{lora_rank}"
+
+
+def random_adapter(sites: Sequence[LoraSite], lora_rank: int, dtype: torch.dtype) -> LoraWeights:
+    """All sites at this rank in every module, in host memory."""
+    made = {(site.layer, site.site): _random_site(site, lora_rank, dtype) for site in sites}
+    nbytes = sum(site.nbytes for site in made.values())
+    return LoraWeights(digest_of(lora_rank), made, nbytes)
+
+
+def _random_site(site: LoraSite, lora_rank: int, dtype: torch.dtype) -> SiteWeights:
+    expands: list[tuple[int, int, int, int, torch.Tensor]] = []
+    out = 0
+    for i, part in enumerate(site.slices):
+        b = torch.randn(lora_rank, part.out_features).mul_(0.02).to(dtype)
+        r = i * lora_rank
+        expands.append((r, r + lora_rank, out, out + part.out_features, b))
+        out += part.out_features
+    a = torch.randn(len(site.slices) * lora_rank, site.in_features).mul_(0.02).to(dtype)
+    return SiteWeights(a, tuple(expands))

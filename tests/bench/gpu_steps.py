@@ -13,8 +13,7 @@ from statistics import median, quantiles
 import torch
 
 from engine.kernels.device_ops import device_ops
-from engine.lora.weights import LoraWeights, SiteWeights
-from engine.model.decoder import Decoder
+from engine.kernels.fp8 import dequantized_mm
 from engine.model.loader import weight_bytes
 from engine.runner.adapter_copies import PackedAdapter, pack_adapter
 from engine.runner.device import CudaDevice, Device, HostDevice
@@ -24,14 +23,13 @@ from engine.runner.model_runner import StepHandle
 from engine.runner.triton_runner import AdapterLimits, TritonRunner, make_triton_runner
 from engine.scheduler.batch import PENDING, AdapterLoad, ScheduledBatch, ScheduledRequest
 from tests.bench.gpu_kernels import BLOCK_SIZE, Setting, decode_requests
-from tests.bench.gpu_model import random_decoder
+from tests.bench.gpu_model import digest_of, random_adapter, random_decoder
 from tests.bench.gpu_report import Goal, Row
 
 RANK = 16
 MIXED_RANKS = (8, 8, 16, 16, 32, 64, 128, 256)  # sum 528; uniform of the same sum: 66
 UNIFORM_RANK = 66
 STEPS = 40
-DIGEST = "rank-{}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +44,7 @@ class Sizes:
 
 def sizes_of(setting: Setting) -> Sizes:
     if setting.tiny:
-        return Sizes((1, 3), 20, 64, 32, 2**25, 2)
+        return Sizes((1, 3), 20, 64, 32, 2**25, 4)
     return Sizes((1, 8, 32, 64, 128, 256), 1024, 9216, 2048, 90 * 2**30, STEPS)
 
 
@@ -59,7 +57,9 @@ class Bench:
         self.device: Device = HostDevice() if on_cpu else CudaDevice(setting.device)
         self.decoder = random_decoder(
             setting.shape,
-            device_ops(setting.device, setting.dtype),
+            device_ops(
+                setting.device, setting.dtype, fp8_multiply=dequantized_mm if on_cpu else None
+            ),
             setting.dtype,
             setting.device,
             quantization,
@@ -89,7 +89,7 @@ class Bench:
     def adapter(self, lora_rank: int) -> PackedAdapter:
         """The same bytes stand for every adapter of a rank: each is copied to its own place."""
         if lora_rank not in self._adapters:
-            weights = random_adapter(self.decoder, lora_rank, self.setting.dtype)
+            weights = random_adapter(self.decoder.lora_sites, lora_rank, self.setting.dtype)
             self._adapters[lora_rank] = pack_adapter(weights, self.device)
         return self._adapters[lora_rank]
 
@@ -99,7 +99,7 @@ class Bench:
         for slot, lora_rank in enumerate(ranks, 1):
             nbytes = self.adapter(lora_rank).nbytes
             end -= nbytes
-            loads.append(AdapterLoad(slot, DIGEST.format(lora_rank), end, nbytes))
+            loads.append(AdapterLoad(slot, digest_of(lora_rank), end, nbytes))
         evictions = tuple(self._loaded)
         self._loaded = {load.slot: load.nbytes for load in loads}
         batch = ScheduledBatch((), adapter_evictions=evictions, adapter_loads=tuple(loads))
@@ -167,21 +167,6 @@ class _Steps:
         step = tuple(self._requests)
         self._requests = [r._replace(start=r.start + 1, token_ids=[PENDING]) for r in step]
         return step
-
-
-def random_adapter(decoder: Decoder, lora_rank: int, dtype: torch.dtype) -> LoraWeights:
-    """All sites at this rank in every module."""
-    sites: dict[tuple[int, str], SiteWeights] = {}
-    for site in decoder.lora_sites:
-        expands, out, r = [], 0, 0
-        for part in site.slices:
-            b = torch.randn(lora_rank, part.out_features).mul_(0.02).to(dtype)
-            expands.append((r, r + lora_rank, out, out + part.out_features, b))
-            out, r = out + part.out_features, r + lora_rank
-        a = torch.randn(r, site.in_features).mul_(0.02).to(dtype)
-        sites[site.layer, site.site] = SiteWeights(a, tuple(expands))
-    nbytes = sum(site.nbytes for site in sites.values())
-    return LoraWeights(DIGEST.format(lora_rank), sites, nbytes)
 
 
 # ==== decode ====
@@ -327,7 +312,7 @@ def _loading(bench: Bench) -> Iterator[Row]:
         arrived = len(runner.arrived())
         if copied == 0 or arrived:
             copied += packed.nbytes
-            load = AdapterLoad(slot, DIGEST.format(RANK), offset, packed.nbytes)
+            load = AdapterLoad(slot, digest_of(RANK), offset, packed.nbytes)
             step = replace(step, adapter_evictions=(slot,), adapter_loads=(load,))
         return launch(step)
 

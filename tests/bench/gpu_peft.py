@@ -1,0 +1,82 @@
+"""Many adapters in one batch: transformers with peft, then ours, on the same card and shape."""
+
+import gc
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+
+from tests.bench.gpu_kernels import Setting
+from tests.bench.gpu_report import Goal, Row
+from tests.bench.gpu_steps import RANK, Bench, sizes_of
+from tests.bench.models import write_config
+
+ROWS = 32
+NEW_TOKENS = (4, 20)  # the difference is decoding alone
+
+
+def beside_peft(setting: Setting) -> Iterator[Row]:
+    rows = min(ROWS, max(sizes_of(setting).batches))
+    try:
+        import peft  # noqa: F401
+    except ImportError:
+        yield Row(f"peft, {rows} adapters", None, "", note="peft is not installed")
+        return
+    theirs = _peft_tokens_per_s(setting, rows)
+    gc.collect()
+    yield Row(f"peft, {rows} adapters", theirs, "tokens/s")
+    bench = Bench(setting, "none")
+    bench.load([RANK] * rows)
+    ours = rows / bench.decode_s(list(range(1, rows + 1))).step_s
+    yield Row(
+        f"ours, {rows} adapters",
+        ours,
+        "tokens/s",
+        Goal(ours / theirs, "peft's", at_least=15.0),
+    )
+
+
+@torch.inference_mode()
+def _peft_tokens_per_s(setting: Setting, rows: int) -> float:
+    """Rows of the same context, each with its own adapter, by `generate(adapter_names=...)`."""
+    model = _peft_model(setting, rows)
+    context = sizes_of(setting).context
+    prompt = torch.randint(3, setting.shape.vocab_size, (rows, context), device=setting.device)
+    names = [f"a{i}" for i in range(rows)]
+
+    def seconds(new_tokens: int) -> float:
+        start = time.perf_counter()
+        model.generate(
+            input_ids=prompt,
+            attention_mask=torch.ones_like(prompt),
+            adapter_names=names,
+            min_new_tokens=new_tokens,
+            max_new_tokens=new_tokens,
+            do_sample=False,
+        )
+        if setting.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    seconds(NEW_TOKENS[0])
+    few, many = (seconds(count) for count in NEW_TOKENS)
+    return rows * (NEW_TOKENS[1] - NEW_TOKENS[0]) / (many - few)
+
+
+def _peft_model(setting: Setting, num_adapters: int):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with TemporaryDirectory() as folder:
+        write_config(setting.shape, Path(folder))
+        config = AutoConfig.from_pretrained(folder)
+    with torch.device(setting.device):
+        base = AutoModelForCausalLM.from_config(config, dtype=setting.dtype)
+    modules = [module.rpartition(".")[2] for module in setting.shape.linears]
+    lora = LoraConfig(r=RANK, target_modules=modules, init_lora_weights=False)
+    model = get_peft_model(base.eval(), lora, adapter_name="a0")
+    for i in range(1, num_adapters):
+        model.add_adapter(f"a{i}", lora)
+    return model.to(setting.dtype).eval()
