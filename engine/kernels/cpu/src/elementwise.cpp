@@ -70,7 +70,7 @@ void embed_run(const void* args, int run) {
 // ==== norm ====
 
 RowRuns norm_runs(const ReefNormArgs& a) {
-    return {a.rows, static_cast<int64_t>(a.width) * a.groups, 1 << 13};
+    return {a.rows, static_cast<int64_t>(a.width) * a.groups, 1 << 14};
 }
 
 void add_delta(bf16* x, const bf16* delta, F16 scale, int width) {

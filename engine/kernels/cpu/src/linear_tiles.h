@@ -48,7 +48,12 @@ struct Tiling {
     Tiling(const ReefLinearArgs& args, int words);
     int first_row(int tile, int rows) const { return share(tile, tiles, rows); }
     int first_tile(int block) const { return share(block, blocks, tiles); }
-    int first_panel(int group) const { return share(group, groups, panels); }
+    // Pairs of groups, each longer than the pair before it: the last to begin are the shortest.
+    int first_panel(int group) const {
+        const int64_t pairs = groups / 2, pair = group / 2;
+        if (groups % 2) return share(group, groups, panels);
+        return share(pair * (pair + 1) + group % 2 * (pair + 1), pairs * (pairs + 1), panels);
+    }
     int64_t panel_bytes() const { return int64_t{4} * kPanel * words; }
 
 private:
@@ -193,12 +198,37 @@ reef::Task multiply_task(const ReefLinearArgs* args) {
     return {multiply_chunk<Format>, args, tiling.groups * tiling.blocks};
 }
 
-// Words [0, words) of rows that lie `stride` bytes apart, as a tile.
+// Words [begin, words) of rows that lie `stride` bytes apart, as a part of a tile of `width` rows.
+inline void tile_words(const uint8_t* rows, int64_t stride, int count, int64_t begin,
+                       int64_t words, int width, uint8_t* tile) {
+    for (int r = 0; r < count; ++r)
+        for (int64_t k = begin; k < words; ++k)
+            std::memcpy(tile + (k * width + r) * 4, rows + r * stride + k * 4, 4);
+}
+
+// The same of four rows and from the first word on, four words at a time.
+inline void tile_four_rows(const uint8_t* rows, int64_t stride, int64_t words, int width,
+                           uint8_t* tile) {
+    int64_t k = 0;
+    for (; k + 4 <= words; k += 4) {
+        __m128 four[4];
+        for (int r = 0; r < 4; ++r)
+            four[r] = _mm_loadu_ps(reinterpret_cast<const float*>(rows + r * stride + k * 4));
+        _MM_TRANSPOSE4_PS(four[0], four[1], four[2], four[3]);
+        for (int i = 0; i < 4; ++i)
+            _mm_storeu_ps(reinterpret_cast<float*>(tile + (k + i) * width * 4), four[i]);
+    }
+    tile_words(rows, stride, 4, k, words, width, tile);
+}
+
+// Words [0, words) of `count` rows as a tile.
 inline void tile_words(const uint8_t* rows, int64_t stride, int count, int64_t words,
                        uint8_t* tile) {
-    for (int r = 0; r < count; ++r)
-        for (int64_t k = 0; k < words; ++k)
-            std::memcpy(tile + (k * count + r) * 4, rows + r * stride + k * 4, 4);
+    if (count < 4) return tile_words(rows, stride, count, 0, words, count, tile);
+    for (int r = 0; r < count; r += 4) {
+        const int first = std::min(r, count - 4);  // what two fours share is written twice
+        tile_four_rows(rows + first * stride, stride, words, count, tile + first * 4);
+    }
 }
 
 // Tiles of x that one chunk of a prepare task fills: some microseconds.
