@@ -50,6 +50,7 @@ class EngineSection(Section):
     enable_prefix_caching: bool = True
     kernels: str = "auto"
     cuda_graphs: str = "auto"
+    lora_side_stream: bool = False
     num_threads: int | None = None
     activations: str = "bf16"
     kv_dtype: str = "auto"

@@ -42,6 +42,7 @@ class EngineConfig:
     enable_prefix_caching: bool = True
     kernels: str = "auto"  # auto: native ones on a CPU, for bfloat16; Triton's on a GPU
     cuda_graphs: str = "auto"  # auto: decode steps are captured at start, on a GPU
+    lora_side_stream: bool = False  # on a GPU: shrink beside the base's multiplication
     num_threads: int | None = None  # None: all cores
 
     def __post_init__(self) -> None:

@@ -18,6 +18,16 @@ class LoraBatch(Protocol):
         ...
 
 
+class LoraBatchInParts(LoraBatch, Protocol):
+    """`add` as two calls, of which the first needs no y."""
+
+    def shrink(self, layer: int, site: str, x: torch.Tensor) -> None: ...
+
+    def expand(self, layer: int, site: str, y: torch.Tensor) -> None:
+        """Follows the site's `shrink`, and precedes that of any other site."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class AttentionInputs:
     """Where each request's queries and keys are.

@@ -14,14 +14,23 @@ from torch import Tensor, nn
 
 from engine.kernels.inputs import LoraBatch
 from engine.model.decoder import Decoder, DecoderLayer
-from engine.model.fused_layer import AddNorm, Buffers, FusedLayer, PagedAttentionInto, Rows
+from engine.model.fused_layer import (
+    AddNorm,
+    Beside,
+    Buffers,
+    FusedLayer,
+    PagedAttentionInto,
+    Rows,
+)
 from engine.model.rotary import RotaryTable
 
 
 class FusedDecoder:
     """Weights and KV cache [blocks, layers, 2, block_size, H_kv, D] are those it was made from.
 
-    The decoder was loaded with `device_ops`. `capacity` bounds the rows of a forward.
+    The decoder was loaded with `device_ops`. `capacity` bounds the rows of a forward. Given
+    `beside`, a layer's shrink of adapters runs there while the layer multiplies: every `lora` of
+    `forward` is a LoraBatchInParts then.
     """
 
     def __init__(
@@ -30,6 +39,7 @@ class FusedDecoder:
         paged_attention: PagedAttentionInto,
         kv_cache: Tensor,
         capacity: int,
+        beside: Beside | None = None,
     ) -> None:
         self._embedding = decoder.embedding
         self._is_scaled = float(decoder.embedding.scale) != 1.0
@@ -40,7 +50,9 @@ class FusedDecoder:
         for layer, kv_layer in zip(decoder.layers, kv_cache.unbind(1), strict=True):
             assert isinstance(layer, DecoderLayer)
             table = tables[layer.attention.rotary_index]
-            self._layers.append(FusedLayer.of(layer, pending, table, kv_layer, paged_attention))
+            self._layers.append(
+                FusedLayer.of(layer, pending, table, kv_layer, paged_attention, beside)
+            )
             pending = layer.leave_mlp
         self._norm = AddNorm.of(decoder.norm, pending)
         self._buffers = Buffers.make(decoder, capacity)

@@ -2,12 +2,12 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from torch import Tensor, nn
 
 from engine.kernels.fp8 import E4m3Rows, Fp8Linear
-from engine.kernels.inputs import LoraBatch
+from engine.kernels.inputs import LoraBatch, LoraBatchInParts
 from engine.kernels.triton.fp8_rows import quantize_rows
 from engine.kernels.triton.gate import gate
 from engine.kernels.triton.norm import add_rms_norm
@@ -15,6 +15,10 @@ from engine.kernels.triton.rotary import rotate_and_store
 from engine.model.decoder import Attention, Decoder, DecoderLayer, HeadNorms
 from engine.model.layers import Linear, RmsNorm, Scale, SideBySide
 from engine.model.rotary import RotaryTable
+
+
+# Starts work beside what the caller computes next; what comes back waits for its end
+Beside = Callable[[Callable[[], None]], Callable[[], None]]
 
 
 class PagedAttentionInto(Protocol):
@@ -121,16 +125,17 @@ class FusedLayer:
         table: RotaryTable,
         kv_layer: Tensor,
         paged_attention: PagedAttentionInto,
+        beside: Beside | None,
     ) -> "FusedLayer":
         return FusedLayer(
             enter_attention=AddNorm.of(layer.enter_attention, pending),
-            qkv=_Site.of(layer.attention.qkv),
+            qkv=_Site.of(layer.attention.qkv, beside),
             attention=_Attention.of(layer.attention, table, kv_layer, paged_attention),
-            o=_Site.of(layer.attention.o),
+            o=_Site.of(layer.attention.o, beside),
             enter_mlp=AddNorm.of(layer.enter_mlp, layer.leave_attention),
-            gate_up=_Site.of(layer.mlp.gate_up),
+            gate_up=_Site.of(layer.mlp.gate_up, beside),
             activation=layer.mlp.activation,
-            down=_Site.of(layer.mlp.down),
+            down=_Site.of(layer.mlp.down, beside),
         )
 
     def attend(
@@ -257,15 +262,28 @@ class _Site:
     layer: int
     site: str
     into: Callable[[Rows, Tensor], None]
+    beside: Beside | None  # None: one after the other
 
     @staticmethod
-    def of(linear: Linear) -> "_Site":
-        return _Site(linear.layer, linear.site, _into(linear.multiply))
+    def of(linear: Linear, beside: Beside | None) -> "_Site":
+        return _Site(linear.layer, linear.site, _into(linear.multiply), beside)
 
     def __call__(self, x: Rows, out: Tensor, lora: LoraBatch | None) -> None:
+        if lora is not None and self.beside is not None:
+            self._with_beside(self.beside, x, out, cast(LoraBatchInParts, lora))
+            return
         self.into(x, out)
         if lora is not None:
             lora.add(self.layer, self.site, x.wide, out)
+
+    def _with_beside(self, beside: Beside, x: Rows, out: Tensor, lora: LoraBatchInParts) -> None:
+        """The next site's x depends on this out: no two shrinks are ever under way."""
+        wait = beside(lambda: lora.shrink(self.layer, self.site, x.wide))
+        try:
+            self.into(x, out)
+        finally:
+            wait()  # else the next step might overwrite what the shrink still reads
+        lora.expand(self.layer, self.site, out)
 
 
 def _into(multiply: Any) -> Callable[[Rows, Tensor], None]:

@@ -8,12 +8,28 @@ so that all of it can be tested where there is no GPU.
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 Replay = Callable[[], None]
+
+
+class DeviceLost(RuntimeError):
+    """The device computes nothing more for this process."""
+
+
+def check_device(torch_device: torch.device) -> None:
+    """Raises DeviceLost after an error, such as an access to memory that is not there, which every
+    later call of this process would raise again. Waits for all work that was given."""
+    if torch_device.type != "cuda":
+        return
+    try:
+        torch.cuda.synchronize(torch_device)
+    except RuntimeError as error:
+        raise DeviceLost(f"{torch_device} is lost to this process: {error}") from error
 
 
 class Event(Protocol):
@@ -62,6 +78,12 @@ class Device(Protocol):
         """Work given inside goes to a second stream, which first waits for the event."""
         ...
 
+    def beside(self, work: Callable[[], None]) -> Callable[[], None]:
+        """Gives the work to a third stream, after all that the stream in use has been given so
+        far, which goes on after it once what comes back is called. Both may be captured. The work
+        allocates nothing, and what it reads or writes nobody touches before that call."""
+        ...
+
     def capture(self, work: Callable[[], None]) -> Replay:
         """Records the work, all of it on fixed memory; the replay does it again."""
         ...
@@ -85,6 +107,7 @@ class CudaDevice:
         self.torch_device = torch.device("cuda", index)
         torch.cuda.set_device(self.torch_device)
         self._side = torch.cuda.Stream(self.torch_device)
+        self._beside = torch.cuda.Stream(self.torch_device)  # never behind a long copy
         self._pool = torch.cuda.graph_pool_handle()
 
     def pinned(self, nbytes: int) -> Tensor:
@@ -109,6 +132,13 @@ class CudaDevice:
         self._side.wait_event(after.event)
         with torch.cuda.stream(self._side):
             yield
+
+    def beside(self, work: Callable[[], None]) -> Callable[[], None]:
+        in_use = torch.cuda.current_stream(self.torch_device)
+        self._beside.wait_stream(in_use)
+        with torch.cuda.stream(self._beside):
+            work()
+        return partial(in_use.wait_stream, self._beside)
 
     def capture(self, work: Callable[[], None]) -> Replay:
         graph = torch.cuda.CUDAGraph()
@@ -160,6 +190,10 @@ class HostDevice:
     def side(self, after: Event) -> Iterator[None]:
         after.wait()
         yield
+
+    def beside(self, work: Callable[[], None]) -> Callable[[], None]:
+        work()
+        return lambda: None
 
     def capture(self, work: Callable[[], None]) -> Replay:
         work()

@@ -37,6 +37,7 @@ def load_triton(config: EngineConfig, s: Settled, *, progress: bool) -> LoadedMo
             AdapterLimits(MAX_ADAPTERS, MAX_LORA_RANK),
             host_adapter,
             uses_graphs=config.cuda_graphs == "auto",
+            lora_side_stream=config.lora_side_stream,
             progress=progress,
         ).runner
 

@@ -45,6 +45,7 @@ def make_triton_runner(
     host_adapter: Callable[[str], PackedAdapter],
     *,
     uses_graphs: bool,
+    lora_side_stream: bool = False,
     progress: bool = False,
 ) -> TritonRunner:
     """The decoder was loaded with `device_ops`. `arena` uint8 [bytes], on the device, is all that
@@ -71,9 +72,10 @@ def make_triton_runner(
         max_lora_rank=adapters.max_lora_rank,
         num_processors=num_processors,
     )
+    rows, beside = limits.max_num_batched_tokens, device.beside if lora_side_stream else None
     forward = DeviceForward(
         device,
-        FusedDecoder(decoder, attention, kv_cache, limits.max_num_batched_tokens),
+        FusedDecoder(decoder, attention, kv_cache, rows, beside),
         bank,
         limits,
         tile_tokens=prefill_tile_tokens(spec.num_heads, spec.num_kv_heads, spec.head_dim),
