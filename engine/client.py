@@ -132,6 +132,7 @@ class EngineClient:
         self.stats = EngineStats()
         self._deliver(ended)
         if not self._is_closing and self._info is not None:
+            log.error("%s; it is started again, without %d outputs", reason, len(ended))
             self._spawn(self._restart())
 
     def _deliver(self, items: list[Item]) -> None:

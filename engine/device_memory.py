@@ -29,12 +29,20 @@ class Needs:
 
 
 def needs(
-    weights: int, spec: ModelSpec, max_rows: int, max_num_seqs: int, dtype: torch.dtype, device: int
+    weights: int,
+    spec: ModelSpec,
+    max_rows: int,
+    max_num_seqs: int,
+    dtype: torch.dtype,
+    device: int,
+    scratch: int = 0,
 ) -> Needs:
-    """Of a model with so many bytes of weights, on a device with so many bytes in all."""
+    """Of a model with so many bytes of weights, on a device with so many bytes in all. `scratch`
+    is what its layers in few bits use in turn."""
     activations = max_rows * _activation_width(spec) * dtype.itemsize
-    logits = 3 * max_num_seqs * spec.vocab_size * 4  # as they come, sorted, and drawn from
-    return Needs(weights, activations + logits, int(RESERVE_BYTES + RESERVE_SHARE * device))
+    logits = 3 * max_num_seqs * spec.vocab_size * 4  # as they come, their logarithms, and a copy
+    buffers = activations + logits + scratch
+    return Needs(weights, buffers, int(RESERVE_BYTES + RESERVE_SHARE * device))
 
 
 def arena_bytes(free: int, needs: Needs, asked: int | None, least: int, advice: str) -> int:
@@ -59,10 +67,10 @@ def arena_bytes(free: int, needs: Needs, asked: int | None, least: int, advice: 
 
 
 def _activation_width(spec: ModelSpec) -> int:
-    """Values per row of all buffers of a forward pass."""
+    """Values per row of all buffers of a forward pass, and of its output."""
     q_size = spec.num_heads * spec.head_dim
     qkv = q_size + 2 * spec.num_kv_heads * spec.head_dim
-    return 4 * spec.hidden_size + qkv + 2 * q_size + 3 * spec.intermediate_size
+    return 5 * spec.hidden_size + qkv + 2 * q_size + 3 * spec.intermediate_size
 
 
 def _gib(num_bytes: int) -> str:

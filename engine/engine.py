@@ -5,7 +5,8 @@
 Where the runner computes asynchronously, a step launches the next batch first and then takes the
 results of the one before, so that the device never waits for Python. At most two batches exist.
 Adapters are read and decoded by the host cache's threads; the step loop only notices when they
-are ready. A step that raises ends its own requests with an error and nothing else.
+are ready. A step that raises ends its own requests with an error and nothing else, unless the
+device is lost with it.
 """
 
 import logging
@@ -31,6 +32,7 @@ from engine.messages import (
     TokenLogprobs,
 )
 from engine.model.families import read_eos_token_ids
+from engine.runner.device import check_device
 from engine.runner.load import load_model
 from engine.runner.model_runner import (
     FailedStep,
@@ -77,7 +79,8 @@ class Engine:
         self.model = load_model(config, s, progress=progress)
         self.host = HostCache(config.host_adapter_bytes, self._load_adapter, wake)
         self.runner: Runner = self.model.make_runner(self.host.get)
-        eos_token_ids = read_eos_token_ids(folder)
+        vocab = range(s.spec.vocab_size)
+        eos_token_ids = tuple(t for t in read_eos_token_ids(folder) if t in vocab)
         self.scheduler = Scheduler(
             SchedulerLimits(
                 config.max_num_seqs, config.max_num_batched_tokens, s.max_model_len, eos_token_ids
@@ -140,7 +143,8 @@ class Engine:
     def step(self) -> list[RequestOutput]:
         """Launch a step and take the results of those that are due.
 
-        Returns what requests gained, and those that ended since the last call.
+        Returns what requests gained, and those that ended since the last call. Raises DeviceLost
+        where no later step can succeed: this process has to end.
         """
         self._poll_adapters()
         num_kept = self._launch()
@@ -170,6 +174,7 @@ class Engine:
             rows = step.handle.result()
         except Exception as error:
             log.exception("a step failed; its %d requests end", len(step.batch.requests))
+            check_device(self.settled.device)
             text = f"the step failed: {type(error).__name__}: {error}"
             self._end(self.scheduler.fail(step.batch), RequestError(ENGINE_ERROR, text))
         else:

@@ -6,10 +6,12 @@ in:   ("start", EngineConfig)  ("add", GenerateRequest)  ("abort", request_id)  
 out:  ("ready", EngineInfo) or ("failed", text), then ("frame", items, stats or None)
 
 The loop never blocks on a slow reader: what the socket does not take waits in memory. It ends
-when the other end closes. Every frame is sent by the step loop itself, so a loop that hangs is
-silent, which is how the client notices.
+when the other end closes, and with an error of which no step recovers, such as a lost device; the
+other end then starts another process. Every frame is sent by the step loop itself, so a loop that
+hangs is silent, which is how the client notices.
 """
 
+import logging
 import os
 import select
 import socket
@@ -21,6 +23,8 @@ from typing import Any
 from engine.framing import FrameDecoder, encode
 from engine.messages import INVALID_REQUEST, RequestError, RequestOutput, to_item
 from engine.scheduler.request import InvalidRequest
+
+log = logging.getLogger(__name__)
 
 STATS_PERIOD_S = 0.1
 _CHUNK = 1 << 20
@@ -95,6 +99,18 @@ def serve(connection: Connection) -> None:
     engine.close()
 
 
+def serve_or_exit(connection: Connection) -> None:
+    """`serve`; what it raises ends the process, with a line that says so."""
+    try:
+        serve(connection)
+    except Exception as error:
+        log.critical(
+            "the engine's process ends: %s: %s", type(error).__name__, error, exc_info=True
+        )
+        logging.shutdown()
+        os._exit(1)  # without destructors, which a lost device would fail again or keep waiting
+
+
 class _Loop:
     def __init__(self, engine: Any, connection: Connection) -> None:
         self._engine = engine
@@ -161,12 +177,11 @@ def _wait_for_start(connection: Connection) -> list[Any]:
 
 
 def main() -> None:
-    import logging
     import signal
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends us through the closed connection
-    serve(Connection(socket.socket(fileno=int(sys.argv[1]))))
+    serve_or_exit(Connection(socket.socket(fileno=int(sys.argv[1]))))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from engine.kernels.fp8 import check_fp8
 from engine.model.families import read_dtype, read_scheme, read_spec
 from engine.model.quantized_checkpoint import weight_format
 from engine.model.spec import ModelSpec
-from engine.plan.arithmetic import FORMATS, read_model_size, weight_bytes
+from engine.plan.arithmetic import FORMATS, ModelSize, read_model_size, weight_bytes
 from engine.runner.kv_cache import kv_bytes_per_token
 
 DEFAULT_MAX_MODEL_LEN = 8192
@@ -102,12 +102,22 @@ def _memory_bytes(
     free, total = torch.cuda.mem_get_info(device)
     weights = weight_bytes(size, size.form)
     rows, seqs = config.max_num_batched_tokens, config.max_num_seqs
-    needed = needs(weights, spec, rows, seqs, dtype, total)
+    needed = needs(weights, spec, rows, seqs, dtype, total, _scratch_bytes(size, dtype))
     advice = "lower max_num_batched_tokens or max_model_len"
     if size.form.quantization == "none":
         nf4 = weight_bytes(size, next(form for form in FORMATS if form.name == "nf4"))
         advice = f"quantization='nf4' takes {nf4 / 2**30:.2f} GiB for the weights, or {advice}"
     return arena_bytes(free, needed, config.memory_bytes, least, advice)
+
+
+def _scratch_bytes(size: ModelSize, dtype: torch.dtype) -> int:
+    """Of the largest layer that is made dense for a multiplication with many rows."""
+    if size.form.quantization in ("none", "fp8"):
+        return 0
+    numel: dict[str, int] = {}
+    for linear in size.linears:
+        numel[linear.site] = numel.get(linear.site, 0) + linear.numel
+    return max(numel.values()) // size.spec.num_layers * dtype.itemsize
 
 
 def _check_kernels(config: EngineConfig, device: torch.device) -> None:

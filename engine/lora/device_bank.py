@@ -129,8 +129,10 @@ class DeviceAdapterBank:
         return tuple(first << i for i in range((last // first).bit_length()))
 
     def max_words(self, num_rows: int) -> int:
-        """Longest `LoraPlan.words` of a batch of this many rows."""
-        return self._shape(num_rows).max_words(num_rows)
+        """Longest `LoraPlan.words` of a batch of this many rows, or of fewer: theirs may be cut
+        finer, and be longer."""
+        sizes = {min(capacity, num_rows) for capacity in self.row_capacities}
+        return max(self._shape(rows).max_words(rows) for rows in sizes)
 
     def plan(self, row_slots: Sequence[int]) -> LoraPlan:
         """Row i of the batch has the adapter in `row_slots[i]`, 0 for none.

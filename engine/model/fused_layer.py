@@ -16,7 +16,6 @@ from engine.model.decoder import Attention, Decoder, DecoderLayer, HeadNorms
 from engine.model.layers import Linear, RmsNorm, Scale, SideBySide
 from engine.model.rotary import RotaryTable
 
-
 # Starts work beside what the caller computes next; what comes back waits for its end
 Beside = Callable[[Callable[[], None]], Callable[[], None]]
 

@@ -28,7 +28,9 @@ from engine.scheduler.batch import ScheduledRequest
 
 Numbers = NDArray[np.int32]
 
-WARM_UP_ROWS = (1, 17, 64)  # Triton compiles anew for a 1 and for multiples of 16
+# Triton compiles anew for a 1 and for multiples of 16; layers in few bits have tiles for up to 64
+# rows, and others for up to 256
+WARM_UP_ROWS = (1, 17, 64, 72, 128)
 
 
 class StepModel(Protocol):
@@ -142,15 +144,21 @@ class DeviceForward:
     def warm_up(self) -> Tensor:
         """Runs eager steps of no request, so that their kernels are compiled before the first
         real one; returns hidden states [1, E] of nothing."""
-        for num_rows in (n for n in WARM_UP_ROWS if n <= self._limits.max_num_batched_tokens):
-            for has_lora in (True, False):
-                words = self._lora_words(np.zeros(num_rows, np.int32)) if has_lora else _NO_WORDS
-                output_words = self._lora_words(np.zeros(1, np.int32)) if has_lora else _NO_WORDS
-                capacity = PositionsCapacity(1, 1, 1, 1, self._tile_tokens)
-                shape = StepShape(num_rows, 1, 0, capacity, words.size, output_words.size)
-                self._buffers.fill(shape, (), StepNumbers((), (), {}, words, output_words))
-                self._forward(self._views_of(shape), self._hidden[:1], has_lora)
+        most = self._limits.max_num_batched_tokens
+        for num_rows in (n for n in WARM_UP_ROWS if n < most):
+            self._warm_up_one(num_rows, num_decodes=1, num_tiles=1)
+        # So many requests that attention cuts no one's keys, unlike above
+        self._warm_up_one(most, num_decodes=self._limits.max_num_seqs, num_tiles=most)
         return self._hidden[:1]
+
+    def _warm_up_one(self, num_rows: int, num_decodes: int, num_tiles: int) -> None:
+        capacity = PositionsCapacity(num_decodes, 1, 1, num_tiles, self._tile_tokens)
+        for has_lora in (True, False):
+            words = self._lora_words(np.zeros(num_rows, np.int32)) if has_lora else _NO_WORDS
+            output_words = self._lora_words(np.zeros(1, np.int32)) if has_lora else _NO_WORDS
+            shape = StepShape(num_rows, 1, 0, capacity, words.size, output_words.size)
+            self._buffers.fill(shape, (), StepNumbers((), (), {}, words, output_words))
+            self._forward(self._views_of(shape), self._hidden[:1], has_lora)
 
     @property
     def sampled(self) -> Tensor:

@@ -3,11 +3,13 @@
 import asyncio
 import os
 import signal
+import socket
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
 
+from engine import process
 from engine.client import EngineClient, EngineStartError, EngineUnavailable
 from engine.config import EngineConfig
 from engine.framing import FrameDecoder, encode
@@ -20,6 +22,7 @@ from engine.messages import (
     Item,
     RequestOutput,
 )
+from engine.runner.device import DeviceLost
 from tests.engine.driver import greedy, make_engine, prompt_of, run
 from tests.engine.tiny import Tiny, write_tiny
 
@@ -165,6 +168,23 @@ def test_a_hanging_process_is_killed_and_started_again(tiny: Tiny) -> None:
         await is_restarted(client)
 
     with_client(tiny.folder, test, hang_timeout_s=1.0)
+
+
+def test_an_engine_that_cannot_go_on_ends_its_process_and_says_why(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    codes: list[int] = []
+
+    def lose(_: object) -> None:
+        raise DeviceLost("cuda:0 is lost to this process")
+
+    monkeypatch.setattr(process, "serve", lose)
+    monkeypatch.setattr(process.os, "_exit", codes.append)
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        process.serve_or_exit(process.Connection(theirs))
+    assert codes == [1]
+    assert "the engine's process ends: DeviceLost: cuda:0 is lost" in caplog.text
 
 
 def test_a_model_that_cannot_be_loaded_gives_its_reason_at_start(tmp_path: Path) -> None:

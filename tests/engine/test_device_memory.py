@@ -1,11 +1,17 @@
 """A GPU's memory is divided before anything is loaded, or the load is refused with figures."""
 
 import re
+from collections.abc import Callable
 
 import pytest
+import torch
 
 from engine.config import ConfigError
 from engine.device_memory import Needs, arena_bytes
+from engine.model.loader import load_decoder
+from engine.plan.arithmetic import read_model_size
+from engine.settle import _scratch_bytes
+from tests.engine.tiny import Tiny
 
 GIB = 2**30
 NEEDS = Needs(weights=16 * GIB, buffers=GIB, reserve=3 * GIB)
@@ -34,3 +40,14 @@ def test_more_than_is_left_is_refused_with_what_would_fit() -> None:
 def test_a_model_too_large_for_the_device_is_refused_with_advice(asked: int | None) -> None:
     with pytest.raises(ConfigError, match=r"4\.00 GiB are missing: take quantization='nf4'"):
         arena_bytes(18 * GIB, NEEDS, asked, 2 * GIB, "take quantization='nf4'")
+
+
+@pytest.mark.parametrize("quantization", ["none", "int8", "fp8"])
+def test_scratch_holds_the_largest_layer_in_few_bits(
+    tiny_model: Callable[..., Tiny], quantization: str
+) -> None:
+    folder, dtype = tiny_model("llama").folder, torch.bfloat16
+    decoder = load_decoder(folder, dtype=dtype, device=torch.device("cpu"), max_model_len=64)
+    largest = max(site.in_features * site.out_features for site in decoder.lora_sites)
+    found = _scratch_bytes(read_model_size(folder, quantization), dtype)
+    assert found == (2 * largest if quantization == "int8" else 0)

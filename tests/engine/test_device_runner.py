@@ -11,6 +11,7 @@ from engine.lora.weights import LoraWeights, load_lora
 from engine.model.decoder import Decoder
 from engine.model.loader import load_decoder
 from engine.runner.device import HostDevice
+from engine.runner.device_forward import StepLimits
 from engine.runner.sampler import target_logprobs
 from engine.scheduler.batch import (
     PENDING,
@@ -29,7 +30,7 @@ from tests.engine.generations import (
     greedy,
     loads_at_the_end,
 )
-from tests.engine.plain_device import ARENA_BYTES, make_plain, pack_all
+from tests.engine.plain_device import ARENA_BYTES, BLOCK_SIZE, make_plain, pack_all
 from tests.engine.tiny import OneRequest, Tiny
 
 MakeTiny = Callable[..., Tiny]
@@ -173,6 +174,23 @@ def test_a_step_without_memory_ends_alone(decoder: Decoder) -> None:
     assert [s.output for s in again] == [
         [t.token_id for t in expected(decoder, s, None)] for s in again
     ]
+
+
+def test_warming_up_meets_few_and_many_requests(decoder: Decoder) -> None:
+    """Attention has other kernels for each."""
+    runner = make_plain(decoder, {}.__getitem__, limits=StepLimits(8, 70, 128, BLOCK_SIZE))
+    model, met = runner._forward._model, set[tuple[int, int, int, bool]]()
+    forward = model.forward
+
+    def noted(*inputs: Any, **options: Any) -> Tensor:
+        positions, lora = inputs[3], inputs[4]
+        met.add((len(inputs[0]), positions.num_decodes, len(positions.tiles), lora is not None))
+        return forward(*inputs, **options)
+
+    model.forward = noted  # type: ignore[method-assign]
+    runner.warm_up()
+    shapes = [(1, 1, 1), (17, 1, 1), (64, 1, 1), (70, 8, 70)]
+    assert met == {(*shape, has_lora) for shape in shapes for has_lora in (True, False)}
 
 
 def test_rows_with_a_lost_pending_token_do_not_disturb_the_others(decoder: Decoder) -> None:

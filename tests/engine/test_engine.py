@@ -1,11 +1,14 @@
 """The engine against transformers, and against itself under every kind of company."""
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from engine.messages import ENGINE_ERROR, GenerateRequest
+from engine.runner.device import DeviceLost
 from engine.scheduler.request import InvalidRequest, SamplingParams
 from tests.engine.driver import Result, finish, generate, greedy, make_engine, prompt_of, run
 from tests.engine.tiny import Tiny, write_tiny
@@ -256,6 +259,38 @@ def test_a_step_that_raises_ends_its_requests_and_the_engine_goes_on(
     assert engine.stats.num_blocks_used == 0
     monkeypatch.setattr(engine.runner, "execute", execute)
     assert texts(run(engine, mixed_requests())) == alone
+
+
+@pytest.mark.parametrize("is_lost", [True, False])
+def test_an_engine_whose_device_is_lost_raises_instead_of_failing_every_request(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, is_lost: bool
+) -> None:
+    engine = make_engine(tiny.folder)
+    engine.settled = replace(engine.settled, device=torch.device("cuda"))
+    engine.add_request(GenerateRequest("lost", prompt_of(9), greedy(9)))
+
+    def fail(*_: object) -> None:
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(engine.runner, "execute", fail)
+    monkeypatch.setattr(torch.cuda, "synchronize", fail if is_lost else lambda _: None)
+    if is_lost:
+        with pytest.raises(DeviceLost, match=r"cuda is lost to this process: .*illegal"):
+            engine.step()
+        return
+    (ended,) = engine.step()
+    assert ended.error is not None and "illegal memory" in ended.error.message
+
+
+def test_tokens_outside_the_vocabulary_end_nothing_and_are_never_forbidden(tmp_path: Path) -> None:
+    tiny = write_tiny(tmp_path, "llama")
+    config = {"eos_token_id": [-1, 5, tiny.reference.config.vocab_size]}
+    (tiny.folder / "generation_config.json").write_text(json.dumps(config))
+    engine = make_engine(tiny.folder)
+    assert engine.info.eos_token_ids == (5,)
+    params = SamplingParams(max_tokens=4, min_tokens=3, temperature=0)
+    last = run(engine, [GenerateRequest("r", prompt_of(5), params)])["r", 0].last
+    assert last is not None and last.error is None
 
 
 def test_a_row_whose_logits_are_not_finite_ends_alone(tiny: Tiny) -> None:

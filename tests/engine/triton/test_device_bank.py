@@ -286,6 +286,8 @@ def test_a_plan_is_no_longer_than_promised_and_the_buffer_holds_the_longest() ->
     for rows in (1, 7, 256, 257, 600):
         slots = [i % 5 + 1 for i in range(rows)]
         assert bank.plan(slots).words.size <= bank.max_words(rows) <= bank.buffers[WORDS].numel()
+    promised = [bank.max_words(rows) for rows in (200, 256, 257, 300, 512, 600)]
+    assert promised == sorted(promised), "what holds a batch holds a smaller one"
 
 
 # ==== refusals ====

@@ -62,19 +62,32 @@ def load(folder: Path, **options: Any) -> Decoder:
     return load_decoder(folder, dtype=torch.float32, device=CPU, max_model_len=64, **options)
 
 
+class LateBeside(HostDevice):
+    """What runs beside the main stream runs when it is waited for."""
+
+    def beside(self, work: Callable[[], None]) -> Callable[[], None]:
+        return work
+
+
 def make(
-    folder: Path, adapters: Sequence[LoraWeights], limits: StepLimits, *, uses_graphs: bool
+    folder: Path,
+    adapters: Sequence[LoraWeights],
+    limits: StepLimits,
+    *,
+    uses_graphs: bool,
+    lora_side_stream: bool = False,
 ) -> tuple[DeviceRunner, list[PackedAdapter]]:
     packed: dict[str, PackedAdapter] = {}
     decoder = load(folder, ops=device_ops(CPU, torch.float32))
     made = make_triton_runner(
-        HostDevice(),
+        LateBeside(),
         decoder,
         torch.zeros(ARENA_BYTES, dtype=torch.uint8),
         limits,
         AdapterLimits(max_slots=3, max_lora_rank=12),
         packed.__getitem__,
         uses_graphs=uses_graphs,
+        lora_side_stream=lora_side_stream,
     )
     assert bool(made.graphs.num_graphs) == uses_graphs
     pack = adapter_packer(HostDevice(), decoder, 12)
@@ -90,11 +103,11 @@ def check(plain: Decoder, adapters: list[LoraWeights], generations: list[Generat
 
 @pytest.fixture(scope="module")
 def captured(folder: Path, adapters: list[LoraWeights]) -> DeviceRunner:
-    return with_adapters(folder, adapters, uses_graphs=True)
+    return with_adapters(folder, adapters, uses_graphs=True, lora_side_stream=True)
 
 
-def with_adapters(folder: Path, adapters: list[LoraWeights], *, uses_graphs: bool) -> DeviceRunner:
-    runner, packed = make(folder, adapters, LIMITS, uses_graphs=uses_graphs)
+def with_adapters(folder: Path, adapters: list[LoraWeights], **options: bool) -> DeviceRunner:
+    runner, packed = make(folder, adapters, LIMITS, **options)
     loads = loads_at_the_end(packed, (1, 2), ARENA_BYTES)
     runner.launch(ScheduledBatch((), adapter_loads=loads)).result()
     assert list(runner.arrived()) == [adapter.extent.digest for adapter in packed]

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from engine.device_memory import needs
 from engine.kernels import reference
 from engine.kernels.device_ops import DenseLinear, device_ops
 from engine.kernels.dispatch import Ops, reference_ops
@@ -22,6 +23,7 @@ from engine.lora.bank import AdapterBank
 from engine.lora.weights import LoraWeights, SiteWeights
 from engine.model.decoder import Decoder, DecoderLayer
 from engine.model.fused import FusedDecoder
+from engine.model.fused_layer import Beside, Rows, _Site
 from engine.model.layers import LoraSite, SideBySide
 from engine.model.loader import load_decoder
 from engine.scheduler.batch import ScheduledBatch, ScheduledRequest
@@ -158,10 +160,14 @@ def expected_of(
 
 @torch.inference_mode()
 def found_of(
-    decoder: Decoder, batch: Batch, num_padding: int = 0, **options: Any
+    decoder: Decoder,
+    batch: Batch,
+    num_padding: int = 0,
+    beside: Beside | None = None,
+    **options: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     kv_cache = random_cache(decoder)
-    fused = FusedDecoder(decoder, attend_into, kv_cache, CAPACITY)
+    fused = FusedDecoder(decoder, attend_into, kv_cache, CAPACITY, beside)
     padding = torch.zeros(num_padding, dtype=torch.int64, device=DEVICE)
     token_ids = torch.cat([batch.token_ids, padding])
     rows = options.get("output_rows", token_ids)
@@ -212,6 +218,71 @@ def of_first_rows(lora: LoraBatch | None) -> LoraBatch | None:
             lora.add(layer, site, x[:NUM_ROWS], y[:NUM_ROWS])
 
     return None if lora is None else FirstRows()
+
+
+def test_shrink_beside_the_base_is_done_before_expand_and_changes_nothing(
+    tiny_model: MakeTiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside is as late as it may be: when somebody waits."""
+    folder, ops = tiny_model("llama").folder, device_ops(DEVICE, torch.float32)
+    decoder, batch = load(folder, ops), batch_of(with_slots("distinct"))
+    lora = mixed(adapters_of(decoder), [(count, slot) for count, _, slot in REQUESTS])
+    assert lora is not None
+    events: list[str] = []
+    into = DenseLinear.into
+
+    def noted_into(self: DenseLinear, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        events.append("base")
+        return into(self, x, out)
+
+    class InParts:
+        def shrink(self, layer: int, site: str, x: torch.Tensor) -> None:
+            events.append("shrink")
+            self.x = x
+
+        def expand(self, layer: int, site: str, y: torch.Tensor) -> None:
+            events.append("expand")
+            lora.add(layer, site, self.x, y)
+
+    def beside(work: Callable[[], None]) -> Callable[[], None]:
+        events.append("fork")
+        return work
+
+    expected, _ = found_of(decoder, batch, lora=lora)
+    monkeypatch.setattr(DenseLinear, "into", noted_into)
+    found, _ = found_of(decoder, batch, beside=beside, lora=InParts())
+    assert torch.equal(found, expected)
+    assert events == ["fork", "base", "shrink", "expand"] * len(decoder.lora_sites)
+    del events[:]
+    found_of(decoder, batch, beside=beside)
+    assert events == ["base"] * len(decoder.lora_sites), "no adapter, nothing beside"
+
+
+def test_what_runs_beside_is_waited_for_where_the_base_fails() -> None:
+    waited: list[str] = []
+
+    def out_of_memory(x: Rows, out: torch.Tensor) -> None:
+        raise torch.OutOfMemoryError("no workspace")
+
+    site = _Site(0, "o", out_of_memory, lambda work: lambda: waited.append("shrink"))
+    x = torch.zeros(1, 4)
+    with pytest.raises(torch.OutOfMemoryError, match="no workspace"):
+        site(Rows(x, None), x, NoAdapters())
+    assert waited == ["shrink"]
+
+
+class NoAdapters:
+    def add(self, layer: int, site: str, x: torch.Tensor, y: torch.Tensor) -> None:
+        raise AssertionError("the base has failed")
+
+
+def test_the_buffers_are_those_that_memory_was_kept_for(tiny_model: MakeTiny) -> None:
+    decoder = load(tiny_model("llama").folder, device_ops(DEVICE, torch.float32))
+    fused = FusedDecoder(decoder, attend_into, random_cache(decoder), CAPACITY)
+    tensors = [getattr(fused._buffers, name) for name in fused._buffers.__slots__]
+    nbytes = sum(t.wide.nbytes if isinstance(t, Rows) else t.nbytes for t in tensors)
+    nbytes += CAPACITY * decoder.spec.hidden_size * 4  # what a forward writes to
+    assert needs(0, decoder.spec, CAPACITY, 0, torch.float32, 0).buffers == nbytes
 
 
 CHANGES: dict[str, tuple[str, dict[str, Any]]] = {

@@ -34,6 +34,8 @@ BLOCK_BYTES = 16 * 2 * 3 * 2 * 32 * 4  # positions, K and V, layers, heads, dim,
 VARIANTS: list[dict[str, Any]] = [
     {},
     {"cuda_graphs": "off"},
+    {"lora_side_stream": True},
+    {"lora_side_stream": True, "cuda_graphs": "off"},
     {"max_num_batched_tokens": 23, "max_num_seqs": 8},
     {"max_num_seqs": 2},
     {"enable_prefix_caching": False},
