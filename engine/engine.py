@@ -313,6 +313,8 @@ class Engine:
                 continue
             kind = ADAPTER_INVALID if isinstance(loaded.error, AdapterLoadError) else ENGINE_ERROR
             log.error("adapter %s cannot be used: %s", loaded.digest, loaded.error)
+            if kind == ENGINE_ERROR:
+                check_device(self.settled.device)  # its driver pins the adapter's host memory
             ended = self.scheduler.end_adapter_with_error(loaded.digest)
             self._end(ended, RequestError(kind, str(loaded.error)))
 

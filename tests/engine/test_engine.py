@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.messages import ENGINE_ERROR, GenerateRequest
+from engine.messages import ENGINE_ERROR, AdapterFolder, GenerateRequest
 from engine.runner.device import DeviceLost
 from engine.scheduler.request import InvalidRequest, SamplingParams
 from tests.engine.driver import Result, finish, generate, greedy, make_engine, prompt_of, run
@@ -280,6 +280,24 @@ def test_an_engine_whose_device_is_lost_raises_instead_of_failing_every_request(
         return
     (ended,) = engine.step()
     assert ended.error is not None and "illegal memory" in ended.error.message
+
+
+def test_a_device_that_is_lost_while_an_adapter_is_read_is_noticed(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine(tiny.folder)
+    engine.settled = replace(engine.settled, device=torch.device("cuda"))
+
+    def fail(*_: object) -> None:
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    engine.model = replace(engine.model, pack_adapter=fail)
+    monkeypatch.setattr(torch.cuda, "synchronize", fail)
+    monkeypatch.setattr("engine.engine.load_lora", lambda *_, **__: None)
+    adapter = AdapterFolder("d" * 64, "/nowhere")
+    engine.add_request(GenerateRequest("lost", prompt_of(9), greedy(9), adapter=adapter))
+    with pytest.raises(DeviceLost, match="cuda is lost"):
+        finish(engine)
 
 
 def test_tokens_outside_the_vocabulary_end_nothing_and_are_never_forbidden(tmp_path: Path) -> None:
