@@ -1,0 +1,75 @@
+"""CudaDevice on a GPU: order between its streams, and what its graphs hold."""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from torch import Tensor
+
+from engine.runner.device import CudaDevice
+
+pytestmark = pytest.mark.gpu
+SIZE = 2048
+
+
+@pytest.fixture(scope="module")
+def device() -> CudaDevice:
+    return CudaDevice(torch.device("cuda"))
+
+
+def half_beside(device: CudaDevice, x: Tensor, w: Tensor) -> tuple[Callable[[], None], Tensor]:
+    """out = x @ w + 3 x, the last part beside the product."""
+    part, out = torch.zeros_like(x), torch.zeros_like(x)
+
+    def work() -> None:
+        wait = device.beside(lambda: part.copy_(x).mul_(3.0))  # type: ignore[arg-type]
+        torch.mm(x, w, out=out)
+        wait()
+        out.add_(part)
+        x.zero_()  # must not reach what ran beside
+
+    return work, out
+
+
+@pytest.mark.parametrize("is_captured", [False, True])
+@torch.inference_mode()
+def test_work_beside_is_joined(device: CudaDevice, is_captured: bool) -> None:
+    x, w = torch.zeros(SIZE, SIZE, device="cuda"), torch.eye(SIZE, device="cuda")
+    work, out = half_beside(device, x, w)
+    work()
+    device.synchronize()
+    run = device.capture(work) if is_captured else work
+    for value in (1.0, 2.0, 5.0):
+        x.fill_(value)
+        run()
+        assert torch.equal(out, torch.full_like(out, 4 * value))
+
+
+@torch.inference_mode()
+def test_memory_is_pinned_by_another_thread_during_a_capture(device: CudaDevice) -> None:
+    x = torch.zeros(16, device="cuda")
+    with ThreadPoolExecutor(1) as pool:
+
+        def work() -> None:
+            x.add_(1.0)
+            pinned = pool.submit(device.pinned, 2**24 + 4096).result()
+            assert pinned.is_pinned()
+
+        work()
+        device.synchronize()
+        replay = device.capture(work)
+    replay()
+    assert x.tolist() == [2.0] * 16
+
+
+@torch.inference_mode()
+def test_copies_beside_the_steps_arrive_whole(device: CudaDevice) -> None:
+    source, target = device.pinned(2**26), torch.zeros(2**26, dtype=torch.uint8, device="cuda")
+    source.fill_(7)
+    with device.side(device.record()):
+        device.copy(target, source)
+        event = device.record()
+    device.main_waits(event)
+    assert bool((target == 7).all())
+    assert event.is_done()
