@@ -85,7 +85,8 @@ class Device(Protocol):
         ...
 
     def capture(self, work: Callable[[], None]) -> Replay:
-        """Records the work, all of it on fixed memory; the replay does it again."""
+        """Records the work, all of it on fixed memory; the replay does it again. Both happen in
+        torch.inference_mode, which torch remembers for all graphs of a process."""
         ...
 
     def memory(self) -> DeviceMemory: ...

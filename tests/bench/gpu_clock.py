@@ -17,6 +17,7 @@ def median_s(work: Work, device: torch.device, *, rounds: int = 15, warmup: int 
     return statistics.median(measure(work) for _ in range(rounds))
 
 
+@torch.inference_mode()  # as the engine's graphs: a process must not capture in both modes
 def graph_s(works: list[Work], device: torch.device, *, rounds: int = 10) -> float:
     """Seconds per call of several, replayed in one CUDA graph: no launch gaps, and data that no
     cache still holds if each call has its own. Where there is no device, they run one by one."""
