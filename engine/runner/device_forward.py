@@ -28,7 +28,9 @@ from engine.scheduler.batch import ScheduledRequest
 
 Numbers = NDArray[np.int32]
 
-WARM_UP_ROWS = (1, 17, 64)  # Triton compiles anew for a 1 and for multiples of 16
+# Triton compiles anew for a 1 and for multiples of 16. Layers in few bits have other kernels for
+# many rows, and so has attention, which splits the keys of a few tiles alone.
+WARM_UP_ROWS = (1, 17, 64, 256, 512)
 
 
 class StepModel(Protocol):
@@ -142,11 +144,12 @@ class DeviceForward:
     def warm_up(self) -> Tensor:
         """Runs eager steps of no request, so that their kernels are compiled before the first
         real one; returns hidden states [1, E] of nothing."""
-        for num_rows in (n for n in WARM_UP_ROWS if n <= self._limits.max_num_batched_tokens):
+        limits = self._limits
+        for num_rows in sorted({min(n, limits.max_num_batched_tokens) for n in WARM_UP_ROWS}):
+            capacity = self._capacity(min(num_rows, limits.max_num_seqs), num_tiles=num_rows)
             for has_lora in (True, False):
                 words = self._lora_words(np.zeros(num_rows, np.int32)) if has_lora else _NO_WORDS
                 output_words = self._lora_words(np.zeros(1, np.int32)) if has_lora else _NO_WORDS
-                capacity = PositionsCapacity(1, 1, 1, 1, self._tile_tokens)
                 shape = StepShape(num_rows, 1, 0, capacity, words.size, output_words.size)
                 self._buffers.fill(shape, (), StepNumbers((), (), {}, words, output_words))
                 self._forward(self._views_of(shape), self._hidden[:1], has_lora)
