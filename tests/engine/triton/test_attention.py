@@ -173,7 +173,7 @@ def test_queries_and_results_may_lie_apart() -> None:
     rows = len(batch.q)
     wide = torch.randn(rows, 7, 16)
     wide[:, :4] = batch.q
-    strided = Batch(batch.requests, batch.scheduled, batch.kv_layer, wide[:, :4])
+    strided = Batch(batch.requests, batch.scheduled, batch.kv_layer, wide.to(DEVICE)[:, :4])
     assert torch.equal(attend(strided), attend(batch))
 
 
