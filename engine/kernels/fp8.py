@@ -40,9 +40,9 @@ def quantize_rows(x: Tensor) -> E4m3Rows:
     """x [N, in] of any float; scale = max|x| / 448, codes rounded to nearest even."""
     wide = x.float()
     largest = wide.abs().amax(1, keepdim=True).clamp(min=TINY)
-    inverse = torch.full_like(largest, LARGEST) / largest  # rounded once, as kernels do
-    codes = (wide * inverse).clamp(-LARGEST, LARGEST).to(E4M3)
-    return E4m3Rows(codes, largest / LARGEST)
+    limit = torch.full_like(largest, LARGEST)  # by a number, CUDA would not divide but multiply
+    codes = (wide * (limit / largest)).clamp(-LARGEST, LARGEST).to(E4M3)
+    return E4m3Rows(codes, largest / limit)
 
 
 class ScaledMm(Protocol):

@@ -28,9 +28,9 @@ from engine.scheduler.batch import ScheduledRequest
 
 Numbers = NDArray[np.int32]
 
-# Triton compiles anew for a 1 and for multiples of 16; layers in few bits have tiles for up to 64
-# rows, and others for up to 256
-WARM_UP_ROWS = (1, 17, 64, 72, 128)
+# Triton compiles anew for a 1 and for multiples of 16. Layers in few bits have tiles for up to 64
+# rows, others for up to 256, and above that none
+WARM_UP_ROWS = (1, 17, 64, 72, 128, 256)
 
 
 class StepModel(Protocol):

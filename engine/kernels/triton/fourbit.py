@@ -176,7 +176,6 @@ def gemm_kernel(
     out_padded,
     stride_x,
     stride_y,
-    stride_plane,
     DECODE: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -197,7 +196,8 @@ def gemm_kernel(
     part = tl.program_id(2)
     block_words: tl.constexpr = _PANEL * W
 
-    x_tile = x_ptr + row[:, None] * stride_x + tl.arange(0, BK)[None, :]
+    wide_row = row.to(tl.int64)[:, None]
+    x_tile = x_ptr + wide_row * stride_x + tl.arange(0, BK)[None, :]
     words_tile = words_ptr + (first_out // _PANEL).to(tl.int64) * (blocks * block_words)
     words_tile += panel_offsets(blocks, BN, W)
     if ONE_GROUP:
@@ -224,7 +224,8 @@ def gemm_kernel(
 
     if HAS_BIAS:
         acc += tl.load(bias_ptr + out)[None, :]
-    at = y_ptr + part * stride_plane + row[:, None] * stride_y + out[None, :]
+    # A plane has as many rows; its stride is no argument, for it may be a multiple of 16 or not
+    at = y_ptr + (part.to(tl.int64) * rows + wide_row) * stride_y + out[None, :]
     mask = (row[:, None] < rows) & (out[None, :] < out_features)
     ROUND: tl.constexpr = UPCAST and SPLIT_K == 1
     tl.store(at, rounded(acc, y_ptr.dtype.element_ty, ROUND), mask=mask)
@@ -237,20 +238,20 @@ def sum_kernel(
     y_ptr,
     out_features,
     stride_y,
-    stride_plane,
     PLANES: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     BLOCK: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     """y [rows, out] = sum of planes [PLANES, rows, out] + bias; a program for part of a row."""
-    row = tl.program_id(0)
+    row = tl.program_id(0).to(tl.int64)
+    rows = tl.num_programs(0).to(tl.int64)
     out = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = out < out_features
     at = planes_ptr + row * out_features + out
     total = tl.load(at, mask=mask, other=0.0)
     for plane in tl.static_range(1, PLANES):
-        total += tl.load(at + plane * stride_plane, mask=mask, other=0.0)
+        total += tl.load(at + plane * rows * out_features, mask=mask, other=0.0)
     if HAS_BIAS:
         total += tl.load(bias_ptr + out, mask=mask, other=0.0)
     total = rounded(total, y_ptr.dtype.element_ty, UPCAST)
@@ -293,7 +294,6 @@ def multiply(
         weight.out_padded,
         x.stride(0),
         stride_y,
-        rows * weight.out_features,
         DECODE=decoding(weight, x.dtype),
         BM=tiles.rows,
         BN=tiles.outputs,
@@ -340,7 +340,6 @@ def _sum_planes(planes: Tensor, bias: Tensor | None, out: Tensor, split: int) ->
         out,
         out_features,
         out.stride(0),
-        rows * out_features,
         PLANES=split,
         HAS_BIAS=bias is not None,
         BLOCK=SUM_BLOCK,

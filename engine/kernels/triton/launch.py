@@ -2,7 +2,7 @@
 
 import triton
 
-MAX_WIDTH = 65536  # values of a row that one program can hold without spilling
+MAX_WIDTH = 65536  # values of a row that one program can hold; beyond 32768 some are spilt
 
 
 def block_of(width: int) -> int:

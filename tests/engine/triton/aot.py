@@ -18,6 +18,9 @@ from pathlib import Path
 from typing import Any
 
 ARCHITECTURES = (80, 90)
+# Of one program. An sm_80 has 163 KiB; sm_86 and sm_89, which get the same code, have less.
+MAX_SHARED_BYTES = {80: 99 * 1024, 90: 227 * 1024}
+MAX_REGISTERS = 64 * 1024  # of a multiprocessor
 
 
 @dataclass(frozen=True)

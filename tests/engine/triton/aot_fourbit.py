@@ -43,7 +43,7 @@ def gemm(format: str, tiles: Tiles, block: int = BLOCK) -> AotCase:
     return case(
         "fourbit:gemm_kernel",
         f"{format}_{tiles.rows}_rows_of_{block}",
-        {"x_ptr": "*bf16"} | WEIGHT | y | sizes | integers("stride_x", "stride_y", "stride_plane"),
+        {"x_ptr": "*bf16"} | WEIGHT | y | sizes | integers("stride_x", "stride_y"),
         {
             "DECODE": DECODE[format],
             "BM": tiles.rows,
@@ -90,7 +90,7 @@ def sum_planes() -> AotCase:
         "fourbit:sum_kernel",
         "sum",
         {"planes_ptr": "*fp32", "bias_ptr": "*fp32", "y_ptr": "*bf16"}
-        | integers("out_features", "stride_y", "stride_plane"),
+        | integers("out_features", "stride_y"),
         {"PLANES": 8, "HAS_BIAS": True, "BLOCK": SUM_BLOCK, "UPCAST": False},
     )
 

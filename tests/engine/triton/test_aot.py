@@ -1,8 +1,16 @@
-"""Every kernel compiles for sm_80 and sm_90 without spills, and loads what is large widely."""
+"""Every kernel compiles for sm_80 and sm_90 without spills, fits on a multiprocessor of theirs, and
+loads what is large widely."""
 
 import pytest
 
-from tests.engine.triton.aot import ARCHITECTURES, Compiled, all_cases, run_all
+from tests.engine.triton.aot import (
+    ARCHITECTURES,
+    MAX_REGISTERS,
+    MAX_SHARED_BYTES,
+    Compiled,
+    all_cases,
+    run_all,
+)
 
 CASES = {case.name: case for case in all_cases()}
 
@@ -20,5 +28,7 @@ def test_kernel_keeps_its_budget(
     case, figures = CASES[name], compiled[name, architecture]
     assert figures.stack_bytes == 0, "spills or run-time indexed arrays"
     assert figures.registers <= case.max_registers
+    assert figures.registers * 32 * case.num_warps <= MAX_REGISTERS
+    assert figures.shared_bytes <= MAX_SHARED_BYTES[architecture]
     assert case.allow_scalar_loads or figures.scalar_loads == 0
     assert not figures.missing

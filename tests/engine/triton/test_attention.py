@@ -26,6 +26,7 @@ from engine.kernels.triton.attention_prefill import (
     prefill_scratch_numel,
 )
 from engine.kernels.triton.attention_tile import check_shapes
+from engine.runner.device_forward import WARM_UP_ROWS
 from tests.engine.triton.attention_batch import Batch, Request, make_batch, oracle
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -172,7 +173,7 @@ def test_queries_and_results_may_lie_apart() -> None:
     rows = len(batch.q)
     wide = torch.randn(rows, 7, 16)
     wide[:, :4] = batch.q
-    strided = Batch(batch.requests, batch.scheduled, batch.kv_layer, wide[:, :4])
+    strided = Batch(batch.requests, batch.scheduled, batch.kv_layer, wide.to(DEVICE)[:, :4])
     assert torch.equal(attend(strided), attend(batch))
 
 
@@ -304,6 +305,12 @@ def test_the_keys_of_few_tiles_are_split(tiles: int, splits: int) -> None:
     shape = {"kv_heads": 8, "num_sms": 132}
     assert choose_prefill_splits(tiles, **shape, max_context_len=8192) == splits
     assert choose_prefill_splits(tiles, **shape, max_context_len=64) == 1
+
+
+def test_a_warm_up_runs_attention_with_and_without_splits() -> None:
+    shape = {"kv_heads": 8, "num_sms": 132, "max_context_len": 8192}
+    for choose in (choose_num_splits, choose_prefill_splits):
+        assert {choose(rows, **shape) == 1 for rows in WARM_UP_ROWS} == {True, False}
 
 
 def test_long_contexts_are_split_in_large_batches_and_short_ones_never() -> None:

@@ -1,4 +1,7 @@
-"""The whole runner on Triton kernels, in the interpreter: the text of a tiny model and adapters."""
+"""The whole runner on Triton kernels, in the interpreter: the text of a tiny model and adapters.
+
+On a GPU, where a copy takes its time, the engine drives it in test_triton_engine.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -19,6 +22,7 @@ from engine.runner.device_runner import DeviceRunner
 from engine.runner.triton_runner import AdapterLimits, adapter_packer, make_triton_runner
 from engine.scheduler.batch import AdapterLoad, AdapterMove, ScheduledBatch
 from engine.scheduler.request import SamplingParams
+from engine.settle import is_interpreting
 from tests.engine.driver import write_adapter
 from tests.engine.generations import (
     Generation,
@@ -35,6 +39,7 @@ CPU = torch.device("cpu")
 BLOCK_SIZE = 16
 LIMITS = StepLimits(3, 40, 64, BLOCK_SIZE)
 ARENA_BYTES = 2**20
+pytestmark = pytest.mark.skipif(not is_interpreting(), reason="needs Triton's interpreter")
 SAMPLINGS = [greedy(4), SamplingParams(max_tokens=5, seed=3, top_p=0.9), greedy(4, logprobs=2)]
 
 

@@ -13,6 +13,7 @@ from engine.runner.device_draw import Draws, noise_keys
 from engine.runner.triton_runner import triton_draw
 
 INF = float("inf")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def random_draws(count: int, vocab: int, seed: int) -> tuple[torch.Tensor, Draws]:
@@ -27,19 +28,19 @@ def random_draws(count: int, vocab: int, seed: int) -> tuple[torch.Tensor, Draws
     )
 
     def floats(*choices: float) -> torch.Tensor:
-        return torch.tensor([dice.choice(choices) for _ in range(count)])
+        return torch.tensor([dice.choice(choices) for _ in range(count)], device=DEVICE)
 
     draws = Draws(
-        rows=torch.tensor(dice.sample(range(count + 2), count), dtype=torch.int32),
+        rows=torch.tensor(dice.sample(range(count + 2), count), dtype=torch.int32, device=DEVICE),
         temperature=floats(0.1, 0.7, 1.0, 1.7, 10.0),
         top_k=floats(0, 0, 1, 7, vocab, vocab + 9).int(),
         top_p=floats(1.0, 1.0, 0.3, 0.9, 0.999),
         min_p=floats(0.0, 0.0, 0.05),
-        key_low=torch.from_numpy(low),
-        key_high=torch.from_numpy(high),
+        key_low=torch.from_numpy(low).to(DEVICE),
+        key_high=torch.from_numpy(high).to(DEVICE),
         has_filters=True,
     )
-    return logits[:, :vocab], draws
+    return logits.to(DEVICE)[:, :vocab], draws
 
 
 @pytest.mark.parametrize(("vocab", "count"), [(1, 3), (37, 14), (5000, 8)])
@@ -65,8 +66,8 @@ def test_tokens_are_torchs(vocab: int, count: int) -> None:
 @pytest.mark.parametrize("temperature", [1e-6, 1e-42])
 def test_the_smallest_temperatures_are_greedy(temperature: float) -> None:
     logits, draws = random_draws(6, 50, seed=4)
-    draws = replace(draws, temperature=torch.full((6,), temperature))
-    logits = logits + torch.arange(50) * 1e-3  # no ties
+    draws = replace(draws, temperature=torch.full((6,), temperature, device=DEVICE))
+    logits = logits + torch.arange(50, device=DEVICE) * 1e-3  # no ties
     logits[4] = torch.nan
     highest, best = logits.max(-1)
     with np.errstate(all="ignore"):  # numpy stands for a processor that would not complain

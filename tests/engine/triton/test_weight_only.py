@@ -21,6 +21,7 @@ from engine.kernels.triton.crossovers import (
 )
 from engine.kernels.triton.scratch import Scratch
 from engine.kernels.triton.weight_only import WeightOnlyLinear
+from engine.runner.device_forward import WARM_UP_ROWS
 from tests.engine.triton.test_fourbit import CPU, DEVICE, DTYPES, TOLERANCE, make_weight
 
 SPLIT = Tiles(16, 64, num_warps=4, num_stages=2, split_k=2)
@@ -207,6 +208,12 @@ def test_unmeasured_choices_cover_every_row_count(out_features: int, in_features
     few = choose(choices, 1).tiles
     assert few is not None
     assert out_features // few.outputs * few.split_k >= 132, "every processor has a program"
+
+
+@pytest.mark.parametrize("format", ["nf4", "int8"])
+def test_a_warm_up_runs_every_unmeasured_choice(format: str) -> None:
+    choices = unmeasured(Shape(format, 6144, 4096), 64, processors=132)
+    assert {choose(choices, rows) for rows in WARM_UP_ROWS} == set(choices)
 
 
 def write_table(folder: Path, choices: list[dict[str, object]]) -> Path:
