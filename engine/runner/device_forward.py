@@ -29,8 +29,8 @@ from engine.scheduler.batch import ScheduledRequest
 Numbers = NDArray[np.int32]
 
 # Triton compiles anew for a 1 and for multiples of 16. Layers in few bits have tiles for up to 64
-# rows, others for up to 256, and above that none
-WARM_UP_ROWS = (1, 17, 64, 72, 128, 256)
+# rows, others for up to 256, and are dequantized for more
+WARM_UP_ROWS = (1, 17, 64, 72, 128, 256, 512)
 
 
 class StepModel(Protocol):
