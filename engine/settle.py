@@ -8,6 +8,7 @@ import torch
 
 from engine.config import ConfigError, EngineConfig
 from engine.device_memory import arena_bytes, needs
+from engine.kernels.flashinfer_prefill import workspace_bytes
 from engine.kernels.fp8 import check_fp8
 from engine.model.families import read_dtype, read_scheme, read_spec
 from engine.model.quantized_checkpoint import weight_format
@@ -102,7 +103,8 @@ def _memory_bytes(
     free, total = torch.cuda.mem_get_info(device)
     weights = weight_bytes(size, size.form)
     rows, seqs = config.max_num_batched_tokens, config.max_num_seqs
-    needed = needs(weights, spec, rows, seqs, dtype, total, _scratch_bytes(size, dtype))
+    scratch = _scratch_bytes(size, dtype) + workspace_bytes(len(set(spec.windows)))
+    needed = needs(weights, spec, rows, seqs, dtype, total, scratch)
     advice = "lower max_num_batched_tokens or max_model_len"
     if size.form.quantization == "none":
         nf4 = weight_bytes(size, next(form for form in FORMATS if form.name == "nf4"))

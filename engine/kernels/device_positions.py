@@ -8,6 +8,7 @@ prefills. No Triton here: whoever lays out a step's numbers needs only numpy.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from struct import pack_into
 from typing import Any
 
@@ -21,6 +22,20 @@ from engine.scheduler.batch import ScheduledRequest
 NO_REQUEST = -1  # in a tile that fills the list up
 
 Numbers = NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillPages:
+    """The P prefills of one step in numbers on the host, int32, for a kernel that is planned there.
+
+    Query rows count from the first prefill's. Request i has the keys of the blocks
+    pages[page_starts[i] : page_starts[i + 1]], of the last one the first last_page_lens[i].
+    """
+
+    cu_seqlens_q: Tensor  # [P + 1]
+    page_starts: Tensor  # [P + 1]
+    pages: Tensor  # [page_starts[P]]
+    last_page_lens: Tensor  # [P]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +54,7 @@ class DevicePositions:
     num_decodes: int
     tile_tokens: int  # a power of two
     max_context_len: int  # no context of this batch, or of any other of this graph, is longer
+    prefill_pages: PrefillPages | None = None  # of an eager step, where someone plans with it
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +149,25 @@ def copy_positions(
         tile_tokens=tile_tokens,
         max_context_len=max_context_len,
     )
+
+
+def prefill_pages(requests: Sequence[ScheduledRequest], block_size: int) -> PrefillPages:
+    """Of those requests that have more than one token."""
+    prefills = [r for r in requests if len(r.token_ids) > 1]
+    tables = [r.block_table[: -(-r.end // block_size)] for r in prefills]
+    return PrefillPages(
+        cu_seqlens_q=_starts([len(r.token_ids) for r in prefills]),
+        page_starts=_starts([len(table) for table in tables]),
+        pages=torch.tensor([page for table in tables for page in table], dtype=torch.int32),
+        last_page_lens=torch.tensor(
+            [(r.end - 1) % block_size + 1 for r in prefills], dtype=torch.int32
+        ),
+    )
+
+
+def _starts(lengths: list[int]) -> Tensor:
+    """[len + 1]: where each of them starts and the last one ends."""
+    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
 
 
 def _check(

@@ -5,7 +5,7 @@ its kernels one by one. Either way it reads its numbers from fixed memory that o
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -13,7 +13,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from engine.kernels.device_positions import DevicePositions, PositionsCapacity, exact_capacity
+from engine.kernels.device_positions import (
+    DevicePositions,
+    PositionsCapacity,
+    exact_capacity,
+    prefill_pages,
+)
 from engine.kernels.inputs import LoraBatch
 from engine.runner.cuda_graphs import GraphFigures, GraphRunner, graph_sizes
 from engine.runner.device import Device
@@ -112,7 +117,10 @@ class DeviceForward:
         hidden_size: int,
         dtype: torch.dtype,
         uses_graphs: bool,
+        plans_prefills: bool = False,
     ) -> None:
+        """`plans_prefills`: the model wants `prefill_pages`."""
+        self._plans_prefills = plans_prefills
         self._model, self._lora, self._limits = model, lora, limits
         self._tile_tokens = tile_tokens
         sizes = graph_sizes(limits.max_num_seqs) if uses_graphs else ()
@@ -221,6 +229,9 @@ class DeviceForward:
         numbers = StepNumbers(wanted, sample_rows, sampled_before, words, output_words)
         self._buffers.fill(shape, requests, numbers)
         inputs = self._views_of(shape)
+        if self._plans_prefills and shape.positions.num_prefills:
+            pages = prefill_pages(requests, self._limits.block_size)
+            inputs = replace(inputs, attention=replace(inputs.attention, prefill_pages=pages))
         self._forward(inputs, self._hidden[: len(wanted)], has_lora)
         return ForwardOutput(self._hidden[: len(output_rows)], inputs)
 

@@ -6,6 +6,7 @@ import torch
 
 from engine.config import EngineConfig
 from engine.kernels.device_ops import device_ops
+from engine.kernels.flashinfer_prefill import is_allowed
 from engine.kernels.reference import GATED_ACTIVATIONS
 from engine.kernels.triton.gate import gate
 from engine.model.loader import weight_bytes
@@ -38,6 +39,7 @@ def load_triton(config: EngineConfig, s: Settled, *, progress: bool) -> LoadedMo
             host_adapter,
             uses_graphs=config.cuda_graphs == "auto",
             lora_side_stream=config.lora_side_stream,
+            tries_flashinfer=s.device.type == "cuda" and is_allowed(),
             progress=progress,
         ).runner
 

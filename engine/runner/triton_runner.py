@@ -7,6 +7,12 @@ import torch
 from torch import Tensor
 
 from engine.kernels.device_positions import prefill_tile_tokens
+from engine.kernels.flashinfer_prefill import (
+    FlashInferPrefill,
+    PrefillShape,
+    Scores,
+    choose_flashinfer,
+)
 from engine.kernels.triton import draw as kernels
 from engine.kernels.triton.attention import TritonAttention
 from engine.lora.device_bank import DeviceAdapterBank
@@ -15,6 +21,7 @@ from engine.lora.site_table import SiteTable
 from engine.lora.weights import AdapterLoadError, LoraWeights
 from engine.model.decoder import Decoder
 from engine.model.fused import FusedDecoder
+from engine.model.spec import ModelSpec
 from engine.runner.adapter_copies import AdapterCopies, PackedAdapter, pack_adapter
 from engine.runner.cuda_graphs import GraphFigures
 from engine.runner.device import Device
@@ -46,6 +53,7 @@ def make_triton_runner(
     *,
     uses_graphs: bool,
     lora_side_stream: bool = False,
+    tries_flashinfer: bool = False,
     progress: bool = False,
 ) -> TritonRunner:
     """The decoder was loaded with `device_ops`. `arena` uint8 [bytes], on the device, is all that
@@ -53,6 +61,7 @@ def make_triton_runner(
     spec, num_processors = decoder.spec, _num_processors(device)
     dtype = decoder.embedding.weight.dtype
     kv_cache = blocks_of_arena(arena, limits.block_size, spec, dtype)
+    flashinfer = _flashinfer(spec, limits, dtype, device) if tries_flashinfer else None
     attention = TritonAttention(
         num_heads=spec.num_heads,
         num_kv_heads=spec.num_kv_heads,
@@ -61,6 +70,7 @@ def make_triton_runner(
         max_context_len=limits.max_model_len,
         num_sms=num_processors,
         device=device.torch_device,
+        flashinfer=flashinfer,
     )
     bank = DeviceAdapterBank(
         arena,
@@ -82,6 +92,7 @@ def make_triton_runner(
         hidden_size=spec.hidden_size,
         dtype=dtype,
         uses_graphs=uses_graphs,
+        plans_prefills=flashinfer is not None,
     )
     figures = forward.capture_graphs(progress=progress)
     copies = AdapterCopies(device, arena, kv_cache[0].nbytes, bank, host_adapter)
@@ -117,6 +128,22 @@ def triton_draw(logits: Tensor, draws: Draws, highest: Tensor, best: Tensor) -> 
     keys = draws.key_low, draws.key_high
     drawn = kernels.draw(logits, draws.rows, draws.temperature, floor, *keys)
     return likeliest_unless_finite(drawn, draws, highest, best)
+
+
+def _flashinfer(
+    spec: ModelSpec, limits: StepLimits, dtype: torch.dtype, device: Device
+) -> FlashInferPrefill | None:
+    shape = PrefillShape(
+        num_heads=spec.num_heads,
+        num_kv_heads=spec.num_kv_heads,
+        head_dim=spec.head_dim,
+        block_size=limits.block_size,
+        dtype=dtype,
+        device=device.torch_device,
+    )
+    windows = set(spec.windows)
+    scores = {Scores(spec.attention_scale, w, spec.attention_soft_cap) for w in windows}
+    return choose_flashinfer(shape, scores)
 
 
 def _num_processors(device: Device) -> int:

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from engine.kernels.device_positions import DevicePositions, prefill_tile_tokens
+from engine.kernels.flashinfer_prefill import FlashInferPrefill
 from engine.kernels.triton.attention_decode import (
     choose_num_splits,
     decode_scratch_numel,
@@ -21,7 +22,8 @@ class TritonAttention:
 
     Holds the scratch of split keys, which every layer and every CUDA graph of one stream shares:
     at most `max_decodes` requests with one query, contexts of at most `max_context_len`, and
-    prefill tiles of at most `prefill_tile_tokens`.
+    prefill tiles of at most `prefill_tile_tokens`. With `flashinfer`, prefills of which there are
+    `prefill_pages` are computed there.
     """
 
     def __init__(
@@ -34,7 +36,9 @@ class TritonAttention:
         max_context_len: int,
         num_sms: int,
         device: torch.device,
+        flashinfer: FlashInferPrefill | None = None,
     ) -> None:
+        self._flashinfer = flashinfer
         self._num_sms = num_sms
         self._max_context_len = max_context_len
         limits = (num_kv_heads, num_sms, max_context_len)
@@ -82,7 +86,10 @@ class TritonAttention:
                 num_splits=choose_num_splits(num_decodes, *limits),
                 **settings,
             )
-        if num_tiles:
+        pages = positions.prefill_pages
+        if pages is not None and self._flashinfer is not None and self._flashinfer.plan(pages):
+            self._flashinfer.run(q[num_decodes:], kv_layer, out[num_decodes:], **settings)
+        elif num_tiles:
             paged_prefill(
                 q,
                 kv_layer,

@@ -1,0 +1,263 @@
+"""FlashInfer's attention for the prefills of a step, where it is installed and gives our numbers.
+
+Prefills are computed eagerly, so its `plan` on the host has a place before the first layer. Decodes
+are in CUDA graphs and stay with our kernels. Written after the interface of flashinfer-python
+0.7.2; tests give it a stand-in of that interface, and on a card it has not run yet. How it splits
+long keys is its own choice: the last bits of a row may depend on the rest of the batch.
+"""
+
+import importlib
+import importlib.util
+import logging
+import os
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engine.kernels.device_positions import (
+    DevicePositions,
+    PrefillPages,
+    copy_positions,
+    prefill_pages,
+    prefill_tile_tokens,
+)
+from engine.scheduler.batch import ScheduledRequest
+from engine.scheduler.request import SamplingParams
+
+WORKSPACE_BYTES = 128 * 2**20  # what FlashInfer advises, for the parts of split keys
+WRAPPER_BYTES = 9 * 2**20  # what each wrapper allocates itself
+TOLERANCE = 2**-6  # two kernels that both round weights and results to bfloat16
+
+# Of the self-test: neither a block's nor a tile's multiple; the second is a later chunk
+_CONTEXTS, _NEW_TOKENS = (70, 37), (70, 5)
+_TEST_WINDOW, _TEST_SOFT_CAP = 24, 2.0  # short and low enough to change the results
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """How a layer makes weights of q and k; `window` counts the query itself."""
+
+    scale: float
+    window: int | None
+    soft_cap: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillShape:
+    """What all layers have in common."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    block_size: int
+    dtype: torch.dtype
+    device: torch.device
+
+
+class FlashInferPrefill:
+    """One wrapper for each kind of `scores`, all with one workspace: a stream's, one step's at a
+    time."""
+
+    def __init__(self, module: Any, shape: PrefillShape, scores: Collection[Scores]) -> None:
+        self._shape = shape
+        workspace = torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=shape.device)
+        make = module.BatchPrefillWithPagedKVCacheWrapper
+        self._wrappers = {kind: make(workspace, kv_layout="NHD") for kind in scores}
+        self._pages: PrefillPages | None = None
+        self._is_planned = False
+        self._copied: torch.cuda.Event | None = None
+        if shape.device.type == "cuda":
+            self._copied = torch.cuda.Event()
+
+    def plan(self, pages: PrefillPages) -> bool:
+        """Whether `run` can compute this step; of a step's calls only the first does anything."""
+        if pages is not self._pages:
+            self._pages, self._is_planned = pages, self._plan(pages)
+        return self._is_planned
+
+    def run(
+        self,
+        q: Tensor,
+        kv_layer: Tensor,
+        out: Tensor,
+        *,
+        scale: float,
+        window: int | None,
+        soft_cap: float | None,
+    ) -> None:
+        """out [N, H, D] of q [N, H, D], the planned step's prefill rows and no others.
+
+        kv_layer [blocks, 2, block_size, H_kv, D] may have other layers between its blocks, and q
+        other things between its rows, but `out` nothing.
+        """
+        self._wrappers[Scores(scale, window, soft_cap)].run(q, kv_layer, out=out)
+
+    def _plan(self, pages: PrefillPages) -> bool:
+        if self._copied is not None:
+            self._copied.synchronize()  # each plan writes over the pinned memory of the last one
+        try:
+            for scores, wrapper in self._wrappers.items():
+                self._plan_one(wrapper, scores, pages)
+        except Exception as error:
+            log.warning("FlashInfer cannot plan a step, so our own kernel computes it: %s", error)
+            return False
+        finally:
+            if self._copied is not None:
+                self._copied.record()
+        return True
+
+    def _plan_one(self, wrapper: Any, scores: Scores, pages: PrefillPages) -> None:
+        shape = self._shape
+        wrapper.plan(
+            pages.cu_seqlens_q,
+            pages.page_starts,
+            pages.pages,
+            pages.last_page_lens,
+            shape.num_heads,
+            shape.num_kv_heads,
+            shape.head_dim,
+            shape.block_size,
+            causal=True,
+            sm_scale=scores.scale,
+            window_left=-1 if scores.window is None else scores.window - 1,
+            logits_soft_cap=scores.soft_cap,
+            q_data_type=shape.dtype,
+            kv_data_type=shape.dtype,
+        )
+
+
+def is_allowed() -> bool:
+    """REEF_FLASHINFER=0 in the environment: our own kernel computes prefills in any case."""
+    return os.environ.get("REEF_FLASHINFER") != "0"
+
+
+def workspace_bytes(num_kinds: int) -> int:
+    """What a FlashInferPrefill of so many kinds of scores takes; 0 where there will be none."""
+    if not is_allowed() or importlib.util.find_spec("flashinfer") is None:
+        return 0
+    return WORKSPACE_BYTES + num_kinds * WRAPPER_BYTES
+
+
+def choose_flashinfer(shape: PrefillShape, scores: Collection[Scores]) -> FlashInferPrefill | None:
+    """None, and a line in the log that says why, where our own kernel is to compute prefills.
+
+    The self-test also has FlashInfer compile what the model needs, long before its first step.
+    """
+    try:
+        module = importlib.import_module("flashinfer")
+    except Exception as error:
+        log.info("our own kernel computes prefills: flashinfer does not import (%s)", error)
+        return None
+    try:
+        _self_test(module, shape, scores)
+        made = FlashInferPrefill(module, shape, scores)
+    except Exception as error:
+        log.warning("our own kernel computes prefills: FlashInfer failed its test: %s", error)
+        return None
+    log.info("FlashInfer computes prefills")
+    return made
+
+
+# ==== self-test ====
+
+
+def _self_test(module: Any, shape: PrefillShape, scores: Collection[Scores]) -> None:
+    """Raises unless two requests of different lengths come out as from our own kernel."""
+    if shape.dtype not in (torch.bfloat16, torch.float16):
+        raise ValueError(f"{shape.dtype}; it computes in bfloat16 and float16")
+    kinds = {_for_test(kind) for kind in scores}
+    tested = FlashInferPrefill(module, shape, kinds)
+    requests = _test_requests(shape.block_size)
+    q, kv_layer = _test_tensors(shape, requests)
+    positions = copy_positions(
+        requests,
+        prefill_tile_tokens(shape.num_heads, shape.num_kv_heads, shape.head_dim),
+        shape.device,
+        max(_CONTEXTS),
+    )
+    if not tested.plan(prefill_pages(requests, shape.block_size)):
+        raise RuntimeError("two short requests cannot be planned")
+    for kind in kinds:
+        settings = {"scale": kind.scale, "window": kind.window, "soft_cap": kind.soft_cap}
+        out = torch.full(q.shape, torch.nan, dtype=q.dtype, device=q.device)
+        tested.run(q, kv_layer, out, **settings)
+        _check_close(out, _ours(q, kv_layer, positions, **settings), kind)
+
+
+def _for_test(scores: Scores) -> Scores:
+    window, soft_cap = scores.window, scores.soft_cap
+    return Scores(
+        scores.scale,
+        None if window is None else min(window, _TEST_WINDOW),
+        None if soft_cap is None else min(soft_cap, _TEST_SOFT_CAP),
+    )
+
+
+def _test_requests(block_size: int) -> list[ScheduledRequest]:
+    """Their blocks in no order, from 0 on."""
+    counts = [-(-context // block_size) for context in _CONTEXTS]
+    blocks = torch.randperm(sum(counts), generator=torch.Generator().manual_seed(0)).tolist()
+    tables = blocks[: counts[0]], blocks[counts[0] :]
+    return [
+        ScheduledRequest(
+            request_id="",
+            choice=0,
+            token_ids=[0] * new,
+            start=context - new,
+            block_table=tuple(table),
+            adapter_slot=0,
+            sampling=SamplingParams(),
+            samples=True,
+        )
+        for context, new, table in zip(_CONTEXTS, _NEW_TOKENS, tables, strict=True)
+    ]
+
+
+def _test_tensors(shape: PrefillShape, requests: list[ScheduledRequest]) -> tuple[Tensor, Tensor]:
+    """q and a KV layer with the strides of a model's; slots that nobody wrote are NaN, as another
+    request may have left them."""
+    random = torch.Generator().manual_seed(0)
+    num_rows, heads = sum(_NEW_TOKENS), shape.num_heads + 2 * shape.num_kv_heads
+    qkv = torch.randn(num_rows, heads, shape.head_dim, generator=random)
+    num_blocks = sum(len(r.block_table) for r in requests)
+    layer_shape = (2, shape.block_size, shape.num_kv_heads, shape.head_dim)
+    kv_cache = torch.full((num_blocks, 2, *layer_shape), torch.nan)
+    for request in requests:
+        position = torch.arange(request.end)
+        block = torch.tensor(request.block_table)[position // shape.block_size]
+        kv = torch.randn(request.end, 2, *layer_shape[2:], generator=random)
+        kv_cache[block, 1, :, position % shape.block_size] = kv
+    q = qkv.to(shape.device, shape.dtype)[:, : shape.num_heads]
+    return q, kv_cache.to(shape.device, shape.dtype)[:, 1]
+
+
+def _ours(q: Tensor, kv_layer: Tensor, positions: DevicePositions, **settings: Any) -> Tensor:
+    from engine.kernels.triton.attention_prefill import paged_prefill
+
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    paged_prefill(
+        q,
+        kv_layer,
+        positions.block_tables,
+        positions.context_lens,
+        positions.cu_seqlens_q,
+        positions.tiles,
+        out,
+        torch.empty(0, dtype=torch.float32, device=q.device),
+        tile_tokens=positions.tile_tokens,
+        num_splits=1,
+        **settings,
+    )
+    return out
+
+
+def _check_close(out: Tensor, expected: Tensor, scores: Scores) -> None:
+    """NaN is far from everything."""
+    if not torch.allclose(out.float(), expected.float(), rtol=TOLERANCE, atol=TOLERANCE):
+        off = float((out.float() - expected.float()).abs().max())
+        raise RuntimeError(f"off by {off:.3g} from our own kernel with {scores}")
