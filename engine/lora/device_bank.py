@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from engine.kernels.triton import lora
+from engine.kernels.triton import launch, lora
 from engine.kernels.triton.lora import KindLaunch, LoraMemory
 from engine.kernels.triton.lora_work import Words, WorkShape, build_words, rounded_rows
 from engine.lora.extent import UNIT_BYTES, Extent, move_bytes
@@ -57,7 +57,7 @@ class DeviceAdapterBank:
         self._sites, self._table = tuple(sites), SiteTable(sites, max_lora_rank)
         self._dtype, self._max_slots, self._max_rows = dtype, max_slots, max_rows
         self._max_adapters = min(max_adapters or max_slots, max_slots)
-        self._num_processors = num_processors or _num_processors(arena.device)
+        self._num_processors = num_processors or launch.num_processors(arena.device)
         self._extents: dict[int, tuple[Extent, int]] = {}  # by slot, with its offset
         self._ranks = np.zeros((len(self._table.kinds), max_slots + 1), np.int32)
         self._last_plan: tuple[Words, LoraPlan] | None = None
@@ -244,7 +244,3 @@ def _write(buffer: Tensor, values: NDArray[np.int32]) -> None:
     """Through memory that torch's allocator keeps until the stream has read it."""
     source = torch.from_numpy(values)
     buffer.copy_(source.pin_memory() if buffer.is_cuda else source, non_blocking=True)
-
-
-def _num_processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from engine.lora.weights import LoraWeights, Site, SiteWeights
+from engine.scheduler.extents import EXTENT_ALIGNMENT
 
-UNIT_BYTES = 256
+UNIT_BYTES = EXTENT_ALIGNMENT  # the scheduler's offsets are whole units
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ from engine.config import EngineConfig
 from engine.kernels.device_ops import device_ops
 from engine.kernels.flashinfer_prefill import is_allowed
 from engine.kernels.reference import GATED_ACTIVATIONS
+from engine.kernels.triton.attention_tile import MAX_HEAD_DIM
 from engine.kernels.triton.gate import gate
 from engine.model.loader import weight_bytes
 from engine.runner.adapter_copies import PackedAdapter
@@ -58,9 +59,9 @@ def self_test(config: EngineConfig, settled: Settled) -> None:
     """Raises whatever keeps the model, or the smallest kernel, from being run."""
     if config.block_size % 16:
         raise ValueError(f"block_size={config.block_size} is not a multiple of 16")
-    if settled.spec.head_dim % 8 or settled.spec.head_dim > 256:
+    if settled.spec.head_dim % 8 or settled.spec.head_dim > MAX_HEAD_DIM:
         raise ValueError(
-            f"heads of {settled.spec.head_dim}; only multiples of 8 up to 256 are done"
+            f"heads of {settled.spec.head_dim}; only multiples of 8 up to {MAX_HEAD_DIM} are done"
         )
     gate_up = torch.linspace(-3, 3, 64, device=settled.device).view(2, 32).to(settled.dtype)
     out = torch.empty(2, 16, dtype=settled.dtype, device=settled.device)

@@ -14,6 +14,7 @@ from engine.kernels.flashinfer_prefill import (
     choose_flashinfer,
 )
 from engine.kernels.triton import draw as kernels
+from engine.kernels.triton import launch
 from engine.kernels.triton.attention import TritonAttention
 from engine.lora.device_bank import DeviceAdapterBank
 from engine.lora.extent import extent_of
@@ -58,7 +59,7 @@ def make_triton_runner(
 ) -> TritonRunner:
     """The decoder was loaded with `device_ops`. `arena` uint8 [bytes], on the device, is all that
     the scheduler deals out: KV block i lies at i times a block's bytes."""
-    spec, num_processors = decoder.spec, _num_processors(device)
+    spec, processors = decoder.spec, launch.num_processors(device.torch_device)
     dtype = decoder.embedding.weight.dtype
     kv_cache = blocks_of_arena(arena, limits.block_size, spec, dtype)
     flashinfer = _flashinfer(spec, limits, dtype, device) if tries_flashinfer else None
@@ -68,7 +69,7 @@ def make_triton_runner(
         head_dim=spec.head_dim,
         max_decodes=limits.max_num_seqs,
         max_context_len=limits.max_model_len,
-        num_sms=num_processors,
+        num_sms=processors,
         device=device.torch_device,
         flashinfer=flashinfer,
     )
@@ -80,7 +81,7 @@ def make_triton_runner(
         max_rows=limits.max_num_batched_tokens,
         max_adapters=limits.max_num_seqs,
         max_lora_rank=adapters.max_lora_rank,
-        num_processors=num_processors,
+        num_processors=processors,
     )
     rows, beside = limits.max_num_batched_tokens, device.beside if lora_side_stream else None
     forward = DeviceForward(
@@ -144,10 +145,3 @@ def _flashinfer(
     windows = set(spec.windows)
     scores = {Scores(spec.attention_scale, w, spec.attention_soft_cap) for w in windows}
     return choose_flashinfer(shape, scores)
-
-
-def _num_processors(device: Device) -> int:
-    """1 on a CPU, where an interpreter is all of them."""
-    if device.torch_device.type == "cpu":
-        return 1
-    return torch.cuda.get_device_properties(device.torch_device).multi_processor_count

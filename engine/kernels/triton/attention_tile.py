@@ -16,6 +16,8 @@ import torch
 import triton
 import triton.language as tl
 
+from engine.kernels.triton.launch import upcast
+
 LOG2_E = tl.constexpr(1.4426950408889634)
 MAX_HEAD_DIM = 256
 MAX_SPLITS = 32
@@ -40,8 +42,7 @@ def tile_constants(
         "PADDED_DIM": padded,
         "BLOCK_SIZE": block_size,
         "TILE_KEYS": 64 if padded <= 128 and dtype.itemsize == 2 else 32,
-        # the interpreter multiplies bfloat16 as if it were integers
-        "UPCAST": triton.knobs.runtime.interpret and dtype == torch.bfloat16,
+        "UPCAST": upcast(dtype),
     }
 
 

@@ -6,7 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from engine.kernels.triton.fourbit import decode, decoding, panel_offsets, upcast
+from engine.kernels.triton.fourbit import decode, decoding, panel_offsets
+from engine.kernels.triton.launch import upcast
 from engine.kernels.triton.packed_weight import PANEL, PackedWeight
 
 BLOCKS = 8  # of inputs, for one program

@@ -15,6 +15,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import libdevice
 
+from engine.kernels.triton.launch import interpreting
+
 MASS_SCALE = tl.constexpr(float(2**40))  # a probability of 1 relative to the likeliest token's
 FLOOR_BLOCK, FLOOR_WARPS = 4096, 16
 DRAW_BLOCK, DRAW_WARPS = 1024, 4
@@ -80,7 +82,7 @@ def draw(
         num_parts,
         PART=DRAW_PART,
         BLOCK=DRAW_BLOCK,
-        IS_INTERPRETED=bool(triton.knobs.runtime.interpret),
+        IS_INTERPRETED=interpreting(),
         num_warps=DRAW_WARPS,
     )
     return token_ids.gather(1, best.argmax(1, keepdim=True))[:, 0].long()

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from engine.kernels.triton import nf4_lookup
 from engine.kernels.triton.crossovers import Tiles
+from engine.kernels.triton.launch import interpreting, upcast
 from engine.kernels.triton.packed_weight import PANEL, PackedWeight
 
 _TABLE_BF16 = tl.constexpr(nf4_lookup.table_ptx("bf16x2"))
@@ -321,15 +322,6 @@ def decoding(weight: PackedWeight, dtype: torch.dtype) -> str:
     if weight.format == "nf4" and dtype != torch.float32 and not interpreting():
         return "nf4_registers"
     return "int4_whole" if weight.has_whole_zeros else weight.format
-
-
-def upcast(dtype: torch.dtype) -> bool:
-    """The UPCAST of the kernels: the interpreter's products and roundings of bfloat16 are wrong."""
-    return dtype == torch.bfloat16 and interpreting()
-
-
-def interpreting() -> bool:
-    return bool(triton.knobs.runtime.interpret)
 
 
 def _sum_planes(planes: Tensor, bias: Tensor | None, out: Tensor, split: int) -> None:

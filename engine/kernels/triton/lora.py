@@ -27,6 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from engine.kernels.triton import lora_work
+from engine.kernels.triton.launch import upcast
 from engine.kernels.triton.lora_work import SiteKind, WorkShape
 from engine.lora.extent import UNIT_BYTES
 
@@ -160,8 +161,7 @@ def _constants(
         "PLANE_ROWS": shape.max_rows,
         "PLANE_WIDTH": shape.plane_width(kind),
         "BLOCK_M": shape.tiles.segment_rows,
-        # The interpreter multiplies bfloat16 wrongly
-        "UPCAST": dtype == torch.bfloat16 and bool(triton.knobs.runtime.interpret),
+        "UPCAST": upcast(dtype),
     }
 
 
