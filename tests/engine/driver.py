@@ -18,6 +18,9 @@ from engine.scheduler.request import SamplingParams
 ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
+MIXED_LENGTHS = (1, 3, 16, 17, 30, 41, 70)
+
+
 @dataclass(slots=True)
 class Result:
     token_ids: list[int] = field(default_factory=list[int])
@@ -66,6 +69,10 @@ def finish(engine: Engine, max_steps: int = 20_000) -> dict[tuple[str, int], Res
     return results
 
 
+def texts(results: dict[tuple[str, int], Result]) -> dict[tuple[str, int], list[int]]:
+    return {key: result.token_ids for key, result in results.items()}
+
+
 def greedy(max_tokens: int, **changes: Any) -> SamplingParams:
     return SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True, **changes)
 
@@ -89,6 +96,33 @@ def write_adapter(base: Path, folder: Path, seed: int = 0, **config: Any) -> Ada
                 parameter.copy_(noise * 0.7 * parameter.shape[1] ** -0.5)
     model.save_pretrained(folder)
     return AdapterFolder(f"digest-of-{folder.name}", str(folder))
+
+
+def write_mixed_adapters(base: Path, folder: Path) -> list[AdapterFolder]:
+    """An odd rank, ranks that differ within one, and one on two modules alone."""
+    shapes: list[dict[str, Any]] = [
+        {"r": 3},
+        {"r": 8, "rank_pattern": {"q_proj": 5, "down_proj": 16}},
+        {"r": 16, "target_modules": ["v_proj", "up_proj"]},
+    ]
+    return [write_adapter(base, folder / f"a{i}", seed=i, **s) for i, s in enumerate(shapes)]
+
+
+def mixed_requests(
+    adapters: list[AdapterFolder], max_tokens: int, **greedy_changes: Any
+) -> list[GenerateRequest]:
+    """Greedy and sampled ones of MIXED_LENGTHS, with and without an adapter."""
+    hot = SamplingParams(max_tokens=max_tokens, temperature=1.3, top_p=0.9, seed=5, ignore_eos=True)
+    own = [None, *adapters]
+    return [
+        GenerateRequest(
+            f"r{n}",
+            prompt_of(n, seed=n),
+            hot if n % 2 else greedy(max_tokens, **greedy_changes),
+            adapter=own[i % len(own)],
+        )
+        for i, n in enumerate(MIXED_LENGTHS)
+    ]
 
 
 @torch.inference_mode()

@@ -28,6 +28,7 @@ from engine.runner.sampler import (
 )
 from engine.scheduler.batch import ScheduledRequest
 from engine.scheduler.request import SamplingParams
+from tests.engine.draws import request_of
 
 CLOSE = 1e-4
 INF, NAN = math.inf, math.nan
@@ -43,18 +44,6 @@ FILTERS: list[dict[str, Any]] = [
     {"top_k": 50, "top_p": 0.9},
     {"top_k": 50, "top_p": 0.8, "min_p": 0.2},
 ]
-
-
-def request_of(
-    sampling: SamplingParams,
-    position: int = 7,
-    choice: int = 0,
-    forbidden: tuple[int, ...] = (),
-    history: tuple[list[int], list[int]] | None = None,
-) -> ScheduledRequest:
-    return ScheduledRequest(
-        "r", choice, [1], position - 1, (), 0, sampling, True, forbidden, history
-    )
 
 
 def random_rows(rows: int, vocab: int, seed: int = 0) -> Tensor:

@@ -14,11 +14,17 @@ from engine.kernels.cpu.build import BuildError
 from engine.kernels.cpu.library import Context
 from engine.messages import AdapterFolder, GenerateRequest
 from engine.runner import load
-from engine.scheduler.request import SamplingParams
-from tests.engine.driver import Result, greedy, make_engine, prompt_of, run, write_adapter
+from tests.engine.driver import (
+    greedy,
+    make_engine,
+    mixed_requests,
+    prompt_of,
+    run,
+    texts,
+    write_mixed_adapters,
+)
 from tests.engine.tiny import MODEL_TYPES, Tiny
 
-LENGTHS = (1, 3, 16, 17, 30, 41, 70)
 VARIANTS = [
     {},
     {"max_num_batched_tokens": 16},
@@ -49,22 +55,9 @@ def native_engine(folder: Path, **changes: Any) -> Engine:
     return engine
 
 
-def texts(results: dict[tuple[str, int], Result]) -> dict[tuple[str, int], list[int]]:
-    return {key: result.token_ids for key, result in results.items()}
-
-
 @pytest.fixture(scope="module")
 def adapters(tmp_path_factory: pytest.TempPathFactory, tiny: Tiny) -> list[AdapterFolder]:
-    folder = tmp_path_factory.mktemp("adapters")
-    shapes: list[dict[str, Any]] = [
-        {"r": 3},
-        {"r": 8, "rank_pattern": {"q_proj": 5, "down_proj": 16}},
-        {"r": 16, "target_modules": ["v_proj", "up_proj"]},
-    ]
-    return [
-        write_adapter(tiny.folder, folder / f"a{i}", seed=i, **shape)
-        for i, shape in enumerate(shapes)
-    ]
+    return write_mixed_adapters(tiny.folder, tmp_path_factory.mktemp("adapters"))
 
 
 @pytest.fixture(scope="module")
@@ -73,18 +66,7 @@ def tiny(tiny_model: Callable[..., Tiny]) -> Tiny:
 
 
 def mixed(adapters: list[AdapterFolder], max_tokens: int = 20) -> list[GenerateRequest]:
-    """Greedy and sampled ones of different lengths, with and without an adapter."""
-    hot = SamplingParams(max_tokens=max_tokens, temperature=1.3, top_p=0.9, seed=5, ignore_eos=True)
-    own = [None, *adapters]
-    return [
-        GenerateRequest(
-            f"r{n}",
-            prompt_of(n, seed=n),
-            hot if n % 2 else greedy(max_tokens),
-            adapter=own[i % len(own)],
-        )
-        for i, n in enumerate(LENGTHS)
-    ]
+    return mixed_requests(adapters, max_tokens)
 
 
 @pytest.mark.parametrize("form", FORMATS, ids=str)

@@ -15,21 +15,22 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from engine.config import ConfigError
 from engine.engine import Engine
 from engine.messages import AdapterFolder, GenerateRequest
-from engine.scheduler.request import SamplingParams
 from tests.engine.driver import (
-    Result,
+    MIXED_LENGTHS,
     generate,
     greedy,
     make_engine,
+    mixed_requests,
     prompt_of,
     run,
+    texts,
     write_adapter,
+    write_mixed_adapters,
 )
 from tests.engine.tiny import MODEL_TYPES, Tiny
 
 MakeTiny = Callable[..., Tiny]
 Texts = dict[tuple[str, int], list[int]]
-LENGTHS = (1, 3, 16, 17, 30, 41, 70)
 BLOCK_BYTES = 16 * 2 * 3 * 2 * 32 * 4  # positions, K and V, layers, heads, dim, bytes
 VARIANTS: list[dict[str, Any]] = [
     {},
@@ -50,16 +51,7 @@ def tiny(tiny_model: MakeTiny) -> Tiny:
 
 @pytest.fixture(scope="module")
 def adapters(tmp_path_factory: pytest.TempPathFactory, tiny: Tiny) -> list[AdapterFolder]:
-    folder = tmp_path_factory.mktemp("adapters")
-    shapes: list[dict[str, Any]] = [
-        {"r": 3},
-        {"r": 8, "rank_pattern": {"q_proj": 5, "down_proj": 16}},
-        {"r": 16, "target_modules": ["v_proj", "up_proj"]},
-    ]
-    return [
-        write_adapter(tiny.folder, folder / f"a{i}", seed=i, **shape)
-        for i, shape in enumerate(shapes)
-    ]
+    return write_mixed_adapters(tiny.folder, tmp_path_factory.mktemp("adapters"))
 
 
 def triton_engine(folder: Path, **changes: Any) -> Engine:
@@ -71,23 +63,8 @@ def triton_engine(folder: Path, **changes: Any) -> Engine:
     return engine
 
 
-def texts(results: dict[tuple[str, int], Result]) -> Texts:
-    return {key: result.token_ids for key, result in results.items()}
-
-
 def mixed(adapters: list[AdapterFolder], max_tokens: int) -> list[GenerateRequest]:
-    """Greedy and sampled ones of different lengths, with and without an adapter."""
-    hot = SamplingParams(max_tokens=max_tokens, temperature=1.3, top_p=0.9, seed=5, ignore_eos=True)
-    own = [None, *adapters]
-    return [
-        GenerateRequest(
-            f"r{n}",
-            prompt_of(n, seed=n),
-            hot if n % 2 else greedy(max_tokens, repetition_penalty=1.1),
-            adapter=own[i % len(own)],
-        )
-        for i, n in enumerate(LENGTHS)
-    ]
+    return mixed_requests(adapters, max_tokens, repetition_penalty=1.1)
 
 
 def by_torch(tiny: Tiny, requests: list[GenerateRequest], **changes: Any) -> Texts:
@@ -143,7 +120,7 @@ def test_greedy_text_of_every_family_is_that_of_transformers(
     model_type: str, cuda_graphs: str, tiny_model: MakeTiny
 ) -> None:
     tiny = tiny_model(model_type)
-    prompts = [prompt_of(n, seed=n) for n in LENGTHS]
+    prompts = [prompt_of(n, seed=n) for n in MIXED_LENGTHS]
     requests = [GenerateRequest(f"r{i}", p, greedy(24)) for i, p in enumerate(prompts)]
     found = texts(run(triton_engine(tiny.folder, cuda_graphs=cuda_graphs), requests))
     assert found == {(f"r{i}", 0): generate(tiny.reference, p, 24) for i, p in enumerate(prompts)}

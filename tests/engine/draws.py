@@ -1,0 +1,18 @@
+"""Requests as samplers see them."""
+
+from engine.scheduler.batch import ScheduledRequest
+from engine.scheduler.request import SamplingParams
+
+
+def request_of(
+    sampling: SamplingParams,
+    position: int = 7,
+    choice: int = 0,
+    forbidden: tuple[int, ...] = (),
+    history: tuple[list[int], list[int]] | None = None,
+    last_input: int = 1,
+) -> ScheduledRequest:
+    """One that samples the token at `position`."""
+    return ScheduledRequest(
+        "r", choice, [last_input], position - 1, (), 0, sampling, True, forbidden, history
+    )
