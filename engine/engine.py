@@ -43,9 +43,10 @@ from engine.runner.model_runner import (
 from engine.scheduler.adapter_slots import AdapterSlots
 from engine.scheduler.batch import ScheduledBatch
 from engine.scheduler.block_manager import BlockManager
+from engine.scheduler.limits import SchedulerLimits
 from engine.scheduler.memory import MemoryBudget
 from engine.scheduler.request import CacheScope, FinishReason, Request
-from engine.scheduler.scheduler import Progress, Scheduler, SchedulerLimits
+from engine.scheduler.scheduler import Progress, Scheduler
 from engine.scheduler.timings import RequestMetrics, request_metrics
 from engine.settle import settle
 from engine.validate import validate

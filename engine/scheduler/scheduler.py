@@ -21,24 +21,12 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from engine.scheduler.batch import PENDING, ScheduledBatch, ScheduledRequest
-from engine.scheduler.block_manager import block_hash, scope_hash
-from engine.scheduler.memory import MemoryBudget, MemoryChanges
-from engine.scheduler.request import (
-    FinishReason,
-    InvalidRequest,
-    Request,
-    RequestStatus,
-    SamplingParams,
-)
-
-
-@dataclass(frozen=True, slots=True)
-class SchedulerLimits:
-    max_num_seqs: int
-    max_num_batched_tokens: int
-    max_model_len: int
-    eos_token_ids: tuple[int, ...] = ()
+from engine.scheduler.batch import ScheduledBatch, ScheduledRequest
+from engine.scheduler.limits import SchedulerLimits
+from engine.scheduler.memory import MemoryBudget
+from engine.scheduler.prefix_cache import find_cached_blocks, publish_blocks
+from engine.scheduler.request import FinishReason, InvalidRequest, Request, RequestStatus
+from engine.scheduler.step import Step
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +123,7 @@ class Scheduler:
     def schedule(self, now: float) -> ScheduledBatch | None:
         """The next step, or None when nothing can run, or not before another update."""
         assert self._num_in_flight <= self.pipeline_depth, "an update or fail is due first"
-        step = _Step(self.limits.max_num_batched_tokens)
+        step = Step(self.limits.max_num_batched_tokens)
         self._schedule_running(step)
         if not step.lacks_blocks:
             self._schedule_waiting(step, now)
@@ -145,7 +133,7 @@ class Scheduler:
         for request, _ in step.rows:
             request.timings.on_scheduled(now)
         self._num_in_flight += 1
-        return self._to_batch(step, changes)
+        return step.to_batch(self.limits, self.adapters, changes)
 
     def update(
         self, batch: ScheduledBatch, sampled: Sequence[Sequence[int]], now: float
@@ -161,7 +149,7 @@ class Scheduler:
             if request is None:
                 continue
             assert scheduled.end <= request.num_tokens, "an earlier batch has not been updated"
-            self._publish_blocks(request, scheduled.end)
+            publish_blocks(self.blocks, request, scheduled.end)
             self._start_forks(request, scheduled.end)
             request.num_pending_tokens -= scheduled.samples
             if token_ids:
@@ -213,9 +201,9 @@ class Scheduler:
 
     # ==== who runs ====
 
-    def _schedule_running(self, step: "_Step") -> None:
+    def _schedule_running(self, step: Step) -> None:
         decodes = [
-            r for r in self.running if r.num_remaining_tokens == 1 and not self._is_ending(r)
+            r for r in self.running if r.num_remaining_tokens == 1 and not self.limits.is_ending(r)
         ]
         prefills = [r for r in self.running if r.num_remaining_tokens > 1]
         for request in [*decodes, *prefills]:
@@ -225,7 +213,7 @@ class Scheduler:
             if count and self._make_room(request, count, step):
                 step.add(request, count)
 
-    def _make_room(self, request: Request, count: int, step: "_Step") -> bool:
+    def _make_room(self, request: Request, count: int, step: Step) -> bool:
         """Blocks for `count` more tokens, at the cost of requests admitted later or of itself.
 
         Where a request is about to end, its blocks are waited for instead; and this one does not
@@ -233,7 +221,7 @@ class Scheduler:
         """
         while not self._allocate(request, count):
             step.lacks_blocks = True
-            if any(self._is_ending(r) for r in self.running):
+            if any(self.limits.is_ending(r) for r in self.running):
                 return False
             victim = next(r for r in reversed(self.running) if not step.has(r))
             if victim is request and request.num_pending_tokens:
@@ -243,7 +231,7 @@ class Scheduler:
                 return False
         return True
 
-    def _schedule_waiting(self, step: "_Step", now: float) -> None:
+    def _schedule_waiting(self, step: Step, now: float) -> None:
         for request in list(self.waiting):
             if not step.budget or len(self.running) + step.num_promised >= self.limits.max_num_seqs:
                 return
@@ -255,7 +243,7 @@ class Scheduler:
             if not self._is_passed_over(request, step):
                 return  # room comes when running requests end; overtaking could starve this one
 
-    def _is_passed_over(self, request: Request, step: "_Step") -> bool:
+    def _is_passed_over(self, request: Request, step: Step) -> bool:
         """While its adapter is copied to the device others go on, and leave it the blocks it needs.
 
         For the first such copy only: if another is needed, nobody overtakes the request again.
@@ -268,12 +256,12 @@ class Scheduler:
         step.promised_blocks += self.blocks.blocks_for(request.num_tokens)
         return True
 
-    def _admit(self, request: Request, step: "_Step") -> bool:
+    def _admit(self, request: Request, step: Step) -> bool:
         """Start a waiting request if all its known tokens find room beside the running ones.
 
         They and its adapter, which is brought to the device; False until it is there.
         """
-        cached = self._find_cached_blocks(request)
+        cached = find_cached_blocks(self.blocks, request)
         self.blocks.share(cached)
         request.block_table.extend(cached)
         request.num_computed_tokens = len(cached) * self.blocks.block_size
@@ -328,34 +316,6 @@ class Scheduler:
         self.running.remove(request)
         self.waiting.appendleft(request)
 
-    # ==== blocks and their contents ====
-
-    def _hashes(self, request: Request, num_blocks: int) -> list[bytes]:
-        """Hashes of the request's first full blocks, extended as far as needed."""
-        known, size = request.block_hashes, self.blocks.block_size
-        for i in range(len(known), num_blocks):
-            previous = known[-1] if known else scope_hash(request.scope)
-            known.append(block_hash(previous, request.token_ids(i * size, (i + 1) * size)))
-        return known[:num_blocks]
-
-    def _find_cached_blocks(self, request: Request) -> list[int]:
-        """At least one token stays to be computed: its logits are what the request came for."""
-        if not self.blocks.prefix_caching or request.sampling.prompt_logprobs is not None:
-            return []
-        return self.blocks.find(
-            self._hashes(request, (request.num_tokens - 1) // self.blocks.block_size)
-        )
-
-    def _publish_blocks(self, request: Request, num_computed: int) -> None:
-        """Only what a step has computed for certain, not what one in flight is to compute."""
-        if not self.blocks.prefix_caching:
-            return
-        num_full = num_computed // self.blocks.block_size
-        hashes = self._hashes(request, num_full)
-        for i in range(request.num_published_blocks, num_full):
-            self.blocks.publish(request.block_table[i], hashes[i])
-        request.num_published_blocks = num_full
-
     def _start_forks(self, request: Request, num_computed: int) -> None:
         """Once the prompt is computed, further choices share its blocks and redo its last token."""
         if not request.forks or num_computed < request.num_prompt_tokens:
@@ -383,28 +343,12 @@ class Scheduler:
         for token_id in token_ids:
             request.output_token_ids.append(token_id)
             gained.append(token_id)
-            reason = self._end_of(request, token_id)
+            reason = self.limits.end_of(request, token_id)
             if reason is not None:
                 self._finish(request, reason)
                 stop = token_id if reason is FinishReason.STOP else None
                 return Progress(request, gained, stop)
         return Progress(request, gained)
-
-    def _is_ending(self, request: Request) -> bool:
-        """Whether a pending token is the last one, whatever it is."""
-        pending = request.num_pending_tokens
-        return pending > 0 and (
-            len(request.output_token_ids) + pending >= request.sampling.max_tokens
-            or request.num_tokens + pending >= self.limits.max_model_len
-        )
-
-    def _end_of(self, request: Request, token_id: int) -> FinishReason | None:
-        sampling, num_outputs = request.sampling, len(request.output_token_ids)
-        if num_outputs >= sampling.min_tokens and token_id in self._end_tokens(sampling):
-            return FinishReason.STOP
-        if num_outputs >= sampling.max_tokens or request.num_tokens >= self.limits.max_model_len:
-            return FinishReason.LENGTH
-        return None
 
     def _finish_all(self, requests: list[Request], reason: FinishReason) -> list[Request]:
         for request in requests:
@@ -429,73 +373,3 @@ class Scheduler:
         request.num_published_blocks = request.life = 0
         if request.adapter:
             self.adapters.release(request.adapter)
-
-    # ==== the batch ====
-
-    def _to_batch(self, step: "_Step", changes: MemoryChanges) -> ScheduledBatch:
-        rows = sorted(step.rows, key=lambda row: row[1])  # stable: short ones first
-        return ScheduledBatch(
-            requests=tuple(self._to_scheduled(r, count) for r, count in rows),
-            adapter_evictions=changes.evictions,
-            moves=changes.moves,
-            adapter_loads=changes.loads,
-        )
-
-    def _to_scheduled(self, request: Request, count: int) -> ScheduledRequest:
-        start = request.num_computed_tokens
-        end = request.num_computed_tokens = start + count
-        sampling, adapter = request.sampling, request.scope.adapter
-        pending = request.num_pending_tokens
-        num_outputs = len(request.output_token_ids) + pending
-        samples = end == request.num_tokens + pending
-        request.num_pending_tokens += samples
-        history = None
-        if sampling.uses_penalties:
-            history = (list(request.prompt_token_ids), list(request.output_token_ids))
-        return ScheduledRequest(
-            request_id=request.request_id,
-            choice=request.index,
-            token_ids=[PENDING] if pending else request.token_ids(start, end),
-            start=start,
-            block_table=tuple(request.block_table),
-            adapter_slot=self.adapters.slot(adapter) if adapter else 0,
-            sampling=sampling,
-            samples=samples,
-            forbidden_token_ids=(
-                self._end_tokens(sampling) if num_outputs + 1 < sampling.min_tokens else ()
-            ),
-            history=history,
-            prompt_targets=_prompt_targets(request, start, end),
-            life=request.life,
-        )
-
-    def _end_tokens(self, sampling: SamplingParams) -> tuple[int, ...]:
-        eos = () if sampling.ignore_eos else self.limits.eos_token_ids
-        return (*eos, *sampling.stop_token_ids)
-
-
-def _prompt_targets(request: Request, start: int, end: int) -> list[int] | None:
-    """The tokens that follow positions [start, end) within the prompt, where they are scored."""
-    if request.sampling.prompt_logprobs is None or start >= request.num_prompt_tokens - 1:
-        return None
-    return request.token_ids(start + 1, min(end + 1, request.num_prompt_tokens))
-
-
-class _Step:
-    """A batch in the making."""
-
-    def __init__(self, budget: int) -> None:
-        self.budget = budget
-        self.rows: list[tuple[Request, int]] = []
-        self.lacks_blocks = False  # for one that runs; so nobody is admitted
-        self.num_promised = 0  # requests whose adapter is being copied to the device
-        self.promised_blocks = 0  # that are left to them
-        self._keys: dict[tuple[str, int], None] = {}
-
-    def add(self, request: Request, count: int) -> None:
-        self.rows.append((request, count))
-        self.budget -= count
-        self._keys[request.key] = None
-
-    def has(self, request: Request) -> bool:
-        return request.key in self._keys

@@ -11,6 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from engine.scheduler.adapter_slots import AdapterSlots
 from engine.scheduler.batch import ScheduledBatch
 from engine.scheduler.block_manager import BlockManager
+from engine.scheduler.limits import SchedulerLimits
 from engine.scheduler.memory import MemoryBudget
 from engine.scheduler.request import (
     CacheScope,
@@ -19,7 +20,7 @@ from engine.scheduler.request import (
     Request,
     SamplingParams,
 )
-from engine.scheduler.scheduler import Scheduler, SchedulerLimits
+from engine.scheduler.scheduler import Scheduler
 from tests.engine.fake_device import (
     DeviceError,
     FakeDevice,

@@ -1,0 +1,35 @@
+"""SchedulerLimits: how much one step may hold, and when a request has had its last token."""
+
+from dataclasses import dataclass
+
+from engine.scheduler.request import FinishReason, Request, SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerLimits:
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
+    eos_token_ids: tuple[int, ...] = ()
+
+    def end_tokens(self, sampling: SamplingParams) -> tuple[int, ...]:
+        """Any of these ends the request, once it has `min_tokens`."""
+        eos = () if sampling.ignore_eos else self.eos_token_ids
+        return (*eos, *sampling.stop_token_ids)
+
+    def end_of(self, request: Request, token_id: int) -> FinishReason | None:
+        """Why the request ends with its newest token, which is `token_id`; None if it goes on."""
+        sampling, num_outputs = request.sampling, len(request.output_token_ids)
+        if num_outputs >= sampling.min_tokens and token_id in self.end_tokens(sampling):
+            return FinishReason.STOP
+        if num_outputs >= sampling.max_tokens or request.num_tokens >= self.max_model_len:
+            return FinishReason.LENGTH
+        return None
+
+    def is_ending(self, request: Request) -> bool:
+        """Whether a pending token is the last one, whatever it is."""
+        pending = request.num_pending_tokens
+        return pending > 0 and (
+            len(request.output_token_ids) + pending >= request.sampling.max_tokens
+            or request.num_tokens + pending >= self.max_model_len
+        )

@@ -1,0 +1,40 @@
+"""A request's full blocks by what they hold: found when it is admitted, published when computed.
+
+The blocks are the BlockManager's; which of them hold what is known here alone.
+"""
+
+from engine.scheduler.block_manager import BlockManager, block_hash, scope_hash
+from engine.scheduler.request import Request
+
+
+def find_cached_blocks(blocks: BlockManager, request: Request) -> list[int]:
+    """Blocks of the longest cached prefix of the request's tokens; no reference is taken.
+
+    At least one token stays to be computed: its logits are what the request came for.
+    """
+    if not blocks.prefix_caching or request.sampling.prompt_logprobs is not None:
+        return []
+    return blocks.find(_hashes(blocks, request, (request.num_tokens - 1) // blocks.block_size))
+
+
+def publish_blocks(blocks: BlockManager, request: Request, num_computed: int) -> None:
+    """Others may find the full blocks of the first `num_computed` tokens.
+
+    These must be computed for certain: a step in flight does not count.
+    """
+    if not blocks.prefix_caching:
+        return
+    num_full = num_computed // blocks.block_size
+    hashes = _hashes(blocks, request, num_full)
+    for i in range(request.num_published_blocks, num_full):
+        blocks.publish(request.block_table[i], hashes[i])
+    request.num_published_blocks = num_full
+
+
+def _hashes(blocks: BlockManager, request: Request, num_blocks: int) -> list[bytes]:
+    """Hashes of the request's first full blocks; the chain is kept, and extended as needed."""
+    known, size = request.block_hashes, blocks.block_size
+    for i in range(len(known), num_blocks):
+        previous = known[-1] if known else scope_hash(request.scope)
+        known.append(block_hash(previous, request.token_ids(i * size, (i + 1) * size)))
+    return known[:num_blocks]

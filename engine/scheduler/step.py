@@ -1,0 +1,78 @@
+"""Step: a batch in the making, and how it becomes a ScheduledBatch."""
+
+from engine.scheduler.adapter_slots import AdapterSlots
+from engine.scheduler.batch import PENDING, ScheduledBatch, ScheduledRequest
+from engine.scheduler.limits import SchedulerLimits
+from engine.scheduler.memory import MemoryChanges
+from engine.scheduler.request import Request
+
+
+class Step:
+    """Which requests are in the step, with how many tokens each; `budget` is what is left."""
+
+    def __init__(self, budget: int) -> None:
+        self.budget = budget
+        self.rows: list[tuple[Request, int]] = []
+        self.lacks_blocks = False  # for one that runs; so nobody is admitted
+        self.num_promised = 0  # requests whose adapter is being copied to the device
+        self.promised_blocks = 0  # that are left to them
+        self._keys: dict[tuple[str, int], None] = {}
+
+    def add(self, request: Request, count: int) -> None:
+        self.rows.append((request, count))
+        self.budget -= count
+        self._keys[request.key] = None
+
+    def has(self, request: Request) -> bool:
+        return request.key in self._keys
+
+    def to_batch(
+        self, limits: SchedulerLimits, adapters: AdapterSlots, changes: MemoryChanges
+    ) -> ScheduledBatch:
+        """The step as plain data; its requests count the tokens as computed from here on."""
+        rows = sorted(self.rows, key=lambda row: row[1])  # stable: short ones first
+        return ScheduledBatch(
+            requests=tuple(_take(request, count, limits, adapters) for request, count in rows),
+            adapter_evictions=changes.evictions,
+            moves=changes.moves,
+            adapter_loads=changes.loads,
+        )
+
+
+def _take(
+    request: Request, count: int, limits: SchedulerLimits, adapters: AdapterSlots
+) -> ScheduledRequest:
+    """The request's next `count` tokens, which the step computes."""
+    start = request.num_computed_tokens
+    end = request.num_computed_tokens = start + count
+    sampling, adapter = request.sampling, request.scope.adapter
+    pending = request.num_pending_tokens
+    num_outputs = len(request.output_token_ids) + pending
+    samples = end == request.num_tokens + pending
+    request.num_pending_tokens += samples
+    history = None
+    if sampling.uses_penalties:
+        history = (list(request.prompt_token_ids), list(request.output_token_ids))
+    return ScheduledRequest(
+        request_id=request.request_id,
+        choice=request.index,
+        token_ids=[PENDING] if pending else request.token_ids(start, end),
+        start=start,
+        block_table=tuple(request.block_table),
+        adapter_slot=adapters.slot(adapter) if adapter else 0,
+        sampling=sampling,
+        samples=samples,
+        forbidden_token_ids=(
+            limits.end_tokens(sampling) if num_outputs + 1 < sampling.min_tokens else ()
+        ),
+        history=history,
+        prompt_targets=_prompt_targets(request, start, end),
+        life=request.life,
+    )
+
+
+def _prompt_targets(request: Request, start: int, end: int) -> list[int] | None:
+    """The tokens that follow positions [start, end) within the prompt, where they are scored."""
+    if request.sampling.prompt_logprobs is None or start >= request.num_prompt_tokens - 1:
+        return None
+    return request.token_ids(start + 1, min(end + 1, request.num_prompt_tokens))
