@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from adapter_store.store import AdapterStore
-from deployments.serve import descendants, free_port
+from deployments.local_cluster import descendants, free_port
 from tests.deployments.processes import assert_gone, command
 from tests.deployments.tiny_models import make_adapter, make_base
 

@@ -25,8 +25,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from adapter_store.store import AdapterStore
+from deployments.local_cluster import descendants, free_port
 from deployments.new_key import main as new_key_main
-from deployments.serve import descendants, free_port
 from tests.deployments.processes import assert_gone
 from tests.deployments.tiny_models import make_adapter, make_base
 

@@ -1,0 +1,141 @@
+"""A Ray cluster of one's own: a head on loopback whose processes all end with this one.
+
+Nothing is shared with another cluster on the machine: ports, folders and the token are its own.
+"""
+
+import logging
+import os
+import secrets
+import shutil
+import signal
+import socket
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from deployments.config_file import Address
+
+KILL_TIMEOUT_S = 5.0
+OBJECT_STORE_BYTES = 100 * 2**20
+
+
+def ray_environment(folder: Path) -> dict[str, str]:
+    """What Ray reads from the environment when it is imported, here and in all its processes."""
+    haproxy = folder / "haproxy"
+    return {
+        "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+        "RAY_SERVE_HAPROXY_NBTHREAD": "1",
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(haproxy / "haproxy.cfg"),
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(haproxy / "admin.sock"),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(haproxy),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(haproxy / "server-state"),
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
+        "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
+        # Its default is one port, which two clusters would share without noticing.
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(free_port()),
+        "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
+        # Ray's own work while nothing happens; ten times a second is for clusters of hundreds.
+        "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.25",
+        "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "1000",
+        # Ray runs its workers at 15, where two busy threads may stay on one core for seconds.
+        "RAY_worker_niceness": "0",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_DISABLE_IMPORT_WARNING": "1",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    }
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def end_on_signals() -> None:
+    """One way out for both. SIGINT too: a shell that starts us in the background ignores it."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
+
+
+@contextmanager
+def cluster_folder() -> Iterator[Path]:
+    # Not below the repository: Ray's sockets must have short paths.
+    folder = Path(tempfile.mkdtemp(prefix="reef-"))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def cluster(folder: Path, address: Address) -> Iterator[None]:
+    """A head in this process' care. At the end all of its processes are gone."""
+    import ray
+    from ray import serve
+
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    try:
+        ray.init(
+            address="local",
+            num_cpus=max(2, os.cpu_count() or 1),
+            include_dashboard=False,
+            object_store_memory=OBJECT_STORE_BYTES,
+            _temp_dir=str(folder / "ray"),
+            _node_ip_address="127.0.0.1",
+            log_to_driver=False,
+            logging_level="warning",
+        )
+        end_on_signals()  # Ray has a handler of its own for SIGTERM
+        http_options = {"host": address.host, "port": address.port}
+        serve.start(http_options=http_options, logging_config=None)
+        yield
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)  # the way out is taken once, and to its end
+        family = descendants(os.getpid())
+        with suppress(Exception):
+            ray.shutdown()
+        _kill(family)
+
+
+def _kill(pids: list[int]) -> None:
+    """Whatever of these is left, and waits until it is gone."""
+    for pid in reversed(pids):
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    deadline_s = time.monotonic() + KILL_TIMEOUT_S
+    while any(map(_is_running, pids)) and time.monotonic() < deadline_s:
+        time.sleep(0.02)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state != "Z"  # ended, and only waiting for its parent to notice
+
+
+def descendants(root: int) -> list[int]:
+    """Process ids below `root`, parents first."""
+    children: dict[int, list[int]] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with suppress(OSError):
+                # pid (name) state ppid ...; the name may hold anything.
+                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+                children.setdefault(parent, []).append(int(entry.name))
+    found: list[int] = []
+    queue = [root]
+    while queue:
+        below = children.get(queue.pop(0), [])
+        found += below
+        queue += below
+    return found
