@@ -42,7 +42,7 @@ class EngineSection(Section):
 
     device: str = "auto"
     max_num_seqs: int = 64
-    max_num_batched_tokens: int = 512
+    max_num_batched_tokens: int | None = None
     max_model_len: int | None = None
     block_size: int = 16
     memory_bytes: Bytes | None = None

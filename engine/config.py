@@ -33,7 +33,7 @@ class EngineConfig:
     kv_dtype: str = "auto"  # auto: the model's own; int8 has a scale per position and head
     device: str = "auto"
     max_num_seqs: int = 64
-    max_num_batched_tokens: int = 512
+    max_num_batched_tokens: int | None = None  # None: 128, on a GPU 512
     max_model_len: int | None = None  # None: the model's own maximum, at most 8192
     block_size: int = 16
     memory_bytes: int | None = None  # None: 2 GiB on a CPU, all that the weights leave on a GPU
@@ -54,7 +54,9 @@ class EngineConfig:
         _one_of("activations", self.activations, ACTIVATIONS)
         _one_of("kv_dtype", self.kv_dtype, KV_DTYPES)
         _between("max_num_seqs", self.max_num_seqs, 1, 4096)
-        _between("max_num_batched_tokens", self.max_num_batched_tokens, 1, 2**20)
+        if self.max_num_batched_tokens is not None:
+            _between("max_num_batched_tokens", self.max_num_batched_tokens, 1, 2**20)
+            _holds_every_decode(self.max_num_batched_tokens, self.max_num_seqs)
         _between("block_size", self.block_size, 1, 1024)
         if self.memory_bytes is not None:
             _between("memory_bytes", self.memory_bytes, 2**12, 2**50)
@@ -66,11 +68,14 @@ class EngineConfig:
         if self.adapter_memory_bytes is not None:
             most = self.memory_bytes or 2**50
             _between("adapter_memory_bytes", self.adapter_memory_bytes, 0, most)
-        if self.max_num_batched_tokens < self.max_num_seqs:
-            raise ConfigError(
-                f"max_num_batched_tokens={self.max_num_batched_tokens} must be at least "
-                f"max_num_seqs={self.max_num_seqs}: each running request decodes a token per step"
-            )
+
+
+def _holds_every_decode(max_num_batched_tokens: int, max_num_seqs: int) -> None:
+    if max_num_batched_tokens < max_num_seqs:
+        raise ConfigError(
+            f"max_num_batched_tokens={max_num_batched_tokens} must be at least "
+            f"max_num_seqs={max_num_seqs}: each running request decodes a token per step"
+        )
 
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:

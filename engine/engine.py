@@ -84,7 +84,7 @@ class Engine:
         eos_token_ids = tuple(t for t in read_eos_token_ids(folder) if t in vocab)
         self.scheduler = Scheduler(
             SchedulerLimits(
-                config.max_num_seqs, config.max_num_batched_tokens, s.max_model_len, eos_token_ids
+                config.max_num_seqs, s.max_num_batched_tokens, s.max_model_len, eos_token_ids
             ),
             self._memory_budget(),
             pipeline_depth=self.runner.pipeline_depth,

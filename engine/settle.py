@@ -18,6 +18,8 @@ from engine.runner.kv_cache import kv_bytes_per_token
 
 DEFAULT_MAX_MODEL_LEN = 8192
 DEFAULT_MEMORY_BYTES = 2 * 2**30  # on a CPU
+# Prompts are computed at nearly the same rate in pieces of these, and streams wait for one piece.
+DEFAULT_NUM_BATCHED_TOKENS = {"cpu": 128, "cuda": 512}
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +29,7 @@ class Settled:
     kv_dtype: torch.dtype  # int8: with scales
     weight_format: str  # of the linear layers: none, int8, nf4, fp8 or int4
     device: torch.device
+    max_num_batched_tokens: int
     max_model_len: int
     memory_bytes: int  # for KV blocks and adapters
     block_bytes: int
@@ -54,11 +57,19 @@ def settle(config: EngineConfig) -> Settled:
         kv_dtype=kv_dtype,
         weight_format=form,
         device=device,
+        max_num_batched_tokens=_max_num_batched_tokens(config, device),
         max_model_len=max_model_len,
         memory_bytes=memory_bytes,
         block_bytes=block_bytes,
         num_blocks=memory_bytes // block_bytes,
     )
+
+
+def _max_num_batched_tokens(config: EngineConfig, device: torch.device) -> int:
+    """By default half of it is left to prompts when as many requests decode as ever may."""
+    if config.max_num_batched_tokens is not None:
+        return config.max_num_batched_tokens
+    return max(DEFAULT_NUM_BATCHED_TOKENS[device.type], 2 * config.max_num_seqs)
 
 
 def _max_model_len(
@@ -102,7 +113,7 @@ def _memory_bytes(
     size = read_model_size(Path(config.source), config.quantization)
     free, total = torch.cuda.mem_get_info(device)
     weights = weight_bytes(size, size.form)
-    rows, seqs = config.max_num_batched_tokens, config.max_num_seqs
+    rows, seqs = _max_num_batched_tokens(config, device), config.max_num_seqs
     scratch = _scratch_bytes(size, dtype) + workspace_bytes(len(set(spec.windows)))
     needed = needs(weights, spec, rows, seqs, dtype, total, scratch)
     advice = "lower max_num_batched_tokens or max_model_len"

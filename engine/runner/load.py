@@ -101,7 +101,7 @@ def _load_native(config: EngineConfig, s: Settled, context: Context, progress: b
     torch.set_num_threads(1)  # the rest is small, and its threads would fight the kernels'
     ops = native_ops(context, int8_activations=config.activations == "int8")
     decoder = read_decoder(config, s, ops, progress)
-    layout, rows = _kv_layout(config, s), config.max_num_batched_tokens
+    layout, rows = _kv_layout(config, s), s.max_num_batched_tokens
     forward = NativeForward(decoder, context, layout, s.num_blocks, s.max_model_len, rows)
     return _computed_at_once(forward, decoder, s, "panels", f"native-{context.isa}")
 

@@ -28,7 +28,7 @@ def load_triton(config: EngineConfig, s: Settled, *, progress: bool) -> LoadedMo
     device: Device = CudaDevice(s.device) if s.device.type == "cuda" else HostDevice()
     decoder = read_decoder(config, s, device_ops(s.device, s.dtype), progress)
     arena = torch.zeros(s.memory_bytes, dtype=torch.uint8, device=s.device)
-    seqs, rows = config.max_num_seqs, config.max_num_batched_tokens
+    seqs, rows = config.max_num_seqs, s.max_num_batched_tokens
 
     def make_runner(host_adapter: Callable[[str], PackedAdapter]) -> Runner:
         return make_triton_runner(
