@@ -3,6 +3,7 @@
 What is compared is timed in turns, so that a clock which rises or falls meets all of it alike.
 """
 
+import gc
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -94,6 +95,13 @@ def wake(device: torch.device) -> None:
     while time.monotonic() < end_s:
         a @ a
         torch.cuda.synchronize(device)
+
+
+def release(device: torch.device) -> None:
+    """Gives back what nothing uses any more: for what comes next, or another process."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _device_s(work: Work) -> float:

@@ -10,7 +10,7 @@ measured goes to stderr, a line for each number of rows.
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import product
@@ -24,7 +24,7 @@ from engine.kernels.triton.crossovers import Choice, Tiles
 from engine.kernels.triton.dequantize import multiply_dense
 from engine.kernels.triton.fourbit import multiply, planes_size
 from engine.kernels.triton.packed_weight import PackedWeight, pack
-from tests.bench.gpu_clock import Budget, Work, graphs_s, wake
+from tests.bench.gpu_clock import Budget, Work, graphs_s, recorded, wake
 from tests.bench.gpu_model import random_quantized
 
 SHAPES = ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336))  # qkv, o, gate and up, down
@@ -138,6 +138,23 @@ def _merged(fastest: list[Choice]) -> list[Choice]:
     return [choice for choice, repeated in zip(fastest, same, strict=True) if not repeated]
 
 
+def bitsandbytes_products(
+    weights: Sequence[QuantizedWeight], dtype: torch.dtype, device: torch.device
+) -> list[Callable[[torch.Tensor], torch.Tensor]]:
+    """Its product with each weight; none where it is not installed or does not run."""
+    if not bitsandbytes_gemm.takes(weights[0], device):
+        return []
+    try:
+        theirs = [bitsandbytes_gemm.pack(weight, None, device) for weight in weights]
+        x = torch.randn(8, weights[0].in_features, device=device).to(dtype)
+        recorded([partial(theirs[0], x)], device)()
+        torch.cuda.synchronize(device)
+    except Exception as error:
+        print(f"bitsandbytes is left out: {error}", file=sys.stderr, flush=True)
+        return []
+    return theirs
+
+
 class _Ways:
     """One weight's copies, laid out once for every implementation."""
 
@@ -146,9 +163,7 @@ class _Ways:
         self._packed = [pack(weight, device) for weight in weights]
         size = self._packed[0].out_features, self._packed[0].in_features
         self._dense = torch.empty(size, dtype=self._dtype, device=device)
-        self._theirs = []
-        if bitsandbytes_gemm.takes(weights[0], device):
-            self._theirs = [bitsandbytes_gemm.pack(weight, None, device) for weight in weights]
+        self._theirs = bitsandbytes_products(weights, self._dtype, device)
 
     def of(self, rows: int) -> Iterator[tuple[Choice, list[Work]]]:
         first = self._packed[0]

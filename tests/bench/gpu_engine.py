@@ -23,6 +23,7 @@ from engine.engine import Engine
 from engine.messages import GenerateRequest
 from engine.scheduler.request import SamplingParams
 from tests.bench.environment import ROOT
+from tests.bench.gpu_clock import release
 from tests.bench.gpu_report import Goal, Row, attempt
 from tests.bench.gpu_runner import SLEEP_CYCLES
 from tests.bench.gpu_setting import Setting
@@ -39,6 +40,7 @@ def engine(setting: Setting) -> Iterator[Row]:
         start = time.perf_counter()
         nbytes = write_checkpoint(setting, folder)
         took = time.perf_counter() - start
+        release(setting.device)
         yield Row("checkpoint written", took, "s", note=f"{nbytes / 1e9:.2f} GB")
         yield from attempt("start", _starts(setting, folder), "9")
         yield from attempt("engine steps", _steps(setting, folder), "7")

@@ -16,6 +16,7 @@ from tests.bench.gpu_crossovers import (
     SHAPES,
     Entry,
     OutOfTime,
+    bitsandbytes_products,
     described,
     entry,
     search,
@@ -24,6 +25,7 @@ from tests.bench.gpu_model import random_quantized
 from tests.bench.gpu_report import Goal, Row, attempt, missing
 from tests.bench.gpu_setting import Setting
 
+MOST_BITSANDBYTES_ROWS = 128
 SITES = {"qkv": SHAPES[0], "o": SHAPES[1], "gate_up": SHAPES[2], "down": SHAPES[3]}
 
 
@@ -91,9 +93,9 @@ def _quantized(
     weights = [first] + [_other(first) for _ in range(copies - 1)]
     layers = [WeightOnlyLinear(w, None, setting.device, setting.dtype) for w in weights]
     works: dict[str, list[Work]] = {form: [partial(layer.into, x, out) for layer in layers]}
-    if bitsandbytes_gemm.takes(first, setting.device):
-        theirs = [bitsandbytes_gemm.pack(w, None, setting.device) for w in weights]
-        works["bitsandbytes"] = [partial(gemm, x) for gemm in theirs]
+    if len(x) <= MOST_BITSANDBYTES_ROWS:
+        theirs = bitsandbytes_products(weights, setting.dtype, setting.device)
+        works |= {"bitsandbytes": [partial(gemm, x) for gemm in theirs]} if theirs else {}
     return works
 
 

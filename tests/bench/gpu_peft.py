@@ -1,6 +1,5 @@
 """Many adapters in one batch: transformers with peft, then ours, on the same card and shape."""
 
-import gc
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,6 +7,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 
+from tests.bench.gpu_clock import release
 from tests.bench.gpu_report import Goal, Row, missing
 from tests.bench.gpu_runner import RANK, Bench, paces, sizes_of
 from tests.bench.gpu_setting import Setting
@@ -26,7 +26,7 @@ def beside_peft(setting: Setting) -> Iterator[Row]:
         yield missing(name, "peft is not installed", "6")
         return
     theirs = _peft_tokens_per_s(setting, rows)
-    _release(setting)
+    release(setting.device)
     yield Row(f"peft: {name}", theirs, "tokens/s", note=f"peft {peft.__version__}")
     bench = Bench(setting, "none")
     lane = bench.lane(rows)
@@ -35,12 +35,6 @@ def beside_peft(setting: Setting) -> Iterator[Row]:
     ours = rows / paces({"": (lane, slots)}, bench.sizes.rounds)[""].step_s
     goal = Goal(ours / theirs, "peft's", at_least=15.0, target="6")
     yield Row(f"ours: {name}", ours, "tokens/s", goal)
-
-
-def _release(setting: Setting) -> None:
-    gc.collect()
-    if setting.device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 @torch.inference_mode()

@@ -26,7 +26,7 @@ def decode(setting: Setting, quantization: str) -> Iterator[Row]:
         if setting.budget.is_spent:
             return
         name = f"{quantization}: decode x{batch}"
-        yield from attempt(name, _decode_rows(bench, lane, quantization, batch), "1")
+        yield from attempt(name, decode_rows(bench, lane, quantization, batch), "1")
     few = min(rows, 32)
     if not setting.budget.is_spent:
         name = f"{quantization}: decode x{few}, mixed ranks"
@@ -44,7 +44,7 @@ def _captured(bench: Bench, lane: Lane, quantization: str) -> Row:
     return Row(name, figures.capture_s, "s", note=note)
 
 
-def _decode_rows(bench: Bench, lane: Lane, quantization: str, batch: int) -> Iterator[Row]:
+def decode_rows(bench: Bench, lane: Lane, quantization: str, batch: int) -> Iterator[Row]:
     traffics = {
         "base": [0] * batch,
         "shared": [1] * batch,
