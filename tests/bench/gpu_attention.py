@@ -81,8 +81,7 @@ def decode_attention(setting: Setting) -> Iterator[Row]:
 
 def _decode_row(setting: Setting, batch: int, context: int) -> Row:
     paged = Paged(setting, decode_requests(batch, context), context)
-    works = paged.works
-    seconds = graph_s(works if len(works) > 4 else works * 4, setting.device)
+    seconds = graph_s(paged.works, setting.device)
     share = paged.kv_bytes / setting.roofline.bytes_per_s / seconds
     return Row(
         f"decode attention, {batch} x {context}",

@@ -12,6 +12,7 @@ import torch
 
 Work = Callable[[], object]
 
+LEAST_CALLS = 16
 WAKE_S = 0.3  # of products, until the device's clocks are up
 
 
@@ -48,20 +49,27 @@ def medians_s(
 
 
 def graphs_s(
-    works: Mapping[str, Sequence[Work]], device: torch.device, *, rounds: int = 15
+    works: Mapping[str, Sequence[Work]],
+    device: torch.device,
+    *,
+    rounds: int = 15,
+    least: int = LEAST_CALLS,
 ) -> dict[str, float]:
-    """Seconds per call of each list's calls, which are replayed in one CUDA graph: no launch gaps,
-    and data that no cache still holds if each call has its own."""
-    replays = {name: recorded(calls, device) for name, calls in works.items()}
+    """Seconds per call of each list's calls, which are replayed in one CUDA graph, again and again
+    until they are `least`: no launch gaps, the graph's own start spread over many, and data that
+    no cache still holds if each call of the list has its own."""
     on_device = device.type == "cuda"
+    if on_device:
+        works = {name: [*calls] * -(-least // len(calls)) for name, calls in works.items()}
+    replays = {name: recorded(calls, device) for name, calls in works.items()}
     times = medians_s(
         replays, device, rounds=rounds if on_device else 2, warmup=3 if on_device else 1
     )
     return {name: times[name] / len(calls) for name, calls in works.items()}
 
 
-def graph_s(works: Sequence[Work], device: torch.device, *, rounds: int = 15) -> float:
-    return graphs_s({"": works}, device, rounds=rounds)[""]
+def graph_s(works: Sequence[Work], device: torch.device) -> float:
+    return graphs_s({"": works}, device)[""]
 
 
 @torch.inference_mode()  # as the engine's graphs: a process must not capture in both modes
