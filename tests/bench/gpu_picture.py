@@ -6,6 +6,7 @@ From the rows alone. Text and lines take the colour of a dark page where the rea
 """
 
 import argparse
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -114,11 +115,18 @@ def _forms(bars: Sequence[Bar], lefts: Sequence[int]) -> list[str]:
 def _axis(highest: float, width: int) -> list[str]:
     bottom = TOP + HEIGHT
     shapes = [f'<line x1="{LEFT}" y1="{bottom}" x2="{width - 8}" y2="{bottom}"/>']
-    for i in range(5):
-        y = bottom - HEIGHT * i / 4
-        shapes.append(_text(LEFT - 8, y + 4, f"{highest * i / 4:.3g}", "end"))
+    for tick in _ticks(highest):
+        y = bottom - HEIGHT * tick / highest
+        shapes.append(_text(LEFT - 8, y + 4, f"{tick:g}", "end"))
         shapes.append(f'<line x1="{LEFT - 4}" y1="{y:.1f}" x2="{LEFT}" y2="{y:.1f}"/>')
     return shapes
+
+
+def _ticks(highest: float) -> list[float]:
+    """From 0 on, four to nine round numbers."""
+    power = 10 ** math.floor(math.log10(highest))
+    step = next(step * power for step in (0.1, 0.2, 0.5, 1, 2) if highest / (step * power) < 9)
+    return [round(i * step, 9) for i in range(math.floor(highest / step + 1e-9) + 1)]
 
 
 def _legend(title: str) -> list[str]:

@@ -50,6 +50,13 @@ def test_a_bar_is_as_high_as_its_step_was_long(rows: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("highest", [0.3, 1.0, 8.9, 9.1, 24.7, 99.9, 1234.5])
+def test_the_axis_has_round_numbers(highest: float) -> None:
+    ticks = gpu_picture._ticks(highest)
+    assert ticks[0] == 0 and ticks[-1] <= highest < ticks[-1] + 1.001 * ticks[1]
+    assert 4 <= len(ticks) <= 9
+
+
 def test_the_command_writes_a_picture_for_light_and_dark(
     rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
