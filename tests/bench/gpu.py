@@ -19,10 +19,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -233,12 +232,16 @@ def _check(setting: Setting) -> Iterator[Row]:
 
 def _run_quick(options: argparse.Namespace) -> int:
     """Two layers and few rounds, several parts at once: their kernels are then compiled, too."""
+    failed: list[str] = []
     with TemporaryDirectory() as folder, ThreadPoolExecutor(AT_ONCE) as pool:
-        one = partial(_quick_part, options=options, folder=Path(folder))
-        results = list(pool.map(one, [name for name in options.parts if name != "check"]))
-    for text, _ in results:
-        print(text, flush=True)
-    return 0 if all(fine for _, fine in results) else 1
+        names = [name for name in options.parts if name != "check"]
+        made = {pool.submit(_quick_part, name, options, Path(folder)): name for name in names}
+        for future in as_completed(made):
+            text, is_fine = future.result()
+            failed += [] if is_fine else [made[future]]
+            print(text, flush=True)
+    print(f"failed: {', '.join(failed)}" if failed else "every part runs", flush=True)
+    return 1 if failed else 0
 
 
 def _quick_part(name: str, options: argparse.Namespace, folder: Path) -> tuple[str, bool]:

@@ -26,7 +26,7 @@ TARGETS = {
     "8": "adapters load while others decode",
     "9": "prefill with an adapter; start",
 }
-MOST_CHARACTERS = 12_000  # of a summary
+MOST_CHARACTERS = 11_500  # of a summary
 
 Record = Mapping[str, Any]
 

@@ -102,6 +102,20 @@ def test_a_part_that_dies_leaves_a_row_and_the_next_one_runs(
     assert "failed: fp8" in capfd.readouterr().out
 
 
+def test_a_quick_run_says_what_does_not_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parts = ["roofline", "fp8", "check"]
+    monkeypatch.setattr(sys, "argv", ["gpu", "--tiny", "--commit", "abc", "--parts", *parts])
+    programs = {"fp8": "print('cannot compile'); raise SystemExit(1)", "roofline": ""}
+    monkeypatch.setattr(gpu, "_command", lambda n, *a: [sys.executable, "-c", programs[n]])
+    assert gpu._run_quick(gpu._parse()) == 1
+    text = capsys.readouterr().out
+    assert "quick fp8: 0 rows, exit 1" in text and "    | cannot compile" in text
+    assert "quick roofline: 0 rows, exit 0" in text
+    assert text.endswith("failed: fp8\n")
+
+
 def test_a_later_part_gets_the_rates_that_were_measured(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     Rows(file, {"roofline": (4e12, 7e14)}, is_judged=True).add("roofline", row("copy", 1.0))
