@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from engine.kernels.quantized import QuantizedWeight
-from engine.kernels.triton import bitsandbytes_gemm, crossovers
+from engine.kernels.triton import crossovers
 from engine.kernels.triton.weight_only import WeightOnlyLinear
 from tests.bench.gpu_clock import Work, graphs_s
 from tests.bench.gpu_crossovers import (
@@ -34,7 +34,8 @@ def linears(setting: Setting) -> Iterator[Row]:
     sites = setting.pick(SITES, SITES, {"qkv": (256, 128), "down": (128, 256)})
     all_rows = setting.pick((8, 16, 32, 64, 1, 4, 128, 256, 512), (1, 16, 64), (1, 3))
     if setting.device.type == "cuda" and not _has_bitsandbytes(setting):
-        yield missing("NF4 beside bitsandbytes", "bitsandbytes is not installed", "4")
+        why = "bitsandbytes is not installed, or does not run"
+        yield missing("NF4 beside bitsandbytes", why, "4")
     for rows in all_rows:
         for site, size in sites.items():
             if setting.budget.is_spent:
@@ -43,8 +44,8 @@ def linears(setting: Setting) -> Iterator[Row]:
 
 
 def _has_bitsandbytes(setting: Setting) -> bool:
-    weight = random_quantized("nf4", 64, 64, setting.device, _generator(setting))
-    return bitsandbytes_gemm.takes(weight, setting.device)
+    weight = random_quantized("nf4", *SITES["o"], setting.device, _generator(setting))
+    return bool(bitsandbytes_products([weight], setting.dtype, setting.device))
 
 
 def _rows(setting: Setting, site: str, size: tuple[int, int], rows: int) -> Iterator[Row]:
