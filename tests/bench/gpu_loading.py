@@ -135,15 +135,15 @@ class _Loads:
 
 
 def _link_bytes_per_s(bench: Bench) -> float:
-    """Of copies like an adapter's, with nothing beside them."""
-    packed = bench.adapter(RANK)
-    target = bench.arena[-packed.nbytes :]
+    """Of long copies, with nothing beside them."""
+    nbytes = bench.adapter(RANK).nbytes
+    source, target = bench.device.pinned(nbytes).random_(), bench.arena[-nbytes:]
 
     def work() -> None:
         for _ in range(4):
-            bench.device.copy(target, packed.pinned[: packed.nbytes])
+            bench.device.copy(target, source)
 
-    return 4 * packed.nbytes / median_s(work, bench.setting.device, rounds=7)
+    return 4 * nbytes / median_s(work, bench.setting.device, rounds=7)
 
 
 def _p99(values: list[float]) -> float:
