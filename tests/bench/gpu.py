@@ -67,7 +67,7 @@ PARTS = (
     Part("vllm-lora", 60, "6", lambda s, _: gpu_adapters.beside_vllm(s)),
     Part("bf16", 120, "1 2 3 7", lambda s, _: gpu_steps.decode(s, "none")),
     Part("loading", 70, "8 9", lambda s, _: gpu_loading.loading(s)),
-    Part("crossovers", 150, "4", lambda s, o: gpu_linears.fill_table(s, o.crossovers)),
+    Part("crossovers", 170, "4", lambda s, o: gpu_linears.fill_table(s, o.crossovers)),
     Part("linears", 70, "4", lambda s, _: gpu_linears.linears(s)),
     Part("nf4", 110, "1 2 3", lambda s, _: gpu_steps.decode(s, "nf4")),
     Part("fp8", 90, "2 3", lambda s, _: gpu_steps.decode(s, "fp8")),

@@ -30,9 +30,16 @@ BACKENDS = {
 
 class Paged:
     """Our attention over a paged cache of random numbers; several caches for what one would leave
-    in the device's own."""
+    in the device's own. `max_context_len` is what a graph is captured for: it decides how keys are
+    cut, whatever the context."""
 
-    def __init__(self, setting: Setting, requests: list[ScheduledRequest], context: int) -> None:
+    def __init__(
+        self,
+        setting: Setting,
+        requests: list[ScheduledRequest],
+        context: int,
+        max_context_len: int,
+    ) -> None:
         shape, self._setting = setting.shape, setting
         num_blocks = len(requests) * len(requests[0].block_table)
         size = (num_blocks, 2, BLOCK_SIZE, shape.num_kv_heads, shape.head_dim)
@@ -42,13 +49,13 @@ class Paged:
         copies = setting.copies(self.kv_bytes) if is_decode else 1
         self.kv_layers = [setting.noise(*size) for _ in range(copies)]
         tile_tokens = prefill_tile_tokens(shape.num_heads, shape.num_kv_heads, shape.head_dim)
-        self._positions = copy_positions(requests, tile_tokens, setting.device, context)
+        self._positions = copy_positions(requests, tile_tokens, setting.device, max_context_len)
         self._attention = TritonAttention(
             num_heads=shape.num_heads,
             num_kv_heads=shape.num_kv_heads,
             head_dim=shape.head_dim,
             max_decodes=len(requests),
-            max_context_len=context,
+            max_context_len=max_context_len,
             num_sms=setting.num_sms,
             device=setting.device,
         )
@@ -80,7 +87,8 @@ def decode_attention(setting: Setting) -> Iterator[Row]:
 
 
 def _decode_row(setting: Setting, batch: int, context: int) -> Row:
-    paged = Paged(setting, decode_requests(batch, context), context)
+    longest = setting.pick(8192, 512, 64)
+    paged = Paged(setting, decode_requests(batch, context), context, longest)
     seconds = graph_s(paged.works, setting.device)
     share = paged.kv_bytes / setting.roofline.bytes_per_s / seconds
     return Row(
@@ -108,7 +116,7 @@ def prefill_attention(setting: Setting) -> Iterator[Row]:
 
 def _prefill_row(setting: Setting, name: str, new: int, context: int) -> Iterator[Row]:
     requests = decode_requests(1, context, new)
-    paged = Paged(setting, requests, context)
+    paged = Paged(setting, requests, context, context)
     works = {"ours": _graph(setting, paged.works[0])}
     works |= _torchs(setting, new, context)
     flashinfer = _flashinfer(setting, paged, requests)

@@ -28,7 +28,7 @@ from tests.bench.gpu_clock import Budget, Work, graphs_s, recorded, wake
 from tests.bench.gpu_model import random_quantized
 
 SHAPES = ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336))  # qkv, o, gate and up, down
-ROWS = (1, 4, 8, 16, 32, 64, 128, 256, 512)
+ROWS = (1, 4, 8, 16, 32, 64, 128, 256)
 TILES = (
     *(Tiles(16, 64, 4, stages) for stages in (4, 6)),
     *(Tiles(16, 128, 4, stages) for stages in (4, 6)),

@@ -118,7 +118,7 @@ def fill_table(setting: Setting, file: Path | None) -> Iterator[Row]:
     """Measures every way of an NF4 layer. Each shape's entry is written at once, to the table that
     the dispatcher reads and to `file`: whatever runs later runs with it."""
     shapes = setting.pick(SHAPES, SHAPES[:1], ((128, 128),))
-    all_rows = setting.pick(ROWS, (16,), (4,))
+    all_rows = setting.pick(ROWS, (16, 256), (4,))
     entries: list[Entry] = []
     for size in shapes:
         try:
