@@ -116,11 +116,18 @@ def _starts(setting: Setting, folder: Path) -> Iterator[Row]:
             )
             if done.returncode:
                 raise RuntimeError(f"it ended with {done.returncode}: {done.stderr[-1500:]}")
-            load_s = float(done.stdout.split()[-1])
+            kernels, load_s = done.stdout.split()[-2], float(done.stdout.split()[-1])
+            _check_kernels(kernels)
             took = time.perf_counter() - start
             goal = Goal(load_s, "a second", at_most=60.0, target="9")
-            note = f"with Python's and torch's own {took:.1f} s"
+            note = f"by {kernels}; with Python's and torch's own {took:.1f} s"
             yield Row(f"start from page cache, {which}", load_s, "s", goal, note)
+
+
+def _check_kernels(kernels: str) -> None:
+    """Where our kernels did not pass the engine's test, it computes with torch, and says so."""
+    if _on_gpu() and kernels != "triton":
+        raise RuntimeError(f"the engine computes with {kernels}: its log says why")
 
 
 def _memory(setting: Setting) -> list[str]:
@@ -149,6 +156,7 @@ def _steps(setting: Setting, folder: Path) -> Iterator[Row]:
     rows, context = setting.pick((256, 1024), (32, 64), (2, 8))
     made = Engine(config_of(folder, rows, None if setting.is_judged else QUICK_BYTES))
     try:
+        _check_kernels(made.info.kernels)
         _fill(made, rows, context)
         step_s = median(_timed(made.step) for _ in range(setting.pick(80, 6, 3)))
         device_s = median(_device_s(made) for _ in range(9)) if _on_gpu() else float("nan")
@@ -207,7 +215,7 @@ def main() -> None:
     options = parser.parse_args()
     made = Engine(config_of(options.folder, 256, options.memory_bytes))
     made.close()
-    print(made.info.load_s)
+    print(made.info.kernels, made.info.load_s)
 
 
 if __name__ == "__main__":
