@@ -18,6 +18,7 @@ from tests.bench.models import SHAPES, Shape, write_config
 LLAMA_8B = Shape(
     "8b", "llama", "LlamaForCausalLM", 128256, 4096, 32, 32, 8, 14336, 5e5, False, tied=False
 )
+QUICK = replace(LLAMA_8B, name="8b-two-layers", num_layers=2)
 TINY = replace(SHAPES["tiny"], name="tiny", hidden_size=128, intermediate_size=256, num_heads=4)
 
 
@@ -78,20 +79,25 @@ def digest_of(lora_rank: int) -> str:
     return f"rank-{lora_rank}"
 
 
-def random_adapter(sites: Sequence[LoraSite], lora_rank: int, dtype: torch.dtype) -> LoraWeights:
-    """All sites at this rank in every module, in host memory."""
-    made = {(site.layer, site.site): _random_site(site, lora_rank, dtype) for site in sites}
+def random_adapter(
+    sites: Sequence[LoraSite], lora_rank: int, dtype: torch.dtype, device: torch.device
+) -> LoraWeights:
+    """All sites at this rank in every module, on the device."""
+    made = {(site.layer, site.site): _random_site(site, lora_rank, dtype, device) for site in sites}
     nbytes = sum(site.nbytes for site in made.values())
     return LoraWeights(digest_of(lora_rank), made, nbytes)
 
 
-def _random_site(site: LoraSite, lora_rank: int, dtype: torch.dtype) -> SiteWeights:
+def _random_site(
+    site: LoraSite, lora_rank: int, dtype: torch.dtype, device: torch.device
+) -> SiteWeights:
     expands: list[tuple[int, int, int, int, torch.Tensor]] = []
     out = 0
     for i, part in enumerate(site.slices):
-        b = torch.randn(lora_rank, part.out_features).mul_(0.02).to(dtype)
+        b = torch.randn(lora_rank, part.out_features, device=device).mul_(0.02).to(dtype)
         r = i * lora_rank
         expands.append((r, r + lora_rank, out, out + part.out_features, b))
         out += part.out_features
-    a = torch.randn(len(site.slices) * lora_rank, site.in_features).mul_(0.02).to(dtype)
+    width = len(site.slices) * lora_rank
+    a = torch.randn(width, site.in_features, device=device).mul_(0.02).to(dtype)
     return SiteWeights(a, tuple(expands))

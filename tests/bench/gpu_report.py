@@ -1,34 +1,65 @@
-"""Rows of the GPU benchmark: a number, what it is measured against, and whether that is enough."""
+"""Rows of the GPU benchmark: a number, what it is measured against, and whether that is enough.
 
+    python -m tests.bench.gpu_report rows-1.jsonl rows-2.jsonl    what was met, missed, not measured
+
+A file of rows has one JSON object in each line, written as soon as it is measured, with all that
+the number depends on: a row can be read without its neighbours.
+"""
+
+import argparse
+import json
+import math
 import traceback
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
-from tests.bench.environment import append_row
+TARGETS = {
+    "1": "decode steps beside the roofline",
+    "2": "what adapters add to a step",
+    "3": "mixed ranks beside uniform ones",
+    "4": "NF4 products of 8 to 64 rows beside bitsandbytes and bfloat16",
+    "5": "attention beside copies and FlashAttention",
+    "6": "beside peft, and vLLM's LoRA kernels",
+    "7": "the device never waits for the host",
+    "8": "adapters load while others decode",
+    "9": "prefill with an adapter; start",
+}
+MOST_CHARACTERS = 11_500  # of a summary
+
+Record = Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
 class Goal:
-    """`share` must be at least, or at most, `bound`; what a share is of, `of` says."""
+    """`share` must be at least, or at most, `bound`; what a share is of, `of` says. Of a goal
+    without a bound nothing is demanded."""
 
     share: float
     of: str
     at_least: float | None = None
     at_most: float | None = None
+    target: str = ""  # one of TARGETS
 
     @property
     def is_bounded(self) -> bool:
         return self.at_least is not None or self.at_most is not None
 
-    def verdict(self) -> str:
-        if self.at_least is not None and self.share < self.at_least:
-            return f"MISSED: {self.share:.2f} of {self.of}, at least {self.at_least}"
-        if self.at_most is not None and self.share > self.at_most:
-            return f"MISSED: {self.share:.2f} of {self.of}, at most {self.at_most}"
-        bound = f", at least {self.at_least}" if self.at_least is not None else ""
-        bound += f", at most {self.at_most}" if self.at_most is not None else ""
-        return f"{self.share:.2f} of {self.of}{bound}"
+    @property
+    def is_met(self) -> bool:
+        """NaN meets nothing."""
+        return (self.at_least is None or self.share >= self.at_least) and (
+            self.at_most is None or self.share <= self.at_most
+        )
+
+    def __str__(self) -> str:
+        share = f"{self.share:.3f} of {self.of}"
+        if not self.is_bounded:
+            return share
+        bound = f"at least {self.at_least}" if self.at_least is not None else ""
+        bound += f"at most {self.at_most}" if self.at_most is not None else ""
+        return f"{'met' if self.is_met else 'MISSED'}: {share}, {bound}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,40 +71,55 @@ class Row:
     unit: str
     goal: Goal | None = None
     note: str = ""
+    numbers: Mapping[str, float | str] = field(default_factory=dict[str, float | str])
 
     def __str__(self) -> str:
         number = "not measured" if self.value is None else f"{self.value:.4g} {self.unit}"
         parts = [self.name, number]
-        parts += [self.goal.verdict()] if self.goal and self.value is not None else []
+        parts += [str(self.goal)] if self.goal and self.value is not None else []
         parts += [self.note] if self.note else []
-        return " | ".join(parts)
+        return " | ".join(parts).replace("\n", " ")
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
-    """A piece of the benchmark that can be run by itself."""
+def measured(row: Row) -> Row:
+    """The row, or, where its number or share is none, one that says so: NaN is no measurement."""
+    numbers = [row.value, row.goal.share if row.goal else 0.0]
+    if row.value is None or not any(n is not None and math.isnan(n) for n in numbers):
+        return row
+    goal = row.goal and replace(row.goal, share=math.nan)
+    return replace(row, value=None, goal=goal, note=f"not a number; {row.note}")
 
-    name: str
-    run: Callable[[], Iterable[Row]]
+
+def missing(name: str, why: str, target: str = "") -> Row:
+    goal = Goal(math.nan, "", target=target) if target else None
+    return Row(name, None, "", goal, note=why)
 
 
-def report(parts: Iterable[Part], rows_file: Path | None, *, is_judged: bool) -> list[Row]:
-    """Runs the parts, printing each row as it comes; a part that fails leaves one that says so.
+def attempt(name: str, rows: Iterable[Row], target: str = "") -> Iterator[Row]:
+    """The rows; an error ends them with one that says so, and nothing else."""
+    try:
+        yield from rows
+    except Exception as error:
+        traceback.print_exc()
+        text = " ".join(str(error).split())[:300]
+        yield missing(name, f"failed: {type(error).__name__}: {text}", target)
 
-    Where the speed means nothing, no row is judged."""
-    rows: list[Row] = []
-    for part in parts:
-        try:
-            for row in part.run():
-                kept = row if is_judged else _unjudged(row)
-                append_row(rows_file, str(kept))
-                rows.append(kept)
-        except Exception as error:
-            traceback.print_exc()
-            failed = Row(part.name, None, "", note=f"failed: {type(error).__name__}: {error}")
-            append_row(rows_file, str(failed).replace("\n", " "))
-            rows.append(failed)
-    return rows
+
+class Rows:
+    """Where rows go: each is printed and written, and is safe, before the next is measured."""
+
+    def __init__(self, file: Path | None, context: Mapping[str, Any], *, is_judged: bool) -> None:
+        self._file, self._context, self._is_judged = file, context, is_judged
+        self.has_failed = False
+
+    def add(self, part: str, row: Row) -> None:
+        row = measured(row)
+        self.has_failed |= row.value is None and row.note.startswith("failed")
+        print(row if self._is_judged else _unjudged(row), flush=True)
+        if self._file is not None:
+            line = json.dumps(as_record(part, row, self._is_judged) | dict(self._context))
+            with self._file.open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
 
 
 def _unjudged(row: Row) -> Row:
@@ -81,8 +127,86 @@ def _unjudged(row: Row) -> Row:
     return replace(row, goal=goal)
 
 
-def table(rows: Iterable[Row]) -> str:
-    """What has a goal, the missed ones first."""
-    judged = [row for row in rows if row.value is None or (row.goal and row.goal.is_bounded)]
-    judged.sort(key=lambda row: row.goal is not None and "MISSED" not in row.goal.verdict())
-    return "\n".join(str(row) for row in judged)
+def as_record(part: str, row: Row, is_judged: bool) -> dict[str, Any]:
+    record: dict[str, Any] = {"part": part, "row": row.name, "value": row.value, "unit": row.unit}
+    if row.goal:
+        record |= {"target": row.goal.target}
+        if row.value is not None:
+            record |= {"share": row.goal.share, "of": row.goal.of}
+        if row.goal.is_bounded:
+            record |= {"at_least": row.goal.at_least, "at_most": row.goal.at_most}
+            record |= {"met": row.goal.is_met} if is_judged and row.value is not None else {}
+    return record | {"note": row.note, "numbers": dict(row.numbers)}
+
+
+def read_records(files: Iterable[Path]) -> list[dict[str, Any]]:
+    """Of all files; the last of a part's rows with one name is the one that counts. A line that a
+    killed process left half written is skipped."""
+    records: dict[tuple[str, str], dict[str, Any]] = {}
+    for file in files:
+        for line in file.read_text(encoding="utf-8").splitlines():
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            records.pop((record["part"], record["row"]), None)
+            records[record["part"], record["row"]] = record
+    return list(records.values())
+
+
+# ==== the summary ====
+
+
+def summary(records: Iterable[Record], most: int = MOST_CHARACTERS) -> str:
+    """A line for each target; then what was missed, failed and met, until `most` characters."""
+    kept = list(records)
+    lines = [_target_line(target, kept) for target in TARGETS]
+    judged = [r for r in kept if "met" in r]
+    lines += [_line("MISSED", r) for r in judged if not r["met"]]
+    lines += [_line("-", r) for r in kept if r["value"] is None]
+    lines += [_line("met", r) for r in judged if r["met"]]
+    return _cut(lines, most)
+
+
+def _target_line(target: str, records: list[Record]) -> str:
+    mine = [r for r in records if r.get("target") == target]
+    met = sum(r.get("met") is True for r in mine)
+    missed = sum(r.get("met") is False for r in mine)
+    absent = sum(r["value"] is None for r in mine)
+    verdict = "not measured"
+    if missed or met:
+        verdict = "MISSED" if missed else "met"
+    counts = f"{met} met, {missed} missed, {absent} not measured"
+    return f"target {target} | {verdict} | {counts} | {TARGETS[target]}"
+
+
+def _line(verdict: str, record: Record) -> str:
+    name = f"{record.get('target', '')} {record['row']}".strip()
+    if record["value"] is None:
+        return f"{verdict} | {name} | {record['note'][:160]}"
+    at_least = record.get("at_least")
+    bound = f">= {at_least}" if at_least is not None else f"<= {record.get('at_most')}"
+    share = f"{record['share']:.3f} of {record['of']} ({bound})"
+    return f"{verdict} | {name} | {record['value']:.4g} {record['unit']} | {share}"
+
+
+def _cut(lines: list[str], most: int) -> str:
+    kept: list[str] = []
+    size = 0
+    for i, line in enumerate(lines):
+        more = f"... and {len(lines) - i} more lines"
+        if size + len(line) + 1 + len(more) > most:
+            return "\n".join([*kept, more])
+        kept.append(line)
+        size += len(line) + 1
+    return "\n".join(kept)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("rows", nargs="+", type=Path)
+    print(summary(read_records(parser.parse_args().rows)))
+
+
+if __name__ == "__main__":
+    main()
