@@ -97,7 +97,7 @@ def make_runner() -> DeviceRunner:
         uses_graphs=True,
     )
     forward.capture_graphs()
-    packed = PackedAdapter(Extent("a", torch.bfloat16, {}, 512), torch.zeros(512).byte())
+    packed = PackedAdapter(Extent("a", torch.bfloat16, {}, 512), (torch.zeros(512).byte(),))
     return DeviceRunner(
         device, forward, AdapterCopies(device, arena, BLOCK_BYTES, bank, lambda digest: packed)
     )
