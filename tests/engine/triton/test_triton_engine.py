@@ -99,6 +99,12 @@ def test_what_triton_cannot_do_is_refused_where_it_was_asked_for(
         triton_engine(tiny.folder, **changes)
 
 
+def test_decoding_adapters_takes_no_team_of_threads(tiny: Tiny) -> None:
+    torch.set_num_threads(2)
+    triton_engine(tiny.folder, max_num_seqs=1, cuda_graphs="off").close()
+    assert torch.get_num_threads() == 1
+
+
 def test_an_adapter_of_too_high_a_rank_ends_its_requests_with_the_reason(
     tiny: Tiny, tmp_path: Path
 ) -> None:
