@@ -171,6 +171,21 @@ def test_preempted_requests_and_evicted_adapters_lose_nothing(
 
 
 @gpu
+@pytest.mark.parametrize("changes", VARIANTS[:3], ids=str)
+def test_no_launch_waits_for_the_device(
+    tiny: Tiny, adapters: list[AdapterFolder], changes: dict[str, Any]
+) -> None:
+    """Torch raises where an operation of its own would; the step's requests end with that."""
+    engine = triton_engine(tiny.folder, **changes)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        results = run(engine, mixed(adapters, 9))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert [r.last.error for r in results.values() if r.last] == [None] * len(MIXED_LENGTHS)
+
+
+@gpu
 @pytest.mark.parametrize("quantization", ["int8", "nf4"])
 def test_quantized_layers_have_the_text_of_dequantized_ones(
     tiny: Tiny, adapters: list[AdapterFolder], quantization: str
