@@ -171,6 +171,7 @@ def test_preempted_requests_and_evicted_adapters_lose_nothing(
 
 
 @gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @pytest.mark.parametrize("changes", VARIANTS[:3], ids=str)
 def test_no_launch_waits_for_the_device(
     tiny: Tiny, adapters: list[AdapterFolder], changes: dict[str, Any]
