@@ -205,6 +205,16 @@ def test_copies_keep_shapes_types_and_order() -> None:
         assert [t.numpy().tolist() for t in back] == [a.tolist() for a in arrays]
 
 
+def test_what_grows_with_every_step_is_rarely_pinned_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    device, sizes = HostDevice(), list[int]()
+    pinned = device.pinned
+    monkeypatch.setattr(device, "pinned", lambda n: sizes.append(n) or pinned(n))
+    upload = Upload(device)
+    for length in range(100, 400):
+        upload.send([np.zeros(length, np.int32)])
+    assert len(sizes) <= 2 + 2 * 3, "two buffers, which double"
+
+
 def test_results_that_nobody_has_read_are_kept() -> None:
     device = LaggingDevice()
     download, arrivals = Download(device), []
