@@ -36,10 +36,13 @@ def needs(
     dtype: torch.dtype,
     device: int,
     scratch: int = 0,
+    *,
+    is_fp8: bool = False,
 ) -> Needs:
     """Of a model with so many bytes of weights, on a device with so many bytes in all. `scratch`
     is what its layers in few bits use in turn."""
-    activations = max_rows * _activation_width(spec) * dtype.itemsize
+    row_bytes = _activation_width(spec) * dtype.itemsize + (_rounded_bytes(spec) if is_fp8 else 0)
+    activations = max_rows * row_bytes
     logits = 3 * max_num_seqs * spec.vocab_size * 4  # as they come, their logarithms, and a copy
     buffers = activations + logits + scratch
     return Needs(weights, buffers, int(RESERVE_BYTES + RESERVE_SHARE * device))
@@ -71,6 +74,12 @@ def _activation_width(spec: ModelSpec) -> int:
     q_size = spec.num_heads * spec.head_dim
     qkv = q_size + 2 * spec.num_kv_heads * spec.head_dim
     return 5 * spec.hidden_size + qkv + 2 * q_size + 3 * spec.intermediate_size
+
+
+def _rounded_bytes(spec: ModelSpec) -> int:
+    """Per row, of what FP8 layers read: a byte per value, and a float32 for each of the four."""
+    q_size = spec.num_heads * spec.head_dim
+    return spec.hidden_size + 2 * q_size + spec.intermediate_size + 4 * 4
 
 
 def _gib(num_bytes: int) -> str:

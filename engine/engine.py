@@ -91,6 +91,7 @@ class Engine:
         )
         self.is_idle = True  # the last step found nothing that could run, and nothing under way
         self._in_flight: deque[_InFlight] = deque()  # oldest first
+        self._failed_loads: set[str] = set()  # digests whose last load was in a step that failed
         self._outputs: list[RequestOutput] = []  # in order of their happening
         self._prompt_logprobs: dict[tuple[str, int], dict[int, TokenLogprobs]] = {}
         self._num_steps = self._num_prompt = self._num_cached = self._num_outputs = 0
@@ -177,9 +178,21 @@ class Engine:
             log.exception("a step failed; its %d requests end", len(step.batch.requests))
             check_device(self.settled.device)
             text = f"the step failed: {type(error).__name__}: {error}"
-            self._end(self.scheduler.fail(step.batch), RequestError(ENGINE_ERROR, text))
+            ended = [*self.scheduler.fail(step.batch), *self._fail_loads(step.batch)]
+            self._end(ended, RequestError(ENGINE_ERROR, text))
         else:
+            self._failed_loads -= {load.digest for load in step.batch.adapter_loads}
             self._update(step.batch, rows, step.start_s)
+
+    def _fail_loads(self, batch: ScheduledBatch) -> list[Request]:
+        """Requests of adapters that were to be loaded by two steps in a row that failed.
+
+        They need not be in either step, and would wait for ever; one failure may be another's.
+        """
+        digests = {load.digest: None for load in batch.adapter_loads}
+        again = [digest for digest in digests if digest in self._failed_loads]
+        self._failed_loads ^= digests.keys()
+        return [r for digest in again for r in self.scheduler.end_adapter_with_error(digest)]
 
     @property
     def stats(self) -> EngineStats:

@@ -115,7 +115,8 @@ def _memory_bytes(
     weights = weight_bytes(size, size.form)
     rows, seqs = _max_num_batched_tokens(config, device), config.max_num_seqs
     scratch = _scratch_bytes(size, dtype) + workspace_bytes(len(set(spec.windows)))
-    needed = needs(weights, spec, rows, seqs, dtype, total, scratch)
+    is_fp8 = size.form.quantization == "fp8"
+    needed = needs(weights, spec, rows, seqs, dtype, total, scratch, is_fp8=is_fp8)
     advice = "lower max_num_batched_tokens or max_model_len"
     if size.form.quantization == "none":
         nf4 = weight_bytes(size, next(form for form in FORMATS if form.name == "nf4"))

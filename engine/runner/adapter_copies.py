@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from engine.lora.extent import Extent, extent_nbytes, pack_extent
@@ -16,13 +17,17 @@ from engine.lora.weights import LoraWeights
 from engine.runner.device import Device, Event
 from engine.scheduler.batch import AdapterLoad, BlockCopy, Move, ScheduledBatch
 
+# A power of two, to which torch rounds pinned memory up: adapters of all sizes use the same pieces
+# again, and no call that pins memory, or copy, is long enough to hold a step's own ones up
+PIECE_BYTES = 4 * 2**20
+
 
 @dataclass(frozen=True, slots=True)
 class PackedAdapter:
     """An adapter in host memory as it will lie on the device."""
 
     extent: Extent
-    pinned: Tensor  # uint8 [nbytes]
+    pieces: tuple[Tensor, ...]  # uint8, pinned, one after another
 
     @property
     def nbytes(self) -> int:
@@ -31,8 +36,18 @@ class PackedAdapter:
 
 def pack_adapter(weights: LoraWeights, device: Device) -> PackedAdapter:
     """For the host cache, in its own threads; the weights themselves are not kept."""
-    pinned = device.pinned(extent_nbytes(weights))
-    return PackedAdapter(pack_extent(weights, pinned), pinned)
+    whole = torch.zeros(extent_nbytes(weights), dtype=torch.uint8)
+    extent = pack_extent(weights, whole)
+    parts = whole.split(PIECE_BYTES)
+    return PackedAdapter(extent, tuple(device.pinned(len(part)).copy_(part) for part in parts))
+
+
+def copy_packed(device: Device, packed: PackedAdapter, target: Tensor) -> None:
+    """To device memory, uint8 [nbytes], on the stream in use; as `Device.copy` for each piece."""
+    start = 0
+    for piece in packed.pieces:
+        device.copy(target[start : start + len(piece)], piece)
+        start += len(piece)
 
 
 class AdapterTable(Protocol):
@@ -53,7 +68,7 @@ class AdapterTable(Protocol):
 class _Load:
     digest: str
     event: Event
-    source: Tensor  # kept until it has been read, whatever the host cache drops meanwhile
+    source: PackedAdapter  # kept until it has been read, whatever the host cache drops meanwhile
 
 
 class AdapterCopies:
@@ -97,9 +112,8 @@ class AdapterCopies:
             for load, packed in zip(loads, sources, strict=True):
                 assert packed.nbytes == load.nbytes, "the scheduler was told another size"
                 target = self._arena[load.offset_bytes : load.offset_bytes + load.nbytes]
-                self._device.copy(target, packed.pinned[: load.nbytes])
-                event = self._device.record()
-                self._loads[load.slot] = _Load(load.digest, event, packed.pinned)
+                copy_packed(self._device, packed, target)
+                self._loads[load.slot] = _Load(load.digest, self._device.record(), packed)
         for load, packed in zip(loads, sources, strict=True):
             self._table.place(load.slot, load.offset_bytes, packed.extent)
 

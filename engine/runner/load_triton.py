@@ -27,6 +27,7 @@ def load_triton(config: EngineConfig, s: Settled, *, progress: bool) -> LoadedMo
     """Reads the weights and takes the arena; `make_runner` captures graphs."""
     device: Device = CudaDevice(s.device) if s.device.type == "cuda" else HostDevice()
     decoder = read_decoder(config, s, device_ops(s.device, s.dtype), progress)
+    torch.set_num_threads(1)  # teams of threads that decode adapters would fight the step loop
     arena = torch.zeros(s.memory_bytes, dtype=torch.uint8, device=s.device)
     seqs, rows = config.max_num_seqs, s.max_num_batched_tokens
 

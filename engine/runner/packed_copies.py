@@ -35,7 +35,8 @@ class PinnedRing:
         if event is not None:
             event.wait()
         if self._buffers[self._turn].numel() < nbytes:
-            self._buffers[self._turn] = self._device.pinned(nbytes)
+            whole = 1 << (nbytes - 1).bit_length()  # as torch would; what grows a little fits again
+            self._buffers[self._turn] = self._device.pinned(whole)
         return self._buffers[self._turn]
 
     @property

@@ -3,6 +3,7 @@
 Arithmetic alone: who is there, who goes and who moves is `MemoryBudget`'s decision.
 """
 
+from bisect import bisect_left, insort
 from collections.abc import Callable, Iterable
 from itertools import pairwise
 from typing import NamedTuple
@@ -36,20 +37,23 @@ class Shift(NamedTuple):
 
 
 class Extents:
-    """Disjoint pieces of [0, top), the aligned part of the arena. Below `bottom` there is none."""
+    """Disjoint pieces of [0, top), the aligned part of the arena. Below `bottom` there is none.
+
+    Thousands may be there, and a plan tries many arrangements: what each asks for is kept sorted.
+    """
 
     def __init__(self, memory_bytes: int) -> None:
         self.memory_bytes = memory_bytes
         self.top = memory_bytes // EXTENT_ALIGNMENT * EXTENT_ALIGNMENT
+        self.used_bytes = 0
         self._by_digest: dict[str, Extent] = {}
+        self._ordered: list[Extent] = []  # by their starts
+        # (size, -end) of what is free above the lowest: the tightest first, of equals the highest
+        self._gaps: list[tuple[int, int]] = []
 
     @property
     def bottom(self) -> int:
-        return min((e.start for e in self._by_digest.values()), default=self.memory_bytes)
-
-    @property
-    def used_bytes(self) -> int:
-        return sum(e.size for e in self._by_digest.values())
+        return self._ordered[0].start if self._ordered else self.memory_bytes
 
     @property
     def digests(self) -> tuple[str, ...]:
@@ -58,8 +62,7 @@ class Extents:
     @property
     def is_packed(self) -> bool:
         """Whether no gap takes the lowest extent."""
-        lowest = min(self._by_digest.values(), default=None)
-        return lowest is None or self.gap_for(lowest.size) is None
+        return not self._ordered or self.gap_for(self._ordered[0].size) is None
 
     def offset(self, digest: str) -> int:
         return self._by_digest[digest].start
@@ -69,23 +72,29 @@ class Extents:
 
     def without(self, digests: Iterable[str]) -> "Extents":
         """A copy that lacks these."""
-        copy = Extents(self.memory_bytes)
-        copy._by_digest = self._by_digest.copy()
-        for digest in digests:
-            del copy._by_digest[digest]
+        gone, copy = dict.fromkeys(digests), Extents(self.memory_bytes)
+        if 2 * len(gone) > len(self._by_digest):  # those that stay are fewer
+            for extent in self._by_digest.values():
+                if extent.digest not in gone:
+                    copy._add(extent)
+            return copy
+        copy.used_bytes, copy._by_digest = self.used_bytes, self._by_digest.copy()
+        copy._ordered, copy._gaps = self._ordered.copy(), self._gaps.copy()
+        for digest in gone:
+            copy._remove(copy._by_digest[digest])
         return copy
 
     def gap_for(self, size: int) -> int | None:
         """Where an extent of this size ends up against the high end of the tightest gap."""
-        gaps = [(end - start, -end) for start, end in self._gaps() if end - start >= size]
-        return -min(gaps)[1] - size if gaps else None
+        place = bisect_left(self._gaps, (size,))
+        return -self._gaps[place][1] - size if place < len(self._gaps) else None
 
     def place(self, digest: str, size: int) -> int:
         """Into a gap, else below all others: at a negative offset where that has no room."""
         start = self.gap_for(size)
         if start is None:
             start = min(self.bottom, self.top) - size
-        self._by_digest[digest] = Extent(start, start + size, digest)
+        self._add(Extent(start, start + size, digest))
         return start
 
     def raise_bottom(self, target: int, is_movable: Callable[[str], bool]) -> list[Shift]:
@@ -95,11 +104,12 @@ class Extents:
         """
         shifts: list[Shift] = []
         while self.bottom < min(target, self.top):
-            lowest = min(self._by_digest.values())
+            lowest = self._ordered[0]
             start = self.gap_for(lowest.size)
             if start is None or not is_movable(lowest.digest):
                 break
-            self._by_digest[lowest.digest] = Extent(start, start + lowest.size, lowest.digest)
+            self._remove(lowest)
+            self._add(Extent(start, start + lowest.size, lowest.digest))
             shifts.append(Shift(lowest.digest, lowest.start, start))
         return shifts
 
@@ -111,10 +121,41 @@ class Extents:
             assert extent.start % EXTENT_ALIGNMENT == extent.end % EXTENT_ALIGNMENT == 0
         for lower, upper in pairwise(ordered):
             assert lower.end <= upper.start, f"{lower} and {upper} overlap"
-
-    def _gaps(self) -> list[tuple[int, int]]:
-        """Free pieces [start, end) above the lowest extent."""
-        ordered = sorted(self._by_digest.values())
         ends = [*(extent.start for extent in ordered[1:]), self.top]
-        starts = (extent.end for extent in ordered)
-        return [(s, e) for s, e in zip(starts, ends, strict=False) if s < e]
+        gaps = [(end - e.end, -end) for e, end in zip(ordered, ends, strict=False) if e.end < end]
+        assert self._ordered == ordered and self._gaps == sorted(gaps)
+        assert self.used_bytes == sum(extent.size for extent in ordered)
+
+    def _add(self, extent: Extent) -> None:
+        place = bisect_left(self._ordered, extent)
+        before, after = self._around(place, place)
+        if before is not None:
+            self._close(before, after)
+            self._open(before, extent.start)
+        self._open(extent.end, after)
+        self._ordered.insert(place, extent)
+        self._by_digest[extent.digest] = extent
+        self.used_bytes += extent.size
+
+    def _remove(self, extent: Extent) -> None:
+        place = bisect_left(self._ordered, extent)
+        before, after = self._around(place, place + 1)
+        self._close(extent.end, after)
+        if before is not None:
+            self._close(before, extent.start)
+            self._open(before, after)
+        del self._ordered[place], self._by_digest[extent.digest]
+        self.used_bytes -= extent.size
+
+    def _around(self, first: int, last: int) -> tuple[int | None, int]:
+        """Where the extent before the `first` ends, None without one, and the `last` starts."""
+        before = self._ordered[first - 1].end if first else None
+        return before, self._ordered[last].start if last < len(self._ordered) else self.top
+
+    def _open(self, start: int, end: int) -> None:
+        if start < end:
+            insort(self._gaps, (end - start, -end))
+
+    def _close(self, start: int, end: int) -> None:
+        if start < end:
+            del self._gaps[bisect_left(self._gaps, (end - start, -end))]

@@ -25,6 +25,8 @@ def publish_blocks(blocks: BlockManager, request: Request, num_computed: int) ->
     if not blocks.prefix_caching:
         return
     num_full = num_computed // blocks.block_size
+    if num_full == request.num_published_blocks:
+        return
     hashes = _hashes(blocks, request, num_full)
     for i in range(request.num_published_blocks, num_full):
         blocks.publish(request.block_table[i], hashes[i])

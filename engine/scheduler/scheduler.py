@@ -202,14 +202,18 @@ class Scheduler:
     # ==== who runs ====
 
     def _schedule_running(self, step: Step) -> None:
-        decodes = [
-            r for r in self.running if r.num_remaining_tokens == 1 and not self.limits.is_ending(r)
-        ]
-        prefills = [r for r in self.running if r.num_remaining_tokens > 1]
-        for request in [*decodes, *prefills]:
+        decodes: list[tuple[Request, int]] = []
+        prefills: list[tuple[Request, int]] = []
+        for request in self.running:
+            remaining = request.num_remaining_tokens
+            if remaining > 1:
+                prefills.append((request, remaining))
+            elif remaining and not self.limits.is_ending(request):
+                decodes.append((request, 1))
+        for request, remaining in [*decodes, *prefills]:
             if request.status is not RequestStatus.RUNNING:
                 continue  # preempted for one before it
-            count = min(request.num_remaining_tokens, step.budget)
+            count = min(remaining, step.budget)
             if count and self._make_room(request, count, step):
                 step.add(request, count)
 

@@ -1,6 +1,7 @@
 """The engine in its own process: frames, aborts, deaths, hangs, restarts."""
 
 import asyncio
+import gc
 import os
 import signal
 import socket
@@ -185,6 +186,31 @@ def test_an_engine_that_cannot_go_on_ends_its_process_and_says_why(
         process.serve_or_exit(process.Connection(theirs))
     assert codes == [1]
     assert "the engine's process ends: DeviceLost: cuda:0 is lost" in caplog.text
+
+
+def test_what_was_loaded_is_not_searched_for_garbage_any_more(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    frozen: list[int] = []
+
+    class Nothing:
+        info = None
+
+        def __init__(self, *args: object, **options: object) -> None: ...
+
+        def run(self) -> None:
+            frozen.append(gc.get_freeze_count())
+
+        def close(self) -> None: ...
+
+    monkeypatch.setattr("engine.engine.Engine", Nothing)
+    monkeypatch.setattr(process, "_Loop", Nothing)
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.sendall(encode(("start", None)))
+        process.serve(process.Connection(theirs))
+    gc.unfreeze()
+    assert frozen[0] > 10_000, "all that was imported, to begin with"
 
 
 def test_a_model_that_cannot_be_loaded_gives_its_reason_at_start(tmp_path: Path) -> None:

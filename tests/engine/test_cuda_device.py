@@ -1,5 +1,7 @@
 """CudaDevice on a GPU: order between its streams, and what its graphs hold."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -73,3 +75,21 @@ def test_copies_beside_the_steps_arrive_whole(device: CudaDevice) -> None:
     device.main_waits(event)
     assert bool((target == 7).all())
     assert event.is_done()
+
+
+LOSE_THE_DEVICE = """
+import os, torch
+from engine.runner.device import DeviceLost, check_device
+cuda = torch.device("cuda")
+torch.zeros(1, device=cuda)[torch.tensor([5], device=cuda)]
+try:
+    check_device(cuda)
+except DeviceLost:
+    os._exit(7)
+"""
+
+
+def test_a_lost_device_is_noticed_and_its_process_can_end() -> None:
+    """In a process of its own: no other test could use the device afterwards."""
+    done = subprocess.run([sys.executable, "-c", LOSE_THE_DEVICE], timeout=120)
+    assert done.returncode == 7

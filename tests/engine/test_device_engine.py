@@ -13,13 +13,15 @@ import torch
 from torch import Tensor
 
 from engine.engine import Engine
+from engine.lora.extent import Extent
 from engine.lora.weights import LoraWeights
 from engine.messages import ENGINE_ERROR, AdapterFolder, GenerateRequest
-from engine.runner.adapter_copies import PackedAdapter, pack_adapter
+from engine.runner.adapter_copies import AdapterCopies, PackedAdapter, pack_adapter
 from engine.runner.device import Event, HostDevice
 from engine.runner.device_forward import StepLimits
 from engine.runner.device_runner import DeviceRunner
 from engine.runner.torch_forward import TorchForward
+from engine.scheduler.batch import ScheduledBatch
 from tests.engine.driver import greedy, make_engine, prompt_of, run, write_adapter
 from tests.engine.plain_device import make_plain
 from tests.engine.test_pipelined_engine import Answers, assert_same, diverse_requests
@@ -188,3 +190,47 @@ def test_a_step_without_memory_ends_its_own_requests(
     assert not engine.scheduler.has_unfinished
     later = GenerateRequest("later", prompt_of(9, 1), greedy(20))
     assert_same(run(engine, [later]), run(make_engine(tiny.folder), [later]))
+
+
+def test_requests_of_an_adapter_that_no_step_can_load_end_and_nobody_else(
+    on_device: MakeEngine, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They wait for the adapter, so no failed step is their own."""
+    adapters = [write_adapter(tiny.folder, tmp_path / name) for name in ("broken", "fine")]
+    engine = on_device()
+    bank = engine.runner._adapters._table  # type: ignore[attr-defined]
+    place = bank.place
+
+    def refuse(slot: int, offset_bytes: int, extent: Extent) -> None:
+        if extent.digest == adapters[0].digest:
+            raise ValueError("does not fit the table")
+        place(slot, offset_bytes, extent)
+
+    monkeypatch.setattr(bank, "place", refuse)
+    broken, fine = (
+        GenerateRequest(a.path, prompt_of(9, 1), greedy(5), adapter=a) for a in adapters
+    )
+    last = run(engine, [broken])[broken.request_id, 0].last
+    assert last is not None and last.error is not None
+    assert last.error.kind == ENGINE_ERROR and "does not fit the table" in last.error.message
+    assert_same(run(engine, [fine]), run(make_engine(tiny.folder), [fine]))
+
+
+def test_one_failed_step_does_not_end_those_who_wait_for_an_adapter(
+    on_device: MakeEngine, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = GenerateRequest(
+        "r", prompt_of(9, 1), greedy(5), adapter=write_adapter(tiny.folder, tmp_path / "a")
+    )
+    engine = on_device()
+    copies, apply = engine.runner._adapters, AdapterCopies.apply  # type: ignore[attr-defined]
+    failures = [RuntimeError("another's fault")]
+
+    def fail_once(batch: ScheduledBatch) -> None:
+        apply(copies, batch)
+        if batch.adapter_loads and failures:
+            raise failures.pop()
+
+    monkeypatch.setattr(copies, "apply", fail_once)
+    assert_same(run(engine, [request]), run(make_engine(tiny.folder), [request]))
+    assert not failures

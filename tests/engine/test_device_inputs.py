@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from engine.kernels.device_positions import PositionsCapacity, exact_capacity
-from engine.lora.extent import Extent
-from engine.runner.adapter_copies import AdapterCopies, PackedAdapter
+from engine.lora.extent import Extent, extent_nbytes, pack_extent
+from engine.runner import adapter_copies
+from engine.runner.adapter_copies import AdapterCopies, PackedAdapter, pack_adapter
 from engine.runner.device import Device, HostDevice
 from engine.runner.device_inputs import (
     NO_SLOT,
@@ -30,6 +31,7 @@ from engine.scheduler.batch import (
 )
 from engine.scheduler.request import SamplingParams
 from tests.engine.lagging_device import LaggingDevice
+from tests.engine.test_extent import make_weights
 
 BLOCK_SIZE = 4
 
@@ -203,6 +205,16 @@ def test_copies_keep_shapes_types_and_order() -> None:
         assert [t.numpy().tolist() for t in back] == [a.tolist() for a in arrays]
 
 
+def test_what_grows_with_every_step_is_rarely_pinned_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    device, sizes = HostDevice(), list[int]()
+    pinned = device.pinned
+    monkeypatch.setattr(device, "pinned", lambda n: sizes.append(n) or pinned(n))
+    upload = Upload(device)
+    for length in range(100, 400):
+        upload.send([np.zeros(length, np.int32)])
+    assert len(sizes) <= 2 + 2 * 3, "two buffers, which double"
+
+
 def test_results_that_nobody_has_read_are_kept() -> None:
     device = LaggingDevice()
     download, arrivals = Download(device), []
@@ -234,8 +246,20 @@ class Table:
 
 
 def packed(digest: str, nbytes: int, value: int) -> PackedAdapter:
-    pinned = torch.full((nbytes,), value, dtype=torch.uint8)
-    return PackedAdapter(Extent(digest, torch.float32, {}, nbytes), pinned)
+    """In two pieces, of which the first is the larger one."""
+    pieces = torch.full((nbytes,), value, dtype=torch.uint8).split(nbytes * 3 // 4)
+    return PackedAdapter(Extent(digest, torch.float32, {}, nbytes), pieces)
+
+
+def test_the_pieces_of_an_adapter_are_its_extent(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = make_weights()
+    whole = torch.zeros(extent_nbytes(weights), dtype=torch.uint8)
+    extent = pack_extent(weights, whole)
+    monkeypatch.setattr(adapter_copies, "PIECE_BYTES", 1024)
+    packed = pack_adapter(weights, HostDevice())
+    assert packed.extent == extent
+    assert [len(piece) for piece in packed.pieces[:-1]] == [1024] * (len(whole) // 1024)
+    assert len(packed.pieces) > 2 and torch.equal(torch.cat(packed.pieces), whole)
 
 
 @pytest.fixture
@@ -250,7 +274,7 @@ def test_an_adapter_arrives_when_its_copy_has_ended(adapters: dict[str, PackedAd
     copies.apply(ScheduledBatch((), adapter_loads=(AdapterLoad(1, "x", 3584, 512),)))
     assert table.calls == [("place", 1)]
     assert copies.arrived() == [] and not arena.any(), "launched, not done"
-    device.run("side", 2)
+    device.run("side", 3)
     assert device.log == ["step"], "the copy waits for the step before it"
     assert (arena[3584:] == 1).all() and not arena[:3584].any()
     assert copies.arrived() == ["x"] and copies.arrived() == []

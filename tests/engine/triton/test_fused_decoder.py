@@ -276,13 +276,26 @@ class NoAdapters:
         raise AssertionError("the base has failed")
 
 
-def test_the_buffers_are_those_that_memory_was_kept_for(tiny_model: MakeTiny) -> None:
-    decoder = load(tiny_model("llama").folder, device_ops(DEVICE, torch.float32))
+@pytest.mark.parametrize("quantization", ["none", "fp8"])
+def test_the_buffers_are_those_that_memory_was_kept_for(
+    tiny_model: MakeTiny, quantization: str
+) -> None:
+    ops = device_ops(DEVICE, torch.float32, fp8_multiply=dequantized_mm)
+    decoder = load(tiny_model("llama").folder, ops, quantization=quantization)
     fused = FusedDecoder(decoder, attend_into, random_cache(decoder), CAPACITY)
     tensors = [getattr(fused._buffers, name) for name in fused._buffers.__slots__]
-    nbytes = sum(t.wide.nbytes if isinstance(t, Rows) else t.nbytes for t in tensors)
+    nbytes = sum(part.nbytes for tensor in tensors for part in parts_of(tensor))
     nbytes += CAPACITY * decoder.spec.hidden_size * 4  # what a forward writes to
-    assert needs(0, decoder.spec, CAPACITY, 0, torch.float32, 0).buffers == nbytes
+    is_fp8 = quantization == "fp8"
+    kept = needs(0, decoder.spec, CAPACITY, 0, torch.float32, 0, is_fp8=is_fp8)
+    assert kept.buffers == nbytes
+
+
+def parts_of(buffer: torch.Tensor | Rows) -> list[torch.Tensor]:
+    if isinstance(buffer, torch.Tensor):
+        return [buffer]
+    rounded = buffer.rounded
+    return [buffer.wide, *([] if rounded is None else [rounded.codes, rounded.scales])]
 
 
 CHANGES: dict[str, tuple[str, dict[str, Any]]] = {

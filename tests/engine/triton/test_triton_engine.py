@@ -99,6 +99,12 @@ def test_what_triton_cannot_do_is_refused_where_it_was_asked_for(
         triton_engine(tiny.folder, **changes)
 
 
+def test_decoding_adapters_takes_no_team_of_threads(tiny: Tiny) -> None:
+    torch.set_num_threads(2)
+    triton_engine(tiny.folder, max_num_seqs=1, cuda_graphs="off").close()
+    assert torch.get_num_threads() == 1
+
+
 def test_an_adapter_of_too_high_a_rank_ends_its_requests_with_the_reason(
     tiny: Tiny, tmp_path: Path
 ) -> None:
@@ -162,6 +168,22 @@ def test_preempted_requests_and_evicted_adapters_lose_nothing(
     )
     assert texts(run(engine, requests)) == by_torch(tiny, requests)
     assert engine.stats.total_preemptions > 0
+
+
+@gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
+@pytest.mark.parametrize("changes", VARIANTS[:3], ids=str)
+def test_no_launch_waits_for_the_device(
+    tiny: Tiny, adapters: list[AdapterFolder], changes: dict[str, Any]
+) -> None:
+    """Torch raises where an operation of its own would; the step's requests end with that."""
+    engine = triton_engine(tiny.folder, **changes)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        results = run(engine, mixed(adapters, 9))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert [r.last.error for r in results.values() if r.last] == [None] * len(MIXED_LENGTHS)
 
 
 @gpu
