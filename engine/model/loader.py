@@ -48,7 +48,7 @@ def load_decoder(
     decoder = Decoder(spec, build, max_model_len)
     check_quantizable(quantization, decoder.lora_sites)
     with Checkpoint(folder) as checkpoint:
-        reader = _Reader(checkpoint, scheme, quantization)
+        reader = _Reader(checkpoint, scheme, quantization, device)
         parts = list(decoder.parts())
         reader.check_keys(parts, spec.tied_embeddings)
         for part in tqdm(parts, desc="weights", unit="tensor", disable=not progress):
@@ -77,8 +77,14 @@ def weight_bytes(decoder: Decoder, dtype: torch.dtype) -> int:
 class _Reader:
     """A part's weight as the decoder shall keep it."""
 
-    def __init__(self, checkpoint: Checkpoint, scheme: Scheme | None, quantization: str) -> None:
-        self._checkpoint, self._scheme = checkpoint, scheme
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        scheme: Scheme | None,
+        quantization: str,
+        device: torch.device,
+    ) -> None:
+        self._checkpoint, self._scheme, self._device = checkpoint, scheme, device
         self._quantize = QUANTIZERS.get(quantization)
 
     def check_keys(self, parts: list[Part], tied: bool) -> None:
@@ -105,7 +111,7 @@ class _Reader:
         if part.module is None or self._quantize is None:
             return tensor
         try:
-            return self._quantize(tensor)
+            return self._quantize(tensor.to(self._device))  # a GPU is much faster at it
         except NotFinite as error:
             raise self._checkpoint.error(part.key, str(error)) from None
 

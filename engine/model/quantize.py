@@ -3,7 +3,7 @@
 Codes of int8 and nf4 are those of bitsandbytes. int8: per output, symmetric, scale = max|w| / 127.
 nf4: blocks of 64 neighbouring inputs, scale = max|w|, the code whose value is nearest to w / scale,
 the lower of two that are equally near. fp8: per output, scale = max|w| / 448, the nearest e4m3.
-Computed in float32 whatever the weight is stored in.
+Computed in float32 whatever the weight is stored in, on the device that it is on.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -18,6 +18,7 @@ from engine.model.layers import LoraSite
 from engine.model.spec import ModelError
 
 NF4_BLOCK = 64
+DEVICE_CHUNK_VALUES = 2**24  # as CHUNK_VALUES, but enough to keep a whole GPU busy
 # Computed in float32, as where they come from: between two values lies the code's limit
 _LIMITS = tuple(float((torch.tensor(a) + torch.tensor(b)) / 2) for a, b in pairwise(NF4_VALUES))
 _TINY = 1e-38  # below it, 1 / scale would overflow
@@ -29,10 +30,11 @@ class NotFinite(ValueError):
 
 def quantize_int8(weight: Tensor) -> QuantizedWeight:
     """weight [out, in] of any float dtype."""
-    codes = torch.empty(weight.shape, dtype=torch.int8)
-    scales = torch.empty(weight.shape[0], 1)
+    codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    scales = torch.empty(weight.shape[0], 1, device=weight.device)
     for rows, wide in _chunks(weight):
-        scale = wide.abs().amax(1, keepdim=True) / 127
+        # By a tensor: CUDA would not divide by a number but multiply by its inverse
+        scale = wide.abs().amax(1, keepdim=True) / wide.new_tensor(127.0)
         # The largest lies beyond 127 steps where the scale is denormal and so rounded itself
         steps = wide.div_(scale.where(scale > 0, 1.0)).round_().clamp_(-127, 127)
         codes[rows] = steps.to(torch.int8)
@@ -43,8 +45,8 @@ def quantize_int8(weight: Tensor) -> QuantizedWeight:
 def quantize_nf4(weight: Tensor) -> QuantizedWeight:
     """weight [out, in] of any float dtype; in is a multiple of 64."""
     num_out, num_in = weight.shape
-    codes = torch.empty(num_out, num_in // 2, dtype=torch.uint8)
-    scales = torch.empty(num_out, num_in // NF4_BLOCK)
+    codes = torch.empty(num_out, num_in // 2, dtype=torch.uint8, device=weight.device)
+    scales = torch.empty(num_out, num_in // NF4_BLOCK, device=weight.device)
     for rows, wide in _chunks(weight):
         blocks = wide.view(len(wide), -1, NF4_BLOCK)
         scale = blocks.abs().amax(-1)
@@ -56,8 +58,8 @@ def quantize_nf4(weight: Tensor) -> QuantizedWeight:
 
 def quantize_fp8(weight: Tensor) -> QuantizedWeight:
     """weight [out, in] of any float dtype."""
-    codes = torch.empty(weight.shape, dtype=E4M3)
-    scales = torch.empty(weight.shape[0], 1)
+    codes = torch.empty(weight.shape, dtype=E4M3, device=weight.device)
+    scales = torch.empty(weight.shape[0], 1, device=weight.device)
     for rows, wide in _chunks(weight):
         rounded = quantize_rows(wide)
         codes[rows], scales[rows] = rounded.codes, rounded.scales
@@ -90,16 +92,17 @@ def check_quantizable(quantization: str, sites: Iterable[LoraSite]) -> None:
 
 def _chunks(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Float32 copies of a few rows each, for the caller to spoil."""
-    step = max(1, CHUNK_VALUES // weight.shape[1])
+    values = CHUNK_VALUES if weight.device.type == "cpu" else DEVICE_CHUNK_VALUES
+    step = max(1, values // weight.shape[1])
     for start in range(0, weight.shape[0], step):
         rows = slice(start, start + step)
-        yield rows, weight[rows].to("cpu", torch.float32, copy=True)
+        yield rows, weight[rows].to(torch.float32, copy=True)
 
 
 def _nearest_codes(values: Tensor) -> Tensor:
     """How many limits lie below each value: 15 passes through a cache beat a search per value."""
-    codes = torch.zeros(values.shape, dtype=torch.uint8)
-    above = torch.empty(values.shape, dtype=torch.bool)
+    codes = torch.zeros(values.shape, dtype=torch.uint8, device=values.device)
+    above = torch.empty(values.shape, dtype=torch.bool, device=values.device)
     for limit in _LIMITS:
         codes += torch.gt(values, limit, out=above).view(torch.uint8)
     return codes

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from engine.model.quantize import QUANTIZERS
 from engine.runner.device import CudaDevice
 
 pytestmark = pytest.mark.gpu
@@ -93,3 +94,15 @@ def test_a_lost_device_is_noticed_and_its_process_can_end() -> None:
     """In a process of its own: no other test could use the device afterwards."""
     done = subprocess.run([sys.executable, "-c", LOSE_THE_DEVICE], timeout=120)
     assert done.returncode == 7
+
+
+@pytest.mark.parametrize("kind", QUANTIZERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_are_quantized_there_as_on_a_cpu(kind: str, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(96, 2**18, generator=generator) * torch.logspace(-42, 3, 96)[:, None]
+    weight = weight.to(dtype)  # from denormal to large; longer than one piece
+    expected, found = QUANTIZERS[kind](weight), QUANTIZERS[kind](weight.cuda())
+    assert found.codes.is_cuda and found.scales.is_cuda
+    assert torch.equal(found.scales.cpu(), expected.scales)
+    assert torch.equal(found.codes.view(torch.uint8).cpu(), expected.codes.view(torch.uint8))
