@@ -46,6 +46,7 @@ from deployments.transport import (
 )
 from deployments.wire import Greeting, WireServer
 from engine.client import EngineClient
+from engine.garbage import keep_what_is_loaded
 
 # Limits of Ray's own, far above ours: requests are counted where the engine is.
 MAX_ONGOING = 100_000
@@ -172,6 +173,7 @@ class EngineDeployment:
         self._wires = WireServer()
         await self._wires.listen(ray.util.get_node_ip_address())
         await self._replica.start()
+        keep_what_is_loaded()
 
     async def submit(
         self, hints: Hints, ingress_id: str, epochs: Mapping[str, int], submit: Submit
@@ -247,6 +249,7 @@ class IngressDeployment:
             config.ingress.max_body_bytes,
             int(time.time()),
         )
+        keep_what_is_loaded()
 
     def __serve_build_asgi_app__(self) -> Api:
         return build_api(self._ingress)

@@ -11,7 +11,6 @@ other end then starts another process. Every frame is sent by the step loop itse
 hangs is silent, which is how the client notices.
 """
 
-import gc
 import logging
 import os
 import select
@@ -22,6 +21,7 @@ from contextlib import suppress
 from typing import Any
 
 from engine.framing import FrameDecoder, encode
+from engine.garbage import keep_what_is_loaded
 from engine.messages import INVALID_REQUEST, RequestError, RequestOutput, to_item
 from engine.scheduler.request import InvalidRequest
 
@@ -92,20 +92,13 @@ def serve(connection: Connection) -> None:
     except Exception as error:
         connection.send(("failed", f"{type(error).__name__}: {error}"))
         raise
-    _keep_what_is_loaded()
+    keep_what_is_loaded()
     connection.send(("ready", engine.info))
     loop = _Loop(engine, connection)
     for message in early:
         loop.handle(message)
     loop.run()
     engine.close()
-
-
-def _keep_what_is_loaded() -> None:
-    """Hundreds of thousands of objects live as long as the process: a search of them all for
-    garbage stops a busy step loop for more than a tenth of a second, again and again."""
-    gc.collect()
-    gc.freeze()
 
 
 def serve_or_exit(connection: Connection) -> None:
