@@ -14,7 +14,7 @@ from torch import Tensor
 from engine.kernels import reference
 from engine.kernels.fp8 import E4m3Rows
 from engine.kernels.triton.attention_decode import decode_scratch_numel, paged_decode
-from engine.kernels.triton.attention_prefill import paged_prefill
+from engine.kernels.triton.attention_prefill import paged_prefill, prefill_scratch_numel
 from engine.kernels.triton.crossovers import Tiles
 from engine.kernels.triton.draw import draw, floors
 from engine.kernels.triton.fourbit import multiply, planes_size
@@ -113,7 +113,8 @@ def test_decode(num_splits: int) -> None:
     assert torch.equal(far, near)
 
 
-def test_prefill() -> None:
+@pytest.mark.parametrize("num_splits", [1, 2])
+def test_prefill(num_splits: int) -> None:
     kv, q = kv_blocks(), torch.randn(3, 4, DIM)
     tables = torch.tensor([[0, 2]], dtype=torch.int32)
     near, far = torch.zeros(3, 4, DIM), spread(torch.zeros(3, 4, DIM))
@@ -126,12 +127,12 @@ def test_prefill() -> None:
             torch.tensor([0, 3], dtype=torch.int32),
             torch.tensor([[0, 0]], dtype=torch.int32),
             out,
-            torch.empty(0),
+            torch.full((prefill_scratch_numel(1, 4, KV_HEADS, DIM, 4, num_splits),), torch.nan),
             tile_tokens=4,
             scale=0.3,
             window=None,
             soft_cap=None,
-            num_splits=1,
+            num_splits=num_splits,
         )
     assert near.isfinite().all() and near.all()
     assert torch.equal(far, near)
@@ -175,7 +176,7 @@ def test_products_of_packed_weights(split_k: int) -> None:
 
 
 def test_drawing() -> None:
-    logits = torch.randn(3, 300)
+    logits = torch.randn(3, 300) * 20
     rows = torch.tensor([2, 0], dtype=torch.int32)
     ones, keys = torch.ones(2), torch.tensor([5, 7], dtype=torch.int32)
     highest, top_k = logits[[2, 0]].amax(1), torch.tensor([4, 4], dtype=torch.int32)
