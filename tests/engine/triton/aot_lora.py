@@ -77,5 +77,5 @@ CASES = [
     shrink_case("decode_down", DOWN, 256, 128),
     shrink_case("prefill_qkv", QKV, 2048, 168),
     expand_case("decode_qkv", QKV, 256, 160),
-    expand_case("prefill_gate_up", GATE_UP, 2048, 208),
+    expand_case("prefill_gate_up", GATE_UP, 2048, 168),
 ]
