@@ -217,7 +217,7 @@ class TritonLora:
         planes: Tensor,
     ) -> None:
         self._table, self._launches = table, launches
-        self._memory, self._words, self._planes = memory, words, planes
+        self._memory, self._words, self._planes = memory, words, planes.unbind()
 
     def add(self, layer: int, site: str, x: Tensor, y: Tensor) -> None:
         """y [N, out] += x [N, in] @ A^T @ (scaling * B), in place, by each row's adapter."""

@@ -125,7 +125,7 @@ def triton_draw(logits: Tensor, draws: Draws, highest: Tensor, best: Tensor) -> 
     top = highest.index_select(0, draws.rows) / draws.temperature
     floor = top + draws.min_p.log()
     if draws.has_filters:
-        kernels.floors(logits, draws.rows, draws.temperature, top, draws.top_k, draws.top_p, floor)
+        kernels.floors(logits, draws.rows, draws.temperature, draws.top_k, draws.top_p, floor)
     keys = draws.key_low, draws.key_high
     drawn = kernels.draw(logits, draws.rows, draws.temperature, floor, *keys)
     return likeliest_unless_finite(drawn, draws, highest, best)

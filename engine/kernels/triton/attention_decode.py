@@ -7,6 +7,7 @@ Massa and Sizov, 2023). Where the stretches of a request lie follows from its ow
 `num_splits`, so a row's bits do not depend on the rest of the batch.
 """
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from engine.kernels.triton.attention_tile import (
     stretch,
     tile_constants,
 )
+from engine.kernels.triton.launch import power_of_two
 
 # None of these was measured on a card.
 PROGRAMS_PER_SM = 4  # aimed at by splitting: more than run at a time, to even lengths out
@@ -109,6 +111,7 @@ def paged_decode(
         )
 
 
+@cache
 def decode_constants(
     heads: int,
     kv_heads: int,
@@ -119,7 +122,7 @@ def decode_constants(
 ) -> dict[str, Any]:
     return {
         **tile_constants(heads, kv_heads, head_dim, block_size, dtype),
-        "TILE_ROWS": max(16, triton.next_power_of_2(heads // kv_heads)),
+        "TILE_ROWS": max(16, power_of_two(heads // kv_heads)),
         "WINDOW": window or 0,
         "MIN_TILES": MIN_TILES_PER_SPLIT,
     }

@@ -8,6 +8,7 @@ A few new tokens behind a long context, as in the next turn of a conversation, a
 for a card. Then the keys of a tile are split among programs, as `attention_decode` does it.
 """
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from engine.kernels.triton.attention_tile import (
     stretch,
     tile_constants,
 )
+from engine.kernels.triton.launch import power_of_two
 
 MIN_TILES_PER_SPLIT = 4  # a stretch must be worth its sums' way through memory; not measured
 COMBINED_ROWS = 16  # of a tile, by one program
@@ -47,7 +49,7 @@ def prefill_scratch_numel(
 
 
 def _tile_rows(heads: int, kv_heads: int, tile_tokens: int) -> int:
-    return max(16, tile_tokens * triton.next_power_of_2(heads // kv_heads))
+    return max(16, tile_tokens * power_of_two(heads // kv_heads))
 
 
 def paged_prefill(
@@ -120,6 +122,7 @@ def paged_prefill(
         )
 
 
+@cache
 def prefill_constants(
     heads: int,
     kv_heads: int,
@@ -131,7 +134,7 @@ def prefill_constants(
 ) -> dict[str, Any]:
     return {
         **tile_constants(heads, kv_heads, head_dim, block_size, dtype),
-        "PADDED_GROUP": triton.next_power_of_2(heads // kv_heads),
+        "PADDED_GROUP": power_of_two(heads // kv_heads),
         "TILE_TOKENS": tile_tokens,
         "TILE_ROWS": _tile_rows(heads, kv_heads, tile_tokens),
         "WINDOW": window or 0,

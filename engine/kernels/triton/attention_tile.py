@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from engine.kernels.triton.launch import upcast
+from engine.kernels.triton.launch import power_of_two, upcast
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 MAX_HEAD_DIM = 256
@@ -34,7 +34,7 @@ def tile_constants(
         raise ValueError(f"head_dim {head_dim}: need a multiple of 8 from 8 to {MAX_HEAD_DIM}")
     if block_size < 16 or block_size % 16:
         raise ValueError(f"block_size {block_size}: need a multiple of 16")
-    padded = max(16, triton.next_power_of_2(head_dim))
+    padded = max(16, power_of_two(head_dim))
     return {
         "GROUP": heads // kv_heads,
         "KV_HEADS": kv_heads,

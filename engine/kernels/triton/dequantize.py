@@ -55,7 +55,7 @@ def dequantize_kernel(
 def dequantize(weight: PackedWeight, dense: Tensor) -> None:
     """Into dense [out, in], contiguous, its dtype of any float: each value in float32, rounded
     once. Columns are in the order of the codes, whatever `input_order` says."""
-    grid = (weight.words.shape[0], triton.cdiv(weight.blocks, BLOCKS))
+    grid = (weight.words.shape[0], -(-weight.blocks // BLOCKS))
     dequantize_kernel[grid](
         weight.words,
         weight.scales,

@@ -18,6 +18,8 @@ from triton.language.extra.cuda import libdevice
 from engine.kernels.triton.launch import interpreting
 
 MASS_SCALE = tl.constexpr(float(2**40))  # a probability of 1 relative to the likeliest token's
+_LOG2_E = tl.constexpr(1.4426950408889634)
+_KEY_OF_NOTHING = tl.constexpr(-2139095041)  # that of minus infinity
 FLOOR_BLOCK, FLOOR_WARPS = 4096, 16
 DRAW_BLOCK, DRAW_WARPS = 1024, 4
 DRAW_PART = 8192  # tokens of one program
@@ -27,22 +29,19 @@ def floors(
     logits: Tensor,
     rows: Tensor,
     temperature: Tensor,
-    highest: Tensor,
     top_k: Tensor,
     top_p: Tensor,
     floor: Tensor,
 ) -> None:
     """floor [D] = max(floor, what top-k and then top-p ask for), over the temperature.
 
-    logits [B, V] float32 with adjacent columns; rows [D] int32 which of them; temperature,
-    highest (of the row, over the temperature) and top_p [D] float32; top_k [D] int32. top_k 0 and
-    top_p 1 are off.
+    logits [B, V] float32 with adjacent columns; rows [D] int32 which of them; temperature and
+    top_p [D] float32; top_k [D] int32. top_k 0 and top_p 1 are off.
     """
     _floors_kernel[(len(rows),)](
         logits,
         rows,
         temperature,
-        highest,
         top_k,
         top_p,
         floor,
@@ -93,7 +92,6 @@ def _floors_kernel(
     logits,
     rows,
     temperature,
-    highest,
     top_k,
     top_p,
     floor,
@@ -101,54 +99,89 @@ def _floors_kernel(
     vocab,
     BLOCK: tl.constexpr,
 ):
+    """Looks for the smallest logit that is left and divides that alone: dividing keeps order."""
     draw = tl.program_id(0)
     row = logits + tl.load(rows + draw).to(tl.int64) * logits_stride
     t = tl.load(temperature + draw)
-    top = tl.load(highest + draw)
     k = tl.load(top_k + draw)
     p = tl.load(top_p + draw)
-    kth = tl.full((), float("-inf"), tl.float32)
+    kept = tl.full((), _KEY_OF_NOTHING, tl.int32)
     if (k > 0) & (k < vocab):
-        kth = _weighted_floor(row, t, top, kth, k.to(tl.int64), vocab, False, BLOCK)
-    nucleus = tl.full((), float("-inf"), tl.float32)
+        kept = _key_of_floor(row, 0.0, 0.0, kept, k, vocab, False, BLOCK)
     if p < 1.0:
+        top = _highest(row, vocab, BLOCK)
+        rate = tl.minimum(tl.div_rn(_LOG2_E, t), 3e38)  # finite: 0 times it is 0
         masses = tl.zeros((BLOCK,), tl.int64)
         for start in range(0, vocab, BLOCK):
-            values, mask = _scaled(row, t, start, vocab, BLOCK)
-            masses += _mass(values, mask & (values >= kth), top)
+            values = _logits(row, start, vocab, BLOCK)
+            masses += _mass(values, _key(values) >= kept, top, rate)
         total = tl.sum(masses, 0)
         needed = tl.ceil(total.to(tl.float64) * p.to(tl.float64)).to(tl.int64)
         needed = tl.maximum(tl.minimum(needed, total), 1)
-        nucleus = _weighted_floor(row, t, top, kth, needed, vocab, True, BLOCK)
-    tl.store(floor + draw, tl.maximum(tl.load(floor + draw), tl.maximum(kth, nucleus)))
+        kept = _key_of_floor(row, top, rate, kept, needed, vocab, True, BLOCK)
+    least = tl.div_rn(_value(kept), t)
+    tl.store(floor + draw, tl.maximum(tl.load(floor + draw), least))
 
 
 @triton.jit
-def _weighted_floor(row, t, top, kth, needed, vocab, BY_MASS: tl.constexpr, BLOCK: tl.constexpr):
-    """The largest value such that tokens of at least it weigh what is needed: count, or have the
-    mass of those from `kth` on."""
-    chosen = tl.zeros((), tl.int64)
-    step = tl.full((), 1 << 30, tl.int64)
+def _key_of_floor(row, top, rate, kept, needed, vocab, BY_MASS: tl.constexpr, BLOCK: tl.constexpr):
+    """The largest key such that tokens of at least it weigh what is needed: count, or have the
+    mass of those from `kept` on."""
+    WEIGHT: tl.constexpr = tl.int64 if BY_MASS else tl.int32
+    chosen = tl.full((), -2147483648, tl.int32)
+    step = tl.full((), 1 << 30, tl.int32)
     for _ in range(16):
-        first = tl.zeros((BLOCK,), tl.int64)
-        second = tl.zeros((BLOCK,), tl.int64)
-        third = tl.zeros((BLOCK,), tl.int64)
+        second = chosen + step
+        third = second + step
+        fourth = third + step
+        from_second = tl.zeros((BLOCK,), WEIGHT)
+        from_third = tl.zeros((BLOCK,), WEIGHT)
+        from_fourth = tl.zeros((BLOCK,), WEIGHT)
         for start in range(0, vocab, BLOCK):
-            values, mask = _scaled(row, t, start, vocab, BLOCK)
-            weight = mask.to(tl.int64)
-            if BY_MASS:
-                weight = _mass(values, mask & (values >= kth), top)
-            above = _sortable(values) - chosen
-            first += tl.where(above >= step, weight, 0)
-            second += tl.where(above >= 2 * step, weight, 0)
-            third += tl.where(above >= 3 * step, weight, 0)
-        steps = (tl.sum(first, 0) >= needed).to(tl.int64)
-        steps += (tl.sum(second, 0) >= needed).to(tl.int64)
-        steps += (tl.sum(third, 0) >= needed).to(tl.int64)
-        chosen += steps * step
+            values = _logits(row, start, vocab, BLOCK)
+            key = _key(values)
+            weight = _mass(values, key >= kept, top, rate) if BY_MASS else 1
+            from_second += tl.where(key >= second, weight, 0)
+            from_third += tl.where(key >= third, weight, 0)
+            from_fourth += tl.where(key >= fourth, weight, 0)
+        chosen = tl.where(tl.sum(from_second, 0) >= needed, second, chosen)
+        chosen = tl.where(tl.sum(from_third, 0) >= needed, third, chosen)
+        chosen = tl.where(tl.sum(from_fourth, 0) >= needed, fourth, chosen)
         step = step >> 2
-    bits = (chosen - 2147483648).to(tl.int32)
-    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+    return tl.maximum(chosen, kept)
+
+
+@triton.jit
+def _highest(row, vocab, BLOCK: tl.constexpr):
+    highest = tl.full((BLOCK,), float("-inf"), tl.float32)
+    for start in range(0, vocab, BLOCK):
+        highest = tl.maximum(highest, _logits(row, start, vocab, BLOCK))
+    return tl.max(highest, 0)
+
+
+@triton.jit
+def _logits(row, start, vocab, BLOCK: tl.constexpr):
+    """Behind the vocabulary there is nothing."""
+    ids = start + tl.arange(0, BLOCK)
+    return tl.load(row + ids, mask=ids < vocab, other=float("-inf"))
+
+
+@triton.jit
+def _mass(values, counts, top, rate):
+    share = tl.exp2((values - top) * rate)
+    return tl.where(counts, (share * MASS_SCALE + 0.5).to(tl.int64), 0)
+
+
+@triton.jit
+def _key(values):
+    """float32 -> int32 in the same order; both zeros are one."""
+    bits = (values + 0.0).to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def _value(key):
+    return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -195,19 +228,6 @@ def _scaled(row, t, start, vocab, BLOCK: tl.constexpr):
     ids = start + tl.arange(0, BLOCK)
     mask = ids < vocab
     return tl.div_rn(tl.load(row + ids, mask=mask, other=0.0), t), mask
-
-
-@triton.jit
-def _mass(values, mask, top):
-    share = tl.exp(tl.where(mask, values - top, 0.0))
-    return tl.where(mask, (share * MASS_SCALE + 0.5).to(tl.int64), 0)
-
-
-@triton.jit
-def _sortable(values):
-    """float32 -> int64 in [0, 2**32) in the same order; both zeros are one."""
-    bits = (values + 0.0).to(tl.int32, bitcast=True)
-    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64) + 2147483648
 
 
 @triton.jit

@@ -279,7 +279,7 @@ def multiply(
     rows, split = len(x), tiles.split_k
     target = planes if split > 1 else out
     stride_y = weight.out_features if split > 1 else out.stride(0)
-    grid = (triton.cdiv(rows, tiles.rows), weight.out_padded // tiles.outputs, split)
+    grid = (-(-rows // tiles.rows), weight.out_padded // tiles.outputs, split)
     gemm_kernel[grid](
         x,
         weight.words,
@@ -326,7 +326,7 @@ def decoding(weight: PackedWeight, dtype: torch.dtype) -> str:
 
 def _sum_planes(planes: Tensor, bias: Tensor | None, out: Tensor, split: int) -> None:
     rows, out_features = out.shape
-    sum_kernel[rows, triton.cdiv(out_features, SUM_BLOCK)](
+    sum_kernel[rows, -(-out_features // SUM_BLOCK)](
         planes,
         bias,
         out,

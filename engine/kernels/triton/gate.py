@@ -11,12 +11,11 @@ from engine.kernels.triton.launch import block_of, warps_of
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 BLOCK = 1024  # values of a program where a row can be cut
 
-INVERSE_ROOT_2 = tl.constexpr(0.7071067811865476)
-ROOT_8_BY_PI = tl.constexpr(1.5957691216057308)
-
 
 @triton.jit
 def activate(gate, ACTIVATION: tl.constexpr):
+    INVERSE_ROOT_2: tl.constexpr = 0.7071067811865476
+    ROOT_8_BY_PI: tl.constexpr = 1.5957691216057308
     if ACTIVATION == "silu":
         active = gate * tl.sigmoid(gate)
     elif ACTIVATION == "gelu":
@@ -67,7 +66,7 @@ def gate(
     if len(out):
         width = out.shape[1]
         block = min(block_of(width), BLOCK) if rounded is None else block_of(width)
-        gate_kernel[(len(out), triton.cdiv(width, block))](
+        gate_kernel[(len(out), -(-width // block))](
             gate_up,
             out,
             None if rounded is None else rounded.codes.view(torch.uint8),

@@ -10,7 +10,12 @@ def block_of(width: int) -> int:
     """The power of two that holds a row. Raises ValueError for one that is too wide."""
     if width > MAX_WIDTH:
         raise ValueError(f"a row of {width} values; at most {MAX_WIDTH} fit one program")
-    return triton.next_power_of_2(width)
+    return power_of_two(width)
+
+
+def power_of_two(least: int) -> int:
+    """The smallest one from `least` on. Triton's own takes longer than the rest of a launcher."""
+    return 1 << (least - 1).bit_length()
 
 
 def warps_of(block: int) -> int:

@@ -31,16 +31,6 @@ from engine.kernels.triton.launch import upcast
 from engine.kernels.triton.lora_work import SiteKind, WorkShape
 from engine.lora.extent import UNIT_BYTES
 
-SEGMENT_WORDS = tl.constexpr(lora_work.SEGMENT_WORDS)
-MAX_BLOCKS = tl.constexpr(lora_work.MAX_BLOCKS)
-ROWS_AT = tl.constexpr(lora_work.ROWS_AT)
-BLOCKS_AT = tl.constexpr(lora_work.BLOCKS_AT)
-NUM_ITEMS = tl.constexpr(lora_work.NUM_ITEMS)
-ITEMS_PER_BLOCK = tl.constexpr(lora_work.ITEMS_PER_BLOCK)
-PLANES_PER_ITEM = tl.constexpr(lora_work.PLANES_PER_ITEM)
-LISTED_AT = tl.constexpr(lora_work.LISTED_AT)
-NUM_LISTED = tl.constexpr(lora_work.NUM_LISTED)
-
 
 def column_tiles(kind: SiteKind, columns: int) -> list[tuple[int, int, int, int]]:
     """(slice, first column in the slice, first column in y, width of the slice) of each tile."""
@@ -127,6 +117,11 @@ def shrink_constants(
 ) -> dict[str, int | bool]:
     return {
         **_constants(shape, kind_index, max_slices, dtype),
+        "BLOCKS_AT": lora_work.BLOCKS_AT,
+        "NUM_ITEMS": lora_work.NUM_ITEMS,
+        "ITEMS_PER_BLOCK": lora_work.ITEMS_PER_BLOCK,
+        "PLANES_PER_ITEM": lora_work.PLANES_PER_ITEM,
+        "MAX_BLOCKS": lora_work.MAX_BLOCKS,
         "IN": shape.kinds[kind_index].in_features,
         "BLOCK_R": shape.tiles.shrink.ranks,
         "BLOCK_K": shape.tiles.shrink_depth,
@@ -141,6 +136,8 @@ def expand_constants(
     is_aligned = all(width % in_16_bytes == 0 for width in kind.out_features)
     return {
         **_constants(shape, kind_index, max_slices, dtype),
+        "LISTED_AT": lora_work.LISTED_AT,
+        "NUM_LISTED": lora_work.NUM_LISTED,
         "TILES": len(column_tiles(kind, tiles.expand_columns)),
         "ALIGNMENT": in_16_bytes if is_aligned else 1,
         "BLOCK_R": tiles.expand.ranks,
@@ -155,6 +152,8 @@ def _constants(
     return {
         "HEADER_AT": kind_index * lora_work.HEADER_WORDS,
         "SEGMENTS_AT": len(shape.kinds) * lora_work.HEADER_WORDS,
+        "ROWS_AT": lora_work.ROWS_AT,
+        "SEGMENT_WORDS": lora_work.SEGMENT_WORDS,
         "SLICES": max_slices,
         "UNIT": UNIT_BYTES // dtype.itemsize,
         "PLANES": shape.num_planes(kind),
@@ -177,6 +176,8 @@ def _shrink_kernel(
     table_stride,
     HEADER_AT: tl.constexpr,
     SEGMENTS_AT: tl.constexpr,
+    ROWS_AT: tl.constexpr,
+    SEGMENT_WORDS: tl.constexpr,
     SLICES: tl.constexpr,
     UNIT: tl.constexpr,
     PLANES: tl.constexpr,
@@ -184,6 +185,11 @@ def _shrink_kernel(
     PLANE_WIDTH: tl.constexpr,
     BLOCK_M: tl.constexpr,
     UPCAST: tl.constexpr,
+    BLOCKS_AT: tl.constexpr,
+    NUM_ITEMS: tl.constexpr,
+    ITEMS_PER_BLOCK: tl.constexpr,
+    PLANES_PER_ITEM: tl.constexpr,
+    MAX_BLOCKS: tl.constexpr,
     IN: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -246,6 +252,8 @@ def _expand_kernel(
     table_stride,
     HEADER_AT: tl.constexpr,
     SEGMENTS_AT: tl.constexpr,
+    ROWS_AT: tl.constexpr,
+    SEGMENT_WORDS: tl.constexpr,
     SLICES: tl.constexpr,
     UNIT: tl.constexpr,
     PLANES: tl.constexpr,
@@ -253,6 +261,8 @@ def _expand_kernel(
     PLANE_WIDTH: tl.constexpr,
     BLOCK_M: tl.constexpr,
     UPCAST: tl.constexpr,
+    LISTED_AT: tl.constexpr,
+    NUM_LISTED: tl.constexpr,
     TILES: tl.constexpr,
     ALIGNMENT: tl.constexpr,
     BLOCK_R: tl.constexpr,

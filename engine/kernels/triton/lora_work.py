@@ -63,8 +63,8 @@ class Launch:
 
 # Chosen so that registers and shared memory of an sm_90 processor suffice for its programs, and
 # so many bytes are on their way as its memory needs. Their speed was not measured.
-DECODE = Tiles(16, 8, Launch(16, 2, 4, 4), Launch(16, 4, 3, 6), 128, 128)
-PREFILL = Tiles(64, 4, Launch(32, 4, 4, 3), Launch(16, 4, 3, 2), 64, 64)
+DECODE = Tiles(16, 8, Launch(16, 2, 4, 4), Launch(16, 4, 3, 3), 128, 256)
+PREFILL = Tiles(64, 4, Launch(32, 4, 4, 3), Launch(16, 4, 2, 3), 64, 64)
 
 
 @dataclass(frozen=True, slots=True)

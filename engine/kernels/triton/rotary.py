@@ -4,9 +4,13 @@ One pass: queries are turned in place, keys are turned on their way into the cac
 beside them.
 """
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
+
+from engine.kernels.triton.launch import power_of_two
 
 TILE_VALUES = 512  # of a program: a warp's two 16-byte loads a thread in two-byte types
 
@@ -167,9 +171,7 @@ def rotate_and_store(
     num_heads, rotary_dim = qkv.shape[1] // dim - 2 * kv_heads, cos.shape[1]
     assert kv_layer.stride(3) == dim and kv_layer.stride(4) == 1
     assert cos.is_contiguous() and sin.is_contiguous()
-    dim_block = triton.next_power_of_2(dim)
-    tile = max(1, TILE_VALUES // dim_block)
-    tiles = triton.cdiv(num_heads, tile) + 2 * triton.cdiv(kv_heads, tile)
+    tiles, constants = head_tiles(num_heads, kv_heads, dim, rotary_dim, block_size)
     if len(qkv):
         rotate_and_store_kernel[(len(qkv), tiles)](
             qkv,
@@ -185,14 +187,26 @@ def rotate_and_store(
             kv_layer.stride(1),
             kv_layer.stride(2),
             eps,
-            HEADS=num_heads,
-            KV_HEADS=kv_heads,
-            DIM=dim,
-            ROTARY_DIM=rotary_dim,
-            BLOCK_SIZE=block_size,
-            TILE=tile,
-            DIM_BLOCK=dim_block,
-            HALF_BLOCK=triton.next_power_of_2(rotary_dim // 2),
-            REST_BLOCK=triton.next_power_of_2(max(dim - rotary_dim, 1)),
+            **constants,
             num_warps=1,
         )
+
+
+@cache
+def head_tiles(
+    heads: int, kv_heads: int, dim: int, rotary_dim: int, block_size: int
+) -> tuple[int, dict[str, int]]:
+    """How many programs a row has, and what they are specialized for."""
+    dim_block = power_of_two(dim)
+    tile = max(1, TILE_VALUES // dim_block)
+    return -(-heads // tile) + 2 * -(-kv_heads // tile), {
+        "HEADS": heads,
+        "KV_HEADS": kv_heads,
+        "DIM": dim,
+        "ROTARY_DIM": rotary_dim,
+        "BLOCK_SIZE": block_size,
+        "TILE": tile,
+        "DIM_BLOCK": dim_block,
+        "HALF_BLOCK": power_of_two(rotary_dim // 2),
+        "REST_BLOCK": power_of_two(max(dim - rotary_dim, 1)),
+    }

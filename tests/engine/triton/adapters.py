@@ -73,8 +73,8 @@ def make_bank(
     max_lora_rank: int = 32,
     num_processors: int = 1,
 ) -> DeviceAdapterBank:
-    return DeviceAdapterBank(
-        # What was there before must not matter
+    """What was in its memory before must not matter."""
+    bank = DeviceAdapterBank(
         torch.randint(0, 256, (arena_bytes,), dtype=torch.uint8, device=DEVICE),
         sites,
         dtype,
@@ -83,6 +83,8 @@ def make_bank(
         max_lora_rank=max_lora_rank,
         num_processors=num_processors,
     )
+    bank._planes.fill_(torch.nan)
+    return bank
 
 
 def load(bank: DeviceAdapterBank, slot: int, offset_bytes: int, weights: LoraWeights) -> int:

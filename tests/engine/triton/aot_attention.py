@@ -72,12 +72,15 @@ def _prefill(
     )
 
 
-LLAMA_3_8B, QWEN_2_5_HALF_B, GEMMA_2_9B = (32, 8, 128), (14, 2, 64), (16, 8, 256)  # H, H_kv, D
+# H, H_kv, D
+LLAMA_3_8B, QWEN_2_5_HALF_B, GEMMA_2_9B = (32, 8, 128), (14, 2, 64), (16, 8, 256)
+PHI_3_MINI = (32, 32, 96)  # no power of two
 
 CASES = [
     _decode("llama-3-8b", LLAMA_3_8B),
     _decode("qwen2.5-0.5b", QWEN_2_5_HALF_B, SPLIT=False),
     _decode("gemma-2-9b", GEMMA_2_9B, window=4096, **CAPPED),
+    _decode("phi-3-mini", PHI_3_MINI, window=2047),
     _case(
         "combine decode",
         "attention_decode:_combine",
@@ -89,6 +92,7 @@ CASES = [
     _prefill("llama-3-8b", LLAMA_3_8B),
     _prefill("qwen2.5-0.5b", QWEN_2_5_HALF_B),
     _prefill("gemma-2-9b", GEMMA_2_9B, window=4096, SPLIT=True, **CAPPED),
+    _prefill("phi-3-mini", PHI_3_MINI),
     _case(
         "combine prefill",
         "attention_prefill:_combine",

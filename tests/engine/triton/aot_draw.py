@@ -12,7 +12,6 @@ FLOORS = AotCase(
     kernel=f"{KERNELS}:_floors_kernel",
     signature={
         **ROWS,
-        "highest": "*fp32",
         "top_k": "*i32",
         "top_p": "*fp32",
         "floor": "*fp32",

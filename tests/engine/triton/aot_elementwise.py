@@ -4,7 +4,7 @@ from typing import Any
 
 from engine.kernels.triton.gate import BLOCK
 from engine.kernels.triton.launch import block_of, warps_of
-from engine.kernels.triton.rotary import TILE_VALUES
+from engine.kernels.triton.rotary import head_tiles
 from tests.engine.triton.aot import AotCase
 
 HIDDEN, WIDTH = 4096, 14336
@@ -66,17 +66,7 @@ def rotary(name: str, *, is_normed: bool) -> AotCase:
         "eps": "fp32",
     }
     constants = {} if is_normed else {"q_norm_ptr": None, "k_norm_ptr": None}
-    constants |= {
-        "HEADS": HEADS,
-        "KV_HEADS": KV_HEADS,
-        "DIM": DIM,
-        "ROTARY_DIM": DIM,
-        "BLOCK_SIZE": 16,
-        "TILE": TILE_VALUES // DIM,
-        "DIM_BLOCK": DIM,
-        "HALF_BLOCK": DIM // 2,
-        "REST_BLOCK": 1,
-    }
+    constants |= head_tiles(HEADS, KV_HEADS, DIM, DIM, 16)[1]
     return _case(name, "rotary:rotate_and_store_kernel", types, constants, num_warps=1)
 
 

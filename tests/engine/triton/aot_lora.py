@@ -76,6 +76,6 @@ def expand_case(name: str, kind: int, max_rows: int, max_registers: int) -> AotC
 CASES = [
     shrink_case("decode_down", DOWN, 256, 128),
     shrink_case("prefill_qkv", QKV, 2048, 168),
-    expand_case("decode_qkv", QKV, 256, 128),
-    expand_case("prefill_gate_up", GATE_UP, 2048, 208),
+    expand_case("decode_qkv", QKV, 256, 160),
+    expand_case("prefill_gate_up", GATE_UP, 2048, 168),
 ]

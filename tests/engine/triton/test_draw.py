@@ -50,7 +50,7 @@ def test_floors_leave_what_torchs_leave(vocab: int, count: int) -> None:
     expected = device_draw.floors(scaled, draws)
     highest = scaled.amax(-1)
     found = highest + draws.min_p.log()
-    floors(logits, draws.rows, draws.temperature, highest, draws.top_k, draws.top_p, found)
+    floors(logits, draws.rows, draws.temperature, draws.top_k, draws.top_p, found)
     assert torch.equal(scaled >= found[:, None], scaled >= expected[:, None])
 
 

@@ -1,0 +1,173 @@
+"""No kernel is compiled once requests are served: all that random traffic launches was launched
+before, by the capture of the graphs and by the warm-up. And no graph is captured over a kernel
+that was not compiled before its capture began.
+
+Kernels do nothing here, so the text is nonsense; what is launched does not depend on it.
+"""
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from engine.kernels.device_ops import device_ops
+from engine.kernels.fp8 import dequantized_mm
+from engine.kernels.triton import weight_only
+from engine.kernels.triton.crossovers import Choice, Shape, unmeasured
+from engine.kernels.triton.packed_weight import PackedWeight
+from engine.lora.weights import load_lora
+from engine.model.loader import load_decoder
+from engine.runner.adapter_copies import PackedAdapter
+from engine.runner.device import HostDevice, Replay
+from engine.runner.device_forward import StepLimits
+from engine.runner.device_runner import DeviceRunner
+from engine.runner.triton_runner import AdapterLimits, adapter_packer, make_triton_runner
+from engine.scheduler.batch import ScheduledBatch, ScheduledRequest
+from engine.scheduler.request import SamplingParams
+from engine.settle import is_interpreting
+from tests.engine.driver import write_adapter
+from tests.engine.generations import loads_at_the_end
+from tests.engine.tiny import Tiny
+from tests.engine.triton.launches import Launches
+
+MakeTiny = Callable[..., Tiny]
+CPU = torch.device("cpu")
+PROCESSORS = 24  # few enough that large batches split no keys, and small ones do
+BLOCK_SIZE, MAX_LEN = 16, 512
+LIMITS = StepLimits(20, 600, MAX_LEN, BLOCK_SIZE)
+ARENA_BYTES = 2**24
+SAMPLINGS = (
+    SamplingParams(temperature=0.0),
+    SamplingParams(seed=3),
+    SamplingParams(temperature=0.0, prompt_logprobs=1),
+    SamplingParams(temperature=0.0, logprobs=2),
+    SamplingParams(top_p=0.9, repetition_penalty=1.1),
+)
+pytestmark = pytest.mark.skipif(not is_interpreting(), reason="needs Triton's interpreter")
+
+
+@dataclass(frozen=True)
+class Model:
+    model_type: str
+    quantization: str = "none"
+    dtype: torch.dtype = torch.float16
+    uses_graphs: bool = True
+
+
+MODELS = {
+    "llama": Model("llama"),
+    "llama without graphs": Model("llama", uses_graphs=False),
+    "qwen2 in nf4": Model("qwen2", "nf4", uses_graphs=False),
+    "gemma2 in int8": Model("gemma2", "int8"),
+    "qwen3 in fp8": Model("qwen3", "fp8", torch.bfloat16, uses_graphs=False),
+}
+
+
+class Capturing(HostDevice):
+    """Says what was launched for the first time in a capture."""
+
+    def __init__(self, launches: Launches) -> None:
+        super().__init__()
+        self.launches, self.known, self.late = launches, set[Any](), set[Any]()
+
+    def capture(self, work: Callable[[], None]) -> Replay:
+        self.known |= self.launches.take()
+        replay = super().capture(work)
+        self.late |= self.launches.take() - self.known
+        return replay
+
+
+def as_on_a_card(
+    weight: PackedWeight, device: torch.device, dtype: torch.dtype
+) -> tuple[Choice, ...]:
+    shape = Shape(weight.format, weight.out_features, weight.in_features)
+    return unmeasured(shape, weight.blocks, PROCESSORS)
+
+
+def make(
+    model: Model, folder: Path, adapters: Path, launches: Launches
+) -> tuple[DeviceRunner, Capturing]:
+    device = Capturing(launches)
+    decoder = load_decoder(
+        folder,
+        dtype=model.dtype,
+        device=CPU,
+        max_model_len=MAX_LEN,
+        quantization=model.quantization,
+        ops=device_ops(CPU, model.dtype, fp8_multiply=dequantized_mm),
+    )
+    packed: dict[str, PackedAdapter] = {}
+    runner = make_triton_runner(
+        device,
+        decoder,
+        torch.zeros(ARENA_BYTES, dtype=torch.uint8),
+        LIMITS,
+        AdapterLimits(max_slots=3, max_lora_rank=16),
+        packed.__getitem__,
+        uses_graphs=model.uses_graphs,
+    ).runner
+    runner.warm_up()
+    runner._adapters._table.warm_up()
+    pack = adapter_packer(device, decoder, 16)
+    for seed in (1, 2):
+        written = write_adapter(folder, adapters / str(seed), seed, r=4 * seed)
+        adapter = pack(load_lora(written, decoder.lora_sites, model.dtype))
+        packed[adapter.extent.digest] = adapter
+    loads = loads_at_the_end(packed.values(), (1, 2), ARENA_BYTES)
+    runner.launch(ScheduledBatch((), adapter_loads=loads)).result()
+    assert list(runner.arrived()) == list(packed)
+    return runner, device
+
+
+def random_batch(dice: random.Random) -> ScheduledBatch:
+    """Decodes, chunks or both; up to the limits in every respect, and often small."""
+    most = dice.choice((1, 2, LIMITS.max_num_seqs))
+    rows = dice.choice((most, 40, 70, 200, LIMITS.max_num_batched_tokens))
+    has_adapters, requests = dice.random() < 0.5, list[ScheduledRequest]()
+    for _ in range(dice.randint(1, most)):
+        count = min(rows, dice.choice((1, 1, 2, 20, dice.randint(1, 600))), MAX_LEN)
+        if not count:
+            break
+        rows -= count
+        start = dice.choice((0, dice.randint(0, MAX_LEN - count)))
+        sampling = dice.choice(SAMPLINGS)
+        request = ScheduledRequest(
+            request_id=str(len(requests)),
+            choice=0,
+            token_ids=[5] * count,
+            start=start,
+            block_table=tuple(range(-(-(start + count) // BLOCK_SIZE))),
+            adapter_slot=dice.randint(0, 2) if has_adapters else 0,
+            sampling=sampling,
+            samples=dice.random() < 0.8,
+            history=([3], [4]) if sampling.uses_penalties else None,
+            prompt_targets=[7] * count if sampling.prompt_logprobs else None,
+        )
+        requests.append(request)
+    return ScheduledBatch(tuple(sorted(requests, key=lambda r: len(r.token_ids))))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_traffic_launches_nothing_that_the_warm_up_did_not(
+    name: str, tiny_model: MakeTiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, launches = MODELS[name], Launches(monkeypatch, PROCESSORS)
+    monkeypatch.setattr(weight_only, "_choices", as_on_a_card)
+    folder = tiny_model(
+        model.model_type,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        max_position_embeddings=MAX_LEN,
+    ).folder
+    runner, device = make(model, folder, tmp_path, launches)
+    compiled = device.known | launches.take()
+    assert not device.late, "compiled while a graph was captured"
+    dice = random.Random(name)
+    for _ in range(60):
+        runner.launch(random_batch(dice)).result()
+    new = launches.take() - compiled
+    assert not new, "\n".join(str(variant) for variant in sorted(new, key=str))
