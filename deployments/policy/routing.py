@@ -34,7 +34,7 @@ class ReplicaFigures:
     num_received: int = 0  # requests ever; so figures after any traffic differ from those before
     queued_tokens: int = 0
     num_requests: int = 0
-    max_num_seqs: int = 1
+    max_num_seqs: int = 0  # 0: nothing is known of it yet, and so not that it is full
     kv_used: float = 0.0  # 0 to 1
     device_adapters: frozenset[str] = frozenset()
     disk_adapters: frozenset[str] = frozenset()
@@ -52,11 +52,15 @@ class RoutedRequest:
 
 @dataclass(slots=True)
 class _Sent:
-    """What was routed to one replica since its last report."""
+    """What was routed to one replica since its last report, and which adapters before that.
+
+    A report is taken some time before it arrives: what was sent meanwhile is in the next one.
+    """
 
     tokens: int = 0
     requests: int = 0
     adapters: dict[str, None] = field(default_factory=dict[str, None])
+    earlier_adapters: dict[str, None] = field(default_factory=dict[str, None])
 
 
 class OptimisticView:
@@ -67,10 +71,16 @@ class OptimisticView:
         self._sent: dict[str, _Sent] = {}
 
     def report(self, replica_id: str, figures: ReplicaFigures) -> None:
-        """New figures replace the optimism. Figures equal to the last ones are no news."""
-        if self._reported.get(replica_id) != figures:
-            self._reported[replica_id] = figures
-            self._sent.pop(replica_id, None)
+        """New figures replace the optimism; where adapters were sent is forgotten one later.
+
+        Figures equal to the last ones are no news.
+        """
+        if self._reported.get(replica_id) == figures:
+            return
+        self._reported[replica_id] = figures
+        sent = self._sent.pop(replica_id, None)
+        if sent is not None and sent.adapters:
+            self._sent[replica_id] = _Sent(earlier_adapters=sent.adapters)
 
     def keep(self, replica_ids: Iterable[str]) -> None:
         """Forget every other replica."""
@@ -95,7 +105,7 @@ class OptimisticView:
             reported,
             queued_tokens=reported.queued_tokens + sent.tokens,
             num_requests=reported.num_requests + sent.requests,
-            device_adapters=reported.device_adapters | sent.adapters.keys(),
+            device_adapters=reported.device_adapters.union(sent.adapters, sent.earlier_adapters),
         )
 
 
@@ -120,12 +130,17 @@ def rank(
 def predicted_ttft_s(figures: ReplicaFigures, request: RoutedRequest, costs: RoutingCosts) -> float:
     """Seconds from now to the first token, if the request went to this replica."""
     tokens = figures.queued_tokens + request.num_prompt_tokens
-    is_full = figures.num_requests >= figures.max_num_seqs or figures.kv_used >= 1.0
     return (
         tokens / costs.tokens_per_s
         + _load_s(figures, request.adapter, costs)
-        + costs.full_penalty_s * is_full * max(figures.num_requests / figures.max_num_seqs, 1.0)
+        + costs.full_penalty_s * _fullness(figures)
     )
+
+
+def _fullness(figures: ReplicaFigures) -> float:
+    """0 where there is room; else 1, or how many times its batch its requests are."""
+    taken = figures.num_requests / figures.max_num_seqs if figures.max_num_seqs else 0.0
+    return max(taken, 1.0) if taken >= 1.0 or figures.kv_used >= 1.0 else 0.0
 
 
 def _load_s(figures: ReplicaFigures, adapter: str, costs: RoutingCosts) -> float:

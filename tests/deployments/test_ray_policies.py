@@ -70,12 +70,12 @@ def test_figures_survive_the_trip_but_for_what_is_rounded() -> None:
     assert from_stats(stats) == ReplicaFigures(3, 1200, 5, 64, 0.5, *short)
 
 
-def test_a_request_goes_where_its_adapter_is(chooser: AdapterRouter) -> None:
+@pytest.mark.parametrize("name", ["a", "b", "c"])
+def test_a_request_goes_where_its_adapter_is(chooser: AdapterRouter, name: str) -> None:
     having = ReplicaFigures(device_adapters=frozenset({DIGEST}), max_num_seqs=8)
-    for name in ("a", "b", "c"):
-        chooser.update_replicas(replicas("a", "b", "c", **{name: having}))
-        ranked = choose(chooser, Hints(request_id="r", num_prompt_tokens=5, adapter=DIGEST))
-        assert ranked[0] == name and sorted(ranked) == ["a", "b", "c"]
+    chooser.update_replicas(replicas("a", "b", "c", **{name: having}))
+    ranked = choose(chooser, Hints(request_id="r", num_prompt_tokens=5, adapter=DIGEST))
+    assert ranked[0] == name and sorted(ranked) == ["a", "b", "c"]
 
 
 def test_requests_between_two_reports_spread(chooser: AdapterRouter) -> None:

@@ -112,6 +112,28 @@ def test_news_replaces_optimism_and_repetition_does_not() -> None:
     assert view.figures("a").queued_tokens == 0
 
 
+def test_a_report_from_before_does_not_hide_where_an_adapter_went() -> None:
+    view = view_of(a=figures())
+    view.sent("a", request(adapter="x"))
+    view.report("a", figures(num_received=1))  # taken before the request arrived
+    assert view.figures("a").device_adapters == {"x"}
+    view.report("a", figures(num_received=2))
+    assert view.figures("a").device_adapters == set(), "by now it would be in the report"
+
+
+def test_an_adapter_sticks_from_the_first_request_on_whatever_arrives_late() -> None:
+    """Before any report, through one from before all requests, and beside the others' load."""
+    view, places = OptimisticView(), dict[str, set[str]]()
+    for turn in range(3):
+        for n, adapter in enumerate("uvwxyz"):
+            places.setdefault(adapter, set()).add(route(view, request(n, adapter, 1), ("a", "b")))
+            if (turn, adapter) == (1, "w"):
+                view.report("a", figures())
+                view.report("b", figures())
+    assert {len(each) for each in places.values()} == {1}
+    assert {place for each in places.values() for place in each} == {"a", "b"}
+
+
 def test_a_replica_that_is_gone_is_forgotten() -> None:
     view = view_of(a=figures(queued_tokens=7), b=figures())
     view.keep(["b"])
