@@ -122,7 +122,7 @@ def _engine_options(model: ModelSection) -> dict[str, Any]:
         "graceful_shutdown_wait_loop_s": 0.5,
         "request_router_config": RequestRouterConfig(
             request_router_class=router.AdapterRouter,
-            request_router_kwargs={"keep_s": keep_s},
+            request_router_kwargs={"keep_s": keep_s, "max_num_seqs": model.engine.max_num_seqs},
             request_routing_stats_period_s=ROUTING_STATS_PERIOD_S,
             request_routing_stats_timeout_s=5.0,
         ),

@@ -48,9 +48,10 @@ class AdapterRouter(RequestRouter):
     named stays reachable for `keep_s`, for such calls only: its requests are still running.
     """
 
-    def initialize_state(self, keep_s: float = 60.0, **costs: float) -> None:
+    def initialize_state(self, max_num_seqs: int, keep_s: float = 60.0, **costs: float) -> None:
+        """`max_num_seqs` is every replica's."""
         self._costs = RoutingCosts(**costs)
-        self._view = OptimisticView()
+        self._view = OptimisticView(ReplicaFigures(max_num_seqs=max_num_seqs))
         self._stats: dict[str, dict[str, Any]] = {}
         self._named: set[str] = set()
         self._leaving: dict[str, tuple[float, RunningReplica]] = {}

@@ -34,7 +34,7 @@ class ReplicaFigures:
     num_received: int = 0  # requests ever; so figures after any traffic differ from those before
     queued_tokens: int = 0
     num_requests: int = 0
-    max_num_seqs: int = 0  # 0: nothing is known of it yet, and so not that it is full
+    max_num_seqs: int = 1
     kv_used: float = 0.0  # 0 to 1
     device_adapters: frozenset[str] = frozenset()
     disk_adapters: frozenset[str] = frozenset()
@@ -64,9 +64,13 @@ class _Sent:
 
 
 class OptimisticView:
-    """The reported figures, plus what was sent since. One per router; not thread-safe."""
+    """The reported figures, plus what was sent since. One per router; not thread-safe.
 
-    def __init__(self) -> None:
+    Of a replica that has not reported yet `unheard` is assumed.
+    """
+
+    def __init__(self, unheard: ReplicaFigures) -> None:
+        self._unheard = unheard
         self._reported: dict[str, ReplicaFigures] = {}
         self._sent: dict[str, _Sent] = {}
 
@@ -97,7 +101,7 @@ class OptimisticView:
             sent.adapters[request.adapter] = None
 
     def figures(self, replica_id: str) -> ReplicaFigures:
-        reported = self._reported.get(replica_id, ReplicaFigures())
+        reported = self._reported.get(replica_id, self._unheard)
         sent = self._sent.get(replica_id)
         if sent is None:
             return reported
@@ -139,7 +143,7 @@ def predicted_ttft_s(figures: ReplicaFigures, request: RoutedRequest, costs: Rou
 
 def _fullness(figures: ReplicaFigures) -> float:
     """0 where there is room; else 1, or how many times its batch its requests are."""
-    taken = figures.num_requests / figures.max_num_seqs if figures.max_num_seqs else 0.0
+    taken = figures.num_requests / figures.max_num_seqs
     return max(taken, 1.0) if taken >= 1.0 or figures.kv_used >= 1.0 else 0.0
 
 

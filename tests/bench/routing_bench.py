@@ -36,7 +36,10 @@ def main() -> None:
 
 
 def us_per_decision(count: int) -> float:
-    view, ids = OptimisticView(), [f"replica-{i}" for i in range(count)]
+    view, ids = (
+        OptimisticView(ReplicaFigures(max_num_seqs=64)),
+        [f"replica-{i}" for i in range(count)],
+    )
     for i, replica_id in enumerate(ids):
         adapters = frozenset({"warm"}) if i % 4 == 0 else frozenset()
         view.report(replica_id, ReplicaFigures(max_num_seqs=64, device_adapters=adapters))

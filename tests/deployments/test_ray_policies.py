@@ -46,7 +46,7 @@ def chooser(monkeypatch: pytest.MonkeyPatch) -> AdapterRouter:
     monkeypatch.setattr(RequestRouter, "update_replicas", update)
     made = object.__new__(AdapterRouter)
     made._replicas = {}
-    made.initialize_state(keep_s=60.0)
+    made.initialize_state(max_num_seqs=4, keep_s=60.0)
     return made
 
 
@@ -83,6 +83,15 @@ def test_requests_between_two_reports_spread(chooser: AdapterRouter) -> None:
     chooser.update_replicas(replicas("a", "b", a=same, b=same))
     chosen = [choose(chooser, Hints(request_id=f"r{n}", num_prompt_tokens=5))[0] for n in range(8)]
     assert sorted(chosen) == ["a"] * 4 + ["b"] * 4
+
+
+def test_a_burst_before_any_report_fills_one_replica_and_goes_on_at_the_next(
+    chooser: AdapterRouter,
+) -> None:
+    chooser.update_replicas([Replica("a", {}), Replica("b", {})])
+    hints = [Hints(request_id=f"r{n}", num_prompt_tokens=5, adapter=DIGEST) for n in range(9)]
+    chosen = [choose(chooser, each)[0] for each in hints]
+    assert len(set(chosen[:4])) == 1 and sorted(map(chosen.count, "ab")) == [4, 5]
 
 
 def test_a_call_with_a_target_goes_there_alone(chooser: AdapterRouter) -> None:

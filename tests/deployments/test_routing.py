@@ -26,7 +26,7 @@ def figures(**changes: object) -> ReplicaFigures:
 
 
 def view_of(**reports: ReplicaFigures) -> OptimisticView:
-    view = OptimisticView()
+    view = OptimisticView(figures())
     for replica_id, report in reports.items():
         view.report(replica_id, report)
     return view
@@ -123,7 +123,7 @@ def test_a_report_from_before_does_not_hide_where_an_adapter_went() -> None:
 
 def test_an_adapter_sticks_from_the_first_request_on_whatever_arrives_late() -> None:
     """Before any report, through one from before all requests, and beside the others' load."""
-    view, places = OptimisticView(), dict[str, set[str]]()
+    view, places = OptimisticView(figures()), dict[str, set[str]]()
     for turn in range(3):
         for n, adapter in enumerate("uvwxyz"):
             places.setdefault(adapter, set()).add(route(view, request(n, adapter, 1), ("a", "b")))
@@ -137,7 +137,7 @@ def test_an_adapter_sticks_from_the_first_request_on_whatever_arrives_late() -> 
 def test_a_replica_that_is_gone_is_forgotten() -> None:
     view = view_of(a=figures(queued_tokens=7), b=figures())
     view.keep(["b"])
-    assert view.figures("a") == ReplicaFigures()
+    assert view.figures("a") == figures()
 
 
 @pytest.mark.parametrize("order", [IDS, IDS[::-1]])
