@@ -5,6 +5,7 @@ Nothing is shared with another cluster on the machine: ports, folders and the to
 
 import logging
 import os
+import random
 import secrets
 import shutil
 import signal
@@ -18,6 +19,7 @@ from pathlib import Path
 from deployments.config_file import Address
 
 KILL_TIMEOUT_S = 5.0
+QUIET_PORTS = range(20_000, 32_768)  # Ray's workers are below, connections above
 OBJECT_STORE_BYTES = 100 * 2**20
 
 
@@ -53,9 +55,15 @@ def ray_environment(folder: Path) -> dict[str, str]:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A port that nobody has, from between those that Ray and the kernel give to others.
+
+    From the kernel's own range it might be somebody's again before it is used. Raises OSError.
+    """
+    for port in random.SystemRandom().sample(QUIET_PORTS, len(QUIET_PORTS)):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("", port))
+            return port
+    raise OSError(f"every port from {QUIET_PORTS[0]} to {QUIET_PORTS[-1]} is taken")
 
 
 def end_on_signals() -> None:
