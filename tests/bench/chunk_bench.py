@@ -20,6 +20,7 @@ from engine.engine import Engine
 from engine.messages import RequestOutput
 from tests.bench.engine_driver import as_request
 from tests.bench.environment import append_row, header
+from tests.bench.load import percentile
 from tests.bench.models import SHAPES, make_adapters, make_model
 from tests.bench.workload import TRAFFIC, Job, Workload, lengths
 
@@ -101,18 +102,13 @@ def run(engine: Engine, adapters: list[Path], jobs: list[Job], clients: int) -> 
             time.sleep(0.0005)  # an adapter is being read
     wall_s = time.perf_counter() - start
     num_tokens = sum(job.num_output_tokens for job in jobs)
-    ttft, itl = list(clock.ttft.values()), clock.itl
+    ttft = list(clock.ttft.values())
     milliseconds = [
-        *(_at(ttft, share) for share in (0.5, 0.99)),
-        _at(clock.tpot, 0.5),
-        *(_at(itl, share) for share in (0.5, 0.95, 0.99, 1.0)),
+        *(percentile(ttft, percent) for percent in (50, 99)),
+        percentile(clock.tpot, 50),
+        *(percentile(clock.itl, percent) for percent in (50, 95, 99, 100)),
     ]
     return [num_tokens / wall_s, *(1e3 * s for s in milliseconds)]
-
-
-def _at(seconds: list[float], share: float) -> float:
-    ordered = sorted(seconds)
-    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
 
 
 def _set_step(engine: Engine, max_num_batched_tokens: int) -> None:

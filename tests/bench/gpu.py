@@ -155,14 +155,17 @@ def _run_process(command: list[str], seconds: float, output: Path | None) -> int
         try:
             return process.wait(seconds)
         except subprocess.TimeoutExpired:
-            os.killpg(
-                process.pid, signal.SIGKILL
-            )  # not waited for yet: the number is still its own
+            _kill(process)
             process.wait()
             return None
         except BaseException:
-            os.killpg(process.pid, signal.SIGKILL)
+            _kill(process)
             raise
+
+
+def _kill(process: "subprocess.Popen[bytes]") -> None:
+    """With all that it started; it was not waited for yet, so the number is still its own."""
+    os.killpg(process.pid, signal.SIGKILL)
 
 
 def _measured(file: Path) -> str:
