@@ -33,7 +33,7 @@ from deployments.models import Models, ServedModel
 from deployments.replica import EngineReplica, ReplicaSettings
 from deployments.stores import open_adapter_store
 from deployments.tenants import open_tenants
-from deployments.text import Vocabulary
+from deployments.text.vocabulary import Vocabulary
 from deployments.transport import (
     Abort,
     Frame,

@@ -7,7 +7,7 @@ request can be continued elsewhere. Knows nothing of JSON or HTTP.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from deployments.detokenizer import Detokenizer, StopStrings
+from deployments.text.detokenizer import Detokenizer, StopStrings
 from engine.messages import RequestOutput, TokenLogprobs
 
 

@@ -21,7 +21,7 @@ from deployments.errors import model_not_found, models_not_ready, unavailable
 from deployments.link import EngineLink
 from deployments.names import parse_model_name
 from deployments.tenants import Tenant
-from deployments.text import Vocabulary
+from deployments.text.vocabulary import Vocabulary
 
 Resolve = Callable[[Sequence[tuple[str, str | None]], str], AdapterRef | None]
 

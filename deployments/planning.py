@@ -14,8 +14,8 @@ from deployments.choice import Choice, TokenEntry
 from deployments.errors import invalid
 from deployments.generation import Plan
 from deployments.models import Target
-from deployments.template import TemplateRefused
-from deployments.text import Vocabulary
+from deployments.text.chat_template import TemplateRefused
+from deployments.text.vocabulary import Vocabulary
 from deployments.transport import Submit
 from engine.messages import EngineInfo, GenerateRequest, RequestOutput, TokenLogprobs
 

@@ -11,7 +11,7 @@ from json.encoder import encode_basestring
 from typing import Any
 
 from deployments.choice import Choice, TokenEntry
-from deployments.text import Vocabulary
+from deployments.text.vocabulary import Vocabulary
 from engine.messages import TokenLogprobs
 
 DONE = b"data: [DONE]\n\n"

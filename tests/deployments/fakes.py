@@ -27,7 +27,7 @@ from deployments.planning import Origin
 from deployments.replica import EngineReplica, ReplicaSettings
 from deployments.replica_link import Pace
 from deployments.tenants import Everybody, Tenants
-from deployments.text import Vocabulary
+from deployments.text.vocabulary import Vocabulary
 from engine.client import EngineUnavailable
 from engine.messages import (
     ENGINE_DIED,

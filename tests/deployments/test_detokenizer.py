@@ -7,8 +7,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from deployments.detokenizer import Detokenizer, StopStrings
-from deployments.text import Vocabulary
+from deployments.text.detokenizer import Detokenizer, StopStrings
+from deployments.text.vocabulary import Vocabulary
 
 CORPUS = ["the quick brown fox", "größer als 100 €", "日本語のテキスト", "👩‍👩‍👧 emoji", "a  b   c"]
 

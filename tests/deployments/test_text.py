@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from deployments.template import ChatTemplate, TemplateRefused
-from deployments.text import Vocabulary, VocabularyMissing
+from deployments.text.chat_template import ChatTemplate, TemplateRefused
+from deployments.text.vocabulary import Vocabulary, VocabularyMissing
 from tests.deployments.fakes import byte_tokenizer, byte_vocabulary
 
 MESSAGES = [

@@ -11,8 +11,8 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from deployments.detokenizer import ByteLevelDetokenizer, Detokenizer, WindowDetokenizer
-from deployments.template import ChatTemplate, TemplateRefused
+from deployments.text.chat_template import ChatTemplate, TemplateRefused
+from deployments.text.detokenizer import ByteLevelDetokenizer, Detokenizer, WindowDetokenizer
 
 PREFIX_TOKENS = 6  # more than the bytes of one character
 
