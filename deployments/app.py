@@ -20,21 +20,13 @@ from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouter
 from ray.serve.context import _get_global_client
 from ray.serve.handle import DeploymentHandle
 
-from deployments import autoscaler, router
+from deployments import autoscaler
 from deployments.asgi import Api
 from deployments.config import AppConfig, ModelSection, check_exposure, load_config
-from deployments.connection import RayConnection
-from deployments.ingress import Ingress, build_api
-from deployments.limits import Limiter
-from deployments.link import EngineLink
-from deployments.logs import log_to_serves_file
-from deployments.metrics import Metrics
-from deployments.models import Models, ServedModel
-from deployments.replica import EngineReplica, ReplicaSettings
-from deployments.stores import open_adapter_store
-from deployments.tenants import open_tenants
-from deployments.text.vocabulary import Vocabulary
-from deployments.transport import (
+from deployments.fleet import router
+from deployments.fleet.direct_socket import Greeting, WireServer
+from deployments.fleet.engine_link import EngineLink
+from deployments.fleet.protocol import (
     Abort,
     Frame,
     Hints,
@@ -44,7 +36,16 @@ from deployments.transport import (
     Submit,
     UnknownStream,
 )
-from deployments.wire import Greeting, WireServer
+from deployments.fleet.ray_connection import RayConnection
+from deployments.ingress import Ingress, build_api
+from deployments.limits import Limiter
+from deployments.logs import log_to_serves_file
+from deployments.metrics import Metrics
+from deployments.models import Models, ServedModel
+from deployments.replica import EngineReplica, ReplicaSettings
+from deployments.stores import open_adapter_store
+from deployments.tenants import open_tenants
+from deployments.text.vocabulary import Vocabulary
 from engine.client import EngineClient
 from engine.garbage import keep_what_is_loaded
 

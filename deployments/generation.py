@@ -13,9 +13,9 @@ from typing import cast
 from deployments.api.replies import DONE, Reply, Usage
 from deployments.choice import Choice
 from deployments.errors import from_engine
+from deployments.fleet.protocol import Submit
 from deployments.metrics import Gaps, Metrics
 from deployments.models import Target
-from deployments.transport import Submit
 from engine.messages import RequestOutput
 
 News = dict[Choice, str]

@@ -18,7 +18,7 @@ from typing import Protocol
 from adapter_store.errors import AdapterNotFound, AdapterStoreError, InvalidName
 from adapter_store.names import AdapterRecord, AdapterRef
 from deployments.errors import model_not_found, models_not_ready, unavailable
-from deployments.link import EngineLink
+from deployments.fleet.engine_link import EngineLink
 from deployments.names import parse_model_name
 from deployments.tenants import Tenant
 from deployments.text.vocabulary import Vocabulary

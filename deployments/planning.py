@@ -12,11 +12,11 @@ from deployments.api.openai import ChatCompletionRequest, CompletionRequest, Gen
 from deployments.api.replies import ChatReply, CompletionReply, ReplyHead
 from deployments.choice import Choice, TokenEntry
 from deployments.errors import invalid
+from deployments.fleet.protocol import Submit
 from deployments.generation import Plan
 from deployments.models import Target
 from deployments.text.chat_template import TemplateRefused
 from deployments.text.vocabulary import Vocabulary
-from deployments.transport import Submit
 from engine.messages import EngineInfo, GenerateRequest, RequestOutput, TokenLogprobs
 
 LONG_TEXT = 20_000  # characters; longer text is encoded off the event loop

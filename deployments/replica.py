@@ -17,9 +17,7 @@ from typing import Protocol
 from adapter_store.names import AdapterRef
 from deployments.errors import OVERLOADED, adapter_error
 from deployments.fetches import Fetches, Store
-from deployments.policy.autoscaling import ReplicaLoad
-from deployments.policy.routing import ReplicaFigures
-from deployments.transport import (
+from deployments.fleet.protocol import (
     DRAINING,
     HANDED_BACK,
     STALE_STREAM,
@@ -32,6 +30,8 @@ from deployments.transport import (
     Submit,
     UnknownStream,
 )
+from deployments.policy.autoscaling import ReplicaLoad
+from deployments.policy.routing import ReplicaFigures
 from engine.client import EngineUnavailable
 from engine.messages import (
     ENGINE_DIED,

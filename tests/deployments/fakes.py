@@ -18,14 +18,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from adapter_store.errors import AdapterNotFound
 from adapter_store.names import AdapterRecord, AdapterRef
 from deployments.asgi import Api
+from deployments.fleet.engine_link import EngineLink
+from deployments.fleet.replica_stream import Pace
 from deployments.ingress import Ingress, build_api
 from deployments.limits import Limiter
-from deployments.link import EngineLink
 from deployments.metrics import Metrics
 from deployments.models import Models, ServedModel
 from deployments.planning import Origin
 from deployments.replica import EngineReplica, ReplicaSettings
-from deployments.replica_link import Pace
 from deployments.tenants import Everybody, Tenants
 from deployments.text.vocabulary import Vocabulary
 from engine.client import EngineUnavailable

@@ -7,8 +7,7 @@ can bring is brought by the test, when it says so.
 import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 
-from deployments.replica import EngineReplica
-from deployments.transport import (
+from deployments.fleet.protocol import (
     Abort,
     Frame,
     Hello,
@@ -19,6 +18,7 @@ from deployments.transport import (
     Submit,
     UnknownStream,
 )
+from deployments.replica import EngineReplica
 
 OnSubmit = Callable[[str, Submit], None]
 

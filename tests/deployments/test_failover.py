@@ -12,12 +12,12 @@ from dataclasses import dataclass, replace
 
 import pytest
 
-from deployments.journey import Journey
-from deployments.link import MAX_LOSSES, EngineLink
-from deployments.mailbox import Mailbox
+from deployments.fleet.batch_queue import Mailbox
+from deployments.fleet.engine_link import MAX_LOSSES, EngineLink
+from deployments.fleet.failover import Journey
+from deployments.fleet.protocol import Submit
+from deployments.fleet.replica_stream import Pace
 from deployments.replica import EngineReplica, ReplicaSettings
-from deployments.replica_link import Pace
-from deployments.transport import Submit
 from engine.messages import GenerateRequest, Item, RequestOutput
 from engine.scheduler.request import SamplingParams
 from tests.deployments.fakes import BASE, FakeEngine, FakeStore, until

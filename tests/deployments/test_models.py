@@ -17,12 +17,12 @@ from adapter_store.catalog import Catalog
 from adapter_store.errors import AdapterNotFound, AdapterStoreError, SourceUnavailable
 from adapter_store.names import AdapterRecord, AdapterRef
 from deployments.errors import ApiError
+from deployments.fleet.protocol import Hello
 from deployments.ingress import Ingress, build_api
 from deployments.limits import Limiter
 from deployments.metrics import Metrics
 from deployments.models import Models, ServedModel, Target
 from deployments.tenants import Everybody, Tenant
-from deployments.transport import Hello
 from tests.deployments.fakes import INFO, Answered, byte_vocabulary, call
 
 ACME = Tenant("acme", granted=("lab",))

@@ -14,10 +14,10 @@ from adapter_store.errors import (
     SourceUnavailable,
 )
 from adapter_store.names import AdapterRef
-from deployments.mailbox import Mailbox
+from deployments.fleet.batch_queue import Mailbox
+from deployments.fleet.protocol import STALE_STREAM, Abort, StreamId, Submit, UnknownStream
+from deployments.fleet.replica_stream import Pace
 from deployments.replica import LEASE_S
-from deployments.replica_link import Pace
-from deployments.transport import STALE_STREAM, Abort, StreamId, Submit, UnknownStream
 from engine.messages import GenerateRequest, RequestOutput
 from engine.scheduler.request import SamplingParams
 from tests.deployments.fakes import Client, FakeEngine, FakeStore, Server, serving, until

@@ -13,14 +13,21 @@ from typing import Any
 
 import pytest
 
-from deployments import wire
-from deployments.connection import RayConnection
-from deployments.link import EngineLink
-from deployments.mailbox import Mailbox
+from deployments.fleet import direct_socket as wire
+from deployments.fleet.batch_queue import Mailbox
+from deployments.fleet.direct_socket import (
+    TICKET_BYTES,
+    Offer,
+    ReplicaEnd,
+    Wire,
+    WireServer,
+    take_up,
+)
+from deployments.fleet.engine_link import EngineLink
+from deployments.fleet.protocol import Receipt, Submit
+from deployments.fleet.ray_connection import RayConnection
+from deployments.fleet.replica_stream import Pace
 from deployments.replica import EngineReplica, ReplicaSettings
-from deployments.replica_link import Pace
-from deployments.transport import Receipt, Submit
-from deployments.wire import TICKET_BYTES, Offer, ReplicaEnd, Wire, WireServer, take_up
 from engine.framing import encode
 from engine.messages import GenerateRequest, RequestOutput
 from engine.scheduler.request import SamplingParams
@@ -172,7 +179,7 @@ def test_where_nobody_can_connect_all_goes_through_ray(monkeypatch: pytest.Monke
     async def refuse(offer: Offer) -> None:
         return await take_up(Offer(HOST, 1, offer.ticket))  # type: ignore[return-value]
 
-    monkeypatch.setattr("deployments.connection.take_up", refuse)
+    monkeypatch.setattr("deployments.fleet.ray_connection.take_up", refuse)
 
     async def test(setup: Setup) -> None:
         assert await answer(setup.open("a", "abc")) == "ABC"

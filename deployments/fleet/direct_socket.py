@@ -22,8 +22,8 @@ from dataclasses import dataclass
 from itertools import count
 from typing import Any, cast
 
-from deployments.mailbox import Mailbox
-from deployments.transport import Frame, Hello, Receipt, Submit
+from deployments.fleet.batch_queue import Mailbox
+from deployments.fleet.protocol import Frame, Hello, Receipt, Submit
 from engine.framing import FrameDecoder, encode
 
 TICKET_BYTES = 32

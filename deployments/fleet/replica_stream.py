@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
-from deployments.transport import Abort, Connection, Frame, Hello, Hints, Lease, StreamId
+from deployments.fleet.protocol import Abort, Connection, Frame, Hello, Hints, Lease, StreamId
 from engine.messages import EngineStats
 
 logger = logging.getLogger(__name__)

@@ -16,8 +16,8 @@ from typing import Any
 
 from ray.serve.handle import DeploymentHandle
 
-from deployments.transport import Abort, Frame, Hello, Hints, Lease, Receipt, StreamId, Submit
-from deployments.wire import Wire, take_up
+from deployments.fleet.direct_socket import Wire, take_up
+from deployments.fleet.protocol import Abort, Frame, Hello, Hints, Lease, Receipt, StreamId, Submit
 
 
 class RayConnection:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from adapter_store.names import AdapterRef
-from deployments.transport import Submit
+from deployments.fleet.protocol import Submit
 from engine.messages import GenerateRequest, Item, RequestError, RequestOutput
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 
+from deployments.fleet.protocol import Hints
 from deployments.policy.routing import (
     OptimisticView,
     ReplicaFigures,
@@ -17,7 +18,6 @@ from deployments.policy.routing import (
     RoutingCosts,
     rank,
 )
-from deployments.transport import Hints
 
 DIGEST_CHARS = 12  # of an adapter's digest: figures are sent to every router, twice a second
 

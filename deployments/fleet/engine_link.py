@@ -15,10 +15,9 @@ from collections.abc import Coroutine, Sequence
 from typing import Any
 
 from deployments.errors import OVERLOADED, ApiError, unavailable
-from deployments.journey import Journey, Leg
-from deployments.mailbox import Mailbox
-from deployments.replica_link import Pace, ReplicaLink
-from deployments.transport import (
+from deployments.fleet.batch_queue import Mailbox
+from deployments.fleet.failover import Journey, Leg
+from deployments.fleet.protocol import (
     HANDED_BACK,
     Connection,
     Frame,
@@ -28,6 +27,7 @@ from deployments.transport import (
     Receipt,
     Submit,
 )
+from deployments.fleet.replica_stream import Pace, ReplicaLink
 from engine.messages import ENGINE_DIED, EngineStats, Item, RequestError
 
 # A request that has lost so many replicas may well be what kills them.
