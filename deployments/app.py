@@ -20,7 +20,6 @@ from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouter
 from ray.serve.context import _get_global_client
 from ray.serve.handle import DeploymentHandle
 
-from deployments import autoscaler
 from deployments.asgi import Api
 from deployments.config import AppConfig, ModelSection, check_exposure, load_config
 from deployments.fleet import router
@@ -42,7 +41,8 @@ from deployments.limits import Limiter
 from deployments.logs import log_to_serves_file
 from deployments.metrics import Metrics
 from deployments.models import Models, ServedModel
-from deployments.replica import EngineReplica, ReplicaSettings
+from deployments.replica import autoscaler
+from deployments.replica.replica import EngineReplica, ReplicaSettings
 from deployments.stores import open_adapter_store
 from deployments.tenants import open_tenants
 from deployments.text.vocabulary import Vocabulary

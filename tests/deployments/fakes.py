@@ -25,7 +25,7 @@ from deployments.limits import Limiter
 from deployments.metrics import Metrics
 from deployments.models import Models, ServedModel
 from deployments.planning import Origin
-from deployments.replica import EngineReplica, ReplicaSettings
+from deployments.replica.replica import EngineReplica, ReplicaSettings
 from deployments.tenants import Everybody, Tenants
 from deployments.text.vocabulary import Vocabulary
 from engine.client import EngineUnavailable

@@ -18,7 +18,7 @@ from deployments.fleet.protocol import (
     Submit,
     UnknownStream,
 )
-from deployments.replica import EngineReplica
+from deployments.replica.replica import EngineReplica
 
 OnSubmit = Callable[[str, Submit], None]
 

@@ -17,7 +17,7 @@ from deployments.fleet.engine_link import MAX_LOSSES, EngineLink
 from deployments.fleet.failover import Journey
 from deployments.fleet.protocol import Submit
 from deployments.fleet.replica_stream import Pace
-from deployments.replica import EngineReplica, ReplicaSettings
+from deployments.replica.replica import EngineReplica, ReplicaSettings
 from engine.messages import GenerateRequest, Item, RequestOutput
 from engine.scheduler.request import SamplingParams
 from tests.deployments.fakes import BASE, FakeEngine, FakeStore, until

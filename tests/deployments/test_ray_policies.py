@@ -12,15 +12,15 @@ from typing import Any
 import pytest
 from ray.serve.request_router import RequestRouter
 
-from deployments import autoscaler
 from deployments.app import _autoscaling, _engine_options
-from deployments.autoscaler import LoadPolicy
 from deployments.config import load_config
 from deployments.fleet import router
 from deployments.fleet.protocol import Hints
 from deployments.fleet.router import DIGEST_CHARS, AdapterRouter, from_stats, to_stats
 from deployments.policy.autoscaling import ReplicaLoad
 from deployments.policy.routing import ReplicaFigures
+from deployments.replica import autoscaler
+from deployments.replica.autoscaler import LoadPolicy
 
 DIGEST = "d" * 64
 

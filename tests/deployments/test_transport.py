@@ -17,7 +17,7 @@ from adapter_store.names import AdapterRef
 from deployments.fleet.batch_queue import Mailbox
 from deployments.fleet.protocol import STALE_STREAM, Abort, StreamId, Submit, UnknownStream
 from deployments.fleet.replica_stream import Pace
-from deployments.replica import LEASE_S
+from deployments.replica.replica import LEASE_S
 from engine.messages import GenerateRequest, RequestOutput
 from engine.scheduler.request import SamplingParams
 from tests.deployments.fakes import Client, FakeEngine, FakeStore, Server, serving, until

@@ -27,7 +27,7 @@ from deployments.fleet.engine_link import EngineLink
 from deployments.fleet.protocol import Receipt, Submit
 from deployments.fleet.ray_connection import RayConnection
 from deployments.fleet.replica_stream import Pace
-from deployments.replica import EngineReplica, ReplicaSettings
+from deployments.replica.replica import EngineReplica, ReplicaSettings
 from engine.framing import encode
 from engine.messages import GenerateRequest, RequestOutput
 from engine.scheduler.request import SamplingParams

@@ -16,7 +16,6 @@ from typing import Protocol
 
 from adapter_store.names import AdapterRef
 from deployments.errors import OVERLOADED, adapter_error
-from deployments.fetches import Fetches, Store
 from deployments.fleet.protocol import (
     DRAINING,
     HANDED_BACK,
@@ -32,6 +31,7 @@ from deployments.fleet.protocol import (
 )
 from deployments.policy.autoscaling import ReplicaLoad
 from deployments.policy.routing import ReplicaFigures
+from deployments.replica.adapter_fetcher import Fetches, Store
 from engine.client import EngineUnavailable
 from engine.messages import (
     ENGINE_DIED,

@@ -1,0 +1,1 @@
+"""One adapter store and one engine behind a Serve deployment. No HTTP, no text."""
