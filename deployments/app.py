@@ -20,7 +20,6 @@ from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouter
 from ray.serve.context import _get_global_client
 from ray.serve.handle import DeploymentHandle
 
-from deployments.asgi import Api
 from deployments.config import AppConfig, ModelSection, check_exposure, load_config
 from deployments.fleet import router
 from deployments.fleet.direct_socket import Greeting, WireServer
@@ -36,11 +35,12 @@ from deployments.fleet.protocol import (
     UnknownStream,
 )
 from deployments.fleet.ray_connection import RayConnection
-from deployments.ingress import Ingress, build_api
-from deployments.limits import Limiter
+from deployments.ingress.asgi import Api
+from deployments.ingress.limiter import Limiter
+from deployments.ingress.metrics import Metrics
+from deployments.ingress.model_resolver import Models, ServedModel
+from deployments.ingress.routes import Ingress, build_api
 from deployments.logs import log_to_serves_file
-from deployments.metrics import Metrics
-from deployments.models import Models, ServedModel
 from deployments.replica import autoscaler
 from deployments.replica.replica import EngineReplica, ReplicaSettings
 from deployments.stores import open_adapter_store

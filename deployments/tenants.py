@@ -37,7 +37,7 @@ from pydantic import Field, ValidationError
 
 from adapter_store.names import NAME_RULE
 from deployments.config import Limit, Section, TenancySection
-from deployments.errors import bad_key
+from deployments.ingress.http_errors import bad_key
 from deployments.policy.admission import NO_LIMITS, Limits
 from engine.config import ConfigError
 

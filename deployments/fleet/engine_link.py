@@ -14,7 +14,6 @@ import logging
 from collections.abc import Coroutine, Sequence
 from typing import Any
 
-from deployments.errors import OVERLOADED, ApiError, unavailable
 from deployments.fleet.batch_queue import Mailbox
 from deployments.fleet.failover import Journey, Leg
 from deployments.fleet.protocol import (
@@ -28,6 +27,7 @@ from deployments.fleet.protocol import (
     Submit,
 )
 from deployments.fleet.replica_stream import Pace, ReplicaLink
+from deployments.ingress.http_errors import OVERLOADED, ApiError, unavailable
 from engine.messages import ENGINE_DIED, EngineStats, Item, RequestError
 
 # A request that has lost so many replicas may well be what kills them.

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Protocol
 
 from adapter_store.names import AdapterRef
-from deployments.errors import OVERLOADED, adapter_error
 from deployments.fleet.protocol import (
     DRAINING,
     HANDED_BACK,
@@ -29,6 +28,7 @@ from deployments.fleet.protocol import (
     Submit,
     UnknownStream,
 )
+from deployments.ingress.http_errors import OVERLOADED, adapter_error
 from deployments.policy.autoscaling import ReplicaLoad
 from deployments.policy.routing import ReplicaFigures
 from deployments.replica.adapter_fetcher import Fetches, Store

@@ -17,14 +17,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from adapter_store.errors import AdapterNotFound
 from adapter_store.names import AdapterRecord, AdapterRef
-from deployments.asgi import Api
 from deployments.fleet.engine_link import EngineLink
 from deployments.fleet.replica_stream import Pace
-from deployments.ingress import Ingress, build_api
-from deployments.limits import Limiter
-from deployments.metrics import Metrics
-from deployments.models import Models, ServedModel
-from deployments.planning import Origin
+from deployments.ingress.asgi import Api
+from deployments.ingress.limiter import Limiter
+from deployments.ingress.metrics import Metrics
+from deployments.ingress.model_resolver import Models, ServedModel
+from deployments.ingress.planning import Origin
+from deployments.ingress.routes import Ingress, build_api
 from deployments.replica.replica import EngineReplica, ReplicaSettings
 from deployments.tenants import Everybody, Tenants
 from deployments.text.vocabulary import Vocabulary

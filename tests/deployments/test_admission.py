@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deployments.errors import ApiError
-from deployments.limits import SPARE_LOADS, Limiter
-from deployments.metrics import Metrics
+from deployments.ingress.http_errors import ApiError
+from deployments.ingress.limiter import SPARE_LOADS, Limiter
+from deployments.ingress.metrics import Metrics
 from deployments.policy.admission import (
     MINUTE_NS,
     SECOND_NS,

@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 from adapter_store.catalog import Catalog
 from adapter_store.errors import AdapterNotFound, AdapterStoreError, SourceUnavailable
 from adapter_store.names import AdapterRecord, AdapterRef
-from deployments.errors import ApiError
 from deployments.fleet.protocol import Hello
-from deployments.ingress import Ingress, build_api
-from deployments.limits import Limiter
-from deployments.metrics import Metrics
-from deployments.models import Models, ServedModel, Target
+from deployments.ingress.http_errors import ApiError
+from deployments.ingress.limiter import Limiter
+from deployments.ingress.metrics import Metrics
+from deployments.ingress.model_resolver import Models, ServedModel, Target
+from deployments.ingress.routes import Ingress, build_api
 from deployments.tenants import Everybody, Tenant
 from tests.deployments.fakes import INFO, Answered, byte_vocabulary, call
 

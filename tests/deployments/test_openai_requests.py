@@ -4,12 +4,12 @@ from typing import Any
 
 import pytest
 
-from deployments.api.openai import (
+from deployments.ingress.api.openai import (
     ChatCompletionRequest,
     CompletionRequest,
     parse_request,
 )
-from deployments.errors import ApiError
+from deployments.ingress.http_errors import ApiError
 
 CHAT: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
 COMPLETION: dict[str, Any] = {"model": "m", "prompt": "hi"}

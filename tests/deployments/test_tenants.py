@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from deployments.errors import ApiError
+from deployments.ingress.http_errors import ApiError
 from deployments.new_key import main
 from deployments.policy.admission import SECOND_NS, Limits
 from deployments.tenants import Everybody, Keyring, Tenant

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, TypeVar, cast
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from deployments.errors import ApiError, invalid
+from deployments.ingress.http_errors import ApiError, invalid
 from engine.scheduler.request import MAX_LOGPROBS, InvalidRequest, SamplingParams
 
 MAX_CHOICES = 128

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from json.encoder import encode_basestring
 from typing import Any
 
-from deployments.choice import Choice, TokenEntry
+from deployments.ingress.choice import Choice, TokenEntry
 from deployments.text.vocabulary import Vocabulary
 from engine.messages import TokenLogprobs
 

@@ -19,19 +19,25 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from deployments.api.models import adapter_card, base_card, model_list
-from deployments.api.openai import (
+from deployments.ingress.api.model_cards import adapter_card, base_card, model_list
+from deployments.ingress.api.openai import (
     ChatCompletionRequest,
     CompletionRequest,
     parse_request,
 )
-from deployments.asgi import Api
-from deployments.errors import ApiError, body_too_large, internal, invalid, models_not_ready
-from deployments.limits import Limiter
-from deployments.metrics import CONTENT_TYPE, Metrics
-from deployments.models import Models, ServedModel
-from deployments.planning import Origin, plan_chat, plan_completion
-from deployments.responses import CLIENT_GONE, ErrorResponse, GenerationResponse
+from deployments.ingress.asgi import Api
+from deployments.ingress.http_errors import (
+    ApiError,
+    body_too_large,
+    internal,
+    invalid,
+    models_not_ready,
+)
+from deployments.ingress.limiter import Limiter
+from deployments.ingress.metrics import CONTENT_TYPE, Metrics
+from deployments.ingress.model_resolver import Models, ServedModel
+from deployments.ingress.planning import Origin, plan_chat, plan_completion
+from deployments.ingress.streaming import CLIENT_GONE, ErrorResponse, GenerationResponse
 from deployments.tenants import Tenant, Tenants
 
 Handler = Callable[[Request, ExitStack], Awaitable[Response]]

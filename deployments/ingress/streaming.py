@@ -10,9 +10,9 @@ from typing import cast
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from deployments.errors import ApiError, internal
-from deployments.generation import Generation, Plan
-from deployments.metrics import Metrics
+from deployments.ingress.generation import Generation, Plan
+from deployments.ingress.http_errors import ApiError, internal
+from deployments.ingress.metrics import Metrics
 
 CLIENT_GONE = 499  # nobody sees it but the metrics
 

@@ -8,13 +8,17 @@ import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from deployments.api.openai import ChatCompletionRequest, CompletionRequest, GenerationRequest
-from deployments.api.replies import ChatReply, CompletionReply, ReplyHead
-from deployments.choice import Choice, TokenEntry
-from deployments.errors import invalid
 from deployments.fleet.protocol import Submit
-from deployments.generation import Plan
-from deployments.models import Target
+from deployments.ingress.api.openai import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    GenerationRequest,
+)
+from deployments.ingress.api.openai_replies import ChatReply, CompletionReply, ReplyHead
+from deployments.ingress.choice import Choice, TokenEntry
+from deployments.ingress.generation import Plan
+from deployments.ingress.http_errors import invalid
+from deployments.ingress.model_resolver import Target
 from deployments.text.chat_template import TemplateRefused
 from deployments.text.vocabulary import Vocabulary
 from engine.messages import EngineInfo, GenerateRequest, RequestOutput, TokenLogprobs

@@ -8,8 +8,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from deployments.errors import rate_limited
-from deployments.metrics import Metrics
+from deployments.ingress.http_errors import rate_limited
+from deployments.ingress.metrics import Metrics
 from deployments.policy.admission import Limits, Load, Refusal, admit, is_idle, release
 
 SPARE_LOADS = 64  # idle tenants that may be remembered before they are looked for

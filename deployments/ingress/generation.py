@@ -10,12 +10,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import cast
 
-from deployments.api.replies import DONE, Reply, Usage
-from deployments.choice import Choice
-from deployments.errors import from_engine
 from deployments.fleet.protocol import Submit
-from deployments.metrics import Gaps, Metrics
-from deployments.models import Target
+from deployments.ingress.api.openai_replies import DONE, Reply, Usage
+from deployments.ingress.choice import Choice
+from deployments.ingress.http_errors import from_engine
+from deployments.ingress.metrics import Gaps, Metrics
+from deployments.ingress.model_resolver import Target
 from engine.messages import RequestOutput
 
 News = dict[Choice, str]

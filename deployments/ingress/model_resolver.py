@@ -17,9 +17,9 @@ from typing import Protocol
 
 from adapter_store.errors import AdapterNotFound, AdapterStoreError, InvalidName
 from adapter_store.names import AdapterRecord, AdapterRef
-from deployments.errors import model_not_found, models_not_ready, unavailable
 from deployments.fleet.engine_link import EngineLink
-from deployments.names import parse_model_name
+from deployments.ingress.http_errors import model_not_found, models_not_ready, unavailable
+from deployments.ingress.model_names import parse_model_name
 from deployments.tenants import Tenant
 from deployments.text.vocabulary import Vocabulary
 

@@ -1,0 +1,1 @@
+"""Requests and replies of each API, one file a surface."""
