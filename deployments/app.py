@@ -44,7 +44,7 @@ from deployments.logs import log_to_serves_file
 from deployments.replica import autoscaler
 from deployments.replica.replica import EngineReplica, ReplicaSettings
 from deployments.stores import open_adapter_store
-from deployments.tenants import open_tenants
+from deployments.tenants.tenants import open_tenants
 from deployments.text.vocabulary import Vocabulary
 from engine.client import EngineClient
 from engine.garbage import keep_what_is_loaded

@@ -27,7 +27,7 @@ from deployments.config import AppConfig, check_exposure, load_config
 from deployments.config_file import Address, read_address, read_application
 from deployments.local_cluster import cluster, cluster_folder, end_on_signals, ray_environment
 from deployments.stores import open_adapter_store
-from deployments.tenants import open_tenants
+from deployments.tenants.tenants import open_tenants
 from engine.config import ConfigError
 
 DEMO = Path(".data/demo")

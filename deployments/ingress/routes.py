@@ -38,7 +38,7 @@ from deployments.ingress.metrics import CONTENT_TYPE, Metrics
 from deployments.ingress.model_resolver import Models, ServedModel
 from deployments.ingress.planning import Origin, plan_chat, plan_completion
 from deployments.ingress.streaming import CLIENT_GONE, ErrorResponse, GenerationResponse
-from deployments.tenants import Tenant, Tenants
+from deployments.tenants.tenants import Tenant, Tenants
 
 Handler = Callable[[Request, ExitStack], Awaitable[Response]]
 TenantHandler = Callable[[Request, Tenant], Awaitable[Response]]

@@ -26,7 +26,7 @@ from deployments.ingress.model_resolver import Models, ServedModel
 from deployments.ingress.planning import Origin
 from deployments.ingress.routes import Ingress, build_api
 from deployments.replica.replica import EngineReplica, ReplicaSettings
-from deployments.tenants import Everybody, Tenants
+from deployments.tenants.tenants import Everybody, Tenants
 from deployments.text.vocabulary import Vocabulary
 from engine.client import EngineUnavailable
 from engine.messages import (

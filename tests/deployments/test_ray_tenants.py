@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM
 
 from adapter_store.store import AdapterStore
 from deployments.local_cluster import descendants, free_port
-from deployments.new_key import main as new_key_main
+from deployments.tenants.new_key import main as new_key_main
 from tests.deployments.processes import assert_gone
 from tests.deployments.tiny_models import make_adapter, make_base
 
@@ -229,7 +229,7 @@ def test_a_client_that_hangs_up_gives_its_place_back(server: Running) -> None:
 
 
 def test_keys_come_and_go_while_the_server_runs(server: Running) -> None:
-    command = [sys.executable, "-m", "deployments.tenants", "new-key", "newcomer"]
+    command = [sys.executable, "-m", "deployments.tenants.tenants", "new-key", "newcomer"]
     made = subprocess.run(
         [*command, "--file", "keys.yaml"], cwd=server.folder, check=True, capture_output=True
     )

@@ -13,9 +13,9 @@ import pytest
 import yaml
 
 from deployments.ingress.http_errors import ApiError
-from deployments.new_key import main
 from deployments.policy.admission import SECOND_NS, Limits
-from deployments.tenants import Everybody, Keyring, Tenant
+from deployments.tenants.new_key import main
+from deployments.tenants.tenants import Everybody, Keyring, Tenant
 from engine.config import ConfigError
 from tests.deployments.fakes import Client, FakeEngine, Server, serving, until
 
@@ -150,7 +150,7 @@ def test_a_changed_file_is_read_again_and_a_broken_one_keeps_the_old_keys(
 def test_a_file_that_is_followed_is_read_without_being_asked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("deployments.tenants.FOLLOW_S", 0.01)
+    monkeypatch.setattr("deployments.tenants.tenants.FOLLOW_S", 0.01)
 
     async def run() -> None:
         path = keys_file(tmp_path, tenants={})

@@ -14,10 +14,10 @@ can turn back. It is YAML or JSON:
 A tenant's adapters are the ones published under its name. When the file changes it is read
 again, within two seconds; if it is broken then, an error is logged and the old keys stay.
 
-    python -m deployments.tenants new-key TENANT [--file keys.yaml]
-    python -m deployments.tenants new-key --metrics [--file keys.yaml]
+    python -m deployments.tenants.tenants new-key TENANT [--file keys.yaml]
+    python -m deployments.tenants.tenants new-key --metrics [--file keys.yaml]
 
-make a key, print it once, and store its hash (`deployments.new_key`). Knows no adapters, and of
+make a key, print it once, and store its hash (`deployments.tenants.new_key`). Knows no adapters, and of
 limits only their numbers.
 """
 
@@ -273,6 +273,6 @@ def _bearer_key(authorization: str | None) -> str:
 
 
 if __name__ == "__main__":
-    from deployments.new_key import main
+    from deployments.tenants.new_key import main
 
     sys.exit(main())

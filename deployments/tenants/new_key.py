@@ -19,7 +19,7 @@ import yaml
 
 from adapter_store.file_lock import FileLock
 from adapter_store.names import NAME_RULE
-from deployments.tenants import KEY_PREFIX, hash_key, parse_document
+from deployments.tenants.tenants import KEY_PREFIX, hash_key, parse_document
 from engine.config import ConfigError
 
 KEY_BYTES = 32
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m deployments.tenants")
+    parser = argparse.ArgumentParser(prog="python -m deployments.tenants.tenants")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     text = "Make an API key, print it, and store only its hash."
     new_key = commands.add_parser("new-key", help=text, description=text)
