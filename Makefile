@@ -9,7 +9,7 @@ PORT ?= 8000
 .PHONY: serve test lint bench
 
 serve: .venv/demo.stamp
-	@exec .venv/bin/python -m deployments.serve --config $(CONFIG) --port $(PORT)
+	@exec .venv/bin/python -m deployments.local.serve --config $(CONFIG) --port $(PORT)
 
 test: .venv/dev.stamp .venv-clients/stamp .venv-swift/stamp
 	.venv/bin/pytest

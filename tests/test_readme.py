@@ -8,7 +8,7 @@ import pytest
 from pydantic import BaseModel
 
 from deployments.config import AppConfig, load_config
-from deployments.config_file import read_application
+from deployments.local.serve_yaml import read_application
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

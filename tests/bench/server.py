@@ -55,7 +55,7 @@ def publish(scratch: Path, source: Path, folders: Sequence[Path]) -> list[str]:
 def serving(config: Path) -> Iterator[tuple[str, int]]:
     """(address, process id) of a server that has answered /health; ended with the block."""
     port = _free_port()
-    command = [sys.executable, "-m", "deployments.serve", "--config", str(config)]
+    command = [sys.executable, "-m", "deployments.local.serve", "--config", str(config)]
     process = subprocess.Popen([*command, "--port", str(port)], cwd=ROOT, stdout=sys.stderr)
     try:
         url = f"http://127.0.0.1:{port}"

@@ -22,7 +22,7 @@ def main() -> None:
 
 def run(folder: Path, port: int) -> None:
     answers, sys.stdout = sys.stdout, sys.stderr  # Ray prints now and then
-    from deployments.local_cluster import ray_environment
+    from deployments.local.ray_head import ray_environment
 
     # Before Ray is imported, here and in all its processes.
     os.environ.update(ray_environment(folder))

@@ -7,9 +7,9 @@ import pytest
 import yaml
 
 from deployments.config import load_config, parse_bytes
-from deployments.config_file import read_application
 from deployments.ingress.model_names import ModelName, parse_model_name
-from deployments.local_cluster import ray_environment
+from deployments.local.ray_head import ray_environment
+from deployments.local.serve_yaml import read_application
 from engine.config import ConfigError
 
 BASES = ["demo", "org/demo", "org/demo:x"]

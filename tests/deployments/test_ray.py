@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from adapter_store.store import AdapterStore
-from deployments.local_cluster import descendants, free_port
+from deployments.local.ray_head import descendants, free_port
 from tests.deployments.processes import assert_gone, command
 from tests.deployments.tiny_models import make_adapter, make_base
 
@@ -84,7 +84,15 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     config.write_text(yaml.safe_dump(configuration()))
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [sys.executable, "-m", "deployments.serve", "--config", config, "--port", str(port)],
+            [
+                sys.executable,
+                "-m",
+                "deployments.local.serve",
+                "--config",
+                config,
+                "--port",
+                str(port),
+            ],
             cwd=folder,
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -217,7 +225,15 @@ def text_of(raw: bytes) -> str:
 def test_a_second_server_on_the_same_port_is_refused_with_a_reason(server: Running) -> None:
     config = server.log.with_name("config.yaml")
     result = subprocess.run(
-        [sys.executable, "-m", "deployments.serve", "--config", config, "--port", str(server.port)],
+        [
+            sys.executable,
+            "-m",
+            "deployments.local.serve",
+            "--config",
+            config,
+            "--port",
+            str(server.port),
+        ],
         cwd=config.parent,
         capture_output=True,
         text=True,

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from adapter_store.store import AdapterStore
-from deployments.local_cluster import descendants, free_port
+from deployments.local.ray_head import descendants, free_port
 from tests.deployments.processes import assert_gone, command
 from tests.deployments.test_ray import ROOT, wait_for
 from tests.deployments.tiny_models import make_adapter, make_base

@@ -25,7 +25,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from adapter_store.store import AdapterStore
-from deployments.local_cluster import descendants, free_port
+from deployments.local.ray_head import descendants, free_port
 from deployments.tenants.new_key import main as new_key_main
 from tests.deployments.processes import assert_gone
 from tests.deployments.tiny_models import make_adapter, make_base
@@ -106,7 +106,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     keys = make_keys(folder)
     port = free_port()
     (folder / "config.yaml").write_text(yaml.safe_dump(configuration()))
-    command = [sys.executable, "-m", "deployments.serve", "--config", "config.yaml"]
+    command = [sys.executable, "-m", "deployments.local.serve", "--config", "config.yaml"]
     log = folder / "log"
     with log.open("wb") as output:
         process = subprocess.Popen(

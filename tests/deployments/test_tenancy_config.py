@@ -12,9 +12,9 @@ import yaml
 
 from deployments import logs
 from deployments.config import TenancySection, check_exposure, is_loopback, load_config
-from deployments.config_file import Address, read_address
+from deployments.local.serve import reason
+from deployments.local.serve_yaml import Address, read_address
 from deployments.policy.admission import Limits
-from deployments.serve import reason
 from deployments.stores import open_adapter_store
 from engine.config import ConfigError
 
@@ -144,7 +144,7 @@ def test_a_server_that_cannot_start_says_why_in_a_sentence(
     path = config_file(
         tmp_path, {"models": [MODEL], **args}, http_options={"host": host, "port": 0}
     )
-    command = [sys.executable, "-m", "deployments.serve", "--config", str(path)]
+    command = [sys.executable, "-m", "deployments.local.serve", "--config", str(path)]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert result.returncode == 1 and result.stdout == ""
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1, result.stderr

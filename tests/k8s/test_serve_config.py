@@ -15,7 +15,7 @@ from pydantic import BaseModel
 from pydantic.warnings import PydanticDeprecatedSince20
 
 from deployments.config import load_config, parse_bytes
-from deployments.config_file import read_application
+from deployments.local.serve_yaml import read_application
 from k8s.generate import MARKER, embed
 from tests.k8s.manifests import (
     FOLDER,

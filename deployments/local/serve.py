@@ -1,6 +1,6 @@
 """What `make serve` runs: a Ray cluster of its own on loopback, the application, and the way out.
 
-    python -m deployments.serve [--config configs/dev-cpu.yaml] [--host 127.0.0.1] [--port 8000]
+    python -m deployments.local.serve [--config configs/dev-cpu.yaml] [--host 127.0.0.1] [--port 8000]
 
 Everything it starts is a descendant of this process and ends with it.
 """
@@ -24,8 +24,8 @@ from typing import Any
 
 from adapter_store.errors import AdapterStoreError
 from deployments.config import AppConfig, check_exposure, load_config
-from deployments.config_file import Address, read_address, read_application
-from deployments.local_cluster import cluster, cluster_folder, end_on_signals, ray_environment
+from deployments.local.ray_head import cluster, cluster_folder, end_on_signals, ray_environment
+from deployments.local.serve_yaml import Address, read_address, read_application
 from deployments.stores import open_adapter_store
 from deployments.tenants.tenants import open_tenants
 from engine.config import ConfigError

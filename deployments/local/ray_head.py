@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from deployments.config_file import Address
+from deployments.local.serve_yaml import Address
 
 KILL_TIMEOUT_S = 5.0
 QUIET_PORTS = range(20_000, 32_768)  # Ray's workers are below, connections above
