@@ -40,9 +40,9 @@ from deployments.ingress.limiter import Limiter
 from deployments.ingress.metrics import Metrics
 from deployments.ingress.model_resolver import Models, ServedModel
 from deployments.ingress.routes import Ingress, build_api
-from deployments.logs import log_to_serves_file
 from deployments.replica import autoscaler
 from deployments.replica.replica import EngineReplica, ReplicaSettings
+from deployments.serve_logging import log_to_serves_file
 from deployments.stores import open_adapter_store
 from deployments.tenants.tenants import open_tenants
 from deployments.text.vocabulary import Vocabulary

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from deployments import logs
+from deployments import serve_logging as logs
 from deployments.config import TenancySection, check_exposure, is_loopback, load_config
 from deployments.local.serve import reason
 from deployments.local.serve_yaml import Address, read_address
