@@ -16,6 +16,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from engine.backends.load import load_model
+from engine.backends.sync_runner import (
+    FailedStep,
+    RowOutput,
+    Runner,
+    StepHandle,
+)
 from engine.config import EngineConfig
 from engine.lora.host_cache import HostAdapter, HostCache
 from engine.lora.weights import AdapterLoadError, load_lora
@@ -33,13 +40,6 @@ from engine.messages import (
 )
 from engine.model.families import read_eos_token_ids
 from engine.runner.device import check_device
-from engine.runner.load import load_model
-from engine.runner.model_runner import (
-    FailedStep,
-    RowOutput,
-    Runner,
-    StepHandle,
-)
 from engine.scheduler.adapter_slots import AdapterSlots
 from engine.scheduler.batch import ScheduledBatch
 from engine.scheduler.block_manager import BlockManager

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from engine.backends.kv_cache import kv_bytes_per_token
 from engine.config import ConfigError, EngineConfig
 from engine.device_memory import arena_bytes, needs
 from engine.kernels.flashinfer_prefill import workspace_bytes
@@ -14,7 +15,6 @@ from engine.model.families import read_dtype, read_scheme, read_spec
 from engine.model.quantized_checkpoint import weight_format
 from engine.model.spec import ModelSpec
 from engine.plan.arithmetic import FORMATS, ModelSize, read_model_size, weight_bytes
-from engine.runner.kv_cache import kv_bytes_per_token
 
 DEFAULT_MAX_MODEL_LEN = 8192
 DEFAULT_MEMORY_BYTES = 2 * 2**30  # on a CPU

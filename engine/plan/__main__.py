@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from engine.backends.kv_cache import SCALE_BYTES, kv_bytes_per_token
 from engine.config import KV_DTYPES, QUANTIZATIONS
 from engine.model.quantize import NF4_BLOCK
 from engine.model.spec import ModelError
@@ -33,7 +34,6 @@ from engine.plan.arithmetic import (
     weight_bytes,
 )
 from engine.plan.machine import measure
-from engine.runner.kv_cache import SCALE_BYTES, kv_bytes_per_token
 
 NUM_ADAPTERS = (0, 1, 8, 32, 128)
 BATCHES = (1, 8, 32, 128)

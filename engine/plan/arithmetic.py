@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from engine.backends.kv_cache import kv_bytes_per_token
 from engine.kernels.dispatch import reference_ops
 from engine.kernels.quantized import BYTE_FORMATS
 from engine.model.decoder import Decoder
@@ -17,7 +18,6 @@ from engine.model.layers import Build
 from engine.model.quantize import NF4_BLOCK, check_quantizable
 from engine.model.quantized_checkpoint import weight_format
 from engine.model.spec import ModelSpec
-from engine.runner.kv_cache import kv_bytes_per_token
 
 ATTENTION_SITES = ("qkv", "o")
 SCALE_BYTES = 4  # a float32 per row (int8, fp8), block (nf4) or group (int4, and a zero each)

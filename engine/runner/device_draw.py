@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from engine.runner.sampler import NOISE_BITS
+from engine.backends.sampler import NOISE_BITS
 
 MASS_BITS = 40  # a probability of 1 relative to the likeliest token's is 2**40
 DIGITS = ((21, 11), (10, 11), (0, 10))  # (shift, bits) of a 32-bit number, the highest first

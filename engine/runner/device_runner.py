@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.backends.rows import wanted_rows
+from engine.backends.sync_runner import LOGITS_ROWS, FinishedStep, RowOutput, StepHandle
 from engine.messages import TokenLogprobs
 from engine.runner.adapter_copies import AdapterCopies
 from engine.runner.device import Device
@@ -18,9 +20,7 @@ from engine.runner.device_draw import Draw, draw
 from engine.runner.device_forward import DeviceForward, ForwardOutput
 from engine.runner.device_inputs import RequestKey, request_key
 from engine.runner.device_sampler import DeviceSampler, Sampled, read_scores, scored
-from engine.runner.model_runner import LOGITS_ROWS, FinishedStep, RowOutput, StepHandle
 from engine.runner.packed_copies import Arrival, Download, Upload
-from engine.runner.rows import wanted_rows
 from engine.scheduler.batch import ScheduledBatch, ScheduledRequest
 from engine.scheduler.request import SamplingParams
 

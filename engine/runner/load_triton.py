@@ -4,6 +4,8 @@ from collections.abc import Callable
 
 import torch
 
+from engine.backends.load import LoadedModel, read_decoder
+from engine.backends.sync_runner import Runner
 from engine.config import EngineConfig
 from engine.kernels.device_ops import device_ops
 from engine.kernels.flashinfer_prefill import is_allowed
@@ -14,8 +16,6 @@ from engine.model.loader import weight_bytes
 from engine.runner.adapter_copies import PackedAdapter
 from engine.runner.device import CudaDevice, Device, HostDevice
 from engine.runner.device_forward import StepLimits
-from engine.runner.load import LoadedModel, read_decoder
-from engine.runner.model_runner import Runner
 from engine.runner.triton_runner import AdapterLimits, adapter_packer, make_triton_runner
 from engine.settle import Settled
 

@@ -5,12 +5,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from engine.backends.kv_cache import copy_blocks
+from engine.backends.sampler import TorchPicker
 from engine.lora.bank import AdapterBank
 from engine.lora.weights import LoraWeights
 from engine.model.decoder import Decoder
 from engine.runner.inputs import build_inputs
-from engine.runner.kv_cache import copy_blocks
-from engine.runner.sampler import TorchPicker
 from engine.scheduler.batch import AdapterLoad, BlockCopy, Move, ScheduledBatch
 
 

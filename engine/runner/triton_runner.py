@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from engine.backends.kv_cache import blocks_of_arena
 from engine.kernels.device_positions import prefill_tile_tokens
 from engine.kernels.flashinfer_prefill import (
     FlashInferPrefill,
@@ -29,7 +30,6 @@ from engine.runner.device import Device
 from engine.runner.device_draw import Draws, likeliest_unless_finite
 from engine.runner.device_forward import DeviceForward, StepLimits
 from engine.runner.device_runner import DeviceRunner
-from engine.runner.kv_cache import blocks_of_arena
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,8 @@ from statistics import median
 
 import torch
 
+from engine.backends.kv_cache import kv_bytes_per_token
+from engine.backends.sync_runner import StepHandle
 from engine.kernels.device_ops import device_ops
 from engine.kernels.fp8 import dequantized_mm
 from engine.model.decoder import Decoder
@@ -20,8 +22,6 @@ from engine.runner.adapter_copies import PackedAdapter, pack_adapter
 from engine.runner.device import CudaDevice, Device, HostDevice
 from engine.runner.device_forward import StepLimits
 from engine.runner.device_runner import DeviceRunner
-from engine.runner.kv_cache import kv_bytes_per_token
-from engine.runner.model_runner import StepHandle
 from engine.runner.triton_runner import AdapterLimits, TritonRunner, make_triton_runner
 from engine.scheduler.batch import PENDING, AdapterLoad, ScheduledBatch, ScheduledRequest
 from tests.bench.gpu_clock import wake

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from engine.backends.kv_cache import kv_bytes_per_token
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.kernels.cpu.library import Context
@@ -24,7 +25,6 @@ from engine.kernels.cpu.linear import NativeLinear
 from engine.messages import AdapterFolder, GenerateRequest
 from engine.plan.arithmetic import Machine
 from engine.plan.machine import measure as measure_machine
-from engine.runner.kv_cache import kv_bytes_per_token
 from engine.runner.native_forward import NativeForward
 from engine.scheduler.request import SamplingParams
 from tests.bench.environment import append_row, header

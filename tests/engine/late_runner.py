@@ -6,7 +6,7 @@ A step is computed when its result is asked for, by which time the next one has 
 from collections import deque
 from dataclasses import dataclass, replace
 
-from engine.runner.model_runner import ModelRunner, RowOutput
+from engine.backends.sync_runner import ModelRunner, RowOutput
 from engine.scheduler.batch import PENDING, ScheduledBatch, ScheduledRequest
 
 NEVER_READ = 3  # in place of a token of a step that raised

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.backends.kv_cache import blocks_of_arena
 from engine.kernels.device_positions import DevicePositions
 from engine.kernels.inputs import AttentionInputs, ForwardInputs, LoraBatch
 from engine.lora.extent import UNIT_BYTES, Extent, move_bytes
@@ -22,7 +23,6 @@ from engine.runner.adapter_copies import AdapterCopies, PackedAdapter, pack_adap
 from engine.runner.device import Device, HostDevice
 from engine.runner.device_forward import DeviceForward, Numbers, StepLimits
 from engine.runner.device_runner import DeviceRunner
-from engine.runner.kv_cache import blocks_of_arena
 
 BLOCK_SIZE = 4
 ARENA_BYTES = 2**21

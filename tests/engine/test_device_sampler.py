@@ -8,17 +8,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.messages import TokenLogprobs
-from engine.runner.device import HostDevice
-from engine.runner.device_draw import gumbel_rows, noise_keys, weighted_floor
-from engine.runner.device_sampler import DeviceSampler, read_scores
-from engine.runner.sampler import (
+from engine.backends.sampler import (
     NotFinite,
     SampledToken,
     _filter,
     gumbel_noise,
     sample,
 )
+from engine.messages import TokenLogprobs
+from engine.runner.device import HostDevice
+from engine.runner.device_draw import gumbel_rows, noise_keys, weighted_floor
+from engine.runner.device_sampler import DeviceSampler, read_scores
 from engine.scheduler.batch import PENDING, ScheduledRequest
 from engine.scheduler.request import SamplingParams
 from tests.engine.draws import request_of

@@ -8,6 +8,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 
+from engine.backends.kv_cache import allocate_kv_cache
 from engine.lora.weights import load_lora
 from engine.messages import AdapterFolder
 from engine.model.loader import load_decoder
@@ -28,7 +29,6 @@ from engine.plan.arithmetic import (
     weight_bytes,
 )
 from engine.plan.picture import memory_shares
-from engine.runner.kv_cache import allocate_kv_cache
 from tests.engine.tiny import MODEL_TYPES, write_tiny
 
 CPU = torch.device("cpu")

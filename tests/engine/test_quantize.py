@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from deployments.config import load_config
+from engine.backends.kv_cache import kv_bytes_per_token
 from engine.config import ConfigError, EngineConfig
 from engine.engine import Engine
 from engine.kernels import reference, torch_ops
@@ -34,7 +35,6 @@ from engine.model.layers import Linear, SideBySide
 from engine.model.loader import load_decoder, weight_bytes
 from engine.model.quantize import QUANTIZERS, quantize_fp8, quantize_int8, quantize_nf4
 from engine.model.spec import ModelError
-from engine.runner.kv_cache import kv_bytes_per_token
 from engine.settle import settle
 from tests.engine.driver import generate, make_engine, run, write_adapter
 from tests.engine.driver import greedy as driver_greedy

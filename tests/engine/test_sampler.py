@@ -14,7 +14,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from engine.runner.sampler import (
+from engine.backends.sampler import (
     MAX_NOISE,
     NotFinite,
     TorchPicker,

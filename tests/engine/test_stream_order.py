@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+from engine.backends.sync_runner import StepHandle
 from engine.kernels.device_positions import DevicePositions
 from engine.kernels.inputs import LoraBatch
 from engine.lora.extent import Extent, move_bytes
 from engine.runner.adapter_copies import AdapterCopies, PackedAdapter
 from engine.runner.device_forward import DeviceForward, StepLimits
 from engine.runner.device_runner import DeviceRunner
-from engine.runner.model_runner import StepHandle
 from engine.runner.packed_copies import Arrival, PinnedRing
 from engine.scheduler.adapter_slots import AdapterSlots
 from engine.scheduler.batch import AdapterMove, BlockCopy, ScheduledBatch

@@ -16,9 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.kernels.cpu.library import Context, supported_isas
-from engine.runner.native_sampler import NativePicker
-from engine.runner.sampler import (
+from engine.backends.sampler import (
     NotFinite,
     SampledToken,
     TorchPicker,
@@ -26,6 +24,8 @@ from engine.runner.sampler import (
     gumbel_noise,
     sample,
 )
+from engine.kernels.cpu.library import Context, supported_isas
+from engine.runner.native_sampler import NativePicker
 from engine.scheduler.batch import ScheduledRequest
 from engine.scheduler.request import SamplingParams
 from tests.engine.draws import request_of

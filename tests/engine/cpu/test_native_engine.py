@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 
+from engine.backends import load
 from engine.config import ConfigError
 from engine.engine import Engine
 from engine.kernels.cpu.build import BuildError
 from engine.kernels.cpu.library import Context
 from engine.messages import AdapterFolder, GenerateRequest
-from engine.runner import load
 from tests.engine.driver import (
     greedy,
     make_engine,

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from engine.backends.kv_cache import allocate_kv_cache
+from engine.backends.sync_runner import ForwardPass, ModelRunner, Runner
 from engine.config import ConfigError, EngineConfig
 from engine.kernels.cpu import structs
 from engine.kernels.cpu.build import BuildError
@@ -23,8 +25,6 @@ from engine.lora.host_cache import HostAdapter
 from engine.lora.weights import BLayout, LoraWeights
 from engine.model.decoder import Decoder, LoraSite
 from engine.model.loader import load_decoder, weight_bytes
-from engine.runner.kv_cache import allocate_kv_cache
-from engine.runner.model_runner import ForwardPass, ModelRunner, Runner
 from engine.runner.native_forward import NativeForward
 from engine.runner.torch_forward import TorchForward
 from engine.settle import Settled, is_interpreting

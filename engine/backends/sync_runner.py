@@ -13,10 +13,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from engine.backends.rows import wanted_rows
+from engine.backends.sampler import NotFinite, Picker, SampledToken, sample, target_logprobs
 from engine.lora.weights import LoraWeights
 from engine.messages import TokenLogprobs
-from engine.runner.rows import wanted_rows
-from engine.runner.sampler import NotFinite, Picker, SampledToken, sample, target_logprobs
 from engine.scheduler.batch import AdapterLoad, Move, ScheduledBatch, ScheduledRequest
 
 LOGITS_ROWS = 32  # rows of [*, V] logits that are in memory at once for prompt logprobs
