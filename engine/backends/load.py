@@ -15,6 +15,7 @@ import torch
 
 from engine.backends.kv_cache import allocate_kv_cache
 from engine.backends.sync_runner import ForwardPass, ModelRunner, Runner
+from engine.backends.torch.forward import TorchForward
 from engine.config import ConfigError, EngineConfig
 from engine.kernels.cpu import structs
 from engine.kernels.cpu.build import BuildError
@@ -26,7 +27,6 @@ from engine.lora.weights import BLayout, LoraWeights
 from engine.model.decoder import Decoder, LoraSite
 from engine.model.loader import load_decoder, weight_bytes
 from engine.runner.native_forward import NativeForward
-from engine.runner.torch_forward import TorchForward
 from engine.settle import Settled, is_interpreting
 
 log = logging.getLogger(__name__)

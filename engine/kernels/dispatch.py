@@ -12,7 +12,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from engine.kernels import reference, torch_ops
+from engine.backends.torch import torch_ops
+from engine.kernels import reference
 from engine.kernels.cpu.library import Context
 from engine.kernels.cpu.linear import NativeHead, NativeLinear
 from engine.kernels.inputs import AttentionInputs

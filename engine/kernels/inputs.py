@@ -1,6 +1,6 @@
 """ForwardInputs: what one forward pass reads besides weights and KV cache.
 
-Built by `engine.runner.inputs`, read by the decoder and its ops, never changed on the way.
+Built by `engine.backends.torch.inputs`, read by the decoder and its ops, never changed on the way.
 Rows are ordered: all requests with one new token (decode) first, then the prefill chunks.
 """
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from engine.backends.torch.forward import TorchForward
 from engine.engine import Engine
 from engine.lora.extent import Extent
 from engine.lora.weights import LoraWeights
@@ -20,7 +21,6 @@ from engine.runner.adapter_copies import AdapterCopies, PackedAdapter, pack_adap
 from engine.runner.device import Event, HostDevice
 from engine.runner.device_forward import StepLimits
 from engine.runner.device_runner import DeviceRunner
-from engine.runner.torch_forward import TorchForward
 from engine.scheduler.batch import ScheduledBatch
 from tests.engine.driver import greedy, make_engine, prompt_of, run, write_adapter
 from tests.engine.plain_device import make_plain

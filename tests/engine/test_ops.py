@@ -8,7 +8,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from engine.kernels import reference, torch_ops
+from engine.backends.torch import torch_ops
+from engine.kernels import reference
 from engine.kernels.dispatch import Ops, PagedAttention, reference_ops, select_ops
 from engine.kernels.inputs import AttentionInputs
 

@@ -16,9 +16,10 @@ from torch import nn
 
 from deployments.config import load_config
 from engine.backends.kv_cache import kv_bytes_per_token
+from engine.backends.torch import torch_ops
 from engine.config import ConfigError, EngineConfig
 from engine.engine import Engine
-from engine.kernels import reference, torch_ops
+from engine.kernels import reference
 from engine.kernels.quantized import (
     NF4_VALUES,
     QuantizedWeight,

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.lora.bank import AdapterBank
+from engine.backends.torch.bank import AdapterBank
 from engine.lora.device_bank import WORDS, DeviceAdapterBank
 from engine.lora.extent import UNIT_BYTES, extent_nbytes, extent_of
 from engine.lora.weights import LoraWeights, load_lora

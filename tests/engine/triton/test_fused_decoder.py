@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 import torch
 
+from engine.backends.torch.bank import AdapterBank
 from engine.device_memory import needs
 from engine.kernels import reference
 from engine.kernels.device_ops import DenseLinear, device_ops
 from engine.kernels.dispatch import Ops, reference_ops
 from engine.kernels.fp8 import dequantized_mm
 from engine.kernels.inputs import AttentionInputs, ForwardInputs, LoraBatch
-from engine.lora.bank import AdapterBank
 from engine.lora.weights import LoraWeights, SiteWeights
 from engine.model.decoder import Decoder, DecoderLayer
 from engine.model.fused import FusedDecoder

@@ -7,10 +7,10 @@ from torch import Tensor
 
 from engine.backends.kv_cache import copy_blocks
 from engine.backends.sampler import TorchPicker
-from engine.lora.bank import AdapterBank
+from engine.backends.torch.bank import AdapterBank
+from engine.backends.torch.inputs import build_inputs
 from engine.lora.weights import LoraWeights
 from engine.model.decoder import Decoder
-from engine.runner.inputs import build_inputs
 from engine.scheduler.batch import AdapterLoad, BlockCopy, Move, ScheduledBatch
 
 

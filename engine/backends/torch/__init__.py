@@ -1,0 +1,1 @@
+"""The torch backend: every device that torch has, no kernels of our own."""
