@@ -13,7 +13,7 @@ from setuptools.command.build_py import build_py
 ROOT = Path(__file__).parent
 sys.path.insert(0, str(ROOT))
 
-from engine.kernels.cpu.build import LIBRARY_FOLDER, BuildError, compile_library  # noqa: E402
+from engine.backends.native.build import LIBRARY_FOLDER, BuildError, compile_library  # noqa: E402
 
 
 class BuildWithKernels(build_py):

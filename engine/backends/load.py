@@ -14,19 +14,19 @@ from typing import Any
 import torch
 
 from engine.backends.kv_cache import allocate_kv_cache
+from engine.backends.native import structs
+from engine.backends.native.build import BuildError
+from engine.backends.native.forward import NativeForward
+from engine.backends.native.kv import KvLayout, check_heads, check_rotary
+from engine.backends.native.library import Context
 from engine.backends.sync_runner import ForwardPass, ModelRunner, Runner
 from engine.backends.torch.forward import TorchForward
 from engine.config import ConfigError, EngineConfig
-from engine.kernels.cpu import structs
-from engine.kernels.cpu.build import BuildError
-from engine.kernels.cpu.kv import KvLayout, check_heads, check_rotary
-from engine.kernels.cpu.library import Context
 from engine.kernels.dispatch import Ops, native_ops, select_ops
 from engine.lora.host_cache import HostAdapter
 from engine.lora.weights import BLayout, LoraWeights
 from engine.model.decoder import Decoder, LoraSite
 from engine.model.loader import load_decoder, weight_bytes
-from engine.runner.native_forward import NativeForward
 from engine.settle import Settled, is_interpreting
 
 log = logging.getLogger(__name__)

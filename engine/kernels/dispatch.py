@@ -12,10 +12,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from engine.backends.native.library import Context
+from engine.backends.native.linear import NativeHead, NativeLinear
 from engine.backends.torch import torch_ops
 from engine.kernels import reference
-from engine.kernels.cpu.library import Context
-from engine.kernels.cpu.linear import NativeHead, NativeLinear
 from engine.kernels.inputs import AttentionInputs
 from engine.kernels.quantized import QuantizedWeight
 

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from adapter_store.errors import AdapterStoreError
 from adapter_store.manifest import LoraModule, read_lora_layout
-from engine.kernels.cpu.memory import ALIGNMENT, separate_bytes
+from engine.backends.native.memory import ALIGNMENT, separate_bytes
 from engine.messages import AdapterFolder
 from engine.model.decoder import LoraSite
 from engine.model.layers import LoraSlice

@@ -20,9 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.kernels.cpu import structs
-from engine.kernels.cpu.kv import KvLayout
-from engine.kernels.cpu.library import FUNCTIONS, Context
+from engine.backends.native import structs
+from engine.backends.native.kv import KvLayout
+from engine.backends.native.library import FUNCTIONS, Context
 
 Call = Callable[[], None]
 ROUND_SECONDS = 0.004  # short enough that some pass between two disturbances

@@ -18,10 +18,10 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from engine.kernels.cpu import structs
-from engine.kernels.cpu.library import Context, supported_isas
-from engine.kernels.cpu.linear import NativeLinear
-from engine.kernels.cpu.memory import aligned_bytes
+from engine.backends.native import structs
+from engine.backends.native.library import Context, supported_isas
+from engine.backends.native.linear import NativeLinear
+from engine.backends.native.memory import aligned_bytes
 from engine.kernels.quantized import QuantizedWeight
 
 SHAPES = {"qkv": (1152, 896), "o": (896, 896), "gate_up": (9728, 896), "down": (896, 4864)}

@@ -16,10 +16,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from engine.kernels.cpu import structs
-from engine.kernels.cpu.library import Context
-from engine.kernels.cpu.linear import NativeLinear
-from engine.kernels.cpu.memory import aligned_bytes, temporary_bytes
+from engine.backends.native import structs
+from engine.backends.native.library import Context
+from engine.backends.native.linear import NativeLinear
+from engine.backends.native.memory import aligned_bytes, temporary_bytes
 from engine.kernels.quantized import QuantizedWeight
 from tests.bench.environment import append_row, header
 

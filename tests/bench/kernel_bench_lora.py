@@ -17,9 +17,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from engine.kernels.cpu import structs
-from engine.kernels.cpu.adapters import NativeAdapterBank, NativeLoraBatch
-from engine.kernels.cpu.library import FUNCTIONS, Context
+from engine.backends.native import structs
+from engine.backends.native.bank import NativeAdapterBank, NativeLoraBatch
+from engine.backends.native.library import FUNCTIONS, Context
 from engine.lora.weights import LoraWeights, SiteWeights
 from engine.scheduler.batch import ScheduledBatch, ScheduledRequest
 from engine.scheduler.request import SamplingParams

@@ -18,14 +18,14 @@ from pathlib import Path
 import torch
 
 from engine.backends.kv_cache import kv_bytes_per_token
+from engine.backends.native.forward import NativeForward
+from engine.backends.native.library import Context
+from engine.backends.native.linear import NativeLinear
 from engine.config import EngineConfig
 from engine.engine import Engine
-from engine.kernels.cpu.library import Context
-from engine.kernels.cpu.linear import NativeLinear
 from engine.messages import AdapterFolder, GenerateRequest
 from engine.plan.arithmetic import Machine
 from engine.plan.machine import measure as measure_machine
-from engine.runner.native_forward import NativeForward
 from engine.scheduler.request import SamplingParams
 from tests.bench.environment import append_row, header
 from tests.bench.models import SHAPES, Shape, make_adapters, make_model

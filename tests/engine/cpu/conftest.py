@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from engine.kernels.cpu import library
-from engine.kernels.cpu.build import BuildError
-from engine.kernels.cpu.library import Context, supported_isas
+from engine.backends.native import library
+from engine.backends.native.build import BuildError
+from engine.backends.native.library import Context, supported_isas
 
 if "REEF_TEST_LIBRARY" in os.environ:  # one that was compiled in another way
     library.ensure_library = lambda: Path(os.environ["REEF_TEST_LIBRARY"])

@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from engine.kernels.cpu import structs
-from engine.kernels.cpu.adapters import NativeAdapter, NativeAdapterBank, NativeLoraBatch
-from engine.kernels.cpu.library import Context
+from engine.backends.native import structs
+from engine.backends.native.bank import NativeAdapter, NativeAdapterBank, NativeLoraBatch
+from engine.backends.native.library import Context
 from engine.lora import weights as weights_module
 from engine.lora.weights import AdapterLoadError, LoraWeights, load_lora
 from engine.messages import AdapterFolder

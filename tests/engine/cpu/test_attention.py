@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from engine.backends.native import structs
+from engine.backends.native.kv import KvLayout
+from engine.backends.native.library import FUNCTIONS, Context
 from engine.kernels import reference
-from engine.kernels.cpu import structs
-from engine.kernels.cpu.kv import KvLayout
-from engine.kernels.cpu.library import FUNCTIONS, Context
 from engine.kernels.inputs import AttentionInputs
 from tests.engine.cpu.test_store import empty_blocks, store, unpack_all
 

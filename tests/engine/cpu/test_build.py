@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from engine.kernels.cpu import build
-from engine.kernels.cpu.build import BuildError, compile_library, ensure_library, library_name
+from engine.backends.native import build
+from engine.backends.native.build import BuildError, compile_library, ensure_library, library_name
 
 ROOT = Path(__file__).parents[3]
 

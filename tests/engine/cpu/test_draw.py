@@ -16,6 +16,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from engine.backends.native.library import Context, supported_isas
+from engine.backends.native.picker import NativePicker
 from engine.backends.sampler import (
     NotFinite,
     SampledToken,
@@ -24,8 +26,6 @@ from engine.backends.sampler import (
     gumbel_noise,
     sample,
 )
-from engine.kernels.cpu.library import Context, supported_isas
-from engine.runner.native_sampler import NativePicker
 from engine.scheduler.batch import ScheduledRequest
 from engine.scheduler.request import SamplingParams
 from tests.engine.draws import request_of

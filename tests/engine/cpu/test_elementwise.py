@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from engine.backends.native import structs
+from engine.backends.native.library import FUNCTIONS, Context
 from engine.kernels import reference
-from engine.kernels.cpu import structs
-from engine.kernels.cpu.library import FUNCTIONS, Context
 
 WIDTHS = [1, 15, 16, 33, 64, 96, 127, 576, 896, 1000]
 ONE_UNIT = {"rtol": 2**-7, "atol": 1e-30}  # of bfloat16: 8 significant bits

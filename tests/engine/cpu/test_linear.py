@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.kernels.cpu import structs
-from engine.kernels.cpu.library import Context
-from engine.kernels.cpu.linear import NativeLinear
-from engine.kernels.cpu.memory import BLOCK, aligned_bytes, temporary_bytes
+from engine.backends.native import structs
+from engine.backends.native.library import Context
+from engine.backends.native.linear import NativeLinear
+from engine.backends.native.memory import BLOCK, aligned_bytes, temporary_bytes
 from engine.kernels.quantized import QuantizedWeight
 
 SHAPES = [  # (out, in): one of each, whole panels and words, and neither

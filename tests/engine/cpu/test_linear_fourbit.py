@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.kernels.cpu.library import Context
-from engine.kernels.cpu.linear import NativeLinear
+from engine.backends.native.library import Context
+from engine.backends.native.linear import NativeLinear
 from engine.kernels.quantized import NF4_VALUES, QuantizedWeight, dequantize
 
 # (in_features, out_features, group_size): whole and ragged panels, groups beside, of and beyond a

@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.kernels.cpu import structs
-from engine.kernels.cpu.adapters import NativeAdapter
-from engine.kernels.cpu.library import Context
+from engine.backends.native import structs
+from engine.backends.native.bank import NativeAdapter
+from engine.backends.native.library import Context
 from engine.lora.weights import LoraWeights, SiteWeights
 
 KEY = (0, "site")

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from engine.backends import load
+from engine.backends.native.build import BuildError
+from engine.backends.native.library import Context
 from engine.config import ConfigError
 from engine.engine import Engine
-from engine.kernels.cpu.build import BuildError
-from engine.kernels.cpu.library import Context
 from engine.messages import AdapterFolder, GenerateRequest
 from tests.engine.driver import (
     greedy,

@@ -7,8 +7,8 @@ import sys
 import pytest
 import torch
 
-from engine.kernels.cpu import structs
-from engine.kernels.cpu.library import Context
+from engine.backends.native import structs
+from engine.backends.native.library import Context
 
 
 def gather(context: Context, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:

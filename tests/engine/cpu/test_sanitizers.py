@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.kernels.cpu.build import compile_library
+from engine.backends.native.build import compile_library
 
 FOLDER = Path(__file__).parent
 FLAGS = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from engine.backends.native import structs
+from engine.backends.native.kv import KvLayout, check_heads, check_rotary
+from engine.backends.native.library import FUNCTIONS, Context
 from engine.kernels import reference
-from engine.kernels.cpu import structs
-from engine.kernels.cpu.kv import KvLayout, check_heads, check_rotary
-from engine.kernels.cpu.library import FUNCTIONS, Context
 
 BF16, INT8 = structs.KV_BF16, structs.KV_INT8
 ONE_ULP = {"rtol": 2**-7, "atol": 2**-14}

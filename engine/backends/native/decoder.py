@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from engine.kernels.cpu import structs
-from engine.kernels.cpu.library import Context
-from engine.kernels.cpu.linear import NativeLinear
-from engine.kernels.cpu.program import Buffer, Delta, Norm, Program
+from engine.backends.native import structs
+from engine.backends.native.library import Context
+from engine.backends.native.linear import NativeLinear
+from engine.backends.native.program import Buffer, Delta, Norm, Program
 from engine.model.decoder import Attention, Decoder, DecoderLayer, HeadNorms
 from engine.model.layers import Linear, RmsNorm, Scale, SideBySide
 from engine.model.rotary import RotaryTable

@@ -5,14 +5,14 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from engine.backends.kv_cache import copy_blocks
-from engine.kernels.cpu.adapters import NativeAdapterBank
-from engine.kernels.cpu.kv import KvLayout
-from engine.kernels.cpu.library import Context
+from engine.backends.native.bank import NativeAdapterBank
+from engine.backends.native.decoder import NativeDecoder
+from engine.backends.native.kv import KvLayout
+from engine.backends.native.library import Context
+from engine.backends.native.picker import NativePicker
+from engine.backends.native.step import StepArrays
 from engine.lora.weights import LoraWeights
 from engine.model.decoder import Decoder
-from engine.model.native import NativeDecoder
-from engine.runner.native_sampler import NativePicker
-from engine.runner.native_step import StepArrays
 from engine.scheduler.batch import AdapterLoad, BlockCopy, Move, ScheduledBatch
 
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from engine.kernels.cpu import structs
-from engine.kernels.cpu.library import Context
+from engine.backends.native import structs
+from engine.backends.native.library import Context
 from engine.scheduler.batch import ScheduledRequest
 
 _MASK64 = 2**64 - 1

@@ -12,7 +12,7 @@ from struct import Struct
 
 import torch
 
-from engine.kernels.cpu import structs
+from engine.backends.native import structs
 from engine.lora.weights import LoraWeights, SiteWeights
 from engine.scheduler.batch import ScheduledBatch
 

@@ -5,9 +5,9 @@ from array import array
 from collections.abc import Sequence
 from itertools import accumulate
 
+from engine.backends.native import structs
+from engine.backends.native.bank import NativeLoraBatch
 from engine.backends.rows import padded_block_tables, row_numbers
-from engine.kernels.cpu import structs
-from engine.kernels.cpu.adapters import NativeLoraBatch
 from engine.scheduler.batch import ScheduledRequest
 
 

@@ -9,11 +9,11 @@ import ctypes as c
 import torch
 from torch import Tensor
 
-from engine.kernels.cpu import structs
-from engine.kernels.cpu.library import Context
-from engine.kernels.cpu.memory import separate_bytes, temporary_bytes
-from engine.kernels.cpu.pack import Packer, Weight, pack_bf16, pack_int8
-from engine.kernels.cpu.pack4 import pack_int4, pack_nf4
+from engine.backends.native import structs
+from engine.backends.native.library import Context
+from engine.backends.native.memory import separate_bytes, temporary_bytes
+from engine.backends.native.pack import Packer, Weight, pack_bf16, pack_int8
+from engine.backends.native.pack4 import pack_int4, pack_nf4
 from engine.kernels.quantized import QuantizedWeight
 
 

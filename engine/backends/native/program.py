@@ -2,7 +2,7 @@
 
 What a CUDA graph is to a GPU: between two operations no Python runs, and what changes from step
 to step (rows, requests, adapters) is read from the step. Knows buffers and operations; which of
-them make up a model is `engine.model.native`'s business.
+them make up a model is `engine.backends.native.decoder`'s business.
 """
 
 import ctypes as c
@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from engine.kernels.cpu import structs
-from engine.kernels.cpu.library import Context
-from engine.kernels.cpu.linear import NativeLinear
-from engine.kernels.cpu.memory import aligned_bytes
+from engine.backends.native import structs
+from engine.backends.native.library import Context
+from engine.backends.native.linear import NativeLinear
+from engine.backends.native.memory import aligned_bytes
 
 _LINE = 32  # bfloat16s in a cache line
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.kernels.cpu import structs
+from engine.backends.native import structs
 
 RUN = 16  # positions whose keys lie side by side
 MAX_HEAD_DIM = 256

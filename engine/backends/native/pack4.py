@@ -7,10 +7,10 @@ which little is lost; the packed scales are divided by it.
 import torch
 from torch import Tensor
 
-from engine.kernels.cpu import structs
-from engine.kernels.cpu.library import Context
-from engine.kernels.cpu.memory import aligned_bytes
-from engine.kernels.cpu.pack import PANEL, PackedWeight, panels_of, run_pack
+from engine.backends.native import structs
+from engine.backends.native.library import Context
+from engine.backends.native.memory import aligned_bytes
+from engine.backends.native.pack import PANEL, PackedWeight, panels_of, run_pack
 from engine.kernels.quantized import QuantizedWeight
 
 NF4_FACTOR = 1.4367  # of the table in bf16

@@ -9,8 +9,8 @@ import os
 from collections.abc import Callable
 from functools import lru_cache
 
-from engine.kernels.cpu import structs
-from engine.kernels.cpu.build import ensure_library
+from engine.backends.native import structs
+from engine.backends.native.build import ensure_library
 
 log = logging.getLogger(__name__)
 

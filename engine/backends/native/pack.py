@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from engine.kernels.cpu import structs
-from engine.kernels.cpu.library import Context
-from engine.kernels.cpu.memory import aligned_bytes
+from engine.backends.native import structs
+from engine.backends.native.library import Context
+from engine.backends.native.memory import aligned_bytes
 from engine.kernels.quantized import QuantizedWeight
 
 PANEL = 32  # outputs that lie together: kPanel of src/linear_layout.h

@@ -1,0 +1,1 @@
+"""The native backend: our C++ kernels on a CPU, bfloat16."""
