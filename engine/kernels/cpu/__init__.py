@@ -1,1 +1,0 @@
-"""Native kernels for x86-64 CPUs: C++ with a plain C ABI, called through ctypes."""
