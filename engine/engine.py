@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from engine.backends.cuda.streams import check_device
 from engine.backends.load import load_model
 from engine.backends.sync_runner import (
     FailedStep,
@@ -39,7 +40,6 @@ from engine.messages import (
     TokenLogprobs,
 )
 from engine.model.families import read_eos_token_ids
-from engine.runner.device import check_device
 from engine.scheduler.adapter_slots import AdapterSlots
 from engine.scheduler.batch import ScheduledBatch
 from engine.scheduler.block_manager import BlockManager

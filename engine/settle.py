@@ -6,11 +6,11 @@ from pathlib import Path
 
 import torch
 
+from engine.backends.cuda.flashinfer import workspace_bytes
+from engine.backends.cuda.fp8 import check_fp8
+from engine.backends.cuda.memory import arena_bytes, needs
 from engine.backends.kv_cache import kv_bytes_per_token
 from engine.config import ConfigError, EngineConfig
-from engine.device_memory import arena_bytes, needs
-from engine.kernels.flashinfer_prefill import workspace_bytes
-from engine.kernels.fp8 import check_fp8
 from engine.model.families import read_dtype, read_scheme, read_spec
 from engine.model.quantized_checkpoint import weight_format
 from engine.model.spec import ModelSpec

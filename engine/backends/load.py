@@ -46,7 +46,7 @@ class LoadedModel:
 def load_model(config: EngineConfig, settled: Settled, *, progress: bool = False) -> LoadedModel:
     """Reads the weights. Raises ModelError or ConfigError where that cannot be done."""
     if _wants_triton(config, settled):
-        from engine.runner.load_triton import load_triton
+        from engine.backends.cuda.load import load_triton
 
         return load_triton(config, settled, progress=progress)
     context = _open_native(config, settled)
@@ -153,7 +153,7 @@ def _wants_triton(config: EngineConfig, settled: Settled) -> bool:
     try:
         if config.kernels == "torch":
             raise ImportError("kernels='torch' is configured")
-        from engine.runner.load_triton import self_test
+        from engine.backends.cuda.load import self_test
 
         self_test(config, settled)
     except Exception as error:  # whatever a compiler or a driver raises

@@ -6,8 +6,8 @@ from functools import partial
 
 import torch
 
-from engine.lora.device_bank import DeviceAdapterBank, TritonLora
-from engine.lora.extent import extent_nbytes, pack_extent
+from engine.backends.cuda.bank import DeviceAdapterBank, TritonLora
+from engine.backends.cuda.extent import extent_nbytes, pack_extent
 from engine.lora.weights import LoraWeights
 from engine.model.layers import LoraSite, LoraSlice
 from tests.bench.gpu_clock import Work, graphs_s

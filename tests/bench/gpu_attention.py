@@ -9,14 +9,14 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
-from engine.kernels.device_positions import copy_positions, prefill_pages, prefill_tile_tokens
-from engine.kernels.flashinfer_prefill import (
+from engine.backends.cuda.flashinfer import (
     FlashInferPrefill,
     PrefillShape,
     Scores,
     choose_flashinfer,
 )
-from engine.kernels.triton.attention import TritonAttention
+from engine.backends.cuda.positions import copy_positions, prefill_pages, prefill_tile_tokens
+from engine.backends.cuda.triton.attention import TritonAttention
 from engine.scheduler.batch import ScheduledRequest
 from tests.bench.gpu_clock import Work, graph_s, medians_s, recorded
 from tests.bench.gpu_report import Goal, Row, attempt

@@ -18,12 +18,12 @@ from typing import Any
 
 import torch
 
+from engine.backends.cuda.triton import bitsandbytes_gemm
+from engine.backends.cuda.triton.crossovers import Choice, Tiles
+from engine.backends.cuda.triton.dequantize import multiply_dense
+from engine.backends.cuda.triton.fourbit import multiply, planes_size
+from engine.backends.cuda.triton.packed_weight import PackedWeight, pack
 from engine.kernels.quantized import QuantizedWeight
-from engine.kernels.triton import bitsandbytes_gemm
-from engine.kernels.triton.crossovers import Choice, Tiles
-from engine.kernels.triton.dequantize import multiply_dense
-from engine.kernels.triton.fourbit import multiply, planes_size
-from engine.kernels.triton.packed_weight import PackedWeight, pack
 from tests.bench.gpu_clock import Budget, Work, graphs_s, recorded, wake
 from tests.bench.gpu_model import random_quantized
 

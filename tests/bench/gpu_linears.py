@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
+from engine.backends.cuda.triton import crossovers
+from engine.backends.cuda.triton.weight_only import WeightOnlyLinear
 from engine.kernels.quantized import QuantizedWeight
-from engine.kernels.triton import crossovers
-from engine.kernels.triton.weight_only import WeightOnlyLinear
 from tests.bench.gpu_clock import Work, graphs_s
 from tests.bench.gpu_crossovers import (
     ROWS,

@@ -12,17 +12,17 @@ from statistics import median
 
 import torch
 
+from engine.backends.cuda.adapter_copies import PackedAdapter, pack_adapter
+from engine.backends.cuda.assembly import AdapterLimits, TritonRunner, make_triton_runner
+from engine.backends.cuda.forward import StepLimits
+from engine.backends.cuda.fp8 import dequantized_mm
+from engine.backends.cuda.runner import DeviceRunner
+from engine.backends.cuda.streams import CudaDevice, Device, HostDevice
+from engine.backends.cuda.weight_ops import device_ops
 from engine.backends.kv_cache import kv_bytes_per_token
 from engine.backends.sync_runner import StepHandle
-from engine.kernels.device_ops import device_ops
-from engine.kernels.fp8 import dequantized_mm
 from engine.model.decoder import Decoder
 from engine.model.loader import weight_bytes
-from engine.runner.adapter_copies import PackedAdapter, pack_adapter
-from engine.runner.device import CudaDevice, Device, HostDevice
-from engine.runner.device_forward import StepLimits
-from engine.runner.device_runner import DeviceRunner
-from engine.runner.triton_runner import AdapterLimits, TritonRunner, make_triton_runner
 from engine.scheduler.batch import PENDING, AdapterLoad, ScheduledBatch, ScheduledRequest
 from tests.bench.gpu_clock import wake
 from tests.bench.gpu_model import digest_of, random_adapter, random_decoder

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.kernels.triton import crossovers
+from engine.backends.cuda.triton import crossovers
 from tests.bench import gpu, gpu_clock, gpu_crossovers, gpu_linears, gpu_vllm_lora
 from tests.bench.gpu_report import Goal, Row, Rows, as_record, attempt, read_records, summary
 

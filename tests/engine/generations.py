@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from engine.backends.cuda.adapter_copies import PackedAdapter
 from engine.backends.sampler import SampledToken, sample
 from engine.backends.sync_runner import RowOutput, Runner, StepHandle
 from engine.lora.weights import LoraWeights
 from engine.model.decoder import Decoder
-from engine.runner.adapter_copies import PackedAdapter
 from engine.scheduler.batch import PENDING, AdapterLoad, Move, ScheduledBatch, ScheduledRequest
 from engine.scheduler.request import SamplingParams
 from tests.engine.driver import prompt_of

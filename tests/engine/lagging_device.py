@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from engine.runner.device import DeviceMemory, Event, HostDevice, Replay
+from engine.backends.cuda.streams import DeviceMemory, Event, HostDevice, Replay
 
 
 @dataclass(eq=False)

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from engine.runner.device import Event, HostDevice
+from engine.backends.cuda.streams import Event, HostDevice
 
 HOST, MAIN, SIDE, BESIDE = "host", "main", "side", "beside"
 Clock = dict[str, int]

@@ -13,16 +13,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.backends.cuda.adapter_copies import AdapterCopies, PackedAdapter, pack_adapter
+from engine.backends.cuda.extent import UNIT_BYTES, Extent, move_bytes
+from engine.backends.cuda.forward import DeviceForward, Numbers, StepLimits
+from engine.backends.cuda.positions import DevicePositions
+from engine.backends.cuda.runner import DeviceRunner
+from engine.backends.cuda.streams import Device, HostDevice
 from engine.backends.kv_cache import blocks_of_arena
-from engine.kernels.device_positions import DevicePositions
 from engine.kernels.inputs import AttentionInputs, ForwardInputs, LoraBatch
-from engine.lora.extent import UNIT_BYTES, Extent, move_bytes
 from engine.lora.weights import LoraWeights
 from engine.model.decoder import Decoder
-from engine.runner.adapter_copies import AdapterCopies, PackedAdapter, pack_adapter
-from engine.runner.device import Device, HostDevice
-from engine.runner.device_forward import DeviceForward, Numbers, StepLimits
-from engine.runner.device_runner import DeviceRunner
 
 BLOCK_SIZE = 4
 ARENA_BYTES = 2**21

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from engine import process
+from engine.backends.cuda.streams import DeviceLost
 from engine.client import EngineClient, EngineStartError, EngineUnavailable
 from engine.config import EngineConfig
 from engine.framing import FrameDecoder, encode
@@ -23,7 +24,6 @@ from engine.messages import (
     Item,
     RequestOutput,
 )
-from engine.runner.device import DeviceLost
 from tests.engine.driver import greedy, make_engine, prompt_of, run
 from tests.engine.tiny import Tiny, write_tiny
 

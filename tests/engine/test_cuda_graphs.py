@@ -4,8 +4,8 @@ from collections.abc import Callable
 
 import pytest
 
-from engine.runner.cuda_graphs import MAX_GRAPH_ROWS, GraphRunner, graph_sizes
-from engine.runner.device import DeviceMemory, HostDevice, Replay
+from engine.backends.cuda.graphs import MAX_GRAPH_ROWS, GraphRunner, graph_sizes
+from engine.backends.cuda.streams import DeviceMemory, HostDevice, Replay
 
 Key = tuple[int, bool]
 

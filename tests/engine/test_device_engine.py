@@ -12,15 +12,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from engine.backends.cuda.adapter_copies import AdapterCopies, PackedAdapter, pack_adapter
+from engine.backends.cuda.extent import Extent
+from engine.backends.cuda.forward import StepLimits
+from engine.backends.cuda.runner import DeviceRunner
+from engine.backends.cuda.streams import Event, HostDevice
 from engine.backends.torch.forward import TorchForward
 from engine.engine import Engine
-from engine.lora.extent import Extent
 from engine.lora.weights import LoraWeights
 from engine.messages import ENGINE_ERROR, AdapterFolder, GenerateRequest
-from engine.runner.adapter_copies import AdapterCopies, PackedAdapter, pack_adapter
-from engine.runner.device import Event, HostDevice
-from engine.runner.device_forward import StepLimits
-from engine.runner.device_runner import DeviceRunner
 from engine.scheduler.batch import ScheduledBatch
 from tests.engine.driver import greedy, make_engine, prompt_of, run, write_adapter
 from tests.engine.plain_device import make_plain

@@ -8,19 +8,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.kernels.device_positions import PositionsCapacity, exact_capacity
-from engine.lora.extent import Extent, extent_nbytes, pack_extent
-from engine.runner import adapter_copies
-from engine.runner.adapter_copies import AdapterCopies, PackedAdapter, pack_adapter
-from engine.runner.device import Device, HostDevice
-from engine.runner.device_inputs import (
+from engine.backends.cuda import adapter_copies
+from engine.backends.cuda.adapter_copies import AdapterCopies, PackedAdapter, pack_adapter
+from engine.backends.cuda.extent import Extent, extent_nbytes, pack_extent
+from engine.backends.cuda.inputs import (
     NO_SLOT,
     InputBuffers,
     StepNumbers,
     StepShape,
     request_key,
 )
-from engine.runner.packed_copies import Download, Upload
+from engine.backends.cuda.packed_copies import Download, Upload
+from engine.backends.cuda.positions import PositionsCapacity, exact_capacity
+from engine.backends.cuda.streams import Device, HostDevice
 from engine.scheduler.batch import (
     PENDING,
     AdapterLoad,

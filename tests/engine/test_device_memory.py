@@ -6,8 +6,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from engine.backends.cuda.memory import Needs, arena_bytes
 from engine.config import ConfigError
-from engine.device_memory import Needs, arena_bytes
 from engine.model.loader import load_decoder
 from engine.plan.arithmetic import read_model_size
 from engine.settle import _scratch_bytes

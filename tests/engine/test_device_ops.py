@@ -5,8 +5,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from engine.backends.cuda.weight_ops import DenseHead, DenseLinear, device_ops
 from engine.kernels import reference
-from engine.kernels.device_ops import DenseHead, DenseLinear, device_ops
 from engine.model.loader import load_decoder
 from tests.engine.tiny import Tiny, logits_in_chunks, random_prompt
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from engine.kernels.device_positions import (
+from engine.backends.cuda.positions import (
     NO_REQUEST,
     Numbers,
     PositionsCapacity,

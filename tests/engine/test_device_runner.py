@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from engine.backends.cuda.forward import StepLimits
+from engine.backends.cuda.streams import HostDevice
 from engine.backends.sampler import target_logprobs
 from engine.lora.weights import LoraWeights, load_lora
 from engine.model.decoder import Decoder
 from engine.model.loader import load_decoder
-from engine.runner.device import HostDevice
-from engine.runner.device_forward import StepLimits
 from engine.scheduler.batch import (
     PENDING,
     AdapterLoad,

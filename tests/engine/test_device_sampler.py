@@ -8,6 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from engine.backends.cuda.draw import gumbel_rows, noise_keys, weighted_floor
+from engine.backends.cuda.sampler import DeviceSampler, read_scores
+from engine.backends.cuda.streams import HostDevice
 from engine.backends.sampler import (
     NotFinite,
     SampledToken,
@@ -16,9 +19,6 @@ from engine.backends.sampler import (
     sample,
 )
 from engine.messages import TokenLogprobs
-from engine.runner.device import HostDevice
-from engine.runner.device_draw import gumbel_rows, noise_keys, weighted_floor
-from engine.runner.device_sampler import DeviceSampler, read_scores
 from engine.scheduler.batch import PENDING, ScheduledRequest
 from engine.scheduler.request import SamplingParams
 from tests.engine.draws import request_of

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from engine.backends.cuda.streams import DeviceLost
 from engine.messages import ENGINE_ERROR, AdapterFolder, GenerateRequest
-from engine.runner.device import DeviceLost
 from engine.scheduler.request import InvalidRequest, SamplingParams
 from tests.engine.driver import Result, finish, generate, greedy, make_engine, prompt_of, run
 from tests.engine.tiny import Tiny, write_tiny

@@ -8,7 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.lora.extent import UNIT_BYTES, extent_nbytes, extent_of, move_bytes, pack_extent
+from engine.backends.cuda.extent import (
+    UNIT_BYTES,
+    extent_nbytes,
+    extent_of,
+    move_bytes,
+    pack_extent,
+)
 from engine.lora.weights import LoraWeights, SiteWeights
 
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.kernels.device_ops import device_ops
-from engine.kernels.device_positions import DevicePositions, copy_positions, prefill_pages
-from engine.kernels.flashinfer_prefill import (
+from engine.backends.cuda import assembly as triton_runner
+from engine.backends.cuda.assembly import AdapterLimits, make_triton_runner
+from engine.backends.cuda.flashinfer import (
     FlashInferPrefill,
     PrefillShape,
     Scores,
@@ -22,12 +22,12 @@ from engine.kernels.flashinfer_prefill import (
     is_allowed,
     workspace_bytes,
 )
-from engine.kernels.triton.attention import TritonAttention
+from engine.backends.cuda.forward import StepLimits
+from engine.backends.cuda.positions import DevicePositions, copy_positions, prefill_pages
+from engine.backends.cuda.streams import HostDevice
+from engine.backends.cuda.triton.attention import TritonAttention
+from engine.backends.cuda.weight_ops import device_ops
 from engine.model.loader import load_decoder
-from engine.runner import triton_runner
-from engine.runner.device import HostDevice
-from engine.runner.device_forward import StepLimits
-from engine.runner.triton_runner import AdapterLimits, make_triton_runner
 from engine.settle import is_interpreting
 from tests.engine.generations import drive, expected, generations_of, greedy
 from tests.engine.tiny import Tiny

@@ -5,10 +5,10 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from engine.backends.cuda import fp8
+from engine.backends.cuda.fp8 import Fp8Linear, check_fp8, dequantized_mm, quantize_rows, scaled_mm
+from engine.backends.cuda.weight_ops import device_ops
 from engine.config import ConfigError, EngineConfig
-from engine.kernels import fp8
-from engine.kernels.device_ops import device_ops
-from engine.kernels.fp8 import Fp8Linear, check_fp8, dequantized_mm, quantize_rows, scaled_mm
 from engine.kernels.quantized import dequantize, join
 from engine.model.loader import load_decoder
 from engine.model.quantize import quantize_fp8

@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.lora.extent import Extent
-from engine.runner.adapter_copies import AdapterCopies, PackedAdapter
-from engine.runner.device import HostDevice
-from engine.runner.device_forward import DeviceForward, StepLimits
-from engine.runner.device_runner import DeviceRunner
+from engine.backends.cuda.adapter_copies import AdapterCopies, PackedAdapter
+from engine.backends.cuda.extent import Extent
+from engine.backends.cuda.forward import DeviceForward, StepLimits
+from engine.backends.cuda.runner import DeviceRunner
+from engine.backends.cuda.streams import HostDevice
 from engine.scheduler.batch import (
     PENDING,
     AdapterLoad,

@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+from engine.backends.cuda.adapter_copies import AdapterCopies, PackedAdapter
+from engine.backends.cuda.extent import Extent, move_bytes
+from engine.backends.cuda.forward import DeviceForward, StepLimits
+from engine.backends.cuda.packed_copies import Arrival, PinnedRing
+from engine.backends.cuda.positions import DevicePositions
+from engine.backends.cuda.runner import DeviceRunner
 from engine.backends.sync_runner import StepHandle
-from engine.kernels.device_positions import DevicePositions
 from engine.kernels.inputs import LoraBatch
-from engine.lora.extent import Extent, move_bytes
-from engine.runner.adapter_copies import AdapterCopies, PackedAdapter
-from engine.runner.device_forward import DeviceForward, StepLimits
-from engine.runner.device_runner import DeviceRunner
-from engine.runner.packed_copies import Arrival, PinnedRing
 from engine.scheduler.adapter_slots import AdapterSlots
 from engine.scheduler.batch import AdapterMove, BlockCopy, ScheduledBatch
 from engine.scheduler.block_manager import BlockManager

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from engine.lora.device_bank import DeviceAdapterBank
-from engine.lora.extent import UNIT_BYTES, extent_nbytes, pack_extent
+from engine.backends.cuda.bank import DeviceAdapterBank
+from engine.backends.cuda.extent import UNIT_BYTES, extent_nbytes, pack_extent
 from engine.lora.weights import LoraWeights, Site, SiteWeights
 from engine.model.layers import LoraSite, LoraSlice
 

@@ -4,8 +4,8 @@ from typing import Any
 
 import torch
 
-from engine.kernels.device_positions import prefill_tile_tokens
-from engine.kernels.triton import attention_decode, attention_prefill
+from engine.backends.cuda.positions import prefill_tile_tokens
+from engine.backends.cuda.triton import attention_decode, attention_prefill
 from tests.engine.triton.aot import AotCase
 
 TENSORS = {"q": "*bf16", "kv": "*bf16", "block_tables": "*i32", "context_lens": "*i32"}
@@ -34,7 +34,7 @@ def _case(
 ) -> AotCase:
     return AotCase(
         name=f"attention {name}",
-        kernel=f"engine.kernels.triton.{kernel}",
+        kernel=f"engine.backends.cuda.triton.{kernel}",
         signature={**arguments, **dict.fromkeys(constants, "constexpr")},
         constants=constants,
         divisible=tuple(a for a in arguments if a not in UNALIGNED),

@@ -1,9 +1,9 @@
 """The drawing kernels for logits of Llama-3-8B, whose rows are 128256 wide."""
 
-from engine.kernels.triton import draw
+from engine.backends.cuda.triton import draw
 from tests.engine.triton.aot import AotCase
 
-KERNELS = "engine.kernels.triton.draw"
+KERNELS = "engine.backends.cuda.triton.draw"
 ROWS = {"logits": "*fp32", "rows": "*i32", "temperature": "*fp32"}
 SIZES = {"logits_stride": "i32", "vocab": "i32"}
 

@@ -2,14 +2,14 @@
 
 from typing import Any
 
-from engine.kernels.triton.gate import BLOCK
-from engine.kernels.triton.launch import block_of, warps_of
-from engine.kernels.triton.rotary import head_tiles
+from engine.backends.cuda.triton.gate import BLOCK
+from engine.backends.cuda.triton.launch import block_of, warps_of
+from engine.backends.cuda.triton.rotary import head_tiles
 from tests.engine.triton.aot import AotCase
 
 HIDDEN, WIDTH = 4096, 14336
 HEADS, KV_HEADS, DIM = 32, 8, 128
-KERNELS = "engine.kernels.triton"
+KERNELS = "engine.backends.cuda.triton"
 
 
 def norm(name: str, *, is_sandwich: bool, is_rounded: bool) -> AotCase:

@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from engine.kernels.triton.crossovers import Shape, Tiles, unmeasured
-from engine.kernels.triton.dequantize import BLOCKS
-from engine.kernels.triton.fourbit import SUM_BLOCK
-from engine.kernels.triton.packed_weight import BLOCK, SMALL_BLOCK
+from engine.backends.cuda.triton.crossovers import Shape, Tiles, unmeasured
+from engine.backends.cuda.triton.dequantize import BLOCKS
+from engine.backends.cuda.triton.fourbit import SUM_BLOCK
+from engine.backends.cuda.triton.packed_weight import BLOCK, SMALL_BLOCK
 from tests.engine.triton.aot import AotCase
 
 PROCESSORS = 132
@@ -24,7 +24,7 @@ def case(
     """All numbers but that of the rows are multiples of 16, as those of a model's shapes are."""
     return AotCase(
         name=f"fourbit_{name}",
-        kernel=f"engine.kernels.triton.{kernel}",
+        kernel=f"engine.backends.cuda.triton.{kernel}",
         signature=arguments | dict.fromkeys(constants, "constexpr"),
         constants=constants,
         divisible=tuple(a for a in arguments if a != "rows"),

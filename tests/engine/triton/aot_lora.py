@@ -2,8 +2,8 @@
 
 import torch
 
-from engine.kernels.triton import lora
-from engine.kernels.triton.lora_work import SiteKind, WorkShape
+from engine.backends.cuda.triton import lora
+from engine.backends.cuda.triton.lora_work import SiteKind, WorkShape
 from tests.engine.triton.aot import AotCase
 
 KINDS = (
@@ -25,7 +25,7 @@ def shrink_case(name: str, kind: int, max_rows: int, max_registers: int) -> AotC
     constants = lora.shrink_constants(work, kind, 3, torch.bfloat16)
     return AotCase(
         name=f"lora_shrink_{name}",
-        kernel="engine.kernels.triton.lora:_shrink_kernel",
+        kernel="engine.backends.cuda.triton.lora:_shrink_kernel",
         signature={
             "x": "*bf16",
             "arena": "*bf16",
@@ -51,7 +51,7 @@ def expand_case(name: str, kind: int, max_rows: int, max_registers: int) -> AotC
     constants = lora.expand_constants(work, kind, 3, torch.bfloat16)
     return AotCase(
         name=f"lora_expand_{name}",
-        kernel="engine.kernels.triton.lora:_expand_kernel",
+        kernel="engine.backends.cuda.triton.lora:_expand_kernel",
         signature={
             "planes": "*fp32",
             "arena": "*bf16",

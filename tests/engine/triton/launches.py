@@ -14,7 +14,7 @@ from triton._C.libtriton import native_specialize_impl
 from triton.backends.compiler import BaseBackend
 from triton.runtime.interpreter import InterpretedFunction
 
-from engine.kernels.triton import launch
+from engine.backends.cuda.triton import launch
 
 Variant = tuple[Any, ...]
 GRID_LIMITS = (2**31, 2**16, 2**16)

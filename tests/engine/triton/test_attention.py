@@ -8,25 +8,25 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.kernels.device_positions import (
+from engine.backends.cuda.forward import WARM_UP_ROWS
+from engine.backends.cuda.positions import (
     DevicePositions,
     PositionsCapacity,
     copy_positions,
     write_positions,
 )
-from engine.kernels.triton.attention import TritonAttention
-from engine.kernels.triton.attention_decode import (
+from engine.backends.cuda.triton.attention import TritonAttention
+from engine.backends.cuda.triton.attention_decode import (
     choose_num_splits,
     decode_scratch_numel,
     paged_decode,
 )
-from engine.kernels.triton.attention_prefill import (
+from engine.backends.cuda.triton.attention_prefill import (
     choose_prefill_splits,
     paged_prefill,
     prefill_scratch_numel,
 )
-from engine.kernels.triton.attention_tile import check_shapes
-from engine.runner.device_forward import WARM_UP_ROWS
+from engine.backends.cuda.triton.attention_tile import check_shapes
 from tests.engine.triton.attention_batch import Batch, Request, make_batch, oracle
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

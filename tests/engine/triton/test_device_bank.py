@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from engine.backends.cuda.bank import WORDS, DeviceAdapterBank
+from engine.backends.cuda.extent import UNIT_BYTES, extent_nbytes, extent_of
 from engine.backends.torch.bank import AdapterBank
-from engine.lora.device_bank import WORDS, DeviceAdapterBank
-from engine.lora.extent import UNIT_BYTES, extent_nbytes, extent_of
 from engine.lora.weights import LoraWeights, load_lora
 from engine.model.loader import load_decoder
 from engine.scheduler.batch import ScheduledBatch, ScheduledRequest

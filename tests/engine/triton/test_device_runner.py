@@ -11,15 +11,15 @@ from typing import Any
 import pytest
 import torch
 
-from engine.kernels.device_ops import device_ops
+from engine.backends.cuda.adapter_copies import PackedAdapter
+from engine.backends.cuda.assembly import AdapterLimits, adapter_packer, make_triton_runner
+from engine.backends.cuda.forward import StepLimits
+from engine.backends.cuda.runner import DeviceRunner
+from engine.backends.cuda.streams import HostDevice
+from engine.backends.cuda.weight_ops import device_ops
 from engine.lora.weights import AdapterLoadError, LoraWeights, load_lora
 from engine.model.decoder import Decoder
 from engine.model.loader import load_decoder
-from engine.runner.adapter_copies import PackedAdapter
-from engine.runner.device import HostDevice
-from engine.runner.device_forward import StepLimits
-from engine.runner.device_runner import DeviceRunner
-from engine.runner.triton_runner import AdapterLimits, adapter_packer, make_triton_runner
 from engine.scheduler.batch import AdapterLoad, AdapterMove, ScheduledBatch
 from engine.scheduler.request import SamplingParams
 from engine.settle import is_interpreting

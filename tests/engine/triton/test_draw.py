@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from engine.kernels.triton.draw import floors
-from engine.runner import device_draw
-from engine.runner.device_draw import Draws, noise_keys
-from engine.runner.triton_runner import triton_draw
+from engine.backends.cuda import draw as device_draw
+from engine.backends.cuda.assembly import triton_draw
+from engine.backends.cuda.draw import Draws, noise_keys
+from engine.backends.cuda.triton.draw import floors
 
 INF = float("inf")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -11,12 +11,12 @@ from dataclasses import replace
 import pytest
 import torch
 
+from engine.backends.cuda.triton import nf4_lookup
+from engine.backends.cuda.triton.crossovers import Shape, Tiles, choose, unmeasured
+from engine.backends.cuda.triton.dequantize import dequantize as dequantize_packed
+from engine.backends.cuda.triton.fourbit import multiply, planes_size
+from engine.backends.cuda.triton.packed_weight import PackedWeight, pack
 from engine.kernels.quantized import NF4_VALUES, QuantizedWeight, dequantize, dequantize_to
-from engine.kernels.triton import nf4_lookup
-from engine.kernels.triton.crossovers import Shape, Tiles, choose, unmeasured
-from engine.kernels.triton.dequantize import dequantize as dequantize_packed
-from engine.kernels.triton.fourbit import multiply, planes_size
-from engine.kernels.triton.packed_weight import PackedWeight, pack
 
 CPU = torch.device("cpu")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -13,17 +13,17 @@ from typing import Any
 import pytest
 import torch
 
+from engine.backends.cuda.decoder import FusedDecoder
+from engine.backends.cuda.fp8 import dequantized_mm
+from engine.backends.cuda.layer import Beside, Rows, _Site
+from engine.backends.cuda.memory import needs
+from engine.backends.cuda.weight_ops import DenseLinear, device_ops
 from engine.backends.torch.bank import AdapterBank
-from engine.device_memory import needs
 from engine.kernels import reference
-from engine.kernels.device_ops import DenseLinear, device_ops
 from engine.kernels.dispatch import Ops, reference_ops
-from engine.kernels.fp8 import dequantized_mm
 from engine.kernels.inputs import AttentionInputs, ForwardInputs, LoraBatch
 from engine.lora.weights import LoraWeights, SiteWeights
 from engine.model.decoder import Decoder, DecoderLayer
-from engine.model.fused import FusedDecoder
-from engine.model.fused_layer import Beside, Rows, _Site
 from engine.model.layers import LoraSite, SideBySide
 from engine.model.loader import load_decoder
 from engine.scheduler.batch import ScheduledBatch, ScheduledRequest

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from engine.backends.cuda.fp8 import E4m3Rows, quantize_rows
+from engine.backends.cuda.triton.gate import ACTIVATIONS, BLOCK, gate
 from engine.kernels import reference
-from engine.kernels.fp8 import E4m3Rows, quantize_rows
-from engine.kernels.triton.gate import ACTIVATIONS, BLOCK, gate
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

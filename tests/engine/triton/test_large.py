@@ -11,20 +11,20 @@ import pytest
 import torch
 from torch import Tensor
 
+from engine.backends.cuda.bank import DeviceAdapterBank
+from engine.backends.cuda.extent import UNIT_BYTES, extent_nbytes
+from engine.backends.cuda.fp8 import E4m3Rows
+from engine.backends.cuda.triton.attention_decode import decode_scratch_numel, paged_decode
+from engine.backends.cuda.triton.attention_prefill import paged_prefill, prefill_scratch_numel
+from engine.backends.cuda.triton.crossovers import Tiles
+from engine.backends.cuda.triton.draw import draw, floors
+from engine.backends.cuda.triton.fourbit import multiply, planes_size
+from engine.backends.cuda.triton.fp8_rows import quantize_rows
+from engine.backends.cuda.triton.gate import gate
+from engine.backends.cuda.triton.norm import add_rms_norm
+from engine.backends.cuda.triton.packed_weight import pack
+from engine.backends.cuda.triton.rotary import rotate_and_store
 from engine.kernels import reference
-from engine.kernels.fp8 import E4m3Rows
-from engine.kernels.triton.attention_decode import decode_scratch_numel, paged_decode
-from engine.kernels.triton.attention_prefill import paged_prefill, prefill_scratch_numel
-from engine.kernels.triton.crossovers import Tiles
-from engine.kernels.triton.draw import draw, floors
-from engine.kernels.triton.fourbit import multiply, planes_size
-from engine.kernels.triton.fp8_rows import quantize_rows
-from engine.kernels.triton.gate import gate
-from engine.kernels.triton.norm import add_rms_norm
-from engine.kernels.triton.packed_weight import pack
-from engine.kernels.triton.rotary import rotate_and_store
-from engine.lora.device_bank import DeviceAdapterBank
-from engine.lora.extent import UNIT_BYTES, extent_nbytes
 from engine.model.rotary import Rotary, RotaryTable, Unscaled
 from tests.engine.triton.adapters import load, make_adapter, make_sites
 from tests.engine.triton.test_fourbit import make_weight

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.lora.device_bank import DeviceAdapterBank
+from engine.backends.cuda.bank import DeviceAdapterBank
 from engine.lora.weights import LoraWeights
 from tests.engine.triton.adapters import (
     DEVICE,

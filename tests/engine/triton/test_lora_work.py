@@ -5,8 +5,8 @@ import random
 import numpy as np
 import pytest
 
-from engine.kernels.triton import lora_work
-from engine.kernels.triton.lora_work import (
+from engine.backends.cuda.triton import lora_work
+from engine.backends.cuda.triton.lora_work import (
     DECODE_ROWS,
     HEADER_WORDS,
     MAX_BLOCKS,

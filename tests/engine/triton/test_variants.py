@@ -14,18 +14,18 @@ from typing import Any
 import pytest
 import torch
 
-from engine.kernels.device_ops import device_ops
-from engine.kernels.fp8 import dequantized_mm
-from engine.kernels.triton import weight_only
-from engine.kernels.triton.crossovers import Choice, Shape, unmeasured
-from engine.kernels.triton.packed_weight import PackedWeight
+from engine.backends.cuda.adapter_copies import PackedAdapter
+from engine.backends.cuda.assembly import AdapterLimits, adapter_packer, make_triton_runner
+from engine.backends.cuda.forward import StepLimits
+from engine.backends.cuda.fp8 import dequantized_mm
+from engine.backends.cuda.runner import DeviceRunner
+from engine.backends.cuda.streams import HostDevice, Replay
+from engine.backends.cuda.triton import weight_only
+from engine.backends.cuda.triton.crossovers import Choice, Shape, unmeasured
+from engine.backends.cuda.triton.packed_weight import PackedWeight
+from engine.backends.cuda.weight_ops import device_ops
 from engine.lora.weights import load_lora
 from engine.model.loader import load_decoder
-from engine.runner.adapter_copies import PackedAdapter
-from engine.runner.device import HostDevice, Replay
-from engine.runner.device_forward import StepLimits
-from engine.runner.device_runner import DeviceRunner
-from engine.runner.triton_runner import AdapterLimits, adapter_packer, make_triton_runner
 from engine.scheduler.batch import ScheduledBatch, ScheduledRequest
 from engine.scheduler.request import SamplingParams
 from engine.settle import is_interpreting

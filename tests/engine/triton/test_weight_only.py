@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.kernels.quantized import QuantizedWeight, dequantize_to, join
-from engine.kernels.triton import bitsandbytes_gemm
-from engine.kernels.triton.crossovers import (
+from engine.backends.cuda.forward import WARM_UP_ROWS
+from engine.backends.cuda.triton import bitsandbytes_gemm
+from engine.backends.cuda.triton.crossovers import (
     TABLE,
     Choice,
     Shape,
@@ -19,9 +19,9 @@ from engine.kernels.triton.crossovers import (
     choose,
     unmeasured,
 )
-from engine.kernels.triton.scratch import Scratch
-from engine.kernels.triton.weight_only import WeightOnlyLinear
-from engine.runner.device_forward import WARM_UP_ROWS
+from engine.backends.cuda.triton.scratch import Scratch
+from engine.backends.cuda.triton.weight_only import WeightOnlyLinear
+from engine.kernels.quantized import QuantizedWeight, dequantize_to, join
 from tests.engine.triton.test_fourbit import CPU, DEVICE, DTYPES, TOLERANCE, make_weight
 
 SPLIT = Tiles(16, 64, num_warps=4, num_stages=2, split_k=2)

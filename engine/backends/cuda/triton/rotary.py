@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from engine.kernels.triton.launch import power_of_two
+from engine.backends.cuda.triton.launch import power_of_two
 
 TILE_VALUES = 512  # of a program: a warp's two 16-byte loads a thread in two-byte types
 

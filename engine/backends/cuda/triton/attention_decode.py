@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from engine.kernels.triton.attention_tile import (
+from engine.backends.cuda.triton.attention_tile import (
     MAX_SPLITS,
     absorb,
     check_scratch,
@@ -26,7 +26,7 @@ from engine.kernels.triton.attention_tile import (
     stretch,
     tile_constants,
 )
-from engine.kernels.triton.launch import power_of_two
+from engine.backends.cuda.triton.launch import power_of_two
 
 # None of these was measured on a card.
 PROGRAMS_PER_SM = 4  # aimed at by splitting: more than run at a time, to even lengths out

@@ -12,7 +12,7 @@ A is [R, in], the ranks of all slices (q, k, v; gate, up) one below the other, B
                              slices of any site), then 0 and where the ranks of each slice end
 
 Grids are constant and everything that changes is read from device memory: the words of a plan
-(`engine.kernels.triton.lora_work`) and the table. No atomics: a row's result depends on that row,
+(`engine.backends.cuda.triton.lora_work`) and the table. No atomics: a row's result depends on that row,
 its adapter and the tiles alone. Rows without an adapter are neither read nor written.
 
 Offsets are multiples of UNIT_BYTES from a base that the launcher knows to be aligned; that is what
@@ -26,10 +26,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from engine.kernels.triton import lora_work
-from engine.kernels.triton.launch import upcast
-from engine.kernels.triton.lora_work import SiteKind, WorkShape
-from engine.lora.extent import UNIT_BYTES
+from engine.backends.cuda.extent import UNIT_BYTES
+from engine.backends.cuda.triton import lora_work
+from engine.backends.cuda.triton.launch import upcast
+from engine.backends.cuda.triton.lora_work import SiteKind, WorkShape
 
 
 def column_tiles(kind: SiteKind, columns: int) -> list[tuple[int, int, int, int]]:

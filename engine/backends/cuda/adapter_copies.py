@@ -12,9 +12,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from engine.lora.extent import Extent, extent_nbytes, pack_extent
+from engine.backends.cuda.extent import Extent, extent_nbytes, pack_extent
+from engine.backends.cuda.streams import Device, Event
 from engine.lora.weights import LoraWeights
-from engine.runner.device import Device, Event
 from engine.scheduler.batch import AdapterLoad, BlockCopy, Move, ScheduledBatch
 
 # A power of two, to which torch rounds pinned memory up: adapters of all sizes use the same pieces

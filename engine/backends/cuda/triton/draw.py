@@ -3,7 +3,7 @@
     floors   the smallest logit, over the temperature, that a row's top-k and top-p leave
     draw     argmax over the vocabulary of logit / temperature + Gumbel noise, floors respected
 
-Meaning and results are those of `engine.runner.device_draw`: the noise is the same hash, and the
+Meaning and results are those of `engine.backends.cuda.draw`: the noise is the same hash, and the
 floors count tokens and probabilities as integers, so that a sum has no order. A floor is found
 from the highest bits of a number to the lowest, two at a time, with one pass over the row for each:
 nothing is sorted, and nothing of the size of the logits is stored.
@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import libdevice
 
-from engine.kernels.triton.launch import interpreting
+from engine.backends.cuda.triton.launch import interpreting
 
 MASS_SCALE = tl.constexpr(float(2**40))  # a probability of 1 relative to the likeliest token's
 _LOG2_E = tl.constexpr(1.4426950408889634)

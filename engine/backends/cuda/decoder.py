@@ -12,9 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engine.kernels.inputs import LoraBatch
-from engine.model.decoder import Decoder, DecoderLayer
-from engine.model.fused_layer import (
+from engine.backends.cuda.layer import (
     AddNorm,
     Beside,
     Buffers,
@@ -22,6 +20,8 @@ from engine.model.fused_layer import (
     PagedAttentionInto,
     Rows,
 )
+from engine.kernels.inputs import LoraBatch
+from engine.model.decoder import Decoder, DecoderLayer
 from engine.model.rotary import RotaryTable
 
 

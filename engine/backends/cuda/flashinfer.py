@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.kernels.device_positions import (
+from engine.backends.cuda.positions import (
     DevicePositions,
     PrefillPages,
     copy_positions,
@@ -237,7 +237,7 @@ def _test_tensors(shape: PrefillShape, requests: list[ScheduledRequest]) -> tupl
 
 
 def _ours(q: Tensor, kv_layer: Tensor, positions: DevicePositions, **settings: Any) -> Tensor:
-    from engine.kernels.triton.attention_prefill import paged_prefill
+    from engine.backends.cuda.triton.attention_prefill import paged_prefill
 
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     paged_prefill(

@@ -6,9 +6,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from engine.kernels.triton.fourbit import decode, decoding, panel_offsets
-from engine.kernels.triton.launch import upcast
-from engine.kernels.triton.packed_weight import PANEL, PackedWeight
+from engine.backends.cuda.triton.fourbit import decode, decoding, panel_offsets
+from engine.backends.cuda.triton.launch import upcast
+from engine.backends.cuda.triton.packed_weight import PANEL, PackedWeight
 
 BLOCKS = 8  # of inputs, for one program
 

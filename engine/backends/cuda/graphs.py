@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from tqdm import tqdm
 
-from engine.runner.device import Device, Replay
+from engine.backends.cuda.streams import Device, Replay
 
 log = logging.getLogger(__name__)
 

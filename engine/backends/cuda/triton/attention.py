@@ -3,14 +3,14 @@
 import torch
 from torch import Tensor
 
-from engine.kernels.device_positions import DevicePositions, prefill_tile_tokens
-from engine.kernels.flashinfer_prefill import FlashInferPrefill
-from engine.kernels.triton.attention_decode import (
+from engine.backends.cuda.flashinfer import FlashInferPrefill
+from engine.backends.cuda.positions import DevicePositions, prefill_tile_tokens
+from engine.backends.cuda.triton.attention_decode import (
     choose_num_splits,
     decode_scratch_numel,
     paged_decode,
 )
-from engine.kernels.triton.attention_prefill import (
+from engine.backends.cuda.triton.attention_prefill import (
     choose_prefill_splits,
     paged_prefill,
     prefill_scratch_numel,

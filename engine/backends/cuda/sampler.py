@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.backends.cuda.draw import Draw, Draws, draw, noise_keys
+from engine.backends.cuda.packed_copies import Upload, Words
+from engine.backends.cuda.streams import Device
 from engine.messages import TokenLogprobs
-from engine.runner.device import Device
-from engine.runner.device_draw import Draw, Draws, draw, noise_keys
-from engine.runner.packed_copies import Upload, Words
 from engine.scheduler.batch import PENDING, ScheduledRequest
 
 

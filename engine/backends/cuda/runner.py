@@ -11,16 +11,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.backends.cuda.adapter_copies import AdapterCopies
+from engine.backends.cuda.draw import Draw, draw
+from engine.backends.cuda.forward import DeviceForward, ForwardOutput
+from engine.backends.cuda.inputs import RequestKey, request_key
+from engine.backends.cuda.packed_copies import Arrival, Download, Upload
+from engine.backends.cuda.sampler import DeviceSampler, Sampled, read_scores, scored
+from engine.backends.cuda.streams import Device
 from engine.backends.rows import wanted_rows
 from engine.backends.sync_runner import LOGITS_ROWS, FinishedStep, RowOutput, StepHandle
 from engine.messages import TokenLogprobs
-from engine.runner.adapter_copies import AdapterCopies
-from engine.runner.device import Device
-from engine.runner.device_draw import Draw, draw
-from engine.runner.device_forward import DeviceForward, ForwardOutput
-from engine.runner.device_inputs import RequestKey, request_key
-from engine.runner.device_sampler import DeviceSampler, Sampled, read_scores, scored
-from engine.runner.packed_copies import Arrival, Download, Upload
 from engine.scheduler.batch import ScheduledBatch, ScheduledRequest
 from engine.scheduler.request import SamplingParams
 

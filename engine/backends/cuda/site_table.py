@@ -6,8 +6,8 @@ from itertools import accumulate, pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.kernels.triton.lora_work import SiteKind
-from engine.lora.extent import UNIT_BYTES, Extent, SiteExtent
+from engine.backends.cuda.extent import UNIT_BYTES, Extent, SiteExtent
+from engine.backends.cuda.triton.lora_work import SiteKind
 from engine.model.layers import LoraSite
 
 
@@ -37,7 +37,7 @@ class SiteTable:
                 raise ValueError(f"adapter {extent.digest}: {key} has {reason}")
 
     def records(self, offset_bytes: int, extent: Extent) -> NDArray[np.int32]:
-        """[1 + sites, record_words]: a slot of the table in `engine.kernels.triton.lora`."""
+        """[1 + sites, record_words]: a slot of the table in `engine.backends.cuda.triton.lora`."""
         records = np.zeros((1 + len(self.kind_of), self.record_words), np.int32)
         records[0, 0] = offset_bytes // UNIT_BYTES
         for key, site in extent.sites.items():

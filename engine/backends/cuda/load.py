@@ -4,19 +4,19 @@ from collections.abc import Callable
 
 import torch
 
+from engine.backends.cuda.adapter_copies import PackedAdapter
+from engine.backends.cuda.assembly import AdapterLimits, adapter_packer, make_triton_runner
+from engine.backends.cuda.flashinfer import is_allowed
+from engine.backends.cuda.forward import StepLimits
+from engine.backends.cuda.streams import CudaDevice, Device, HostDevice
+from engine.backends.cuda.triton.attention_tile import MAX_HEAD_DIM
+from engine.backends.cuda.triton.gate import gate
+from engine.backends.cuda.weight_ops import device_ops
 from engine.backends.load import LoadedModel, read_decoder
 from engine.backends.sync_runner import Runner
 from engine.config import EngineConfig
-from engine.kernels.device_ops import device_ops
-from engine.kernels.flashinfer_prefill import is_allowed
 from engine.kernels.reference import GATED_ACTIVATIONS
-from engine.kernels.triton.attention_tile import MAX_HEAD_DIM
-from engine.kernels.triton.gate import gate
 from engine.model.loader import weight_bytes
-from engine.runner.adapter_copies import PackedAdapter
-from engine.runner.device import CudaDevice, Device, HostDevice
-from engine.runner.device_forward import StepLimits
-from engine.runner.triton_runner import AdapterLimits, adapter_packer, make_triton_runner
 from engine.settle import Settled
 
 MAX_ADAPTERS = 4096  # on the device at a time: their tables take four KiB each for an 8B model

@@ -1,6 +1,6 @@
 """Ops of a device that launches kernels: linear layers that write where they are told to.
 
-Everything else of these Ops is torch's: a decoder that wants more fuses it (engine.model.fused).
+Everything else of these Ops is torch's: a decoder that wants more fuses it (engine.backends.cuda.decoder).
 """
 
 from dataclasses import replace
@@ -9,8 +9,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from engine.backends.cuda.fp8 import Fp8Linear, ScaledMm, check_fp8, scaled_mm
 from engine.kernels.dispatch import Ops, select_ops
-from engine.kernels.fp8 import Fp8Linear, ScaledMm, check_fp8, scaled_mm
 from engine.kernels.quantized import QuantizedWeight
 
 
@@ -88,8 +88,8 @@ class _WeightOnly:
         self._scratch: Any = None
 
     def __call__(self, weight: QuantizedWeight, bias: Tensor | None) -> DeviceLinear:
-        from engine.kernels.triton.scratch import Scratch
-        from engine.kernels.triton.weight_only import WeightOnlyLinear
+        from engine.backends.cuda.triton.scratch import Scratch
+        from engine.backends.cuda.triton.weight_only import WeightOnlyLinear
 
         if self._scratch is None:
             self._scratch = Scratch(self._device)

@@ -6,13 +6,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from engine.backends.cuda.triton import bitsandbytes_gemm
+from engine.backends.cuda.triton.crossovers import Choice, Shape, choices_for, choose
+from engine.backends.cuda.triton.dequantize import multiply_dense
+from engine.backends.cuda.triton.fourbit import multiply, planes_size
+from engine.backends.cuda.triton.packed_weight import PackedWeight, pack
+from engine.backends.cuda.triton.scratch import Scratch
 from engine.kernels.quantized import QuantizedWeight
-from engine.kernels.triton import bitsandbytes_gemm
-from engine.kernels.triton.crossovers import Choice, Shape, choices_for, choose
-from engine.kernels.triton.dequantize import multiply_dense
-from engine.kernels.triton.fourbit import multiply, planes_size
-from engine.kernels.triton.packed_weight import PackedWeight, pack
-from engine.kernels.triton.scratch import Scratch
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # float32 is for tests: no tensor cores
 

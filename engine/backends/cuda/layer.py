@@ -6,12 +6,12 @@ from typing import Any, Protocol, cast
 
 from torch import Tensor, nn
 
-from engine.kernels.fp8 import E4m3Rows, Fp8Linear
+from engine.backends.cuda.fp8 import E4m3Rows, Fp8Linear
+from engine.backends.cuda.triton.fp8_rows import quantize_rows
+from engine.backends.cuda.triton.gate import gate
+from engine.backends.cuda.triton.norm import add_rms_norm
+from engine.backends.cuda.triton.rotary import rotate_and_store
 from engine.kernels.inputs import LoraBatch, LoraBatchInParts
-from engine.kernels.triton.fp8_rows import quantize_rows
-from engine.kernels.triton.gate import gate
-from engine.kernels.triton.norm import add_rms_norm
-from engine.kernels.triton.rotary import rotate_and_store
 from engine.model.decoder import Attention, Decoder, DecoderLayer, HeadNorms
 from engine.model.layers import Linear, RmsNorm, Scale, SideBySide
 from engine.model.rotary import RotaryTable

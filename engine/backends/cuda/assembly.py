@@ -6,30 +6,30 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from engine.backends.kv_cache import blocks_of_arena
-from engine.kernels.device_positions import prefill_tile_tokens
-from engine.kernels.flashinfer_prefill import (
+from engine.backends.cuda.adapter_copies import AdapterCopies, PackedAdapter, pack_adapter
+from engine.backends.cuda.bank import DeviceAdapterBank
+from engine.backends.cuda.decoder import FusedDecoder
+from engine.backends.cuda.draw import Draws, likeliest_unless_finite
+from engine.backends.cuda.extent import extent_of
+from engine.backends.cuda.flashinfer import (
     FlashInferPrefill,
     PrefillShape,
     Scores,
     choose_flashinfer,
 )
-from engine.kernels.triton import draw as kernels
-from engine.kernels.triton import launch
-from engine.kernels.triton.attention import TritonAttention
-from engine.lora.device_bank import DeviceAdapterBank
-from engine.lora.extent import extent_of
-from engine.lora.site_table import SiteTable
+from engine.backends.cuda.forward import DeviceForward, StepLimits
+from engine.backends.cuda.graphs import GraphFigures
+from engine.backends.cuda.positions import prefill_tile_tokens
+from engine.backends.cuda.runner import DeviceRunner
+from engine.backends.cuda.site_table import SiteTable
+from engine.backends.cuda.streams import Device
+from engine.backends.cuda.triton import draw as kernels
+from engine.backends.cuda.triton import launch
+from engine.backends.cuda.triton.attention import TritonAttention
+from engine.backends.kv_cache import blocks_of_arena
 from engine.lora.weights import AdapterLoadError, LoraWeights
 from engine.model.decoder import Decoder
-from engine.model.fused import FusedDecoder
 from engine.model.spec import ModelSpec
-from engine.runner.adapter_copies import AdapterCopies, PackedAdapter, pack_adapter
-from engine.runner.cuda_graphs import GraphFigures
-from engine.runner.device import Device
-from engine.runner.device_draw import Draws, likeliest_unless_finite
-from engine.runner.device_forward import DeviceForward, StepLimits
-from engine.runner.device_runner import DeviceRunner
 
 
 @dataclass(frozen=True, slots=True)

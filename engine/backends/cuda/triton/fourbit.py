@@ -15,10 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from engine.kernels.triton import nf4_lookup
-from engine.kernels.triton.crossovers import Tiles
-from engine.kernels.triton.launch import interpreting, upcast
-from engine.kernels.triton.packed_weight import PANEL, PackedWeight
+from engine.backends.cuda.triton import nf4_lookup
+from engine.backends.cuda.triton.crossovers import Tiles
+from engine.backends.cuda.triton.launch import interpreting, upcast
+from engine.backends.cuda.triton.packed_weight import PANEL, PackedWeight
 
 _TABLE_BF16 = tl.constexpr(nf4_lookup.table_ptx("bf16x2"))
 _TABLE_FP16 = tl.constexpr(nf4_lookup.table_ptx("f16x2"))

@@ -14,11 +14,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from engine.kernels.triton import launch, lora
-from engine.kernels.triton.lora import KindLaunch, LoraMemory
-from engine.kernels.triton.lora_work import Words, WorkShape, build_words, rounded_rows
-from engine.lora.extent import UNIT_BYTES, Extent, move_bytes
-from engine.lora.site_table import SiteTable
+from engine.backends.cuda.extent import UNIT_BYTES, Extent, move_bytes
+from engine.backends.cuda.site_table import SiteTable
+from engine.backends.cuda.triton import launch, lora
+from engine.backends.cuda.triton.lora import KindLaunch, LoraMemory
+from engine.backends.cuda.triton.lora_work import Words, WorkShape, build_words, rounded_rows
 from engine.model.layers import LoraSite
 
 WORDS = "lora_words"  # name of a plan's only array, and of its buffer

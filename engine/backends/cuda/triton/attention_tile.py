@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from engine.kernels.triton.launch import power_of_two, upcast
+from engine.backends.cuda.triton.launch import power_of_two, upcast
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 MAX_HEAD_DIM = 256

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from engine.kernels.triton.attention_tile import (
+from engine.backends.cuda.triton.attention_tile import (
     MAX_SPLITS,
     absorb,
     check_scratch,
@@ -27,7 +27,7 @@ from engine.kernels.triton.attention_tile import (
     stretch,
     tile_constants,
 )
-from engine.kernels.triton.launch import power_of_two
+from engine.backends.cuda.triton.launch import power_of_two
 
 MIN_TILES_PER_SPLIT = 4  # a stretch must be worth its sums' way through memory; not measured
 COMBINED_ROWS = 16  # of a tile, by one program
@@ -70,7 +70,7 @@ def paged_prefill(
 ) -> None:
     """out [N, H, D] = causal attention of the rows of q [N, H, D] that lie in `tiles`.
 
-    The other arguments are as in `engine.kernels.device_positions`: int32 block_tables [B, W],
+    The other arguments are as in `engine.backends.cuda.positions`: int32 block_tables [B, W],
     context_lens [B], cu_seqlens_q [B + 1] and tiles [T, 2] of `tile_tokens` query rows, a power of
     two. Rows of no tile are not touched. `scratch` is float32 [`prefill_scratch_numel`], undefined
     before and after. Raises ValueError.

@@ -18,10 +18,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from engine.backends.cuda.packed_copies import ALIGNMENT, WORD_BYTES, PinnedRing, places
+from engine.backends.cuda.positions import DevicePositions, PositionsCapacity, write_positions
+from engine.backends.cuda.streams import Device
 from engine.backends.rows import row_numbers
-from engine.kernels.device_positions import DevicePositions, PositionsCapacity, write_positions
-from engine.runner.device import Device
-from engine.runner.packed_copies import ALIGNMENT, WORD_BYTES, PinnedRing, places
 from engine.scheduler.batch import PENDING, ScheduledRequest
 
 NO_SLOT = -1  # of a padding row: its keys and values are stored nowhere

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from engine.runner.device import Device, Event
+from engine.backends.cuda.streams import Device, Event
 
 Words = NDArray[Any]  # int32 or float32
 WORD_BYTES = 4

@@ -13,22 +13,22 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from engine.kernels.device_positions import (
-    DevicePositions,
-    PositionsCapacity,
-    exact_capacity,
-    prefill_pages,
-)
-from engine.kernels.inputs import LoraBatch
-from engine.runner.cuda_graphs import GraphFigures, GraphRunner, graph_sizes
-from engine.runner.device import Device
-from engine.runner.device_inputs import (
+from engine.backends.cuda.graphs import GraphFigures, GraphRunner, graph_sizes
+from engine.backends.cuda.inputs import (
     InputBuffers,
     RequestKey,
     StepInputs,
     StepNumbers,
     StepShape,
 )
+from engine.backends.cuda.positions import (
+    DevicePositions,
+    PositionsCapacity,
+    exact_capacity,
+    prefill_pages,
+)
+from engine.backends.cuda.streams import Device
+from engine.kernels.inputs import LoraBatch
 from engine.scheduler.batch import ScheduledRequest
 
 Numbers = NDArray[np.int32]
