@@ -22,11 +22,11 @@ from engine.backends.native.library import Context
 from engine.backends.sync_runner import ForwardPass, ModelRunner, Runner
 from engine.backends.torch.forward import TorchForward
 from engine.config import ConfigError, EngineConfig
-from engine.kernels.dispatch import Ops, native_ops, select_ops
 from engine.lora.host_cache import HostAdapter
 from engine.lora.weights import BLayout, LoraWeights
 from engine.model.decoder import Decoder, LoraSite
 from engine.model.loader import load_decoder, weight_bytes
+from engine.model.ops import Ops, native_ops, select_ops
 from engine.settle import Settled, is_interpreting
 
 log = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from engine.kernels.inputs import ForwardInputs
+from engine.model.inputs import ForwardInputs
 from engine.model.layers import (
     Build,
     Embedding,

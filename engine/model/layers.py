@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.kernels.dispatch import Ops
-from engine.kernels.inputs import ForwardInputs
-from engine.kernels.quantized import QuantizedWeight, can_join, join
+from engine.model.inputs import ForwardInputs
+from engine.model.ops import Ops
+from engine.model.quantized_weight import QuantizedWeight, can_join, join
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from engine.kernels.dispatch import Ops, select_ops
-from engine.kernels.quantized import QuantizedWeight
 from engine.model.checkpoint import Checkpoint
 from engine.model.decoder import Decoder
 from engine.model.families import read_scheme, read_spec
 from engine.model.layers import Build, Linear, Part
+from engine.model.ops import Ops, select_ops
 from engine.model.quantize import QUANTIZERS, NotFinite, check_quantizable
 from engine.model.quantized_checkpoint import Scheme, weight_format
+from engine.model.quantized_weight import QuantizedWeight
 from engine.model.spec import ModelError
 
 HEAD = "lm_head"

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from engine.backends.cuda.fp8 import E4M3, MULTIPLE, quantize_rows
-from engine.kernels.quantized import CHUNK_VALUES, NF4_VALUES, QuantizedWeight, pack_pairs
 from engine.model.layers import LoraSite
+from engine.model.quantized_weight import CHUNK_VALUES, NF4_VALUES, QuantizedWeight, pack_pairs
 from engine.model.spec import ModelError
 
 NF4_BLOCK = 64

@@ -14,9 +14,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from engine.kernels.quantized import NF4_VALUES, QuantizedWeight, pack_pairs, unpack_pairs
 from engine.model.checkpoint import Checkpoint
 from engine.model.config_keys import ConfigKeys
+from engine.model.quantized_weight import NF4_VALUES, QuantizedWeight, pack_pairs, unpack_pairs
 from engine.model.spec import ModelError
 
 KEY = "quantization_config"

@@ -10,13 +10,13 @@ from pathlib import Path
 import torch
 
 from engine.backends.kv_cache import kv_bytes_per_token
-from engine.kernels.dispatch import reference_ops
-from engine.kernels.quantized import BYTE_FORMATS
 from engine.model.decoder import Decoder
 from engine.model.families import read_dtype, read_scheme, read_spec
 from engine.model.layers import Build
+from engine.model.ops import reference_ops
 from engine.model.quantize import NF4_BLOCK, check_quantizable
 from engine.model.quantized_checkpoint import weight_format
+from engine.model.quantized_weight import BYTE_FORMATS
 from engine.model.spec import ModelSpec
 
 ATTENTION_SITES = ("qkv", "o")

@@ -23,7 +23,7 @@ from engine.backends.cuda.triton.crossovers import Choice, Tiles
 from engine.backends.cuda.triton.dequantize import multiply_dense
 from engine.backends.cuda.triton.fourbit import multiply, planes_size
 from engine.backends.cuda.triton.packed_weight import PackedWeight, pack
-from engine.kernels.quantized import QuantizedWeight
+from engine.model.quantized_weight import QuantizedWeight
 from tests.bench.gpu_clock import Budget, Work, graphs_s, recorded, wake
 from tests.bench.gpu_model import random_quantized
 

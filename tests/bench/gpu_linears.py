@@ -9,7 +9,7 @@ import torch
 
 from engine.backends.cuda.triton import crossovers
 from engine.backends.cuda.triton.weight_only import WeightOnlyLinear
-from engine.kernels.quantized import QuantizedWeight
+from engine.model.quantized_weight import QuantizedWeight
 from tests.bench.gpu_clock import Work, graphs_s
 from tests.bench.gpu_crossovers import (
     ROWS,

@@ -7,12 +7,12 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from engine.kernels.dispatch import Ops
-from engine.kernels.quantized import QuantizedWeight
 from engine.lora.weights import LoraWeights, SiteWeights
 from engine.model.decoder import Decoder
 from engine.model.families import read_spec
 from engine.model.layers import Build, LoraSite, Part
+from engine.model.ops import Ops
+from engine.model.quantized_weight import QuantizedWeight
 from tests.bench.models import SHAPES, Shape, write_config
 
 LLAMA_8B = Shape(

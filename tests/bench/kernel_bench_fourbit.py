@@ -22,7 +22,7 @@ from engine.backends.native import structs
 from engine.backends.native.library import Context, supported_isas
 from engine.backends.native.linear import NativeLinear
 from engine.backends.native.memory import aligned_bytes
-from engine.kernels.quantized import QuantizedWeight
+from engine.model.quantized_weight import QuantizedWeight
 
 SHAPES = {"qkv": (1152, 896), "o": (896, 896), "gate_up": (9728, 896), "down": (896, 4864)}
 FORMATS = ("nf4", "nf4_int8", "int4")

@@ -20,7 +20,7 @@ from engine.backends.native import structs
 from engine.backends.native.library import Context
 from engine.backends.native.linear import NativeLinear
 from engine.backends.native.memory import aligned_bytes, temporary_bytes
-from engine.kernels.quantized import QuantizedWeight
+from engine.model.quantized_weight import QuantizedWeight
 from tests.bench.environment import append_row, header
 
 MODELS = {  # (out, in) of the four linear layers of one decoder layer

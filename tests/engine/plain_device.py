@@ -20,9 +20,9 @@ from engine.backends.cuda.positions import DevicePositions
 from engine.backends.cuda.runner import DeviceRunner
 from engine.backends.cuda.streams import Device, HostDevice
 from engine.backends.kv_cache import blocks_of_arena
-from engine.kernels.inputs import AttentionInputs, ForwardInputs, LoraBatch
 from engine.lora.weights import LoraWeights
 from engine.model.decoder import Decoder
+from engine.model.inputs import AttentionInputs, ForwardInputs, LoraBatch
 
 BLOCK_SIZE = 4
 ARENA_BYTES = 2**21

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from engine.backends.cuda.weight_ops import DenseHead, DenseLinear, device_ops
-from engine.kernels import reference
+from engine.model import reference
 from engine.model.loader import load_decoder
 from tests.engine.tiny import Tiny, logits_in_chunks, random_prompt
 

@@ -9,9 +9,9 @@ from engine.backends.cuda import fp8
 from engine.backends.cuda.fp8 import Fp8Linear, check_fp8, dequantized_mm, quantize_rows, scaled_mm
 from engine.backends.cuda.weight_ops import device_ops
 from engine.config import ConfigError, EngineConfig
-from engine.kernels.quantized import dequantize, join
 from engine.model.loader import load_decoder
 from engine.model.quantize import quantize_fp8
+from engine.model.quantized_weight import dequantize, join
 from engine.model.spec import ModelError
 from engine.settle import settle
 from tests.engine.tiny import Tiny, logits_in_chunks, random_prompt

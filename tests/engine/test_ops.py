@@ -9,9 +9,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from engine.backends.torch import torch_ops
-from engine.kernels import reference
-from engine.kernels.dispatch import Ops, PagedAttention, reference_ops, select_ops
-from engine.kernels.inputs import AttentionInputs
+from engine.model import reference
+from engine.model.inputs import AttentionInputs
+from engine.model.ops import Ops, PagedAttention, reference_ops, select_ops
 
 CPU = torch.device("cpu")
 FAST = {

@@ -19,8 +19,13 @@ from engine.backends.kv_cache import kv_bytes_per_token
 from engine.backends.torch import torch_ops
 from engine.config import ConfigError, EngineConfig
 from engine.engine import Engine
-from engine.kernels import reference
-from engine.kernels.quantized import (
+from engine.messages import GenerateRequest
+from engine.model import reference
+from engine.model.decoder import Decoder
+from engine.model.layers import Linear, SideBySide
+from engine.model.loader import load_decoder, weight_bytes
+from engine.model.quantize import QUANTIZERS, quantize_fp8, quantize_int8, quantize_nf4
+from engine.model.quantized_weight import (
     NF4_VALUES,
     QuantizedWeight,
     can_join,
@@ -30,11 +35,6 @@ from engine.kernels.quantized import (
     pack_pairs,
     unpack_pairs,
 )
-from engine.messages import GenerateRequest
-from engine.model.decoder import Decoder
-from engine.model.layers import Linear, SideBySide
-from engine.model.loader import load_decoder, weight_bytes
-from engine.model.quantize import QUANTIZERS, quantize_fp8, quantize_int8, quantize_nf4
 from engine.model.spec import ModelError
 from engine.settle import settle
 from tests.engine.driver import generate, make_engine, run, write_adapter
@@ -327,7 +327,7 @@ WATCH = """
 import dataclasses, sys, threading
 from pathlib import Path
 import torch
-from engine.kernels.dispatch import reference_ops
+from engine.model.ops import reference_ops
 from engine.model import loader
 
 folder, quantization = Path(sys.argv[1]), sys.argv[2]

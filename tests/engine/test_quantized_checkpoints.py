@@ -21,13 +21,13 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from engine.config import ConfigError, EngineConfig
-from engine.kernels.quantized import QuantizedWeight, dequantize
 from engine.messages import GenerateRequest
 from engine.model.checkpoint import Checkpoint
 from engine.model.decoder import Decoder
 from engine.model.families import read_scheme, read_spec
 from engine.model.layers import Linear, SideBySide
 from engine.model.loader import load_decoder, weight_bytes
+from engine.model.quantized_weight import QuantizedWeight, dequantize
 from engine.model.spec import ModelError
 from engine.plan import __main__ as plan
 from engine.plan import arithmetic

@@ -23,7 +23,7 @@ from engine.backends.cuda.packed_copies import Arrival, PinnedRing
 from engine.backends.cuda.positions import DevicePositions
 from engine.backends.cuda.runner import DeviceRunner
 from engine.backends.sync_runner import StepHandle
-from engine.kernels.inputs import LoraBatch
+from engine.model.inputs import LoraBatch
 from engine.scheduler.adapter_slots import AdapterSlots
 from engine.scheduler.batch import AdapterMove, BlockCopy, ScheduledBatch
 from engine.scheduler.block_manager import BlockManager

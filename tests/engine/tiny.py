@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from engine.kernels.inputs import AttentionInputs, ForwardInputs, LoraBatch
 from engine.model.decoder import Decoder
+from engine.model.inputs import AttentionInputs, ForwardInputs, LoraBatch
 
 VOCAB_SIZE = 256
 SIZES = {

@@ -20,8 +20,8 @@ from engine.backends.cuda.layer import (
     PagedAttentionInto,
     Rows,
 )
-from engine.kernels.inputs import LoraBatch
 from engine.model.decoder import Decoder, DecoderLayer
+from engine.model.inputs import LoraBatch
 from engine.model.rotary import RotaryTable
 
 

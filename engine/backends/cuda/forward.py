@@ -28,7 +28,7 @@ from engine.backends.cuda.positions import (
     prefill_pages,
 )
 from engine.backends.cuda.streams import Device
-from engine.kernels.inputs import LoraBatch
+from engine.model.inputs import LoraBatch
 from engine.scheduler.batch import ScheduledRequest
 
 Numbers = NDArray[np.int32]

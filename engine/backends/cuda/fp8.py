@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from engine.kernels.quantized import QuantizedWeight
+from engine.model.quantized_weight import QuantizedWeight
 
 E4M3 = torch.float8_e4m3fn
 LARGEST = 448.0  # of e4m3

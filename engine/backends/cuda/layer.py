@@ -11,8 +11,8 @@ from engine.backends.cuda.triton.fp8_rows import quantize_rows
 from engine.backends.cuda.triton.gate import gate
 from engine.backends.cuda.triton.norm import add_rms_norm
 from engine.backends.cuda.triton.rotary import rotate_and_store
-from engine.kernels.inputs import LoraBatch, LoraBatchInParts
 from engine.model.decoder import Attention, Decoder, DecoderLayer, HeadNorms
+from engine.model.inputs import LoraBatch, LoraBatchInParts
 from engine.model.layers import Linear, RmsNorm, Scale, SideBySide
 from engine.model.rotary import RotaryTable
 
@@ -32,7 +32,7 @@ class PagedAttentionInto(Protocol):
         window: int | None,
         soft_cap: float | None,
     ) -> Tensor:
-        """As PagedAttention of engine.kernels.dispatch, into out [N, H, D], returned. q's rows lie
+        """As PagedAttention of engine.model.ops, into out [N, H, D], returned. q's rows lie
         apart: it is a part of the qkv layer's output. `attention` is what `forward` was given."""
         ...
 

@@ -15,8 +15,8 @@ from engine.backends.cuda.weight_ops import device_ops
 from engine.backends.load import LoadedModel, read_decoder
 from engine.backends.sync_runner import Runner
 from engine.config import EngineConfig
-from engine.kernels.reference import GATED_ACTIVATIONS
 from engine.model.loader import weight_bytes
+from engine.model.reference import GATED_ACTIVATIONS
 from engine.settle import Settled
 
 MAX_ADAPTERS = 4096  # on the device at a time: their tables take four KiB each for an 8B model

@@ -1,6 +1,6 @@
 """DevicePositions: where the queries and keys of a batch are, in numbers that kernels read.
 
-What `engine.kernels.inputs.AttentionInputs` says to the host, in fixed shapes on the device: a CUDA
+What `engine.model.inputs.AttentionInputs` says to the host, in fixed shapes on the device: a CUDA
 graph that has been captured over these tensors serves every batch that fits into them. Requests
 that fill a batch up have a context of 0: one query row each among the decodes, none among the
 prefills. No Triton here: whoever lays out a step's numbers needs only numpy.

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from engine.backends.cuda.fp8 import Fp8Linear, ScaledMm, check_fp8, scaled_mm
-from engine.kernels.dispatch import Ops, select_ops
-from engine.kernels.quantized import QuantizedWeight
+from engine.model.ops import Ops, select_ops
+from engine.model.quantized_weight import QuantizedWeight
 
 
 class DeviceLinear(Protocol):

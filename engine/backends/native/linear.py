@@ -14,7 +14,7 @@ from engine.backends.native.library import Context
 from engine.backends.native.memory import separate_bytes, temporary_bytes
 from engine.backends.native.pack import Packer, Weight, pack_bf16, pack_int8
 from engine.backends.native.pack4 import pack_int4, pack_nf4
-from engine.kernels.quantized import QuantizedWeight
+from engine.model.quantized_weight import QuantizedWeight
 
 
 class NativeLinear:

@@ -9,7 +9,7 @@ from torch import Tensor
 from engine.backends.native import structs
 from engine.backends.native.library import Context
 from engine.backends.native.memory import aligned_bytes
-from engine.kernels.quantized import QuantizedWeight
+from engine.model.quantized_weight import QuantizedWeight
 
 PANEL = 32  # outputs that lie together: kPanel of src/linear_layout.h
 

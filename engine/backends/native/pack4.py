@@ -11,7 +11,7 @@ from engine.backends.native import structs
 from engine.backends.native.library import Context
 from engine.backends.native.memory import aligned_bytes
 from engine.backends.native.pack import PANEL, PackedWeight, panels_of, run_pack
-from engine.kernels.quantized import QuantizedWeight
+from engine.model.quantized_weight import QuantizedWeight
 
 NF4_FACTOR = 1.4367  # of the table in bf16
 NF4_INT8_FACTOR = 124.114  # of the table in int8

@@ -5,7 +5,7 @@ from itertools import accumulate
 import torch
 
 from engine.backends.rows import padded_block_tables, row_numbers
-from engine.kernels.inputs import AttentionInputs, ForwardInputs, LoraBatch
+from engine.model.inputs import AttentionInputs, ForwardInputs, LoraBatch
 from engine.scheduler.batch import ScheduledBatch, ScheduledRequest
 
 

@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.kernels import reference
-from engine.kernels.inputs import AttentionInputs
-from engine.kernels.quantized import QuantizedWeight, dequantize_to
+from engine.model import reference
+from engine.model.inputs import AttentionInputs
+from engine.model.quantized_weight import QuantizedWeight, dequantize_to
 
 # ==== Linear ====
 

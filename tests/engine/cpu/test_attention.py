@@ -16,8 +16,8 @@ from torch import Tensor
 from engine.backends.native import structs
 from engine.backends.native.kv import KvLayout
 from engine.backends.native.library import FUNCTIONS, Context
-from engine.kernels import reference
-from engine.kernels.inputs import AttentionInputs
+from engine.model import reference
+from engine.model.inputs import AttentionInputs
 from tests.engine.cpu.test_store import empty_blocks, store, unpack_all
 
 BF16, INT8 = structs.KV_BF16, structs.KV_INT8

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from engine.backends.native import structs
 from engine.backends.native.library import FUNCTIONS, Context
-from engine.kernels import reference
+from engine.model import reference
 
 WIDTHS = [1, 15, 16, 33, 64, 96, 127, 576, 896, 1000]
 ONE_UNIT = {"rtol": 2**-7, "atol": 1e-30}  # of bfloat16: 8 significant bits

@@ -10,7 +10,7 @@ from engine.backends.native import structs
 from engine.backends.native.library import Context
 from engine.backends.native.linear import NativeLinear
 from engine.backends.native.memory import BLOCK, aligned_bytes, temporary_bytes
-from engine.kernels.quantized import QuantizedWeight
+from engine.model.quantized_weight import QuantizedWeight
 
 SHAPES = [  # (out, in): one of each, whole panels and words, and neither
     *[(1, 1), (1, 2), (3, 7), (31, 63), (32, 64), (33, 65), (64, 130)],

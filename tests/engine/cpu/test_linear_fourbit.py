@@ -9,7 +9,7 @@ from torch import Tensor
 
 from engine.backends.native.library import Context
 from engine.backends.native.linear import NativeLinear
-from engine.kernels.quantized import NF4_VALUES, QuantizedWeight, dequantize
+from engine.model.quantized_weight import NF4_VALUES, QuantizedWeight, dequantize
 
 # (in_features, out_features, group_size): whole and ragged panels, groups beside, of and beyond a
 # slice of 256 inputs, slices that are not full, one group for the whole row

@@ -12,7 +12,7 @@ from torch import Tensor
 from engine.backends.native import structs
 from engine.backends.native.kv import KvLayout, check_heads, check_rotary
 from engine.backends.native.library import FUNCTIONS, Context
-from engine.kernels import reference
+from engine.model import reference
 
 BF16, INT8 = structs.KV_BF16, structs.KV_INT8
 ONE_ULP = {"rtol": 2**-7, "atol": 2**-14}

@@ -7,8 +7,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from engine.kernels import reference
-from engine.kernels.inputs import AttentionInputs
+from engine.model import reference
+from engine.model.inputs import AttentionInputs
 from engine.scheduler.batch import ScheduledRequest
 from engine.scheduler.request import SamplingParams
 

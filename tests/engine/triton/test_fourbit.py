@@ -16,7 +16,7 @@ from engine.backends.cuda.triton.crossovers import Shape, Tiles, choose, unmeasu
 from engine.backends.cuda.triton.dequantize import dequantize as dequantize_packed
 from engine.backends.cuda.triton.fourbit import multiply, planes_size
 from engine.backends.cuda.triton.packed_weight import PackedWeight, pack
-from engine.kernels.quantized import NF4_VALUES, QuantizedWeight, dequantize, dequantize_to
+from engine.model.quantized_weight import NF4_VALUES, QuantizedWeight, dequantize, dequantize_to
 
 CPU = torch.device("cpu")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -19,13 +19,13 @@ from engine.backends.cuda.layer import Beside, Rows, _Site
 from engine.backends.cuda.memory import needs
 from engine.backends.cuda.weight_ops import DenseLinear, device_ops
 from engine.backends.torch.bank import AdapterBank
-from engine.kernels import reference
-from engine.kernels.dispatch import Ops, reference_ops
-from engine.kernels.inputs import AttentionInputs, ForwardInputs, LoraBatch
 from engine.lora.weights import LoraWeights, SiteWeights
+from engine.model import reference
 from engine.model.decoder import Decoder, DecoderLayer
+from engine.model.inputs import AttentionInputs, ForwardInputs, LoraBatch
 from engine.model.layers import LoraSite, SideBySide
 from engine.model.loader import load_decoder
+from engine.model.ops import Ops, reference_ops
 from engine.scheduler.batch import ScheduledBatch, ScheduledRequest
 from engine.scheduler.request import SamplingParams
 from tests.engine.tiny import MODEL_TYPES, Tiny, random_prompt

@@ -24,7 +24,7 @@ from engine.backends.cuda.triton.gate import gate
 from engine.backends.cuda.triton.norm import add_rms_norm
 from engine.backends.cuda.triton.packed_weight import pack
 from engine.backends.cuda.triton.rotary import rotate_and_store
-from engine.kernels import reference
+from engine.model import reference
 from engine.model.rotary import Rotary, RotaryTable, Unscaled
 from tests.engine.triton.adapters import load, make_adapter, make_sites
 from tests.engine.triton.test_fourbit import make_weight

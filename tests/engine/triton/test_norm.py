@@ -10,7 +10,7 @@ from engine.backends.cuda.fp8 import quantize_rows as plainly_quantized
 from engine.backends.cuda.triton.fp8_rows import quantize_rows
 from engine.backends.cuda.triton.launch import MAX_WIDTH
 from engine.backends.cuda.triton.norm import add_rms_norm
-from engine.kernels import reference
+from engine.model import reference
 
 EPS = 1e-5
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from engine.backends.cuda.triton.rotary import rotate_and_store
-from engine.kernels import reference
+from engine.model import reference
 from engine.model.rotary import Rotary, RotaryTable, Unscaled
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

@@ -18,7 +18,7 @@ from engine.backends.cuda.triton.attention_prefill import (
 
 
 class TritonAttention:
-    """`engine.kernels.dispatch.PagedAttention` over DevicePositions, for one model.
+    """`engine.model.ops.PagedAttention` over DevicePositions, for one model.
 
     Holds the scratch of split keys, which every layer and every CUDA graph of one stream shares:
     at most `max_decodes` requests with one query, contexts of at most `max_context_len`, and

@@ -14,7 +14,7 @@ from a table of 16 floats.
 
 import struct
 
-from engine.kernels.quantized import NF4_VALUES
+from engine.model.quantized_weight import NF4_VALUES
 
 TABLE_REGISTERS = 8  # the low bytes of codes 0-3, 4-7, 8-11, 12-15, then the high bytes
 TABLE_CONSTRAINTS = ",".join(["=r"] * TABLE_REGISTERS + ["f"])

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from engine.kernels.quantized import NF4_VALUES, QuantizedWeight
+from engine.model.quantized_weight import NF4_VALUES, QuantizedWeight
 
 PANEL = 64  # outputs
 BLOCK = 64  # inputs

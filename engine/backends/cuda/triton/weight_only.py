@@ -12,7 +12,7 @@ from engine.backends.cuda.triton.dequantize import multiply_dense
 from engine.backends.cuda.triton.fourbit import multiply, planes_size
 from engine.backends.cuda.triton.packed_weight import PackedWeight, pack
 from engine.backends.cuda.triton.scratch import Scratch
-from engine.kernels.quantized import QuantizedWeight
+from engine.model.quantized_weight import QuantizedWeight
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # float32 is for tests: no tensor cores
 

@@ -1,6 +1,6 @@
 """Every op in plain torch, as slowly and clearly as it can be said: the oracle of all tests.
 
-Computes in float32 and rounds once at the end. Shapes and meaning: `engine.kernels.dispatch`.
+Computes in float32 and rounds once at the end. Shapes and meaning: `engine.model.ops`.
 """
 
 from collections.abc import Callable
@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.kernels.inputs import AttentionInputs
-from engine.kernels.quantized import QuantizedWeight, dequantize
+from engine.model.inputs import AttentionInputs
+from engine.model.quantized_weight import QuantizedWeight, dequantize
 
 
 def pack_linear(

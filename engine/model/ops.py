@@ -15,9 +15,9 @@ from torch import Tensor
 from engine.backends.native.library import Context
 from engine.backends.native.linear import NativeHead, NativeLinear
 from engine.backends.torch import torch_ops
-from engine.kernels import reference
-from engine.kernels.inputs import AttentionInputs
-from engine.kernels.quantized import QuantizedWeight
+from engine.model import reference
+from engine.model.inputs import AttentionInputs
+from engine.model.quantized_weight import QuantizedWeight
 
 Multiply = Callable[[Tensor], Tensor]  # [N, in] -> [N, out]
 
