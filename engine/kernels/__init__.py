@@ -1,1 +1,0 @@
-"""The ops of the decoder. Plain torch is the specification of each."""

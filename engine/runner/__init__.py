@@ -1,1 +1,0 @@
-"""Executes scheduled batches on a device."""
