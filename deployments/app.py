@@ -47,7 +47,7 @@ from deployments.stores import open_adapter_store
 from deployments.tenants.tenants import open_tenants
 from deployments.text.vocabulary import Vocabulary
 from engine.client import EngineClient
-from engine.garbage import keep_what_is_loaded
+from engine.gc_freeze import keep_what_is_loaded
 
 # Limits of Ray's own, far above ours: requests are counted where the engine is.
 MAX_ONGOING = 100_000

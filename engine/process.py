@@ -21,7 +21,7 @@ from contextlib import suppress
 from typing import Any
 
 from engine.framing import FrameDecoder, encode
-from engine.garbage import keep_what_is_loaded
+from engine.gc_freeze import keep_what_is_loaded
 from engine.messages import INVALID_REQUEST, RequestError, RequestOutput, to_item
 from engine.scheduler.request import InvalidRequest
 

@@ -14,7 +14,7 @@ from engine.config import ConfigError, EngineConfig
 from engine.model.families import read_dtype, read_scheme, read_spec
 from engine.model.quantized_checkpoint import weight_format
 from engine.model.spec import ModelSpec
-from engine.plan.arithmetic import FORMATS, ModelSize, read_model_size, weight_bytes
+from engine.sizes import FORMATS, ModelSize, read_model_size, weight_bytes
 
 DEFAULT_MAX_MODEL_LEN = 8192
 DEFAULT_MEMORY_BYTES = 2 * 2**30  # on a CPU

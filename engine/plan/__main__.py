@@ -20,7 +20,8 @@ from engine.backends.kv_cache import SCALE_BYTES, kv_bytes_per_token
 from engine.config import KV_DTYPES, QUANTIZATIONS
 from engine.model.quantize import NF4_BLOCK
 from engine.model.spec import ModelError
-from engine.plan.arithmetic import (
+from engine.plan.machine import measure
+from engine.sizes import (
     Load,
     Machine,
     ModelSize,
@@ -33,7 +34,6 @@ from engine.plan.arithmetic import (
     step_floor,
     weight_bytes,
 )
-from engine.plan.machine import measure
 
 NUM_ADAPTERS = (0, 1, 8, 32, 128)
 BATCHES = (1, 8, 32, 128)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import torch
 
-from engine.plan.arithmetic import Machine
+from engine.sizes import Machine
 
 READ_BYTES = {"cpu": 2**27, "cuda": 2**30}  # larger than any cache
 MATRIX_SIZE = {"cpu": 512, "cuda": 8192}  # a millisecond: short enough to be undisturbed once

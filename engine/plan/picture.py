@@ -6,7 +6,7 @@ Needs matplotlib, which nothing else here does.
 from pathlib import Path
 from typing import Any
 
-from engine.plan.arithmetic import (
+from engine.sizes import (
     Load,
     Machine,
     ModelSize,

@@ -24,9 +24,9 @@ from engine.backends.native.linear import NativeLinear
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.messages import AdapterFolder, GenerateRequest
-from engine.plan.arithmetic import Machine
 from engine.plan.machine import measure as measure_machine
 from engine.scheduler.request import SamplingParams
+from engine.sizes import Machine
 from tests.bench.environment import append_row, header
 from tests.bench.models import SHAPES, Shape, make_adapters, make_model
 

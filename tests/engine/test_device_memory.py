@@ -9,8 +9,8 @@ import torch
 from engine.backends.cuda.memory import Needs, arena_bytes
 from engine.config import ConfigError
 from engine.model.loader import load_decoder
-from engine.plan.arithmetic import read_model_size
 from engine.settle import _scratch_bytes
+from engine.sizes import read_model_size
 from tests.engine.tiny import Tiny
 
 GIB = 2**30

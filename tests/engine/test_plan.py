@@ -13,7 +13,8 @@ from engine.lora.weights import load_lora
 from engine.messages import AdapterFolder
 from engine.model.loader import load_decoder
 from engine.plan import __main__ as plan
-from engine.plan.arithmetic import (
+from engine.plan.picture import memory_shares
+from engine.sizes import (
     FORMATS,
     LinearShape,
     Load,
@@ -28,7 +29,6 @@ from engine.plan.arithmetic import (
     step_floor,
     weight_bytes,
 )
-from engine.plan.picture import memory_shares
 from tests.engine.tiny import MODEL_TYPES, write_tiny
 
 CPU = torch.device("cpu")

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from engine import sizes as arithmetic
 from engine.config import ConfigError, EngineConfig
 from engine.messages import GenerateRequest
 from engine.model.checkpoint import Checkpoint
@@ -30,7 +31,6 @@ from engine.model.loader import load_decoder, weight_bytes
 from engine.model.quantized_weight import QuantizedWeight, dequantize
 from engine.model.spec import ModelError
 from engine.plan import __main__ as plan
-from engine.plan import arithmetic
 from engine.settle import settle
 from tests.engine.driver import generate, make_engine, run, write_adapter
 from tests.engine.driver import greedy as driver_greedy
