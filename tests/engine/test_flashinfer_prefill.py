@@ -29,9 +29,9 @@ from engine.backends.cuda.triton.attention import TritonAttention
 from engine.backends.cuda.weight_ops import device_ops
 from engine.model.loader import load_decoder
 from engine.settle import is_interpreting
+from tests.engine.cuda.attention_batch import Batch, Request, make_batch, oracle
 from tests.engine.generations import drive, expected, generations_of, greedy
 from tests.engine.tiny import Tiny
-from tests.engine.triton.attention_batch import Batch, Request, make_batch, oracle
 
 pytestmark = pytest.mark.skipif(not is_interpreting(), reason="needs Triton's interpreter")
 

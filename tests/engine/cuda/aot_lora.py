@@ -4,7 +4,7 @@ import torch
 
 from engine.backends.cuda.triton import lora
 from engine.backends.cuda.triton.lora_work import SiteKind, WorkShape
-from tests.engine.triton.aot import AotCase
+from tests.engine.cuda.aot import AotCase
 
 KINDS = (
     SiteKind(4096, (4096, 1024, 1024)),

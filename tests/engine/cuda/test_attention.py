@@ -27,7 +27,7 @@ from engine.backends.cuda.triton.attention_prefill import (
     prefill_scratch_numel,
 )
 from engine.backends.cuda.triton.attention_tile import check_shapes
-from tests.engine.triton.attention_batch import Batch, Request, make_batch, oracle
+from tests.engine.cuda.attention_batch import Batch, Request, make_batch, oracle
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SCALE, MAX_CONTEXT_LEN = 0.3, 256

@@ -5,7 +5,7 @@ from typing import Any
 from engine.backends.cuda.triton.gate import BLOCK
 from engine.backends.cuda.triton.launch import block_of, warps_of
 from engine.backends.cuda.triton.rotary import head_tiles
-from tests.engine.triton.aot import AotCase
+from tests.engine.cuda.aot import AotCase
 
 HIDDEN, WIDTH = 4096, 14336
 HEADS, KV_HEADS, DIM = 32, 8, 128

@@ -26,8 +26,8 @@ from engine.backends.cuda.triton.packed_weight import pack
 from engine.backends.cuda.triton.rotary import rotate_and_store
 from engine.model import reference
 from engine.model.rotary import Rotary, RotaryTable, Unscaled
-from tests.engine.triton.adapters import load, make_adapter, make_sites
-from tests.engine.triton.test_fourbit import make_weight
+from tests.engine.cuda.adapters import load, make_adapter, make_sites
+from tests.engine.cuda.test_fourbit import make_weight
 
 BEFORE = 2**31  # elements
 APART = 2**30 + 2**20  # of two rows or blocks

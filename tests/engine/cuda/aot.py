@@ -1,6 +1,6 @@
 """Compiles Triton kernels for cards that are not here, and says what the compiler made of them.
 
-    python -m tests.engine.triton.aot [word]     one JSON line for each case that has the word
+    python -m tests.engine.cuda.aot [word]     one JSON line for each case that has the word
 
 A process of its own: a kernel that was imported for the interpreter cannot be compiled.
 """
@@ -57,7 +57,7 @@ class Compiled:
 
 def all_cases() -> list[AotCase]:
     """CASES of every module of this package named aot_*."""
-    import tests.engine.triton as package
+    import tests.engine.cuda as package
 
     names = [m.name for m in pkgutil.iter_modules(package.__path__) if m.name.startswith("aot_")]
     modules = [importlib.import_module(f"{package.__name__}.{name}") for name in sorted(names)]

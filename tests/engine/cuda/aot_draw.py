@@ -1,7 +1,7 @@
 """The drawing kernels for logits of Llama-3-8B, whose rows are 128256 wide."""
 
 from engine.backends.cuda.triton import draw
-from tests.engine.triton.aot import AotCase
+from tests.engine.cuda.aot import AotCase
 
 KERNELS = "engine.backends.cuda.triton.draw"
 ROWS = {"logits": "*fp32", "rows": "*i32", "temperature": "*fp32"}

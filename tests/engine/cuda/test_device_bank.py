@@ -15,9 +15,7 @@ from engine.lora.weights import LoraWeights, load_lora
 from engine.model.loader import load_decoder
 from engine.scheduler.batch import ScheduledBatch, ScheduledRequest
 from engine.scheduler.request import SamplingParams
-from tests.engine.driver import write_adapter
-from tests.engine.tiny import write_tiny
-from tests.engine.triton.adapters import (
+from tests.engine.cuda.adapters import (
     DEVICE,
     TRAFFIC,
     load,
@@ -27,6 +25,8 @@ from tests.engine.triton.adapters import (
     make_sites,
     row_slots,
 )
+from tests.engine.driver import write_adapter
+from tests.engine.tiny import write_tiny
 
 SITES = make_sites(2, qkv=(64, (64, 16, 16)), o=(64, (64,)), gate_up=(64, (96, 96)))
 RANKS = [

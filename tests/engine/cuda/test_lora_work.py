@@ -17,7 +17,7 @@ from engine.backends.cuda.triton.lora_work import (
     build_words,
     rounded_rows,
 )
-from tests.engine.triton.adapters import TRAFFIC, row_slots
+from tests.engine.cuda.adapters import TRAFFIC, row_slots
 
 KINDS = (SiteKind(4096, (4096, 1024, 1024)), SiteKind(14336, (4096,)), SiteKind(64, (64,)))
 NUM_SLOTS = 40

@@ -6,7 +6,7 @@ from engine.backends.cuda.triton.crossovers import Shape, Tiles, unmeasured
 from engine.backends.cuda.triton.dequantize import BLOCKS
 from engine.backends.cuda.triton.fourbit import SUM_BLOCK
 from engine.backends.cuda.triton.packed_weight import BLOCK, SMALL_BLOCK
-from tests.engine.triton.aot import AotCase
+from tests.engine.cuda.aot import AotCase
 
 PROCESSORS = 132
 OUT, IN = 6144, 4096

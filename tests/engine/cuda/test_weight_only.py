@@ -22,7 +22,7 @@ from engine.backends.cuda.triton.crossovers import (
 from engine.backends.cuda.triton.scratch import Scratch
 from engine.backends.cuda.triton.weight_only import WeightOnlyLinear
 from engine.model.quantized_weight import QuantizedWeight, dequantize_to, join
-from tests.engine.triton.test_fourbit import CPU, DEVICE, DTYPES, TOLERANCE, make_weight
+from tests.engine.cuda.test_fourbit import CPU, DEVICE, DTYPES, TOLERANCE, make_weight
 
 SPLIT = Tiles(16, 64, num_warps=4, num_stages=2, split_k=2)
 WHOLE = Tiles(32, 64, num_warps=4, num_stages=2)

@@ -29,10 +29,10 @@ from engine.model.loader import load_decoder
 from engine.scheduler.batch import ScheduledBatch, ScheduledRequest
 from engine.scheduler.request import SamplingParams
 from engine.settle import is_interpreting
+from tests.engine.cuda.launches import Launches
 from tests.engine.driver import write_adapter
 from tests.engine.generations import loads_at_the_end
 from tests.engine.tiny import Tiny
-from tests.engine.triton.launches import Launches
 
 MakeTiny = Callable[..., Tiny]
 CPU = torch.device("cpu")

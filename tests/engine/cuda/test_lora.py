@@ -10,7 +10,7 @@ from torch import Tensor
 
 from engine.backends.cuda.bank import DeviceAdapterBank
 from engine.lora.weights import LoraWeights
-from tests.engine.triton.adapters import (
+from tests.engine.cuda.adapters import (
     DEVICE,
     TRAFFIC,
     expected,

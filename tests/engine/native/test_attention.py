@@ -18,7 +18,7 @@ from engine.backends.native.kv import KvLayout
 from engine.backends.native.library import FUNCTIONS, Context
 from engine.model import reference
 from engine.model.inputs import AttentionInputs
-from tests.engine.cpu.test_store import empty_blocks, store, unpack_all
+from tests.engine.native.test_store import empty_blocks, store, unpack_all
 
 BF16, INT8 = structs.KV_BF16, structs.KV_INT8
 TOLERANCE = {"rtol": 2**-7, "atol": 2**-7}

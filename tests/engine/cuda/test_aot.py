@@ -3,7 +3,7 @@ loads what is large widely."""
 
 import pytest
 
-from tests.engine.triton.aot import (
+from tests.engine.cuda.aot import (
     ARCHITECTURES,
     MAX_REGISTERS,
     MAX_SHARED_BYTES,

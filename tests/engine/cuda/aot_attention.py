@@ -6,7 +6,7 @@ import torch
 
 from engine.backends.cuda.positions import prefill_tile_tokens
 from engine.backends.cuda.triton import attention_decode, attention_prefill
-from tests.engine.triton.aot import AotCase
+from tests.engine.cuda.aot import AotCase
 
 TENSORS = {"q": "*bf16", "kv": "*bf16", "block_tables": "*i32", "context_lens": "*i32"}
 STRIDES = {"q_stride": "i32", "out_stride": "i32", "block_stride": "i32", "table_stride": "i32"}
