@@ -114,7 +114,7 @@ class TenancySection(Section):
 
     mode `open`: everybody is the tenant `public`. Only on loopback, unless
     `allow_open_on_network` says that everybody who reaches the port may.
-    mode `keys`: /v1 answers to the keys in `keys_file` alone (see `deployments.tenants.tenants`), and
+    mode `keys`: /v1 answers to the keys in `keys_file` alone (see `deployments.tenants`), and
     /metrics, which names tenants and adapters, to that file's `metrics_keys`, or to everybody
     with `metrics: open`. /health is always open.
 

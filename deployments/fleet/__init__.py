@@ -1,1 +1,1 @@
-"""The way between an ingress and the replicas: protocol, failover, sockets, router. No HTTP, no text."""
+"""Everything between an ingress and its replicas: protocol, failover, sockets, router."""

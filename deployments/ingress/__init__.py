@@ -1,1 +1,1 @@
-"""HTTP: routes, requests and replies, planning, streaming, metrics. The only folder that knows a status code."""
+"""HTTP: routes, requests, replies, streaming, metrics. Only here a status code is known."""

@@ -1,6 +1,6 @@
 """What `make serve` runs: a Ray cluster of its own on loopback, the application, and the way out.
 
-    python -m deployments.local.serve [--config configs/dev-cpu.yaml] [--host 127.0.0.1] [--port 8000]
+    python -m deployments.local.serve [--config FILE] [--host HOST] [--port PORT]
 
 Everything it starts is a descendant of this process and ends with it.
 """

@@ -17,7 +17,7 @@ again, within two seconds; if it is broken then, an error is logged and the old 
     python -m deployments.tenants.tenants new-key TENANT [--file keys.yaml]
     python -m deployments.tenants.tenants new-key --metrics [--file keys.yaml]
 
-make a key, print it once, and store its hash (`deployments.tenants.new_key`). Knows no adapters, and of
+make a key, print it once, and store its hash (`new_key`). Knows no adapters, and of
 limits only their numbers.
 """
 

@@ -15,7 +15,7 @@ INSTRUCTIONS = [
 SETUPTOOLS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
 PACKAGES = {pattern.rstrip("*") for pattern in SETUPTOOLS["packages"]["find"]["include"]}
 NOT_SERVED = {"examples"}
-BUILT = ROOT / "engine" / "kernels" / "cpu" / "lib"  # by setup.py
+BUILT = ROOT / "engine" / "backends" / "native" / "lib"  # by setup.py
 
 
 def arguments(instruction: str) -> list[str]:

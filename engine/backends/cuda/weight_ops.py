@@ -1,6 +1,6 @@
 """Ops of a device that launches kernels: linear layers that write where they are told to.
 
-Everything else of these Ops is torch's: a decoder that wants more fuses it (engine.backends.cuda.decoder).
+Everything else of these Ops is torch's; the CUDA decoder fuses what it wants to fuse.
 """
 
 from dataclasses import replace

@@ -77,7 +77,7 @@ def test_a_wheel_brings_the_library_and_its_sources(tmp_path: Path) -> None:
     (wheel,) = (tmp_path / "dist").iterdir()
     assert "-py3-none-linux_x86_64" in wheel.name
     shutil.unpack_archive(wheel, tmp_path / "unpacked", "zip")
-    package = tmp_path / "unpacked" / "engine" / "kernels" / "cpu"
+    package = tmp_path / "unpacked" / "engine" / "backends" / "native"
     assert (package / "lib" / library_name()).exists()
     assert (package / "src" / "pool.cpp").exists()
 

@@ -12,7 +12,7 @@ A is [R, in], the ranks of all slices (q, k, v; gate, up) one below the other, B
                              slices of any site), then 0 and where the ranks of each slice end
 
 Grids are constant and everything that changes is read from device memory: the words of a plan
-(`engine.backends.cuda.triton.lora_work`) and the table. No atomics: a row's result depends on that row,
+(`lora_work`) and the table. No atomics: a row's result depends on that row,
 its adapter and the tiles alone. Rows without an adapter are neither read nor written.
 
 Offsets are multiples of UNIT_BYTES from a base that the launcher knows to be aligned; that is what
