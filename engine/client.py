@@ -18,9 +18,9 @@ from typing import Any, cast
 from engine.config import EngineConfig
 from engine.framing import FrameDecoder, encode
 from engine.messages import (
-    ENGINE_DIED,
     EngineInfo,
     EngineStats,
+    ErrorKind,
     GenerateRequest,
     Item,
     RequestError,
@@ -122,7 +122,7 @@ class EngineClient:
         self._deliver(items)
 
     def _on_lost(self, reason: str) -> None:
-        error = RequestError(ENGINE_DIED, reason)
+        error = RequestError(ErrorKind.ENGINE_DIED, reason)
         ended: list[Item] = [
             RequestOutput(request_id, index, [], finish_reason="error", error=error)
             for request_id, indexes in self._live.items()

@@ -28,12 +28,10 @@ from engine.config import EngineConfig
 from engine.lora.host_cache import HostAdapter, HostCache
 from engine.lora.weights import AdapterLoadError, load_lora
 from engine.messages import (
-    ADAPTER_INVALID,
-    ENGINE_ERROR,
-    INVALID_REQUEST,
     AdapterFolder,
     EngineInfo,
     EngineStats,
+    ErrorKind,
     GenerateRequest,
     RequestError,
     RequestOutput,
@@ -114,8 +112,8 @@ class Engine:
     def add_request(self, request: GenerateRequest) -> None:
         """Queue a request. Raises InvalidRequest, naming the value and the allowed range."""
         validate(request, self.info)
-        adapter = request.adapter
-        scope = CacheScope(request.tenant, request.cache_salt, adapter.digest if adapter else "")
+        folder = request.adapter_folder
+        scope = CacheScope(request.tenant, request.cache_salt, folder.digest if folder else "")
         now = self._clock()
         first, *forks = [
             Request(
@@ -132,9 +130,9 @@ class Engine:
         ]
         first.forks = forks
         self.scheduler.add(first)
-        if adapter:
+        if folder:
             for _ in range(request.n):
-                self.host.want(adapter)
+                self.host.want(folder)
 
     def abort(self, request_id: str) -> None:
         """End the request; its blocks are free on return. An unknown id has ended already."""
@@ -179,7 +177,7 @@ class Engine:
             check_device(self.settled.device)
             text = f"the step failed: {type(error).__name__}: {error}"
             ended = [*self.scheduler.fail(step.batch), *self._fail_loads(step.batch)]
-            self._end(ended, RequestError(ENGINE_ERROR, text))
+            self._end(ended, RequestError(ErrorKind.ENGINE_ERROR, text))
         else:
             self._failed_loads -= {load.digest for load in step.batch.adapter_loads}
             self._update(step.batch, rows, step.start_s)
@@ -230,7 +228,7 @@ class Engine:
                 known.update(enumerate(row.prompt_logprobs, scheduled.start + 1))
             if row.error is not None:
                 ended = self.scheduler.end_with_error(scheduled)
-                self._end(ended, RequestError(ENGINE_ERROR, row.error))
+                self._end(ended, RequestError(ErrorKind.ENGINE_ERROR, row.error))
         now = self._clock()
         progress = self.scheduler.update(batch, [row.token_ids for row in rows], now)
         self._num_steps += 1
@@ -298,11 +296,11 @@ class Engine:
 
     # ==== adapters ====
 
-    def _load_adapter(self, adapter: AdapterFolder) -> HostAdapter:
+    def _load_adapter(self, folder: AdapterFolder) -> HostAdapter:
         """Runs in the host cache's threads."""
         s = self.settled
         weights = load_lora(
-            adapter,
+            folder,
             self.model.lora_sites,
             s.dtype,
             b_layout=self.model.b_layout,
@@ -313,7 +311,7 @@ class Engine:
             most, name = s.memory_bytes, "memory_bytes"
         if packed.nbytes > most:
             raise AdapterLoadError(
-                f"adapter {adapter.digest} needs {packed.nbytes} bytes on the device; "
+                f"adapter {folder.digest} needs {packed.nbytes} bytes on the device; "
                 f"{name} is {most}"
             )
         return packed
@@ -325,9 +323,13 @@ class Engine:
             if loaded.weights is not None:
                 self._set_ready(loaded.digest, loaded.weights.nbytes)
                 continue
-            kind = ADAPTER_INVALID if isinstance(loaded.error, AdapterLoadError) else ENGINE_ERROR
+            kind = (
+                ErrorKind.ADAPTER_INVALID
+                if isinstance(loaded.error, AdapterLoadError)
+                else ErrorKind.ENGINE_ERROR
+            )
             log.error("adapter %s cannot be used: %s", loaded.digest, loaded.error)
-            if kind == ENGINE_ERROR:
+            if kind == ErrorKind.ENGINE_ERROR:
                 check_device(self.settled.device)  # its driver pins the adapter's host memory
             ended = self.scheduler.end_adapter_with_error(loaded.digest)
             self._end(ended, RequestError(kind, str(loaded.error)))
@@ -336,11 +338,11 @@ class Engine:
         self.scheduler.adapters.set_ready(digest, nbytes)
         for request in self.scheduler.end_too_large(digest):
             text = self.scheduler.refusal(request)
-            self._end([request], RequestError(INVALID_REQUEST, text))
+            self._end([request], RequestError(ErrorKind.INVALID_REQUEST, text))
 
     def _release_adapter(self, request: Request) -> None:
-        if request.adapter:
-            for digest in self.host.release(request.adapter):
+        if request.adapter_digest:
+            for digest in self.host.release(request.adapter_digest):
                 self.scheduler.adapters.set_absent(digest)
 
 

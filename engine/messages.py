@@ -1,14 +1,26 @@
 """Plain data between a replica and its engine process. No tensors, no text, no Ray."""
 
 from dataclasses import dataclass, field
+from enum import StrEnum
 
 from engine.scheduler.request import SamplingParams
 from engine.scheduler.timings import RequestMetrics
 
-INVALID_REQUEST = "invalid_request"  # the client's fault
-ADAPTER_INVALID = "adapter_invalid"  # the adapter cannot be used with this base
-ENGINE_ERROR = "engine_error"  # a step failed; the engine goes on
-ENGINE_DIED = "engine_died"  # the process died or hung; it is being restarted
+
+class ErrorKind(StrEnum):
+    """Why a request ended without an answer, or was sent elsewhere."""
+
+    INVALID_REQUEST = "invalid_request"  # the client's fault
+    ADAPTER_NOT_FOUND = "adapter_not_found"  # the store has none of that name
+    ADAPTER_INVALID = "adapter_invalid"  # the adapter cannot be used with this base
+    ADAPTER_UNAVAILABLE = "adapter_unavailable"  # the store cannot be reached
+    OVERLOADED = "overloaded"  # the replica's queue is full
+    ENGINE_ERROR = "engine_error"  # a step failed; the engine goes on
+    ENGINE_DIED = "engine_died"  # the process died or hung; it is being restarted
+    # A request that ends with one of these goes to another replica; clients never see them.
+    DRAINING = "draining"  # the replica is being stopped and takes nothing new
+    HANDED_BACK = "handed_back"  # the replica is being stopped and cannot finish the request
+    STALE_STREAM = "stale_stream"  # the ingress has given up the stream it was submitted for
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +39,7 @@ class GenerateRequest:
     prompt_token_ids: list[int]
     sampling: SamplingParams
     n: int = 1
-    adapter: AdapterFolder | None = None
+    adapter_folder: AdapterFolder | None = None
     tenant: str = ""
     cache_salt: str = ""
     output_token_ids: list[int] = field(default_factory=list[int])
@@ -43,7 +55,7 @@ class TokenLogprobs:
 
 @dataclass(frozen=True, slots=True)
 class RequestError:
-    kind: str  # one of the constants above
+    kind: ErrorKind
     message: str
 
 

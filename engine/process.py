@@ -22,7 +22,7 @@ from typing import Any
 
 from engine.framing import FrameDecoder, encode
 from engine.gc_freeze import keep_what_is_loaded
-from engine.messages import INVALID_REQUEST, RequestError, RequestOutput, to_item
+from engine.messages import ErrorKind, RequestError, RequestOutput, to_item
 from engine.scheduler.request import InvalidRequest
 
 log = logging.getLogger(__name__)
@@ -146,7 +146,7 @@ class _Loop:
         try:
             self._engine.add_request(request)
         except InvalidRequest as refusal:
-            error = RequestError(INVALID_REQUEST, str(refusal))
+            error = RequestError(ErrorKind.INVALID_REQUEST, str(refusal))
             self._rejected += [
                 RequestOutput(request.request_id, i, [], finish_reason="error", error=error)
                 for i in range(max(request.n, 1))

@@ -16,23 +16,17 @@ from typing import Any
 
 from deployments.fleet.batch_queue import Mailbox
 from deployments.fleet.failover import Journey, Leg
-from deployments.fleet.protocol import (
-    HANDED_BACK,
-    Connection,
-    Frame,
-    Hello,
-    Hints,
-    Lease,
-    Receipt,
-    Submit,
-)
+from deployments.fleet.protocol import Connection, Frame, Hello, Hints, Lease, Receipt, Submit
 from deployments.fleet.replica_stream import Pace, ReplicaLink
-from deployments.ingress.http_errors import OVERLOADED, ApiError, unavailable
-from engine.messages import ENGINE_DIED, EngineStats, Item, RequestError
+from deployments.ingress.http_errors import ApiError, unavailable
+from engine.messages import EngineStats, ErrorKind, Item, RequestError
 
 # A request that has lost so many replicas may well be what kills them.
 MAX_LOSSES = 4
-ELSEWHERE = (ENGINE_DIED, HANDED_BACK)  # errors that another replica may not have
+ELSEWHERE = (
+    ErrorKind.ENGINE_DIED,
+    ErrorKind.HANDED_BACK,
+)  # errors that another replica may not have
 
 logger = logging.getLogger(__name__)
 
@@ -132,7 +126,9 @@ class EngineLink:
             if leg.id not in self._legs:
                 return
             if self._clock() >= deadline_s:
-                self._end(leg, RequestError(ENGINE_DIED, f"The model is unavailable: {reason}."))
+                self._end(
+                    leg, RequestError(ErrorKind.ENGINE_DIED, f"The model is unavailable: {reason}.")
+                )
                 return
             if receipt is None or receipt.replica_id in leg.avoid:
                 await asyncio.sleep(retry_s)
@@ -144,11 +140,11 @@ class EngineLink:
 
     async def _submit(self, leg: Leg) -> Receipt | None:
         """None: nobody can know whether it was accepted."""
-        request, adapter = leg.request, leg.journey.adapter
+        request, adapter_ref = leg.request, leg.journey.adapter_ref
         hints = Hints(
             request_id=leg.id,
             num_prompt_tokens=len(request.prompt_token_ids) + len(request.output_token_ids),
-            adapter="" if adapter is None else adapter.digest,
+            adapter_digest="" if adapter_ref is None else adapter_ref.digest,
             tenant=request.tenant,
             avoid=(*leg.avoid, *self._current_suspects()),
         )
@@ -183,7 +179,7 @@ class EngineLink:
         """Too many requests at every replica: an answer, unless it has already begun."""
         assert receipt.refusal is not None
         is_second = receipt.replica_id in leg.avoid
-        return receipt.refusal.kind == OVERLOADED and is_second and leg.num_losses == 0
+        return receipt.refusal.kind == ErrorKind.OVERLOADED and is_second and leg.num_losses == 0
 
     def _rename(self, leg: Leg) -> None:
         del self._legs[leg.id]
@@ -221,7 +217,7 @@ class EngineLink:
                 leg.early.append((link, item))
             return
         if not is_plain and item.error is not None and item.error.kind in ELSEWHERE:
-            self._lose(leg, item.error.message, counts=item.error.kind != HANDED_BACK)
+            self._lose(leg, item.error.message, counts=item.error.kind != ErrorKind.HANDED_BACK)
             return
         leg.journey.take(leg, item)
         if leg.num_open == 0:
@@ -232,7 +228,7 @@ class EngineLink:
         del self._legs[leg.id]
         num_losses = leg.num_losses + counts
         if num_losses >= MAX_LOSSES:
-            leg.journey.fail(leg, RequestError(ENGINE_DIED, message))
+            leg.journey.fail(leg, RequestError(ErrorKind.ENGINE_DIED, message))
             return
         avoid = (*leg.avoid, leg.stay.replica_id)
         for rest in leg.journey.next_legs(leg, num_losses, avoid):

@@ -41,17 +41,25 @@ class Leg:
 
     @property
     def submit(self) -> Submit:
-        return Submit(self.request, self.journey.adapter)
+        return Submit(self.request, self.journey.adapter_ref)
 
 
 class Journey:
     """Owns what has been delivered. A choice that has ended gets nothing more."""
 
-    __slots__ = ("_deliver", "_is_open", "_num_legs", "_token_ids", "adapter", "legs", "planned")
+    __slots__ = (
+        "_deliver",
+        "_is_open",
+        "_num_legs",
+        "_token_ids",
+        "adapter_ref",
+        "legs",
+        "planned",
+    )
 
     def __init__(self, submit: Submit, deliver: Callable[[Item], None]) -> None:
         self.planned = submit.request
-        self.adapter: AdapterRef | None = submit.adapter
+        self.adapter_ref: AdapterRef | None = submit.adapter_ref
         self.legs: dict[str, Leg] = {}
         self._deliver = deliver
         self._token_ids: list[list[int]] = [[] for _ in range(submit.request.n)]

@@ -19,11 +19,6 @@ from engine.messages import EngineInfo, EngineStats, GenerateRequest, Item, Requ
 
 Frame = list[Item]
 
-# Kinds of RequestError that send a request elsewhere and that no client ever sees.
-DRAINING = "draining"  # the replica is being stopped and takes nothing new
-HANDED_BACK = "handed_back"  # the replica is being stopped and cannot finish it
-STALE_STREAM = "stale_stream"  # the ingress has given up the stream it was submitted for
-
 
 @dataclass(slots=True)
 class Hints:
@@ -36,7 +31,7 @@ class Hints:
     target: str = ""
     request_id: str = ""
     num_prompt_tokens: int = 0
-    adapter: str = ""  # digest; empty for the base model
+    adapter_digest: str = ""  # empty for the base model
     tenant: str = ""
     avoid: tuple[str, ...] = ()
     is_leaving: bool = False
@@ -59,10 +54,10 @@ class Hello:
 
 @dataclass(frozen=True, slots=True)
 class Submit:
-    """`request.adapter` is left empty: where the files are is the replica's business."""
+    """`request.adapter_folder` is left empty: the replica fills it in."""
 
     request: GenerateRequest
-    adapter: AdapterRef | None
+    adapter_ref: AdapterRef | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -99,8 +99,10 @@ class AdapterRouter(RequestRouter):
             if stats and stats is not self._stats.get(replica_id):
                 self._stats[replica_id] = stats
                 self._view.report(replica_id, from_stats(stats))
-        adapter = hints.adapter[:DIGEST_CHARS]
-        request = RoutedRequest(hints.request_id, hints.num_prompt_tokens, adapter, hints.avoid)
+        adapter_digest = hints.adapter_digest[:DIGEST_CHARS]
+        request = RoutedRequest(
+            hints.request_id, hints.num_prompt_tokens, adapter_digest, hints.avoid
+        )
         ranked = rank(ids, request, self._view, self._costs)
         if hints.request_id:
             self._view.sent(ranked[0], request)

@@ -18,18 +18,7 @@ from adapter_store.errors import (
     SourceUnavailable,
 )
 from deployments.policy.admission import Refusal
-from engine.messages import (
-    ADAPTER_INVALID,
-    ENGINE_DIED,
-    ENGINE_ERROR,
-    INVALID_REQUEST,
-    RequestError,
-)
-
-# Further kinds of RequestError, raised around the engine and not by it.
-OVERLOADED = "overloaded"
-ADAPTER_NOT_FOUND = "adapter_not_found"
-ADAPTER_UNAVAILABLE = "adapter_unavailable"
+from engine.messages import ErrorKind, RequestError
 
 
 @dataclass(eq=False)
@@ -109,17 +98,17 @@ def internal(message: str = "The server failed to process the request.") -> ApiE
 
 def from_engine(error: RequestError, model: str) -> ApiError:
     """The answer for a request that the engine, or the replica around it, gave up."""
-    if error.kind == INVALID_REQUEST:
+    if error.kind == ErrorKind.INVALID_REQUEST:
         return invalid(error.message)
-    if error.kind == ADAPTER_NOT_FOUND:
+    if error.kind == ErrorKind.ADAPTER_NOT_FOUND:
         return model_not_found(model)
-    if error.kind == ADAPTER_INVALID:
+    if error.kind == ErrorKind.ADAPTER_INVALID:
         return invalid(f"The adapter {model!r} cannot be served: {error.message}", "model")
-    if error.kind == OVERLOADED:
+    if error.kind == ErrorKind.OVERLOADED:
         return overloaded(error.message)
-    if error.kind in (ENGINE_DIED, ADAPTER_UNAVAILABLE):
+    if error.kind in (ErrorKind.ENGINE_DIED, ErrorKind.ADAPTER_UNAVAILABLE):
         return unavailable(error.message)
-    if error.kind == ENGINE_ERROR:
+    if error.kind == ErrorKind.ENGINE_ERROR:
         return internal(error.message)
     return internal(f"unknown error kind {error.kind!r}: {error.message}")
 
@@ -127,9 +116,11 @@ def from_engine(error: RequestError, model: str) -> ApiError:
 def adapter_error(error: Exception) -> RequestError:
     """What a replica says when the adapter store refuses."""
     if isinstance(error, AdapterNotFound | InvalidName):
-        return RequestError(ADAPTER_NOT_FOUND, str(error))
+        return RequestError(ErrorKind.ADAPTER_NOT_FOUND, str(error))
     if isinstance(error, AdapterInvalid | AdapterTooLarge):
-        return RequestError(ADAPTER_INVALID, str(error))
+        return RequestError(ErrorKind.ADAPTER_INVALID, str(error))
     if isinstance(error, SourceUnavailable | CacheFull):
-        return RequestError(ADAPTER_UNAVAILABLE, f"The adapter cannot be fetched now: {error}")
-    return RequestError(ENGINE_ERROR, f"The adapter could not be loaded: {error!r}")
+        return RequestError(
+            ErrorKind.ADAPTER_UNAVAILABLE, f"The adapter cannot be fetched now: {error}"
+        )
+    return RequestError(ErrorKind.ENGINE_ERROR, f"The adapter could not be loaded: {error!r}")

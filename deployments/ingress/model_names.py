@@ -18,7 +18,7 @@ class ModelName:
 
     base: str | None = None
     tenant: str | None = None
-    adapter: str | None = None  # name[@version or alias]
+    adapter_name: str | None = None  # name[@version or alias]
 
 
 def parse_model_name(text: str, base_ids: Sequence[str]) -> ModelName | None:

@@ -52,13 +52,13 @@ class Target:
     """What a model name turned out to be, and for whom."""
 
     model: ServedModel
-    adapter: AdapterRef | None
+    adapter_ref: AdapterRef | None
     tenant: str
 
     @property
     def label(self) -> str:
         """For metrics: bounded by what exists, whatever spellings clients use."""
-        ref = self.adapter
+        ref = self.adapter_ref
         return self.model.id if ref is None else f"{ref.tenant}/{ref.name}@{ref.version}"
 
 
@@ -90,7 +90,7 @@ class Models:
         name = parse_model_name(text, list(self.by_id))
         if name is None:
             raise model_not_found(text)
-        if name.adapter is None:
+        if name.adapter_name is None:
             assert name.base is not None, "a name is a base, an adapter or both"
             return Target(self.by_id[name.base], None, tenant.name)
         if name.tenant is not None and name.tenant not in tenant.namespaces:
@@ -99,10 +99,12 @@ class Models:
         bases = self._fingerprints(list(self.by_id) if name.base is None else [name.base])
         try:
             # A thread costs more than all the rest: only where the store may have to be asked.
-            ref = self._find(self._registry.resolve_known, namespaces, name.adapter, bases)
+            ref = self._find(self._registry.resolve_known, namespaces, name.adapter_name, bases)
             if ref is None:
                 find = self._registry.resolve_first
-                ref = await asyncio.to_thread(self._find, find, namespaces, name.adapter, bases)
+                ref = await asyncio.to_thread(
+                    self._find, find, namespaces, name.adapter_name, bases
+                )
             assert ref is not None, "resolve_first raises where it finds nothing"
         except (AdapterNotFound, InvalidName):
             raise model_not_found(text) from None
@@ -114,20 +116,20 @@ class Models:
         self,
         resolve: Resolve,
         namespaces: Sequence[str],
-        adapter: str,
+        adapter_name: str,
         bases: Mapping[str, str | None],
     ) -> AdapterRef | None:
         """In the first namespace that has the name, the first base that has the version."""
         namespace = namespaces[0]
         if len(namespaces) > 1:
-            bare_name = adapter.partition("@")[0]
+            bare_name = adapter_name.partition("@")[0]
             found = resolve([(candidate, None) for candidate in namespaces], bare_name)
             if found is None:
                 return None
             namespace = found.tenant
         # Without all fingerprints: is there anything at all?
         wanted = [None] if None in bases.values() else list(bases.values())
-        return resolve([(namespace, base) for base in wanted], adapter)
+        return resolve([(namespace, base) for base in wanted], adapter_name)
 
     def _model_of(self, text: str, ref: AdapterRef, bases: Mapping[str, str | None]) -> ServedModel:
         """503 while a base that has not started yet might change the answer."""

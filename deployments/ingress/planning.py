@@ -141,7 +141,7 @@ def _submits(
             tenant=target.tenant,
             cache_salt=request.cache_salt or "",
         )
-        submits.append(Submit(generate, target.adapter))
+        submits.append(Submit(generate, target.adapter_ref))
     return submits
 
 

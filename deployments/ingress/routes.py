@@ -110,9 +110,9 @@ class Ingress:
     async def show_model(self, request: Request, tenant: Tenant) -> Response:
         name = request.path_params["model_id"]
         target = await self.models.resolve(tenant, name)
-        if target.adapter is None:
+        if target.adapter_ref is None:
             return _json(self._base_card(target.model))
-        digest = target.adapter.digest
+        digest = target.adapter_ref.digest
         return _json(adapter_card(name, target.model.id, digest, self.created))
 
     def _base_card(self, model: ServedModel) -> dict[str, Any]:

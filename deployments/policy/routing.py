@@ -46,7 +46,7 @@ class RoutedRequest:
 
     request_id: str
     num_prompt_tokens: int
-    adapter: str = ""
+    adapter_digest: str = ""
     avoid: tuple[str, ...] = ()  # replicas that failed it already
 
 
@@ -97,8 +97,8 @@ class OptimisticView:
         sent = self._sent.setdefault(replica_id, _Sent())
         sent.tokens += request.num_prompt_tokens
         sent.requests += 1
-        if request.adapter:
-            sent.adapters[request.adapter] = None
+        if request.adapter_digest:
+            sent.adapters[request.adapter_digest] = None
 
     def figures(self, replica_id: str) -> ReplicaFigures:
         reported = self._reported.get(replica_id, self._unheard)
@@ -124,8 +124,8 @@ def rank(
         return (
             replica_id in request.avoid,
             round(predicted_s / costs.resolution_s),
-            figures.num_requests if not request.adapter else 0,
-            _rendezvous(request.adapter or request.request_id, replica_id),
+            figures.num_requests if not request.adapter_digest else 0,
+            _rendezvous(request.adapter_digest or request.request_id, replica_id),
         )
 
     return sorted(replica_ids, key=order)
@@ -136,7 +136,7 @@ def predicted_ttft_s(figures: ReplicaFigures, request: RoutedRequest, costs: Rou
     tokens = figures.queued_tokens + request.num_prompt_tokens
     return (
         tokens / costs.tokens_per_s
-        + _load_s(figures, request.adapter, costs)
+        + _load_s(figures, request.adapter_digest, costs)
         + costs.full_penalty_s * _fullness(figures)
     )
 
@@ -147,10 +147,10 @@ def _fullness(figures: ReplicaFigures) -> float:
     return max(taken, 1.0) if taken >= 1.0 or figures.kv_used >= 1.0 else 0.0
 
 
-def _load_s(figures: ReplicaFigures, adapter: str, costs: RoutingCosts) -> float:
-    if not adapter or adapter in figures.device_adapters:
+def _load_s(figures: ReplicaFigures, adapter_digest: str, costs: RoutingCosts) -> float:
+    if not adapter_digest or adapter_digest in figures.device_adapters:
         return 0.0
-    return costs.disk_load_s if adapter in figures.disk_adapters else costs.remote_load_s
+    return costs.disk_load_s if adapter_digest in figures.disk_adapters else costs.remote_load_s
 
 
 def _rendezvous(key: str, replica_id: str) -> bytes:

@@ -16,9 +16,6 @@ from typing import Protocol
 
 from adapter_store.names import AdapterRef
 from deployments.fleet.protocol import (
-    DRAINING,
-    HANDED_BACK,
-    STALE_STREAM,
     Abort,
     Frame,
     Hello,
@@ -28,16 +25,16 @@ from deployments.fleet.protocol import (
     Submit,
     UnknownStream,
 )
-from deployments.ingress.http_errors import OVERLOADED, adapter_error
+from deployments.ingress.http_errors import adapter_error
 from deployments.policy.autoscaling import ReplicaLoad
 from deployments.policy.routing import ReplicaFigures
 from deployments.replica.adapter_fetcher import Fetches, Store
 from engine.client import EngineUnavailable
 from engine.messages import (
-    ENGINE_DIED,
     AdapterFolder,
     EngineInfo,
     EngineStats,
+    ErrorKind,
     GenerateRequest,
     Item,
     RequestError,
@@ -90,12 +87,12 @@ class Stream:
 
 @dataclass(eq=False, slots=True)
 class Route:
-    """One live request. `adapter` is set while this request keeps it pinned."""
+    """One live request. `adapter_ref` is set while this request keeps it pinned."""
 
     stream: Stream
     request: GenerateRequest
     num_open: int  # choices that have not finished
-    adapter: AdapterRef | None = None
+    adapter_ref: AdapterRef | None = None
     admission: asyncio.Task[None] | None = None
 
 
@@ -210,7 +207,9 @@ class EngineReplica:
             if stream is not None:
                 self._accept(stream, submit)
                 return Receipt(replica_id, epoch)
-            refusal = RequestError(STALE_STREAM, f"{ingress_id} has opened a later stream")
+            refusal = RequestError(
+                ErrorKind.STALE_STREAM, f"{ingress_id} has opened a later stream"
+            )
         return Receipt(replica_id, epoch, refusal)
 
     async def control(
@@ -230,14 +229,14 @@ class EngineReplica:
 
     def _refusal(self) -> RequestError | None:
         if self.is_draining:
-            return RequestError(DRAINING, "the replica is being stopped")
+            return RequestError(ErrorKind.DRAINING, "the replica is being stopped")
         if not self._engine.is_ready:
             reason = self._engine.failure or "the engine is being started again"
-            return RequestError(ENGINE_DIED, reason)
+            return RequestError(ErrorKind.ENGINE_DIED, reason)
         limit = self._settings.max_requests
         if len(self._routes) >= limit:
             message = f"{limit} requests are running or queued, which is the limit."
-            return RequestError(OVERLOADED, message)
+            return RequestError(ErrorKind.OVERLOADED, message)
         return None
 
     def _accept(self, stream: Stream, submit: Submit) -> None:
@@ -246,12 +245,14 @@ class EngineReplica:
         self._num_received += 1
         self._routes[request.request_id] = route
         stream.request_ids[request.request_id] = None
-        if submit.adapter is None:
+        if submit.adapter_ref is None:
             self._start(request)
         else:
-            folder = self._fetches.acquire(submit.adapter)
-            route.adapter = submit.adapter
-            route.admission = asyncio.create_task(self._start_with(folder, route, submit.adapter))
+            folder = self._fetches.acquire(submit.adapter_ref)
+            route.adapter_ref = submit.adapter_ref
+            route.admission = asyncio.create_task(
+                self._start_with(folder, route, submit.adapter_ref)
+            )
 
     async def _start_with(
         self, folder: asyncio.Future[Path], route: Route, ref: AdapterRef
@@ -263,13 +264,13 @@ class EngineReplica:
             self._fail(route.request.request_id, adapter_error(error))
             return
         route.admission = None
-        self._start(replace(route.request, adapter=AdapterFolder(ref.digest, str(path))))
+        self._start(replace(route.request, adapter_folder=AdapterFolder(ref.digest, str(path))))
 
     def _start(self, request: GenerateRequest) -> None:
         try:
             self._engine.submit(request)
         except EngineUnavailable as error:
-            self._fail(request.request_id, RequestError(ENGINE_DIED, str(error)))
+            self._fail(request.request_id, RequestError(ErrorKind.ENGINE_DIED, str(error)))
 
     def _drop(self, request_id: str, route: Route) -> None:
         """The ingress no longer wants it: nothing more is sent for it."""
@@ -281,8 +282,8 @@ class EngineReplica:
     def _release(self, request_id: str, route: Route) -> None:
         del self._routes[request_id]
         del route.stream.request_ids[request_id]
-        if route.adapter is not None:
-            self._fetches.release(route.adapter)
+        if route.adapter_ref is not None:
+            self._fetches.release(route.adapter_ref)
         if self.is_draining:
             route.stream.wake.set()
 
@@ -343,7 +344,7 @@ class EngineReplica:
         return self.is_draining and not stream.request_ids and not stream.items
 
     def _hand_back(self) -> None:
-        error = RequestError(HANDED_BACK, "The replica was stopped.")
+        error = RequestError(ErrorKind.HANDED_BACK, "The replica was stopped.")
         for request_id, route in list(self._routes.items()):
             if route.admission is not None:
                 route.admission.cancel()

@@ -29,7 +29,7 @@ from engine.scheduler.request import CacheScope
 def scope_hash(scope: CacheScope) -> bytes:
     """Root of a chain. Every field is length-prefixed, so no two scopes serialize alike."""
     h = hashlib.blake2b(digest_size=16)
-    for field in (scope.tenant, scope.salt, scope.adapter):
+    for field in (scope.tenant, scope.salt, scope.adapter_digest):
         raw = field.encode()
         h.update(len(raw).to_bytes(8, "little") + raw)
     return h.digest()

@@ -92,7 +92,7 @@ class CacheScope:
 
     tenant: str = ""
     salt: str = ""
-    adapter: str = ""  # digest; empty for the base model
+    adapter_digest: str = ""  # empty for the base model
 
 
 @dataclass(slots=True, eq=False)
@@ -132,8 +132,8 @@ class Request:
         return (self.request_id, self.index)
 
     @property
-    def adapter(self) -> str:
-        return self.scope.adapter
+    def adapter_digest(self) -> str:
+        return self.scope.adapter_digest
 
     @property
     def num_prompt_tokens(self) -> int:

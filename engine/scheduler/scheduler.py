@@ -83,7 +83,7 @@ class Scheduler:
 
     def end_too_large(self, digest: str) -> list[Request]:
         """End the requests of an adapter, now that its size is known, that never fit beside it."""
-        requests = [r for r in self._by_key.values() if r.adapter == digest]
+        requests = [r for r in self._by_key.values() if r.adapter_digest == digest]
         ended = [r for r in requests if self.refusal(r)]
         return self._finish_all(ended, FinishReason.ERROR)
 
@@ -91,10 +91,10 @@ class Scheduler:
         """Why memory can never hold the request at its full length; empty if it can."""
         most = request.num_prompt_tokens + request.sampling.max_tokens
         num_tokens = min(most, self.limits.max_model_len) - 1  # the last one is not computed
-        lacking = self.memory.lacking_bytes(num_tokens, request.adapter)
+        lacking = self.memory.lacking_bytes(num_tokens, request.adapter_digest)
         if lacking is None:
             return ""
-        beside = f" beside adapter {request.adapter}" if request.adapter else ""
+        beside = f" beside adapter {request.adapter_digest}" if request.adapter_digest else ""
         return (
             f"{num_tokens} tokens{beside} need {lacking[0]} bytes of memory, and there are "
             f"{lacking[1]}; ask for fewer tokens (max_tokens={request.sampling.max_tokens})"
@@ -102,7 +102,7 @@ class Scheduler:
 
     def end_adapter_with_error(self, digest: str) -> list[Request]:
         """End every request of an adapter that will never be ready."""
-        ended = [r for r in self._by_key.values() if r.adapter == digest]
+        ended = [r for r in self._by_key.values() if r.adapter_digest == digest]
         return self._finish_all(ended, FinishReason.ERROR)
 
     @property
@@ -168,7 +168,7 @@ class Scheduler:
             ended += self.end_with_error(scheduled)
         lost = {load.digest: None for load in batch.adapter_loads}
         for request in self.running[::-1]:
-            if batch.moves or request.adapter in lost:
+            if batch.moves or request.adapter_digest in lost:
                 self._preempt(request)
         if batch.moves:
             self.memory.forget(self._tables())
@@ -192,8 +192,8 @@ class Scheduler:
         for request in self.running:
             assert request.status is RequestStatus.RUNNING and request.life
             assert len(request.block_table) >= self.blocks.blocks_for(request.num_computed_tokens)
-            if request.adapter:
-                pins[request.adapter] = pins.get(request.adapter, 0) + 1
+            if request.adapter_digest:
+                pins[request.adapter_digest] = pins.get(request.adapter_digest, 0) + 1
         self.memory.check_integrity(list(self._tables()), pins)
         queued = [*self.running, *self.waiting]
         queued += [fork for r in queued for fork in r.forks]
@@ -239,9 +239,9 @@ class Scheduler:
         for request in list(self.waiting):
             if not step.budget or len(self.running) + step.num_promised >= self.limits.max_num_seqs:
                 return
-            if request.adapter and not self.adapters.is_ready(request.adapter):
+            if request.adapter_digest and not self.adapters.is_ready(request.adapter_digest):
                 continue  # its weights are on their way; others need not wait for them
-            is_loading = self.adapters.awaited_load(request.adapter) > 0
+            is_loading = self.adapters.awaited_load(request.adapter_digest) > 0
             if not is_loading and self._admit(request, step):
                 continue
             if not self._is_passed_over(request, step):
@@ -252,7 +252,7 @@ class Scheduler:
 
         For the first such copy only: if another is needed, nobody overtakes the request again.
         """
-        load = self.adapters.awaited_load(request.adapter)
+        load = self.adapters.awaited_load(request.adapter_digest)
         request.awaited_load = request.awaited_load or load
         if not load or request.awaited_load != load:
             return False
@@ -270,7 +270,7 @@ class Scheduler:
         request.block_table.extend(cached)
         request.num_computed_tokens = len(cached) * self.blocks.block_size
         needed = self.blocks.blocks_for(request.num_tokens) - len(cached) + step.promised_blocks
-        if not self._reserve(needed, request.adapter) or not self._acquire(request):
+        if not self._reserve(needed, request.adapter_digest) or not self._acquire(request):
             self.blocks.free(request.block_table)
             request.num_computed_tokens = 0
             return False
@@ -284,10 +284,12 @@ class Scheduler:
         return True
 
     def _acquire(self, request: Request) -> bool:
-        return not request.adapter or self.adapters.acquire(request.adapter) is not None
+        return (
+            not request.adapter_digest or self.adapters.acquire(request.adapter_digest) is not None
+        )
 
-    def _reserve(self, num_blocks: int, adapter: str = "") -> bool:
-        return self.memory.reserve(num_blocks, adapter, self._tables())
+    def _reserve(self, num_blocks: int, adapter_digest: str = "") -> bool:
+        return self.memory.reserve(num_blocks, adapter_digest, self._tables())
 
     def _tables(self) -> Iterator[list[int]]:
         return (r.block_table for r in self._by_key.values())
@@ -335,8 +337,8 @@ class Scheduler:
             fork.num_cached_tokens = fork.num_computed_tokens
             fork.timings.first_scheduled_s = request.timings.first_scheduled_s
             self._start_life(fork)
-            if fork.adapter:
-                self.adapters.acquire(fork.adapter)
+            if fork.adapter_digest:
+                self.adapters.acquire(fork.adapter_digest)
         request.forks = []
 
     # ==== tokens and ends ====
@@ -375,5 +377,5 @@ class Scheduler:
     def _release(self, request: Request) -> None:
         self.blocks.free(request.block_table)
         request.num_published_blocks = request.life = 0
-        if request.adapter:
-            self.adapters.release(request.adapter)
+        if request.adapter_digest:
+            self.adapters.release(request.adapter_digest)

@@ -45,7 +45,7 @@ def _take(
     """The request's next `count` tokens, which the step computes."""
     start = request.num_computed_tokens
     end = request.num_computed_tokens = start + count
-    sampling, adapter = request.sampling, request.scope.adapter
+    sampling, adapter_digest = request.sampling, request.scope.adapter_digest
     pending = request.num_pending_tokens
     num_outputs = len(request.output_token_ids) + pending
     samples = end == request.num_tokens + pending
@@ -59,7 +59,7 @@ def _take(
         token_ids=[PENDING] if pending else request.token_ids(start, end),
         start=start,
         block_table=tuple(request.block_table),
-        adapter_slot=adapters.slot(adapter) if adapter else 0,
+        adapter_slot=adapters.slot(adapter_digest) if adapter_digest else 0,
         sampling=sampling,
         samples=samples,
         forbidden_token_ids=(

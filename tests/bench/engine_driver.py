@@ -176,7 +176,7 @@ def as_request(job: Job, request_id: str, adapters: Sequence[Path]) -> GenerateR
         folder = adapters[job.adapter]
         adapter = AdapterFolder(folder.name, str(folder))
     sampling = SamplingParams(max_tokens=job.num_output_tokens, temperature=0, ignore_eos=True)
-    return GenerateRequest(request_id, job.prompt_token_ids, sampling, adapter=adapter)
+    return GenerateRequest(request_id, job.prompt_token_ids, sampling, adapter_folder=adapter)
 
 
 def num_ended(outputs: Sequence[RequestOutput]) -> int:

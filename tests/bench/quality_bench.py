@@ -94,8 +94,8 @@ def measure(
     requests: list[GenerateRequest] = []
     for i, q in enumerate(questions):
         own = adapters[q.job]
-        requests.append(GenerateRequest(f"answer {i}", q.prompt_ids, greedy, adapter=own))
-        requests.append(GenerateRequest(f"own {i}", q.text_ids, scored, adapter=own))
+        requests.append(GenerateRequest(f"answer {i}", q.prompt_ids, greedy, adapter_folder=own))
+        requests.append(GenerateRequest(f"own {i}", q.text_ids, scored, adapter_folder=own))
         requests.append(GenerateRequest(f"base {i}", q.prompt_ids, scored))
     outputs = dict(_run(engine, requests))
     right, asked = dict.fromkeys(adapters, 0), dict.fromkeys(adapters, 0)

@@ -169,7 +169,7 @@ def request(
     generator = torch.Generator().manual_seed(index)
     prompt = torch.randint(3, engine.info.vocab_size, (length,), generator=generator)
     sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
-    return GenerateRequest(f"r{index}", prompt.tolist(), sampling, adapter=adapter)
+    return GenerateRequest(f"r{index}", prompt.tolist(), sampling, adapter_folder=adapter)
 
 
 def _timed(engine: Engine) -> float:

@@ -30,9 +30,9 @@ from deployments.tenants.tenants import Everybody, Tenants
 from deployments.text.vocabulary import Vocabulary
 from engine.client import EngineUnavailable
 from engine.messages import (
-    ENGINE_DIED,
     EngineInfo,
     EngineStats,
+    ErrorKind,
     GenerateRequest,
     RequestError,
     RequestOutput,
@@ -99,7 +99,7 @@ Answer = Callable[[GenerateRequest], list[int]]
 
 def shout(request: GenerateRequest) -> list[int]:
     """The prompt in capitals, behind the adapter's first letters; then the end."""
-    name = "" if request.adapter is None else request.adapter.digest[:3] + ":"
+    name = "" if request.adapter_folder is None else request.adapter_folder.digest[:3] + ":"
     prompt = bytes(i for i in request.prompt_token_ids if i < 256)
     return [*encode(name), *prompt.upper(), EOS]
 
@@ -153,7 +153,7 @@ class FakeEngine:
     def die(self) -> None:
         """As a killed process: every live request ends with an error."""
         self.is_up = False
-        error = RequestError(ENGINE_DIED, "the engine died")
+        error = RequestError(ErrorKind.ENGINE_DIED, "the engine died")
         lost, self._live = self._live, {}
         self.on_frame(
             [

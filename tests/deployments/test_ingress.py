@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from engine.messages import ADAPTER_INVALID, ENGINE_ERROR, RequestError, RequestOutput
+from engine.messages import ErrorKind, RequestError, RequestOutput
 from tests.deployments.fakes import (
     EOS,
     INFO,
@@ -421,7 +421,9 @@ def failing(kind: str, after: int) -> FakeEngine:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize(("kind", "status"), [(ADAPTER_INVALID, 400), (ENGINE_ERROR, 500)])
+@pytest.mark.parametrize(
+    ("kind", "status"), [(ErrorKind.ADAPTER_INVALID, 400), (ErrorKind.ENGINE_ERROR, 500)]
+)
 def test_an_error_before_the_first_token_is_a_status(kind: str, status: int, stream: bool) -> None:
     async def test(server: Server) -> None:
         answer = await server.post(COMPLETIONS, prompt="abc", stream=stream)
@@ -437,7 +439,7 @@ def test_an_error_in_the_middle_of_a_stream_is_its_last_event() -> None:
         assert answer.events[-1]["error"]["message"] == "no luck"
         assert "[DONE]" not in answer.events
 
-    in_server(test, lambda: serving(failing(ENGINE_ERROR, 2)))
+    in_server(test, lambda: serving(failing(ErrorKind.ENGINE_ERROR, 2)))
 
 
 def test_a_fault_of_ours_is_500_and_logged(caplog: pytest.LogCaptureFixture) -> None:

@@ -108,8 +108,8 @@ def error(at: Models, name: str, tenant: Tenant = ACME) -> ApiError:
 
 def digest(at: Models, name: str, tenant: Tenant = ACME) -> str:
     target = resolve(at, name, tenant)
-    assert target.adapter is not None and target.tenant == tenant.name
-    return target.adapter.digest
+    assert target.adapter_ref is not None and target.tenant == tenant.name
+    return target.adapter_ref.digest
 
 
 # ---- tenants -------------------------------------------------------------------------------
@@ -202,8 +202,8 @@ def test_an_adapter_goes_to_the_base_that_it_was_published_for(
     name: str, model: str, wanted: str
 ) -> None:
     target = resolve(models(MIXED, large=LARGE, small=SMALL), name)
-    assert target.adapter is not None
-    assert (target.model.id, target.adapter.digest) == (model, wanted)
+    assert target.adapter_ref is not None
+    assert (target.model.id, target.adapter_ref.digest) == (model, wanted)
 
 
 @pytest.mark.parametrize("name", ["large:sql@prod", "small:sql@1", "large:small-only", "sql@5"])
@@ -326,8 +326,8 @@ def test_every_listed_name_means_what_the_list_says_and_nothing_is_missing(
     assert len(set(names) | set(ids)) == len(names) + len(ids), "no name comes twice"
     for card in listed:
         target = resolve(at, card.id)
-        assert target.adapter is not None
-        assert (target.model.id, target.adapter.digest) == (card.parent, card.record.digest)
+        assert target.adapter_ref is not None
+        assert (target.model.id, target.adapter_ref.digest) == (card.parent, card.record.digest)
     wanted = {p for p in published if p[0] != "umbrella" and p[2] != FOREIGN}
     assert {(c.record.tenant, c.record.name, c.record.base) for c in listed} == wanted
 
@@ -347,8 +347,8 @@ def test_no_name_gets_a_tenant_to_anothers_adapter_or_past_its_own(
         except ApiError as refused:
             assert refused.status == 404
         else:
-            assert target.adapter is not None
-            assert target.adapter.tenant == (namespace.rstrip("/") or bare_owner) != "umbrella"
+            assert target.adapter_ref is not None
+            assert target.adapter_ref.tenant == (namespace.rstrip("/") or bare_owner) != "umbrella"
 
     async def check_all() -> None:
         namespaces = ("", *(f"{tenant}/" for tenant in TENANTS))

@@ -20,13 +20,13 @@ BASES = ["demo", "org/demo", "org/demo:x"]
     [
         ("demo", ModelName(base="demo")),
         ("org/demo", ModelName(base="org/demo")),  # not an adapter of the tenant org
-        ("sql", ModelName(adapter="sql")),
-        ("sql@3", ModelName(adapter="sql@3")),
-        ("sql@prod", ModelName(adapter="sql@prod")),
-        ("acme/sql@3", ModelName(tenant="acme", adapter="sql@3")),
-        ("demo:sql@3", ModelName(base="demo", adapter="sql@3")),
-        ("org/demo:acme/sql", ModelName(base="org/demo", tenant="acme", adapter="sql")),
-        ("org/demo:x:sql", ModelName(base="org/demo:x", adapter="sql")),  # the longest base
+        ("sql", ModelName(adapter_name="sql")),
+        ("sql@3", ModelName(adapter_name="sql@3")),
+        ("sql@prod", ModelName(adapter_name="sql@prod")),
+        ("acme/sql@3", ModelName(tenant="acme", adapter_name="sql@3")),
+        ("demo:sql@3", ModelName(base="demo", adapter_name="sql@3")),
+        ("org/demo:acme/sql", ModelName(base="org/demo", tenant="acme", adapter_name="sql")),
+        ("org/demo:x:sql", ModelName(base="org/demo:x", adapter_name="sql")),  # the longest base
     ],
 )
 def test_a_model_name_is_a_base_or_an_adapter(text: str, wanted: ModelName) -> None:

@@ -75,7 +75,7 @@ def test_figures_survive_the_trip_but_for_what_is_rounded() -> None:
 def test_a_request_goes_where_its_adapter_is(chooser: AdapterRouter, name: str) -> None:
     having = ReplicaFigures(device_adapters=frozenset({DIGEST}), max_num_seqs=8)
     chooser.update_replicas(replicas("a", "b", "c", **{name: having}))
-    ranked = choose(chooser, Hints(request_id="r", num_prompt_tokens=5, adapter=DIGEST))
+    ranked = choose(chooser, Hints(request_id="r", num_prompt_tokens=5, adapter_digest=DIGEST))
     assert ranked[0] == name and sorted(ranked) == ["a", "b", "c"]
 
 
@@ -90,7 +90,9 @@ def test_a_burst_before_any_report_fills_one_replica_and_goes_on_at_the_next(
     chooser: AdapterRouter,
 ) -> None:
     chooser.update_replicas([Replica("a", {}), Replica("b", {})])
-    hints = [Hints(request_id=f"r{n}", num_prompt_tokens=5, adapter=DIGEST) for n in range(9)]
+    hints = [
+        Hints(request_id=f"r{n}", num_prompt_tokens=5, adapter_digest=DIGEST) for n in range(9)
+    ]
     chosen = [choose(chooser, each)[0] for each in hints]
     assert len(set(chosen[:4])) == 1 and sorted(map(chosen.count, "ab")) == [4, 5]
 

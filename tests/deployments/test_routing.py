@@ -17,8 +17,8 @@ COSTS = RoutingCosts()
 IDS = ("a", "b", "c", "d")
 
 
-def request(n: int = 0, adapter: str = "", tokens: int = 100) -> RoutedRequest:
-    return RoutedRequest(f"r{n}", tokens, adapter)
+def request(n: int = 0, adapter_digest: str = "", tokens: int = 100) -> RoutedRequest:
+    return RoutedRequest(f"r{n}", tokens, adapter_digest)
 
 
 def figures(**changes: object) -> ReplicaFigures:
@@ -40,19 +40,21 @@ def route(view: OptimisticView, req: RoutedRequest, ids: tuple[str, ...] = IDS) 
 
 def test_a_request_goes_where_its_adapter_is() -> None:
     view = view_of(a=figures(), b=figures(device_adapters=frozenset({"x"})), c=figures())
-    assert rank("abc", request(adapter="x"), view, COSTS)[0] == "b"
+    assert rank("abc", request(adapter_digest="x"), view, COSTS)[0] == "b"
 
 
 def test_disk_is_better_than_remote_and_worse_than_the_device() -> None:
     device = figures(device_adapters=frozenset({"x"}))
     disk = figures(disk_adapters=frozenset({"x"}))
-    times = [predicted_ttft_s(f, request(adapter="x"), COSTS) for f in (device, disk, figures())]
+    times = [
+        predicted_ttft_s(f, request(adapter_digest="x"), COSTS) for f in (device, disk, figures())
+    ]
     assert times == sorted(times) and len(set(times)) == 3
 
 
 def test_affinity_ends_where_the_queue_costs_more_than_a_load() -> None:
     busy = figures(device_adapters=frozenset({"x"}), queued_tokens=int(2 * COSTS.tokens_per_s))
-    assert rank("ab", request(adapter="x"), view_of(a=busy, b=figures()), COSTS)[0] == "b"
+    assert rank("ab", request(adapter_digest="x"), view_of(a=busy, b=figures()), COSTS)[0] == "b"
 
 
 def test_new_adapters_spread_over_idle_replicas() -> None:
@@ -93,7 +95,7 @@ def test_a_burst_between_reports_does_not_land_on_one_replica() -> None:
 
 def test_a_full_replica_comes_after_one_that_must_load() -> None:
     full = figures(device_adapters=frozenset({"x"}), num_requests=32)
-    assert rank("ab", request(adapter="x"), view_of(a=full, b=figures()), COSTS)[0] == "b"
+    assert rank("ab", request(adapter_digest="x"), view_of(a=full, b=figures()), COSTS)[0] == "b"
 
 
 def test_replicas_to_avoid_come_last_and_are_never_lost() -> None:
@@ -114,7 +116,7 @@ def test_news_replaces_optimism_and_repetition_does_not() -> None:
 
 def test_a_report_from_before_does_not_hide_where_an_adapter_went() -> None:
     view = view_of(a=figures())
-    view.sent("a", request(adapter="x"))
+    view.sent("a", request(adapter_digest="x"))
     view.report("a", figures(num_received=1))  # taken before the request arrived
     assert view.figures("a").device_adapters == {"x"}
     view.report("a", figures(num_received=2))
@@ -143,5 +145,5 @@ def test_a_replica_that_is_gone_is_forgotten() -> None:
 @pytest.mark.parametrize("order", [IDS, IDS[::-1]])
 def test_the_ranking_does_not_depend_on_the_order_of_candidates(order: tuple[str, ...]) -> None:
     view = view_of(**{i: figures(queued_tokens=n * 900) for n, i in enumerate(IDS)})
-    assert rank(order, request(adapter="x"), view, COSTS)[-1] == "d"
+    assert rank(order, request(adapter_digest="x"), view, COSTS)[-1] == "d"
     assert rank(order, request(), view, COSTS) == rank(IDS, request(), view, COSTS)

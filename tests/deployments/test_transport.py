@@ -15,10 +15,10 @@ from adapter_store.errors import (
 )
 from adapter_store.names import AdapterRef
 from deployments.fleet.batch_queue import Mailbox
-from deployments.fleet.protocol import STALE_STREAM, Abort, StreamId, Submit, UnknownStream
+from deployments.fleet.protocol import Abort, StreamId, Submit, UnknownStream
 from deployments.fleet.replica_stream import Pace
 from deployments.replica.replica import LEASE_S
-from engine.messages import GenerateRequest, RequestOutput
+from engine.messages import ErrorKind, GenerateRequest, RequestOutput
 from engine.scheduler.request import SamplingParams
 from tests.deployments.fakes import Client, FakeEngine, FakeStore, Server, serving, until
 
@@ -249,7 +249,7 @@ def test_a_later_epoch_ends_the_stream_before_it_and_an_earlier_one_is_refused()
         assert replica.submit("i", {"replica": 4}, submit("b")).refusal is None
         assert server.engine.aborted == ["a"]
         refusal = replica.submit("i", {"replica": 3}, submit("c")).refusal
-        assert refusal is not None and refusal.kind == STALE_STREAM
+        assert refusal is not None and refusal.kind == ErrorKind.STALE_STREAM
         with pytest.raises(UnknownStream):
             await replica.control(StreamId("i", 3), [], True)
 

@@ -119,7 +119,7 @@ def mixed_requests(
             f"r{n}",
             prompt_of(n, seed=n),
             hot if n % 2 else greedy(max_tokens, **greedy_changes),
-            adapter=own[i % len(own)],
+            adapter_folder=own[i % len(own)],
         )
         for i, n in enumerate(MIXED_LENGTHS)
     ]

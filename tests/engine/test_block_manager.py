@@ -182,5 +182,5 @@ def test_scopes_share_a_root_only_when_every_field_is_equal(
 
 
 def test_a_salt_that_equals_an_adapter_does_not_collide() -> None:
-    assert scope_hash(CacheScope(salt="x")) != scope_hash(CacheScope(adapter="x"))
+    assert scope_hash(CacheScope(salt="x")) != scope_hash(CacheScope(adapter_digest="x"))
     assert scope_hash(CacheScope("a", "b")) != scope_hash(CacheScope("ab", ""))

@@ -15,15 +15,7 @@ from engine.backends.cuda.streams import DeviceLost
 from engine.client import EngineClient, EngineStartError, EngineUnavailable
 from engine.config import EngineConfig
 from engine.framing import FrameDecoder, encode
-from engine.messages import (
-    ADAPTER_INVALID,
-    ENGINE_DIED,
-    INVALID_REQUEST,
-    AdapterFolder,
-    GenerateRequest,
-    Item,
-    RequestOutput,
-)
+from engine.messages import AdapterFolder, ErrorKind, GenerateRequest, Item, RequestOutput
 from tests.engine.driver import greedy, make_engine, prompt_of, run
 from tests.engine.tiny import Tiny, write_tiny
 
@@ -116,11 +108,15 @@ def test_bad_requests_and_bad_adapters_end_with_their_own_error(tiny: Tiny) -> N
     async def test(client: EngineClient, inbox: Inbox) -> None:
         nowhere = AdapterFolder("d" * 64, "/nonexistent")
         client.submit(GenerateRequest("empty", [], greedy(3)))
-        client.submit(GenerateRequest("adapter", [5], greedy(3), adapter=nowhere))
+        client.submit(GenerateRequest("adapter", [5], greedy(3), adapter_folder=nowhere))
         client.submit(GenerateRequest("fine", [5], greedy(3)))
         await inbox.ended("empty", "adapter", "fine")
         kinds = [inbox.last(name).error for name in ("empty", "adapter", "fine")]
-        assert [e and e.kind for e in kinds] == [INVALID_REQUEST, ADAPTER_INVALID, None]
+        assert [e and e.kind for e in kinds] == [
+            ErrorKind.INVALID_REQUEST,
+            ErrorKind.ADAPTER_INVALID,
+            None,
+        ]
 
     with_client(tiny.folder, test)
 
@@ -146,7 +142,7 @@ def test_a_killed_process_ends_its_requests_and_is_started_again(tiny: Tiny) -> 
         os.kill(client.pid, signal.SIGKILL)
         await inbox.until(lambda: sum(o.error is not None for o in inbox.outputs) == 2)
         error = inbox.last("lost").error
-        assert error is not None and error.kind == ENGINE_DIED and "-9" in error.message
+        assert error is not None and error.kind == ErrorKind.ENGINE_DIED and "-9" in error.message
         with pytest.raises(EngineUnavailable):
             client.submit(GenerateRequest("early", [5], greedy(1)))
         await is_restarted(client)

@@ -20,7 +20,7 @@ from engine.backends.cuda.streams import Event, HostDevice
 from engine.backends.torch.forward import TorchForward
 from engine.engine import Engine
 from engine.lora.weights import LoraWeights
-from engine.messages import ENGINE_ERROR, AdapterFolder, GenerateRequest
+from engine.messages import AdapterFolder, ErrorKind, GenerateRequest
 from engine.scheduler.batch import ScheduledBatch
 from tests.engine.driver import greedy, make_engine, prompt_of, run, write_adapter
 from tests.engine.plain_device import make_plain
@@ -146,7 +146,7 @@ def test_adapters_share_the_arena_with_blocks_and_take_turns(
     ]
     requests = [
         GenerateRequest(
-            f"r{i}", prompt_of(6 + i, i), greedy(5 + i % 4), adapter=(*adapters, None)[i % 6]
+            f"r{i}", prompt_of(6 + i, i), greedy(5 + i % 4), adapter_folder=(*adapters, None)[i % 6]
         )
         for i in range(18)
     ]
@@ -186,7 +186,7 @@ def test_a_step_without_memory_ends_its_own_requests(
         patch.setattr(model, "logits", out_of_memory)
         outputs = engine.step()
     error = outputs[-1].error
-    assert error is not None and error.kind == ENGINE_ERROR and "no room" in error.message
+    assert error is not None and error.kind == ErrorKind.ENGINE_ERROR and "no room" in error.message
     assert not engine.scheduler.has_unfinished
     later = GenerateRequest("later", prompt_of(9, 1), greedy(20))
     assert_same(run(engine, [later]), run(make_engine(tiny.folder), [later]))
@@ -208,11 +208,13 @@ def test_requests_of_an_adapter_that_no_step_can_load_end_and_nobody_else(
 
     monkeypatch.setattr(bank, "place", refuse)
     broken, fine = (
-        GenerateRequest(a.path, prompt_of(9, 1), greedy(5), adapter=a) for a in adapters
+        GenerateRequest(a.path, prompt_of(9, 1), greedy(5), adapter_folder=a) for a in adapters
     )
     last = run(engine, [broken])[broken.request_id, 0].last
     assert last is not None and last.error is not None
-    assert last.error.kind == ENGINE_ERROR and "does not fit the table" in last.error.message
+    assert (
+        last.error.kind == ErrorKind.ENGINE_ERROR and "does not fit the table" in last.error.message
+    )
     assert_same(run(engine, [fine]), run(make_engine(tiny.folder), [fine]))
 
 
@@ -220,7 +222,7 @@ def test_one_failed_step_does_not_end_those_who_wait_for_an_adapter(
     on_device: MakeEngine, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     request = GenerateRequest(
-        "r", prompt_of(9, 1), greedy(5), adapter=write_adapter(tiny.folder, tmp_path / "a")
+        "r", prompt_of(9, 1), greedy(5), adapter_folder=write_adapter(tiny.folder, tmp_path / "a")
     )
     engine = on_device()
     copies, apply = engine.runner._adapters, AdapterCopies.apply  # type: ignore[attr-defined]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from engine.backends.cuda.streams import DeviceLost
-from engine.messages import ENGINE_ERROR, AdapterFolder, GenerateRequest
+from engine.messages import AdapterFolder, ErrorKind, GenerateRequest
 from engine.scheduler.request import InvalidRequest, SamplingParams
 from tests.engine.driver import Result, finish, generate, greedy, make_engine, prompt_of, run
 from tests.engine.tiny import Tiny, write_tiny
@@ -254,7 +254,7 @@ def test_a_step_that_raises_ends_its_requests_and_the_engine_goes_on(
     ended = engine.step()
     assert {(o.request_id, o.index) for o in ended} == {("lost", 0), ("lost", 1)}
     for output in ended:
-        assert output.error is not None and output.error.kind == ENGINE_ERROR
+        assert output.error is not None and output.error.kind == ErrorKind.ENGINE_ERROR
         assert "on fire" in output.error.message
     assert engine.stats.num_blocks_used == 0
     monkeypatch.setattr(engine.runner, "execute", execute)
@@ -295,7 +295,7 @@ def test_a_device_that_is_lost_while_an_adapter_is_read_is_noticed(
     monkeypatch.setattr(torch.cuda, "synchronize", fail)
     monkeypatch.setattr("engine.engine.load_lora", lambda *_, **__: None)
     adapter = AdapterFolder("d" * 64, "/nowhere")
-    engine.add_request(GenerateRequest("lost", prompt_of(9), greedy(9), adapter=adapter))
+    engine.add_request(GenerateRequest("lost", prompt_of(9), greedy(9), adapter_folder=adapter))
     with pytest.raises(DeviceLost, match="cuda is lost"):
         finish(engine)
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from engine.lora.weights import AdapterLoadError, load_lora
-from engine.messages import ADAPTER_INVALID, INVALID_REQUEST, AdapterFolder, GenerateRequest
+from engine.messages import AdapterFolder, ErrorKind, GenerateRequest
 from engine.scheduler.extents import extent_size
 from engine.scheduler.request import InvalidRequest
 from tests.engine.driver import (
@@ -66,7 +66,7 @@ def request_for(
     name: str, adapter: AdapterFolder | None, length: int, max_tokens: int = 16
 ) -> GenerateRequest:
     sampling = greedy(max_tokens, logprobs=20)
-    return GenerateRequest(name, prompt_of(length, seed=length), sampling, adapter=adapter)
+    return GenerateRequest(name, prompt_of(length, seed=length), sampling, adapter_folder=adapter)
 
 
 @pytest.mark.parametrize("name", [*CONFIGS, "base"])
@@ -214,7 +214,7 @@ def test_a_damaged_adapter_ends_its_requests_with_the_reason(
     results = run(engine, [request_for("bad", adapter, 4), request_for("good", None, 4)])
     last = results["bad", 0].last
     assert last is not None and last.error is not None
-    assert last.error.kind == ADAPTER_INVALID and adapter.digest in last.error.message
+    assert last.error.kind == ErrorKind.ADAPTER_INVALID and adapter.digest in last.error.message
     assert results["good", 0].token_ids
 
 
@@ -259,7 +259,9 @@ def test_a_request_that_cannot_fit_beside_its_adapter_is_refused_with_the_bytes(
         return
     results = run(engine, [too_long, request_for("base", None, 4), fits])
     last = results["too-long", 0].last
-    assert last is not None and last.error is not None and last.error.kind == INVALID_REQUEST
+    assert (
+        last is not None and last.error is not None and last.error.kind == ErrorKind.INVALID_REQUEST
+    )
     assert re.match(text, last.error.message)
     assert results["base", 0].token_ids and len(results["fits", 0].token_ids) == 61
 

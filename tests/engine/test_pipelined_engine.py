@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from engine.engine import Engine
-from engine.messages import ENGINE_ERROR, GenerateRequest
+from engine.messages import ErrorKind, GenerateRequest
 from engine.scheduler.request import SamplingParams
 from tests.engine.driver import (
     Result,
@@ -137,7 +137,7 @@ def test_adapters_that_take_turns_change_no_answer(
 ) -> None:
     adapters = [write_adapter(tiny.folder, tmp_path / f"a{i}", seed=i) for i in range(3)]
     requests = [
-        GenerateRequest(f"r{i}", prompt_of(6 + i, i), greedy(9), adapter=adapters[i % 3])
+        GenerateRequest(f"r{i}", prompt_of(6 + i, i), greedy(9), adapter_folder=adapters[i % 3])
         for i in range(6)
     ]
     changes = {"adapter_memory_bytes": 40_000}
@@ -201,7 +201,7 @@ def test_a_launch_that_raises_ends_its_requests_after_their_last_token(
     late(engine).refuses_launch = True
     token, end = engine.step()
     assert len(token.token_ids) == 1 and token.error is None
-    assert end.error is not None and end.error.kind == ENGINE_ERROR
+    assert end.error is not None and end.error.kind == ErrorKind.ENGINE_ERROR
     assert "launch is refused" in end.error.message
     assert engine.stats.num_blocks_used == 0
     late(engine).refuses_launch = False

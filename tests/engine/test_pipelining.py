@@ -189,9 +189,9 @@ def test_a_lost_step_takes_its_own_requests_and_no_others() -> None:
 
 def test_an_adapter_that_a_lost_step_was_to_load_is_loaded_again_for_those_who_came_later() -> None:
     world = ahead()
-    world.scheduler.add(make_request("lost", [1, 2], adapter="x"))
+    world.scheduler.add(make_request("lost", [1, 2], adapter_digest="x"))
     world.launch(is_lost=True)
-    later = make_request("later", [1, 2, 3], adapter="x")
+    later = make_request("later", [1, 2, 3], adapter_digest="x")
     world.scheduler.add(later)
     world.launch()
     assert [r.request_id for r in world.collect()] == ["lost"]

@@ -264,7 +264,7 @@ def test_an_adapter_adds_to_a_quantized_base(tiny_model: MakeTiny, tmp_path: Pat
     adapter = write_adapter(tiny.folder, tmp_path, r=5)
     base = dequantized_reference(tiny, "nf4")
     adapted = PeftModel.from_pretrained(base, adapter.path).eval()
-    request = GenerateRequest("r", random_prompt(9), driver_greedy(16), adapter=adapter)
+    request = GenerateRequest("r", random_prompt(9), driver_greedy(16), adapter_folder=adapter)
     result = run(make_engine(tiny.folder, quantization="nf4"), [request])["r", 0]
     assert result.token_ids == generate(adapted, request.prompt_token_ids, 16)
 

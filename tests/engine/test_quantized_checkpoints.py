@@ -431,7 +431,7 @@ def test_an_adapter_adds_to_a_quantized_checkpoint(
     adapter = write_adapter(dense.folder, tmp_path, r=4)
     base = with_weights(dense.folder, written.meant)
     adapted = PeftModel.from_pretrained(base, adapter.path).eval()
-    request = GenerateRequest("r", random_prompt(9), driver_greedy(16), adapter=adapter)
+    request = GenerateRequest("r", random_prompt(9), driver_greedy(16), adapter_folder=adapter)
     result = run(make_engine(written.folder), [request])["r", 0]
     assert result.token_ids == generate(adapted, request.prompt_token_ids, 16)
 

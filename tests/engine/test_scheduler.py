@@ -111,7 +111,7 @@ def make_request(
     request_id: str,
     prompt: list[int],
     *,
-    adapter: str = "",
+    adapter_digest: str = "",
     seed: int = 0,
     max_tokens: int = 8,
     n: int = 1,
@@ -125,7 +125,7 @@ def make_request(
         stop_token_ids=stop,
         **sampling_changes,  # type: ignore[arg-type]
     )
-    scope = CacheScope(tenant=tenant, adapter=adapter)
+    scope = CacheScope(tenant=tenant, adapter_digest=adapter_digest)
     first, *forks = [
         Request(request_id, prompt, sampling, 0.0, scope=scope, index=i) for i in range(n)
     ]
@@ -136,7 +136,7 @@ def make_request(
 def expected_of(request: Request) -> list[int]:
     sampling = request.sampling
     return expected_output(
-        request.adapter,
+        request.adapter_digest,
         request.prompt_token_ids,
         sampling.seed + request.index,
         sampling.max_tokens,
@@ -171,7 +171,7 @@ class Traffic(RuleBasedStateMachine):
     @rule(
         common=st.integers(0, 16),
         tail=st.lists(st.integers(0, 1), min_size=1, max_size=6),
-        adapter=st.sampled_from(["", *ADAPTERS]),
+        adapter_digest=st.sampled_from(["", *ADAPTERS]),
         max_tokens=st.integers(1, 20),
         n=st.integers(1, 3),
         tenant=st.sampled_from(["s", "t"]),
@@ -182,7 +182,7 @@ class Traffic(RuleBasedStateMachine):
         self,
         common: int,
         tail: list[int],
-        adapter: str,
+        adapter_digest: str,
         max_tokens: int,
         n: int,
         tenant: str,
@@ -193,7 +193,7 @@ class Traffic(RuleBasedStateMachine):
         request = make_request(
             f"r{number}",
             [2] * common + tail,
-            adapter=adapter,
+            adapter_digest=adapter_digest,
             max_tokens=max_tokens,
             n=n,
             seed=number,
@@ -304,8 +304,8 @@ def test_chunk_size_and_preemption_change_no_token(budget: int, num_blocks: int)
 def test_a_resident_adapter_overtakes_one_that_is_loading() -> None:
     world = make_world(ready=False)
     world.scheduler.adapters.set_ready("y", ADAPTERS["y"])
-    world.scheduler.add(make_request("slow", [1, 2, 3], adapter="x"))
-    world.scheduler.add(make_request("fast", [1, 2, 3], adapter="y", max_tokens=2))
+    world.scheduler.add(make_request("slow", [1, 2, 3], adapter_digest="x"))
+    world.scheduler.add(make_request("fast", [1, 2, 3], adapter_digest="y", max_tokens=2))
     world.step()
     assert [r.request_id for r in world.step()] == ["fast"]
     world.scheduler.adapters.set_ready("x", ADAPTERS["x"])
@@ -318,12 +318,12 @@ def test_a_large_adapter_is_not_starved_by_small_ones_that_keep_coming(
 ) -> None:
     """The two do not fit together."""
     world = make_world(num_blocks=6, loads_are_immediate=loads_are_immediate)
-    world.scheduler.add(make_request("small-0", [1], adapter="x", max_tokens=4))
+    world.scheduler.add(make_request("small-0", [1], adapter_digest="x", max_tokens=4))
     world.step()
-    world.scheduler.add(make_request("large", [1], adapter="z", max_tokens=1))
+    world.scheduler.add(make_request("large", [1], adapter_digest="z", max_tokens=1))
     done: list[str] = []
     for i in range(1, 12):
-        world.scheduler.add(make_request(f"small-{i}", [1], adapter="x", max_tokens=4))
+        world.scheduler.add(make_request(f"small-{i}", [1], adapter_digest="x", max_tokens=4))
         done += [r.request_id for r in world.step()]
         world.arrive()
     assert "large" in done
@@ -331,7 +331,7 @@ def test_a_large_adapter_is_not_starved_by_small_ones_that_keep_coming(
 
 def test_while_an_adapter_is_copied_its_request_waits_and_others_go_on() -> None:
     world = make_world(loads_are_immediate=False)
-    world.scheduler.add(make_request("slow", [1, 2, 3], adapter="x"))
+    world.scheduler.add(make_request("slow", [1, 2, 3], adapter_digest="x"))
     world.scheduler.add(make_request("fast", [1, 2, 3], max_tokens=3))
     finished = [r.request_id for _ in range(4) for r in world.step()]
     assert finished == ["fast"] and len(world.device.arena.arriving) == 1
@@ -341,7 +341,7 @@ def test_while_an_adapter_is_copied_its_request_waits_and_others_go_on() -> None
 
 def test_a_batch_may_have_nothing_but_a_copy() -> None:
     world = make_world(loads_are_immediate=False)
-    world.scheduler.add(make_request("r", [1, 2, 3], adapter="x"))
+    world.scheduler.add(make_request("r", [1, 2, 3], adapter_digest="x"))
     batch = world.scheduler.schedule(1.0)
     assert batch is not None and not batch.requests
     (load,) = batch.adapter_loads
@@ -351,14 +351,14 @@ def test_a_batch_may_have_nothing_but_a_copy() -> None:
 @pytest.mark.parametrize("num_tokens", [12, 13])
 def test_those_who_overtake_leave_the_blocks_that_will_be_wanted(num_tokens: int) -> None:
     world = make_world(num_blocks=13, loads_are_immediate=False)  # 11 beside the adapter
-    world.scheduler.add(make_request("slow", list(range(32)), adapter="x"))
+    world.scheduler.add(make_request("slow", list(range(32)), adapter_digest="x"))
     world.scheduler.add(make_request("other", list(range(num_tokens)), max_tokens=1))
     assert bool(world.step()) == (num_tokens == 12)
 
 
 def test_nobody_overtakes_a_request_whose_adapter_has_to_be_copied_again() -> None:
     world = make_world(loads_are_immediate=False)
-    world.scheduler.add(make_request("slow", [1, 2, 3], adapter="x"))
+    world.scheduler.add(make_request("slow", [1, 2, 3], adapter_digest="x"))
     world.step()
     world.arrive()
     world.scheduler.memory.discard("x")
@@ -376,7 +376,7 @@ def test_what_a_lost_step_was_to_move_is_computed_again() -> None:
         world.scheduler.add(make_request(request_id, prompt, max_tokens=1))
     world.run()
     assert world.scheduler.blocks.num_cached == 10
-    world.scheduler.add(make_request("lost", [1], adapter="z"))
+    world.scheduler.add(make_request("lost", [1], adapter_digest="z"))
     batch = world.launch(is_lost=True)
     assert batch is not None and batch.moves
     assert [r.request_id for r in world.collect()] == ["lost"]
@@ -388,11 +388,11 @@ def test_what_a_lost_step_was_to_move_is_computed_again() -> None:
 
 def test_a_request_that_never_fits_is_refused_with_the_bytes() -> None:
     world = make_world(num_blocks=13)
-    world.scheduler.add(make_request("fits", [1] * 4, adapter="z", max_tokens=29))
+    world.scheduler.add(make_request("fits", [1] * 4, adapter_digest="z", max_tokens=29))
     with pytest.raises(
         InvalidRequest, match=f"33 tokens .* need {9 * 640 + 2816} .*are {13 * 640}"
     ):
-        world.scheduler.add(make_request("never", [1] * 4, adapter="z", max_tokens=30))
+        world.scheduler.add(make_request("never", [1] * 4, adapter_digest="z", max_tokens=30))
     assert [r.request_id for r in world.run()] == ["fits"]
 
 
@@ -431,14 +431,14 @@ def test_cached_blocks_are_never_shared_across(adapter: str, tenant: str) -> Non
     prompt = list(range(12))
     world.scheduler.add(make_request("a", prompt))
     world.run()
-    world.scheduler.add(make_request("b", prompt, adapter=adapter, tenant=tenant))
+    world.scheduler.add(make_request("b", prompt, adapter_digest=adapter, tenant=tenant))
     (second,) = world.run()
     assert second.num_cached_tokens == 0
 
 
 def test_abort_frees_blocks_and_pins_at_once() -> None:
     world = make_world()
-    world.scheduler.add(make_request("r", list(range(9)), adapter="x", n=2))
+    world.scheduler.add(make_request("r", list(range(9)), adapter_digest="x", n=2))
     world.step()
     assert world.scheduler.blocks.num_held
     assert len(world.scheduler.abort("r")) == 2

@@ -203,7 +203,7 @@ def request_of(number: int, dice: random.Random) -> Request:
         ignore_eos=True,
     )
     prompt = [dice.randrange(VOCAB) for _ in range(dice.randint(1, 30))]
-    scope = CacheScope(adapter=dice.choice(("", *SIZES)))
+    scope = CacheScope(adapter_digest=dice.choice(("", *SIZES)))
     first, *forks = (
         Request(str(number), prompt, sampling, 0.0, scope=scope, index=i)
         for i in range(dice.choice((1, 1, 3)))

@@ -109,7 +109,7 @@ def test_an_adapter_of_too_high_a_rank_ends_its_requests_with_the_reason(
     tiny: Tiny, tmp_path: Path
 ) -> None:
     large = write_adapter(tiny.folder, tmp_path / "large", r=257, target_modules=["q_proj"])
-    request = GenerateRequest("r", prompt_of(3), greedy(1), adapter=large)
+    request = GenerateRequest("r", prompt_of(3), greedy(1), adapter_folder=large)
     engine = triton_engine(tiny.folder, max_num_seqs=1, cuda_graphs="off")
     last = run(engine, [request])["r", 0].last
     assert last is not None and last.error is not None
@@ -136,7 +136,9 @@ def test_greedy_text_of_every_family_is_that_of_transformers(
 def test_each_adapters_text_is_that_of_peft(tiny: Tiny, adapters: list[AdapterFolder]) -> None:
     prompt = prompt_of(20)
     requests = [
-        GenerateRequest(a.digest, prompt, greedy(24), adapter=a) for a in adapters for _ in "x"
+        GenerateRequest(a.digest, prompt, greedy(24), adapter_folder=a)
+        for a in adapters
+        for _ in "x"
     ]
     found = texts(run(triton_engine(tiny.folder), requests))
     for adapter in adapters:
@@ -203,7 +205,9 @@ def test_in_bfloat16_graphs_and_company_change_little(
 ) -> None:
     """Logprobs of the prompt, which no choice of token can make diverge."""
     requests = [
-        GenerateRequest(f"r{n}", prompt_of(n, seed=n), greedy(1, prompt_logprobs=0), adapter=a)
+        GenerateRequest(
+            f"r{n}", prompt_of(n, seed=n), greedy(1, prompt_logprobs=0), adapter_folder=a
+        )
         for n, a in zip((17, 30, 41), [None, *adapters[:2]], strict=True)
     ]
     found, exact = (
