@@ -17,8 +17,8 @@ import yaml
 
 from adapter_store.store import AdapterStore
 from deployments.local.ray_head import descendants, free_port
-from tests.deployments.processes import assert_gone, command
-from tests.deployments.tiny_models import make_adapter, make_base
+from tests.deployments.support.processes import assert_gone, command
+from tests.deployments.support.tiny_models import make_adapter, make_base
 
 pytestmark = pytest.mark.ray
 
@@ -171,7 +171,7 @@ def test_a_client_that_hangs_up_frees_its_request_at_once(server: Running) -> No
     assert server.gauge("reef_generation_tokens_total") - before < MAX_POSITION / 2
 
 
-def test_streams_go_on_working_after_many(server: Running) -> None:
+def test_later_streams_work_like_the_first_ones(server: Running) -> None:
     """Proxies refuse an answer with too many headers: none may be left over from others."""
     for _ in range(120):
         connection = server.stream(max_tokens=1)

@@ -20,9 +20,9 @@ import pytest
 
 from adapter_store.store import AdapterStore
 from deployments.local.ray_head import descendants, free_port
-from tests.deployments.processes import assert_gone, command
+from tests.deployments.support.processes import assert_gone, command
+from tests.deployments.support.tiny_models import make_adapter, make_base
 from tests.deployments.test_ray import ROOT, wait_for
-from tests.deployments.tiny_models import make_adapter, make_base
 
 pytestmark = pytest.mark.ray
 
@@ -94,7 +94,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     port = free_port()
     with (folder / "driver.log").open("wb") as log:
         driver = subprocess.Popen(
-            [sys.executable, "-m", "tests.deployments.ray_driver", str(port)],
+            [sys.executable, "-m", "tests.deployments.support.ray_driver", str(port)],
             cwd=ROOT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -268,7 +268,7 @@ def test_a_new_deployment_loses_no_stream(cluster: Cluster, undisturbed: dict[in
     assert not before & set(cluster.pids("engine.process"))
 
 
-def test_what_a_dead_ingress_asked_for_is_gone_within_ten_seconds(cluster: Cluster) -> None:
+def test_requests_of_a_dead_ingress_are_freed_within_ten_seconds(cluster: Cluster) -> None:
     def num_requests() -> int:
         return sum(figures["num_requests"] for figures in cluster.figures())
 

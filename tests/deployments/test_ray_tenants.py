@@ -27,8 +27,8 @@ from transformers import AutoModelForCausalLM
 from adapter_store.store import AdapterStore
 from deployments.local.ray_head import descendants, free_port
 from deployments.tenants.new_key import main as new_key_main
-from tests.deployments.processes import assert_gone
-from tests.deployments.tiny_models import make_adapter, make_base
+from tests.deployments.support.processes import assert_gone
+from tests.deployments.support.tiny_models import make_adapter, make_base
 
 pytestmark = pytest.mark.ray
 
@@ -189,7 +189,7 @@ def wait_for(condition: Callable[[], bool], seconds: float, what: str) -> None:
         time.sleep(0.05)
 
 
-def test_each_tenant_gets_its_own_answers_and_nobody_elses(server: Running) -> None:
+def test_each_tenant_gets_the_answers_of_its_own_adapters(server: Running) -> None:
     if not CLIENTS.exists():
         pytest.skip(f"{CLIENTS} is missing: `make test` makes it")
     wanted = {
@@ -216,7 +216,7 @@ def test_health_is_open_and_metrics_have_a_key_of_their_own(server: Running) -> 
     assert server.status("GET", "/metrics", server.keys["metrics"]) == 200
 
 
-def test_a_client_that_hangs_up_gives_its_place_back(server: Running) -> None:
+def test_a_client_that_hangs_up_frees_its_concurrency_place(server: Running) -> None:
     key = server.keys["single"]
     short = {"model": "small", "prompt": "x", "max_tokens": 1}
     long = {**short, "stream": True, "ignore_eos": True, "max_tokens": MAX_POSITION - 10}
@@ -228,7 +228,7 @@ def test_a_client_that_hangs_up_gives_its_place_back(server: Running) -> None:
     wait_for(lambda: server.status("POST", COMPLETIONS, key, short) == 200, 5, "a free place")
 
 
-def test_keys_come_and_go_while_the_server_runs(server: Running) -> None:
+def test_keys_can_be_added_and_removed_while_the_server_runs(server: Running) -> None:
     command = [sys.executable, "-m", "deployments.tenants.tenants", "new-key", "newcomer"]
     made = subprocess.run(
         [*command, "--file", "keys.yaml"], cwd=server.folder, check=True, capture_output=True

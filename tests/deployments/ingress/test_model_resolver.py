@@ -23,7 +23,7 @@ from deployments.ingress.metrics import Metrics
 from deployments.ingress.model_resolver import Models, ServedModel, Target
 from deployments.ingress.routes import Ingress, build_api
 from deployments.tenants.tenants import Everybody, Tenant
-from tests.deployments.fakes import INFO, Answered, byte_vocabulary, call
+from tests.deployments.support.fakes import INFO, Answered, byte_vocabulary, call
 
 ACME = Tenant("acme", granted=("lab",))
 SMALL, LARGE, FOREIGN = "5" * 64, "1" * 64, "f" * 64  # fingerprints
@@ -150,7 +150,7 @@ def test_the_same_name_means_another_adapter_to_another_tenant() -> None:
 
 
 @pytest.mark.parametrize("there", ["umbrella/sql", "umbrella/secret", "small:umbrella/secret@1"])
-def test_anothers_adapter_is_404_like_one_that_nobody_has_and_is_not_even_looked_for(
+def test_another_tenants_adapter_is_404_like_a_missing_one_and_is_not_looked_up(
     there: str,
 ) -> None:
     store = CatalogStore(("umbrella", "sql", SMALL), ("umbrella", "secret", SMALL))
@@ -163,7 +163,7 @@ def test_anothers_adapter_is_404_like_one_that_nobody_has_and_is_not_even_looked
     assert store.looks == []
 
 
-def test_what_was_granted_is_found_under_its_full_name_alone() -> None:
+def test_granted_adapters_are_found_by_their_full_name_only() -> None:
     at = models(SQLS, small=SMALL)
     assert error(at, "rare").status == 404
     assert error(at, "lab/rare", Tenant("umbrella")).status == 404
@@ -247,18 +247,18 @@ def test_two_models_of_the_same_base_are_told_apart_by_their_ids() -> None:
 
 
 @pytest.mark.parametrize("name", ["sql", "small-only", "large:sql", "sql@1"])
-def test_what_a_base_that_never_started_might_have_is_503_and_named(name: str) -> None:
+def test_a_503_names_the_base_that_has_not_started_and_may_have_the_adapter(name: str) -> None:
     found = error(models(MIXED, large=None, small=SMALL), name)
     assert found.status == 503 and found.retry_after_s and "'large'" in found.message
 
 
 @pytest.mark.parametrize("name", ["small:sql", "sql@3", "sql@prod"])
-def test_a_base_that_never_started_does_not_stop_what_surely_is_not_its(name: str) -> None:
+def test_a_base_that_has_not_started_does_not_block_adapters_of_others(name: str) -> None:
     assert resolve(models(MIXED, large=None, small=SMALL), name).model.id == "small"
 
 
 @pytest.mark.parametrize("name", ["nothing", "large:nothing", "umbrella/sql"])
-def test_what_nobody_has_is_404_whoever_has_started(name: str) -> None:
+def test_an_unknown_adapter_is_404_whichever_bases_have_started(name: str) -> None:
     assert error(models(MIXED, large=None, small=SMALL), name).status == 404
 
 
@@ -271,7 +271,7 @@ def test_a_base_that_is_restarted_keeps_its_adapters() -> None:
     assert resolve(at, "small:sql").model.id == "small"
 
 
-def test_a_registry_that_cannot_be_read_is_503_for_what_it_does_not_know_by_heart() -> None:
+def test_an_unreadable_registry_is_503_for_names_that_are_not_cached() -> None:
     store = CatalogStore(("acme", "sql", SMALL))
     at = models(store, small=SMALL)
     store.failure = SourceUnavailable("the bucket does not answer")

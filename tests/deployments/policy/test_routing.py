@@ -81,7 +81,7 @@ def test_two_routers_send_a_new_adapter_the_same_way() -> None:
     )
 
 
-def test_base_requests_go_to_whoever_has_least_to_do() -> None:
+def test_base_requests_go_to_the_replica_with_the_least_to_do() -> None:
     view = view_of(**{i: figures() for i in IDS})
     chosen = Counter(route(view, request(n, tokens=1)) for n in range(40))
     assert set(chosen.values()) == {10}
@@ -105,7 +105,7 @@ def test_replicas_to_avoid_come_last_and_are_never_lost() -> None:
     assert rank("a", req, view, COSTS) == ["a"]
 
 
-def test_news_replaces_optimism_and_repetition_does_not() -> None:
+def test_new_figures_replace_the_optimistic_ones_and_repeated_figures_do_not() -> None:
     view = view_of(a=figures())
     view.sent("a", request(tokens=500))
     view.report("a", figures())

@@ -7,7 +7,7 @@ stops when paused and dies on request.
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -39,7 +39,7 @@ from engine.messages import (
     TokenLogprobs,
 )
 from engine.scheduler.timings import RequestMetrics
-from tests.deployments.fleet import LocalFleet
+from tests.deployments.support.fleet import LocalFleet
 
 BASE = "b" * 64
 EOS = 256  # after the 256 bytes
@@ -342,6 +342,26 @@ async def serving(
     finally:
         await link.close()
         await replica.close()
+
+
+def in_server(test: Callable[[Server], Awaitable[None]], **how: Any) -> None:
+    """Runs the test with a server of its own."""
+
+    async def run() -> None:
+        async with serving(**how) as server:
+            await test(server)
+
+    asyncio.run(run())
+
+
+class Clock:
+    """Seconds that pass when the test says so."""
+
+    def __init__(self) -> None:
+        self.now_s = 100.0
+
+    def __call__(self) -> float:
+        return self.now_s
 
 
 async def until(condition: Callable[[], bool], seconds: float = 5.0) -> None:

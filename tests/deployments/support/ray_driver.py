@@ -1,6 +1,6 @@
 """A Ray cluster that does as it is told: a script, run by `test_ray_fleet` as a process of its own.
 
-    python -m tests.deployments.ray_driver PORT
+    python -m tests.deployments.support.ray_driver PORT
 
 Each line on standard input is one order, and each line on standard output its answer, all JSON:
 the `args` of an application to deploy, "figures" for what each engine replica says of itself, or

@@ -88,9 +88,7 @@ def test_a_character_is_never_split(name: str, text: str) -> None:
 
 
 @given(prompt=st.lists(st.integers(259, 268), min_size=1), token_ids=IDS)
-def test_what_follows_a_prompt_keeps_its_first_space(
-    prompt: list[int], token_ids: list[int]
-) -> None:
+def test_text_after_a_prompt_keeps_its_first_space(prompt: list[int], token_ids: list[int]) -> None:
     vocabulary = VOCABULARIES["sentencepiece"]
     deltas = in_pieces(vocabulary.detokenizer(True, prompt), token_ids, [1] * len(token_ids))
     whole = vocabulary.decode([*prompt, *token_ids], True)

@@ -20,8 +20,8 @@ from deployments.fleet.replica_stream import Pace
 from deployments.replica.replica import EngineReplica, ReplicaSettings
 from engine.messages import GenerateRequest, Item, RequestOutput
 from engine.scheduler.request import SamplingParams
-from tests.deployments.fakes import BASE, FakeEngine, FakeStore, until
-from tests.deployments.fleet import LocalFleet
+from tests.deployments.support.fakes import BASE, FakeEngine, FakeStore, until
+from tests.deployments.support.fleet import LocalFleet
 
 NUM_TOKENS = 12
 IDS = ("one", "two", "three")
@@ -159,7 +159,7 @@ def test_a_replica_that_dies_before_it_accepts_costs_nothing() -> None:
     in_fleet(test)
 
 
-def test_what_a_replica_accepted_without_a_receipt_is_heard_once() -> None:
+def test_a_request_whose_receipt_was_lost_is_delivered_once() -> None:
     """It lives and works on it, but its word got lost: the ingress asks another one too."""
 
     async def test(running: Fleet) -> None:
@@ -179,7 +179,7 @@ def test_what_a_replica_accepted_without_a_receipt_is_heard_once() -> None:
     in_fleet(test)
 
 
-def test_news_that_overtakes_the_receipt_is_kept() -> None:
+def test_outputs_that_arrive_before_the_receipt_are_kept() -> None:
     async def test(running: Fleet) -> None:
         running.connection.on_accepted = lambda replica_id, submitted: running.step()
         reader = Reader(running.link.open([submit()]))
@@ -189,7 +189,7 @@ def test_news_that_overtakes_the_receipt_is_kept() -> None:
     in_fleet(test)
 
 
-def test_a_receipt_from_a_stream_that_was_given_up_meanwhile_does_not_count() -> None:
+def test_a_receipt_for_an_abandoned_stream_is_ignored() -> None:
     async def test(running: Fleet) -> None:
         (linked,) = running.link._links
 
@@ -232,7 +232,7 @@ def test_an_answer_goes_on_with_the_next_token(num_before: int, n: int, fault: s
     in_fleet(test)
 
 
-def test_what_was_sent_but_not_read_yet_is_not_asked_for_again() -> None:
+def test_outputs_sent_but_not_read_yet_are_not_requested_again() -> None:
     async def test(running: Fleet) -> None:
         reader = Reader(running.link.open([submit()]))
         await running.until_running()
@@ -288,7 +288,7 @@ def test_two_replicas_may_die_one_after_the_other() -> None:
     in_fleet(test, *IDS)
 
 
-def test_a_request_that_kills_whoever_takes_it_is_given_up() -> None:
+def test_a_request_that_kills_every_replica_it_reaches_fails() -> None:
     async def test(running: Fleet) -> None:
         num_killed = 0
         reader = Reader(running.link.open([submit()]))
@@ -343,7 +343,7 @@ def test_while_there_is_no_replica_a_stream_waits_for_one() -> None:
     in_fleet(test, "one")
 
 
-def test_after_its_patience_ends_an_error_ends_the_stream() -> None:
+def test_without_a_replica_the_stream_ends_with_an_error_after_the_patience() -> None:
     async def test(running: Fleet) -> None:
         reader = Reader(running.link.open([submit(n=2)]), 2)
         await running.until_running()
@@ -400,7 +400,7 @@ def test_the_router_tells_a_replica_that_it_is_leaving() -> None:
 
 
 @pytest.mark.parametrize("n", [1, 2])
-def test_what_a_draining_replica_cannot_finish_goes_on_elsewhere(n: int) -> None:
+def test_requests_that_a_draining_replica_cannot_finish_go_on_elsewhere(n: int) -> None:
     async def test(running: Fleet) -> None:
         reader = Reader(running.link.open([submit(n=n)]), n)
         await running.until_running()

@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from tokenizers import AddedToken
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from tests.deployments.fakes import byte_tokenizer
+from tests.deployments.support.fakes import byte_tokenizer
 from tests.engine.tiny import write_tiny
 
 TEMPLATE = (

@@ -1,6 +1,6 @@
-"""The two classes that Ray calls, without a cluster: who is chosen, and how many are wanted."""
+"""Ray's request router, without a cluster: which replica is chosen."""
 
-import tests.deployments.quiet_ray  # noqa: F401
+import tests.deployments.support.quiet_ray  # noqa: F401
 
 # isort: split
 import asyncio
@@ -12,15 +12,10 @@ from typing import Any
 import pytest
 from ray.serve.request_router import RequestRouter
 
-from deployments.app import _autoscaling, _engine_options
-from deployments.config import load_config
 from deployments.fleet import router
 from deployments.fleet.protocol import Hints
 from deployments.fleet.router import DIGEST_CHARS, AdapterRouter, from_stats, to_stats
-from deployments.policy.autoscaling import ReplicaLoad
 from deployments.policy.routing import ReplicaFigures
-from deployments.replica import autoscaler
-from deployments.replica.autoscaler import LoadPolicy
 
 DIGEST = "d" * 64
 
@@ -63,7 +58,7 @@ def replicas(*names: str, **stats: ReplicaFigures) -> Any:
     return [Replica(name, to_stats(stats.get(name, ReplicaFigures()))) for name in names]
 
 
-def test_figures_survive_the_trip_but_for_what_is_rounded() -> None:
+def test_figures_survive_a_round_trip_but_for_their_rounding() -> None:
     figures = ReplicaFigures(3, 1234, 5, 64, 0.4567, frozenset({DIGEST}), frozenset({"e" * 64}))
     stats = to_stats(figures)
     assert json.loads(json.dumps(stats)) == stats
@@ -102,7 +97,7 @@ def test_a_call_with_a_target_goes_there_alone(chooser: AdapterRouter) -> None:
     assert choose(chooser, Hints(target="b", avoid=("b",))) == ["b"]
 
 
-def test_a_call_whose_target_is_gone_reaches_somebody_who_can_say_so(
+def test_a_call_whose_target_is_gone_reaches_another_replica(
     chooser: AdapterRouter,
 ) -> None:
     chooser.update_replicas(replicas("a"))
@@ -136,52 +131,3 @@ def test_a_leaving_replica_is_forgotten_in_time(
     now += 61.0
     chooser.update_replicas(replicas("b"))
     assert "a" not in chooser.curr_replicas
-
-
-def context(num_requests: dict[str, float], target: int = 1) -> Any:
-    return SimpleNamespace(
-        aggregated_metrics={"num_requests": num_requests, "somebody_elses": {"a": 1.0}},
-        running_replicas=["a", "b"],
-        target_num_replicas=target,
-    )
-
-
-@pytest.mark.parametrize(("requests", "wanted"), [({}, 0), ({"a": 4.0}, 1), ({"a": 9.0}, 3)])
-def test_the_policy_asks_for_what_the_reports_add_up_to(
-    requests: dict[str, float], wanted: int
-) -> None:
-    policy = LoadPolicy(queued_tokens=100.0, kv_used=0.5, num_requests=4.0)
-    assert policy(context(requests)) == (wanted, {})
-
-
-def test_a_load_survives_the_trip() -> None:
-    stats = autoscaler.to_stats(ReplicaLoad(10, 0.5, 3))
-    assert stats == {"queued_tokens": 10.0, "kv_used": 0.5, "num_requests": 3.0}
-
-
-# ---- from the configuration to Ray's options -----------------------------------------------
-
-
-def model(**replicas: Any) -> Any:
-    section = {"id": "m", "source": "somewhere", "replicas": replicas}
-    return load_config({"models": [section]}).models[0]
-
-
-def test_a_range_of_replicas_switches_autoscaling_on() -> None:
-    scaling = {"target_requests": 7.0, "upscale_delay_s": 1.5, "look_back_s": 3.0}
-    config = _autoscaling(model(min=2, max=5, autoscaling=scaling))
-    assert (config.min_replicas, config.max_replicas) == (2, 5)
-    assert (config.upscale_delay_s, config.look_back_period_s) == (1.5, 3.0)
-    assert config.policy.policy_kwargs["num_requests"] == 7.0
-    assert "num_replicas" not in _engine_options(model(min=2, max=5))
-
-
-@pytest.mark.parametrize("replicas", [{"min": 3}, {"min": 3, "max": 3}])
-def test_a_fixed_number_of_replicas_does_not(replicas: dict[str, int]) -> None:
-    options = _engine_options(model(**replicas))
-    assert options["num_replicas"] == 3 and "autoscaling_config" not in options
-
-
-def test_ray_waits_longer_for_a_replica_than_the_replica_for_its_requests() -> None:
-    options = _engine_options(model(drain_s=50.0))
-    assert options["graceful_shutdown_timeout_s"] > 50.0

@@ -1,57 +1,13 @@
-"""Model names and the configuration file: what is accepted, and how the rest is refused."""
+"""The configuration file: what is accepted, and how the rest is refused."""
 
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from deployments.config import load_config, parse_bytes
-from deployments.ingress.model_names import ModelName, parse_model_name
-from deployments.local.ray_head import ray_environment
 from deployments.local.serve_yaml import read_application
 from engine.config import ConfigError
-
-BASES = ["demo", "org/demo", "org/demo:x"]
-
-
-@pytest.mark.parametrize(
-    ("text", "wanted"),
-    [
-        ("demo", ModelName(base="demo")),
-        ("org/demo", ModelName(base="org/demo")),  # not an adapter of the tenant org
-        ("sql", ModelName(adapter_name="sql")),
-        ("sql@3", ModelName(adapter_name="sql@3")),
-        ("sql@prod", ModelName(adapter_name="sql@prod")),
-        ("acme/sql@3", ModelName(tenant="acme", adapter_name="sql@3")),
-        ("demo:sql@3", ModelName(base="demo", adapter_name="sql@3")),
-        ("org/demo:acme/sql", ModelName(base="org/demo", tenant="acme", adapter_name="sql")),
-        ("org/demo:x:sql", ModelName(base="org/demo:x", adapter_name="sql")),  # the longest base
-    ],
-)
-def test_a_model_name_is_a_base_or_an_adapter(text: str, wanted: ModelName) -> None:
-    assert parse_model_name(text, BASES) == wanted
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        "@3",
-        "sql@",
-        "a/b/c",
-        "other:sql",
-        "sql@1@2",
-        "../sql",
-        "sql ",
-        "demo:",
-        "-sql",
-        "a" * 97,
-    ],
-)
-def test_what_no_model_can_be_called_is_none(text: str) -> None:
-    assert parse_model_name(text, BASES) is None
-
 
 MODEL: dict[str, Any] = {"id": "demo", "source": "somewhere"}
 
@@ -103,18 +59,3 @@ def test_the_configurations_that_come_along_are_valid() -> None:
     assert paths
     for path in paths:
         load_config(read_application(path)["args"])
-
-
-def test_a_config_file_with_unknown_keys_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "config.yaml"
-    entry = {"import_path": "deployments.app:build_app", "args": {}, "num_replicaz": 2}
-    path.write_text(yaml.safe_dump({"applications": [entry]}))
-    with pytest.raises(ConfigError, match="num_replicaz"):
-        read_application(path)
-
-
-def test_two_servers_on_one_machine_share_no_port_folder_or_token(tmp_path: Path) -> None:
-    first, second = ray_environment(tmp_path / "a"), ray_environment(tmp_path / "b")
-    own = [n for n in first if n.endswith(("_PORT", "_LOC", "_PATH", "_BASE", "_FILE", "_TOKEN"))]
-    assert len(own) == 8
-    assert all(first[name] != second[name] for name in own)

@@ -1,6 +1,6 @@
 """The connection beside Ray: what goes through it, who gets in, and what happens when it breaks."""
 
-import tests.deployments.quiet_ray  # noqa: F401
+import tests.deployments.support.quiet_ray  # noqa: F401
 
 # isort: split
 import asyncio
@@ -31,8 +31,8 @@ from deployments.replica.replica import EngineReplica, ReplicaSettings
 from engine.framing import encode
 from engine.messages import GenerateRequest, RequestOutput
 from engine.scheduler.request import SamplingParams
-from tests.deployments.fakes import BASE, EOS, FakeEngine, FakeStore, until
-from tests.deployments.fakes import encode as tokens
+from tests.deployments.support.fakes import BASE, EOS, FakeEngine, FakeStore, until
+from tests.deployments.support.fakes import encode as tokens
 
 HOST = "127.0.0.1"
 
@@ -173,7 +173,9 @@ def test_submits_receipts_and_frames_do_not_go_through_ray() -> None:
     in_setup(test)
 
 
-def test_where_nobody_can_connect_all_goes_through_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_direct_connection_everything_goes_through_ray(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(wire, "OFFER_S", 0.05)
 
     async def refuse(offer: Offer) -> None:
@@ -308,7 +310,9 @@ def test_nothing_is_unpickled_from_whoever_has_no_ticket(tmp_path: Path) -> None
     in_setup(test)
 
 
-def test_who_shows_no_ticket_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_connection_without_a_ticket_is_closed_after_a_while(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     async def test(setup: Setup) -> None:
         monkeypatch.setattr(wire, "OFFER_S", 0.05)
         assert await knock(setup, b"only a few bytes") == b""
@@ -316,7 +320,7 @@ def test_who_shows_no_ticket_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) 
     in_setup(test)
 
 
-def test_an_offer_that_nobody_has_taken_up_is_void_after_a_while() -> None:
+def test_an_unused_offer_expires() -> None:
     async def test(setup: Setup) -> None:
         taken: asyncio.Future[ReplicaEnd] = asyncio.get_running_loop().create_future()
         with setup.server._offer(taken, lambda epoch, submit: Receipt("", 0)) as offer:

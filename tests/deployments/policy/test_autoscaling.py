@@ -26,7 +26,7 @@ def test_requests_that_no_replica_has_seen_count_too() -> None:
     assert wanted(current=0, waiting=25) == 3
 
 
-def test_no_work_asks_for_none() -> None:
+def test_without_work_no_replica_is_wanted() -> None:
     assert wanted(ReplicaLoad(), ReplicaLoad()) == 0
 
 

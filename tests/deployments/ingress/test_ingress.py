@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from engine.messages import ErrorKind, RequestError, RequestOutput
-from tests.deployments.fakes import (
+from tests.deployments.support.fakes import (
     EOS,
     INFO,
     Client,

@@ -11,7 +11,7 @@ from adapter_store.store import AdapterStore
 from deployments.policy.admission import Limits
 from deployments.tenants.tenants import Everybody, Tenant
 from tests.adapter_store.synthetic import BASE, synthetic
-from tests.deployments.fakes import FakeEngine, Server, encode, serving
+from tests.deployments.support.fakes import FakeEngine, Server, encode, serving
 
 COMPLETIONS = "/v1/completions"
 OPERATIONS = ("get", "get_many", "get_file", "get_range", "size", "put", "put_if_absent", "list")
@@ -40,10 +40,10 @@ class Acme(Everybody):
         return Tenant("acme", Limits())
 
 
-def test_what_is_here_goes_on_and_what_is_not_is_503_until_the_store_is_back(
+def test_during_an_outage_local_adapters_keep_serving_and_others_are_503(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tests.deployments.fakes.BASE", BASE)
+    monkeypatch.setattr("tests.deployments.support.fakes.BASE", BASE)
     store = store_with(tmp_path, "public/here", "acme/mine", "acme/away")
     engine = FakeEngine(lambda request: [*encode("ok"), 256])
 

@@ -1,0 +1,185 @@
+"""Faults between an ingress and a replica: no request waits for ever, nothing leaks."""
+
+import asyncio
+import json
+
+import pytest
+
+from deployments.fleet.batch_queue import Mailbox
+from deployments.fleet.protocol import Abort, Submit
+from deployments.fleet.replica_stream import Pace
+from engine.messages import GenerateRequest, RequestOutput
+from engine.scheduler.request import SamplingParams
+from tests.deployments.support.fakes import (
+    Client,
+    Clock,
+    Server,
+    in_server,
+    until,
+)
+
+COMPLETIONS = "/v1/completions"
+
+
+def submit(request_id: str, n: int = 1) -> Submit:
+    request = GenerateRequest(request_id, [1, 2], SamplingParams(max_tokens=8), n)
+    return Submit(request, None)
+
+
+async def last_outputs(mailbox: Mailbox, n: int = 1) -> list[RequestOutput]:
+    """The outputs that end the choices; fails rather than wait for ever."""
+    ended: list[RequestOutput] = []
+    while len(ended) < n:
+        items = await asyncio.wait_for(mailbox.next(), 5)
+        ended += [i for i in items if isinstance(i, RequestOutput) and i.finish_reason]
+    return ended
+
+
+def start(server: Server, model: str = "base", stream: bool = True) -> Client:
+    body = json.dumps({"model": model, "prompt": "abc", "stream": stream}).encode()
+    return Client(server.api, "POST", COMPLETIONS, body)
+
+
+# ---- the replica or its engine goes away ---------------------------------------------------
+
+
+def test_where_no_replica_is_left_every_choice_ends_with_an_error() -> None:
+    async def test(server: Server) -> None:
+        server.engine.running.clear()
+        mailboxes = [server.link.open([submit(name, n=2)]) for name in ("a", "b")]
+        await until(lambda: len(server.engine.requests) == 2)
+        server.connection.kill("replica")
+        for mailbox in mailboxes:
+            outputs = await last_outputs(mailbox, 2)
+            assert [(o.index, o.finish_reason) for o in outputs] == [(0, "error"), (1, "error")]
+        assert sorted(server.engine.aborted) == ["a", "b"], "the replica lets go of them too"
+        assert server.link.num_live == 0
+
+    in_server(test, patience_s=0.05)
+
+
+def test_when_a_stream_breaks_the_same_replica_may_go_on_in_a_new_one() -> None:
+    async def test(server: Server) -> None:
+        server.engine.running.clear()
+        client = start(server)
+        await until(lambda: len(server.engine.requests) == 1)
+        server.engine.step()
+        server.connection.break_streams("replica")
+        await until(lambda: len(server.engine.requests) == 2)
+        server.engine.running.set()
+        await client.done
+        assert client.answered.text() == "ABC"
+
+    in_server(test)
+
+
+def test_a_replica_that_falls_silent_is_given_up() -> None:
+    async def test(server: Server) -> None:
+        server.engine.running.clear()
+        mailbox = server.link.open([submit("a")])
+        await until(lambda: server.link.stats.num_running == 1)
+        server.connection.hang = True
+        outputs = await last_outputs(mailbox)
+        assert outputs[0].error is not None
+        assert server.link.hello is None
+        server.connection.hang = False
+        await until(lambda: server.link.hello is not None)
+
+    in_server(test, renew_s=0.01, silence_s=0.05, patience_s=0.05, hello_s=0.0)
+
+
+def test_a_stream_goes_on_once_the_engine_is_started_again() -> None:
+    async def test(server: Server) -> None:
+        server.engine.running.clear()
+        client = start(server)
+        await until(lambda: len(server.engine.requests) == 1)
+        server.engine.step()
+        await until(lambda: client.answered.body != b"")
+        server.engine.die()
+        later = start(server)
+        await asyncio.sleep(0.02)
+        assert not client.done.done() and not later.done.done()
+        server.engine.is_up = True
+        server.engine.running.set()
+        for waiting in (client, later):
+            await waiting.done
+            assert waiting.answered.text() == "ABC"
+
+    in_server(test)
+
+
+def test_an_engine_that_does_not_come_back_is_an_answer() -> None:
+    async def test(server: Server) -> None:
+        server.engine.die()
+        answer = await server.post(COMPLETIONS, prompt="x")
+        assert answer.status == 503 and answer.error["code"] == "unavailable"
+        assert "started again" in answer.error["message"]
+
+    in_server(test, patience_s=0.05)
+
+
+# ---- messages that get lost ----------------------------------------------------------------
+
+
+def test_a_request_that_its_replica_has_forgotten_is_submitted_again() -> None:
+    clock = Clock()
+
+    async def test(server: Server) -> None:
+        server.engine.running.clear()
+        server.link.open([submit("a")])
+        await until(lambda: len(server.engine.requests) == 1)
+        server.replica._drop("a", server.replica._routes["a"])
+        await server.link.refresh_stats()
+        assert len(server.engine.requests) == 1, "its last news may only be on its way"
+        clock.now_s += Pace().lost_s + 0.1
+        await server.link.refresh_stats()
+        await until(lambda: len(server.engine.requests) == 2)
+
+    in_server(test, clock=clock)
+
+
+def test_an_abort_that_got_lost_is_sent_again() -> None:
+    lost: list[Abort] = []
+
+    def lose_first(abort: Abort) -> bool:
+        lost.append(abort)
+        return len(lost) == 1
+
+    async def test(server: Server) -> None:
+        server.engine.running.clear()
+        server.connection.lose = lose_first
+        mailbox = server.link.open([submit("a")])
+        await until(lambda: len(server.engine.requests) == 1)
+        server.link.release(mailbox)
+        await until(lambda: bool(lost))
+        assert server.engine.aborted == []
+        await server.link.refresh_stats()
+        await until(lambda: server.engine.aborted == ["a"])
+
+    in_server(test)
+
+
+def test_a_request_released_before_its_receipt_is_aborted() -> None:
+    async def test(server: Server) -> None:
+        server.engine.running.clear()
+        mailboxes: list[Mailbox] = []
+        server.connection.on_accepted = lambda r, s: server.link.release(mailboxes[0])
+        mailboxes.append(server.link.open([submit("a")]))
+        await until(lambda: server.engine.aborted == ["a"])
+        assert server.link.num_live == 0
+
+    in_server(test)
+
+
+def test_outputs_after_an_abort_are_dropped() -> None:
+    async def test(server: Server) -> None:
+        server.engine.running.clear()
+        mailbox = server.link.open([submit("a")])
+        await until(lambda: len(server.engine.requests) == 1)
+        server.link.release(mailbox)
+        await until(lambda: server.engine.aborted == ["a"])
+        server.engine.on_frame([RequestOutput("a", 0, [1], finish_reason="abort")])
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(mailbox.next(), 0.05)
+
+    in_server(test)

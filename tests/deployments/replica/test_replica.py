@@ -1,0 +1,89 @@
+"""What a replica takes, and what it lets go of."""
+
+import pytest
+
+from deployments.fleet.protocol import StreamId, Submit, UnknownStream
+from deployments.replica.replica import LEASE_S
+from engine.messages import ErrorKind, GenerateRequest, RequestOutput
+from engine.scheduler.request import SamplingParams
+from tests.deployments.support.fakes import Clock, Server, in_server, until
+
+
+def submit(request_id: str, n: int = 1) -> Submit:
+    request = GenerateRequest(request_id, [1, 2], SamplingParams(max_tokens=8), n)
+    return Submit(request, None)
+
+
+def test_a_replica_is_unhealthy_once_its_engine_is_given_up() -> None:
+    async def test(server: Server) -> None:
+        server.replica.check_health()
+        server.engine.failure = "no memory"
+        with pytest.raises(RuntimeError, match="no memory"):
+            server.replica.check_health()
+
+    in_server(test)
+
+
+def test_a_replica_reaps_the_requests_of_an_ingress_that_fell_silent() -> None:
+    clock = Clock()
+
+    async def test(server: Server) -> None:
+        server.engine.running.clear()
+        server.link.open([submit("a")])
+        await until(lambda: len(server.engine.requests) == 1)
+        server.replica.take_care(clock.now_s + LEASE_S - 0.1)
+        assert server.engine.aborted == []
+        server.replica.take_care(clock.now_s + LEASE_S + 0.1)
+        assert server.engine.aborted == ["a"]
+        assert LEASE_S < 10
+
+    in_server(test, clock=clock)
+
+
+def test_requests_for_a_stream_that_is_never_attached_are_reaped() -> None:
+    clock = Clock()
+
+    async def test(server: Server) -> None:
+        server.engine.running.clear()
+        assert server.replica.submit("another ingress", {}, submit("a")).refusal is None
+        server.replica.take_care(clock.now_s + LEASE_S + 0.1)
+        assert server.engine.aborted == ["a"]
+
+    in_server(test, clock=clock)
+
+
+def test_outputs_wait_until_their_stream_is_attached() -> None:
+    async def test(server: Server) -> None:
+        server.replica.submit("another ingress", {}, submit("a"))
+        await until(lambda: server.replica._routes == {})
+        stream = server.replica.attach("another ingress", {})
+        frames = [await anext(stream) for _ in range(2)]
+        assert [item for item in frames[1] if isinstance(item, RequestOutput)][-1].finish_reason  # type: ignore[union-attr]
+        await stream.aclose()
+
+    in_server(test)
+
+
+def test_a_later_epoch_ends_the_stream_before_it_and_an_earlier_one_is_refused() -> None:
+    async def test(server: Server) -> None:
+        server.engine.running.clear()
+        replica = server.replica
+        assert replica.submit("i", {"replica": 3}, submit("a")).epoch == 3
+        assert replica.submit("i", {"replica": 4}, submit("b")).refusal is None
+        assert server.engine.aborted == ["a"]
+        refusal = replica.submit("i", {"replica": 3}, submit("c")).refusal
+        assert refusal is not None and refusal.kind == ErrorKind.STALE_STREAM
+        with pytest.raises(UnknownStream):
+            await replica.control(StreamId("i", 3), [], True)
+
+    in_server(test)
+
+
+def test_submitting_the_same_request_twice_runs_it_once() -> None:
+    async def test(server: Server) -> None:
+        server.engine.running.clear()
+        receipts = [server.replica.submit("i", {}, submit("a")) for _ in range(2)]
+        assert receipts[0] == receipts[1] and receipts[0].refusal is None
+        assert len(server.engine.requests) == 1
+
+    in_server(test)
