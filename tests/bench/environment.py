@@ -7,21 +7,24 @@ import os
 import statistics
 import subprocess
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 ROOT = Path(__file__).parents[2]
+T = TypeVar("T")
 TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 
-def header(seed: int) -> str:
+def header(seed: int, commits: str | None = None) -> str:
     """Commit (+: with changes), processor, cores, threads, torch, day and seed."""
+    cores, threads = os.cpu_count(), torch.get_num_threads()
     return (
-        f"{_commit()} | {_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+        f"{commits or commit()} | {_processor()}, {cores} cores, {threads} threads"
         f" | torch {torch.__version__.partition('+')[0]} | {time.strftime('%Y-%m-%d')}"
         f" | seed {seed}"
     )
@@ -36,9 +39,9 @@ def append_row(path: Path | None, row: str) -> None:
             file.write(row + "\n")
 
 
-def _commit() -> str:
+def commit(checkout: Path = ROOT) -> str:
     def git(*arguments: str) -> str:
-        command = ["git", "-C", str(ROOT), *arguments]
+        command = ["git", "-C", str(checkout), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain") else "")
@@ -100,6 +103,21 @@ def _machine_cpu_s() -> float:
 
 
 # ==== many measurements ====
+
+
+def in_turns(number: int, a: Callable[[], T], b: Callable[[], T]) -> tuple[T, T]:
+    """Call both, each first in every other round: A B B A."""
+    if number % 2:
+        of_b = b()
+        return a(), of_b
+    return a(), b()
+
+
+def comparison(pairs: Sequence[tuple[float, float]], digits: int) -> str:
+    """`A middle, B middle, B/A middle (low-high)`; the ratios are of each pair."""
+    a, b = (statistics.median(side) for side in zip(*pairs, strict=True))
+    ratios = [of_b / of_a if of_a else float("nan") for of_a, of_b in pairs]
+    return f"A {a:.{digits}f}, B {b:.{digits}f}, B/A {median_and_range(ratios, 3)}"
 
 
 def median_and_range(values: list[float], digits: int = 1) -> str:

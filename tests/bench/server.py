@@ -1,6 +1,8 @@
 """A server of our own for a benchmark: its configuration, its store, its life, its processes."""
 
 import json
+import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -9,7 +11,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from tests.bench.environment import ROOT
 
 MODEL = "bench"
 TENANT = "public"
+SERVE = f"{sys.executable} -m deployments.local.serve --config {{config}} --port {{port}}"
 START_TIMEOUT_S = 300.0
 END_TIMEOUT_S = 60.0
 GROUPS = ("engine", "replica", "ingress", "haproxy", "ray")
@@ -52,18 +55,33 @@ def publish(scratch: Path, source: Path, folders: Sequence[Path]) -> list[str]:
 
 
 @contextmanager
-def serving(config: Path) -> Iterator[tuple[str, int]]:
-    """(address, process id) of a server that has answered /health; ended with the block."""
+def serving(config: Path, checkout: Path = ROOT, command: str = SERVE) -> Iterator[tuple[str, int]]:
+    """Yield (address, process id) of a server that has answered /health; end it with the block.
+
+    `command` runs in `checkout`, with {config} and {port} filled in and without a shell.
+    """
     port = _free_port()
-    command = [sys.executable, "-m", "deployments.local.serve", "--config", str(config)]
-    process = subprocess.Popen([*command, "--port", str(port)], cwd=ROOT, stdout=sys.stderr)
+    words = [word.format(config=config, port=port) for word in shlex.split(command)]
+    process = subprocess.Popen(words, cwd=checkout, stdout=sys.stderr)
     try:
         url = f"http://127.0.0.1:{port}"
         _wait_until_healthy(url, process)
         yield url, process.pid
     finally:
-        process.send_signal(signal.SIGINT)
-        process.wait(END_TIMEOUT_S)
+        _end(process)
+
+
+def command_of_make(checkout: Path) -> str:
+    """What the checkout's `make serve` runs in the end, for `serving`."""
+    dry_run = ["make", "--dry-run", "--no-print-directory", "serve"]
+    recipe = subprocess.run(
+        [*dry_run, "CONFIG={config}", "PORT={port}"],
+        cwd=checkout,
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
+    return recipe.splitlines()[-1].removeprefix("exec ")
 
 
 def _wait_until_healthy(url: str, process: "subprocess.Popen[bytes]") -> None:
@@ -77,6 +95,20 @@ def _wait_until_healthy(url: str, process: "subprocess.Popen[bytes]") -> None:
         except (urllib.error.URLError, ConnectionError, TimeoutError):
             time.sleep(0.2)
     raise RuntimeError(f"the server was not healthy after {START_TIMEOUT_S:.0f} s")
+
+
+def _end(process: "subprocess.Popen[bytes]") -> None:
+    """Interrupt the server; kill whatever of it, by recorded pid and start, is left then."""
+    recorded = {pid: _started(pid) for pid in groups_of_processes(process.pid)}
+    process.send_signal(signal.SIGINT)
+    try:
+        process.wait(END_TIMEOUT_S)
+    finally:
+        left = [pid for pid, started in recorded.items() if started and _started(pid) == started]
+        for pid in left:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        process.wait()
 
 
 def _free_port() -> int:
@@ -102,6 +134,15 @@ def _parents() -> Iterator[tuple[int, int]]:
             except OSError:
                 continue  # it has ended meanwhile
             yield int(entry.name), int(stat.rpartition(")")[2].split()[1])
+
+
+def _started(pid: int) -> str | None:
+    """When the process began, in ticks since boot; None if it is gone or a zombie."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] == "Z" else fields[19]
 
 
 def _is_below(pid: int, root: int, parents: dict[int, int]) -> bool:

@@ -14,7 +14,7 @@ import os
 import signal
 import statistics
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -101,11 +101,16 @@ def measure(
 
 
 def serve(
-    url: str, server_pid: int, names: Sequence[str], jobs: Sequence[Job], concurrency: int
+    url: str,
+    server_pid: int,
+    names: Sequence[str],
+    jobs: Sequence[Job],
+    concurrency: int,
+    also_ours: Iterable[int] = (),
 ) -> Served:
     """One closed loop through HTTP. Raises if any request failed: such numbers mean nothing."""
     groups = groups_of_processes(server_pid)
-    noise = NoiseMeter([os.getpid(), *groups])
+    noise = NoiseMeter([os.getpid(), *groups, *also_ours])
     before = {pid: cpu_s(pid) for pid in groups}
     summary = asyncio.run(closed_loop(url, names, jobs, concurrency))
     if summary.num_errors:
