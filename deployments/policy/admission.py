@@ -1,19 +1,19 @@
-"""Whether a tenant's request may begin now: a token bucket and a count of what is running.
+"""Decides whether a tenant's request may start now: a token bucket and a concurrency limit.
 
-Pure functions of a Load, its Limits and the time; whoever calls them keeps the Loads. All
-arithmetic is in whole numbers, so a refusal names the very moment at which it would have ended.
+Pure functions of a Load, its Limits and the time; the caller keeps the Loads. All arithmetic is
+in integers, so that a refusal names exactly when a retry would succeed.
 """
 
 from dataclasses import dataclass, replace
 
 SECOND_NS = 10**9
 MINUTE_NS = 60 * SECOND_NS
-CONCURRENCY_RETRY_S = 1  # nobody knows when a running request ends
+CONCURRENCY_RETRY_S = 1  # when a running request ends cannot be predicted
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """None is no limit. Whoever was quiet may use a whole minute's requests at once."""
+    """None is no limit. The bucket holds one minute's requests, which may be used at once."""
 
     requests_per_minute: int | None = None
     max_concurrent_requests: int | None = None
@@ -24,10 +24,10 @@ NO_LIMITS = Limits()
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What one tenant has going on.
+    """State of one tenant.
 
-    `debt` is what is missing from a full bucket at `at_ns`: a request costs MINUTE_NS of it, and
-    each nanosecond pays back `requests_per_minute`.
+    `debt` is the amount missing from a full bucket at `at_ns`: a request adds MINUTE_NS, and each
+    nanosecond pays back `requests_per_minute`.
     """
 
     num_running: int = 0
@@ -37,7 +37,7 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """Which limit was reached, and after how many whole seconds to come back."""
+    """The limit that was reached, and after how many whole seconds to retry."""
 
     limit: str  # a field of Limits
     value: int
@@ -45,7 +45,7 @@ class Refusal:
 
 
 def admit(load: Load, limits: Limits, now_ns: int) -> Load | Refusal:
-    """The load with one more request running, or why not. A refused request costs nothing."""
+    """Return the load with one more running request, or a Refusal, which costs nothing."""
     debt = _debt(load, limits, now_ns)
     rate, most = limits.requests_per_minute, limits.max_concurrent_requests
     if rate is not None:
@@ -59,13 +59,13 @@ def admit(load: Load, limits: Limits, now_ns: int) -> Load | Refusal:
 
 
 def release(load: Load) -> Load:
-    """The load once one of its requests has ended, however it did."""
+    """Return the load after one of its requests has ended, in whatever way."""
     assert load.num_running > 0, "more requests ended than began"
     return replace(load, num_running=load.num_running - 1)
 
 
 def is_idle(load: Load, limits: Limits, now_ns: int) -> bool:
-    """Whether forgetting this load would change nothing."""
+    """Whether this load equals that of a tenant never seen, so that it can be dropped."""
     return load.num_running == 0 and _debt(load, limits, now_ns) == 0
 
 

@@ -1,8 +1,8 @@
-"""How many replicas the load asks for. Pure arithmetic on figures that replicas report.
+"""Computes the number of replicas that the load needs, from figures that replicas report.
 
-Two signals: queued tokens (work that nobody has started) and KV use (work that is under way and
-cannot be moved). Scaling down needs both to be low, with a margin, so that the number does not
-swing around a threshold.
+Three signals: queued tokens (work not started), KV use (work in progress, which cannot be moved)
+and the number of requests. Scaling down needs all to be low, with a margin, so that the number
+does not oscillate around a threshold.
 """
 
 import math
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class ScalingTargets:
-    """What one replica should carry."""
+    """Target load of one replica."""
 
     queued_tokens: float = 4096.0
     kv_used: float = 0.8  # 0 to 1
@@ -30,7 +30,7 @@ class ReplicaLoad:
 def wanted_replicas(
     loads: Sequence[ReplicaLoad], current: int, waiting_requests: float, targets: ScalingTargets
 ) -> int:
-    """Replicas so that each carries its target; at least 1 if there is any work, else 0."""
+    """Replicas needed for each to carry at most its target; 0 if there is no work."""
     needs = (
         sum(load.queued_tokens for load in loads) / targets.queued_tokens,
         sum(load.kv_used for load in loads) / targets.kv_used,

@@ -1,14 +1,14 @@
-"""Which replica a request goes to: the one that would give its first token soonest.
+"""Ranks replicas for a request by predicted time to first token.
 
-Pure functions of plain data. Figures that replicas report are up to a second old, so whoever
-routes also keeps an OptimisticView: what it has itself sent where since then counts at once.
+Pure functions of plain data. Reported figures are up to a second old, so each router keeps an
+OptimisticView, which adds what this router itself has sent since.
 
     predicted TTFT = queued tokens / tokens per second
                    + the adapter's load time from the nearest tier that has it
                    + uncached prompt tokens / tokens per second
 
-Replicas with equal predictions are told apart by rendezvous hashing (Thaler and Ravishankar 1998)
-of the adapter, so new adapters spread evenly and every router sends the same one the same way.
+Ties are broken by rendezvous hashing (Thaler and Ravishankar 1998) of the adapter, so new adapters
+spread evenly and every router sends the same adapter to the same replica.
 """
 
 import hashlib
@@ -18,20 +18,22 @@ from dataclasses import dataclass, field, replace
 
 @dataclass(frozen=True, slots=True)
 class RoutingCosts:
-    """What the prediction is made of. Tier times are for a typical adapter, in seconds."""
+    """Constants of the prediction. Load times are seconds for a typical adapter."""
 
     tokens_per_s: float = 2000.0
     disk_load_s: float = 0.2
     remote_load_s: float = 1.0
-    full_penalty_s: float = 1.0  # a replica whose batch or KV cache is full
-    resolution_s: float = 0.05  # predictions closer than this are equal
+    full_penalty_s: float = 1.0  # added for a replica whose batch or KV cache is full
+    resolution_s: float = 0.05  # predictions closer than this count as equal
 
 
 @dataclass(frozen=True, slots=True)
 class ReplicaFigures:
-    """What a replica says of itself."""
+    """Figures that a replica reports."""
 
-    num_received: int = 0  # requests ever; so figures after any traffic differ from those before
+    num_received: int = (
+        0  # requests since start; makes any two reports with traffic between them differ
+    )
     queued_tokens: int = 0
     num_requests: int = 0
     max_num_seqs: int = 1
@@ -42,19 +44,20 @@ class ReplicaFigures:
 
 @dataclass(frozen=True, slots=True)
 class RoutedRequest:
-    """What matters of a request. `adapter` is a digest; empty for the base model."""
+    """The routing inputs of a request. `adapter_digest` is empty for the base model."""
 
     request_id: str
     num_prompt_tokens: int
     adapter_digest: str = ""
-    avoid: tuple[str, ...] = ()  # replicas that failed it already
+    avoid: tuple[str, ...] = ()  # replicas that have already failed this request
 
 
 @dataclass(slots=True)
 class _Sent:
-    """What was routed to one replica since its last report, and which adapters before that.
+    """Requests sent to one replica since its last report, and adapters sent before that.
 
-    A report is taken some time before it arrives: what was sent meanwhile is in the next one.
+    A report is taken some time before it arrives, so it may lack adapters sent in between; these
+    are remembered until the next one.
     """
 
     tokens: int = 0
@@ -64,9 +67,9 @@ class _Sent:
 
 
 class OptimisticView:
-    """The reported figures, plus what was sent since. One per router; not thread-safe.
+    """The reported figures plus what was sent since. One per router; not thread-safe.
 
-    Of a replica that has not reported yet `unheard` is assumed.
+    A replica that has not reported yet is taken to have the figures `unheard`.
     """
 
     def __init__(self, unheard: ReplicaFigures) -> None:
@@ -75,9 +78,9 @@ class OptimisticView:
         self._sent: dict[str, _Sent] = {}
 
     def report(self, replica_id: str, figures: ReplicaFigures) -> None:
-        """New figures replace the optimism; where adapters were sent is forgotten one later.
+        """Take a report: it replaces what was added since the last one, except adapters.
 
-        Figures equal to the last ones are no news.
+        A report equal to the last one is ignored.
         """
         if self._reported.get(replica_id) == figures:
             return
@@ -116,7 +119,7 @@ class OptimisticView:
 def rank(
     replica_ids: Sequence[str], request: RoutedRequest, view: OptimisticView, costs: RoutingCosts
 ) -> list[str]:
-    """All replicas, best first. Those to avoid come last: better a doubtful one than none."""
+    """Order all replicas, best first. Those to avoid come last, rather than not at all."""
 
     def order(replica_id: str) -> tuple[bool, int, int, bytes]:
         figures = view.figures(replica_id)
@@ -132,7 +135,7 @@ def rank(
 
 
 def predicted_ttft_s(figures: ReplicaFigures, request: RoutedRequest, costs: RoutingCosts) -> float:
-    """Seconds from now to the first token, if the request went to this replica."""
+    """Predicted seconds to the first token if the request goes to this replica."""
     tokens = figures.queued_tokens + request.num_prompt_tokens
     return (
         tokens / costs.tokens_per_s
@@ -142,7 +145,7 @@ def predicted_ttft_s(figures: ReplicaFigures, request: RoutedRequest, costs: Rou
 
 
 def _fullness(figures: ReplicaFigures) -> float:
-    """0 where there is room; else 1, or how many times its batch its requests are."""
+    """0 if there is room, else the number of requests relative to the batch, at least 1."""
     taken = figures.num_requests / figures.max_num_seqs
     return max(taken, 1.0) if taken >= 1.0 or figures.kv_used >= 1.0 else 0.0
 

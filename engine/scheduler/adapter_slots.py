@@ -1,12 +1,13 @@
-"""AdapterSlots: which adapters are on the device, who uses them, and which may go first.
+"""AdapterSlots: tracks which adapters are on the device, how many requests use each, and which
+may be evicted first.
 
 An adapter is known here once its weights are in host memory (`set_ready`). On the device it is
 
-    loading    its bytes have a place but are not all there; stays
-    pinned     used by running requests; stays
-    idle       neither; stays until its memory is needed, last used first to go last
+    loading    its extent is reserved and the copy is under way; cannot be evicted
+    pinned     used by running requests; cannot be evicted
+    idle       neither; evicted when its memory is needed, least recently used first
 
-Slot 0 is the base model and is never assigned. Where adapters lie is `MemoryBudget`'s business.
+Slot 0 is the base model and is never assigned. `MemoryBudget` decides where adapters lie.
 """
 
 from collections import OrderedDict
@@ -18,14 +19,15 @@ from dataclasses import dataclass
 class _Placed:
     slot: int
     nbytes: int
-    load: int  # number of the load that is under way; 0: it has arrived
+    load: int  # number of the load in progress; 0: loaded
     pins: int = 0
 
 
 class AdapterSlots:
-    """`loads_are_immediate`: a load is done before the step that it belongs to is computed.
+    """Owns slot numbers, pins and the order of last use.
 
-    Otherwise an adapter is loading until `set_resident`. `step` is the clock of last uses.
+    `loads_are_immediate`: a load completes before the step that it belongs to is computed.
+    Otherwise an adapter is loading until `set_resident`. `step` dates the last uses.
     """
 
     def __init__(self, *, loads_are_immediate: bool = True) -> None:
@@ -44,12 +46,12 @@ class AdapterSlots:
 
     @property
     def idle(self) -> Iterator[tuple[str, int]]:
-        """Digests and the steps of their last use, oldest first."""
+        """Yield (digest, step of last use), least recently used first."""
         return iter(self._idle.items())
 
     @property
     def placed(self) -> tuple[str, ...]:
-        """On the device or on the way there."""
+        """Digests of all resident and loading adapters."""
         return tuple(self._placed)
 
     @property
@@ -59,11 +61,11 @@ class AdapterSlots:
     # ==== what the host has ====
 
     def set_ready(self, digest: str, nbytes: int) -> None:
-        """The host has the weights and keeps them until `set_absent`."""
+        """Note that host memory holds the weights, until `set_absent`."""
         self._ready[digest] = nbytes
 
     def set_absent(self, digest: str) -> None:
-        """The host dropped the weights; a resident copy stays usable."""
+        """Note that host memory dropped the weights; a resident copy stays usable."""
         self._ready.pop(digest, None)
 
     def is_on_host(self, digest: str) -> bool:
@@ -73,7 +75,7 @@ class AdapterSlots:
         return digest in self._placed or digest in self._ready
 
     def nbytes(self, digest: str) -> int | None:
-        """None while nobody has told."""
+        """Size in bytes; None until `set_ready`."""
         entry = self._placed.get(digest)
         return entry.nbytes if entry else self._ready.get(digest)
 
@@ -93,7 +95,7 @@ class AdapterSlots:
         return entry is not None and entry.load > 0
 
     def awaited_load(self, digest: str) -> int:
-        """Number of the load that its requests have to wait for; 0: none."""
+        """Number of the load that requests must wait for; 0: none."""
         entry = self._placed.get(digest)
         return entry.load if entry and not self.loads_are_immediate else 0
 
@@ -101,14 +103,14 @@ class AdapterSlots:
         return self._placed[digest].slot
 
     def place(self, digest: str) -> int:
-        """A ready adapter gets a slot and is loading."""
+        """Give a ready adapter a slot and mark it as loading."""
         self._num_loads += 1
         entry = _Placed(self._new_slot(), self._ready[digest], self._num_loads)
         self._placed[digest] = entry
         return entry.slot
 
     def set_resident(self, digest: str) -> None:
-        """Its load has ended. One that was discarded meanwhile is none of our business."""
+        """Mark its load as complete. Ignored if the adapter was evicted in the meantime."""
         entry = self._placed.get(digest)
         if entry is not None and entry.load:
             entry.load = 0
@@ -130,7 +132,7 @@ class AdapterSlots:
         self._set_idle_if_unused(digest, entry)
 
     def evict(self, digest: str) -> int:
-        """Take an adapter that nobody uses off the device; returns the slot that it had."""
+        """Remove an unpinned adapter from the device and return the slot that it had."""
         entry = self._placed.pop(digest)
         assert not entry.pins, f"adapter {digest} is evicted while it is used"
         self._idle.pop(digest, None)

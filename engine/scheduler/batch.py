@@ -1,7 +1,7 @@
-"""ScheduledBatch: what the scheduler hands to whatever executes a step.
+"""ScheduledBatch: one step as plain data, handed from the scheduler to a Runner.
 
-Plain picklable data, so that a process, tensor-parallel ranks or a simulator can stand behind
-`launch`. Holds no reference to the scheduler's own mutable state.
+Picklable, so that an executor may live in another process. Holds no reference to the
+scheduler's own mutable state.
 """
 
 from dataclasses import dataclass
@@ -13,13 +13,13 @@ PENDING = -1  # in token_ids: the token that the step before samples for this re
 
 
 class ScheduledRequest(NamedTuple):
-    """One request's share of a step: `token_ids` go in at positions `start`, `start` + 1, ...
+    """One request's rows in a step: `token_ids` at positions `start`, `start` + 1, ...
 
-    Where the step before has not been read yet, `token_ids` is [PENDING]: the executor puts in
-    what that step sampled for the same request and `life`, and counts it as the last token of
-    the output in `history`, which ends before it.
+    If the result of the previous step has not been read yet, `token_ids` is [PENDING]: the
+    executor inserts the token that step sampled for the same request and `life`, and treats it
+    as the last output token; the output in `history` ends before it.
 
-    A named tuple because one is made per request and step, at a third of a dataclass's price.
+    A named tuple, because one is made per request and step, at a third of a dataclass's cost.
     """
 
     request_id: str
@@ -29,11 +29,11 @@ class ScheduledRequest(NamedTuple):
     block_table: tuple[int, ...]  # covers start + len(token_ids) positions
     adapter_slot: int  # 0 = base model
     sampling: SamplingParams
-    samples: bool  # the last row's logits give the next token
-    forbidden_token_ids: tuple[int, ...] = ()  # not to be sampled yet (min_tokens)
-    history: tuple[list[int], list[int]] | None = None  # (prompt, output), where penalties need it
-    prompt_targets: list[int] | None = None  # token after each row, where their logprobs are asked
-    life: int = 0  # which admission of the request this serves; never used twice
+    samples: bool  # a token is sampled from the last row's logits
+    forbidden_token_ids: tuple[int, ...] = ()  # may not be sampled yet (min_tokens)
+    history: tuple[list[int], list[int]] | None = None  # (prompt, output), if penalties need it
+    prompt_targets: list[int] | None = None  # token after each row, if their logprobs are asked for
+    life: int = 0  # number of the request's admission that this row belongs to; unique
 
     @property
     def end(self) -> int:
@@ -41,16 +41,16 @@ class ScheduledRequest(NamedTuple):
 
 
 class BlockCopy(NamedTuple):
-    """All of a KV block's content, from one block number to another."""
+    """Copies a whole KV block from one block number to another."""
 
     source: int
     destination: int
 
 
 class AdapterMove(NamedTuple):
-    """A resident adapter's extent, from one offset in the arena to another; the two are disjoint.
+    """Moves a resident adapter's extent to another, disjoint place in the arena.
 
-    It belongs to the adapter that has the slot since before this batch.
+    The slot is that of an adapter which was placed before this batch.
     """
 
     slot: int
@@ -60,7 +60,7 @@ class AdapterMove(NamedTuple):
 
 
 class AdapterLoad(NamedTuple):
-    """The adapter's weights, from host memory to its extent in the arena."""
+    """Copies an adapter's weights from host memory to its extent in the arena."""
 
     slot: int
     digest: str
@@ -75,8 +75,8 @@ Move = BlockCopy | AdapterMove
 class ScheduledBatch:
     """One step. Requests with a single new token come first, then prefill chunks by length.
 
-    What changes in memory is to be done before the forward, in the order of the fields: evictions,
-    then the moves one after the other, each reading what those before it wrote, then the loads.
+    Memory changes precede the forward pass, in the order of the fields: evictions, then moves one
+    after the other (each may read what an earlier one wrote), then loads.
     """
 
     requests: tuple[ScheduledRequest, ...]

@@ -1,16 +1,16 @@
-"""BlockManager: who holds which KV block, and which blocks hold content worth finding again.
+"""BlockManager: reference counts of KV blocks, and a prefix cache of their contents.
 
 A block is in one of three states:
 
     free    no reference, no content:   in `_free`
-    cached  no reference, known content: in `_cached` (oldest first) and findable by its hash
-    held    one reference or more:       findable too, once its content is complete
+    cached  no reference, known content: in `_cached` (oldest first) and found by its hash
+    held    one reference or more:       found by its hash too, once its content is complete
 
-Nothing tracks "held" by itself: it is every block with a reference. Block contents are immutable
-once published, so a block that is shared or published is copied before it is written.
+"Held" has no list of its own: it is every block with a reference. Block contents are immutable
+once published, so a shared or published block is copied before it is written.
 
-Cached and held blocks are all below `limit`; the memory of those above it may be an adapter's.
-The lowest free block is taken first, so that they stay out of its way.
+Cached and held blocks are all below `limit`; memory above it may belong to adapters. The lowest
+free block is taken first, which keeps blocks away from that end.
 
 The hash of a block covers all tokens before it and starts at the request's CacheScope, so equal
 hashes mean equal KV: same tenant scope, salt and adapter digest, same tokens.
@@ -42,8 +42,8 @@ def block_hash(previous: bytes, token_ids: Sequence[int]) -> bytes:
 class BlockManager:
     """Allocates KV blocks 0..limit-1 with reference counts and a prefix cache.
 
-    Whoever takes blocks sees to it that as many are free: nothing is evicted on the way.
-    `step` is the clock of last uses.
+    Callers must reserve first (MemoryBudget.reserve): allocation never evicts. `step` dates the
+    last uses.
     """
 
     def __init__(self, num_blocks: int, block_size: int, *, prefix_caching: bool = True) -> None:
@@ -72,14 +72,14 @@ class BlockManager:
 
     @property
     def cached_uses(self) -> Iterator[int]:
-        """The steps in which cached blocks were last used, oldest first."""
+        """Yield the step of last use of each cached block, oldest first."""
         return iter(self._cached.values())
 
     def blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
 
     def find(self, hashes: Iterable[bytes]) -> list[int]:
-        """Blocks of the longest known prefix. Takes no reference: follow with `share`."""
+        """Return the blocks of the longest known prefix. Takes no reference: call `share` next."""
         found: list[int] = []
         for h in hashes:
             block = self._by_hash.get(h)
@@ -89,7 +89,7 @@ class BlockManager:
         return found
 
     def share(self, blocks: Iterable[int]) -> None:
-        """One more reference to each."""
+        """Add one reference to each block."""
         for block in blocks:
             if self._references[block] == 0:
                 content = self._hashes[block]
@@ -103,7 +103,7 @@ class BlockManager:
             table.append(self._take())
 
     def frozen(self, table: Sequence[int], start: int, end: int) -> list[int]:
-        """Indexes into `table` of the blocks under positions [start, end) that others may read."""
+        """Indexes of blocks of `table` under positions [start, end) that are shared or published."""
         first, last = start // self.block_size, min(self.blocks_for(end), len(table))
         references, hashes = self._references, self._hashes
         return [
@@ -115,7 +115,7 @@ class BlockManager:
     def make_private(self, table: list[int], frozen: Iterable[int]) -> list[BlockCopy]:
         """Replace these blocks of the table by free ones.
 
-        Returns the copies to make, in order, before anything is written.
+        Returns the copies that must be made, in order, before anything is written.
         """
         copies: list[BlockCopy] = []
         for i in frozen:
@@ -125,19 +125,19 @@ class BlockManager:
         return copies
 
     def free(self, table: list[int]) -> None:
-        """Drop one reference to each and empty the table. The tail becomes evictable first."""
+        """Drop one reference to each block and empty the table. The tail is evicted first."""
         for block in reversed(table):
             self._drop(block)
         table.clear()
 
     def publish(self, block: int, content: bytes) -> None:
-        """The held block is full and computed; from now on `find` may return it."""
+        """Make a full and computed block findable by its hash."""
         if self.prefix_caching and self._hashes[block] is None and content not in self._by_hash:
             self._hashes[block] = content
             self._by_hash[content] = block
 
     def evict(self, count: int) -> None:
-        """Free the cached blocks that were used longest ago."""
+        """Free the `count` least recently used cached blocks."""
         for _ in range(count):
             content, _ = self._cached.popitem(last=False)
             block = self._by_hash.pop(content)
@@ -145,10 +145,10 @@ class BlockManager:
             heappush(self._free, block)
 
     def set_limit(self, limit: int, tables: Iterable[list[int]]) -> list[BlockCopy]:
-        """Give memory up or take it over; cached and held blocks must fit below the limit.
+        """Shrink or grow the range of blocks; cached and held ones must fit below the limit.
 
-        Those above it move into the lowest free blocks, in all of `tables`, which must be all that
-        hold any. Returns the copies to make, in order.
+        Blocks above it move into the lowest free ones, and `tables`, which must be all that hold
+        any block, are updated. Returns the copies that must be made, in order.
         """
         assert self.num_held + self.num_cached <= limit <= self.num_blocks
         high = [b for b in range(limit, self.limit) if self._references[b] or self._hashes[b]]
@@ -197,7 +197,7 @@ class BlockManager:
             self._cached[content] = self.step
 
     def _rename(self, source: int, destination: int) -> None:
-        """The free `destination` becomes what `source` was, but in the tables."""
+        """Transfer state and content of `source` to the free `destination`, tables excepted."""
         self._references[destination], self._references[source] = self._references[source], 0
         content = self._hashes[destination] = self._hashes[source]
         self._hashes[source] = None

@@ -1,6 +1,6 @@
-"""Extents: where adapters lie in the arena, each in one piece, hanging from its high end.
+"""Extents: places adapters in the arena, each in one piece, from its high end down.
 
-Arithmetic alone: who is there, who goes and who moves is `MemoryBudget`'s decision.
+Arithmetic only: `MemoryBudget` decides which adapters are placed, evicted and moved.
 """
 
 from bisect import bisect_left, insort
@@ -12,7 +12,7 @@ EXTENT_ALIGNMENT = 256  # bytes; offsets and sizes are multiples of it
 
 
 def extent_size(nbytes: int) -> int:
-    """What an adapter takes of the arena."""
+    """Bytes that an adapter takes in the arena: `nbytes`, rounded up to the alignment."""
     return max(-(-nbytes // EXTENT_ALIGNMENT), 1) * EXTENT_ALIGNMENT
 
 
@@ -29,7 +29,7 @@ class Extent(NamedTuple):
 
 
 class Shift(NamedTuple):
-    """An extent's move to a place that is disjoint from where it was."""
+    """Moves an extent to a place that is disjoint from the old one."""
 
     digest: str
     source: int
@@ -37,9 +37,9 @@ class Shift(NamedTuple):
 
 
 class Extents:
-    """Disjoint pieces of [0, top), the aligned part of the arena. Below `bottom` there is none.
+    """Disjoint pieces of [0, top), the aligned part of the arena. All are above `bottom`.
 
-    Thousands may be there, and a plan tries many arrangements: what each asks for is kept sorted.
+    There may be thousands and planning tries many arrangements, so extents and gaps are sorted.
     """
 
     def __init__(self, memory_bytes: int) -> None:
@@ -48,7 +48,7 @@ class Extents:
         self.used_bytes = 0
         self._by_digest: dict[str, Extent] = {}
         self._ordered: list[Extent] = []  # by their starts
-        # (size, -end) of what is free above the lowest: the tightest first, of equals the highest
+        # (size, -end) of the gaps above the lowest extent: the tightest first, of equals the highest
         self._gaps: list[tuple[int, int]] = []
 
     @property
@@ -61,7 +61,7 @@ class Extents:
 
     @property
     def is_packed(self) -> bool:
-        """Whether no gap takes the lowest extent."""
+        """Whether the lowest extent fits into no gap."""
         return not self._ordered or self.gap_for(self._ordered[0].size) is None
 
     def offset(self, digest: str) -> int:
@@ -71,7 +71,7 @@ class Extents:
         return self._by_digest[digest].size
 
     def without(self, digests: Iterable[str]) -> "Extents":
-        """A copy that lacks these."""
+        """Return a copy without these extents."""
         gone, copy = dict.fromkeys(digests), Extents(self.memory_bytes)
         if 2 * len(gone) > len(self._by_digest):  # those that stay are fewer
             for extent in self._by_digest.values():
@@ -85,12 +85,12 @@ class Extents:
         return copy
 
     def gap_for(self, size: int) -> int | None:
-        """Where an extent of this size ends up against the high end of the tightest gap."""
+        """Offset of an extent of this size at the high end of the tightest gap; None: no gap."""
         place = bisect_left(self._gaps, (size,))
         return -self._gaps[place][1] - size if place < len(self._gaps) else None
 
     def place(self, digest: str, size: int) -> int:
-        """Into a gap, else below all others: at a negative offset where that has no room."""
+        """Place an extent in a gap, else below all others, at a negative offset if need be."""
         start = self.gap_for(size)
         if start is None:
             start = min(self.bottom, self.top) - size
@@ -98,9 +98,9 @@ class Extents:
         return start
 
     def raise_bottom(self, target: int, is_movable: Callable[[str], bool]) -> list[Shift]:
-        """Move lowest extents up into gaps until `bottom` is at `target`, or as near as they go.
+        """Move the lowest extents up into gaps until `bottom` reaches `target` or no gap fits.
 
-        Ends because every move takes an extent up.
+        Terminates, because every move raises an extent.
         """
         shifts: list[Shift] = []
         while self.bottom < min(target, self.top):
@@ -148,7 +148,7 @@ class Extents:
         self.used_bytes -= extent.size
 
     def _around(self, first: int, last: int) -> tuple[int | None, int]:
-        """Where the extent before the `first` ends, None without one, and the `last` starts."""
+        """End of the extent before index `first` (None if first) and start of index `last`."""
         before = self._ordered[first - 1].end if first else None
         return before, self._ordered[last].start if last < len(self._ordered) else self.top
 

@@ -1,4 +1,4 @@
-"""SchedulerLimits: how much one step may hold, and when a request has had its last token."""
+"""SchedulerLimits: the size limits of a step, and the test for a request's last token."""
 
 from dataclasses import dataclass
 
@@ -13,12 +13,12 @@ class SchedulerLimits:
     eos_token_ids: tuple[int, ...] = ()
 
     def end_tokens(self, sampling: SamplingParams) -> tuple[int, ...]:
-        """Any of these ends the request, once it has `min_tokens`."""
+        """Token ids that end the request once it has `min_tokens`."""
         eos = () if sampling.ignore_eos else self.eos_token_ids
         return (*eos, *sampling.stop_token_ids)
 
     def end_of(self, request: Request, token_id: int) -> FinishReason | None:
-        """Why the request ends with its newest token, which is `token_id`; None if it goes on."""
+        """Why the request ends with its newest token, `token_id`; None if it continues."""
         sampling, num_outputs = request.sampling, len(request.output_token_ids)
         if num_outputs >= sampling.min_tokens and token_id in self.end_tokens(sampling):
             return FinishReason.STOP
@@ -27,7 +27,7 @@ class SchedulerLimits:
         return None
 
     def is_ending(self, request: Request) -> bool:
-        """Whether a pending token is the last one, whatever it is."""
+        """Whether a pending token is the last one for any value it may have."""
         pending = request.num_pending_tokens
         return pending > 0 and (
             len(request.output_token_ids) + pending >= request.sampling.max_tokens

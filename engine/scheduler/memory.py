@@ -1,14 +1,14 @@
-"""MemoryBudget: one arena for KV blocks and adapters, and who gives way to whom.
+"""MemoryBudget: divides one arena between KV blocks and adapters, and decides evictions.
 
     0                                                                     memory_bytes
     | KV block 0 | 1 | 2 | ...   ->       free      <- | adapter | gap | adapter |
 
 Block i is the bytes [i * block_bytes, (i + 1) * block_bytes). Adapters have extents of their own
-size, from the high end down. The lowest one is where KV ends. What nobody uses at the moment, be
-it a cached block or an idle adapter, stays until its memory is needed, and then goes in the order
-of last use. Lowest extents are moved up into gaps before that.
+size, from the high end down; KV blocks end below the lowest one. Unused content (cached blocks,
+idle adapters) stays until its memory is needed and is then evicted, least recently used first.
+Before that, the lowest extents are moved up into gaps.
 
-Everything is decided here and listed for the executor, which performs it in the same order.
+Every change is decided here and listed for the executor, which performs it in the same order.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -24,7 +24,7 @@ from engine.scheduler.extents import Extents, Shift, extent_size
 
 
 class MemoryChanges(NamedTuple):
-    """What an executor has to do, as in ScheduledBatch."""
+    """Changes that the executor must make, as in ScheduledBatch."""
 
     evictions: tuple[int, ...]
     moves: tuple[Move, ...]
@@ -36,26 +36,26 @@ class MemoryChanges(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class _Wish:
-    """`num_blocks` free blocks beside those held, and maybe an extent for an adapter."""
+    """A demand: `num_blocks` free blocks in addition to held ones, and an extent if `size` > 0."""
 
     num_blocks: int
     digest: str = ""
-    size: int = 0  # 0: the adapter is there, and stays, or there is none
+    size: int = 0  # bytes; 0: no adapter, or it is placed already and stays
 
 
 @dataclass(slots=True)
 class _Plan:
-    """How the arena looks afterwards, and what leads there."""
+    """An arrangement of the arena, and the changes that lead to it."""
 
     extents: Extents
     shifts: list[Shift]
     evicted: list[str]
-    num_kept: int = 0  # cached blocks
+    num_kept: int = 0  # cached blocks that stay
 
 
 @dataclass(slots=True)
 class _Pending:
-    """Changes that no batch has taken yet."""
+    """Changes that no batch carries yet."""
 
     evictions: list[int] = field(default_factory=list[int])
     moves: list[Move] = field(default_factory=list[Move])
@@ -63,7 +63,7 @@ class _Pending:
 
 
 class MemoryBudget:
-    """The sum of bytes stays within `memory_bytes`, whatever `blocks` and `adapters` hold."""
+    """Keeps KV blocks and adapters together within `memory_bytes`."""
 
     def __init__(
         self,
@@ -88,19 +88,19 @@ class MemoryBudget:
 
     @property
     def adapter_bytes(self) -> int:
-        """Taken by adapters that are resident or being loaded."""
+        """Bytes of adapters that are resident or being loaded."""
         return self._extents.used_bytes
 
     @property
     def num_reachable_blocks(self) -> int:
-        """Blocks that KV could have beside the adapters in use."""
+        """Blocks that KV could have if every idle adapter were evicted."""
         idle = sum(self._extents.size(digest) for digest, _ in self.adapters.idle)
         return self._blocks_beside(self._extents.used_bytes - idle)
 
     def lacking_bytes(self, num_tokens: int, digest: str) -> tuple[int, int] | None:
-        """(needed, had) if so many tokens and the adapter never fit, however empty the arena is.
+        """Bytes (needed, available) if this request can never fit, else None.
 
-        An adapter whose size is not known yet counts nothing.
+        An adapter whose size is not known yet counts as empty.
         """
         nbytes = self.adapters.nbytes(digest) if digest else None
         size = 0 if nbytes is None else extent_size(nbytes)
@@ -112,9 +112,9 @@ class MemoryBudget:
         return num_blocks * self.block_bytes + size, self._extents.memory_bytes
 
     def reserve(self, num_blocks: int, digest: str = "", tables: Iterable[list[int]] = ()) -> bool:
-        """Make so many blocks free and bring the adapter to the device; or change nothing: False.
+        """Free `num_blocks` blocks and place the adapter; False, without change, if impossible.
 
-        `tables` are all lists of blocks that hold any; blocks that move are replaced in them.
+        `tables` must be all block tables; blocks that move are replaced in them.
         """
         blocks, adapters = self.blocks, self.adapters
         is_placed = not digest or adapters.is_placed(digest)
@@ -125,30 +125,32 @@ class MemoryBudget:
         size = 0 if is_placed else self._size(digest)
         plan = self._plan(_Wish(num_blocks, digest, size))
         if plan is None and adapters.is_idle(digest) and adapters.is_on_host(digest):
-            again = _Wish(num_blocks, digest, self._size(digest))  # it may lie in its own way
+            again = _Wish(
+                num_blocks, digest, self._size(digest)
+            )  # where it lies now may be the obstacle
             plan = self._plan(again, [digest])
         if plan is not None:
             self._follow(plan, digest, tables)
         return plan is not None
 
     def make_private(self, table: list[int], frozen: Iterable[int]) -> None:
-        """As BlockManager does; the copies are made with the next batch."""
+        """As BlockManager.make_private; the copies go into the next batch."""
         self._pending.moves += self.blocks.make_private(table, frozen)
 
     def discard(self, digest: str, tables: Iterable[list[int]] = ()) -> None:
-        """Evict an adapter that nobody uses and whose bytes are not to be relied on."""
+        """Evict an unpinned adapter whose bytes cannot be relied on."""
         if self.adapters.is_placed(digest) and not self.adapters.is_pinned(digest):
             self._evict([digest])
             self._set_limit(tables)
 
     def forget(self, tables: Iterable[list[int]] = ()) -> None:
-        """Drop all that is kept for nobody: cached blocks and idle adapters."""
+        """Evict all cached blocks and idle adapters."""
         self.blocks.evict(self.blocks.num_cached)
         self._evict([digest for digest, _ in self.adapters.idle])
         self._set_limit(tables)
 
     def take_changes(self) -> MemoryChanges:
-        """What the step that is scheduled now has to do first. The next one's time begins."""
+        """Return the changes that precede the step scheduled now, and advance the clock of uses."""
         pending, self._pending = self._pending, _Pending()
         if self.adapters.loads_are_immediate:
             for load in pending.loads:
@@ -169,10 +171,10 @@ class MemoryBudget:
         num_adapters = len(self._extents.digests)
         assert not self._exceeds(self._extents.used_bytes, num_adapters)
 
-    # ==== what has to give way ====
+    # ==== choosing evictions ====
 
     def _evict_oldest_blocks(self, count: int) -> bool:
-        """The usual case, and quick: nothing but cached blocks would give way."""
+        """Handle the usual case fast: evicting the oldest cached blocks suffices."""
         oldest_idle = next((use for _, use in self.adapters.idle), self._step)
         uses = list(islice(self.blocks.cached_uses, count))
         if not self._is_packed or len(uses) < count or uses[-1] > oldest_idle:
@@ -181,7 +183,7 @@ class MemoryBudget:
         return True
 
     def _plan(self, wish: _Wish, evicted: Sequence[str] = ()) -> _Plan | None:
-        """The fewest evictions, in the order of last use, that grant the wish; None: none do."""
+        """Find the fewest evictions, by last use, that grant the wish; None if none do."""
         idle = [(d, use) for d, use in self.adapters.idle if d != wish.digest]
         if not self._grants(wish, self._arranged(wish, [*evicted, *(d for d, _ in idle)], 0)):
             return None
@@ -200,12 +202,12 @@ class MemoryBudget:
         return self._without_needless(wish, plan, num_forced)
 
     def _victims(self, idle: Sequence[tuple[str, int]]) -> Iterator[str]:
-        """Adapters, and "" for the oldest cached block left; of equals a block, which is less."""
+        """A loading adapter cannot move, except the wished one, which is not placed yet."""
         blocks = ((use, "") for use in self.blocks.cached_uses)
         return (victim for _, victim in merge(blocks, ((use, d) for d, use in idle)))
 
     def _without_needless(self, wish: _Wish, plan: _Plan, num_forced: int) -> _Plan:
-        """Some were chosen before it turned out that others have to go."""
+        """Undo evictions that later ones made unnecessary."""
         for digest in reversed(plan.evicted[num_forced:]):
             fewer = [d for d in plan.evicted if d != digest]
             trial = self._arranged(wish, fewer, plan.num_kept)
@@ -214,9 +216,9 @@ class MemoryBudget:
         return plan
 
     def _arranged(self, wish: _Wish, evicted: Sequence[str], num_kept: int) -> _Plan:
-        """The arena without these adapters and with the wished one, KV's part as large as it gets.
+        """Arrange the arena without the evicted adapters and with the wished one.
 
-        No larger than needed, that is: nothing moves for no purpose.
+        Extents move up only as far as KV blocks need it: nothing moves without a purpose.
         """
         extents = self._extents.without(evicted)
         fits_gap = wish.size and extents.gap_for(wish.size) is not None
@@ -232,7 +234,7 @@ class MemoryBudget:
         return _Plan(extents, shifts, list(evicted), num_kept)
 
     def _is_movable(self, digest: str, wish: _Wish) -> bool:
-        """What is not there yet moves freely."""
+        """Loading adapters cannot move, except the wished one, which is not placed yet."""
         return not self.adapters.is_loading(digest) or (digest == wish.digest and wish.size > 0)
 
     def _grants(self, wish: _Wish, plan: _Plan) -> bool:
@@ -241,7 +243,7 @@ class MemoryBudget:
         return needed <= self._limit(plan.extents) and not is_over
 
     def _is_over(self, wish: _Wish, gone: Sequence[str]) -> bool:
-        """Whether adapters would take more than they may."""
+        """Whether adapters would exceed their limits."""
         left = self._extents.without(gone)
         return self._exceeds(left.used_bytes + wish.size, len(left.digests) + (wish.size > 0))
 
@@ -250,11 +252,11 @@ class MemoryBudget:
         return is_crowded or adapter_bytes > self.max_adapter_bytes
 
     def _limit(self, extents: Extents) -> int:
-        """Blocks below the lowest extent; negative where one is placed where no memory is."""
+        """Number of blocks below the lowest extent; negative if an extent has a negative offset."""
         return extents.bottom // self.block_bytes
 
     def _blocks_beside(self, size: int) -> int:
-        """How many there are beside so many bytes of adapters without gaps."""
+        """Number of blocks that fit together with `size` bytes of adapters without gaps."""
         return (self._extents.top - size) // self.block_bytes if size else self.blocks.num_blocks
 
     def _size(self, digest: str) -> int:
@@ -262,7 +264,7 @@ class MemoryBudget:
         assert nbytes is not None, f"adapter {digest} is wanted before it is ready"
         return extent_size(nbytes)
 
-    # ==== making it so ====
+    # ==== applying a plan ====
 
     def _follow(self, plan: _Plan, digest: str, tables: Iterable[list[int]]) -> None:
         adapters, pending = self.adapters, self._pending
@@ -283,7 +285,7 @@ class MemoryBudget:
         self._pending.moves += self.blocks.set_limit(self._limit(self._extents), tables)
 
     def _evict(self, digests: Sequence[str]) -> None:
-        """The executor never hears of moves of what it evicts first."""
+        """Evict; pending moves of evicted adapters are dropped."""
         pending = self._pending
         for digest in digests:
             slot = self.adapters.evict(digest)

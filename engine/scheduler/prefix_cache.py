@@ -1,6 +1,6 @@
-"""A request's full blocks by what they hold: found when it is admitted, published when computed.
+"""Prefix cache of a request: finds its cached blocks at admission, publishes computed ones.
 
-The blocks are the BlockManager's; which of them hold what is known here alone.
+BlockManager owns the blocks; the hashes of a request's blocks are computed only here.
 """
 
 from engine.scheduler.block_manager import BlockManager, block_hash, scope_hash
@@ -8,9 +8,9 @@ from engine.scheduler.request import Request
 
 
 def find_cached_blocks(blocks: BlockManager, request: Request) -> list[int]:
-    """Blocks of the longest cached prefix of the request's tokens; no reference is taken.
+    """Return the blocks of the longest cached prefix of the request's tokens; takes no reference.
 
-    At least one token stays to be computed: its logits are what the request came for.
+    At least one token is left to compute, since its logits give the next token.
     """
     if not blocks.prefix_caching or request.sampling.prompt_logprobs is not None:
         return []
@@ -18,9 +18,9 @@ def find_cached_blocks(blocks: BlockManager, request: Request) -> list[int]:
 
 
 def publish_blocks(blocks: BlockManager, request: Request, num_computed: int) -> None:
-    """Others may find the full blocks of the first `num_computed` tokens.
+    """Make the full blocks of the first `num_computed` tokens findable.
 
-    These must be computed for certain: a step in flight does not count.
+    These tokens must have been computed: a step in flight does not count.
     """
     if not blocks.prefix_caching:
         return
@@ -34,7 +34,7 @@ def publish_blocks(blocks: BlockManager, request: Request, num_computed: int) ->
 
 
 def _hashes(blocks: BlockManager, request: Request, num_blocks: int) -> list[bytes]:
-    """Hashes of the request's first full blocks; the chain is kept, and extended as needed."""
+    """Hashes of the request's first full blocks; the chain is kept and extended as needed."""
     known, size = request.block_hashes, blocks.block_size
     for i in range(len(known), num_blocks):
         previous = known[-1] if known else scope_hash(request.scope)

@@ -1,6 +1,6 @@
-"""Request: one generation in flight, and the sampling it asks for.
+"""Request: one generation in flight and its sampling parameters.
 
-Plain data and the arithmetic on it. Decides nothing: the scheduler does.
+Plain data and the arithmetic on it; the scheduler makes every decision.
 """
 
 import math
@@ -14,7 +14,7 @@ MAX_LOGPROBS = 20
 
 
 class InvalidRequest(ValueError):
-    """The client asked for something out of range; the message names the value and the range."""
+    """A parameter is out of range; the message names the value and the range."""
 
 
 class RequestStatus(Enum):
@@ -34,8 +34,8 @@ class FinishReason(StrEnum):
 class SamplingParams:
     """How tokens are chosen. temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 are off.
 
-    `seed` is always present: whoever has none draws one before the request gets here, so that
-    the same request can be resumed elsewhere and give the same tokens.
+    `seed` is always present: the ingress draws one if the client gave none, so that the request
+    can be resumed on another replica with the same tokens.
     """
 
     max_tokens: int = 16
@@ -51,7 +51,7 @@ class SamplingParams:
     seed: int = 0
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
-    logprobs: int | None = None  # None: none; k: the chosen token's and the top k
+    logprobs: int | None = None  # None: off; k: of the chosen token and the top k
     prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
@@ -88,7 +88,7 @@ def _check(name: str, value: float, low: float, high: float, *, low_excluded: bo
 
 @dataclass(frozen=True, slots=True)
 class CacheScope:
-    """Who may share a KV block: the root of every block hash. Fields are tagged, never joined."""
+    """Which requests may share a KV block: the root of every block hash, fields length-tagged."""
 
     tenant: str = ""
     salt: str = ""
@@ -100,9 +100,9 @@ class Request:
     """One choice of one generation.
 
     Invariant: 0 <= num_cached_tokens <= num_computed_tokens <= num_tokens + num_pending_tokens,
-    and while RUNNING the block table covers num_computed_tokens, which count from when they are
-    scheduled. Only the scheduler writes the mutable fields.
-    `forks` are further choices (n > 1) that wait for this one's prompt to be computed.
+    and while RUNNING the block table covers num_computed_tokens, which includes scheduled ones.
+    Only the scheduler writes the mutable fields.
+    `forks` are further choices (n > 1) that wait until this one's prompt is computed.
     """
 
     request_id: str
@@ -112,18 +112,18 @@ class Request:
     scope: CacheScope = CacheScope()
     index: int = 0  # choice index: seed + index is its random stream
     output_token_ids: list[int] = field(default_factory=list[int])
-    num_resumed_tokens: int = 0  # of output_token_ids, those that came with the request
+    num_resumed_tokens: int = 0  # leading output_token_ids that came with the request
     forks: "list[Request]" = field(default_factory=list["Request"])
 
     status: RequestStatus = RequestStatus.WAITING
     block_table: list[int] = field(default_factory=list[int])
     block_hashes: list[bytes] = field(default_factory=list[bytes])
     num_computed_tokens: int = 0
-    num_pending_tokens: int = 0  # sampled by steps whose results are not in yet
+    num_pending_tokens: int = 0  # sampled by steps whose results have not been read
     life: int = 0  # a new number with every admission; 0 unless RUNNING
     num_cached_tokens: int = 0
     num_published_blocks: int = 0
-    awaited_load: int = 0  # number of the first copy of its adapter that it had to wait for
+    awaited_load: int = 0  # number of the first adapter load that it waited for
     finish_reason: FinishReason | None = None
     timings: Timings = field(default_factory=Timings)
 
@@ -141,16 +141,16 @@ class Request:
 
     @property
     def num_tokens(self) -> int:
-        """Known ones: pending ones do not count."""
+        """Prompt and output tokens; pending ones do not count."""
         return len(self.prompt_token_ids) + len(self.output_token_ids)
 
     @property
     def num_remaining_tokens(self) -> int:
-        """Tokens, known or pending, that no step has been given yet."""
+        """Tokens, known or pending, that have not been scheduled."""
         return self.num_tokens + self.num_pending_tokens - self.num_computed_tokens
 
     def token_ids(self, start: int, end: int) -> list[int]:
-        """Prompt and output as one sequence, [start, end); pending tokens are not in it."""
+        """Tokens [start, end) of prompt and output as one sequence, without pending ones."""
         n = len(self.prompt_token_ids)
         if start >= n:  # a decode, nearly always
             return self.output_token_ids[start - n : end - n]

@@ -1,20 +1,20 @@
-"""Scheduler: which tokens of which requests are computed next.
+"""Scheduler: decides which tokens of which requests are computed next.
 
     schedule(now) -> ScheduledBatch      decide, allocate, advance num_computed_tokens
-    update(batch, sampled, now)          append what was sampled, publish blocks, finish
-    fail(batch)                          the step was lost: its requests end with an error
+    update(batch, sampled, now)          append sampled tokens, publish blocks, finish
+    fail(batch)                          end the requests of a failed step with an error
 
-With a `pipeline_depth` of 1, a step may be scheduled before the update of the one before it. A
-request whose next token is still being computed then goes on with PENDING in its place, unless
-that token is its last for certain. Every admission of a request is a life with a number of its
-own; what a step gives to a life that has ended or was preempted meanwhile is dropped. What such a
-life held is free at once, for executors run steps in order: what a dropped row writes is
-overwritten before anybody reads it.
+With a `pipeline_depth` of 1, a step may be scheduled before the previous one is updated. A
+request whose next token is still being computed is then scheduled with PENDING in its place,
+unless that token is certainly its last. Every admission of a request is a life with a number of
+its own; results for a life that has ended or was preempted are dropped. Its blocks are free at
+once, because executors run steps in order: what a dropped row writes is overwritten before any
+later row reads it.
 
 One step mixes decodes with chunks of prompts under `max_num_batched_tokens`. Running requests
-go first; waiting ones follow in arrival order, except that a request whose adapter is on its way
-is passed over. When memory lacks, the request admitted last loses its blocks and is computed again
-later (preemption by recompute). Nothing here depends on time other than through `now`.
+go first; waiting ones follow in arrival order, except that a request whose adapter is being
+loaded is passed over. When memory runs out, the request admitted last loses its blocks and is
+computed again later (preemption by recompute). Time enters only through `now`.
 """
 
 from collections import deque
@@ -31,7 +31,7 @@ from engine.scheduler.step import Step
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """What one request gained in one step; `request.finish_reason` says whether it ended."""
+    """New tokens of one request in one step; `request.finish_reason` says whether it ended."""
 
     request: Request
     token_ids: list[int]
@@ -39,7 +39,7 @@ class Progress:
 
 
 class Scheduler:
-    """Owns every unfinished request. Finished ones are handed back once and forgotten."""
+    """Owns every unfinished request. Finished ones are returned once and forgotten."""
 
     def __init__(
         self, limits: SchedulerLimits, memory: MemoryBudget, *, pipeline_depth: int = 0
@@ -54,7 +54,7 @@ class Scheduler:
         self.running: list[Request] = []  # in order of admission
         self.num_preemptions = 0
         self._by_key: dict[tuple[str, int], Request] = {}
-        self._num_in_flight = 0  # batches handed out that have neither been updated nor failed
+        self._num_in_flight = 0  # scheduled batches that were neither updated nor failed
         self._num_lives = 0
 
     # ==== requests in and out ====
@@ -62,7 +62,7 @@ class Scheduler:
     def add(self, request: Request) -> None:
         """Queue a request (and its forks, which wait for its prompt).
 
-        Raises InvalidRequest for one that memory can never hold.
+        Raises InvalidRequest if memory can never hold it.
         """
         if refusal := self.refusal(request):
             raise InvalidRequest(refusal)
@@ -77,12 +77,12 @@ class Scheduler:
         return self._finish_all(ended, FinishReason.ABORT)
 
     def end_with_error(self, scheduled: ScheduledRequest) -> list[Request]:
-        """End the choice that this row is for, and the forks that only it could have started."""
+        """End the choice that this row belongs to, and the forks that wait for it."""
         request = self.owner(scheduled)
         return self._finish_all([request, *request.forks], FinishReason.ERROR) if request else []
 
     def end_too_large(self, digest: str) -> list[Request]:
-        """End the requests of an adapter, now that its size is known, that never fit beside it."""
+        """End requests that can never fit with this adapter, now that its size is known."""
         requests = [r for r in self._by_key.values() if r.adapter_digest == digest]
         ended = [r for r in requests if self.refusal(r)]
         return self._finish_all(ended, FinishReason.ERROR)
@@ -115,13 +115,13 @@ class Scheduler:
 
     @property
     def queued_tokens(self) -> int:
-        """Tokens that no step has been given yet."""
+        """Tokens that have not been scheduled, over all requests."""
         return sum(r.num_remaining_tokens for r in self._by_key.values())
 
     # ==== a step ====
 
     def schedule(self, now: float) -> ScheduledBatch | None:
-        """The next step, or None when nothing can run, or not before another update."""
+        """Return the next step; None if nothing can run, or not before another update."""
         assert self._num_in_flight <= self.pipeline_depth, "an update or fail is due first"
         step = Step(self.limits.max_num_batched_tokens)
         self._schedule_running(step)
@@ -140,7 +140,7 @@ class Scheduler:
     ) -> list[Progress]:
         """Take each request's sampled tokens (none for an unfinished prompt), in batch order.
 
-        Batches are updated in the order in which they were scheduled.
+        Batches must be updated in the order in which they were scheduled.
         """
         self._num_in_flight -= 1
         progress: list[Progress] = []
@@ -157,10 +157,10 @@ class Scheduler:
         return progress
 
     def fail(self, batch: ScheduledBatch) -> list[Request]:
-        """The step raised: end its requests; what it was to load or move is not in memory.
+        """End the requests of a step that raised; its loads and moves cannot be relied on.
 
-        Requests that only a later step has admitted with such an adapter are computed again, and
-        after moves, where nothing in memory is relied on, all are.
+        Running requests that use one of its loading adapters are preempted; if it had moves, all
+        running requests are, and all cached content is evicted.
         """
         self._num_in_flight -= 1
         ended: list[Request] = []
@@ -177,7 +177,7 @@ class Scheduler:
         return ended
 
     def owner(self, scheduled: ScheduledRequest) -> Request | None:
-        """The request that this row is for; None if it has ended or was preempted since."""
+        """The request that this row belongs to; None if it has ended or was preempted since."""
         request = self._by_key.get((scheduled.request_id, scheduled.choice))
         return request if request is not None and request.life == scheduled.life else None
 
@@ -199,7 +199,7 @@ class Scheduler:
         queued += [fork for r in queued for fork in r.forks]
         assert {r.key for r in queued} == set(self._by_key) and len(queued) == len(self._by_key)
 
-    # ==== who runs ====
+    # ==== choosing rows ====
 
     def _schedule_running(self, step: Step) -> None:
         decodes: list[tuple[Request, int]] = []
@@ -212,16 +212,16 @@ class Scheduler:
                 decodes.append((request, 1))
         for request, remaining in [*decodes, *prefills]:
             if request.status is not RequestStatus.RUNNING:
-                continue  # preempted for one before it
+                continue  # preempted for an earlier one
             count = min(remaining, step.budget)
             if count and self._make_room(request, count, step):
                 step.add(request, count)
 
     def _make_room(self, request: Request, count: int, step: Step) -> bool:
-        """Blocks for `count` more tokens, at the cost of requests admitted later or of itself.
+        """Allocate blocks for `count` more tokens; preempts later requests, or this one.
 
-        Where a request is about to end, its blocks are waited for instead; and this one does not
-        give way before its pending token is known, or it might sample that one for ever.
+        If a running request is about to end, wait for its blocks instead. A request with a pending
+        token is not preempted for itself: it might sample that token again and again.
         """
         while not self._allocate(request, count):
             step.lacks_blocks = True
@@ -240,17 +240,18 @@ class Scheduler:
             if not step.budget or len(self.running) + step.num_promised >= self.limits.max_num_seqs:
                 return
             if request.adapter_digest and not self.adapters.is_ready(request.adapter_digest):
-                continue  # its weights are on their way; others need not wait for them
+                continue  # its weights are being fetched; later requests need not wait
             is_loading = self.adapters.awaited_load(request.adapter_digest) > 0
             if not is_loading and self._admit(request, step):
                 continue
             if not self._is_passed_over(request, step):
-                return  # room comes when running requests end; overtaking could starve this one
+                return  # room comes when running requests end; overtaking would starve this one
 
     def _is_passed_over(self, request: Request, step: Step) -> bool:
-        """While its adapter is copied to the device others go on, and leave it the blocks it needs.
+        """Whether later requests may overtake it while its adapter is copied to the device.
 
-        For the first such copy only: if another is needed, nobody overtakes the request again.
+        The blocks that it needs stay reserved. Only for its first such copy: if another one is
+        needed, no request overtakes it again.
         """
         load = self.adapters.awaited_load(request.adapter_digest)
         request.awaited_load = request.awaited_load or load
@@ -261,9 +262,9 @@ class Scheduler:
         return True
 
     def _admit(self, request: Request, step: Step) -> bool:
-        """Start a waiting request if all its known tokens find room beside the running ones.
+        """Start a waiting request if memory has room for all its known tokens and its adapter.
 
-        They and its adapter, which is brought to the device; False until it is there.
+        Starts loading the adapter if needed; returns False until it is resident.
         """
         cached = find_cached_blocks(self.blocks, request)
         self.blocks.share(cached)
@@ -314,7 +315,7 @@ class Scheduler:
         self.running.append(request)
 
     def _preempt(self, request: Request) -> None:
-        """Pending tokens are lost: they are sampled again, the same ones."""
+        """Return a running request to the queue. Its pending tokens are sampled again, equally."""
         self.num_preemptions += 1
         self._release(request)
         request.status = RequestStatus.WAITING
@@ -323,7 +324,10 @@ class Scheduler:
         self.waiting.appendleft(request)
 
     def _start_forks(self, request: Request, num_computed: int) -> None:
-        """Once the prompt is computed, further choices share its blocks and redo its last token."""
+        """Start further choices once the prompt is computed: they share its blocks.
+
+        Each recomputes the last prompt token, whose logits it needs.
+        """
         if not request.forks or num_computed < request.num_prompt_tokens:
             return
         shared = request.block_table[: self.blocks.blocks_for(request.num_prompt_tokens)]
@@ -363,7 +367,7 @@ class Scheduler:
         return requests
 
     def _finish(self, request: Request, reason: FinishReason) -> None:
-        """Free what the request holds and forget it."""
+        """Free the request's blocks and pin, and forget it."""
         assert not request.forks, "forks must be started or ended before their first choice ends"
         if request.status is RequestStatus.RUNNING:
             self._release(request)

@@ -1,4 +1,4 @@
-"""Step: a batch in the making, and how it becomes a ScheduledBatch."""
+"""Step: collects the rows of a step and turns them into a ScheduledBatch."""
 
 from engine.scheduler.adapter_slots import AdapterSlots
 from engine.scheduler.batch import PENDING, ScheduledBatch, ScheduledRequest
@@ -8,14 +8,14 @@ from engine.scheduler.request import Request
 
 
 class Step:
-    """Which requests are in the step, with how many tokens each; `budget` is what is left."""
+    """The requests of a step and their token counts; `budget` is how many tokens are left."""
 
     def __init__(self, budget: int) -> None:
         self.budget = budget
         self.rows: list[tuple[Request, int]] = []
-        self.lacks_blocks = False  # for one that runs; so nobody is admitted
-        self.num_promised = 0  # requests whose adapter is being copied to the device
-        self.promised_blocks = 0  # that are left to them
+        self.lacks_blocks = False  # for a running request; then none is admitted
+        self.num_promised = 0  # waiting requests whose adapter is being copied to the device
+        self.promised_blocks = 0  # blocks reserved for these
         self._keys: dict[tuple[str, int], None] = {}
 
     def add(self, request: Request, count: int) -> None:
@@ -29,7 +29,7 @@ class Step:
     def to_batch(
         self, limits: SchedulerLimits, adapters: AdapterSlots, changes: MemoryChanges
     ) -> ScheduledBatch:
-        """The step as plain data; its requests count the tokens as computed from here on."""
+        """Return the step as plain data; from here on its tokens count as computed."""
         rows = sorted(self.rows, key=lambda row: row[1])  # stable: short ones first
         return ScheduledBatch(
             requests=tuple(_take(request, count, limits, adapters) for request, count in rows),
@@ -42,7 +42,7 @@ class Step:
 def _take(
     request: Request, count: int, limits: SchedulerLimits, adapters: AdapterSlots
 ) -> ScheduledRequest:
-    """The request's next `count` tokens, which the step computes."""
+    """Take the request's next `count` tokens into the step."""
     start = request.num_computed_tokens
     end = request.num_computed_tokens = start + count
     sampling, adapter_digest = request.sampling, request.scope.adapter_digest
@@ -72,7 +72,7 @@ def _take(
 
 
 def _prompt_targets(request: Request, start: int, end: int) -> list[int] | None:
-    """The tokens that follow positions [start, end) within the prompt, where they are scored."""
+    """Prompt tokens that follow positions [start, end), if prompt logprobs are asked for."""
     if request.sampling.prompt_logprobs is None or start >= request.num_prompt_tokens - 1:
         return None
     return request.token_ids(start + 1, min(end + 1, request.num_prompt_tokens))

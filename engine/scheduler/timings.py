@@ -1,6 +1,6 @@
-"""Timings: the moments of one request, and the figures that users know them by.
+"""Timings: timestamps of one request, and the latency figures derived from them.
 
-All moments are seconds of the clock whose readings the scheduler is given.
+All timestamps are seconds of the clock whose readings are passed to the scheduler.
 """
 
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(slots=True)
 class Timings:
-    """Moments are None until they happen; a preempted request keeps its first ones."""
+    """Timestamps are None until set; a preempted request keeps its first ones."""
 
     first_scheduled_s: float | None = None
     first_token_s: float | None = None
@@ -26,7 +26,7 @@ class Timings:
 
 @dataclass(frozen=True, slots=True)
 class RequestMetrics:
-    """What a finished request took. TPOT is None with fewer than two tokens."""
+    """Times and token counts of a finished request. TPOT is None with fewer than two tokens."""
 
     queue_s: float
     ttft_s: float | None
