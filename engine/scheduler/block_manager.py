@@ -103,7 +103,7 @@ class BlockManager:
             table.append(self._take())
 
     def frozen(self, table: Sequence[int], start: int, end: int) -> list[int]:
-        """Indexes of blocks of `table` under positions [start, end) that are shared or published."""
+        """Indexes of blocks of `table` under positions [start, end) that are shared or known."""
         first, last = start // self.block_size, min(self.blocks_for(end), len(table))
         references, hashes = self._references, self._hashes
         return [

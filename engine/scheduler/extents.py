@@ -48,7 +48,7 @@ class Extents:
         self.used_bytes = 0
         self._by_digest: dict[str, Extent] = {}
         self._ordered: list[Extent] = []  # by their starts
-        # (size, -end) of the gaps above the lowest extent: the tightest first, of equals the highest
+        # (size, -end) of the gaps above the lowest extent: tightest first, of equals the highest
         self._gaps: list[tuple[int, int]] = []
 
     @property

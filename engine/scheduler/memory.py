@@ -202,7 +202,7 @@ class MemoryBudget:
         return self._without_needless(wish, plan, num_forced)
 
     def _victims(self, idle: Sequence[tuple[str, int]]) -> Iterator[str]:
-        """A loading adapter cannot move, except the wished one, which is not placed yet."""
+        """Yield what to evict next: a digest, or "" for a cached block; ties favour the block."""
         blocks = ((use, "") for use in self.blocks.cached_uses)
         return (victim for _, victim in merge(blocks, ((use, d) for d, use in idle)))
 
