@@ -3,7 +3,6 @@
 Unknown keys are refused at any depth, with their path. Byte sizes may be written `512MiB`.
 """
 
-import re
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -11,22 +10,13 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from deployments.policy.admission import Limits
+from engine.byte_size import parse_byte_size
 from engine.config import ConfigError, EngineConfig
-
-_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-_UNITS |= {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "B": 1}
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)")
 
 
 def parse_bytes(value: object) -> object:
-    """`2GiB`, `1.5GB`, `4096` -> bytes; what is no string is left to the type's own check."""
-    if not isinstance(value, str):
-        return value
-    match = _SIZE.fullmatch(value.strip())
-    if match is None or match[2] not in _UNITS:
-        units = ", ".join(unit for unit in _UNITS if unit)
-        raise ValueError(f"{value!r} is not a size in bytes: a number, then one of {units}")
-    return int(float(match[1]) * _UNITS[match[2]])
+    """Read a size that is written `2GiB`; what is no string is left to the type's own check."""
+    return parse_byte_size(value) if isinstance(value, str) else value
 
 
 Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(ge=0)]
@@ -114,7 +104,7 @@ class TenancySection(Section):
 
     mode `open`: everybody is the tenant `public`. Only on loopback, unless
     `allow_open_on_network` says that everybody who reaches the port may.
-    mode `keys`: /v1 answers to the keys in `keys_file` alone (see `deployments.tenants`), and
+    mode `keys`: /v1 answers to the keys in `keys_file` alone (`reef new-key`), and
     /metrics, which names tenants and adapters, to that file's `metrics_keys`, or to everybody
     with `metrics: open`. /health is always open.
 
