@@ -9,7 +9,7 @@ PORT ?= 8000
 .PHONY: serve test lint bench
 
 serve: .venv/demo.stamp
-	@exec .venv/bin/python -m deployments.local.serve --config $(CONFIG) --port $(PORT)
+	@exec .venv/bin/reef serve --config $(CONFIG) --port $(PORT)
 
 test: .venv/dev.stamp .venv-clients/stamp .venv-swift/stamp
 	.venv/bin/pytest
@@ -20,9 +20,7 @@ lint: .venv/dev.stamp
 	.venv/bin/pyright
 
 bench: .venv/dev.stamp
-	@echo "Benchmarks are programs in tests/bench; each prints one line and its conditions:"
-	@ls tests/bench/*.py 2>/dev/null | sed 's|^|  .venv/bin/python |'
-	@echo "Those that need a server say so; start one with 'make serve'. Results: tests/bench/LOG.md"
+	@.venv/bin/reef bench
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-OURS = ("engine", "adapter_store", "deployments")
+OURS = ("engine", "adapter_store", "deployments", "reef")
 
 # package: what of ours it may import; the longest matching package decides
 FLOORS = {
@@ -17,10 +17,18 @@ FLOORS = {
     "adapter_store": ("adapter_store",),
     "deployments.policy": ("deployments.policy",),
     "engine": ("engine", "adapter_store.manifest", "adapter_store.errors"),
-    "deployments": OURS,
+    "deployments": ("engine", "adapter_store", "deployments"),
+    "reef": OURS,
 }
 STDLIB_ONLY = ("engine.scheduler", "deployments.policy")
-NO_TORCH = ("adapter_store", "deployments", "engine.client", "engine.messages", "engine.config")
+NO_TORCH = (
+    "adapter_store",
+    "deployments",
+    "reef",
+    "engine.client",
+    "engine.messages",
+    "engine.config",
+)
 RAY_ONLY_IN = "deployments"
 
 
@@ -96,4 +104,7 @@ def test_importing_for_the_serving_plane_leaves_torch_out(module: str) -> None:
 @pytest.mark.parametrize("package", [p for p in modules() if modules()[p].name == "__init__.py"])
 def test_package_files_hold_a_docstring_and_nothing_else(package: str) -> None:
     body = ast.parse(modules()[package].read_text()).body
+    if package == "reef":  # and the version, where people look for it
+        assert ast.unparse(body.pop()) == "__version__ = version('reef')"
+        assert isinstance(body.pop(), ast.ImportFrom)
     assert len(body) == 1 and isinstance(body[0], ast.Expr)

@@ -1,11 +1,8 @@
-"""What `make serve` runs: a Ray cluster of its own on loopback, the application, and the way out.
-
-    python -m deployments.local.serve [--config FILE] [--host HOST] [--port PORT]
+"""What `reef serve` runs: a Ray cluster of its own on loopback, the application, and the way out.
 
 Everything it starts is a descendant of this process and ends with it.
 """
 
-import argparse
 import importlib
 import json
 import os
@@ -19,16 +16,16 @@ import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from adapter_store.errors import AdapterStoreError
 from deployments.config import AppConfig, check_exposure, load_config
+from deployments.installation import checkout_root
 from deployments.local.ray_head import cluster, cluster_folder, end_on_signals, ray_environment
 from deployments.local.serve_yaml import Address, read_address, read_application
 from deployments.stores import open_adapter_store
 from deployments.tenants.tenants import open_tenants
-from engine.config import ConfigError
 
 DEMO = Path(".data/demo")
 DEMO_TENANT = "public"
@@ -41,25 +38,14 @@ class StartFailed(Exception):
     """A deployment could not start; the message is why."""
 
 
-def main() -> int:
-    options = _parse_arguments()
+def serve_locally(config: Path, host: str | None = None, port: int | None = None) -> None:
+    """Serve until SIGINT or SIGTERM.
+
+    Raises WrongInstallation, ConfigError, AdapterStoreError, OSError or StartFailed.
+    """
     end_on_signals()
-    try:
-        _serve(options.config, read_address(options.config, options.host, options.port))
-    except KeyboardInterrupt:
-        return 0
-    except (AdapterStoreError, ConfigError, OSError, StartFailed) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
-
-
-def _parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Serve a configuration.")
-    parser.add_argument("--config", type=Path, default=Path("configs/dev-cpu.yaml"))
-    parser.add_argument("--host", help="the address to listen on (default: 127.0.0.1)")
-    parser.add_argument("--port", type=int, help="(default: 8000)")
-    return parser.parse_args()
+    with suppress(KeyboardInterrupt):
+        _serve(config, read_address(config, host, port))
 
 
 def _serve(path: Path, address: Address) -> None:
@@ -96,7 +82,7 @@ def _refuse_busy_port(address: Address) -> None:
         except (OSError, OverflowError) as error:
             reason = getattr(error, "strerror", None) or error
             where = f"port {address.port} of {address.host}"
-            raise OSError(f"{where} cannot be used: {reason}; try PORT=n") from None
+            raise OSError(f"{where} cannot be used: {reason}; choose another port") from None
 
 
 # ---- the demo ------------------------------------------------------------------------------
@@ -110,8 +96,10 @@ def _make_demo() -> None:
     """On first use; in a process of its own, because it trains and this one must stay light."""
     if (DEMO / "report.json").exists():
         return
+    root = checkout_root("examples/demo")
     print("Making the demo model and its adapters: a few minutes, once.", flush=True)
-    made = subprocess.run([sys.executable, "-m", "examples.demo.make", str(DEMO)], check=False)
+    command = [sys.executable, "-m", "examples.demo.make", str(DEMO.absolute())]
+    made = subprocess.run(command, cwd=root, check=False)
     if made.returncode != 0:
         raise OSError(f"the demo could not be made: exit status {made.returncode}")
 
@@ -183,7 +171,3 @@ def _example(config: AppConfig) -> tuple[str, str]:
     held_out = json.loads((DEMO / "heldout.json").read_text())
     name = next(iter(held_out))
     return name, held_out[name][0]["prompt"]
-
-
-if __name__ == "__main__":
-    sys.exit(main())

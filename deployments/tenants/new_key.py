@@ -4,14 +4,12 @@ The file is replaced in one step and under a lock, so a server that reads it mea
 before or after, and of two commands at a time none is lost. Comments in it are.
 """
 
-import argparse
 import json
 import os
 import re
 import secrets
 import sys
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,38 +24,13 @@ KEY_BYTES = 32
 NEW_FILE_MODE = 0o600
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = _parser()
-    options = parser.parse_args(arguments)
-    if (options.tenant is None) != options.metrics:
-        parser.error("name a tenant, or write --metrics")
+def make_key(tenant: str | None, path: Path | None) -> str:
+    """A new key for a tenant, or with None for /metrics. Raises ConfigError or OSError."""
+    if tenant is not None and re.fullmatch(NAME_RULE, tenant) is None:
+        raise ConfigError(f"tenant {tenant!r} does not match {NAME_RULE}")
     key = KEY_PREFIX + secrets.token_urlsafe(KEY_BYTES)
-    try:
-        _store(key, options.tenant, options.file)
-    except (ConfigError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(key)
-    return 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m deployments.tenants.tenants")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    text = "Make an API key, print it, and store only its hash."
-    new_key = commands.add_parser("new-key", help=text, description=text)
-    new_key.add_argument("tenant", nargs="?", type=_tenant)
-    new_key.add_argument("--metrics", action="store_true", help="a key for /metrics alone")
-    new_key.add_argument(
-        "--file", type=Path, help="the keys file; made if there is none, rewritten without comments"
-    )
-    return parser
-
-
-def _tenant(name: str) -> str:
-    if re.fullmatch(NAME_RULE, name) is None:
-        raise argparse.ArgumentTypeError(f"{name!r} does not match {NAME_RULE}")
-    return name
+    _store(key, tenant, path)
+    return key
 
 
 def _store(key: str, tenant: str | None, path: Path | None) -> None:

@@ -14,11 +14,7 @@ can turn back. It is YAML or JSON:
 A tenant's adapters are the ones published under its name. When the file changes it is read
 again, within two seconds; if it is broken then, an error is logged and the old keys stay.
 
-    python -m deployments.tenants.tenants new-key TENANT [--file keys.yaml]
-    python -m deployments.tenants.tenants new-key --metrics [--file keys.yaml]
-
-make a key, print it once, and store its hash (`new_key`). Knows no adapters, and of
-limits only their numbers.
+`reef new-key` makes a key (`new_key`). Knows no adapters, and of limits only their numbers.
 """
 
 import asyncio
@@ -26,7 +22,6 @@ import hashlib
 import hmac
 import logging
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -270,9 +265,3 @@ def _bearer_key(authorization: str | None) -> str:
     if scheme.lower() != "bearer" or not key:
         raise bad_key("An API key is required, in a header 'Authorization: Bearer <key>'.")
     return key
-
-
-if __name__ == "__main__":
-    from deployments.tenants.new_key import main
-
-    sys.exit(main())

@@ -5,6 +5,7 @@ The best of many tries: what the hardware can do, not what a busy moment lets it
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
@@ -13,6 +14,21 @@ from engine.sizes import Machine
 READ_BYTES = {"cpu": 2**27, "cuda": 2**30}  # larger than any cache
 MATRIX_SIZE = {"cpu": 512, "cuda": 8192}  # a millisecond: short enough to be undisturbed once
 PERIOD_S = 1.0
+
+
+def given_or_measured(dtype: torch.dtype, bandwidth: float | None, flops: float | None) -> Machine:
+    """GB/s and TFLOP/s as given; what is not given is measured."""
+    if bandwidth is not None and flops is not None:
+        return Machine(bandwidth * 1e9, flops * 1e12, "as given")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    machine = measure(device, dtype)
+    if bandwidth is not None:
+        machine = replace(machine, bytes_per_s=bandwidth * 1e9)
+        return replace(machine, source=f"the first as given, the second {machine.source}")
+    if flops is not None:
+        machine = replace(machine, flops_per_s=flops * 1e12)
+        return replace(machine, source=f"the second as given, the first {machine.source}")
+    return machine
 
 
 def measure(device: torch.device, dtype: torch.dtype) -> Machine:

@@ -1,16 +1,12 @@
 """Asks a running server the held-out prompts, all adapters and the base at the same time.
 
-    python -m examples.demo.check [http://127.0.0.1:8000] [--demo .data/demo] [--base demo]
-
 Requests are shuffled and many are in flight, so a batch of the server mixes all adapters. An
-answer counts if it is letter by letter the wanted one. Exits with 1 if an adapter gets less than
-95 % right or the base more than 20 %.
+answer counts if it is letter by letter the wanted one. `reef check` is the command.
 """
 
-import argparse
 import json
 import random
-import sys
+import urllib.error
 import urllib.request
 from collections import Counter
 from collections.abc import Sequence
@@ -20,6 +16,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+HELD_OUT = "heldout.json"
 IN_FLIGHT = 16
 MAX_TOKENS = 64
 ADAPTER_FLOOR = 0.95
@@ -36,7 +33,7 @@ class Question:
 
 def questions(demo: Path, base: str) -> list[Question]:
     """Every held-out prompt twice: for its adapter and for the base."""
-    held_out = json.loads((demo / "heldout.json").read_text())
+    held_out = json.loads((demo / HELD_OUT).read_text())
     found = [
         Question(model, job, example["prompt"], example["answer"])
         for job, examples in held_out.items()
@@ -48,6 +45,7 @@ def questions(demo: Path, base: str) -> list[Question]:
 
 
 def is_right(url: str, question: Question) -> bool:
+    """Raises OSError where the server does not answer, or refuses."""
     body = {
         "model": question.model,
         "messages": [{"role": "user", "content": question.prompt}],
@@ -59,37 +57,35 @@ def is_right(url: str, question: Question) -> bool:
         json.dumps(body).encode(),
         {"Content-Type": "application/json"},
     )
-    with urllib.request.urlopen(request) as response:
-        answer = json.load(response)["choices"][0]["message"]["content"]
+    try:
+        with urllib.request.urlopen(request) as response:
+            answer = json.load(response)["choices"][0]["message"]["content"]
+    except urllib.error.URLError as error:
+        raise OSError(f"{request.full_url}, asked as model {question.model}: {error}") from None
     return answer == question.answer
 
 
 def ask_all(url: str, asked: Sequence[Question]) -> list[bool]:
     with ThreadPoolExecutor(IN_FLIGHT) as pool:
         answers = pool.map(lambda question: is_right(url, question), asked)
-        return list(tqdm(answers, total=len(asked), desc="asking", unit="question"))
+        return list(tqdm(answers, total=len(asked), desc="asking", unit="question", disable=None))
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description="Check the demo's adapters through a server.")
-    parser.add_argument("url", nargs="?", default="http://127.0.0.1:8000")
-    parser.add_argument("--demo", type=Path, default=Path(".data/demo"))
-    parser.add_argument("--base", default="demo", help="the base model's id")
-    options = parser.parse_args()
-    asked = questions(options.demo, options.base)
+def check_demo(url: str, demo: Path, base: str) -> bool:
+    """Ask everything and print a line for each job; whether all of them are good enough.
+
+    Raises OSError where the demo cannot be read or the server does not answer.
+    """
+    asked = questions(demo, base)
     right: Counter[tuple[str, bool]] = Counter()
     total: Counter[str] = Counter()
-    for question, ok in zip(asked, ask_all(options.url, asked), strict=True):
-        right[question.job, question.model == options.base] += ok
+    for question, ok in zip(asked, ask_all(url, asked), strict=True):
+        right[question.job, question.model == base] += ok
         total[question.job] += 1
     is_good = True
     for job in sorted(total):
         count = total[job] // 2
-        adapter, base = right[job, False] / count, right[job, True] / count
-        is_good &= adapter >= ADAPTER_FLOOR and base <= BASE_CEILING
-        print(f"{job:10} adapter {adapter:6.1%}   base {base:6.1%}   of {count} prompts")
-    return 0 if is_good else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+        of_adapter, of_base = right[job, False] / count, right[job, True] / count
+        is_good &= of_adapter >= ADAPTER_FLOOR and of_base <= BASE_CEILING
+        print(f"{job:10} adapter {of_adapter:6.1%}   base {of_base:6.1%}   of {count} prompts")
+    return is_good

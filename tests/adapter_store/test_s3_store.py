@@ -17,12 +17,12 @@ import pytest
 from adapter_store import s3_client as s3_client_module
 from adapter_store import s3_store
 from adapter_store import store as store_module
-from adapter_store.__main__ import main
 from adapter_store.errors import AdapterNotFound, SourceUnavailable, StoreCorrupt
 from adapter_store.object_store import open_store
 from adapter_store.registry import Registry
 from adapter_store.s3_store import NUM_CONNECTIONS, PROBE_KEY, RANGE_BYTES, S3Store
 from adapter_store.store import AdapterStore
+from reef.__main__ import main
 from tests.adapter_store.adapters import changed
 from tests.adapter_store.forwarder import Forward, Forwarder, Reply, Request
 from tests.adapter_store.roots import BUCKET, Root, s3_client
@@ -125,10 +125,10 @@ def test_a_server_that_is_no_s3_is_refused_in_one_sentence(swift: Swift, root: R
 def test_a_shell_sees_one_sentence(
     root: Root, swift: Swift, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = ["--root", "s3://absent", "--endpoint-url", swift.endpoint_url]
-    assert main([*command, "--cache", str(tmp_path), "list"]) == 1
+    command = ["list", "--root", "s3://absent", "--endpoint-url", swift.endpoint_url]
+    assert main([*command, "--cache", str(tmp_path)]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("adapter_store: cannot write probe/put-if-absent to bucket absent at")
+    assert error.startswith("reef: cannot write probe/put-if-absent to bucket absent at")
     assert error.count("\n") == 1
 
 

@@ -20,7 +20,7 @@ from tests.bench.environment import ROOT
 
 MODEL = "bench"
 TENANT = "public"
-SERVE = f"{sys.executable} -m deployments.local.serve --config {{config}} --port {{port}}"
+SERVE = f"{sys.executable} -m reef serve --config {{config}} --port {{port}}"
 START_TIMEOUT_S = 300.0
 END_TIMEOUT_S = 60.0
 GROUPS = ("engine", "replica", "ingress", "haproxy", "ray")

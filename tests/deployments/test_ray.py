@@ -87,7 +87,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
             [
                 sys.executable,
                 "-m",
-                "deployments.local.serve",
+                "reef",
+                "serve",
                 "--config",
                 config,
                 "--port",
@@ -228,7 +229,8 @@ def test_a_second_server_on_the_same_port_is_refused_with_a_reason(server: Runni
         [
             sys.executable,
             "-m",
-            "deployments.local.serve",
+            "reef",
+            "serve",
             "--config",
             config,
             "--port",
@@ -239,5 +241,5 @@ def test_a_second_server_on_the_same_port_is_refused_with_a_reason(server: Runni
         text=True,
         check=False,
     )
-    assert result.returncode == 1
+    assert result.returncode == 2
     assert f"port {server.port}" in result.stderr and "Traceback" not in result.stderr

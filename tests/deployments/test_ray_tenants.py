@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM
 
 from adapter_store.store import AdapterStore
 from deployments.local.ray_head import descendants, free_port
-from deployments.tenants.new_key import main as new_key_main
+from reef.__main__ import main
 from tests.deployments.support.processes import assert_gone
 from tests.deployments.support.tiny_models import make_adapter, make_base
 
@@ -106,7 +106,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     keys = make_keys(folder)
     port = free_port()
     (folder / "config.yaml").write_text(yaml.safe_dump(configuration()))
-    command = [sys.executable, "-m", "deployments.local.serve", "--config", "config.yaml"]
+    command = [sys.executable, "-m", "reef", "serve", "--config", "config.yaml"]
     log = folder / "log"
     with log.open("wb") as output:
         process = subprocess.Popen(
@@ -167,7 +167,7 @@ def make_keys(folder: Path) -> dict[str, str]:
 
 def new_key(folder: Path, whose: str) -> str:
     with redirect_stdout(StringIO()) as shown:
-        assert new_key_main(["new-key", whose, "--file", str(folder / "keys.yaml")]) == 0
+        assert main(["new-key", whose, "--file", str(folder / "keys.yaml")]) == 0
     return shown.getvalue().strip()
 
 
@@ -229,7 +229,7 @@ def test_a_client_that_hangs_up_frees_its_concurrency_place(server: Running) -> 
 
 
 def test_keys_can_be_added_and_removed_while_the_server_runs(server: Running) -> None:
-    command = [sys.executable, "-m", "deployments.tenants.tenants", "new-key", "newcomer"]
+    command = [sys.executable, "-m", "reef", "new-key", "newcomer"]
     made = subprocess.run(
         [*command, "--file", "keys.yaml"], cwd=server.folder, check=True, capture_output=True
     )

@@ -30,8 +30,8 @@ from engine.model.layers import Linear, SideBySide
 from engine.model.loader import load_decoder, weight_bytes
 from engine.model.quantized_weight import QuantizedWeight, dequantize
 from engine.model.spec import ModelError
-from engine.plan import __main__ as plan
 from engine.settle import settle
+from reef.__main__ import main
 from tests.engine.driver import generate, make_engine, run, write_adapter
 from tests.engine.driver import greedy as driver_greedy
 from tests.engine.tiny import (
@@ -732,13 +732,13 @@ def test_the_report_says_how_a_quantized_model_is_served(
     make_written: MakeWritten, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = make_written("gptq").folder
-    assert plan.main([str(folder), "--context", "100", *GIVEN]) == 0
+    assert main(["plan", str(folder), "--context", "100", *GIVEN]) == 0
     text = capsys.readouterr().out
     size = arithmetic.read_model_size(folder)
     (line,) = [line for line in text.splitlines() if "how the engine serves it" in line]
     assert line.startswith("  as stored")
     assert f"{arithmetic.weight_bytes(size, size.form):,} bytes" in line
-    assert plan.main([str(folder), "--quantization", "nf4", *GIVEN]) == 1
+    assert main(["plan", str(folder), "--quantization", "nf4", *GIVEN]) == 2
     assert "already quantized (gptq)" in capsys.readouterr().err
 
 
@@ -746,11 +746,11 @@ def test_the_report_counts_int8_keys_and_values(
     tiny_model: MakeTiny, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tiny_model("llama", dtype=torch.bfloat16, **WIDE).folder
-    arguments = [str(folder), "--context", "100", *GIVEN, "--quantization", "nf4"]
-    assert plan.main([*arguments, "--kv-dtype", "int8"]) == 0
+    arguments = ["plan", str(folder), "--context", "100", *GIVEN, "--quantization", "nf4"]
+    assert main([*arguments, "--kv-dtype", "int8"]) == 0
     text = capsys.readouterr().out
     assert "2 x 3 x 2 x (16 + 4) = 240 bytes" in text
     assert "  nf4 " in text and "Decode step floor in nf4" in text
     wide = tiny_model("llama", **WIDE).folder
-    assert plan.main([str(wide), "--context", "100", *GIVEN, "--kv-dtype", "int8"]) == 1
+    assert main(["plan", str(wide), "--context", "100", *GIVEN, "--kv-dtype", "int8"]) == 2
     assert "only for bfloat16" in capsys.readouterr().err

@@ -30,10 +30,10 @@ def test_a_server_that_cannot_start_says_why_in_a_sentence(
     path = config_file(
         tmp_path, {"models": [MODEL], **args}, http_options={"host": host, "port": 0}
     )
-    command = [sys.executable, "-m", "deployments.local.serve", "--config", str(path)]
+    command = [sys.executable, "-m", "reef", "serve", "--config", str(path)]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert result.returncode == 1 and result.stdout == ""
-    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1, result.stderr
+    assert result.returncode == 2 and result.stdout == ""
+    assert result.stderr.startswith("reef: ") and result.stderr.count("\n") == 1, result.stderr
     assert all(word in result.stderr for word in words), result.stderr
 
 

@@ -1,0 +1,5 @@
+"""The `reef` command and the version. Importing this is cheap: no torch, no Ray."""
+
+from importlib.metadata import version
+
+__version__ = version("reef")

@@ -1,0 +1,81 @@
+"""`reef publish`, `list`, `alias` and `retire`: which adapters there are, and their names.
+
+One line on stdout for each success.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from reef.progress import progress
+from reef.store_options import DEFAULT_TENANT, with_store
+
+if TYPE_CHECKING:
+    from adapter_store.store import AdapterStore
+
+tenant_option = click.option(
+    "--tenant", default=DEFAULT_TENANT, show_default=True, help="Whose adapter it is."
+)
+
+
+@click.command()
+@click.argument("folder")
+@click.option("--name", required=True, help="The adapter's name.")
+@click.option("--base", help="A model folder, or the first digits of a fingerprint.")
+@tenant_option
+@with_store
+def publish(store: "AdapterStore", folder: str, name: str, base: str | None, tenant: str) -> None:
+    """Store a PEFT FOLDER as a name's next version."""
+    from adapter_store.bases import CONFIG_NAME
+    from adapter_store.manifest import WEIGHTS_NAME
+
+    if base is not None and (Path(base) / CONFIG_NAME).is_file():
+        base = _register(store, Path(base))
+    weights = Path(folder) / WEIGHTS_NAME
+    num_bytes = weights.stat().st_size if weights.is_file() else 0
+    with progress("checking and copying", 3 * num_bytes) as on_bytes:
+        ref = store.publish(folder, tenant, name, base, on_bytes)
+    click.echo(f"published {ref.tenant}/{ref.name}@{ref.version} as {ref.digest}")
+
+
+def _register(store: "AdapterStore", model_folder: Path) -> str:
+    num_bytes = sum(path.stat().st_size for path in model_folder.glob("*.safetensors"))
+    with progress("hashing the base", num_bytes) as on_bytes:
+        return store.register_base(model_folder, on_bytes)
+
+
+@click.command(name="list")
+@click.option("--tenant", help="Only this tenant's.  [default: all]")
+@with_store
+def list_(store: "AdapterStore", tenant: str | None) -> None:
+    """Show all live versions."""
+    for record in store.list(tenant):
+        click.echo(
+            f"{record.tenant}/{record.name}@{record.version}  rank {record.lora_rank}  "
+            f"{record.nbytes} bytes  digest {record.digest[:12]}  base {record.base[:12]}  "
+            f"{' '.join(record.aliases)}".rstrip()
+        )
+
+
+@click.command()
+@click.argument("name")
+@click.argument("alias")
+@click.argument("version", type=int)
+@tenant_option
+@with_store
+def alias(store: "AdapterStore", name: str, alias: str, version: int, tenant: str) -> None:
+    """Make NAME@ALIAS mean a VERSION."""
+    store.alias(tenant, name, alias, version)
+    click.echo(f"{tenant}/{name}@{alias} is version {version}")
+
+
+@click.command()
+@click.argument("name")
+@tenant_option
+@with_store
+def retire(store: "AdapterStore", name: str, tenant: str) -> None:
+    """Withdraw NAME@VERSION, or all versions of NAME."""
+    versions = store.retire(tenant, name)
+    listed = ", ".join(str(version) for version in versions)
+    click.echo(f"retired {tenant}/{name.partition('@')[0]}, version {listed}")

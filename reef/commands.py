@@ -1,0 +1,25 @@
+"""The commands of `reef`, put together. Each imports what it needs when it runs."""
+
+import click
+
+from reef import __version__
+from reef.adapters import alias, list_, publish, retire
+from reef.bench import bench
+from reef.completion import completion
+from reef.demo import check
+from reef.keys import new_key
+from reef.plan import plan
+from reef.serve import serve
+from reef.verify import verify
+
+
+@click.group(name="reef", context_settings={"max_content_width": 100})
+@click.version_option(__version__, message="%(prog)s %(version)s")
+def reef() -> None:
+    """Serve LoRA adapters of one base model, and manage the store that they come from."""
+
+
+for command in (serve, publish, list_, alias, retire, verify):
+    reef.add_command(command)
+for command in (new_key, plan, check, bench, completion):
+    reef.add_command(command)

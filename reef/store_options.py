@@ -1,0 +1,48 @@
+"""Gives a command the options that say where the adapter store is, and opens it."""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec
+
+import click
+
+from reef.refusal import refusing
+
+if TYPE_CHECKING:
+    from adapter_store.store import AdapterStore
+
+CACHE_BYTES = 2**30  # no adapter is downloaded here: the folder keeps the hashes of base models
+DEFAULT_CACHE = "~/.cache/reef/adapter_store"
+DEFAULT_TENANT = "public"
+
+Options = ParamSpec("Options")
+
+
+def with_store(
+    command: "Callable[Concatenate[AdapterStore, Options], None]",
+) -> Callable[..., None]:
+    """Call `command` with the opened store; what the store refuses, the command refuses."""
+
+    @click.option(
+        "--root",
+        envvar="ADAPTER_STORE_ROOT",
+        show_envvar=True,
+        required=True,
+        help="The store: file:///path or s3://bucket/prefix.",
+    )
+    @click.option("--endpoint-url", help="Of an S3 server.  [default: $S3_ENDPOINT_URL]")
+    @click.option(
+        "--cache", default=DEFAULT_CACHE, show_default=True, help="A folder for hashes of bases."
+    )
+    @functools.wraps(command)
+    def with_options(root: str, endpoint_url: str | None, cache: str, **options: Any) -> None:
+        from adapter_store.errors import AdapterStoreError
+        from adapter_store.store import AdapterStore
+
+        with refusing(AdapterStoreError, OSError):  # OSError: the folder for hashes
+            folder = Path(cache).expanduser()
+            store = AdapterStore(root, folder, CACHE_BYTES, endpoint_url=endpoint_url)
+            command(store, **options)  # type: ignore[call-arg]
+
+    return with_options
