@@ -40,6 +40,7 @@ from deployments.ingress.limiter import Limiter
 from deployments.ingress.metrics import Metrics
 from deployments.ingress.model_resolver import Models, ServedModel
 from deployments.ingress.routes import Ingress, build_api
+from deployments.installation import check_one_installation
 from deployments.replica import autoscaler
 from deployments.replica.replica import EngineReplica, ReplicaSettings
 from deployments.serve_logging import log_to_serves_file
@@ -65,6 +66,7 @@ logger = logging.getLogger(__name__)
 
 def build_app(args: dict[str, Any]) -> Application:
     """The whole graph. Raises ConfigError for anything in `args` that is not understood."""
+    check_one_installation()
     config = load_config(args)
     check_exposure(config.tenancy, http_host())
     warn_if_slow(os.environ)

@@ -26,7 +26,7 @@ def test_a_package_of_another_place_is_named(
 
 
 def test_an_application_is_not_built_of_two_installations(monkeypatch: pytest.MonkeyPatch) -> None:
-    import tests.deployments.quiet_ray  # noqa: F401
+    import tests.deployments.support.quiet_ray  # noqa: F401
     from deployments.app import build_app
 
     monkeypatch.setattr(engine, "__file__", "/elsewhere/engine/__init__.py")
