@@ -1,4 +1,4 @@
-"""Paged attention of one batch on a CUDA device: its decodes, then its prefill chunks."""
+"""Computes paged attention of one batch on a CUDA device: decodes, then prefill chunks."""
 
 import torch
 from torch import Tensor
@@ -20,10 +20,10 @@ from engine.backends.cuda.triton.attention_prefill import (
 class TritonAttention:
     """`engine.model.ops.PagedAttention` over DevicePositions, for one model.
 
-    Holds the scratch of split keys, which every layer and every CUDA graph of one stream shares:
-    at most `max_decodes` requests with one query, contexts of at most `max_context_len`, and
-    prefill tiles of at most `prefill_tile_tokens`. With `flashinfer`, prefills of which there are
-    `prefill_pages` are computed there.
+    Holds the scratch memory of split keys, which all layers and CUDA graphs of one stream share.
+    It suffices for `max_decodes` requests with one query each, contexts of `max_context_len` and
+    prefill tiles of `prefill_tile_tokens`. With `flashinfer`, prefills that have `prefill_pages`
+    are computed by FlashInfer.
     """
 
     def __init__(
@@ -66,10 +66,10 @@ class TritonAttention:
         soft_cap: float | None,
         out: Tensor | None = None,
     ) -> Tensor:
-        """q [N, H, D] over each request's own keys -> `out` [N, H, D], new where not given.
+        """Attend q [N, H, D] to each request's own keys; returns `out` [N, H, D], new if None.
 
-        Heads of one row must lie side by side, rows may lie apart. Rows of padding become zeros.
-        Launches at most four kernels, with grids that follow from shapes alone.
+        Heads of one row must be contiguous, rows may lie apart. Padding rows become zeros.
+        Launches at most four kernels, with grids that depend on shapes alone.
         """
         out = torch.empty_like(q) if out is None else out
         settings = {"scale": scale, "window": window, "soft_cap": soft_cap}
@@ -106,7 +106,7 @@ class TritonAttention:
         return out
 
     def _longest(self, positions: DevicePositions, window: int | None) -> int:
-        """The most keys that a query sees."""
+        """Return the largest number of keys that a query sees. Raises ValueError if too large."""
         longest = positions.max_context_len
         if longest > self._max_context_len:
             raise ValueError(

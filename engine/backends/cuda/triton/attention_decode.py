@@ -1,10 +1,10 @@
-"""Paged decode: one query per request over its own keys, which are split among programs.
+"""Paged decode: attends one query per request to its own keys, split among programs.
 
 A program takes the query heads of one KV head, padded to the 16 rows that the tensor cores
-multiply, over one stretch of keys, and leaves its mean of the values and the logarithm of its
-weights' sum; a second kernel adds the stretches up (split-KV, or "flash decoding": Dao, Haziza,
-Massa and Sizov, 2023). Where the stretches of a request lie follows from its own length and from
-`num_splits`, so a row's bits do not depend on the rest of the batch.
+multiply, and one stretch of keys. It stores its mean of the values and the logarithm of the sum
+of its weights; a second kernel combines the stretches (split-KV, or "flash decoding": Dao, Haziza,
+Massa and Sizov, 2023). The stretches of a request depend on its own length and on `num_splits`
+alone, so a row's bits do not depend on its batch mates.
 """
 
 from functools import cache
@@ -28,19 +28,19 @@ from engine.backends.cuda.triton.attention_tile import (
 )
 from engine.backends.cuda.triton.launch import power_of_two
 
-# None of these was measured on a card.
-PROGRAMS_PER_SM = 4  # aimed at by splitting: more than run at a time, to even lengths out
-MAX_KEYS_PER_SPLIT = 8192  # aimed at in long contexts, so that one row does not hold up a batch
-MIN_TILES_PER_SPLIT = 2  # a stretch must be worth its share of the second kernel
+# None of these was measured on real hardware.
+PROGRAMS_PER_SM = 4  # target of splitting: more than run concurrently, to even out lengths
+MAX_KEYS_PER_SPLIT = 8192  # target in long contexts, so that one row does not delay a batch
+MIN_TILES_PER_SPLIT = 2  # a shorter stretch is not worth its cost in the second kernel
 NUM_WARPS = 4
-NUM_STAGES = 5  # keys are found through the table: with fewer, no copy runs while a tile is used
+NUM_STAGES = 5  # keys are found through the table: with fewer, copies and compute do not overlap
 
 
 def choose_num_splits(batch: int, kv_heads: int, num_sms: int, max_context_len: int) -> int:
-    """Into how many stretches `paged_decode` cuts the longest rows; constant for a CUDA graph.
+    """Choose into how many stretches `paged_decode` cuts the longest rows.
 
-    Enough programs for `num_sms` multiprocessors, and in large batches enough that a row of
-    `max_context_len` keys is not one program's work alone.
+    Constant for a CUDA graph. Gives enough programs for `num_sms` multiprocessors, and also in
+    large batches splits a row of `max_context_len` keys among several programs.
     """
     to_fill = -(-PROGRAMS_PER_SM * num_sms // (batch * kv_heads))
     for_length = min(8, -(-max_context_len // MAX_KEYS_PER_SPLIT))
@@ -49,7 +49,7 @@ def choose_num_splits(batch: int, kv_heads: int, num_sms: int, max_context_len: 
 
 
 def decode_scratch_numel(batch: int, heads: int, head_dim: int, num_splits: int) -> int:
-    """float32 numbers that `paged_decode` needs to keep the stretches in."""
+    """Number of float32 elements of scratch that `paged_decode` needs for the stretches."""
     return 0 if num_splits == 1 else batch * heads * num_splits * (head_dim + 1)
 
 
@@ -66,11 +66,11 @@ def paged_decode(
     soft_cap: float | None,
     num_splits: int,
 ) -> None:
-    """out [B, H, D] = attention of q [B, H, D] over the keys [0, context_lens[i]) of each row.
+    """Compute out [B, H, D] = attention of q [B, H, D] over keys [0, context_lens[i]) of row i.
 
     kv_layer [blocks, 2, block_size, H_kv, D] strided over blocks, block_tables int32 [B, W],
-    context_lens int32 [B]; 0 makes a row of zeros for which nothing is read. `scratch` is float32
-    [`decode_scratch_numel`], undefined before and after. Raises ValueError.
+    context_lens int32 [B]; a length of 0 gives a row of zeros and reads nothing. `scratch` is
+    float32 [`decode_scratch_numel`], undefined before and after. Raises ValueError.
     """
     check_shapes(q, kv_layer, out)
     batch, heads, head_dim = q.shape
@@ -129,14 +129,14 @@ def decode_constants(
 
 
 def combine_constants(constants: dict[str, Any]) -> dict[str, Any]:
-    """What the second kernel is specialized for, of the first one's constants."""
+    """Select the first kernel's constants that the second one is specialized for too."""
     names = ("HEAD_DIM", "PADDED_DIM", "TILE_KEYS", "WINDOW", "MIN_TILES")
     return {**{name: constants[name] for name in names}, "MAX_SPLITS": MAX_SPLITS}
 
 
 @triton.jit
 def _tiles_of(context_len, WINDOW: tl.constexpr, TILE_KEYS: tl.constexpr):
-    """The tiles [first, last) of the keys that a query at the end of a context sees."""
+    """Return the tiles [first, last) of keys that a query at the end of a context sees."""
     first = tl.maximum(context_len - WINDOW, 0) // TILE_KEYS if WINDOW > 0 else 0
     return first, tl.cdiv(context_len, TILE_KEYS)
 
@@ -173,9 +173,9 @@ def _decode(
     context_len = tl.load(context_lens + request)
     begin, end = _tiles_of(context_len, WINDOW, TILE_KEYS)
     begin, end = stretch(begin, end, split, num_splits, MIN_TILES)
-    if SPLIT:  # noqa: SIM102 (what is known when this is compiled stands apart)
+    if SPLIT:  # noqa: SIM102 (the compile-time condition stands alone)
         if begin >= end:
-            return  # the second kernel knows
+            return  # the second kernel skips this split
     member = tl.arange(0, TILE_ROWS)
     head = kv_head * GROUP + member
     dims = tl.arange(0, PADDED_DIM)
@@ -232,8 +232,10 @@ def _combine(
     TILE_KEYS: tl.constexpr,
     MIN_TILES: tl.constexpr,
 ):
-    """out = the stretches' means, weighted by their sums; stretches that have no keys are not
-    read, for nobody wrote them."""
+    """Compute out = the stretches' means, weighted by their sums.
+
+    Stretches without keys were never written and are not read.
+    """
     request, head = tl.program_id(0), tl.program_id(1)
     context_len = tl.load(context_lens + request)
     split = tl.arange(0, MAX_SPLITS)

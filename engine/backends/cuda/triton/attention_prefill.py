@@ -1,11 +1,11 @@
-"""Paged prefill: the new tokens of several requests, each over its own keys, old and new.
+"""Paged prefill: attends the new tokens of several requests to their own keys, old and new.
 
-A program takes a tile of neighbouring query rows times the query heads of one KV head and walks
-over the keys that any of them sees. Only tiles of keys at either edge of that range are masked:
-most keys of a long context are seen by every row, and nothing is compared for them.
+A program takes a tile of adjacent query rows times the query heads of one KV head and loops over
+the keys that any of them sees. Only tiles of keys at either end of that range are masked: most
+keys of a long context are seen by every row, and need no comparison.
 
-A few new tokens behind a long context, as in the next turn of a conversation, are too few tiles
-for a card. Then the keys of a tile are split among programs, as `attention_decode` does it.
+A few new tokens after a long context, as in the next turn of a conversation, give too few tiles
+for a GPU. Then the keys of a tile are split among programs, as in `attention_decode`.
 """
 
 from functools import cache
@@ -29,13 +29,15 @@ from engine.backends.cuda.triton.attention_tile import (
 )
 from engine.backends.cuda.triton.launch import power_of_two
 
-MIN_TILES_PER_SPLIT = 4  # a stretch must be worth its sums' way through memory; not measured
-COMBINED_ROWS = 16  # of a tile, by one program
+MIN_TILES_PER_SPLIT = 4  # a shorter stretch is not worth storing its sums; not measured
+COMBINED_ROWS = 16  # rows of a tile that one program combines
 
 
 def choose_prefill_splits(num_tiles: int, kv_heads: int, num_sms: int, max_context_len: int) -> int:
-    """Into how many stretches `paged_prefill` cuts the longest contexts: no more than give each
-    of `num_sms` multiprocessors one."""
+    """Choose into how many stretches `paged_prefill` cuts the longest contexts.
+
+    At most one program for each of `num_sms` multiprocessors.
+    """
     useful = -(-max_context_len // (MIN_TILES_PER_SPLIT * 32))
     return max(1, min(num_sms // (num_tiles * kv_heads), useful, MAX_SPLITS))
 
@@ -43,7 +45,7 @@ def choose_prefill_splits(num_tiles: int, kv_heads: int, num_sms: int, max_conte
 def prefill_scratch_numel(
     num_tiles: int, heads: int, kv_heads: int, head_dim: int, tile_tokens: int, num_splits: int
 ) -> int:
-    """float32 numbers that `paged_prefill` needs to keep the stretches in."""
+    """Number of float32 elements of scratch that `paged_prefill` needs for the stretches."""
     rows = num_tiles * kv_heads * num_splits * _tile_rows(heads, kv_heads, tile_tokens)
     return 0 if num_splits == 1 else rows * (head_dim + 1)
 
@@ -68,12 +70,12 @@ def paged_prefill(
     soft_cap: float | None,
     num_splits: int,
 ) -> None:
-    """out [N, H, D] = causal attention of the rows of q [N, H, D] that lie in `tiles`.
+    """Compute out [N, H, D] = causal attention of the rows of q [N, H, D] that lie in `tiles`.
 
     The other arguments are as in `engine.backends.cuda.positions`: int32 block_tables [B, W],
     context_lens [B], cu_seqlens_q [B + 1] and tiles [T, 2] of `tile_tokens` query rows, a power of
-    two. Rows of no tile are not touched. `scratch` is float32 [`prefill_scratch_numel`], undefined
-    before and after. Raises ValueError.
+    two. Rows outside all tiles are not touched. `scratch` is float32 [`prefill_scratch_numel`],
+    undefined before and after. Raises ValueError.
     """
     check_shapes(q, kv_layer, out)
     if tile_tokens < 1 or tile_tokens & (tile_tokens - 1):
@@ -143,15 +145,17 @@ def prefill_constants(
 
 
 def combine_constants(constants: dict[str, Any]) -> dict[str, Any]:
-    """What the second kernel is specialized for, of the first one's constants."""
+    """Select the first kernel's constants that the second one is specialized for too."""
     kept = {n: value for n, value in constants.items() if n not in ("BLOCK_SIZE", "UPCAST")}
     return {**kept, "MAX_SPLITS": MAX_SPLITS, "ROWS": COMBINED_ROWS}
 
 
 def prefill_options(constants: dict[str, Any]) -> dict[str, int]:
-    """Not measured on a card. Keys are found through the table: with less than 5 stages, no copy
-    runs on an sm_80 while a tile is used; with so many, wide heads take more shared memory than
-    smaller cards have."""
+    """Choose warps and stages; not measured on real hardware.
+
+    Keys are found through the table: on an sm_80, copies and compute overlap only from 5 stages
+    on; for wide heads 5 stages take more shared memory than smaller GPUs have.
+    """
     padded = constants["PADDED_DIM"]
     return {
         "num_warps": 8 if constants["TILE_ROWS"] * padded >= 128 * 64 else 4,
@@ -201,7 +205,7 @@ def _prefill(
     if SPLIT:
         begin, end = stretch(begin, end, split, num_splits, MIN_TILES)
         if begin >= end:
-            return  # the second kernel knows
+            return  # the second kernel skips this split
         full_begin = tl.minimum(tl.maximum(full_begin, begin), end)
         full_end = tl.minimum(tl.maximum(full_end, begin), end)
 
@@ -232,7 +236,7 @@ def _prefill(
         kv, table, kv_head, block_stride, KV_HEADS, HEAD_DIM, PADDED_DIM, BLOCK_SIZE,
         TILE_KEYS, SCALE, WINDOW, SOFT_CAP, UPCAST, True,
     )  # fmt: skip
-    total = tl.where(total == 0.0, 1.0, total)  # of a row that saw no key
+    total = tl.where(total == 0.0, 1.0, total)  # 0: a row that saw no key
     mean = acc / total[:, None]
     if SPLIT:
         part = ((tile * KV_HEADS + kv_head) * num_splits + split).to(tl.int64) * TILE_ROWS + place
@@ -266,7 +270,7 @@ def _combine(
     MAX_SPLITS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """out = the stretches' means, weighted by their sums, for ROWS rows of a tile."""
+    """Compute out = the stretches' means, weighted by their sums, for ROWS rows of a tile."""
     tile, kv_head = tl.program_id(0), tl.program_id(1)
     if tl.load(tiles + 2 * tile) < 0:
         return
@@ -275,14 +279,14 @@ def _combine(
     _, first_tile, _, _, last_tile = _tiles_of(first, last, WINDOW, TILE_KEYS)
     split = tl.arange(0, MAX_SPLITS)
     begin, end = stretch(first_tile, last_tile, split, num_splits, MIN_TILES)
-    used = (begin < end) & (split < num_splits)  # nobody wrote the others
+    used = (begin < end) & (split < num_splits)  # the others were never written
 
     place = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
     dims = tl.arange(0, PADDED_DIM)
     part = ((tile * KV_HEADS + kv_head) * num_splits).to(tl.int64) * TILE_ROWS + place
     every = log_sums + part[None, :] + split[:, None] * TILE_ROWS
     highest = tl.max(tl.load(every, mask=used[:, None], other=float("-inf")), 0)
-    highest = tl.where(highest == float("-inf"), 0.0, highest)  # of a row behind the last query
+    highest = tl.where(highest == float("-inf"), 0.0, highest)  # a row past the last query
     acc = tl.zeros([ROWS, PADDED_DIM], tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     for _ in range(tl.sum(used.to(tl.int32), 0)):
@@ -301,7 +305,7 @@ def _combine(
 
 @triton.jit
 def _rows_of(tiles, tile, cu_seqlens_q, context_lens, TILE_TOKENS: tl.constexpr):
-    """A tile's query rows [first_row, end_row), and what to add for their positions."""
+    """Return a tile's query rows [first_row, end_row), and the offset from row to position."""
     request, first_row = tl.load(tiles + 2 * tile), tl.load(tiles + 2 * tile + 1)
     end_row = tl.load(cu_seqlens_q + request + 1)
     shift = tl.load(context_lens + request) - end_row
@@ -310,8 +314,11 @@ def _rows_of(tiles, tile, cu_seqlens_q, context_lens, TILE_TOKENS: tl.constexpr)
 
 @triton.jit
 def _tiles_of(first, last, WINDOW: tl.constexpr, TILE_KEYS: tl.constexpr):
-    """The lowest key that queries at positions first .. last see, and their tiles [begin, end) of
-    keys; all of them see all of [full_begin, full_end)."""
+    """Return the keys that queries at positions first .. last see: the lowest, and the tiles.
+
+    Tiles [begin, end) hold all keys that any query sees; every query sees all keys of
+    [full_begin, full_end).
+    """
     lowest = tl.maximum(first - WINDOW + 1, 0) if WINDOW > 0 else first * 0
     seen_by_all = tl.maximum(last - WINDOW + 1, 0) if WINDOW > 0 else first * 0
     end = last // TILE_KEYS + 1
@@ -328,9 +335,9 @@ def _walk(
     BLOCK_SIZE: tl.constexpr, TILE_KEYS: tl.constexpr, SCALE: tl.constexpr, WINDOW: tl.constexpr,
     SOFT_CAP: tl.constexpr, UPCAST: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """The tiles [begin, end) of keys; without MASKED every row sees all of them.
+    """Absorb the tiles [begin, end) of keys; without MASKED every row sees all of them.
 
-    Row i is the query at position[i]; keys below `lowest` or above `last` are read by none.
+    Row i is the query at position[i]; keys below `lowest` or above `last` are not read.
     """
     for tile in range(begin, end):
         key = tile * TILE_KEYS + tl.arange(0, TILE_KEYS)

@@ -1,13 +1,13 @@
-"""What paged decode and paged prefill share: a tile of keys, its scores, and their softmax.
+"""Parts of paged decode and paged prefill: load a tile of keys, score it, update the softmax.
 
 M rows are queries that share one KV head: queries of one or several positions times the query
-heads of the group. Softmax is taken as it comes, tile after tile (Milakov and Gimelshein, "Online
+heads of the group. The softmax is computed online, tile after tile (Milakov and Gimelshein, "Online
 normalizer calculation for softmax"; Dao et al., "FlashAttention"): `high` [M] is the highest
-score so far, `total` [M] the sum of 2^(score - high), `acc` [M, PADDED_DIM] the values with the
-same weights. Scores carry a factor of log2(e), so that a power of two is all that is taken.
+score so far, `total` [M] the sum of 2^(score - high), `acc` [M, PADDED_DIM] the sum of the values
+with the same weights. Scores include a factor of log2(e), so that powers of two suffice.
 
-Keys that no row may see are not read, and their values are zeros: a weight of 0 times what a
-stale slot holds would be NaN where that is NaN or infinite.
+Keys that no row may see are not read, and their values are zeros: if a stale slot holds NaN or
+infinity, a weight of 0 times that would be NaN.
 """
 
 from typing import Any
@@ -26,9 +26,9 @@ MAX_SPLITS = 32
 def tile_constants(
     heads: int, kv_heads: int, head_dim: int, block_size: int, dtype: torch.dtype
 ) -> dict[str, Any]:
-    """What both kernels are specialized for besides their own tiles. Raises ValueError.
+    """Return the constants that both kernels are specialized for. Raises ValueError.
 
-    A tile has at most 16 KiB of keys, or 32 in float32, which is for tests.
+    A tile has at most 16 KiB of keys, or 32 KiB in float32, which is for tests.
     """
     if head_dim % 8 or not 8 <= head_dim <= MAX_HEAD_DIM:
         raise ValueError(f"head_dim {head_dim}: need a multiple of 8 from 8 to {MAX_HEAD_DIM}")
@@ -47,7 +47,10 @@ def tile_constants(
 
 
 def score_constants(scale: float, soft_cap: float | None) -> dict[str, float]:
-    """Raises ValueError: the highest of scores that are scaled later must be the highest before."""
+    """Return the constants of scoring. Raises ValueError unless both are above 0.
+
+    Scores are scaled after their maximum is taken, so scaling must preserve their order.
+    """
     if not scale > 0 or (soft_cap is not None and not soft_cap > 0):
         raise ValueError(f"scale {scale} and soft_cap {soft_cap}: need numbers above 0")
     return {"SCALE": scale, "SOFT_CAP": soft_cap or 0.0}
@@ -61,8 +64,11 @@ def check_scratch(scratch: torch.Tensor, numel: int, num_splits: int) -> None:
 
 
 def check_shapes(q: torch.Tensor, kv_layer: torch.Tensor, out: torch.Tensor) -> None:
-    """q and out [N, H, D] with their heads side by side, kv_layer [blocks, 2, block_size, H_kv, D]
-    with only its blocks apart. Raises ValueError."""
+    """Raise ValueError unless shapes, strides and dtypes are as the kernels require.
+
+    q and out [N, H, D] with contiguous rows, kv_layer [blocks, 2, block_size, H_kv, D] with
+    contiguous blocks.
+    """
     _, two, block_size, kv_heads, head_dim = kv_layer.shape
     side = kv_heads * head_dim
     if two != 2 or kv_layer.stride()[1:] != (block_size * side, side, head_dim, 1):
@@ -97,10 +103,10 @@ def load_tile(
     PADDED_DIM: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Keys and values [keys, PADDED_DIM] of one request's positions; zeros where not readable.
+    """Load keys and values [keys, PADDED_DIM] of one request's positions; zeros if not readable.
 
-    Without MASKED all of them are readable. A block begins at a multiple of 16 elements, a head at
-    one of HEAD_DIM: both are known when this is compiled, hence 16-byte loads.
+    Without MASKED all of them are readable. A block starts at a multiple of 16 elements, a head at
+    a multiple of HEAD_DIM: both are known at compile time, which allows 16-byte loads.
     """
     entries = table + positions // BLOCK_SIZE
     dims = tl.arange(0, PADDED_DIM)
@@ -125,13 +131,16 @@ def load_tile(
 
 @triton.jit
 def scores_of(q, k, SCALE: tl.constexpr, SOFT_CAP: tl.constexpr, UPCAST: tl.constexpr):
-    """q @ k^T [M, keys], which `absorb` scales; where scores are capped, what scales the cap."""
+    """Return q @ k^T [M, keys], which `absorb` scales.
+
+    With a cap, returns tanh(q @ k^T * SCALE / SOFT_CAP), which `absorb` multiplies by the cap.
+    """
     if UPCAST:
         q, k = q.to(tl.float32), k.to(tl.float32)
     scores = tl.dot(q, tl.trans(k), input_precision="ieee")
     if SOFT_CAP > 0:
         power = tl.exp2(scores * (2 * LOG2_E * SCALE / SOFT_CAP))
-        scores = 1 - 2 / (power + 1)  # tanh, also of what is infinite
+        scores = 1 - 2 / (power + 1)  # tanh, correct for infinite powers too
     return scores
 
 
@@ -146,13 +155,13 @@ def absorb(
     SOFT_CAP: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """acc, total and high with one more tile; scores of what a row does not see are -inf.
+    """Update acc, total and high with one more tile; scores of keys a row cannot see are -inf.
 
-    Scaling is left to here, where it and the subtraction are one instruction.
+    Scores are scaled here, because scaling and subtraction are one instruction.
     """
     factor: tl.constexpr = LOG2_E * (SOFT_CAP if SOFT_CAP > 0 else SCALE)
     new_high = tl.maximum(high, tl.max(scores, 1) * factor)
-    # a row that has seen nothing yet would take -inf from -inf
+    # a row that has seen no key yet would compute -inf - (-inf)
     base = tl.where(new_high == float("-inf"), 0.0, new_high)
     weights = tl.exp2(scores * factor - base[:, None])
     shrink = tl.exp2(high - base)
@@ -165,9 +174,9 @@ def absorb(
 
 @triton.jit
 def stretch(first, last, split, num_splits, MIN_TILES: tl.constexpr):
-    """Of the tiles [first, last), the [begin, end) of one split, or of a tensor of them.
+    """Return the part [begin, end) of the tiles [first, last) for one split, or a tensor of them.
 
-    MIN_TILES or more but in the last one; begin >= end: this split has none.
+    At least MIN_TILES except in the last non-empty split; begin >= end: the split is empty.
     """
     tiles = tl.maximum(tl.cdiv(last - first, num_splits), MIN_TILES)
     begin = first + split * tiles

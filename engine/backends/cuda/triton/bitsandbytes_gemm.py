@@ -1,7 +1,8 @@
-"""NF4 through bitsandbytes' own kernel, for a few rows on devices where it was measured faster.
+"""Multiplies NF4 weights by bitsandbytes' kernel, for few rows on devices where that is faster.
 
-It reads the codes of an output one after the other, the even input in the high half of a byte:
-a second copy of them beside that of our kernels.
+That kernel reads the codes of an output one after the other, the even input in the high half of a
+byte: it needs its own copy, in addition to that of the kernels here. `crossovers` holds the
+measurements.
 """
 
 import importlib.util
@@ -16,7 +17,7 @@ BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
 def takes(weight: QuantizedWeight, device: torch.device) -> bool:
-    """Whether bitsandbytes is installed, and has a kernel for such a weight there."""
+    """Whether bitsandbytes is installed and has a kernel for this weight on this device."""
     return (
         device.type == "cuda"
         and weight.format == "nf4"
@@ -29,8 +30,10 @@ def takes(weight: QuantizedWeight, device: torch.device) -> bool:
 def pack(
     weight: QuantizedWeight, bias: Tensor | None, device: torch.device
 ) -> Callable[[Tensor], Tensor]:
-    """x [N, in] -> x W^T + bias [N, out], in x's dtype, which is `bias`'s too. On a CPU it is
-    bitsandbytes' plain way, slow and for tests."""
+    """Return a function x [N, in] -> x W^T + bias [N, out]; x, `bias` and result have one dtype.
+
+    On a CPU bitsandbytes uses its fallback, which is slow and for tests.
+    """
     import bitsandbytes  # noqa: F401  (registers the op)
 
     codes = weight.codes.to(device)

@@ -1,19 +1,19 @@
-"""Which way a quantized linear layer goes, by its number of rows.
+"""Chooses the implementation of a quantized linear layer, by its number of rows.
 
-    fused         decode and multiply in one kernel: reads a quarter of the bytes, decodes them
-                  anew for every tile of rows
-    dequantize    the whole weight into a scratch, then the library's product: for many rows
-    bitsandbytes  its gemm_4bit, NF4 only; the layer then keeps the codes a second time
+    fused         decode and multiply in one kernel: reads a quarter of the bytes, but decodes
+                  them again for every tile of rows
+    dequantize    the whole weight into scratch memory, then the library's product: for many rows
+    bitsandbytes  its gemm_4bit, NF4 only; the layer then keeps a second copy of the codes
 
-`crossovers.json` holds what was measured, under the name of the device it was measured on:
+`crossovers.json` holds the measured choices, under the name of the device they were measured on:
 
     {"devices": {"NAME": [{"format": "nf4", "out_features": 4096, "in_features": 4096, "choices": [
       {"up_to_rows": 16, "implementation": "fused", "tiles": {"rows": 16, "outputs": 128,
        "num_warps": 4, "num_stages": 4, "split_k": 8}},
       {"up_to_rows": null, "implementation": "dequantize"}]}]}}
 
-For every other device and shape `unmeasured` decides, which follows from counting bytes,
-instructions and processors alone.
+For every other device and shape `unmeasured` decides, by counting bytes, instructions and
+processors alone.
 """
 
 import json
@@ -24,17 +24,17 @@ from typing import Any
 
 TABLE = Path(__file__).with_name("crossovers.json")
 IMPLEMENTATIONS = ("fused", "dequantize", "bitsandbytes")
-ROWS = (16, 32, 64, 128, 256)  # of a tile
+ROWS = (16, 32, 64, 128, 256)  # in a tile
 OUTPUTS = (64, 128)
 
 LARGEST_FUSED = 256  # rows
 LARGEST_SPLIT = 16
-BLOCKS_PER_PART = 8  # at least: a part pays for filling and draining its pipeline
+BLOCKS_PER_PART = 8  # at least: each part fills and drains its pipeline once
 
 
 @dataclass(frozen=True, slots=True)
 class Tiles:
-    """How the fused kernel cuts its work. A row's bits depend on `rows` and `split_k`."""
+    """Tile sizes of the fused kernel. A row's bits depend on `rows` and `split_k`."""
 
     rows: int
     outputs: int
@@ -63,9 +63,9 @@ class Shape:
     in_features: int
 
 
-# Not measured. In the compiled code, 64 rows cost the fewest instructions for each weight, for
-# fewer rows too; 128 are needed where decoding twice would cost more than idle tensor cores. The
-# second number is how many programs a processor should get, if the inputs can be cut so far.
+# Not measured. In the compiled code, tiles of 64 rows cost the fewest instructions per weight, even
+# for fewer rows; 128 are needed if decoding twice would cost more than idle tensor cores. The
+# last number is how many programs a processor should get, if the inputs can be split that far.
 _UNMEASURED = (
     (64, Tiles(64, 128, num_warps=4, num_stages=4), 2),
     (LARGEST_FUSED, Tiles(128, 128, num_warps=8, num_stages=3), 1),
@@ -75,9 +75,10 @@ _UNMEASURED = (
 def choices_for(
     shape: Shape, blocks: int, device_name: str, processors: int, table: Path = TABLE
 ) -> tuple[Choice, ...]:
-    """By ascending rows; the last takes any number. `blocks` of inputs are what a split cuts.
+    """List the choices by ascending rows; the last takes any number.
 
-    Raises ValueError for a table that says something else than the above.
+    Splits cut the inputs at multiples of a block; there are `blocks` of them. Raises ValueError if
+    the table is not in the format above.
     """
     for entry in json.loads(table.read_text())["devices"].get(device_name, []):
         if shape == Shape(entry["format"], entry["out_features"], entry["in_features"]):
@@ -86,7 +87,7 @@ def choices_for(
 
 
 def unmeasured(shape: Shape, blocks: int, processors: int) -> tuple[Choice, ...]:
-    """Fused up to LARGEST_FUSED rows, then dequantize."""
+    """Choose fused up to LARGEST_FUSED rows, then dequantize."""
     choices = [Choice(None, "dequantize")]
     for up_to_rows, tiles, programs in reversed(_UNMEASURED):
         panels = -(-shape.out_features // tiles.outputs)
@@ -100,7 +101,7 @@ def choose(choices: tuple[Choice, ...], rows: int) -> Choice:
 
 
 def _split(panels: int, blocks: int, programs: int) -> int:
-    """The smallest power of two that makes so many programs, if the inputs suffice."""
+    """Return the smallest power of two that gives `programs` programs, if the inputs suffice."""
     split = 1
     while split < LARGEST_SPLIT and panels * split < programs:
         if blocks < 2 * split * BLOCKS_PER_PART:

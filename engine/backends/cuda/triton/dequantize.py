@@ -1,5 +1,8 @@
-"""A packed weight as a dense one, for products of so many rows that reading its codes is the
-smaller part: the library multiplies faster than a kernel that decodes on the way."""
+"""Dequantizes a packed weight to a dense one, for products of many rows.
+
+Reading the codes is then the smaller part of the work, and the library multiplies faster than a
+kernel that also decodes.
+"""
 
 import torch
 import triton
@@ -10,7 +13,7 @@ from engine.backends.cuda.triton.fourbit import decode, decoding, panel_offsets
 from engine.backends.cuda.triton.launch import upcast
 from engine.backends.cuda.triton.packed_weight import PANEL, PackedWeight
 
-BLOCKS = 8  # of inputs, for one program
+BLOCKS = 8  # blocks of inputs per program
 
 _PANEL = tl.constexpr(PANEL)
 
@@ -32,7 +35,7 @@ def dequantize_kernel(
     BLOCKS: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """One panel's outputs, BLOCKS of its inputs."""
+    """Decode one panel's outputs, for BLOCKS blocks of its inputs."""
     W: tl.constexpr = BK // 4 if DECODE == "int8" else BK // 8
     HAS_ZEROS: tl.constexpr = DECODE == "int4" or DECODE == "int4_whole"
     DTYPE: tl.constexpr = dense_ptr.dtype.element_ty
@@ -53,8 +56,11 @@ def dequantize_kernel(
 
 
 def dequantize(weight: PackedWeight, dense: Tensor) -> None:
-    """Into dense [out, in], contiguous, its dtype of any float: each value in float32, rounded
-    once. Columns are in the order of the codes, whatever `input_order` says."""
+    """Decode the weight into dense [out, in], contiguous and of any float dtype.
+
+    Each value is computed in float32 and rounded once. Columns are in the order of the codes,
+    whatever `input_order` is.
+    """
     grid = (weight.words.shape[0], -(-weight.blocks // BLOCKS))
     dequantize_kernel[grid](
         weight.words,
@@ -78,7 +84,7 @@ def dequantize(weight: PackedWeight, dense: Tensor) -> None:
 def multiply_dense(
     x: Tensor, weight: PackedWeight, bias: Tensor | None, out: Tensor, dense: Tensor
 ) -> None:
-    """out [N, out] = x [N, in] W^T + bias by way of `dense` [out, in]; all of one dtype."""
+    """Compute out [N, out] = x [N, in] W^T + bias through `dense` [out, in]; all of one dtype."""
     dequantize(weight, dense)
     if bias is None:
         torch.mm(x, dense.t(), out=out)

@@ -1,12 +1,12 @@
-"""Drawing a token from each of many rows of logits, by its own temperature, filters and noise.
+"""Draws a token from each of many rows of logits, by its own temperature, filters and noise.
 
-    floors   the smallest logit, over the temperature, that a row's top-k and top-p leave
-    draw     argmax over the vocabulary of logit / temperature + Gumbel noise, floors respected
+    floors   the smallest logit / temperature that a row's top-k and top-p keep
+    draw     argmax of logit / temperature + Gumbel noise over the tokens at or above the floor
 
-Meaning and results are those of `engine.backends.cuda.draw`: the noise is the same hash, and the
-floors count tokens and probabilities as integers, so that a sum has no order. A floor is found
-from the highest bits of a number to the lowest, two at a time, with one pass over the row for each:
-nothing is sorted, and nothing of the size of the logits is stored.
+Semantics and results equal those of `engine.backends.cuda.draw`: the noise is the same hash, and
+the floors count tokens and probabilities as integers, so that sums do not depend on their order. A
+floor is found from the highest bits of a number to the lowest, two at a time, with one pass over
+the row for each: nothing is sorted, and nothing of the size of the logits is stored.
 """
 
 import torch
@@ -19,10 +19,10 @@ from engine.backends.cuda.triton.launch import interpreting
 
 MASS_SCALE = tl.constexpr(float(2**40))  # a probability of 1 relative to the likeliest token's
 _LOG2_E = tl.constexpr(1.4426950408889634)
-_KEY_OF_NOTHING = tl.constexpr(-2139095041)  # that of minus infinity
+_KEY_OF_NOTHING = tl.constexpr(-2139095041)  # key of minus infinity
 FLOOR_BLOCK, FLOOR_WARPS = 4096, 16
 DRAW_BLOCK, DRAW_WARPS = 1024, 4
-DRAW_PART = 8192  # tokens of one program
+DRAW_PART = 8192  # tokens per program
 
 
 def floors(
@@ -33,9 +33,9 @@ def floors(
     top_p: Tensor,
     floor: Tensor,
 ) -> None:
-    """floor [D] = max(floor, what top-k and then top-p ask for), over the temperature.
+    """Set floor [D] = max(floor, logit / temperature at which top-k and then top-p cut).
 
-    logits [B, V] float32 with adjacent columns; rows [D] int32 which of them; temperature and
+    logits [B, V] float32 with adjacent columns; rows [D] int32 indices into them; temperature and
     top_p [D] float32; top_k [D] int32. top_k 0 and top_p 1 are off.
     """
     _floors_kernel[(len(rows),)](
@@ -60,9 +60,9 @@ def draw(
     key_low: Tensor,
     key_high: Tensor,
 ) -> Tensor:
-    """[D] int64: one of the tokens whose logit / temperature is at least the floor [D].
+    """Draw int64 [D]: one of the tokens whose logit / temperature is at least the floor [D].
 
-    key_low and key_high [D] int32 are the halves of each row's key of noise.
+    key_low and key_high [D] int32 are the halves of each row's noise key.
     """
     num_parts = triton.cdiv(logits.shape[1], DRAW_PART)
     best = torch.empty(len(rows), num_parts, device=logits.device)
@@ -99,7 +99,7 @@ def _floors_kernel(
     vocab,
     BLOCK: tl.constexpr,
 ):
-    """Looks for the smallest logit that is left and divides that alone: dividing keeps order."""
+    """Find the smallest kept logit and divide only that: division preserves order."""
     draw = tl.program_id(0)
     row = logits + tl.load(rows + draw).to(tl.int64) * logits_stride
     t = tl.load(temperature + draw)
@@ -125,8 +125,10 @@ def _floors_kernel(
 
 @triton.jit
 def _key_of_floor(row, top, rate, kept, needed, vocab, BY_MASS: tl.constexpr, BLOCK: tl.constexpr):
-    """The largest key such that tokens of at least it weigh what is needed: count, or have the
-    mass of those from `kept` on."""
+    """Return the largest key such that all tokens of at least this key weigh `needed` or more.
+
+    A token weighs 1, or with BY_MASS its mass, which is 0 below `kept`. Never less than `kept`.
+    """
     WEIGHT: tl.constexpr = tl.int64 if BY_MASS else tl.int32
     chosen = tl.full((), -2147483648, tl.int32)
     step = tl.full((), 1 << 30, tl.int32)
@@ -161,7 +163,7 @@ def _highest(row, vocab, BLOCK: tl.constexpr):
 
 @triton.jit
 def _logits(row, start, vocab, BLOCK: tl.constexpr):
-    """Behind the vocabulary there is nothing."""
+    """Load BLOCK logits from `start` on; minus infinity past the end of the vocabulary."""
     ids = start + tl.arange(0, BLOCK)
     return tl.load(row + ids, mask=ids < vocab, other=float("-inf"))
 
@@ -174,7 +176,7 @@ def _mass(values, counts, top, rate):
 
 @triton.jit
 def _key(values):
-    """float32 -> int32 in the same order; both zeros are one."""
+    """Map float32 to int32 in the same order; both zeros get one key."""
     bits = (values + 0.0).to(tl.int32, bitcast=True)
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 

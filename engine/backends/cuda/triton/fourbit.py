@@ -1,13 +1,13 @@
-"""y = x W^T for a weight in few bits: decoded in registers on its way to the tensor cores.
+"""Computes y = x W^T for a low-bit weight, decoded in registers just before the product.
 
-A program takes BM rows of x and BN outputs and walks over blocks of BK inputs; a weight is read
-and decoded once for every BM rows. Each is multiplied by its scale in float32 and rounded to x's
-dtype before the product, as `dequantize` and a cast would; sums are float32.
+A program takes BM rows of x and BN outputs and loops over blocks of BK inputs; a weight is read
+and decoded once for every BM rows. Each weight is multiplied by its scale in float32 and rounded
+to x's dtype before the product, as `dequantize` and a cast would do; sums are float32.
 
-Where one program per tile would leave processors idle, the inputs are cut into SPLIT_K parts,
-each summed into a float32 plane of its own, and `sum_kernel` adds the planes in their order. No
-atomics: the same x gives the same bits, and a row's bits do not depend on the other rows as long
-as BM and SPLIT_K stay what they are.
+If one program per tile would leave processors idle, the inputs are cut into SPLIT_K parts, each
+summed into its own float32 plane, and `sum_kernel` adds the planes in order. No atomics: the same
+x gives the same bits, and a row's bits do not depend on the other rows as long as BM and SPLIT_K
+stay the same.
 """
 
 import torch
@@ -35,10 +35,10 @@ SUM_BLOCK = 1024
 
 @triton.jit
 def rounded(value, DTYPE: tl.constexpr, UPCAST: tl.constexpr):
-    """float32 -> DTYPE, to the nearest, ties to even.
+    """Round float32 to DTYPE, to nearest, ties to even.
 
-    UPCAST: to bfloat16 in the interpreter, which only cuts the lower half off; what is cut is
-    rounded here, in integers. Not for NaN.
+    UPCAST: to bfloat16 in the interpreter, whose cast only cuts off the lower half, so the value
+    is rounded here first, in integers. Does not handle NaN.
     """
     if UPCAST:
         bits = value.to(tl.uint32, bitcast=True)
@@ -52,7 +52,7 @@ def rounded(value, DTYPE: tl.constexpr, UPCAST: tl.constexpr):
 
 @triton.jit
 def _interleave4(a, b, c, d):
-    """Four [X, W] -> [X, 4 W], whose columns 4 w .. 4 w + 3 are column w of a, b, c, d."""
+    """Join four [X, W] to [X, 4 W], whose columns 4 w .. 4 w + 3 are column w of a, b, c, d."""
     joined = tl.join(tl.join(a, c), tl.join(b, d))
     return tl.reshape(joined, (a.shape[0], 4 * a.shape[1]))
 
@@ -64,10 +64,10 @@ def _interleave2(a, b):
 
 @triton.jit
 def _whole(words, less, SHIFT: tl.constexpr, MASK: tl.constexpr):
-    """The field at bit SHIFT of every word minus `less`, a whole number: as a float, exactly.
+    """Return the field at bit SHIFT of every word minus `less`, a whole number, as an exact float.
 
-    No conversion: in the last bits of the float 2^23, a field at bit LOW makes it exceed 2^23 by
-    field * 2^LOW.
+    Needs no conversion: with a field at bit LOW of its last bits, the float 2^23 becomes
+    2^23 + field * 2^LOW.
     """
     LOW: tl.constexpr = SHIFT % 16
     half = words.to(tl.uint32, bitcast=True) >> (SHIFT - LOW)
@@ -77,7 +77,7 @@ def _whole(words, less, SHIFT: tl.constexpr, MASK: tl.constexpr):
 
 @triton.jit
 def _value(words, zero, values_ptr, SHIFT: tl.constexpr, DECODE: tl.constexpr):
-    """What the codes at bit SHIFT of every word stand for, but for the scale."""
+    """Return the unscaled values of the codes at bit SHIFT of every word."""
     if DECODE == "int8":
         value = _whole(words, 128, SHIFT, 255)
     elif DECODE == "int4_whole":
@@ -91,7 +91,7 @@ def _value(words, zero, values_ptr, SHIFT: tl.constexpr, DECODE: tl.constexpr):
 
 @triton.jit
 def _four(words, zero, values_ptr, FIRST: tl.constexpr, DECODE: tl.constexpr):
-    """The same for the codes at bits FIRST, FIRST + 8, FIRST + 16 and FIRST + 24."""
+    """Return the unscaled values of the codes at bits FIRST, FIRST + 8, FIRST + 16, FIRST + 24."""
     return _interleave4(
         _value(words, zero, values_ptr, FIRST, DECODE),
         _value(words, zero, values_ptr, FIRST + 8, DECODE),
@@ -134,13 +134,13 @@ def decode(
     DTYPE: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """words [BN, W], scale and zero [BN, 1] -> the weights in DTYPE, inputs in their order.
+    """Decode words [BN, W] with scale and zero [BN, 1] to weights in DTYPE, inputs in order.
 
-    DECODE is a format; or nf4_registers, the same by `nf4_lookup`, for a 16-bit DTYPE and not
-    in the interpreter; or int4_whole, the same with less work where zeros are whole numbers.
+    DECODE is a format; or nf4_registers: nf4 by `nf4_lookup`, for a 16-bit DTYPE and not in the
+    interpreter; or int4_whole: int4 with less work, for zeros that are whole numbers.
     """
-    # What comes last is no reshape: the compiler would carry that into shared memory, for which
-    # small blocks have no layout
+    # The last operation must not be a reshape: the compiler would move it into shared memory, for
+    # which small blocks have no layout
     if DECODE == "nf4_registers":
         return _nf4_in_registers(words, scale, DTYPE)
     else:
@@ -152,7 +152,7 @@ def decode(
 
 @triton.jit
 def panel_offsets(blocks, BN: tl.constexpr, W: tl.constexpr):
-    """Where the words [BN, W] of the first block lie behind those of the first output."""
+    """Return offsets [BN, W] of the first block's words from the first word of the first output."""
     out = tl.arange(0, BN)
     row = (out // _PANEL) * (blocks * _PANEL * W) + (out % _PANEL) * W
     return row[:, None] + tl.arange(0, W)[None, :]
@@ -225,7 +225,7 @@ def gemm_kernel(
 
     if HAS_BIAS:
         acc += tl.load(bias_ptr + out)[None, :]
-    # A plane has as many rows; its stride is no argument, for it may be a multiple of 16 or not
+    # A plane's stride is computed: as an argument, multiples of 16 would get a kernel of their own
     at = y_ptr + (part.to(tl.int64) * rows + wide_row) * stride_y + out[None, :]
     mask = (row[:, None] < rows) & (out[None, :] < out_features)
     ROUND: tl.constexpr = UPCAST and SPLIT_K == 1
@@ -244,7 +244,10 @@ def sum_kernel(
     BLOCK: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """y [rows, out] = sum of planes [PLANES, rows, out] + bias; a program for part of a row."""
+    """Compute y [rows, out] = sum of planes [PLANES, rows, out] + bias.
+
+    Each program computes part of a row.
+    """
     row = tl.program_id(0).to(tl.int64)
     rows = tl.num_programs(0).to(tl.int64)
     out = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -270,11 +273,11 @@ def multiply(
     planes: Tensor,
     tiles: Tiles,
 ) -> None:
-    """out [N, out] = x [N, in] W^T + bias; x's columns in the order of the codes.
+    """Compute out [N, out] = x [N, in] W^T + bias; x's columns are in the order of the codes.
 
-    `bias` is float32 [padded out]; `planes` float32 with `planes_size` elements at least. The
-    last dimensions of x and out are contiguous. N and the strides decide the grid: nothing is
-    read from the device, nothing allocated.
+    `bias` is float32 [padded out]; `planes` float32 with at least `planes_size` elements. The
+    last dimensions of x and out are contiguous. The grid depends on N and the strides alone:
+    nothing is read from the device, nothing allocated.
     """
     rows, split = len(x), tiles.split_k
     target = planes if split > 1 else out
@@ -313,12 +316,12 @@ def multiply(
 
 
 def planes_size(weight: PackedWeight, rows: int, tiles: Tiles) -> int:
-    """Float32 elements that `multiply` needs for so many rows."""
+    """Number of float32 elements of `planes` that `multiply` needs for this many rows."""
     return tiles.split_k * rows * weight.out_features if tiles.split_k > 1 else 0
 
 
 def decoding(weight: PackedWeight, dtype: torch.dtype) -> str:
-    """The DECODE of the kernels."""
+    """Return the kernels' DECODE for this weight and dtype of x."""
     if weight.format == "nf4" and dtype != torch.float32 and not interpreting():
         return "nf4_registers"
     return "int4_whole" if weight.has_whole_zeros else weight.format

@@ -1,8 +1,8 @@
-"""Rows rounded to FP8 (e4m3), each with a scale of its own: what FP8 linear layers read.
+"""Rounds rows to FP8 (e4m3), each with its own scale, as inputs of FP8 linear layers.
 
-The rounding is done in integers: exact on every device and in the interpreter, and free beside
-the memory that these kernels wait for. Constants are local, here and in `gate`: Triton compares
-all global ones at every launch of a kernel that may use them.
+The rounding is done in integers: exact on every device and in the interpreter, and at no extra
+time, as these kernels are limited by memory. Constants are local, here and in `gate`: Triton
+compares all global ones at every launch of a kernel that may use them.
 """
 
 import torch
@@ -15,11 +15,11 @@ from engine.backends.cuda.triton.launch import block_of, warps_of
 
 @triton.jit
 def e4m3_bits(values):
-    """float32, at most 448 in magnitude -> the nearest e4m3, ties to even, as uint8."""
-    DENORMAL: tl.constexpr = 2.0**-6  # below it e4m3 counts steps of 2^-9
-    DENORMAL_SHIFT: tl.constexpr = 2.0**14  # added, it leaves that count in a float32's last bits
-    DENORMAL_BITS: tl.constexpr = 0x46800000  # those of DENORMAL_SHIFT
-    EXPONENTS_APART: tl.constexpr = (127 - 7) << 3  # float32's bias and e4m3's
+    """Round float32, at most 448 in magnitude, to the nearest e4m3, ties to even, as uint8."""
+    DENORMAL: tl.constexpr = 2.0**-6  # below it e4m3 values are multiples of 2^-9
+    DENORMAL_SHIFT: tl.constexpr = 2.0**14  # adding it puts the multiple into a float32's last bits
+    DENORMAL_BITS: tl.constexpr = 0x46800000  # bits of DENORMAL_SHIFT
+    EXPONENTS_APART: tl.constexpr = (127 - 7) << 3  # difference of the exponent biases
     NAN: tl.constexpr = 0x7F
     magnitude = tl.abs(values)
     bits = magnitude.to(tl.int32, bitcast=True)
@@ -33,9 +33,9 @@ def e4m3_bits(values):
 
 @triton.jit
 def store_e4m3(values, inside, codes_ptr, scale_ptr):
-    """A whole row, float32 and 0 outside: its codes through pointers [BLOCK], its scale."""
-    LARGEST: tl.constexpr = 448.0  # of e4m3
-    TINY: tl.constexpr = 1e-12  # rows below it have its scale: 1 / scale must not overflow
+    """Store codes, through pointers [BLOCK], and scale of a whole row: float32, 0 outside."""
+    LARGEST: tl.constexpr = 448.0  # largest e4m3 value
+    TINY: tl.constexpr = 1e-12  # smaller rows get the scale of this: 1 / scale must not overflow
     largest = tl.maximum(tl.max(tl.abs(values), 0), TINY)
     tl.store(scale_ptr, tl.div_rn(largest, LARGEST))
     scaled = values * tl.div_rn(LARGEST, largest)
@@ -56,7 +56,7 @@ def quantize_rows_kernel(
 
 
 def quantize_rows(x: torch.Tensor, rows: E4m3Rows) -> None:
-    """x [N, width] of any float, its last dimension contiguous, into `rows` of the same shape."""
+    """Round x [N, width], any float dtype, contiguous rows, into `rows` of the same shape."""
     if len(x):
         width = x.shape[1]
         block = block_of(width)

@@ -1,4 +1,4 @@
-"""activation(gate) * up, the middle of a gated MLP."""
+"""Computes activation(gate) * up, the middle of a gated MLP."""
 
 import torch
 import triton
@@ -9,7 +9,7 @@ from engine.backends.cuda.triton.fp8_rows import store_e4m3
 from engine.backends.cuda.triton.launch import block_of, warps_of
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
-BLOCK = 1024  # values of a program where a row can be cut
+BLOCK = 1024  # values per program, if a row can be split
 
 
 @triton.jit
@@ -29,7 +29,7 @@ def activate(gate, ACTIVATION: tl.constexpr):
 def gate_kernel(
     gate_up_ptr,
     out_ptr,
-    codes_ptr,  # None: no FP8; else a program has a whole row
+    codes_ptr,  # None: no FP8; otherwise a program computes a whole row
     scales_ptr,
     gate_up_stride,
     out_stride,
@@ -57,9 +57,10 @@ def gate(
     *,
     rounded: E4m3Rows | None = None,
 ) -> None:
-    """gate_up [N, 2 I] -> out [N, I] = activation(gate) * up, rounded once.
+    """Compute out [N, I] = activation(gate) * up of gate_up [N, 2 I], rounded once.
 
-    Last dimensions are contiguous. `activation` is one of ACTIVATIONS. `rounded` gets out in FP8.
+    Last dimensions are contiguous. `activation` is one of ACTIVATIONS. `rounded`, if given,
+    receives out in FP8 too.
     """
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation={activation!r} is not one of {', '.join(ACTIVATIONS)}")

@@ -1,30 +1,36 @@
-"""What launchers ask before a launch: of the device, of the interpreter, of a row's width."""
+"""Launch settings: block and warps for a row width, processors, interpreter mode."""
 
 import torch
 import triton
 
-MAX_WIDTH = 65536  # values of a row that one program can hold; beyond 32768 some are spilt
+MAX_WIDTH = 65536  # values of a row that one program can hold; above 32768 registers spill
 
 
 def block_of(width: int) -> int:
-    """The power of two that holds a row. Raises ValueError for one that is too wide."""
+    """Return the power of two that holds a row. Raises ValueError if the row is too wide."""
     if width > MAX_WIDTH:
         raise ValueError(f"a row of {width} values; at most {MAX_WIDTH} fit one program")
     return power_of_two(width)
 
 
 def power_of_two(least: int) -> int:
-    """The smallest one from `least` on. Triton's own takes longer than the rest of a launcher."""
+    """Return the smallest power of two from `least` on.
+
+    Triton's own function takes longer than the rest of a launcher.
+    """
     return 1 << (least - 1).bit_length()
 
 
 def warps_of(block: int) -> int:
-    """16 values a thread, two 16-byte loads in two-byte types; more where rows are very wide."""
+    """Return the number of warps, at most 32, for 16 values per thread.
+
+    In two-byte types these are two 16-byte loads; threads of very wide rows have more values.
+    """
     return min(max(block // 512, 1), 32)
 
 
 def num_processors(device: torch.device) -> int:
-    """1 on a CPU, where an interpreter is all of them."""
+    """Return the number of multiprocessors; 1 on a CPU, where the interpreter runs the kernels."""
     if device.type == "cpu":
         return 1
     return torch.cuda.get_device_properties(device).multi_processor_count
@@ -35,5 +41,5 @@ def interpreting() -> bool:
 
 
 def upcast(dtype: torch.dtype) -> bool:
-    """The UPCAST of the kernels: the interpreter's products and roundings of bfloat16 are wrong."""
+    """Return the kernels' UPCAST: the interpreter's bfloat16 products and rounding are wrong."""
     return dtype == torch.bfloat16 and interpreting()

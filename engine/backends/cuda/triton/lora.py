@@ -1,22 +1,23 @@
-"""Multi-LoRA: every row of a batch with its own adapter at its own rank, in two kernels.
+"""Multi-LoRA: applies to every row of a batch its own adapter at its own rank, in two kernels.
 
-    shrink  planes [P, positions, R] = x [N, in] @ A^T     in float32, P parts of the inputs apart
-    expand  y [N, out] += (sum of planes) @ B              slice by slice, in place
+    shrink  planes [P, positions, R] = x [N, in] @ A^T   in float32, a plane per part of the inputs
+    expand  y [N, out] += (sum of planes) @ B            slice by slice, in place
 
-A is [R, in], the ranks of all slices (q, k, v; gate, up) one below the other, B of a slice is
-[r, out_j]. Both lie in one arena, at multiples of UNIT_BYTES; where, the table says:
+A is [R, in], the ranks of all slices (q, k, v; gate, up) stacked, B of a slice is [r, out_j].
+Both lie in one arena, at multiples of UNIT_BYTES. The table holds their places:
 
     table  int32 [slots, 1 + sites, record]
-           record 0          start of the adapter's extent in units, then nothing
-           record 1 + site   units from there to A and to each slice's B (S words each, S = most
-                             slices of any site), then 0 and where the ranks of each slice end
+           record 0          start of the adapter's extent in units, rest unused
+           record 1 + site   offsets in units from there: of A (1 word), of each slice's B (S words,
+                             S = most slices of any site); then 0, and the end of each slice's
+                             ranks (S words)
 
 Grids are constant and everything that changes is read from device memory: the words of a plan
-(`lora_work`) and the table. No atomics: a row's result depends on that row,
-its adapter and the tiles alone. Rows without an adapter are neither read nor written.
+(`lora_work`) and the table. No atomics: a row's result depends on that row, its adapter and the
+tile sizes alone. Rows without an adapter are neither read nor written.
 
-Offsets are multiples of UNIT_BYTES from a base that the launcher knows to be aligned; that is what
-lets the compiler load 16 bytes at a time.
+Offsets are multiples of UNIT_BYTES from an aligned base, which lets the compiler load 16 bytes at
+a time.
 """
 
 from dataclasses import dataclass
@@ -33,7 +34,7 @@ from engine.backends.cuda.triton.lora_work import SiteKind, WorkShape
 
 
 def column_tiles(kind: SiteKind, columns: int) -> list[tuple[int, int, int, int]]:
-    """(slice, first column in the slice, first column in y, width of the slice) of each tile."""
+    """List (slice, first column in slice, first column in y, width of slice) of each tile."""
     tiles: list[tuple[int, int, int, int]] = []
     out0 = 0
     for number, width in enumerate(kind.out_features):
@@ -44,15 +45,15 @@ def column_tiles(kind: SiteKind, columns: int) -> list[tuple[int, int, int, int]
 
 @dataclass(frozen=True, slots=True)
 class LoraMemory:
-    """What the kernels read besides a batch's own rows; the addresses never change."""
+    """Memory that the kernels read besides a batch's own rows; its addresses never change."""
 
-    arena: Tensor  # [elements], of the adapters' dtype
+    arena: Tensor  # [elements], in the adapters' dtype
     table: Tensor  # int32 [slots, 1 + sites, record]
 
 
 @dataclass(frozen=True, slots=True)
 class KindLaunch:
-    """How the kernels are launched at sites of one kind, for batches of one shape."""
+    """Launch settings of both kernels at sites of one kind, for batches of one shape."""
 
     column_tiles: Tensor  # int32 [tiles, 4], on the device
     shrink_programs: int
@@ -80,7 +81,7 @@ class KindLaunch:
 def shrink(
     launch: KindLaunch, memory: LoraMemory, words: Tensor, planes: Tensor, site: int, x: Tensor
 ) -> None:
-    """x [N, in], adjacent columns -> the planes, for its rows that have an adapter."""
+    """Compute the planes of x [N, in], adjacent columns, for its rows that have an adapter."""
     _shrink_kernel[(launch.shrink_programs,)](
         x,
         memory.arena,
@@ -97,7 +98,7 @@ def shrink(
 def expand(
     launch: KindLaunch, memory: LoraMemory, words: Tensor, planes: Tensor, site: int, y: Tensor
 ) -> None:
-    """y [N, out], adjacent columns, += what the planes hold, times B."""
+    """Compute y [N, out] += (sum of planes) @ B in place; y has adjacent columns."""
     _expand_kernel[(launch.expand_programs,)](
         planes,
         memory.arena,

@@ -1,22 +1,22 @@
-"""Work lists of the multi-LoRA kernels: which rows share an adapter, and what is to be multiplied.
+"""Builds the work lists of the multi-LoRA kernels: rows per adapter, and blocks to multiply.
 
 Plain numpy on the host, once per step. Rows are sorted by adapter slot and cut into segments of at
 most `Tiles.segment_rows` rows of one adapter; a segment's A is cut into blocks of rank rows. The
-kernels walk these lists with a grid of constant size, so that a CUDA graph replays for any
-adapters, and a list is as long as there is work: nothing is padded to the largest rank.
+kernels iterate over these lists with a grid of constant size, so that a CUDA graph replays for any
+adapters. A list is only as long as the work: nothing is padded to the largest rank.
 
 All lists are one int32 array, the words of a plan:
 
-    header     HEADER_WORDS per kind of site: the fields below; zeros are no work
+    header     HEADER_WORDS per kind of site: the fields below; zeros mean no work
     segments   SEGMENT_WORDS each: first and last + 1 position in rows, adapter slot
     rows       row of the batch at each position
     blocks     segment * MAX_BLOCKS + block, kind by kind
-    listed     segments that have any block, kind by kind
+    listed     segments that have at least one block, kind by kind
 
     x [rows, in] --shrink--> planes [P, positions, R] float32 --expand--> y [rows, out] += ...
 
-The inputs are summed in P planes. An item of shrink is one block in some of the planes, in more
-of them where blocks are plenty; a plane's sum does not depend on that, nor on any other row.
+The inputs are summed in P planes. A work item of shrink is one block in some of the planes, in
+more of them if there are many blocks; a plane's sum depends neither on that nor on any other row.
 """
 
 from collections.abc import Sequence
@@ -28,11 +28,11 @@ from numpy.typing import NDArray
 HEADER_WORDS = 8  # per kind of site
 ROWS_AT, BLOCKS_AT, NUM_ITEMS, ITEMS_PER_BLOCK, PLANES_PER_ITEM, LISTED_AT, NUM_LISTED = range(7)
 SEGMENT_WORDS = 4
-MAX_BLOCKS = 256  # of one segment at one site
+MAX_BLOCKS = 256  # per segment and site
 
-DECODE_ROWS = 256  # up to here rows may have as many adapters, and segments are short
-PLANE_ROWS = 8192  # positions times planes where planes take little memory
-PLANE_INPUTS = 256  # fewer inputs are not worth a plane
+DECODE_ROWS = 256  # up to this many rows, each may have its own adapter: segments are short
+PLANE_ROWS = 8192  # most positions times planes, to limit the memory of the planes
+PLANE_INPUTS = 256  # least inputs of a plane: fewer are not worth one
 
 Words = NDArray[np.int32]
 Indices = NDArray[np.intp]
@@ -40,8 +40,10 @@ Indices = NDArray[np.intp]
 
 @dataclass(frozen=True, slots=True)
 class Tiles:
-    """Sizes of one program's work. Shrink multiplies [rows, depth] by [depth, ranks], expand
-    [rows, ranks] by [ranks, columns]."""
+    """Tile sizes of one program.
+
+    Shrink multiplies [rows, depth] by [depth, ranks], expand [rows, ranks] by [ranks, columns].
+    """
 
     segment_rows: int
     max_planes: int
@@ -53,7 +55,7 @@ class Tiles:
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """`programs`: on one processor, all resident at once."""
+    """Launch settings of one kernel; `programs` of it are resident on a processor at once."""
 
     ranks: int
     warps: int
@@ -61,8 +63,8 @@ class Launch:
     programs: int
 
 
-# Chosen so that registers and shared memory of an sm_90 processor suffice for its programs, and
-# so many bytes are on their way as its memory needs. Their speed was not measured.
+# Chosen so that the programs fit the registers and shared memory of an sm_90 processor and keep
+# enough bytes in flight for its memory. Their speed was not measured.
 DECODE = Tiles(16, 8, Launch(16, 2, 4, 4), Launch(16, 4, 3, 3), 128, 256)
 PREFILL = Tiles(64, 4, Launch(32, 4, 4, 3), Launch(16, 4, 2, 3), 64, 64)
 
@@ -77,7 +79,7 @@ class SiteKind:
 
 @dataclass(frozen=True, slots=True)
 class WorkShape:
-    """All that is fixed for batches of up to `max_rows` rows, a number that `rounded_rows` gives.
+    """Sizes that are fixed for batches of up to `max_rows` rows, a result of `rounded_rows`.
 
     A row's result has the same bits in all batches of one shape.
     """
@@ -94,26 +96,26 @@ class WorkShape:
 
     @property
     def min_items(self) -> int:
-        """Shrink is cut finer while it has fewer."""
+        """Number of shrink items below which the work is split finer."""
         return 2 * self.num_processors * self.tiles.shrink.programs
 
     def num_planes(self, kind: SiteKind) -> int:
-        """A power of two, the same for every batch of this shape."""
+        """Number of planes: a power of two, the same for every batch of this shape."""
         wanted = min(self.tiles.max_planes, kind.in_features // PLANE_INPUTS)
         return _power_of_two(min(wanted, PLANE_ROWS // self.max_rows))
 
     def plane_width(self, kind: SiteKind) -> int:
-        """Largest sum of the slices' ranks."""
+        """Number of columns of a plane: the largest possible sum of the slices' ranks."""
         return len(kind.out_features) * self.max_lora_rank
 
     @property
     def plane_words(self) -> int:
-        """float32 words that the planes of any site take."""
+        """Number of float32 words that suffice for the planes of any site."""
         sizes = [self.num_planes(kind) * self.plane_width(kind) for kind in self.kinds]
         return self.max_rows * max(sizes)
 
     def max_words(self, num_rows: int) -> int:
-        """That the lists of a batch of this many rows can have."""
+        """Upper bound on the words of the lists of a batch of this many rows."""
         adapters = min(self.max_adapters, num_rows)
         segments = adapters + (num_rows - adapters) // self.tiles.segment_rows
         blocks = [-(-self.plane_width(kind) // self.tiles.shrink.ranks) for kind in self.kinds]
@@ -122,14 +124,14 @@ class WorkShape:
 
 
 def rounded_rows(num_rows: int) -> int:
-    """Few enough numbers that every kernel can be compiled for all of them beforehand."""
+    """Round up to one of few sizes, so that kernels can be compiled for all of them beforehand."""
     return max(DECODE_ROWS, 1 << (num_rows - 1).bit_length())
 
 
 def build_words(shape: WorkShape, row_slots: Sequence[int], ranks: NDArray[np.int32]) -> Words:
-    """The words of a batch whose row i has the adapter in slot `row_slots[i]`, 0 for none.
+    """Build the words of a batch whose row i has the adapter in slot `row_slots[i]`, 0 for none.
 
-    `ranks` [kinds, slots]: the largest sum of slice ranks that a slot has at sites of a kind.
+    `ranks` [kinds, slots] is the largest sum of slice ranks of a slot at any site of a kind.
     """
     rows, segments = _segments(np.asarray(row_slots, np.int32), shape.tiles.segment_rows)
     num_blocks = -(-ranks[:, segments[:, 2]] // shape.tiles.shrink.ranks)  # [kinds, segments]
@@ -153,7 +155,7 @@ def build_words(shape: WorkShape, row_slots: Sequence[int], ranks: NDArray[np.in
 
 
 def _segments(row_slots: NDArray[np.int32], segment_rows: int) -> tuple[Indices, Words]:
-    """Rows with an adapter, sorted by it, and segments [S, SEGMENT_WORDS] of them."""
+    """Return the rows that have an adapter, sorted by slot, and segments [S, SEGMENT_WORDS]."""
     rows = row_slots.argsort(kind="stable")[row_slots.size - np.count_nonzero(row_slots) :]
     slots = row_slots[rows]
     begins = np.flatnonzero(np.diff(slots, prepend=0))
@@ -169,8 +171,10 @@ def _segments(row_slots: NDArray[np.int32], segment_rows: int) -> tuple[Indices,
 
 
 def _planes_per_item(shape: WorkShape, num_blocks: list[int]) -> list[int]:
-    """Of each kind. As many as leave enough items for all programs: fewer items read x and the
-    tables less often."""
+    """Choose the planes per item, for each kind: as many as leave enough items for all programs.
+
+    Fewer items read x and the tables less often.
+    """
     found: list[int] = []
     for kind, blocks in zip(shape.kinds, num_blocks, strict=True):
         planes = per_item = shape.num_planes(kind)
@@ -181,12 +185,12 @@ def _planes_per_item(shape: WorkShape, num_blocks: list[int]) -> list[int]:
 
 
 def _spread(counts: NDArray[np.signedinteger]) -> tuple[Indices, Indices]:
-    """[2, 0, 3] -> which it is of, [0, 0, 2, 2, 2], and its number there, [0, 1, 0, 1, 2]."""
+    """Expand counts [2, 0, 3] to owners [0, 0, 2, 2, 2] and indices therein [0, 1, 0, 1, 2]."""
     ends = counts.cumsum()
     owner = np.arange(counts.size).repeat(counts)
     return owner, np.arange(owner.size) - (ends - counts)[owner]
 
 
 def _power_of_two(limit: int) -> int:
-    """The largest one up to `limit`, and at least 1."""
+    """Return the largest power of two up to `limit`, at least 1."""
     return 1 << max(limit, 1).bit_length() - 1

@@ -1,15 +1,15 @@
-"""PTX that decodes NF4 codes in registers, eight at a time, without a load per value.
+"""Generates PTX that decodes NF4 codes in registers, eight at a time, without a load per value.
 
 All values of one output and group are code -> round(NF4_VALUES[code] * scale), so there are only
 16 different ones. `table_ptx` multiplies and rounds those 16, and lays them out as two planes of
 16 bytes, the low and the high bytes of the rounded values, four registers each. `lookup_ptx` then
 reads both planes with byte permutes, whose selectors are the codes themselves: about three
-instructions for each value, the same bits as multiplying value by value.
+instructions per value, with the same bits as multiplying value by value.
 
-Every operand belongs to one element of a tensor, so that the result cannot depend on how the
-compiler spreads a tensor over threads. No operand is read once a result is written: the compiler
-may give both the same register. Not yet measured on a device; the plain way is a load per value
-from a table of 16 floats.
+Every operand belongs to one element of a tensor, so that the result does not depend on how the
+compiler distributes a tensor over threads. No operand is read after a result is written: the
+compiler may assign both to the same register. Not yet measured on a device. The alternative is a
+load per value from a table of 16 floats.
 """
 
 import struct
@@ -22,7 +22,7 @@ LOOKUP_CONSTRAINTS = ",".join(["=r"] * 4 + ["r"] * (1 + TABLE_REGISTERS))
 
 
 def table_ptx(pair_type: str) -> str:
-    """One float32 scale ($8) -> the table ($0 .. $7). `pair_type` is bf16x2 or f16x2."""
+    """Return PTX: one float32 scale ($8) -> table ($0 .. $7). `pair_type`: bf16x2 or f16x2."""
     lines = [".reg .f32 value<16>;", ".reg .b32 pair<8>;"]
     for code, value in enumerate(NF4_VALUES):
         lines.append(f"mul.rn.f32 value{code}, $8, 0f{_float_bits(value):08X};")
@@ -35,8 +35,10 @@ def table_ptx(pair_type: str) -> str:
 
 
 def lookup_ptx() -> str:
-    """One word of eight codes ($4) and a table ($5 .. $12) -> four pairs of values ($0 .. $3),
-    the first of each in the lower half."""
+    """Return PTX: a word of eight codes ($4), a table ($5 .. $12) -> four pairs of values.
+
+    The pairs are $0 .. $3, the first value of each in the lower half.
+    """
     lines = [".reg .b32 index, side, below, above, low0, high0, low1, high1;"]
     lines.append("and.b32 index, $4, 0x77777777;")
     lines.append("shr.u32 side, $4, 1;")

@@ -1,4 +1,4 @@
-"""Residual addition and RMSNorm in one pass over each row."""
+"""Adds to the residual and applies RMSNorm, in one pass over each row."""
 
 import torch
 import triton
@@ -11,7 +11,7 @@ from engine.backends.cuda.triton.launch import block_of, warps_of
 
 @triton.jit
 def normalised(x, weight_ptr, columns, inside, eps, WIDTH: tl.constexpr):
-    """x / rms(x) * weight of one row: float32 [BLOCK], 0 outside."""
+    """Return x / rms(x) * weight of one row: float32 [BLOCK], 0 outside."""
     weight = tl.load(weight_ptr + columns, mask=inside, other=0.0).to(tl.float32)
     return x * tl.rsqrt(tl.sum(x * x, 0) / WIDTH + eps) * weight
 
@@ -45,7 +45,7 @@ def add_rms_norm_kernel(
             delta = normalised(delta, leave_ptr, columns, inside, eps, WIDTH)
         added = (x + delta * scale).to(x_ptr.dtype.element_ty)
         tl.store(x_at, added, mask=inside)
-        x = added.to(tl.float32)  # the norm is that of what the next layer will read
+        x = added.to(tl.float32)  # normalise the rounded values, which later layers read
     normed = normalised(x, weight_ptr, columns, inside, eps, WIDTH).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + row * out_stride + columns, normed, mask=inside)
     if codes_ptr is not None:
@@ -64,11 +64,11 @@ def add_rms_norm(
     leave: torch.Tensor | None = None,
     rounded: E4m3Rows | None = None,
 ) -> None:
-    """x += scale * delta in place, then out = x / rms(x) * weight, each rounded once.
+    """Compute x += scale * delta in place, then out = x / rms(x) * weight, each rounded once.
 
-    x, delta and out are [N, E], their last dimension contiguous. weight [E] is of any float. With
-    `leave` [E], delta itself is normalised by that weight before it is added. `rounded` gets out
-    in FP8. N may be 0.
+    x, delta and out are [N, E], their last dimension contiguous. weight [E] has any float dtype.
+    With `leave` [E], delta itself is normalised with that weight before it is added. `rounded`, if
+    given, receives out in FP8 too. N may be 0.
     """
     if len(x):
         width = x.shape[1]

@@ -1,7 +1,7 @@
-"""PackedWeight: a QuantizedWeight in the order in which the Triton kernels read it.
+"""PackedWeight: holds a QuantizedWeight in the order in which the Triton kernels read it.
 
-Outputs are cut into panels of 64, inputs into blocks of 64 (or 32, where groups are of 32). The
-codes of one block of a panel lie together, an output's behind one another: a program reads
+Outputs are cut into panels of 64, inputs into blocks of 64 (or 32, if groups are no multiple of
+64). The codes of one block of a panel are contiguous, output after output: a program reads
 kilobytes in one run, each thread 16 bytes of one output.
 """
 
@@ -14,21 +14,21 @@ from engine.model.quantized_weight import NF4_VALUES, QuantizedWeight
 
 PANEL = 64  # outputs
 BLOCK = 64  # inputs
-SMALL_BLOCK = 32  # where groups are no multiple of 64
-OUT_STEP = 128  # outputs are padded to it: a program takes one panel or two
+SMALL_BLOCK = 32  # if groups are no multiple of 64
+OUT_STEP = 128  # outputs are padded to a multiple: a program takes one or two panels
 FORMATS = ("int8", "nf4", "int4")
 
 
 @dataclass(frozen=True, slots=True)
 class PackedWeight:
-    """Codes in words of 32 bits, inputs from the lowest bits up; int8 codes plus 128."""
+    """Codes in 32-bit words, inputs from the lowest bits up; int8 codes are stored plus 128."""
 
     format: str
     words: Tensor  # int32 [panels, blocks, 64, words of a block]
     scales: Tensor  # float32 [G, padded outputs]
     zeros: Tensor | None  # as scales
-    has_whole_zeros: bool  # as all integer formats have; others are exact too, but slower
-    values: Tensor  # float32 [16], what nf4 codes stand for
+    has_whole_zeros: bool  # true for all integer formats; other zeros are exact too, but slower
+    values: Tensor  # float32 [16]: value of each nf4 code
     input_order: Tensor | None  # int64 [in]: column k belongs to input input_order[k]
     out_features: int
     in_features: int
@@ -53,7 +53,7 @@ class PackedWeight:
 
 
 def pack(weight: QuantizedWeight, device: torch.device) -> PackedWeight:
-    """Raises ValueError for a weight that the kernels do not take."""
+    """Pack a weight on `device`. Raises ValueError if the kernels do not support it."""
     _check(weight)
     block = BLOCK if weight.format == "int8" or weight.group_size % BLOCK == 0 else SMALL_BLOCK
     order = weight.input_order
@@ -76,7 +76,7 @@ def _words(weight: QuantizedWeight, block: int, device: torch.device) -> Tensor:
     if weight.format == "int8":
         codes = codes.view(torch.uint8) ^ 128
     per_byte = 1 if weight.format == "int8" else 2
-    short = -codes.shape[1] % (block // per_byte)  # only int8: the kernels mask x there
+    short = -codes.shape[1] % (block // per_byte)  # nonzero only for int8: the kernels mask x there
     codes = torch.nn.functional.pad(codes, (0, short, 0, -len(codes) % OUT_STEP))
     by_output = codes.contiguous().view(torch.int32)
     words = block // per_byte // 4
@@ -91,7 +91,7 @@ def _by_group(values: Tensor) -> Tensor:
 
 
 def _are_whole(zeros: Tensor) -> bool:
-    """And small enough that sums of them and 2^23 are exact."""
+    """Whether zeros are whole numbers, small enough that their sums with 2^23 are exact."""
     return bool((zeros == zeros.round()).all() and (zeros.abs() < 2**10).all())
 
 

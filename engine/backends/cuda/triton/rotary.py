@@ -1,7 +1,7 @@
-"""From the qkv layer's output to attention's input: head norms, rotary positions, the KV cache.
+"""Turns the qkv layer's output into attention's input: head norms, rotary positions, KV cache.
 
-One pass: queries are turned in place, keys are turned on their way into the cache, values copied
-beside them.
+In one pass, queries are rotated in place, keys are rotated and written to the cache, and values
+are copied there.
 """
 
 from functools import cache
@@ -12,7 +12,7 @@ import triton.language as tl
 
 from engine.backends.cuda.triton.launch import power_of_two
 
-TILE_VALUES = 512  # of a program: a warp's two 16-byte loads a thread in two-byte types
+TILE_VALUES = 512  # per program: two 16-byte loads per thread of a warp in two-byte types
 
 
 @triton.jit
@@ -30,7 +30,7 @@ def turn(
     HALF_BLOCK: tl.constexpr,
     REST_BLOCK: tl.constexpr,
 ):
-    """Heads [TILE] of one row: normalised, rounded, turned by the row's cosines and sines."""
+    """Normalise heads [TILE] of one row, round, and rotate by the row's cosines and sines."""
     HALF: tl.constexpr = ROTARY_DIM // 2
     dtype: tl.constexpr = from_ptr.dtype.element_ty
     column = tl.arange(0, HALF_BLOCK)
@@ -91,7 +91,7 @@ def rotate_and_store_kernel(
     HALF_BLOCK: tl.constexpr,
     REST_BLOCK: tl.constexpr,
 ):
-    """A program has TILE heads of one kind: tiles of queries come first, then keys, then values."""
+    """Process TILE heads of one kind in a program: tiles of queries, then keys, then values."""
     Q_TILES: tl.constexpr = (HEADS + TILE - 1) // TILE
     KV_TILES: tl.constexpr = (KV_HEADS + TILE - 1) // TILE
     row = tl.program_id(0).to(tl.int64)
@@ -159,10 +159,10 @@ def rotate_and_store(
     k_norm: torch.Tensor | None = None,
     eps: float = 0.0,
 ) -> None:
-    """qkv [N, (H + 2 H_kv) D]: turns the queries in place, writes keys and values to the cache.
+    """Rotate queries of qkv [N, (H + 2 H_kv) D] in place; write keys and values to the cache.
 
-    Keys are turned as they are written; qkv keeps them as they were. cos and sin [positions, R]
-    are those of RotaryTable, in float32; dimensions of a head from R on are kept. positions and
+    Keys are rotated as they are written; those in qkv stay unchanged. cos and sin [positions, R]
+    are RotaryTable's, in float32; dimensions of a head from R on are not rotated. positions and
     slot_mapping [N] are int32 or int64; a row whose slot is -1 writes nothing to kv_layer
     [blocks, 2, block_size, H_kv, D], whose last two dimensions are contiguous. With q_norm and
     k_norm [D], heads are first divided by their rms, multiplied by these and rounded.
@@ -196,7 +196,7 @@ def rotate_and_store(
 def head_tiles(
     heads: int, kv_heads: int, dim: int, rotary_dim: int, block_size: int
 ) -> tuple[int, dict[str, int]]:
-    """How many programs a row has, and what they are specialized for."""
+    """Return the number of programs per row, and the constants that they are specialized for."""
     dim_block = power_of_two(dim)
     tile = max(1, TILE_VALUES // dim_block)
     return -(-heads // tile) + 2 * -(-kv_heads // tile), {

@@ -5,8 +5,11 @@ from torch import Tensor
 
 
 class Scratch:
-    """As large as the largest reservation, and at one address from its first use on: a CUDA
-    graph remembers it. Nothing in it outlives the layer call that took it."""
+    """Holds as much memory as the largest reservation asked for.
+
+    The address is fixed from the first use on, because CUDA graphs record it. Contents are valid
+    only during the layer call that took them.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -18,7 +21,7 @@ class Scratch:
         return self._nbytes
 
     def reserve(self, nbytes: int) -> None:
-        """Raises RuntimeError once the memory is in use and too small."""
+        """Ensure that `nbytes` can be taken. Raises RuntimeError if memory in use cannot grow."""
         if self._buffer is not None and nbytes > len(self._buffer):
             raise RuntimeError(
                 f"scratch of {len(self._buffer)} bytes is in use and cannot grow to {nbytes}: "
@@ -27,8 +30,10 @@ class Scratch:
         self._nbytes = max(self._nbytes, nbytes)
 
     def take(self, dtype: torch.dtype, *shape: int) -> Tensor:
-        """The beginning of the memory as such a tensor; undefined content. What was not
-        reserved is a ValueError."""
+        """Return the start of the memory as a tensor of this dtype and shape, content undefined.
+
+        Raises ValueError if it needs more than was reserved.
+        """
         size = dtype.itemsize * torch.Size(shape).numel()
         if size > self._nbytes:
             raise ValueError(f"{size} bytes of scratch: {self._nbytes} are reserved")

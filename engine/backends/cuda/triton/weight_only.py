@@ -1,4 +1,4 @@
-"""WeightOnlyLinear: a linear layer whose weight stays in few bits on the device."""
+"""WeightOnlyLinear: a linear layer whose weight stays low-bit on the device."""
 
 from collections.abc import Callable
 from functools import partial
@@ -18,18 +18,18 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # float32 is for tests:
 
 
 class WeightOnlyLinear:
-    """y = x W^T + bias with W = `dequantize(weight)` rounded to `dtype`, sums in float32.
+    """Computes x W^T + bias with W = `dequantize(weight)` rounded to `dtype`, sums in float32.
 
-    The codes are laid out anew once; nothing of the tensors given is kept. Which implementation
-    runs depends on the number of rows alone; `choices` are those of `crossovers` unless given.
-    While the choice stays the same, a row's bits do not depend on the other rows; between two
-    choices they may differ, for sums are taken in another order. The library's product of
-    `dequantize` may itself choose by the number of rows.
+    The codes are repacked once; the given tensors are not kept. The implementation depends on the
+    number of rows alone; `choices` defaults to those of `crossovers`. While the choice stays the
+    same, a row's bits do not depend on the other rows; between two choices they may differ, as
+    sums are taken in another order. The library's product of `dequantize` may itself choose by
+    the number of rows.
 
     `scratch` is shared by all layers that run on one stream; every layer must exist before the
-    first is called. Without one the layer has its own. With an `input_order` a call allocates a
-    copy of x, whatever it is given.
-    Raises ValueError for a weight, bias or dtype that no kernel takes.
+    first is called. If None, the layer has its own. With an `input_order` every call allocates a
+    copy of x, even if `out` is given.
+    Raises ValueError for a weight, bias or dtype that no kernel supports.
     """
 
     def __init__(
@@ -58,17 +58,17 @@ class WeightOnlyLinear:
 
     @property
     def nbytes(self) -> int:
-        """Of everything that stays on the device, but for the scratch."""
+        """Bytes of everything that stays on the device, except the scratch."""
         copied = self.out_features * self.in_features // 2 if self._bitsandbytes else 0
         biases = (t.nbytes for t in (self._bias, self._wide_bias) if t is not None)
         return self._weight.nbytes + copied + sum(biases)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """x [N, in] in the layer's dtype, its last dimension contiguous -> [N, out]."""
+        """Apply the layer to x [N, in] in its dtype, last dimension contiguous -> [N, out]."""
         return self.into(x, torch.empty(len(x), self.out_features, dtype=x.dtype, device=x.device))
 
     def into(self, x: Tensor, out: Tensor) -> Tensor:
-        """The same into out [N, out], whose last dimension is contiguous; returns out."""
+        """Write the result into out [N, out], whose last dimension is contiguous; returns out."""
         self._check(x, out)
         if len(x):
             order = self._weight.input_order
@@ -122,7 +122,7 @@ def _choices(weight: PackedWeight, device: torch.device, dtype: torch.dtype) -> 
     shape = Shape(weight.format, weight.out_features, weight.in_features)
     if device.type != "cuda":
         return choices_for(shape, weight.blocks, device.type, processors=1)
-    if dtype == torch.float32:  # no tensor cores, and so no registers left for fused tiles
+    if dtype == torch.float32:  # no tensor cores: fused tiles would need too many registers
         return (Choice(None, "dequantize"),)
     properties = torch.cuda.get_device_properties(device)
     processors = properties.multi_processor_count
@@ -132,7 +132,7 @@ def _choices(weight: PackedWeight, device: torch.device, dtype: torch.dtype) -> 
 def _available(
     choices: tuple[Choice, ...], weight: QuantizedWeight, device: torch.device
 ) -> tuple[Choice, ...]:
-    """Without bitsandbytes, the next choice takes its rows too."""
+    """Drop bitsandbytes choices if it cannot be used; the next choice takes their rows."""
     has = partial(bitsandbytes_gemm.takes, weight, device)
     return tuple(c for c in choices if c.implementation != "bitsandbytes" or has())
 
