@@ -12,19 +12,28 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from typing import Any, cast
 
+import msgspec
+
 from engine.config import EngineConfig
-from engine.framing import FrameDecoder, encode
+from engine.framing import BadFrame, FrameDecoder, Message, encode
 from engine.messages import (
+    AbortRequest,
+    AddRequest,
     EngineInfo,
+    EngineReady,
     EngineStats,
     ErrorKind,
+    FromEngine,
     GenerateRequest,
     Item,
+    Ping,
     RequestError,
     RequestOutput,
+    StartEngine,
+    StepOutputs,
 )
 
 MAX_FAILED_STARTS = 3
@@ -35,6 +44,8 @@ SPIN_COUNT = "1000"  # a few microseconds
 log = logging.getLogger(__name__)
 
 OnFrame = Callable[[list[Item]], None]
+
+_DECODER = msgspec.msgpack.Decoder(FromEngine)
 
 
 class EngineStartError(RuntimeError):
@@ -83,9 +94,9 @@ class EngineClient:
 
     async def start(self) -> EngineInfo:
         """Start the process and wait until the model is loaded. Raises EngineStartError."""
-        connection = await _connect(self)
+        connection = await _connect(self.config, self._on_outputs, self._on_lost)
         self._connection = connection
-        connection.send(("start", self.config))
+        connection.send(StartEngine(self.config))
         self._info = await connection.ready
         self._spawn(self._watch(connection))
         return self._info
@@ -96,12 +107,12 @@ class EngineClient:
             raise EngineUnavailable(self.failure or "the engine is being started again")
         assert request.request_id not in self._live, f"{request.request_id} was submitted twice"
         self._live[request.request_id] = set(range(max(request.n, 1)))
-        self._connection.send(("add", request))
+        self._connection.send(AddRequest(request))
 
     def abort(self, request_id: str) -> None:
         """Free the request within a step. An id that is unknown or has ended is no error."""
         if request_id in self._live and self._connection is not None:
-            self._connection.send(("abort", request_id))
+            self._connection.send(AbortRequest(request_id))
 
     async def close(self) -> None:
         """End the process; requests still alive end with an error first."""
@@ -113,13 +124,13 @@ class EngineClient:
 
     # ==== what the connection reports ====
 
-    def _on_message(self, items: list[Item], stats: EngineStats | None) -> None:
-        if stats is not None:
-            self.stats = stats
-        for item in items:
+    def _on_outputs(self, outputs: StepOutputs) -> None:
+        if outputs.stats is not None:
+            self.stats = outputs.stats
+        for item in outputs.items:
             if not isinstance(item, tuple) and item.finish_reason is not None:
                 self._forget(item)
-        self._deliver(items)
+        self._deliver(outputs.items)
 
     def _on_lost(self, reason: str) -> None:
         error = RequestError(ErrorKind.ENGINE_DIED, reason)
@@ -164,28 +175,34 @@ class EngineClient:
     async def _watch(self, connection: "_Connection") -> None:
         """Ping, and kill a process that has been silent for too long."""
         while not connection.is_lost:
-            connection.send(("ping",))
+            connection.send(Ping())
             await asyncio.sleep(self._hang_timeout_s / 4)
             silent_s = time.monotonic() - connection.heard_s
             if silent_s > self._hang_timeout_s:
                 connection.kill(f"the engine was silent for {silent_s:.0f} s and was killed")
 
-    def _spawn(self, work: Any) -> None:
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.ensure_future(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
 
 class _Connection(asyncio.Protocol):
-    """One life of the process."""
+    """One life of the process. `on_lost` is called once, with the reason of its end."""
 
-    def __init__(self, client: EngineClient, process: "subprocess.Popen[bytes]") -> None:
+    def __init__(
+        self,
+        process: "subprocess.Popen[bytes]",
+        on_outputs: Callable[[StepOutputs], None],
+        on_lost: Callable[[str], None],
+    ) -> None:
         self.process = process
         self.ready: asyncio.Future[EngineInfo] = asyncio.get_running_loop().create_future()
         self.heard_s = time.monotonic()
         self.is_lost = False
-        self._client = client
-        self._decoder = FrameDecoder()
+        self._on_outputs = on_outputs
+        self._on_lost = on_lost
+        self._decoder = FrameDecoder(_DECODER)
         self._kill_reason: str | None = None
         self._transport: asyncio.Transport | None = None
         self._gone = asyncio.Event()
@@ -196,7 +213,7 @@ class _Connection(asyncio.Protocol):
         done = self.ready.done() and not self.ready.cancelled()
         return done and self.ready.exception() is None and not self.is_lost
 
-    def send(self, message: Any) -> None:
+    def send(self, message: Message) -> None:
         if self._transport is not None and not self.is_lost:
             self._transport.write(encode(message))
 
@@ -205,22 +222,31 @@ class _Connection(asyncio.Protocol):
         self.process.kill()
 
     async def close(self) -> None:
+        self._close_transport()
+        await self._gone.wait()
+
+    def _close_transport(self) -> None:
         if self._transport is not None:
             self._transport.close()
-        await self._gone.wait()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # uvloop's is no subclass
 
     def data_received(self, data: bytes) -> None:
         self.heard_s = time.monotonic()
-        for kind, *rest in self._decoder.feed(data):
-            if kind == "frame":
-                self._client._on_message(*rest)
-            elif kind == "ready":
-                self.ready.set_result(*rest)
-            elif kind == "failed":
-                self.ready.set_exception(EngineStartError(*rest))
+        try:
+            messages = self._decoder.feed(data)
+        except BadFrame as error:
+            self.kill(f"the engine's process was killed, its messages are not understood: {error}")
+            self._close_transport()
+            return
+        for message in messages:
+            if isinstance(message, StepOutputs):
+                self._on_outputs(message)
+            elif isinstance(message, EngineReady):
+                self.ready.set_result(message.info)
+            else:
+                self.ready.set_exception(EngineStartError(message.reason))
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.is_lost = True
@@ -232,7 +258,7 @@ class _Connection(asyncio.Protocol):
         reason = self._kill_reason or f"the engine's process ended with code {code}"
         if not self.ready.done():
             self.ready.set_exception(EngineStartError(reason))
-        self._client._on_lost(reason)
+        self._on_lost(reason)
         self._gone.set()
 
 
@@ -244,16 +270,22 @@ def _wait_or_kill(process: "subprocess.Popen[bytes]") -> int:
         return process.wait()
 
 
-async def _connect(client: EngineClient) -> _Connection:
+async def _connect(
+    config: EngineConfig,
+    on_outputs: Callable[[StepOutputs], None],
+    on_lost: Callable[[str], None],
+) -> _Connection:
     ours, theirs = socket.socketpair()
     with theirs:
         process = subprocess.Popen(
             [sys.executable, "-m", "engine.process", str(theirs.fileno())],
             pass_fds=[theirs.fileno()],
-            env=_environment(client.config),
+            env=_environment(config),
         )
     loop = asyncio.get_running_loop()
-    _, connection = await loop.create_connection(lambda: _Connection(client, process), sock=ours)
+    _, connection = await loop.create_connection(
+        lambda: _Connection(process, on_outputs, on_lost), sock=ours
+    )
     return connection
 
 

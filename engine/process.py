@@ -2,8 +2,8 @@
 
     python -m engine.process <socket file descriptor>
 
-in:   ("start", EngineConfig)  ("add", GenerateRequest)  ("abort", request_id)  ("ping",)
-out:  ("ready", EngineInfo) or ("failed", text), then ("frame", items, stats or None)
+in:   StartEngine, then AddRequest, AbortRequest, Ping
+out:  EngineReady or StartFailed, then StepOutputs
 
 The loop never blocks on a slow reader: what the socket does not take waits in memory. It ends
 when the other end closes, and with an error of which no step recovers, such as a lost device; the
@@ -20,15 +20,34 @@ import time
 from contextlib import suppress
 from typing import Any
 
-from engine.framing import FrameDecoder, encode
+import msgspec
+
+from engine.config import EngineConfig
+from engine.framing import BadFrame, FrameDecoder, Message, encode
 from engine.gc_freeze import keep_what_is_loaded
-from engine.messages import ErrorKind, RequestError, RequestOutput, to_item
+from engine.messages import (
+    AbortRequest,
+    AddRequest,
+    EngineReady,
+    ErrorKind,
+    GenerateRequest,
+    Ping,
+    RequestError,
+    RequestOutput,
+    StartEngine,
+    StartFailed,
+    StepOutputs,
+    ToEngine,
+    encodable,
+    to_item,
+)
 from engine.scheduler.request import InvalidRequest
 
 log = logging.getLogger(__name__)
 
 STATS_PERIOD_S = 0.1
 _CHUNK = 1 << 20
+_DECODER = msgspec.msgpack.Decoder(ToEngine)
 
 
 class Connection:
@@ -37,7 +56,7 @@ class Connection:
     def __init__(self, sock: socket.socket) -> None:
         sock.setblocking(False)
         self._sock = sock
-        self._decoder = FrameDecoder()
+        self._decoder = FrameDecoder(_DECODER)
         self._unsent = bytearray()
         self._wake_read, self._wake_write = os.pipe()
         os.set_blocking(self._wake_read, False)
@@ -48,11 +67,11 @@ class Connection:
         with suppress(BlockingIOError):  # full: it is awake anyway
             os.write(self._wake_write, b"\0")
 
-    def send(self, message: Any) -> None:
+    def send(self, message: Message) -> None:
         self._unsent += encode(message)
         self._flush()
 
-    def receive(self, timeout_s: float | None) -> list[Any]:
+    def receive(self, timeout_s: float | None) -> list[ToEngine]:
         """Messages that have arrived; waits up to `timeout_s` (None: for ever) for the first."""
         writers = [self._sock] if self._unsent else []
         readable, writable, _ = select.select([self._sock, self._wake_read], writers, [], timeout_s)
@@ -62,7 +81,7 @@ class Connection:
             os.read(self._wake_read, _CHUNK)
         return self._read() if self._sock in readable else []
 
-    def _read(self) -> list[Any]:
+    def _read(self) -> list[ToEngine]:
         try:
             data = self._sock.recv(_CHUNK)
         except BlockingIOError:
@@ -70,7 +89,12 @@ class Connection:
         except ConnectionError:
             data = b""
         self.closed = not data
-        return self._decoder.feed(data)
+        try:
+            return self._decoder.feed(data)
+        except BadFrame as error:
+            log.critical("the engine's process ends: %s", error)
+            self.closed = True
+            return []
 
     def _flush(self) -> None:
         try:
@@ -86,14 +110,14 @@ def serve(connection: Connection) -> None:
     """Load the model that the first message asks for, then step until the connection closes."""
     from engine.engine import Engine  # heavy: after the process is known to be wanted
 
-    (_, config), *early = _wait_for_start(connection)
+    config, early = _wait_for_start(connection)
     try:
         engine = Engine(config, wake=connection.wake, progress=True)
     except Exception as error:
-        connection.send(("failed", f"{type(error).__name__}: {error}"))
+        connection.send(StartFailed(encodable(f"{type(error).__name__}: {error}")))
         raise
     keep_what_is_loaded()
-    connection.send(("ready", engine.info))
+    connection.send(EngineReady(engine.info))
     loop = _Loop(engine, connection)
     for message in early:
         loop.handle(message)
@@ -131,18 +155,17 @@ class _Loop:
             self._stats_stale |= bool(outputs) or not self._engine.is_idle
             self._report(outputs)
 
-    def handle(self, message: tuple[Any, ...]) -> None:
-        kind, *rest = message
-        if kind == "add":
-            self._add(*rest)
-        elif kind == "abort":
-            self._engine.abort(*rest)
-        elif kind == "ping":
+    def handle(self, message: ToEngine) -> None:
+        if isinstance(message, AddRequest):
+            self._add(message.request)
+        elif isinstance(message, AbortRequest):
+            self._engine.abort(message.request_id)
+        elif isinstance(message, Ping):
             self._is_pinged = True
         else:
-            raise ValueError(f"unknown message {kind!r}")
+            raise ValueError("the engine was started already")
 
-    def _add(self, request: Any) -> None:
+    def _add(self, request: GenerateRequest) -> None:
         try:
             self._engine.add_request(request)
         except InvalidRequest as refusal:
@@ -165,17 +188,20 @@ class _Loop:
         if is_due:
             self._stats_due_s, self._stats_stale = now + STATS_PERIOD_S, False
         if outputs or stats is not None:
-            self._connection.send(("frame", [to_item(o) for o in outputs], stats))
+            self._connection.send(StepOutputs([to_item(o) for o in outputs], stats))
         self._is_pinged = False
 
 
-def _wait_for_start(connection: Connection) -> list[Any]:
-    messages: list[Any] = []
+def _wait_for_start(connection: Connection) -> tuple[EngineConfig, list[ToEngine]]:
+    messages: list[ToEngine] = []
     while not messages:
         messages = connection.receive(None)
         if connection.closed:
             sys.exit("the other end closed before the engine was started")
-    return messages
+    first, *early = messages
+    if not isinstance(first, StartEngine):
+        raise ValueError(f"{type(first).__name__} came before StartEngine")
+    return first.config, early
 
 
 def main() -> None:

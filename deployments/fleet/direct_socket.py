@@ -5,12 +5,10 @@ stream some hundred microseconds. So what comes with every request (a submit, it
 every engine step (a frame) goes through a TCP connection of its own; what is rare stays with Ray,
 which also says where the replica listens. No Ray here.
 
-The replica makes an Offer: its address and a ticket, good for one connection and a moment. Whoever
-connects shows the ticket first; until then nothing that comes is unpickled. Where nobody takes up
-an offer, as behind a firewall, everything goes through Ray.
-
-    ingress:  32 bytes of ticket, then (number, epoch, Submit) ...
-    replica:  ACCEPTED, then a list for each frame, (number, Receipt or None) for each submit, END
+The replica makes an Offer: its address, its version of this protocol, and a ticket, good for one
+connection and a moment. Whoever connects shows ticket and version first; until then nothing that
+comes is decoded. Where nobody takes up an offer, as behind a firewall or with another version,
+everything goes through Ray. What cannot be decoded closes the connection.
 """
 
 import asyncio
@@ -22,15 +20,29 @@ from dataclasses import dataclass
 from itertools import count
 from typing import Any, cast
 
+import msgspec
+
 from deployments.fleet.batch_queue import Mailbox
 from deployments.fleet.protocol import Frame, Hello, Receipt, Submit
-from engine.framing import FrameDecoder, encode
+from deployments.fleet.socket_messages import (
+    FROM_REPLICA,
+    GREETING_BYTES,
+    TICKET_BYTES,
+    TO_REPLICA,
+    VERSION,
+    Accepted,
+    Answer,
+    NewFrame,
+    StreamEnd,
+    Submission,
+    greeting,
+    read_greeting,
+    version_mismatch,
+)
+from engine.framing import BadFrame, FrameDecoder, Message, encode
 
-TICKET_BYTES = 32
 OFFER_S = 2.0  # an offer stands for so long; the frames wait for it
 CONNECT_S = 1.0  # well below OFFER_S
-ACCEPTED = "accepted"
-END = "end"
 
 OnSubmit = Callable[[int, Submit], Receipt]  # (epoch, what) -> the answer
 
@@ -42,6 +54,7 @@ class Offer:
     host: str
     port: int
     ticket: bytes
+    version: int = VERSION
 
 
 Greeting = tuple[Hello, Offer | None]
@@ -108,9 +121,12 @@ class WireServer:
         finally:
             self._standing.pop(ticket, None)
 
-    def redeem(self, ticket: bytes, end: "ReplicaEnd") -> OnSubmit | None:
+    def redeem(self, ticket: bytes, version: int, end: "ReplicaEnd") -> OnSubmit | None:
         taken, on_submit = self._standing.pop(ticket, (None, None))
         if taken is None or taken.done():
+            return None
+        if version != VERSION:
+            logger.warning("%s, everything goes by Ray", version_mismatch("an ingress", version))
             return None
         taken.set_result(end)
         return on_submit
@@ -120,23 +136,32 @@ async def _send_all(stream: AsyncIterator[Hello | Frame], end: "ReplicaEnd") -> 
     async for frame in stream:
         if not await end.send_frame(cast(Frame, frame)):
             return
-    end.send(END)
+    end.send(StreamEnd())
 
 
 class _End(asyncio.Protocol):
     """What both ends have in common."""
 
-    def __init__(self) -> None:
+    def __init__(self, decoder: msgspec.msgpack.Decoder[Any]) -> None:
         self._transport: asyncio.Transport | None = None
-        self._decoder = FrameDecoder()
+        self._decoder = FrameDecoder(decoder)
         self.is_over = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # uvloop's is no subclass
 
-    def send(self, message: Any) -> None:
+    def send(self, message: Message) -> None:
         if self._transport is not None and not self.is_over:
             self._transport.write(encode(message))
+
+    def decode(self, data: bytes) -> list[Any]:
+        """Return the messages that are now complete; close the connection if one is malformed."""
+        try:
+            return self._decoder.feed(data)
+        except BadFrame as error:
+            logger.error("a direct socket is closed: %s", error)
+            self.close()
+            return []
 
     def close(self) -> None:
         """What has been sent still goes out."""
@@ -151,9 +176,9 @@ class ReplicaEnd(_End):
     """Says nothing and understands nothing until it has seen a ticket."""
 
     def __init__(self, server: WireServer) -> None:
-        super().__init__()
+        super().__init__(TO_REPLICA)
         self._server = server
-        self._ticket = b""
+        self._greeting = b""
         self._on_submit: OnSubmit | None = None
         self._can_write = asyncio.Event()
         self._can_write.set()
@@ -163,28 +188,29 @@ class ReplicaEnd(_End):
         """False once there is nobody to send it to. Waits while the ingress is slow."""
         if not self._can_write.is_set():
             await self._can_write.wait()
-        self.send(frame)
+        self.send(NewFrame(frame))
         return not self.is_over
 
     def data_received(self, data: bytes) -> None:
         if self._on_submit is None:
             data = self._admit(data)
         if self._on_submit is not None:
-            for number, epoch, submit in self._decoder.feed(data):
-                self.send((number, _answer(self._on_submit, epoch, submit)))
+            for asked in self.decode(data):
+                receipt = _answer(self._on_submit, asked.epoch, asked.submit)
+                self.send(Answer(asked.number, receipt))
 
     def _admit(self, data: bytes) -> bytes:
-        """What follows the ticket."""
-        data = self._ticket + data
-        self._ticket, rest = data[:TICKET_BYTES], data[TICKET_BYTES:]
-        if len(self._ticket) < TICKET_BYTES:
+        """Check the greeting; return what follows it."""
+        data = self._greeting + data
+        self._greeting, rest = data[:GREETING_BYTES], data[GREETING_BYTES:]
+        if len(self._greeting) < GREETING_BYTES:
             return b""
         self._patience.cancel()
-        self._on_submit = self._server.redeem(self._ticket, self)
+        self._on_submit = self._server.redeem(*read_greeting(self._greeting), self)
         if self._on_submit is None:
             self.close()
         else:
-            self.send(ACCEPTED)
+            self.send(Accepted())
         return rest
 
     def pause_writing(self) -> None:
@@ -212,6 +238,11 @@ def _answer(on_submit: OnSubmit, epoch: int, submit: Submit) -> Receipt | None:
 
 async def take_up(offer: Offer) -> "Wire | None":
     """None where the replica cannot be reached, or does not keep its word."""
+    where = f"{offer.host}:{offer.port}"
+    if offer.version != VERSION:
+        mismatch = version_mismatch(f"the replica at {where}", offer.version)
+        logger.warning("%s, everything goes by Ray", mismatch)
+        return None
     loop = asyncio.get_running_loop()
     wire: Wire | None = None
     try:
@@ -221,7 +252,6 @@ async def take_up(offer: Offer) -> "Wire | None":
     except (OSError, TimeoutError) as error:
         if wire is not None:
             wire.close()
-        where = f"{offer.host}:{offer.port}"
         logger.warning("no wire to the replica at %s, everything goes by Ray: %r", where, error)
         return None
     return wire
@@ -229,18 +259,18 @@ async def take_up(offer: Offer) -> "Wire | None":
 
 class Wire(_End):
     """Every `submit` that waits when the connection ends raises ConnectionError; so does `frames`,
-    unless the replica has said END."""
+    unless the replica has sent StreamEnd."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__(FROM_REPLICA)
         self._accepted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._news: Mailbox[Frame | str | ConnectionError] = Mailbox()
+        self._news: Mailbox[Frame | StreamEnd | ConnectionError] = Mailbox()
         self._receipts: dict[int, asyncio.Future[Receipt]] = {}
         self._numbers = count()
 
     async def show(self, ticket: bytes) -> None:
         assert self._transport is not None, "shown once connected"
-        self._transport.write(ticket)
+        self._transport.write(greeting(ticket))
         await self._accepted
 
     async def submit(self, epoch: int, submit: Submit) -> Receipt:
@@ -249,8 +279,8 @@ class Wire(_End):
         number = next(self._numbers)
         receipt = asyncio.get_running_loop().create_future()
         self._receipts[number] = receipt
-        self.send((number, epoch, submit))
         try:
+            self.send(Submission(number, epoch, submit))
             return await receipt
         finally:
             del self._receipts[number]
@@ -260,30 +290,34 @@ class Wire(_End):
             for news in await self._news.next():
                 if isinstance(news, ConnectionError):
                     raise news
-                if isinstance(news, str):
+                if isinstance(news, StreamEnd):
                     return
                 yield news
 
     def data_received(self, data: bytes) -> None:
-        for message in self._decoder.feed(data):
-            if isinstance(message, tuple):
-                number, answer = message
-                receipt = self._receipts.get(number)
-                if receipt is None or receipt.done():
-                    continue
-                if answer is None:
-                    receipt.set_exception(RuntimeError("the replica failed to take the request"))
-                else:
-                    receipt.set_result(answer)
-            elif message != ACCEPTED:
+        for message in self.decode(data):
+            if isinstance(message, NewFrame):
+                self._news.put(message.frame)
+            elif isinstance(message, Answer):
+                self._settle(message)
+            elif isinstance(message, StreamEnd):
                 self._news.put(message)
             elif not self._accepted.done():
                 self._accepted.set_result(None)
 
+    def _settle(self, answer: Answer) -> None:
+        receipt = self._receipts.get(answer.number)
+        if receipt is None or receipt.done():
+            return
+        if answer.receipt is None:
+            receipt.set_exception(RuntimeError("the replica failed to take the request"))
+        else:
+            receipt.set_result(answer.receipt)
+
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
         broken = ConnectionError(f"the wire to the replica broke: {exc}")
-        self._news.put(broken)  # behind END, if that has come
+        self._news.put(broken)  # behind StreamEnd, if that has come
         for waiting in (self._accepted, *self._receipts.values()):
             if not waiting.done():
                 waiting.set_exception(broken)

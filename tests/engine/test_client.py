@@ -8,6 +8,7 @@ import socket
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from engine import process
@@ -15,7 +16,17 @@ from engine.backends.cuda.streams import DeviceLost
 from engine.client import EngineClient, EngineStartError, EngineUnavailable
 from engine.config import EngineConfig
 from engine.framing import FrameDecoder, encode
-from engine.messages import AdapterFolder, ErrorKind, GenerateRequest, Item, RequestOutput
+from engine.messages import (
+    AbortRequest,
+    AdapterFolder,
+    ErrorKind,
+    GenerateRequest,
+    Item,
+    Ping,
+    RequestOutput,
+    StartEngine,
+    StepOutputs,
+)
 from tests.engine.driver import greedy, make_engine, prompt_of, run
 from tests.engine.tiny import Tiny, write_tiny
 
@@ -203,10 +214,36 @@ def test_what_was_loaded_is_not_searched_for_garbage_any_more(
     monkeypatch.setattr(process, "_Loop", Nothing)
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        ours.sendall(encode(("start", None)))
+        ours.sendall(encode(StartEngine(EngineConfig("model"))))
         process.serve(process.Connection(theirs))
     gc.unfreeze()
     assert frozen[0] > 10_000, "all that was imported, to begin with"
+
+
+def test_a_process_that_is_sent_garbage_says_so_and_ends(caplog: pytest.LogCaptureFixture) -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        connection = process.Connection(theirs)
+        ours.sendall(encode(AbortRequest("a")) + b"\x03\0\0\0abc")
+        assert connection.receive(None) == [] and connection.closed
+    assert "the engine's process ends: a message of 3 bytes cannot be decoded" in caplog.text
+
+
+def test_a_process_that_sends_garbage_is_killed_and_started_again(
+    tiny: Tiny, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def test(client: EngineClient, inbox: Inbox) -> None:
+        client.submit(GenerateRequest("lost", prompt_of(5), greedy(200)))
+        await inbox.until(lambda: bool(inbox.tokens("lost")))
+        assert client._connection is not None
+        client._connection.data_received(b"\xff\xff\xff\xff")
+        await inbox.until(lambda: inbox.last("lost").error is not None)
+        error = inbox.last("lost").error
+        assert error is not None and error.kind == ErrorKind.ENGINE_DIED
+        assert "not understood: a message of 4294967295 bytes is longer than" in error.message
+        await is_restarted(client)
+
+    with_client(tiny.folder, test)
 
 
 def test_a_model_that_cannot_be_loaded_gives_its_reason_at_start(tmp_path: Path) -> None:
@@ -221,9 +258,9 @@ def test_a_model_that_cannot_be_loaded_gives_its_reason_at_start(tmp_path: Path)
 
 @pytest.mark.parametrize("portion", [1, 3, 1000])
 def test_frames_survive_any_portioning(portion: int) -> None:
-    messages = [("a", 1), {"b": [2] * 50}, None]
+    messages = [AbortRequest("a"), StepOutputs([("b", 0, [2] * 50)]), Ping()]
     stream = b"".join(encode(m) for m in messages)
-    decoder = FrameDecoder()
+    decoder = FrameDecoder(msgspec.msgpack.Decoder(AbortRequest | StepOutputs | Ping))
     found = [
         m for i in range(0, len(stream), portion) for m in decoder.feed(stream[i : i + portion])
     ]

@@ -4,11 +4,9 @@ import tests.deployments.support.quiet_ray  # noqa: F401
 
 # isort: split
 import asyncio
-import pickle
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -27,9 +25,10 @@ from deployments.fleet.engine_link import EngineLink
 from deployments.fleet.protocol import Receipt, Submit
 from deployments.fleet.ray_connection import RayConnection
 from deployments.fleet.replica_stream import Pace
+from deployments.fleet.socket_messages import VERSION, Submission, greeting
 from deployments.replica.replica import EngineReplica, ReplicaSettings
-from engine.framing import encode
-from engine.messages import GenerateRequest, RequestOutput
+from engine.framing import FrameDecoder, encode
+from engine.messages import GenerateRequest, Ping, RequestOutput
 from engine.scheduler.request import SamplingParams
 from tests.deployments.support.fakes import BASE, EOS, FakeEngine, FakeStore, until
 from tests.deployments.support.fakes import encode as tokens
@@ -273,16 +272,6 @@ def test_a_drained_replica_ends_the_stream_and_nothing_is_lost(
 # ---- strangers -----------------------------------------------------------------------------
 
 
-class Bomb:
-    """Leaves a trace where it is unpickled."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def __reduce__(self) -> Any:
-        return (Path.touch, (self._path,))
-
-
 async def knock(setup: Setup, data: bytes) -> bytes:
     """All that the replica has to say to this."""
     reader, writer = await asyncio.open_connection(*setup.server._address)
@@ -295,17 +284,31 @@ async def knock(setup: Setup, data: bytes) -> bytes:
         writer.close()
 
 
-def test_nothing_is_unpickled_from_whoever_has_no_ticket(tmp_path: Path) -> None:
-    trace = tmp_path / "trace"
-    assert pickle.loads(pickle.dumps(Bomb(trace))) is None and trace.exists(), "it does go off"
-    trace.unlink()
+def submission(request_id: str) -> bytes:
+    params = SamplingParams(max_tokens=100)
+    return encode(Submission(0, 0, Submit(GenerateRequest(request_id, [1], params), None)))
+
+
+def test_nothing_is_decoded_from_whoever_has_no_ticket(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded: list[Any] = []
+    decode = FrameDecoder.feed
+
+    def feed(decoder: FrameDecoder[Any], data: bytes) -> list[Any]:
+        messages = decode(decoder, data)
+        decoded.extend(m for m in messages if isinstance(m, Submission))
+        return messages
 
     async def test(setup: Setup) -> None:
-        bomb = encode((0, 0, Bomb(trace)))
-        assert await knock(setup, bytes(TICKET_BYTES) + bomb) == b""
+        monkeypatch.setattr(FrameDecoder, "feed", feed)
+        assert await answer(setup.open("known", "abc")) == "ABC"
+        assert len(decoded) == 1, "what does come with a ticket is"
+        stranger = submission("stranger")
+        assert await knock(setup, greeting(bytes(TICKET_BYTES)) + stranger) == b""
         used = setup.handle.items[0][1].ticket  # type: ignore[index]
-        assert await knock(setup, used + bomb) == b"", "a ticket is good for one connection"
-        assert not trace.exists()
+        assert await knock(setup, greeting(used) + stranger) == b"", (
+            "a ticket is good for one connection"
+        )
+        assert len(decoded) == 1 and len(setup.engine.requests) == 1
 
     in_setup(test)
 
@@ -326,6 +329,87 @@ def test_an_unused_offer_expires() -> None:
         with setup.server._offer(taken, lambda epoch, submit: Receipt("", 0)) as offer:
             assert offer is not None
         assert await take_up(offer) is None
+
+    in_setup(test)
+
+
+# ---- another version, garbage ----------------------------------------------------------------
+
+
+def test_an_offer_of_another_version_is_refused_and_all_goes_through_ray(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(wire, "OFFER_S", 0.05)
+
+    async def later(offer: Offer) -> Wire | None:
+        return await take_up(replace(offer, version=VERSION + 1))
+
+    monkeypatch.setattr("deployments.fleet.ray_connection.take_up", later)
+
+    async def test(setup: Setup) -> None:
+        assert await answer(setup.open("a", "abc")) == "ABC"
+        assert setup.wires == [] and "submit" in setup.handle.calls
+        assert f"speaks version {VERSION + 1} of the direct socket's" in caplog.text
+        assert f"protocol, not {VERSION}, everything goes by Ray" in caplog.text
+
+    in_setup(test)
+
+
+def test_an_ingress_of_another_version_is_refused(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(wire, "OFFER_S", 0.05)
+    monkeypatch.setattr(wire, "greeting", lambda ticket: ticket + b"\x07\0")
+
+    async def test(setup: Setup) -> None:
+        assert await answer(setup.open("a", "abc")) == "ABC"
+        assert setup.wires == [] and "submit" in setup.handle.calls
+        assert f"an ingress speaks version 7 of the direct socket's protocol, not {VERSION}" in (
+            caplog.text
+        )
+
+    in_setup(test)
+
+
+GARBAGE = {
+    "no message": b"\x05\0\0\0nasty",
+    "another type": encode(Ping()),
+    "too long": b"\xff\xff\xff\xff",
+}
+
+
+@pytest.mark.parametrize("garbage", GARBAGE.values(), ids=GARBAGE.keys())
+@pytest.mark.parametrize("to_replica", [True, False], ids=["to the replica", "to the ingress"])
+def test_garbage_closes_the_connection_and_the_answer_goes_on(
+    garbage: bytes, to_replica: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def test(setup: Setup) -> None:
+        setup.engine.running.clear()
+        mailbox = setup.open("a", "a long answer")
+        await until(lambda: len(setup.engine.requests) == 1)
+        line = setup.wires[0]
+        if to_replica:
+            line._transport.write(garbage)  # type: ignore[union-attr]
+        else:
+            line.data_received(garbage)
+        await until(lambda: len(setup.engine.requests) == 2)
+        assert line.is_over and line not in setup.wires
+        setup.engine.running.set()
+        assert await answer(mailbox) == "A LONG ANSWER"
+        assert "a direct socket is closed: a message of" in caplog.text
+
+    in_setup(test)
+
+
+def test_a_truncated_frame_is_waited_for_and_never_taken_for_a_whole_one() -> None:
+    async def test(setup: Setup) -> None:
+        line = setup.wires[0]
+        line._transport.write(submission("cut")[:-1])  # type: ignore[union-attr]
+        await asyncio.sleep(0.02)
+        assert setup.engine.requests == [] and not line.is_over
+        line._transport.close()  # type: ignore[union-attr]
+        await until(lambda: setup.wires not in ([], [line]))
+        assert setup.engine.requests == []
 
     in_setup(test)
 
