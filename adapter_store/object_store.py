@@ -13,7 +13,6 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, Protocol
-from urllib.parse import unquote, urlsplit
 
 from adapter_store.errors import ObjectNotFound, SourceUnavailable, StoreCorrupt
 
@@ -62,22 +61,6 @@ class ObjectStore(Protocol):
     def list(self, prefix: str, start_after: str = "") -> Sequence[str]:
         """Keys that begin with `prefix` and sort after `start_after`, sorted."""
         ...
-
-
-def open_store(root: str, endpoint_url: str | None = None) -> ObjectStore:
-    """The store at a root such as `file:///srv/adapters` or `s3://bucket/prefix`."""
-    url = urlsplit(root)
-    if url.scheme == "s3":
-        from adapter_store.s3_store import open_s3  # boto3 takes its time, and files need none
-
-        return open_s3(root, endpoint_url)
-    if url.scheme != "file":
-        raise SourceUnavailable(f"root {root!r} must begin with file:/// or s3://")
-    if url.netloc or not url.path.startswith("/"):
-        raise SourceUnavailable(f"root {root!r} is not absolute: write file:///absolute/path")
-    if endpoint_url is not None:
-        raise SourceUnavailable(f"root {root!r} has no endpoint: leave endpoint_url out")
-    return FileStore(Path(unquote(url.path)))
 
 
 def check_key(key: str) -> str:

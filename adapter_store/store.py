@@ -31,7 +31,8 @@ from adapter_store.manifest import (
     prepare,
 )
 from adapter_store.names import AdapterRecord, AdapterRef, check_name
-from adapter_store.object_store import CHUNK_BYTES, OnBytes, open_store
+from adapter_store.object_store import CHUNK_BYTES, OnBytes
+from adapter_store.open_store import open_store
 from adapter_store.registry import Registry
 from adapter_store.sources import local_folder
 

@@ -7,7 +7,8 @@ from typing import Any
 import boto3.session
 from botocore.config import Config
 
-from adapter_store.object_store import ObjectStore, open_store
+from adapter_store.object_store import ObjectStore
+from adapter_store.open_store import open_store
 from tests.swift.process import ACCESS_KEY, SECRET
 
 BUCKET = "adapters"

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from adapter_store.errors import ObjectNotFound, SourceUnavailable, StoreCorrupt
-from adapter_store.object_store import FileStore, ObjectStore, open_store
+from adapter_store.object_store import FileStore, ObjectStore
+from adapter_store.open_store import open_store
 from tests.adapter_store.roots import Root
 
 

@@ -245,8 +245,8 @@ def test_threads_that_publish_at_once_lose_nothing(root: Root) -> None:
 
 PUBLISH = """
 import sys
-from adapter_store.object_store import open_store
 from adapter_store.manifest import AdapterManifest
+from adapter_store.open_store import open_store
 from adapter_store.registry import Registry
 root, writer = sys.argv[1:]
 registry = Registry(open_store(root), lambda: 0.0)

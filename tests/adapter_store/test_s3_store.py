@@ -18,7 +18,7 @@ from adapter_store import s3_client as s3_client_module
 from adapter_store import s3_store
 from adapter_store import store as store_module
 from adapter_store.errors import AdapterNotFound, SourceUnavailable, StoreCorrupt
-from adapter_store.object_store import open_store
+from adapter_store.open_store import open_store
 from adapter_store.registry import Registry
 from adapter_store.s3_store import NUM_CONNECTIONS, PROBE_KEY, RANGE_BYTES, S3Store
 from adapter_store.store import AdapterStore
@@ -184,7 +184,7 @@ def test_two_prefixes_of_one_bucket_are_strangers(root: Root, swift: Swift) -> N
 
 def test_a_file_root_needs_no_boto3(tmp_path: Path) -> None:
     script = (
-        "import sys; from adapter_store.object_store import open_store; "
+        "import sys; from adapter_store.open_store import open_store; "
         f"open_store('file://{tmp_path}/root'); print('boto3' in sys.modules)"
     )
     result = subprocess.run(

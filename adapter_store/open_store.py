@@ -1,0 +1,27 @@
+"""Choose the kind of object store by the scheme of a root URL."""
+
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from adapter_store.errors import SourceUnavailable
+from adapter_store.object_store import FileStore, ObjectStore
+
+
+def open_store(root: str, endpoint_url: str | None = None) -> ObjectStore:
+    """Open the store at a root such as `file:///srv/adapters` or `s3://bucket/prefix`.
+
+    `endpoint_url` is for S3 alone. Raises SourceUnavailable.
+    """
+    url = urlsplit(root)
+    if url.scheme == "s3":
+        # Imported here because boto3 is slow to import and file stores do not need it.
+        from adapter_store.s3_store import open_s3
+
+        return open_s3(root, endpoint_url)
+    if url.scheme != "file":
+        raise SourceUnavailable(f"root {root!r} must begin with file:/// or s3://")
+    if url.netloc or not url.path.startswith("/"):
+        raise SourceUnavailable(f"root {root!r} is not absolute: write file:///absolute/path")
+    if endpoint_url is not None:
+        raise SourceUnavailable(f"root {root!r} has no endpoint: leave endpoint_url out")
+    return FileStore(Path(unquote(url.path)))
