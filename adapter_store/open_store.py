@@ -1,10 +1,20 @@
 """Choose the kind of object store by the scheme of a root URL."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from adapter_store.errors import SourceUnavailable
 from adapter_store.object_store import FileStore, ObjectStore
+
+ENDPOINT_VARIABLE = "S3_ENDPOINT_URL"
+
+
+def endpoint_from(environment: Mapping[str, str], root: str) -> str | None:
+    """Return the URL in S3_ENDPOINT_URL for a root on S3; None lets boto3 choose."""
+    if urlsplit(root).scheme != "s3":
+        return None
+    return environment.get(ENDPOINT_VARIABLE) or None
 
 
 def open_store(root: str, endpoint_url: str | None = None) -> ObjectStore:

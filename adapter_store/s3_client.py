@@ -56,13 +56,17 @@ class S3Client:
 
     def __init__(self, bucket: str, endpoint_url: str | None) -> None:
         self._bucket = bucket
-        self.where = f"bucket {bucket} at {_checked(endpoint_url) or 'the endpoint of AWS'}"
+        if endpoint_url is not None:
+            _check_endpoint(endpoint_url)
+        self.where = f"bucket {bucket} at {endpoint_url or 'the endpoint of AWS'}"
         with self.errors("connect to"):
             try:
                 self._client = _connect(endpoint_url)
             except ValueError as error:  # boto3's word for an endpoint that is none
                 raise SourceUnavailable(f"cannot connect to {self.where}: {error}") from error
-        self.where = f"bucket {bucket} at {self._client.meta.endpoint_url}"
+        found: str = self._client.meta.endpoint_url
+        _check_endpoint(found)  # boto3 may have found it in AWS_ENDPOINT_URL or in AWS's files
+        self.where = f"bucket {bucket} at {found}"
 
     def call(self, operation: str, doing: str, **request: Any) -> Answer:
         """The answer to boto3's operation of this name. `doing` completes "cannot ... bucket"."""
@@ -99,9 +103,7 @@ def _connect(endpoint_url: str | None) -> Any:
     return session.client("s3", endpoint_url=endpoint_url, config=config)
 
 
-def _checked(endpoint_url: str | None) -> str | None:
-    if endpoint_url is None:
-        return None
+def _check_endpoint(endpoint_url: str) -> None:
     url = urlsplit(endpoint_url)
     if "@" in url.netloc:  # what is before it may be a secret
         raise SourceUnavailable("endpoint_url must not hold a user or a password")
@@ -109,7 +111,6 @@ def _checked(endpoint_url: str | None) -> str | None:
         raise SourceUnavailable(
             f"endpoint_url {endpoint_url!r} must be http://host:port or https://host:port"
         )
-    return endpoint_url
 
 
 def _refusal(sentence: str, error: ClientError) -> S3Error:

@@ -4,7 +4,6 @@ Large objects travel as parts of a few MiB, several at a time; small ones in a s
 """
 
 import hashlib
-import os
 import re
 import time
 import uuid
@@ -26,7 +25,6 @@ NUM_CONNECTIONS = 8  # of one call
 CONFLICT_PAUSE_S = 0.05
 MAX_CONFLICTS = 20
 PROBE_KEY = "probe/put-if-absent"
-ENDPOINT_VARIABLES = ("S3_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
 
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,62}")
 _CONTENT_RANGE = re.compile(r"bytes ([0-9]+)-[0-9]+/([0-9]+)")
@@ -35,7 +33,7 @@ T = TypeVar("T")
 
 
 def open_s3(root: str, endpoint_url: str | None = None) -> "S3Store":
-    """The store at s3://bucket/prefix; without an endpoint, where the environment says."""
+    """Open the store at s3://bucket/prefix; without an endpoint, at the one boto3 is set up for."""
     url = urlsplit(root)
     if "@" in url.netloc:  # what is before it may be a secret
         raise SourceUnavailable(
@@ -51,8 +49,7 @@ def open_s3(root: str, endpoint_url: str | None = None) -> "S3Store":
         raise SourceUnavailable(
             f"root {root!r} must be s3://bucket or s3://bucket/prefix: {error}"
         ) from error
-    found = [os.environ[name] for name in ENDPOINT_VARIABLES if os.environ.get(name)]
-    return S3Store(url.netloc, prefix, endpoint_url or next(iter(found), None))
+    return S3Store(url.netloc, prefix, endpoint_url)
 
 
 class S3Store:

@@ -1,7 +1,9 @@
 """The adapter store that a configuration names. The one place that puts the two together."""
 
+import os
 from pathlib import Path
 
+from adapter_store.open_store import endpoint_from
 from adapter_store.store import AdapterStore
 from deployments.config import AdaptersSection
 
@@ -12,5 +14,5 @@ def open_adapter_store(adapters: AdaptersSection) -> AdapterStore:
         adapters.root,
         Path(adapters.disk_path),
         adapters.disk_bytes,
-        endpoint_url=adapters.endpoint_url,
+        endpoint_url=adapters.endpoint_url or endpoint_from(os.environ, adapters.root),
     )

@@ -1,6 +1,7 @@
 """Gives a command the options that say where the adapter store is, and opens it."""
 
 import functools
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec
@@ -38,11 +39,13 @@ def with_store(
     @functools.wraps(command)
     def with_options(root: str, endpoint_url: str | None, cache: str, **options: Any) -> None:
         from adapter_store.errors import AdapterStoreError
+        from adapter_store.open_store import endpoint_from
         from adapter_store.store import AdapterStore
 
         with refusing(AdapterStoreError, OSError):  # OSError: the folder for hashes
             folder = Path(cache).expanduser()
-            store = AdapterStore(root, folder, CACHE_BYTES, endpoint_url=endpoint_url)
+            endpoint = endpoint_url or endpoint_from(os.environ, root)
+            store = AdapterStore(root, folder, CACHE_BYTES, endpoint_url=endpoint)
             command(store, **options)  # type: ignore[call-arg]
 
     return with_options

@@ -88,8 +88,8 @@ def file_root(tmp_path: Path) -> Root:
 
 @pytest.fixture
 def s3_root(swift: Swift, monkeypatch: pytest.MonkeyPatch) -> Root:
-    """A prefix of its own on the server, to which the environment points."""
-    monkeypatch.setenv("S3_ENDPOINT_URL", swift.endpoint_url)
+    """A prefix of its own on the server, to which boto3's own variable points."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL", swift.endpoint_url)
     prefix = uuid.uuid4().hex
 
     def remove(key: str) -> None:

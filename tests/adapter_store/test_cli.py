@@ -12,6 +12,7 @@ from adapter_store.manifest import WEIGHTS_NAME
 from reef.__main__ import main
 from tests.adapter_store.adapters import changed
 from tests.adapter_store.roots import Root
+from tests.swift.process import Swift
 
 Run = Callable[..., tuple[int, list[str], str]]
 
@@ -66,6 +67,18 @@ def test_the_life_of_an_adapter(
     assert run("retire", "sql@1") == (0, ["retired public/sql, version 1"], "")
     assert run("retire", "sql") == (0, ["retired public/sql, version 2"], "")
     assert run("list") == (0, [], "")
+
+
+@pytest.mark.parametrize("root", ["s3"], indirect=True)
+def test_the_endpoint_may_come_from_the_environment(
+    run: Run, swift: Swift, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+    monkeypatch.setenv("S3_ENDPOINT_URL", swift.endpoint_url)
+    assert run("list") == (0, [], "")
+    code, _, error = run("list", "--endpoint-url", "http://127.0.0.1:1")
+    assert code == 2
+    assert "127.0.0.1:1" in error
 
 
 @pytest.mark.parametrize("root", ["file"], indirect=True)

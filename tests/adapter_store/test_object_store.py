@@ -11,7 +11,7 @@ import pytest
 
 from adapter_store.errors import ObjectNotFound, SourceUnavailable, StoreCorrupt
 from adapter_store.object_store import FileStore, ObjectStore
-from adapter_store.open_store import open_store
+from adapter_store.open_store import endpoint_from, open_store
 from tests.adapter_store.roots import Root
 
 
@@ -193,6 +193,14 @@ def test_a_root_that_is_no_absolute_file_url_is_refused(root: str, reason: str) 
 def test_a_file_root_has_no_endpoint(tmp_path: Path) -> None:
     with pytest.raises(SourceUnavailable, match="leave endpoint_url out"):
         open_store(f"file://{tmp_path}", "http://127.0.0.1:1")
+
+
+def test_the_endpoint_of_the_environment_is_only_for_s3() -> None:
+    environment = {"S3_ENDPOINT_URL": "http://127.0.0.1:1"}
+    assert endpoint_from(environment, "s3://bucket") == "http://127.0.0.1:1"
+    assert endpoint_from(environment, "file:///srv/adapters") is None
+    assert endpoint_from({"S3_ENDPOINT_URL": ""}, "s3://bucket") is None
+    assert endpoint_from({}, "s3://bucket") is None
 
 
 def test_a_file_url_may_be_quoted(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from adapter_store import s3_client as s3_client_module
 from adapter_store import s3_store
 from adapter_store import store as store_module
 from adapter_store.errors import AdapterNotFound, SourceUnavailable, StoreCorrupt
-from adapter_store.open_store import open_store
+from adapter_store.open_store import endpoint_from, open_store
 from adapter_store.registry import Registry
 from adapter_store.s3_store import NUM_CONNECTIONS, PROBE_KEY, RANGE_BYTES, S3Store
 from adapter_store.store import AdapterStore
@@ -150,6 +150,15 @@ def test_secrets_in_a_url_are_refused_and_not_repeated() -> None:
         assert "hush" not in str(error.value)
 
 
+def test_secrets_in_an_endpoint_of_the_environment_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://key:hush@127.0.0.1:1")
+    with pytest.raises(SourceUnavailable, match="must not hold") as error:
+        open_store("s3://bucket")
+    assert "hush" not in str(error.value)
+
+
 @pytest.mark.parametrize("url", ["127.0.0.1:9000", "ftp://host", "http://", "http://h?x", "hush"])
 def test_an_endpoint_that_is_no_web_address_is_refused(url: str) -> None:
     with pytest.raises(SourceUnavailable, match="must be http://host:port"):
@@ -164,13 +173,21 @@ def test_the_argument_wins_over_the_environment(
     monkeypatch.setenv("AWS_ENDPOINT_URL", nowhere)
     open_store(root.url, swift.endpoint_url).put("k", b"argument")
     monkeypatch.setenv("S3_ENDPOINT_URL", swift.endpoint_url)
-    assert open_store(root.url).get("k") == b"argument"
+    assert open_store(root.url, endpoint_from(os.environ, root.url)).get("k") == b"argument"
     monkeypatch.setenv("S3_ENDPOINT_URL", "")
     monkeypatch.setenv("AWS_ENDPOINT_URL", swift.endpoint_url)
-    assert open_store(root.url).get("k") == b"argument"
+    assert open_store(root.url, endpoint_from(os.environ, root.url)).get("k") == b"argument"
     monkeypatch.setenv("AWS_ENDPOINT_URL", nowhere)
     with pytest.raises(SourceUnavailable, match=nowhere):
-        open_store(root.url)
+        open_store(root.url, endpoint_from(os.environ, root.url))
+
+
+def test_the_store_itself_does_not_read_s3_endpoint_url(
+    root: Root, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("S3_ENDPOINT_URL", "http://127.0.0.1:1")
+    open_store(root.url).put("k", b"v")
+    assert open_store(root.url).get("k") == b"v"
 
 
 def test_two_prefixes_of_one_bucket_are_strangers(root: Root, swift: Swift) -> None:

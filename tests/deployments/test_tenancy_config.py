@@ -59,6 +59,22 @@ def test_the_configured_endpoint_reaches_the_store(monkeypatch: pytest.MonkeyPat
     assert more == {"endpoint_url": "http://127.0.0.1:9000"}
 
 
+@pytest.mark.parametrize(
+    ("root", "endpoint_url"),
+    [("s3://bucket/prefix", "http://127.0.0.1:9000"), ("file:///srv/adapters", None)],
+)
+def test_the_endpoint_of_the_environment_is_only_for_s3(
+    root: str, endpoint_url: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[Any] = []
+    monkeypatch.setattr(
+        "deployments.stores.AdapterStore", lambda *args, **more: opened.append(more)
+    )
+    monkeypatch.setenv("S3_ENDPOINT_URL", "http://127.0.0.1:9000")
+    open_adapter_store(load_config({"models": [MODEL], "adapters": {"root": root}}).adapters)
+    assert opened == [{"endpoint_url": endpoint_url}]
+
+
 # ---- where a server listens ----------------------------------------------------------------
 
 OPEN = TenancySection()
