@@ -1,7 +1,7 @@
-"""boto3 at arm's length: one bucket, typed, and every failure one sentence of ours.
+"""Send requests to one bucket through boto3; every failure is one sentence of ours.
 
-The only file that imports boto3. Credentials are boto3's business: they are never looked at, kept
-or printed here. Knows no keys' meaning and makes no decisions.
+Only this file and s3_transfers.py import boto3. boto3 finds the credentials itself: they are never
+looked at, kept or printed here. Knows no keys' meaning and makes no decisions.
 """
 
 # pyright: reportMissingTypeStubs=false
@@ -12,6 +12,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import boto3.session
+from boto3.exceptions import RetriesExceededError
 from botocore.config import Config
 from botocore.exceptions import (
     BotoCoreError,
@@ -55,23 +56,27 @@ class S3Client:
     """Requests to one bucket. Thread-safe."""
 
     def __init__(self, bucket: str, endpoint_url: str | None) -> None:
-        self._bucket = bucket
+        self.bucket = bucket
         if endpoint_url is not None:
             _check_endpoint(endpoint_url)
         self.where = f"bucket {bucket} at {endpoint_url or 'the endpoint of AWS'}"
         with self.errors("connect to"):
             try:
-                self._client = _connect(endpoint_url)
+                self.boto3_client = _connect(endpoint_url)
             except ValueError as error:  # boto3's word for an endpoint that is none
                 raise SourceUnavailable(f"cannot connect to {self.where}: {error}") from error
-        found: str = self._client.meta.endpoint_url
+        found: str = self.boto3_client.meta.endpoint_url
         _check_endpoint(found)  # boto3 may have found it in AWS_ENDPOINT_URL or in AWS's files
         self.where = f"bucket {bucket} at {found}"
 
     def call(self, operation: str, doing: str, **request: Any) -> Answer:
         """The answer to boto3's operation of this name. `doing` completes "cannot ... bucket"."""
         with self.errors(doing):
-            return getattr(self._client, operation)(Bucket=self._bucket, **request)
+            return getattr(self.boto3_client, operation)(Bucket=self.bucket, **request)
+
+    def error(self, doing: str, reason: str) -> S3Error:
+        """Return the error that says why something cannot be done."""
+        return S3Error(f"cannot {doing} {self.where}: {reason}")
 
     @contextmanager
     def errors(self, doing: str) -> Generator[None, None, None]:
@@ -86,6 +91,9 @@ class S3Client:
                 f"cannot {doing} {self.where}: {_reason(error)}",
                 is_broken_off=isinstance(error, broken),
             ) from error
+        except RetriesExceededError as error:  # of a managed download, for bodies that broke off
+            last: Exception = error.last_exception  # pyright: ignore[reportUnknownMemberType]
+            raise self.error(doing, _reason(last)) from error
 
 
 def _connect(endpoint_url: str | None) -> Any:

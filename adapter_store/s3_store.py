@@ -1,35 +1,24 @@
-"""Objects in an S3 bucket, behind the same interface as files. Knows nothing of adapters.
+"""Keep objects in an S3 bucket, behind the same interface as files. Knows nothing of adapters."""
 
-Large objects travel as parts of a few MiB, several at a time; small ones in a single request.
-"""
-
-import hashlib
 import re
 import time
 import uuid
-from collections import deque
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from collections.abc import Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, TypeVar
 from urllib.parse import urlsplit
 
 from adapter_store.errors import ObjectNotFound, SourceUnavailable, StoreCorrupt
 from adapter_store.object_store import OnBytes, check_key
 from adapter_store.s3_client import MAX_ATTEMPTS, Answer, S3Client, S3Error
+from adapter_store.s3_transfers import NUM_CONNECTIONS, download, upload
 
-RANGE_BYTES = 8 * 2**20  # of one request; S3 takes an upload in at most 10 000 parts
-BUFFER_BYTES = 2**20
-NUM_CONNECTIONS = 8  # of one call
 CONFLICT_PAUSE_S = 0.05
 MAX_CONFLICTS = 20
 PROBE_KEY = "probe/put-if-absent"
 
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,62}")
-_CONTENT_RANGE = re.compile(r"bytes ([0-9]+)-[0-9]+/([0-9]+)")
-
-T = TypeVar("T")
 
 
 def open_s3(root: str, endpoint_url: str | None = None) -> "S3Store":
@@ -67,7 +56,7 @@ class S3Store:
     # ---- reading -------------------------------------------------------------------------------
 
     def get(self, key: str) -> bytes:
-        data = self._read(key, _body)
+        data = self._read(key)
         assert data is not None, "without a range there is nothing to be past"
         return data
 
@@ -78,21 +67,16 @@ class S3Store:
             return list(pool.map(self.get, keys))
 
     def get_range(self, key: str, start: int, length: int) -> bytes:
-        return self._read(key, _body, Range=f"bytes={start}-{start + length - 1}") or b""
+        return self._read(key, Range=f"bytes={start}-{start + length - 1}") or b""
 
     def get_file(self, key: str, path: Path) -> None:
-        path.write_bytes(b"")
-        first = self._read_range(key, path, 0)
-        if first is None:  # an empty object has no first byte
-            return
-        nbytes, etag = first
-
-        def read(start: int) -> None:
-            self._read_range(key, path, start, etag)
-
-        starts = range(RANGE_BYTES, nbytes, RANGE_BYTES)
-        with ThreadPoolExecutor(NUM_CONNECTIONS) as pool:
-            list(pool.map(read, starts))  # the first failure cancels what has not begun
+        try:
+            with _readable(key):
+                download(self._client, self._full(key), path, f"read {key} in")
+        except S3Error as error:
+            if error.status != 416:  # an empty object has no byte to ask for
+                raise
+            path.write_bytes(b"")
 
     def size(self, key: str) -> int | None:
         try:
@@ -113,8 +97,8 @@ class S3Store:
             request.pop("StartAfter", None)
             request["ContinuationToken"] = page["NextContinuationToken"]
 
-    def _read(self, key: str, take: Callable[[Answer], T], **conditions: str) -> T | None:
-        """What `take` makes of a GET; None where the range begins past the object's end.
+    def _read(self, key: str, **conditions: str) -> bytes | None:
+        """Return the object or the range asked for; None if that begins past the object's end.
 
         boto3 tries again until the body begins, this does if the body breaks off.
         """
@@ -127,7 +111,7 @@ class S3Store:
                 raise
             try:
                 with self._client.errors(f"read {key} in"):
-                    return take(answer)
+                    return answer["Body"].read()
             except S3Error as error:
                 if not error.is_broken_off or attempt == MAX_ATTEMPTS:
                     raise
@@ -137,42 +121,8 @@ class S3Store:
 
     def _get(self, key: str, conditions: dict[str, str]) -> Answer:
         full_key = self._full(key)
-        try:
+        with _readable(key):
             return self._client.call("get_object", f"read {key} in", Key=full_key, **conditions)
-        except S3Error as error:
-            if error.code == "NoSuchKey":
-                raise ObjectNotFound(f"there is no object {key}") from error
-            if error.status == 412:
-                raise StoreCorrupt(f"{key} changed while it was downloaded") from error
-            raise
-
-    def _read_range(
-        self, key: str, path: Path, start: int, etag: str | None = None
-    ) -> tuple[int, str] | None:
-        """Put one range where it belongs in a file; the whole object's size, and its ETag."""
-
-        def write(answer: Answer) -> tuple[int, str]:
-            nbytes = self._whole_size(key, answer, start)
-            with path.open("r+b") as file:
-                file.seek(start)
-                while chunk := answer["Body"].read(BUFFER_BYTES):
-                    file.write(chunk)
-            return nbytes, answer["ETag"]
-
-        conditions = {"Range": f"bytes={start}-{start + RANGE_BYTES - 1}"}
-        if etag is not None:
-            conditions["IfMatch"] = etag
-        return self._read(key, write, **conditions)
-
-    def _whole_size(self, key: str, answer: Answer, start: int) -> int:
-        found = _CONTENT_RANGE.fullmatch(answer.get("ContentRange", ""))
-        if found and int(found[1]) == start:
-            return int(found[2])
-        if not found and start == 0 and answer["ContentLength"] <= RANGE_BYTES:
-            return int(answer["ContentLength"])  # the whole object is the right answer too
-        raise SourceUnavailable(
-            f"cannot read {key} in {self._client.where}: it does not answer with the range asked"
-        )
 
     def _head(self, key: str) -> Answer:
         full_key = self._full(key)
@@ -207,56 +157,11 @@ class S3Store:
         )
 
     def put_file(self, key: str, path: Path, sha256: str, on_bytes: OnBytes) -> None:
+        full_key = self._full(key)
         try:
-            with path.open("rb") as file:
-                if path.stat().st_size > RANGE_BYTES:
-                    self._put_parts(key, file, sha256, on_bytes)
-                    return
-                data = file.read()
+            upload(self._client, full_key, path, sha256, on_bytes, f"write {key} to")
         except OSError as error:
             raise SourceUnavailable(f"cannot read {path}: {error}") from error
-        _check_content(path, hashlib.sha256(data).hexdigest(), sha256)
-        self.put(key, data)
-        on_bytes(len(data))
-
-    def _put_parts(self, key: str, file: BinaryIO, sha256: str, on_bytes: OnBytes) -> None:
-        """Nothing is visible before the end, so the very bytes that were sent can be checked."""
-        target = {"Key": self._full(key)}
-        doing = f"write {key} to"
-        created = self._client.call("create_multipart_upload", doing, **target)
-        target["UploadId"] = created["UploadId"]
-        try:
-            parts, written = self._send_parts(target, file, on_bytes)
-            _check_content(Path(file.name), written, sha256)
-            whole = {"Parts": parts}
-            self._client.call("complete_multipart_upload", doing, **target, MultipartUpload=whole)
-        except BaseException:
-            with suppress(S3Error):  # then the parts, invisible, wait for the bucket's own rules
-                self._client.call("abort_multipart_upload", doing, **target)
-            raise
-
-    def _send_parts(
-        self, target: dict[str, str], file: BinaryIO, on_bytes: OnBytes
-    ) -> tuple[Sequence[Answer], str]:
-        """A few parts at a time; what the server calls them, and the sha256 of them all."""
-        digest = hashlib.sha256()
-        sending: deque[Future[Answer]] = deque()
-        parts: list[Answer] = []
-        with ThreadPoolExecutor(NUM_CONNECTIONS) as pool:
-            while data := file.read(RANGE_BYTES):
-                digest.update(data)
-                if len(sending) == NUM_CONNECTIONS:
-                    parts.append(sending.popleft().result())
-                number = len(parts) + len(sending) + 1
-                sending.append(pool.submit(self._send_part, target, number, data))
-                on_bytes(len(data))
-            parts += [part.result() for part in sending]
-        return parts, digest.hexdigest()
-
-    def _send_part(self, target: dict[str, str], number: int, data: bytes) -> Answer:
-        doing = f"write {target['Key']} to"
-        sent = self._client.call("upload_part", doing, **target, PartNumber=number, Body=data)
-        return {"PartNumber": number, "ETag": sent["ETag"]}
 
     def _is_written_by(self, key: str, writer: str) -> bool:
         """Whether an attempt whose answer was lost has written the object after all."""
@@ -275,10 +180,14 @@ class S3Store:
         return self._prefix + check_key(key)
 
 
-def _check_content(path: Path, written: str, sha256: str) -> None:
-    if written != sha256:
-        raise StoreCorrupt(f"{path} changed while it was uploaded: its sha256 is {written}")
-
-
-def _body(answer: Answer) -> bytes:
-    return answer["Body"].read()
+@contextmanager
+def _readable(key: str) -> Generator[None, None, None]:
+    """Raise ObjectNotFound or StoreCorrupt where that is what the server's answer means."""
+    try:
+        yield
+    except S3Error as error:
+        if error.code == "NoSuchKey":
+            raise ObjectNotFound(f"there is no object {key}") from error
+        if error.status == 412:
+            raise StoreCorrupt(f"{key} changed while it was downloaded") from error
+        raise

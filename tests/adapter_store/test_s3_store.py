@@ -15,12 +15,13 @@ from pathlib import Path
 import pytest
 
 from adapter_store import s3_client as s3_client_module
-from adapter_store import s3_store
+from adapter_store import s3_store, s3_transfers
 from adapter_store import store as store_module
 from adapter_store.errors import AdapterNotFound, SourceUnavailable, StoreCorrupt
 from adapter_store.open_store import endpoint_from, open_store
 from adapter_store.registry import Registry
-from adapter_store.s3_store import NUM_CONNECTIONS, PROBE_KEY, RANGE_BYTES, S3Store
+from adapter_store.s3_store import PROBE_KEY, S3Store
+from adapter_store.s3_transfers import NUM_CONNECTIONS, PART_BYTES
 from adapter_store.store import AdapterStore
 from reef.__main__ import main
 from tests.adapter_store.adapters import changed
@@ -308,8 +309,8 @@ def test_a_large_object_goes_up_and_down_in_parts_side_by_side(
     starts = [range_start(request) for request in forwarder.requests]
     assert sorted(start for start in starts if start is not None) == [
         0,
-        RANGE_BYTES,
-        2 * RANGE_BYTES,
+        PART_BYTES,
+        2 * PART_BYTES,
     ]
     etags = {request.headers.get("If-Match") for request in forwarder.requests}
     assert len(etags) == 2 and None in etags  # the first range has none yet
@@ -319,7 +320,7 @@ def test_a_large_object_goes_up_and_down_in_parts_side_by_side(
 def test_an_object_about_as_large_as_a_part_arrives_whole(
     extra: int, direct: S3Store, tmp_path: Path
 ) -> None:
-    data = LARGE[: RANGE_BYTES + extra]
+    data = LARGE[: PART_BYTES + extra]
     assert upload(direct, tmp_path / "up", data) == len(data)
     direct.get_file("large", tmp_path / "down")
     assert (tmp_path / "down").read_bytes() == data
@@ -328,7 +329,7 @@ def test_an_object_about_as_large_as_a_part_arrives_whole(
 def test_any_number_of_ranges_makes_the_same_file(
     direct: S3Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(s3_store, "RANGE_BYTES", 100)
+    monkeypatch.setattr(s3_transfers, "PART_BYTES", 100)
     for nbytes in (0, 1, 99, 100, 101, 200, 2345):
         direct.put("k", LARGE[:nbytes])
         direct.get_file("k", tmp_path / "down")
@@ -342,7 +343,7 @@ def test_an_object_that_changes_while_it_is_downloaded_is_noticed(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(s3_store, "RANGE_BYTES", 1000)
+    monkeypatch.setattr(s3_transfers, "PART_BYTES", 1000)
 
     def replace_first(request: Request, forward: Forward) -> Reply:
         direct.put("k", b"y" * 5000)
@@ -358,17 +359,39 @@ def test_an_object_that_changes_while_it_is_downloaded_is_noticed(
             tested.get_file("k", tmp_path / "down")
 
 
+def pending_uploads(root: Root, swift: Swift) -> list[str]:
+    """The keys of uploads that were begun and neither completed nor aborted."""
+    prefix = root.url.removeprefix(f"s3://{BUCKET}/")
+    uploads = s3_client(swift.endpoint_url).list_multipart_uploads(Bucket=BUCKET, Prefix=prefix)
+    return [upload["Key"] for upload in uploads.get("Uploads", [])]
+
+
+@pytest.mark.parametrize("nbytes", [1000, 2 * PART_BYTES, len(LARGE)])
 def test_a_file_that_changes_while_it_is_uploaded_leaves_nothing(
-    direct: S3Store, root: Root, swift: Swift, tmp_path: Path
+    nbytes: int, direct: S3Store, root: Root, swift: Swift, tmp_path: Path
 ) -> None:
     path = tmp_path / "up"
-    path.write_bytes(LARGE)
+    path.write_bytes(LARGE[:nbytes])
     with pytest.raises(StoreCorrupt, match="changed while it was uploaded"):
         direct.put_file("large", path, hashlib.sha256(b"other").hexdigest(), lambda _: None)
     assert direct.size("large") is None
-    prefix = root.url.removeprefix(f"s3://{BUCKET}/")
-    uploads = s3_client(swift.endpoint_url).list_multipart_uploads(Bucket=BUCKET, Prefix=prefix)
-    assert "Uploads" not in uploads
+    assert pending_uploads(root, swift) == []
+
+
+def test_an_upload_that_fails_midway_leaves_nothing(
+    direct: S3Store, root: Root, swift: Swift, tmp_path: Path
+) -> None:
+    def refuse_the_second_part(request: Request, forward: Forward) -> Reply:
+        is_second = "partNumber=2&" in f"{request.path}&"
+        return Reply(403, {"content-length": "0"}) if is_second else forward()
+
+    with (
+        Forwarder(swift.endpoint_url, refuse_the_second_part) as forwarder,
+        pytest.raises(SourceUnavailable, match=f"cannot write large to bucket {BUCKET} at .*403"),
+    ):
+        upload(through(forwarder, root), tmp_path / "up", LARGE)
+    assert direct.size("large") is None
+    assert pending_uploads(root, swift) == []
 
 
 def test_a_file_that_is_gone_is_named(direct: S3Store, tmp_path: Path) -> None:
@@ -398,7 +421,7 @@ def test_a_body_that_breaks_off_is_asked_for_again(
 def test_a_server_that_ignores_ranges_is_refused(
     root: Root, direct: S3Store, swift: Swift, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(s3_store, "RANGE_BYTES", 1000)
+    monkeypatch.setattr(s3_transfers, "PART_BYTES", 1000)
 
     def whole(request: Request, forward: Forward) -> Reply:
         if request.method != "GET":
@@ -410,6 +433,76 @@ def test_a_server_that_ignores_ranges_is_refused(
         tested = through(forwarder, root)
         with pytest.raises(SourceUnavailable, match="does not answer with the range asked"):
             tested.get_file("k", tmp_path / "down")
+
+
+@pytest.mark.parametrize("answered", ["bytes 1-1000/5000", "bytes 0-1999/5000", "bytes 0-999/*"])
+def test_an_answer_with_another_range_is_refused(
+    answered: str,
+    root: Root,
+    direct: S3Store,
+    swift: Swift,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(s3_transfers, "PART_BYTES", 1000)
+
+    def other(request: Request, forward: Forward) -> Reply:
+        reply = forward()
+        if request.method != "GET":
+            return reply
+        return Reply(206, reply.headers | {"content-range": answered}, reply.body)
+
+    direct.put("k", b"x" * 5000)
+    with Forwarder(swift.endpoint_url, other) as forwarder:
+        tested = through(forwarder, root)
+        with pytest.raises(SourceUnavailable, match="does not answer with the range asked"):
+            tested.get_file("k", tmp_path / "down")
+
+
+def test_a_download_that_fails_leaves_no_file(
+    root: Root, direct: S3Store, swift: Swift, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(s3_transfers, "PART_BYTES", 1000)
+    folder = tmp_path / "down"
+    folder.mkdir()
+
+    def break_off_the_last(request: Request, forward: Forward) -> Reply:
+        reply = forward()
+        is_last = range_start(request) == 4000
+        return Reply(reply.status, reply.headers, reply.body, num_sent=10 if is_last else None)
+
+    direct.put("k", b"x" * 5000)
+    with Forwarder(swift.endpoint_url, break_off_the_last) as forwarder:
+        tested = through(forwarder, root)
+        forwarder.requests.clear()
+        with pytest.raises(SourceUnavailable, match=f"cannot read k in bucket {BUCKET} at"):
+            tested.get_file("k", folder / "k")
+    assert os.listdir(folder) == []
+    starts = [range_start(request) for request in forwarder.requests]
+    assert starts.count(4000) == s3_client_module.MAX_ATTEMPTS
+
+
+def test_a_download_asks_a_server_that_hangs_no_more_often_than_other_requests(
+    root: Root, direct: S3Store, swift: Swift, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(s3_client_module, "READ_TIMEOUT_S", 3.0)
+    monkeypatch.setattr(s3_client_module, "MAX_ATTEMPTS", 1)
+    is_over = threading.Event()
+
+    def hang(request: Request, forward: Forward) -> Reply | None:
+        if request.method != "GET":
+            return forward()
+        is_over.wait(60)
+        return None
+
+    direct.put("k", b"x" * 5000)
+    with Forwarder(swift.endpoint_url, hang) as forwarder:
+        tested = through(forwarder, root)
+        forwarder.requests.clear()
+        with pytest.raises(SourceUnavailable, match="Read timeout"):
+            tested.get_file("k", tmp_path / "down")
+        is_over.set()
+    assert len(forwarder.requests) == 1
 
 
 # ---- listings and the log ----------------------------------------------------------------------
