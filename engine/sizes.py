@@ -1,7 +1,7 @@
-"""Bytes and seconds of a model, from its config.json alone: pure functions for `engine.plan`.
+"""Computes bytes and seconds of a model from its config.json alone, for `engine.plan`.
 
-The decoder is laid out on torch's `meta` device, without memory, so that every count is the
-loader's own. A floor says what no implementation can be faster than, not how fast this one is.
+The decoder is built on torch's `meta` device, without memory, so that all counts are the same as
+the loader's. A floor is the time that no implementation can beat, not the time of this one.
 """
 
 from dataclasses import dataclass, replace
@@ -43,8 +43,8 @@ class WeightFormat:
     dtype: torch.dtype
     quantization: str = "none"  # int8, nf4, fp8 or int4
     group_size: int | None = None  # inputs that share a scale; None: all
-    is_reordered: bool = False  # each weight has an order of its inputs
-    dense_modules: tuple[str, ...] = ()  # parts of module names that are left in `dtype`
+    is_reordered: bool = False  # each weight has an input order
+    dense_modules: tuple[str, ...] = ()  # parts of the names of modules left in `dtype`
 
     def linear_bytes(self, linear: LinearShape) -> int:
         if self.quantization == "none" or self._is_dense(linear.module):
@@ -71,15 +71,15 @@ FORMATS = (
 
 @dataclass(frozen=True, slots=True)
 class ModelSize:
-    """Counts of parameters by what they are for. `num_head` is 0 where the head is tied."""
+    """Counts parameters by use. `num_head` is 0 if the head is tied."""
 
     spec: ModelSpec
-    dtype: torch.dtype  # that the engine's `auto` picks
+    dtype: torch.dtype  # chosen by the engine's `auto`
     linears: tuple[LinearShape, ...]  # one per module that an adapter can name
     num_embedding: int
     num_head: int
     num_other: int  # norms and biases
-    form: WeightFormat  # in which the engine serves it
+    form: WeightFormat  # format in which the engine serves it
 
     @property
     def num_linear(self) -> int:
@@ -91,7 +91,7 @@ class ModelSize:
 
 
 def read_model_size(folder: Path, quantization: str = "none") -> ModelSize:
-    """Raises ModelError where the model cannot be served, or not with this `quantization`."""
+    """Count a model's parameters. Raises ModelError if it cannot be served so quantized."""
     spec = read_spec(folder, None)
     build = Build(reference_ops(), torch.bfloat16, torch.device("meta"))
     decoder = Decoder(spec, build, max_model_len=1)
@@ -118,7 +118,7 @@ def read_model_size(folder: Path, quantization: str = "none") -> ModelSize:
 
 
 def _own_format(folder: Path, quantization: str, dtype: torch.dtype) -> WeightFormat:
-    """The one of FORMATS that it is, else one of its own."""
+    """Return the matching one of FORMATS, else a new one."""
     scheme = read_scheme(folder)
     kind = weight_format(folder, scheme, quantization)
     if scheme is None:
@@ -135,7 +135,7 @@ def _own_format(folder: Path, quantization: str, dtype: torch.dtype) -> WeightFo
 
 
 def formats(size: ModelSize) -> tuple[WeightFormat, ...]:
-    """All that a plan compares: the well-known ones, and the model's own where it is another."""
+    """List the formats that a plan compares: FORMATS, and the model's own if it is another."""
     return FORMATS if size.form in FORMATS else (*FORMATS, size.form)
 
 
@@ -145,13 +145,13 @@ def weight_bytes(size: ModelSize, form: WeightFormat) -> int:
 
 
 def kv_bytes(size: ModelSize, dtype: torch.dtype, num_tokens: int, block_size: int) -> int:
-    """Whole blocks for one sequence of `num_tokens`."""
+    """Return the bytes of the blocks of one sequence of `num_tokens`."""
     num_blocks = -(-num_tokens // block_size)
     return num_blocks * block_size * kv_bytes_per_token(size.spec, dtype)
 
 
 def adapter_values(size: ModelSize, *, attention_only: bool = False) -> int:
-    """Values per unit of rank: a column of A and a row of B for every module."""
+    """Count values per unit of rank: a row of A and a column of B for every module."""
     return sum(
         linear.in_features + linear.out_features
         for linear in size.linears
@@ -167,21 +167,21 @@ def adapter_bytes(
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What a plan is made for. Adapters are on all linear modules."""
+    """Memory, context and adapter rank of a plan. Adapters are on all linear modules."""
 
     memory_bytes: int
     context: int
     lora_rank: int
     block_size: int = 16
-    kv_dtype: torch.dtype | None = None  # None: that of the format
+    kv_dtype: torch.dtype | None = None  # None: the format's dtype
 
     def sequence_bytes(self, size: ModelSize, form: WeightFormat) -> int:
-        """The KV blocks of one sequence."""
+        """Return the bytes of the KV blocks of one sequence."""
         return kv_bytes(size, self.kv_dtype or form.dtype, self.context, self.block_size)
 
 
 def largest_batch(size: ModelSize, form: WeightFormat, load: Load, num_adapters: int) -> int:
-    """Sequences of `context` tokens beside the weights and `num_adapters`; 0: none fits."""
+    """Count sequences of `context` tokens that fit besides weights and `num_adapters` adapters."""
     taken = weight_bytes(size, form) + num_adapters * adapter_bytes(
         size, form.dtype, load.lora_rank
     )
@@ -190,7 +190,7 @@ def largest_batch(size: ModelSize, form: WeightFormat, load: Load, num_adapters:
 
 
 def largest_distinct_batch(size: ModelSize, form: WeightFormat, load: Load) -> int:
-    """The same when every sequence brings an adapter of its own."""
+    """Count sequences that fit besides the weights if each uses a different adapter."""
     each = load.sequence_bytes(size, form)
     each += adapter_bytes(size, form.dtype, load.lora_rank)
     return max(load.memory_bytes - weight_bytes(size, form), 0) // each
@@ -203,12 +203,12 @@ def largest_distinct_batch(size: ModelSize, form: WeightFormat, load: Load) -> i
 class Machine:
     bytes_per_s: float
     flops_per_s: float
-    source: str  # where the two come from, for people
+    source: str  # where the two come from, to be printed
 
 
 @dataclass(frozen=True, slots=True)
 class Floor:
-    """No decode step can be shorter than either."""
+    """Lower bounds on a decode step: no step is shorter than either."""
 
     read_s: float
     compute_s: float
@@ -221,14 +221,14 @@ class Floor:
 def step_floor(
     size: ModelSize, load: Load, machine: Machine, batch: int, num_adapters: int
 ) -> Floor:
-    """One token for each of `batch` sequences of `context` tokens, in the model's own format.
+    """Bound the step that decodes one token for each of `batch` sequences of `context` tokens.
 
-    Every weight, key, value and adapter in use is read once. Each row is multiplied by the
-    weights and, if there are adapters, by its own one.
+    In the model's own format. Every weight, key, value and adapter in use is read once. Each row
+    is multiplied by the weights and, if there are adapters, by its own adapter.
     """
     form, spec = size.form, size.spec
     read = weight_bytes(size, form) + num_adapters * adapter_bytes(size, form.dtype, load.lora_rank)
-    if size.num_head:  # of an embedding that is not the head, a row per token
+    if size.num_head:  # an untied embedding is not read whole, only a row per token
         read -= size.num_embedding * form.dtype.itemsize
     read += batch * load.context * kv_bytes_per_token(spec, load.kv_dtype or form.dtype)
     multiplied = size.num_linear + (size.num_head or size.num_embedding)

@@ -1,7 +1,7 @@
-"""HostCache: adapters decoded in host memory, least recently used ones dropped, bounded in bytes.
+"""HostCache: keeps decoded adapters in host memory, bounded in bytes; evicts by last use.
 
-Reading and decoding happen in threads of its own, never in the step loop, which only polls.
-An adapter is kept while somebody wants it, whatever the bound; idle ones fill what remains.
+Reads and decodes in its own threads, never in the step loop, which only polls. An adapter is kept
+while it is wanted, even above the bound; idle ones fill the rest.
 """
 
 from collections import OrderedDict
@@ -16,11 +16,11 @@ LOADER_THREADS = 2
 
 
 class HostAdapter(Protocol):
-    """An adapter in host memory, in the form that the device's runner takes."""
+    """An adapter in host memory, in the form that the device's runner accepts."""
 
     @property
     def nbytes(self) -> int:
-        """What it takes, here and on the device."""
+        """Size in bytes, in host memory and on the device."""
         ...
 
 
@@ -33,7 +33,7 @@ class _Entry:
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """One finished load; `error` says why there are no weights."""
+    """One finished load: either weights, or the error that prevented it."""
 
     digest: str
     weights: HostAdapter | None
@@ -41,7 +41,10 @@ class Loaded:
 
 
 class HostCache:
-    """`want` and `release` are counted; `poll` reports each load once; `get` is for ready ones."""
+    """Loads, keeps and drops adapters.
+
+    `want` and `release` are counted; `poll` reports each load once; `get` needs a finished load.
+    """
 
     def __init__(
         self,
@@ -52,11 +55,11 @@ class HostCache:
         self.max_bytes = max_bytes
         self._load = load
         self._wake = wake
-        self._entries: OrderedDict[str, _Entry] = OrderedDict()  # oldest use first
+        self._entries: OrderedDict[str, _Entry] = OrderedDict()  # least recently used first
         self._pool = ThreadPoolExecutor(LOADER_THREADS, thread_name_prefix="adapter-load")
 
     def want(self, adapter: AdapterFolder) -> None:
-        """Keep the adapter until `release`; start to load it if it is not here."""
+        """Keep the adapter until `release`; starts loading it if needed."""
         entry = self._entries.get(adapter.digest)
         if entry is None:
             future = self._pool.submit(self._load, adapter)
@@ -66,7 +69,7 @@ class HostCache:
         self._entries.move_to_end(adapter.digest)
 
     def release(self, digest: str) -> list[str]:
-        """The opposite of `want`. Returns digests dropped to stay in the bound."""
+        """Undo one `want`. Returns the digests dropped to stay within the bound."""
         entry = self._entries.get(digest)
         if entry is not None:
             entry.wanted -= 1
@@ -74,7 +77,7 @@ class HostCache:
         return self._drop_idle()
 
     def poll(self) -> list[Loaded]:
-        """Loads that ended since the last call. A failed one is forgotten and may be retried."""
+        """Return the loads that ended since the last call. Failed ones may be retried."""
         ended: list[Loaded] = []
         for digest, entry in list(self._entries.items()):
             if entry.reported or not entry.future.done():
@@ -91,7 +94,7 @@ class HostCache:
         return ended
 
     def get(self, digest: str) -> Any:
-        """What `load` gave."""
+        """Return the loaded adapter; its load must have finished."""
         return self._entries[digest].future.result()
 
     @property

@@ -1,7 +1,7 @@
-"""Checkpoint: the tensors of a folder of safetensors files, by name, each checked as it is read.
+"""Checkpoint: reads tensors by name from a folder of safetensors files, and checks each.
 
-Files are mapped, not read: a tensor's pages come when it is used and are the kernel's to drop.
-Knows nothing of what the tensors mean. Every refusal names the file and the tensor.
+Files are memory-mapped: a tensor's pages are read when it is used, and the operating system may
+drop them. Does not interpret the tensors. Every error names the file and the tensor.
 """
 
 import json
@@ -19,7 +19,7 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 class Checkpoint:
-    """Open for as long as it is a context. Raises ModelError."""
+    """Context manager that keeps the files open. Raises ModelError."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -44,7 +44,7 @@ class Checkpoint:
 
     @property
     def keys(self) -> list[str]:
-        """Every tensor that the files really hold, in their order."""
+        """Names of all tensors that the files hold, in the files' order."""
         return list(self._paths)
 
     def __contains__(self, key: str) -> bool:
@@ -53,7 +53,10 @@ class Checkpoint:
     def tensor(
         self, key: str, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...], asker: str
     ) -> Tensor:
-        """A view of the file, valid beyond the context; `asker` says who wants this shape."""
+        """Return a view of the file, valid after the context ends too.
+
+        Raises ModelError for another shape or dtype; `asker` names what requires this shape.
+        """
         tensor = self.any_shape(key)
         if tuple(tensor.shape) != shape:
             found, wanted = list(tensor.shape), list(shape)
@@ -63,7 +66,7 @@ class Checkpoint:
         return tensor
 
     def vector(self, key: str, dtype: torch.dtype) -> Tensor:
-        """One dimension of any length."""
+        """Return a one-dimensional tensor of any length."""
         tensor = self.any_shape(key)
         return self.tensor(key, (tensor.numel(),), (dtype,), "its meaning")
 
@@ -83,7 +86,7 @@ class Checkpoint:
         except (OSError, SafetensorError) as error:
             raise ModelError(f"{path} cannot be read: {error}") from error
         self._files[path] = file
-        for key in file.keys():  # noqa: SIM118  # it is no mapping
+        for key in file.keys():  # noqa: SIM118  # not a mapping
             if key in self._paths:
                 raise ModelError(f"{path}: {key} is also in {self._paths[key]}")
             self._paths[key] = path

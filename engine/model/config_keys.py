@@ -1,7 +1,7 @@
-"""ConfigKeys: a JSON object that remembers which of its keys were understood.
+"""ConfigKeys: reads keys of a JSON object with type checks, and rejects keys that were not read.
 
-Each reader checks the value's type; `finish` refuses whatever nobody has read, save the keys
-that say nothing about a forward pass, which are listed here.
+`finish` makes the check at the end; it allows keys that do not affect a forward pass, which are
+listed here.
 """
 
 from collections.abc import Collection, Mapping
@@ -11,7 +11,7 @@ from engine.model.spec import ModelError
 
 REQUIRED: Final = object()
 
-# Bookkeeping, training and the tokens of a text.
+# Keys for bookkeeping, training and special tokens.
 _BOOKKEEPING = """
 _attn_implementation _attn_implementation_autoset _commit_hash _flash_attn_2_enabled
 _name_or_path attention_dropout auto_map begin_suppress_tokens bos_token_id cache_implementation
@@ -22,7 +22,7 @@ suppress_tokens task_specific_params tf_legacy_loss tie_last_hidden_states token
 torch_dtype torchscript transformers.js_config transformers_version unsloth_fixed
 unsloth_version use_bfloat16 use_cache
 """
-# How text is drawn from the logits, which older files keep here.
+# Sampling settings, which older files keep in config.json.
 _GENERATION = """
 bad_words_ids decoder_start_token_id diversity_penalty do_sample early_stopping
 encoder_no_repeat_ngram_size exponential_decay_length_penalty length_penalty max_length
@@ -32,7 +32,7 @@ typical_p
 """
 IRRELEVANT = frozenset((_BOOKKEEPING + _GENERATION).split())
 
-# These values, in any model, change nothing; any other does.
+# Keys that have no effect in any model with these values, but would with others.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "add_cross_attention": (False,),
     "chunk_size_feed_forward": (0,),
@@ -45,7 +45,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 
 
 class ConfigKeys:
-    """Readers take a default for an absent key; without one, absence is refused."""
+    """Typed readers of one JSON object. A key without a default must be present."""
 
     def __init__(self, raw: Mapping[str, Any], where: str) -> None:
         self.where = where
@@ -57,7 +57,7 @@ class ConfigKeys:
         return self._raw.get(key, default)
 
     def require(self, *keys: str) -> None:
-        """Refuses absence where a family's default has nothing to do with the other sizes."""
+        """Raise if a key is absent, for keys whose default in a family ignores the other sizes."""
         for key in keys:
             if key not in self._raw:
                 raise self.error(key, REQUIRED, "there")
@@ -105,7 +105,7 @@ class ConfigKeys:
         return value
 
     def finish(self, neutral: Mapping[str, Collection[Any]], irrelevant: Collection[str]) -> None:
-        """Refuses what was not read, unless it is neutral, irrelevant, or null: not asked for."""
+        """Raise for keys that were not read, unless neutral, irrelevant or null (unset)."""
         for key, value in self._raw.items():
             if key in self._taken or key in irrelevant or value is None:
                 continue

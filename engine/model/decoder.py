@@ -1,8 +1,8 @@
-"""The decoder: token ids and a KV cache in, hidden states and logits out.
+"""Decoder: computes hidden states and logits from token ids and a KV cache.
 
-One parametric transformer for all families, built from a ModelSpec. Every choice is made in a
-constructor; a forward pass tests nothing about the architecture. Knows no checkpoint format, no
-scheduler and no sampling.
+One parametric transformer for all families, built from a ModelSpec. All choices are made in
+constructors; a forward pass does not branch on the architecture. Independent of checkpoint
+formats, scheduling and sampling.
 """
 
 from collections.abc import Iterator
@@ -29,7 +29,7 @@ Rotation = tuple[Tensor, Tensor]  # cos and sin [N, R]
 
 
 class Decoder(nn.Module):
-    """All layers of a model. Usable once every part of `parts()` has been stored."""
+    """Holds all layers of a model. Usable once every part of `parts()` has been stored."""
 
     def __init__(self, spec: ModelSpec, build: Build, max_model_len: int) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class Decoder(nn.Module):
         self.head = Head(build, spec.logit_scale, spec.logit_soft_cap)
 
     def forward(self, inputs: ForwardInputs, kv_cache: Tensor) -> Tensor:
-        """Hidden states [N, E] after the last norm; writes this step's keys and values."""
+        """Return hidden states [N, E] after the last norm; writes this step's keys and values."""
         x = self.embedding(inputs.token_ids)
         rotations = [table(inputs.positions) for table in self.rotary_tables]
         for i, layer in enumerate(self.layers):
@@ -61,7 +61,7 @@ class Decoder(nn.Module):
         return self.norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [M, E] -> [M, V] in float32."""
+        """Return the logits [M, V] of hidden [M, E], in float32."""
         return self.head(hidden)
 
     @property
@@ -72,7 +72,7 @@ class Decoder(nn.Module):
         self.head.tie(self.embedding.weight)
 
     def parts(self) -> Iterator[Part]:
-        """Every checkpoint tensor that the model is made of, each once."""
+        """Yield every checkpoint tensor that the model needs, each once."""
         for leaf in self.modules():
             if isinstance(leaf, Linear | Embedding | RmsNorm):
                 yield from leaf.parts()
@@ -81,7 +81,10 @@ class Decoder(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """x += attention(norm(x)); x += mlp(norm(x)); what each adds may be normalised or scaled."""
+    """Computes x += attention(norm(x)); x += mlp(norm(x)).
+
+    The added terms may be normalised or scaled.
+    """
 
     def __init__(self, spec: ModelSpec, build: Build, layer: int, rotary_index: int) -> None:
         super().__init__()
@@ -99,7 +102,7 @@ class DecoderLayer(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal attention over the request's KV blocks, with rotary positions."""
+    """Computes causal attention over the request's KV blocks, with rotary positions."""
 
     def __init__(self, spec: ModelSpec, build: Build, layer: int, rotary_index: int) -> None:
         super().__init__()
@@ -142,7 +145,7 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """down(activation(gate(x)) * up(x))."""
+    """Computes down(activation(gate(x)) * up(x))."""
 
     def __init__(self, spec: ModelSpec, build: Build, layer: int) -> None:
         super().__init__()
@@ -161,7 +164,7 @@ class Mlp(nn.Module):
 
 
 class HeadNorms(nn.Module):
-    """Query and key heads [N, H + H_kv, D], each kind normalised by its own weight."""
+    """Normalises query and key heads [N, H + H_kv, D], each kind with its own weight."""
 
     def __init__(self, spec: ModelSpec, build: Build, prefix: str) -> None:
         super().__init__()
@@ -183,7 +186,7 @@ def _norm(spec: ModelSpec, build: Build, module: str, width: int) -> RmsNorm:
 
 
 def _layer_norms(spec: ModelSpec, build: Build, prefix: str) -> list[nn.Module]:
-    """Before attention, after it, before the mlp, after it."""
+    """Return the norms before and after attention, before and after the mlp."""
 
     def norm(name: str) -> RmsNorm:
         return _norm(spec, build, f"{prefix}.{name}", spec.hidden_size)
@@ -192,7 +195,7 @@ def _layer_norms(spec: ModelSpec, build: Build, prefix: str) -> list[nn.Module]:
     if spec.sandwich_norm:
         enter_mlp = norm("pre_feedforward_layernorm")
         return [enter_attention, after_attention, enter_mlp, norm("post_feedforward_layernorm")]
-    # The name is what it is: here it follows the residual addition, not the attention
+    # Despite its checkpoint name, this norm follows the residual addition, not the attention
     enter_mlp, scale = after_attention, spec.residual_scale
     leave = nn.Identity() if scale == 1.0 else Scale(scale)
     return [enter_attention, leave, enter_mlp, leave]

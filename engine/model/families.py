@@ -1,9 +1,9 @@
-"""What each family's config.json means. The only file that names a family.
+"""Reads each family's config.json into a ModelSpec. The only file that names a family.
 
-Every key of a config is one of three things: read into the ModelSpec, allowed with the values
-that change nothing, or known to be without effect on a forward pass. Any other key, or value,
-is refused by name: a model that would run but compute something else is not served. Opens
-config.json and generation_config.json, never the weights.
+Every key of a config is read into the ModelSpec, or allowed only with values that change nothing,
+or known to have no effect on a forward pass. Any other key or value is an error that names it, so
+that a model is never served with different results than intended. Opens config.json and
+generation_config.json, never the weights.
 """
 
 import json
@@ -25,7 +25,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True, slots=True)
 class _Family:
-    """How to read one model_type, its causal model's class, and its neutral-only keys."""
+    """The reader of one model_type, its causal model's class, and its keys with neutral values."""
 
     read: Callable[[ConfigKeys, int | None], ModelSpec]
     architecture: str
@@ -33,7 +33,7 @@ class _Family:
 
 
 def read_spec(folder: Path, max_model_len: int | None) -> ModelSpec:
-    """The architecture of the checkpoint in `folder`, for sequences of up to `max_model_len`."""
+    """Read the checkpoint's architecture, for sequences of up to `max_model_len` tokens."""
     config = _config(folder)
     model_type = config.text("model_type")
     if model_type not in FAMILIES:
@@ -43,7 +43,7 @@ def read_spec(folder: Path, max_model_len: int | None) -> ModelSpec:
     if architectures not in (None, [family.architecture]):
         raise config.error("architectures", architectures, f"[{family.architecture!r}]")
     spec = family.read(config, max_model_len)
-    parse_scheme(config)  # how weights are stored is no part of the architecture, only checked
+    parse_scheme(config)  # checked only: the storage of weights is no part of the architecture
     config.finish(NEUTRAL | family.neutral, IRRELEVANT)
     if max_model_len is not None and not 1 <= max_model_len <= spec.max_position:
         raise ModelError(f"max_model_len={max_model_len} is outside 1..{spec.max_position}")
@@ -51,12 +51,12 @@ def read_spec(folder: Path, max_model_len: int | None) -> ModelSpec:
 
 
 def read_scheme(folder: Path) -> Scheme | None:
-    """How the checkpoint in `folder` stores its linear layers; None: dense."""
+    """Read how the checkpoint in `folder` stores its linear layers; None: dense."""
     return parse_scheme(_config(folder))
 
 
 def read_eos_token_ids(folder: Path) -> tuple[int, ...]:
-    """The tokens that end a text: generation_config.json's if it has any, else config.json's."""
+    """Read the tokens that end a text, from generation_config.json or else config.json."""
     for name in ("generation_config.json", "config.json"):
         path = folder / name
         found = _read_json(path).get("eos_token_id") if path.exists() else None
@@ -66,7 +66,7 @@ def read_eos_token_ids(folder: Path) -> tuple[int, ...]:
 
 
 def read_dtype(folder: Path) -> torch.dtype:
-    """The dtype that config.json names."""
+    """Read the dtype that config.json names. Raises ModelError if it is missing or unknown."""
     raw = _read_json(folder / "config.json")
     name = raw.get("dtype", raw.get("torch_dtype"))
     if name not in DTYPES:
@@ -167,7 +167,7 @@ def _gemma3(config: ConfigKeys, max_model_len: int | None) -> ModelSpec:
 def _phi3(config: ConfigKeys, max_model_len: int | None) -> ModelSpec:
     rope = _rope_keys(config)
     kind = rope.setdefault("rope_type", rope.pop("type", "default"))
-    if kind in ("su", "yarn"):  # what this family's first checkpoints call it
+    if kind in ("su", "yarn"):  # the names in this family's first checkpoints
         rope["rope_type"] = "longrope"
     trained_len = config.integer("original_max_position_embeddings", 4096)
     if rope["rope_type"] == "longrope":
@@ -195,7 +195,6 @@ def _gemma_facts(config: ConfigKeys) -> dict[str, Any]:
     }
 
 
-# What a sliding window is to files that were written before `layer_types` were.
 _WINDOWED: dict[str, tuple[Any, ...]] = {"use_mrope": (False,)}
 _GEMMA: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("gelu_pytorch_tanh",),
@@ -224,7 +223,7 @@ FAMILIES = {
 }
 
 
-# ==== What families share ====
+# ==== shared by families ====
 
 
 def _spec(
@@ -248,7 +247,7 @@ def _spec(
     residual_scale: float = 1.0,
     logit_scale: float = 1.0,
 ) -> ModelSpec:
-    """The keys that mean the same everywhere, and the facts that the family has settled."""
+    """Build a ModelSpec from keys of equal meaning in all families, and the family's own facts."""
     num_layers, num_heads = _num_layers(config), config.integer("num_attention_heads")
     num_kv_heads = config.optional_integer("num_key_value_heads", None) or num_heads
     hidden_size = config.integer("hidden_size")
@@ -326,7 +325,7 @@ def _windows(config: ConfigKeys, types: list[str], window: int | None) -> list[i
 
 
 def _windows_of_late_layers(config: ConfigKeys) -> list[int | None]:
-    """A window only where `use_sliding_window` says so, from `max_window_layers` on."""
+    """Give layers from `max_window_layers` on a window, if `use_sliding_window` is set."""
     window = config.optional_integer("sliding_window", 4096)
     first = config.integer("max_window_layers", 28, low=0)
     if not config.flag("use_sliding_window", False):
@@ -342,7 +341,7 @@ def _windows_of_late_layers(config: ConfigKeys) -> list[int | None]:
 
 
 def _rope_keys(config: ConfigKeys, default_theta: float = 10000.0) -> dict[str, Any]:
-    """`rope_parameters`, or what older files say with `rope_scaling` and `rope_theta`."""
+    """Read `rope_parameters`, or `rope_scaling` and `rope_theta` in older files."""
     new, old = config.mapping("rope_parameters"), config.mapping("rope_scaling")
     keys = dict(old or new or {})
     theta = config.optional_number("rope_theta", None)
@@ -355,7 +354,7 @@ def _rope_keys(config: ConfigKeys, default_theta: float = 10000.0) -> dict[str, 
 
 
 def _rope_keys_by_type(config: ConfigKeys, types: list[str]) -> list[dict[str, Any]]:
-    """One set of keys per kind of layer; older files scale the full-attention layers only."""
+    """Read one set of keys per layer, by its type; older files scale full attention only."""
     nested = config.mapping("rope_parameters") or {}
     scaling = config.mapping("rope_scaling") or {}
     thetas = {

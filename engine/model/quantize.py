@@ -1,9 +1,9 @@
-"""From a dense weight to a QuantizedWeight, a few rows at a time.
+"""Quantizes a dense weight to a QuantizedWeight, a few rows at a time.
 
-Codes of int8 and nf4 are those of bitsandbytes. int8: per output, symmetric, scale = max|w| / 127.
-nf4: blocks of 64 neighbouring inputs, scale = max|w|, the code whose value is nearest to w / scale,
-the lower of two that are equally near. fp8: per output, scale = max|w| / 448, the nearest e4m3.
-Computed in float32 whatever the weight is stored in, on the device that it is on.
+Codes of int8 and nf4 equal those of bitsandbytes. int8: per output, symmetric, scale = max|w| /
+127. nf4: blocks of 64 adjacent inputs, scale = max|w|, the code whose value is nearest to w /
+scale, the lower of two that are equally near. fp8: per output, scale = max|w| / 448, the nearest
+e4m3. Computed in float32 for every dtype of the weight, on the weight's device.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -18,24 +18,24 @@ from engine.model.quantized_weight import CHUNK_VALUES, NF4_VALUES, QuantizedWei
 from engine.model.spec import ModelError
 
 NF4_BLOCK = 64
-DEVICE_CHUNK_VALUES = 2**24  # as CHUNK_VALUES, but enough to keep a whole GPU busy
-# Computed in float32, as where they come from: between two values lies the code's limit
+DEVICE_CHUNK_VALUES = 2**24  # like CHUNK_VALUES, but enough to keep a whole GPU busy
+# Midpoints between adjacent values, computed in float32 as the values themselves
 _LIMITS = tuple(float((torch.tensor(a) + torch.tensor(b)) / 2) for a, b in pairwise(NF4_VALUES))
 _TINY = 1e-38  # below it, 1 / scale would overflow
 
 
 class NotFinite(ValueError):
-    """A weight holds NaN or infinity, or is too large for float32."""
+    """Raised if a weight holds NaN or infinity, or is too large for float32."""
 
 
 def quantize_int8(weight: Tensor) -> QuantizedWeight:
-    """weight [out, in] of any float dtype."""
+    """Quantize a weight [out, in] of any float dtype to int8."""
     codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     scales = torch.empty(weight.shape[0], 1, device=weight.device)
     for rows, wide in _chunks(weight):
-        # By a tensor: CUDA would not divide by a number but multiply by its inverse
+        # Divide by a tensor: for a number, CUDA would multiply by its inverse
         scale = wide.abs().amax(1, keepdim=True) / wide.new_tensor(127.0)
-        # The largest lies beyond 127 steps where the scale is denormal and so rounded itself
+        # A denormal scale is itself rounded, so the largest value may exceed 127 steps
         steps = wide.div_(scale.where(scale > 0, 1.0)).round_().clamp_(-127, 127)
         codes[rows] = steps.to(torch.int8)
         scales[rows] = scale
@@ -43,7 +43,7 @@ def quantize_int8(weight: Tensor) -> QuantizedWeight:
 
 
 def quantize_nf4(weight: Tensor) -> QuantizedWeight:
-    """weight [out, in] of any float dtype; in is a multiple of 64."""
+    """Quantize a weight [out, in] of any float dtype to nf4; in must be a multiple of 64."""
     num_out, num_in = weight.shape
     codes = torch.empty(num_out, num_in // 2, dtype=torch.uint8, device=weight.device)
     scales = torch.empty(num_out, num_in // NF4_BLOCK, device=weight.device)
@@ -57,7 +57,7 @@ def quantize_nf4(weight: Tensor) -> QuantizedWeight:
 
 
 def quantize_fp8(weight: Tensor) -> QuantizedWeight:
-    """weight [out, in] of any float dtype."""
+    """Quantize a weight [out, in] of any float dtype to fp8."""
     codes = torch.empty(weight.shape, dtype=E4M3, device=weight.device)
     scales = torch.empty(weight.shape[0], 1, device=weight.device)
     for rows, wide in _chunks(weight):
@@ -74,7 +74,7 @@ QUANTIZERS: dict[str, Callable[[Tensor], QuantizedWeight]] = {
 
 
 def check_quantizable(quantization: str, sites: Iterable[LoraSite]) -> None:
-    """Refuses a model whose rows nf4 blocks would straddle, or FP8's tiles."""
+    """Raise ModelError if nf4 blocks or FP8 tiles do not divide the sizes of a layer."""
     for site in sites:
         sizes = (site.in_features, site.out_features)
         if quantization == "fp8" and any(size % MULTIPLE for size in sizes):
@@ -91,7 +91,7 @@ def check_quantizable(quantization: str, sites: Iterable[LoraSite]) -> None:
 
 
 def _chunks(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Float32 copies of a few rows each, for the caller to spoil."""
+    """Yield float32 copies of a few rows each, which the caller may overwrite."""
     values = CHUNK_VALUES if weight.device.type == "cpu" else DEVICE_CHUNK_VALUES
     step = max(1, values // weight.shape[1])
     for start in range(0, weight.shape[0], step):
@@ -100,7 +100,7 @@ def _chunks(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
 
 
 def _nearest_codes(values: Tensor) -> Tensor:
-    """How many limits lie below each value: 15 passes through a cache beat a search per value."""
+    """Count the limits below each value: 15 passes within the cache beat a search per value."""
     codes = torch.zeros(values.shape, dtype=torch.uint8, device=values.device)
     above = torch.empty(values.shape, dtype=torch.bool, device=values.device)
     for limit in _LIMITS:

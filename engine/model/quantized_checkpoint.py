@@ -1,8 +1,8 @@
-"""Checkpoints whose linear layers are quantized already: what their tensors mean.
+"""Reads checkpoints whose linear layers are already quantized (bitsandbytes, GPTQ, AWQ).
 
-A scheme is read from config.json's `quantization_config`; it names the tensors of a module and
-turns them into a QuantizedWeight. Layers that a checkpoint leaves dense are none of its business.
-Whatever would be computed otherwise than it says is refused with the key or the tensor.
+A Scheme is read from config.json's `quantization_config`; it names the tensors of a module and
+turns them into a QuantizedWeight. It does not handle layers that a checkpoint leaves dense.
+Settings that cannot be reproduced exactly are errors that name the key or the tensor.
 """
 
 import json
@@ -25,33 +25,33 @@ HALVES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 class Scheme(Protocol):
-    """One way of storing a linear layer's weight in few bits."""
+    """One way of storing a linear layer's weight low-bit."""
 
     @property
     def name(self) -> str: ...
 
     @property
     def format(self) -> str:
-        """That of the QuantizedWeight."""
+        """Format of the resulting QuantizedWeight."""
         ...
 
     @property
     def group_size(self) -> int | None:
-        """None: a whole row."""
+        """Inputs that share a scale; None: a whole row."""
         ...
 
     @property
     def is_reordered(self) -> bool:
-        """Whether weights carry an input order."""
+        """Whether weights may have an input order."""
         ...
 
     @property
     def dense_modules(self) -> tuple[str, ...]:
-        """Parts of the names of modules that the config says are left dense."""
+        """Parts of the names of modules that the config excludes from quantization."""
         ...
 
     def keys_of(self, checkpoint: Checkpoint, module: str) -> list[str]:
-        """The tensors that a quantized module must have; empty where it is dense."""
+        """List the tensors that a quantized module must have; empty if it is dense."""
         ...
 
     def read(
@@ -60,7 +60,7 @@ class Scheme(Protocol):
 
 
 def parse_scheme(config: ConfigKeys) -> Scheme | None:
-    """What config.json says of quantization; None: nothing. Raises ModelError."""
+    """Read the quantization in config.json; None if there is none. Raises ModelError."""
     raw = config.mapping(KEY)
     if raw is None:
         return None
@@ -72,7 +72,10 @@ def parse_scheme(config: ConfigKeys) -> Scheme | None:
 
 
 def weight_format(folder: Path, scheme: Scheme | None, quantization: str) -> str:
-    """none, int8, nf4, fp8 or int4: in what the linear layers are served. Raises ModelError."""
+    """Return the format in which the linear layers are served. Raises ModelError.
+
+    One of none, int8, nf4, fp8 or int4.
+    """
     if scheme is None:
         return quantization
     if quantization != "none":
@@ -84,7 +87,7 @@ def weight_format(folder: Path, scheme: Scheme | None, quantization: str) -> str
 
 
 def _group_size(size: int, in_features: int) -> str | None:
-    """What is wrong with groups of this size, if anything."""
+    """Describe what is wrong with groups of this size; None if nothing."""
     if size % GROUP_MULTIPLE or in_features % size:
         return (
             f"groups of {size} inputs; they must be a multiple of {GROUP_MULTIPLE} and divide "
@@ -104,16 +107,16 @@ def _finite(checkpoint: Checkpoint, key: str, values: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class BnbNf4:
-    """Blocks of the flattened weight; two codes in a byte, the even one in the high half.
+    """NF4 in blocks of the flattened weight, two codes in a byte, the even one in the high half.
 
-    With double quantization the blocks' scales are codes themselves, of blocks of their own.
+    With double quantization the blocks' scales are themselves quantized, in blocks too.
     """
 
     is_nested: bool
     dense_modules: tuple[str, ...] = ()
     name = "bitsandbytes nf4"
     format = "nf4"
-    group_size = 64  # what the library writes; each tensor says its own
+    group_size = 64  # the library's default; each tensor states its own
     is_reordered = False
 
     def keys_of(self, checkpoint: Checkpoint, module: str) -> list[str]:
@@ -168,7 +171,7 @@ def _state_key(key: str) -> str:
 def _quant_state(
     checkpoint: Checkpoint, key: str, out_features: int, in_features: int
 ) -> dict[str, Any]:
-    """The JSON text that describes the tensor."""
+    """Read the JSON object that describes the tensor."""
     state_key = _state_key(key)
     text = bytes(checkpoint.vector(state_key, torch.uint8).tolist())
     try:
@@ -199,7 +202,7 @@ def _check_values(checkpoint: Checkpoint, key: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class BnbInt8:
-    """Rows of int8 and each row's largest magnitude. Outlier columns are not split off."""
+    """int8 rows, with each row's largest magnitude. Outlier columns are not split off."""
 
     dense_modules: tuple[str, ...] = ()
     name = "bitsandbytes int8"
@@ -241,7 +244,7 @@ def _parse_bitsandbytes(keys: ConfigKeys) -> Scheme:
     return BnbInt8(dense) if is_int8 else BnbNf4(is_nested, dense)
 
 
-# How the library computes with the weights, not what they are
+# Keys for how the library computes with the weights; they do not change the weights
 _BNB_COMPUTING = """
 _load_in_4bit _load_in_8bit bnb_4bit_compute_dtype llm_int8_enable_fp32_cpu_offload
 llm_int8_has_fp16_weight llm_int8_threshold
@@ -254,10 +257,10 @@ _BNB_IRRELEVANT = frozenset(_BNB_COMPUTING.split())
 
 @dataclass(frozen=True, slots=True)
 class Gptq:
-    """qweight int32 [in / 8, out], eight inputs in each; every input names its group."""
+    """qweight int32 [in / 8, out], eight inputs per word; g_idx holds the group of every input."""
 
     row_group: int  # -1: a whole row
-    zero_offset: int  # what the first version of the format leaves out of its zeros
+    zero_offset: int  # added to stored zeros; the first version of the format stores them minus 1
     is_reordered: bool
     name = "gptq"
     format = "int4"
@@ -280,7 +283,7 @@ class Gptq:
         _check_int4_sizes(checkpoint, module, group, out_features, in_features)
         shape = (in_features // 8, out_features)
         words = checkpoint.tensor(f"{module}.qweight", shape, (torch.int32,), "the config")
-        codes = _little_endian(words.T)  # byte by byte our own order
+        codes = _little_endian(words.T)  # byte by byte the order of QuantizedWeight
         order = self._order(checkpoint, module, group, in_features)
         if order is not None:
             codes = pack_pairs(unpack_pairs(codes)[:, order])
@@ -299,7 +302,7 @@ class Gptq:
     def _order(
         self, checkpoint: Checkpoint, module: str, group: int, in_features: int
     ) -> Tensor | None:
-        """The inputs sorted by their group; None where they are so already."""
+        """Return the inputs sorted by group; None if they already are."""
         key = f"{module}.g_idx"
         if key not in checkpoint:
             return None
@@ -337,7 +340,7 @@ def _parse_gptq(keys: ConfigKeys) -> Scheme:
 
 @dataclass(frozen=True, slots=True)
 class Awq:
-    """qweight int32 [in, out / 8]: eight outputs in each, in an order of their own."""
+    """qweight int32 [in, out / 8], eight outputs per word, interleaved (`_AWQ_NIBBLES`)."""
 
     group_size: int
     dense_modules: tuple[str, ...] = ()
@@ -365,12 +368,12 @@ class Awq:
         )
 
 
-# Output j of eight lies in this nibble: the even ones first, then the odd ones
+# Nibble that holds output j of eight: the even outputs first, then the odd ones
 _AWQ_NIBBLES = (0, 4, 1, 5, 2, 6, 3, 7)
 
 
 def _outputs_in_order(words: Tensor) -> Tensor:
-    """int32 [rows, out / 8] -> uint8 [rows, out]."""
+    """Unpack int32 [rows, out / 8] to uint8 [rows, out], outputs in order."""
     nibbles = unpack_pairs(_little_endian(words)).view(len(words), -1, 8)
     return nibbles[..., list(_AWQ_NIBBLES)].flatten(1)
 
@@ -391,14 +394,14 @@ def _parse_awq(keys: ConfigKeys) -> Scheme:
     return Awq(group, dense)
 
 
-# ==== What GPTQ and AWQ share ====
+# ==== shared by GPTQ and AWQ ====
 
 _INT4_NEUTRAL: dict[str, tuple[Any, ...]] = {
     "dynamic": ({},),
     "is_marlin_format": (False,),
     "pack_dtype": ("int32",),
 }
-# How the codes were found and how other programs compute with them
+# Keys for how the codes were found and how other programs compute with them
 _INT4_MAKING = """
 act_group_aware adapter backend batch_size block_name_to_quantize cache_block_outputs
 damp_auto_increment damp_percent dataset disable_exllama exllama_config format fuse_max_seq_len
@@ -451,7 +454,7 @@ def _int4_scales(checkpoint: Checkpoint, module: str, num_groups: int, out_featu
 
 
 def _little_endian(words: Tensor) -> Tensor:
-    """int32 [rows, n] -> uint8 [rows, 4 n], the lowest byte first: what little-endian memory is."""
+    """View int32 [rows, n] as uint8 [rows, 4 n], the lowest byte first (little-endian memory)."""
     return words.contiguous().view(torch.uint8)
 
 

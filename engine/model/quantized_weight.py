@@ -1,8 +1,7 @@
-"""QuantizedWeight: a linear layer's weight in few bits, in the plainest layout there is.
+"""QuantizedWeight: holds a linear layer's low-bit weight in one simple, common layout.
 
-Whatever a checkpoint or the quantizer calls a format, it arrives here, and every kernel packs it
-from here into a layout of its own. `dequantize` is the meaning of each format and the oracle of
-all tests.
+Checkpoint readers and quantizers produce it, and every kernel packs it into its own layout.
+`dequantize` defines the meaning of each format and is the reference in all tests.
 """
 
 from collections.abc import Sequence
@@ -18,8 +17,8 @@ NF4_VALUES = (
     *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
     *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
 )
-BYTE_FORMATS = ("int8", "fp8")  # a code in each byte; the others have two
-CHUNK_VALUES = 2**18  # values of a weight that are in float32 at once: about a core's cache
+BYTE_FORMATS = ("int8", "fp8")  # one code per byte; the others have two
+CHUNK_VALUES = 2**18  # values converted to float32 at a time: about a core's cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +31,7 @@ class QuantizedWeight:
     int4:  weight = (codes - zeros) * scales              codes uint8 [out, in / 2], both [out, G]
 
     4-bit codes lie two in a byte, the even input in the low half. Scales and zeros are float32,
-    one per output and group of `group_size` neighbouring inputs, G = in / group_size. With an
+    one per output and group of `group_size` adjacent inputs, G = in / group_size. With an
     `input_order` (int32 [in]), column k of the codes belongs to input input_order[k].
     """
 
@@ -57,13 +56,13 @@ class QuantizedWeight:
         return self.codes.nbytes + self.scales.nbytes + extra
 
     def rows(self, rows: slice) -> "QuantizedWeight":
-        """Some of the outputs, as a view."""
+        """Return a view of some of the outputs."""
         zeros = None if self.zeros is None else self.zeros[rows]
         return replace(self, codes=self.codes[rows], scales=self.scales[rows], zeros=zeros)
 
 
 def can_join(a: QuantizedWeight, b: QuantizedWeight) -> bool:
-    """Whether the two differ in nothing but their outputs, so that one matrix can hold both."""
+    """Whether both have equal settings and inputs, so that one matrix can hold their outputs."""
     if (a.format, a.group_size, a.in_features) != (b.format, b.group_size, b.in_features):
         return False
     if a.input_order is None or b.input_order is None:
@@ -72,7 +71,7 @@ def can_join(a: QuantizedWeight, b: QuantizedWeight) -> bool:
 
 
 def join(parts: Sequence[QuantizedWeight]) -> QuantizedWeight:
-    """One matrix with the outputs of all parts, in their order; each pair `can_join`."""
+    """Join the outputs of all parts, in order, in one matrix; each pair must pass `can_join`."""
     first = parts[0]
     if len(parts) == 1:
         return first
@@ -86,17 +85,17 @@ def join(parts: Sequence[QuantizedWeight]) -> QuantizedWeight:
 
 
 def pack_pairs(codes: Tensor) -> Tensor:
-    """uint8 codes [out, in] below 16 -> [out, in / 2], the even input in the low half."""
+    """Pack uint8 codes [out, in] below 16 to [out, in / 2], the even input in the low half."""
     return codes[:, ::2] | codes[:, 1::2] << 4
 
 
 def unpack_pairs(packed: Tensor) -> Tensor:
-    """What `pack_pairs` packed: uint8 [out, in]."""
+    """Invert `pack_pairs`: return uint8 codes [out, in]."""
     return torch.stack([packed & 15, packed >> 4], -1).flatten(1)
 
 
 def dequantize(weight: QuantizedWeight) -> Tensor:
-    """The weight [out, in] in float32, its inputs in their own order."""
+    """Return the weight [out, in] in float32, with inputs in the layer's order."""
     groups = weight.scales.shape[1]
     values = _values(weight).view(weight.out_features, groups, -1)
     if weight.zeros is not None:
@@ -110,7 +109,7 @@ def dequantize(weight: QuantizedWeight) -> Tensor:
 
 
 def dequantize_to(weight: QuantizedWeight, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The same, rounded to `dtype`; float32 copies exist of a few rows at a time."""
+    """Dequantize to `dtype` on `device`; only a few rows at a time are copied in float32."""
     dense = torch.empty(weight.out_features, weight.in_features, dtype=dtype, device=device)
     step = max(1, CHUNK_VALUES // weight.in_features)
     for start in range(0, weight.out_features, step):

@@ -1,6 +1,6 @@
-"""Every op in plain torch, as slowly and clearly as it can be said: the oracle of all tests.
+"""Implements every op in plain torch, clearly rather than fast, as the reference in all tests.
 
-Computes in float32 and rounds once at the end. Shapes and meaning: `engine.model.ops`.
+Computes in float32 and rounds once at the end. `engine.model.ops` specifies shapes and meaning.
 """
 
 from collections.abc import Callable
@@ -82,14 +82,14 @@ def paged_attention(
 
 
 def _gather(kv_layer: Tensor, block_table: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """The keys and values [length, H_kv, D] of one request, in float32."""
+    """Return the keys and values [length, H_kv, D] of one request, in float32."""
     block_size = kv_layer.shape[2]
     blocks = kv_layer[block_table[: -(-length // block_size)]].float()
     return blocks[:, 0].flatten(0, 1)[:length], blocks[:, 1].flatten(0, 1)[:length]
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, soft_cap: float | None) -> Tensor:
-    """q [H, D] over k and v [L, H_kv, D] -> [H, D]; H / H_kv neighbouring heads share keys."""
+    """Attend q [H, D] to k and v [L, H_kv, D] -> [H, D]; H / H_kv adjacent heads share keys."""
     group = q.shape[0] // k.shape[1]
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     scores = torch.einsum("hd,lhd->hl", q, k) * scale

@@ -1,7 +1,6 @@
-"""From the rope keys of a config to a Rotary. Knows the scalings, no family.
+"""Reads the rope keys of a config into a Rotary. Handles the scalings, but no families.
 
-What the keys leave out follows from the model's sizes; a key or a scaling that is not known is
-refused.
+Missing keys get defaults from the model's sizes; an unknown key or scaling is an error.
 """
 
 import math
@@ -23,7 +22,7 @@ from engine.model.rotary import (
 
 @dataclass(frozen=True, slots=True)
 class RopeReader:
-    """Reads rope keys; what they leave out comes from the sizes of the model."""
+    """Reads rope keys, with defaults from the sizes of the model."""
 
     where: str
     head_dim: int
@@ -46,7 +45,7 @@ class RopeReader:
         return rotary
 
     def longest(self, scaling: Scaling) -> int:
-        """The longest sequence: scalings that stretch beyond the trained length say so."""
+        """Return the longest supported sequence, which some scalings extend."""
         if isinstance(scaling, Dynamic | Yarn):
             return max(self.max_position, int(scaling.trained_len * scaling.factor))
         return self.max_position

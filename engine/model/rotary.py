@@ -1,8 +1,8 @@
-"""RoPE: the angle by which each position turns each pair of dimensions, and its scalings.
+"""RoPE: computes the angles by which positions rotate pairs of dimensions, with their scalings.
 
-A scaling is data plus one method. Those that depend on the sequence's length are given the
-longest length to be served and keep their factors from then on: keys in the KV cache must not
-change their meaning when a sequence grows. Reads no config: `families` does.
+A scaling holds parameters and computes frequencies. Scalings that depend on the sequence's length
+use the longest length to be served and never change: keys in the KV cache must stay valid when a
+sequence grows. Reads no config: `rope_keys` does.
 """
 
 import math
@@ -14,20 +14,20 @@ from torch import Tensor, nn
 
 
 class Scaling(Protocol):
-    """How a checkpoint stretches the angles it was first trained with."""
+    """How a checkpoint changes the angles that it was first trained with."""
 
     def frequencies(self, dim: int, theta: float) -> Tensor:
-        """[dim / 2] float32: radians per position."""
+        """Return radians per position, float32 [dim / 2]."""
         ...
 
     def amplitude(self) -> float:
-        """Factor on cosine and sine."""
+        """Return the factor on cosine and sine."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Rotary:
-    """The first `dim` dimensions of each head are turned, the others left alone."""
+    """Rotary settings of a layer: the first `dim` dimensions of each head are rotated."""
 
     dim: int
     theta: float
@@ -35,9 +35,9 @@ class Rotary:
 
 
 class RotaryTable(nn.Module):
-    """Cosines and sines of all positions below `max_len`, computed once in float32.
+    """Holds cosines and sines of all positions below `max_len`, computed once in float32.
 
-    The sine's first half is negated, so that turning is x * cos + roll(x, dim / 2) * sin.
+    The sine's first half is negated, so that a rotation is x * cos + roll(x, dim / 2) * sin.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class Unscaled:
 
 @dataclass(frozen=True, slots=True)
 class Linear:
-    """Positions divided by a factor."""
+    """Divides positions by a factor."""
 
     factor: float
 
@@ -86,7 +86,7 @@ class Linear:
 
 @dataclass(frozen=True, slots=True)
 class Dynamic:
-    """A larger base for sequences longer than the trained length; below it, no change."""
+    """Uses a larger base if sequences are longer than the trained length."""
 
     factor: float
     trained_len: int
@@ -103,7 +103,7 @@ class Dynamic:
 
 @dataclass(frozen=True, slots=True)
 class Llama3:
-    """Slow frequencies are divided, fast ones kept, those between them blended."""
+    """Divides slow frequencies, keeps fast ones and blends those in between."""
 
     factor: float
     low_freq_factor: float
@@ -122,7 +122,10 @@ class Llama3:
 
 @dataclass(frozen=True, slots=True)
 class Yarn:
-    """Dimensions that turn less than `beta_slow` times are divided, more than `beta_fast` kept."""
+    """Divides frequencies with fewer than `beta_slow` turns, keeps those above `beta_fast`.
+
+    Turns are counted over the trained length; dimensions in between are blended.
+    """
 
     factor: float
     trained_len: int
@@ -146,7 +149,7 @@ class Yarn:
         if self.truncate:
             low, high = math.floor(low), math.ceil(high)
         low, high = max(low, 0), min(high, dim - 1)
-        return low, high if high != low else high + 0.001  # a step, not a division by zero
+        return low, high if high != low else high + 0.001  # avoids a division by zero
 
     def amplitude(self) -> float:
         return self.attention_factor
@@ -154,7 +157,7 @@ class Yarn:
 
 @dataclass(frozen=True, slots=True)
 class LongRope:
-    """Each dimension divided by its own factor: the short list or the long one, for good."""
+    """Divides each dimension by its own factor, from the short or the long list, chosen once."""
 
     factors: tuple[float, ...]
     attention_factor: float

@@ -1,6 +1,6 @@
-"""ModelSpec: the facts about an architecture that the decoder is built from.
+"""ModelSpec: describes an architecture; the decoder is built from it.
 
-Knows no family by name and reads no file: `families` translates a checkpoint's config into it.
+Names no family and reads no file: `families` translates a checkpoint's config into it.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ class ModelError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
-    """One decoder-only transformer. Sites are `qkv`, `o`, `gate_up` and `down`."""
+    """Describes one decoder-only transformer. Sites are `qkv`, `o`, `gate_up` and `down`."""
 
     # Sizes
     vocab_size: int
@@ -35,10 +35,10 @@ class ModelSpec:
     # Norms
     norm_eps: float
     norm_offset: float  # added to every stored norm weight
-    sandwich_norm: bool  # also normalise what attention and mlp give back
+    sandwich_norm: bool  # also normalise the outputs of attention and mlp
     qk_norm: bool  # normalise each query and key head
 
-    # Attention, one entry per layer where layers may differ
+    # Attention; tuples have one entry per layer
     attention_scale: float
     attention_soft_cap: float | None
     windows: tuple[int | None, ...]  # keys a query may see, itself included; None: all
@@ -46,6 +46,6 @@ class ModelSpec:
 
     # Scales of the residual stream
     embedding_scale: float
-    residual_scale: float  # of what attention and mlp add
+    residual_scale: float  # factor on what attention and mlp add
     logit_scale: float
     logit_soft_cap: float | None

@@ -1,1 +1,1 @@
-"""What a model costs before it is started: weights, KV and adapters, and the step floor."""
+"""Computes a model's memory (weights, KV cache, adapters) and step floor without starting it."""

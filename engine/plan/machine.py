@@ -1,6 +1,6 @@
-"""How fast this machine reads memory and multiplies matrices, measured in about two seconds.
+"""Measures how fast this machine reads memory and multiplies matrices, in about two seconds.
 
-The best of many tries: what the hardware can do, not what a busy moment lets it.
+Takes the best of many tries, so that other load on the machine does not count.
 """
 
 import time
@@ -12,12 +12,12 @@ import torch
 from engine.sizes import Machine
 
 READ_BYTES = {"cpu": 2**27, "cuda": 2**30}  # larger than any cache
-MATRIX_SIZE = {"cpu": 512, "cuda": 8192}  # a millisecond: short enough to be undisturbed once
+MATRIX_SIZE = {"cpu": 512, "cuda": 8192}  # about a millisecond: some try will not be interrupted
 PERIOD_S = 1.0
 
 
 def given_or_measured(dtype: torch.dtype, bandwidth: float | None, flops: float | None) -> Machine:
-    """GB/s and TFLOP/s as given; what is not given is measured."""
+    """Return the machine with GB/s and TFLOP/s as given; measures the missing ones."""
     if bandwidth is not None and flops is not None:
         return Machine(bandwidth * 1e9, flops * 1e12, "as given")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -32,7 +32,7 @@ def given_or_measured(dtype: torch.dtype, bandwidth: float | None, flops: float 
 
 
 def measure(device: torch.device, dtype: torch.dtype) -> Machine:
-    """Reads with a sum over a large tensor; multiplies square matrices of `dtype`."""
+    """Time a sum over a large tensor, and a product of square matrices of `dtype`."""
     num_bytes = READ_BYTES[device.type]
     cells = torch.ones(num_bytes // 4, dtype=torch.float32, device=device)
     n = MATRIX_SIZE[device.type]

@@ -1,6 +1,6 @@
-"""The plan as a picture: how memory divides, and the step floor against the batch.
+"""Draws the plan: the shares of memory, and the step floor against the batch size.
 
-Needs matplotlib, which nothing else here does.
+The only module here that needs matplotlib.
 """
 
 from pathlib import Path
@@ -23,7 +23,7 @@ COLOURS = {"weights": "#4c5c7a", "adapters": "#e0874f", "KV cache": "#7fb3a6", "
 
 
 def draw(size: ModelSize, load: Load, machine: Machine, path: Path) -> None:
-    """Raises ImportError without matplotlib, OSError where the file cannot be written."""
+    """Draw to `path`. Raises ImportError without matplotlib, OSError if it cannot be written."""
     if path.suffix not in SUFFIXES:
         raise OSError(f"{path}: a picture's name must end in one of {', '.join(SUFFIXES)}")
     try:
@@ -43,7 +43,7 @@ def draw(size: ModelSize, load: Load, machine: Machine, path: Path) -> None:
 
 
 def memory_shares(size: ModelSize, load: Load, num_adapters: int) -> dict[str, int]:
-    """Bytes by use when as many sequences run as fit; they add up to the memory."""
+    """Return bytes by use with as many sequences as fit; they add up to the memory."""
     form = size.form
     num_sequences = largest_batch(size, form, load, num_adapters)
     shares = {

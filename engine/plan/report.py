@@ -1,4 +1,4 @@
-"""The plan of a model as text, line by line: bytes of weights, KV and adapters, and the step floor.
+"""Reports the plan of a model: bytes of weights, KV cache and adapters, and the step floor.
 
 The numbers come from `engine.sizes`, those of the machine from `machine`. Reads no weights.
 """
@@ -34,7 +34,7 @@ BATCHES = (1, 8, 32, 128)
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A model, what it shall carry, and the machine that it runs on."""
+    """A model, its load, and the machine that it runs on."""
 
     size: ModelSize
     load: Load
@@ -52,7 +52,7 @@ def make_plan(
     bandwidth: float | None = None,  # GB/s
     flops: float | None = None,  # TFLOP/s
 ) -> Plan:
-    """Measures what is not given of the machine. Raises ModelError or OSError."""
+    """Make the plan; measures the machine if not given. Raises ModelError or OSError."""
     cell = torch.int8 if kv_dtype == "int8" else None
     load = Load(memory_bytes, context, lora_rank, kv_dtype=cell)
     size = read_model_size(folder, quantization)
@@ -67,7 +67,7 @@ def make_plan(
 
 
 def report(plan: Plan) -> Iterator[str]:
-    """The whole text, line by line."""
+    """Yield the whole text, line by line."""
     yield from _parameters(plan.size)
     yield from _weights(plan.size)
     yield from _kv(plan.size, plan.load)
