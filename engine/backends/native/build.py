@@ -27,7 +27,7 @@ ISAS = {
     ),
 }
 # every other source is compiled once per instruction set
-PLAIN = ("pack.cpp", "pack4.cpp", "pool.cpp", "program.cpp", "reef.cpp")
+PLAIN = ("layout.cpp", "pack.cpp", "pack4.cpp", "pool.cpp", "program.cpp", "reef.cpp")
 
 
 class BuildError(RuntimeError):

@@ -11,6 +11,7 @@ from functools import lru_cache
 
 from engine.backends.native import structs
 from engine.backends.native.build import ensure_library
+from engine.backends.native.layout import check_layouts
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +60,9 @@ def supported_isas() -> tuple[str, ...]:
 @lru_cache(maxsize=1)
 def _load() -> c.CDLL:
     library = c.CDLL(str(ensure_library()))
+    library.reef_struct_layouts.argtypes = []
+    library.reef_struct_layouts.restype = c.c_char_p
+    check_layouts(library.reef_struct_layouts().decode(), structs)
     library.reef_open.argtypes, library.reef_open.restype = [c.c_int, c.c_int], c.c_void_p
     library.reef_close.argtypes, library.reef_close.restype = [c.c_void_p], None
     return library

@@ -1,6 +1,5 @@
 """Packing: a weight into the layout that its kernel reads, by the context's threads."""
 
-import ctypes as c
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,20 +13,6 @@ from engine.model.quantized_weight import QuantizedWeight
 PANEL = 32  # outputs that lie together: kPanel of src/linear_layout.h
 
 Weight = Tensor | QuantizedWeight
-
-
-class PackArgs(c.Structure):
-    """ReefPackArgs of src/pack.h, field by field."""
-
-    _fields_ = [
-        ("format", structs.i32),
-        ("in_features", structs.i32),
-        ("out_features", structs.i32),
-        ("group_size", structs.i32),
-        ("weight", structs.pointer),
-        ("weight_stride", structs.i64),
-        ("packed", structs.pointer),
-    ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +59,8 @@ def run_pack(
     group_size: int = 0,
 ) -> None:
     """`source` [out, ...] into `packed` on the context's threads; `group_size`: 4-bit formats."""
-    context.function("pack", PackArgs)(
-        PackArgs(
+    context.function("pack", structs.PackArgs)(
+        structs.PackArgs(
             format=format,
             in_features=in_features,
             out_features=len(source),

@@ -1,4 +1,7 @@
-"""The C structs of src/kernels.h, field by field in the same order."""
+"""The C structs of src/kernels.h, pack.h and program.h, field by field in the same order.
+
+The library compares them with its own when it is loaded (layout.py).
+"""
 
 import ctypes as c
 
@@ -219,7 +222,19 @@ class DrawArgs(c.Structure):
     ]
 
 
-class _OpArgs(c.Union):
+class PackArgs(c.Structure):
+    _fields_ = [
+        ("format", i32),
+        ("in_features", i32),
+        ("out_features", i32),
+        ("group_size", i32),
+        ("weight", pointer),
+        ("weight_stride", i64),
+        ("packed", pointer),
+    ]
+
+
+class OpArgs(c.Union):
     _fields_ = [
         ("embed", EmbedArgs),
         ("norm", NormArgs),
@@ -241,7 +256,7 @@ class Op(c.Structure):
         ("lora_site", i32),
         ("on_outputs", i32),
         ("lora", LoraArgs),
-        ("args", _OpArgs),
+        ("args", OpArgs),
     ]
 
 

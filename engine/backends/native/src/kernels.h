@@ -1,7 +1,7 @@
 // What every kernel reads and writes, and the table of kernels that one instruction set has.
 //
-// Plain C structs, mirrored field by field in `engine/backends/native/structs.py`. Activations are
-// bfloat16 (as uint16_t), row-major, with a stride in elements between rows. Every kernel treats
+// Plain C structs, mirrored field by field in structs.py and listed in layout.cpp. Activations
+// are bfloat16 (as uint16_t), row-major, with a stride in elements between rows. Every kernel treats
 // its rows alone: a row's result is the same bits whatever rows are computed beside it, in
 // whatever order, on whatever number of threads, and whether it is one of a decode or of a prefill.
 #pragma once

@@ -6,7 +6,7 @@
 
 extern "C" {
 
-struct ReefPackArgs {  // mirrored in engine/backends/native/pack.py
+struct ReefPackArgs {  // mirrored in structs.py, listed in layout.cpp
     int32_t format;    // ReefFormat
     int32_t in_features, out_features;
     int32_t group_size;     // 4-bit formats: as packed

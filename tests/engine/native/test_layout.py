@@ -1,0 +1,115 @@
+"""The ctypes structs against the C structs: the real ones agree, and a wrong one is refused."""
+
+import ctypes as c
+import re
+import shutil
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from engine.backends.native import build, library, structs
+from engine.backends.native.build import BuildError, compile_library
+from engine.backends.native.layout import LayoutError, check_layouts
+
+NOT_MIRRORED = {"Context"}  # Python holds a pointer to it and sees nothing inside
+
+
+@pytest.fixture
+def description() -> str:
+    try:
+        return library._load().reef_struct_layouts().decode()
+    except BuildError as error:
+        pytest.skip(str(error))
+
+
+def test_all_structs_agree_with_the_library(description: str) -> None:
+    check_layouts(description, structs)
+
+
+def test_every_struct_of_the_sources_is_described(description: str) -> None:
+    declared: set[str] = set()
+    for path in build.SOURCES.iterdir():
+        declared |= set(re.findall(r"^(?:struct|union) Reef(\w+) \{", path.read_text(), re.M))
+    assert {line.split()[0] for line in description.splitlines()} == declared - NOT_MIRRORED
+
+
+def test_swapped_fields_are_named(description: str) -> None:
+    fields = list(structs.LoraSlice._fields_)
+    fields[0], fields[1] = fields[1], fields[0]
+    with pytest.raises(LayoutError) as raised:
+        check_layouts(description, _changed(structs.LoraSlice, fields))
+    assert "LoraSlice.r0: expected int32 at byte 0, found int32 at byte 4" in str(raised.value)
+    assert "LoraSlice.r1: expected int32 at byte 4, found int32 at byte 0" in str(raised.value)
+    assert "LoraSite" not in str(raised.value), "the others are in order"
+
+
+def test_a_missing_field_is_named(description: str) -> None:
+    fields = [field for field in structs.AttentionArgs._fields_ if field[0] != "soft_cap"]
+    with pytest.raises(LayoutError) as raised:
+        check_layouts(description, _changed(structs.AttentionArgs, fields))
+    message = str(raised.value)
+    assert "AttentionArgs.soft_cap: expected float32 at byte 108, found no such field" in message
+
+
+def test_a_field_that_the_library_lacks_is_named(description: str) -> None:
+    fields = [*structs.LoraArgs._fields_, ("late", c.c_int32)]  # fits the padding at the end
+    with pytest.raises(LayoutError, match=r"LoraArgs\.late: expected no such field, found int32"):
+        check_layouts(description, _changed(structs.LoraArgs, fields))
+
+
+def test_a_wrong_size_is_told(description: str) -> None:
+    fields = [*structs.KvLayer._fields_, ("more", c.c_int64)]
+    with pytest.raises(LayoutError, match="KvLayer: expected 32 bytes, found 40"):
+        check_layouts(description, _changed(structs.KvLayer, fields))
+
+
+def test_a_wrong_type_of_the_right_size_is_named(description: str) -> None:
+    types = dict(structs.EmbedArgs._fields_) | {"scale": c.c_int32}
+    with pytest.raises(LayoutError) as raised:
+        check_layouts(description, _changed(structs.EmbedArgs, list(types.items())))
+    message = str(raised.value)
+    assert "EmbedArgs.scale: expected float32 at byte 32, found int32 at byte 32" in message
+
+
+def test_a_struct_on_one_side_alone_is_named(description: str) -> None:
+    without = "".join(
+        line for line in description.splitlines(keepends=True) if not line.startswith("Step ")
+    )
+    with pytest.raises(LayoutError, match=r"Step is in structs\.py alone"):
+        check_layouts(without, structs)
+    with pytest.raises(LayoutError, match="Extra is in the library alone"):
+        check_layouts(description + "Extra 4 rows:int32@0\n", structs)
+
+
+def test_loading_checks(description: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    fields = list(structs.Draw._fields_)[:-1]
+    monkeypatch.setattr(library, "structs", _changed(structs.Draw, fields))
+    with pytest.raises(LayoutError, match=r"Draw\.min_p"):
+        library._load.__wrapped__()
+
+
+def test_a_field_missing_from_the_description_does_not_compile(
+    tmp_path: Path, description: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sources = tmp_path / "src"
+    shutil.copytree(build.SOURCES, sources)
+    for path in sources.glob("*.cpp"):
+        if path.name != "layout.cpp":
+            path.unlink()
+    monkeypatch.setattr(build, "SOURCES", sources)
+    compile_library(tmp_path / "lib")
+    header = sources / "kernels.h"
+    declaration = "struct ReefGatherArgs {"
+    header.write_text(header.read_text().replace(declaration, f"{declaration} int32_t late;"))
+    with pytest.raises(BuildError, match="GatherArgs"):
+        compile_library(tmp_path / "lib")
+
+
+def _changed(struct: type[c.Structure], fields: list[tuple[str, type]]) -> ModuleType:
+    """structs.py with other fields in one struct."""
+    mirror = ModuleType("structs")
+    vars(mirror).update(vars(structs))
+    name = struct.__name__
+    vars(mirror)[name] = type(name, (c.Structure,), {"_fields_": fields})
+    return mirror
