@@ -36,7 +36,7 @@ constexpr int kAccumulators = 4;
 constexpr int kQueryStride = kMaxHeadDim + 32;
 constexpr int kOutStride = kMaxHeadDim + 16;
 
-struct Tile {  // by run; runs that no lane sees are not set
+struct Tile {                   // by run; runs that no lane sees are not set
     const bf16* keys[kRuns];    // [head_dim / 2][16][2]
     const bf16* values[kRuns];  // [8][padded_dim][2]
     const float* key_scales[kRuns];
@@ -56,9 +56,9 @@ struct Visible {  // the keys of a tile that a lane sees: from <= key < to; empt
 };
 
 struct ScoreRule {
-    float scale;    // s to t, or, with a cap, s to 2 log2(e) times the argument of tanh
-    float cap;      // in log2; 0: none
-    bool scaled;    // int8
+    float scale;  // s to t, or, with a cap, s to 2 log2(e) times the argument of tanh
+    float cap;    // in log2; 0: none
+    bool scaled;  // int8
 };
 
 struct LaneState {

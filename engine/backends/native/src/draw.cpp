@@ -26,11 +26,11 @@ namespace REEF_ISA {
 namespace {
 
 constexpr int kLanes = 16;
-constexpr int kBlock = 4096;            // summed in float before it is added in double
-constexpr int kLeastWork = 1 << 14;     // logits that are worth a chunk of their own
-constexpr int kTopKSlack = 256;         // see ReefDrawArgs::scratch_stride
-constexpr float kMaxNoise = 16.7f;      // above -log(-log(1 - 2^-24))
-constexpr float kNoMass = -60.f;        // e^-60 of 2^31 tokens is beneath a float's last digit of 1
+constexpr int kBlock = 4096;         // summed in float before it is added in double
+constexpr int kLeastWork = 1 << 14;  // logits that are worth a chunk of their own
+constexpr int kTopKSlack = 256;      // see ReefDrawArgs::scratch_stride
+constexpr float kMaxNoise = 16.7f;   // above -log(-log(1 - 2^-24))
+constexpr float kNoMass = -60.f;     // e^-60 of 2^31 tokens is beneath a float's last digit of 1
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
 

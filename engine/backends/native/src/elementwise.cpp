@@ -19,8 +19,8 @@ struct RowRuns {
 
     RowRuns(int rows, int64_t row_elements, int64_t least) : rows(rows) {
         const int64_t wanted = std::max(least, rows * row_elements / kMostChunks);
-        length = static_cast<int>(std::clamp<int64_t>(wanted / std::max<int64_t>(row_elements, 1),
-                                                      1, std::max(rows, 1)));
+        length = static_cast<int>(
+            std::clamp<int64_t>(wanted / std::max<int64_t>(row_elements, 1), 1, std::max(rows, 1)));
     }
     int count() const { return (rows + length - 1) / length; }
     int begin(int run) const { return run * length; }
@@ -36,7 +36,9 @@ inline void for_vectors(int begin, int end, Body body) {
 }
 
 template <class T>
-inline F16 load_upto(const T* p, int n) { return n == kLanes ? load(p) : load(p, n); }
+inline F16 load_upto(const T* p, int n) {
+    return n == kLanes ? load(p) : load(p, n);
+}
 
 template <class T>
 inline void store_upto(T* p, F16 a, int n) {
@@ -61,9 +63,8 @@ void embed_run(const void* args, int run) {
     for (int row = runs.begin(run); row < runs.end(run); ++row) {
         const bf16* from = a.table + static_cast<int64_t>(a.token_ids[row]) * a.width;
         bf16* to = a.x + row * a.x_stride;
-        for_vectors(0, a.width, [&](int c, int n) {
-            store_upto(to + c, load_upto(from + c, n) * scale, n);
-        });
+        for_vectors(0, a.width,
+                    [&](int c, int n) { store_upto(to + c, load_upto(from + c, n) * scale, n); });
     }
 }
 

@@ -82,12 +82,15 @@ inline Panel panel_of(const ReefLinear& linear, int panel) {
     const int groups = linear.in_features / linear.group_size;
     const int64_t first = int64_t{panel} * groups * kPanel;
     const auto* zeros = static_cast<const float*>(linear.zeros);
-    return {static_cast<const uint8_t*>(linear.packed) + int64_t{panel} * linear.in_features * (kPanel / 2),
-            static_cast<const float*>(linear.scales) + first, zeros == nullptr ? nullptr : zeros + first,
-            linear.group_size, groups};
+    return {static_cast<const uint8_t*>(linear.packed) +
+                int64_t{panel} * linear.in_features * (kPanel / 2),
+            static_cast<const float*>(linear.scales) + first,
+            zeros == nullptr ? nullptr : zeros + first, linear.group_size, groups};
 }
 
-inline void prefetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
+inline void prefetch(const uint8_t* p) {
+    _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0);
+}
 
 // Sixteen outputs of a row and their bias; a panel's second half may lie behind the last output.
 inline void write(const ReefLinearArgs& args, int row, int output, F16 value) {
@@ -141,8 +144,8 @@ inline void add_groups(const Panel& panel, const typename Format::Values& values
     const uint8_t* x = rows.x + group * group_words * 4;
     for (int step = 0; step < steps; ++step, codes += step_bytes, x += 4 * Format::kWords)
         for (int g = 0; g < kGroups; ++g)
-            add_step<Format, kRows>(codes + g * kStepBytes, values, x + g * group_words * 4, rows.stride,
-                                    sums[g]);
+            add_step<Format, kRows>(codes + g * kStepBytes, values, x + g * group_words * 4,
+                                    rows.stride, sums[g]);
     for (int g = 0; g < kGroups; ++g)
         for_sums<kRows>([&](auto row, auto half) {
             const F16 sum = Format::to_float(sums[g][row][half]);
@@ -164,14 +167,16 @@ void few_rows(const ReefLinearArgs& args, const typename Format::Rows& rows, int
     for (; group < panel.groups; ++group)
         add_groups<Format, kRows, 1>(panel, values, rows, group, totals);
     for_sums<kRows>([&](auto row, auto half) {
-        write(args, row, panel_number * kPanel + 16 * half, Format::result(rows, row, totals[row][half]));
+        write(args, row, panel_number * kPanel + 16 * half,
+              Format::result(rows, row, totals[row][half]));
     });
 }
 
 // ==== Many rows ====
 
 template <class Format, int kWord>
-inline void decode_word(const uint8_t* codes, const typename Format::Values& values, uint8_t* decoded) {
+inline void decode_word(const uint8_t* codes, const typename Format::Values& values,
+                        uint8_t* decoded) {
     uint8_t* word = decoded + kWord * kWordBytes;
     Format::store(word, Format::template decode<kWord>(load_codes(codes), values));
     Format::store(word + kWordBytes / 2,
@@ -197,7 +202,8 @@ void decode_slice(const Panel& panel, int group, int end, uint8_t* decoded) {
     }
 }
 
-// totals [kRows][32] += groups [group, end) of rows [row, row + kRows); `decoded` begins with `group`.
+// totals [kRows][32] += groups [group, end) of rows [row, row + kRows); `decoded` begins with
+// `group`.
 template <class Format, int kRows>
 void multiply_slice(const Panel& panel, const uint8_t* decoded, const typename Format::Rows& rows,
                     int first, int group, int end, float* totals) {
@@ -223,8 +229,8 @@ void multiply_slice(const Panel& panel, const uint8_t* decoded, const typename F
 }
 
 template <class Format>
-using MultiplySlice = void (*)(const Panel&, const uint8_t*, const typename Format::Rows&, int, int, int,
-                               float*);
+using MultiplySlice = void (*)(const Panel&, const uint8_t*, const typename Format::Rows&, int, int,
+                               int, float*);
 
 template <class Format, int... kIndex>
 MultiplySlice<Format> multiply_slice_of(int rows, std::integer_sequence<int, kIndex...>) {
@@ -276,7 +282,8 @@ struct Cut {
 
     explicit Cut(const ReefLinearArgs& args)
         : panels(reef::panels_of(*args.linear)), blocks(ceil_div(args.rows, kBlockRows)) {
-        // One thread's nanoseconds for a panel and a block, whether reading or multiplying takes longer
+        // One thread's nanoseconds for a panel and a block, whether reading or multiplying takes
+        // longer
         const int64_t inputs = args.linear->in_features, rows = ceil_div(args.rows, blocks);
         const int64_t cost = 1 + inputs * (20 > 9 * rows ? 20 : 9 * rows) / 30;
         const int64_t share = cost * panels * blocks / 64;
@@ -304,7 +311,8 @@ void run_place(const ReefLinearArgs& args, const Cut& cut, int place) {
     const int count = static_cast<int>(int64_t{args.rows} * (block + 1) / cut.blocks) - first;
     const typename Format::Rows rows = Format::rows(args);
     int panel = place / cut.blocks * cut.panels_per_chunk;
-    const int end = panel + cut.panels_per_chunk < cut.panels ? panel + cut.panels_per_chunk : cut.panels;
+    const int end =
+        panel + cut.panels_per_chunk < cut.panels ? panel + cut.panels_per_chunk : cut.panels;
     if (args.rows > kFewRows) {
         for (; panel < end; ++panel) many_rows<Format>(args, rows, first, count, panel);
     } else {

@@ -17,7 +17,8 @@ struct Bf16Format {
     struct Values { __m512i v; };  // the 16 values twice: an index counts modulo 32
 
     static Values values_at(const bf16* values) {
-        return {_mm512_broadcast_i64x4(_mm256_load_si256(reinterpret_cast<const __m256i*>(values)))};
+        return {
+            _mm512_broadcast_i64x4(_mm256_load_si256(reinterpret_cast<const __m256i*>(values)))};
     }
     template <int kWord>
     static B32 decode(Codes codes, const Values& values) {  // bits above the code do not matter
@@ -26,11 +27,14 @@ struct Bf16Format {
     }
     static void store(uint8_t* p, B32 a) { _mm512_store_si512(p, (__m512i)a.v); }
 #else
-    struct Values { __m256i low, high; };  // the low bytes of the 16 values twice, and the high ones
+    struct Values {
+        __m256i low, high;
+    };  // the low bytes of the 16 values twice, and the high ones
 
     static Values values_at(const bf16* values) {
         const __m256i all = _mm256_load_si256(reinterpret_cast<const __m256i*>(values));
-        return {bytes(_mm256_and_si256(all, _mm256_set1_epi16(0xff))), bytes(_mm256_srli_epi16(all, 8))};
+        return {bytes(_mm256_and_si256(all, _mm256_set1_epi16(0xff))),
+                bytes(_mm256_srli_epi16(all, 8))};
     }
     template <int kWord>
     static B32 decode(Codes codes, const Values& values) {
@@ -53,7 +57,8 @@ private:
         const __m256i index = _mm256_and_si256(shifted, _mm256_set1_epi16(15));
         const __m256i low = _mm256_shuffle_epi8(values.low, index);
         const __m256i high = _mm256_shuffle_epi8(values.high, index);
-        return _mm256_or_si256(_mm256_and_si256(low, _mm256_set1_epi16(0xff)), _mm256_slli_epi16(high, 8));
+        return _mm256_or_si256(_mm256_and_si256(low, _mm256_set1_epi16(0xff)),
+                               _mm256_slli_epi16(high, 8));
     }
 
 public:

@@ -33,8 +33,8 @@ float block_largest(const float* logits, int n, F16& nan) {
         result = logits[i] > result ? logits[i] : result;
     }
     nan = nan + ((scans[0].nan + scans[1].nan) + (scans[2].nan + scans[3].nan));
-    const F16 both = max(max(scans[0].largest, scans[1].largest),
-                         max(scans[2].largest, scans[3].largest));
+    const F16 both =
+        max(max(scans[0].largest, scans[1].largest), max(scans[2].largest, scans[3].largest));
     return std::max(result, largest(both));
 }
 

@@ -1,8 +1,8 @@
 // What every kernel reads and writes, and the table of kernels that one instruction set has.
 //
 // Plain C structs, mirrored field by field in structs.py and listed in layout.cpp. Activations
-// are bfloat16 (as uint16_t), row-major, with a stride in elements between rows. Every kernel treats
-// its rows alone: a row's result is the same bits whatever rows are computed beside it, in
+// are bfloat16 (as uint16_t), row-major, with a stride in elements between rows. Every kernel
+// treats its rows alone: a row's result is the same bits whatever rows are computed beside it, in
 // whatever order, on whatever number of threads, and whether it is one of a decode or of a prefill.
 #pragma once
 #include <cstdint>
@@ -24,12 +24,13 @@ enum ReefFormat : int32_t {
 struct ReefLinear {
     int32_t format;
     int32_t in_features, out_features;
-    int32_t group_size;        // inputs that share a scale; 4-bit formats
-    const void* packed;        // see linear_*.cpp; 64-byte aligned
+    int32_t group_size;  // inputs that share a scale; 4-bit formats
+    const void* packed;  // see linear_*.cpp; 64-byte aligned
     const void* scales;
-    const void* zeros;         // REEF_INT4
-    const float* bias;         // [out_features] or null
-    const int32_t* input_order;  // [in_features] or null: packed column k multiplies x[input_order[k]]
+    const void* zeros;  // REEF_INT4
+    const float* bias;  // [out_features] or null
+    const int32_t*
+        input_order;  // [in_features] or null: packed column k multiplies x[input_order[k]]
 };
 
 struct ReefLinearArgs {
@@ -45,20 +46,20 @@ struct ReefLinearArgs {
 
 // ==== LoRA: y[row] += B_s (A_s x[row]) for the adapter s of each row ====
 
-struct ReefLoraSlice {  // one module of a fused site; scaling is folded into b
+struct ReefLoraSlice {   // one module of a fused site; scaling is folded into b
     int32_t r0, r1;      // its rows of a
     int32_t out0, out1;  // its columns of y
     const uint16_t* b;   // [panel of 32 columns][pair of ranks][32][2], padded with zeros
 };
 
-struct ReefLoraSite {  // one adapter at one linear layer
+struct ReefLoraSite {   // one adapter at one linear layer
     const uint16_t* a;  // [lora_rank, in]; null: the adapter leaves this layer alone
     const ReefLoraSlice* slices;
     int32_t lora_rank;  // rows of a, all slices together
     int32_t num_slices;
 };
 
-struct ReefLoraSegment {  // the rows of a batch that share an adapter
+struct ReefLoraSegment {        // the rows of a batch that share an adapter
     const ReefLoraSite* sites;  // indexed by site number
     int32_t start, end;         // in ReefLoraBatch::rows
 };
@@ -90,19 +91,19 @@ struct ReefLoraArgs {
 enum ReefKvFormat : int32_t { REEF_KV_BF16 = 0, REEF_KV_INT8 = 1 };
 
 struct ReefKvLayer {
-    uint8_t* base;         // block 0 of this layer
-    int64_t block_bytes;   // from one block of this layer to the next
+    uint8_t* base;        // block 0 of this layer
+    int64_t block_bytes;  // from one block of this layer to the next
     int32_t format;
-    int32_t block_size;    // positions in a block, a multiple of 16
+    int32_t block_size;  // positions in a block, a multiple of 16
     int32_t kv_heads, head_dim;
 };
 
 struct ReefRequests {  // B requests, their rows one after another; the last query of request i is
-    int32_t num_requests;        // at position context_lens[i] - 1
+    int32_t num_requests;  // at position context_lens[i] - 1
     int32_t table_stride;
-    const int32_t* row_starts;   // [B + 1]
-    const int32_t* context_lens; // [B], this step's tokens included
-    const int32_t* block_tables; // [B, table_stride]
+    const int32_t* row_starts;    // [B + 1]
+    const int32_t* context_lens;  // [B], this step's tokens included
+    const int32_t* block_tables;  // [B, table_stride]
 };
 
 struct ReefStoreArgs {  // turns q and k of each row in place, then writes k and v to their slots
@@ -124,16 +125,16 @@ struct ReefAttentionArgs {  // out [rows, heads, head_dim]
     uint16_t* out;
     int64_t out_stride;
     int32_t heads;
-    int32_t window;   // keys a query may see, itself included; 0: all
+    int32_t window;  // keys a query may see, itself included; 0: all
     float scale;
-    float soft_cap;   // 0: none
+    float soft_cap;  // 0: none
 };
 
 // ==== Elementwise ====
 
 enum ReefActivation : int32_t { REEF_SILU = 0, REEF_GELU = 1, REEF_GELU_TANH = 2 };
 
-struct ReefEmbedArgs {  // x[row] = table[token_ids[row]] * scale
+struct ReefEmbedArgs {      // x[row] = table[token_ids[row]] * scale
     const uint16_t* table;  // [vocab, width]
     const int32_t* token_ids;
     uint16_t* x;
@@ -143,16 +144,16 @@ struct ReefEmbedArgs {  // x[row] = table[token_ids[row]] * scale
 };
 
 struct ReefNormArgs {  // x += delta * delta_scale where there is a delta; y = x / rms(x) * weight
-    uint16_t* x;            // rounded to bf16 after the addition, and the norm reads it rounded
+    uint16_t* x;       // rounded to bf16 after the addition, and the norm reads it rounded
     int64_t x_stride;
     const uint16_t* delta;  // null: none
     int64_t delta_stride;
-    uint16_t* y;            // null: only the addition
+    uint16_t* y;  // null: only the addition
     int64_t y_stride;
-    const float* weight;    // [width]
+    const float* weight;  // [width]
     float delta_scale, eps;
     int32_t rows, width;
-    int32_t groups;         // each row is this many neighbouring vectors of `width`, one norm each
+    int32_t groups;  // each row is this many neighbouring vectors of `width`, one norm each
 };
 
 struct ReefGateArgs {  // y [rows, width] = activation(x[:, :width]) * x[:, width:]
@@ -172,7 +173,7 @@ struct ReefGatherArgs {  // y[i] = x[rows_of_x[i]]
     int32_t rows, width;
 };
 
-struct ReefGreedyArgs {  // of each row of logits: the first of the largest, and that largest
+struct ReefGreedyArgs {   // of each row of logits: the first of the largest, and that largest
     const float* logits;  // NaN if any is NaN
     int64_t logits_stride;
     int32_t* token_ids;

@@ -1,7 +1,8 @@
 // Describes the structs of the C ABI as text: the size of each, the type and offset of its fields.
 //
 // Python mirrors these structs by hand (structs.py) and compares them with this text when it loads
-// the library (layout.py). A line of the text: "LoraSegment 16 sites:pointer64@0 start:int32@8 ...".
+// the library (layout.py). A line of the text: "LoraSegment 16 sites:pointer64@0 start:int32@8
+// ...".
 #include <cstddef>
 #include <string>
 #include <type_traits>
@@ -41,21 +42,20 @@ void add_field(std::string* text, const char* name, const char* kind, size_t byt
 #define FIELDS_11(T, name, ...) FIELD(T, name) FIELDS_10(T, __VA_ARGS__)
 #define FIELDS_12(T, name, ...) FIELD(T, name) FIELDS_11(T, __VA_ARGS__)
 #define THIRTEENTH(_1, _2, _3, _4, _5, _6, _7, _8, _9, _10, _11, _12, macro, ...) macro
-#define FIELDS(T, ...)                                                                      \
-    THIRTEENTH(__VA_ARGS__, FIELDS_12, FIELDS_11, FIELDS_10, FIELDS_9, FIELDS_8, FIELDS_7,  \
+#define FIELDS(T, ...)                                                                     \
+    THIRTEENTH(__VA_ARGS__, FIELDS_12, FIELDS_11, FIELDS_10, FIELDS_9, FIELDS_8, FIELDS_7, \
                FIELDS_6, FIELDS_5, FIELDS_4, FIELDS_3, FIELDS_2, FIELDS_1, )(T, __VA_ARGS__)
 
-#define LINE(T, name, ...)                                        \
-    text += name " " + std::to_string(sizeof(T));                 \
-    FIELDS(T, __VA_ARGS__)                                        \
+#define LINE(T, name, ...)                        \
+    text += name " " + std::to_string(sizeof(T)); \
+    FIELDS(T, __VA_ARGS__)                        \
     text += "\n"
 
 // Adds the line of a struct. Does not compile unless it names every field: a structured binding
 // needs as many names as the struct has fields.
-#define STRUCT(Name, ...)                                         \
-    static_cast<void>([](const Reef##Name& all) {                 \
-        [[maybe_unused]] const auto& [__VA_ARGS__] = all;         \
-    });                                                           \
+#define STRUCT(Name, ...)                                                                 \
+    static_cast<void>(                                                                    \
+        [](const Reef##Name& all) { [[maybe_unused]] const auto& [__VA_ARGS__] = all; }); \
     LINE(Reef##Name, #Name, __VA_ARGS__)
 #define UNION(Name, ...) LINE(Reef##Name, #Name, __VA_ARGS__)
 

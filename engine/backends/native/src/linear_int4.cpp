@@ -61,7 +61,8 @@ void prepare_row(const ReefLinearArgs& args, int row) {
     auto* scratch = static_cast<uint8_t*>(args.scratch);
     const bf16* x = args.x + row * args.x_stride;
     if (linear.input_order != nullptr) {
-        bf16* ordered = reinterpret_cast<bf16*>(scratch + layout.x) + int64_t{row} * linear.in_features;
+        bf16* ordered =
+            reinterpret_cast<bf16*>(scratch + layout.x) + int64_t{row} * linear.in_features;
         for (int k = 0; k < linear.in_features; ++k) ordered[k] = x[linear.input_order[k]];
         x = ordered;
     }
@@ -78,7 +79,8 @@ int rows_per_chunk(const ReefLinearArgs& args) {  // a few microseconds
 void prepare_chunk(const void* p, int chunk) {
     const auto& args = *static_cast<const ReefLinearArgs*>(p);
     const int count = rows_per_chunk(args);
-    for (int row = chunk * count; row < args.rows && row < (chunk + 1) * count; ++row) prepare_row(args, row);
+    for (int row = chunk * count; row < args.rows && row < (chunk + 1) * count; ++row)
+        prepare_row(args, row);
 }
 
 }  // namespace

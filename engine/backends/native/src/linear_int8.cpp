@@ -9,7 +9,7 @@
 namespace REEF_ISA {
 namespace {
 
-constexpr int kGroup = 64;          // neighbours whose sum is kept
+constexpr int kGroup = 64;           // neighbours whose sum is kept
 constexpr float kTooSmall = 1e-35f;  // 127 / max |x| would overflow: such a row counts as zeros
 
 #if defined(__AVX512BF16__)
@@ -53,8 +53,8 @@ __m256i dot_fours(__m256i a, __m256i b, __m256i c) {
     const __m256i a_odd = _mm256_srli_epi16(a, 8);
     const __m256i b_even = _mm256_srai_epi16(_mm256_slli_epi16(b, 8), 8);
     const __m256i b_odd = _mm256_srai_epi16(b, 8);
-    const __m256i products = _mm256_add_epi32(_mm256_madd_epi16(a_even, b_even),
-                                              _mm256_madd_epi16(a_odd, b_odd));
+    const __m256i products =
+        _mm256_add_epi32(_mm256_madd_epi16(a_even, b_even), _mm256_madd_epi16(a_odd, b_odd));
     return _mm256_add_epi32(c, products);
 }
 I16 dot_fours(Q64 a, Q64 b, I16 c) {
@@ -69,8 +69,8 @@ F16 to_float(I16 a) { return {_mm256_cvtepi32_ps(a.lo), _mm256_cvtepi32_ps(a.hi)
 void store_int8(int8_t* p, F16 a) {
     const __m256i words = _mm256_packs_epi32(_mm256_cvtps_epi32(a.lo), _mm256_cvtps_epi32(a.hi));
     const __m256i ordered = _mm256_permute4x64_epi64(words, 0xd8);
-    const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(ordered),
-                                          _mm256_extracti128_si256(ordered, 1));
+    const __m128i bytes =
+        _mm_packs_epi16(_mm256_castsi256_si128(ordered), _mm256_extracti128_si256(ordered, 1));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bytes);
 }
 

@@ -51,7 +51,9 @@ struct Nf4Int8 {
         return {reinterpret_cast<const uint8_t*>(quantized.q), quantized.stride, quantized.sums,
                 quantized.scales, args.linear->group_size};
     }
-    static F16 result(const Rows& rows, int row, F16 total) { return total * set1(rows.scales[row]); }
+    static F16 result(const Rows& rows, int row, F16 total) {
+        return total * set1(rows.scales[row]);
+    }
 
 #if defined(__AVX512BF16__)
     // The processor multiplies unsigned by signed bytes, so 128 is added to the values, and
@@ -87,7 +89,8 @@ struct Nf4Int8 {
     struct Values { __m256i v; };
 
     static Values values() {
-        return {_mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(kValues)))};
+        return {
+            _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(kValues)))};
     }
     template <int kWord>
     static Word decode(Codes codes, const Values& values) {
@@ -112,7 +115,9 @@ struct Nf4Int8 {
     static Sum dot(Word weights, Word x, Sum sum) {
         return {add_products(weights.lo, x.lo, sum.lo), add_products(weights.hi, x.hi, sum.hi)};
     }
-    static F16 to_float(Sum sum) { return {_mm256_cvtepi32_ps(sum.lo), _mm256_cvtepi32_ps(sum.hi)}; }
+    static F16 to_float(Sum sum) {
+        return {_mm256_cvtepi32_ps(sum.lo), _mm256_cvtepi32_ps(sum.hi)};
+    }
 #endif
 
 private:
@@ -142,7 +147,8 @@ private:
     }
     // |x| times the weight with the sign of x: neither is beyond 127, so two products fit 16 bits.
     static __m256i add_products(__m256i weights, __m256i x, __m256i sum) {
-        const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(x), _mm256_sign_epi8(weights, x));
+        const __m256i pairs =
+            _mm256_maddubs_epi16(_mm256_abs_epi8(x), _mm256_sign_epi8(weights, x));
         return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
     }
 #endif
@@ -150,7 +156,9 @@ private:
 
 }  // namespace
 
-reef::Task linear_nf4(const ReefLinearArgs* args, int threads) { return fourbit::task<Nf4>(args, threads); }
+reef::Task linear_nf4(const ReefLinearArgs* args, int threads) {
+    return fourbit::task<Nf4>(args, threads);
+}
 
 reef::Task linear_nf4_int8(const ReefLinearArgs* args, int threads) {
     return fourbit::task<Nf4Int8>(args, threads);

@@ -199,8 +199,8 @@ reef::Task multiply_task(const ReefLinearArgs* args) {
 }
 
 // Words [begin, words) of rows that lie `stride` bytes apart, as a part of a tile of `width` rows.
-inline void tile_words(const uint8_t* rows, int64_t stride, int count, int64_t begin,
-                       int64_t words, int width, uint8_t* tile) {
+inline void tile_words(const uint8_t* rows, int64_t stride, int count, int64_t begin, int64_t words,
+                       int width, uint8_t* tile) {
     for (int r = 0; r < count; ++r)
         for (int64_t k = begin; k < words; ++k)
             std::memcpy(tile + (k * width + r) * 4, rows + r * stride + k * 4, 4);

@@ -24,7 +24,7 @@ namespace {
 
 constexpr int kBlockRows = 32;  // of a segment, that take part in a piece of work together
 constexpr int kLanes = 16;
-constexpr int kAhead = 2048;  // bytes that are fetched early
+constexpr int kAhead = 2048;        // bytes that are fetched early
 constexpr int kTogether = 1 << 14;  // bytes of B that all rows use before the next
 #if defined(__AVX512BF16__)
 constexpr int kShrinkRows = 4, kTileRanks = 4, kExpandRows = 8;
@@ -63,7 +63,8 @@ int64_t cost_of_byte(const Work& work) { return std::max(4, work.row1 - work.row
 int chunks_of(int64_t cost, int64_t threads) {
     const int64_t nanoseconds = cost / 100;
     const int64_t equal = nanoseconds / 24000 / threads * threads;
-    return static_cast<int>(std::clamp<int64_t>(equal, std::min(threads, 1 + nanoseconds / 2000), 256));
+    return static_cast<int>(
+        std::clamp<int64_t>(equal, std::min(threads, 1 + nanoseconds / 2000), 256));
 }
 
 // ==== Shrink ====
@@ -79,8 +80,8 @@ float sum_lanes(F16 a) {
 
 template <int kEven, int kOdd>
 F16 fold_quarters(F16 a, F16 b) {
-    return {_mm512_add_ps(_mm512_shuffle_f32x4(a.v, b.v, kEven),
-                          _mm512_shuffle_f32x4(a.v, b.v, kOdd))};
+    return {
+        _mm512_add_ps(_mm512_shuffle_f32x4(a.v, b.v, kEven), _mm512_shuffle_f32x4(a.v, b.v, kOdd))};
 }
 
 template <int kEven, int kOdd>
@@ -279,8 +280,9 @@ struct Panel {
 
 template <int kRows>
 inline void add_pairs(F16 (&sums)[kRows][2], const bf16* const* h, const Panel& panel) {
-    const auto add = [&](const B32 (&factors)[kRows], int pair) {
-        const B32 low = load_pairs(panel.b + 64 * pair), high = load_pairs(panel.b + 64 * pair + 32);
+    const auto add = [&](const B32(&factors)[kRows], int pair) {
+        const B32 low = load_pairs(panel.b + 64 * pair),
+                  high = load_pairs(panel.b + 64 * pair + 32);
         const bf16* ahead = panel.ahead + 64 * pair;
         ahead += ahead < panel.turn ? 0 : panel.jump;
         fetch_soon(ahead);

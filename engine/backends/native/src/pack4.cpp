@@ -48,7 +48,8 @@ void pack_panel(const void* p, int panel) {
     uint32_t* packed = static_cast<uint32_t*>(args.packed) + panel * steps * kPanel;
     const int outputs = std::min(kPanel, args.out_features - panel * kPanel);
     if (outputs < kPanel) std::fill_n(packed, steps * kPanel, 0u);
-    const auto* rows = static_cast<const uint8_t*>(args.weight) + panel * kPanel * args.weight_stride;
+    const auto* rows =
+        static_cast<const uint8_t*>(args.weight) + panel * kPanel * args.weight_stride;
     for (int64_t begin = 0; begin < steps; begin += kLine) {
         const int64_t count = std::min<int64_t>(steps - begin, kLine);
         int64_t places[kLine];

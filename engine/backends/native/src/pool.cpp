@@ -89,7 +89,8 @@ void Pool::wait_for_later_tasks(uint32_t index) const {
 
 void Pool::run_chunk(uint32_t index) const {
     const Task* task = tasks_;
-    while (index >= static_cast<uint32_t>(task->chunks)) index -= static_cast<uint32_t>((task++)->chunks);
+    while (index >= static_cast<uint32_t>(task->chunks))
+        index -= static_cast<uint32_t>((task++)->chunks);
     task->run(task->args, static_cast<int>(index));
 }
 
@@ -109,7 +110,8 @@ uint32_t Pool::wait_for_job(uint32_t last) {
     }
     std::unique_lock<std::mutex> lock(mutex_);
     sleeping_.fetch_add(1, std::memory_order_seq_cst);
-    wake_.wait(lock, [&] { return stop_ || job_of(ticket_.load(std::memory_order_seq_cst)) != last; });
+    wake_.wait(lock,
+               [&] { return stop_ || job_of(ticket_.load(std::memory_order_seq_cst)) != last; });
     sleeping_.fetch_sub(1, std::memory_order_seq_cst);
     return job_of(ticket_.load(std::memory_order_acquire));
 }

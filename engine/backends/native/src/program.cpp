@@ -22,9 +22,7 @@ public:
             case REEF_OP_NORM:
                 op.args.norm.rows = rows;
                 return context_.run(context_.kernels.norm, &op.args.norm);
-            case REEF_OP_LINEAR:
-                op.args.linear.rows = rows;
-                return linear(op);
+            case REEF_OP_LINEAR: op.args.linear.rows = rows; return linear(op);
             case REEF_OP_STORE:
                 op.args.store.rows = rows;
                 op.args.store.positions = step_.positions;
@@ -51,7 +49,8 @@ private:
         const int threads = context_.pool.threads();
         context_.run(kernels.linear_prepare, &op.args.linear);
         const ReefLoraBatch* batch = op.on_outputs ? step_.output_lora : step_.lora;
-        if (batch == nullptr || op.lora_site < 0) return context_.run(kernels.linear, &op.args.linear);
+        if (batch == nullptr || op.lora_site < 0)
+            return context_.run(kernels.linear, &op.args.linear);
         op.lora.batch = batch;
         op.lora.site = op.lora_site;
         op.lora.h = step_.lora_h;
@@ -59,8 +58,8 @@ private:
         op.lora.threads = threads;
         reef::Task expand = kernels.lora_expand(&op.lora, threads);
         expand.waits = true;
-        const reef::Task tasks[] = {
-            expand, kernels.linear(&op.args.linear, threads), kernels.lora_shrink(&op.lora, threads)};
+        const reef::Task tasks[] = {expand, kernels.linear(&op.args.linear, threads),
+                                    kernels.lora_shrink(&op.lora, threads)};
         context_.pool.run(tasks, 3);
     }
 
@@ -70,13 +69,14 @@ private:
 
 int64_t now_ns() {
     return std::chrono::duration_cast<std::chrono::nanoseconds>(
-               std::chrono::steady_clock::now().time_since_epoch()).count();
+               std::chrono::steady_clock::now().time_since_epoch())
+        .count();
 }
 
 }  // namespace
 
-extern "C" void reef_run(
-    ReefContext* context, const ReefOp* ops, int32_t num_ops, const ReefStep* step) {
+extern "C" void reef_run(ReefContext* context, const ReefOp* ops, int32_t num_ops,
+                         const ReefStep* step) {
     Run run(*context, *step);
     if (step->nanoseconds == nullptr) {
         for (int32_t i = 0; i < num_ops; ++i) run(ops[i]);

@@ -10,7 +10,12 @@
 extern "C" {
 
 enum ReefOpKind : int32_t {
-    REEF_OP_EMBED, REEF_OP_NORM, REEF_OP_LINEAR, REEF_OP_STORE, REEF_OP_ATTENTION, REEF_OP_GATE,
+    REEF_OP_EMBED,
+    REEF_OP_NORM,
+    REEF_OP_LINEAR,
+    REEF_OP_STORE,
+    REEF_OP_ATTENTION,
+    REEF_OP_GATE,
     REEF_OP_GATHER,
 };
 
@@ -34,17 +39,17 @@ struct ReefOp {
 
 struct ReefStep {
     int32_t rows;
-    int32_t num_outputs;             // rows that the last operations go on with
-    const int32_t* token_ids;        // [rows]
-    const int32_t* positions;        // [rows]
-    const int32_t* slot_mapping;     // [rows]
-    const int32_t* output_rows;      // [num_outputs]
+    int32_t num_outputs;          // rows that the last operations go on with
+    const int32_t* token_ids;     // [rows]
+    const int32_t* positions;     // [rows]
+    const int32_t* slot_mapping;  // [rows]
+    const int32_t* output_rows;   // [num_outputs]
     ReefRequests requests;
     const ReefLoraBatch* lora;         // null: no adapter in the batch
     const ReefLoraBatch* output_lora;  // the same for the output rows, numbered from 0
-    uint16_t* lora_h;                  // [rows, lora_h_stride]: what the adapters' first halves give
+    uint16_t* lora_h;  // [rows, lora_h_stride]: what the adapters' first halves give
     int64_t lora_h_stride;
-    int64_t* nanoseconds;              // null, or [num_ops] to which each operation's time is added
+    int64_t* nanoseconds;  // null, or [num_ops] to which each operation's time is added
 };
 
 }  // extern "C"

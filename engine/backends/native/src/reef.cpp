@@ -31,8 +31,8 @@ void reef_lora(ReefContext* context, const ReefLoraArgs* args) {
     ReefLoraArgs all = *args;
     all.threads = context->pool.threads();
     const reef::Kernels& kernels = context->kernels;
-    reef::Task tasks[] = {
-        kernels.lora_expand(&all, all.threads), kernels.lora_shrink(&all, all.threads)};
+    reef::Task tasks[] = {kernels.lora_expand(&all, all.threads),
+                          kernels.lora_shrink(&all, all.threads)};
     tasks[0].waits = true;
     context->pool.run(tasks, 2);
 }

@@ -13,7 +13,8 @@
 namespace REEF_ISA {
 namespace {
 
-constexpr int kChunkElements = 4096;  // of qkv: a few microseconds, most of them for lines of the cache
+constexpr int kChunkElements =
+    4096;  // of qkv: a few microseconds, most of them for lines of the cache
 
 int64_t row_elements(const ReefStoreArgs& a) {
     return int64_t{a.heads + 2 * a.kv.kv_heads} * a.kv.head_dim;

@@ -4,7 +4,7 @@ namespace REEF_ISA {
 
 extern const reef::Kernels table;
 const reef::Kernels table = {
-    linear_prepare, linear, lora_shrink, lora_expand, store, attention,
+    linear_prepare, linear, lora_shrink, lora_expand, store,  attention,
     embed,          norm,   gate,        gather,      greedy, draw,
 };
 
