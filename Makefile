@@ -18,6 +18,7 @@ lint: .venv/dev.stamp
 	.venv/bin/ruff format --check .
 	.venv/bin/ruff check .
 	.venv/bin/pyright
+	.venv/bin/clang-format --dry-run -Werror engine/backends/native/src/*
 
 bench: .venv/dev.stamp
 	@.venv/bin/reef bench
