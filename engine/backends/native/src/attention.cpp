@@ -1,30 +1,32 @@
-// attention: softmax(q k) v over paged KV, for decodes and prefill chunks alike.
+// Computes attention, softmax(q k) v, over paged KV, for decodes and prefill chunks alike.
 //
-// A chunk is a range of rows with some heads of one kv head; it goes through its requests, and for
-// each takes the keys tile by tile for all of its lanes (attention_tile.h), so that a tile is read
-// from memory, and decoded where it is int8, once per chunk. Chunks of later rows come later and
-// are taken first: that is where long prefills are, and within them the longest contexts.
+// A chunk is a range of rows with some query heads of one kv head. For each request in the range it
+// takes the keys tile by tile for all of its lanes (attention_tile.h), so that a tile is read from
+// memory, and decoded where it is int8, once per chunk. The pool starts with the last chunk: later
+// rows belong to long prefills and have the longest contexts, so the longest work starts first.
 #include "attention_keys.h"
 #include "table.h"
 
 namespace REEF_ISA {
 namespace {
 
-constexpr int kMaxLanes = 64;  // of a chunk
+constexpr int kMaxLanes = 64;  // lanes of a chunk
 
 // ==== Lanes ====
 
-struct Lanes {  // lane row * heads + head
+// Holds the queries and the running results of lanes: lane = row * heads + head.
+struct Lanes {
     alignas(64) bf16 q[kMaxLanes * kQueryStride];
     alignas(64) float out[kMaxLanes * kOutStride];
     alignas(64) float sums[kMaxLanes * 16];
     float highest[kMaxLanes];
 };
 
-struct Work {  // rows of one request and heads that share a kv head
+// Describes rows of one request, and query heads that share a kv head.
+struct Work {
     int request, first_row, rows;
     int kv_head, first_head, heads;
-    int position;  // of the first row
+    int position;  // of the first row's token
     int lanes() const { return rows * heads; }
 };
 
@@ -36,7 +38,7 @@ void begin(const ReefAttentionArgs& a, const Work& work, Lanes* lanes) {
         const uint16_t* q = a.q + row * a.q_stride + head * head_dim;
         std::memcpy(lanes->q + lane * kQueryStride, q, head_dim * sizeof(bf16));
         std::fill_n(lanes->out + lane * kOutStride, padded_dim(a.kv.head_dim), 0.f);
-        lanes->highest[lane] = -1e30f;  // finite, so that a first tile's factor is 0, not NaN
+        lanes->highest[lane] = -1e30f;  // finite: the first tile's factor is 0, not NaN
     }
     std::fill_n(lanes->sums, work.lanes() * 16, 0.f);
 }
@@ -67,7 +69,7 @@ ScoreRule score_rule(const ReefAttentionArgs& a) {
     return {2.f * kLog2E * a.scale / a.soft_cap, a.soft_cap * kLog2E, scaled};
 }
 
-// Lanes `lane` to `lane + M` of the work on the tile that begins at position `start`.
+// Adds the tile that begins at position `start` to lanes [lane, lane + M) of the work.
 template <int M, bool FETCH>
 void attend_lanes(const ReefAttentionArgs& a, const Work& work, const Tile& tile, const Tile& next,
                   int start, int lane, Lanes* lanes) {
@@ -90,19 +92,18 @@ constexpr decltype(&attend_lanes<1, FETCH>) kAttendLanes[] = {
 #endif
 };
 
-struct Span {  // of runs: first <= run < last
-    int first, last;
-};
+// Describes the runs first <= run < last of a tile.
+struct Span { int first, last; };
 
-// The runs of the tile at `start` that any lane sees.
+// Returns the runs of the tile at position `start` that at least one lane sees.
 Span seen_runs(const ReefAttentionArgs& a, const Work& work, int start) {
     const int from = first_key(a, work.position) - start;
     const int to = std::min(kTile, work.position + work.rows - start);
     return {std::max(0, from) / kRun, (to + kRun - 1) / kRun};
 }
 
-// A tile is copied where it is int8 or where many lanes read it, else it is read where it lies.
-// Either way the next one is asked for meanwhile.
+// Adds a tile to all lanes, and prefetches the next tile meanwhile. An int8 tile, or one that many
+// lanes read, is copied first; any other tile is read in place.
 void attend_all_lanes(const ReefAttentionArgs& a, const Work& work, Tile tile, const Tile& next,
                       int start, LocalTile* local, Lanes* lanes) {
     const bool scaled = a.kv.format == REEF_KV_INT8;
@@ -143,9 +144,10 @@ void attend(const ReefAttentionArgs& a, const Work& work) {
 
 // ==== Chunks ====
 
-struct Cut {  // of the work into chunks: each is some rows and some heads of one kv head
-    int rows, heads;
-    int head_chunks;  // of one kv head
+// Describes the cut of a call into chunks, each of some rows and some heads of one kv head.
+struct Cut {
+    int rows, heads;  // of a chunk
+    int head_chunks;  // chunks of one kv head and one range of rows
     int chunks;
 };
 
@@ -180,8 +182,8 @@ void attend_chunk(const ReefAttentionArgs& a, const Cut& cut, int chunk) {
     }
 }
 
-// A chunk's number says what it is only together with the cut, and the cut depends on the number
-// of threads, which a chunk is not told: so there is one function per cut.
+// Computes one chunk of the cut into at most LANES lanes. The cut depends on the number of threads,
+// which a task does not tell its chunks: therefore it is a template argument.
 template <int LANES>
 void attend_cut(const void* args, int chunk) {
     const auto& a = *static_cast<const ReefAttentionArgs*>(args);
@@ -194,7 +196,8 @@ void attend_everything(const void* args, int) {
     for (int chunk = 0; chunk < whole.chunks; ++chunk) attend_chunk(a, whole, chunk);
 }
 
-bool is_small(const ReefAttentionArgs& a) {  // a few microseconds
+// Returns whether the whole call takes a few microseconds only, too little to share.
+bool is_small(const ReefAttentionArgs& a) {
     int64_t products = 0;
     for (int i = 0; i < a.requests.num_requests; ++i) {
         const int64_t rows = a.requests.row_starts[i + 1] - a.requests.row_starts[i];
@@ -208,7 +211,7 @@ bool is_fine_enough(const Cut& cut, int threads) {
     return even || cut.chunks >= 4 * threads;
 }
 
-// Fewer lanes in a chunk, hence more chunks, until every thread has enough of them.
+// Halves the lanes of a chunk until there are enough chunks for every thread.
 template <int LANES>
 reef::Task cut_finely(const ReefAttentionArgs* args, int threads) {
     const Cut whole = cut(*args, LANES);

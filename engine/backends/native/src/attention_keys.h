@@ -1,10 +1,11 @@
-// Finding the tiles of a request in its blocks, and copying them side by side.
+// Finds the tiles of a request in its KV blocks, and copies them side by side.
 #pragma once
 #include "attention_tile.h"
 
 namespace REEF_ISA {
 
-struct Keys {  // of one request's kv head
+// Locates the KV of one request's kv head.
+struct Keys {
     const ReefKvLayer& kv;
     const int32_t* block_table;
     int head;
@@ -26,7 +27,7 @@ inline void find_runs(const Keys& of, int start, int first, int last, Tile* tile
     }
 }
 
-// n elements of one run, a multiple of 32; on the way asks for those of another.
+// Copies n elements of a run, n a multiple of 32, and prefetches those of the run `next`.
 inline void copy_run(const bf16* from, const bf16* next, int n, bf16* x) {
     for (int i = 0; i < n; i += 32) {
         fetch(next + i);
@@ -34,7 +35,7 @@ inline void copy_run(const bf16* from, const bf16* next, int n, bf16* x) {
     }
 }
 
-// The same from int8 codes: every whole number up to 127 is a bf16.
+// Copies int8 codes as bf16, which holds every whole number up to 127 exactly.
 inline void copy_run(const int8_t* from, const int8_t* next, int n, bf16* x) {
 #if defined(__AVX512BF16__)
     const auto sixteen = [](const int8_t* p) {
@@ -57,12 +58,13 @@ inline void copy_run(const int8_t* from, const int8_t* next, int n, bf16* x) {
 #endif
 }
 
-struct LocalTile {  // a tile's runs side by side, in bf16
+// Holds a copy of a tile in bf16, its runs side by side.
+struct LocalTile {
     alignas(64) bf16 keys[kTile * kMaxHeadDim];
     alignas(64) bf16 values[kTile * kMaxHeadDim];
 };
 
-// Replaces runs of a tile, of elements of the type in the blocks, by copies in `local`.
+// Replaces runs first <= r < last of a tile by copies in `local`. The blocks hold Elements.
 template <class Element>
 void copy_runs(const Tile& next, int first, int last, int head_dim, LocalTile* local, Tile* tile) {
     const auto elements = [](const bf16* p) { return reinterpret_cast<const Element*>(p); };

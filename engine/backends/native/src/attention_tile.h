@@ -1,4 +1,4 @@
-// Attention's arithmetic on one tile of 64 keys: scores, online softmax, weighted values.
+// Computes attention on one tile of 64 keys: scores, online softmax, weighted values.
 //
 // A lane is one head of one query. Its scores are s = q.k over the dimensions in order; in units
 // of log2, t = s * scale * log2(e), capped and masked; with m the highest t so far,
@@ -6,12 +6,13 @@
 //     p = 2^(t - m),   sum = sum * 2^(m_before - m) + p,   o = o * 2^(m_before - m) + p v
 //
 // and the lane's result is o / sum. Tiles begin at multiples of 64 positions and are taken in
-// order, and every sum runs in one fixed order that no other lane has a part in. So a lane's bits
-// depend on its query and on the keys that it sees alone. An invisible key has t = -infinity
-// and p = 0, and its value, be it NaN, is multiplied by nothing.
+// order, and every sum runs in one fixed order that does not depend on other lanes. The bits of a
+// lane's result therefore depend only on its query and on the keys that it sees. An invisible key
+// has t = -infinity and p = 0, and its value, which may be NaN, enters no product.
 //
-// p is rounded to bf16 for the product with v. `sum` adds the rounded p: then the rounding errors
-// weigh v - o, not v. With int8 values p * scale is what is rounded, and `sum` adds p.
+// p is rounded to bf16 for the product with v, and `sum` adds the rounded p: an error of p then
+// changes o in proportion to v - o, not to v. With int8 values p * scale is rounded, and `sum` adds
+// p unrounded.
 #pragma once
 #include <algorithm>
 
@@ -20,33 +21,36 @@
 
 namespace REEF_ISA {
 
-constexpr int kTile = 64;  // keys
+constexpr int kTile = 64;  // keys of a tile
 constexpr int kRuns = kTile / kRun;
-constexpr int kPairs = kRun / 2;  // of positions in a run
+constexpr int kPairs = kRun / 2;  // pairs of positions in a run
 
 #if defined(__AVX512BF16__)
-constexpr int kLanes = 8;          // computed together
-constexpr int kAccumulators = 24;  // F16 that fit the registers
+constexpr int kLanes = 8;          // lanes computed together
+constexpr int kAccumulators = 24;  // vectors of sums that fit into the registers
 #else
 constexpr int kLanes = 4;
 constexpr int kAccumulators = 4;
 #endif
 
-// Between lanes, in elements. Odd multiples of a cache line: powers of two would share few sets.
+// Strides between lanes, in elements. They are odd multiples of a cache line, since powers of two
+// would map all lanes to few sets of the cache.
 constexpr int kQueryStride = kMaxHeadDim + 32;
 constexpr int kOutStride = kMaxHeadDim + 16;
 
-struct Tile {                   // by run; runs that no lane sees are not set
+// Points to the keys and values of a tile, run by run. Runs that no lane sees are not set.
+struct Tile {
     const bf16* keys[kRuns];    // [head_dim / 2][16][2]
     const bf16* values[kRuns];  // [8][padded_dim][2]
     const float* key_scales[kRuns];
     const float* value_scales[kRuns];
 };
 
-// Asks for the cache line at p, to come as far as the second level: the first is full.
+// Prefetches the cache line at p into the second level only, since the first level is full.
 inline void fetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 
-struct Visible {  // the keys of a tile that a lane sees: from <= key < to; empty where from >= to
+// Describes the keys of a tile that a lane sees: from <= key < to; none where from >= to.
+struct Visible {
     int from, to;
     bool empty() const { return from >= to; }
     uint16_t bits(int run) const {
@@ -55,10 +59,11 @@ struct Visible {  // the keys of a tile that a lane sees: from <= key < to; empt
     }
 };
 
+// Describes how t is computed from s.
 struct ScoreRule {
-    float scale;  // s to t, or, with a cap, s to 2 log2(e) times the argument of tanh
-    float cap;    // in log2; 0: none
-    bool scaled;  // int8
+    float scale;  // t = s * scale; with a cap, s * scale is 2 log2(e) times the argument of tanh
+    float cap;    // in units of log2; 0: none
+    bool scaled;  // keys and values are int8 with scales
 };
 
 struct LaneState {
@@ -67,14 +72,14 @@ struct LaneState {
     float* out;      // o
 };
 
-// How many vectors beside M lanes keep all accumulators in registers.
+// Returns how many vectors per lane can be summed at once with all accumulators in registers.
 constexpr int vectors_for(int lanes) {
     return lanes * 4 <= kAccumulators ? 4 : lanes * 2 <= kAccumulators ? 2 : 1;
 }
 
 // ==== Vectors ====
 
-// a where a bit is set, the lowest bit being the first lane; else b.
+// Returns a[i] where bit i is set, else b[i].
 #if defined(__AVX512BF16__)
 inline F16 keep(F16 a, uint16_t bits, F16 b) { return {_mm512_mask_blend_ps(bits, b.v, a.v)}; }
 #else
@@ -88,14 +93,16 @@ inline F16 keep(F16 a, uint16_t bits, F16 b) {
 }
 #endif
 
-// 2^a to 3e-6 of it and exact at whole a; 0 for -infinity; NaN stays NaN.
+// Returns 2^a with a relative error of at most 3e-6, and none for whole a. 2^-infinity is 0, and
+// NaN stays NaN.
 #if defined(__AVX512BF16__)
 inline F16 exp2(F16 a) {
     const F16 r = {_mm512_reduce_ps(a.v, 0x09)};  // a - floor(a)
 #else
 inline F16 floor(F16 a) { return {_mm256_floor_ps(a.lo), _mm256_floor_ps(a.hi)}; }
 inline F16 exp2(F16 a) {
-    a = min(set1(127.f), max(set1(-127.f), a));  // 2^-127 is made as 0; NaN is the second operand
+    // power_of_two(-127) is 0; min and max return the second operand where it is NaN
+    a = min(set1(127.f), max(set1(-127.f), a));
     const F16 n = floor(a);
     const F16 r = a - n;
 #endif
@@ -117,7 +124,7 @@ inline float exp2(float a) {
     return all[0];
 }
 
-// Rounds 32 neighbouring values to bf16, denormals to zero or not as the machine does it.
+// Rounds 32 neighbouring values to bf16. AVX-512 rounds denormals to zero, AVX2 keeps them.
 inline B32 round_pairs(F16 first, F16 second) {
 #if defined(__AVX512BF16__)
     return {_mm512_cvtne2ps_pbh(second.v, first.v)};
@@ -157,7 +164,7 @@ inline B32 operator&(B32 a, B32 b) {
 
 // ==== Scores ====
 
-// s [M, kTile]: of M queries and R runs of keys. FETCH: asks for the runs of `next` on the way.
+// Computes s [M, kTile] of M queries and R runs of keys. FETCH: prefetches the runs of `next`.
 template <int M, int R, bool FETCH>
 inline void score_runs(const bf16* q, const bf16* const* keys, const bf16* const* next,
                        int head_dim, float* s) {
@@ -177,7 +184,7 @@ inline void score_runs(const bf16* q, const bf16* const* keys, const bf16* const
         for (int r = 0; r < R; ++r) store(s + m * kTile + r * kRun, sums[m][r]);
 }
 
-// Of the runs first <= r < last; other scores are left as they are.
+// Computes s for the runs first <= r < last, and leaves other scores as they are.
 template <int M, bool FETCH>
 void scores(const bf16* q, const Tile& tile, const Tile& next, int first, int last, int head_dim,
             float* s) {
@@ -198,8 +205,8 @@ inline F16 to_log2(F16 s, const ScoreRule& rule) {
     return tanh * set1(rule.cap);
 }
 
-// p [kTile] of one lane from its s; returns 2^(m_before - m). Never inlined: compiled once, its
-// multiplications and additions are fused the same way for every number of lanes.
+// Computes p [kTile] of one lane from its s, and returns 2^(m_before - m). Never inlined, so that
+// multiplications and additions are fused in the same way for every number of lanes.
 [[gnu::noinline]] inline float softmax(const float* s, const Tile& tile, Visible seen,
                                        const ScoreRule& rule, LaneState lane, bf16* p) {
     F16 t[kRuns];
@@ -219,7 +226,7 @@ inline F16 to_log2(F16 s, const ScoreRule& rule) {
     }
     for (int r = 0; r < kRuns; r += 2) {
         const B32 pairs = round_pairs(t[r], t[r + 1]);
-        if (!rule.scaled) sums = dot(pairs, repeat_bits(0x3f803f80), sums);  // times one
+        if (!rule.scaled) sums = dot(pairs, repeat_bits(0x3f803f80), sums);  // bf16 ones
         store_pairs(p + r * kRun, pairs);
     }
     store(lane.sums, sums);
@@ -229,8 +236,8 @@ inline F16 to_log2(F16 s, const ScoreRule& rule) {
 
 // ==== Values ====
 
-// o [M] += p v over whole pairs of positions first <= pair < last, for the N vectors of dimensions
-// from number `vector` on.
+// Adds p v to o [M], over whole pairs of positions first <= pair < last, for the N vectors of
+// dimensions from number `vector` on.
 template <int M, int N, bool FETCH>
 inline void add_vectors(const bf16* p, const Tile& tile, const Tile& next, int first, int last,
                         int width, int vector, float* out) {
@@ -266,7 +273,8 @@ void add_values(const bf16* p, const Tile& tile, const Tile& next, int first, in
         add_vectors<M, 1, FETCH>(p, tile, next, first, last, width, vector, out);
 }
 
-// One lane's o += p v over keys from <= key < to, where a pair may be visible by half.
+// Adds p v to one lane's o over keys from <= key < to. At either end one key of a pair may be
+// invisible.
 inline void add_edge(const bf16* p, const Tile& tile, int from, int to, int width, float* out) {
     for (int pair = from / 2; pair * 2 < to; ++pair) {
         const bool even = pair * 2 >= from, odd = pair * 2 + 1 < to;
@@ -283,10 +291,10 @@ inline void rescale(float* out, int width, float factor) {
     for (int d = 0; d < width; d += 16) store(out + d, load(out + d) * set1(factor));
 }
 
-// ==== All of it ====
+// ==== A tile ====
 
-// Adds one tile to M lanes; other lanes are not touched. FETCH: asks for `next`, all of whose runs
-// are set, while it computes.
+// Adds one tile to M lanes, and does not touch other lanes. FETCH: prefetches `next` meanwhile; all
+// runs of `next` must be set.
 template <int M, bool FETCH>
 void attend_tile(const bf16* q, const Tile& tile, const Tile& next, const Visible* seen,
                  const ScoreRule& rule, int head_dim, float* highest, float* sums, float* out) {
@@ -306,7 +314,7 @@ void attend_tile(const bf16* q, const Tile& tile, const Tile& next, const Visibl
         const LaneState lane = {highest + m, sums + m * 16, out + m * kOutStride};
         rescale(lane.out, width, softmax(s + m * kTile, tile, seen[m], rule, lane, p + m * kTile));
     }
-    // What all lanes see is added for all at once, what some do not see by each lane alone.
+    // Pairs of keys that all lanes see are added for all lanes at once, others lane by lane.
     const auto add_edges = [&](int from, int to) {
         for (int m = 0; m < M; ++m) {
             const int first = std::max(from, seen[m].from), last = std::min(to, seen[m].to);

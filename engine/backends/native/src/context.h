@@ -1,4 +1,4 @@
-// ReefContext: what a caller of the C ABI holds.
+// Defines ReefContext, the handle that a caller of the C ABI holds.
 #pragma once
 #include "kernels.h"
 #include "pool.h"

@@ -1,4 +1,4 @@
-// draw: one token of each row by temperature, top-k, top-p, min-p and the Gumbel-max trick.
+// Draws one token of each row by temperature, top-k, top-p, min-p and the Gumbel-max trick.
 //
 // With x the row's logits and t the largest of them, y = (x - t) / temperature. The token drawn is
 // the argmax of y + noise (Yellott 1977; the first of equals) among those that the filters leave:
@@ -7,14 +7,14 @@
 //     min-p   y >= log(min_p)
 // The noise is a counter-based hash of (seed, position, token id) and depends on nothing else.
 //
-// Little of that is computed for most tokens. Noise has a largest value and a cheap upper bound,
-// so that nearly every token is known to lose before its logarithms are taken. And the nucleus of
-// top-p is never looked for: its size only matters in that the winner must lie inside, which one
-// sum tells. If the winner is outside, so is everything that is no likelier, and the next winner
-// is looked for above it: 1 + ln(1 / top_p) rounds on average.
+// For most tokens little of that is computed. Noise has a largest value and a cheap upper bound, so
+// nearly every token is known to lose before its logarithms are computed. The nucleus of top-p is
+// never determined: it is enough to know whether the winner lies inside, and one sum tells that. If
+// it lies outside, so do all tokens that are no likelier, and the next winner is searched for among
+// the likelier ones: 1 + ln(1 / top_p) rounds on average.
 //
-// Nothing skipped can change a result, and sums run in one order: lane i holds x[16 j + i], blocks
-// of kBlock are added in double. The result is the same on every instruction set.
+// These shortcuts never change a result, and sums run in one order: lane i holds x[16 j + i], and
+// blocks of kBlock are added in double. The result is the same on every instruction set.
 #include <algorithm>
 #include <functional>
 #include <limits>
@@ -26,11 +26,11 @@ namespace REEF_ISA {
 namespace {
 
 constexpr int kLanes = 16;
-constexpr int kBlock = 4096;         // summed in float before it is added in double
+constexpr int kBlock = 4096;         // logits summed in float before the sum is added in double
 constexpr int kLeastWork = 1 << 14;  // logits that are worth a chunk of their own
 constexpr int kTopKSlack = 256;      // see ReefDrawArgs::scratch_stride
 constexpr float kMaxNoise = 16.7f;   // above -log(-log(1 - 2^-24))
-constexpr float kNoMass = -60.f;     // e^-60 of 2^31 tokens is beneath a float's last digit of 1
+constexpr float kNoMass = -60.f;     // e^-60 times 2^31 is below a float's rounding error of 1
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
 
@@ -39,7 +39,7 @@ struct Row {
     int vocab;
     float highest, inverse_temperature;
 
-    // Never NaN for a logit below plus infinity, however small the temperature is.
+    // Returns y, never NaN for a logit below plus infinity, however small the temperature is.
     F16 scaled(F16 x) const { return (x - set1(highest)) * set1(inverse_temperature); }
 };
 
@@ -51,8 +51,8 @@ Row row_of(const ReefDrawArgs& a, const ReefDraw& draw) {
 
 inline float next_above(float x) { return std::nextafter(x, kInfinity); }
 
-// Calls body(index, x) for each sixteen logits of [begin, end); beyond the end they are NaN, which
-// is at least nothing.
+// Calls body(index, x) for every sixteen logits of [begin, end). Beyond the end x is NaN, which no
+// comparison selects.
 template <class Body>
 inline void for_vectors(const float* logits, int begin, int end, Body body) {
     int i = begin;
@@ -67,7 +67,7 @@ inline void for_vectors(const float* logits, int begin, int end, Body body) {
 
 constexpr int kNoiseBits = 23;  // (n + 0.5) / 2^23 is exact in float32 and never 0 or 1
 
-// SplitMix64's finalizer (Steele et al. 2014).
+// Mixes 64 bits by SplitMix64's finalizer (Steele et al. 2014).
 uint64_t mix64(uint64_t x) {
     x += 0x9E3779B97F4A7C15u;
     x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9u;
@@ -75,14 +75,15 @@ uint64_t mix64(uint64_t x) {
     return x ^ (x >> 31);
 }
 
-// MurmurHash3's 32-bit finalizer (Appleby).
+// Mixes 32 bits by MurmurHash3's finalizer (Appleby).
 inline I16 mix32(I16 x) {
     x = (x ^ shift_right<16>(x)) * set1(static_cast<int32_t>(0x85EBCA6Bu));
     x = (x ^ shift_right<13>(x)) * set1(static_cast<int32_t>(0xC2B2AE35u));
     return x ^ shift_right<16>(x);
 }
 
-// Standard Gumbel noise -log(-log(u)), u = 1 - (n + 0.5) / 2^23 for a hash n of the token id.
+// Computes standard Gumbel noise -log(-log(u)), where u = 1 - (n + 0.5) / 2^23 for a hash n of the
+// token id.
 class Noise {
 public:
     Noise(uint64_t seed, uint64_t position) {
@@ -96,8 +97,9 @@ public:
         return shift_right<32 - kNoiseBits>(words ^ set1(int32_t{-1}));
     }
 
-    // -log(-log(u)) <= -log(1 - u), and a logarithm is above its chord from a power of two to the
-    // next, which is what a float's bits read as an integer are. The last 0.001 is for roundings.
+    // Bounds the noise without a logarithm: -log(-log(u)) <= -log(1 - u), and between two powers of
+    // two a logarithm is above its chord, which a float's bits, read as an integer, follow. The
+    // 0.001 covers rounding errors.
     static F16 upper_bound(I16 hash) {
         const F16 bits = to_float(bits_of(to_float(hash) + set1(0.5f)));
         const float ln2 = 0.69314718f;
@@ -132,7 +134,7 @@ I16 first_token_ids() {
     return load(ids);
 }
 
-// The best of `winner` and the chosen ones of sixteen tokens.
+// Returns the best of `winner` and of those of sixteen tokens that are chosen.
 Winner challenge(Winner winner, uint32_t chosen, int32_t first, F16 scaled, I16 hash) {
     float y[kLanes];
     int32_t hashes[kLanes];
@@ -149,8 +151,8 @@ Winner challenge(Winner winner, uint32_t chosen, int32_t first, F16 scaled, I16 
     return winner;
 }
 
-// The argmax of y + noise among x >= lowest, y >= least. The row's largest logit at `best` is
-// always one of them, and the first bar that the others have to clear.
+// Returns the argmax of y + noise among x >= lowest, y >= least. The row's largest logit, that of
+// token `best`, is always one of them, and is the first winner that the others must exceed.
 int32_t find_winner(const Row& row, const Noise& noise, int32_t best, float lowest, float least) {
     Winner winner = {noise.of(best), best};
     F16 bar = set1(winner.noisy), least_y = set1(std::max(least, winner.noisy - kMaxNoise));
@@ -172,8 +174,8 @@ int32_t find_winner(const Row& row, const Noise& noise, int32_t best, float lowe
 
 // ==== top-k ====
 
-// The k-th largest of the values pushed. Keeps those that can still be among the k largest, and
-// forgets the others once there is no room for more.
+// Finds the k-th largest of the values pushed. Keeps those that can still be among the k largest,
+// and drops the others once the room is full.
 class KthLargest {
 public:
     KthLargest(int k, float* room) : kept_(room), k_(k), capacity_(2 * k + kTopKSlack) {}
@@ -187,7 +189,8 @@ public:
         if (size_ + kLanes > capacity_) forget();
     }
 
-    float get() {  // everything passes where fewer than k numbers were pushed
+    // Returns minus infinity, which excludes no token, where fewer than k numbers were pushed.
+    float get() {
         if (size_ < k_) return -kInfinity;
         forget();
         return kept_[k_ - 1];
@@ -202,7 +205,7 @@ private:
 
     float* kept_;
     int k_, capacity_, size_ = 0;
-    float lowest_ = -kInfinity;  // what is smaller changes nothing
+    float lowest_ = -kInfinity;  // smaller values cannot change the result
 };
 
 float kth_largest(const Row& row, int k, float* scratch) {
@@ -225,7 +228,7 @@ double sum_in_order(F16 a) {
     return result;
 }
 
-// The mass of x >= lowest, and of those among them with x > limit.
+// Sums e^y over x >= lowest, and over those of them with x > limit.
 Mass mass_of(const Row& row, float lowest, float limit) {
     const F16 lowest_x = set1(lowest), above_x = set1(next_above(limit)), least_y = set1(kNoMass);
     Mass mass;

@@ -1,4 +1,4 @@
-// What touches each activation a constant number of times: embed, norm, gate, gather.
+// Computes the operations that read each activation once or twice: embed, norm, gate, gather.
 //
 // All compute in float32 and round to bf16 once. Sums run over the columns in one fixed order:
 // sixteen lanes of four accumulators, column c in accumulator (c / 16) % 4, lane c % 16.
@@ -11,9 +11,9 @@ namespace REEF_ISA {
 namespace {
 
 constexpr int kLanes = 16;
-constexpr int kMostChunks = 64;  // enough for balance; more would only cost their taking
+constexpr int kMostChunks = 64;  // enough to balance the threads; taking each costs time
 
-// Rows cut into runs of about `least` elements, longer ones where there would be too many.
+// Cuts rows into runs of about `least` elements, or longer ones where there would be too many.
 struct RowRuns {
     int rows, length;
 
@@ -126,8 +126,8 @@ struct Silu {
     F16 operator()(F16 x) const { return times_logistic(x, x); }
 };
 
-// x / 2 (1 + erf(x / sqrt 2)) = max(x, 0) - |x| / 2 erfc(|x| / sqrt 2), which cancels nothing.
-// erfc after Abramowitz and Stegun 7.1.26, to 1.5e-7; it is nothing from 20 on.
+// Computes x / 2 (1 + erf(x / sqrt 2)) as max(x, 0) - |x| / 2 erfc(|x| / sqrt 2), which avoids
+// cancellation. erfc after Abramowitz and Stegun 7.1.26, to 1.5e-7; it is 0 from 20 on.
 struct Gelu {
     F16 operator()(F16 x) const {
         const F16 size = min(set1(20.f), abs(x));
@@ -142,7 +142,7 @@ struct Gelu {
     }
 };
 
-// x / 2 (1 + tanh u) = x / (1 + e^-2u)
+// Computes x / 2 (1 + tanh u) as x / (1 + e^-2u).
 struct GeluTanh {
     F16 operator()(F16 x) const {
         const F16 twice_u = x * fma(x * x, set1(0.0713548163f), set1(1.5957691216f));
@@ -150,7 +150,7 @@ struct GeluTanh {
     }
 };
 
-// Rows narrow enough are one chunk or share one; the widest ones are cut at whole vectors.
+// Cuts the work into pieces of one or several whole rows; very wide rows are cut at whole vectors.
 struct GatePieces {
     static constexpr int kWhole = 6144, kPiece = 4096;  // columns: about 2 microseconds
     RowRuns runs;

@@ -1,20 +1,21 @@
-// Linear layers of 4-bit codes: one kernel, given what a code stands for and what it multiplies.
+// Computes linear layers of 4-bit codes; a format gives the values of codes and the type of x.
 //
 //   y[row, out] = bias[out] + sum over groups g of scales[out, g] * dot(g)
 //   dot(g)      = sum over k in g of value(code[out, k]) * x[row, k]   (+ start(g), see the format)
 //
 // Layout. A panel is 32 outputs, a step 8 neighbouring inputs. The codes of one step of a panel are
-// 128 bytes, a lane of four bytes for each output; how the eight codes lie in a lane is the
-// format's business. The steps of two neighbouring groups alternate, so that one row can work on
-// both while it reads straight on: [panel][pair of groups][step][group of the pair], the last
-// group alone where their number is odd. The scales are float [panel][group][32], and so are zero
+// 128 bytes, a lane of four bytes for each output; the format defines the order of the eight codes
+// in a lane. The steps of two neighbouring groups alternate, so that both groups can be summed at
+// once while memory is read in order: [panel][pair of groups][step][group of the pair]. The last
+// group is alone where their number is odd. Scales are float [panel][group][32], and so are zero
 // points where there are any.
 //
-// A format's dot product takes lanes of four bytes: two bf16 or four int8 of neighbouring inputs,
-// a `Word` for each of 16 outputs. A step decodes to kWords words, and x is read word by word.
+// A format's dot product takes words. A word has four bytes for each of 16 outputs: two bf16 or
+// four int8 of neighbouring inputs. A step decodes to kWords words, and x is read word by word.
 //
-// A few rows decode the codes in registers. Many rows decode a slice of a panel once into a buffer
-// that stays in the nearest cache, and multiply that: the same operations in the same order.
+// For a few rows the codes are decoded in registers. For many rows a slice of a panel is decoded
+// once into a buffer that stays in the first-level cache, and is multiplied from there: the same
+// operations in the same order.
 #pragma once
 #include <utility>
 
@@ -26,13 +27,13 @@ namespace fourbit {
 
 constexpr int kStep = 8;
 constexpr int kStepBytes = kPanel * kStep / 2;
-constexpr int kWordBytes = kPanel * 4;  // of a panel
+constexpr int kWordBytes = kPanel * 4;  // a word of all outputs of a panel
 constexpr int kLargestGroup = 256;      // a slice holds whole groups
 constexpr int kBlockRows = 96;          // rows that share a decoded slice
-constexpr int kAhead = 2048;            // bytes of a panel that are prefetched
+constexpr int kAhead = 2048;            // bytes that a panel is prefetched ahead
 #if defined(__AVX512BF16__)
-constexpr int kFewRows = 8;     // decode in registers up to here
-constexpr int kPairedRows = 2;  // so few rows take two groups at a time
+constexpr int kFewRows = 8;     // at most so many rows decode in registers
+constexpr int kPairedRows = 2;  // at most so many rows take two groups at once
 constexpr int kTileRows = 12;   // rows of decoded weights whose sums fill the registers
 #else
 constexpr int kFewRows = 2;
@@ -40,7 +41,7 @@ constexpr int kPairedRows = 0;
 constexpr int kTileRows = 2;
 #endif
 
-// One step of 16 outputs.
+// Holds the codes of one step of 16 outputs.
 #if defined(__AVX512BF16__)
 struct Codes { __m512i v; };
 inline Codes load_codes(const uint8_t* p) { return {_mm512_load_si512(p)}; }
@@ -52,8 +53,8 @@ inline Codes load_codes(const uint8_t* p) {
 }
 #endif
 
-// f(row, half) for each sum of kRows rows, both arguments constants: only so do the compilers keep
-// an array of sums in registers.
+// Calls f(row, half) for each sum of kRows rows. Both arguments are constants: otherwise compilers
+// do not keep an array of sums in registers.
 template <int kRows, class F, int... kIndex>
 __attribute__((always_inline)) inline void for_sums(F f, std::integer_sequence<int, kIndex...>) {
     (f(std::integral_constant<int, kIndex / 2>{}, std::integral_constant<int, kIndex % 2>{}), ...);
@@ -71,7 +72,7 @@ struct Panel {
 
     bool is_paired(int group) const { return (group | 1) < groups; }
     int step_bytes(int group) const { return is_paired(group) ? 2 * kStepBytes : kStepBytes; }
-    const uint8_t* codes_of(int group) const {  // its first step
+    const uint8_t* codes_of(int group) const {  // of the group's first step
         return codes + int64_t{group & ~1} * group_size * (kPanel / 2) + (group & 1) * kStepBytes;
     }
     F16 scale(int group, int half) const { return load(scales + group * kPanel + 16 * half); }
@@ -92,7 +93,7 @@ inline void prefetch(const uint8_t* p) {
     _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0);
 }
 
-// Sixteen outputs of a row and their bias; a panel's second half may lie behind the last output.
+// Writes sixteen outputs of a row, with their bias. A panel's second half may have no outputs.
 inline void write(const ReefLinearArgs& args, int row, int output, F16 value) {
     if (output >= args.linear->out_features) return;
     if (args.linear->bias) value = value + bias_of(*args.linear, output);
@@ -115,7 +116,7 @@ inline void add_word(Codes c0, Codes c1, const typename Format::Values& values, 
 template <class Format, int kRows>
 inline void add_step(const uint8_t* codes, const typename Format::Values& values, const uint8_t* x,
                      int64_t stride, typename Format::Sum (&sums)[kRows][2]) {
-    if (kRows > kPairedRows) {  // fewer read so fast that the hardware is ahead by itself
+    if (kRows > kPairedRows) {  // for fewer rows the hardware prefetches enough
         prefetch(codes + kAhead);
         prefetch(codes + kAhead + kStepBytes / 2);
     }
@@ -128,8 +129,8 @@ inline void add_step(const uint8_t* codes, const typename Format::Values& values
     }
 }
 
-// Adds kGroups neighbouring groups to the totals of rows [0, kRows). Two groups: enough independent
-// sums to hide the latency of a dot product.
+// Adds kGroups neighbouring groups to the totals of rows [0, kRows). Two groups give enough
+// independent sums to hide the latency of a dot product.
 template <class Format, int kRows, int kGroups>
 inline void add_groups(const Panel& panel, const typename Format::Values& values,
                        const typename Format::Rows& rows, int group, F16 (&totals)[kRows][2]) {
@@ -153,7 +154,7 @@ inline void add_groups(const Panel& panel, const typename Format::Values& values
         });
 }
 
-// One panel for all kRows rows of the call.
+// Multiplies one panel by all kRows rows of the call.
 template <class Format, int kRows>
 void few_rows(const ReefLinearArgs& args, const typename Format::Rows& rows, int panel_number) {
     const typename Format::Values values = Format::values();
@@ -183,7 +184,7 @@ inline void decode_word(const uint8_t* codes, const typename Format::Values& val
                   Format::template decode<kWord>(load_codes(codes + kStepBytes / 2), values));
 }
 
-// Groups [group, end) as [group][step][word of the step][32 outputs].
+// Decodes groups [group, end) to [group][step][word of the step][32 outputs].
 template <class Format>
 void decode_slice(const Panel& panel, int group, int end, uint8_t* decoded) {
     const typename Format::Values values = Format::values();
@@ -202,8 +203,8 @@ void decode_slice(const Panel& panel, int group, int end, uint8_t* decoded) {
     }
 }
 
-// totals [kRows][32] += groups [group, end) of rows [row, row + kRows); `decoded` begins with
-// `group`.
+// Adds groups [group, end) of rows [first, first + kRows) to totals [kRows][32]. `decoded` begins
+// with `group`.
 template <class Format, int kRows>
 void multiply_slice(const Panel& panel, const uint8_t* decoded, const typename Format::Rows& rows,
                     int first, int group, int end, float* totals) {
@@ -238,7 +239,7 @@ MultiplySlice<Format> multiply_slice_of(int rows, std::integer_sequence<int, kIn
     return kernels[rows - 1];
 }
 
-// Rows [first, first + count) of one panel, in tiles of nearly equal height.
+// Multiplies one panel by rows [first, first + count), in tiles of nearly equal height.
 template <class Format>
 void many_rows(const ReefLinearArgs& args, const typename Format::Rows& rows, int first, int count,
                int panel_number) {
@@ -276,13 +277,13 @@ FewRows<Format> few_rows_of(int rows, std::integer_sequence<int, kIndex...>) {
 
 inline int ceil_div(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
 
-// How a call is cut: into blocks of rows of nearly equal height, times groups of panels.
+// Cuts a call into chunks: a block of rows, of nearly equal height, times a group of panels.
 struct Cut {
     int panels, blocks, panels_per_chunk, chunks;
 
     explicit Cut(const ReefLinearArgs& args)
         : panels(reef::panels_of(*args.linear)), blocks(ceil_div(args.rows, kBlockRows)) {
-        // One thread's nanoseconds for a panel and a block, whether reading or multiplying takes
+        // nanoseconds of one thread for a panel and a block: reading or multiplying, whichever is
         // longer
         const int64_t inputs = args.linear->in_features, rows = ceil_div(args.rows, blocks);
         const int64_t cost = 1 + inputs * (20 > 9 * rows ? 20 : 9 * rows) / 30;
@@ -294,9 +295,10 @@ struct Cut {
     }
 };
 
-// The pool hands out chunks from the last to the first, to each of N threads about every N-th.
-// Numbered so, each thread reads one of N regions from its beginning to its end, and the hardware
-// follows it; neighbouring chunks on different threads would halve what memory delivers.
+// Returns the place, in the order of memory, that a chunk works on. The pool hands out chunks from
+// the last to the first, about every N-th to each of N threads. Places are numbered so that each
+// thread reads one of N regions from beginning to end, which the hardware prefetches; if threads
+// read neighbouring places in turn, memory delivers half as much.
 template <int kRegions>
 int place_of(int chunk, int chunks) {
     const int turn = chunks - 1 - chunk, region = turn % kRegions;

@@ -1,4 +1,4 @@
-// 4-bit codes times bf16 activations: the lanes of fourbit.h, and sixteen bf16 values to look up.
+// Multiplies 4-bit codes by bf16 activations: decodes lanes (fourbit.h) by a table of 16 values.
 //
 // The lane of an output is two 16-bit words; word h holds in its nibble p the code of input
 // 2 p + h. Shifting a lane's words right by 4 p thus leaves in their low bits the codes of two
@@ -14,7 +14,7 @@ struct Bf16Format {
     using Sum = F16;
 
 #if defined(__AVX512BF16__)
-    struct Values { __m512i v; };  // the 16 values twice: an index counts modulo 32
+    struct Values { __m512i v; };  // the 16 values twice, since indices count modulo 32
 
     static Values values_at(const bf16* values) {
         return {
@@ -27,9 +27,8 @@ struct Bf16Format {
     }
     static void store(uint8_t* p, B32 a) { _mm512_store_si512(p, (__m512i)a.v); }
 #else
-    struct Values {
-        __m256i low, high;
-    };  // the low bytes of the 16 values twice, and the high ones
+    // Holds the low bytes of the 16 values, twice, and the high bytes, twice.
+    struct Values { __m256i low, high; };
 
     static Values values_at(const bf16* values) {
         const __m256i all = _mm256_load_si256(reinterpret_cast<const __m256i*>(values));
@@ -47,7 +46,8 @@ struct Bf16Format {
     }
 
 private:
-    static __m256i bytes(__m256i words) {  // of 16 words below 256, in both halves
+    // Packs 16 words below 256 into bytes, the same in both halves.
+    static __m256i bytes(__m256i words) {
         const __m256i packed = _mm256_packus_epi16(words, words);
         return _mm256_permute4x64_epi64(packed, 0x88);
     }

@@ -1,4 +1,4 @@
-// greedy: the first of the largest logits of each row, found at the speed of reading them.
+// Finds the first of the largest logits of each row, as fast as memory delivers them.
 #include <algorithm>
 #include <limits>
 
@@ -8,7 +8,7 @@
 namespace REEF_ISA {
 namespace {
 
-constexpr int kBlock = 1024;  // logits whose largest is found first and whose index only then
+constexpr int kBlock = 1024;  // logits; the index is searched for in the best block only
 
 struct Scan {
     F16 largest = set1(-std::numeric_limits<float>::infinity());
@@ -17,11 +17,11 @@ struct Scan {
     void add(F16 v) {
         const F16 finite_or_nan = min(set1(std::numeric_limits<float>::max()), abs(v));
         nan = fma(finite_or_nan, zero(), nan);
-        largest = max(v, largest);  // of a NaN and a number, the second
+        largest = max(v, largest);  // max returns its second operand where one is NaN
     }
 };
 
-// The largest of the n logits; `nan` gathers as Scan::nan does.
+// Returns the largest of n logits, and makes lanes of `nan` NaN where a logit is, as Scan::nan.
 float block_largest(const float* logits, int n, F16& nan) {
     Scan scans[4];
     int i = 0;

@@ -1,9 +1,10 @@
-// What every kernel reads and writes, and the table of kernels that one instruction set has.
+// Declares the arguments of every kernel, and the table of kernels of one instruction set.
 //
 // Plain C structs, mirrored field by field in structs.py and listed in layout.cpp. Activations
 // are bfloat16 (as uint16_t), row-major, with a stride in elements between rows. Every kernel
-// treats its rows alone: a row's result is the same bits whatever rows are computed beside it, in
-// whatever order, on whatever number of threads, and whether it is one of a decode or of a prefill.
+// computes each row independently: the bits of its result depend neither on the other rows of the
+// call, nor on their order, nor on the number of threads, nor on whether it belongs to a decode or
+// to a prefill.
 #pragma once
 #include <cstdint>
 
@@ -29,8 +30,8 @@ struct ReefLinear {
     const void* scales;
     const void* zeros;  // REEF_INT4
     const float* bias;  // [out_features] or null
-    const int32_t*
-        input_order;  // [in_features] or null: packed column k multiplies x[input_order[k]]
+    // [in_features] or null: packed column k multiplies x[input_order[k]]
+    const int32_t* input_order;
 };
 
 struct ReefLinearArgs {
@@ -46,20 +47,23 @@ struct ReefLinearArgs {
 
 // ==== LoRA: y[row] += B_s (A_s x[row]) for the adapter s of each row ====
 
-struct ReefLoraSlice {   // one module of a fused site; scaling is folded into b
+// Describes one module of a fused site, such as q of qkv. Its scaling is folded into b.
+struct ReefLoraSlice {
     int32_t r0, r1;      // its rows of a
     int32_t out0, out1;  // its columns of y
     const uint16_t* b;   // [panel of 32 columns][pair of ranks][32][2], padded with zeros
 };
 
-struct ReefLoraSite {   // one adapter at one linear layer
-    const uint16_t* a;  // [lora_rank, in]; null: the adapter leaves this layer alone
+// Describes one adapter at one linear layer.
+struct ReefLoraSite {
+    const uint16_t* a;  // [lora_rank, in]; null: the adapter does not change this layer
     const ReefLoraSlice* slices;
     int32_t lora_rank;  // rows of a, all slices together
     int32_t num_slices;
 };
 
-struct ReefLoraSegment {        // the rows of a batch that share an adapter
+// Describes the rows of a batch that share an adapter.
+struct ReefLoraSegment {
     const ReefLoraSite* sites;  // indexed by site number
     int32_t start, end;         // in ReefLoraBatch::rows
 };
@@ -81,13 +85,13 @@ struct ReefLoraArgs {
     int64_t y_stride;
     uint16_t* h;  // [rows listed in batch, h_stride]: A x in bf16; h_stride even
     int64_t h_stride;
-    int32_t threads;  // of the pool; whoever runs the kernels sets it
+    int32_t threads;  // of the pool; set by the functions that run the kernels
 };
 
 // ==== Attention over paged KV ====
 
-// A block of one layer: K then V, each REEF_KV_BF16 or REEF_KV_INT8. The layout inside is that of
-// kv_layout.h and nobody else's business; a block is moved and copied as bytes.
+// Names the element types of K and V. kv_layout.h defines the layout inside a block; the rest of
+// the code moves and copies blocks as bytes.
 enum ReefKvFormat : int32_t { REEF_KV_BF16 = 0, REEF_KV_INT8 = 1 };
 
 struct ReefKvLayer {
@@ -98,15 +102,18 @@ struct ReefKvLayer {
     int32_t kv_heads, head_dim;
 };
 
-struct ReefRequests {  // B requests, their rows one after another; the last query of request i is
-    int32_t num_requests;  // at position context_lens[i] - 1
+// Lists B requests, whose rows follow one another. The last query of request i is at position
+// context_lens[i] - 1.
+struct ReefRequests {
+    int32_t num_requests;  // B
     int32_t table_stride;
     const int32_t* row_starts;    // [B + 1]
     const int32_t* context_lens;  // [B], this step's tokens included
     const int32_t* block_tables;  // [B, table_stride]
 };
 
-struct ReefStoreArgs {  // turns q and k of each row in place, then writes k and v to their slots
+// Rotates q and k of each row in place, then writes k and v to their slots.
+struct ReefStoreArgs {
     ReefKvLayer kv;
     uint16_t* qkv;  // [rows, (heads + 2 kv_heads) head_dim]
     int64_t qkv_stride;
@@ -117,7 +124,8 @@ struct ReefStoreArgs {  // turns q and k of each row in place, then writes k and
     int32_t rows, heads, rotary_dim;
 };
 
-struct ReefAttentionArgs {  // out [rows, heads, head_dim]
+// Computes out [rows, heads, head_dim].
+struct ReefAttentionArgs {
     ReefKvLayer kv;
     ReefRequests requests;
     const uint16_t* q;
@@ -134,7 +142,8 @@ struct ReefAttentionArgs {  // out [rows, heads, head_dim]
 
 enum ReefActivation : int32_t { REEF_SILU = 0, REEF_GELU = 1, REEF_GELU_TANH = 2 };
 
-struct ReefEmbedArgs {      // x[row] = table[token_ids[row]] * scale
+// Computes x[row] = table[token_ids[row]] * scale.
+struct ReefEmbedArgs {
     const uint16_t* table;  // [vocab, width]
     const int32_t* token_ids;
     uint16_t* x;
@@ -143,8 +152,9 @@ struct ReefEmbedArgs {      // x[row] = table[token_ids[row]] * scale
     int32_t rows, width;
 };
 
-struct ReefNormArgs {  // x += delta * delta_scale where there is a delta; y = x / rms(x) * weight
-    uint16_t* x;       // rounded to bf16 after the addition, and the norm reads it rounded
+// Computes x += delta * delta_scale where there is a delta, then y = x / rms(x) * weight.
+struct ReefNormArgs {
+    uint16_t* x;  // rounded to bf16 after the addition; the norm reads the rounded x
     int64_t x_stride;
     const uint16_t* delta;  // null: none
     int64_t delta_stride;
@@ -156,7 +166,8 @@ struct ReefNormArgs {  // x += delta * delta_scale where there is a delta; y = x
     int32_t groups;  // each row is this many neighbouring vectors of `width`, one norm each
 };
 
-struct ReefGateArgs {  // y [rows, width] = activation(x[:, :width]) * x[:, width:]
+// Computes y [rows, width] = activation(x[:, :width]) * x[:, width:].
+struct ReefGateArgs {
     const uint16_t* x;
     int64_t x_stride;
     uint16_t* y;
@@ -164,7 +175,8 @@ struct ReefGateArgs {  // y [rows, width] = activation(x[:, :width]) * x[:, widt
     int32_t rows, width, activation;
 };
 
-struct ReefGatherArgs {  // y[i] = x[rows_of_x[i]]
+// Copies y[i] = x[rows_of_x[i]].
+struct ReefGatherArgs {
     const uint16_t* x;
     int64_t x_stride;
     const int32_t* rows_of_x;
@@ -173,31 +185,34 @@ struct ReefGatherArgs {  // y[i] = x[rows_of_x[i]]
     int32_t rows, width;
 };
 
-struct ReefGreedyArgs {   // of each row of logits: the first of the largest, and that largest
-    const float* logits;  // NaN if any is NaN
+// Finds the first of the largest logits of each row, and that largest logit.
+struct ReefGreedyArgs {
+    const float* logits;
     int64_t logits_stride;
     int32_t* token_ids;
-    float* highest;
+    float* highest;  // NaN where a logit of the row is NaN
     int32_t rows, vocab;
 };
 
-struct ReefDraw {  // how one token is drawn; see draw.cpp
-    int32_t row;   // of logits; neither NaN nor plus infinity there, and one finite logit
-    int32_t best;  // one of the row's largest
-    uint64_t seed, position;  // what the noise is a function of, with the token id
+// Describes how one token is drawn (draw.cpp).
+struct ReefDraw {
+    int32_t row;              // of logits: none is NaN or plus infinity, at least one is finite
+    int32_t best;             // token id of one of the row's largest logits
+    uint64_t seed, position;  // the noise is a function of these and the token id
     float temperature;
     int32_t top_k;  // 0: all
     float top_p;    // 1: all
     float min_p;    // 0: all
 };
 
-struct ReefDrawArgs {  // token_ids[i] is drawn as draws[i] says
+// Draws token_ids[i] as draws[i] describes.
+struct ReefDrawArgs {
     const float* logits;
     int64_t logits_stride;
     const ReefDraw* draws;
     int32_t* token_ids;
     float* scratch;          // [num_draws, scratch_stride]
-    int64_t scratch_stride;  // at least 2 k + 256 for the largest top_k < vocab; 0 where is none
+    int64_t scratch_stride;  // at least 2 k + 256, k the largest top_k < vocab; 0 without top_k
     int32_t num_draws, vocab;
 };
 
@@ -205,8 +220,8 @@ struct ReefDrawArgs {  // token_ids[i] is drawn as draws[i] says
 
 namespace reef {
 
-// One instruction set's kernels. `prepare` tasks, where there are any, must have run before the
-// others; shrink reads only x and may run beside the linear of the same x.
+// Lists the kernels of one instruction set. linear_prepare must have ended before linear begins;
+// lora_shrink reads only x and may run concurrently with the linear of the same x.
 struct Kernels {
     Task (*linear_prepare)(const ReefLinearArgs*, int threads);  // may have no chunks
     Task (*linear)(const ReefLinearArgs*, int threads);

@@ -1,6 +1,6 @@
-// Where a key or a value lies inside a KV block. Mirrored by KvLayout in kv.py.
+// Defines where a key or a value lies inside a KV block. KvLayout in kv.py mirrors it.
 //
-// A block holds one part per kv head, one after another, so that a head reads one piece of memory:
+// A block holds one part per kv head, one after another, so that a head reads contiguous memory:
 //
 //     keys          [block_size / 16][head_dim / 2][16 positions][2 dimensions]
 //     values        [block_size / 2][padded_dim][2 positions]
@@ -10,8 +10,8 @@
 // Elements are bf16, or int8 codes with x = code * scale. Attention multiplies pairs, so a vector
 // of keys is 16 positions' pair of dimensions, to be multiplied by one pair of the query, and a
 // vector of values is 16 dimensions' pair of positions, to be multiplied by one pair of
-// probabilities: neither needs a shuffle. padded_dim is head_dim rounded up to 16; nobody writes
-// the padding, and what is computed from it is dropped.
+// probabilities: neither needs a shuffle. padded_dim is head_dim rounded up to 16; the padding is
+// never written, and what is computed from it is dropped.
 #pragma once
 #include "kernels.h"
 
@@ -24,7 +24,7 @@ inline int padded_dim(int head_dim) { return (head_dim + 15) / 16 * 16; }
 
 inline int element_bytes(const ReefKvLayer& kv) { return kv.format == REEF_KV_INT8 ? 1 : 2; }
 
-// In elements from the head's first key, or first value.
+// Return the offset in elements from the head's first key, or first value.
 inline int64_t key_offset(int head_dim, int position, int dim) {
     const int64_t run = static_cast<int64_t>(position / kRun) * kRun * head_dim;
     return run + (dim / 2) * 2 * kRun + (position % kRun) * 2 + dim % 2;
@@ -34,7 +34,8 @@ inline int64_t value_offset(int head_dim, int position, int dim) {
     return pair + dim * 2 + position % 2;
 }
 
-struct KvHead {  // one kv head's part of one block
+// Locates one kv head's part of one block.
+struct KvHead {
     uint8_t* keys;
     uint8_t* values;
     float* key_scales;  // null in REEF_KV_BF16

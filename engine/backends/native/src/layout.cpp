@@ -94,7 +94,7 @@ std::string describe_structs() {
 
 }  // namespace
 
-// The text lives as long as the library.
+// Returns a text that lives as long as the library.
 extern "C" const char* reef_struct_layouts() {
     static const std::string text = describe_structs();
     return text.c_str();

@@ -1,4 +1,4 @@
-// Linear layers, by the format of their weights.
+// Selects the kernel of a linear layer by the format of its weights.
 #include "linear.h"
 
 #include "table.h"

@@ -1,4 +1,4 @@
-// The linear kernels, one per format of the weights, and what they share.
+// Declares the linear kernels, one per format of the weights, and what they share.
 //
 // All packed weights lie in panels of 32 outputs, padded with zeros; a panel is read once from
 // beginning to end for all rows. A row's sum over its inputs runs in one fixed order.
@@ -9,11 +9,11 @@ namespace REEF_ISA {
 
 using reef::kPanel;
 
-// Activations of the formats that multiply integers, in ReefLinearArgs::scratch:
-// q int8 [rows, stride] with stride = in_features rounded up to 64 and zeros behind, then
-// scales float [rows], then sums int32 [rows, stride / 64]: of each 64 neighbouring q,
-// then totals int32 [rows]: of all q of a row.
-// x = q * scale, scale = max |x| / 127.
+// Locates the quantized activations in ReefLinearArgs::scratch, for formats that multiply integers:
+//     q       int8 [rows, stride], stride = in_features rounded up to 64, zeros behind the inputs
+//     scales  float [rows]: x = q * scale, scale = max |x| / 127
+//     sums    int32 [rows, stride / 64]: of each 64 neighbouring q
+//     totals  int32 [rows]: of all q of a row
 struct QuantizedRows {
     int8_t* q;
     int64_t stride;
@@ -24,7 +24,7 @@ struct QuantizedRows {
 QuantizedRows quantized_rows(const ReefLinearArgs* args);
 reef::Task quantize_rows(const ReefLinearArgs* args, int threads);
 
-// What bf16 and int8 prepare: x in tiles for many rows (linear_tiles.h).
+// Return the prepare tasks. bf16 and int8 bring many rows of x into tiles (linear_tiles.h).
 reef::Task tile_bf16(const ReefLinearArgs* args, int threads);
 reef::Task quantize_and_tile_rows(const ReefLinearArgs* args, int threads);
 reef::Task prepare_int4(const ReefLinearArgs* args);

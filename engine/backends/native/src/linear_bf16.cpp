@@ -1,7 +1,7 @@
-// bf16 weights times bf16 activations, summed in float32 and rounded once.
+// Multiplies bf16 weights by bf16 activations; sums are float32 and are rounded once.
 //
-// Packed [panel][pair of inputs][32 outputs][2]. The two products of a pair are added by `dot` of
-// simd.h, in the order of the instruction set; pairs follow each other (linear_tiles.h).
+// Weights are packed [panel][pair of inputs][32 outputs][2]. `dot` of simd.h adds the two products
+// of a pair, in the order of the instruction set; pairs are added in turn (linear_tiles.h).
 #include "linear_tiles.h"
 #include "table.h"
 
@@ -20,7 +20,7 @@ struct Bf16 {
     static Sum dot(Words weights, Words x, Sum sum) { return REEF_ISA::dot(weights, x, sum); }
     static int words(int in_features) { return (in_features + 1) / 2; }
 
-    // An odd row's last pair would reach into its neighbour: such rows are always copied.
+    // Rows of an odd width are always copied, since their last pair would include the next row.
     static bool is_tiled(const ReefLinearArgs& args) {
         return args.rows > kDirectRows || args.linear->in_features % 2 != 0;
     }

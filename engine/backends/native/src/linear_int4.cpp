@@ -1,10 +1,10 @@
-// 4-bit integers with a scale and a zero point per group, as GPTQ and AWQ store them.
+// Computes linear layers of 4-bit integers with a scale and a zero point per group (GPTQ, AWQ).
 //
 //   sum (code - zero) x  =  sum (code - 8) x  +  (8 - zero) sum x
 //
-// code - 8 is exact in bf16. What is stored as zero points is 8 - zero, and a group's sum starts
-// with that times the sum of the group's x, which the prepare task finds once for all outputs.
-// Where the columns are in an order of their own, it also brings x into that order.
+// code - 8 is exact in bf16. The packed zero points are 8 - zero. A group's sum starts with that
+// times the sum of the group's x, which the prepare task computes once for all outputs. Where the
+// weight's columns are reordered, the prepare task also brings x into their order.
 #include "fourbit_bf16.h"
 #include "table.h"
 
@@ -72,7 +72,8 @@ void prepare_row(const ReefLinearArgs& args, int row) {
         sums[group] = sum_of(x + int64_t{group} * linear.group_size, linear.group_size);
 }
 
-int rows_per_chunk(const ReefLinearArgs& args) {  // a few microseconds
+// Returns the rows of one chunk: a few microseconds of work.
+int rows_per_chunk(const ReefLinearArgs& args) {
     return 1 + (args.linear->input_order != nullptr ? 8192 : 32768) / args.linear->in_features;
 }
 

@@ -1,4 +1,4 @@
-// int8 weights times int8 activations, exactly, in int32; one scale per output and one per row.
+// Multiplies int8 weights by int8 activations, exactly, in int32; scales are per output and row.
 //
 // Activations are quantized first, row by row (QuantizedRows). The packed weights are unsigned,
 // weight + 128, because the processor multiplies unsigned by signed bytes:
@@ -9,8 +9,8 @@
 namespace REEF_ISA {
 namespace {
 
-constexpr int kGroup = 64;           // neighbours whose sum is kept
-constexpr float kTooSmall = 1e-35f;  // 127 / max |x| would overflow: such a row counts as zeros
+constexpr int kGroup = 64;           // neighbouring inputs whose sum is kept
+constexpr float kTooSmall = 1e-35f;  // rows of smaller x count as zeros, lest 127 / x overflow
 
 #if defined(__AVX512BF16__)
 
@@ -23,7 +23,7 @@ Q64 repeat_four(const uint8_t* p) {
     std::memcpy(&four, p, 4);
     return {_mm512_set1_epi32(four)};
 }
-// c[i] += a[4i] * b[4i] + ... + a[4i+3] * b[4i+3], a unsigned and b signed
+// Adds a[4i] * b[4i] + ... + a[4i+3] * b[4i+3] to c[i]; a is unsigned, b is signed.
 I16 dot_fours(Q64 a, Q64 b, I16 c) { return {_mm512_dpbusd_epi32(c.v, a.v, b.v)}; }
 I16 minus(I16 a, int32_t b) { return {_mm512_sub_epi32(a.v, _mm512_set1_epi32(b))}; }
 F16 to_float(I16 a) { return {_mm512_cvtepi32_ps(a.v)}; }
@@ -47,7 +47,7 @@ Q64 repeat_four(const uint8_t* p) {
     std::memcpy(&four, p, 4);
     return {_mm256_set1_epi32(four), _mm256_set1_epi32(four)};
 }
-// Even and odd bytes apart, as 16-bit integers: the product of bytes saturates, this one cannot.
+// Multiplies even and odd bytes apart, as 16-bit integers, since the product of bytes saturates.
 __m256i dot_fours(__m256i a, __m256i b, __m256i c) {
     const __m256i a_even = _mm256_and_si256(a, _mm256_set1_epi16(255));
     const __m256i a_odd = _mm256_srli_epi16(a, 8);
@@ -76,13 +76,13 @@ void store_int8(int8_t* p, F16 a) {
 
 #endif
 
-// Sixteen values from `k` on, zeros behind the end of the row.
+// Loads sixteen values from `k` on, with zeros behind the end of the row.
 F16 load_row(const bf16* x, int k, int in_features) {
     const int left = in_features - k;
     return left >= 16 ? load(x + k) : left > 0 ? load(x + k, left) : zero();
 }
 
-// max |x|, or NaN where an x is infinite or NaN: 0 * x says which.
+// Returns max |x|, or NaN where an x is infinite or NaN, since 0 * x is NaN then.
 float largest_of_row(const bf16* x, int in_features) {
     F16 most = zero(), poison = zero();
     for (int k = 0; k < in_features; k += 16) {
@@ -93,7 +93,7 @@ float largest_of_row(const bf16* x, int in_features) {
     return largest(most) + sum(poison);
 }
 
-// q and its sum, of 64 neighbours.
+// Quantizes 64 neighbouring inputs, and returns the sum of their q.
 int32_t quantize_group(const bf16* x, int k, int in_features, float inverse, int8_t* q) {
     F16 total = zero();  // whole numbers below 2^24: exact
     for (int i = 0; i < kGroup; i += 16) {
@@ -124,7 +124,7 @@ void quantize_row(const ReefLinearArgs& args, const QuantizedRows& out, int row)
     }
 }
 
-// Rows of one chunk: some ten thousand values, a few microseconds.
+// Returns the rows of one chunk: about 16384 values, a few microseconds of work.
 int rows_per_chunk(const ReefLinearArgs& args) {
     return 1 + static_cast<int>(16384 / (args.linear->in_features + 1));
 }

@@ -1,4 +1,4 @@
-// What the packers, the kernels and whoever calls them must agree on about linear layers.
+// Defines what packers, kernels and callers of linear layers share: panels and scratch.
 #pragma once
 #include <cstdint>
 
@@ -6,7 +6,7 @@
 
 namespace reef {
 
-constexpr int kPanel = 32;  // outputs that are computed together; their weights lie together
+constexpr int kPanel = 32;  // outputs that are packed and computed together
 
 constexpr int64_t round_up(int64_t value, int64_t multiple) {
     return (value + multiple - 1) / multiple * multiple;
@@ -16,7 +16,7 @@ inline int panels_of(const ReefLinear& linear) {
     return (linear.out_features + kPanel - 1) / kPanel;
 }
 
-// Offsets in scratch of the quantized rows (QuantizedRows in linear.h); `end` is what they take.
+// Computes the offsets of the quantized rows in scratch (QuantizedRows in linear.h) and their end.
 struct QuantizedLayout {
     int64_t stride, scales, sums, totals, end;
 
@@ -28,8 +28,8 @@ struct QuantizedLayout {
           end(round_up(totals + rows * 4, 64)) {}
 };
 
-// Offsets in scratch of what int4 prepares: x in the order of the columns where they have one, and
-// float [rows][groups], the sums of x over each group.
+// Computes the offsets in scratch of what int4 prepares: x in the order of the weight's columns,
+// where they are reordered, and float [rows][groups], the sums of x over each group.
 struct Int4Layout {
     int64_t x = 0, sums, end;
 
@@ -38,7 +38,8 @@ struct Int4Layout {
           end(sums + rows * (linear.in_features / linear.group_size) * 4) {}
 };
 
-// Formats that multiply bf16 keep x in tiles; int8 keeps quantized rows, and those in tiles.
+// Returns the bytes of scratch of a linear layer: bf16 keeps x in tiles, int8 keeps quantized rows
+// and the same rows in tiles.
 inline int64_t linear_scratch_bytes(const ReefLinear& linear, int rows) {
     const int64_t quantized = QuantizedLayout(linear.in_features, rows).end;
     switch (linear.format) {

@@ -1,7 +1,7 @@
-// 4-bit normal floats. With bf16 activations, and with int8 ones.
+// Computes linear layers of 4-bit normal floats, with bf16 or int8 activations.
 //
-// The 16 values are exact neither in bf16 nor in int8. Each table holds them times the factor at
-// which rounding loses least, and the packed scales are divided by it (pack4.py).
+// Neither bf16 nor int8 holds the 16 values exactly. Each table holds them times the factor of the
+// smallest rounding error, and the packed scales are divided by that factor (pack4.py). Errors:
 // bf16, factor 1.4367: 0.08 % of a Gaussian weight's norm, 0.18 % of any value (0.14 % and 0.32 %
 // without a factor). int8, factor 124.114: 0.47 %.
 #include "fourbit_bf16.h"
@@ -34,8 +34,8 @@ struct Nf4 : fourbit::Bf16Format {
 
 // ==== int8 activations ====
 
-// The lane of an output holds the code of input j in the low half of byte j, that of input 4 + j in
-// the high half: half a step is one mask, and the bytes are in the order of x.
+// Decodes lanes that hold the code of input j in the low half of byte j, and that of input 4 + j in
+// the high half: one mask selects half a step, with its bytes in the order of x.
 struct Nf4Int8 {
     static constexpr int kWords = 2;
 
@@ -44,7 +44,7 @@ struct Nf4Int8 {
         int64_t stride;
         const int32_t* sums;  // of 64 inputs each
         const float* scales;
-        int group_size;  // 64, or 32 where groups are no multiples of that
+        int group_size;  // 64, or 32 where the checkpoint's groups are no multiple of 64
     };
     static Rows rows(const ReefLinearArgs& args) {
         const QuantizedRows quantized = quantized_rows(&args);
@@ -57,8 +57,8 @@ struct Nf4Int8 {
 
 #if defined(__AVX512BF16__)
     // The processor multiplies unsigned by signed bytes, so 128 is added to the values, and
-    // each sum starts at minus 128 times the sum of x.
-    // Not an __m512i: GCC 12 would copy each through memory, for its lanes are of another type.
+    // each sum starts at minus 128 times the sum of x. Sum is not an __m512i, whose lanes are of
+    // another type: GCC 12 would copy each sum through memory.
     using Sum = int32_t __attribute__((vector_size(64)));
     struct Word { __m512i v; };
     using Values = Word;
@@ -145,7 +145,8 @@ private:
         const __m256i shifted = kWord == 0 ? codes : _mm256_srli_epi16(codes, 4);
         return _mm256_shuffle_epi8(values.v, _mm256_and_si256(shifted, _mm256_set1_epi8(15)));
     }
-    // |x| times the weight with the sign of x: neither is beyond 127, so two products fit 16 bits.
+    // Multiplies |x| by the weight with the sign of x. Neither exceeds 127, so that the sum of two
+    // products fits into 16 bits.
     static __m256i add_products(__m256i weights, __m256i x, __m256i sum) {
         const __m256i pairs =
             _mm256_maddubs_epi16(_mm256_abs_epi8(x), _mm256_sign_epi8(weights, x));

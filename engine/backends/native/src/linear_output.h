@@ -1,11 +1,11 @@
-// Where a linear kernel's results go, whatever the format of its weights.
+// Writes a linear kernel's results, for every format of weights.
 #pragma once
 #include "linear.h"
 #include "simd.h"
 
 namespace REEF_ISA {
 
-// Sixteen outputs of a row, or those of them that the layer has.
+// Writes sixteen outputs of a row, or as many of them as the layer has.
 inline void put(const ReefLinearArgs& args, int row, int output, F16 value) {
     const int left = args.linear->out_features - output;
     const int64_t at = row * args.y_stride + output;

@@ -1,13 +1,13 @@
-// Multiplying tiles of rows by panels of outputs: what bf16 and int8 have in common.
+// Multiplies tiles of rows by panels of outputs, for bf16 and int8 alike.
 //
 // Both formats multiply four-byte words, two bf16 or four int8 neighbouring inputs. A panel is
-// [word][32 outputs], two vectors per word. Rows go in tiles of at most kTileRows, all sums of a
-// tile in registers; x is read where it lies for few rows, and for many from tiles
-// [word][row of the tile] in scratch, which the prepare task fills. Either way a sum runs over
-// the words in their order, which makes a row's bits independent of the rows beside it.
+// [word][32 outputs], two vectors per word. Rows are computed in tiles of at most kTileRows, with
+// all sums of a tile in registers. Few rows of x are read in place; many are read from tiles
+// [word][row of the tile] in scratch, which the prepare task fills. Either way a sum runs over the
+// words in their order, so that the bits of a row's result do not depend on the other rows.
 //
-// A chunk is a group of panels times a block of tiles: each panel comes from memory once and is
-// then multiplied by all tiles of the block, which stay in the second cache.
+// A chunk is a group of panels times a block of tiles: each panel is read from memory once and is
+// multiplied by all tiles of the block, which stay in the second-level cache.
 #pragma once
 #include <algorithm>
 #include <utility>
@@ -19,17 +19,17 @@ namespace REEF_ISA {
 
 #if defined(__AVX512BF16__)
 constexpr int kTileRows = 12;   // times 2 vectors of sums: 24 of 32 registers
-constexpr int kDirectRows = 4;  // up to so many rows are read where they lie
+constexpr int kDirectRows = 4;  // at most so many rows are read in place
 #else
 constexpr int kTileRows = 2;  // times 4 vectors of sums: 8 of 16 registers
 constexpr int kDirectRows = 2;
 #endif
-// Words of a panel that are prefetched, 4 KB, by tiles of many rows: they take so long over a word
-// that the processor does not see far enough ahead by itself. With few rows it does.
+// How many words (4 KB in all) a panel is prefetched ahead by tiles of many rows, which take so
+// long for each word that the hardware does not prefetch far enough. With few rows it does.
 constexpr int kAhead = 32;
 constexpr int kPrefetchedRows = 4;
 
-// f(0), ..., f(N - 1), each argument a constant
+// Calls f(0), ..., f(N - 1), with constants as arguments.
 template <class F, int... I>
 __attribute__((always_inline)) inline void unroll(F f, std::integer_sequence<int, I...>) {
     (f(std::integral_constant<int, I>{}), ...);
@@ -41,14 +41,15 @@ __attribute__((always_inline)) inline void unroll(F f) {
 
 struct Tiling {
     int words, panels;
-    int tiles;   // of rows, whose sizes differ by one at most
+    int tiles;   // of rows; their sizes differ by one at most
     int blocks;  // of tiles
     int groups;  // of panels
 
     Tiling(const ReefLinearArgs& args, int words);
     int first_row(int tile, int rows) const { return share(tile, tiles, rows); }
     int first_tile(int block) const { return share(block, blocks, tiles); }
-    // Pairs of groups, each longer than the pair before it: the last to begin are the shortest.
+    // Returns the first panel of a group. Each pair of groups is longer than the pair before: the
+    // pool hands out the last groups first, so that the last to begin are the shortest.
     int first_panel(int group) const {
         const int64_t pairs = groups / 2, pair = group / 2;
         if (groups % 2) return share(group, groups, panels);
@@ -57,14 +58,15 @@ struct Tiling {
     int64_t panel_bytes() const { return int64_t{4} * kPanel * words; }
 
 private:
-    // Where part `i` of `parts` begins that `whole` is cut into.
+    // Returns where part `i` begins if `whole` is cut into `parts` parts.
     static int share(int64_t i, int64_t parts, int64_t whole) {
         return static_cast<int>(i * whole / parts);
     }
 };
 
-// How many groups to cut work of `cost` nanoseconds into: long ones, because two threads that read
-// here and there in turn get less from memory, and in even shares for two, four and eight threads.
+// Returns how many groups to cut work of `cost` nanoseconds into. Groups are long, because memory
+// delivers less to threads that often change their place, and two, four or eight threads get equal
+// shares of them.
 inline int64_t groups_of(int64_t cost, int64_t most) {
     if (cost < 3000) return 1;
     if (cost < 32000) return 4;
@@ -77,14 +79,14 @@ inline Tiling::Tiling(const ReefLinearArgs& args, int num_words)
     tiles = (args.rows + kTileRows - 1) / kTileRows;
     const int64_t fitting = std::max<int64_t>(kBlockBytes / (int64_t{4} * kTileRows * words), 1);
     blocks = static_cast<int>((tiles + fitting - 1) / fitting);
-    // Nanoseconds of one thread for a block: reading or multiplying, whichever is longer.
+    // nanoseconds of one thread for a block: reading or multiplying, whichever is longer
     const int64_t reading = panels * panel_bytes() / 26;
     const int64_t multiplying = panels * int64_t{args.rows} * words / blocks * 6 / 10;
     const int64_t wanted = groups_of(std::max(reading, multiplying), 256 / blocks);
     groups = static_cast<int>(std::min<int64_t>(panels, wanted));
 }
 
-// Where a tile finds word k of its row r.
+// Locate word k of row r of a tile: DirectX in x itself, TiledX in scratch.
 struct DirectX {
     const uint8_t* base;
     int64_t row;
@@ -96,8 +98,8 @@ struct TiledX {
     const uint8_t* word(int r, int64_t k) const { return base + (k * kRows + r) * 4; }
 };
 
-// Adds words [begin, end) of a panel to the sums [row][half of the panel]. `ahead`: what is
-// prefetched at word 0.
+// Adds words [begin, end) of a panel to the sums [row][half of the panel], and prefetches `ahead`
+// at word 0, the next word of `ahead` at word 1, and so on.
 template <class Format, int kRows, class X>
 __attribute__((always_inline)) inline void multiply(const X& x, const uint8_t* panel,
                                                     const uint8_t* ahead, int begin, int end,
@@ -116,13 +118,14 @@ __attribute__((always_inline)) inline void multiply(const X& x, const uint8_t* p
     }
 }
 
-// The line of y that a row of a tile will be written to: it comes while the tile is multiplied.
+// Prefetches the line of y that a row of a tile will be written to, while the tile is multiplied.
 inline void expect_write(const ReefLinearArgs& args, int row, int output) {
     const int64_t at = (row * args.y_stride + output) * (args.y_is_float ? 4 : 2);
     __builtin_prefetch(static_cast<uint8_t*>(args.y) + at, 1);
 }
 
-struct Place {  // of a tile: what it multiplies
+// Describes what to multiply: the tile that begins at a row, and a panel.
+struct Place {
     int row, panel;
     const uint8_t* next;  // the panel that is read after this one
 };
@@ -169,7 +172,7 @@ MultiplyRows<Format> multiply_rows_of(int rows) {
     return multiply_rows_of<Format>(rows, std::make_integer_sequence<int, kTileRows>{});
 }
 
-// All tiles of a block by one panel.
+// Multiplies all tiles of a block by one panel.
 template <class Format>
 void multiply_block(const Format& format, const Tiling& tiling, int block, Place place) {
     for (int tile = tiling.first_tile(block); tile < tiling.first_tile(block + 1); ++tile) {
@@ -198,7 +201,7 @@ reef::Task multiply_task(const ReefLinearArgs* args) {
     return {multiply_chunk<Format>, args, tiling.groups * tiling.blocks};
 }
 
-// Words [begin, words) of rows that lie `stride` bytes apart, as a part of a tile of `width` rows.
+// Copies words [begin, words) of `count` rows, `stride` bytes apart, into a tile of `width` rows.
 inline void tile_words(const uint8_t* rows, int64_t stride, int count, int64_t begin, int64_t words,
                        int width, uint8_t* tile) {
     for (int r = 0; r < count; ++r)
@@ -206,7 +209,7 @@ inline void tile_words(const uint8_t* rows, int64_t stride, int count, int64_t b
             std::memcpy(tile + (k * width + r) * 4, rows + r * stride + k * 4, 4);
 }
 
-// The same of four rows and from the first word on, four words at a time.
+// Copies words [0, words) of four rows into a tile of `width` rows, four words at a time.
 inline void tile_four_rows(const uint8_t* rows, int64_t stride, int64_t words, int width,
                            uint8_t* tile) {
     int64_t k = 0;
@@ -221,22 +224,23 @@ inline void tile_four_rows(const uint8_t* rows, int64_t stride, int64_t words, i
     tile_words(rows, stride, 4, k, words, width, tile);
 }
 
-// Words [0, words) of `count` rows as a tile.
+// Copies words [0, words) of `count` rows into a tile of `count` rows.
 inline void tile_words(const uint8_t* rows, int64_t stride, int count, int64_t words,
                        uint8_t* tile) {
     if (count < 4) return tile_words(rows, stride, count, 0, words, count, tile);
     for (int r = 0; r < count; r += 4) {
-        const int first = std::min(r, count - 4);  // what two fours share is written twice
+        const int first = std::min(r, count - 4);  // rows that two fours share are written twice
         tile_four_rows(rows + first * stride, stride, words, count, tile + first * 4);
     }
 }
 
-// Tiles of x that one chunk of a prepare task fills: some microseconds.
+// Returns the tiles of x that one chunk of a prepare task fills: some microseconds of work.
 inline int tiles_per_chunk(const Tiling& tiling) {
     return 1 + static_cast<int>(int64_t{8192} / (int64_t{kTileRows} * tiling.words));
 }
 
-template <class Fill>  // fill(tile) for the tiles of a chunk
+// Calls fill(tile) for each tile of a chunk of a prepare task.
+template <class Fill>
 void for_tiles_of_chunk(const Tiling& tiling, int chunk, Fill fill) {
     const int begin = chunk * tiles_per_chunk(tiling);
     const int end = std::min(begin + tiles_per_chunk(tiling), tiling.tiles);

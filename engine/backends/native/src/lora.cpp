@@ -1,4 +1,4 @@
-// LoRA of a mixed batch: shrink h = A x, then expand y += h B, for the rows of each adapter.
+// Applies LoRA to a mixed batch: shrinks h = A x, then expands y += h B, for each adapter's rows.
 //
 //     shrink   h[i][r] = sum over k of a[r][k] x[row i][k]       both factors contiguous along k:
 //              tiles of 4 rows x 4 ranks, one accumulator vector each, added up across lanes at
@@ -7,12 +7,12 @@
 //              tiles of 8 rows x 32 columns, a lane per column; the sum begins at zero, and y is
 //              rounded once
 //
-// A decode is bound by the bytes of its adapters, each of which is read once, from beginning to
-// end; a prefill by arithmetic. Whatever the tile, an element's sum has the same order, so that its
-// bits depend on its row alone.
+// A decode is limited by memory: each adapter is read once, from beginning to end. A prefill is
+// limited by arithmetic. An element's sum has the same order in every tile, so that its bits depend
+// on its row alone.
 //
-// A chunk is an equal share of what all adapters of the batch cost at the site: it may end in the
-// middle of one and begin in the middle of another, so that their ranks may differ as they like.
+// A chunk is an equal share of the cost of all adapters of the batch at the site. It may begin and
+// end in the middle of an adapter, so that chunks are equal even if ranks are very different.
 #include <algorithm>
 
 #include "linear_layout.h"
@@ -22,24 +22,24 @@
 namespace REEF_ISA {
 namespace {
 
-constexpr int kBlockRows = 32;  // of a segment, that take part in a piece of work together
+constexpr int kBlockRows = 32;  // rows of a segment in one piece of work
 constexpr int kLanes = 16;
-constexpr int kAhead = 2048;        // bytes that are fetched early
-constexpr int kTogether = 1 << 14;  // bytes of B that all rows use before the next
+constexpr int kAhead = 2048;        // bytes to prefetch ahead
+constexpr int kTogether = 1 << 14;  // bytes of B that all rows multiply before the next ones
 #if defined(__AVX512BF16__)
 constexpr int kShrinkRows = 4, kTileRanks = 4, kExpandRows = 8;
 #else  // half as many registers, and half as wide
 constexpr int kShrinkRows = 2, kTileRanks = 2, kExpandRows = 2;
 #endif
 
-// Past the end of an array it is somebody else's and does no harm.
+// Prefetches the line of p, which may lie behind the end of an array.
 inline void fetch_soon(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 
 int ceil_div(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
 
 // ==== Shares of the work ====
 
-// Rows [row0, row1) of the batch's list, of one adapter at one site.
+// Describes rows [row0, row1) of the batch's list, which share an adapter, at one site.
 struct Work {
     const ReefLoraSite* site;
     int row0, row1;
@@ -56,10 +56,11 @@ inline void for_each_work(const ReefLoraArgs& args, Body body) {
     }
 }
 
-// The cost of reading a byte, or of multiplying with it, whichever is longer; 100 to a nanosecond.
+// Returns the cost of reading or multiplying a byte, whichever is longer, in 1/100 ns.
 int64_t cost_of_byte(const Work& work) { return std::max(4, work.row1 - work.row0); }
 
-// Long ones, which memory streams best, but no thread idle while another has microseconds to do.
+// Returns the number of chunks. Long chunks are read fastest, but there must be enough of them that
+// no thread is idle while another has microseconds of work left.
 int chunks_of(int64_t cost, int64_t threads) {
     const int64_t nanoseconds = cost / 100;
     const int64_t equal = nanoseconds / 24000 / threads * threads;
@@ -69,7 +70,7 @@ int chunks_of(int64_t cost, int64_t threads) {
 
 // ==== Shrink ====
 
-// Added up as a tree: lanes 8 apart, then 4, 2 and 1.
+// Sums the lanes as a tree: lanes 8 apart, then 4, 2 and 1.
 #if defined(__AVX512BF16__)
 float sum_lanes(F16 a) {
     const __m256 s = _mm256_add_ps(_mm512_castps512_ps256(a.v), _mm512_extractf32x8_ps(a.v, 1));
@@ -89,7 +90,7 @@ F16 fold_lanes(F16 a, F16 b) {
     return {_mm512_add_ps(_mm512_shuffle_ps(a.v, b.v, kEven), _mm512_shuffle_ps(a.v, b.v, kOdd))};
 }
 
-// Of 4 x 4 accumulators [row][rank] at once, by the same tree; the sum is in lane 4 row + rank.
+// Sums 4 x 4 accumulators [row][rank] at once, by the same tree, each into lane 4 row + rank.
 F16 sum_lanes(const F16 (&sums)[4][4]) {
     F16 ranks[4];
     for (int i = 0; i < 4; ++i) {
@@ -118,7 +119,7 @@ void store_sums(const F16 (&sums)[kRows][kRanks], bf16* h, int64_t h_stride) {
             h[row * h_stride + rank] = to_bf16(sum_lanes(sums[row][rank]));
 }
 
-// `x` and `a` at the same k; n = 32 but at the end of k.
+// Adds the products at columns [k, k + 32), or fewer at the end, to the sums; `load` reads them.
 template <int kRows, int kRanks, class Load>
 inline void multiply_step(F16 (&sums)[kRows][kRanks], const bf16* const* x, const bf16* a,
                           int64_t a_stride, int k, Load load) {
@@ -151,13 +152,14 @@ void shrink_tile(const bf16* const* x, const bf16* a, const bf16* next, int in_f
     store_sums(sums, h, h_stride);
 }
 
-// Ranks [begin, end) of a work.
+// Describes ranks [begin, end) of a piece of work.
 struct Ranks {
     Work work;
     int begin, end;
 };
 
-// `next` is read after these ranks.
+// Computes h of kRanks ranks for all rows of the work, and prefetches `next`, which is read after
+// these ranks.
 template <int kRanks>
 void shrink_rows(const ReefLoraArgs& args, const Work& work, int rank, const bf16* next) {
     const int in = args.in_features;
@@ -190,7 +192,8 @@ void shrink_ranks(const ReefLoraArgs& args, const Ranks& ranks, const bf16* next
     for (; rank < ranks.end; ++rank) shrink_rows<1>(args, ranks.work, rank, next);
 }
 
-int64_t cost_of_ranks(const ReefLoraArgs& args, const Work& work) {  // of a tile of them
+// Returns the cost of a tile of ranks.
+int64_t cost_of_ranks(const ReefLoraArgs& args, const Work& work) {
     return cost_of_byte(work) * std::max(1, args.in_features) * kTileRanks * 2;
 }
 
@@ -202,7 +205,7 @@ int64_t shrink_cost(const ReefLoraArgs& args) {
     return cost;
 }
 
-// body(ranks) for the tiles that begin within costs [begin, end) of all.
+// Calls body(ranks) for the tiles that begin within [begin, end) of the total cost.
 template <class Body>
 void for_ranks_between(const ReefLoraArgs& args, int64_t begin, int64_t end, Body body) {
     for_each_work(args, [&](const Work& work) {
@@ -222,7 +225,7 @@ void shrink_chunk(const void* pointer, int chunk) {
     const auto& args = *static_cast<const ReefLoraArgs*>(pointer);
     const int64_t cost = shrink_cost(args);
     const int chunks = chunks_of(cost, args.threads);
-    Ranks ranks{};  // known one ahead of what is computed
+    Ranks ranks{};  // computed only once the ranks after them are known, to prefetch those
     for_ranks_between(args, cost * chunk / chunks, cost * (chunk + 1) / chunks,
                       [&](const Ranks& next) {
         const bf16* a = next.work.site->a + static_cast<int64_t>(next.begin) * args.in_features;
@@ -236,7 +239,7 @@ void shrink_chunk(const void* pointer, int chunk) {
 
 // ==== Expand ====
 
-// y += sums, rounded once. Subnormal results may become zero, as they do in the products.
+// Adds the sums to y, rounded once. Subnormal results may become zero, as they do in the products.
 inline void add_to(bf16* y, F16 sums) {
 #if defined(__AVX512BF16__)
     const __m256bh rounded = _mm512_cvtneps_pbh((load(y) + sums).v);
@@ -246,7 +249,7 @@ inline void add_to(bf16* y, F16 sums) {
 #endif
 }
 
-// Lanes [begin, end) alone.
+// Adds lanes [begin, end) of the sums to y, and leaves its other lanes as they are.
 inline void add_to(bf16* y, F16 sums, int begin, int end) {
     if (begin >= end) return;
     bf16 some[kLanes] = {};
@@ -255,7 +258,7 @@ inline void add_to(bf16* y, F16 sums, int begin, int end) {
     std::memcpy(y + begin, some + begin, 2 * static_cast<size_t>(end - begin));
 }
 
-// Columns [begin, end) of a slice, and what is read after them.
+// Describes columns [begin, end) of a slice.
 struct Columns {
     Work work;
     const ReefLoraSlice* slice;
@@ -269,7 +272,8 @@ struct Columns {
     int last_panel() const { return ceil_div(end, reef::kPanel); }
 };
 
-// A panel's ranks and what is read kAhead later: `ahead`, but from `turn` on so much further.
+// Describes a panel and what to prefetch: `ahead`, which is kAhead bytes later. What lies at `turn`
+// or behind it, where the columns end, is read `jump` elements further on instead.
 struct Panel {
     const bf16* b;
     const bf16* ahead;
@@ -306,7 +310,7 @@ inline void add_pairs(F16 (&sums)[kRows][2], const bf16* const* h, const Panel& 
     add(factors, pairs);
 }
 
-// Panels [first, last) of `columns`, for kRows rows of the batch's list from i on.
+// Computes panels [first, last) of `columns`, for kRows rows of the batch's list from i on.
 template <int kRows>
 void expand_tile(const ReefLoraArgs& args, const Columns& columns, int first, int last, int i,
                  const bf16* next) {
@@ -346,7 +350,8 @@ void expand_panels(const ReefLoraArgs& args, const Columns& columns, int first, 
     if constexpr (kRows > 1) expand_panels<kRows / 2>(args, columns, first, last, i, next);
 }
 
-// `next` is read after these columns.
+// Computes all panels of `columns` for all rows of the work, and prefetches `next`, which is read
+// after these columns.
 void expand_columns(const ReefLoraArgs& args, const Columns& columns, const bf16* next) {
     const int64_t together = std::max<int64_t>(kTogether / (2 * columns.panel_size()), 1);
     const int end = columns.last_panel();
@@ -379,7 +384,7 @@ int64_t expand_cost(const ReefLoraArgs& args) {
     return cost;
 }
 
-// body(columns) for the panels that begin within costs [begin, end) of all.
+// Calls body(columns) for the panels that begin within [begin, end) of the total cost.
 template <class Body>
 void for_columns_between(const ReefLoraArgs& args, int64_t begin, int64_t end, Body body) {
     for_each_slice(args, [&](Columns columns) {
@@ -398,7 +403,7 @@ void expand_chunk(const void* pointer, int chunk) {
     const auto& args = *static_cast<const ReefLoraArgs*>(pointer);
     const int64_t cost = expand_cost(args);
     const int chunks = chunks_of(cost, args.threads);
-    Columns columns{};  // known one ahead of what is computed
+    Columns columns{};  // computed only once the columns after them are known, to prefetch those
     for_columns_between(args, cost * chunk / chunks, cost * (chunk + 1) / chunks,
                         [&](const Columns& next) {
         if (columns.slice) expand_columns(args, columns, next.at(next.first_panel()));

@@ -1,8 +1,11 @@
-// bf16: [panel][pair of inputs][32 outputs][2 inputs]
-// int8: [panel][four inputs][32 outputs][4 inputs], each plus 128, hence unsigned
-// Both are the transposition of four-byte words within a panel: a kernel reads the words of 32
-// outputs from one cache line pair, and multiplies them by one word of x. Inputs that fill up the
-// last word are 0 (int8: 0 plus 128), and so are all of the outputs that fill up the last panel.
+// Packs bf16 and int8 weights into panels of 32 outputs.
+//
+//     bf16  [panel][pair of inputs][32 outputs][2 inputs]
+//     int8  [panel][four inputs][32 outputs][4 inputs], each plus 128, hence unsigned
+//
+// Either way the four-byte words of a panel are transposed: a kernel reads the words of 32 outputs
+// from two neighbouring cache lines, and multiplies them by one word of x. Inputs that fill up the
+// last word are 0 (int8: 0 plus 128), and so are all inputs of outputs that fill up the last panel.
 #include "pack.h"
 
 #include <algorithm>
@@ -20,14 +23,14 @@ const uint8_t* output_row(const ReefPackArgs& args, int output) {
     return static_cast<const uint8_t*>(args.weight) + output * args.weight_stride;
 }
 
-// The word at byte `offset` of a row of `bytes`, zero behind the end.
+// Returns the word at byte `offset` of a row of `bytes` bytes, with zeros behind its end.
 uint32_t last_word(const uint8_t* row, int64_t offset, int64_t bytes) {
     uint32_t word = 0;
     std::memcpy(&word, row + offset, static_cast<size_t>(std::min<int64_t>(bytes - offset, 4)));
     return word;
 }
 
-// Words [begin, end) of one output into its column of the panel.
+// Packs words [begin, end) of one output into its column of the panel.
 void pack_words(const uint8_t* row, int64_t bytes, int64_t begin, int64_t end, uint32_t flip,
                 uint32_t* column) {
     const int64_t whole = std::min(end, bytes / 4);
@@ -40,7 +43,7 @@ void pack_words(const uint8_t* row, int64_t bytes, int64_t begin, int64_t end, u
         column[word * kPanel] = last_word(row, word * 4, bytes) ^ flip;
 }
 
-// Words of an input row of `bytes`; `flip` turns signed bytes into unsigned ones.
+// Packs one panel of rows of `bytes` bytes each; `flip` turns signed bytes into unsigned ones.
 void pack_panel(const ReefPackArgs& args, int panel, int64_t bytes, uint32_t flip) {
     const int64_t words = (bytes + 3) / 4;
     uint32_t* packed = static_cast<uint32_t*>(args.packed) + panel * words * kPanel;

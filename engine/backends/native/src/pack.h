@@ -1,4 +1,4 @@
-// Packing: a weight [out, in] of a checkpoint into the layout that its kernel reads.
+// Packs a weight [out, in] of a checkpoint into the layout that its kernel reads.
 #pragma once
 #include <cstdint>
 

@@ -1,9 +1,8 @@
-// 4-bit codes, two in a byte, into [panel][step of 8 inputs][32 outputs][4 bytes], where the steps
-// of two neighbouring groups alternate (fourbit.h).
+// Packs 4-bit codes, two to a byte, into [panel][step of 8 inputs][32 outputs][4 bytes], where the
+// steps of two neighbouring groups alternate (fourbit.h).
 //
-// The eight codes of an output and a step are one 32-bit word before and after, their order inside
-// changes (fourbit_bf16.h, linear_nf4.cpp). Outputs that fill up the last panel get code 0: their
-// scales are 0.
+// The eight codes of an output and a step stay one 32-bit word, in which they are reordered
+// (fourbit_bf16.h, linear_nf4.cpp). Outputs that fill up the last panel have code 0 and scale 0.
 #include <algorithm>
 #include <cstring>
 
@@ -15,7 +14,7 @@ namespace {
 
 constexpr int kLine = 16;  // words in a cache line
 
-// Nibbles 0, 2, 4, 6 into the low half, 1, 3, 5, 7 into the high half.
+// Moves nibbles 0, 2, 4, 6 into the low half, and 1, 3, 5, 7 into the high half.
 uint32_t neighbours_apart(uint32_t codes) {
     const auto gather = [](uint32_t v) {
         v &= 0x0f0f0f0fu;
@@ -25,7 +24,7 @@ uint32_t neighbours_apart(uint32_t codes) {
     return gather(codes) | gather(codes >> 4) << 16;
 }
 
-// Nibbles 0 to 3 into the low halves of the four bytes, 4 to 7 into the high halves.
+// Moves nibbles 0 to 3 into the low halves of the four bytes, and 4 to 7 into the high halves.
 uint32_t halves_apart(uint32_t codes) {
     const auto spread = [](uint32_t v) {
         v = (v | v << 8) & 0x00ff00ffu;
@@ -34,7 +33,7 @@ uint32_t halves_apart(uint32_t codes) {
     return spread(codes & 0xffff) | spread(codes >> 16) << 4;
 }
 
-// Where a step lies in its panel.
+// Returns the place of a step in its panel.
 int64_t place_of(int64_t step, const ReefPackArgs& args) {
     const int64_t steps = args.group_size / 8, group = step / steps;
     if ((group | 1) * steps >= args.in_features / 8) return step;

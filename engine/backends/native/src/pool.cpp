@@ -7,8 +7,8 @@
 namespace reef {
 namespace {
 
-// Long enough to bridge the gap between two operations of a step, short enough to leave the core
-// to others between two steps: about a tenth of a millisecond.
+// How often a worker looks for a job before it sleeps, about a tenth of a millisecond: longer than
+// the gap between two operations of a step, short enough to free the core between two steps.
 constexpr int kSpins = 4000;
 constexpr int kSpinsBeforeYield = 2000;
 
@@ -18,7 +18,7 @@ inline void relax() {
 #endif
 }
 
-// Until so many chunks at most are unfinished; somebody is at the others.
+// Waits until at most `at_most` chunks are unfinished; other threads are running the rest.
 void wait_for_unfinished(const std::atomic<uint32_t>& unfinished, uint32_t at_most) {
     for (int spins = 0; unfinished.load(std::memory_order_acquire) > at_most; ++spins) {
         if (spins < kSpinsBeforeYield) relax();
@@ -64,7 +64,7 @@ void Pool::begin(uint32_t job, uint32_t chunks) {
     unfinished_.store(chunks, std::memory_order_relaxed);
     ticket_.store(static_cast<uint64_t>(job) << 32 | chunks, std::memory_order_seq_cst);
     if (sleeping_.load(std::memory_order_seq_cst) == 0) return;
-    { std::lock_guard<std::mutex> lock(mutex_); }  // nobody is between its last look and its sleep
+    { std::lock_guard<std::mutex> lock(mutex_); }  // no worker is between its last look and sleep
     wake_.notify_all();
 }
 
@@ -79,7 +79,8 @@ void Pool::take_chunks(uint32_t job) {
     }
 }
 
-// Chunks of this task and of those before it cannot have ended while a later one's have not.
+// Waits for the tasks after that of chunk `index`, if that task waits. Its own chunks cannot end
+// meanwhile, so the number of unfinished chunks tells when the later tasks have ended.
 void Pool::wait_for_later_tasks(uint32_t index) const {
     const Task* task = tasks_;
     uint32_t end = static_cast<uint32_t>(task->chunks);

@@ -1,8 +1,8 @@
-// Pool: threads that take chunks of work, and a caller that waits for chunks, never for threads.
+// Runs chunks of work on several threads. The caller waits for chunks, never for threads.
 //
-// A barrier over threads makes everybody wait for one that the kernel has descheduled, a whole
-// time slice each time. Here the caller works too and can finish a job alone; all that it ever
-// waits for are chunks which others have begun.
+// A barrier makes all threads wait for one that the kernel has descheduled, a whole time slice each
+// time. Here the caller works too and can finish a job alone: it only ever waits for chunks that
+// other threads have begun.
 #pragma once
 #include <atomic>
 #include <condition_variable>
@@ -16,7 +16,7 @@ namespace reef {
 
 class Pool {
 public:
-    // `threads` counts the caller: a pool of one runs everything in it.
+    // Starts the workers. `threads` counts the caller: a pool of one runs all chunks in the caller.
     explicit Pool(int threads);
     ~Pool();
     Pool(const Pool&) = delete;
@@ -24,8 +24,8 @@ public:
 
     int threads() const { return 1 + static_cast<int>(workers_.size()); }
 
-    // Runs every chunk of every task, from the last to the first; tasks of one call must not
-    // depend on each other but for those that wait. One call at a time.
+    // Runs every chunk of every task, from the last to the first. Tasks of one call must not depend
+    // on each other, except one that waits. The caller must make one call at a time.
     void run(const Task* tasks, int num_tasks);
     void run(const Task& task) { run(&task, 1); }
 

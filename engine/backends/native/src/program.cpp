@@ -1,4 +1,4 @@
-// Runs a program (program.h) on a step, one operation after another.
+// Runs the operations of a program (program.h) on a step, one after another.
 #include "program.h"
 
 #include <chrono>
@@ -13,7 +13,7 @@ public:
 
     void operator()(ReefOp op) {
         const int32_t rows = op.on_outputs ? step_.num_outputs : step_.rows;
-        if (rows == 0) return;  // a chunk of a prompt whose end is yet to come
+        if (rows == 0) return;  // a chunk that does not reach the end of its prompt has no outputs
         switch (op.kind) {
             case REEF_OP_EMBED:
                 op.args.embed.rows = rows;
@@ -42,8 +42,8 @@ public:
     }
 
 private:
-    // The adapters' shrink reads what the base layer reads and comes first; expand adds to what
-    // the layer has written.
+    // Runs the base layer and the adapters' shrink concurrently, since both only read x. Expand
+    // adds to what the layer has written, and therefore waits for both.
     void linear(ReefOp& op) {
         const reef::Kernels& kernels = context_.kernels;
         const int threads = context_.pool.threads();

@@ -1,4 +1,4 @@
-// A program: the operations of one forward pass, recorded once, run with one call per step.
+// Declares a program: the operations of a forward pass, recorded once, run by one call per step.
 //
 // Everything that does not change between steps (weights, buffers, strides) is in the recorded
 // operations; a step brings its rows, its requests and its adapters. No Python runs in between.
@@ -31,15 +31,15 @@ union ReefOpArgs {
 
 struct ReefOp {
     int32_t kind;
-    int32_t lora_site;   // of a linear layer; -1: adapters never touch it
-    int32_t on_outputs;  // runs on the step's output rows alone, else on all
+    int32_t lora_site;   // of a linear layer; -1: no adapter changes it
+    int32_t on_outputs;  // 1: runs on the step's output rows only; 0: on all rows
     ReefLoraArgs lora;   // of a linear layer with a site
     ReefOpArgs args;
 };
 
 struct ReefStep {
     int32_t rows;
-    int32_t num_outputs;          // rows that the last operations go on with
+    int32_t num_outputs;          // rows whose logits are computed
     const int32_t* token_ids;     // [rows]
     const int32_t* positions;     // [rows]
     const int32_t* slot_mapping;  // [rows]
@@ -47,7 +47,7 @@ struct ReefStep {
     ReefRequests requests;
     const ReefLoraBatch* lora;         // null: no adapter in the batch
     const ReefLoraBatch* output_lora;  // the same for the output rows, numbered from 0
-    uint16_t* lora_h;  // [rows, lora_h_stride]: what the adapters' first halves give
+    uint16_t* lora_h;                  // [rows, lora_h_stride]: results of the adapters' shrink
     int64_t lora_h_stride;
     int64_t* nanoseconds;  // null, or [num_ops] to which each operation's time is added
 };

@@ -1,10 +1,10 @@
-// The C ABI: a context with its threads and the kernels of one instruction set, and each kernel
-// on its own. `program.cpp` runs many in one call.
+// Exports the C ABI: a context, which has its threads and the kernels of one instruction set, and
+// each kernel by itself. program.cpp runs many kernels in one call.
 #include "context.h"
 
 extern "C" {
 
-// The best instruction set of this machine: 2 avx512 (bf16, VNNI), 1 avx2, 0 neither.
+// Returns the best instruction set of this machine: 2 avx512 (bf16, VNNI), 1 avx2, 0 neither.
 int reef_best_isa() {
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
@@ -14,7 +14,7 @@ int reef_best_isa() {
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? 1 : 0;
 }
 
-// Null where this machine lacks the instruction set.
+// Opens a context, or returns null where this machine lacks the instruction set.
 ReefContext* reef_open(int isa, int threads) {
     if (isa < 1 || isa > reef_best_isa() || threads < 1) return nullptr;
     return new ReefContext(isa == 2 ? avx512::table : avx2::table, threads);

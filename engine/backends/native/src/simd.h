@@ -1,10 +1,9 @@
-// Vectors of sixteen floats or integers and of thirty-two bfloat16s, the same on every instruction
-// set.
+// Defines vectors of 16 floats, 16 integers and 32 bfloat16s, the same for every instruction set.
 //
 // Included by files that are compiled once per instruction set, each into its own namespace
 // REEF_ISA (avx512: with bf16 and VNNI; avx2: with FMA). bfloat16 is held as uint16_t.
 #pragma once
-#if defined(__GNUC__) && !defined(__clang__)  // GCC 12 takes its own "undefined" vectors for bugs
+#if defined(__GNUC__) && !defined(__clang__)  // GCC 12 warns of undefined vectors in its own header
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC diagnostic ignored "-Wuninitialized"
@@ -78,7 +77,7 @@ inline F16 load(const bf16* p) {
 }
 inline void store(bf16* p, F16 a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(a)); }
 
-// The first n of sixteen, 0 < n <= 16; what is not loaded is zero.
+// Load or store the first n of 16 values, 0 < n <= 16; values that are not loaded are zero.
 inline __mmask16 first(int n) { return static_cast<__mmask16>((1u << n) - 1); }
 inline F16 load(const float* p, int n) { return {_mm512_maskz_loadu_ps(first(n), p)}; }
 inline void store(float* p, F16 a, int n) { _mm512_mask_storeu_ps(p, first(n), a.v); }
@@ -95,7 +94,7 @@ inline B32 repeat_pair(const bf16* p) {  // the two values at p, sixteen times
     std::memcpy(&pair, p, 4);
     return {(__m512bh)_mm512_set1_epi32(pair)};
 }
-// c[i] += a[2i] * b[2i] + a[2i+1] * b[2i+1], in float32
+// Adds a[2i] * b[2i] + a[2i+1] * b[2i+1] to c[i], in float32.
 inline F16 dot(B32 a, B32 b, F16 c) { return {_mm512_dpbf16_ps(c.v, a.v, b.v)}; }
 
 struct I16 { __m512i v; };  // 16 int32 that wrap
@@ -106,13 +105,13 @@ inline I16 operator+(I16 a, I16 b) { return {_mm512_add_epi32(a.v, b.v)}; }
 inline I16 operator*(I16 a, I16 b) { return {_mm512_mullo_epi32(a.v, b.v)}; }
 inline I16 operator^(I16 a, I16 b) { return {_mm512_xor_si512(a.v, b.v)}; }
 template <int n>
-inline I16 shift_right(I16 a) {
+inline I16 shift_right(I16 a) {  // zeros are shifted in
     return {_mm512_srli_epi32(a.v, n)};
-}  // zeros come in
+}
 inline F16 to_float(I16 a) { return {_mm512_cvtepi32_ps(a.v)}; }
 inline I16 bits_of(F16 a) { return {_mm512_castps_si512(a.v)}; }
 
-// Bit i: a[i] >= b[i], which is false where either is NaN.
+// Returns a mask whose bit i is a[i] >= b[i], which is false where either is NaN.
 inline uint32_t at_least(F16 a, F16 b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GE_OQ); }
 inline F16 where_at_least(F16 a, F16 b, F16 value) {  // value where a >= b, elsewhere zero
     return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_GE_OQ), value.v)};
@@ -274,7 +273,7 @@ inline F16 where_at_least(F16 a, F16 b, F16 value) {
 
 #endif
 
-// e^a to about 2 units in the last place, for a clamped to [-87, 88]; NaN stays NaN.
+// Returns e^a to about 2 units in the last place, for a clamped to [-87, 88]; NaN stays NaN.
 inline F16 exp(F16 a) {
     const F16 x = min(set1(88.f), max(set1(-87.f), a));  // both return a NaN second operand
     const F16 n = round(x * set1(1.44269504089f));

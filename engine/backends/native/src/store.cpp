@@ -1,6 +1,6 @@
-// store: turns q and k of each row by its position's angle, then writes k and v to the row's slot.
+// Rotates q and k of each row by its position's angle, then writes k and v to the row's slot.
 //
-// A chunk is a block of rows. Turning: x' = x * cos + swapped * sin, where swapped exchanges the
+// A chunk is a block of rows. Rotation: x' = x * cos + swapped * sin, where swapped exchanges the
 // halves of the first rotary_dim dimensions and the table's sine carries the sign; computed in
 // float32 and rounded once. int8 codes: x ~ code * scale, scale = max |x| / 127 of one position's
 // head.
@@ -13,8 +13,7 @@
 namespace REEF_ISA {
 namespace {
 
-constexpr int kChunkElements =
-    4096;  // of qkv: a few microseconds, most of them for lines of the cache
+constexpr int kChunkElements = 4096;  // of qkv: a few microseconds, most of them in cache misses
 
 int64_t row_elements(const ReefStoreArgs& a) {
     return int64_t{a.heads + 2 * a.kv.kv_heads} * a.kv.head_dim;
@@ -24,7 +23,7 @@ int rows_per_chunk(const ReefStoreArgs& a) {
     return static_cast<int>(std::max<int64_t>(1, kChunkElements / row_elements(a)));
 }
 
-// Of n left: sixteen of them, or as many as there are.
+// Load or store sixteen values, or n where fewer are left.
 template <class T>
 F16 load_up_to(const T* x, int n) {
     return n >= 16 ? load(x) : load(x, n);
@@ -36,7 +35,7 @@ void store_up_to(bf16* x, F16 a, int n) {
 
 // ==== Rotary ====
 
-void turn(bf16* x, const float* cos, const float* sin, int half) {
+void rotate(bf16* x, const float* cos, const float* sin, int half) {
     for (int d = 0; d < half; d += 16) {
         const int n = half - d;
         bf16 *below = x + d, *above = x + half + d;
@@ -60,7 +59,7 @@ void write_value(const bf16* value, int head_dim, int position, bf16* values) {
     for (int d = 0; d < head_dim; ++d) values[2 * d] = value[d];
 }
 
-// NaN where x has a NaN or an infinity: nothing of the row survives in its codes.
+// Returns max |x| / 127, or NaN where an x is NaN or infinite: the vector is then read as NaN.
 float scale_of(const bf16* x, int n) {
     F16 most = zero(), finite = zero();
     for (int d = 0; d < n; d += 16) {
@@ -101,7 +100,7 @@ void store_row(const ReefStoreArgs& a, int row) {
     const bf16* v = k + int64_t{a.kv.kv_heads} * head_dim;
     const int64_t angles = int64_t{a.rotary_dim} * (a.rotary_dim ? a.positions[row] : 0);
     for (int h = 0; h < a.heads + a.kv.kv_heads; ++h)
-        turn(q + int64_t{h} * head_dim, a.cos + angles, a.sin + angles, a.rotary_dim / 2);
+        rotate(q + int64_t{h} * head_dim, a.cos + angles, a.sin + angles, a.rotary_dim / 2);
 
     const int block = a.slot_mapping[row] / a.kv.block_size;
     const int position = a.slot_mapping[row] % a.kv.block_size;

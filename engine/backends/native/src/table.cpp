@@ -1,3 +1,4 @@
+// Collects the kernels of one instruction set.
 #include "table.h"
 
 namespace REEF_ISA {

@@ -1,5 +1,5 @@
-// The kernels of the instruction set that this file is compiled for. Each is defined in the .cpp
-// file of its name; `table` in table.cpp collects them.
+// Declares the kernels of the instruction set that the including file is compiled for; `table` in
+// table.cpp collects them.
 #pragma once
 #include "kernels.h"
 

@@ -1,4 +1,4 @@
-// Task: a kernel's work, cut into chunks that may run in any order and on any thread.
+// Defines Task: a kernel's work, cut into chunks that may run in any order and on any thread.
 #pragma once
 #include <cstdint>
 
@@ -10,7 +10,7 @@ struct Task {
     void (*run)(const void* args, int chunk);
     const void* args;  // lives until the pool has run all chunks
     int chunks;
-    // Chunks begin once the tasks behind this one in the call have ended; for the first task alone
+    // Delays the chunks until the later tasks of the call have ended; the first task only may wait.
     bool waits = false;
 };
 
