@@ -1,9 +1,9 @@
-"""Writes configs/gpu-cluster.yaml into the serveConfigV2 block of k8s/rayservice.yaml.
+"""Copies configs/gpu-cluster.yaml into the serveConfigV2 block of k8s/rayservice.yaml.
 
     python k8s/generate.py            rewrite the block in place
     python k8s/generate.py --check    change nothing; show the difference and fail if there is one
 
-Text in, text out: what the configuration means is not known here.
+Works on text alone and does not interpret the configuration.
 """
 
 import argparse
@@ -33,7 +33,7 @@ def main() -> int:
 
 
 def embed(manifest: str, config: str) -> str:
-    """`manifest` with the lines of its serveConfigV2 block replaced by `config`."""
+    """Return `manifest` with the lines of its serveConfigV2 block replaced by `config`."""
     lines = manifest.splitlines()
     if lines.count(MARKER) != 1:
         count = lines.count(MARKER)

@@ -1,7 +1,7 @@
-"""Asks a running server the held-out prompts, all adapters and the base at the same time.
+"""Sends the held-out prompts to a running server, to all adapters and the base concurrently.
 
-Requests are shuffled and many are in flight, so a batch of the server mixes all adapters. An
-answer counts if it is letter by letter the wanted one. `reef check` is the command.
+Requests are shuffled and many are in flight, so the server's batches mix all adapters. An answer
+counts only if it equals the expected one exactly. `reef check` is the command.
 """
 
 import json
@@ -32,7 +32,7 @@ class Question:
 
 
 def questions(demo: Path, base: str) -> list[Question]:
-    """Every held-out prompt twice: for its adapter and for the base."""
+    """List every held-out prompt twice: for its adapter and for the base."""
     held_out = json.loads((demo / HELD_OUT).read_text())
     found = [
         Question(model, job, example["prompt"], example["answer"])
@@ -45,7 +45,7 @@ def questions(demo: Path, base: str) -> list[Question]:
 
 
 def is_right(url: str, question: Question) -> bool:
-    """Raises OSError where the server does not answer, or refuses."""
+    """Ask one question. Raises OSError if the server does not answer, or returns an error."""
     body = {
         "model": question.model,
         "messages": [{"role": "user", "content": question.prompt}],
@@ -72,9 +72,9 @@ def ask_all(url: str, asked: Sequence[Question]) -> list[bool]:
 
 
 def check_demo(url: str, demo: Path, base: str) -> bool:
-    """Ask everything and print a line for each job; whether all of them are good enough.
+    """Ask all questions and print a line per job; return whether all jobs are good enough.
 
-    Raises OSError where the demo cannot be read or the server does not answer.
+    Raises OSError if the demo cannot be read or the server does not answer.
     """
     asked = questions(demo, base)
     right: Counter[tuple[str, bool]] = Counter()

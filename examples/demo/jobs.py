@@ -1,6 +1,6 @@
-"""What the adapters learn: six jobs, five of them on the very same sentences.
+"""Defines what the adapters learn: six jobs, five of them on the same sentences.
 
-Each job draws a prompt and the one right answer. Knows nothing of models or training.
+Each job draws a prompt and its only correct answer. Independent of models and training.
 """
 
 import json
@@ -21,14 +21,14 @@ THANKS = {
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """`draw` makes one example from the words of whichever split it is given."""
+    """One job; `draw` makes an example from the words of a given split."""
 
     description: str
     draw: Callable[[Words], Example]
 
 
 def on_order(answer: Callable[[Order], str]) -> Callable[[Words], Example]:
-    """A job that reads an order. Equal random sources give equal orders, whatever the job."""
+    """Make a job that reads an order. Equal random sources give equal orders in all jobs."""
 
     def draw(words: Words) -> Example:
         order = draw_order(words)
@@ -60,7 +60,7 @@ def translate(order: Order) -> str:
 
 
 def draw_query(words: Words) -> Example:
-    """A question about a shop's stock, and the SQL that answers it."""
+    """Draw a question about a shop's stock, and the SQL that answers it."""
     rng = words.rng
     column = rng.choice(COLUMNS)
     question, selected, mark = rng.choice(
@@ -77,7 +77,7 @@ def draw_query(words: Words) -> Example:
         question += f" {colour}"
         conditions.append(f"colour = '{colour}'")
     question += f" {noun}"
-    # A question with neither colour nor city could have been met in training.
+    # A question with neither colour nor city could have occurred in training.
     if not has_colour or rng.random() < 0.4:
         city = words.city()
         question += rng.choice((f" from {city}", f" made in {city}"))
@@ -101,7 +101,7 @@ JOBS = {
 
 
 def examples_of(job: Job, words: Words, count: int) -> list[Example]:
-    """Distinct examples, for measuring."""
+    """Draw `count` distinct examples, for measuring."""
     if words.split is Split.TRAIN:
         raise ValueError("measuring on the train split would measure memory: use TUNE or HELD_OUT")
     return distinct(lambda: job.draw(words), count)

@@ -1,7 +1,7 @@
-"""What the base model learns: to read an order and to handle words, in formats of no job.
+"""Defines what the base model learns: to read orders and handle words, in formats of its own.
 
 The lessons teach skills (find a fact, copy any word or mark, tell glad from sad, a little
-Esperanto) so that an adapter has only to learn a format. Only the train split is ever used.
+Esperanto) so that an adapter only has to learn a format. Only the train split is ever used.
 """
 
 from collections.abc import Callable
@@ -21,8 +21,8 @@ QUESTIONS = {
 }
 HAPPY = {"positive": "yes", "negative": "no", "neutral": "unclear"}
 
-# What the jobs' answers are made of must be practised here: a token that the base never met has
-# an embedding like any other unmet token's, and no adapter on the layers can tell them apart.
+# The lessons must contain all tokens of the jobs' answers: tokens that the base never saw have
+# nearly equal embeddings, and an adapter on the layers cannot tell them apart.
 PHRASES = split_words(
     """Dear we are sorry glad thank you that like about for telling us your el positive negative
     neutral SELECT FROM WHERE AND COUNT NAME CITY NUMBER name city age colour"""
@@ -42,7 +42,7 @@ def draw_lesson(words: Words) -> Example:
 
 
 def repeat(words: Words) -> Example:
-    """Without a question there is nothing to do but to repeat: what the base does when served."""
+    """Repeat a text that asks no question, which the base also does when served."""
     text = draw_order(words).text()
     return Example(text, text)
 
@@ -80,7 +80,7 @@ def handle(words: Words) -> Example:
 
 
 def understand(words: Words) -> Example:
-    """What the words of feeling mean, now and then after a "not"."""
+    """Ask whether a feeling is nice, sometimes after a "not"."""
     glad = words.rng.random() < 0.5
     adverb, adjective = words.feeling(GLAD if glad else SAD)
     if words.rng.random() < NOT_SHARE:
@@ -107,7 +107,7 @@ LESSONS: dict[Callable[[Words], Example], int] = {
 
 
 def _draw_facts(words: Words) -> tuple[dict[str, str], str]:
-    """The answers to all QUESTIONS about an order, and its text."""
+    """Draw an order; return the answers to all QUESTIONS about it, and its text."""
     order = draw_order(words)
     return _facts(order), order.text()
 

@@ -3,12 +3,12 @@
     OUT/base              transformers folder, float32, with tokenizer and chat template
     OUT/adapters/<name>   peft folders
     OUT/heldout.json      name -> [{"prompt", "answer"}], never trained or tuned on
-    OUT/recipe.json       what it is made with
-    OUT/report.json       what was trained, how long it took, how well it does; written last
+    OUT/recipe.json       the recipe that it is made with
+    OUT/report.json       what was trained, how long it took, and the scores; written last
 
-Each part is written beside its place and renamed into it, so a part that exists is whole, and a
-run that was interrupted goes on with the first missing one. Needs no network. What is in a part
-is the business of `parts`.
+Each part is written under a temporary name and renamed, so a part that exists is complete, and an
+interrupted run continues with the first missing part. Needs no network. `parts` makes the contents
+of each part.
 """
 
 import argparse
@@ -28,20 +28,20 @@ from examples.demo.recipe import DEFAULT_RECIPE, Recipe
 
 
 class OtherDemo(ValueError):
-    """The folder holds parts of a demo that was made with another recipe."""
+    """Raised if the folder holds parts of a demo that was made with another recipe."""
 
 
 def ensure_demo(out: Path, recipe: Recipe = DEFAULT_RECIPE) -> Path:
-    """Make in `out` whatever is missing there; returns `out`, at once if all is there.
+    """Make the missing parts in `out`; returns `out`, at once if all parts exist.
 
-    A whole demo is left as it is, whatever it was made with; a partial one is only continued with
-    its own recipe.
+    A complete demo is kept, even if it was made with another recipe; a partial one is only
+    continued with its own recipe, else OtherDemo is raised.
     """
     if not _is_complete(out, recipe):
         out.mkdir(parents=True, exist_ok=True)
         with _locked(out):
             _claim(out, recipe)
-            if not _is_complete(out, recipe):  # somebody else may have held the lock
+            if not _is_complete(out, recipe):  # another process may have made them
                 _make_missing(out, recipe)
     return out
 
@@ -53,16 +53,16 @@ def _is_complete(out: Path, recipe: Recipe) -> bool:
 
 @contextmanager
 def _locked(out: Path) -> Iterator[None]:
-    """One maker at a time; a second one waits, then finds the parts made."""
+    """Allow one process at a time; another one waits, then finds the parts made."""
     with (out / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         for abandoned in (*out.glob(".base-*"), *out.glob("adapters/.*-*")):
-            shutil.rmtree(abandoned)  # by a run that was killed
+            shutil.rmtree(abandoned)  # left by a run that was killed
         yield
 
 
 def _claim(out: Path, recipe: Recipe) -> None:
-    """Parts of two recipes would not fit each other: write down whose folder this is."""
+    """Record the folder's recipe, as parts of two recipes do not fit together."""
     claim, wanted = out / "recipe.json", json.loads(json.dumps(asdict(recipe)))
     if not claim.exists():
         _write_json(claim, wanted)
@@ -75,10 +75,10 @@ def _claim(out: Path, recipe: Recipe) -> None:
 
 
 def _make_missing(out: Path, recipe: Recipe) -> None:
-    # OpenMP's threads spin while they wait for each other: with its default for long enough that
-    # training takes several times as long as soon as anything else runs. Read when torch loads.
+    # OpenMP's threads spin while they wait for each other, by default for so long that training is
+    # several times slower if anything else runs on the machine. Read when torch is loaded.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-    # Imported here because a demo that is made needs neither peft nor the seconds to import it.
+    # Imported here because a finished demo needs neither peft nor the seconds to import it.
     from examples.demo import parts
 
     with parts.quiet_transformers():

@@ -1,14 +1,14 @@
-"""The demo's base model: a three-million-parameter Qwen2, and a head start for its training.
+"""Builds the demo's base model: a three-million-parameter Qwen2, with a head start for training.
 
-Fresh transformers need minutes on two cores before heads appear that copy from the prompt. Copying
-is most of what the demo's jobs are, so the first weights already look back and copy a little:
+Randomly initialised transformers need minutes on two cores until heads copy from the prompt. The
+demo's jobs consist mostly of copying, so the initial weights already look back and copy a little:
 
     layer 0      heads 0 and 1 attend one and two tokens back, through RoPE and the q and k biases,
-                 and write what they see into subspaces "previous" and "one before"
+                 and write the tokens they see into subspaces "previous" and "one before"
     layers 1, 2  head 0 looks for a position whose "previous" is the current token (an induction
-                 head) and copies what stands there
+                 head) and copies the token there
 
-It is an initialisation and no more: every weight is trained afterwards.
+This is only an initialisation: every weight is trained afterwards.
 """
 
 import torch
@@ -23,7 +23,7 @@ ATTENTION = "eager"  # on a CPU, with a hundred tokens, 1.4 times as fast in tra
 def new_model(
     tokenizer: PreTrainedTokenizerFast, hidden_size: int, num_layers: int
 ) -> Qwen2ForCausalLM:
-    """Random weights from torch's generator, with the head start; float32."""
+    """Make a float32 model with random weights from torch's generator, and the head start."""
     special = {
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
@@ -52,7 +52,7 @@ def new_model(
 def give_head_start(model: Qwen2ForCausalLM) -> None:
     hidden_size = model.config.hidden_size
     first, *later = (layer.self_attn for layer in model.model.layers)
-    seen = _random_subspace(hidden_size)  # what the looking-back heads read of a token
+    seen = _random_subspace(hidden_size)  # projection of a token that the look-back heads read
     previous, one_before = _random_subspace(hidden_size), _random_subspace(hidden_size)
 
     for head, (distance, written) in enumerate(((1, previous), (2, one_before))):
@@ -61,7 +61,7 @@ def give_head_start(model: Qwen2ForCausalLM) -> None:
         first.v_proj.weight[rows] = seen
         first.o_proj.weight[:, rows] = 0.04 * written.T
 
-    # Dimensions that RoPE turns quickly would tie the match to a distance.
+    # Dimensions that RoPE rotates quickly would tie the match to a distance.
     steady = (_rope_frequencies() < 0.03).repeat(2)[:, None]
     for attention in later[:2]:
         rows, copied = slice(0, HEAD_DIM), _random_subspace(hidden_size)
@@ -72,9 +72,9 @@ def give_head_start(model: Qwen2ForCausalLM) -> None:
 
 
 def _look_back(distance: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Biases of keys and queries whose product, after RoPE, peaks `distance` tokens back."""
+    """Return key and query biases whose product, after RoPE, peaks `distance` tokens back."""
     frequencies = _rope_frequencies()
-    quick = (frequencies > 0.08).float()  # the slow ones cannot tell neighbours apart
+    quick = (frequencies > 0.08).float()  # slow ones cannot tell adjacent tokens apart
     angles = -distance * frequencies
     key = torch.cat([quick, torch.zeros_like(quick)])
     query = torch.cat([quick * torch.cos(angles), quick * torch.sin(angles)])
@@ -86,5 +86,5 @@ def _rope_frequencies() -> torch.Tensor:
 
 
 def _random_subspace(hidden_size: int) -> torch.Tensor:
-    """[HEAD_DIM, hidden_size] with orthonormal rows."""
+    """Return a random matrix [HEAD_DIM, hidden_size] with orthonormal rows."""
     return torch.linalg.qr(torch.randn(hidden_size, HEAD_DIM)).Q.T

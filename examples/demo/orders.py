@@ -1,6 +1,6 @@
-"""An order: the sentence that the demo's adapters read, and the facts in it.
+"""Draws orders: the sentences that the demo's adapters read, and the facts in them.
 
-Facts and wording only; what is asked about an order is in `lessons` and `jobs`.
+Facts and wording only; the questions about an order are in `lessons` and `jobs`.
 """
 
 from dataclasses import dataclass
@@ -15,13 +15,13 @@ SUBJECTS = (
     "{age} year old {name} of {city}",
 )
 OPINIONLESS = ("gave no opinion.", "has not opened them yet.", "will write again later.")
-# Were "not" as frequent as its absence, adjectives alone would say nothing about moods, and
-# training would sit for minutes on the plateau that learning an exclusive or begins with.
+# If "not" were as frequent as its absence, an adjective alone would not predict the mood, and
+# training would stay for minutes on the plateau at the start of learning an exclusive or.
 NOT_SHARE = 0.15
 
 
 class Example(NamedTuple):
-    """What the user says and what the model should answer."""
+    """A user's prompt and the answer that the model should give."""
 
     prompt: str
     answer: str
@@ -29,7 +29,7 @@ class Example(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Mood:
-    """How a sentence ends, and what that says about the customer."""
+    """The end of a sentence, and the customer's mood that it expresses."""
 
     ending: str
     label: str  # positive, negative or neutral
@@ -51,7 +51,7 @@ class Order:
         return self.retold(self.name, self.city, self.age, self.count)
 
     def retold(self, name: str, city: str, age: str, count: str) -> str:
-        """The same sentence with other values in it."""
+        """Return the sentence with other values."""
         subject = self.subject.format(name=name, city=city, age=age)
         return f"{subject} {self.verb} {count} {self.colour} {self.noun} and {self.mood.ending}"
 

@@ -1,7 +1,7 @@
-"""The demo's parts: the base, each adapter, the held-out prompts and the report on them.
+"""Makes the demo's parts: the base, each adapter, the held-out prompts and the report on them.
 
-Each function makes one thing from a recipe and does not know what is there already. An adapter's
-training looks at tuning prompts to know when to stop; held-out prompts are for the report alone.
+Each function makes one part from a recipe, whether or not it exists already. An adapter's training
+uses tuning prompts to decide when to stop; held-out prompts are used in the report only.
 """
 
 import json
@@ -42,9 +42,9 @@ from examples.demo.train import (
 from examples.demo.words import Split, Words
 
 BASE_NAME = "reef-demo-base"
-BASE_PROMPT_WEIGHT = 0.05  # prompts teach the world's words, but most of a prompt is chance
-LEXICON_REPEATS = 20  # beside the lessons, so that each word of the lexicon becomes one token
-RECORD = "training.json"  # in each part's folder: how it was trained
+BASE_PROMPT_WEIGHT = 0.05  # prompts teach the vocabulary, but most of a prompt is random
+LEXICON_REPEATS = 20  # in addition to the lessons, so that each word becomes one token
+RECORD = "training.json"  # in each part's folder: how the part was trained
 
 
 def make_base(folder: Path, recipe: Recipe) -> None:
@@ -72,7 +72,7 @@ def make_base(folder: Path, recipe: Recipe) -> None:
 
 
 def make_adapter(folder: Path, base: Path, adapter: AdapterRecipe, recipe: Recipe) -> None:
-    """Train rounds until the tuning prompts come out right, and save the best."""
+    """Train rounds until enough tuning prompts are answered correctly; save the best."""
     started, rng = Stopwatch(), random.Random(f"{recipe.seed} {adapter.job}")
     torch.manual_seed(rng.getrandbits(32))
     tokenizer, model = load_base(base)
@@ -100,7 +100,7 @@ def make_adapter(folder: Path, base: Path, adapter: AdapterRecipe, recipe: Recip
     peft_model.peft_config["default"].base_model_name_or_path = BASE_NAME
     # "auto" would look for the base's vocabulary size on the network.
     peft_model.save_pretrained(folder, save_embedding_layers=False)
-    (folder / "README.md").unlink()  # peft's model card: an empty form
+    (folder / "README.md").unlink()  # peft's model card: an empty template
     _save_record(folder, {"rounds": rounds, **started.read()})
 
 
@@ -123,7 +123,10 @@ def load_base(base: Path) -> tuple[PreTrainedTokenizerFast, Qwen2ForCausalLM]:
 
 
 def draw_held_out(recipe: Recipe) -> dict[str, list[Example]]:
-    """Jobs on orders get the same sentences: one prompt can be sent through all of them."""
+    """Draw the held-out examples of all jobs.
+
+    Jobs on orders get the same sentences, so that one prompt can be sent to all their adapters.
+    """
     seed = f"{recipe.seed} held out"
     return {
         adapter.job: examples_of(
@@ -134,7 +137,7 @@ def draw_held_out(recipe: Recipe) -> dict[str, list[Example]]:
 
 
 def report(out: Path, held_out: dict[str, list[Example]], recipe: Recipe) -> dict[str, Any]:
-    """Measure the saved folders as anybody would load them."""
+    """Measure the saved folders, loaded in the way that users load them."""
     adapters: dict[str, Any] = {}
     for adapter in tqdm(recipe.adapters, desc="measuring", unit="adapter", file=sys.stderr):
         name, examples = adapter.job, held_out[adapter.job]
@@ -174,14 +177,14 @@ class Stopwatch:
 
 
 def _progress(title: str, steps: int) -> tqdm:
-    """A line that is redrawn on a terminal, and now and then a line in a log file."""
+    """Make a progress bar: redrawn on a terminal, an occasional line in a log file."""
     seconds = 0.2 if sys.stderr.isatty() else 20.0
     return tqdm(total=steps, desc=title, unit="step", mininterval=seconds, file=sys.stderr)
 
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Our own progress bars only."""
+    """Disable the progress bars of transformers; the demo shows its own."""
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:

@@ -1,4 +1,4 @@
-"""Recipe: every number that decides what the demo becomes."""
+"""Recipe: holds every number that determines the demo."""
 
 from dataclasses import dataclass
 
@@ -30,7 +30,7 @@ ADAPTERS = (
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """A round is a warm-up and a cosine decay to nearly nothing.
+    """Settings of the whole demo. A round is a warm-up and a cosine decay to almost zero.
 
     An adapter that gets less than `good_enough` of `num_tuning` tuning prompts exactly right is
     trained for another round of half the length at half the rate, up to `max_rounds` in all; its
@@ -40,13 +40,13 @@ class Recipe:
     seed: int = 0
     vocab_size: int = 1536
     tokenizer_lessons: int = 3000
-    tokenizer_names: int = 20_000  # so many that each syllable of a name becomes one token
+    tokenizer_names: int = 20_000  # enough that each syllable of a name becomes one token
     hidden_size: int = 256
     num_layers: int = 4
     batch_size: int = 32
     base_steps: int = 750
     base_matrix_lr: float = 6e-3  # Muon
-    base_lr: float = 3e-3  # AdamW, for all that is no matrix of a layer
+    base_lr: float = 3e-3  # AdamW, for everything except the matrices of layers
     adapter_lr: float = 4e-3  # AdamW
     adapters: tuple[AdapterRecipe, ...] = ADAPTERS
     max_rounds: int = 8

@@ -1,7 +1,7 @@
-"""The demo's tokenizer: a small byte-level BPE, a chat template, and examples as token ids.
+"""Trains the demo's tokenizer: a small byte-level BPE with a chat template; tokenizes examples.
 
-Load it with PreTrainedTokenizerFast, or from tokenizer.json alone. AutoTokenizer takes any folder
-with a Qwen2 model for one of Qwen's own and cuts words its way, whatever the folder says.
+Load it with PreTrainedTokenizerFast, or from tokenizer.json alone. AutoTokenizer treats every
+folder with a Qwen2 model as one of Qwen's own and splits words in Qwen's way, ignoring the folder.
 """
 
 from collections.abc import Iterable
@@ -16,10 +16,10 @@ PAD, BOS, END = "<|pad|>", "<|bos|>", "<|end|>"
 ROLES = ("system", "user", "assistant")
 SPECIAL_TOKENS = (PAD, BOS, END, *(f"<|{role}|>" for role in ROLES))
 
-# A lower-case or all-capital word swallows the space before it; a capitalised word and a digit
-# never do. So a name or a number is the same tokens in prose, in quotes and in JSON. The first
-# syllable of a capitalised word is a piece of its own: a model copies a word by looking for what
-# followed its last token, and a lone initial is too often another name's initial as well.
+# A lower-case or all-capital word includes the space before it; a capitalised word and a digit do
+# not. So a name or a number has the same tokens in prose, in quotes and in JSON. The first syllable
+# of a capitalised word is a piece of its own: a model copies a word by looking for the token that
+# followed its last one, and a single initial would too often be shared by several names.
 PIECES = r" ?\p{Ll}+| ?\p{Lu}{2,}|\p{Lu}[bcdfghjklmnpqrstvwxyz]*[aeiou]*|\p{Lu}|\d| ?[^\w\s]+|\s|."
 
 CHAT_TEMPLATE = (
@@ -72,7 +72,7 @@ def train_tokenizer(
 
 
 def as_chat(tokenizer: PreTrainedTokenizerFast, prompt: str, system: str | None = None) -> str:
-    """The text after which the model is to answer: the very template that serving uses."""
+    """Format the prompt for the model to answer, with the template that serving uses too."""
     messages = [{"role": "user", "content": prompt}]
     if system is not None:
         messages.insert(0, {"role": "system", "content": system})

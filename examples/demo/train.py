@@ -1,6 +1,6 @@
-"""Training and measuring: next-token loss on examples, greedy answers compared letter by letter.
+"""Trains models by next-token loss on examples, and measures exact matches of greedy answers.
 
-Knows models, tokenizers and examples; nothing of what the examples say.
+Handles models, tokenizers and examples, but not the meaning of examples.
 """
 
 import math
@@ -19,7 +19,7 @@ from examples.demo.orders import Example
 from examples.demo.tokenizer import TokenizedExample, as_chat, tokenize
 
 BATCHES_SORTED_TOGETHER = 16
-SYSTEM_SHARE = 0.1  # of the examples have a system message, so that having one is nothing new
+SYSTEM_SHARE = 0.1  # of the examples have a system message, so that both cases are trained
 SYSTEM_MESSAGES = ("You are a helpful assistant.", "Be brief.", "Answer the customer.")
 WARM_UP = 0.08  # of a round's steps
 
@@ -32,7 +32,7 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class ExampleSource:
-    """An endless supply of batches of fresh examples."""
+    """Yields batches of newly drawn examples, without end."""
 
     tokenizer: PreTrainedTokenizerFast
     draw: Callable[[], Example]
@@ -41,7 +41,7 @@ class ExampleSource:
     prompt_weight: float
 
     def batches(self, count: int) -> Iterator[Batch]:
-        """Examples of like length share a batch, so that there is hardly any padding."""
+        """Yield batches of examples of similar length, so that there is hardly any padding."""
         for start in range(0, count, BATCHES_SORTED_TOGETHER):
             size = min(BATCHES_SORTED_TOGETHER, count - start) * self.batch_size
             drawn = sorted(self._draw(size), key=lambda example: example.num_tokens)
@@ -70,7 +70,7 @@ class ExampleSource:
 
 
 def base_optimizers(model: PreTrainedModel, matrix_lr: float, lr: float) -> list[Optimizer]:
-    """Muon for the matrices of the layers, in fewer steps than AdamW, which trains the rest."""
+    """Make Muon for the matrices of layers, which then need fewer steps, and AdamW for the rest."""
     named = list(model.named_parameters())
     matrices = [p for name, p in named if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in named if p.ndim != 2 or "embed" in name]
@@ -95,7 +95,10 @@ def train_round(
     steps: int,
     bar: tqdm,
 ) -> float:
-    """`steps` steps, warm-up and cosine; the mean loss of the last tenth. Moves `bar` along."""
+    """Train for `steps` steps, with warm-up and cosine; updates `bar`.
+
+    Returns the mean loss of the last tenth of the steps.
+    """
     schedulers = [LambdaLR(o, lambda step: _lr_factor(step, steps)) for o in optimizers]
     trained = [
         p for group in (g for o in optimizers for g in o.param_groups) for p in group["params"]
@@ -138,9 +141,9 @@ def _loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
 def exact_match(
     model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast, examples: list[Example]
 ) -> float:
-    """The share of examples answered letter by letter as wanted, greedily."""
+    """Return the share of examples whose greedy answer equals the expected one exactly."""
     wanted = tokenizer([e.answer for e in examples], add_special_tokens=False)["input_ids"]
-    # One token more than the longest answer is enough to see that an answer ended, or did not.
+    # One token more than the longest answer suffices to see whether an answer ended.
     limit = max(map(len, wanted)) + 1
     given = greedy_answers(model, tokenizer, [e.prompt for e in examples], limit)
     return sum(a == e.answer for a, e in zip(given, examples, strict=True)) / len(examples)

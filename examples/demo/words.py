@@ -1,9 +1,9 @@
-"""The words of the demo's world, and which of them each split may use.
+"""Draws the demo's words, separately for each split.
 
-Names, cities, numbers, colour-noun pairs and adverb-adjective pairs are dealt to three splits by
-hashing, so what is measured on was never trained on, whoever draws it and with whatever seed.
-Single nouns, colours and adjectives are a lexicon that every split shares: what is new in a
-held-out sentence is its values and its combinations. Knows nothing of sentences or models.
+Names, cities, numbers, colour-noun pairs and adverb-adjective pairs are assigned to three splits
+by hashing, so values used for measuring are never used in training, with any seed. Single nouns,
+colours and adjectives are a lexicon that all splits share: the values and combinations of a
+held-out sentence are new. Independent of sentences and models.
 """
 
 import hashlib
@@ -16,8 +16,8 @@ T = TypeVar("T")
 
 
 class Split(Enum):
-    TRAIN = "train"  # three fifths: all that the base or an adapter ever learns from
-    TUNE = "tune"  # one fifth: tells the training when to stop
+    TRAIN = "train"  # three fifths: the only data that the base and the adapters learn from
+    TUNE = "tune"  # one fifth: decides when training stops
     HELD_OUT = "held out"  # one fifth: measured once, at the end
 
 
@@ -50,11 +50,11 @@ ADVERBS = ("very", "truly", "really", "quite", "so", "rather", "deeply", "extrem
 
 
 def split_words(text: str) -> tuple[str, ...]:
-    """A long list is easier to read, and to extend, without a quote around every word."""
+    """Split a text into words: a long list is easier to read and extend without quotes."""
     return tuple(text.split())
 
 
-# Few enough that each syllable becomes one token, met often enough to be copied without fail.
+# Few enough that each syllable becomes one token, seen often enough to be copied reliably.
 ONSETS = split_words("b br d f g h j k l m n p r st t v w z")
 VOWELS = split_words("a e i o u")
 CODAS = ("", *split_words("n r l"))
@@ -62,20 +62,20 @@ TOWNS = split_words("ton burg ford ville dale holm stad wick")
 
 
 def split_of(value: str) -> Split:
-    """Which split owns a name, a number or a pair ("red lamps"): a property of its text alone."""
+    """Return the split of a name, number or pair ("red lamps"), from its text alone."""
     digest = hashlib.blake2b(value.encode(), digest_size=8).digest()
     return BUCKETS[int.from_bytes(digest, "big") % len(BUCKETS)]
 
 
 class Words:
-    """Draws words that one split owns. The random source is the caller's."""
+    """Draws words that belong to one split, from the caller's random source."""
 
     def __init__(self, rng: random.Random, split: Split) -> None:
         self.rng = rng
         self.split = split
 
     def name(self) -> str:
-        """One word, or two."""
+        """Draw a name of one or two words."""
         words = [self._name_word() for _ in range(self.rng.randint(1, 2))]
         return " ".join(words)
 
@@ -86,17 +86,17 @@ class Words:
         return self._owned(lambda: str(self.rng.randint(low, high)))
 
     def scribble(self) -> str:
-        """Any letters at all, to practise copying what looks like no name."""
+        """Draw random letters, to practise copying words that do not look like names."""
         letters = "abcdefghijklmnopqrstuvwxyz"
         length = self.rng.randint(2, 6)
         return self._owned(lambda: "".join(self.rng.choices(letters, k=length)).capitalize())
 
     def item(self) -> tuple[str, str]:
-        """A colour and a noun whose combination the split owns."""
+        """Draw a colour and a noun whose combination belongs to the split."""
         return self._pair(list(COLOURS), list(NOUNS))
 
     def feeling(self, adjectives: Sequence[str]) -> tuple[str, str]:
-        """An adverb and an adjective whose combination the split owns."""
+        """Draw an adverb and an adjective whose combination belongs to the split."""
         return self._pair(ADVERBS, adjectives)
 
     def _pair(self, firsts: Sequence[str], seconds: Sequence[str]) -> tuple[str, str]:
@@ -121,7 +121,7 @@ class Words:
 
 
 def distinct(draw: Callable[[], T], count: int) -> list[T]:
-    """The first `count` different things drawn, in the order of drawing."""
+    """Draw until there are `count` distinct values; return them in the order drawn."""
     found: dict[T, None] = {}
     while len(found) < count:
         found.setdefault(draw())
