@@ -18,7 +18,6 @@ from deployments.fleet.batch_queue import Mailbox
 from deployments.fleet.failover import Journey, Leg
 from deployments.fleet.protocol import Connection, Frame, Hello, Hints, Lease, Receipt, Submit
 from deployments.fleet.replica_stream import Pace, ReplicaLink
-from deployments.ingress.http_errors import ApiError, unavailable
 from engine.messages import EngineStats, ErrorKind, Item, RequestError
 
 # A request that has lost so many replicas may well be what kills them.
@@ -29,6 +28,13 @@ ELSEWHERE = (
 )  # errors that another replica may not have
 
 logger = logging.getLogger(__name__)
+
+
+class ModelNotReady(Exception):
+    """No replica of the model has been heard of for a while."""
+
+    def __init__(self) -> None:
+        super().__init__("The model is not ready: it is being loaded or restarted. Retry soon.")
 
 
 class EngineLink:
@@ -72,15 +78,12 @@ class EngineLink:
     def num_live(self) -> int:
         return len(self._legs)
 
-    def unavailable(self) -> ApiError:
-        return unavailable("The model is not ready: it is being loaded or restarted. Retry soon.")
-
     # ---- for requests --------------------------------------------------------------------
 
     def open(self, submits: Sequence[Submit]) -> Mailbox[Item]:
-        """Never blocks. The caller must `release` the mailbox."""
+        """Never blocks. The caller must `release` the mailbox. Raises ModelNotReady."""
         if self.hello is None:
-            raise self.unavailable()
+            raise ModelNotReady
         mailbox: Mailbox[Item] = Mailbox()
         journeys = [Journey(submit, mailbox.put) for submit in submits]
         self._journeys[mailbox] = journeys

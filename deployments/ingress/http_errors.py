@@ -1,24 +1,21 @@
-"""Our exceptions and how HTTP says them: a status and an OpenAI error body.
+"""Translate our exceptions to HTTP: a status and an OpenAI error body.
 
-The only file that knows which status an error has. Lower floors raise their own exceptions;
-`from_engine` translates what an engine says about a request that cannot go on.
+The only file that knows which status an error has. Lower floors raise their own exceptions, which
+`as_api_error` translates; `from_engine` translates an engine's reason for ending a request.
 """
 
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from adapter_store.errors import (
-    AdapterInvalid,
-    AdapterNotFound,
-    AdapterTooLarge,
-    CacheFull,
-    InvalidName,
-    SourceUnavailable,
-)
+from deployments.fleet.engine_link import ModelNotReady
 from deployments.policy.admission import Refusal
+from deployments.tenants.tenants import KeyRefused
 from engine.messages import ErrorKind, RequestError
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
@@ -113,14 +110,16 @@ def from_engine(error: RequestError, model: str) -> ApiError:
     return internal(f"unknown error kind {error.kind!r}: {error.message}")
 
 
-def adapter_error(error: Exception) -> RequestError:
-    """What a replica says when the adapter store refuses."""
-    if isinstance(error, AdapterNotFound | InvalidName):
-        return RequestError(ErrorKind.ADAPTER_NOT_FOUND, str(error))
-    if isinstance(error, AdapterInvalid | AdapterTooLarge):
-        return RequestError(ErrorKind.ADAPTER_INVALID, str(error))
-    if isinstance(error, SourceUnavailable | CacheFull):
-        return RequestError(
-            ErrorKind.ADAPTER_UNAVAILABLE, f"The adapter cannot be fetched now: {error}"
-        )
-    return RequestError(ErrorKind.ENGINE_ERROR, f"The adapter could not be loaded: {error!r}")
+def as_api_error(error: Exception, what: str) -> ApiError:
+    """Translate what a lower floor raised. An unexpected exception is logged and becomes a 500.
+
+    `what` names for the log what has failed.
+    """
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, KeyRefused):
+        return bad_key(str(error))
+    if isinstance(error, ModelNotReady):
+        return unavailable(str(error))
+    logger.error("%s failed", what, exc_info=error)
+    return internal()

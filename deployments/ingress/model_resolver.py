@@ -20,7 +20,7 @@ from adapter_store.names import AdapterRecord, AdapterRef
 from deployments.fleet.engine_link import EngineLink
 from deployments.ingress.http_errors import model_not_found, models_not_ready, unavailable
 from deployments.ingress.model_names import parse_model_name
-from deployments.tenants.tenants import Tenant
+from deployments.tenants.tenant import Tenant
 from deployments.text.vocabulary import Vocabulary
 
 Resolve = Callable[[Sequence[tuple[str, str | None]], str], AdapterRef | None]

@@ -8,6 +8,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from deployments.fleet.engine_link import ModelNotReady
 from deployments.fleet.protocol import Submit
 from deployments.ingress.api.openai import (
     ChatCompletionRequest,
@@ -93,7 +94,7 @@ async def plan_completion(request: CompletionRequest, target: Target, origin: Or
 def _engine_info(target: Target) -> EngineInfo:
     hello = target.model.link.hello
     if hello is None:
-        raise target.model.link.unavailable()
+        raise ModelNotReady
     return hello.engine
 
 

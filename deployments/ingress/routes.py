@@ -5,7 +5,6 @@ tensor. Requests are parsed, resolved and planned here; `responses` runs them.
 """
 
 import json
-import logging
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Iterator
@@ -28,8 +27,8 @@ from deployments.ingress.api.openai import (
 from deployments.ingress.asgi import Api
 from deployments.ingress.http_errors import (
     ApiError,
+    as_api_error,
     body_too_large,
-    internal,
     invalid,
     models_not_ready,
 )
@@ -38,15 +37,14 @@ from deployments.ingress.metrics import CONTENT_TYPE, Metrics
 from deployments.ingress.model_resolver import Models, ServedModel
 from deployments.ingress.planning import Origin, plan_chat, plan_completion
 from deployments.ingress.streaming import CLIENT_GONE, ErrorResponse, GenerationResponse
-from deployments.tenants.tenants import Tenant, Tenants
+from deployments.tenants.tenant import Tenant
+from deployments.tenants.tenants import Tenants
 
 Handler = Callable[[Request, ExitStack], Awaitable[Response]]
 TenantHandler = Callable[[Request, Tenant], Awaitable[Response]]
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
-
-logger = logging.getLogger(__name__)
 
 
 def system_origin() -> Origin:
@@ -191,13 +189,10 @@ class Endpoint:
     async def _respond(self, request: Request, held: ExitStack) -> Response:
         try:
             response = await self._handler(request, held)
-        except ApiError as error:
-            response = ErrorResponse(error)
         except ClientDisconnect:
             response = ErrorResponse(ApiError(CLIENT_GONE, "The client went away."))
-        except Exception:
-            logger.exception("%s failed", self._path)
-            response = ErrorResponse(internal())
+        except Exception as error:
+            response = ErrorResponse(as_api_error(error, self._path))
         if not isinstance(response, GenerationResponse):  # that one counts itself, at its end
             self._metrics.count_answer(self._path, response.status_code)
         return response

@@ -4,14 +4,13 @@ Starlette's own streaming costs a task group and several awaits per chunk; this 
 """
 
 import asyncio
-import logging
 from typing import cast
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from deployments.ingress.generation import Generation, Plan
-from deployments.ingress.http_errors import ApiError, internal
+from deployments.ingress.http_errors import ApiError, as_api_error
 from deployments.ingress.metrics import Metrics
 
 CLIENT_GONE = 499  # nobody sees it but the metrics
@@ -21,8 +20,6 @@ _EVENT_STREAM = (
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),
 )
-
-logger = logging.getLogger(__name__)
 
 
 class ErrorResponse(Response):
@@ -82,7 +79,7 @@ class GenerationResponse(Response):
             finally:
                 generation.close()
         except Exception as error:
-            response = ErrorResponse(_as_api_error(error))
+            response = ErrorResponse(as_api_error(error, "a generation"))
         await response(scope, receive, send)
         return response.status_code
 
@@ -100,18 +97,11 @@ async def _send_events(generation: Generation, send: Send) -> int:
                 await send({"type": "http.response.body", "body": events, "more_body": True})
             events = await generation.next_events()
     except Exception as error:
-        failure = _as_api_error(error)
+        failure = as_api_error(error, "a generation")
         status = failure.status
         events = b"data: " + failure.body() + b"\n\n"
     await send({"type": "http.response.body", "body": events, "more_body": False})
     return status
-
-
-def _as_api_error(error: Exception) -> ApiError:
-    if isinstance(error, ApiError):
-        return error
-    logger.error("a generation failed", exc_info=error)
-    return internal()
 
 
 async def _disconnect(receive: Receive) -> None:

@@ -10,7 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from adapter_store.errors import (
+    AdapterInvalid,
+    AdapterNotFound,
+    AdapterTooLarge,
+    CacheFull,
+    InvalidName,
+    SourceUnavailable,
+)
 from adapter_store.names import AdapterRef
+from engine.messages import ErrorKind, RequestError
 
 MAX_FETCHES = 64  # adapters being fetched at once; each may be slow
 
@@ -84,3 +93,16 @@ class Fetches:
 
 def _has_arrived(fetched: asyncio.Future[Path]) -> bool:
     return not fetched.cancelled() and fetched.exception() is None
+
+
+def adapter_error(error: Exception) -> RequestError:
+    """Say why a request ends when the adapter store refuses its adapter."""
+    if isinstance(error, AdapterNotFound | InvalidName):
+        return RequestError(ErrorKind.ADAPTER_NOT_FOUND, str(error))
+    if isinstance(error, AdapterInvalid | AdapterTooLarge):
+        return RequestError(ErrorKind.ADAPTER_INVALID, str(error))
+    if isinstance(error, SourceUnavailable | CacheFull):
+        return RequestError(
+            ErrorKind.ADAPTER_UNAVAILABLE, f"The adapter cannot be fetched now: {error}"
+        )
+    return RequestError(ErrorKind.ENGINE_ERROR, f"The adapter could not be loaded: {error!r}")

@@ -25,10 +25,9 @@ from deployments.fleet.protocol import (
     Submit,
     UnknownStream,
 )
-from deployments.ingress.http_errors import adapter_error
 from deployments.policy.autoscaling import ReplicaLoad
 from deployments.policy.routing import ReplicaFigures
-from deployments.replica.adapter_fetcher import Fetches, Store
+from deployments.replica.adapter_fetcher import Fetches, Store, adapter_error
 from engine.client import EngineUnavailable
 from engine.messages import (
     AdapterFolder,

@@ -17,17 +17,16 @@ import yaml
 
 from adapter_store.file_lock import FileLock
 from adapter_store.names import NAME_RULE
-from deployments.tenants.tenants import KEY_PREFIX, hash_key, parse_document
-from engine.config import ConfigError
+from deployments.tenants.keys_file import KEY_PREFIX, KeysFileError, hash_key, parse_document
 
 KEY_BYTES = 32
 NEW_FILE_MODE = 0o600
 
 
 def make_key(tenant: str | None, path: Path | None) -> str:
-    """A new key for a tenant, or with None for /metrics. Raises ConfigError or OSError."""
+    """A new key for a tenant, or with None for /metrics. Raises KeysFileError or OSError."""
     if tenant is not None and re.fullmatch(NAME_RULE, tenant) is None:
-        raise ConfigError(f"tenant {tenant!r} does not match {NAME_RULE}")
+        raise KeysFileError(f"tenant {tenant!r} does not match {NAME_RULE}")
     key = KEY_PREFIX + secrets.token_urlsafe(KEY_BYTES)
     _store(key, tenant, path)
     return key

@@ -22,7 +22,8 @@ from deployments.ingress.limiter import Limiter
 from deployments.ingress.metrics import Metrics
 from deployments.ingress.model_resolver import Models, ServedModel, Target
 from deployments.ingress.routes import Ingress, build_api
-from deployments.tenants.tenants import Everybody, Tenant
+from deployments.tenants.tenant import Tenant
+from deployments.tenants.tenants import Everybody
 from tests.deployments.support.fakes import INFO, Answered, byte_vocabulary, call
 
 ACME = Tenant("acme", granted=("lab",))

@@ -9,7 +9,8 @@ import pytest
 from adapter_store.errors import SourceUnavailable
 from adapter_store.store import AdapterStore
 from deployments.policy.admission import Limits
-from deployments.tenants.tenants import Everybody, Tenant
+from deployments.tenants.tenant import Tenant
+from deployments.tenants.tenants import Everybody
 from tests.adapter_store.synthetic import BASE, synthetic
 from tests.deployments.support.fakes import FakeEngine, Server, encode, serving
 

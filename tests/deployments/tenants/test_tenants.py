@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from deployments.ingress.http_errors import ApiError
+from deployments.ingress.http_errors import as_api_error
 from deployments.policy.admission import Limits
-from deployments.tenants.tenants import Keyring, Tenant
-from engine.config import ConfigError
+from deployments.tenants.keys_file import KeysFileError
+from deployments.tenants.tenant import Tenant
+from deployments.tenants.tenants import KeyRefused, Keyring
 from tests.deployments.support.fakes import until
 from tests.deployments.support.keys import ACME, UMBRELLA, bearer, digest, keys_file
 
@@ -44,9 +45,9 @@ def test_json_is_read_too(tmp_path: Path) -> None:
 )
 def test_an_unknown_key_is_refused_and_is_not_repeated(tmp_path: Path, header: str | None) -> None:
     ring = Keyring(keys_file(tmp_path), DEFAULTS)
-    with pytest.raises(ApiError) as caught:
+    with pytest.raises(KeyRefused) as caught:
         ring.identify(header)
-    error = caught.value
+    error = as_api_error(caught.value, "identify")
     assert (error.status, error.code) == (401, "invalid_api_key")
     assert error.headers()["www-authenticate"].startswith("Bearer")
     assert ACME not in error.message
@@ -54,7 +55,7 @@ def test_an_unknown_key_is_refused_and_is_not_repeated(tmp_path: Path, header: s
 
 def test_a_hash_is_no_key(tmp_path: Path) -> None:
     ring = Keyring(keys_file(tmp_path), DEFAULTS)
-    with pytest.raises(ApiError):
+    with pytest.raises(KeyRefused):
         ring.identify(bearer(digest(ACME)))
 
 
@@ -83,7 +84,7 @@ def test_a_file_that_is_wrong_is_refused_with_the_place_and_without_any_key(
 ) -> None:
     path = tmp_path / "keys.yaml"
     path.write_text(text)
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(KeysFileError) as caught:
         Keyring(path, DEFAULTS)
     assert str(path) in str(caught.value) and words in str(caught.value)
     assert ACME not in str(caught.value)
@@ -91,7 +92,7 @@ def test_a_file_that_is_wrong_is_refused_with_the_place_and_without_any_key(
 
 def test_a_missing_file_is_refused_with_its_path(tmp_path: Path) -> None:
     path = tmp_path / "nowhere.yaml"
-    with pytest.raises(ConfigError, match=rf"keys_file {path}: No such file"):
+    with pytest.raises(KeysFileError, match=rf"keys_file {path}: No such file"):
         Keyring(path, DEFAULTS)
 
 
@@ -102,7 +103,7 @@ def test_a_changed_file_is_read_again_and_a_broken_one_keeps_the_old_keys(
     ring = Keyring(path, DEFAULTS)
     keys_file(tmp_path, tenants={"umbrella": {"keys": [digest(UMBRELLA)]}})
     ring.refresh()
-    with pytest.raises(ApiError):
+    with pytest.raises(KeyRefused):
         ring.identify(bearer(ACME))
     assert ring.identify(bearer(UMBRELLA)).name == "umbrella"
     for broken in (lambda: path.write_text(f"tenants: {{{ACME}"), path.unlink):
@@ -134,7 +135,7 @@ def test_a_file_that_is_followed_is_read_without_being_asked(
         def knows_acme() -> bool:
             try:
                 return ring.identify(bearer(ACME)).name == "acme"
-            except ApiError:
+            except KeyRefused:
                 return False
 
         await until(knows_acme)

@@ -1,0 +1,134 @@
+"""The keys file: whose key has which hash, and what each tenant may do.
+
+API keys are never stored: the file holds only their SHA-256. It is YAML or JSON:
+
+    tenants:
+      acme:
+        keys: [<64 hex digits>, ...]
+        requests_per_minute: 600         # instead of the config's; null is no limit
+        max_concurrent_requests: 32
+        namespaces: [lab]                # may use lab's adapters too, as lab/<adapter>
+    metrics_keys: [<64 hex digits>]      # these open /metrics and nothing else
+"""
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import Field, ValidationError
+
+from adapter_store.names import NAME_RULE
+from deployments.config import Limit, Section
+from deployments.policy.admission import Limits
+from deployments.tenants.tenant import Tenant
+from engine.config import ConfigError
+
+KEY_PREFIX = "reef-"
+
+
+class KeysFileError(ConfigError):
+    """The keys file cannot be used; the message says where, and repeats no key."""
+
+
+Name = Annotated[str, Field(pattern=f"^{NAME_RULE}$")]
+Hash = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+class TenantEntry(Section):
+    keys: list[Hash] = Field(default=[])
+    requests_per_minute: Limit = None
+    max_concurrent_requests: Limit = None
+    namespaces: list[Name] = Field(default=[])
+
+
+class KeysDocument(Section):
+    tenants: dict[Name, TenantEntry] = Field(default={})
+    metrics_keys: list[Hash] = Field(default=[])
+
+
+class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+    """Refuses duplicate keys, of which YAML's own loaders keep the last."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        names = [self.construct_object(key) for key, _ in node.value]
+        for name in names:
+            if names.count(name) > 1:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{name!r} comes twice", node.start_mark
+                )
+        return super().construct_mapping(node, deep)
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """A key's SHA-256 and whose key it is."""
+
+    digest: bytes
+    tenant: Tenant
+
+
+@dataclass(frozen=True, slots=True)
+class Keys:
+    """The contents of a keys file. Holders are found by their digests."""
+
+    holders: Mapping[bytes, Holder]
+    metrics: Sequence[bytes]
+
+
+def read_keys(path: Path, defaults: Limits) -> Keys:
+    """Read and check a keys file. Raises KeysFileError."""
+    document = parse_document(path)
+    metrics = list(map(bytes.fromhex, document.metrics_keys))
+    holders: dict[bytes, Holder] = {}
+    for name, entry in document.tenants.items():
+        tenant = Tenant(name, _limits(entry, defaults), tuple(entry.namespaces))
+        for digest in map(bytes.fromhex, entry.keys):
+            if digest in holders or digest in metrics:
+                raise KeysFileError(
+                    f"{path}: tenants.{name}.keys: {digest.hex()[:12]}... comes twice in the file"
+                )
+            holders[digest] = Holder(digest, tenant)
+    return Keys(holders, metrics)
+
+
+def _limits(entry: TenantEntry, defaults: Limits) -> Limits:
+    """Take limits that are not mentioned from the config; null means no limit."""
+    names = {field.name for field in fields(Limits)}
+    return replace(defaults, **entry.model_dump(include=entry.model_fields_set & names))
+
+
+def parse_document(path: Path) -> KeysDocument:
+    """Parse a keys file. Raises KeysFileError."""
+    try:
+        document = yaml.load(path.read_text(), _Loader)
+        return KeysDocument.model_validate(document)
+    except OSError as error:
+        raise KeysFileError(f"tenancy.keys_file {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise KeysFileError(f"{path}: it is not text") from None
+    except yaml.MarkedYAMLError as error:
+        line = "" if error.problem_mark is None else f" in line {error.problem_mark.line + 1}"
+        raise KeysFileError(_without_keys(f"{path}: {error.problem}{line}")) from None
+    except yaml.YAMLError:
+        raise KeysFileError(f"{path}: it is neither YAML nor JSON") from None
+    except ValidationError as error:
+        raise KeysFileError("\n".join(_explain(path, each) for each in error.errors())) from None
+
+
+def _explain(path: Path, error: Any) -> str:
+    where = ".".join(str(part) for part in error["loc"]) or "the document"
+    unknown = error["type"] == "extra_forbidden"
+    return _without_keys(f"{path}: {where}: {'unknown key' if unknown else error['msg']}")
+
+
+def _without_keys(message: str) -> str:
+    """Blank out keys: one in the wrong place must not get into a log."""
+    return re.sub(rf"{KEY_PREFIX}[A-Za-z0-9_-]{{16,}}", f"{KEY_PREFIX}...", message)
+
+
+def hash_key(key: str) -> bytes:
+    return hashlib.sha256(key.encode()).digest()
