@@ -1,41 +1,21 @@
-"""ReplicaLink: an ingress replica's stream to one engine replica, and the lease that keeps it.
+"""ReplicaStream: an ingress replica's stream to one engine replica, and the lease that keeps it.
 
 Hands every frame to one callback, sends aborts as they come and renews the lease; `run` ends when
-the stream does, or when the replica falls silent. What becomes of the requests is `link`'s
-business.
+the stream does, or when the replica falls silent. Knows no requests but by their ids.
 """
 
 import asyncio
 import contextlib
-import logging
-import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import cast
 
 from deployments.fleet.protocol import Abort, Connection, Frame, Hello, Hints, Lease, StreamId
+from deployments.fleet.timing import Timing
 from engine.messages import EngineStats
 
-logger = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True, slots=True)
-class Pace:
-    """How long an ingress waits for what, in seconds."""
-
-    renew_s: float = 2.0  # well below the replica's LEASE_S
-    silence_s: float = 10.0  # a replica that does not answer for so long is given up
-    lost_s: float = 5.0  # a request that its replica has not known for so long is lost
-    retry_s: float = 0.05  # before the second attempt to place a request; then twice as long
-    max_retry_s: float = 1.0
-    patience_s: float = 30.0  # for a replica that takes the request
-    suspect_s: float = 30.0  # a replica that was lost is the last choice for so long
-    hello_s: float = 10.0  # without a stream for so long, the model counts as not ready
-    clock: Callable[[], float] = time.monotonic
-
-
-class ReplicaLink:
-    """`replica_id` is empty until the Hello where any replica would do."""
+class ReplicaStream:
+    """If any replica will do, `replica_id` is empty until the Hello."""
 
     def __init__(
         self,
@@ -43,9 +23,9 @@ class ReplicaLink:
         ingress_id: str,
         replica_id: str,
         epochs: Mapping[str, int],
-        pace: Pace,
-        on_frame: Callable[["ReplicaLink", Frame], None],
-        on_lease: Callable[["ReplicaLink", Lease], None],
+        timing: Timing,
+        on_frame: Callable[["ReplicaStream", Frame], None],
+        on_lease: Callable[["ReplicaStream", Lease], None],
     ) -> None:
         self.replica_id = replica_id
         self.hello: Hello | None = None
@@ -55,7 +35,7 @@ class ReplicaLink:
         self._connection = connection
         self._ingress_id = ingress_id
         self._epochs = dict(epochs)
-        self._pace = pace
+        self._timing = timing
         self._on_frame = on_frame
         self._on_lease = on_lease
         self._outbox: list[Abort] = []
@@ -67,19 +47,21 @@ class ReplicaLink:
         self._has_outbox.set()
 
     async def refresh(self, timeout_s: float) -> None:
-        """Waits for a renewal from now on, unless the replica does not answer soon."""
-        # Not from here: what a request calls is cancelled with it.
+        """Wait until `_talk` has renewed the lease, at most for `timeout_s`.
+
+        Not renewed here, because a call in the context of an HTTP request is cancelled with it.
+        """
         renewed = asyncio.get_running_loop().create_future()
         self._renewal_waiters.append(renewed)
         self._has_outbox.set()
         await asyncio.wait([renewed], timeout=timeout_s)
 
-    async def run(self, on_hello: Callable[["ReplicaLink"], None]) -> None:
-        """One stream from attach to its end. Raises what broke it."""
+    async def run(self, on_hello: Callable[["ReplicaStream"], None]) -> None:
+        """Attach, and read until the end. Raises what broke the stream."""
         hints = Hints(target=self.replica_id)
         stream = self._connection.attach(hints, self._ingress_id, self._epochs)
         try:
-            first = await asyncio.wait_for(anext(stream), self._pace.silence_s)
+            first = await asyncio.wait_for(anext(stream), self._timing.silence_s)
             self.hello = cast(Hello, first)
             self.replica_id = self.hello.replica_id
             on_hello(self)
@@ -95,23 +77,23 @@ class ReplicaLink:
             self._on_frame(self, cast(Frame, frame))
 
     async def _talk(self, epoch: int) -> None:
-        """Sends aborts as they come, all that wait together, and renews the lease."""
+        """Send aborts as they come, all that wait at once, and renew the lease."""
         stream_id = StreamId(self._ingress_id, epoch)
-        pace = self._pace
-        renewed_s = pace.clock()
+        timing = self._timing
+        renewed_s = timing.clock()
         while True:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._has_outbox.wait(), pace.renew_s)
+                await asyncio.wait_for(self._has_outbox.wait(), timing.renew_s)
             self._has_outbox.clear()
             aborts, self._outbox = self._outbox, []
             waiters, self._renewal_waiters = self._renewal_waiters, []
-            renew = bool(waiters) or pace.clock() - renewed_s >= pace.renew_s
+            renew = bool(waiters) or timing.clock() - renewed_s >= timing.renew_s
             hints = Hints(target=self.replica_id)
             lease = await asyncio.wait_for(
-                self._connection.control(hints, stream_id, aborts, renew), pace.silence_s
+                self._connection.control(hints, stream_id, aborts, renew), timing.silence_s
             )
             if lease is not None:
-                renewed_s = pace.clock()
+                renewed_s = timing.clock()
                 self.stats, self.is_draining = lease.stats, lease.is_draining
                 self._on_lease(self, lease)
             for waiter in waiters:
@@ -120,7 +102,7 @@ class ReplicaLink:
 
 
 async def _first_of(*coroutines: object) -> None:
-    """Runs both until one ends; raises what it raised and leaves none running."""
+    """Run all until one ends. Raises what it raised and leaves none running."""
     tasks = [asyncio.ensure_future(coroutine) for coroutine in coroutines]  # type: ignore[arg-type]
     try:
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)

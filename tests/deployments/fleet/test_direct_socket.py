@@ -24,8 +24,8 @@ from deployments.fleet.direct_socket import (
 from deployments.fleet.engine_link import EngineLink
 from deployments.fleet.protocol import Receipt, Submit
 from deployments.fleet.ray_connection import RayConnection
-from deployments.fleet.replica_stream import Pace
 from deployments.fleet.socket_messages import VERSION, Submission, greeting
+from deployments.fleet.timing import Timing
 from deployments.replica.replica import EngineReplica, ReplicaSettings
 from engine.framing import FrameDecoder, encode
 from engine.messages import GenerateRequest, Ping, RequestOutput
@@ -136,8 +136,8 @@ def in_setup(test: Callable[[Setup], Awaitable[None]], host: str = HOST) -> None
         await server.listen(host)
         handle = Handle(replica, server)
         connection = RayConnection(handle)  # type: ignore[arg-type]
-        pace = Pace(retry_s=0.001, max_retry_s=0.01, patience_s=2.0)
-        link = EngineLink(connection, "ingress", pace)
+        timing = Timing(retry_s=0.001, max_retry_s=0.01, patience_s=2.0)
+        link = EngineLink(connection, "ingress", timing)
         link.start()
         try:
             await until(lambda: link.hello is not None)

@@ -7,7 +7,7 @@ import pytest
 
 from deployments.fleet.batch_queue import Mailbox
 from deployments.fleet.protocol import Abort, Submit
-from deployments.fleet.replica_stream import Pace
+from deployments.fleet.timing import Timing
 from engine.messages import GenerateRequest, RequestOutput
 from engine.scheduler.request import SamplingParams
 from tests.deployments.support.fakes import (
@@ -131,7 +131,7 @@ def test_a_request_that_its_replica_has_forgotten_is_submitted_again() -> None:
         server.replica._drop("a", server.replica._routes["a"])
         await server.link.refresh_stats()
         assert len(server.engine.requests) == 1, "its last news may only be on its way"
-        clock.now_s += Pace().lost_s + 0.1
+        clock.now_s += Timing().lost_s + 0.1
         await server.link.refresh_stats()
         await until(lambda: len(server.engine.requests) == 2)
 

@@ -14,9 +14,9 @@ import pytest
 
 from deployments.fleet.batch_queue import Mailbox
 from deployments.fleet.engine_link import MAX_LOSSES, EngineLink
-from deployments.fleet.failover import Journey
+from deployments.fleet.failover import ResumableRequest
 from deployments.fleet.protocol import Submit
-from deployments.fleet.replica_stream import Pace
+from deployments.fleet.timing import Timing
 from deployments.replica.replica import EngineReplica, ReplicaSettings
 from engine.messages import GenerateRequest, Item, RequestOutput
 from engine.scheduler.request import SamplingParams
@@ -62,7 +62,7 @@ class Fleet:
 
 
 @asynccontextmanager
-async def fleet(*names: str, drain_s: float = 30.0, **pace: float) -> AsyncIterator[Fleet]:
+async def fleet(*names: str, drain_s: float = 30.0, **timing: float) -> AsyncIterator[Fleet]:
     """Engines stand still until the test says `step`."""
     engines = {name: FakeEngine(seeded) for name in names}
     replicas: dict[str, EngineReplica] = {}
@@ -71,8 +71,8 @@ async def fleet(*names: str, drain_s: float = 30.0, **pace: float) -> AsyncItera
         replicas[name] = replica_of(name, engine, drain_s)
         await replicas[name].start()
     connection = LocalFleet(replicas)
-    quick = {"retry_s": 0.001, "max_retry_s": 0.01, "patience_s": 1.0, **pace}
-    link = EngineLink(connection, "ingress", Pace(**quick))  # type: ignore[arg-type]
+    quick = {"retry_s": 0.001, "max_retry_s": 0.01, "patience_s": 1.0, **timing}
+    link = EngineLink(connection, "ingress", Timing(**quick))  # type: ignore[arg-type]
     link.start()
     try:
         await until(lambda: link.hello is not None)
@@ -93,10 +93,10 @@ def replica_of(name: str, engine: FakeEngine, drain_s: float) -> EngineReplica:
 
 
 def in_fleet(
-    test: Callable[[Fleet], Awaitable[None]], *names: str, drain_s: float = 30.0, **pace: float
+    test: Callable[[Fleet], Awaitable[None]], *names: str, drain_s: float = 30.0, **timing: float
 ) -> None:
     async def run() -> None:
-        async with fleet(*(names or IDS[:2]), drain_s=drain_s, **pace) as running:
+        async with fleet(*(names or IDS[:2]), drain_s=drain_s, **timing) as running:
             await test(running)
 
     asyncio.run(run())
@@ -191,7 +191,7 @@ def test_outputs_that_arrive_before_the_receipt_are_kept() -> None:
 
 def test_a_receipt_for_an_abandoned_stream_is_ignored() -> None:
     async def test(running: Fleet) -> None:
-        (linked,) = running.link._links
+        (linked,) = running.link._streams._streams
 
         def break_stream(replica_id: str, submitted: Submit) -> None:
             if len(running.connection.submitted) == 1:
@@ -382,7 +382,7 @@ def test_a_draining_replica_finishes_what_it_has_and_takes_nothing_new() -> None
         await finish(running, reader)
         reader.assert_whole()
         assert len(running.connection.submitted) == 3, "one of them was refused"
-        await until(lambda: leaving not in running.link._links)
+        await until(lambda: leaving not in running.link._streams._streams)
 
     in_fleet(test)
 
@@ -422,7 +422,7 @@ def test_requests_that_a_draining_replica_cannot_finish_go_on_elsewhere(n: int) 
 def test_a_stream_to_a_replica_that_is_gone_is_not_answered_by_another() -> None:
     async def test(running: Fleet) -> None:
         running.connection.on_accepted = lambda replica_id, s: None
-        (linked,) = running.link._links
+        (linked,) = running.link._streams._streams
         other = next(name for name in running.engines if name != linked)
 
         def only_other_then_none(replica_id: str, submitted: Submit) -> None:
@@ -430,7 +430,7 @@ def test_a_stream_to_a_replica_that_is_gone_is_not_answered_by_another() -> None
                 running.connection.kill(other)
 
         running.connection.on_accepted = only_other_then_none
-        running.link._suspects[linked] = running.link._clock() + 60
+        running.link._streams._suspects[linked] = running.link._timing.clock() + 60
         reader = Reader(running.link.open([submit()]))
         await finish(running, reader)
         reader.assert_whole()
@@ -444,18 +444,19 @@ def test_a_stream_to_a_replica_that_is_gone_is_not_answered_by_another() -> None
 
 def test_the_largest_seed_has_choices_after_it() -> None:
     heard: list[Item] = []
-    journey = Journey(submit(n=2, seed=2**63 - 1), heard.append)
-    leg = journey.first_leg()
-    journey.take(leg, ("r", 1, [9]))
-    seeds = [rest.request.sampling.seed for rest in journey.next_legs(leg, 1, ())]
+    resumable = ResumableRequest(submit(n=2, seed=2**63 - 1), heard.append)
+    attempt = resumable.first_attempt()
+    resumable.take(attempt, ("r", 1, [9]))
+    rests = resumable.next_attempts(attempt, 1, ())
+    seeds = [rest.submit.request.sampling.seed for rest in rests]
     assert seeds == [2**63 - 1, -(2**63)], "as the sampler counts: modulo 2**64"
 
 
 def test_nothing_is_delivered_after_a_choice_has_ended() -> None:
     heard: list[Item] = []
-    journey = Journey(submit(), heard.append)
-    leg = journey.first_leg()
-    journey.take(leg, RequestOutput("r", 0, [1], finish_reason="stop"))
-    journey.take(leg, ("r", 0, [2]))
-    journey.take(leg, RequestOutput("r", 0, [3], finish_reason="stop"))
-    assert len(heard) == 1 and journey.legs == {}
+    resumable = ResumableRequest(submit(), heard.append)
+    attempt = resumable.first_attempt()
+    resumable.take(attempt, RequestOutput("r", 0, [1], finish_reason="stop"))
+    resumable.take(attempt, ("r", 0, [2]))
+    resumable.take(attempt, RequestOutput("r", 0, [3], finish_reason="stop"))
+    assert len(heard) == 1 and resumable.attempts == {}

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from adapter_store.errors import AdapterNotFound
 from adapter_store.names import AdapterRecord, AdapterRef
 from deployments.fleet.engine_link import EngineLink
-from deployments.fleet.replica_stream import Pace
+from deployments.fleet.timing import Timing
 from deployments.ingress.asgi import Api
 from deployments.ingress.limiter import Limiter
 from deployments.ingress.metrics import Metrics
@@ -317,7 +317,7 @@ async def serving(
     replica = EngineReplica(make_engine, store, settings, clock)
     await replica.start()
     connection = LocalFleet({"replica": replica})
-    pace = Pace(
+    timing = Timing(
         renew_s,
         silence_s,
         retry_s=0.001,
@@ -326,7 +326,7 @@ async def serving(
         hello_s=hello_s,
         clock=clock,
     )
-    link = EngineLink(connection, "ingress", pace)
+    link = EngineLink(connection, "ingress", timing)
     link.start()
     metrics = Metrics()
     served = ServedModel("base", vocabulary or byte_vocabulary(), link)

@@ -1,0 +1,109 @@
+"""Placement: offer an attempt to replicas until one takes it.
+
+Which replica is asked is the router's decision; here is only which ones to avoid, and when to
+give up.
+"""
+
+import asyncio
+import logging
+
+from deployments.fleet.failover import Attempt
+from deployments.fleet.protocol import Connection, Hints, Receipt
+from deployments.fleet.stream_pool import StreamPool
+from deployments.fleet.timing import Timing
+from engine.messages import ErrorKind, RequestError
+
+logger = logging.getLogger(__name__)
+
+
+class Placement:
+    """Changes the ids of the attempts that it offers more than once, in `attempts` too."""
+
+    def __init__(
+        self,
+        connection: Connection,
+        ingress_id: str,
+        streams: StreamPool,
+        attempts: dict[str, Attempt],
+        timing: Timing,
+    ) -> None:
+        self._connection = connection
+        self._ingress_id = ingress_id
+        self._streams = streams
+        self._attempts = attempts
+        self._timing = timing
+
+    async def place(self, attempt: Attempt) -> RequestError | None:
+        """Find a replica, unless the attempt is given up meanwhile. Returns why there is none."""
+        timing = self._timing
+        deadline_s = timing.clock() + timing.patience_s
+        retry_s = timing.retry_s
+        reason = "no replica has answered"
+        while self._is_live(attempt):
+            receipt = await self._submit(attempt)
+            if receipt is not None and receipt.refusal is None:
+                if await self._settle(attempt, receipt):
+                    return None
+            elif not self._is_live(attempt):
+                return None
+            elif receipt is not None and receipt.refusal is not None:
+                reason = receipt.refusal.message
+                if _is_final(attempt, receipt.replica_id, receipt.refusal):
+                    return receipt.refusal
+            if timing.clock() >= deadline_s:
+                message = f"The model is unavailable: {reason}."
+                return RequestError(ErrorKind.ENGINE_DIED, message)
+            if receipt is None or receipt.replica_id in attempt.avoid:
+                await asyncio.sleep(retry_s)
+                retry_s = min(2 * retry_s, timing.max_retry_s)
+            else:
+                attempt.avoid += (receipt.replica_id,)
+            if self._is_live(attempt):
+                self._rename(attempt)
+        return None
+
+    def _is_live(self, attempt: Attempt) -> bool:
+        return attempt.id in self._attempts
+
+    async def _submit(self, attempt: Attempt) -> Receipt | None:
+        """Offer the attempt once. None: it is unknown whether it was accepted."""
+        hints = _hints(attempt, self._streams.suspects())
+        try:
+            async with asyncio.timeout(self._timing.silence_s):
+                return await self._connection.submit(
+                    hints, self._ingress_id, self._streams.epochs, attempt.submit
+                )
+        except Exception as error:  # whatever Ray raises for a replica that dies or hangs
+            logger.warning("submitting %s: %r", attempt.id, error)
+            return None
+
+    async def _settle(self, attempt: Attempt, receipt: Receipt) -> bool:
+        """Bind the attempt to the replica that took it. False if that stream was given up."""
+        await self._streams.until_known(receipt.replica_id)
+        if not self._is_live(attempt):
+            self._streams.abort(receipt.replica_id, attempt.id)
+            return True
+        attempt.replica = self._streams.find(receipt.replica_id, receipt.epoch)
+        return attempt.replica is not None
+
+    def _rename(self, attempt: Attempt) -> None:
+        del self._attempts[attempt.id]
+        attempt.origin.rename(attempt)
+        self._attempts[attempt.id] = attempt
+
+
+def _hints(attempt: Attempt, suspects: list[str]) -> Hints:
+    request, adapter_ref = attempt.submit.request, attempt.submit.adapter_ref
+    return Hints(
+        request_id=request.request_id,
+        num_prompt_tokens=len(request.prompt_token_ids) + len(request.output_token_ids),
+        adapter_digest="" if adapter_ref is None else adapter_ref.digest,
+        tenant=request.tenant,
+        avoid=(*attempt.avoid, *suspects),
+    )
+
+
+def _is_final(attempt: Attempt, replica_id: str, refusal: RequestError) -> bool:
+    """Tell whether all replicas are too busy. An answer that has begun is never refused for it."""
+    is_second = replica_id in attempt.avoid
+    return refusal.kind == ErrorKind.OVERLOADED and is_second and attempt.num_losses == 0
