@@ -1,4 +1,4 @@
-"""Fetches: adapters on their way to the local disk, or there and pinned while requests hold them.
+"""AdapterFetcher: bring adapters to the local disk, and pin them while requests use them.
 
 One fetch and one pin per digest, however many requests want it. Downloads run in threads; nothing
 here waits for them.
@@ -24,7 +24,7 @@ from engine.messages import ErrorKind, RequestError
 MAX_FETCHES = 64  # adapters being fetched at once; each may be slow
 
 
-class Store(Protocol):
+class AdapterFiles(Protocol):
     """The part of `adapter_store.store.AdapterStore` that a replica uses."""
 
     def ensure_local(self, ref: AdapterRef) -> Path: ...
@@ -38,17 +38,17 @@ class _Fetch:
     num_users: int = 0
 
 
-class Fetches:
+class AdapterFetcher:
     """`acquire` and `release` come in pairs; the pin goes with the last release."""
 
-    def __init__(self, store: Store) -> None:
-        self._store = store
+    def __init__(self, files: AdapterFiles) -> None:
+        self._files = files
         self._live: dict[str, _Fetch] = {}
         self._used: dict[str, None] = {}  # digests that arrived, the latest last
         self._threads = ThreadPoolExecutor(MAX_FETCHES, "fetch-adapter")
 
     def acquire(self, ref: AdapterRef) -> asyncio.Future[Path]:
-        """The folder, some day. Whoever awaits it must shield it: others may be waiting too."""
+        """Future of the local folder. Shared: await it through asyncio.shield."""
         fetch = self._live.get(ref.digest)
         if fetch is None:
             loop = asyncio.get_running_loop()
@@ -66,19 +66,19 @@ class Fetches:
             fetch.folder.add_done_callback(lambda done: self._unpin(ref.digest, done))
 
     def recent(self, limit: int) -> list[str]:
-        """Digests that arrived here, the latest first. Some may have been evicted since."""
+        """List digests that arrived here, the latest first. Some may have been evicted since."""
         return list(reversed(self._used))[:limit]
 
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     def _pin_and_fetch(self, ref: AdapterRef) -> Path:
-        """In a thread. Leaves a pin if and only if it returns."""
-        self._store.pin(ref.digest)
+        """Run in a thread. Leaves a pin if and only if it returns."""
+        self._files.pin(ref.digest)
         try:
-            return self._store.ensure_local(ref)
+            return self._files.ensure_local(ref)
         except BaseException:
-            self._store.unpin(ref.digest)
+            self._files.unpin(ref.digest)
             raise
 
     def _note(self, digest: str, fetched: asyncio.Future[Path]) -> None:
@@ -88,7 +88,7 @@ class Fetches:
 
     def _unpin(self, digest: str, fetched: asyncio.Future[Path]) -> None:
         if _has_arrived(fetched):
-            self._store.unpin(digest)
+            self._files.unpin(digest)
 
 
 def _has_arrived(fetched: asyncio.Future[Path]) -> bool:

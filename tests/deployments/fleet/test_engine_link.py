@@ -128,7 +128,7 @@ def test_a_request_that_its_replica_has_forgotten_is_submitted_again() -> None:
         server.engine.running.clear()
         server.link.open([submit("a")])
         await until(lambda: len(server.engine.requests) == 1)
-        server.replica._drop("a", server.replica._routes["a"])
+        server.replica._requests.drop(["a"])
         await server.link.refresh_stats()
         assert len(server.engine.requests) == 1, "its last news may only be on its way"
         clock.now_s += Timing().lost_s + 0.1

@@ -65,7 +65,7 @@ def test_a_client_that_leaves_during_the_download_leaves_no_pin() -> None:
         await until(lambda: store.num_asked == 1)
         client.hang_up()
         await client.done
-        await until(lambda: server.replica._routes == {})
+        await until(lambda: server.replica._requests.by_id == {})
         store.may_arrive.set()
         await until(lambda: store.pins == {"red-digest": 0})
         assert server.engine.requests == []

@@ -3,7 +3,7 @@
 import pytest
 
 from deployments.fleet.protocol import StreamId, Submit, UnknownStream
-from deployments.replica.replica import LEASE_S
+from deployments.replica.ingress_streams import LEASE_S
 from engine.messages import ErrorKind, GenerateRequest, RequestOutput
 from engine.scheduler.request import SamplingParams
 from tests.deployments.support.fakes import Clock, Server, in_server, until
@@ -55,7 +55,7 @@ def test_requests_for_a_stream_that_is_never_attached_are_reaped() -> None:
 def test_outputs_wait_until_their_stream_is_attached() -> None:
     async def test(server: Server) -> None:
         server.replica.submit("another ingress", {}, submit("a"))
-        await until(lambda: server.replica._routes == {})
+        await until(lambda: server.replica._requests.by_id == {})
         stream = server.replica.attach("another ingress", {})
         frames = [await anext(stream) for _ in range(2)]
         assert [item for item in frames[1] if isinstance(item, RequestOutput)][-1].finish_reason  # type: ignore[union-attr]

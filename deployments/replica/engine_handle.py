@@ -1,0 +1,21 @@
+"""EngineHandle: what a replica needs of its engine's process."""
+
+from typing import Protocol
+
+from engine.messages import EngineInfo, EngineStats, GenerateRequest
+
+
+class EngineHandle(Protocol):
+    """The part of `engine.client.EngineClient` that a replica uses."""
+
+    stats: EngineStats
+    failure: str | None  # why the process is not started again any more
+
+    @property
+    def info(self) -> EngineInfo: ...
+    @property
+    def is_ready(self) -> bool: ...
+    async def start(self) -> EngineInfo: ...
+    def submit(self, request: GenerateRequest) -> None: ...
+    def abort(self, request_id: str) -> None: ...
+    async def close(self) -> None: ...
