@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from deployments.app import _autoscaling, _engine_options
+from deployments.app import autoscaling_config, engine_options
 from deployments.config import load_config
 
 
@@ -20,21 +20,21 @@ def model(**replicas: Any) -> Any:
 
 def test_a_range_of_replicas_switches_autoscaling_on() -> None:
     scaling = {"target_requests": 7.0, "upscale_delay_s": 1.5, "look_back_s": 3.0}
-    config = _autoscaling(model(min=2, max=5, autoscaling=scaling))
+    config = autoscaling_config(model(min=2, max=5, autoscaling=scaling))
     assert (config.min_replicas, config.max_replicas) == (2, 5)
     assert (config.upscale_delay_s, config.look_back_period_s) == (1.5, 3.0)
     assert config.policy.policy_kwargs["num_requests"] == 7.0
-    assert "num_replicas" not in _engine_options(model(min=2, max=5))
+    assert "num_replicas" not in engine_options(model(min=2, max=5))
 
 
 @pytest.mark.parametrize("replicas", [{"min": 3}, {"min": 3, "max": 3}])
 def test_a_fixed_number_of_replicas_leaves_autoscaling_off(replicas: dict[str, int]) -> None:
-    options = _engine_options(model(**replicas))
+    options = engine_options(model(**replicas))
     assert options["num_replicas"] == 3 and "autoscaling_config" not in options
 
 
 def test_ray_waits_longer_for_a_replica_than_the_replica_for_its_requests() -> None:
-    options = _engine_options(model(drain_s=50.0))
+    options = engine_options(model(drain_s=50.0))
     assert options["graceful_shutdown_timeout_s"] > 50.0
 
 

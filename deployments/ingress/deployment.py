@@ -1,0 +1,55 @@
+"""IngressDeployment: one ingress replica as a Ray Serve deployment."""
+
+import time
+from pathlib import Path
+
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+
+from deployments.config import AppConfig
+from deployments.fleet.engine_link import EngineLink
+from deployments.fleet.ray_connection import RayConnection
+from deployments.ingress.asgi import Api
+from deployments.ingress.limiter import Limiter
+from deployments.ingress.metrics import Metrics
+from deployments.ingress.model_resolver import Models, ServedModel
+from deployments.ingress.routes import Ingress, build_api
+from deployments.serve_logging import log_to_serves_file
+from deployments.stores import open_adapter_store
+from deployments.tenants.tenants import open_tenants
+from deployments.text.vocabulary import Vocabulary
+from engine.gc_freeze import keep_what_is_loaded
+
+
+@serve.ingress()
+class IngressDeployment:
+    """Up before the engines are, so that /health can say that they are not."""
+
+    def __init__(self, config: AppConfig, engines: dict[str, DeploymentHandle]) -> None:
+        log_to_serves_file()
+        ingress_id = serve.get_replica_context().replica_id.unique_id
+        models = [
+            ServedModel(
+                model.id,
+                Vocabulary.load(Path(model.source)),
+                EngineLink(RayConnection(engines[model.id]), ingress_id),
+            )
+            for model in config.models
+        ]
+        for model in models:
+            model.link.start()
+        metrics = Metrics()
+        tenants = open_tenants(config.tenancy)
+        tenants.start()
+        self._ingress = Ingress(
+            Models(models, open_adapter_store(config.adapters)),
+            tenants,
+            Limiter(metrics),
+            metrics,
+            config.ingress.max_body_bytes,
+            int(time.time()),
+        )
+        keep_what_is_loaded()
+
+    def __serve_build_asgi_app__(self) -> Api:
+        return build_api(self._ingress)

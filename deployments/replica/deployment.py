@@ -1,0 +1,99 @@
+"""EngineDeployment: one engine replica as a Ray Serve deployment."""
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import serve
+
+from deployments.config import AppConfig, ModelSection
+from deployments.fleet import router
+from deployments.fleet.direct_socket import Greeting, WireServer
+from deployments.fleet.protocol import (
+    Abort,
+    Frame,
+    Hints,
+    Lease,
+    Receipt,
+    StreamId,
+    Submit,
+    UnknownStream,
+)
+from deployments.replica import autoscaler
+from deployments.replica.replica import EngineReplica, ReplicaSettings
+from deployments.serve_logging import log_to_serves_file
+from deployments.stores import open_adapter_store
+from engine.client import EngineClient
+from engine.gc_freeze import keep_what_is_loaded
+
+
+class EngineDeployment:
+    """Running once the model is loaded; failed, with the engine's own words, if it cannot be."""
+
+    async def __init__(self, config: AppConfig, model: ModelSection) -> None:
+        log_to_serves_file()
+        store = await asyncio.to_thread(open_adapter_store, config.adapters)
+        fingerprint = await asyncio.to_thread(store.register_base, Path(model.source))
+        engine_config = config.engine_config(model)
+        self._id = serve.get_replica_context().replica_id.unique_id
+        settings = ReplicaSettings(
+            self._id,
+            fingerprint,
+            engine_config.max_num_seqs,
+            engine_config.max_num_seqs + config.ingress.max_queued_requests,
+            model.replicas.drain_s,
+        )
+        self._replica = EngineReplica(
+            lambda on_frame: EngineClient(engine_config, on_frame), store, settings
+        )
+        self._wires = WireServer()
+        await self._wires.listen(ray.util.get_node_ip_address())
+        await self._replica.start()
+        keep_what_is_loaded()
+
+    async def submit(
+        self, hints: Hints, ingress_id: str, epochs: Mapping[str, int], submit: Submit
+    ) -> Receipt:
+        return self._replica.submit(ingress_id, epochs, submit)
+
+    async def attach(
+        self, hints: Hints, ingress_id: str, epochs: Mapping[str, int]
+    ) -> AsyncIterator[Greeting | Frame]:
+        self._check_target(hints)
+
+        def submit(epoch: int, submit: Submit) -> Receipt:
+            return self._replica.submit(ingress_id, {self._id: epoch}, submit)
+
+        stream = self._replica.attach(ingress_id, epochs)
+        async for item in self._wires.carry(stream, submit):
+            yield item
+
+    async def control(
+        self, hints: Hints, stream_id: StreamId, aborts: Sequence[Abort], renew: bool
+    ) -> Lease | None:
+        self._check_target(hints)
+        if hints.is_leaving:
+            self._replica.drain()
+        return await self._replica.control(stream_id, aborts, renew)
+
+    def _check_target(self, hints: Hints) -> None:
+        if hints.target not in ("", self._id):
+            raise UnknownStream(f"{hints.target} is gone; this is {self._id}")
+
+    # Ray calls what is not async in a thread, beside the loop that changes what they read.
+
+    async def record_routing_stats(self) -> dict[str, Any]:
+        return router.to_stats(self._replica.figures())
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        return autoscaler.to_stats(self._replica.load())
+
+    async def check_health(self) -> None:
+        self._replica.check_health()
+
+    async def __del__(self) -> None:
+        if hasattr(self, "_wires"):
+            self._wires.close()
+            await self._replica.close()
