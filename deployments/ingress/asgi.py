@@ -1,8 +1,8 @@
-"""The routes of one ingress replica as a bare ASGI application.
+"""Api: the routes of one ingress replica as a bare ASGI application.
 
-A framework's layers cost every request a task's worth of calls and every chunk of a stream two more
-of them. Nothing would be left for them to do: `ingress` parses bodies and makes every error an
-answer by itself.
+A framework would have nothing to do here, because `routes` parses bodies and makes every error an
+answer. Its layers would cost every request a task's worth of calls, and every chunk of a stream two
+more.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,8 +14,10 @@ NoRoute = Callable[[Scope, int], ASGIApp]
 
 
 class Api:
-    """The first route that fits; `no_route` answers where none does (404), or not by this method
-    (405). Ray Serve reads `routes` too: its log and its figures name requests by them."""
+    """Calls the first route that fits. `no_route` answers if none does (404, or 405 by method).
+
+    Ray Serve reads `routes` too: its log and its figures name requests by them.
+    """
 
     def __init__(self, routes: Sequence[Route], no_route: NoRoute) -> None:
         self.routes = list(routes)
@@ -53,7 +55,7 @@ class Api:
 
 
 async def _live(receive: Receive, send: Send) -> None:
-    """There is nothing to do at start and end but to say that it is done."""
+    """Confirm start and end: there is nothing to do for either."""
     while True:
         message = await receive()
         await send({"type": f"{message['type']}.complete"})

@@ -1,7 +1,6 @@
 """Choice: one answer as it grows, from token ids to the text that may be shown.
 
-Counts what is billed, ends at stop strings, and keeps every token it was given, so that the
-request can be continued elsewhere. Knows nothing of JSON or HTTP.
+Counts what is billed, ends at stop strings and keeps every token. Knows nothing of JSON or HTTP.
 """
 
 from collections.abc import Sequence
@@ -67,7 +66,7 @@ class Choice:
     def push(
         self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs] | None = None
     ) -> str:
-        """The new text that may be shown."""
+        """Add tokens. Returns the new text that may be shown."""
         if self.finish_reason is not None:
             return ""
         if self._stops is None and logprobs is None:
@@ -76,12 +75,12 @@ class Choice:
         shown = ""
         for at, token_id in enumerate(token_ids):
             if self.finish_reason is not None:
-                break  # the rest lies behind a stop string and is not billed
+                break  # the rest comes after a stop string and is not billed
             shown += self._push_one(token_id, None if logprobs is None else logprobs[at])
         return shown
 
     def finish(self, output: RequestOutput) -> str:
-        """The last output: its tokens, then all text that was still held back."""
+        """Add the last output. Returns its text and all that was still held back."""
         shown = list(output.token_ids)
         hidden = [shown.pop()] if output.stop_token_id is not None and shown else []
         logprobs = output.logprobs

@@ -10,10 +10,10 @@ from deployments.config import AppConfig
 from deployments.fleet.engine_link import EngineLink
 from deployments.fleet.ray_connection import RayConnection
 from deployments.ingress.asgi import Api
-from deployments.ingress.limiter import Limiter
 from deployments.ingress.metrics import Metrics
 from deployments.ingress.model_resolver import Models, ServedModel
 from deployments.ingress.routes import Ingress, build_api
+from deployments.ingress.tenant_limiter import TenantLimiter
 from deployments.serve_logging import log_to_serves_file
 from deployments.stores import open_adapter_store
 from deployments.tenants.tenants import open_tenants
@@ -44,7 +44,7 @@ class IngressDeployment:
         self._ingress = Ingress(
             Models(models, open_adapter_store(config.adapters)),
             tenants,
-            Limiter(metrics),
+            TenantLimiter(metrics),
             metrics,
             config.ingress.max_body_bytes,
             int(time.time()),

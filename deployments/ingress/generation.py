@@ -1,8 +1,8 @@
-"""Generation: everything one HTTP request asked an engine for, from submit to the last byte.
+"""Generation: run everything one HTTP request asks an engine for, from submit to the last byte.
 
-`start` pulls the first news, so that errors can still be a status; then `first_events` and
-`next_events` write the answer piece by piece, or `whole` at once. However it ends, `close` gives
-the engine back what it holds.
+`start` waits for the first texts, so that errors can still be a status; then `first_events` and
+`next_events` write the answer piece by piece, or `whole` at once. However it ends, `close` frees
+what it holds in the engine.
 """
 
 import time
@@ -18,12 +18,12 @@ from deployments.ingress.metrics import Gaps, Metrics
 from deployments.ingress.model_resolver import Target
 from engine.messages import RequestOutput
 
-News = dict[Choice, str]
+NewTexts = dict[Choice, str]
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What is submitted and how it is to be answered. Choice i of prompt p has index p*n + i."""
+    """What to submit and how to answer. Choice i of prompt p has index p*n + i."""
 
     model_name: str
     target: Target
@@ -36,7 +36,7 @@ class Plan:
 
 
 class Generation:
-    """One reader of one mailbox. Not reusable."""
+    """The reader of one queue. Not reusable."""
 
     def __init__(
         self, plan: Plan, metrics: Metrics, clock: Callable[[], float] = time.monotonic
@@ -53,42 +53,42 @@ class Generation:
         self._num_cached = dict.fromkeys(ids, 0)
         self._choices: dict[int, Choice] = {}
         self._num_open = plan.n * len(ids)
-        self._first: News = {}
+        self._first: NewTexts = {}
         self._arrival_s = clock()
         self._gaps = Gaps()
         self._first_s: dict[int, float] = {}
         self._last_s: dict[int, float] = {}
 
     async def start(self) -> None:
-        """Waits for the first news. Raises ApiError if that is an error."""
+        """Wait for the first texts. Raises ApiError if an error comes first."""
         self._first = await self._next()
 
     @property
     def is_open(self) -> bool:
-        """Whether more events follow."""
+        """Tell whether more events follow."""
         return self._num_open > 0
 
     def first_events(self) -> bytes:
-        """Server-sent events: how every choice begins, and the first news."""
+        """Write server-sent events: how every choice begins, and the first texts."""
         opening = b"".join(map(self._plan.reply.opening, range(self._num_choices)))
         return opening + self._write(self._first)
 
     async def next_events(self) -> bytes:
-        """As many events at once as there is news; perhaps none. Raises ApiError."""
+        """Write the events of all new texts; perhaps none. Raises ApiError."""
         return self._write(await self._next())
 
     async def whole(self) -> bytes:
-        """The answer as one document. Raises ApiError."""
-        texts: dict[int, list[str]] = {}
-        news = self._first
+        """Write the answer as one document. Raises ApiError."""
+        parts: dict[int, list[str]] = {}
+        texts = self._first
         while True:
-            for choice, text in news.items():
-                texts.setdefault(choice.index, []).append(text)
+            for choice, text in texts.items():
+                parts.setdefault(choice.index, []).append(text)
             if not self._num_open:
                 break
-            news = await self._next()
+            texts = await self._next()
         choices = [self._choices[index] for index in range(self._num_choices)]
-        joined = ["".join(texts.get(choice.index, ())) for choice in choices]
+        joined = ["".join(parts.get(choice.index, ())) for choice in choices]
         return self._plan.reply.whole(choices, joined, self.usage())
 
     def usage(self) -> Usage:
@@ -102,7 +102,7 @@ class Generation:
         )
 
     def close(self) -> None:
-        """Ends what has not ended, and hands the figures over. Call it exactly once."""
+        """Abort what has not ended, and record the figures. Must be called exactly once."""
         self._link.release(self._mailbox)
         usage, label = self.usage(), self._plan.target.label
         self._metrics.observe_gaps(label, self._gaps)
@@ -114,11 +114,11 @@ class Generation:
     def _num_choices(self) -> int:
         return self._plan.n * len(self._plan.submits)
 
-    # ---- news ----------------------------------------------------------------------------
+    # ---- new texts -----------------------------------------------------------------------
 
-    async def _next(self) -> News:
-        """What every choice that was open has gained, one text per choice."""
-        news: News = {}
+    async def _next(self) -> NewTexts:
+        """Wait for what the open choices gain, one text per choice."""
+        texts: NewTexts = {}
         items = await self._mailbox.next()
         now = self._clock()
         for item in items:
@@ -126,20 +126,20 @@ class Generation:
                 request_id, index, token_ids = item
                 choice = self._choices.get(self._first_index[request_id] + index)
                 if choice is None:
-                    choice = self._new_choice(request_id, index, None, news)
+                    choice = self._new_choice(request_id, index, None, texts)
                 if choice.finish_reason is not None:
                     continue  # behind a stop string
                 text = choice.push(token_ids)
             else:
                 output = cast(RequestOutput, item)
-                choice = self._choice_of(output, news)
+                choice = self._choice_of(output, texts)
                 was_open = choice.finish_reason is None
                 text = self._take(choice, output)
                 if not was_open:
                     continue
             self._stamp(choice, now)
-            news[choice] = news[choice] + text if choice in news else text
-        return news
+            texts[choice] = texts[choice] + text if choice in texts else text
+        return texts
 
     def _take(self, choice: Choice, output: RequestOutput) -> str:
         if output.finish_reason is None:
@@ -149,32 +149,32 @@ class Generation:
             output = replace(output, token_ids=[], logprobs=None, stop_token_id=None)
         return choice.finish(output)
 
-    def _choice_of(self, output: RequestOutput, news: News) -> Choice:
+    def _choice_of(self, output: RequestOutput, texts: NewTexts) -> Choice:
         if output.error is not None:
             raise from_engine(output.error, self._plan.model_name)
         choice = self._choices.get(self._first_index[output.request_id] + output.index)
         if choice is None:
-            choice = self._new_choice(output.request_id, output.index, output, news)
+            choice = self._new_choice(output.request_id, output.index, output, texts)
         return choice
 
     def _new_choice(
-        self, request_id: str, index: int, output: RequestOutput | None, news: News
+        self, request_id: str, index: int, output: RequestOutput | None, texts: NewTexts
     ) -> Choice:
         at = self._first_index[request_id] + index
         choice = self._choices[at] = self._plan.make_choice(at, output)
-        news[choice] = choice.opening
+        texts[choice] = choice.opening
         return choice
 
     def _finish_in_engine(self, output: RequestOutput) -> None:
         request_id = output.request_id
         if output.metrics is not None:
-            # Of an answer that was continued elsewhere, its own tokens may have been cached too.
+            # If the answer was continued elsewhere, tokens of its own may have been cached too.
             cached = min(output.metrics.num_cached_tokens, self._num_prompt[request_id])
             self._num_cached[request_id] = max(self._num_cached[request_id], cached)
             self._metrics.observe_queue(self._plan.target.label, output.metrics.queue_s)
 
     def _stamp(self, choice: Choice, now: float) -> None:
-        """Times one item of one choice: its first, the gap since the last, its end."""
+        """Time one item of a choice: its first, the gap since the last, its end."""
         last = self._last_s.get(choice.index)
         if last is None:
             self._first_s[choice.index] = now
@@ -191,11 +191,11 @@ class Generation:
                 num_tokens=len(choice.token_ids),
             )
 
-    def _write(self, news: News) -> bytes:
-        """The events that say so; behind the very last of them, how the stream ends."""
+    def _write(self, texts: NewTexts) -> bytes:
+        """Write events; behind the last one of all choices, the end of the stream."""
         reply = self._plan.reply
         chunks: list[bytes] = []
-        for choice, text in news.items():
+        for choice, text in texts.items():
             if text:
                 chunks.append(reply.text(choice, text))
             if choice.finish_reason is not None:

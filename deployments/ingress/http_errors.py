@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(eq=False)
 class ApiError(Exception):
-    """An answer that is an error. `type` and `code` are OpenAI's words where it has one."""
+    """An answer that is an error. `type` and `code` are OpenAI's if it has one for the case."""
 
     status: int
     message: str
@@ -65,7 +65,7 @@ def body_too_large(max_bytes: int) -> ApiError:
 
 
 def bad_key(message: str) -> ApiError:
-    """Says nothing of the key itself: it may be right but for a letter."""
+    """Repeats nothing of the key: it may be right but for a letter."""
     return ApiError(401, message, code="invalid_api_key", authenticate='Bearer realm="reef"')
 
 
@@ -94,7 +94,7 @@ def internal(message: str = "The server failed to process the request.") -> ApiE
 
 
 def from_engine(error: RequestError, model: str) -> ApiError:
-    """The answer for a request that the engine, or the replica around it, gave up."""
+    """Translate why the engine, or the replica around it, ended a request."""
     if error.kind == ErrorKind.INVALID_REQUEST:
         return invalid(error.message)
     if error.kind == ErrorKind.ADAPTER_NOT_FOUND:

@@ -1,4 +1,4 @@
-"""The grammar of model names, without looking anything up.
+"""Parse model names, without looking anything up.
 
 `<base id>` is a base model and wins over everything. `<adapter>`, `<adapter>@<version or alias>`,
 `<tenant>/<adapter>[@...]` and each of them behind `<base id>:` are adapters.
@@ -8,13 +8,17 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}"
-_ADAPTER = re.compile(rf"(?:(?P<tenant>{_NAME})/)?(?P<adapter>{_NAME}(?:@{_NAME})?)")
+from adapter_store.names import NAME_RULE
+
+_ADAPTER = re.compile(rf"(?:(?P<tenant>{NAME_RULE})/)?(?P<adapter>{NAME_RULE}(?:@{NAME_RULE})?)")
 
 
 @dataclass(frozen=True, slots=True)
 class ModelName:
-    """What a name asks for. No adapter: the base model; no base: whichever the adapter fits."""
+    """The parts of a model name.
+
+    Without an adapter it means the base model; without a base, the one that the adapter fits.
+    """
 
     base: str | None = None
     tenant: str | None = None
@@ -22,7 +26,7 @@ class ModelName:
 
 
 def parse_model_name(text: str, base_ids: Sequence[str]) -> ModelName | None:
-    """None: no model can have this name."""
+    """Split a name. None if no model can have it."""
     if text in base_ids:
         return ModelName(base=text)
     # The longest base id first: one id may be the beginning of another.

@@ -1,13 +1,13 @@
-"""Models: from a model name in a tenant's request to the engine and the adapter that serve it.
+"""Models: resolve a model name in a tenant's request to the engine and adapter that serve it.
 
 A name that the tenant has no access to is 404, exactly like one that nothing has, and never
-means the base. Asks the adapter store off the event loop, because the store reads objects.
+means the base. The adapter store is asked off the event loop, because it may read objects.
 
 One name may mean several adapters. Without a namespace it is the tenant's own adapter of that
 name if there is a live one, whatever its versions and bases, and else the public one. A name
 without version or alias that was published for several bases means the newest of the base that
-comes first in the configuration; the others are `<base>:<name>`. So a version that is withdrawn
-turns into nobody else's, and publishing for one more base changes no answer of those before it.
+comes first in the configuration; the others are `<base>:<name>`. So a withdrawn version never
+turns into another tenant's, and publishing for one more base changes no answer of earlier ones.
 """
 
 import asyncio
@@ -26,7 +26,7 @@ from deployments.text.vocabulary import Vocabulary
 Resolve = Callable[[Sequence[tuple[str, str | None]], str], AdapterRef | None]
 
 
-class Registry(Protocol):
+class AdapterNames(Protocol):
     """The part of `adapter_store.store.AdapterStore` that an ingress uses."""
 
     def resolve_first(
@@ -40,7 +40,7 @@ class Registry(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """One base model: its id, its text side and its engine."""
+    """One base model: its id, its vocabulary and its engine."""
 
     id: str
     vocabulary: Vocabulary
@@ -49,7 +49,7 @@ class ServedModel:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What a model name turned out to be, and for whom."""
+    """What a model name means to a tenant."""
 
     model: ServedModel
     adapter_ref: AdapterRef | None
@@ -57,7 +57,7 @@ class Target:
 
     @property
     def label(self) -> str:
-        """For metrics: bounded by what exists, whatever spellings clients use."""
+        """The name in metrics. There are as many as versions exist, however clients spell them."""
         ref = self.adapter_ref
         return self.model.id if ref is None else f"{ref.tenant}/{ref.name}@{ref.version}"
 
@@ -72,11 +72,11 @@ class ListedAdapter:
 
 
 class Models:
-    """All that this ingress serves."""
+    """The base models that this ingress serves, and their adapters."""
 
-    def __init__(self, models: Sequence[ServedModel], registry: Registry) -> None:
+    def __init__(self, models: Sequence[ServedModel], adapter_names: AdapterNames) -> None:
         self.by_id = {model.id: model for model in models}
-        self._registry = registry
+        self._adapter_names = adapter_names
         self._known_bases: dict[str, str] = {}  # fingerprints by model id, as of the last Hello
 
     @property
@@ -86,7 +86,7 @@ class Models:
     # ---- one name ------------------------------------------------------------------------
 
     async def resolve(self, tenant: Tenant, text: str) -> Target:
-        """Raises ApiError."""
+        """Find what the tenant means by a name. Raises ApiError."""
         name = parse_model_name(text, list(self.by_id))
         if name is None:
             raise model_not_found(text)
@@ -98,10 +98,12 @@ class Models:
         namespaces = tenant.default_namespaces if name.tenant is None else (name.tenant,)
         bases = self._fingerprints(list(self.by_id) if name.base is None else [name.base])
         try:
-            # A thread costs more than all the rest: only where the store may have to be asked.
-            ref = self._find(self._registry.resolve_known, namespaces, name.adapter_name, bases)
+            # A thread costs more than all the rest: it is used only if objects may have to be read.
+            ref = self._find(
+                self._adapter_names.resolve_known, namespaces, name.adapter_name, bases
+            )
             if ref is None:
-                find = self._registry.resolve_first
+                find = self._adapter_names.resolve_first
                 ref = await asyncio.to_thread(
                     self._find, find, namespaces, name.adapter_name, bases
                 )
@@ -119,7 +121,7 @@ class Models:
         adapter_name: str,
         bases: Mapping[str, str | None],
     ) -> AdapterRef | None:
-        """In the first namespace that has the name, the first base that has the version."""
+        """Take the first namespace that has the name, and the first base that has the version."""
         namespace = namespaces[0]
         if len(namespaces) > 1:
             bare_name = adapter_name.partition("@")[0]
@@ -132,7 +134,7 @@ class Models:
         return resolve([(namespace, base) for base in wanted], adapter_name)
 
     def _model_of(self, text: str, ref: AdapterRef, bases: Mapping[str, str | None]) -> ServedModel:
-        """503 while a base that has not started yet might change the answer."""
+        """Choose the base model. 503 while one that has not started yet might change the answer."""
         fitting = [model_id for model_id, base in bases.items() if base == ref.base]
         waiting = [model_id for model_id, base in bases.items() if base is None]
         if fitting and (not waiting or "@" in text):
@@ -142,7 +144,7 @@ class Models:
         raise model_not_found(text)
 
     def _fingerprints(self, model_ids: Sequence[str]) -> dict[str, str | None]:
-        """By model id. A model that is being restarted has the one it had; None: no start yet."""
+        """Map model ids to base fingerprints, the last known ones; None before the first start."""
         for model in self.by_id.values():
             if model.link.hello is not None:
                 self._known_bases[model.id] = model.link.hello.base_fingerprint
@@ -151,9 +153,9 @@ class Models:
     # ---- all names -----------------------------------------------------------------------
 
     async def list_adapters(self, tenant: Tenant) -> Sequence[ListedAdapter]:
-        """Per adapter and base that has started, the newest live version, if it may be used."""
+        """List the newest live versions that a tenant may use, one per adapter and started base."""
         taken = set(self.by_id)  # spellings that mean something else already
-        hidden: set[str] = set()  # names that mean an adapter of a namespace before
+        hidden: set[str] = set()  # names that mean an adapter of an earlier namespace
         listed: list[ListedAdapter] = []
         for namespace in tenant.namespaces:
             records = await self._records(namespace)
@@ -168,12 +170,12 @@ class Models:
 
     async def _records(self, namespace: str) -> Sequence[AdapterRecord]:
         try:
-            return await asyncio.to_thread(self._registry.list, namespace)
+            return await asyncio.to_thread(self._adapter_names.list, namespace)
         except AdapterStoreError as error:
             raise unavailable(f"The adapter store cannot be read now: {error}") from error
 
     def _served(self, records: Sequence[AdapterRecord]) -> Iterator[tuple[str, AdapterRecord]]:
-        """Model id and newest version, by name and then in the order of the bases."""
+        """Pair model ids and newest versions, by name and then in the order of the bases."""
         newest: dict[str, dict[str, AdapterRecord]] = {}
         for record in records:
             newest.setdefault(record.name, {})[record.base] = record
@@ -185,7 +187,7 @@ class Models:
 
 
 def _spellings(record: AdapterRecord, parent: str, is_bare: bool) -> list[str]:
-    """Everything that means this adapter, or one of a base before; the short ones first."""
+    """List the names of this adapter (or of one of an earlier base), short ones first."""
     full = f"{record.tenant}/{record.name}"
     if is_bare:
         return [record.name, full, f"{parent}:{record.name}", f"{parent}:{full}"]

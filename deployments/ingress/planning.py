@@ -1,7 +1,7 @@
-"""From a parsed request and a resolved model to a Plan: prompts, limits, sampling, seeds.
+"""Plan a parsed request for a resolved model: prompts, limits, sampling, seeds.
 
-Everything about a request that can be wrong without asking the engine is refused here, with
-the value and the allowed range.
+What can be found wrong without asking the engine is refused here, with the value and the allowed
+range.
 """
 
 import asyncio
@@ -13,7 +13,7 @@ from deployments.fleet.protocol import Submit
 from deployments.ingress.api.openai import (
     ChatCompletionRequest,
     CompletionRequest,
-    GenerationRequest,
+    OpenAIRequest,
 )
 from deployments.ingress.api.openai_replies import ChatReply, CompletionReply, ReplyHead
 from deployments.ingress.choice import Choice, TokenEntry
@@ -29,7 +29,7 @@ LONG_TEXT = 20_000  # characters; longer text is encoded off the event loop
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """What a request does not say itself: new ids, seeds and the time."""
+    """Where new ids, seeds and the time come from."""
 
     new_id: Callable[[], str]
     new_seed: Callable[[], int]
@@ -104,7 +104,7 @@ async def _encode(vocabulary: Vocabulary, text: str, add_special_tokens: bool) -
     return await asyncio.to_thread(vocabulary.encode, text, add_special_tokens)
 
 
-def _head(request: GenerationRequest, reply_id: str, origin: Origin) -> ReplyHead:
+def _head(request: OpenAIRequest, reply_id: str, origin: Origin) -> ReplyHead:
     return ReplyHead(
         reply_id,
         int(origin.now()),
@@ -119,7 +119,7 @@ def _head(request: GenerationRequest, reply_id: str, origin: Origin) -> ReplyHea
 
 
 def _submits(
-    request: GenerationRequest,
+    request: OpenAIRequest,
     target: Target,
     info: EngineInfo,
     prompts: Sequence[list[int]],
@@ -127,7 +127,7 @@ def _submits(
     reply_id: str,
     origin: Origin,
 ) -> list[Submit]:
-    """One per prompt. Prompts of one request get different seeds unless the client gave one."""
+    """Make one submit per prompt, each with another seed unless the client gave one."""
     _check_token_ids("stop_token_ids", request.stop_token_ids or (), info.vocab_size)
     _check_token_ids("logit_bias", list(request.logit_bias or ()), info.vocab_size)
     submits: list[Submit] = []
@@ -152,8 +152,8 @@ def _check_token_ids(path: str, token_ids: Sequence[int], vocab_size: int) -> No
             raise invalid(f"{path}: token id {token_id} is outside 0..{vocab_size - 1}.", path)
 
 
-def _max_tokens(request: GenerationRequest, path: str, num_prompt: int, limit: int) -> int:
-    """Prompt and answer share the context; without a wish the answer gets all that is left."""
+def _max_tokens(request: OpenAIRequest, path: str, num_prompt: int, limit: int) -> int:
+    """Settle the length of the answer: by default all that the prompt leaves of the context."""
     if num_prompt == 0:
         raise invalid("The prompt is empty: it has no tokens.", path)
     if num_prompt >= limit:
@@ -182,7 +182,7 @@ def _max_tokens(request: GenerationRequest, path: str, num_prompt: int, limit: i
 
 
 def _choice_maker(
-    request: GenerationRequest,
+    request: OpenAIRequest,
     vocabulary: Vocabulary,
     prompts: Sequence[list[int]],
     openings: Sequence[str],

@@ -1,7 +1,7 @@
-"""The HTTP side: the routes of one ingress replica.
+"""Ingress: the HTTP routes of one ingress replica.
 
-`build_api` makes an ASGI application of an Ingress; nothing here imports Ray or touches a
-tensor. Requests are parsed, resolved and planned here; `responses` runs them.
+`build_api` makes an ASGI application of an Ingress. Requests are parsed, resolved and planned here;
+`streaming` runs the plans. No Ray here.
 """
 
 import json
@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Any
 
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import ClientDisconnect
+from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
@@ -32,16 +33,16 @@ from deployments.ingress.http_errors import (
     invalid,
     models_not_ready,
 )
-from deployments.ingress.limiter import Limiter
 from deployments.ingress.metrics import CONTENT_TYPE, Metrics
 from deployments.ingress.model_resolver import Models, ServedModel
 from deployments.ingress.planning import Origin, plan_chat, plan_completion
 from deployments.ingress.streaming import CLIENT_GONE, ErrorResponse, GenerationResponse
+from deployments.ingress.tenant_limiter import TenantLimiter
 from deployments.tenants.tenant import Tenant
 from deployments.tenants.tenants import Tenants
 
-Handler = Callable[[Request, ExitStack], Awaitable[Response]]
-TenantHandler = Callable[[Request, Tenant], Awaitable[Response]]
+Handler = Callable[[HttpRequest, ExitStack], Awaitable[Response]]
+TenantHandler = Callable[[HttpRequest, Tenant], Awaitable[Response]]
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
@@ -57,39 +58,39 @@ def system_origin() -> Origin:
 
 @dataclass(frozen=True, slots=True)
 class Ingress:
-    """What the routes work with, and the routes. Those of tenants are told whose request it is."""
+    """The handlers, and what they work with. Those of tenant routes are given the tenant."""
 
     models: Models
     tenants: Tenants
-    limiter: Limiter
+    limiter: TenantLimiter
     metrics: Metrics
     max_body_bytes: int
     created: int  # when this ingress began to serve, for the model cards
     origin: Origin = field(default_factory=system_origin)
 
     @contextmanager
-    def tenant_of(self, request: Request) -> Iterator[Tenant]:
-        """For as long as the request runs it counts as its tenant's. Raises ApiError."""
-        tenant = self.tenants.identify(request.headers.get("authorization"))
+    def tenant_of(self, http_request: HttpRequest) -> Iterator[Tenant]:
+        """Count a request as its tenant's while it runs. Raises KeyRefused or ApiError."""
+        tenant = self.tenants.identify(http_request.headers.get("authorization"))
         with self.limiter.inside(tenant.name, tenant.limits):
             yield tenant
 
     # ---- generation ----------------------------------------------------------------------
 
-    async def chat(self, request: Request, tenant: Tenant) -> Response:
-        parsed = parse_request(ChatCompletionRequest, await self._document(request))
-        target = await self.models.resolve(tenant, parsed.model)
-        plan = await plan_chat(parsed, target, self.origin)
-        return GenerationResponse(plan, bool(parsed.stream), self.metrics, CHAT)
+    async def chat(self, http_request: HttpRequest, tenant: Tenant) -> Response:
+        request = parse_request(ChatCompletionRequest, await self._document(http_request))
+        target = await self.models.resolve(tenant, request.model)
+        plan = await plan_chat(request, target, self.origin)
+        return GenerationResponse(plan, bool(request.stream), self.metrics, CHAT)
 
-    async def completion(self, request: Request, tenant: Tenant) -> Response:
-        parsed = parse_request(CompletionRequest, await self._document(request))
-        target = await self.models.resolve(tenant, parsed.model)
-        plan = await plan_completion(parsed, target, self.origin)
-        return GenerationResponse(plan, bool(parsed.stream), self.metrics, COMPLETIONS)
+    async def completion(self, http_request: HttpRequest, tenant: Tenant) -> Response:
+        request = parse_request(CompletionRequest, await self._document(http_request))
+        target = await self.models.resolve(tenant, request.model)
+        plan = await plan_completion(request, target, self.origin)
+        return GenerationResponse(plan, bool(request.stream), self.metrics, COMPLETIONS)
 
-    async def _document(self, request: Request) -> object:
-        body = await read_body(request, self.max_body_bytes)
+    async def _document(self, http_request: HttpRequest) -> object:
+        body = await read_body(http_request, self.max_body_bytes)
         try:
             return json.loads(body)
         except (ValueError, RecursionError) as error:
@@ -97,7 +98,7 @@ class Ingress:
 
     # ---- models --------------------------------------------------------------------------
 
-    async def list_models(self, request: Request, tenant: Tenant) -> Response:
+    async def list_models(self, http_request: HttpRequest, tenant: Tenant) -> Response:
         cards = [self._base_card(model) for model in self.models.by_id.values()]
         for listed in await self.models.list_adapters(tenant):
             record = listed.record
@@ -105,8 +106,8 @@ class Ingress:
             cards.append(adapter_card(listed.id, listed.parent, record.digest, created))
         return _json(model_list(cards))
 
-    async def show_model(self, request: Request, tenant: Tenant) -> Response:
-        name = request.path_params["model_id"]
+    async def show_model(self, http_request: HttpRequest, tenant: Tenant) -> Response:
+        name = http_request.path_params["model_id"]
         target = await self.models.resolve(tenant, name)
         if target.adapter_ref is None:
             return _json(self._base_card(target.model))
@@ -120,23 +121,23 @@ class Ingress:
 
     # ---- operation -----------------------------------------------------------------------
 
-    async def health(self, request: Request, held: ExitStack) -> Response:
+    async def health(self, http_request: HttpRequest, held: ExitStack) -> Response:
         if self.models.not_ready:
             raise models_not_ready(self.models.not_ready)
         return _json({"status": "ok"})
 
-    async def show_metrics(self, request: Request, held: ExitStack) -> Response:
-        self.tenants.check_metrics(request.headers.get("authorization"))
+    async def show_metrics(self, http_request: HttpRequest, held: ExitStack) -> Response:
+        self.tenants.check_metrics(http_request.headers.get("authorization"))
         models = self.models.by_id.values()
         stats = {model.id: await model.link.refresh_stats() for model in models}
         return Response(self.metrics.render(stats), media_type=CONTENT_TYPE)
 
 
-async def read_body(request: Request, max_bytes: int) -> bytes:
-    """Stops reading at the limit, whatever the client announced."""
+async def read_body(http_request: HttpRequest, max_bytes: int) -> bytes:
+    """Read the body. Stops at the limit, whatever length the client announced."""
     chunks: list[bytes] = []
     num_bytes = 0
-    async for chunk in request.stream():
+    async for chunk in http_request.stream():
         num_bytes += len(chunk)
         if num_bytes > max_bytes:
             raise body_too_large(max_bytes)
@@ -149,14 +150,14 @@ def build_api(ingress: Ingress) -> Api:
         return Route(path, Endpoint(path, handler, ingress.metrics), methods=[method])
 
     def of_tenants(handler: TenantHandler) -> Handler:
-        async def handle(request: Request, held: ExitStack) -> Response:
-            return await handler(request, held.enter_context(ingress.tenant_of(request)))
+        async def handle(http_request: HttpRequest, held: ExitStack) -> Response:
+            return await handler(http_request, held.enter_context(ingress.tenant_of(http_request)))
 
         return handle
 
     def no_route(scope: Scope, status: int) -> Response:
         ingress.metrics.count_answer("none", status)
-        what = f"{scope['method']} {Request(scope).url.path}"
+        what = f"{scope['method']} {HttpRequest(scope).url.path}"
         return ErrorResponse(ApiError(status, f"{HTTPStatus(status).phrase}: {what}"))
 
     routes = [
@@ -173,7 +174,7 @@ def build_api(ingress: Ingress) -> Api:
 class Endpoint:
     """One route as an ASGI application. Errors become answers, and every answer is counted.
 
-    What a handler puts into `held` is let go once the answer is sent, or nobody wants it.
+    What a handler enters into `held` is exited once the answer is sent or the client is gone.
     """
 
     def __init__(self, path: str, handler: Handler, metrics: Metrics) -> None:
@@ -183,12 +184,12 @@ class Endpoint:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with ExitStack() as held:
-            response = await self._respond(Request(scope, receive), held)
+            response = await self._respond(HttpRequest(scope, receive), held)
             await response(scope, receive, send)
 
-    async def _respond(self, request: Request, held: ExitStack) -> Response:
+    async def _respond(self, http_request: HttpRequest, held: ExitStack) -> Response:
         try:
-            response = await self._handler(request, held)
+            response = await self._handler(http_request, held)
         except ClientDisconnect:
             response = ErrorResponse(ApiError(CLIENT_GONE, "The client went away."))
         except Exception as error:

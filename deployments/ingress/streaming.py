@@ -1,4 +1,4 @@
-"""Answers as bare ASGI messages: whole documents, event streams, errors.
+"""Send answers as bare ASGI messages: whole documents, event streams, errors.
 
 Starlette's own streaming costs a task group and several awaits per chunk; this is one await.
 """
@@ -13,7 +13,7 @@ from deployments.ingress.generation import Generation, Plan
 from deployments.ingress.http_errors import ApiError, as_api_error
 from deployments.ingress.metrics import Metrics
 
-CLIENT_GONE = 499  # nobody sees it but the metrics
+CLIENT_GONE = 499  # only the metrics show it
 
 _EVENT_STREAM = (
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -28,10 +28,10 @@ class ErrorResponse(Response):
 
 
 class GenerationResponse(Response):
-    """Runs a plan and writes its answer.
+    """Runs a plan and sends its answer.
 
-    The client is watched meanwhile: when it goes away the generation is closed at once, whether
-    the server cancels this call or only says so through `receive`.
+    If the client goes away meanwhile the generation is closed at once, whether the server cancels
+    this call or only reports it through `receive`.
     """
 
     def __init__(self, plan: Plan, stream: bool, metrics: Metrics, route: str) -> None:
@@ -59,7 +59,7 @@ class GenerationResponse(Response):
         try:
             status = await self._answer(scope, receive, send)
         except asyncio.CancelledError:
-            # Our own, unless somebody else wants an end too.
+            # From `give_up`, unless the server has cancelled this call as well.
             if not is_gone or work.uncancel() > 0:
                 raise
         finally:
@@ -68,7 +68,7 @@ class GenerationResponse(Response):
             self._metrics.count_answer(self._route, status)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> int:
-        """The status, once everything is sent."""
+        """Send everything. Returns the status."""
         try:
             generation = Generation(self._plan, self._metrics)
             try:
@@ -85,7 +85,7 @@ class GenerationResponse(Response):
 
 
 async def _send_events(generation: Generation, send: Send) -> int:
-    """An error after the first byte is an event, and the stream ends without [DONE]."""
+    """Send an event stream. An error in it is its last event, instead of [DONE]."""
     status = 200
     # A list of its own: middleware appends to it.
     headers = list(_EVENT_STREAM)

@@ -1,4 +1,4 @@
-"""Bodies of /v1/models: base models and, below them, adapters."""
+"""Write the bodies of /v1/models: base models and, below them, adapters."""
 
 from typing import Any
 
@@ -6,13 +6,13 @@ OWNER = "reef"
 
 
 def base_card(model_id: str, created: int, max_model_len: int | None) -> dict[str, Any]:
-    """`max_model_len` is null until the engine has loaded the model."""
+    """Describe a base model. `max_model_len` is null until the engine has loaded it."""
     card = _card(model_id, created, root=model_id, parent=None)
     return {**card, "max_model_len": max_model_len}
 
 
 def adapter_card(model_id: str, parent: str, digest: str, created: int) -> dict[str, Any]:
-    """`root` is what the name stands for: the adapter's content."""
+    """Describe an adapter. Its `root` is the digest of its content."""
     return _card(model_id, created, root=digest, parent=parent)
 
 

@@ -1,7 +1,7 @@
-"""OpenAI's chat and completion requests, with vLLM's sampling extras: what is accepted.
+"""Parse OpenAI's chat and completion requests, with vLLM's sampling extras.
 
-A field that would change the result and is not implemented is refused; one that cannot is
-accepted and ignored; one that nobody knows is refused by name. Says nothing about text or tokens.
+A field that would change the result and is not implemented is refused; one that cannot change it
+is accepted and ignored; an unknown one is refused by name. Knows nothing of text and tokens.
 """
 
 import math
@@ -11,8 +11,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from deployments.ingress.http_errors import ApiError, invalid
 from engine.scheduler.request import MAX_LOGPROBS, InvalidRequest, SamplingParams
+from engine.validate import MAX_CHOICES
 
-MAX_CHOICES = 128
 MAX_STOPS = 16
 MAX_PROMPTS = 128
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's own default for completions
@@ -28,7 +28,7 @@ def _finite(value: object) -> object:
 
 
 def _stops(value: object) -> object:
-    """One string or several; an empty one would end every answer before it begins."""
+    """Read one string or several. An empty one would end every answer before it begins."""
     stops = [value] if isinstance(value, str) else value
     if not isinstance(stops, list) or not all(isinstance(s, str) and s for s in stops):
         raise ValueError("must be a non-empty string or a list of non-empty strings")
@@ -38,7 +38,7 @@ def _stops(value: object) -> object:
 
 
 def _prompts(value: object) -> object:
-    """Text, texts, token ids or lists of token ids -> a list of texts or of token id lists."""
+    """Read text, texts, token ids or lists of them, as a list of texts or of token id lists."""
     if isinstance(value, str):
         return [value]
     if not isinstance(value, list) or not value:
@@ -81,8 +81,8 @@ class StreamOptions(Model):
     include_obfuscation: bool | None = None  # ignored: nothing is padded
 
 
-class GenerationRequest(Model):
-    """What both interfaces share."""
+class OpenAIRequest(Model):
+    """The fields that chats and completions share."""
 
     model: str
     max_tokens: int | None = None
@@ -119,7 +119,7 @@ class GenerationRequest(Model):
     prompt_cache_retention: Any = None
 
     @model_validator(mode="after")
-    def _stream_options_need_a_stream(self) -> "GenerationRequest":
+    def _stream_options_need_a_stream(self) -> "OpenAIRequest":
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options: only allowed when stream is true")
         return self
@@ -145,7 +145,7 @@ class GenerationRequest(Model):
         return None
 
     def sampling(self, max_tokens: int, seed: int) -> SamplingParams:
-        """`seed` is used where the client gave none. Raises ApiError."""
+        """Build sampling parameters, with `seed` if the client gave none. Raises ApiError."""
         biases = self.logit_bias or {}
         given = {
             "temperature": self.temperature,
@@ -178,7 +178,7 @@ class TextPart(Model):
 
 
 def _content(value: object) -> object:
-    """Text, or a list of text parts; the parts of one message are one text."""
+    """Read text, or a list of text parts, which are joined."""
     if value is None or isinstance(value, str):
         return value
     if not isinstance(value, list):
@@ -201,13 +201,13 @@ class Message(Model):
     annotations: Any = None
 
     def document(self) -> dict[str, str]:
-        """As chat templates expect it. `developer` is OpenAI's newer word for `system`."""
+        """Write the message for chat templates. `developer` is OpenAI's newer word for `system`."""
         role = "system" if self.role == "developer" else self.role
         message = {"role": role, "content": self.content or ""}
         return message if self.name is None else {**message, "name": self.name}
 
 
-class ChatCompletionRequest(GenerationRequest):
+class ChatCompletionRequest(OpenAIRequest):
     messages: list[Message] = Field(min_length=1)
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
@@ -249,7 +249,7 @@ class ChatCompletionRequest(GenerationRequest):
         return (self.top_logprobs or 0) if self.logprobs else None
 
 
-class CompletionRequest(GenerationRequest):
+class CompletionRequest(OpenAIRequest):
     prompt: Prompts
     echo: bool | None = None
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
@@ -279,16 +279,16 @@ class CompletionRequest(GenerationRequest):
 
 
 def parse_request(kind: type[RequestT], document: object) -> RequestT:
-    """Raises ApiError with the path of the first field that is wrong."""
+    """Check a request body. Raises ApiError with the path of the first field that is wrong."""
     if not isinstance(document, dict):
         raise invalid(f"The body must be a JSON object, not {type(document).__name__}.")
     try:
         return kind.model_validate(document)
     except ValidationError as error:
-        raise _explain(error.errors()[0]) from None
+        raise _as_api_error(error.errors()[0]) from None
 
 
-def _explain(error: Any) -> ApiError:
+def _as_api_error(error: Any) -> ApiError:
     path = _path(error["loc"])
     if error["type"] == "extra_forbidden":
         return invalid(f"Unknown field: {path}.", path, "unknown_field")
@@ -303,7 +303,7 @@ def _explain(error: Any) -> ApiError:
 
 
 def _path(loc: tuple[str | int, ...]) -> str:
-    """('messages', 0, 'content') -> messages[0].content"""
+    """Write ('messages', 0, 'content') as messages[0].content."""
     text = ""
     for part in loc:
         text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part

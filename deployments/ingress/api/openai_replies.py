@@ -1,7 +1,7 @@
-"""Bodies of OpenAI's answers: server-sent events and whole documents.
+"""Write the bodies of OpenAI's answers: server-sent events and whole documents.
 
-A plain text chunk is three byte strings put together: everything around the text is encoded
-once per request, because this is done for every token of every stream.
+A plain text chunk is three byte strings joined: what is around the text is encoded once per
+request, because chunks are written for every token of every stream.
 """
 
 import json
@@ -38,7 +38,7 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class ReplyHead:
-    """What every part of one answer repeats, and what the client asked to have in it."""
+    """The fields that every part of an answer repeats, and what the client wants in it."""
 
     reply_id: str
     created: int
@@ -57,7 +57,7 @@ def event(document: object) -> bytes:
 
 
 class Reply:
-    """The parts that chat and completions share. A subclass says how a choice is written."""
+    """Writes the parts that chats and completions share. A subclass writes the choices."""
 
     chunk_object: str
     whole_object: str
@@ -74,18 +74,18 @@ class Reply:
         self._frames: dict[int, tuple[bytes, bytes]] = {}
 
     def opening(self, index: int) -> bytes:
-        """Sent for each choice before its first text."""
+        """Write what is sent for a choice before its first text."""
         raise NotImplementedError
 
     def text(self, choice: Choice, text: str) -> bytes:
-        """One chunk with new text."""
+        """Write a chunk with new text."""
         if self._is_plain:
             frame = self._frames.get(choice.index) or self._frame(choice.index)
             return b"".join((frame[0], _encode_text(text).encode(), frame[1]))
         return self._chunk([self._chunk_choice(choice, text)])
 
     def closing(self, choice: Choice) -> bytes:
-        """The last chunk of a choice: why it ended."""
+        """Write the last chunk of a choice: why it ended."""
         document = self._chunk_choice(choice, None)
         document["finish_reason"] = choice.finish_reason
         document["stop_reason"] = choice.stop_reason
@@ -105,7 +105,7 @@ class Reply:
         return event({**self._chunk_head, "choices": choices, **tail})
 
     def _frame(self, index: int) -> tuple[bytes, bytes]:
-        """The bytes before and after the text in a plain chunk of this choice."""
+        """Encode what comes before and after the text in a plain chunk of this choice."""
         mark = "\x00"
         chunk = self._chunk([self._bare_choice(index, mark)]).decode()
         before, after = chunk.split(_encode(mark))

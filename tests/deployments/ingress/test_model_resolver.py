@@ -18,10 +18,10 @@ from adapter_store.errors import AdapterNotFound, AdapterStoreError, SourceUnava
 from adapter_store.names import AdapterRecord, AdapterRef
 from deployments.fleet.protocol import Hello
 from deployments.ingress.http_errors import ApiError
-from deployments.ingress.limiter import Limiter
 from deployments.ingress.metrics import Metrics
 from deployments.ingress.model_resolver import Models, ServedModel, Target
 from deployments.ingress.routes import Ingress, build_api
+from deployments.ingress.tenant_limiter import TenantLimiter
 from deployments.tenants.tenant import Tenant
 from deployments.tenants.tenants import Everybody
 from tests.deployments.support.fakes import INFO, Answered, byte_vocabulary, call
@@ -364,7 +364,7 @@ def test_health_names_the_models_that_are_not_ready() -> None:
     async def health(**bases: str | None) -> Answered:
         metrics = Metrics()
         served = models(CatalogStore(), **bases)
-        ingress = Ingress(served, Everybody(), Limiter(metrics), metrics, 100, 10**9)
+        ingress = Ingress(served, Everybody(), TenantLimiter(metrics), metrics, 100, 10**9)
         return await call(build_api(ingress), "GET", "/health", b"")
 
     assert asyncio.run(health(large=LARGE, small=SMALL)).json == {"status": "ok"}

@@ -20,11 +20,11 @@ from adapter_store.names import AdapterRecord, AdapterRef
 from deployments.fleet.engine_link import EngineLink
 from deployments.fleet.timing import Timing
 from deployments.ingress.asgi import Api
-from deployments.ingress.limiter import Limiter
 from deployments.ingress.metrics import Metrics
 from deployments.ingress.model_resolver import Models, ServedModel
 from deployments.ingress.planning import Origin
 from deployments.ingress.routes import Ingress, build_api
+from deployments.ingress.tenant_limiter import TenantLimiter
 from deployments.replica.replica import EngineReplica, ReplicaSettings
 from deployments.tenants.tenants import Everybody, Tenants
 from deployments.text.vocabulary import Vocabulary
@@ -332,7 +332,7 @@ async def serving(
     served = ServedModel("base", vocabulary or byte_vocabulary(), link)
     numbers = iter(range(10**6))
     origin = Origin(lambda: str(next(numbers)), lambda: 1000 + next(numbers), lambda: 1e9)
-    limiter = Limiter(metrics, clock_ns)
+    limiter = TenantLimiter(metrics, clock_ns)
     models = Models([served], store)
     ingress = Ingress(models, tenants or Everybody(), limiter, metrics, 10_000, 10**9, origin)
     server = Server(engine, store, replica, connection, link, build_api(ingress), metrics)

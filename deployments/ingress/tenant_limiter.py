@@ -1,7 +1,7 @@
-"""Limiter: the limits of every tenant at one ingress replica, and who is inside.
+"""TenantLimiter: hold every tenant to its limits at one ingress replica.
 
-`policy.admission` decides; here is the state, bounded in memory, and the word for a refusal. Knows
-no keys: whoever asks says which tenant it is.
+`policy.admission` decides; here is the state, bounded in memory, and the answer to a refusal.
+Knows no keys: the caller says which tenant it is.
 """
 
 import time
@@ -12,11 +12,11 @@ from deployments.ingress.http_errors import rate_limited
 from deployments.ingress.metrics import Metrics
 from deployments.policy.admission import Limits, Load, Refusal, admit, is_idle, release
 
-SPARE_LOADS = 64  # idle tenants that may be remembered before they are looked for
+SPARE_LOADS = 64  # idle tenants that may be remembered before the first sweep
 
 
-class Limiter:
-    """For one event loop. Invariant: a Load says how many `inside` blocks of a tenant are open."""
+class TenantLimiter:
+    """Used in one event loop. A tenant's Load counts the `inside` blocks that are open."""
 
     def __init__(self, metrics: Metrics, clock_ns: Callable[[], int] = time.monotonic_ns) -> None:
         self._metrics = metrics
@@ -33,7 +33,7 @@ class Limiter:
 
     @contextmanager
     def inside(self, tenant: str, limits: Limits) -> Iterator[None]:
-        """For as long as a request runs. Raises ApiError, 429, when it may not begin."""
+        """Count a request while it runs. Raises ApiError (429) if it may not begin."""
         now_ns = self._clock_ns()
         load = self._loads[tenant][0] if tenant in self._loads else Load(at_ns=now_ns)
         answer = admit(load, limits, now_ns)
@@ -49,7 +49,7 @@ class Limiter:
             self._loads[tenant] = (release(load), limits)
 
     def _sweep(self, now_ns: int) -> None:
-        """Forgets idle tenants, each time their number has doubled."""
+        """Forget idle tenants, each time the number of tenants has doubled."""
         if len(self._loads) <= self._sweep_at:
             return
         for tenant, (load, limits) in list(self._loads.items()):
