@@ -128,6 +128,7 @@ class IngressSection(Section):
     num_cpus: float = Field(0, ge=0)
     max_body_bytes: Bytes = 8 * 2**20
     max_queued_requests: int = Field(1024, ge=0)  # beyond max_num_seqs; more are told to retry
+    max_adapter_series: int = Field(200, ge=0)  # adapters with metrics of their own
 
 
 class AppConfig(Section):

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from deployments.fleet.background_tasks import BackgroundTasks
 from deployments.fleet.batch_queue import Mailbox
+from deployments.fleet.engine_totals import EngineTotals
 from deployments.fleet.failover import Attempt, ResumableRequest
 from deployments.fleet.leases import forgotten_attempts, orphans
 from deployments.fleet.placement import Placement
@@ -43,6 +44,7 @@ class EngineLink:
         self._timing = timing or Timing()
         self._attempts: dict[str, Attempt] = {}
         self._requests: dict[Mailbox[Item], list[ResumableRequest]] = {}
+        self._totals = EngineTotals()
         self._tasks = BackgroundTasks()
         self._streams = StreamPool(connection, ingress_id, self, self._tasks, self._timing)
         self._placement = Placement(
@@ -62,8 +64,8 @@ class EngineLink:
 
     @property
     def stats(self) -> EngineStats:
-        """The last known figures of all replicas that this ingress has a stream to."""
-        return self._streams.stats
+        """The last known figures of all replicas with a stream; totals of all there have been."""
+        return self._totals.put_into(self._streams.stats)
 
     @property
     def num_live(self) -> int:
@@ -158,6 +160,7 @@ class EngineLink:
             del self._attempts[attempt.id]
 
     def on_lease(self, stream: ReplicaStream, lease: Lease) -> None:
+        self._totals.report(stream.replica_id, lease.stats)
         now_s, lost_s = self._timing.clock(), self._timing.lost_s
         for attempt in forgotten_attempts(self._attempts, stream, lease, now_s, lost_s):
             self._lose(attempt, "The engine replica lost the request.")

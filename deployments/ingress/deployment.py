@@ -38,7 +38,8 @@ class IngressDeployment:
         ]
         for model in models:
             model.link.start()
-        metrics = Metrics()
+        base_ids = [model.id for model in config.models]
+        metrics = Metrics(config.ingress.max_adapter_series, base_ids)
         tenants = open_tenants(config.tenancy)
         tenants.start()
         self._ingress = Ingress(

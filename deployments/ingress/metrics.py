@@ -1,16 +1,18 @@
-"""Request figures of one ingress replica, in Prometheus' text format.
+"""Metrics: the figures of one ingress replica, in Prometheus' text format.
 
-Gauges of the engine come from its latest report. Observing a token costs no lock: each stream
+Those of the engines come from their latest reports. Observing a token takes no lock: each stream
 counts its own gaps and hands them over at its end.
 """
 
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import HistogramMetricFamily
 from prometheus_client.registry import Collector
 
+from deployments.ingress.adapter_labels import AdapterLabels
+from deployments.ingress.engine_metrics import EngineCollector
 from engine.messages import EngineStats
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -60,10 +62,16 @@ def _cumulative(counts: Sequence[int]) -> list[tuple[str, float]]:
 
 
 class Metrics:
-    """`adapter` labels are the names that requests gave; only resolved ones get here."""
+    """`adapter` labels are `tenant/name@version`, or the id of a base model.
 
-    def __init__(self) -> None:
+    Of `max_adapter_series` adapters the series have labels of their own, all later ones share one.
+    """
+
+    def __init__(self, max_adapter_series: int, base_ids: Iterable[str] = ()) -> None:
+        self._labels = AdapterLabels(max_adapter_series, base_ids)
+        self._engines = EngineCollector()
         self.registry = CollectorRegistry()
+        self.registry.register(self._engines)
         self._gaps = _GapCollector()
         self.registry.register(self._gaps)
         self._queue = self._seconds("reef_request_queue_seconds", "Arrival to first scheduled.")
@@ -85,10 +93,6 @@ class Metrics:
         self._refused = self._count(
             "reef_refused_requests", "Requests beyond a tenant's limits.", "tenant", "limit"
         )
-        self._engine = {
-            name: Gauge(f"reef_{name}", text, ["model"], registry=self.registry)
-            for name, text in _ENGINE_GAUGES.items()
-        }
 
     def _seconds(self, name: str, text: str) -> Histogram:
         return Histogram(name, text, ["adapter"], buckets=SECONDS, registry=self.registry)
@@ -103,46 +107,25 @@ class Metrics:
         self._refused.labels(tenant, limit).inc()
 
     def count_tokens(self, adapter: str, num_prompt: int, num_cached: int, num_out: int) -> None:
-        self._prompt_tokens.labels(adapter).inc(num_prompt)
-        self._cached_tokens.labels(adapter).inc(num_cached)
-        self._output_tokens.labels(adapter).inc(num_out)
+        label = self._labels.of(adapter)
+        self._prompt_tokens.labels(label).inc(num_prompt)
+        self._cached_tokens.labels(label).inc(num_cached)
+        self._output_tokens.labels(label).inc(num_out)
 
     def observe_gaps(self, adapter: str, gaps: Gaps) -> None:
-        self._gaps.add(adapter, gaps)
+        self._gaps.add(self._labels.of(adapter), gaps)
 
     def observe_queue(self, adapter: str, queue_s: float) -> None:
-        self._queue.labels(adapter).observe(queue_s)
+        self._queue.labels(self._labels.of(adapter)).observe(queue_s)
 
     def observe_choice(self, adapter: str, ttft_s: float, e2e_s: float, num_tokens: int) -> None:
-        """One answer from the ingress' point of view: from arrival here to handing it out."""
-        self._ttft.labels(adapter).observe(ttft_s)
-        self._e2e.labels(adapter).observe(e2e_s)
+        """Record one answer as the ingress sees it: from arrival to handing it out."""
+        label = self._labels.of(adapter)
+        self._ttft.labels(label).observe(ttft_s)
+        self._e2e.labels(label).observe(e2e_s)
         if num_tokens > 1:
-            self._tpot.labels(adapter).observe((e2e_s - ttft_s) / (num_tokens - 1))
+            self._tpot.labels(label).observe((e2e_s - ttft_s) / (num_tokens - 1))
 
     def render(self, stats: Mapping[str, EngineStats]) -> bytes:
-        for model, now in stats.items():
-            for name, value in _engine_values(now).items():
-                self._engine[name].labels(model).set(value)
+        self._engines.stats = dict(stats)
         return generate_latest(self.registry)
-
-
-_ENGINE_GAUGES = {
-    "requests_running": "Requests in the engine's batch.",
-    "requests_waiting": "Requests in the engine's queue.",
-    "queued_tokens": "Prompt tokens not yet computed.",
-    "kv_blocks_used": "KV blocks that requests hold.",
-    "kv_blocks_total": "KV blocks that adapters in use leave.",
-    "resident_adapters": "Adapters in device memory.",
-}
-
-
-def _engine_values(stats: EngineStats) -> dict[str, float]:
-    return {
-        "requests_running": stats.num_running,
-        "requests_waiting": stats.num_waiting,
-        "queued_tokens": stats.queued_tokens,
-        "kv_blocks_used": stats.num_blocks_used,
-        "kv_blocks_total": stats.num_blocks_total,
-        "resident_adapters": len(stats.resident_adapters),
-    }

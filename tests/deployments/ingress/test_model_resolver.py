@@ -362,7 +362,7 @@ def test_no_name_gets_a_tenant_to_anothers_adapter_or_past_its_own(
 
 def test_health_names_the_models_that_are_not_ready() -> None:
     async def health(**bases: str | None) -> Answered:
-        metrics = Metrics()
+        metrics = Metrics(200)
         served = models(CatalogStore(), **bases)
         ingress = Ingress(served, Everybody(), TenantLimiter(metrics), metrics, 100, 10**9)
         return await call(build_api(ingress), "GET", "/health", b"")

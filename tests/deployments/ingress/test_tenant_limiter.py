@@ -21,7 +21,7 @@ class Clock:
 
 def test_tenants_that_went_away_are_forgotten_and_busy_ones_are_not() -> None:
     clock = Clock()
-    limiter = TenantLimiter(Metrics(), clock)
+    limiter = TenantLimiter(Metrics(200), clock)
     limits = Limits(requests_per_minute=1)
     with limiter.inside("busy", Limits(max_concurrent_requests=1)):
         for number in range(50 * SPARE_LOADS):
@@ -35,7 +35,7 @@ def test_tenants_that_went_away_are_forgotten_and_busy_ones_are_not() -> None:
 
 
 def test_tenants_in_debt_are_kept() -> None:
-    limiter = TenantLimiter(Metrics(), Clock())
+    limiter = TenantLimiter(Metrics(200), Clock())
     limits = Limits(requests_per_minute=1)
     names = [f"tenant-{number}" for number in range(5 * SPARE_LOADS)]
     for name in names:
@@ -48,7 +48,7 @@ def test_tenants_in_debt_are_kept() -> None:
 
 
 def test_an_error_frees_the_concurrency_place() -> None:
-    limiter = TenantLimiter(Metrics(), Clock())
+    limiter = TenantLimiter(Metrics(200), Clock())
     for _ in range(3):
         with pytest.raises(ZeroDivisionError), limiter.inside("a", Limits(None, 1)):
             assert limiter.num_running("a") == 1

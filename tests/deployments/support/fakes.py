@@ -115,6 +115,7 @@ class FakeEngine:
         self.failure: str | None = None
         self.is_up = True
         self.requests: list[GenerateRequest] = []
+        self.totals = EngineStats()
         self.aborted: list[str] = []
         self.running = asyncio.Event()
         self.running.set()
@@ -127,7 +128,7 @@ class FakeEngine:
 
     @property
     def stats(self) -> EngineStats:
-        return EngineStats(num_running=len(self._live), num_blocks_total=64)
+        return replace(self.totals, num_running=len(self._live), num_blocks_total=64)
 
     async def start(self) -> EngineInfo:
         self._task = asyncio.create_task(self._run())
@@ -303,6 +304,7 @@ async def serving(
     clock: Callable[[], float] | None = None,
     tenants: Tenants | None = None,
     clock_ns: Callable[[], int] = time.monotonic_ns,
+    max_adapter_series: int = 200,
 ) -> AsyncIterator[Server]:
     """The clock, if given, is the link's and the replica's."""
     engine = engine or FakeEngine()
@@ -328,7 +330,7 @@ async def serving(
     )
     link = EngineLink(connection, "ingress", timing)
     link.start()
-    metrics = Metrics()
+    metrics = Metrics(max_adapter_series, ["base"])
     served = ServedModel("base", vocabulary or byte_vocabulary(), link)
     numbers = iter(range(10**6))
     origin = Origin(lambda: str(next(numbers)), lambda: 1000 + next(numbers), lambda: 1e9)

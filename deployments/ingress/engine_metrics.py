@@ -1,0 +1,74 @@
+"""EngineCollector: what the engines report, as Prometheus' gauges and counters."""
+
+from collections.abc import Iterable, Mapping
+
+from prometheus_client import Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+from engine.messages import EngineStats
+
+# name: field of EngineStats, help
+GAUGES = {
+    "reef_requests_running": ("num_running", "Requests in the engine's batch."),
+    "reef_requests_waiting": ("num_waiting", "Requests in the engine's queue."),
+    "reef_queued_tokens": ("queued_tokens", "Prompt tokens not yet computed."),
+    "reef_kv_blocks_used": ("num_blocks_used", "KV blocks that requests hold."),
+    "reef_kv_blocks_cached": (
+        "num_blocks_cached",
+        "KV blocks that no request holds, kept for prompts that begin alike.",
+    ),
+    "reef_kv_blocks_total": ("num_blocks_total", "KV blocks that adapters in use leave."),
+}
+COUNTERS = {
+    "reef_engine_steps": ("total_steps", "Steps."),
+    "reef_engine_step_seconds": (
+        "total_step_s",
+        "Seconds spent in steps; time in which two overlap counts once.",
+    ),
+    "reef_engine_preemptions": (
+        "total_preemptions",
+        "Times that a request lost its KV blocks and had to be computed again.",
+    ),
+    "reef_engine_prompt_tokens": (
+        "total_prompt_tokens",
+        "Prompt tokens of choices that have finished.",
+    ),
+    "reef_engine_cached_prompt_tokens": (
+        "total_cached_tokens",
+        "Tokens of these prompts that were found in the KV cache.",
+    ),
+    "reef_engine_output_tokens": ("total_output_tokens", "Tokens that were generated."),
+}
+SCOPE = (
+    " Summed over the model's replicas, those that are gone included, as far as this ingress has"
+    " heard from them; other ingresses report the same engines."
+)
+
+
+class EngineCollector(Collector):
+    """Shows the latest statistics, by model id."""
+
+    def __init__(self) -> None:
+        self.stats: Mapping[str, EngineStats] = {}
+
+    def collect(self) -> Iterable[Metric]:
+        for name, (field, text) in GAUGES.items():
+            gauge = GaugeMetricFamily(name, text, labels=["model"])
+            for model, stats in self.stats.items():
+                gauge.add_metric([model], getattr(stats, field))
+            yield gauge
+        yield self._resident_adapters()
+        for name, (field, text) in COUNTERS.items():
+            counter = CounterMetricFamily(name, text + SCOPE, labels=["model"])
+            for model, stats in self.stats.items():
+                counter.add_metric([model], getattr(stats, field))
+            yield counter
+
+    def _resident_adapters(self) -> Metric:
+        gauge = GaugeMetricFamily(
+            "reef_resident_adapters", "Adapters in device memory.", labels=["model"]
+        )
+        for model, stats in self.stats.items():
+            gauge.add_metric([model], len(stats.resident_adapters))
+        return gauge
