@@ -1,10 +1,10 @@
-"""What the size of a step does to throughput and to the gaps between a stream's tokens.
+"""Measures how the size of a step affects throughput and the gaps between a stream's tokens.
 
     python -m tests.bench.chunk_bench small --tokens 64 128 256 512 --clients 8
 
-Clients in a closed loop send prompts to one engine in this process: each asks again as soon as its
-answer has ended. The same requests are run with every `max_num_batched_tokens`, in turn, and
-rows show medians over the rounds. Times are in ms.
+Clients in a closed loop send prompts to one engine in this process: each sends its next request as
+soon as its last one has ended. The same requests run with every `max_num_batched_tokens` in turn,
+and rows show medians over the rounds. Times are in ms.
 """
 
 import argparse
@@ -30,7 +30,7 @@ COLUMNS = ("tokens/s", "TTFT p50", "p99", "TPOT p50", "ITL p50", "p95", "p99", "
 
 @dataclass(slots=True)
 class Clock:
-    """When requests were sent, and what their tokens' arrivals tell; seconds."""
+    """Records when requests were sent and tokens arrived, and derives latencies; in seconds."""
 
     sent: dict[str, float] = field(default_factory=dict)
     latest: dict[str, float] = field(default_factory=dict)
@@ -39,7 +39,7 @@ class Clock:
     itl: list[float] = field(default_factory=list)
 
     def take(self, output: RequestOutput, num_tokens: int) -> None:
-        """`num_tokens`: of the whole answer."""
+        """Record an output of a request whose whole answer has `num_tokens` tokens."""
         key, now = output.request_id, time.perf_counter()
         if key in self.latest:
             self.itl.append(now - self.latest[key])
@@ -67,7 +67,7 @@ def main() -> None:
         options.seed,
     ).jobs()
     runs: dict[int, list[list[float]]] = {size: [] for size in options.tokens}
-    run(engine, adapters, jobs, options.clients)  # reads the adapters, touches the memory
+    run(engine, adapters, jobs, options.clients)  # warm up: read the adapters, touch the memory
     for _ in range(options.rounds):
         for size, rows in runs.items():
             _set_step(engine, size)
@@ -85,7 +85,7 @@ def main() -> None:
 
 
 def run(engine: Engine, adapters: list[Path], jobs: list[Job], clients: int) -> list[float]:
-    """One pass over all jobs; the figures that COLUMNS names."""
+    """Run all jobs once; return the figures named in COLUMNS."""
     clock, queue, num_alive = Clock(), list(enumerate(jobs)), 0
     start = time.perf_counter()
     while queue or num_alive:
@@ -112,7 +112,7 @@ def run(engine: Engine, adapters: list[Path], jobs: list[Job], clients: int) -> 
 
 
 def _set_step(engine: Engine, max_num_batched_tokens: int) -> None:
-    """The engine was made for the largest."""
+    """Set the token limit of a step; the engine was made for the largest."""
     limits = engine.scheduler.limits
     engine.scheduler.limits = replace(limits, max_num_batched_tokens=max_num_batched_tokens)
 

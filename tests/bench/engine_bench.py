@@ -1,13 +1,13 @@
-"""The engine without HTTP: three ways of batching and several traffics, interleaved.
+"""Measures the engine without HTTP: three ways of batching and several traffics, interleaved.
 
     python -m tests.bench.engine_bench half --modes continuous --traffic base distinct --rounds 5
 
     batch1       one request at a time
     static       batches of --batch that wait for their slowest request
-    continuous   a place is taken again as soon as it is free
+    continuous   a new request starts as soon as one has ended
 
-Every round runs each combination once, so that a busy moment of the machine hits all alike;
-the rows show medians over the rounds.
+Every round runs each combination once, so that other load on the machine affects all equally; the
+rows show medians over the rounds.
 """
 
 import argparse
@@ -45,7 +45,7 @@ def main() -> None:
 
 
 def engine_config(source: Path, max_num_seqs: int, adapter_bytes: int) -> EngineConfig:
-    """No prefix cache: rounds repeat their prompts and must all compute them."""
+    """Make a config without prefix cache: rounds repeat their prompts and must compute them all."""
     return EngineConfig(
         source=str(source),
         max_num_seqs=max_num_seqs,
@@ -116,7 +116,7 @@ def _row(case: Case, runs: list[Run]) -> str:
 
 
 def _ratios(runs: dict[Case, list[Run]]) -> list[str]:
-    """Within a round first, then the median: neighbours in time shared the same machine."""
+    """Compare within each round, then take the median: runs of one round had equal conditions."""
     texts: list[str] = []
     for mode, traffic in runs:
         if traffic != "base" and (mode, "base") in runs:

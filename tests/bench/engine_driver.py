@@ -1,4 +1,4 @@
-"""Runs workloads on an engine, in this process or through its own, without HTTP."""
+"""Runs workloads on an engine without HTTP, in this process or in the engine's own."""
 
 import asyncio
 import os
@@ -19,7 +19,7 @@ from tests.bench.workload import Job
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One pass over a workload."""
+    """Result of one pass over a workload."""
 
     num_tokens: int
     wall_s: float
@@ -39,14 +39,14 @@ class Run:
 
 class Driver(Protocol):
     def run(self, groups: Sequence[Sequence[Job]], concurrency: int) -> Run:
-        """One group after the other; of a group, up to `concurrency` requests at any time."""
+        """Run one group after the other; of each, up to `concurrency` requests at a time."""
         ...
 
     def close(self) -> None: ...
 
 
 class InProcess:
-    """The engine's step loop in this very thread: no messages, no second process."""
+    """Runs the engine's step loop in this thread: no messages, no second process."""
 
     def __init__(self, config: EngineConfig, adapters: Sequence[Path]) -> None:
         self._engine = Engine(config)
@@ -90,7 +90,7 @@ class InProcess:
 
 
 class ThroughProcess:
-    """The engine in its own process, as a replica has it: frames over a socket, asyncio here."""
+    """Runs the engine in its own process, like a replica: frames over a socket, asyncio here."""
 
     def __init__(self, config: EngineConfig, adapters: Sequence[Path]) -> None:
         self._loop = asyncio.new_event_loop()
@@ -120,7 +120,7 @@ class ThroughProcess:
         others = noise.read().others
         num_expected = before.total_output_tokens + self._num_tokens
         while self._client.stats.total_output_tokens < num_expected:
-            await asyncio.sleep(0.01)  # the last statistics are on their way
+            await asyncio.sleep(0.01)  # wait for the last statistics to arrive
         after = self._client.stats
         return Run(
             self._num_tokens,
@@ -153,7 +153,7 @@ class ThroughProcess:
         self._num_tokens += sum(len(output.token_ids) for output in ended)
         try:
             num = num_ended(ended)
-        except RuntimeError as error:  # carried out of the event loop's callback
+        except RuntimeError as error:  # raised again outside of the event loop's callback
             self._failure = error
             self._ended.set()
             return

@@ -1,6 +1,6 @@
-"""What a row of numbers was measured on, and who else was busy meanwhile.
+"""Describes what a row of numbers was measured on, and the other load on the machine.
 
-A row is one line. Without its header a number is not a number.
+A row is one line. Numbers are meaningless without their header.
 """
 
 import os
@@ -21,7 +21,7 @@ TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 
 def header(seed: int, commits: str | None = None) -> str:
-    """Commit (+: with changes), processor, cores, threads, torch, day and seed."""
+    """Return commit (+: with changes), processor, cores, threads, torch, day and seed."""
     cores, threads = os.cpu_count(), torch.get_num_threads()
     return (
         f"{commits or commit()} | {_processor()}, {cores} cores, {threads} threads"
@@ -31,7 +31,7 @@ def header(seed: int, commits: str | None = None) -> str:
 
 
 def append_row(path: Path | None, row: str) -> None:
-    """Print it, and keep it where the caller wants."""
+    """Print the row, and append it to the file if one is given."""
     assert "\n" not in row
     print(row, flush=True)
     if path is not None:
@@ -70,7 +70,7 @@ class Noise:
 
 
 class NoiseMeter:
-    """From its making to `read`: what the machine used, less what the processes named did."""
+    """Measures CPU time from construction to `read`, without that of the given processes."""
 
     def __init__(self, pids: Iterable[int]) -> None:
         self._pids = list(pids)
@@ -87,16 +87,16 @@ class NoiseMeter:
 
 
 def cpu_s(pid: int) -> float:
-    """CPU seconds of a process and its threads; 0 if it is gone."""
+    """Return CPU seconds of a process and its threads; 0 if it has ended."""
     with suppress(OSError):
-        # pid (name) state ppid ... utime stime ...; the name may hold anything
+        # pid (name) state ppid ... utime stime ...; the name may contain anything
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / TICKS_PER_S
     return 0.0
 
 
 def _machine_cpu_s() -> float:
-    """All cores: user, nice, system, irq, softirq and stolen time."""
+    """Return CPU seconds of all cores: user, nice, system, irq and softirq time."""
     fields = [int(x) for x in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
     user, nice, system, _idle, _iowait, irq, softirq, _steal = fields
     return (user + nice + system + irq + softirq) / TICKS_PER_S
@@ -114,13 +114,13 @@ def in_turns(number: int, a: Callable[[], T], b: Callable[[], T]) -> tuple[T, T]
 
 
 def comparison(pairs: Sequence[tuple[float, float]], digits: int) -> str:
-    """`A middle, B middle, B/A middle (low-high)`; the ratios are of each pair."""
+    """Format `A median, B median, B/A median (low-high)`; the ratios are taken per pair."""
     a, b = (statistics.median(side) for side in zip(*pairs, strict=True))
     ratios = [of_b / of_a if of_a else float("nan") for of_a, of_b in pairs]
     return f"A {a:.{digits}f}, B {b:.{digits}f}, B/A {median_and_range(ratios, 3)}"
 
 
 def median_and_range(values: list[float], digits: int = 1) -> str:
-    """`middle (low-high)`: one disturbed round must not be the result."""
+    """Format `median (low-high)`: one disturbed round must not determine the result."""
     middle = statistics.median(values)
     return f"{middle:.{digits}f} ({min(values):.{digits}f}-{max(values):.{digits}f})"

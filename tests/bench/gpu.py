@@ -1,14 +1,14 @@
-"""The GPU engine measured: every part beside its roofline and its goal, in one table.
+"""Measures the GPU engine: every part against its roofline and its goal, in one table.
 
-    python -m tests.bench.gpu --quick                          on a card: does everything run?
-    python -m tests.bench.gpu --parts bf16 --rows rows.jsonl   on a card: how fast?
-    python -m tests.bench.gpu --profile bf16                   on a card: where a step's time goes
-    python -m tests.bench.gpu --plan                           parts, what they answer, seconds
+    python -m tests.bench.gpu --quick                          on a GPU: does everything run?
+    python -m tests.bench.gpu --parts bf16 --rows rows.jsonl   on a GPU: how fast?
+    python -m tests.bench.gpu --profile bf16                   on a GPU: where a step's time goes
+    python -m tests.bench.gpu --plan                           list parts, their targets and seconds
     TRITON_INTERPRET=1 python -m tests.bench.gpu --tiny        in the interpreter
 
-Random weights of Llama-3-8B's shape, made on the device. Each part is a process of its own: what
-one breaks or leaves behind, the next does not find. It stops early when its seconds are over, and
-is ended when it does not. A row is in the file as soon as it is measured.
+Uses random weights of Llama-3-8B's shape, made on the device. Each part is a separate process, so
+that a failed part does not affect the next. A part stops early when its seconds are over, and is
+killed if it does not. A row is written to the file as soon as it is measured.
 """
 
 import argparse
@@ -46,15 +46,15 @@ from tests.bench.gpu_report import Row, Rows, attempt, missing, read_records, su
 from tests.bench.gpu_roofline import Roofline, measure, rows_of
 from tests.bench.gpu_setting import Setting
 
-GRACE_S = 45  # beyond a part's own seconds, before it is ended
-LEAST_S = 25  # a part that would get less is not begun
-AT_ONCE = 8  # parts of a quick run
+GRACE_S = 45  # beyond a part's own seconds, before it is killed
+LEAST_S = 25  # a part that would get less is not started
+AT_ONCE = 8  # parts of a quick run that run concurrently
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
     name: str
-    seconds: int  # after which it begins nothing more
+    seconds: int  # after which it starts no new measurement
     targets: str
     run: Callable[[Setting, argparse.Namespace], Iterable[Row]]
 
@@ -148,7 +148,7 @@ def _command(
 
 
 def _run_process(command: list[str], seconds: float, output: Path | None) -> int | None:
-    """Its exit status; None where it had to be ended, with all that it started."""
+    """Return its exit status; None if it and its children had to be killed."""
     with open(output or os.devnull, "wb") as file:
         stream = file if output else None
         process = subprocess.Popen(command, cwd=ROOT, stdout=stream, stderr=stream, process_group=0)
@@ -164,12 +164,12 @@ def _run_process(command: list[str], seconds: float, output: Path | None) -> int
 
 
 def _kill(process: "subprocess.Popen[bytes]") -> None:
-    """With all that it started; it was not waited for yet, so the number is still its own."""
+    """Kill it with its children. It was not waited for yet, so the group id is still its own."""
     os.killpg(process.pid, signal.SIGKILL)
 
 
 def _measured(file: Path) -> str:
-    """The rates that an earlier part of this file measured; nothing where there was none."""
+    """Return the rates that an earlier part wrote to the file; empty if there are none."""
     found = [r["roofline"] for r in read_records([file]) if r.get("part") == "roofline"]
     return ",".join(str(rate) for rate in found[-1]) if found else ""
 
@@ -202,7 +202,7 @@ def _setting(options: argparse.Namespace) -> Setting:
 
 
 def _context(options: argparse.Namespace) -> dict[str, Any]:
-    """What every row of this run is measured on."""
+    """Describe the conditions of every row of this run."""
     on_gpu = torch.cuda.is_available()
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     for name in ("triton", "transformers", "peft", "bitsandbytes", "flashinfer-python"):
@@ -219,7 +219,7 @@ def _context(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _check(setting: Setting) -> Iterator[Row]:
-    """The same engine tests that pass without a GPU, on one."""
+    """Run the engine tests that need a GPU."""
     if not setting.is_judged:
         yield missing("tests that need a GPU", "not run with the others")
         return
@@ -234,7 +234,7 @@ def _check(setting: Setting) -> Iterator[Row]:
 
 
 def _run_quick(options: argparse.Namespace) -> int:
-    """Two layers and few rounds, several parts at once: their kernels are then compiled, too."""
+    """Run parts concurrently, with two layers and few rounds; this compiles their kernels too."""
     failed: list[str] = []
     with TemporaryDirectory() as folder, ThreadPoolExecutor(AT_ONCE) as pool:
         names = [name for name in options.parts if name != "check"]

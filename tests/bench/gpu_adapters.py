@@ -1,4 +1,4 @@
-"""Multi-LoRA kernels of the GPU engine: beside the bytes of the factors, and beside vLLM's."""
+"""Measures the GPU engine's multi-LoRA kernels against their bytes, and against vLLM's."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ EQUAL_RANKS = (16,)
 
 @dataclass(frozen=True, slots=True)
 class Traffic:
-    """Rows and their adapters: one for all or one for each, of these ranks in turn."""
+    """Rows and their adapters: one for all rows or one for each, with these ranks in turn."""
 
     rows: int
     ranks: tuple[int, ...]
@@ -42,7 +42,7 @@ class Traffic:
 
 
 def adapters(setting: Setting) -> Iterator[Row]:
-    """Shrink and expand at every site of some layers."""
+    """Measure shrink and expand at every site of some layers."""
     for traffic in _traffics(setting, setting.pick((1, 8, 32, 128, 256), (8,), (2,))):
         if setting.budget.is_spent:
             return
@@ -50,14 +50,14 @@ def adapters(setting: Setting) -> Iterator[Row]:
 
 
 def beside_vllm(setting: Setting) -> Iterator[Row]:
-    """The same products by vLLM's Triton kernels, in turns with ours."""
+    """Measure the same products by vLLM's Triton kernels, in turns with Reef's."""
     try:
         load_kernels()
     except Unavailable as error:
         yield missing("vLLM's LoRA kernels", str(error), "6")
         return
     traffics = list(_traffics(setting, setting.pick((32, 8, 1, 64), (8,), (2,))))
-    for traffic in traffics[: 1 if setting.tiny else None]:  # theirs take minutes there
+    for traffic in traffics[: 1 if setting.tiny else None]:  # vLLM's take minutes there
         if setting.budget.is_spent:
             return
         name = f"LoRA beside vLLM {traffic}"
@@ -86,7 +86,7 @@ def _own_rows(setting: Setting, traffic: Traffic) -> Iterator[Row]:
 
 
 def _vllm_rows(setting: Setting, name: str, traffic: Traffic) -> Iterator[Row]:
-    dtype = torch.float16 if setting.tiny else setting.dtype  # theirs take no float32
+    dtype = torch.float16 if setting.tiny else setting.dtype  # vLLM's do not support float32
     ours = OurLora(setting, traffic, dtype)
     theirs = VllmLora(ours.sites, ours.weights, ours.slots_of_copies, dtype, setting.device)
     _check_same(ours, theirs)
@@ -108,7 +108,7 @@ def _vllm_rows(setting: Setting, name: str, traffic: Traffic) -> Iterator[Row]:
 
 
 def _check_same(ours: "OurLora", theirs: VllmLora) -> None:
-    """Both add the same to zeros; raises RuntimeError where they do not."""
+    """Raise RuntimeError unless both give the same results, added to zeros."""
     results: list[dict[int, torch.Tensor]] = []
     for work in (ours.works[0], theirs.works(ours.xs, ours.ys)[0]):
         for y in ours.ys.values():
@@ -122,7 +122,7 @@ def _check_same(ours: "OurLora", theirs: VllmLora) -> None:
 
 
 class OurLora:
-    """As many copies of the traffic's adapters as it takes for none to stay in a cache."""
+    """Reef's kernels, with enough copies of the adapters that none stays in a cache."""
 
     def __init__(self, setting: Setting, traffic: Traffic, dtype: torch.dtype) -> None:
         num_layers = setting.pick(8, 1, 1)
@@ -132,7 +132,7 @@ class OurLora:
         once = [by_rank[traffic.rank_of(i)] for i in range(traffic.num_adapters)]
         self.bytes_of_one = sum(extent_nbytes(w) for w in once)
         copies = setting.copies(self.bytes_of_one)
-        self.weights: list[LoraWeights] = once * copies  # of slots 1, 2, ...
+        self.weights: list[LoraWeights] = once * copies  # in slots 1, 2, ...
         self.slots_of_copies = [self._slots(traffic, i) for i in range(copies)]
         self.xs = {
             s.in_features: _noise(setting, dtype, traffic.rows, s.in_features) for s in self.sites
@@ -168,7 +168,7 @@ class OurLora:
         return bank
 
     def _work(self, slots: list[int]) -> Work:
-        """The plan's words stay on the device, in memory of their own."""
+        """Make a call whose plan's words stay on the device, in separate memory."""
         plan = self._bank.plan(slots)
         words = torch.from_numpy(plan.words.copy()).to(self._bank.arena.device)
         return partial(self._add, self._bank.batch(len(slots), words))

@@ -1,5 +1,7 @@
-"""Attention of the GPU engine: decodes beside the bytes of their keys and values, prefills beside
-the attention of others."""
+"""Measures the GPU engine's attention.
+
+Decodes are compared with the bytes of keys and values, prefills with other implementations.
+"""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -29,9 +31,11 @@ BACKENDS = {
 
 
 class Paged:
-    """Our attention over a paged cache of random numbers; several caches for what one would leave
-    in the device's own. `max_context_len` is what a graph is captured for: it decides how keys are
-    cut, whatever the context."""
+    """Reef's attention over paged caches of random numbers.
+
+    Decodes have several caches, so that none stays in the device's own cache. `max_context_len` is
+    that of a captured graph: it determines how keys are split, for any context.
+    """
 
     def __init__(
         self,
@@ -103,7 +107,7 @@ def _decode_row(setting: Setting, batch: int, context: int) -> Row:
 
 
 def prefill_attention(setting: Setting) -> Iterator[Row]:
-    """New tokens of one prompt; behind an earlier chunk they attend to it, too."""
+    """Measure the new tokens of one prompt; after an earlier chunk they attend to that too."""
     cases = setting.pick(
         ((8192, 8192), (2048, 2048), (2048, 8192)), ((512, 512), (512, 1024)), ((20, 20), (20, 40))
     )
@@ -142,7 +146,7 @@ def _graph(setting: Setting, work: Work) -> Work:
 
 
 def _torchs(setting: Setting, new: int, context: int) -> dict[str, Work]:
-    """torch's attention on contiguous tensors, every key's head as often as it is used."""
+    """Make torch's attention on contiguous tensors, with key heads repeated for each use."""
     shape = setting.shape
     q = setting.noise(1, shape.num_heads, new, shape.head_dim)
     k, v = (setting.noise(1, shape.num_heads, context, shape.head_dim) for _ in range(2))
@@ -168,7 +172,7 @@ def _by(backend: SDPBackend, work: Callable[[], object]) -> Work:
 
 
 def _runs(name: str, work: Work) -> bool:
-    """A backend may refuse a shape, or not be there."""
+    """Whether a backend runs: it may not support a shape, or not be installed."""
     try:
         work()
         torch.cuda.synchronize()
@@ -179,7 +183,7 @@ def _runs(name: str, work: Work) -> bool:
 
 
 def _flashinfer(setting: Setting, paged: Paged, requests: list[ScheduledRequest]) -> Work | None:
-    """Planned once, as for all layers of a step."""
+    """Make FlashInfer's attention, planned once, as for all layers of a step."""
     if setting.device.type != "cuda":
         return None
     shape, scores = setting.shape, Scores(paged.scale, None, None)

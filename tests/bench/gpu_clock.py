@@ -1,6 +1,6 @@
-"""Times work on a device, or on a CPU where there is none.
+"""Times work on a device, or on a CPU if there is none.
 
-What is compared is timed in turns, so that a clock which rises or falls meets all of it alike.
+Alternatives are timed in turns, so that changes of clock rates affect all of them equally.
 """
 
 import gc
@@ -13,11 +13,11 @@ import torch
 Work = Callable[[], object]
 
 LEAST_CALLS = 16
-WAKE_S = 0.3  # of products, until the device's clocks are up
+WAKE_S = 0.3  # seconds of products, until the device's clocks have risen
 
 
 class Budget:
-    """The seconds that a part may take. Who measures asks before each row, and stops in time."""
+    """The seconds that a part may take; a part checks before each row and stops in time."""
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
@@ -29,14 +29,14 @@ class Budget:
 
 
 def median_s(work: Work, device: torch.device, *, rounds: int = 15, warmup: int = 3) -> float:
-    """Seconds of one call, by the device's own clock where it has one."""
+    """Return the median seconds of one call, by the device's own clock if it has one."""
     return medians_s({"": work}, device, rounds=rounds, warmup=warmup)[""]
 
 
 def medians_s(
     works: Mapping[str, Work], device: torch.device, *, rounds: int = 15, warmup: int = 3
 ) -> dict[str, float]:
-    """Seconds of one call of each; every round times each of them once."""
+    """Return the median seconds of one call of each; every round times each once."""
     for work in works.values():
         for _ in range(warmup):
             work()
@@ -55,9 +55,11 @@ def graphs_s(
     rounds: int = 15,
     least: int = LEAST_CALLS,
 ) -> dict[str, float]:
-    """Seconds per call of each list's calls, which are replayed in one CUDA graph, again and again
-    until they are `least`: no launch gaps, the graph's own start spread over many, and data that
-    no cache still holds if each call of the list has its own."""
+    """Return the seconds per call of each list's calls, replayed in one CUDA graph.
+
+    Lists are repeated to at least `least` calls. So there are no launch gaps, the graph's start is
+    spread over many calls, and no cache holds the data if each call of a list has its own.
+    """
     on_device = device.type == "cuda"
     if on_device:
         works = {name: [*calls] * -(-least // len(calls)) for name, calls in works.items()}
@@ -72,9 +74,9 @@ def graph_s(works: Sequence[Work], device: torch.device) -> float:
     return graphs_s({"": works}, device)[""]
 
 
-@torch.inference_mode()  # as the engine's graphs: a process must not capture in both modes
+@torch.inference_mode()  # like the engine's graphs: a process must not capture in both modes
 def recorded(calls: Sequence[Work], device: torch.device) -> Work:
-    """A replay of these calls in a graph; where there is no device, they run one by one."""
+    """Record these calls in a graph and return its replay; without a device, plain calls."""
 
     def run() -> None:
         for call in calls:
@@ -84,7 +86,7 @@ def recorded(calls: Sequence[Work], device: torch.device) -> Work:
         return run
     side = torch.cuda.Stream(device)
     side.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(side):  # compiles, and whatever a library does on its first call
+    with torch.cuda.stream(side):  # compiles kernels, and initialises libraries
         run()
     torch.cuda.current_stream(device).wait_stream(side)
     torch.cuda.synchronize(device)
@@ -95,7 +97,7 @@ def recorded(calls: Sequence[Work], device: torch.device) -> Work:
 
 
 def wake(device: torch.device) -> None:
-    """Keeps the device busy until its clocks have risen."""
+    """Keep the device busy until its clocks have risen."""
     if device.type != "cuda":
         return
     a = torch.randn(4096, 4096, device=device, dtype=torch.bfloat16)
@@ -106,7 +108,7 @@ def wake(device: torch.device) -> None:
 
 
 def release(device: torch.device) -> None:
-    """Gives back what nothing uses any more: for what comes next, or another process."""
+    """Free unused device memory, for the next part or another process."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

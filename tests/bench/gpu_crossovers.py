@@ -1,10 +1,10 @@
-"""Measures every way of a quantized linear layer, and prints the entries of crossovers.json.
+"""Measures all implementations of a quantized linear layer; prints entries of crossovers.json.
 
     python -m tests.bench.gpu_crossovers --format nf4 > nf4.json     on a CUDA device
     TRITON_INTERPRET=1 python -m tests.bench.gpu_crossovers --tiny   here: does it run?
 
-For the shapes of Llama-3-8B, in bfloat16, each weight cold: copies of it take turns. What was
-measured goes to stderr, a line for each number of rows.
+For the shapes of Llama-3-8B, in bfloat16, with cold weights: copies of a weight take turns. The
+measurements are printed to stderr, a line for each number of rows.
 """
 
 import argparse
@@ -39,15 +39,15 @@ TILES = (
     Tiles(128, 128, 8, 3),
 )
 SPLITS = (1, 2, 4, 8, 16)
-MOST_PROGRAMS = 1024  # of a split product: as many as eight for each of an H200's processors
-COLD_BYTES = 2**28  # of weights between two uses of one
+MOST_PROGRAMS = 1024  # of a split product: about eight for each of an H200's processors
+COLD_BYTES = 2**28  # of weights used between two uses of one
 
 Entry = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """The fastest way at so many rows, and the fastest time of each implementation."""
+    """The fastest choice at a number of rows, and the fastest time of each implementation."""
 
     choice: Choice
     seconds: float
@@ -55,7 +55,7 @@ class Found:
 
 
 class OutOfTime(RuntimeError):
-    """A shape was not measured at all its numbers of rows: no entry can be made of the others."""
+    """Raised if a shape was not measured at all numbers of rows, which its entry needs."""
 
 
 def main() -> None:
@@ -85,7 +85,7 @@ def search(
     device: torch.device,
     budget: Budget | None = None,
 ) -> list[Found]:
-    """By ascending rows. Raises OutOfTime."""
+    """Find the fastest choices, by ascending rows. Raises OutOfTime."""
     generator = torch.Generator(device).manual_seed(0)
     first = random_quantized(form, out_features, in_features, device, generator)
     copies = 1 if device.type == "cpu" else max(2, -(-COLD_BYTES // first.codes.nbytes))
@@ -100,7 +100,7 @@ def search(
 
 
 def entry(form: str, out_features: int, in_features: int, found: Sequence[Found]) -> Entry:
-    """What crossovers.json says of a shape."""
+    """Make the entry of a shape in crossovers.json."""
     fastest = [one.choice for one in found]
     choices = [asdict(choice) for choice in [*_merged(fastest), Choice(None, "dequantize")]]
     shape = {"format": form, "out_features": out_features, "in_features": in_features}
@@ -129,7 +129,7 @@ def _fastest(ways: "_Ways", rows: int, device: torch.device) -> Found:
 
 
 def _merged(fastest: list[Choice]) -> list[Choice]:
-    """Without those that the next one, for more rows, repeats; and none that only dequantizes."""
+    """Drop choices equal to the next one, for more rows, and trailing ones that dequantize."""
     following = [*fastest[1:], Choice(None, "dequantize")]
     same = [
         replace(a, up_to_rows=None) == replace(b, up_to_rows=None)
@@ -141,7 +141,7 @@ def _merged(fastest: list[Choice]) -> list[Choice]:
 def bitsandbytes_products(
     weights: Sequence[QuantizedWeight], dtype: torch.dtype, device: torch.device
 ) -> list[Callable[[torch.Tensor], torch.Tensor]]:
-    """Its product with each weight; none where it is not installed or does not run."""
+    """Return bitsandbytes' product with each weight; none if not installed or not working."""
     if not bitsandbytes_gemm.takes(weights[0], device):
         return []
     try:
@@ -156,7 +156,7 @@ def bitsandbytes_products(
 
 
 class _Ways:
-    """One weight's copies, laid out once for every implementation."""
+    """Holds copies of one weight, packed once for every implementation."""
 
     def __init__(self, weights: list[QuantizedWeight], device: torch.device) -> None:
         self._device, self._dtype = device, torch.bfloat16
@@ -180,7 +180,7 @@ class _Ways:
 
 
 def _tiles_for(rows: int, weight: PackedWeight) -> Iterator[Tiles]:
-    """Not many times the rows, nor many times fewer; and no split that only costs its sum."""
+    """Yield tiles of sizes near the number of rows, without splits that cannot pay off."""
     for base, split_k in product(TILES, SPLITS):
         programs = -(-rows // base.rows) * (weight.out_padded // base.outputs) * split_k
         fits = base.rows <= 2 * max(rows, 32) and rows <= 4 * base.rows

@@ -1,7 +1,6 @@
-"""The whole engine on a GPU: how long it takes to start from a checkpoint, and its steps with the
-scheduler.
+"""Measures the whole engine on a GPU: its start from a checkpoint, and steps with the scheduler.
 
-    python -m tests.bench.gpu_engine FOLDER [BYTES]    seconds until it can serve
+python -m tests.bench.gpu_engine FOLDER [BYTES]    seconds until it can serve
 """
 
 import argparse
@@ -34,7 +33,7 @@ QUICK_BYTES = 2**31
 
 
 def engine(setting: Setting) -> Iterator[Row]:
-    """A checkpoint is made and written; its pages are then in the host's memory."""
+    """Write a checkpoint, whose pages are then in host memory, and measure start and steps."""
     with TemporaryDirectory() as name:
         folder = Path(name)
         start = time.perf_counter()
@@ -47,7 +46,7 @@ def engine(setting: Setting) -> Iterator[Row]:
 
 
 def write_checkpoint(setting: Setting, folder: Path) -> int:
-    """Random weights in several files; returns their bytes."""
+    """Write random weights to several files; returns their bytes."""
     write_config(setting.shape, folder)
     weight_map: dict[str, str] = {}
     total = 0
@@ -102,7 +101,7 @@ def _ones(setting: Setting, size: int) -> torch.Tensor:
 
 
 def _starts(setting: Setting, folder: Path) -> Iterator[Row]:
-    """The first finds no compiled kernels, the second those of the first."""
+    """Start twice: first without compiled kernels, then with those of the first start."""
     with TemporaryDirectory() as cache:
         for which in ("kernels to compile", "kernels compiled before"):
             start = time.perf_counter()
@@ -125,13 +124,13 @@ def _starts(setting: Setting, folder: Path) -> Iterator[Row]:
 
 
 def _check_kernels(kernels: str) -> None:
-    """Where our kernels did not pass the engine's test, it computes with torch, and says so."""
+    """Raise if Triton kernels are not used: if they fail its test, the engine uses torch."""
     if _on_gpu() and kernels != "triton":
         raise RuntimeError(f"the engine computes with {kernels}: its log says why")
 
 
 def _memory(setting: Setting) -> list[str]:
-    """All of the device's, unless others run beside it."""
+    """Limit the memory if other parts run concurrently; else the engine uses all."""
     return [] if setting.is_judged else [str(QUICK_BYTES)]
 
 
@@ -152,7 +151,7 @@ def config_of(folder: Path, rows: int, memory_bytes: int | None) -> EngineConfig
 
 
 def _steps(setting: Setting, folder: Path) -> Iterator[Row]:
-    """Everyone decodes: a step's period beside the time for which the device alone needs it."""
+    """Compare the period of pure decode steps with the time that the device alone needs."""
     rows, context = setting.pick((256, 1024), (32, 64), (2, 8))
     made = Engine(config_of(folder, rows, None if setting.is_judged else QUICK_BYTES))
     try:
@@ -169,8 +168,8 @@ def _steps(setting: Setting, folder: Path) -> Iterator[Row]:
 
 
 def _fill(made: Engine, rows: int, context: int) -> None:
-    """Until all requests decode, with many tokens to go."""
-    more = rows * context // 1024 + 200  # the first ones decode while the last ones' prompts run
+    """Run until all requests decode, with many tokens left."""
+    more = rows * context // 1024 + 200  # the first decode while the last prompts run
     sampling = SamplingParams(max_tokens=more, temperature=0.0, ignore_eos=True)
     for i in range(rows):
         prompt = [(7 * i + j) % 1000 + 3 for j in range(context)]
@@ -193,7 +192,7 @@ def _timed(step: Callable[[], object]) -> float:
 
 
 def _device_s(made: Engine) -> float:
-    """Of one step whose work is all given while the device still sleeps."""
+    """Return the device's seconds of a step that is launched whole while the device sleeps."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
     torch.cuda._sleep(SLEEP_CYCLES)

@@ -1,4 +1,4 @@
-"""Linear layers of each weight format, beside bfloat16's product and bitsandbytes'."""
+"""Measures linear layers of each weight format against bfloat16 and bitsandbytes."""
 
 import json
 from collections.abc import Iterator
@@ -30,7 +30,7 @@ SITES = {"qkv": SHAPES[0], "o": SHAPES[1], "gate_up": SHAPES[2], "down": SHAPES[
 
 
 def linears(setting: Setting) -> Iterator[Row]:
-    """The ways that the dispatcher takes, with the table as it is now."""
+    """Measure the implementations that the dispatcher chooses with the current table."""
     sites = setting.pick(SITES, SITES, {"qkv": (256, 128), "down": (128, 256)})
     all_rows = setting.pick((8, 16, 32, 64, 1, 4, 128, 256, 512), (1, 16, 64), (1, 3))
     if setting.device.type == "cuda" and not _has_bitsandbytes(setting):
@@ -101,7 +101,7 @@ def _quantized(
 
 
 def _other(weight: QuantizedWeight) -> QuantizedWeight:
-    """The same codes in another order: a weight that no cache holds."""
+    """Make a weight of equal codes in another order, which no cache holds."""
     return QuantizedWeight(
         weight.format, weight.codes.flip(0).contiguous(), weight.scales, weight.group_size
     )
@@ -115,8 +115,11 @@ def _generator(setting: Setting) -> torch.Generator:
 
 
 def fill_table(setting: Setting, file: Path | None) -> Iterator[Row]:
-    """Measures every way of an NF4 layer. Each shape's entry is written at once, to the table that
-    the dispatcher reads and to `file`: whatever runs later runs with it."""
+    """Measure all implementations of an NF4 layer, and fill the table of crossovers.
+
+    Each shape's entry is written at once, to the table that the dispatcher reads and to `file`, so
+    that later parts use it.
+    """
     shapes = setting.pick(SHAPES, SHAPES[:1], ((128, 128),))
     all_rows = setting.pick(ROWS, (16, 256), (4,))
     entries: list[Entry] = []
@@ -135,7 +138,7 @@ def fill_table(setting: Setting, file: Path | None) -> Iterator[Row]:
 
 
 def write_table(device_name: str, entries: list[Entry], file: Path | None) -> None:
-    """Entries of other devices, formats and shapes stay."""
+    """Write the entries to the table; those of other devices, formats and shapes are kept."""
     devices = json.loads(crossovers.TABLE.read_text())["devices"]
     ours = [_shape_of(e) for e in entries]
     kept = [e for e in devices.get(device_name, []) if _shape_of(e) not in ours]

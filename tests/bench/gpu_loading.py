@@ -1,4 +1,4 @@
-"""Prompts with an adapter beside prompts without, and adapters that arrive while others decode."""
+"""Measures prompts with and without an adapter, and decodes while adapters are loaded."""
 
 import math
 import time
@@ -14,7 +14,7 @@ from tests.bench.gpu_report import Goal, Row, attempt
 from tests.bench.gpu_runner import RANK, WARM_STEPS, Bench, Lane
 from tests.bench.gpu_setting import Setting, decode_requests
 
-ROUNDS = 24  # of decodes: so many that a hundredth of their steps is several
+ROUNDS = 24  # of decodes: enough for a 99th percentile of their steps
 MOST_SLOTS = 48
 
 
@@ -64,7 +64,7 @@ def chunks_of(bench: Bench, length: int, slot: int) -> list[ScheduledRequest]:
     ]
 
 
-# ==== adapters on their way ====
+# ==== loading adapters ====
 
 
 def _loading(bench: Bench, lane: Lane, batch: int) -> Iterator[Row]:
@@ -74,7 +74,7 @@ def _loading(bench: Bench, lane: Lane, batch: int) -> Iterator[Row]:
     step_s = lane.run(slots).step_s
     nbytes = bench.adapter(RANK).nbytes
     ahead = min(math.ceil(2 * step_s * link / nbytes) + 1, MOST_SLOTS // 3)
-    lane.load([RANK] * (3 * ahead))  # places whose adapters give way, as in a full arena
+    lane.load([RANK] * (3 * ahead))  # adapters to be evicted, as in a full arena
     quiet: list[float] = []
     busy: list[float] = []
     copied, busy_s = 0, 0.0
@@ -103,7 +103,7 @@ def _loading(bench: Bench, lane: Lane, batch: int) -> Iterator[Row]:
 
 
 class _Loads:
-    """Launches each step with as many loads as keep `ahead` of them under way."""
+    """Launches each step with enough loads to keep `ahead` of them in progress."""
 
     def __init__(self, bench: Bench, lane: Lane, ahead: int) -> None:
         self._bench, self._lane, self._ahead = bench, lane, ahead
@@ -135,7 +135,7 @@ class _Loads:
 
 
 def _link_bytes_per_s(bench: Bench) -> float:
-    """Of long copies, with nothing beside them."""
+    """Measure the bandwidth of long copies, without other work."""
     nbytes = bench.adapter(RANK).nbytes
     source, target = bench.device.pinned(nbytes).random_(), bench.arena[-nbytes:]
 

@@ -1,4 +1,4 @@
-"""Random weights of real shapes, made on the device: no file is written and none is read."""
+"""Makes random weights of real shapes on the device, without writing or reading files."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -25,7 +25,7 @@ TINY = replace(SHAPES["tiny"], name="tiny", hidden_size=128, intermediate_size=2
 def random_decoder(
     shape: Shape, ops: Ops, dtype: torch.dtype, device: torch.device, quantization: str, seed: int
 ) -> Decoder:
-    """A decoder of this shape, its linear layers in `quantization`; answers mean nothing."""
+    """Make a decoder of this shape, with linear layers in `quantization`; outputs are random."""
     with TemporaryDirectory() as folder:
         write_config(shape, Path(folder))
         spec = read_spec(Path(folder), 8192)
@@ -60,7 +60,7 @@ def random_quantized(
     device: torch.device,
     generator: torch.Generator,
 ) -> QuantizedWeight:
-    """Codes of any value and scales that give weights of about 0.02."""
+    """Make a weight of random codes, with scales that give values of about 0.02."""
     group = 64 if quantization == "nf4" else in_features
     width = in_features // 2 if quantization == "nf4" else in_features
     codes = torch.randint(
@@ -82,7 +82,7 @@ def digest_of(lora_rank: int) -> str:
 def random_adapter(
     sites: Sequence[LoraSite], lora_rank: int, dtype: torch.dtype, device: torch.device
 ) -> LoraWeights:
-    """All sites at this rank in every module, on the device."""
+    """Make an adapter of this rank on every module of all sites, on the device."""
     made = {(site.layer, site.site): _random_site(site, lora_rank, dtype, device) for site in sites}
     nbytes = sum(site.nbytes for site in made.values())
     return LoraWeights(digest_of(lora_rank), made, nbytes)

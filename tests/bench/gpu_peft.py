@@ -1,4 +1,4 @@
-"""Many adapters in one batch: transformers with peft, then ours, on the same card and shape."""
+"""Measures many adapters in one batch: transformers with peft, then Reef, on the same GPU."""
 
 import time
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from tests.bench.gpu_setting import Setting
 from tests.bench.models import write_config
 
 ROWS = 32
-NEW_TOKENS = (4, 28)  # the difference is decoding alone
+NEW_TOKENS = (4, 28)  # the difference in time is decoding alone
 
 
 def beside_peft(setting: Setting) -> Iterator[Row]:
@@ -39,7 +39,7 @@ def beside_peft(setting: Setting) -> Iterator[Row]:
 
 @torch.inference_mode()
 def _peft_tokens_per_s(setting: Setting, rows: int) -> float:
-    """Rows of the same context, each with its own adapter, by `generate(adapter_names=...)`."""
+    """Time `generate(adapter_names=...)` of rows of equal context, each with its own adapter."""
     model = _peft_model(setting, rows)
     context = sizes_of(setting).context
     prompt = torch.randint(3, setting.shape.vocab_size, (rows, context), device=setting.device)
@@ -75,7 +75,7 @@ def _peft_model(setting: Setting, num_adapters: int):
         base = AutoModelForCausalLM.from_config(config, dtype=setting.dtype)
     modules = [module.rpartition(".")[2] for module in setting.shape.linears]
     lora = LoraConfig(r=RANK, target_modules=modules, init_lora_weights=False)
-    with torch.device(setting.device):  # drawn there, too
+    with torch.device(setting.device):  # draw on the device too
         model = get_peft_model(base.eval(), lora, adapter_name="a0")
         for i in range(1, num_adapters):
             model.add_adapter(f"a{i}", lora)

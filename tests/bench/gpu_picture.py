@@ -1,8 +1,8 @@
-"""Draws decode steps against the batch: what they must read, and what they took beyond that.
+"""Draws decode steps by batch: the time of the bytes they must read, and the time beyond that.
 
     python -m tests.bench.gpu_picture rows.jsonl -o steps.svg
 
-From the rows alone. Text and lines take the colour of a dark page where the reader's is dark.
+Needs only the rows. In dark mode, text and lines are light.
 """
 
 import argparse
@@ -32,7 +32,7 @@ STYLE = (
 
 @dataclass(frozen=True, slots=True)
 class Bar:
-    """A step of `batch` requests, in milliseconds: `floor` by part of PARTS, and all of it."""
+    """A step of `batch` requests: its `floor` by part of PARTS, and its time; milliseconds."""
 
     form: str
     batch: int
@@ -41,13 +41,13 @@ class Bar:
 
     @property
     def parts(self) -> dict[str, float]:
-        """From the bottom up. Where a step was faster than copies are, nothing is beyond."""
+        """Parts from the bottom up. If a step beats the floor, the part beyond it is 0."""
         beyond = max(0.0, self.step_ms - sum(self.floor.values()))
         return {**self.floor, "beyond_ms": beyond}
 
 
 def bars_of(records: Iterable[Mapping[str, Any]], traffic: str = "distinct") -> list[Bar]:
-    """Of the steps with an adapter for each request, by format and batch."""
+    """Make the bars of steps with this traffic, sorted by format and batch."""
     bars: list[Bar] = []
     for record in records:
         numbers = record["numbers"]
@@ -59,7 +59,7 @@ def bars_of(records: Iterable[Mapping[str, Any]], traffic: str = "distinct") -> 
 
 
 def draw(bars: Sequence[Bar], title: str) -> str:
-    """An SVG. Raises ValueError for no bars."""
+    """Return an SVG. Raises ValueError if there are no bars."""
     if not bars:
         raise ValueError("no row of a decode step is among these")
     highest = max(sum(bar.parts.values()) for bar in bars)
@@ -123,7 +123,7 @@ def _axis(highest: float, width: int) -> list[str]:
 
 
 def _ticks(highest: float) -> list[float]:
-    """From 0 on, four to nine round numbers."""
+    """Return four to nine round numbers, from 0 on."""
     power = 10 ** math.floor(math.log10(highest))
     step = next(step * power for step in (0.1, 0.2, 0.5, 1, 2) if highest / (step * power) < 9)
     return [round(i * step, 9) for i in range(math.floor(highest / step + 1e-9) + 1)]

@@ -1,4 +1,4 @@
-"""Where the time of a step goes: the kernels of one, by their time on the device."""
+"""Profiles the kernels of a step, by their time on the device."""
 
 from collections.abc import Callable, Iterator
 
@@ -11,12 +11,12 @@ from tests.bench.gpu_runner import RANK, WARM_STEPS, Bench, Lane
 from tests.bench.gpu_setting import Setting
 
 FORMS = {"bf16": "none", "nf4": "nf4", "fp8": "fp8"}
-COUNT = 4  # steps, of which the mean is shown
-MOST = 14  # kernels of a table
+COUNT = 4  # steps per mean
+MOST = 14  # kernels in a table
 
 
 def profile_steps(setting: Setting, part: str) -> Iterator[str]:
-    """A table for each kind of step."""
+    """Yield a table for each kind of step."""
     bench = Bench(setting, FORMS[part])
     rows = max(b for b in bench.sizes.batches if b <= 128)
     lane = bench.lane(rows)

@@ -1,9 +1,9 @@
-"""Rows of the GPU benchmark: a number, what it is measured against, and whether that is enough.
+"""Reports rows of the GPU benchmark: a number, its reference, and whether its goal is met.
 
-    python -m tests.bench.gpu_report rows-1.jsonl rows-2.jsonl    what was met, missed, not measured
+    python -m tests.bench.gpu_report rows-1.jsonl rows-2.jsonl    goals met, missed, not measured
 
-A file of rows has one JSON object in each line, written as soon as it is measured, with all that
-the number depends on: a row can be read without its neighbours.
+A file of rows has one JSON object per line, written as soon as it is measured, with all conditions
+of the number: every row is complete in itself.
 """
 
 import argparse
@@ -26,15 +26,17 @@ TARGETS = {
     "8": "adapters load while others decode",
     "9": "prefill with an adapter; start",
 }
-MOST_CHARACTERS = 11_500  # of a summary
+MOST_CHARACTERS = 11_500  # in a summary
 
 Record = Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
 class Goal:
-    """`share` must be at least, or at most, `bound`; what a share is of, `of` says. Of a goal
-    without a bound nothing is demanded."""
+    """A bound on `share`, a ratio to the reference that `of` describes.
+
+    The share must reach `at_least` or stay within `at_most`; without either there is no demand.
+    """
 
     share: float
     of: str
@@ -48,7 +50,7 @@ class Goal:
 
     @property
     def is_met(self) -> bool:
-        """NaN meets nothing."""
+        """Whether the share is within its bounds; NaN never is."""
         return (self.at_least is None or self.share >= self.at_least) and (
             self.at_most is None or self.share <= self.at_most
         )
@@ -64,7 +66,7 @@ class Goal:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One measurement; `value` None: not measured, and `note` says why."""
+    """One measurement. If `value` is None it was not measured, and `note` gives the reason."""
 
     name: str
     value: float | None
@@ -82,7 +84,7 @@ class Row:
 
 
 def measured(row: Row) -> Row:
-    """The row, or, where its number or share is none, one that says so: NaN is no measurement."""
+    """Return the row, or one marked as not measured if its value or share is NaN."""
     numbers = [row.value, row.goal.share if row.goal else 0.0]
     if row.value is None or not any(n is not None and math.isnan(n) for n in numbers):
         return row
@@ -96,7 +98,7 @@ def missing(name: str, why: str, target: str = "") -> Row:
 
 
 def attempt(name: str, rows: Iterable[Row], target: str = "") -> Iterator[Row]:
-    """The rows; an error ends them with one that says so, and nothing else."""
+    """Yield the rows; an exception ends them with a row that reports it, and is not raised."""
     try:
         yield from rows
     except Exception as error:
@@ -106,7 +108,7 @@ def attempt(name: str, rows: Iterable[Row], target: str = "") -> Iterator[Row]:
 
 
 class Rows:
-    """Where rows go: each is printed and written, and is safe, before the next is measured."""
+    """Prints every row and writes it to the file, before the next one is measured."""
 
     def __init__(self, file: Path | None, context: Mapping[str, Any], *, is_judged: bool) -> None:
         self._file, self._context, self._is_judged = file, context, is_judged
@@ -140,8 +142,10 @@ def as_record(part: str, row: Row, is_judged: bool) -> dict[str, Any]:
 
 
 def read_records(files: Iterable[Path]) -> list[dict[str, Any]]:
-    """Of all files; the last of a part's rows with one name is the one that counts. A line that a
-    killed process left half written is skipped."""
+    """Read the rows of all files; of a part's rows with equal names, only the last counts.
+
+    Lines that a killed process left incomplete are skipped.
+    """
     records: dict[tuple[str, str], dict[str, Any]] = {}
     for file in files:
         for line in file.read_text(encoding="utf-8").splitlines():
@@ -158,7 +162,7 @@ def read_records(files: Iterable[Path]) -> list[dict[str, Any]]:
 
 
 def summary(records: Iterable[Record], most: int = MOST_CHARACTERS) -> str:
-    """A line for each target; then what was missed, failed and met, until `most` characters."""
+    """Format a line per target, then missed, failed and met goals, within `most` characters."""
     kept = list(records)
     lines = [_target_line(target, kept) for target in TARGETS]
     judged = [r for r in kept if "met" in r]

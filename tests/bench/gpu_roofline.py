@@ -1,4 +1,4 @@
-"""The two rates that nothing on a device can beat, and the times that follow from them."""
+"""Measures the two rates that bound all work on a device, and derives least times from them."""
 
 import subprocess
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from tests.bench.gpu_report import Row
 
 @dataclass(frozen=True, slots=True)
 class Roofline:
-    """`bytes_per_s` counts what a copy reads and what it writes; `flops_per_s` is of bfloat16."""
+    """The rates. `bytes_per_s` counts reads and writes of a copy; `flops_per_s` is bfloat16's."""
 
     bytes_per_s: float
     flops_per_s: float
@@ -25,7 +25,7 @@ class Roofline:
 
 
 def measure(device: torch.device, *, small: bool) -> Roofline:
-    """By a copy far larger than any cache, and a product of large matrices of random numbers."""
+    """Time a copy far larger than any cache, and a product of large random matrices."""
     wake(device)
     num_bytes, width = (2**24, 256) if small else (2**32, 8192)
     source = torch.randint(0, 255, (num_bytes,), dtype=torch.uint8, device=device)
@@ -44,7 +44,7 @@ def rows_of(roofline: Roofline, device: torch.device) -> Iterator[Row]:
 
 
 def _state(device: torch.device) -> str:
-    """Clocks, power and temperature, right after the work."""
+    """Read clocks, power and temperature, right after the work."""
     if device.type != "cuda":
         return ""
     asked = "clocks.sm,clocks.mem,power.draw,temperature.gpu,driver_version"

@@ -1,7 +1,7 @@
-"""One model on the device, its memory full of random numbers, and runners that decode with it.
+"""Runs decode steps of one model on the device, without the scheduler.
 
-The scheduler is left out: batches are made by hand, one decode for each of B requests, and the
-next is launched before the last one's tokens have been read, as the engine does it.
+The memory is full of random numbers. Batches are made by hand, one decode for each of B requests,
+and each is launched before the tokens of the previous one have been read, as in the engine.
 """
 
 import gc
@@ -29,8 +29,8 @@ from tests.bench.gpu_model import digest_of, random_adapter, random_decoder
 from tests.bench.gpu_setting import BLOCK_SIZE, Setting, decode_requests
 
 RANK = 16
-WARM_STEPS = 3  # of every run of steps, not counted
-NOISE_BYTES = 2**30  # written at a time
+WARM_STEPS = 3  # at the start of every run of steps, not counted
+NOISE_BYTES = 2**30  # bytes written at a time
 SLEEP_CYCLES = 40_000_000  # some 20 ms: far longer than the host needs for a launch
 
 Launch = Callable[[ScheduledBatch], StepHandle]
@@ -43,7 +43,7 @@ class Sizes:
     max_model_len: int
     chunk: int
     arena_bytes: int
-    steps: int  # of one run
+    steps: int  # in one run
     rounds: int
 
 
@@ -56,7 +56,7 @@ def sizes_of(setting: Setting) -> Sizes:
 
 
 class Bench:
-    """The model, the arena, and adapters of any rank in pinned host memory."""
+    """Holds the model, the arena, and adapters of any rank in pinned host memory."""
 
     def __init__(self, setting: Setting, quantization: str) -> None:
         self.setting, self.sizes = setting, sizes_of(setting)
@@ -74,7 +74,7 @@ class Bench:
         wake(setting.device)
 
     def adapter(self, lora_rank: int) -> PackedAdapter:
-        """The same bytes stand for every adapter of a rank: each is copied to its own place."""
+        """Return an adapter of this rank; all of a rank share these bytes, copied to each slot."""
         if lora_rank not in self._adapters:
             sites, device = self.decoder.lora_sites, self.setting.device
             weights = random_adapter(sites, lora_rank, self.setting.dtype, device)
@@ -98,7 +98,7 @@ class Bench:
         return Lane(self, made, time.perf_counter() - start)
 
     def floor_bytes(self, batch: int, lora_bytes: int) -> dict[str, int]:
-        """What a step must read: weights as stored, keys and values, the distinct adapters."""
+        """Return the bytes a step must read: stored weights, keys and values, distinct adapters."""
         spec, dtype = self.decoder.spec, self.setting.dtype
         embedding = 0 if spec.tied_embeddings else spec.vocab_size * spec.hidden_size
         weights = weight_bytes(self.decoder, dtype) - embedding * dtype.itemsize
@@ -108,14 +108,14 @@ class Bench:
 
 
 def _fill_with_noise(arena: torch.Tensor, dtype: torch.dtype) -> None:
-    """Keys and values of zeros would cost less than real ones."""
+    """Fill with random numbers: keys and values of zeros would cost less than real ones."""
     whole = arena[: arena.numel() // 8 * 8].view(dtype)
     for piece in whole.split(NOISE_BYTES // dtype.itemsize):
         piece.normal_()
 
 
 class Lane:
-    """One runner over the bench's model and arena, with adapters of its own choice."""
+    """A runner over the bench's model and arena, with its own set of adapters."""
 
     def __init__(self, bench: Bench, made: TritonRunner, start_s: float) -> None:
         self.bench, self.made, self.start_s = bench, made, start_s
@@ -126,7 +126,7 @@ class Lane:
         return self.made.runner
 
     def load(self, ranks: Sequence[int]) -> None:
-        """Slots 1, 2, ... of these ranks, from the arena's high end."""
+        """Load adapters of these ranks to slots 1, 2, ..., from the arena's high end down."""
         end, loads = self.bench.arena.numel(), list[AdapterLoad]()
         for slot, lora_rank in enumerate(ranks, 1):
             nbytes = self.bench.adapter(lora_rank).nbytes
@@ -143,7 +143,7 @@ class Lane:
         return sum(self._loaded[slot] for slot in set(slots) if slot)
 
     def steps(self, slots: Sequence[int], launch: Launch | None = None) -> "Steps":
-        """Decodes in which request i has the adapter in slots[i], from the usual context on."""
+        """Make decode steps from the usual context on; request i has the adapter in slots[i]."""
         sizes = self.bench.sizes
         longest = sizes.context + sizes.steps + 2 * WARM_STEPS + 16
         requests = decode_requests(len(slots), longest, slots=list(slots))
@@ -151,14 +151,16 @@ class Lane:
         return Steps(launch or self.runner.launch, requests)
 
     def run(self, slots: Sequence[int], launch: Launch | None = None) -> "Pace":
-        """One run of steps, some of them before it counts."""
+        """Measure one run of steps, after some warm-up steps."""
         steps = self.steps(slots, launch)
         steps.go(WARM_STEPS)
         return steps.go(self.bench.sizes.steps)
 
     def device_s(self, slots: Sequence[int], count: int = 9) -> float:
-        """Seconds of a step for which the device never waits: all its work is given while the
-        device still sleeps. NaN where there is no device."""
+        """Return the device's seconds of a step that is launched whole while the device sleeps.
+
+        So the device never waits for the host. NaN if there is no device.
+        """
         if self.bench.setting.device.type != "cuda":
             return float("nan")
         steps, times = self.steps(slots), list[float]()
@@ -178,7 +180,7 @@ class Lane:
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """Seconds of a step, of the host's part in it, and between one result and the next."""
+    """Seconds per step, of the host's launch, and between one result and the next."""
 
     step_s: float
     host_s: float
@@ -189,7 +191,7 @@ Case = tuple[Lane, Sequence[int]]
 
 
 def paces(cases: Mapping[str, Case], rounds: int) -> dict[str, Pace]:
-    """Medians over rounds, in each of which every case has one run of steps."""
+    """Measure every case once per round; return the medians over the rounds."""
     runs: dict[str, list[Pace]] = {name: [] for name in cases}
     gc.collect()
     for _ in range(rounds):
@@ -206,16 +208,20 @@ def paces(cases: Mapping[str, Case], rounds: int) -> dict[str, Pace]:
 
 
 class Steps:
-    """Decodes, one step launched ahead of the results. Making a batch is no part of the host's
-    time: the scheduler does it in the engine."""
+    """Launches decodes one step ahead of the results.
+
+    The host's time excludes making a batch, which is done by the scheduler in the engine.
+    """
 
     def __init__(self, launch: Launch, requests: list[ScheduledRequest]) -> None:
         self._launch, self._requests = launch, requests
         self._waiting: StepHandle | None = None
 
     def go(self, count: int) -> Pace:
-        """`count` steps, each ending when the tokens of the one before have been read. One stays
-        under way: the next call finds the device busy."""
+        """Run `count` steps; each ends when the tokens of the previous one have been read.
+
+        One step stays in flight, so the next call finds the device busy.
+        """
         host_s: list[float] = []
         gaps_s: list[float] = []
         if self._waiting is None:

@@ -1,4 +1,4 @@
-"""What every part of the GPU benchmark is run with, and the batches that it makes by hand."""
+"""Holds the settings of all parts of the GPU benchmark, and makes batches by hand."""
 
 from dataclasses import dataclass
 from typing import TypeVar
@@ -12,14 +12,14 @@ from tests.bench.gpu_roofline import Roofline
 from tests.bench.models import Shape
 
 BLOCK_SIZE = 16
-COLD_BYTES = 2**28  # between two uses of the same: several times what a cache holds
+COLD_BYTES = 2**28  # used between two uses of the same data: several times a cache's size
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """`tiny`: in the interpreter; `quick`: on a device, but only to see that everything runs."""
+    """`tiny`: in the interpreter. `quick`: on a device, only to check that everything runs."""
 
     device: torch.device
     dtype: torch.dtype
@@ -41,14 +41,14 @@ class Setting:
 
     @property
     def rounds(self) -> int:
-        """Of a measurement whose value is the median of its rounds."""
+        """Number of rounds of a measurement, whose value is their median."""
         return 15 if self.is_judged else 1
 
     def pick(self, full: T, quick: T, tiny: T) -> T:
         return tiny if self.tiny else quick if self.quick else full
 
     def copies(self, num_bytes: int) -> int:
-        """How many of this size take turns so that none is still in a cache."""
+        """Return how many copies of this size must take turns so that none stays in a cache."""
         return 2 if not self.is_judged else max(2, -(-COLD_BYTES // num_bytes))
 
     def noise(self, *size: int) -> torch.Tensor:
@@ -58,7 +58,7 @@ class Setting:
 def decode_requests(
     batch: int, context: int, chunk: int = 1, slots: list[int] | None = None
 ) -> list[ScheduledRequest]:
-    """Requests whose last `chunk` tokens are new, each with blocks and, if given, an adapter."""
+    """Make requests whose last `chunk` tokens are new, with blocks and, if given, adapters."""
     width = -(-context // BLOCK_SIZE)
     sampling = SamplingParams(temperature=0.0, ignore_eos=True)
     return [

@@ -1,4 +1,4 @@
-"""Whole steps of the GPU engine's runner, beside the bytes that a step must read."""
+"""Measures whole steps of the GPU engine's runner against the bytes that a step must read."""
 
 from collections.abc import Iterator, Sequence
 
@@ -9,10 +9,10 @@ from tests.bench.gpu_setting import Setting
 
 UNIFORM_RANK = sum(MIXED_RANKS) // len(MIXED_RANKS)
 
-# Of the roofline, with an adapter for each request; of base tokens/s, at 32 requests
+# Least share of the roofline, with an adapter per request; of base tokens/s, at 32 requests
 OF_ROOFLINE = {("none", 1): 0.70, ("none", 32): 0.60, ("none", 128): 0.65, ("nf4", 1): 0.50}
 OF_BASE = {("none", "shared"): 0.90, ("none", "distinct"): 0.80, ("nf4", "distinct"): 0.70}
-LAUNCHES_S, SIDE_LAUNCHES_S = 0.65e-3, 0.35e-3  # of a step's adapters, beside their bytes
+LAUNCHES_S, SIDE_LAUNCHES_S = 0.65e-3, 0.35e-3  # for a step's adapters, plus their bytes
 
 
 def decode(setting: Setting, quantization: str) -> Iterator[Row]:
@@ -80,7 +80,7 @@ def _step_row(
 
 
 def _flops(bench: Bench, batch: int) -> float:
-    """Of the linear layers; the rate of fp8 is twice that of bfloat16, which is not counted on."""
+    """Count operations of linear layers, for bfloat16's rate; fp8's double rate is ignored."""
     shape = bench.setting.shape
     weights = sum(rows * columns for rows, columns in shape.linears.values()) * shape.num_layers
     return 2.0 * batch * (weights + shape.vocab_size * shape.hidden_size)
@@ -119,7 +119,7 @@ def _increment(
 
 
 def _host_row(lane: Lane, quantization: str, slots: Sequence[int], pace: Pace) -> Row:
-    """Whether the device waits: a step's period beside the same work given in advance."""
+    """Measure whether the device waits: a step's period against the same work queued ahead."""
     device_s = lane.device_s(slots)
     bound = 0.05 if len(slots) == 256 else None
     exposed = pace.step_s / device_s - 1
@@ -133,7 +133,7 @@ def _host_row(lane: Lane, quantization: str, slots: Sequence[int], pace: Pace) -
 
 
 def _mixed_ranks(bench: Bench, lane: Lane, quantization: str, batch: int) -> Iterator[Row]:
-    """The same bytes, and slots that both kinds keep: the second half is uniform."""
+    """Compare mixed with uniform ranks of equal bytes; the second half of slots is uniform."""
     mixed = [MIXED_RANKS[i % len(MIXED_RANKS)] for i in range(batch)]
     lane.load([*mixed, *[UNIFORM_RANK] * batch])
     slots = list(range(1, 2 * batch + 1))
@@ -157,7 +157,7 @@ def _mixed_ranks(bench: Bench, lane: Lane, quantization: str, batch: int) -> Ite
 
 
 def _base_only(bench: Bench, lane: Lane, batch: int) -> Iterator[Row]:
-    """Without an adapter in the batch, beside a runner that never had one."""
+    """Compare batches without adapters to those of a runner that never had an adapter."""
     bare = bench.lane(batch, max_slots=1)
     slots = [0] * batch
     made = paces({"resident": (lane, slots), "none": (bare, slots)}, 2 * bench.sizes.rounds)
@@ -168,7 +168,7 @@ def _base_only(bench: Bench, lane: Lane, batch: int) -> Iterator[Row]:
 
 
 def _side_stream(bench: Bench, lane: Lane, quantization: str) -> Iterator[Row]:
-    """Shrink beside the base's product: what adapters add then, by the same base steps."""
+    """Measure what adapters add if shrink runs concurrently with the base's product."""
     rows = min(max(bench.sizes.batches), 128)
     beside = bench.lane(rows, side_stream=True)
     beside.load([RANK] * rows)

@@ -1,8 +1,8 @@
-"""vLLM's Triton kernels for many adapters, run from vLLM's own files.
+"""Runs vLLM's Triton kernels for many adapters, from vLLM's own files.
 
-Only those kernels are loaded, from the `vllm` package on the path. What the rest of it would give
-them (a logger, the platform, the registration of an op) are stand-ins here, so that neither its
-compiled extensions nor its other requirements are needed. Written after vLLM 0.32.
+Only those kernels are loaded, from the `vllm` package on the path. Their imports from the rest of
+vLLM (a logger, the platform, the registration of an op) are replaced by stand-ins, so that neither
+its compiled extensions nor its other requirements are needed. Written for vLLM 0.32.
 """
 
 import importlib
@@ -26,12 +26,12 @@ OPS = "vllm.lora.ops.triton_ops"
 
 
 class Unavailable(RuntimeError):
-    """vLLM's kernels cannot be run here; the text says why."""
+    """Raised if vLLM's kernels cannot be run here; the message gives the reason."""
 
 
 @cache
 def load_kernels() -> SimpleNamespace:
-    """`shrink`, `expand` and `Meta`, which prepares their numbers. Raises Unavailable."""
+    """Load `shrink`, `expand` and `Meta`, which prepares their arguments. Raises Unavailable."""
     spec = importlib.util.find_spec("vllm")
     if spec is None or not spec.submodule_search_locations:
         raise Unavailable("vllm is not on the path")
@@ -49,11 +49,11 @@ def load_kernels() -> SimpleNamespace:
     )
 
 
-# ==== what the kernels' files import ====
+# ==== imports of the kernels' files ====
 
 
 def _stand_in(folder: Path) -> None:
-    """Packages that run no code of their own, and the few names that the kernels ask of others."""
+    """Install empty packages, and the few names that the kernels import from other modules."""
     if "vllm" in sys.modules:
         return
     import triton
@@ -100,7 +100,7 @@ class _Platform:
 
 
 def _register_nothing(**_: Any) -> None:
-    """Their files then offer the plain functions, which launch the same kernels."""
+    """Fail to register, so that vLLM's files offer plain functions, with the same kernels."""
     raise AttributeError("ops are not registered")
 
 
@@ -112,8 +112,10 @@ def _to_device(data: Any, device: torch.device, dtype: torch.dtype) -> Tensor:
 
 
 class VllmLora:
-    """Adapters 0, 1, ... of `weights`, padded to the largest rank, as vLLM holds them. Each of
-    `slots_of_copies` is a batch: adapter slots, from 1 on, of its rows."""
+    """Holds adapters 0, 1, ... of `weights` as vLLM does, padded to the largest rank.
+
+    Each of `slots_of_copies` is a batch: the adapter slots of its rows, from 1 on.
+    """
 
     def __init__(
         self,
@@ -137,7 +139,7 @@ class VllmLora:
         self._planes = {n: torch.empty(n, *size, device=device) for n in slices}
 
     def works(self, xs: Mapping[int, Tensor], ys: Mapping[int, Tensor]) -> list[Work]:
-        """Each adds a batch's adapters at all sites, to ys by the width of their outputs."""
+        """Make a call per batch that adds its adapters at all sites; `ys` has one y per width."""
         return [partial(self._add, meta, xs, ys) for meta in self._metas]
 
     def _add(self, meta: Any, xs: Mapping[int, Tensor], ys: Mapping[int, Tensor]) -> None:
@@ -154,7 +156,7 @@ class VllmLora:
         return meta
 
     def _stack_a(self, of: list[SiteWeights], dtype: torch.dtype) -> list[Tensor]:
-        """For each slice [adapters, 1, rank, in]."""
+        """Stack A of each slice to [adapters, 1, rank, in]."""
         stacks: list[Tensor] = []
         for part in range(len(of[0].expands)):
             size = len(of), 1, self._rank, of[0].a.shape[1]
@@ -166,7 +168,7 @@ class VllmLora:
         return stacks
 
     def _stack_b(self, of: list[SiteWeights], dtype: torch.dtype) -> list[Tensor]:
-        """For each slice [adapters, 1, out, rank]."""
+        """Stack B of each slice to [adapters, 1, out, rank]."""
         stacks: list[Tensor] = []
         for part in range(len(of[0].expands)):
             size = len(of), 1, of[0].expands[part][4].shape[1], self._rank

@@ -1,9 +1,9 @@
-"""Time to import in a fresh process: one checkout against another, in turns.
+"""Measures the time to import in a fresh process: one checkout against another, in turns.
 
     python -m tests.bench.import_bench ../before . --rounds 15
 
 Each process is the checkout's own .venv/bin/python in the checkout's folder. Wall time includes
-that of the interpreter; CPU time is of all threads.
+the start of the interpreter; CPU time covers all threads.
 """
 
 import argparse

@@ -1,13 +1,13 @@
-"""Native paged attention beside torch's SDPA: decodes and prefill chunks.
+"""Measures native paged attention against torch's SDPA: decodes and prefill chunks.
 
     python -m tests.bench.kernel_bench_attention [decode | prefill] [--shapes 14/2x64 ...]
         [--threads 2] [--isa avx512] [--block-size 16] [--rounds 25] [--cold-mb 96]
 
-SDPA is given contiguous keys in the form that suits it best: a decode's group of heads as queries
-of one kv head, a prefill's keys repeated for every head. Every call takes the next of so many
-layers that together they do not fit the caches, as a step does. The variants take turns round by
-round; a number is the shortest round, since a busy machine only adds. GB/s counts each key and
-value once, in bf16 or int8 as stored; GFLOP/s counts what a query sees.
+SDPA gets contiguous keys in the form that suits it best: a decode's group of heads as queries of
+one kv head, a prefill's keys repeated for every head. Every call uses the next of many layers, too
+many to fit the caches, as in a step. The variants take turns round by round; a number is the
+shortest round, since other load only adds time. GB/s counts each key and value once, in bf16 or
+int8 as stored; GFLOP/s counts the keys that a query sees.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from engine.backends.native.kv import KvLayout
 from engine.backends.native.library import FUNCTIONS, Context
 
 Call = Callable[[], None]
-ROUND_SECONDS = 0.004  # short enough that some pass between two disturbances
+ROUND_SECONDS = 0.004  # short enough that some rounds are undisturbed
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +67,7 @@ SHAPES = tuple(map(Shape.parse, ("14/2x64", "9/3x64", "32/8x64", "32/8x128")))
 
 
 class Native:
-    """The kernel's calls, one per layer."""
+    """Holds the kernel's calls, one per layer."""
 
     def __init__(
         self, context: Context, case: Case, kv_format: int, block_size: int, layers: int
@@ -133,7 +133,7 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> 
 
 
 def measure(variants: dict[str, list[Call]], rounds: int) -> dict[str, float]:
-    """Microseconds per call of each, in its shortest round."""
+    """Return the microseconds per call of each, in its shortest round."""
     cycles = {name: itertools.cycle(calls) for name, calls in variants.items()}
     counts = {name: _calls_per_round(cycle) for name, cycle in cycles.items()}
     taken: dict[str, list[float]] = {name: [] for name in variants}

@@ -1,9 +1,9 @@
-"""Time of the 4-bit linear kernels for the layers of a model of Qwen2.5-0.5B's shape.
+"""Times the 4-bit linear kernels for the layers of a model of Qwen2.5-0.5B's shape.
 
     python -m tests.bench.kernel_bench_fourbit [--rows 1 8] [--formats nf4] [--isa avx512]
 
 Each call multiplies another copy of the weight, so weights come from memory, as they do in a
-decoder's step. Where bitsandbytes is installed, its Linear4bit of the same weight stands beside.
+decoder's step. If bitsandbytes is installed, its Linear4bit is timed too.
 """
 
 import argparse
@@ -28,7 +28,7 @@ SHAPES = {"qkv": (1152, 896), "o": (896, 896), "gate_up": (9728, 896), "down": (
 FORMATS = ("nf4", "nf4_int8", "int4")
 ROWS = (1, 8, 32, 128, 512)
 COPIES_BYTES = 160 * 2**20  # several times the largest cache
-SECONDS = 0.4  # of a measurement
+SECONDS = 0.4  # per measurement
 
 
 def main() -> None:
@@ -79,7 +79,7 @@ def _print_line(
 def _measure(
     context: Context, name: str, shape: tuple[int, int], options: argparse.Namespace
 ) -> dict[int, tuple[float, float, int]]:
-    """Of each number of rows: median and shortest seconds, and the bytes of the weight."""
+    """Return median and shortest seconds, and the weight's bytes, by number of rows."""
     calls, nbytes = _calls(context, name, shape, options.group_size)
     results = {}
     for rows in options.rows:
@@ -94,7 +94,7 @@ Call = Callable[[Tensor], Callable[[], object]]
 def _calls(
     context: Context, name: str, shape: tuple[int, int], group_size: int
 ) -> tuple[list[Call], int]:
-    """Copies of one layer, each as a function of x that returns what is timed."""
+    """Make copies of one layer: functions of x that return the call to be timed."""
     if name == "bnb_nf4":
         return _bitsandbytes_calls(shape, group_size)
     weight = random_weight("int4" if name == "int4" else "nf4", shape, group_size)
@@ -107,7 +107,7 @@ def _calls(
 
 
 def _native_call(context: Context, layer: NativeLinear, x: Tensor) -> Callable[[], object]:
-    """Without the allocation of y and scratch, which a decoder reuses."""
+    """Prepare the call with y and scratch allocated before, as a decoder reuses them."""
     y = torch.empty(len(x), layer.out_features, dtype=torch.bfloat16)
     scratch = aligned_bytes(layer.scratch_bytes(len(x)))
     run, args = context.function("linear", structs.LinearArgs), layer.args(x, y, scratch)
@@ -131,7 +131,7 @@ def _bitsandbytes_calls(shape: tuple[int, int], group_size: int) -> tuple[list[C
 
 
 def _time(calls: list[Callable[[], object]]) -> tuple[float, float]:
-    """Median and shortest seconds of a call."""
+    """Return median and shortest seconds of a call."""
     samples: list[float] = []
     with torch.inference_mode():
         calls[0]()
@@ -153,7 +153,7 @@ def random_weight(format: str, shape: tuple[int, int], group_size: int) -> Quant
 
 
 def read_bandwidth(threads: int) -> float:
-    """GB/s of all threads searching their share of a block for a byte that is not there."""
+    """Measure GB/s with all threads searching their share of a block for an absent byte."""
     block = aligned_bytes(512 * 2**20).zero_()
     share = len(block) // threads
     search = c.CDLL(None).memchr

@@ -1,10 +1,10 @@
-"""Linear layers alone: the native kernels beside torch's packed bfloat16 (oneDNN), interleaved.
+"""Measures linear layers alone: native kernels against torch's packed bfloat16 (oneDNN).
 
     python -m tests.bench.kernel_bench_linear --models qwen --rows-of-x 1 8 128
 
-Every layer has so many copies that weights come from memory, as in a model's step. Each round runs
-every kernel over its copies and takes the median call; the rows show the fastest round, since what
-disturbs only ever adds. `read` is what the same threads reach in the same rounds that only read.
+Every layer has enough copies that weights come from memory, as in a model's step. Each round runs
+every kernel over its copies and takes the median call; the rows show the fastest round, since
+disturbances only add time. `read` is the rate of the same threads only reading, in the same rounds.
 """
 
 import argparse
@@ -28,7 +28,7 @@ MODELS = {  # (out, in) of the four linear layers of one decoder layer
     "smollm": {"qkv": (960, 576), "o": (576, 576), "gate_up": (3072, 576), "down": (576, 1536)},
 }
 READ_BYTES = 16 * 2**20
-Layer = Callable[[Tensor], Callable[[], object]]  # of x: what computes the layer of x
+Layer = Callable[[Tensor], Callable[[], object]]  # from x to the call that computes the layer
 
 
 def main() -> None:
@@ -49,7 +49,7 @@ def main() -> None:
 
 
 class Copies:
-    """One kernel and as many layers of one shape as fill the memory asked for."""
+    """One kernel, with as many layers of one shape as fill the wanted memory."""
 
     def __init__(self, layers: list[Layer], nbytes: int, flop_per_row: int) -> None:
         self.layers, self.nbytes, self.flop_per_row = layers, nbytes, flop_per_row
@@ -81,12 +81,12 @@ def make_kernels(
 def measure(
     kernels: dict[str, Copies], rows: int, in_features: int, rounds: int
 ) -> dict[str, float]:
-    """Seconds of one layer, the fastest round of each kernel."""
+    """Return the seconds of one layer in the fastest round of each kernel."""
     x = torch.randn(rows, in_features).bfloat16()
     fastest = dict.fromkeys(kernels, float("inf"))
     for _ in range(rounds):
         for name, kernel in kernels.items():
-            # A round is a pass over the copies, or as much of one as takes a moment
+            # A round is a pass over the copies, or over fewer if that takes too long
             layers = kernel.layers[: max(int(2e10 / (kernel.flop_per_row * rows)), 2)]
             calls = [layer(x) for layer in layers]
             fastest[name] = min(fastest[name], statistics.median(map(_seconds, calls)))
@@ -100,7 +100,7 @@ def _seconds(call: Callable[[], object]) -> float:
 
 
 def reader(mib: int) -> Copies:
-    """Reads pieces of memory instead of computing layers."""
+    """Make calls that only read pieces of memory, instead of layers."""
     block = aligned_bytes(mib * 2**20).fill_(1).view(torch.float32)
     pieces = block.split(READ_BYTES // 4)
     return Copies([lambda _, piece=piece: piece.amax for piece in pieces], READ_BYTES, 1)

@@ -1,11 +1,11 @@
-"""What LoRA adds to a step of the native CPU kernels: all sites of a model, decode and prefill.
+"""Measures what LoRA adds to a step of the native CPU kernels: all sites, decode and prefill.
 
     python -m tests.bench.kernel_bench_lora [--threads 2] [--isa avx512] [--model qwen2.5-0.5b]
 
-A decode's time stands beside its floor: the bytes of the adapters in it over the bandwidth at
-which the same threads read memory in the same run. Weights are evicted from the caches before
-every step, as a step's base weights would. A prefill stands beside its arithmetic. `best` adds up
-each site's best time, which a busy machine disturbs least; `median` is that of whole steps.
+A decode is compared with its floor: the bytes of its adapters divided by the bandwidth at which
+the same threads read memory in the same run. Adapters are evicted from the caches before every
+step, as the base weights of a step would do. A prefill is compared with its arithmetic. `best` adds
+up each site's best time, which other load disturbs least; `median` is the median of whole steps.
 """
 
 import argparse
@@ -86,7 +86,7 @@ def request(slot: int, rows: int) -> ScheduledRequest:
 
 
 class Step:
-    """Shrink and expand at every site of the model, as one step calls them."""
+    """Calls shrink and expand at every site of the model, as a step does."""
 
     def __init__(self, context: Context, model: Model, lora: NativeLoraBatch, rows: int) -> None:
         self._lora = lora
@@ -113,7 +113,7 @@ class Step:
         )
 
     def __call__(self) -> list[float]:
-        """The seconds of each site."""
+        """Run all sites; return the seconds of each."""
         taken: list[float] = []
         for args in self._args:
             start = time.perf_counter()
@@ -122,7 +122,7 @@ class Step:
         return taken
 
     def call_alone(self) -> list[float]:
-        """The same calls with nothing to do: what Python costs."""
+        """Make the same calls without work, to measure the cost of Python."""
         count, self._lora.struct.num_segments = self._lora.struct.num_segments, 0
         taken = self()
         self._lora.struct.num_segments = count
@@ -158,7 +158,7 @@ class Reader:
 
 @dataclass(frozen=True, slots=True)
 class Taken:
-    """Milliseconds of a step."""
+    """Milliseconds per step."""
 
     best: float  # the sum of each part's best
     median: float

@@ -1,10 +1,10 @@
-"""A load generator for any OpenAI-compatible server: streamed completions of fixed length.
+"""Generates load on any OpenAI-compatible server: streamed completions of fixed length.
 
     python -m tests.bench.load http://127.0.0.1:8000 --model half --adapters a,b \\
         --traffic skewed --concurrency 8 --requests 64 --prompt 64 --output 32-96
 
 Closed loop with --concurrency, open loop (Poisson arrivals) with --rate. Prompts are token ids,
-so that no tokenizer is needed here. A request whose usage is not what was asked for is an error.
+so that no tokenizer is needed here. A request whose usage differs from the request is an error.
 """
 
 import argparse
@@ -26,7 +26,7 @@ TIMEOUT_S = 600.0
 
 @dataclass(slots=True)
 class Result:
-    """One request. Times are of the client's clock; arrivals are those of streamed chunks."""
+    """Result of one request. Times are by the client's clock; arrivals are of stream chunks."""
 
     started_s: float
     arrivals_s: list[float] = field(default_factory=list[float])
@@ -36,7 +36,7 @@ class Result:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """Of the requests without error; seconds and tokens. `itl` is between chunks of a stream."""
+    """Figures of the requests without error. `itl` is the time between a stream's chunks."""
 
     num_requests: int
     num_errors: int
@@ -55,13 +55,13 @@ class Summary:
 
 
 class RequestFailed(Exception):
-    """The server refused, broke off, or gave another number of tokens than was asked for."""
+    """Raised if the server refuses, breaks off, or returns a wrong number of tokens."""
 
 
 async def closed_loop(
     url: str, names: Sequence[str], jobs: Sequence[Job], concurrency: int
 ) -> Summary:
-    """`concurrency` clients, each with its next request as soon as the last one has ended."""
+    """Run `concurrency` clients; each sends its next request when its last one has ended."""
 
     async def run(complete: Callable[[Job, float], Coroutine[Any, Any, Result]]) -> list[Result]:
         queue = iter(jobs)
@@ -78,7 +78,7 @@ async def closed_loop(
 async def open_loop(
     url: str, names: Sequence[str], jobs: Sequence[Job], rate: float, seed: int
 ) -> Summary:
-    """Requests arrive at `rate` per second, however long those before them take."""
+    """Send requests at `rate` per second, regardless of how long earlier ones take."""
     rng = random.Random(seed + 2)
     arrivals: list[float] = []
     for _ in jobs:
@@ -101,7 +101,7 @@ async def _measure(
     names: Sequence[str],
     run: Callable[[Callable[[Job, float], Coroutine[Any, Any, Result]]], Any],
 ) -> Summary:
-    """`names[0]` is the base model's, the others are the adapters'."""
+    """Run and summarise; `names[0]` is the base model's name, the rest are adapters'."""
     timeout = aiohttp.ClientTimeout(total=TIMEOUT_S)
     connector = aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(url, timeout=timeout, connector=connector) as session:
@@ -199,7 +199,7 @@ def summarise(results: Sequence[Result], wall_s: float, client_cpu_s: float) -> 
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
-    """The smallest value that at least `percent` of all do not exceed; nan of none."""
+    """Return the smallest value that at least `percent` % do not exceed; nan if empty."""
     if not values:
         return float("nan")
     rank = -(-len(values) * percent // 100)
@@ -221,7 +221,7 @@ def as_line(summary: Summary) -> str:
 
 
 def as_json(summary: Summary) -> str:
-    """One line; what has no value (a percentile of nothing) is null."""
+    """Format as one line of JSON; missing values (percentiles of no values) are null."""
     figures = asdict(summary).items()
     return json.dumps({name: None if value != value else value for name, value in figures})
 

@@ -1,9 +1,9 @@
-"""Random models and adapters of real shapes, for benchmarks: same seed, same bytes.
+"""Makes random models and adapters of real shapes, for benchmarks: same seed, same bytes.
 
     python -m tests.bench.models half --adapters 8
 
 Written once into `.cache/bench/<shape>`, as Hugging Face and PEFT folders that any server can
-load. Their text means nothing; their arithmetic costs what the real model's does.
+load. Their outputs are meaningless, but they cost the same computation as the real models.
 """
 
 import argparse
@@ -33,7 +33,7 @@ CHAT_TEMPLATE = (
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """The sizes of one dense decoder with grouped-query attention."""
+    """Sizes of one dense decoder with grouped-query attention."""
 
     name: str
     model_type: str
@@ -54,7 +54,7 @@ class Shape:
 
     @property
     def linears(self) -> dict[str, tuple[int, int]]:
-        """Module of a layer -> (out, in)."""
+        """Return (out, in) by module of a layer."""
         hidden, kv = self.hidden_size, self.num_kv_heads * self.head_dim
         return {
             "self_attn.q_proj": (hidden, hidden),
@@ -74,14 +74,14 @@ SHAPES = {
         Shape("half", "qwen2", "Qwen2ForCausalLM", 151936, 896, 24, 14, 2, 4864, 1e6, True),
         # SmolLM2-135M
         Shape("small", "llama", "LlamaForCausalLM", 49152, 576, 30, 9, 3, 1536, 1e5, False),
-        # Only to see that a benchmark runs
+        # Only to check that a benchmark runs
         Shape("tiny", "qwen2", "Qwen2ForCausalLM", 1024, 64, 2, 4, 2, 128, 1e4, True),
     )
 }
 
 
 def make_model(shape: Shape) -> Path:
-    """The model's folder, written if it is not there yet."""
+    """Return the model's folder; writes it if it does not exist."""
     folder = CACHE / shape.name / "base"
     if not folder.exists():
         with _written_whole(folder) as partial:
@@ -96,7 +96,7 @@ def write_config(shape: Shape, folder: Path) -> None:
 
 
 def make_adapters(shape: Shape, count: int, ranks: Sequence[int] = RANKS) -> list[Path]:
-    """PEFT folders on all seven linear modules, of these ranks in turn."""
+    """Return PEFT folders with all seven linear modules, with these ranks in turn."""
     return [_make_adapter(shape, i, ranks[i % len(ranks)]) for i in range(count)]
 
 
@@ -139,7 +139,7 @@ def _model_tensors(shape: Shape) -> dict[str, torch.Tensor]:
 
 
 def _noise(generator: torch.Generator, *size: int) -> torch.Tensor:
-    """Float32 first: normal numbers are drawn several times faster there."""
+    """Draw in float32 and convert, which is several times faster than in other dtypes."""
     return torch.randn(size, generator=generator).mul_(0.02).bfloat16()
 
 
@@ -188,7 +188,7 @@ def _adapter_tensors(shape: Shape, lora_rank: int, seed: int) -> dict[str, torch
 
 
 def _tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE in which every id has a text: bytes, then pairs of letters, then fours."""
+    """Make a byte-level BPE with a text for every id: bytes, then 2 letters, then 4."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     merges = list(islice(_merges(), vocab_size - len(alphabet) - 1))
     words = [END, *alphabet, *(left + right for left, right in merges)]
@@ -212,7 +212,7 @@ def _merges() -> Iterator[tuple[str, str]]:
 
 @contextmanager
 def _written_whole(folder: Path) -> Iterator[Path]:
-    """A folder that appears under its name only when everything in it has been written."""
+    """Yield a temporary folder, renamed to its final name once all is written."""
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)

@@ -1,11 +1,11 @@
-"""One checkout against another: the same requests through the servers of both, in turns.
+"""Compares two checkouts: the same requests through the servers of both, in turns.
 
     python -m tests.bench.pair tiny ../before . --starts 3 --rounds 4 --rows rows.txt
 
 Starts each checkout's own server in its own folder with its own environment, both with the same
 model, adapters and engine settings, and runs closed loops through A, B, B, A, ... Prints one line
 for each traffic and number of clients. Both servers stay up meanwhile, so the idle one costs the
-other a little; more starts make the luck of a single start visible in the range.
+other a little; with more starts the range shows how much single starts differ.
 """
 
 import argparse
@@ -40,7 +40,7 @@ from tests.bench.server import (
 from tests.bench.serving_bench import MIB, Served, serve
 from tests.bench.workload import TRAFFIC, Job, Workload, lengths
 
-# name, digits of a median, how to read it
+# name, digits of a median, function that reads it
 FIGURES: tuple[tuple[str, int, Callable[[Served], float]], ...] = (
     ("tokens/s", 1, lambda served: served.summary.tokens_per_s),
     ("TTFT p50 ms", 2, lambda served: 1e3 * served.summary.ttft_p50_s),
@@ -62,12 +62,12 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class Side:
-    """One checkout, and a configuration and a store that its server alone uses."""
+    """One checkout, with a configuration and a store for its server alone."""
 
     checkout: Path
     command: str
     config: Path
-    names: list[str]  # of the base and the adapters, as a client says them
+    names: list[str]  # model names of the base and the adapters, for requests
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +79,7 @@ class Server:
 
 def main() -> int:
     options = _parse()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the servers must end with us
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the servers must end too
     conditions = header(options.seed, f"A {commit(options.a)}, B {commit(options.b)}")
     pairs: dict[Case, list[tuple[Served, Served]]] = {case: [] for case in _cases(options)}
     with tempfile.TemporaryDirectory(prefix="bench-") as scratch:
@@ -156,7 +156,7 @@ def _turn(server: Server, idle: Server, jobs: Sequence[Job], clients: int) -> Se
 
 
 def _warm_up(options: argparse.Namespace) -> Iterator[list[Job]]:
-    """Fetches and reads the adapters, touches the memory, and meets all sizes of a batch."""
+    """Yield short jobs that load the adapters, touch the memory and run all batch sizes."""
     for case in _cases(options):
         yield [Job(job.prompt_token_ids, 4, job.adapter) for job in _jobs(options, case)]
 

@@ -1,10 +1,10 @@
-"""What each weight format costs in answers: the demo's adapters and perplexity, held-out prompts.
+"""Measures the quality of each weight format: the demo's answers and perplexity, held out.
 
     python -m tests.bench.quality_bench --demo .data/demo --formats none int8 nf4 nf4+a8 none+kv8
 
-`exact` are answers that are letter by letter the wanted one. Perplexity is of the held-out texts
-under the base, and of the wanted answers under their adapters. The first format is float32, by
-torch: what all others are compared with.
+`exact` counts answers equal to the expected one. Perplexity is that of the held-out texts under the
+base, and of the expected answers under their adapters. The first format is float32, by torch: the
+reference for all others.
 """
 
 import argparse
@@ -28,7 +28,7 @@ MAX_TOKENS = 64
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """`prompt_ids` ends where the answer begins; `text_ids` goes on to the answer's end."""
+    """A held-out prompt. `text_ids` are those of the prompt, followed by the answer's."""
 
     job: str
     prompt_ids: list[int]
@@ -113,7 +113,7 @@ def measure(
 @dataclass(slots=True)
 class _Output:
     token_ids: list[int]
-    logprobs: list[float]  # of the prompt's tokens from the second on
+    logprobs: list[float]  # of prompt tokens, from the second on
 
 
 def _run(engine: Engine, requests: list[GenerateRequest]) -> Iterator[tuple[str, _Output]]:

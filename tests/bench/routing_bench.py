@@ -1,9 +1,9 @@
-"""What one routing decision costs: `policy.routing.rank` over replicas that all have figures.
+"""Measures the cost of a routing decision: `policy.routing.rank` over replicas with figures.
 
     python -m tests.bench.routing_bench --rows rows.txt
 
 CPU microseconds per decision, with an adapter that one replica in four has on its device, for
-1, 2, 8 and 32 replicas; median over rounds. Ray's own part of a call is not in it.
+1, 2, 8 and 32 replicas; median over rounds. Ray's own part of a call is excluded.
 """
 
 import argparse

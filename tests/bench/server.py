@@ -1,4 +1,4 @@
-"""A server of our own for a benchmark: its configuration, its store, its life, its processes."""
+"""Starts and ends a server for a benchmark, with its own configuration and store."""
 
 import json
 import os
@@ -27,7 +27,7 @@ GROUPS = ("engine", "replica", "ingress", "haproxy", "ray")
 
 
 def write_config(scratch: Path, source: Path, engine: dict[str, Any], replicas: int = 1) -> Path:
-    """JSON is YAML too."""
+    """Write the configuration, as JSON, which is valid YAML."""
     model = {"id": MODEL, "source": str(source), "engine": engine, "replicas": {"min": replicas}}
     args = {
         "models": [model],
@@ -48,7 +48,7 @@ def write_config(scratch: Path, source: Path, engine: dict[str, Any], replicas: 
 
 
 def publish(scratch: Path, source: Path, folders: Sequence[Path]) -> list[str]:
-    """The adapters' names as a client says them."""
+    """Publish the adapters; return their model names for requests."""
     store = AdapterStore(f"file://{scratch / 'store'}", scratch / "disk", 10 * 2**30)
     base = store.register_base(source)
     return [store.publish(folder, TENANT, folder.name, base).name for folder in folders]
@@ -72,7 +72,7 @@ def serving(config: Path, checkout: Path = ROOT, command: str = SERVE) -> Iterat
 
 
 def command_of_make(checkout: Path) -> str:
-    """What the checkout's `make serve` runs in the end, for `serving`."""
+    """Return the last command of the checkout's `make serve`, for `serving`."""
     dry_run = ["make", "--dry-run", "--no-print-directory", "serve"]
     recipe = subprocess.run(
         [*dry_run, "CONFIG={config}", "PORT={port}"],
@@ -98,7 +98,7 @@ def _wait_until_healthy(url: str, process: "subprocess.Popen[bytes]") -> None:
 
 
 def _end(process: "subprocess.Popen[bytes]") -> None:
-    """Interrupt the server; kill whatever of it, by recorded pid and start, is left then."""
+    """Interrupt the server; kill its remaining processes, by recorded pid and start time."""
     recorded = {pid: _started(pid) for pid in groups_of_processes(process.pid)}
     process.send_signal(signal.SIGINT)
     try:
@@ -121,7 +121,7 @@ def _free_port() -> int:
 
 
 def groups_of_processes(root: int) -> dict[int, str]:
-    """Every process at and below `root`, and which of GROUPS it belongs to."""
+    """Map every process at and below `root` to its group in GROUPS."""
     parents = dict(_parents())
     return {pid: _group(pid) for pid in parents if _is_below(pid, root, parents)}
 
@@ -132,12 +132,12 @@ def _parents() -> Iterator[tuple[int, int]]:
             try:
                 stat = (entry / "stat").read_text()
             except OSError:
-                continue  # it has ended meanwhile
+                continue  # it has ended in the meantime
             yield int(entry.name), int(stat.rpartition(")")[2].split()[1])
 
 
 def _started(pid: int) -> str | None:
-    """When the process began, in ticks since boot; None if it is gone or a zombie."""
+    """Return when the process began, in ticks since boot; None if it has ended or is a zombie."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:

@@ -1,11 +1,10 @@
-"""Serving against the engine alone: the same requests through HTTP and without, interleaved.
+"""Compares serving with the engine alone: the same requests with and without HTTP, interleaved.
 
     python -m tests.bench.serving_bench half --rounds 3 --rows rows.txt
 
-Starts the server with a configuration and a store of its own, publishes the adapters, and runs
-a closed loop at each concurrency, next to an engine process that gets the very same requests
-by message. Reports served / own throughput, and the CPU time of each group of processes per
-streamed token.
+Starts the server with its own configuration and store, publishes the adapters, and runs a closed
+loop at each concurrency, in turns with an engine process that gets the same requests by message.
+Reports served / own throughput, and the CPU time of each group of processes per streamed token.
 """
 
 import argparse
@@ -53,7 +52,7 @@ class Served:
 
 def main() -> int:
     options = _parse()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the server must end with us
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the server must end too
     shape = SHAPES[options.shape]
     source, folders = make_model(shape), make_adapters(shape, options.adapters)
     engine = {
@@ -108,7 +107,7 @@ def serve(
     concurrency: int,
     also_ours: Iterable[int] = (),
 ) -> Served:
-    """One closed loop through HTTP. Raises if any request failed: such numbers mean nothing."""
+    """Run a closed loop through HTTP. Raises if any request fails: its numbers are void."""
     groups = groups_of_processes(server_pid)
     noise = NoiseMeter([os.getpid(), *groups, *also_ours])
     before = {pid: cpu_s(pid) for pid in groups}
@@ -152,7 +151,7 @@ def _row(concurrency: int, pairs: Sequence[tuple[Served, Run]]) -> str:
     def median_ms(name: str) -> str:
         return median_and_range([1e3 * getattr(s.summary, name) for s in served])
 
-    # The kernel counts in ticks of 10 ms: a mean over all rounds is finer than a median
+    # The kernel counts in ticks of 10 ms: a mean over all rounds is more precise than a median
     cpu = ", ".join(
         f"{g} {statistics.fmean(s.us_per_token[g] for s in served):.0f}" for g in GROUPS
     )

@@ -1,11 +1,11 @@
-"""One engine step beside its floor: decode and prefill, by weight format and by adapters.
+"""Measures engine steps against their floor: decode and prefill, by weight format and adapters.
 
     python -m tests.bench.step_bench half --formats none int8 nf4 --batches 1 8 16
 
 A step's floor is the larger of two times: its bytes (weights as stored, the distinct adapters of
 the batch, KV) over the memory bandwidth, and its operations over the rate of bfloat16 products,
-both measured in every round: they drift with the host. Rounds visit every case in turn, so that
-a busy moment hits all alike; rows show medians, and so do the two rates.
+both measured in every round, as they drift with the host. Every round runs all cases in turn, so
+that other load affects all equally; rows and rates are medians.
 """
 
 import argparse
@@ -32,14 +32,14 @@ from tests.bench.models import SHAPES, Shape, make_adapters, make_model
 
 MIB = 2**20
 ADAPTERS = ("base", "shared", "distinct", "uniform")
-UNIFORM_RANK = 30  # as many ranks in four adapters as 8 + 16 + 32 + 64
+UNIFORM_RANK = 30  # the mean of 8, 16, 32 and 64
 PROMPT = 128
 Folders = dict[str, list[AdapterFolder]]
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """`batch` requests decode at once; or, with `prefill`, one prompt of so many tokens."""
+    """A decode of `batch` requests; or, with `prefill`, one prompt of that many tokens."""
 
     form: str
     batch: int
@@ -118,7 +118,7 @@ def make_engine(shape: Shape, form: str, options: argparse.Namespace) -> Engine:
 
 
 def measure(threads: int) -> Machine:
-    """The machine's best: torch's sums and products, and the native kernels' own products."""
+    """Measure the best rates: torch's sums and products, and the native kernels' products."""
     torch.set_num_threads(threads)
     machine = measure_machine(torch.device("cpu"), torch.bfloat16)
     context = Context(threads=threads)
@@ -136,7 +136,7 @@ def measure(threads: int) -> Machine:
 
 
 def run(engine: Engine, case: Case, folders: Folders, steps: int) -> list[float]:
-    """Seconds of each step, or of each prompt."""
+    """Return the seconds of each step, or of the prompt."""
     for i, adapter in enumerate(chosen(case, folders)):
         engine.add_request(request(engine, i, case.prefill or PROMPT, adapter, steps + 8))
     if case.prefill:
@@ -155,7 +155,10 @@ def adapter_folders(paths: list[Path]) -> list[AdapterFolder]:
 
 
 def chosen(case: Case, folders: Folders) -> list[AdapterFolder | None]:
-    """`shared` is one of rank 16; `distinct` are of ranks 8, 16, 32, 64; `uniform` of one rank."""
+    """Choose the adapters.
+
+    `shared` is one of rank 16; `distinct` have ranks 8, 16, 32, 64; `uniform` have equal ranks.
+    """
     if case.adapters == "base":
         return [None] * case.batch
     if case.adapters == "shared":
@@ -179,8 +182,10 @@ def _timed(engine: Engine) -> float:
 
 
 def profile(engine: Engine, batch: int, folders: Folders) -> dict[str, float]:
-    """Milliseconds by kind of operation in a decode step of the base, medians of 20; and of the
-    whole step, whose rest is the output layer, sampling and Python."""
+    """Return milliseconds by kind of operation in a decode step of the base, medians of 20.
+
+    "step" is the whole step, whose rest is the output layer, sampling and Python.
+    """
     case = Case("", batch, "base")
     times = {"step": [1e3 * t for t in run(engine, case, folders, 20)]}
     for i, adapter in enumerate(chosen(case, folders)):

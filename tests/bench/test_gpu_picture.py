@@ -1,4 +1,4 @@
-"""The picture of decode steps, from rows of steps that really ran, in the interpreter."""
+"""Tests the picture of decode steps, from rows of real steps in the interpreter."""
 
 import sys
 from pathlib import Path
@@ -21,7 +21,7 @@ SVG = "{http://www.w3.org/2000/svg}"
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    device, roofline = torch.device("cpu"), Roofline(1e6, 1e12)  # so slow that the floor is seen
+    device, roofline = torch.device("cpu"), Roofline(1e6, 1e12)  # so slow that the floor is visible
     setting = Setting(device, torch.float32, TINY, roofline, Budget(1e9), tiny=True)
     file = tmp_path_factory.mktemp("rows") / "rows.jsonl"
     with torch.inference_mode():

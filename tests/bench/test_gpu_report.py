@@ -1,4 +1,4 @@
-"""What the GPU benchmark keeps of a run that breaks, and what it says of one that does not."""
+"""Tests the reports of the GPU benchmark, of runs that fail and of runs that do not."""
 
 import json
 import math
@@ -177,7 +177,7 @@ def fresh_modules(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def vllm_package(folder: Path) -> None:
-    """A package whose own code does not run here, with kernels that ask for the rest of it."""
+    """Make a package that cannot be imported here, with kernels that import from it."""
     ops = folder / "vllm" / "lora" / "ops" / "triton_ops"
     ops.mkdir(parents=True)
     for package in (folder / "vllm", ops.parent, ops):

@@ -1,4 +1,4 @@
-"""Workload: which requests a benchmark makes. A function of its arguments and nothing else."""
+"""Workload: generates the requests of a benchmark, as a pure function of its arguments."""
 
 import argparse
 import random
@@ -9,7 +9,7 @@ TRAFFIC = ("base", "identical", "distinct", "uniform", "skewed", "mixed")
 
 @dataclass(frozen=True, slots=True)
 class Lengths:
-    """Uniform between two numbers of tokens, both included."""
+    """A uniform distribution between two numbers of tokens, both included."""
 
     low: int
     high: int
@@ -29,11 +29,11 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """`traffic` says whose adapters the requests ask for:
+    """Requests of one kind; `traffic` decides which adapters they use:
 
-    base        nobody's                     uniform   any, with equal chances
-    identical   the first one's, always      skewed    the k-th with a chance like 1 / k (Zipf)
-    distinct    each in turn                 mixed     the base or any, half and half
+    base        none                         uniform   any, with equal probability
+    identical   always the first             skewed    the k-th with probability ~ 1 / k (Zipf)
+    distinct    each in turn                 mixed     half the base, half any adapter
     """
 
     traffic: str
@@ -45,7 +45,7 @@ class Workload:
     seed: int = 0
 
     def jobs(self) -> list[Job]:
-        """Lengths and prompts do not depend on the traffic, so that traffics compare."""
+        """Generate the jobs. Lengths and prompts are the same for all traffics."""
         texts, popularity = random.Random(self.seed), random.Random(self.seed + 1)
         return [
             Job(
@@ -74,7 +74,7 @@ class Workload:
 
 
 def lengths(text: str) -> Lengths:
-    """`64` or `32-128`, for argparse."""
+    """Parse `64` or `32-128`, for argparse."""
     low, _, high = text.partition("-")
     try:
         found = Lengths(int(low), int(high or low))
