@@ -1,8 +1,8 @@
-"""EngineClient: the asyncio side of an engine process.
+"""EngineClient: start an engine process and talk to it from asyncio.
 
-Submits and aborts without waiting, hands every frame of new tokens to one callback, and notices
-a process that died or hangs: its requests then end with an error, and it is started again.
-Imports no torch; that stays in the engine's process.
+Submits and aborts requests without waiting, passes every frame of new tokens to one callback, and
+detects a process that died or hangs: its requests then end with an error, and the process is
+started again. Imports no torch, which only the engine process needs.
 """
 
 import asyncio
@@ -49,18 +49,18 @@ _DECODER = msgspec.msgpack.Decoder(FromEngine)
 
 
 class EngineStartError(RuntimeError):
-    """The engine's process did not come up; the message is the process's own reason."""
+    """The engine process failed to start; the message is the reason that it gave."""
 
 
 class EngineUnavailable(RuntimeError):
-    """The engine's process is being started again; try later."""
+    """The engine process is being restarted; try again later."""
 
 
 class EngineClient:
-    """One engine process. `on_frame` runs on the event loop, once per step with all new outputs.
+    """Run one engine process. `on_frame` is called on the event loop with each step's outputs.
 
-    Every submitted request ends with an output that has a finish_reason for each of its choices,
-    whatever happens to the process.
+    Every choice of a submitted request ends with an output that has a finish_reason, whatever
+    happens to the process.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class EngineClient:
         self.config = config
         self.stats = EngineStats()
         self.num_restarts = 0
-        self.failure: str | None = None  # why it is not started again any more
+        self.failure: str | None = None  # set once restarting is given up
         self._on_frame = on_frame
         self._hang_timeout_s = hang_timeout_s
         self._info: EngineInfo | None = None
@@ -102,27 +102,27 @@ class EngineClient:
         return self._info
 
     def submit(self, request: GenerateRequest) -> None:
-        """Hand a request over. Raises EngineUnavailable while there is no process for it."""
+        """Send a request to the process. Raises EngineUnavailable while none is ready."""
         if not self.is_ready or self._connection is None:
             raise EngineUnavailable(self.failure or "the engine is being started again")
         assert request.request_id not in self._live, f"{request.request_id} was submitted twice"
-        self._live[request.request_id] = set(range(max(request.n, 1)))
         self._connection.send(AddRequest(request))
+        self._live[request.request_id] = set(range(max(request.n, 1)))
 
     def abort(self, request_id: str) -> None:
-        """Free the request within a step. An id that is unknown or has ended is no error."""
+        """End the request within a step. Ignores an id that is unknown or has ended."""
         if request_id in self._live and self._connection is not None:
             self._connection.send(AbortRequest(request_id))
 
     async def close(self) -> None:
-        """End the process; requests still alive end with an error first."""
+        """End the process. Requests that are still running end with an error."""
         self._is_closing = True
         for task in self._tasks:
             task.cancel()
         if self._connection is not None:
             await self._connection.close()
 
-    # ==== what the connection reports ====
+    # ==== callbacks of the connection ====
 
     def _on_outputs(self, outputs: StepOutputs) -> None:
         if outputs.stats is not None:
@@ -150,8 +150,8 @@ class EngineClient:
         try:
             if items:
                 self._on_frame(items)
-        except Exception:  # the reader's bug must not cost the process and everybody's requests
-            log.exception("the reader of the engine's frames raised")
+        except Exception:  # a bug in the callback must not end the process and all requests
+            log.exception("the callback for the engine's frames raised")
 
     def _forget(self, output: RequestOutput) -> None:
         indexes = self._live.get(output.request_id)
@@ -173,7 +173,7 @@ class EngineClient:
                 return
 
     async def _watch(self, connection: "_Connection") -> None:
-        """Ping, and kill a process that has been silent for too long."""
+        """Ping the process; kill it once it has been silent for too long."""
         while not connection.is_lost:
             connection.send(Ping())
             await asyncio.sleep(self._hang_timeout_s / 4)
@@ -188,7 +188,10 @@ class EngineClient:
 
 
 class _Connection(asyncio.Protocol):
-    """One life of the process. `on_lost` is called once, with the reason of its end."""
+    """Connection to one process, from its start to its end. `on_lost` is called once, at the end.
+
+    The argument of `on_lost` is the reason why the process ended.
+    """
 
     def __init__(
         self,
@@ -206,7 +209,7 @@ class _Connection(asyncio.Protocol):
         self._kill_reason: str | None = None
         self._transport: asyncio.Transport | None = None
         self._gone = asyncio.Event()
-        self._burial: asyncio.Future[None] | None = None
+        self._reaping: asyncio.Future[None] | None = None
 
     @property
     def is_ready(self) -> bool:
@@ -250,10 +253,10 @@ class _Connection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.is_lost = True
-        self._burial = asyncio.ensure_future(self._bury())
+        self._reaping = asyncio.ensure_future(self._reap())
 
-    async def _bury(self) -> None:
-        """The socket closes a moment before the process can be reaped; never leave it behind."""
+    async def _reap(self) -> None:
+        """Wait for the process, which ends slightly after its socket, and report its exit code."""
         code = await asyncio.to_thread(_wait_or_kill, self.process)
         reason = self._kill_reason or f"the engine's process ended with code {code}"
         if not self.ready.done():
@@ -290,10 +293,10 @@ async def _connect(
 
 
 def _environment(config: EngineConfig) -> dict[str, str]:
-    """Threads as configured, not as the parent's scheduler (Ray sets OMP_NUM_THREADS) has them.
+    """Set the number of threads from the config: Ray sets OMP_NUM_THREADS in its own processes.
 
-    Threads that wait for each other spin only briefly: with OpenMP's default, a step takes several
-    times as long as soon as another process wants one of the cores, and Ray always does.
+    Waiting threads spin only briefly: with OpenMP's default, a step takes several times as long as
+    soon as another process needs one of the cores, and Ray's processes always do.
     """
     threads = str(config.num_threads or os.cpu_count() or 1)
     ours = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}

@@ -18,31 +18,32 @@ MessageT = TypeVar("MessageT")
 
 
 class Message(msgspec.Struct, array_like=True, tag=True):
-    """Base of what is sent: an array of the class's name and its fields."""
+    """Base class of all messages. Encoded as an array of the class's name and the fields."""
 
 
 class BadFrame(ValueError):
-    """The bytes are no message of the expected types; nothing after them can be understood."""
+    """The bytes are not a message of the expected types; what follows them is unusable too."""
 
 
 _ENCODER = msgspec.msgpack.Encoder()
 
 
 def encode(message: Message) -> bytes:
+    """Return the message as a frame. Raises BadFrame if it is too long."""
     body = _ENCODER.encode(message)
     _check_length(len(body))
     return len(body).to_bytes(_HEADER, "little") + body
 
 
 class FrameDecoder(Generic[MessageT]):
-    """Turn bytes, in any portions, into whole messages."""
+    """Assemble whole messages from bytes that arrive in any portions."""
 
     def __init__(self, decoder: msgspec.msgpack.Decoder[MessageT]) -> None:
         self._decoder = decoder
         self._buffer = bytearray()
 
     def feed(self, data: bytes) -> list[MessageT]:
-        """Return the messages that are now complete. Raises BadFrame, and is then of no use."""
+        """Return the messages that are now complete. After a BadFrame the decoder is unusable."""
         self._buffer += data
         messages: list[MessageT] = []
         while len(self._buffer) >= _HEADER:

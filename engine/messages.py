@@ -1,4 +1,4 @@
-"""Plain data between a replica and its engine process. No tensors, no text, no Ray."""
+"""Define the plain data between a replica and its engine process. No tensors, no text, no Ray."""
 
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -10,7 +10,7 @@ from engine.scheduler.timings import RequestMetrics
 
 
 class ErrorKind(StrEnum):
-    """Why a request ended without an answer, or was sent elsewhere."""
+    """Reason why a request ended without an answer, or was sent elsewhere."""
 
     INVALID_REQUEST = "invalid_request"  # the client's fault
     ADAPTER_NOT_FOUND = "adapter_not_found"  # the store has none of that name
@@ -27,7 +27,7 @@ class ErrorKind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class AdapterFolder:
-    """An adapter as the engine sees it: its identity and where its verified files are."""
+    """An adapter's identity, and the folder of its verified files."""
 
     digest: str
     path: str
@@ -35,7 +35,7 @@ class AdapterFolder:
 
 @dataclass(frozen=True, slots=True)
 class GenerateRequest:
-    """One generation with n choices. `output_token_ids` resumes it in its middle (n = 1)."""
+    """A generation with n choices. With `output_token_ids`, it resumes after them (n = 1)."""
 
     request_id: str
     prompt_token_ids: list[int]
@@ -57,7 +57,7 @@ class TokenLogprobs:
 
 @dataclass(frozen=True, slots=True)
 class RequestError:
-    """`message` may quote a file; a lone surrogate in it, which UTF-8 cannot hold, is escaped."""
+    """Error that ended a request. `message` is `encodable`, as it may quote an adapter's files."""
 
     kind: ErrorKind
     message: str
@@ -67,17 +67,18 @@ class RequestError:
 
 
 def encodable(text: str) -> str:
+    """Escape lone surrogates, which JSON files may contain and UTF-8 cannot represent."""
     return text.encode(errors="backslashreplace").decode()
 
 
 @dataclass(frozen=True, slots=True)
 class RequestOutput:
-    """What one choice gained in one step. The last one of a choice has a finish_reason.
+    """New tokens of one choice from one step. The last output of a choice has a finish_reason.
 
     finish_reason: "stop" (end-of-sequence or a stop token), "length", "abort" or "error";
-    `stop_token_id` is the token that ended it, which is also the last of `token_ids`.
-    `prompt_logprobs` (if asked for) comes with the choice's first output; its first entry, the
-    first prompt token's, is None.
+    `stop_token_id` is the token that ended the choice, and also the last of `token_ids`.
+    `prompt_logprobs`, if requested, come with the first output; the entry of the first prompt
+    token is None.
     """
 
     request_id: str
@@ -91,13 +92,14 @@ class RequestOutput:
     metrics: RequestMetrics | None = None
 
 
-# (request_id, choice index, token_ids): an output that says nothing else, as nearly every one
-# does. Encoding and decoding a tuple takes a fifth to a tenth of a dataclass's time.
+# (request_id, choice index, token_ids) for an output without other fields, as nearly all are: a
+# tuple takes a quarter of a dataclass's time to encode and decode, and a third of its bytes.
 TokenItem = tuple[str, int, list[int]]
 Item = TokenItem | RequestOutput
 
 
 def to_item(output: RequestOutput) -> Item:
+    """Return the tuple if it holds everything, else the output itself."""
     is_plain = (
         output.finish_reason is None
         and output.logprobs is None
@@ -109,29 +111,29 @@ def to_item(output: RequestOutput) -> Item:
 
 @dataclass(frozen=True, slots=True)
 class EngineInfo:
-    """What the engine settled on at start."""
+    """Facts about a started engine."""
 
     max_model_len: int
     vocab_size: int
-    num_blocks: int  # where no adapter takes memory
+    num_blocks: int  # if no adapter takes memory
     block_size: int
     eos_token_ids: tuple[int, ...]
     device: str
     dtype: str
-    kernels: str  # native-avx512, native-avx2 or torch
+    kernels: str  # native-avx512, native-avx2, torch or triton
     weight_bytes: int
     load_s: float
 
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """Gauges of the moment and totals since start, sent at most ten times a second."""
+    """Current gauges and totals since the start."""
 
     num_running: int = 0
     num_waiting: int = 0
     num_blocks_used: int = 0
     num_blocks_cached: int = 0
-    num_blocks_total: int = 0  # that there can be beside the adapters in use
+    num_blocks_total: int = 0  # what the adapters in use leave
     queued_tokens: int = 0
     resident_adapters: tuple[str, ...] = ()
     total_steps: int = 0
@@ -176,7 +178,7 @@ class StartFailed(Message):
 
 
 class StepOutputs(Message):
-    """Everything new after one step. `stats` come at most ten times a second, and after a Ping."""
+    """New outputs of one step. `stats` come at most ten times a second, and after a Ping."""
 
     items: list[Item]
     stats: EngineStats | None = None

@@ -1,14 +1,14 @@
-"""The engine's own process: plain-data messages in, one frame of new tokens per step out.
+"""Run an engine in a process of its own: read requests, send one frame of new tokens per step.
 
     python -m engine.process <socket file descriptor>
 
 in:   StartEngine, then AddRequest, AbortRequest, Ping
 out:  EngineReady or StartFailed, then StepOutputs
 
-The loop never blocks on a slow reader: what the socket does not take waits in memory. It ends
-when the other end closes, and with an error of which no step recovers, such as a lost device; the
-other end then starts another process. Every frame is sent by the step loop itself, so a loop that
-hangs is silent, which is how the client notices.
+The loop never blocks on a slow reader: bytes that the socket does not take wait in memory. The
+process ends when the client closes the connection, and on an error that no step can recover from,
+such as a lost device; the client then starts another process. Only the step loop sends frames, so
+a loop that hangs sends none, and the client detects that.
 """
 
 import logging
@@ -51,7 +51,7 @@ _DECODER = msgspec.msgpack.Decoder(ToEngine)
 
 
 class Connection:
-    """Non-blocking frames over the socket, and a pipe by which other threads end a wait."""
+    """Exchange messages over a non-blocking socket. Other threads end a wait through a pipe."""
 
     def __init__(self, sock: socket.socket) -> None:
         sock.setblocking(False)
@@ -64,7 +64,8 @@ class Connection:
         self.closed = False
 
     def wake(self) -> None:
-        with suppress(BlockingIOError):  # full: it is awake anyway
+        """End the current or the next `receive`. May be called from any thread."""
+        with suppress(BlockingIOError):  # the pipe is full, so `receive` will end anyway
             os.write(self._wake_write, b"\0")
 
     def send(self, message: Message) -> None:
@@ -72,7 +73,7 @@ class Connection:
         self._flush()
 
     def receive(self, timeout_s: float | None) -> list[ToEngine]:
-        """Messages that have arrived; waits up to `timeout_s` (None: for ever) for the first."""
+        """Return what has arrived; wait up to `timeout_s` (None: for ever) for the first message."""
         writers = [self._sock] if self._unsent else []
         readable, writable, _ = select.select([self._sock, self._wake_read], writers, [], timeout_s)
         if writable:
@@ -107,8 +108,8 @@ class Connection:
 
 
 def serve(connection: Connection) -> None:
-    """Load the model that the first message asks for, then step until the connection closes."""
-    from engine.engine import Engine  # heavy: after the process is known to be wanted
+    """Load the model that the first message names, then step until the connection closes."""
+    from engine.engine import Engine  # imports torch
 
     config, early = _wait_for_start(connection)
     try:
@@ -126,7 +127,7 @@ def serve(connection: Connection) -> None:
 
 
 def serve_or_exit(connection: Connection) -> None:
-    """`serve`; what it raises ends the process, with a line that says so."""
+    """Call `serve`; log an exception and end the process with exit code 1."""
     try:
         serve(connection)
     except Exception as error:
@@ -134,7 +135,7 @@ def serve_or_exit(connection: Connection) -> None:
             "the engine's process ends: %s: %s", type(error).__name__, error, exc_info=True
         )
         logging.shutdown()
-        os._exit(1)  # without destructors, which a lost device would fail again or keep waiting
+        os._exit(1)  # skip destructors: on a lost device they fail or wait for ever
 
 
 class _Loop:
@@ -176,7 +177,7 @@ class _Loop:
             ]
 
     def _timeout_s(self) -> float | None:
-        """Poll while there is work; sleep when idle, once the last statistics are out."""
+        """Return 0 while there is work, else the time until statistics are due, if they are."""
         if not self._engine.is_idle:
             return 0.0
         return max(self._stats_due_s - time.monotonic(), 0.0) if self._stats_stale else None
@@ -208,7 +209,7 @@ def main() -> None:
     import signal
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends us through the closed connection
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Ctrl-C the parent closes the connection
     serve_or_exit(Connection(socket.socket(fileno=int(sys.argv[1]))))
 
 

@@ -1,4 +1,4 @@
-"""Messages of the direct socket between an ingress replica and an engine replica.
+"""Define the messages of the direct socket between an ingress replica and an engine replica.
 
 ingress:  a greeting (32 bytes of ticket, 2 of version), then Submission ...
 replica:  Accepted, then NewFrame for each frame, Answer for each Submission, StreamEnd
