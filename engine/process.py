@@ -73,7 +73,7 @@ class Connection:
         self._flush()
 
     def receive(self, timeout_s: float | None) -> list[ToEngine]:
-        """Return what has arrived; wait up to `timeout_s` (None: for ever) for the first message."""
+        """Return what has arrived; wait up to `timeout_s` (None: for ever) for the first one."""
         writers = [self._sock] if self._unsent else []
         readable, writable, _ = select.select([self._sock, self._wake_read], writers, [], timeout_s)
         if writable:
