@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from adapter_store.errors import AdapterTooLarge, CacheFull, StoreCorrupt
-from adapter_store.file_lock import FileLock
+from adapter_store.file_lock import FileLock, exclusive_lock
 from adapter_store.manifest import MANIFEST_NAME, AdapterManifest, is_digest, parse_manifest
 from adapter_store.safetensors_file import hash_file
 
@@ -50,6 +50,7 @@ class DiskCache:
         self._clock_ns = clock_ns
         self._partial = root / ".partial"
         self._locks = root / ".locks"
+        self._room = self._locks / "room"
         self._pin_lock = threading.Lock()  # over _pins; never taken while a file lock is held
         self._pins: dict[str, _Pin] = {}
         self._lock = threading.Lock()  # over the two below; nothing waits while holding it
@@ -58,7 +59,7 @@ class DiskCache:
         self._partial.mkdir(parents=True, exist_ok=True)
         self._locks.mkdir(exist_ok=True)
         self._remove_leftovers()
-        with self._room_lock():
+        with exclusive_lock(self._room):
             self._evict_for(0)
 
     # ---- pins ----------------------------------------------------------------------------------
@@ -153,17 +154,13 @@ class DiskCache:
     # ---- download ------------------------------------------------------------------------------
 
     def _open(self, digest: str, folder: Path, fetch: Fetch) -> None:
-        lock = FileLock.acquire(self._locks / f"{digest}.fetch")
-        assert lock is not None
-        try:
+        with exclusive_lock(self._locks / f"{digest}.fetch"):
             if folder.is_dir():
                 if not _damage(folder, digest) and self._touch(folder):
                     return
                 if trash := self._discard(folder):
                     shutil.rmtree(trash, ignore_errors=True)
             self._download(digest, folder, fetch)
-        finally:
-            lock.release()
 
     def _download(self, digest: str, folder: Path, fetch: Fetch) -> None:
         for leftover in self._partial.glob(f"{digest}.*"):  # of a crash: the lock is ours now
@@ -180,7 +177,7 @@ class DiskCache:
             if problem := _damage(draft, digest):
                 raise StoreCorrupt(f"the download of {digest} is damaged: {problem}")
             self._touch(draft)
-            with self._room_lock():  # so that nobody counts it twice, or not at all
+            with exclusive_lock(self._room):  # so that nobody counts it twice, or not at all
                 draft.rename(folder)
         finally:
             shutil.rmtree(draft, ignore_errors=True)
@@ -191,7 +188,7 @@ class DiskCache:
             raise AdapterTooLarge(
                 f"adapter {digest} has {nbytes} bytes, the disk cache holds {self._max_bytes}"
             )
-        with self._room_lock():
+        with exclusive_lock(self._room):
             free = self._evict_for(nbytes)
             if free < nbytes:
                 raise CacheFull(
@@ -212,15 +209,6 @@ class DiskCache:
             if self.evict(digest):
                 free += size
         return free
-
-    @contextmanager
-    def _room_lock(self) -> Generator[None, None, None]:
-        lock = FileLock.acquire(self._locks / "room")
-        assert lock is not None
-        try:
-            yield
-        finally:
-            lock.release()
 
     # ---- folders -------------------------------------------------------------------------------
 

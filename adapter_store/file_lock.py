@@ -6,6 +6,8 @@ each other as two processes would.
 
 import fcntl
 import os
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -41,6 +43,17 @@ class FileLock:
             pass  # shared: the last of its holders removes the file
         finally:
             os.close(self._descriptor)
+
+
+@contextmanager
+def exclusive_lock(path: Path) -> Generator[None, None, None]:
+    """Hold an exclusive lock for the length of the block, after waiting for it."""
+    lock = FileLock.acquire(path)
+    assert lock is not None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _is_same_file(descriptor: int, path: Path) -> bool:

@@ -12,7 +12,6 @@ of each part.
 """
 
 import argparse
-import fcntl
 import json
 import os
 import shutil
@@ -24,6 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from adapter_store.file_lock import exclusive_lock
 from examples.demo.recipe import DEFAULT_RECIPE, Recipe
 
 
@@ -54,8 +54,7 @@ def _is_complete(out: Path, recipe: Recipe) -> bool:
 @contextmanager
 def _locked(out: Path) -> Iterator[None]:
     """Allow one process at a time; another one waits, then finds the parts made."""
-    with (out / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with exclusive_lock(out / ".lock"):
         for abandoned in (*out.glob(".base-*"), *out.glob("adapters/.*-*")):
             shutil.rmtree(abandoned)  # left by a run that was killed
         yield
