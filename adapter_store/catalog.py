@@ -23,7 +23,7 @@ class Version:
 
 
 @dataclass(slots=True)
-class Adapter:
+class AdapterHistory:
     """Version n is versions[n - 1]."""
 
     versions: list[Version] = field(default_factory=list[Version])
@@ -44,21 +44,21 @@ class Catalog:
 
     def __init__(self) -> None:
         self.num_records = 0
-        self._adapters: dict[tuple[str, str], Adapter] = {}
+        self._adapters: dict[tuple[str, str], AdapterHistory] = {}
 
     # ---- reading -------------------------------------------------------------------------------
 
     def resolve(self, tenant: str, full_name: str, base: str | None = None) -> AdapterRef:
         """The live version meant by name[@version|alias]; `latest` is the latest for this base."""
         name, selector = split_name(full_name)
-        adapter = self._adapters.get((tenant, name))
-        if adapter is None:
+        history = self._adapters.get((tenant, name))
+        if history is None:
             raise AdapterNotFound(f"tenant {tenant} has no adapter {name!r}")
-        version = self._select(adapter, selector, base)
-        if version is None or not adapter.is_live(version):
+        version = self._select(history, selector, base)
+        if version is None or not history.is_live(version):
             suffix = f" for base {base}" if base is not None else ""
             raise AdapterNotFound(f"tenant {tenant} has no live adapter {full_name!r}{suffix}")
-        found = adapter.versions[version - 1]
+        found = history.versions[version - 1]
         if base not in (None, found.base):
             raise AdapterNotFound(
                 f"{full_name!r} is an adapter of base {found.base}, not of {base}"
@@ -67,14 +67,14 @@ class Catalog:
 
     def list(self, tenant: str | None = None) -> Iterable[AdapterRecord]:
         """Live versions in the order of tenant, name and version."""
-        for (owner, name), adapter in sorted(self._adapters.items()):
+        for (owner, name), history in sorted(self._adapters.items()):
             if tenant not in (None, owner):
                 continue
-            latest = adapter.latest(None)
-            for version, entry in enumerate(adapter.versions, start=1):
+            latest = history.latest(None)
+            for version, entry in enumerate(history.versions, start=1):
                 if entry.is_retired:
                     continue
-                aliases = sorted(a for a, target in adapter.aliases.items() if target == version)
+                aliases = sorted(a for a, target in history.aliases.items() if target == version)
                 yield AdapterRecord(
                     tenant=owner,
                     name=name,
@@ -89,17 +89,17 @@ class Catalog:
 
     def find_digest(self, tenant: str, name: str, digest: str) -> int | None:
         """The live version of this name with this content, the latest if there are several."""
-        adapter = self._adapters.get((tenant, name), Adapter())
-        for version in range(len(adapter.versions), 0, -1):
-            if adapter.is_live(version) and adapter.versions[version - 1].digest == digest:
+        history = self._adapters.get((tenant, name), AdapterHistory())
+        for version in range(len(history.versions), 0, -1):
+            if history.is_live(version) and history.versions[version - 1].digest == digest:
                 return version
         return None
 
     def latest(self, tenant: str, name: str, base: str) -> int | None:
-        return self._adapters.get((tenant, name), Adapter()).latest(base)
+        return self._adapters.get((tenant, name), AdapterHistory()).latest(base)
 
     def num_versions(self, tenant: str, name: str) -> int:
-        return len(self._adapters.get((tenant, name), Adapter()).versions)
+        return len(self._adapters.get((tenant, name), AdapterHistory()).versions)
 
     def live_versions(self, tenant: str, name: str) -> tuple[int, ...]:
         versions = range(1, self.num_versions(tenant, name) + 1)
@@ -121,8 +121,8 @@ class Catalog:
     def to_data(self) -> dict[str, Any]:
         """Everything as JSON values: the content of a snapshot."""
         adapters = [
-            {"tenant": tenant, "name": name, **asdict(adapter)}
-            for (tenant, name), adapter in sorted(self._adapters.items())
+            {"tenant": tenant, "name": name, **asdict(history)}
+            for (tenant, name), history in sorted(self._adapters.items())
         ]
         return {"format": 1, "num_records": self.num_records, "adapters": adapters}
 
@@ -135,8 +135,8 @@ class Catalog:
         catalog.num_records = int(data["num_records"])
         for entry in data["adapters"]:
             versions = [Version(**version) for version in entry["versions"]]
-            adapter = Adapter(versions, dict(entry["aliases"]))
-            catalog._adapters[entry["tenant"], entry["name"]] = adapter
+            history = AdapterHistory(versions, dict(entry["aliases"]))
+            catalog._adapters[entry["tenant"], entry["name"]] = history
         return catalog
 
     def _publish(self, record: Mapping[str, Any]) -> None:
@@ -150,25 +150,25 @@ class Catalog:
         )
         if record["version"] != self.num_versions(*key) + 1:
             raise ValueError(f"version {record['version']} does not follow")
-        self._adapters.setdefault(key, Adapter()).versions.append(version)
+        self._adapters.setdefault(key, AdapterHistory()).versions.append(version)
 
     def _alias(self, record: Mapping[str, Any]) -> None:
-        adapter = self._adapters[record["tenant"], record["name"]]
-        if not adapter.is_live(record["version"]):
+        history = self._adapters[record["tenant"], record["name"]]
+        if not history.is_live(record["version"]):
             raise ValueError(f"version {record['version']} is not live")
-        adapter.aliases[check_alias(record["alias"])] = record["version"]
+        history.aliases[check_alias(record["alias"])] = record["version"]
 
     def _retire(self, record: Mapping[str, Any]) -> None:
-        adapter = self._adapters[record["tenant"], record["name"]]
-        if not all(adapter.is_live(version) for version in record["versions"]):
+        history = self._adapters[record["tenant"], record["name"]]
+        if not all(history.is_live(version) for version in record["versions"]):
             raise ValueError(f"not all of the versions {record['versions']} are live")
         for version in record["versions"]:
-            adapter.versions[version - 1].is_retired = True
+            history.versions[version - 1].is_retired = True
 
     @staticmethod
-    def _select(adapter: Adapter, selector: int | str, base: str | None) -> int | None:
+    def _select(history: AdapterHistory, selector: int | str, base: str | None) -> int | None:
         if isinstance(selector, int):
             return selector
         if selector == LATEST:
-            return adapter.latest(base)
-        return adapter.aliases.get(selector)
+            return history.latest(base)
+        return history.aliases.get(selector)

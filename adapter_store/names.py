@@ -1,4 +1,9 @@
-"""How tenants, adapters, versions and aliases are spelled, and what a spelling resolves to."""
+"""Define how tenants, adapters, versions and aliases are spelled, and what a name resolves to.
+
+Parameters of this package say which handle of an adapter they take: `name` is its bare name,
+`full_name` is name[@version|alias], `ref` an AdapterRef, `digest` the 64 hexadecimal digits of its
+content and base, `folder` its files. A bare `adapter` would be none of these, and is not used.
+"""
 
 import re
 from dataclasses import dataclass
@@ -6,7 +11,7 @@ from dataclasses import dataclass
 from adapter_store.errors import InvalidName
 
 LATEST = "latest"
-NAME_RULE = "[A-Za-z0-9][A-Za-z0-9._-]{0,95}"
+NAME_RULE = "[A-Za-z0-9][A-Za-z0-9._-]{0,95}"  # a regular expression, for other grammars to reuse
 _NAME = re.compile(NAME_RULE)
 _VERSION = re.compile("[1-9][0-9]{0,17}")
 

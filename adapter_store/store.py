@@ -122,9 +122,9 @@ class AdapterStore:
         check_name("adapter", name)
         upload = local_folder(folder)
         model = self.base_model(base)
-        adapter = prepare(upload, model.fingerprint, model.modules, on_bytes)
-        self._upload(adapter, on_bytes)
-        return self._registry.publish(tenant, name, adapter.manifest)
+        prepared = prepare(upload, model.fingerprint, model.modules, on_bytes)
+        self._upload(prepared, on_bytes)
+        return self._registry.publish(tenant, name, prepared.manifest)
 
     def resolve(self, tenant: str, full_name: str, base: str | None = None) -> AdapterRef:
         """What name[@version|alias] means now; AdapterNotFound or InvalidName."""
@@ -173,31 +173,31 @@ class AdapterStore:
 
     # ---- files ---------------------------------------------------------------------------------
 
-    def ensure_local(self, adapter: AdapterRef | str) -> Path:
+    def ensure_local(self, ref_or_digest: AdapterRef | str) -> Path:
         """The adapter's verified folder. It may be evicted unless it was pinned before."""
-        digest = _digest(adapter)
+        digest = _digest(ref_or_digest)
         return self._cache.ensure(digest, lambda name, path: self._download(digest, name, path))
 
-    def pin(self, adapter: AdapterRef | str) -> None:
+    def pin(self, ref_or_digest: AdapterRef | str) -> None:
         """Keep the folder, once it is here, until as many calls of `unpin`."""
-        self._cache.pin(_digest(adapter))
+        self._cache.pin(_digest(ref_or_digest))
 
-    def unpin(self, adapter: AdapterRef | str) -> None:
-        self._cache.unpin(_digest(adapter))
+    def unpin(self, ref_or_digest: AdapterRef | str) -> None:
+        self._cache.unpin(_digest(ref_or_digest))
 
     @contextlib.contextmanager
-    def pinned(self, adapter: AdapterRef | str) -> Generator[Path, None, None]:
+    def pinned(self, ref_or_digest: AdapterRef | str) -> Generator[Path, None, None]:
         """The adapter's folder, which stays for the length of the block."""
-        with self._cache.pinned(_digest(adapter)):
-            yield self.ensure_local(adapter)
+        with self._cache.pinned(_digest(ref_or_digest)):
+            yield self.ensure_local(ref_or_digest)
 
-    def is_local(self, adapter: AdapterRef | str) -> bool:
+    def is_local(self, ref_or_digest: AdapterRef | str) -> bool:
         """Whether ensure_local would find it on disk."""
-        return self._cache.contains(_digest(adapter))
+        return self._cache.contains(_digest(ref_or_digest))
 
-    def manifest(self, adapter: AdapterRef | str) -> AdapterManifest:
+    def manifest(self, ref_or_digest: AdapterRef | str) -> AdapterManifest:
         """Ranks, modules and sizes, from the object store."""
-        digest = _digest(adapter)
+        digest = _digest(ref_or_digest)
         return parse_manifest(self._objects.get(_blob_key(digest, MANIFEST_NAME)), digest)
 
     def verify(self, records: Iterable[AdapterRecord], on_bytes: OnBytes = _ignore) -> list[str]:
@@ -261,9 +261,9 @@ class AdapterStore:
         self._news = news
         return news
 
-    def _upload(self, adapter: PreparedAdapter, on_bytes: OnBytes) -> None:
+    def _upload(self, prepared: PreparedAdapter, on_bytes: OnBytes) -> None:
         """Write the blob, the manifest last: a blob with a manifest is complete."""
-        manifest = adapter.manifest
+        manifest = prepared.manifest
         sizes = {
             name: self._objects.size(_blob_key(manifest.digest, name)) for name in manifest.files
         }
@@ -271,8 +271,8 @@ class AdapterStore:
         manifest_key = _blob_key(manifest.digest, MANIFEST_NAME)
         if sizes == wanted and self._objects.size(manifest_key) is not None:
             return
-        self._objects.put(_blob_key(manifest.digest, CONFIG_NAME), adapter.config)
-        weights = adapter.weights
+        self._objects.put(_blob_key(manifest.digest, CONFIG_NAME), prepared.config)
+        weights = prepared.weights
         sha256 = manifest.files[weights.name].sha256
         weights_key = _blob_key(manifest.digest, weights.name)
         self._objects.put_file(weights_key, weights, sha256, on_bytes)
@@ -322,8 +322,8 @@ def _wait_for(news: Future[None]) -> None:
         raise SourceUnavailable(f"the store has not answered for {PATIENCE_S} s") from error
 
 
-def _digest(adapter: AdapterRef | str) -> str:
-    return adapter.digest if isinstance(adapter, AdapterRef) else adapter
+def _digest(ref_or_digest: AdapterRef | str) -> str:
+    return ref_or_digest.digest if isinstance(ref_or_digest, AdapterRef) else ref_or_digest
 
 
 def _blob_key(digest: str, name: str) -> str:
