@@ -7,12 +7,20 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+import torch
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
+from safetensors.torch import save_file
 
-from adapter_store.safetensors_file import DTYPE_BITS, find_not_finite, hash_file, read_header
+from adapter_store.safetensors_file import (
+    DTYPE_BITS,
+    MAX_DIMENSIONS,
+    find_not_finite,
+    hash_file,
+    read_header,
+)
 
 VALID = save({"b": np.ones((2, 3), np.float32), "a": np.zeros(5, np.float16)})
 
@@ -76,6 +84,7 @@ def test_every_truncation_is_refused(length: int, tmp_path: Path) -> None:
         read_header(path)
 
 
+@settings(deadline=None)  # a busy machine is no failure
 @given(position=st.integers(0, len(VALID) - 1), byte=st.integers(0, 255))
 def test_what_is_read_is_what_the_library_reads(
     position: int, byte: int, tmp_path_factory: pytest.TempPathFactory
@@ -98,6 +107,75 @@ def test_what_is_read_is_what_the_library_reads(
             assert tensor.dtype == file.get_slice(name).get_dtype()
 
 
+# Every number format that torch can hold one element of, under the name that a file gives it.
+TORCH_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "C64": torch.complex64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+}
+NAMES = st.text(max_size=20).filter(lambda name: name != "__metadata__")
+SHAPES = st.lists(st.integers(0, 3), max_size=MAX_DIMENSIONS)
+LAYOUTS = st.dictionaries(
+    NAMES, st.tuples(st.sampled_from(sorted(TORCH_DTYPES)), SHAPES), max_size=6
+)
+# Not {}: with that and no tensors the library writes a file that it refuses to read.
+METADATA = st.none() | st.dictionaries(
+    st.text(max_size=20), st.text(max_size=20), min_size=1, max_size=3
+)
+
+
+def random_tensor(dtype: str, shape: list[int], seed: int) -> torch.Tensor:
+    tensor = torch.empty(shape, dtype=TORCH_DTYPES[dtype])
+    raw = tensor.reshape(-1).view(torch.uint8).numpy()
+    raw[:] = np.random.default_rng(seed).integers(0, 256, raw.size, np.uint8)
+    return tensor
+
+
+@settings(deadline=None)  # a busy machine is no failure
+@given(layout=LAYOUTS, metadata=METADATA)
+def test_a_file_of_the_library_is_read_as_the_library_reads_it(
+    layout: dict[str, tuple[str, list[int]]],
+    metadata: dict[str, str] | None,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "library.safetensors"
+    tensors = {
+        name: random_tensor(dtype, shape, seed)
+        for seed, (name, (dtype, shape)) in enumerate(layout.items())
+    }
+    save_file(tensors, path, metadata)
+    ours, raw = read_header(path), path.read_bytes()
+    with safe_open(path, framework="np") as file:
+        assert set(ours) == set(file.keys()) == set(layout)
+        for name, entry in ours.items():
+            assert entry.dtype == file.get_slice(name).get_dtype() == layout[name][0]
+            assert list(entry.shape) == file.get_slice(name).get_shape() == layout[name][1]
+            stored = tensors[name].reshape(-1).view(torch.uint8).numpy().tobytes()
+            assert raw[entry.start : entry.end] == stored
+
+
+def test_every_dtype_that_torch_holds_has_its_size() -> None:
+    for name, dtype in TORCH_DTYPES.items():
+        assert DTYPE_BITS[name] == 8 * dtype.itemsize
+    assert set(DTYPE_BITS) - set(TORCH_DTYPES) == {"F6_E2M3", "F6_E3M2", "F4"}
+
+
 def test_a_valid_file_is_read_in_file_order(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     path.write_bytes(VALID)
@@ -107,6 +185,7 @@ def test_a_valid_file_is_read_in_file_order(tmp_path: Path) -> None:
     assert [t.end - t.start for t in tensors.values()] == [24, 10]
 
 
+@settings(deadline=None)  # a busy machine is no failure
 @given(values=st.lists(st.floats(width=32), max_size=40))
 def test_not_finite_is_found_wherever_numpy_finds_it(
     values: list[float], tmp_path_factory: pytest.TempPathFactory
