@@ -1,1 +1,1 @@
-"""From an adapter's name to a verified folder on local disk. No torch, no engine."""
+"""Turn an adapter's name into a verified folder on local disk. No torch, no engine."""

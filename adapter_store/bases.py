@@ -1,4 +1,4 @@
-"""A base model as adapters see it: its fingerprint, and the shapes of the modules they may change.
+"""Describe a base model: its fingerprint and the shapes of the modules that adapters may change.
 
 Reads only config.json and safetensors files. Knows no architecture.
 """
@@ -19,7 +19,7 @@ CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 HASHES_NAME = "file-hashes.json"
-_PROVENANCE_KEYS = ("_name_or_path", "transformers_version")  # say nothing about what it computes
+_PROVENANCE_KEYS = ("_name_or_path", "transformers_version")  # without effect on the computation
 _MODULE = re.compile(
     r"(?P<module>(?:.+\.)?layers\.\d+\.(?:self_attn|mlp)\.(?:.+\.)?\w*_proj)\.weight"
 )
@@ -27,12 +27,13 @@ _MODULE = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class BaseModel:
-    """`modules` maps a module's path to (out_features, in_features)."""
+    """A description of a base; `modules` maps a module's path to (out_features, in_features)."""
 
     fingerprint: str
     modules: Mapping[str, tuple[int, int]]
 
     def to_json(self) -> bytes:
+        """Encode the description for the object store; the inverse of `parse_base`."""
         data = {"fingerprint": self.fingerprint, "modules": dict(self.modules)}
         return json.dumps(data, indent=1, sort_keys=True).encode()
 
@@ -41,7 +42,7 @@ def describe_base(model_folder: Path, cache_dir: Path, on_bytes: OnBytes) -> Bas
     """Hash a model folder and list its modules.
 
     Hashes of files that did not change since the last call come from a file in `cache_dir`;
-    `on_bytes` hears of every byte that is hashed.
+    `on_bytes` is called with the bytes hashed since its last call. Raises BaseInvalid.
     """
     try:
         config = _read_config(model_folder)
@@ -56,6 +57,7 @@ def describe_base(model_folder: Path, cache_dir: Path, on_bytes: OnBytes) -> Bas
 
 
 def parse_base(raw: bytes, fingerprint: str) -> BaseModel:
+    """Decode the description of this base; StoreCorrupt if it is damaged or another base's."""
     try:
         data: dict[str, Any] = json.loads(raw)
         modules = {name: (int(out), int(in_)) for name, (out, in_) in data["modules"].items()}
@@ -70,7 +72,10 @@ def parse_base(raw: bytes, fingerprint: str) -> BaseModel:
 
 
 def weight_files(model_folder: Path) -> list[Path]:
-    """The safetensors files of a model, sharded or not, in the order of their names."""
+    """List the safetensors files of a model, sharded or not, in the order of their names.
+
+    Raises OSError or ValueError if the index of the shards is damaged.
+    """
     whole = model_folder / WEIGHTS_NAME
     index = model_folder / INDEX_NAME
     if whole.is_file() or not index.is_file():
@@ -115,7 +120,7 @@ def _hash_files(paths: list[Path], cache: Path, on_bytes: OnBytes) -> dict[str, 
 
 
 def _read_cache(cache: Path) -> dict[str, str]:
-    """Only a shortcut: a damaged cache is the same as none."""
+    """Load the known hashes; a damaged file counts as an empty one, since it only saves time."""
     try:
         data: dict[str, Any] = json.loads(cache.read_bytes())
         return {str(key): str(value) for key, value in data.items()}

@@ -1,7 +1,7 @@
-"""The registry's state: what all records of the log add up to. No I/O, no clock, no locks.
+"""Apply the records of the log to the state of a registry. No I/O, no clock, no locks.
 
-Invariant: the state depends on the sequence of records alone, so every process that has read as
-far has the same one. A record that does not follow from the state is refused, never guessed at.
+Invariant: the state depends on the sequence of records alone, so two processes that have read the
+same records have the same state. A record that does not fit the state is refused.
 """
 
 from collections.abc import Iterable, Mapping
@@ -14,33 +14,37 @@ from adapter_store.names import LATEST, AdapterRecord, AdapterRef, check_alias, 
 
 @dataclass(slots=True)
 class Version:
+    """One published version of an adapter, live or retired."""
+
     digest: str
     base: str
     lora_rank: int
-    nbytes: int
-    published_s: float
+    nbytes: int  # of its files together
+    published_s: float  # seconds since 1970
     is_retired: bool = False
 
 
 @dataclass(slots=True)
 class AdapterHistory:
-    """Version n is versions[n - 1]."""
+    """All versions and aliases of one adapter name. Version n is versions[n - 1]."""
 
     versions: list[Version] = field(default_factory=list[Version])
     aliases: dict[str, int] = field(default_factory=dict[str, int])
 
     def latest(self, base: str | None) -> int | None:
+        """Return the newest live version, of this base if one is given; None if there is none."""
         for version in range(len(self.versions), 0, -1):
             if self.is_live(version) and base in (None, self.versions[version - 1].base):
                 return version
         return None
 
     def is_live(self, version: int) -> bool:
+        """Check that a version exists and is not retired."""
         return 1 <= version <= len(self.versions) and not self.versions[version - 1].is_retired
 
 
 class Catalog:
-    """Adapters by (tenant, name), after `num_records` records."""
+    """The adapters of all tenants, as of the first `num_records` records of the log."""
 
     def __init__(self) -> None:
         self.num_records = 0
@@ -49,7 +53,11 @@ class Catalog:
     # ---- reading -------------------------------------------------------------------------------
 
     def resolve(self, tenant: str, full_name: str, base: str | None = None) -> AdapterRef:
-        """The live version meant by name[@version|alias]; `latest` is the latest for this base."""
+        """Return the live version meant by name[@version|alias].
+
+        `latest`, or no selector, means the newest for this base. Raises InvalidName,
+        AdapterNotFound.
+        """
         name, selector = split_name(full_name)
         history = self._adapters.get((tenant, name))
         if history is None:
@@ -66,7 +74,7 @@ class Catalog:
         return AdapterRef(tenant, name, version, found.digest, found.base)
 
     def list(self, tenant: str | None = None) -> Iterable[AdapterRecord]:
-        """Live versions in the order of tenant, name and version."""
+        """Yield the live versions in the order of tenant, name and version."""
         for (owner, name), history in sorted(self._adapters.items()):
             if tenant not in (None, owner):
                 continue
@@ -88,7 +96,7 @@ class Catalog:
                 )
 
     def find_digest(self, tenant: str, name: str, digest: str) -> int | None:
-        """The live version of this name with this content, the latest if there are several."""
+        """Return the newest live version of this name with this content, or None."""
         history = self._adapters.get((tenant, name), AdapterHistory())
         for version in range(len(history.versions), 0, -1):
             if history.is_live(version) and history.versions[version - 1].digest == digest:
@@ -96,19 +104,22 @@ class Catalog:
         return None
 
     def latest(self, tenant: str, name: str, base: str) -> int | None:
+        """Return the newest live version of this name for this base, or None."""
         return self._adapters.get((tenant, name), AdapterHistory()).latest(base)
 
     def num_versions(self, tenant: str, name: str) -> int:
+        """Count the versions of a name, retired ones included."""
         return len(self._adapters.get((tenant, name), AdapterHistory()).versions)
 
     def live_versions(self, tenant: str, name: str) -> tuple[int, ...]:
+        """List the live versions of a name, in order."""
         versions = range(1, self.num_versions(tenant, name) + 1)
         return tuple(v for v in versions if self._adapters[tenant, name].is_live(v))
 
     # ---- writing -------------------------------------------------------------------------------
 
     def apply(self, record: Mapping[str, Any]) -> None:
-        """Take the next record of the log into account."""
+        """Apply the next record of the log; StoreCorrupt, and no change, if it does not fit."""
         number = self.num_records + 1
         try:
             {"publish": self._publish, "alias": self._alias, "retire": self._retire}[
@@ -119,7 +130,7 @@ class Catalog:
         self.num_records = number
 
     def to_data(self) -> dict[str, Any]:
-        """Everything as JSON values: the content of a snapshot."""
+        """Return the whole state as JSON values: the content of a snapshot."""
         adapters = [
             {"tenant": tenant, "name": name, **asdict(history)}
             for (tenant, name), history in sorted(self._adapters.items())
@@ -128,7 +139,7 @@ class Catalog:
 
     @classmethod
     def from_data(cls, data: Mapping[str, Any]) -> "Catalog":
-        """The inverse of to_data; KeyError, TypeError or ValueError if it is not that."""
+        """Restore a state from `to_data`; KeyError, TypeError or ValueError for other data."""
         if data["format"] != 1:
             raise ValueError(f"format {data['format']!r} is not 1")
         catalog = cls()

@@ -1,7 +1,8 @@
-"""Adapters on local disk: a folder per digest, verified, bounded in bytes, least recent out first.
+"""Keep verified adapters on local disk, a folder per digest, within a bound in bytes.
 
-The folders are the whole state: a folder that is visible is complete, its modification time is
-its last use, so a restart forgets nothing and processes may share the cache.
+The least recently used adapter is evicted first. The folders are the whole state: a visible folder
+is complete, and its modification time is its last use. So a restart loses nothing, and several
+processes may share the cache.
 
     <root>/<digest>/                    a verified adapter
     <root>/.partial/<digest>.<nbytes>/  a download, with the bytes reserved for it
@@ -10,7 +11,7 @@ its last use, so a restart forgets nothing and processes may share the cache.
     <root>/.locks/<digest>.fetch        exclusive lock of the one process that downloads it
     <root>/.locks/room                  exclusive lock while room is made and reserved
 
-Knows no names and no object store: `fetch` brings one file of the adapter.
+Knows no names and no object store: the caller's `fetch` writes one file of an adapter.
 """
 
 import os
@@ -28,7 +29,7 @@ from adapter_store.file_lock import FileLock, exclusive_lock
 from adapter_store.manifest import MANIFEST_NAME, AdapterManifest, is_digest, parse_manifest
 from adapter_store.safetensors_file import hash_file
 
-Fetch = Callable[[str, Path], object]  # (file name, destination): write that file there
+Fetch = Callable[[str, Path], object]  # called with a file's name and where to write it
 
 
 @dataclass(slots=True)
@@ -38,7 +39,10 @@ class _Pin:
 
 
 class DiskCache:
-    """Thread-safe. A folder stays only as long as it is pinned, so pin before you `ensure`."""
+    """A cache of adapter folders of at most `max_bytes`. Thread-safe.
+
+    A folder that is not pinned may be evicted at any time: callers must pin before `ensure`.
+    """
 
     def __init__(
         self, root: Path, max_bytes: int, clock_ns: Callable[[], int] = time.time_ns
@@ -51,9 +55,9 @@ class DiskCache:
         self._partial = root / ".partial"
         self._locks = root / ".locks"
         self._room = self._locks / "room"
-        self._pin_lock = threading.Lock()  # over _pins; never taken while a file lock is held
+        self._pin_lock = threading.Lock()  # guards _pins; never taken while a file lock is held
         self._pins: dict[str, _Pin] = {}
-        self._lock = threading.Lock()  # over the two below; nothing waits while holding it
+        self._lock = threading.Lock()  # guards the two below; never held over I/O
         self._verified: set[str] = set()  # digests whose files this process has hashed
         self._opening: dict[str, threading.Lock] = {}
         self._partial.mkdir(parents=True, exist_ok=True)
@@ -65,7 +69,7 @@ class DiskCache:
     # ---- pins ----------------------------------------------------------------------------------
 
     def pin(self, digest: str) -> None:
-        """Forbid eviction, whether or not the adapter is here yet. Pins count."""
+        """Forbid eviction until as many calls of `unpin`, even before the adapter is on disk."""
         _check_digest(digest)
         with self._pin_lock:
             if digest in self._pins:
@@ -76,6 +80,7 @@ class DiskCache:
             self._pins[digest] = _Pin(1, lock)
 
     def unpin(self, digest: str) -> None:
+        """Undo one `pin`; ValueError if there is none."""
         with self._pin_lock:
             if digest not in self._pins:
                 raise ValueError(f"{digest} is not pinned")
@@ -87,6 +92,7 @@ class DiskCache:
 
     @contextmanager
     def pinned(self, digest: str) -> Generator[None, None, None]:
+        """Forbid eviction for the length of the block."""
         self.pin(digest)
         try:
             yield
@@ -96,11 +102,11 @@ class DiskCache:
     # ---- content -------------------------------------------------------------------------------
 
     def ensure(self, digest: str, fetch: Fetch) -> Path:
-        """The adapter's folder, after at most one download however many callers ask.
+        """Return the adapter's folder; concurrent callers share one download.
 
-        The first time in a process the files are hashed, and fetched again if they are damaged.
-        AdapterTooLarge, CacheFull, StoreCorrupt, or what `fetch` raises: then it is not here, and
-        others may have been evicted in vain.
+        Hashes the files at their first use in a process, and fetches them again if they are
+        damaged. Raises AdapterTooLarge, CacheFull, StoreCorrupt, or what `fetch` raises; then the
+        adapter is not on disk, although others may have been evicted for it.
         """
         folder = self._folder(digest)
         if digest in self._verified and self._touch(folder):
@@ -114,15 +120,16 @@ class DiskCache:
         return folder
 
     def contains(self, digest: str) -> bool:
+        """Check whether the adapter's folder is on disk."""
         return self._folder(digest).is_dir()
 
     def digests(self) -> list[str]:
-        """What is here, the least recently used first."""
+        """List the adapters on disk, the least recently used first."""
         used = [(_used_ns(self._root / name), name) for name in os.listdir(self._root)]
         return [name for used_ns, name in sorted(used) if is_digest(name) and used_ns]
 
     def evict(self, digest: str) -> bool:
-        """Remove an adapter; False, and nothing removed, if it is absent or pinned by anybody."""
+        """Remove an adapter; return False instead if it is absent, or pinned by any process."""
         folder = self._folder(digest)
         lock = FileLock.acquire(self._locks / f"{digest}.pin", wait=False)
         if lock is None:
@@ -137,7 +144,7 @@ class DiskCache:
         return True
 
     def check_integrity(self) -> None:
-        """Assert the invariants; only between operations."""
+        """Assert the invariants, which hold while no operation is in progress."""
         used = 0
         for digest in self.digests():
             folder = self._root / digest
@@ -163,7 +170,9 @@ class DiskCache:
             self._download(digest, folder, fetch)
 
     def _download(self, digest: str, folder: Path, fetch: Fetch) -> None:
-        for leftover in self._partial.glob(f"{digest}.*"):  # of a crash: the lock is ours now
+        for leftover in self._partial.glob(
+            f"{digest}.*"
+        ):  # left by a crash: this process holds the lock now
             shutil.rmtree(leftover)
         draft = self._partial / f"{digest}.0"
         draft.mkdir()
@@ -177,13 +186,13 @@ class DiskCache:
             if problem := _damage(draft, digest):
                 raise StoreCorrupt(f"the download of {digest} is damaged: {problem}")
             self._touch(draft)
-            with exclusive_lock(self._room):  # so that nobody counts it twice, or not at all
+            with exclusive_lock(self._room):  # others must not count it twice, or not at all
                 draft.rename(folder)
         finally:
             shutil.rmtree(draft, ignore_errors=True)
 
     def _reserve(self, digest: str, draft: Path, nbytes: int) -> Path:
-        """Make room and give the draft the name that reserves it."""
+        """Make room for `nbytes`, and rename the draft so that its name reserves them."""
         if nbytes > self._max_bytes:
             raise AdapterTooLarge(
                 f"adapter {digest} has {nbytes} bytes, the disk cache holds {self._max_bytes}"
@@ -198,7 +207,7 @@ class DiskCache:
             return draft.rename(self._partial / f"{digest}.{nbytes}")
 
     def _evict_for(self, nbytes: int) -> int:
-        """Evict, the least recently used first, until `nbytes` are free; how many are."""
+        """Evict the least recently used until `nbytes` are free; return how many bytes are."""
         sizes = {digest: _size(self._root / digest) for digest in self.digests()}
         reserved = [path.name.split(".") for path in self._partial.iterdir()]
         free = self._max_bytes - sum(sizes.values())
@@ -216,7 +225,7 @@ class DiskCache:
         return self._root / _check_digest(digest)
 
     def _touch(self, folder: Path) -> bool:
-        """Note a use; whether the folder is there."""
+        """Record a use; return False if the folder does not exist."""
         now_ns = self._clock_ns()
         try:
             os.utime(folder, ns=(now_ns, now_ns))
@@ -225,7 +234,7 @@ class DiskCache:
         return True
 
     def _discard(self, folder: Path) -> Path | None:
-        """Make a folder disappear at once; where it went, None if it was not there."""
+        """Move a folder out of sight in one step; return its new path, or None if it was absent."""
         trash = self._partial / f"trash.{uuid.uuid4().hex}"
         try:
             return folder.rename(trash)
@@ -241,7 +250,7 @@ class DiskCache:
         # The entry stays: another thread may already hold a reference to it, and it is small.
 
     def _remove_leftovers(self) -> None:
-        """Delete what crashed processes left, and nothing that a live one is working on."""
+        """Delete what crashed processes left, and nothing that a live process works on."""
         for path in list(self._partial.iterdir()):
             digest = path.name.split(".")[0]
             lock = FileLock.acquire(self._locks / f"{digest}.fetch", wait=False)
@@ -261,7 +270,7 @@ def _check_digest(digest: str) -> str:
 
 
 def _used_ns(folder: Path) -> int:
-    """When a folder was last used; 0 if it has just disappeared."""
+    """Return when a folder was last used, in ns since 1970; 0 if it has just disappeared."""
     try:
         return folder.stat().st_mtime_ns
     except FileNotFoundError:
@@ -269,7 +278,7 @@ def _used_ns(folder: Path) -> int:
 
 
 def _size(folder: Path) -> int:
-    """Bytes in a folder; 0 if it has just disappeared."""
+    """Add up the bytes in a folder; 0 if it has just disappeared."""
     try:
         return sum(path.stat().st_size for path in folder.iterdir())
     except FileNotFoundError:
@@ -277,7 +286,7 @@ def _size(folder: Path) -> int:
 
 
 def _damage(folder: Path, digest: str) -> str | None:
-    """What is wrong with a folder's files, if anything."""
+    """Describe the first damage to a folder's files; None if they are intact."""
     try:
         manifest = parse_manifest((folder / MANIFEST_NAME).read_bytes(), digest)
         return next((p for name in manifest.files if (p := _damaged(folder, manifest, name))), None)

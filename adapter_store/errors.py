@@ -1,23 +1,23 @@
-"""What can go wrong between an adapter's name and its files. Knows no HTTP status.
+"""Define the errors that this package raises on purpose. Knows no HTTP status.
 
-Every message is one sentence that names the offending value; callers show it as it is.
+Every message is one sentence that names the offending value, so that callers can show it as it is.
 """
 
 
 class AdapterStoreError(Exception):
-    """The root of everything this package raises on purpose."""
+    """The base class of all errors below."""
 
 
 class InvalidName(AdapterStoreError):
-    """A tenant, adapter, alias or version is not spelled as one."""
+    """A tenant, adapter, alias or version is not spelled as the grammar demands."""
 
 
 class AdapterNotFound(AdapterStoreError):
-    """No such adapter, version or alias, or it is retired."""
+    """The adapter, version or alias does not exist or is retired."""
 
 
 class AdapterInvalid(AdapterStoreError):
-    """An upload is not an adapter that can be served; the reason is exact."""
+    """An upload is not an adapter that can be served; the message gives the exact reason."""
 
 
 class AdapterTooLarge(AdapterStoreError):
@@ -25,7 +25,7 @@ class AdapterTooLarge(AdapterStoreError):
 
 
 class CacheFull(AdapterStoreError):
-    """Everything that could make room on disk is pinned."""
+    """Nothing can be evicted to make room: all of it is pinned or being downloaded."""
 
 
 class BaseInvalid(AdapterStoreError):
@@ -37,7 +37,7 @@ class BaseNotFound(AdapterStoreError):
 
 
 class SourceUnavailable(AdapterStoreError):
-    """The object store, or an upload's origin, cannot be read or written right now."""
+    """The object store or the source of an upload cannot be read or written at the moment."""
 
 
 class ObjectNotFound(AdapterStoreError):
@@ -45,4 +45,4 @@ class ObjectNotFound(AdapterStoreError):
 
 
 class StoreCorrupt(AdapterStoreError):
-    """A stored object is not what was written."""
+    """An object is damaged, or differs from what was written or promised."""

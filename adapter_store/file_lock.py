@@ -1,7 +1,7 @@
-"""Locks between processes: a flock on a file that exists only while somebody holds it.
+"""Lock out other processes, and other threads, by a flock on a file that exists while it is held.
 
-The operating system frees the lock of a process that dies. Two holders in one process exclude
-each other as two processes would.
+The operating system frees the lock of a process that dies. Two holders in one process exclude each
+other as two processes would.
 """
 
 import fcntl
@@ -20,7 +20,7 @@ class FileLock:
 
     @classmethod
     def acquire(cls, path: Path, *, shared: bool = False, wait: bool = True) -> "FileLock | None":
-        """The lock, after waiting for it if need be; None if `wait` is false and it is taken."""
+        """Take the lock, after waiting for it; return None if `wait` is false and it is taken."""
         mode = (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB)
         while True:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
@@ -34,7 +34,7 @@ class FileLock:
             os.close(descriptor)  # a former holder has removed this file: lock the new one
 
     def release(self) -> None:
-        """Give the lock back, and remove its file if nobody else shares it."""
+        """Release the lock, and remove its file unless there are other holders."""
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if _is_same_file(self._descriptor, self._path):
@@ -57,6 +57,7 @@ def exclusive_lock(path: Path) -> Generator[None, None, None]:
 
 
 def _is_same_file(descriptor: int, path: Path) -> bool:
+    """Check that the open file is still the one at this path."""
     try:
         return os.path.samestat(os.fstat(descriptor), path.stat())
     except FileNotFoundError:

@@ -1,8 +1,8 @@
-"""What an adapter is: which modules it changes, at which rank and scaling, and its digest.
+"""Describe an adapter: the modules it changes, their ranks and scalings, and its digest.
 
-`read_lora_layout` is all that the engine needs of a folder. `prepare` checks an upload completely
-and gives it its identity: the digest of its weights, of the settings that matter and of its base.
-Knows nothing of names, versions or stores.
+The engine needs `read_lora_layout` alone. `prepare` checks an upload completely and computes its
+identity: the digest of its weights, of the settings that matter and of its base. Knows nothing of
+names, versions or stores.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ WEIGHT_DTYPES = ("F32", "F16", "BF16")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _PREFIX = "base_model.model."
 _LORA_TENSOR = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight")
-_UNSERVED_TENSORS = {  # part of a tensor's name: why it cannot be served
+_UNSERVED_TENSORS = {  # part of a tensor's name: what such a tensor holds
     "lora_magnitude_vector": "DoRA magnitudes",
     "modules_to_save": "modules that are replaced as a whole",
     "lora_embedding_": "LoRA on token embeddings",
@@ -57,16 +57,18 @@ class LoraModule:
 
 @dataclass(frozen=True, slots=True)
 class LoraLayout:
-    """Every adapted module by its path in the base, e.g. model.layers.0.self_attn.q_proj."""
+    """The adapted modules by their paths in the base, e.g. model.layers.0.self_attn.q_proj."""
 
     modules: Mapping[str, LoraModule]
 
     @property
     def lora_rank(self) -> int:
+        """The rank of the widest module."""
         return max(module.lora_rank for module in self.modules.values())
 
     @property
     def num_parameters(self) -> int:
+        """The number of elements of all A and B."""
         return sum(
             module.lora_rank * (module.in_features + module.out_features)
             for module in self.modules.values()
@@ -75,13 +77,15 @@ class LoraLayout:
 
 @dataclass(frozen=True, slots=True)
 class FileEntry:
+    """The size and the SHA-256, in hexadecimal, of one file."""
+
     nbytes: int
     sha256: str
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterManifest:
-    """An adapter's identity and weight. Everything in it follows from the content alone."""
+    """An adapter's identity, sizes and modules, all computed from its files and its base."""
 
     digest: str
     base: str  # fingerprint
@@ -93,16 +97,17 @@ class AdapterManifest:
 
     @property
     def target_modules(self) -> tuple[str, ...]:
-        """The last parts of the module names, e.g. q_proj."""
+        """The last parts of the modules' names, e.g. q_proj."""
         return tuple(sorted({name.rpartition(".")[2] for name in self.modules}))
 
     def to_json(self) -> bytes:
+        """Encode the manifest for the object store; the inverse of `parse_manifest`."""
         return json.dumps(asdict(self), indent=1, sort_keys=True).encode()
 
 
 @dataclass(frozen=True, slots=True)
 class PreparedAdapter:
-    """A checked upload, ready to be stored: the config is rewritten to what matters."""
+    """A checked upload, ready to be stored; `config` is rewritten, `weights` are the upload's."""
 
     manifest: AdapterManifest
     config: bytes
@@ -110,13 +115,14 @@ class PreparedAdapter:
 
 
 def is_digest(text: str) -> bool:
+    """Check that a text is 64 lower-case hexadecimal digits."""
     return _DIGEST.fullmatch(text) is not None
 
 
 def read_lora_layout(folder: Path) -> LoraLayout:
-    """The layout of an adapter folder, from its config and the header of its weights.
+    """Read an adapter's layout from its config and the header of its weights, without a tensor.
 
-    AdapterInvalid with the module and the reason if the two do not fit each other. Reads no tensor.
+    Raises AdapterInvalid, with the module and the reason, if the two do not fit each other.
     """
     return _layout(read_settings(folder), _read_tensors(folder))
 
@@ -127,7 +133,7 @@ def prepare(
     """Check an upload completely, weights included, and compute its digest.
 
     `base_modules` maps each module of the base to (out_features, in_features). Reads the weights
-    twice; `on_bytes` hears of each byte both times.
+    twice; `on_bytes` is called with the bytes read since its last call. Raises AdapterInvalid.
     """
     settings, tensors = read_settings(folder), _read_tensors(folder)
     layout = _layout(settings, tensors)
@@ -158,7 +164,7 @@ def prepare(
 
 
 def parse_manifest(raw: bytes, digest: str) -> AdapterManifest:
-    """The manifest of this digest; StoreCorrupt if these bytes are not it."""
+    """Decode the manifest of this digest; StoreCorrupt if it is damaged or another adapter's."""
     try:
         data: dict[str, Any] = json.loads(raw)
         files = {
@@ -175,16 +181,19 @@ def parse_manifest(raw: bytes, digest: str) -> AdapterManifest:
 
 
 def adapter_digest(base: str, files: Mapping[str, FileEntry]) -> str:
-    """The identity of an adapter. The config among the files is the canonical one."""
+    """Compute an adapter's digest from its base's fingerprint and the entries of its files.
+
+    The config among the files must be the canonical one that `prepare` writes.
+    """
     parts = {"base": base, "files": {name: entry.sha256 for name, entry in files.items()}}
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def _canonical_config(settings: LoraSettings, layout: LoraLayout) -> bytes:
-    """A PEFT configuration with the same effect, equal for all that have this effect.
+    """Write a PEFT configuration of the same effect; equal effects give equal bytes.
 
-    Patterns become one entry per module that differs from the first, so neither the way a pattern
-    is written nor a training option changes the digest.
+    Patterns become one entry per module that differs from the first, so neither the spelling of a
+    pattern nor a training option changes the digest.
     """
     names = sorted(layout.modules)
     ranks = {name: settings.lora_rank(name) for name in names}
@@ -206,7 +215,7 @@ def _canonical_config(settings: LoraSettings, layout: LoraLayout) -> bytes:
 
 
 def _number(value: float) -> float:
-    """16 and 16.0 are one number, so they are written as one."""
+    """Make a whole number an int, so that 16 and 16.0 are written alike."""
     return int(value) if value == int(value) else value
 
 
@@ -247,7 +256,7 @@ def _layout(settings: LoraSettings, tensors: Mapping[str, TensorEntry]) -> LoraL
 
 
 def _parse_tensor_name(name: str) -> tuple[str, str]:
-    """base_model.model.<module>.lora_A.weight -> (<module>, "A")."""
+    """Split base_model.model.<module>.lora_A.weight into (<module>, "A")."""
     for part, meaning in _UNSERVED_TENSORS.items():
         if part in name:
             raise AdapterInvalid(f"tensor {name} ({meaning}) is not served yet")

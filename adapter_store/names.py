@@ -18,7 +18,7 @@ _VERSION = re.compile("[1-9][0-9]{0,17}")
 
 @dataclass(frozen=True, slots=True)
 class AdapterRef:
-    """A resolved name. Only the digest is identity; the rest says how it was reached."""
+    """A resolved name. Only `digest` identifies the content; the rest says how it was found."""
 
     tenant: str
     name: str
@@ -37,18 +37,20 @@ class AdapterRecord:
     digest: str
     base: str
     lora_rank: int
-    nbytes: int
+    nbytes: int  # of its files together
     published_s: float  # seconds since 1970
     aliases: tuple[str, ...]  # `latest` among them
 
 
 def check_name(kind: str, name: str) -> str:
+    """Return the name; InvalidName, which mentions its kind, if it breaks NAME_RULE."""
     if _NAME.fullmatch(name) is None:
         raise InvalidName(f"{kind} {name!r} does not match {NAME_RULE}")
     return name
 
 
 def check_alias(alias: str) -> str:
+    """Return the alias; InvalidName if it could be taken for a version or for `latest`."""
     if alias == LATEST or alias.isdecimal():
         raise InvalidName(
             f"alias {alias!r} is reserved: numbers are versions, {LATEST} is implicit"
@@ -57,7 +59,10 @@ def check_alias(alias: str) -> str:
 
 
 def split_name(full_name: str) -> tuple[str, int | str]:
-    """`sql@3` -> ("sql", 3); `sql@prod` -> ("sql", "prod"); `sql` -> ("sql", "latest")."""
+    """Split `sql@3` into ("sql", 3), `sql@prod` into ("sql", "prod"), `sql` into ("sql", "latest").
+
+    Raises InvalidName.
+    """
     name, at, selector = full_name.partition("@")
     check_name("adapter", name)
     if not at:

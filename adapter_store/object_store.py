@@ -1,7 +1,7 @@
-"""Objects under string keys: the only durable state. Knows nothing of adapters.
+"""Store objects under string keys: the only durable state. Knows nothing of adapters.
 
-Two guarantees carry the rest of the package: a reader never sees half an object, and of many
-writers of one key `put_if_absent` lets exactly one succeed.
+The package relies on two guarantees: readers never see a partly written object, and if several
+writers call `put_if_absent` for one key, exactly one succeeds.
 """
 
 import hashlib
@@ -17,64 +17,74 @@ from typing import BinaryIO, Protocol
 from adapter_store.errors import ObjectNotFound, SourceUnavailable, StoreCorrupt
 
 CHUNK_BYTES = 4 * 2**20
-MAX_DRAFT_AGE_S = 86_400
-_SEGMENT = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")  # no leading dot: neither "..", nor hidden
+MAX_DRAFT_AGE_S = 86_400  # longer than any write takes
+_SEGMENT = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")  # no leading dot: no ".." and no hidden file
 
-OnBytes = Callable[[int], object]  # told the size of every chunk that has been dealt with
+OnBytes = Callable[[int], object]  # progress callback: bytes processed since the last call
 
 
 class ObjectStore(Protocol):
-    """All methods may raise SourceUnavailable. Keys are segments joined by `/`."""
+    """A store of objects under keys, which are segments joined by `/`.
+
+    All methods may raise SourceUnavailable, and ValueError for a key that `check_key` refuses.
+    """
 
     def get(self, key: str) -> bytes:
-        """The whole object, or ObjectNotFound."""
+        """Read a whole object; ObjectNotFound if there is none."""
         ...
 
     def get_range(self, key: str, start: int, length: int) -> bytes:
-        """Bytes [start, start + length), fewer at the end of the object; or ObjectNotFound."""
+        """Read bytes [start, start + length), fewer at the object's end; or ObjectNotFound."""
         ...
 
     def get_many(self, keys: Sequence[str]) -> Sequence[bytes]:
-        """The whole objects in this order, several at a time where each one is a journey."""
+        """Read whole objects, in this order; concurrently where requests have a latency."""
         ...
 
     def get_file(self, key: str, path: Path) -> None:
-        """The whole object into a file, new or not; OSError if that cannot be written."""
+        """Write a whole object to a file, new or not.
+
+        Raises ObjectNotFound, StoreCorrupt if the object changes meanwhile, OSError if the file
+        cannot be written.
+        """
         ...
 
     def size(self, key: str) -> int | None:
-        """Bytes in the object; None where there is none."""
+        """Return the bytes in an object; None if there is none."""
         ...
 
     def put(self, key: str, data: bytes) -> None:
-        """Write or replace."""
+        """Write or replace an object."""
         ...
 
     def put_if_absent(self, key: str, data: bytes) -> bool:
-        """Write unless the key exists; whether this call wrote it."""
+        """Write an object unless the key exists; return whether this call wrote it."""
         ...
 
     def put_file(self, key: str, path: Path, sha256: str, on_bytes: OnBytes) -> None:
-        """Write or replace with a file's content; StoreCorrupt, and no write, if it differs."""
+        """Write or replace an object with a file's content; `sha256` is in hexadecimal.
+
+        Raises StoreCorrupt, and writes nothing, if the content has another SHA-256.
+        """
         ...
 
     def list(self, prefix: str, start_after: str = "") -> Sequence[str]:
-        """Keys that begin with `prefix` and sort after `start_after`, sorted."""
+        """List the keys that begin with `prefix` and sort after `start_after`, sorted."""
         ...
 
 
 def check_key(key: str) -> str:
-    """The key, if it is segments that cannot leave the root; else ValueError."""
+    """Return the key; ValueError unless it is segments that cannot leave the root."""
     if not all(_SEGMENT.fullmatch(segment) for segment in key.split("/")):
         raise ValueError(f"object key {key!r} must be segments of A-Z a-z 0-9 . _ - joined by /")
     return key
 
 
 class FileStore:
-    """Objects as files below a folder of one file system that has hard links.
+    """Stores objects as files below a folder, in one file system that has hard links.
 
-    Content is first written beside the objects and flushed, then linked or renamed into place in
-    one step of the file system, so processes that share the folder need no other lock.
+    Content is first written to a draft and flushed to disk, then linked or renamed into place in
+    one step of the file system, so processes that share the folder need no lock.
     """
 
     def __init__(self, root: Path) -> None:
@@ -141,7 +151,7 @@ class FileStore:
         return sorted(key for key in keys if key > start_after)
 
     def _walk(self, parent: str) -> Generator[str, None, None]:
-        """All keys below a folder, which is "" or ends in a slash."""
+        """Yield all keys below a folder, which is "" or ends in a slash."""
         with os.scandir(self._root / parent) as entries:
             for entry in entries:
                 if entry.name.startswith("."):
@@ -158,7 +168,7 @@ class FileStore:
     def _draft(
         self, chunks: "Sequence[bytes] | Generator[bytes, None, None]"
     ) -> Generator[tuple[Path, str], None, None]:
-        """A flushed file with this content, and its sha256; gone afterwards unless moved."""
+        """Write a flushed draft; yield its path and sha256; remove it unless it was moved."""
         draft = self._drafts / uuid.uuid4().hex
         digest = hashlib.sha256()
         try:
@@ -173,7 +183,7 @@ class FileStore:
             draft.unlink(missing_ok=True)
 
     def _remove_old_drafts(self) -> None:
-        """Of writers that crashed: no write takes this long."""
+        """Delete the drafts of writers that crashed."""
         for draft in self._drafts.iterdir():
             with suppress(FileNotFoundError):  # another process removes them too
                 if draft.stat().st_mtime < time.time() - MAX_DRAFT_AGE_S:
@@ -187,7 +197,7 @@ class FileStore:
 
 @contextmanager
 def _unavailable(what: str) -> Generator[None, None, None]:
-    """Turn the file system's errors into ours."""
+    """Raise ObjectNotFound or SourceUnavailable for an error of the file system."""
     try:
         yield
     except (FileNotFoundError, NotADirectoryError) as error:
@@ -202,7 +212,7 @@ def _next_chunk(file: BinaryIO, key: str) -> bytes:
 
 
 def _flush_folder(folder: Path) -> None:
-    """Make a new name in a folder survive a power cut."""
+    """Flush a folder to disk, so that a new name in it survives a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,8 +1,8 @@
-"""adapter_config.json -> LoraSettings: which modules an adapter changes, at which rank and scaling.
+"""Read adapter_config.json: the modules that an adapter changes, with their ranks and scalings.
 
 Every key of PEFT's LoRA configuration is in one of the four tables below. A key that would change
-the mathematics in a way that is not served is refused by name, and so is an unknown key that is
-set to anything: an adapter is served as PEFT would run it, or not at all.
+the mathematics in a way that is not served is refused by name, and so is an unknown key with a
+value: an adapter is served as PEFT would run it, or not at all.
 """
 
 import json
@@ -22,23 +22,23 @@ MAX_LORA_ALPHA = 1e6
 MAX_PATTERN_CHARS = 4096
 MAX_QUANTIFIERS = 5  # per pattern: matching time grows with (length of a name) ** quantifiers
 
-# Read below; together with the tensors they are the mathematics.
+# Read below: together with the tensors they define the mathematics.
 UNDERSTOOD_KEYS = (
     *("peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora"),
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
     "init_lora_weights",
 )
-# Of training, of provenance, or options of a key that is refused by itself.
+# Ignored: they describe training or provenance, or are options of a key that is refused.
 IGNORED_KEYS = (
     *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
     *("inference_mode", "lora_dropout", "eva_config", "corda_config", "loftq_config"),
     *("lora_ga_config", "megatron_core", "qalora_group_size", "runtime_config"),
     "ensure_weight_tying",
 )
-# Change the mathematics: the only value that is served, and what another one means.
+# Refused unless neutral: the only value that is served, and what any other one means.
 NEUTRAL_VALUES: dict[str, tuple[object, str]] = {
     "bias": ("none", "trained biases of the base"),
-    "lora_bias": (False, "biases beside lora_B"),
+    "lora_bias": (False, "biases added to lora_B"),
     "fan_in_fan_out": (False, "transposed weights"),
     "use_dora": (False, "DoRA magnitudes"),
     "use_qalora": (False, "QALoRA's pooled inputs"),
@@ -54,14 +54,15 @@ NEUTRAL_VALUES: dict[str, tuple[object, str]] = {
     "velora_config": (None, "VeLoRA's compressed activations"),
     "megatron_config": (None, "Megatron's parallel layers"),
 }
-# How training began. Every other way also rewrites the base's weights, so that the adapter alone
-# means nothing; PEFT converts it with save_pretrained(path_initial_model_for_weight_conversion=).
+# Accepted initialisations of training. Every other one also rewrites the base's weights, so the
+# adapter is useless without them; PEFT converts such an adapter with
+# save_pretrained(path_initial_model_for_weight_conversion=).
 NEUTRAL_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 
 
 @dataclass(frozen=True, slots=True)
 class Targets:
-    """Which modules PEFT would wrap."""
+    """Select the modules that PEFT would wrap."""
 
     modules: re.Pattern[str] | frozenset[str]  # a pattern of whole names, or suffixes of names
     excluded: re.Pattern[str] | frozenset[str]
@@ -69,6 +70,7 @@ class Targets:
     layer_patterns: tuple[re.Pattern[str], ...]
 
     def include(self, module: str) -> bool:
+        """Check whether PEFT would wrap the module of this name."""
         if _names(self.excluded, module):
             return False
         if isinstance(self.modules, re.Pattern) or not self.layers or module in self.modules:
@@ -94,18 +96,21 @@ class LoraSettings:
     targets: Targets
 
     def lora_rank(self, module: str) -> int:
+        """Return the rank of the module of this name."""
         return next((r for key, r in self.rank_pattern if key.match(module)), self.r)
 
     def alpha(self, module: str) -> float:
+        """Return lora_alpha for the module of this name."""
         return next((a for key, a in self.alpha_pattern if key.match(module)), self.lora_alpha)
 
     def scaling(self, module: str) -> float:
+        """Return the factor of B A x: alpha / r, or alpha / sqrt(r) with rsLoRA."""
         r = self.lora_rank(module)
         return self.alpha(module) / (math.sqrt(r) if self.use_rslora else r)
 
 
 def read_settings(folder: Path) -> LoraSettings:
-    """The settings of an adapter folder; AdapterInvalid with the key, its value and the reason."""
+    """Read the settings of an adapter folder; AdapterInvalid with the key, value and reason."""
     path = folder / CONFIG_NAME
     try:
         if path.stat().st_size > MAX_CONFIG_BYTES:
@@ -200,7 +205,7 @@ def _listed(value: Any) -> list[Any]:
 
 
 def _names(names: re.Pattern[str] | frozenset[str], module: str) -> bool:
-    """PEFT's rule: one pattern fits the whole name; a listed name is all of it or its last part."""
+    """Match as PEFT does: a pattern the whole name, a listed name all of it or its last parts."""
     if isinstance(names, re.Pattern):
         return names.fullmatch(module) is not None
     parts = module.split(".")
@@ -208,12 +213,12 @@ def _names(names: re.Pattern[str] | frozenset[str], module: str) -> bool:
 
 
 def _suffix(key: str, pattern: str) -> re.Pattern[str]:
-    """PEFT's rule for rank_pattern and alpha_pattern: the first that fits a name's end counts."""
+    """Compile a key of rank_pattern or alpha_pattern, which PEFT matches with the end of a name."""
     return _compile(key, pattern, rf"(.*\.)?({pattern})$")
 
 
 def _compile(key: str, pattern: Any, expression: str) -> re.Pattern[str]:
-    """Compile a pattern that somebody else wrote, unless it could match for hours."""
+    """Compile an untrusted pattern; AdapterInvalid if matching it could take very long."""
     if not isinstance(pattern, str) or len(pattern) > MAX_PATTERN_CHARS:
         raise AdapterInvalid(f"{key}: a pattern must be at most {MAX_PATTERN_CHARS} characters")
     bare = re.sub(r"\\.", "", pattern)

@@ -1,9 +1,9 @@
-"""Names -> digests: one append-only log in the object store, folded into memory.
+"""Map names to digests by an append-only log in the object store, replayed into memory.
 
-Record n is the object log/<n>, written with put-if-absent: of several writers one gets the number
-and the others, having read what it wrote, try the next. So nothing is lost, every record was
-valid where it stands, and following the log is one LIST after the last key seen. Snapshots only
-shorten the start: a damaged one is skipped.
+Record n is the object log/<n>, written with put-if-absent: if several writers try one number, one
+succeeds, and the others read its record and try the next number. So no record is lost, every record
+was valid when it was written, and following the log takes one LIST after the last key seen.
+Snapshots only shorten the start: a damaged one is skipped.
 """
 
 import gzip
@@ -20,14 +20,18 @@ from adapter_store.manifest import AdapterManifest
 from adapter_store.names import AdapterRecord, AdapterRef, check_alias, check_name, split_name
 from adapter_store.object_store import ObjectStore
 
-SNAPSHOT_EVERY = 256
+SNAPSHOT_EVERY = 256  # records
 _log = logging.getLogger(__name__)
 
 Record = dict[str, Any]
 
 
 class Registry:
-    """Thread-safe. Reads answer from memory as of the last `refresh`; writes refresh first."""
+    """The names in one object store. Thread-safe.
+
+    Reads answer from memory as of the last `refresh`; writes refresh first. The constructor,
+    `refresh` and all writes may raise SourceUnavailable and StoreCorrupt.
+    """
 
     def __init__(self, store: ObjectStore, wall_clock: Callable[[], float]) -> None:
         self._store = store
@@ -47,15 +51,20 @@ class Registry:
                     self._catalog.apply(record)
 
     def resolve(self, tenant: str, full_name: str, base: str | None = None) -> AdapterRef:
+        """Return what name[@version|alias] means. Raises InvalidName, AdapterNotFound."""
         with self._lock:
             return self._catalog.resolve(tenant, full_name, base)
 
     def list(self, tenant: str | None = None) -> Sequence[AdapterRecord]:
+        """List the live versions, of one tenant or of all."""
         with self._lock:
             return tuple(self._catalog.list(tenant))
 
     def publish(self, tenant: str, name: str, manifest: AdapterManifest) -> AdapterRef:
-        """The name's next version; or, if its latest one has this very content, that."""
+        """Append the name's next version, unless the latest has this very content; return it.
+
+        Raises InvalidName.
+        """
         check_name("tenant", tenant)
         check_name("adapter", name)
 
@@ -83,7 +92,7 @@ class Registry:
         return AdapterRef(tenant, name, version, manifest.digest, manifest.base)
 
     def alias(self, tenant: str, name: str, alias: str, version: int) -> None:
-        """Make name@alias mean this version, whatever it meant before."""
+        """Make name@alias mean this version from now on. Raises InvalidName, AdapterNotFound."""
         check_alias(alias)
 
         def record(catalog: Catalog) -> Record:
@@ -99,7 +108,10 @@ class Registry:
         self._append(record)
 
     def retire(self, tenant: str, full_name: str) -> tuple[int, ...]:
-        """Withdraw name@version, or every version of a bare name; the versions withdrawn."""
+        """Withdraw name@version, or every version of a bare name; return the versions withdrawn.
+
+        Raises InvalidName, AdapterNotFound.
+        """
         retired: tuple[int, ...] = ()
 
         def record(catalog: Catalog) -> Record:
@@ -115,7 +127,7 @@ class Registry:
     # ---- the log -------------------------------------------------------------------------------
 
     def _append(self, make_record: Callable[[Catalog], Record | None]) -> None:
-        """Append what `make_record` says of the newest state; None: nothing to do."""
+        """Append the record that `make_record` derives from the newest state, unless it is None."""
         while True:
             self.refresh()
             with self._lock:
@@ -148,7 +160,7 @@ class Registry:
     def _save_snapshot(self) -> None:
         with self._lock:
             number, data = self._catalog.num_records, self._catalog.to_data()
-        # mtime=0: equal states are equal bytes, whoever writes them.
+        # mtime=0: equal states give equal bytes in every process.
         self._store.put_if_absent(_snapshot_key(number), gzip.compress(_encode(data), mtime=0))
 
     def _load_snapshot(self) -> Catalog:

@@ -1,4 +1,4 @@
-"""Send requests to one bucket through boto3; every failure is one sentence of ours.
+"""Send requests to one bucket through boto3; every failure becomes an S3Error.
 
 Only this file and s3_transfers.py import boto3. boto3 finds the credentials itself: they are never
 looked at, kept or printed here. Knows no keys' meaning and makes no decisions.
@@ -35,7 +35,7 @@ Answer = Mapping[str, Any]  # what boto3 returns
 
 
 class S3Error(SourceUnavailable):
-    """What the server said, or why it could not be asked."""
+    """A request that failed: the server's answer, or the reason why there is none."""
 
     def __init__(
         self,
@@ -46,14 +46,14 @@ class S3Error(SourceUnavailable):
         is_broken_off: bool = False,
     ) -> None:
         super().__init__(sentence)
-        self.status = status  # HTTP's; 0: there was no answer
-        self.code = code  # S3's
-        self.was_repeated = was_repeated  # so an earlier attempt may have had an effect
-        self.is_broken_off = is_broken_off  # in the middle of a body
+        self.status = status  # of HTTP; 0 if there was no answer
+        self.code = code  # of S3, e.g. NoSuchKey
+        self.was_repeated = was_repeated  # an earlier attempt may have taken effect
+        self.is_broken_off = is_broken_off  # the body of an answer was cut short
 
 
 class S3Client:
-    """Requests to one bucket. Thread-safe."""
+    """Sends requests to one bucket. Thread-safe."""
 
     def __init__(self, bucket: str, endpoint_url: str | None) -> None:
         self.bucket = bucket
@@ -63,24 +63,24 @@ class S3Client:
         with self.errors("connect to"):
             try:
                 self.boto3_client = _connect(endpoint_url)
-            except ValueError as error:  # boto3's word for an endpoint that is none
+            except ValueError as error:  # boto3's error for a malformed endpoint
                 raise SourceUnavailable(f"cannot connect to {self.where}: {error}") from error
         found: str = self.boto3_client.meta.endpoint_url
         _check_endpoint(found)  # boto3 may have found it in AWS_ENDPOINT_URL or in AWS's files
         self.where = f"bucket {bucket} at {found}"
 
     def call(self, operation: str, doing: str, **request: Any) -> Answer:
-        """The answer to boto3's operation of this name. `doing` completes "cannot ... bucket"."""
+        """Call boto3's operation of this name; `doing` completes the error "cannot ... bucket"."""
         with self.errors(doing):
             return getattr(self.boto3_client, operation)(Bucket=self.bucket, **request)
 
     def error(self, doing: str, reason: str) -> S3Error:
-        """Return the error that says why something cannot be done."""
+        """Make the error that says why something cannot be done."""
         return S3Error(f"cannot {doing} {self.where}: {reason}")
 
     @contextmanager
     def errors(self, doing: str) -> Generator[None, None, None]:
-        """Turn what boto3 raises into S3Error, bodies that are read within included."""
+        """Raise S3Error for what boto3 raises in the block, also while a body is read."""
         try:
             yield
         except ClientError as error:
@@ -91,7 +91,7 @@ class S3Client:
                 f"cannot {doing} {self.where}: {_reason(error)}",
                 is_broken_off=isinstance(error, broken),
             ) from error
-        except RetriesExceededError as error:  # of a managed download, for bodies that broke off
+        except RetriesExceededError as error:  # of a download whose body was cut short
             last: Exception = error.last_exception  # pyright: ignore[reportUnknownMemberType]
             raise self.error(doing, _reason(last)) from error
 
@@ -103,17 +103,17 @@ def _connect(endpoint_url: str | None) -> Any:
         retries={"mode": "standard", "total_max_attempts": MAX_ATTEMPTS},
         max_pool_connections=MAX_CONNECTIONS,
         s3={"addressing_style": "path" if endpoint_url else "auto"},
-        # Not all servers know the newer checksums; ours are in the manifests.
+        # Not all servers support the newer checksums, and the manifests hold a SHA-256.
         request_checksum_calculation="when_required",
         response_checksum_validation="when_required",
     )
-    session: Any = boto3.session.Session()  # of our own: the default one is not thread-safe
+    session: Any = boto3.session.Session()  # not the default one, which is not thread-safe
     return session.client("s3", endpoint_url=endpoint_url, config=config)
 
 
 def _check_endpoint(endpoint_url: str) -> None:
     url = urlsplit(endpoint_url)
-    if "@" in url.netloc:  # what is before it may be a secret
+    if "@" in url.netloc:  # the part before it may be a secret
         raise SourceUnavailable("endpoint_url must not hold a user or a password")
     if url.scheme not in ("http", "https") or not url.netloc or url.query or url.fragment:
         raise SourceUnavailable(

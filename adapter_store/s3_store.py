@@ -22,9 +22,12 @@ _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,62}")
 
 
 def open_s3(root: str, endpoint_url: str | None = None) -> "S3Store":
-    """Open the store at s3://bucket/prefix; without an endpoint, at the one boto3 is set up for."""
+    """Open the store at s3://bucket/prefix; without an endpoint, boto3 chooses one.
+
+    Raises SourceUnavailable, also if the server does not honour conditional writes.
+    """
     url = urlsplit(root)
-    if "@" in url.netloc:  # what is before it may be a secret
+    if "@" in url.netloc:  # the part before it may be a secret
         raise SourceUnavailable(
             "an s3:// root must not hold credentials: "
             "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY instead"
@@ -42,10 +45,10 @@ def open_s3(root: str, endpoint_url: str | None = None) -> "S3Store":
 
 
 class S3Store:
-    """Objects below a prefix of one bucket. Thread-safe.
+    """Stores objects below a prefix of one bucket. Thread-safe.
 
-    A server that breaks the promise of `put_if_absent` would lose records without a word, so it is
-    put to the test at the start, and refused if it fails.
+    A server that ignores the condition of `put_if_absent` would lose records silently, so each
+    start tests it, and raises SourceUnavailable if it fails.
     """
 
     def __init__(self, bucket: str, prefix: str = "", endpoint_url: str | None = None) -> None:
@@ -100,7 +103,7 @@ class S3Store:
     def _read(self, key: str, **conditions: str) -> bytes | None:
         """Return the object or the range asked for; None if that begins past the object's end.
 
-        boto3 tries again until the body begins, this does if the body breaks off.
+        boto3 repeats a request until the body begins; this repeats it if the body is cut short.
         """
         for attempt in range(1, MAX_ATTEMPTS + 1):
             try:
@@ -150,7 +153,9 @@ class S3Store:
                     return error.was_repeated and self._is_written_by(key, writer)
                 if error.status != 409:
                     raise
-            time.sleep(CONFLICT_PAUSE_S)  # somebody else is at it: soon we know who won
+            time.sleep(
+                CONFLICT_PAUSE_S
+            )  # another writer is at work, and will soon have won or failed
         raise SourceUnavailable(
             f"cannot write {key} to {self._client.where}: "
             f"{MAX_CONFLICTS} attempts each met another writer"
@@ -164,16 +169,19 @@ class S3Store:
             raise SourceUnavailable(f"cannot read {path}: {error}") from error
 
     def _is_written_by(self, key: str, writer: str) -> bool:
-        """Whether an attempt whose answer was lost has written the object after all."""
+        """Check whether an attempt whose answer was lost has written the object after all."""
         return self._head(key)["Metadata"].get("writer") == writer
 
     def _probe(self) -> None:
-        """The key stays, so a later start is one request, which the server must refuse."""
+        """Raise SourceUnavailable if the server lets a key that exists be written.
+
+        The key stays, so from the second start on this takes one request, which must be refused.
+        """
         data = b"Every start tries to write this again, and a store that lets it is refused.\n"
         if self.put_if_absent(PROBE_KEY, data) and self.put_if_absent(PROBE_KEY, data):
             raise SourceUnavailable(
                 f"{self._client.where} cannot be used: it ignores If-None-Match, "
-                "so one of two writers would be lost without a word"
+                "so one of two concurrent writers would be lost silently"
             )
 
     def _full(self, key: str) -> str:

@@ -32,8 +32,8 @@ def upload(
 
     The bytes that are hashed are the bytes that are sent, and the object appears only after the
     last of them, so nothing is written if the file has changed. Calls `on_bytes` from another
-    thread, but from one at a time. `doing` completes "cannot ... bucket". Raises StoreCorrupt for
-    other content, OSError if the file cannot be read, S3Error.
+    thread. `doing` completes "cannot ... bucket". Raises StoreCorrupt for other content, OSError if
+    the file cannot be read, S3Error.
     """
     with path.open("rb") as file, client.errors(doing):
         reader = _HashingReader(file, sha256, on_bytes)
@@ -43,9 +43,9 @@ def upload(
 def download(client: S3Client, key: str, path: Path, doing: str) -> None:
     """Write an object to a file, which appears or is replaced when it is complete.
 
-    Asks for byte ranges, so an empty object is an S3Error of status 416; so is an object that
-    changes meanwhile, of status 412. `doing` completes "cannot ... bucket". Raises S3Error, OSError
-    if the file cannot be written.
+    `doing` completes "cannot ... bucket". Raises OSError if the file cannot be written, S3Error of
+    status 416 for an empty object, which has no range to ask for, and of status 412 if the object
+    changes meanwhile.
     """
     transfer: Any = S3Transfer(_RangeCheckingClient(client, doing), _config())
     with client.errors(doing), transfer:

@@ -1,7 +1,7 @@
 """Read a safetensors file without trusting it: its header, its hash, whether numbers are finite.
 
-Knows no LoRA: what the tensors mean is the caller's business. Raises ValueError with the reason;
-the caller says which file it was.
+Knows no LoRA and no meaning of tensors. Raises OSError, or ValueError with the reason, to which the
+caller adds the name of the file.
 """
 
 import hashlib
@@ -45,11 +45,12 @@ class TensorEntry:
 
     @property
     def num_elements(self) -> int:
+        """The product of the shape."""
         return math.prod(self.shape)
 
 
 def read_header(path: Path) -> dict[str, TensorEntry]:
-    """Every tensor by name, in file order, once the header is known to fit the file exactly."""
+    """Read all tensors by name, in file order; ValueError unless they fit the file exactly."""
     size = path.stat().st_size
     with path.open("rb") as file:
         prefix = file.read(8)
@@ -72,7 +73,11 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
 
 
 def find_not_finite(path: Path, tensors: dict[str, TensorEntry], on_bytes: OnBytes) -> str | None:
-    """The first tensor that holds a NaN or an infinity. Only F32, F16 and BF16 can be asked."""
+    """Return the first tensor that holds a NaN or an infinity, or None.
+
+    All tensors must be F32, F16 or BF16. `on_bytes` is called with the bytes read since its last
+    call.
+    """
     with path.open("rb") as file:
         for name, tensor in tensors.items():
             view, mask = _EXPONENTS[tensor.dtype]
@@ -91,7 +96,7 @@ def find_not_finite(path: Path, tensors: dict[str, TensorEntry], on_bytes: OnByt
 
 
 def hash_file(path: Path, on_bytes: OnBytes) -> str:
-    """The sha256 of a file's content, in hexadecimal."""
+    """Return the SHA-256 of a file's content, in hexadecimal."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(CHUNK_BYTES):
@@ -101,7 +106,10 @@ def hash_file(path: Path, on_bytes: OnBytes) -> str:
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """For json.loads: two readers may disagree on which of two equal keys counts."""
+    """Make a dict for json.loads; ValueError for a repeated key.
+
+    Other readers may take the other of its values.
+    """
     result = dict(pairs)
     if len(result) < len(pairs):
         names = [name for name, _ in pairs]
@@ -143,7 +151,7 @@ def _entry(name: str, value: Any, data_start: int) -> TensorEntry:
 
 
 def _check_layout(entries: list[tuple[str, TensorEntry]], start: int, size: int) -> None:
-    """Tensors must tile the rest of the file: no gap, no overlap, nothing past the end."""
+    """Check that tensors tile the rest of the file: no gap, no overlap, nothing past the end."""
     end = start
     for name, entry in entries:
         if entry.start != end:

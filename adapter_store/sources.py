@@ -1,4 +1,4 @@
-"""Where uploads come from. This version: a folder on local disk."""
+"""Find the folder of an upload. This version knows folders on local disk alone."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ from adapter_store.errors import SourceUnavailable
 
 
 def local_folder(source: str | Path) -> Path:
-    """The folder that an upload is in; SourceUnavailable if it is elsewhere or not there."""
+    """Return the folder of an upload; SourceUnavailable if it is remote or does not exist."""
     scheme, separator, _ = str(source).partition("://")
     if separator:
         raise SourceUnavailable(

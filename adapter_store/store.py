@@ -1,6 +1,6 @@
-"""AdapterStore: from a tenant's name for an adapter to a verified folder on local disk.
+"""Publish adapters, resolve their names and fetch them into verified folders on local disk.
 
-The facade over registry, object store and disk cache; everything above imports this. Thread-safe.
+AdapterStore is the facade over registry, object store and disk cache that other packages use.
 Knows no HTTP, no engine and no tensor.
 """
 
@@ -36,23 +36,27 @@ from adapter_store.open_store import open_store
 from adapter_store.registry import Registry
 from adapter_store.sources import local_folder
 
-MISS_INTERVAL_S = 0.1  # unknown names make the log be read at most this often
-PATIENCE_S = 2.0  # with a store that does not answer
-MIN_PREFIX = 8  # of a fingerprint, in digits
+MISS_INTERVAL_S = 0.1  # unknown names cause at most one read of the log in this time
+PATIENCE_S = 2.0  # how long to wait for a store that does not answer
+MIN_PREFIX = 8  # digits that the beginning of a fingerprint must have
 _log = logging.getLogger(__name__)
 
 
 def _ignore(num_bytes: int) -> None:
-    """Nobody watches the progress."""
+    """Report no progress."""
 
 
 class AdapterStore:
-    """One root in an object store, and this machine's cache of it.
+    """One root in an object store, and this machine's cache of it. Thread-safe.
 
-    `resolve` and `list` answer from memory. They look for news in the store once
-    `refresh_interval_s` has passed, and after a miss; with an interval of infinity only after a
-    miss and in `refresh`. A store that is away, or does not answer for PATIENCE_S, stops nothing
-    that is known already.
+    `resolve` and `list` answer from memory. They read new records of the log if the last
+    `refresh_interval_s` seconds brought no refresh, and after a miss; with an interval of infinity
+    only after a miss. While the store is unreachable, or silent for PATIENCE_S, names that are
+    known still resolve.
+
+    `disk_bytes` bounds the cache at `disk_path`. Besides the errors that they name, methods raise
+    SourceUnavailable if they need the object store and cannot use it, StoreCorrupt if they find the
+    log damaged, OSError if `disk_path` cannot be used, and ValueError for a malformed digest.
     """
 
     def __init__(
@@ -72,27 +76,34 @@ class AdapterStore:
         self._scratch = disk_path / ".bases"
         self._interval_s = refresh_interval_s
         self._clock = clock
-        self._lock = threading.Lock()  # over the three below
+        self._lock = threading.Lock()  # guards the three below
         self._next_refresh_s = clock() + refresh_interval_s
         self._next_miss_s = clock()
-        self._news: Future[None] = Future()  # the last look for news, done or under way
-        self._news.set_result(None)
+        self._last_refresh: Future[None] = Future()  # done or in progress
+        self._last_refresh.set_result(None)
 
     # ---- bases ---------------------------------------------------------------------------------
 
     def register_base(self, model_folder: Path, on_bytes: OnBytes = _ignore) -> str:
-        """Make a model known as a base for adapters; its fingerprint. Once is enough."""
+        """Hash a model folder and store its description; return its fingerprint.
+
+        Needed once per base. `on_bytes` is called with the bytes hashed since its last call.
+        Raises BaseInvalid.
+        """
         base = describe_base(Path(model_folder), self._scratch, on_bytes)
         self._objects.put_if_absent(f"bases/{base.fingerprint}.json", base.to_json())
         return base.fingerprint
 
     def bases(self) -> tuple[str, ...]:
-        """The fingerprints of all known bases."""
+        """List the fingerprints of all known bases."""
         keys = self._objects.list("bases/")
         return tuple(key.removeprefix("bases/").removesuffix(".json") for key in keys)
 
     def base_model(self, base: str | None = None) -> BaseModel:
-        """The base with this fingerprint, or this beginning of one; None: the only one there is."""
+        """Return the base with this fingerprint, or with this beginning of one.
+
+        None means the only base there is. Raises BaseNotFound, StoreCorrupt.
+        """
         known = self.bases()
         if base is not None and len(base) < MIN_PREFIX:
             raise BaseNotFound(f"base {base!r} must be at least {MIN_PREFIX} digits")
@@ -115,8 +126,10 @@ class AdapterStore:
     ) -> AdapterRef:
         """Check a PEFT folder, store it and make it the name's next version.
 
-        If the name's latest version has the same content, that is returned. `on_bytes` hears
-        of every byte three times: checked, hashed, copied.
+        If the name's latest version has the same content, that one is returned. `on_bytes` is
+        called with the bytes processed since its last call, perhaps from another thread; each byte
+        of the weights counts three times: checked, hashed, copied. Raises InvalidName,
+        AdapterInvalid, BaseNotFound, StoreCorrupt.
         """
         check_name("tenant", tenant)
         check_name("adapter", name)
@@ -127,13 +140,14 @@ class AdapterStore:
         return self._registry.publish(tenant, name, prepared.manifest)
 
     def resolve(self, tenant: str, full_name: str, base: str | None = None) -> AdapterRef:
-        """What name[@version|alias] means now; AdapterNotFound or InvalidName."""
+        """Return what name[@version|alias] means now. Raises AdapterNotFound, InvalidName."""
         return self.resolve_first([(tenant, base)], full_name)
 
     def resolve_first(self, places: Sequence[tuple[str, str | None]], full_name: str) -> AdapterRef:
-        """What the name means in the first of these (tenant, base) that has it.
+        """Return what the name means in the first of these (tenant, base) that has it.
 
-        Only if none has it is it a miss: a name that is found at once asks nobody for news.
+        Only a name that none of them has is a miss, and causes a read of the log. Raises
+        AdapterNotFound, InvalidName.
         """
         self._refresh_if_due()
         try:
@@ -145,9 +159,9 @@ class AdapterStore:
     def resolve_known(
         self, places: Sequence[tuple[str, str | None]], full_name: str
     ) -> AdapterRef | None:
-        """What resolve_first would say, if it would say it from memory; never waits.
+        """Return what `resolve_first` would return, if it can do so from memory; never wait.
 
-        None: ask resolve_first, in a thread.
+        None means that the caller must ask `resolve_first`, in a thread. Raises InvalidName.
         """
         with self._lock:
             if self._is_refresh_due(self._clock()):
@@ -158,15 +172,21 @@ class AdapterStore:
             return None
 
     def alias(self, tenant: str, name: str, alias: str, version: int) -> None:
-        """Make name@alias mean this live version from now on."""
+        """Make name@alias mean this live version from now on.
+
+        Raises AdapterNotFound, InvalidName, StoreCorrupt.
+        """
         self._registry.alias(tenant, name, alias, version)
 
     def retire(self, tenant: str, full_name: str) -> tuple[int, ...]:
-        """Withdraw name@version, or all versions of a bare name. Their files stay."""
+        """Withdraw name@version, or all versions of a bare name; return the versions.
+
+        Their files stay. Raises AdapterNotFound, InvalidName, StoreCorrupt.
+        """
         return self._registry.retire(tenant, full_name)
 
     def refresh(self) -> None:
-        """Read what other processes have published, aliased or retired."""
+        """Read what other processes have published, aliased or retired. Raises StoreCorrupt."""
         with self._lock:
             self._next_refresh_s = self._clock() + self._interval_s
         self._registry.refresh()
@@ -174,39 +194,53 @@ class AdapterStore:
     # ---- files ---------------------------------------------------------------------------------
 
     def ensure_local(self, ref_or_digest: AdapterRef | str) -> Path:
-        """The adapter's verified folder. It may be evicted unless it was pinned before."""
+        """Return the adapter's verified folder, after fetching it if need be.
+
+        It may be evicted unless it was pinned before. Raises AdapterTooLarge, CacheFull,
+        ObjectNotFound, StoreCorrupt.
+        """
         digest = _digest(ref_or_digest)
         return self._cache.ensure(digest, lambda name, path: self._download(digest, name, path))
 
     def pin(self, ref_or_digest: AdapterRef | str) -> None:
-        """Keep the folder, once it is here, until as many calls of `unpin`."""
+        """Forbid eviction until as many calls of `unpin`, even before the folder is on disk."""
         self._cache.pin(_digest(ref_or_digest))
 
     def unpin(self, ref_or_digest: AdapterRef | str) -> None:
+        """Undo one `pin`; ValueError if there is none."""
         self._cache.unpin(_digest(ref_or_digest))
 
     @contextlib.contextmanager
     def pinned(self, ref_or_digest: AdapterRef | str) -> Generator[Path, None, None]:
-        """The adapter's folder, which stays for the length of the block."""
+        """Yield the adapter's folder, which is not evicted during the block.
+
+        Raises the errors of `ensure_local`.
+        """
         with self._cache.pinned(_digest(ref_or_digest)):
             yield self.ensure_local(ref_or_digest)
 
     def is_local(self, ref_or_digest: AdapterRef | str) -> bool:
-        """Whether ensure_local would find it on disk."""
+        """Check whether the adapter's folder is on disk."""
         return self._cache.contains(_digest(ref_or_digest))
 
     def manifest(self, ref_or_digest: AdapterRef | str) -> AdapterManifest:
-        """Ranks, modules and sizes, from the object store."""
+        """Read ranks, modules and sizes from the object store.
+
+        Raises ObjectNotFound, StoreCorrupt.
+        """
         digest = _digest(ref_or_digest)
         return parse_manifest(self._objects.get(_blob_key(digest, MANIFEST_NAME)), digest)
 
     def verify(self, records: Iterable[AdapterRecord], on_bytes: OnBytes = _ignore) -> list[str]:
-        """Hash the stored files of these adapters; one sentence for everything that is wrong."""
+        """Hash the stored files of these adapters; return one sentence for each problem.
+
+        `on_bytes` is called with the bytes hashed since its last call.
+        """
         digests = dict.fromkeys(record.digest for record in records)
         return [problem for digest in digests for problem in self._problems(digest, on_bytes)]
 
     def list(self, tenant: str | None = None) -> Sequence[AdapterRecord]:
-        """All live versions, of one tenant or of everybody."""
+        """List all live versions, of one tenant or of all."""
         self._refresh_if_due()
         return self._registry.list(tenant)
 
@@ -220,46 +254,49 @@ class AdapterStore:
         return self._registry.resolve(last[0], full_name, last[1])
 
     def _is_refresh_due(self, now: float) -> bool:
-        return now >= self._next_refresh_s and self._news.done()
+        return now >= self._next_refresh_s and self._last_refresh.done()
 
     def _refresh_if_due(self) -> None:
-        """Follow the log at intervals. A store that is down must not stop what is known."""
+        """Read new records if the interval has passed; a store that is down is only logged."""
         with self._lock:
             now = self._clock()
             if not self._is_refresh_due(now):
                 return
             self._next_refresh_s = now + self._interval_s
-            news = self._look_for_news()
+            refresh = self._start_refresh()
         try:
-            _wait_for(news)
+            _wait_for(refresh)
         except SourceUnavailable as error:
             _log.warning("answering from memory, the log cannot be followed: %s", error)
 
     def _refresh_after_miss(self) -> None:
-        """Look for news, or learn from a look that is under way or recent. SourceUnavailable."""
+        """Wait for a new refresh, or for the last one if that is in progress or recent.
+
+        Raises SourceUnavailable, StoreCorrupt.
+        """
         with self._lock:
             now = self._clock()
-            if now >= self._next_miss_s and self._news.done():
+            if now >= self._next_miss_s and self._last_refresh.done():
                 self._next_miss_s = now + MISS_INTERVAL_S
-                self._look_for_news()
-            news = self._news
-        _wait_for(news)
+                self._start_refresh()
+            refresh = self._last_refresh
+        _wait_for(refresh)
 
-    def _look_for_news(self) -> Future[None]:
-        """In a thread of its own, because nobody can interrupt a request that hangs."""
-        news: Future[None] = Future()
+    def _start_refresh(self) -> Future[None]:
+        """Read new records in a thread, because a request that hangs cannot be interrupted."""
+        refresh: Future[None] = Future()
 
-        def look() -> None:
+        def run() -> None:
             try:
                 self._registry.refresh()
             except BaseException as error:
-                news.set_exception(error)
+                refresh.set_exception(error)
             else:
-                news.set_result(None)
+                refresh.set_result(None)
 
-        threading.Thread(target=look, name="adapter news", daemon=True).start()
-        self._news = news
-        return news
+        threading.Thread(target=run, name="adapter-refresh", daemon=True).start()
+        self._last_refresh = refresh
+        return refresh
 
     def _upload(self, prepared: PreparedAdapter, on_bytes: OnBytes) -> None:
         """Write the blob, the manifest last: a blob with a manifest is complete."""
@@ -315,9 +352,9 @@ class AdapterStore:
         return digest.hexdigest()
 
 
-def _wait_for(news: Future[None]) -> None:
+def _wait_for(refresh: Future[None]) -> None:
     try:
-        news.result(PATIENCE_S)
+        refresh.result(PATIENCE_S)
     except TimeoutError as error:
         raise SourceUnavailable(f"the store has not answered for {PATIENCE_S} s") from error
 

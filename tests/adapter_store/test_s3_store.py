@@ -600,7 +600,7 @@ def test_a_server_that_hangs_stops_only_what_is_not_cached(
         check_that_the_cached_goes_on(reader, f"bucket {BUCKET} at {url}: Read timeout")
     assert "answering from memory" in caplog.text
     assert "the store has not answered for 0.05 s" in caplog.text
-    wait([reader._news], timeout=60)  # the look that hung
+    wait([reader._last_refresh], timeout=60)  # the look that hung
     assert reader.ensure_local(reader.resolve("public", "remote")).is_dir()
     reader._next_miss_s = 0.0
     with pytest.raises(AdapterNotFound):
