@@ -5,7 +5,6 @@ Knows no HTTP, no engine and no tensor.
 """
 
 import contextlib
-import hashlib
 import logging
 import threading
 import time
@@ -14,24 +13,12 @@ from concurrent.futures import Future
 from pathlib import Path
 
 from adapter_store.bases import BaseModel, describe_base, parse_base
+from adapter_store.blobs import Blobs
 from adapter_store.disk_cache import DiskCache
-from adapter_store.errors import (
-    AdapterNotFound,
-    BaseNotFound,
-    ObjectNotFound,
-    SourceUnavailable,
-    StoreCorrupt,
-)
-from adapter_store.manifest import (
-    CONFIG_NAME,
-    MANIFEST_NAME,
-    AdapterManifest,
-    PreparedAdapter,
-    parse_manifest,
-    prepare,
-)
+from adapter_store.errors import AdapterNotFound, BaseNotFound, SourceUnavailable
+from adapter_store.manifest import AdapterManifest, prepare
 from adapter_store.names import AdapterRecord, AdapterRef, check_name
-from adapter_store.object_store import CHUNK_BYTES, OnBytes
+from adapter_store.object_store import OnBytes
 from adapter_store.open_store import open_store
 from adapter_store.registry import Registry
 from adapter_store.sources import local_folder
@@ -71,6 +58,7 @@ class AdapterStore:
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
         self._objects = open_store(root, endpoint_url)
+        self._blobs = Blobs(self._objects)
         self._cache = DiskCache(disk_path, disk_bytes)
         self._registry = Registry(self._objects, wall_clock)
         self._scratch = disk_path / ".bases"
@@ -136,7 +124,7 @@ class AdapterStore:
         upload = local_folder(folder)
         model = self.base_model(base)
         prepared = prepare(upload, model.fingerprint, model.modules, on_bytes)
-        self._upload(prepared, on_bytes)
+        self._blobs.upload(prepared, on_bytes)
         return self._registry.publish(tenant, name, prepared.manifest)
 
     def resolve(self, tenant: str, full_name: str, base: str | None = None) -> AdapterRef:
@@ -200,7 +188,9 @@ class AdapterStore:
         ObjectNotFound, StoreCorrupt.
         """
         digest = _digest(ref_or_digest)
-        return self._cache.ensure(digest, lambda name, path: self._download(digest, name, path))
+        return self._cache.ensure(
+            digest, lambda name, path: self._blobs.download(digest, name, path)
+        )
 
     def pin(self, ref_or_digest: AdapterRef | str) -> None:
         """Forbid eviction until as many calls of `unpin`, even before the folder is on disk."""
@@ -228,8 +218,7 @@ class AdapterStore:
 
         Raises ObjectNotFound, StoreCorrupt.
         """
-        digest = _digest(ref_or_digest)
-        return parse_manifest(self._objects.get(_blob_key(digest, MANIFEST_NAME)), digest)
+        return self._blobs.manifest(_digest(ref_or_digest))
 
     def verify(self, records: Iterable[AdapterRecord], on_bytes: OnBytes = _ignore) -> list[str]:
         """Hash the stored files of these adapters; return one sentence for each problem.
@@ -237,7 +226,7 @@ class AdapterStore:
         `on_bytes` is called with the bytes hashed since its last call.
         """
         digests = dict.fromkeys(record.digest for record in records)
-        return [problem for digest in digests for problem in self._problems(digest, on_bytes)]
+        return [problem for digest in digests for problem in self._blobs.problems(digest, on_bytes)]
 
     def list(self, tenant: str | None = None) -> Sequence[AdapterRecord]:
         """List all live versions, of one tenant or of all."""
@@ -298,59 +287,6 @@ class AdapterStore:
         self._last_refresh = refresh
         return refresh
 
-    def _upload(self, prepared: PreparedAdapter, on_bytes: OnBytes) -> None:
-        """Write the blob, the manifest last: a blob with a manifest is complete."""
-        manifest = prepared.manifest
-        sizes = {
-            name: self._objects.size(_blob_key(manifest.digest, name)) for name in manifest.files
-        }
-        wanted = {name: entry.nbytes for name, entry in manifest.files.items()}
-        manifest_key = _blob_key(manifest.digest, MANIFEST_NAME)
-        if sizes == wanted and self._objects.size(manifest_key) is not None:
-            return
-        self._objects.put(_blob_key(manifest.digest, CONFIG_NAME), prepared.config)
-        weights = prepared.weights
-        sha256 = manifest.files[weights.name].sha256
-        weights_key = _blob_key(manifest.digest, weights.name)
-        self._objects.put_file(weights_key, weights, sha256, on_bytes)
-        self._objects.put_if_absent(manifest_key, manifest.to_json())
-
-    def _download(self, digest: str, name: str, path: Path) -> None:
-        try:
-            self._objects.get_file(_blob_key(digest, name), path)
-        except OSError as error:
-            raise SourceUnavailable(f"cannot write {path}: {error}") from error
-
-    def _chunks(self, key: str) -> Generator[bytes, None, None]:
-        start = 0
-        while chunk := self._objects.get_range(key, start, CHUNK_BYTES):
-            yield chunk
-            start += len(chunk)
-            if len(chunk) < CHUNK_BYTES:
-                return
-
-    def _problems(self, digest: str, on_bytes: OnBytes) -> Generator[str, None, None]:
-        try:
-            manifest = self.manifest(digest)
-        except (ObjectNotFound, StoreCorrupt) as error:
-            yield str(error)
-            return
-        for name, expected in manifest.files.items():
-            try:
-                sha256 = self._hash_object(_blob_key(digest, name), on_bytes)
-            except ObjectNotFound as error:
-                yield str(error)
-                continue
-            if sha256 != expected.sha256:
-                yield f"{_blob_key(digest, name)} has sha256 {sha256}, not {expected.sha256}"
-
-    def _hash_object(self, key: str, on_bytes: OnBytes) -> str:
-        digest = hashlib.sha256()
-        for chunk in self._chunks(key):
-            digest.update(chunk)
-            on_bytes(len(chunk))
-        return digest.hexdigest()
-
 
 def _wait_for(refresh: Future[None]) -> None:
     try:
@@ -361,7 +297,3 @@ def _wait_for(refresh: Future[None]) -> None:
 
 def _digest(ref_or_digest: AdapterRef | str) -> str:
     return ref_or_digest.digest if isinstance(ref_or_digest, AdapterRef) else ref_or_digest
-
-
-def _blob_key(digest: str, name: str) -> str:
-    return f"blobs/{digest}/{name}"
