@@ -1,4 +1,4 @@
-"""Small real adapters, made by PEFT, and changed copies of them."""
+"""Make small real adapters with PEFT, and changed copies of them."""
 
 import json
 import shutil
@@ -18,7 +18,7 @@ PREFIX = "base_model.model."
 
 
 def write_base(folder: Path, seed: int = 0, **save_options: Any) -> Path:
-    """A Llama of two layers: hidden size 32, 16 key-value features, 48 in the middle."""
+    """Write a Llama of two layers: hidden size 32, 16 key-value features, 48 in the middle."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=64,
@@ -39,7 +39,7 @@ def load_base(folder: Path) -> LlamaForCausalLM:
 
 
 def write_peft(folder: Path, base_folder: Path, seed: int = 1, **settings: Any) -> PeftModel:
-    """An adapter as PEFT saves it, with B not zero; the model it was saved from."""
+    """Save an adapter with PEFT, with B not zero; return the model it was saved from."""
     options = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]} | settings
     torch.manual_seed(seed)
     config = LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, **options)
@@ -54,7 +54,7 @@ def changed(
     config: dict[str, Any] | None = None,
     tensors: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]] | None = None,
 ) -> Path:
-    """A copy of an adapter with other config keys, or with its tensors put through a function."""
+    """Copy an adapter with other config keys, or with its tensors put through a function."""
     shutil.copytree(source, target)
     if config is not None:
         path = target / CONFIG_NAME

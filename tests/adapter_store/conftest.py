@@ -1,4 +1,4 @@
-"""One base and one real adapter for all tests, which copy what they change; and one S3 server."""
+"""Provide one base, one real adapter and one S3 server; tests copy what they change."""
 
 import uuid
 import warnings
@@ -45,13 +45,13 @@ def peft_folder(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.fixture
 def check(base: BaseModel) -> Callable[[Path], PreparedAdapter]:
-    """All that publishing checks."""
+    """Run all checks of publishing."""
     return lambda folder: prepare(folder, base.fingerprint, base.modules, lambda _: None)
 
 
 @pytest.fixture(autouse=True)
 def boto3_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tests' credentials, and nothing of the machine's."""
+    """Set the tests' credentials, and hide the settings of the machine."""
     for name in ("S3_ENDPOINT_URL", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_PROFILE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("AWS_CONFIG_FILE", "/nonexistent")
@@ -65,13 +65,13 @@ def boto3_settings(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def patience(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A busy machine is no store that hangs."""
+    """Wait longer, so that a busy machine does not look like a store that hangs."""
     monkeypatch.setattr(store_module, "PATIENCE_S", 60.0)
 
 
 @pytest.fixture(scope="session")
 def swift(tmp_path_factory: pytest.TempPathFactory) -> Generator[Swift, None, None]:
-    """A real S3 server, with one bucket."""
+    """Run a real S3 server, with one bucket."""
     folder = tmp_path_factory.mktemp("swift")
     if reason := why_not(folder):
         pytest.skip(reason)
@@ -88,7 +88,7 @@ def file_root(tmp_path: Path) -> Root:
 
 @pytest.fixture
 def s3_root(swift: Swift, monkeypatch: pytest.MonkeyPatch) -> Root:
-    """A prefix of its own on the server, to which boto3's own variable points."""
+    """Use a new prefix on the server, to which boto3's own variable points."""
     monkeypatch.setenv("AWS_ENDPOINT_URL", swift.endpoint_url)
     prefix = uuid.uuid4().hex
 
@@ -105,7 +105,7 @@ def root(request: pytest.FixtureRequest) -> Root:
 
 @pytest.fixture
 def new_store(tmp_path: Path, root: Root) -> Callable[..., AdapterStore]:
-    """Stores over one root; each has a disk cache of its own."""
+    """Make stores over one root, each with a disk cache of its own."""
     made: list[AdapterStore] = []
 
     def make(**options: Any) -> AdapterStore:

@@ -1,4 +1,4 @@
-"""Between a client and a real S3 server: hands requests on, except for the fault of the day.
+"""Forward requests from a client to a real S3 server, and inject faults.
 
 Signatures stay valid, because a server checks the Host header it is shown and this one is kept.
 """
@@ -37,7 +37,7 @@ def no_fault(request: Request, forward: Forward) -> Reply | None:
 
 
 class Forwarder:
-    """`fault` sees every request and decides what becomes of it; `requests` remembers them."""
+    """Passes every request to `fault`, which decides the answer, and lists it in `requests`."""
 
     def __init__(self, upstream_url: str, fault: Fault = no_fault) -> None:
         self.fault = fault
@@ -67,7 +67,7 @@ class Forwarder:
             do_GET = do_PUT = do_HEAD = do_POST = do_DELETE = answer
 
             def log_message(self, format: str, *arguments: Any) -> None:
-                """Quiet."""
+                """Log nothing."""
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self._server.daemon_threads = True

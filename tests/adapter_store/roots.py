@@ -1,4 +1,4 @@
-"""The two kinds of root that a test may run on, and how to damage what is in them."""
+"""Describe the two kinds of root that a test may run on, and how to damage their content."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ class Root:
 
 
 def s3_client(endpoint_url: str) -> Any:
-    """For what the store cannot do."""
+    """Make a client of the server for what the store cannot do."""
     session = boto3.session.Session(ACCESS_KEY, SECRET)
     config = Config(s3={"addressing_style": "path"}, max_pool_connections=32)
     return session.client("s3", endpoint_url=endpoint_url, config=config)

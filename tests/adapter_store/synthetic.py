@@ -1,4 +1,4 @@
-"""Adapters of noise, for whatever does not look into them. Imports no torch, so it starts fast."""
+"""Make adapters of random bytes, for tests that do not read tensors. Imports no torch."""
 
 import hashlib
 
@@ -18,7 +18,7 @@ BASE = "ba5e" * 16
 
 
 def synthetic(seed: int, nbytes: int = 100) -> tuple[AdapterManifest, dict[str, bytes]]:
-    """A consistent manifest, and the files it describes."""
+    """Make a consistent manifest and the files it describes."""
     content = np.random.default_rng(seed).bytes(nbytes)
     files = {CONFIG_NAME: b"{}", WEIGHTS_NAME: content}
     entries = {

@@ -19,7 +19,7 @@ Run = Callable[..., tuple[int, list[str], str]]
 
 @pytest.fixture
 def run(root: Root, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Exit code, lines of stdout, stderr; in this process, because each start costs."""
+    """Return exit code, lines of stdout, stderr; runs in this process, which is faster."""
 
     def call(*arguments: object) -> tuple[int, list[str], str]:
         options = ["--root", root.url, "--cache", str(tmp_path / "cache")]
@@ -51,7 +51,7 @@ def test_a_shell_can_publish_and_list(
     assert shell("publish").returncode == 2
 
 
-def test_the_life_of_an_adapter(
+def test_an_adapter_is_published_aliased_verified_and_retired(
     run: Run, base_folder: Path, peft_folder: Path, tmp_path: Path
 ) -> None:
     second = changed(peft_folder, tmp_path / "second", {"lora_alpha": 3})

@@ -56,7 +56,7 @@ def blobs() -> Blobs:
 
 @pytest.fixture
 def new_cache(tmp_path: Path, blobs: Blobs) -> Callable[[int], DiskCache]:
-    """A cache with room for so many adapters; every use is later than the one before."""
+    """Make a cache with room for this many adapters; every use is later than the one before."""
     ticks = count(10**18)
     one = max(blobs.size(digest) for digest in blobs.digests)
     return lambda num: DiskCache(tmp_path / "cache", num * one, lambda: next(ticks))
@@ -224,7 +224,7 @@ def test_the_least_recently_used_goes_first_even_after_a_restart(
     assert cache.digests() == [c, a, d]
 
 
-def test_a_pinned_adapter_is_passed_over(
+def test_a_pinned_adapter_is_not_evicted(
     new_cache: Callable[[int], DiskCache], blobs: Blobs
 ) -> None:
     a, b, c, *_ = blobs.digests
@@ -348,7 +348,7 @@ def test_a_download_in_progress_survives_the_start_of_another_process(
     assert blobs.is_whole(blobs.ensure(cache, blobs.digests[0]))
 
 
-def test_a_process_that_dies_while_downloading_blocks_nobody(
+def test_a_process_that_dies_while_downloading_blocks_no_other(
     tmp_path: Path, new_cache: Callable[[int], DiskCache], blobs: Blobs
 ) -> None:
     script = """
@@ -434,7 +434,9 @@ def test_an_exclusive_lock_has_one_holder_at_a_time(tmp_path: Path) -> None:
 # ---- a brute-force model -----------------------------------------------------------------------
 
 
-def test_random_operations_agree_with_a_list(tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_random_operations_agree_with_a_simple_model(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
     sizes = (100, 700, 300, 100, 2500, 900)
     blobs = Blobs(6, lambda n: sizes[n])
     max_bytes = blobs.size(blobs.digests[4]) - 1  # the fifth never fits

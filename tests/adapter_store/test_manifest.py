@@ -1,4 +1,4 @@
-"""What an adapter is read as (PEFT is the oracle), what is refused and why, and its digest."""
+"""Adapters are read as PEFT reads them, refused with a reason, and identified by a digest."""
 
 import json
 from collections.abc import Callable
@@ -143,7 +143,7 @@ def test_pickled_weights_are_refused_by_name(
     refused(check, folder, name, "pickle")
 
 
-def test_a_pickle_beside_safetensors_is_left_alone(
+def test_a_pickle_next_to_safetensors_is_ignored(
     peft_folder: Path, tmp_path: Path, check: Check
 ) -> None:
     folder = changed(peft_folder, tmp_path / "a")
@@ -203,7 +203,7 @@ def test_a_tensor_that_cannot_be_served_is_named(
 
 
 @pytest.mark.parametrize(("missing", "side"), [(A0, "lora_A"), (B0, "lora_B")])
-def test_half_a_pair_is_refused(
+def test_lora_a_without_lora_b_is_refused_and_vice_versa(
     missing: str, side: str, peft_folder: Path, tmp_path: Path, check: Check
 ) -> None:
     def without(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

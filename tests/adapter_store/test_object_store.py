@@ -76,7 +76,7 @@ def test_the_second_put_if_absent_changes_nothing(store: ObjectStore) -> None:
     assert store.get("k") == b"first"
 
 
-def test_of_many_threads_one_put_if_absent_succeeds(store: ObjectStore) -> None:
+def test_exactly_one_of_many_concurrent_put_if_absent_succeeds(store: ObjectStore) -> None:
     start = threading.Barrier(8)
 
     def race(writer: int) -> list[bool]:
@@ -140,7 +140,7 @@ def test_a_write_that_fails_leaves_the_old_object(
     assert not list((tmp_path / "root" / ".drafts").iterdir())
 
 
-def test_a_file_is_stored_only_with_the_content_that_was_promised(
+def test_a_file_is_stored_only_if_it_has_the_expected_sha256(
     store: ObjectStore, tmp_path: Path
 ) -> None:
     path = tmp_path / "weights"

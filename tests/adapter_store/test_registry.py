@@ -119,7 +119,7 @@ def test_a_retired_version_does_not_resolve_and_its_number_is_not_used_again(
     assert registry.publish("t", "sql", M[0]).version == 5
 
 
-def test_an_alias_moves_and_dies_with_its_version(registry: Registry) -> None:
+def test_an_alias_moves_and_ends_with_the_retirement_of_its_version(registry: Registry) -> None:
     for manifest in M[:2]:
         registry.publish("t", "sql", manifest)
     registry.alias("t", "sql", "prod", 1)
@@ -388,7 +388,7 @@ def test_a_damaged_snapshot_is_skipped(
     assert newest in caplog.text
 
 
-def test_the_log_alone_is_enough(snapshots: tuple[CountingStore, Registry]) -> None:
+def test_the_state_is_rebuilt_without_snapshots(snapshots: tuple[CountingStore, Registry]) -> None:
     store, registry = snapshots
     for key in store.list("snapshots/"):
         store.put(key, b"")
@@ -398,7 +398,7 @@ def test_the_log_alone_is_enough(snapshots: tuple[CountingStore, Registry]) -> N
 # ---- a brute-force model -----------------------------------------------------------------------
 
 
-def test_random_histories_agree_with_a_table(
+def test_random_histories_agree_with_a_simple_model(
     tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(registry_module, "SNAPSHOT_EVERY", 3)

@@ -1,4 +1,4 @@
-"""What only S3 can get wrong: credentials, distance, a server that fails, changes or lies."""
+"""Faults that only S3 can have: credentials, latency, a server that fails or misbehaves."""
 
 import hashlib
 import logging
@@ -52,7 +52,7 @@ def through(forwarder: Forwarder, root: Root) -> S3Store:
 
 
 def once(fault: Callable[[Request, Forward], Reply | None], wanted: str) -> Callable[..., object]:
-    """The fault, for the first request whose method and path hold `wanted`; then none."""
+    """Apply the fault to the first request whose method and path hold `wanted`, and to no other."""
     seen = threading.Semaphore(1)
 
     def first_only(request: Request, forward: Forward) -> Reply | None:
@@ -85,7 +85,7 @@ def test_a_wrong_secret_is_refused_and_never_shown(
 
 
 def test_an_unknown_access_key_is_refused(root: Root, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test:nobody")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test:unknown")
     with pytest.raises(SourceUnavailable, match=f"to bucket {BUCKET} at .*: "):
         root.open()
 
@@ -104,7 +104,7 @@ def test_a_missing_bucket_is_named(swift: Swift) -> None:
         open_store("s3://absent/prefix", swift.endpoint_url)
 
 
-def test_an_endpoint_that_nobody_listens_at_is_named() -> None:
+def test_an_unreachable_endpoint_is_named() -> None:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{unused.getsockname()[1]}"
@@ -112,7 +112,7 @@ def test_an_endpoint_that_nobody_listens_at_is_named() -> None:
             open_store("s3://bucket", url)
 
 
-def test_a_server_that_is_no_s3_is_refused_in_one_sentence(swift: Swift, root: Root) -> None:
+def test_a_server_that_is_not_s3_is_refused_in_one_sentence(swift: Swift, root: Root) -> None:
     page = Reply(200, {"content-length": "15", "content-type": "text/html"}, b"<html>Hi</html>")
     with Forwarder(swift.endpoint_url, lambda request, forward: page) as forwarder:
         with pytest.raises(SourceUnavailable, match="cannot be used: it ignores If-None-Match"):
@@ -123,7 +123,7 @@ def test_a_server_that_is_no_s3_is_refused_in_one_sentence(swift: Swift, root: R
     assert "\n" not in str(error.value)
 
 
-def test_a_shell_sees_one_sentence(
+def test_the_command_line_reports_a_missing_bucket_in_one_sentence(
     root: Root, swift: Swift, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ["list", "--root", "s3://absent", "--endpoint-url", swift.endpoint_url]
@@ -191,7 +191,7 @@ def test_the_store_itself_does_not_read_s3_endpoint_url(
     assert open_store(root.url).get("k") == b"v"
 
 
-def test_two_prefixes_of_one_bucket_are_strangers(root: Root, swift: Swift) -> None:
+def test_two_prefixes_of_one_bucket_share_nothing(root: Root, swift: Swift) -> None:
     one, other = open_store(f"{root.url}/one"), open_store(f"{root.url}/one-more")
     one.put("k", b"1")
     assert other.size("k") is None
@@ -239,7 +239,7 @@ def test_the_probe_is_one_request_from_the_second_start_on(root: Root, swift: Sw
             assert all(request.path.endswith(PROBE_KEY) for request in forwarder.requests)
 
 
-def test_a_write_whose_answer_was_lost_is_still_ours(
+def test_a_write_whose_answer_was_lost_counts_as_written(
     root: Root, direct: S3Store, swift: Swift
 ) -> None:
     def lose_answer(request: Request, forward: Forward) -> None:
@@ -251,7 +251,7 @@ def test_a_write_whose_answer_was_lost_is_still_ours(
     assert not direct.put_if_absent("k", b"ours")
 
 
-def test_a_write_that_was_lost_itself_may_be_somebody_elses(
+def test_a_lost_write_does_not_claim_another_writers_object(
     root: Root, direct: S3Store, swift: Swift
 ) -> None:
     def be_slower(request: Request, forward: Forward) -> None:
@@ -281,14 +281,14 @@ def test_a_conflict_with_another_writer_is_tried_again(
 
 
 def upload(tested: S3Store, path: Path, data: bytes, key: str = "large") -> int:
-    """Put the data; how many bytes were reported."""
+    """Put the data; return how many bytes were reported."""
     path.write_bytes(data)
     seen: list[int] = []
     tested.put_file(key, path, hashlib.sha256(data).hexdigest(), seen.append)
     return sum(seen)
 
 
-def test_a_large_object_goes_up_and_down_in_parts_side_by_side(
+def test_a_large_object_is_written_and_read_in_concurrent_parts(
     root: Root, swift: Swift, tmp_path: Path
 ) -> None:
     together = threading.Barrier(2, timeout=60)  # broken unless two requests overlap
@@ -360,7 +360,7 @@ def test_an_object_that_changes_while_it_is_downloaded_is_noticed(
 
 
 def pending_uploads(root: Root, swift: Swift) -> list[str]:
-    """The keys of uploads that were begun and neither completed nor aborted."""
+    """List the keys of uploads that were begun and neither completed nor aborted."""
     prefix = root.url.removeprefix(f"s3://{BUCKET}/")
     uploads = s3_client(swift.endpoint_url).list_multipart_uploads(Bucket=BUCKET, Prefix=prefix)
     return [upload["Key"] for upload in uploads.get("Uploads", [])]
@@ -399,7 +399,7 @@ def test_a_file_that_is_gone_is_named(direct: S3Store, tmp_path: Path) -> None:
         direct.put_file("k", tmp_path / "absent", "", lambda _: None)
 
 
-def test_a_body_that_breaks_off_is_asked_for_again(
+def test_a_body_that_is_cut_short_is_requested_again(
     root: Root, direct: S3Store, swift: Swift, tmp_path: Path
 ) -> None:
     def break_off(request: Request, forward: Forward) -> Reply:
@@ -525,11 +525,11 @@ def test_a_listing_of_many_pages_is_complete_and_in_order(
         assert len(forwarder.requests) == 1
 
 
-def test_a_cold_start_reads_the_log_side_by_side(root: Root, direct: S3Store, swift: Swift) -> None:
+def test_a_cold_start_reads_the_log_concurrently(root: Root, direct: S3Store, swift: Swift) -> None:
     written = Registry(direct, lambda: 0.0)
     for seed in range(2 * NUM_CONNECTIONS):
         written.publish("t", "sql", synthetic(seed)[0])
-    together = threading.Barrier(NUM_CONNECTIONS, timeout=60)  # broken unless so many overlap
+    together = threading.Barrier(NUM_CONNECTIONS, timeout=60)  # broken unless that many overlap
 
     def wait_for_the_others(request: Request, forward: Forward) -> Reply:
         if "/log/" in request.path:
@@ -542,13 +542,13 @@ def test_a_cold_start_reads_the_log_side_by_side(root: Root, direct: S3Store, sw
     assert len(reader.list()) == 2 * NUM_CONNECTIONS
 
 
-# ---- a store that goes away --------------------------------------------------------------------
+# ---- a store that becomes unavailable ----------------------------------------------------------
 
 
 def adapters_known_and_cached(
     root: Root, base_folder: Path, peft_folder: Path, tmp_path: Path, endpoint_url: str
 ) -> AdapterStore:
-    """A reader that knows two adapters and has the files of one."""
+    """Make a reader that knows two adapters and has the files of one."""
     writer = AdapterStore(root.url, tmp_path / "writer", 2**30)
     writer.register_base(base_folder)
     cached = writer.publish(peft_folder, "public", "cached")
@@ -559,7 +559,7 @@ def adapters_known_and_cached(
     return reader
 
 
-def check_that_the_cached_goes_on(reader: AdapterStore, where: str) -> None:
+def check_that_cached_adapters_are_still_served(reader: AdapterStore, where: str) -> None:
     cached = reader.resolve("public", "cached")
     remote = reader.resolve("public", "remote")
     assert (reader.ensure_local(cached) / "adapter_config.json").is_file()
@@ -578,7 +578,7 @@ def test_a_server_that_is_gone_stops_only_what_is_not_cached(
     with Forwarder(swift.endpoint_url) as forwarder:
         url = forwarder.endpoint_url
         reader = adapters_known_and_cached(root, base_folder, peft_folder, tmp_path, url)
-    check_that_the_cached_goes_on(reader, f"bucket {BUCKET} at {url}")
+    check_that_cached_adapters_are_still_served(reader, f"bucket {BUCKET} at {url}")
 
 
 def test_a_server_that_hangs_stops_only_what_is_not_cached(
@@ -596,11 +596,13 @@ def test_a_server_that_hangs_stops_only_what_is_not_cached(
     reader = adapters_known_and_cached(root, base_folder, peft_folder, tmp_path, url)
     with swift.paused(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(store_module, "PATIENCE_S", 0.05)
-        reader._next_refresh_s = 0.0  # news are due
-        check_that_the_cached_goes_on(reader, f"bucket {BUCKET} at {url}: Read timeout")
+        reader._next_refresh_s = 0.0  # a refresh is due
+        check_that_cached_adapters_are_still_served(
+            reader, f"bucket {BUCKET} at {url}: Read timeout"
+        )
     assert "answering from memory" in caplog.text
     assert "the store has not answered for 0.05 s" in caplog.text
-    wait([reader._last_refresh], timeout=60)  # the look that hung
+    wait([reader._last_refresh], timeout=60)  # the refresh that hung
     assert reader.ensure_local(reader.resolve("public", "remote")).is_dir()
     reader._next_miss_s = 0.0
     with pytest.raises(AdapterNotFound):

@@ -1,4 +1,4 @@
-"""Headers that lie are refused with a reason; the safetensors library is the oracle."""
+"""Wrong headers are refused with a reason; the safetensors library is the oracle."""
 
 import json
 import struct
@@ -86,10 +86,10 @@ def test_every_truncation_is_refused(length: int, tmp_path: Path) -> None:
 
 @settings(deadline=None)  # a busy machine is no failure
 @given(position=st.integers(0, len(VALID) - 1), byte=st.integers(0, 255))
-def test_what_is_read_is_what_the_library_reads(
+def test_a_corrupted_header_is_refused_or_read_as_the_library_reads_it(
     position: int, byte: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """With any byte changed: refuse, or agree with the library on every tensor."""
+    """Change any byte: the reader refuses, or agrees with the library on every tensor."""
     path = tmp_path_factory.getbasetemp() / "fuzzed.safetensors"
     path.write_bytes(VALID[:position] + bytes([byte]) + VALID[position + 1 :])
     try:

@@ -48,7 +48,7 @@ def version_of(peft_folder: Path, folder: Path, alpha: int) -> Path:
 # ---- publish and fetch -------------------------------------------------------------------------
 
 
-def test_what_one_machine_publishes_another_one_fetches(
+def test_one_machine_fetches_what_another_has_published(
     store: AdapterStore, new_store: NewStore, peft_folder: Path
 ) -> None:
     ref = store.publish(peft_folder, "public", "sql")
@@ -162,10 +162,10 @@ def test_with_no_or_several_bases_the_error_lists_them(
     assert store.resolve("public", "sql", first) == for_first
 
 
-# ---- news --------------------------------------------------------------------------------------
+# ---- following the log -------------------------------------------------------------------------
 
 
-def test_resolving_a_known_name_asks_no_store(
+def test_resolving_a_known_name_needs_no_request(
     store: AdapterStore, peft_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ref = store.publish(peft_folder, "public", "sql")
@@ -179,7 +179,7 @@ def test_resolving_a_known_name_asks_no_store(
     assert {store.resolve("public", "sql") for _ in range(1000)} == {ref}
 
 
-def test_news_arrive_after_the_interval_and_not_before(
+def test_new_records_are_read_after_the_interval_and_not_before(
     store: AdapterStore, new_store: NewStore, peft_folder: Path, tmp_path: Path
 ) -> None:
     clock = Clock()
@@ -196,7 +196,7 @@ def test_news_arrive_after_the_interval_and_not_before(
     assert reader.resolve("public", "sql").version == 1
 
 
-def test_what_is_known_is_said_without_waiting_and_nothing_else_is(
+def test_resolve_known_answers_from_memory_or_not_at_all(
     store: AdapterStore, new_store: NewStore, peft_folder: Path, tmp_path: Path
 ) -> None:
     clock = Clock()
@@ -208,14 +208,14 @@ def test_what_is_known_is_said_without_waiting_and_nothing_else_is(
     newer = store.publish(version_of(peft_folder, tmp_path / "v2", 9), "public", "sql")
     assert reader.resolve_known(places, "sql") == ref
     clock.now_s += 1.0
-    assert reader.resolve_known(places, "sql") is None, "there may be news"
+    assert reader.resolve_known(places, "sql") is None, "there may be new records"
     assert reader.resolve_first(places, "sql") == newer
     assert reader.resolve_known(places, "sql") == newer
     with pytest.raises(InvalidName):
         reader.resolve_known(places, "/")
 
 
-def test_a_miss_looks_for_news_once_and_then_only_at_intervals(
+def test_misses_read_the_log_at_most_once_per_interval(
     store: AdapterStore, new_store: NewStore, peft_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = Clock()
@@ -229,7 +229,7 @@ def test_a_miss_looks_for_news_once_and_then_only_at_intervals(
     assert reader.resolve("public", "other").version == 1
 
 
-def test_a_store_that_is_down_does_not_stop_what_is_known(
+def test_known_names_resolve_while_the_store_is_down(
     store: AdapterStore,
     new_store: NewStore,
     peft_folder: Path,
@@ -326,7 +326,7 @@ def test_an_upload_that_changes_underway_is_refused(
     assert store.list() == ()
 
 
-def test_pins_of_the_store_are_pins_of_its_cache(
+def test_pins_of_the_store_prevent_eviction_from_its_cache(
     store: AdapterStore, peft_folder: Path, tmp_path: Path
 ) -> None:
     ref = store.publish(peft_folder, "public", "sql")
