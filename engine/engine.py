@@ -16,14 +16,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine.backends.cuda.streams import check_device
 from engine.backends.load import load_model
-from engine.backends.sync_runner import (
-    FailedStep,
-    RowOutput,
-    Runner,
-    StepHandle,
-)
+from engine.backends.runner import FailedStep, RowOutput, Runner, StepHandle, check_device
 from engine.config import EngineConfig
 from engine.lora.host_cache import HostAdapter, HostCache
 from engine.lora.weights import AdapterLoadError, load_lora

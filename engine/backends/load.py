@@ -19,7 +19,8 @@ from engine.backends.native.build import BuildError
 from engine.backends.native.forward import NativeForward
 from engine.backends.native.kv import KvLayout, check_heads, check_rotary
 from engine.backends.native.library import Context
-from engine.backends.sync_runner import ForwardPass, ModelRunner, Runner
+from engine.backends.runner import Runner
+from engine.backends.sync_runner import ForwardPass, SyncRunner
 from engine.backends.torch.forward import TorchForward
 from engine.config import ConfigError, EngineConfig
 from engine.lora.host_cache import HostAdapter
@@ -81,7 +82,7 @@ def _computed_at_once(
     forward: ForwardPass, decoder: Decoder, s: Settled, b_layout: BLayout, kernels: str
 ) -> LoadedModel:
     return LoadedModel(
-        make_runner=partial(ModelRunner, forward),
+        make_runner=partial(SyncRunner, forward),
         pack_adapter=_as_it_is,
         lora_sites=decoder.lora_sites,
         b_layout=b_layout,

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 
 from engine.scheduler.batch import ScheduledRequest
 
+LOGITS_ROWS = 32  # rows of [*, V] logits that are in memory at once for prompt logprobs
+
 
 def row_numbers(
     requests: Sequence[ScheduledRequest], block_size: int

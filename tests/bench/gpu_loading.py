@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from statistics import median, quantiles
 
-from engine.backends.sync_runner import StepHandle
+from engine.backends.runner import StepHandle
 from engine.scheduler.batch import AdapterLoad, ScheduledBatch, ScheduledRequest
 from tests.bench.gpu_clock import median_s
 from tests.bench.gpu_report import Goal, Row, attempt

@@ -20,7 +20,7 @@ from engine.backends.cuda.runner import DeviceRunner
 from engine.backends.cuda.streams import CudaDevice, Device, HostDevice
 from engine.backends.cuda.weight_ops import device_ops
 from engine.backends.kv_cache import kv_bytes_per_token
-from engine.backends.sync_runner import StepHandle
+from engine.backends.runner import StepHandle
 from engine.model.decoder import Decoder
 from engine.model.loader import weight_bytes
 from engine.scheduler.batch import PENDING, AdapterLoad, ScheduledBatch, ScheduledRequest

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from engine.backends.cuda.adapter_copies import PackedAdapter
+from engine.backends.runner import RowOutput, Runner, StepHandle
 from engine.backends.sampler import SampledToken, sample
-from engine.backends.sync_runner import RowOutput, Runner, StepHandle
 from engine.lora.weights import LoraWeights
 from engine.model.decoder import Decoder
 from engine.scheduler.batch import PENDING, AdapterLoad, Move, ScheduledBatch, ScheduledRequest

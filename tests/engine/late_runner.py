@@ -6,7 +6,8 @@ A step is computed when its result is asked for, by which time the next one has 
 from collections import deque
 from dataclasses import dataclass, replace
 
-from engine.backends.sync_runner import ModelRunner, RowOutput
+from engine.backends.runner import RowOutput
+from engine.backends.sync_runner import SyncRunner
 from engine.scheduler.batch import PENDING, ScheduledBatch, ScheduledRequest
 
 NEVER_READ = 3  # in place of a token of a step that raised
@@ -21,7 +22,7 @@ class LateStep:
         return self.runner.compute(self.batch)
 
 
-class LateRunner(ModelRunner):
+class LateRunner(SyncRunner):
     pipeline_depth = 1
     refuses_launch = False
     loses_step = False

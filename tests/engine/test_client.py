@@ -12,7 +12,7 @@ import msgspec
 import pytest
 
 from engine import process
-from engine.backends.cuda.streams import DeviceLost
+from engine.backends.runner import DeviceLost
 from engine.client import EngineClient, EngineStartError, EngineUnavailable
 from engine.config import EngineConfig
 from engine.framing import FrameDecoder, encode

@@ -80,7 +80,7 @@ def test_copies_beside_the_steps_arrive_whole(device: CudaDevice) -> None:
 
 LOSE_THE_DEVICE = """
 import os, torch
-from engine.backends.cuda.streams import DeviceLost, check_device
+from engine.backends.runner import DeviceLost, check_device
 cuda = torch.device("cuda")
 torch.zeros(1, device=cuda)[torch.tensor([5], device=cuda)]
 try:

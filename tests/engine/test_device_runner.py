@@ -1,4 +1,4 @@
-"""DeviceRunner against ModelRunner: the same rows, whatever runs ahead, is padded or replayed."""
+"""DeviceRunner against SyncRunner: the same rows, whatever runs ahead, is padded or replayed."""
 
 from collections.abc import Callable
 from typing import Any

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.backends.cuda.streams import DeviceLost
+from engine.backends.runner import DeviceLost
 from engine.messages import AdapterFolder, ErrorKind, GenerateRequest
 from engine.scheduler.request import InvalidRequest, SamplingParams
 from tests.engine.driver import Result, finish, generate, greedy, make_engine, prompt_of, run

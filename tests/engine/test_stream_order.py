@@ -22,7 +22,7 @@ from engine.backends.cuda.forward import DeviceForward, StepLimits
 from engine.backends.cuda.packed_copies import Arrival, PinnedRing
 from engine.backends.cuda.positions import DevicePositions
 from engine.backends.cuda.runner import DeviceRunner
-from engine.backends.sync_runner import StepHandle
+from engine.backends.runner import StepHandle
 from engine.model.inputs import LoraBatch
 from engine.scheduler.adapter_slots import AdapterSlots
 from engine.scheduler.batch import AdapterMove, BlockCopy, ScheduledBatch

@@ -13,7 +13,7 @@ from engine.backends.cuda.triton.attention_tile import MAX_HEAD_DIM
 from engine.backends.cuda.triton.gate import gate
 from engine.backends.cuda.weight_ops import device_ops
 from engine.backends.load import LoadedModel, read_decoder
-from engine.backends.sync_runner import Runner
+from engine.backends.runner import Runner
 from engine.config import EngineConfig
 from engine.model.loader import weight_bytes
 from engine.model.reference import GATED_ACTIVATIONS

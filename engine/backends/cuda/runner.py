@@ -18,8 +18,9 @@ from engine.backends.cuda.inputs import RequestKey, request_key
 from engine.backends.cuda.packed_copies import Arrival, Download, Upload
 from engine.backends.cuda.sampler import DeviceSampler, Sampled, read_scores, scored
 from engine.backends.cuda.streams import Device
-from engine.backends.rows import wanted_rows
-from engine.backends.sync_runner import LOGITS_ROWS, FinishedStep, RowOutput, StepHandle
+from engine.backends.row_outputs import row_outputs
+from engine.backends.rows import LOGITS_ROWS, wanted_rows
+from engine.backends.runner import FinishedStep, RowOutput, StepHandle
 from engine.messages import TokenLogprobs
 from engine.scheduler.batch import ScheduledBatch, ScheduledRequest
 from engine.scheduler.request import SamplingParams
@@ -135,35 +136,26 @@ class _Launched:
 
     def result(self) -> list[RowOutput]:
         tokens, is_finite, scores, *prompts = self.arrival.read()
-        outputs = [RowOutput() for _ in self.batch.requests]
-        chosen = [i for i, r in enumerate(self.batch.requests) if r.samples]
-        for i, token_id, fine in zip(chosen, tokens.tolist(), is_finite.tolist(), strict=True):
-            if fine:
-                outputs[i].token_ids = [token_id]
-            else:
-                outputs[i].error = "the model gave logits that are not finite"
-        self._add_logprobs(outputs, scores)
-        self._add_prompt_logprobs(outputs, prompts)
-        return outputs
+        requests = self.batch.requests
+        found = zip(tokens.tolist(), is_finite.tolist(), strict=True)
+        return row_outputs(
+            requests,
+            [token_id if fine else None for token_id, fine in found],
+            _logprobs([r.sampling.logprobs for r in requests if r.samples], scores),
+            _prompt_logprobs([r for r in requests if r.prompt_targets], prompts),
+        )
 
-    def _add_logprobs(self, outputs: list[RowOutput], scores: Tensor) -> None:
-        asked = [
-            (output, r.sampling.logprobs)
-            for output, r in zip(outputs, self.batch.requests, strict=True)
-            if r.samples and r.sampling.logprobs is not None
-        ]
-        entries = read_scores(scores, [count for _, count in asked])
-        for (output, _), entry in zip(asked, entries, strict=True):
-            if output.error is None:
-                output.logprobs = [entry]
 
-    def _add_prompt_logprobs(self, outputs: list[RowOutput], prompts: list[Tensor]) -> None:
-        asked = [
-            (output, r)
-            for output, r in zip(outputs, self.batch.requests, strict=True)
-            if r.prompt_targets
-        ]
-        for (output, request), scores in zip(asked, prompts, strict=True):
-            num_top = request.sampling.prompt_logprobs or 0
-            entries: list[TokenLogprobs] = read_scores(scores, [num_top] * len(scores))
-            output.prompt_logprobs = entries
+def _logprobs(asked: list[int | None], scores: Tensor) -> list[TokenLogprobs | None]:
+    """An entry per sampling request: `asked` is how many alternatives it wants, None: nothing."""
+    entries = iter(read_scores(scores, [count for count in asked if count is not None]))
+    return [None if count is None else next(entries) for count in asked]
+
+
+def _prompt_logprobs(
+    requests: list[ScheduledRequest], prompts: list[Tensor]
+) -> list[list[TokenLogprobs]]:
+    return [
+        read_scores(scores, [request.sampling.prompt_logprobs or 0] * len(scores))
+        for request, scores in zip(requests, prompts, strict=True)
+    ]

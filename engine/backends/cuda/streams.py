@@ -17,21 +17,6 @@ from torch import Tensor
 Replay = Callable[[], None]
 
 
-class DeviceLost(RuntimeError):
-    """The device computes nothing more for this process."""
-
-
-def check_device(torch_device: torch.device) -> None:
-    """Raises DeviceLost after an error, such as an access to memory that is not there, which every
-    later call of this process would raise again. Waits for all work that was given."""
-    if torch_device.type != "cuda":
-        return
-    try:
-        torch.cuda.synchronize(torch_device)
-    except RuntimeError as error:
-        raise DeviceLost(f"{torch_device} is lost to this process: {error}") from error
-
-
 class Event(Protocol):
     """A point in a stream of work."""
 

@@ -1,0 +1,35 @@
+"""From a step's tokens and scores to one RowOutput per request."""
+
+from collections.abc import Iterable, Sequence
+
+from engine.backends.runner import RowOutput
+from engine.messages import TokenLogprobs
+from engine.scheduler.batch import ScheduledRequest
+
+NOT_FINITE = "the model gave logits that are not finite"
+
+
+def row_outputs(
+    requests: Sequence[ScheduledRequest],
+    tokens: Iterable[int | None],
+    logprobs: Iterable[TokenLogprobs | None],
+    prompt_logprobs: Iterable[list[TokenLogprobs]],
+) -> list[RowOutput]:
+    """Hand the results to the requests they belong to; all are in the order of the requests.
+
+    `tokens` and `logprobs` have an entry per request that samples: None for a token whose logits
+    are not finite, and for logprobs that were not asked for. `prompt_logprobs` has one per request
+    with prompt targets.
+    """
+    outputs = [RowOutput() for _ in requests]
+    sampling = [output for output, r in zip(outputs, requests, strict=True) if r.samples]
+    for output, token_id, entry in zip(sampling, tokens, logprobs, strict=True):
+        if token_id is None:
+            output.error = NOT_FINITE
+            continue
+        output.token_ids = [token_id]
+        output.logprobs = None if entry is None else [entry]
+    scored = [output for output, r in zip(outputs, requests, strict=True) if r.prompt_targets]
+    for output, entries in zip(scored, prompt_logprobs, strict=True):
+        output.prompt_logprobs = entries
+    return outputs

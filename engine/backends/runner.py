@@ -1,0 +1,101 @@
+"""The seam between the engine and its backends: a Runner executes ScheduledBatches.
+
+    launch(batch) -> StepHandle                     starts the step
+    handle.result() -> one RowOutput per request    waits for it
+
+A runner decides nothing: the batch says what is computed, the backend says how.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+
+from engine.messages import TokenLogprobs
+from engine.scheduler.batch import ScheduledBatch
+
+
+@dataclass(slots=True)
+class RowOutput:
+    """What one request got out of a step. `error` excludes everything else."""
+
+    token_ids: list[int] = field(default_factory=list[int])
+    logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list[TokenLogprobs])
+    error: str | None = None
+
+
+class StepHandle(Protocol):
+    """A step that was launched."""
+
+    def result(self) -> list[RowOutput]:
+        """One output per request of the batch, in its order; waits until they are there.
+
+        Called once, in the order of the launches. Raises what the step raised.
+        """
+        ...
+
+
+class Runner(Protocol):
+    """Executes batches one after the other, in the order of their launches."""
+
+    @property
+    def pipeline_depth(self) -> int:
+        """How many steps may be launched before the result of the one before them is taken.
+
+        At 1, a row may hold PENDING: the token that the step before sampled for the same request
+        and life. After a step that raised, rows that hold a PENDING of that step may give
+        anything: their results are discarded.
+        """
+        ...
+
+    @property
+    def loads_are_immediate(self) -> bool:
+        """Whether a step's adapters are in place before it is computed; else see `arrived`."""
+        ...
+
+    def launch(self, batch: ScheduledBatch) -> StepHandle:
+        """Start the step. What it raises has happened to this batch alone."""
+        ...
+
+    def arrived(self) -> Sequence[str]:
+        """Digests of adapters that came to be usable on the device since the last call."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedStep:
+    """A step whose outputs are there already."""
+
+    outputs: list[RowOutput]
+
+    def result(self) -> list[RowOutput]:
+        return self.outputs
+
+
+@dataclass(frozen=True, slots=True)
+class FailedStep:
+    """A step that raised before it was under way."""
+
+    error: Exception
+
+    def result(self) -> list[RowOutput]:
+        raise self.error
+
+
+class DeviceLost(RuntimeError):
+    """The device computes nothing more for this process."""
+
+
+def check_device(torch_device: torch.device) -> None:
+    """Raise DeviceLost if the device failed in a way that every later call would repeat.
+
+    An access to memory that is not there is such a failure. Waits for all work that was given.
+    """
+    if torch_device.type != "cuda":
+        return
+    try:
+        torch.cuda.synchronize(torch_device)
+    except RuntimeError as error:
+        raise DeviceLost(f"{torch_device} is lost to this process: {error}") from error
