@@ -13,10 +13,10 @@ from engine.backends.kv_cache import kv_bytes_per_token
 from engine.model.decoder import Decoder
 from engine.model.families import read_dtype, read_scheme, read_spec
 from engine.model.layers import Build
-from engine.model.ops import reference_ops
 from engine.model.quantize import NF4_BLOCK, check_quantizable
 from engine.model.quantized_checkpoint import weight_format
 from engine.model.quantized_weight import BYTE_FORMATS
+from engine.model.reference import TORCH_OPS, WEIGHT_OPS
 from engine.model.spec import ModelSpec
 
 ATTENTION_SITES = ("qkv", "o")
@@ -93,7 +93,7 @@ class ModelSize:
 def read_model_size(folder: Path, quantization: str = "none") -> ModelSize:
     """Count a model's parameters. Raises ModelError if it cannot be served so quantized."""
     spec = read_spec(folder, None)
-    build = Build(reference_ops(), torch.bfloat16, torch.device("meta"))
+    build = Build(WEIGHT_OPS, TORCH_OPS, torch.bfloat16, torch.device("meta"))
     decoder = Decoder(spec, build, max_model_len=1)
     total = sum(torch.Size(part.shape).numel() for part in decoder.parts())
     check_quantizable(quantization, decoder.lora_sites)

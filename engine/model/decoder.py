@@ -113,7 +113,7 @@ class Attention(nn.Module):
         self.scale = spec.attention_scale
         self.window = spec.windows[layer]
         self.soft_cap = spec.attention_soft_cap
-        self.ops = build.ops
+        self.ops = build.torch_ops
 
         q_size, kv_size = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
         slices = {"q_proj": q_size, "k_proj": kv_size, "v_proj": kv_size}
@@ -157,7 +157,7 @@ class Mlp(nn.Module):
         down_slices = {"down_proj": spec.hidden_size}
         self.down = _linear(spec, build, layer, "down", width, prefix, down_slices)
         self.activation = spec.activation
-        self.activate = build.ops.gated_activation[spec.activation]
+        self.activate = build.torch_ops.gated_activation[spec.activation]
 
     def forward(self, x: Tensor, inputs: ForwardInputs) -> Tensor:
         return self.down(self.activate(self.gate_up(x, inputs)), inputs)

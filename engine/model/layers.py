@@ -7,15 +7,17 @@ that its op wants as soon as the last one is there.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.model.inputs import ForwardInputs
-from engine.model.ops import Ops
+from engine.model.ops import TorchOps, WeightOps
 from engine.model.quantized_weight import QuantizedWeight, can_join, join
+
+Matrix = TypeVar("Matrix")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,9 +57,10 @@ class LoraSite:
 
 @dataclass(frozen=True, slots=True)
 class Build:
-    """What every leaf is built with."""
+    """What every leaf is built with. `torch_ops` matter only where a Decoder computes by itself."""
 
-    ops: Ops
+    weight_ops: WeightOps
+    torch_ops: TorchOps
     dtype: torch.dtype
     device: torch.device
 
@@ -96,6 +99,19 @@ class Linear(nn.Module):
                 yield Part(f"{part.module}.bias", shape[:1], self._bias_rows(rows))
             start = rows.stop
 
+    def matrices(self, kind: type[Matrix]) -> tuple[Matrix, ...]:
+        """What `pack_linear` made of the weight, in the order of the outputs.
+
+        Raises TypeError unless all of them are of this kind, which only its own WeightOps make.
+        """
+        multiply = self.multiply
+        parts = multiply.multiplies if isinstance(multiply, SideBySide) else (multiply,)
+        found = tuple(part for part in parts if isinstance(part, kind))
+        if len(found) != len(parts):
+            made = ", ".join(type(part).__name__ for part in parts)
+            raise TypeError(f"layer {self.layer}, {self.site}: {made}; needed is {kind.__name__}")
+        return found
+
     def _weight_of(self, index: int, key: str) -> Callable[[Tensor | QuantizedWeight], None]:
         def store(weight: Tensor | QuantizedWeight) -> None:
             if isinstance(weight, QuantizedWeight):
@@ -127,7 +143,7 @@ class Linear(nn.Module):
         for run in _runs(weights):
             stop = start + sum(map(_out_features, run))
             bias = None if self._bias is None else self._bias[start:stop]
-            multiplies.append(self._build.ops.pack_linear(self._joined(run), bias))
+            multiplies.append(self._build.weight_ops.pack_linear(self._joined(run), bias))
             start = stop
         return multiplies[0] if len(multiplies) == 1 else SideBySide(tuple(multiplies))
 
@@ -213,7 +229,7 @@ class Head(nn.Module):
 
     def tie(self, weight: Tensor) -> None:
         """Uses this very weight, in the model's dtype and on its device."""
-        self.multiply = self._build.ops.pack_head(weight)
+        self.multiply = self._build.weight_ops.pack_head(weight)
 
 
 class RmsNorm(nn.Module):
@@ -223,7 +239,7 @@ class RmsNorm(nn.Module):
         super().__init__()
         self.key, self.width, self.eps, self.offset = key, width, eps, offset
         self.weight = torch.empty(0)
-        self._normalise = build.ops.rms_norm
+        self._normalise = build.torch_ops.rms_norm
         self._dtype = torch.float32 if offset else build.dtype
         self._device = build.device
 

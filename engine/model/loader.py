@@ -16,7 +16,6 @@ from engine.model.checkpoint import Checkpoint
 from engine.model.decoder import Decoder
 from engine.model.families import read_scheme, read_spec
 from engine.model.layers import Build, Linear, Part
-from engine.model.ops import Ops, select_ops
 from engine.model.quantize import QUANTIZERS, NotFinite, check_quantizable
 from engine.model.quantized_checkpoint import Scheme, weight_format
 from engine.model.quantized_weight import QuantizedWeight
@@ -29,26 +28,23 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 def load_decoder(
     folder: Path,
+    build: Build,
     *,
-    dtype: torch.dtype,
-    device: torch.device,
     max_model_len: int,
     quantization: str = "none",
-    ops: Ops | None = None,
     progress: bool = False,
 ) -> Decoder:
     """The model in `folder`, ready to run; raises ModelError where it cannot be served.
 
     `quantization` other than none is applied to the linear layers' weights as the checkpoint
-    stores them; embeddings, the output layer, norms and biases are in `dtype`.
+    stores them; embeddings, the output layer, norms and biases are in the build's dtype.
     """
     spec, scheme = read_spec(folder, max_model_len), read_scheme(folder)
     weight_format(folder, scheme, quantization)
-    build = Build(ops or select_ops(device, dtype), dtype, device)
     decoder = Decoder(spec, build, max_model_len)
     check_quantizable(quantization, decoder.lora_sites)
     with Checkpoint(folder) as checkpoint:
-        reader = _Reader(checkpoint, scheme, quantization, device)
+        reader = _Reader(checkpoint, scheme, quantization, build.device)
         parts = list(decoder.parts())
         reader.check_keys(parts, spec.tied_embeddings)
         for part in tqdm(parts, desc="weights", unit="tensor", disable=not progress):

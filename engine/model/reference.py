@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.model.inputs import AttentionInputs
+from engine.model.ops import TorchOps, WeightOps, float_head
 from engine.model.quantized_weight import QuantizedWeight, dequantize
 
 
@@ -96,3 +97,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, soft_cap: float | Non
     if soft_cap is not None:
         scores = soft_cap * torch.tanh(scores / soft_cap)
     return torch.einsum("hl,lhd->hd", scores.softmax(-1), v)
+
+
+WEIGHT_OPS = WeightOps(pack_linear, float_head(pack_linear))
+TORCH_OPS = TorchOps(rms_norm, apply_rotary, GATED_ACTIVATIONS, store_kv, paged_attention)

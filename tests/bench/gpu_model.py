@@ -11,7 +11,6 @@ from engine.lora.weights import LoraWeights, SiteWeights
 from engine.model.decoder import Decoder
 from engine.model.families import read_spec
 from engine.model.layers import Build, LoraSite, Part
-from engine.model.ops import Ops
 from engine.model.quantized_weight import QuantizedWeight
 from tests.bench.models import SHAPES, Shape, write_config
 
@@ -22,17 +21,15 @@ QUICK = replace(LLAMA_8B, name="8b-two-layers", num_layers=2)
 TINY = replace(SHAPES["tiny"], name="tiny", hidden_size=128, intermediate_size=256, num_heads=4)
 
 
-def random_decoder(
-    shape: Shape, ops: Ops, dtype: torch.dtype, device: torch.device, quantization: str, seed: int
-) -> Decoder:
+def random_decoder(shape: Shape, build: Build, quantization: str, seed: int) -> Decoder:
     """Make a decoder of this shape, with linear layers in `quantization`; outputs are random."""
     with TemporaryDirectory() as folder:
         write_config(shape, Path(folder))
         spec = read_spec(Path(folder), 8192)
-    decoder = Decoder(spec, Build(ops, dtype, device), max_model_len=8192)
-    generator = torch.Generator(device).manual_seed(seed)
+    decoder = Decoder(spec, build, max_model_len=8192)
+    generator = torch.Generator(build.device).manual_seed(seed)
     for part in decoder.parts():
-        part.store(_random_weight(part, quantization, dtype, device, generator))
+        part.store(_random_weight(part, quantization, build, generator))
     if spec.tied_embeddings:
         decoder.tie_head()
     return decoder.eval()
@@ -41,10 +38,10 @@ def random_decoder(
 def _random_weight(
     part: Part,
     quantization: str,
-    dtype: torch.dtype,
-    device: torch.device,
+    build: Build,
     generator: torch.Generator,
 ) -> torch.Tensor | QuantizedWeight:
+    dtype, device = build.dtype, build.device
     if len(part.shape) == 1:
         return torch.ones(part.shape, dtype=dtype, device=device)
     if part.module is None or quantization == "none":

@@ -18,7 +18,7 @@ from engine.backends.cuda.forward import StepLimits
 from engine.backends.cuda.fp8 import dequantized_mm
 from engine.backends.cuda.runner import DeviceRunner
 from engine.backends.cuda.streams import CudaDevice, Device, HostDevice
-from engine.backends.cuda.weight_ops import device_ops
+from engine.backends.cuda.weight_ops import cuda_build
 from engine.backends.kv_cache import kv_bytes_per_token
 from engine.backends.runner import StepHandle
 from engine.model.decoder import Decoder
@@ -62,12 +62,10 @@ class Bench:
         self.setting, self.sizes = setting, sizes_of(setting)
         on_cpu = setting.device.type == "cpu"
         self.device: Device = HostDevice() if on_cpu else CudaDevice(setting.device)
-        ops = device_ops(
+        build = cuda_build(
             setting.device, setting.dtype, fp8_multiply=dequantized_mm if on_cpu else None
         )
-        self.decoder: Decoder = random_decoder(
-            setting.shape, ops, setting.dtype, setting.device, quantization, seed=0
-        )
+        self.decoder: Decoder = random_decoder(setting.shape, build, quantization, seed=0)
         self.arena = torch.empty(self.sizes.arena_bytes, dtype=torch.uint8, device=setting.device)
         _fill_with_noise(self.arena, setting.dtype)
         self._adapters: dict[int, PackedAdapter] = {}

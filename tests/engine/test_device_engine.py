@@ -104,7 +104,7 @@ def on_device(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> MakeEngine:
             )
 
         with monkeypatch.context() as patch:
-            patch.setattr("engine.backends.load.SyncRunner", runner)
+            patch.setattr("engine.backends.torch.load.SyncRunner", runner)
             patch.setattr("tests.engine.driver.Engine", DeviceEngine)
             return make_engine(
                 tiny.folder, **{"memory_bytes": 2**22, "max_model_len": 128, **changes}

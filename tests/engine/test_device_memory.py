@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from engine.backends.cuda.memory import Needs, arena_bytes
+from engine.backends.torch.ops import torch_build
 from engine.config import ConfigError
 from engine.model.loader import load_decoder
 from engine.settle import _scratch_bytes
@@ -47,7 +48,7 @@ def test_scratch_holds_the_largest_layer_in_few_bits(
     tiny_model: Callable[..., Tiny], quantization: str
 ) -> None:
     folder, dtype = tiny_model("llama").folder, torch.bfloat16
-    decoder = load_decoder(folder, dtype=dtype, device=torch.device("cpu"), max_model_len=64)
+    decoder = load_decoder(folder, torch_build(torch.device("cpu"), dtype), max_model_len=64)
     largest = max(site.in_features * site.out_features for site in decoder.lora_sites)
     found = _scratch_bytes(read_model_size(folder, quantization), dtype)
     assert found == (2 * largest if quantization == "int8" else 0)

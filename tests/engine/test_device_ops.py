@@ -1,11 +1,13 @@
 """The linear layers of a device: written where they are told to, and usable like any other."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 
-from engine.backends.cuda.weight_ops import DenseHead, DenseLinear, device_ops
+from engine.backends.cuda.weight_ops import DenseHead, DenseLinear, cuda_build
+from engine.backends.torch.ops import torch_build
 from engine.model import reference
 from engine.model.loader import load_decoder
 from tests.engine.tiny import Tiny, logits_in_chunks, random_prompt
@@ -45,7 +47,10 @@ def test_logits_are_float32_and_the_callers_to_change(dtype: torch.dtype) -> Non
 
 def test_the_plain_decoder_runs_on_the_same_layers(tiny_model: MakeTiny) -> None:
     folder, prompt = tiny_model("qwen2").folder, random_prompt(9)
-    options = {"dtype": torch.float32, "device": CPU, "max_model_len": 64}
-    decoder = load_decoder(folder, ops=device_ops(CPU, torch.float32), **options)
-    expected = logits_in_chunks(load_decoder(folder, **options), prompt, 4)
-    torch.testing.assert_close(logits_in_chunks(decoder, prompt, 4), expected, rtol=0.0, atol=1e-4)
+    plain, weight_ops = torch_build(CPU, torch.float32), cuda_build(CPU, torch.float32).weight_ops
+    mixed = replace(plain, weight_ops=weight_ops)
+    found, expected = (
+        logits_in_chunks(load_decoder(folder, build, max_model_len=64), prompt, 4)
+        for build in (mixed, plain)
+    )
+    torch.testing.assert_close(found, expected, rtol=0.0, atol=1e-4)

@@ -10,6 +10,7 @@ from torch import Tensor
 from engine.backends.cuda.forward import StepLimits
 from engine.backends.cuda.streams import HostDevice
 from engine.backends.sampler import target_logprobs
+from engine.backends.torch.ops import torch_build
 from engine.lora.weights import LoraWeights, load_lora
 from engine.model.decoder import Decoder
 from engine.model.loader import load_decoder
@@ -40,8 +41,7 @@ MakeTiny = Callable[..., Tiny]
 def decoder(tiny_model: MakeTiny) -> Decoder:
     return load_decoder(
         tiny_model("llama").folder,
-        dtype=torch.float32,
-        device=torch.device("cpu"),
+        torch_build(torch.device("cpu"), torch.float32),
         max_model_len=128,
     )
 

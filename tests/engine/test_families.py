@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoConfig
 
+from engine.backends.torch.ops import torch_build
 from engine.model.config_keys import IRRELEVANT
 from engine.model.decoder import Decoder
 from engine.model.families import FAMILIES, read_dtype, read_eos_token_ids, read_spec
@@ -77,7 +78,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 
 def load(folder: Path, dtype: torch.dtype = torch.float32, max_model_len: int = 256) -> Decoder:
     cpu = torch.device("cpu")
-    return load_decoder(folder, dtype=dtype, device=cpu, max_model_len=max_model_len)
+    return load_decoder(folder, torch_build(cpu, dtype), max_model_len=max_model_len)
 
 
 def changed_config(folder: Path, source: Path, **changes: Any) -> Path:

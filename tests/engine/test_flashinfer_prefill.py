@@ -26,7 +26,8 @@ from engine.backends.cuda.forward import StepLimits
 from engine.backends.cuda.positions import DevicePositions, copy_positions, prefill_pages
 from engine.backends.cuda.streams import HostDevice
 from engine.backends.cuda.triton.attention import TritonAttention
-from engine.backends.cuda.weight_ops import device_ops
+from engine.backends.cuda.weight_ops import cuda_build
+from engine.backends.torch.ops import torch_build
 from engine.model.loader import load_decoder
 from engine.settle import is_interpreting
 from tests.engine.cuda.attention_batch import Batch, Request, make_batch, oracle
@@ -299,10 +300,9 @@ def test_the_text_of_a_runner_is_the_same(
 
     monkeypatch.setattr(triton_runner, "choose_flashinfer", choose)
     folder = tiny_model("llama", num_hidden_layers=1).folder
-    load: dict[str, Any] = {"dtype": torch.float32, "device": CPU, "max_model_len": 64}
     runner = make_triton_runner(
         HostDevice(),
-        load_decoder(folder, ops=device_ops(CPU, torch.float32), **load),
+        load_decoder(folder, cuda_build(CPU, torch.float32), max_model_len=64),
         torch.zeros(2**20, dtype=torch.uint8),
         StepLimits(2, 40, 64, 16),
         AdapterLimits(max_slots=1, max_lora_rank=8),
@@ -312,7 +312,7 @@ def test_the_text_of_a_runner_is_the_same(
     ).runner
     generations = generations_of([greedy(3), greedy(4)], [0, 0], 16)
     drive(runner, generations, budget=40, depth=1, seed=2)
-    plain = load_decoder(folder, **load)
+    plain = load_decoder(folder, torch_build(CPU, torch.float32), max_model_len=64)
     for g in generations:
         assert g.output == [token.token_id for token in expected(plain, g, None)]
     (wrapper,) = wrappers_of(made[0])

@@ -1,13 +1,15 @@
 """FP8: the codes, the layer against its dequantized self, and where the format is refused."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 
 from engine.backends.cuda import fp8
 from engine.backends.cuda.fp8 import Fp8Linear, check_fp8, dequantized_mm, quantize_rows, scaled_mm
-from engine.backends.cuda.weight_ops import device_ops
+from engine.backends.cuda.weight_ops import cuda_build
+from engine.backends.torch.ops import torch_build
 from engine.config import ConfigError, EngineConfig
 from engine.model.loader import load_decoder
 from engine.model.quantize import quantize_fp8
@@ -90,7 +92,7 @@ def test_sizes_that_the_multiplication_does_not_take_are_refused(tiny_model: Mak
         Fp8Linear(quantize_fp8(normal(48, 40)), None, CPU, torch.bfloat16)
     folder = tiny_model("llama", intermediate_size=88).folder
     with pytest.raises(ModelError, match=r"down_proj .* 88 inputs and 64 outputs, .* 16; use"):
-        load_decoder(folder, dtype=torch.float32, device=CPU, max_model_len=64, quantization="fp8")
+        load_decoder(folder, torch_build(CPU, torch.float32), max_model_len=64, quantization="fp8")
 
 
 # ==== Where it runs ====
@@ -120,23 +122,19 @@ def test_a_gpu_is_asked_for_its_capability(monkeypatch: pytest.MonkeyPatch) -> N
 def test_loading_for_a_device_without_it_is_refused(tiny_model: MakeTiny) -> None:
     folder = tiny_model("llama").folder
     with pytest.raises(ValueError, match=r"capability 8\.9"):
-        load_decoder(
-            folder,
-            dtype=torch.bfloat16,
-            device=CPU,
-            max_model_len=64,
-            quantization="fp8",
-            ops=device_ops(CPU, torch.bfloat16),
-        )
+        load_decoder(folder, cuda_build(CPU, torch.bfloat16), max_model_len=64, quantization="fp8")
 
 
 def test_a_model_in_fp8_is_nearer_to_itself_than_one_in_nf4(tiny_model: MakeTiny) -> None:
     """Weights and activations lose some 3 % each, nf4's weights alone 9 %."""
     folder, prompt = tiny_model("llama", intermediate_size=128).folder, random_prompt(9)
-    ops = device_ops(CPU, torch.float32, fp8_multiply=dequantized_mm)
-    options = {"dtype": torch.float32, "device": CPU, "max_model_len": 64}
+    plain = torch_build(CPU, torch.float32)
+    fp8_ops = cuda_build(CPU, torch.float32, fp8_multiply=dequantized_mm).weight_ops
+    builds = {"none": plain, "fp8": replace(plain, weight_ops=fp8_ops), "nf4": plain}
     exact, rounded, coarse = (
-        logits_in_chunks(load_decoder(folder, quantization=kind, ops=chosen, **options), prompt, 9)
-        for kind, chosen in (("none", None), ("fp8", ops), ("nf4", None))
+        logits_in_chunks(
+            load_decoder(folder, build, max_model_len=64, quantization=kind), prompt, 9
+        )
+        for kind, build in builds.items()
     )
     assert 0 < (rounded - exact).square().mean() < 0.5 * (coarse - exact).square().mean()

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from engine.backends.torch.ops import torch_build
 from engine.model.decoder import Decoder
 from engine.model.loader import load_decoder, weight_bytes
 from engine.model.spec import ModelError
@@ -27,8 +28,7 @@ Tensors = dict[str, torch.Tensor]
 def load(folder: Path, progress: bool = False) -> Decoder:
     return load_decoder(
         folder,
-        dtype=torch.float32,
-        device=torch.device("cpu"),
+        torch_build(torch.device("cpu"), torch.float32),
         max_model_len=256,
         progress=progress,
     )

@@ -8,15 +8,18 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from engine.backends.torch import torch_ops
+from engine.backends.torch import ops as torch_ops
+from engine.backends.torch.attention import GatheredAttention
+from engine.backends.torch.ops import torch_build
 from engine.model import reference
 from engine.model.inputs import AttentionInputs
-from engine.model.ops import Ops, PagedAttention, reference_ops, select_ops
+from engine.model.ops import PagedAttention, TorchOps
+from engine.model.reference import TORCH_OPS
 
 CPU = torch.device("cpu")
 FAST = {
-    "float32": select_ops(CPU, torch.float32),
-    "bfloat16": select_ops(CPU, torch.bfloat16),
+    "float32": torch_build(CPU, torch.float32).weight_ops,
+    "bfloat16": torch_build(CPU, torch.bfloat16).weight_ops,
 }
 
 
@@ -165,7 +168,7 @@ def check(batch: Batch) -> None:
     world = build(batch)
     expected = attend(reference.paged_attention, batch, world)
     assert expected.isfinite().all()
-    close(attend(torch_ops.PagedAttention(), batch, world), expected)
+    close(attend(GatheredAttention(), batch, world), expected)
 
 
 BATCHES = {
@@ -238,8 +241,8 @@ def test_what_is_in_other_requests_blocks_cannot_leak(window: int | None, poison
     clean, poisoned = build(batch, 0.0), build(batch, poison)
     victim = 1
     poisoned.kv_layer[poisoned.attention.block_tables[victim, :3]] = poison
-    expected = attend(torch_ops.PagedAttention(), batch, clean)
-    found = attend(torch_ops.PagedAttention(), batch, poisoned)
+    expected = attend(GatheredAttention(), batch, clean)
+    found = attend(GatheredAttention(), batch, poisoned)
     others = [row for row in range(len(expected)) if row != victim]
     assert torch.equal(found[others], expected[others])
 
@@ -247,7 +250,7 @@ def test_what_is_in_other_requests_blocks_cannot_leak(window: int | None, poison
 def test_a_row_depends_on_its_batch_mates_by_no_more_than_rounding() -> None:
     batch = Batch(BATCHES["mixed"])
     world = build(batch)
-    whole = attend(torch_ops.PagedAttention(), batch, world)
+    whole = attend(GatheredAttention(), batch, world)
     for i, (context, queries) in enumerate(batch.requests):
         start, end = world.attention.cu_seqlens_q[i : i + 2]
         alone = AttentionInputs(
@@ -257,15 +260,13 @@ def test_a_row_depends_on_its_batch_mates_by_no_more_than_rounding() -> None:
             block_tables=world.attention.block_tables[i : i + 1],
             slot_mapping=world.attention.slot_mapping[start:end],
         )
-        found = attend(
-            torch_ops.PagedAttention(), batch, World(world.q[start:end], world.kv_layer, alone)
-        )
+        found = attend(GatheredAttention(), batch, World(world.q[start:end], world.kv_layer, alone))
         torch.testing.assert_close(found, whole[start:end], rtol=0.0, atol=1e-6)
 
 
 def test_a_remembered_plan_is_dropped_with_its_step() -> None:
     """One op object over layers of different windows, then over other batches."""
-    op = torch_ops.PagedAttention()
+    op = GatheredAttention()
     for name in ("mixed", "ragged decodes", "mixed"):
         for window in (None, 5, None, 7):
             batch = Batch(BATCHES[name], window=window)
@@ -284,14 +285,14 @@ def test_attention_makes_all_its_tensors_where_the_cache_is(soft_cap: float | No
     )
     kv_layer = torch.empty(9, 3, 2, 4, 2, 8, device="meta")[:, 1]
     away = World(world.q.to("meta"), kv_layer, attention)
-    assert attend(torch_ops.PagedAttention(), batch, away).device.type == "meta"
+    assert attend(GatheredAttention(), batch, away).device.type == "meta"
 
 
 # ==== The KV cache ====
 
 
-@pytest.mark.parametrize("ops", [select_ops(CPU, torch.float32), reference_ops()])
-def test_stored_keys_and_values_are_where_the_slots_say(ops: Ops) -> None:
+@pytest.mark.parametrize("ops", [torch_build(CPU, torch.float32).torch_ops, TORCH_OPS])
+def test_stored_keys_and_values_are_where_the_slots_say(ops: TorchOps) -> None:
     kv_cache = torch.full((5, 3, 2, 4, 2, 8), torch.nan)
     k, v = normal(6, 4, 8)[:, 1:3], normal(6, 4, 8, seed=1)[:, 2:]
     slots = [7, 0, 19, 18, 4, 13]

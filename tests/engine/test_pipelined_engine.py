@@ -35,7 +35,7 @@ def ahead(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> MakeEngine:
 
     def make(**changes: object) -> Engine:
         with monkeypatch.context() as patch:
-            patch.setattr("engine.backends.load.SyncRunner", LateRunner)
+            patch.setattr("engine.backends.torch.load.SyncRunner", LateRunner)
             return make_engine(tiny.folder, **changes)
 
     return make

@@ -9,6 +9,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 
 from engine.backends.kv_cache import allocate_kv_cache
+from engine.backends.torch.ops import torch_build
 from engine.lora.weights import load_lora
 from engine.messages import AdapterFolder
 from engine.model.loader import load_decoder
@@ -86,7 +87,7 @@ def test_adapter_bytes_are_those_of_a_loaded_adapter(
     tiny = write_tiny(tmp_path / "base", "qwen2")
     config = LoraConfig(r=5, target_modules=targets, task_type="CAUSAL_LM")
     get_peft_model(tiny.reference, config).save_pretrained(tmp_path / "adapter")
-    decoder = load_decoder(tmp_path / "base", dtype=torch.float32, device=CPU, max_model_len=32)
+    decoder = load_decoder(tmp_path / "base", torch_build(CPU, torch.float32), max_model_len=32)
     folder = AdapterFolder("digest", str(tmp_path / "adapter"))
     loaded = load_lora(folder, decoder.lora_sites, torch.float32)
     size = read_model_size(tmp_path / "base")

@@ -16,7 +16,7 @@ from torch import nn
 
 from deployments.config import load_config
 from engine.backends.kv_cache import kv_bytes_per_token
-from engine.backends.torch import torch_ops
+from engine.backends.torch.ops import select_pack_linear, torch_build
 from engine.config import ConfigError, EngineConfig
 from engine.engine import Engine
 from engine.messages import GenerateRequest
@@ -205,7 +205,7 @@ def test_ops_multiply_by_the_dequantized_weight(kind: str, dtype: torch.dtype) -
     # bfloat16 rounds the result, and the torch path the weight too: 2^-9 of |x| |w| each
     slack = 1e-5 if dtype == torch.float32 else 2**-7
     atol = slack * float((x.float().abs() @ dequantize(weight).abs().T).max())
-    for pack in (reference.pack_linear, torch_ops.select_pack_linear(CPU, dtype)):
+    for pack in (reference.pack_linear, select_pack_linear(CPU, dtype)):
         torch.testing.assert_close(pack(weight, bias)(x).float(), expected, rtol=0.0, atol=atol)
 
 
@@ -223,7 +223,7 @@ def load(
     folder: Path, quantization: str, dtype: torch.dtype = torch.float32, **options: bool
 ) -> Decoder:
     return load_decoder(
-        folder, dtype=dtype, device=CPU, max_model_len=256, quantization=quantization, **options
+        folder, torch_build(CPU, dtype), max_model_len=256, quantization=quantization, **options
     )
 
 
@@ -324,11 +324,12 @@ def test_a_weight_of_a_checkpoint_that_is_not_finite_is_refused_by_name(tmp_path
 # Keeps what an op for quantized weights would keep, and samples RssAnon, the process' own pages;
 # those of the mapped checkpoint are the kernel's, dropped when anybody needs the memory.
 WATCH = """
-import dataclasses, sys, threading
+import sys, threading
 from pathlib import Path
 import torch
-from engine.model.ops import reference_ops
-from engine.model import loader
+from engine.model import loader, reference
+from engine.model.layers import Build
+from engine.model.ops import WeightOps
 
 folder, quantization = Path(sys.argv[1]), sys.argv[2]
 torch.set_num_threads(1)
@@ -347,14 +348,14 @@ def watch():
     while not done.wait(0.0005):
         peak = max(peak, anonymous_bytes())
 
-loader.select_ops = lambda device, dtype: dataclasses.replace(reference_ops(), pack_linear=pack)
+weight_ops = WeightOps(pack, reference.WEIGHT_OPS.pack_head)
+build = Build(weight_ops, reference.TORCH_OPS, torch.bfloat16, torch.device("cpu"))
 loader.QUANTIZERS[quantization](torch.randn(64, 128))  # what a first call sets up is not counted
 before = peak = anonymous_bytes()
 done = threading.Event()
 watcher = threading.Thread(target=watch)
 watcher.start()
-decoder = loader.load_decoder(folder, dtype=torch.bfloat16, device=torch.device("cpu"),
-                              max_model_len=64, quantization=quantization)
+decoder = loader.load_decoder(folder, build, max_model_len=64, quantization=quantization)
 after = anonymous_bytes()
 done.set()
 watcher.join()

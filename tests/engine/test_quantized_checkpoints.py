@@ -21,6 +21,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from engine import sizes as arithmetic
+from engine.backends.torch.ops import torch_build
 from engine.config import ConfigError, EngineConfig
 from engine.messages import GenerateRequest
 from engine.model.checkpoint import Checkpoint
@@ -53,7 +54,7 @@ UP = "model.layers.1.mlp.up_proj"
 
 
 def load(folder: Path, dtype: torch.dtype = torch.float32) -> Decoder:
-    return load_decoder(folder, dtype=dtype, device=CPU, max_model_len=256)
+    return load_decoder(folder, torch_build(CPU, dtype), max_model_len=256)
 
 
 def read(folder: Path, module: str, out_features: int, in_features: int) -> QuantizedWeight:
@@ -682,7 +683,7 @@ def test_a_quantized_checkpoint_is_not_quantized_again(
     message = rf"quantization='{quantization}' cannot be applied .*\(gptq\); it must be 'none'"
     with pytest.raises(ModelError, match=message):
         load_decoder(
-            folder, dtype=torch.float32, device=CPU, max_model_len=8, quantization=quantization
+            folder, torch_build(CPU, torch.float32), max_model_len=8, quantization=quantization
         )
     with pytest.raises(ModelError, match=message):
         settle(EngineConfig(str(folder), quantization=quantization, device="cpu"))
@@ -718,7 +719,7 @@ def test_the_plan_counts_what_is_quantized_at_load(
 ) -> None:
     folder = tiny_model("llama", dtype=dtype, **WIDE).folder
     decoder = load_decoder(
-        folder, dtype=dtype, device=CPU, max_model_len=8, quantization=quantization
+        folder, torch_build(CPU, dtype), max_model_len=8, quantization=quantization
     )
     size = arithmetic.read_model_size(folder, quantization)
     assert arithmetic.weight_bytes(size, size.form) == weight_bytes(decoder, dtype)

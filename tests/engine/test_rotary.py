@@ -9,6 +9,7 @@ import torch
 from transformers import AutoConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from engine.backends.torch.ops import torch_build
 from engine.model.families import read_spec
 from engine.model.loader import load_decoder
 from engine.model.rotary import RotaryTable
@@ -174,7 +175,7 @@ def test_a_scaled_model_equals_that_of_transformers(name: str, tiny_model: MakeT
     model_type, changes, max_model_len = MODELS[name]
     tiny, prompt = tiny_model(model_type, **changes), random_prompt(41)
     decoder = load_decoder(
-        tiny.folder, dtype=torch.float32, device=CPU, max_model_len=max_model_len
+        tiny.folder, torch_build(CPU, torch.float32), max_model_len=max_model_len
     )
     expected = reference_logits(tiny.reference, prompt)
     for chunk in (41, 7, 1):
@@ -209,12 +210,12 @@ def test_a_length_dependent_scaling_is_settled_by_the_longest_length(
     """transformers changes its angles as a sequence grows; at full length the two agree."""
     model_type, changes = BEYOND[name]
     tiny, prompt = tiny_model(model_type, **changes), random_prompt(48)
-    decoder = load_decoder(tiny.folder, dtype=torch.float32, device=CPU, max_model_len=48)
+    decoder = load_decoder(tiny.folder, torch_build(CPU, torch.float32), max_model_len=48)
     expected = reference_logits(tiny.reference, prompt)
     for chunk in (48, 7, 1):
         found = logits_in_chunks(decoder, prompt, chunk)
         torch.testing.assert_close(found, expected, rtol=0.0, atol=1e-4)
-    shorter = load_decoder(tiny.folder, dtype=torch.float32, device=CPU, max_model_len=24)
+    shorter = load_decoder(tiny.folder, torch_build(CPU, torch.float32), max_model_len=24)
     unscaled = reference_logits(tiny.reference, prompt[:23])
     found = logits_in_chunks(shorter, prompt[:23], 5)
     torch.testing.assert_close(found, unscaled, rtol=0.0, atol=1e-4)
@@ -223,5 +224,5 @@ def test_a_length_dependent_scaling_is_settled_by_the_longest_length(
 def test_long_phi3_text_equals_that_of_transformers(tiny_model: MakeTiny) -> None:
     model_type, changes = BEYOND["longrope"]
     tiny, prompt = tiny_model(model_type, **changes), random_prompt(30)
-    decoder = load_decoder(tiny.folder, dtype=torch.float32, device=CPU, max_model_len=128)
+    decoder = load_decoder(tiny.folder, torch_build(CPU, torch.float32), max_model_len=128)
     assert greedy(decoder, prompt, 64) == reference_greedy(tiny.reference, prompt, 64)

@@ -57,7 +57,7 @@ def make_triton_runner(
     tries_flashinfer: bool = False,
     progress: bool = False,
 ) -> TritonRunner:
-    """The decoder was loaded with `device_ops`. `arena` uint8 [bytes], on the device, is all that
+    """The decoder was built with `cuda_build`. `arena` uint8 [bytes], on the device, is all that
     the scheduler deals out: KV block i lies at i times a block's bytes."""
     spec, processors = decoder.spec, launch.num_processors(device.torch_device)
     dtype = decoder.embedding.weight.dtype

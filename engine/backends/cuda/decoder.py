@@ -28,7 +28,7 @@ from engine.model.rotary import RotaryTable
 class FusedDecoder:
     """Weights and KV cache [blocks, layers, 2, block_size, H_kv, D] are those it was made from.
 
-    The decoder was loaded with `device_ops`. `capacity` bounds the rows of a forward. Given
+    The decoder was built with `cuda_build`. `capacity` bounds the rows of a forward. Given
     `beside`, a layer's shrink of adapters runs there while the layer multiplies: every `lora` of
     `forward` is a LoraBatchInParts then.
     """

@@ -11,9 +11,10 @@ from engine.backends.cuda.triton.fp8_rows import quantize_rows
 from engine.backends.cuda.triton.gate import gate
 from engine.backends.cuda.triton.norm import add_rms_norm
 from engine.backends.cuda.triton.rotary import rotate_and_store
+from engine.backends.cuda.weight_ops import DeviceLinear
 from engine.model.decoder import Attention, Decoder, DecoderLayer, HeadNorms
 from engine.model.inputs import LoraBatch, LoraBatchInParts
-from engine.model.layers import Linear, RmsNorm, Scale, SideBySide
+from engine.model.layers import Linear, RmsNorm, Scale
 from engine.model.rotary import RotaryTable
 
 # Starts work beside what the caller computes next; what comes back waits for its end
@@ -265,7 +266,7 @@ class _Site:
 
     @staticmethod
     def of(linear: Linear, beside: Beside | None) -> "_Site":
-        return _Site(linear.layer, linear.site, _into(linear.multiply), beside)
+        return _Site(linear.layer, linear.site, _into(linear.matrices(DeviceLinear)), beside)
 
     def __call__(self, x: Rows, out: Tensor, lora: LoraBatch | None) -> None:
         if lora is not None and self.beside is not None:
@@ -285,13 +286,17 @@ class _Site:
         lora.expand(self.layer, self.site, out)
 
 
-def _into(multiply: Any) -> Callable[[Rows, Tensor], None]:
-    if isinstance(multiply, SideBySide):
-        return _side_by_side(multiply.multiplies)
-    if isinstance(multiply, Fp8Linear):
-        return lambda x, out: _rounded_into(multiply, x, out)
-    assert hasattr(multiply, "into"), "the decoder was loaded with other ops"
-    return lambda x, out: multiply.into(x.wide, out)
+def _into(parts: tuple[DeviceLinear, ...]) -> Callable[[Rows, Tensor], None]:
+    if len(parts) > 1:
+        return _side_by_side(parts)
+    linear = parts[0]
+    if isinstance(linear, Fp8Linear):
+        return lambda x, out: _rounded_into(linear, x, out)
+    return lambda x, out: _wide_into(linear, x, out)
+
+
+def _wide_into(linear: DeviceLinear, x: Rows, out: Tensor) -> None:
+    linear.into(x.wide, out)
 
 
 def _rounded_into(linear: Fp8Linear, x: Rows, out: Tensor) -> None:
@@ -299,7 +304,7 @@ def _rounded_into(linear: Fp8Linear, x: Rows, out: Tensor) -> None:
     linear.rows_into(x.rounded, out)
 
 
-def _side_by_side(parts: tuple[Any, ...]) -> Callable[[Rows, Tensor], None]:
+def _side_by_side(parts: tuple[DeviceLinear, ...]) -> Callable[[Rows, Tensor], None]:
     """Each into its own columns."""
 
     def into(x: Rows, out: Tensor) -> None:

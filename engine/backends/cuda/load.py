@@ -11,8 +11,8 @@ from engine.backends.cuda.forward import StepLimits
 from engine.backends.cuda.streams import CudaDevice, Device, HostDevice
 from engine.backends.cuda.triton.attention_tile import MAX_HEAD_DIM
 from engine.backends.cuda.triton.gate import gate
-from engine.backends.cuda.weight_ops import device_ops
-from engine.backends.load import LoadedModel, read_decoder
+from engine.backends.cuda.weight_ops import cuda_build
+from engine.backends.loaded import LoadedModel, read_decoder
 from engine.backends.runner import Runner
 from engine.config import EngineConfig
 from engine.model.loader import weight_bytes
@@ -26,7 +26,7 @@ MAX_LORA_RANK = 256  # of one module: what a batch's intermediate results have r
 def load_triton(config: EngineConfig, s: Settled, *, progress: bool) -> LoadedModel:
     """Reads the weights and takes the arena; `make_runner` captures graphs."""
     device: Device = CudaDevice(s.device) if s.device.type == "cuda" else HostDevice()
-    decoder = read_decoder(config, s, device_ops(s.device, s.dtype), progress)
+    decoder = read_decoder(config, s, cuda_build(s.device, s.dtype), progress)
     torch.set_num_threads(1)  # teams of threads that decode adapters would fight the step loop
     arena = torch.zeros(s.memory_bytes, dtype=torch.uint8, device=s.device)
     seqs, rows = config.max_num_seqs, s.max_num_batched_tokens

@@ -1,19 +1,18 @@
-"""Ops of a device that launches kernels: linear layers that write where they are told to.
+"""WeightOps of a device that launches kernels: linear layers that write where they are told to."""
 
-Everything else of these Ops is torch's; the CUDA decoder fuses what it wants to fuse.
-"""
-
-from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from engine.backends.cuda.fp8 import Fp8Linear, ScaledMm, check_fp8, scaled_mm
-from engine.model.ops import Ops, select_ops
+from engine.model.layers import Build
+from engine.model.ops import WeightOps
 from engine.model.quantized_weight import QuantizedWeight
+from engine.model.reference import TORCH_OPS
 
 
+@runtime_checkable
 class DeviceLinear(Protocol):
     """A packed linear layer: x [N, in] -> x W^T + bias [N, out], in x's dtype."""
 
@@ -56,11 +55,13 @@ class DenseHead:
         return torch.mm(x, self._weight).float()
 
 
-def device_ops(
+def cuda_build(
     device: torch.device, dtype: torch.dtype, *, fp8_multiply: ScaledMm | None = None
-) -> Ops:
-    """`pack_linear` gives DeviceLinears; dense weights are used where they lie, others copied.
-    Layers in few bits share their scratch: all must exist before the first one is called.
+) -> Build:
+    """For a Decoder that a FusedDecoder walks: its own `forward` is the specification's, slow.
+
+    `pack_linear` gives DeviceLinears; dense weights are used where they lie, others copied.
+    Low-bit layers share their scratch: all must exist before the first one is called.
 
     `fp8_multiply` replaces the device's own FP8 multiplication, and the check that it has one:
     ValueError as from `check_fp8`, when such a weight comes.
@@ -77,7 +78,7 @@ def device_ops(
             return Fp8Linear(weight, bias, device, dtype, fp8_multiply or scaled_mm)
         return weight_only(weight, bias)
 
-    return replace(select_ops(device, dtype), pack_linear=pack_linear, pack_head=DenseHead)
+    return Build(WeightOps(pack_linear, DenseHead), TORCH_OPS, dtype, device)
 
 
 class _WeightOnly:

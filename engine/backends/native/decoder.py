@@ -14,7 +14,7 @@ from engine.backends.native.library import Context
 from engine.backends.native.linear import NativeLinear
 from engine.backends.native.program import Buffer, Delta, Norm, Program
 from engine.model.decoder import Attention, Decoder, DecoderLayer, HeadNorms
-from engine.model.layers import Linear, RmsNorm, Scale, SideBySide
+from engine.model.layers import Linear, RmsNorm, Scale
 from engine.model.rotary import RotaryTable
 
 
@@ -107,11 +107,7 @@ class NativeDecoder:
 
     def _linear(self, linear: Linear, x: Buffer, out: Buffer) -> None:
         site = self._sites[linear.layer, linear.site]
-        multiply = linear.multiply
-        parts = multiply.multiplies if isinstance(multiply, SideBySide) else (multiply,)
-        native = [part for part in parts if isinstance(part, NativeLinear)]
-        assert len(native) == len(parts), "the decoder was loaded with other ops"
-        self.program.linear(x, native, out, site)
+        self.program.linear(x, linear.matrices(NativeLinear), out, site)
 
     def _leave(self, leave: nn.Module, delta: Buffer) -> Delta:
         if isinstance(leave, RmsNorm):

@@ -11,6 +11,7 @@ from torch import Tensor
 from engine.backends.cuda.bank import WORDS, DeviceAdapterBank
 from engine.backends.cuda.extent import UNIT_BYTES, extent_nbytes, extent_of
 from engine.backends.torch.bank import AdapterBank
+from engine.backends.torch.ops import torch_build
 from engine.lora.weights import LoraWeights, load_lora
 from engine.model.loader import load_decoder
 from engine.scheduler.batch import ScheduledBatch, ScheduledRequest
@@ -248,7 +249,7 @@ def test_random_operations_leave_every_adapter_as_it_was() -> None:
 def test_real_adapters_of_a_real_model(tmp_path: Path) -> None:
     tiny = write_tiny(tmp_path / "base", "qwen2")
     cpu = torch.device("cpu")
-    decoder = load_decoder(tiny.folder, dtype=F32, device=cpu, max_model_len=32)
+    decoder = load_decoder(tiny.folder, torch_build(cpu, F32), max_model_len=32)
     configs = [{"r": 3, "use_rslora": True}, {"r": 8, "target_modules": ["k_proj", "down_proj"]}]
     adapters = {
         slot: load_lora(

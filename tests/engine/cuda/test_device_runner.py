@@ -16,9 +16,11 @@ from engine.backends.cuda.assembly import AdapterLimits, adapter_packer, make_tr
 from engine.backends.cuda.forward import StepLimits
 from engine.backends.cuda.runner import DeviceRunner
 from engine.backends.cuda.streams import HostDevice
-from engine.backends.cuda.weight_ops import device_ops
+from engine.backends.cuda.weight_ops import cuda_build
+from engine.backends.torch.ops import torch_build
 from engine.lora.weights import AdapterLoadError, LoraWeights, load_lora
 from engine.model.decoder import Decoder
+from engine.model.layers import Build
 from engine.model.loader import load_decoder
 from engine.scheduler.batch import AdapterLoad, AdapterMove, ScheduledBatch
 from engine.scheduler.request import SamplingParams
@@ -50,7 +52,7 @@ def folder(tiny_model: MakeTiny) -> Path:
 
 @pytest.fixture(scope="module")
 def plain(folder: Path) -> Decoder:
-    return load(folder)
+    return load(folder, torch_build(CPU, torch.float32))
 
 
 @pytest.fixture(scope="module")
@@ -63,8 +65,8 @@ def adapters(
     return [load_lora(adapter, plain.lora_sites, torch.float32) for adapter in folders]
 
 
-def load(folder: Path, **options: Any) -> Decoder:
-    return load_decoder(folder, dtype=torch.float32, device=CPU, max_model_len=64, **options)
+def load(folder: Path, build: Build) -> Decoder:
+    return load_decoder(folder, build, max_model_len=64)
 
 
 class LateBeside(HostDevice):
@@ -83,7 +85,7 @@ def make(
     lora_side_stream: bool = False,
 ) -> tuple[DeviceRunner, list[PackedAdapter]]:
     packed: dict[str, PackedAdapter] = {}
-    decoder = load(folder, ops=device_ops(CPU, torch.float32))
+    decoder = load(folder, cuda_build(CPU, torch.float32))
     made = make_triton_runner(
         LateBeside(),
         decoder,

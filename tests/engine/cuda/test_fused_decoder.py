@@ -1,4 +1,4 @@
-"""FusedDecoder against the plain Decoder with reference ops: hidden states, logits and KV cache.
+"""FusedDecoder against the plain Decoder with the specification's ops: hidden states, logits, KV.
 
 One batch has decodes, a prefill from the start and one that goes on, and a row of padding; blocks
 lie scattered in a cache of random numbers.
@@ -17,15 +17,15 @@ from engine.backends.cuda.decoder import FusedDecoder
 from engine.backends.cuda.fp8 import dequantized_mm
 from engine.backends.cuda.layer import Beside, Rows, _Site
 from engine.backends.cuda.memory import needs
-from engine.backends.cuda.weight_ops import DenseLinear, device_ops
+from engine.backends.cuda.weight_ops import DenseLinear, cuda_build
 from engine.backends.torch.bank import AdapterBank
 from engine.lora.weights import LoraWeights, SiteWeights
 from engine.model import reference
 from engine.model.decoder import Decoder, DecoderLayer
 from engine.model.inputs import AttentionInputs, ForwardInputs, LoraBatch
-from engine.model.layers import LoraSite, SideBySide
+from engine.model.layers import Build, LoraSite, SideBySide
 from engine.model.loader import load_decoder
-from engine.model.ops import Ops, reference_ops
+from engine.model.reference import TORCH_OPS, WEIGHT_OPS
 from engine.scheduler.batch import ScheduledBatch, ScheduledRequest
 from engine.scheduler.request import SamplingParams
 from tests.engine.tiny import MODEL_TYPES, Tiny, random_prompt
@@ -141,12 +141,12 @@ def with_slots(traffic: str) -> list[tuple[int, int, int]]:
 # ==== Both decoders on one step ====
 
 
-def load(
-    folder: Path, ops: Ops, dtype: torch.dtype = torch.float32, quantization: str = "none"
-) -> Decoder:
-    return load_decoder(
-        folder, dtype=dtype, device=DEVICE, max_model_len=64, quantization=quantization, ops=ops
-    )
+def load(folder: Path, build: Build, quantization: str = "none") -> Decoder:
+    return load_decoder(folder, build, max_model_len=64, quantization=quantization)
+
+
+def specification(dtype: torch.dtype = torch.float32) -> Build:
+    return Build(WEIGHT_OPS, TORCH_OPS, dtype, DEVICE)
 
 
 @torch.inference_mode()
@@ -198,8 +198,8 @@ def test_a_step_with_adapters_is_that_of_the_plain_decoder(
 
 
 def check_step(folder: Path, traffic: str) -> None:
-    requests, ops = with_slots(traffic), device_ops(DEVICE, torch.float32)
-    plain, decoder = load(folder, reference_ops()), load(folder, ops)
+    requests, build = with_slots(traffic), cuda_build(DEVICE, torch.float32)
+    plain, decoder = load(folder, specification()), load(folder, build)
     batch, bank = batch_of(requests), adapters_of(plain)
     lora = mixed(bank, [(count, slot) for count, _, slot in requests])
     hidden, kv_cache = expected_of(plain, batch, lora)
@@ -224,8 +224,8 @@ def test_shrink_beside_the_base_is_done_before_expand_and_changes_nothing(
     tiny_model: MakeTiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Beside is as late as it may be: when somebody waits."""
-    folder, ops = tiny_model("llama").folder, device_ops(DEVICE, torch.float32)
-    decoder, batch = load(folder, ops), batch_of(with_slots("distinct"))
+    folder, build = tiny_model("llama").folder, cuda_build(DEVICE, torch.float32)
+    decoder, batch = load(folder, build), batch_of(with_slots("distinct"))
     lora = mixed(adapters_of(decoder), [(count, slot) for count, _, slot in REQUESTS])
     assert lora is not None
     events: list[str] = []
@@ -280,8 +280,8 @@ class NoAdapters:
 def test_the_buffers_are_those_that_memory_was_kept_for(
     tiny_model: MakeTiny, quantization: str
 ) -> None:
-    ops = device_ops(DEVICE, torch.float32, fp8_multiply=dequantized_mm)
-    decoder = load(tiny_model("llama").folder, ops, quantization=quantization)
+    build = cuda_build(DEVICE, torch.float32, fp8_multiply=dequantized_mm)
+    decoder = load(tiny_model("llama").folder, build, quantization=quantization)
     fused = FusedDecoder(decoder, attend_into, random_cache(decoder), CAPACITY)
     tensors = [getattr(fused._buffers, name) for name in fused._buffers.__slots__]
     nbytes = sum(part.nbytes for tensor in tensors for part in parts_of(tensor))
@@ -318,7 +318,7 @@ CHANGES: dict[str, tuple[str, dict[str, Any]]] = {
 def test_what_no_family_has_by_default(name: str, tiny_model: MakeTiny) -> None:
     model_type, changes = CHANGES[name]
     folder, batch = tiny_model(model_type, **changes).folder, batch_of(REQUESTS)
-    plain, decoder = load(folder, reference_ops()), load(folder, device_ops(DEVICE, torch.float32))
+    plain, decoder = load(folder, specification()), load(folder, cuda_build(DEVICE, torch.float32))
     hidden, kv_cache = expected_of(plain, batch, None)
     found, found_cache = found_of(decoder, batch)
     close(found, hidden)
@@ -334,7 +334,7 @@ def test_output_rows_are_those_of_the_whole_batch(
 ) -> None:
     """In the last layer adapters apply to these rows alone, if they are given for them."""
     folder, requests = tiny_model("gemma2").folder, with_slots(traffic)
-    decoder, batch = load(folder, device_ops(DEVICE, torch.float32)), batch_of(requests)
+    decoder, batch = load(folder, cuda_build(DEVICE, torch.float32)), batch_of(requests)
     bank = adapters_of(decoder)
     lora = mixed(bank, [(count, slot) for count, _, slot in requests])
     output_lora = mixed(bank, [(1, slot) for _, _, slot in requests])
@@ -355,9 +355,9 @@ def test_a_step_in_half_precision_is_as_near_as_the_plain_decoders(
     dtype: torch.dtype, tiny_model: MakeTiny
 ) -> None:
     folder, batch = tiny_model("gemma3_text").folder, batch_of(REQUESTS)
-    exact, _ = expected_of(load(folder, reference_ops()), batch, None)
-    plain, _ = expected_of(load(folder, reference_ops(), dtype), batch, None)
-    found, _ = found_of(load(folder, device_ops(DEVICE, dtype), dtype), batch)
+    exact, _ = expected_of(load(folder, specification()), batch, None)
+    plain, _ = expected_of(load(folder, specification(dtype)), batch, None)
+    found, _ = found_of(load(folder, cuda_build(DEVICE, dtype)), batch)
     # The interpreter rounds to bfloat16 towards zero: twice the error of rounding
     allowed = (plain.float() - exact).abs().max() * (4 if dtype == torch.bfloat16 else 2)
     assert (found.float() - exact).abs().max() <= allowed
@@ -365,7 +365,7 @@ def test_a_step_in_half_precision_is_as_near_as_the_plain_decoders(
 
 @torch.inference_mode()
 def test_nothing_of_a_step_is_left_for_the_next(tiny_model: MakeTiny) -> None:
-    decoder = load(tiny_model("qwen3").folder, device_ops(DEVICE, torch.float32))
+    decoder = load(tiny_model("qwen3").folder, cuda_build(DEVICE, torch.float32))
     fused = FusedDecoder(decoder, attend_into, random_cache(decoder), CAPACITY)
 
     def run(requests: Sequence[tuple[int, int, int]]) -> torch.Tensor:
@@ -380,7 +380,7 @@ def test_nothing_of_a_step_is_left_for_the_next(tiny_model: MakeTiny) -> None:
 
 
 def test_more_rows_than_there_is_room_for_are_refused(tiny_model: MakeTiny) -> None:
-    decoder = load(tiny_model("llama").folder, device_ops(DEVICE, torch.float32))
+    decoder = load(tiny_model("llama").folder, cuda_build(DEVICE, torch.float32))
     with pytest.raises(AssertionError, match="11 rows, room for 10"):
         found_of(decoder, batch_of(REQUESTS), num_padding=4)
 
@@ -390,7 +390,7 @@ def test_more_rows_than_there_is_room_for_are_refused(tiny_model: MakeTiny) -> N
 
 def test_slices_that_no_matrix_joins_write_their_own_columns(tiny_model: MakeTiny) -> None:
     folder, batch = tiny_model("qwen2").folder, batch_of(REQUESTS)
-    decoder, whole = (load(folder, device_ops(DEVICE, torch.float32)) for _ in range(2))
+    decoder, whole = (load(folder, cuda_build(DEVICE, torch.float32)) for _ in range(2))
     for layer in decoder.layers:
         assert isinstance(layer, DecoderLayer)
         for linear in (layer.attention.qkv, layer.mlp.gate_up):
@@ -408,8 +408,8 @@ def columns(linear: DenseLinear, start: int, stop: int) -> DenseLinear:
 
 def test_fp8_layers_read_rows_that_the_kernels_rounded(tiny_model: MakeTiny) -> None:
     folder, batch = tiny_model("qwen2").folder, batch_of(REQUESTS)
-    ops = device_ops(DEVICE, torch.float32, fp8_multiply=dequantized_mm)
-    decoder = load(folder, ops, quantization="fp8")
+    build = cuda_build(DEVICE, torch.float32, fp8_multiply=dequantized_mm)
+    decoder = load(folder, build, quantization="fp8")
     bank = adapters_of(decoder)
     lora = mixed(bank, [(count, slot) for count, _, slot in REQUESTS])
     outputs = {
@@ -417,7 +417,7 @@ def test_fp8_layers_read_rows_that_the_kernels_rounded(tiny_model: MakeTiny) -> 
         "output_lora": mixed(bank, [(1, slot) for _, _, slot in REQUESTS]),
     }
     expected, _ = expected_of(decoder, batch, lora)
-    dense, _ = expected_of(load(folder, reference_ops()), batch, lora)
+    dense, _ = expected_of(load(folder, specification()), batch, lora)
     found, _ = found_of(decoder, batch, lora=lora)
     cut, _ = found_of(decoder, batch, lora=lora, **outputs)
     # A sum in another order may round an activation the other way, by a sixteenth of it

@@ -23,7 +23,7 @@ from engine.backends.cuda.streams import HostDevice, Replay
 from engine.backends.cuda.triton import weight_only
 from engine.backends.cuda.triton.crossovers import Choice, Shape, unmeasured
 from engine.backends.cuda.triton.packed_weight import PackedWeight
-from engine.backends.cuda.weight_ops import device_ops
+from engine.backends.cuda.weight_ops import cuda_build
 from engine.lora.weights import load_lora
 from engine.model.loader import load_decoder
 from engine.scheduler.batch import ScheduledBatch, ScheduledRequest
@@ -94,11 +94,9 @@ def make(
     device = Capturing(launches)
     decoder = load_decoder(
         folder,
-        dtype=model.dtype,
-        device=CPU,
+        cuda_build(CPU, model.dtype, fp8_multiply=dequantized_mm),
         max_model_len=MAX_LEN,
         quantization=model.quantization,
-        ops=device_ops(CPU, model.dtype, fp8_multiply=dequantized_mm),
     )
     packed: dict[str, PackedAdapter] = {}
     runner = make_triton_runner(

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from engine.backends.native import structs
 from engine.backends.native.bank import NativeAdapter, NativeAdapterBank, NativeLoraBatch
 from engine.backends.native.library import Context
+from engine.backends.torch.ops import torch_build
 from engine.lora import weights as weights_module
 from engine.lora.weights import AdapterLoadError, LoraWeights, load_lora
 from engine.messages import AdapterFolder
@@ -47,7 +48,7 @@ class Model:
         self.folder = folder / "base"
         write_tiny(self.folder, "qwen2")
         decoder = load_decoder(
-            self.folder, dtype=torch.float32, device=torch.device("cpu"), max_model_len=32
+            self.folder, torch_build(torch.device("cpu"), torch.float32), max_model_len=32
         )
         self.sites = decoder.lora_sites
         self.keys = [(site.layer, site.site) for site in self.sites]

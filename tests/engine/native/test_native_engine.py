@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from engine.backends import load
+from engine.backends.native import load
 from engine.backends.native.build import BuildError
 from engine.backends.native.library import Context
 from engine.config import ConfigError

@@ -1,11 +1,8 @@
-"""The fast plain-torch path, on a CPU or any other device that torch has.
+"""Paged attention by torch: the KV cache as rows of slots, gathered per request.
 
-Linear layers go through oneDNN with weights packed once where the CPU has it: torch's own
-linear lays them out anew on every call. Quantized weights are expanded when they are packed: they
-give their format's numbers and take a dense weight's memory. Attention gathers single slots
-instead of whole blocks, which costs the same and lets padding repeat a slot of the same request,
-so that nothing of another request's KV is ever read. What depends on the batch alone (slots and
-masks) is computed in the first layer and reused by the others.
+Gathers single slots instead of whole blocks, which costs the same and lets padding repeat a slot of
+the same request, so that nothing of another request's KV is ever read. What depends on the batch
+alone (slots and masks) is computed in the first layer and reused by the others.
 """
 
 from collections.abc import Callable
@@ -15,79 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.model import reference
 from engine.model.inputs import AttentionInputs
-from engine.model.quantized_weight import QuantizedWeight, dequantize_to
-
-# ==== Linear ====
-
-Multiply = Callable[[Tensor], Tensor]
-
-
-def select_pack_linear(
-    device: torch.device, dtype: torch.dtype
-) -> Callable[[Tensor | QuantizedWeight, Tensor | None], Multiply]:
-    pack_dense = _pack_onednn if device.type == "cpu" and _onednn_has(dtype) else _pack_plain
-
-    def pack(weight: Tensor | QuantizedWeight, bias: Tensor | None) -> Multiply:
-        if isinstance(weight, QuantizedWeight):
-            weight = dequantize_to(weight, dtype, device)
-        return pack_dense(weight, bias)
-
-    return pack
-
-
-def _onednn_has(dtype: torch.dtype) -> bool:
-    if not torch.backends.mkldnn.is_available():
-        return False
-    if dtype == torch.bfloat16:
-        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return dtype == torch.float32
-
-
-def _pack_plain(weight: Tensor, bias: Tensor | None) -> Multiply:
-    return lambda x: F.linear(x, weight, bias)
-
-
-def _pack_onednn(weight: Tensor, bias: Tensor | None) -> Multiply:
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight)
-    linear = torch.ops.mkldnn._linear_pointwise
-    return lambda x: linear(x, packed, bias, "none", [], "")
-
-
-# ==== Norm, rotary, activation ====
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    if weight.dtype != x.dtype:  # torch's own has no fused path for mixed dtypes
-        return reference.rms_norm(x, weight, eps)
-    return F.rms_norm(x, weight.shape, weight, eps)
-
-
-def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> None:
-    dim = cos.shape[-1]
-    turned = x[..., :dim]
-    swapped = turned.roll(dim // 2, -1)
-    turned.mul_(cos[:, None]).addcmul_(swapped, sin[:, None])
-
-
-def _silu(gate_up: Tensor) -> Tensor:
-    gate, up = gate_up.chunk(2, -1)
-    return F.silu(gate).mul_(up)
-
-
-def _gelu(gate_up: Tensor) -> Tensor:
-    gate, up = gate_up.chunk(2, -1)
-    return F.gelu(gate).mul_(up)
-
-
-def _gelu_tanh(gate_up: Tensor) -> Tensor:
-    gate, up = gate_up.chunk(2, -1)
-    return F.gelu(gate, approximate="tanh").mul_(up)
-
-
-GATED_ACTIVATIONS = {"silu": _silu, "gelu": _gelu, "gelu_tanh": _gelu_tanh}
-
 
 # ==== KV cache as rows ====
 
@@ -148,7 +73,7 @@ class _Plan:
     chunks: tuple[_Chunk, ...]
 
 
-class PagedAttention:
+class GatheredAttention:
     """Remembers the plan of the step under way, one per window size.
 
     The plan belongs to one AttentionInputs object, compared by identity, and goes with it.

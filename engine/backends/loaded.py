@@ -1,0 +1,37 @@
+"""LoadedModel: what loading a model with any of the backends gives."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from engine.backends.runner import Runner
+from engine.config import EngineConfig
+from engine.lora.host_cache import HostAdapter
+from engine.lora.weights import BLayout, LoraWeights
+from engine.model.decoder import Decoder
+from engine.model.layers import Build, LoraSite
+from engine.model.loader import load_decoder
+from engine.settle import Settled
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    make_runner: Callable[[Callable[[str], Any]], Runner]  # given HostAdapters by digest
+    pack_adapter: Callable[[LoraWeights], HostAdapter]  # by any thread
+    lora_sites: tuple[LoraSite, ...]
+    b_layout: BLayout  # of the weights that `pack_adapter` takes
+    weight_bytes: int
+    kernels: str  # what computes: native-avx512, native-avx2, triton or torch
+    max_adapters: int | None = None  # on the device at a time
+
+
+def read_decoder(config: EngineConfig, settled: Settled, build: Build, progress: bool) -> Decoder:
+    """Read the weights. Raises ModelError."""
+    return load_decoder(
+        Path(config.source),
+        build,
+        max_model_len=settled.max_model_len,
+        quantization=config.quantization,
+        progress=progress,
+    )
