@@ -40,6 +40,7 @@ class EngineSection(Section):
     enable_prefix_caching: bool = True
     kernels: str = "auto"
     cuda_graphs: str = "auto"
+    flashinfer: str = "auto"
     lora_side_stream: bool = False
     num_threads: int | None = None
     activations: str = "bf16"

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 KERNELS = ("auto", "torch", "triton")
 CUDA_GRAPHS = ("auto", "off")
+FLASHINFER = ("auto", "off")
 DEVICES = ("auto", "cpu", "cuda")
 QUANTIZATIONS = ("none", "int8", "nf4", "fp8")
 ACTIVATIONS = ("bf16", "int8")
@@ -42,6 +43,7 @@ class EngineConfig:
     enable_prefix_caching: bool = True
     kernels: str = "auto"  # auto: native ones on a CPU, for bfloat16; Triton's on a GPU
     cuda_graphs: str = "auto"  # auto: decode steps are captured at start, on a GPU
+    flashinfer: str = "auto"  # auto: computes prefills on a GPU, where it is installed and passes
     lora_side_stream: bool = False  # on a GPU: shrink beside the base's multiplication
     num_threads: int | None = None  # None: all cores
 
@@ -49,6 +51,7 @@ class EngineConfig:
         _one_of("dtype", self.dtype, DTYPES)
         _one_of("kernels", self.kernels, KERNELS)
         _one_of("cuda_graphs", self.cuda_graphs, CUDA_GRAPHS)
+        _one_of("flashinfer", self.flashinfer, FLASHINFER)
         _one_of("device", self.device, DEVICES)
         _one_of("quantization", self.quantization, QUANTIZATIONS)
         _one_of("activations", self.activations, ACTIVATIONS)

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engine.backends.load import load_model
+from engine.backends.needs import arena_bytes
 from engine.backends.runner import FailedStep, RowOutput, Runner, StepHandle, check_device
 from engine.config import EngineConfig
 from engine.lora.host_cache import HostAdapter, HostCache
@@ -67,7 +68,7 @@ class Engine:
         start = time.perf_counter()
         folder = Path(config.source)
         self.config = config
-        self.settled = s = settle(config)
+        self.settled = s = settle(config, arena_bytes)
         self._clock = clock
         self.model = load_model(config, s, progress=progress)
         self.host = HostCache(config.host_adapter_bytes, self._load_adapter, wake)

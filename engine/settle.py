@@ -1,23 +1,20 @@
-"""What an EngineConfig leaves open, settled once against the checkpoint and the machine."""
+"""Settles what an EngineConfig leaves open, once, against the checkpoint and the machine.
 
-import os
+What a device can compute and hold is the backends' to say: `settle` is given an ArenaBytes.
+"""
+
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
-from engine.backends.cuda.flashinfer import workspace_bytes
-from engine.backends.cuda.fp8 import check_fp8
-from engine.backends.cuda.memory import arena_bytes, needs
-from engine.backends.kv_cache import kv_bytes_per_token
 from engine.config import ConfigError, EngineConfig
 from engine.model.families import read_dtype, read_scheme, read_spec
 from engine.model.quantized_checkpoint import weight_format
-from engine.model.spec import ModelSpec
-from engine.sizes import FORMATS, ModelSize, read_model_size, weight_bytes
+from engine.model.spec import ModelSpec, kv_bytes_per_token
 
 DEFAULT_MAX_MODEL_LEN = 8192
-DEFAULT_MEMORY_BYTES = 2 * 2**30  # on a CPU
 # Prompts are computed at nearly the same rate in pieces of these, and streams wait for one piece.
 DEFAULT_NUM_BATCHED_TOKENS = {"cpu": 128, "cuda": 512}
 
@@ -36,18 +33,38 @@ class Settled:
     num_blocks: int  # of the whole memory; where adapters are, there are fewer
 
 
-def settle(config: EngineConfig) -> Settled:
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """What a model asks of its device, settled before the device's memory is divided."""
+
+    config: EngineConfig
+    spec: ModelSpec
+    dtype: torch.dtype
+    weight_format: str
+    device: torch.device
+    max_num_batched_tokens: int
+    least_bytes: int  # of KV blocks, for one sequence of max_model_len
+
+
+class ArenaBytes(Protocol):
+    def __call__(self, demand: Demand) -> int:
+        """Bytes for KV blocks and adapters together.
+
+        Raises ConfigError for what the device cannot compute, and where it has too little memory.
+        """
+        ...
+
+
+def settle(config: EngineConfig, arena_bytes: ArenaBytes) -> Settled:
     """Raises ConfigError or ModelError; reads the model's config files but no weights."""
     folder = Path(config.source)
     spec = read_spec(folder, config.max_model_len)
     dtype, device = _dtype(config, folder), _device(config)
     kv_dtype, form = _kv_dtype(config, dtype, device), _weight_format(config, folder)
-    if form == "fp8":
-        _check_fp8(device, dtype)
-    _check_kernels(config, device)
     block_bytes = config.block_size * kv_bytes_per_token(spec, kv_dtype)
     least = _num_blocks(config.max_model_len or 2, config) * block_bytes
-    memory_bytes = _memory_bytes(config, spec, dtype, device, least)
+    rows = _max_num_batched_tokens(config, device)
+    memory_bytes = arena_bytes(Demand(config, spec, dtype, form, device, rows, least))
     max_model_len = _max_model_len(config, spec, memory_bytes, block_bytes)
     if config.max_model_len is None:
         spec = read_spec(folder, max_model_len)
@@ -57,7 +74,7 @@ def settle(config: EngineConfig) -> Settled:
         kv_dtype=kv_dtype,
         weight_format=form,
         device=device,
-        max_num_batched_tokens=_max_num_batched_tokens(config, device),
+        max_num_batched_tokens=rows,
         max_model_len=max_model_len,
         memory_bytes=memory_bytes,
         block_bytes=block_bytes,
@@ -104,44 +121,6 @@ def _bytes_beside_adapters(config: EngineConfig, memory_bytes: int) -> int:
     return memory_bytes - (quarter if most is None else min(quarter, most))
 
 
-def _memory_bytes(
-    config: EngineConfig, spec: ModelSpec, dtype: torch.dtype, device: torch.device, least: int
-) -> int:
-    """On a GPU what is asked for must be there beside the weights; raises ConfigError."""
-    if device.type != "cuda":
-        return DEFAULT_MEMORY_BYTES if config.memory_bytes is None else config.memory_bytes
-    size = read_model_size(Path(config.source), config.quantization)
-    free, total = torch.cuda.mem_get_info(device)
-    weights = weight_bytes(size, size.form)
-    rows, seqs = _max_num_batched_tokens(config, device), config.max_num_seqs
-    scratch = _scratch_bytes(size, dtype) + workspace_bytes(len(set(spec.windows)))
-    is_fp8 = size.form.quantization == "fp8"
-    needed = needs(weights, spec, rows, seqs, dtype, total, scratch, is_fp8=is_fp8)
-    advice = "lower max_num_batched_tokens or max_model_len"
-    if size.form.quantization == "none":
-        nf4 = weight_bytes(size, next(form for form in FORMATS if form.name == "nf4"))
-        advice = f"quantization='nf4' takes {nf4 / 2**30:.2f} GiB for the weights, or {advice}"
-    return arena_bytes(free, needed, config.memory_bytes, least, advice)
-
-
-def _scratch_bytes(size: ModelSize, dtype: torch.dtype) -> int:
-    """Of the largest layer that is made dense for a multiplication with many rows."""
-    if size.form.quantization in ("none", "fp8"):
-        return 0
-    numel: dict[str, int] = {}
-    for linear in size.linears:
-        numel[linear.site] = numel.get(linear.site, 0) + linear.numel
-    return max(numel.values()) // size.spec.num_layers * dtype.itemsize
-
-
-def _check_kernels(config: EngineConfig, device: torch.device) -> None:
-    if config.kernels == "triton" and device.type != "cuda" and not is_interpreting():
-        raise ConfigError(
-            "kernels='triton' needs a CUDA device, or TRITON_INTERPRET=1 to try them on a CPU; "
-            "use 'auto'"
-        )
-
-
 def _dtype(config: EngineConfig, folder: Path) -> torch.dtype:
     """auto: a float32 checkpoint stays float32, any other is computed in bfloat16."""
     if config.dtype != "auto":
@@ -170,18 +149,6 @@ def _weight_format(config: EngineConfig, folder: Path) -> str:
             f"{'dense ones' if form == 'none' else form}; use 'bf16'"
         )
     return form
-
-
-def _check_fp8(device: torch.device, dtype: torch.dtype) -> None:
-    try:
-        check_fp8(device, dtype)
-    except ValueError as error:
-        raise ConfigError(f"quantization='fp8': {error}") from None
-
-
-def is_interpreting() -> bool:
-    """Whether Triton's kernels run on a CPU, in its interpreter."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def _device(config: EngineConfig) -> torch.device:

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 
-from engine.backends.kv_cache import kv_bytes_per_token
 from engine.model.decoder import Decoder
 from engine.model.families import read_dtype, read_scheme, read_spec
 from engine.model.layers import Build
@@ -17,7 +16,7 @@ from engine.model.quantize import NF4_BLOCK, check_quantizable
 from engine.model.quantized_checkpoint import weight_format
 from engine.model.quantized_weight import BYTE_FORMATS
 from engine.model.reference import TORCH_OPS, WEIGHT_OPS
-from engine.model.spec import ModelSpec
+from engine.model.spec import ModelSpec, kv_bytes_per_token
 
 ATTENTION_SITES = ("qkv", "o")
 SCALE_BYTES = 4  # a float32 per row (int8, fp8), block (nf4) or group (int4, and a zero each)

@@ -1,4 +1,4 @@
-"""The paged K/V tensor: how many blocks fit, and the one allocation that holds them.
+"""The paged K/V tensor: the one allocation that holds its blocks, and copies between them.
 
 Layout is block-major, `[num_blocks, num_layers, 2, block_size, H_kv, D]`: a block is one
 contiguous piece of memory, so that it can be copied, evicted or moved as a unit.
@@ -8,18 +8,8 @@ from collections.abc import Sequence
 
 import torch
 
-from engine.model.spec import ModelSpec
+from engine.model.spec import ModelSpec, kv_bytes_per_token
 from engine.scheduler.batch import BlockCopy
-
-SCALE_BYTES = 4  # int8 keys and values have a float32 scale per position and head
-
-
-def kv_bytes_per_token(spec: ModelSpec, dtype: torch.dtype) -> int:
-    """2 (K and V) x layers x KV heads x bytes per head; `dtype` is that of keys and values."""
-    head_bytes = spec.head_dim * dtype.itemsize
-    if dtype == torch.int8:
-        head_bytes += SCALE_BYTES
-    return 2 * spec.num_layers * spec.num_kv_heads * head_bytes
 
 
 def allocate_kv_cache(

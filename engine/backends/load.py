@@ -8,13 +8,14 @@ import logging
 
 import torch
 
+from engine.backends.cuda.checks import is_interpreting
 from engine.backends.loaded import LoadedModel
 from engine.backends.native.build import BuildError
 from engine.backends.native.library import Context
 from engine.backends.native.load import load_native, open_native
 from engine.backends.torch.load import load_torch
 from engine.config import ConfigError, EngineConfig
-from engine.settle import Settled, is_interpreting
+from engine.settle import Settled
 
 log = logging.getLogger(__name__)
 

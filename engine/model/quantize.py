@@ -12,7 +12,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from engine.backends.cuda.fp8 import E4M3, MULTIPLE, quantize_rows
+from engine.model.fp8 import E4M3, MULTIPLE, quantize_rows
 from engine.model.layers import LoraSite
 from engine.model.quantized_weight import CHUNK_VALUES, NF4_VALUES, QuantizedWeight, pack_pairs
 from engine.model.spec import ModelError

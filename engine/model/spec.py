@@ -5,7 +5,11 @@ Names no family and reads no file: `families` translates a checkpoint's config i
 
 from dataclasses import dataclass
 
+import torch
+
 from engine.model.rotary import Rotary
+
+KV_SCALE_BYTES = 4  # int8 keys and values have a float32 scale per position and head
 
 
 class ModelError(ValueError):
@@ -49,3 +53,11 @@ class ModelSpec:
     residual_scale: float  # factor on what attention and mlp add
     logit_scale: float
     logit_soft_cap: float | None
+
+
+def kv_bytes_per_token(spec: ModelSpec, dtype: torch.dtype) -> int:
+    """2 (K and V) x layers x KV heads x bytes per head; `dtype` is that of keys and values."""
+    head_bytes = spec.head_dim * dtype.itemsize
+    if dtype == torch.int8:
+        head_bytes += KV_SCALE_BYTES
+    return 2 * spec.num_layers * spec.num_kv_heads * head_bytes

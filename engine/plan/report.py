@@ -9,10 +9,9 @@ from pathlib import Path
 
 import torch
 
-from engine.backends.kv_cache import SCALE_BYTES, kv_bytes_per_token
 from engine.byte_size import format_byte_size
 from engine.model.quantize import NF4_BLOCK
-from engine.model.spec import ModelError
+from engine.model.spec import KV_SCALE_BYTES, ModelError, kv_bytes_per_token
 from engine.plan.machine import given_or_measured
 from engine.sizes import (
     Load,
@@ -108,9 +107,11 @@ def _weights(size: ModelSize) -> Iterator[str]:
 
 def _kv(size: ModelSize, load: Load) -> Iterator[str]:
     spec, dtype = size.spec, load.kv_dtype or size.dtype
-    scale = f", and {SCALE_BYTES} bytes of scale per head" if dtype == torch.int8 else ""
+    scale = f", and {KV_SCALE_BYTES} bytes of scale per head" if dtype == torch.int8 else ""
     head = (
-        f"{spec.head_dim} x {dtype.itemsize}" if not scale else f"({spec.head_dim} + {SCALE_BYTES})"
+        f"{spec.head_dim} x {dtype.itemsize}"
+        if not scale
+        else f"({spec.head_dim} + {KV_SCALE_BYTES})"
     )
     yield f"\nKV cache in {_name(dtype)}"
     yield f"  2 (K and V) x layers x KV heads x head dim x bytes per value, per token{scale}:"

@@ -19,10 +19,10 @@ from engine.backends.cuda.fp8 import dequantized_mm
 from engine.backends.cuda.runner import DeviceRunner
 from engine.backends.cuda.streams import CudaDevice, Device, HostDevice
 from engine.backends.cuda.weight_ops import cuda_build
-from engine.backends.kv_cache import kv_bytes_per_token
 from engine.backends.runner import StepHandle
 from engine.model.decoder import Decoder
 from engine.model.loader import weight_bytes
+from engine.model.spec import kv_bytes_per_token
 from engine.scheduler.batch import PENDING, AdapterLoad, ScheduledBatch, ScheduledRequest
 from tests.bench.gpu_clock import wake
 from tests.bench.gpu_model import digest_of, random_adapter, random_decoder

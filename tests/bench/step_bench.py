@@ -17,13 +17,13 @@ from pathlib import Path
 
 import torch
 
-from engine.backends.kv_cache import kv_bytes_per_token
 from engine.backends.native.forward import NativeForward
 from engine.backends.native.library import Context
 from engine.backends.native.linear import NativeLinear
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.messages import AdapterFolder, GenerateRequest
+from engine.model.spec import kv_bytes_per_token
 from engine.plan.machine import measure as measure_machine
 from engine.scheduler.request import SamplingParams
 from engine.sizes import Machine

@@ -6,11 +6,10 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from engine.backends.cuda.memory import Needs, arena_bytes
+from engine.backends.cuda.memory import Needs, _scratch_bytes, arena_bytes
 from engine.backends.torch.ops import torch_build
 from engine.config import ConfigError
 from engine.model.loader import load_decoder
-from engine.settle import _scratch_bytes
 from engine.sizes import read_model_size
 from tests.engine.tiny import Tiny
 

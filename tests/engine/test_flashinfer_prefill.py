@@ -1,5 +1,6 @@
 """FlashInfer's prefills, by a stand-in that does in plain torch what its arguments say."""
 
+import importlib.util
 import logging
 import math
 import sys
@@ -14,22 +15,25 @@ from torch import Tensor
 
 from engine.backends.cuda import assembly as triton_runner
 from engine.backends.cuda.assembly import AdapterLimits, make_triton_runner
+from engine.backends.cuda.checks import is_interpreting
 from engine.backends.cuda.flashinfer import (
     FlashInferPrefill,
     PrefillShape,
     Scores,
     choose_flashinfer,
-    is_allowed,
     workspace_bytes,
 )
 from engine.backends.cuda.forward import StepLimits
+from engine.backends.cuda.memory import _flashinfer_bytes
 from engine.backends.cuda.positions import DevicePositions, copy_positions, prefill_pages
 from engine.backends.cuda.streams import HostDevice
 from engine.backends.cuda.triton.attention import TritonAttention
 from engine.backends.cuda.weight_ops import cuda_build
 from engine.backends.torch.ops import torch_build
+from engine.config import EngineConfig
+from engine.model.families import read_spec
 from engine.model.loader import load_decoder
-from engine.settle import is_interpreting
+from engine.settle import Demand
 from tests.engine.cuda.attention_batch import Batch, Request, make_batch, oracle
 from tests.engine.generations import drive, expected, generations_of, greedy
 from tests.engine.tiny import Tiny
@@ -277,12 +281,19 @@ def test_where_it_is_not_installed_our_kernel_computes(
     assert "does not import" in caplog.text
 
 
-def test_the_environment_forbids_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("REEF_FLASHINFER", raising=False)
-    assert is_allowed()
-    monkeypatch.setenv("REEF_FLASHINFER", "0")
-    assert not is_allowed()
-    assert workspace_bytes(1) == 0
+def test_the_config_forbids_it(
+    monkeypatch: pytest.MonkeyPatch, tiny_model: Callable[..., Tiny]
+) -> None:
+    folder = tiny_model("llama").folder
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    kept: dict[str, int] = {}
+    for flashinfer in ("auto", "off"):
+        config = EngineConfig(str(folder), flashinfer=flashinfer)
+        spec = read_spec(folder, None)
+        demand = Demand(config, spec, torch.bfloat16, "none", torch.device("cuda"), 16, 0)
+        kept[flashinfer] = _flashinfer_bytes(demand)
+    assert kept == {"auto": workspace_bytes(1), "off": 0}
+    assert kept["auto"] > 2**27
 
 
 # ==== In the runner ====

@@ -6,11 +6,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from engine.backends.cuda import fp8
-from engine.backends.cuda.fp8 import Fp8Linear, check_fp8, dequantized_mm, quantize_rows, scaled_mm
+from engine.backends.cuda.fp8 import Fp8Linear, check_fp8, dequantized_mm, scaled_mm
 from engine.backends.cuda.weight_ops import cuda_build
+from engine.backends.needs import arena_bytes
 from engine.backends.torch.ops import torch_build
 from engine.config import ConfigError, EngineConfig
+from engine.model import fp8
+from engine.model.fp8 import quantize_rows
 from engine.model.loader import load_decoder
 from engine.model.quantize import quantize_fp8
 from engine.model.quantized_weight import dequantize, join
@@ -103,7 +105,7 @@ def test_a_cpu_engine_is_refused_with_what_would_work(tiny_model: MakeTiny) -> N
     config = EngineConfig(folder, quantization="fp8", device="cpu", memory_bytes=2**22)
     expected = r"quantization='fp8'.* CUDA device of capability 8\.9 .*not cpu; use 'int8' or 'nf4'"
     with pytest.raises(ConfigError, match=expected):
-        settle(config)
+        settle(config, arena_bytes)
 
 
 def test_a_gpu_is_asked_for_its_capability(monkeypatch: pytest.MonkeyPatch) -> None:

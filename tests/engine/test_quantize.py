@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from deployments.config import load_config
-from engine.backends.kv_cache import kv_bytes_per_token
+from engine.backends.needs import arena_bytes
 from engine.backends.torch.ops import select_pack_linear, torch_build
 from engine.config import ConfigError, EngineConfig
 from engine.engine import Engine
@@ -35,7 +35,7 @@ from engine.model.quantized_weight import (
     pack_pairs,
     unpack_pairs,
 )
-from engine.model.spec import ModelError
+from engine.model.spec import ModelError, kv_bytes_per_token
 from engine.settle import settle
 from tests.engine.driver import generate, make_engine, run, write_adapter
 from tests.engine.driver import greedy as driver_greedy
@@ -420,16 +420,16 @@ def test_the_config_file_reaches_the_engine() -> None:
 def test_int8_activations_are_refused_where_no_weights_take_them(tiny_model: MakeTiny) -> None:
     folder = tiny_model("llama", **WIDE).folder
     for quantization in ("int8", "nf4"):
-        settled = settle(config(folder, quantization=quantization, activations="int8"))
+        settled = settle(config(folder, quantization=quantization, activations="int8"), arena_bytes)
         assert settled.weight_format == quantization
     with pytest.raises(ConfigError, match=r"activations='int8' .* not dense ones"):
-        settle(config(folder, activations="int8"))
+        settle(config(folder, activations="int8"), arena_bytes)
 
 
 def test_int8_kv_gives_room_for_more_tokens(tiny_model: MakeTiny) -> None:
     folder = tiny_model("llama", **WIDE).folder
-    plain = settle(config(folder, dtype="bfloat16"))
-    small = settle(config(folder, dtype="bfloat16", kv_dtype="int8"))
+    plain = settle(config(folder, dtype="bfloat16"), arena_bytes)
+    small = settle(config(folder, dtype="bfloat16", kv_dtype="int8"), arena_bytes)
     assert (plain.kv_dtype, small.kv_dtype) == (torch.bfloat16, torch.int8)
     spec = plain.spec
     assert kv_bytes_per_token(spec, torch.int8) == 2 * 3 * 2 * (16 + 4)
@@ -437,7 +437,7 @@ def test_int8_kv_gives_room_for_more_tokens(tiny_model: MakeTiny) -> None:
     assert small.num_blocks == room // (16 * kv_bytes_per_token(spec, torch.int8))
     assert plain.num_blocks == room // (16 * 2 * 3 * 2 * 16 * 2)
     with pytest.raises(ConfigError, match=r"kv_dtype='int8' .*torch\.float32 on cpu"):
-        settle(config(folder, dtype="float32", kv_dtype="int8"))
+        settle(config(folder, dtype="float32", kv_dtype="int8"), arena_bytes)
 
 
 def test_the_engine_serves_and_counts_quantized_weights(tiny_model: MakeTiny) -> None:

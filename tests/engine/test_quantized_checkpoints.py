@@ -21,6 +21,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from engine import sizes as arithmetic
+from engine.backends.needs import arena_bytes
 from engine.backends.torch.ops import torch_build
 from engine.config import ConfigError, EngineConfig
 from engine.messages import GenerateRequest
@@ -686,17 +687,19 @@ def test_a_quantized_checkpoint_is_not_quantized_again(
             folder, torch_build(CPU, torch.float32), max_model_len=8, quantization=quantization
         )
     with pytest.raises(ModelError, match=message):
-        settle(EngineConfig(str(folder), quantization=quantization, device="cpu"))
+        settle(EngineConfig(str(folder), quantization=quantization, device="cpu"), arena_bytes)
 
 
 def test_int8_activations_need_weights_that_take_them(
     make_bnb: MakeBnb, make_written: MakeWritten
 ) -> None:
-    settled = settle(EngineConfig(str(make_bnb("nf4")), activations="int8", device="cpu"))
+    settled = settle(
+        EngineConfig(str(make_bnb("nf4")), activations="int8", device="cpu"), arena_bytes
+    )
     assert settled.weight_format == "nf4"
     folder = make_written("awq").folder
     with pytest.raises(ConfigError, match=r"activations='int8' .* not int4"):
-        settle(EngineConfig(str(folder), activations="int8", device="cpu"))
+        settle(EngineConfig(str(folder), activations="int8", device="cpu"), arena_bytes)
 
 
 # ==== The plan ====

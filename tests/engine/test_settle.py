@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from engine.backends.needs import arena_bytes
 from engine.config import ConfigError, EngineConfig
 from engine.settle import settle
 from tests.engine.tiny import write_tiny
@@ -26,7 +27,7 @@ def test_half_of_a_step_is_left_to_prompts_unless_the_config_says_otherwise(
     config = EngineConfig(
         str(folder), device="cpu", max_num_seqs=max_num_seqs, max_num_batched_tokens=told
     )
-    assert settle(config).max_num_batched_tokens == settled
+    assert settle(config, arena_bytes).max_num_batched_tokens == settled
 
 
 def test_a_step_too_small_for_the_running_requests_is_refused() -> None:

@@ -9,7 +9,6 @@ long keys is its own choice: the last bits of a row may depend on the rest of th
 import importlib
 import importlib.util
 import logging
-import os
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
@@ -131,14 +130,9 @@ class FlashInferPrefill:
         )
 
 
-def is_allowed() -> bool:
-    """REEF_FLASHINFER=0 in the environment: our own kernel computes prefills in any case."""
-    return os.environ.get("REEF_FLASHINFER") != "0"
-
-
 def workspace_bytes(num_kinds: int) -> int:
-    """What a FlashInferPrefill of so many kinds of scores takes; 0 where there will be none."""
-    if not is_allowed() or importlib.util.find_spec("flashinfer") is None:
+    """Bytes that a FlashInferPrefill of so many kinds of scores takes; 0 if it is not installed."""
+    if importlib.util.find_spec("flashinfer") is None:
         return 0
     return WORKSPACE_BYTES + num_kinds * WRAPPER_BYTES
 

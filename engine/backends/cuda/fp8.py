@@ -5,44 +5,15 @@ or higher has. Elsewhere the format is refused: see `check_fp8`. `dequantized_mm
 slowly anywhere, for tests.
 """
 
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from engine.model.fp8 import MULTIPLE, E4m3Rows, quantize_rows
 from engine.model.quantized_weight import QuantizedWeight
 
-E4M3 = torch.float8_e4m3fn
-LARGEST = 448.0  # of e4m3
-TINY = 1e-12  # rows below it have its scale: 1 / scale must not overflow
 CAPABILITY = (8, 9)  # the first with FP8 in its tensor cores
-MULTIPLE = 16  # of inputs and outputs, which `_scaled_mm` wants
-
-
-@dataclass(frozen=True, slots=True)
-class E4m3Rows:
-    """x = codes * scales. codes e4m3 [N, in], contiguous; scales float32 [N, 1]."""
-
-    codes: Tensor
-    scales: Tensor
-
-    @staticmethod
-    def empty(rows: int, width: int, device: torch.device) -> "E4m3Rows":
-        codes = torch.empty(rows, width, dtype=E4M3, device=device)
-        return E4m3Rows(codes, torch.empty(rows, 1, device=device))
-
-    def first(self, rows: int) -> "E4m3Rows":
-        return E4m3Rows(self.codes[:rows], self.scales[:rows])
-
-
-def quantize_rows(x: Tensor) -> E4m3Rows:
-    """x [N, in] of any float; scale = max|x| / 448, codes rounded to nearest even."""
-    wide = x.float()
-    largest = wide.abs().amax(1, keepdim=True).clamp(min=TINY)
-    limit = torch.full_like(largest, LARGEST)  # by a number, CUDA would not divide but multiply
-    codes = (wide * (limit / largest)).clamp(-LARGEST, LARGEST).to(E4M3)
-    return E4m3Rows(codes, largest / limit)
 
 
 class ScaledMm(Protocol):

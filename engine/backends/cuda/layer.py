@@ -6,13 +6,14 @@ from typing import Any, Protocol, cast
 
 from torch import Tensor, nn
 
-from engine.backends.cuda.fp8 import E4m3Rows, Fp8Linear
+from engine.backends.cuda.fp8 import Fp8Linear
 from engine.backends.cuda.triton.fp8_rows import quantize_rows
 from engine.backends.cuda.triton.gate import gate
 from engine.backends.cuda.triton.norm import add_rms_norm
 from engine.backends.cuda.triton.rotary import rotate_and_store
 from engine.backends.cuda.weight_ops import DeviceLinear
 from engine.model.decoder import Attention, Decoder, DecoderLayer, HeadNorms
+from engine.model.fp8 import E4m3Rows
 from engine.model.inputs import LoraBatch, LoraBatchInParts
 from engine.model.layers import Linear, RmsNorm, Scale
 from engine.model.rotary import RotaryTable

@@ -6,7 +6,6 @@ import torch
 
 from engine.backends.cuda.adapter_copies import PackedAdapter
 from engine.backends.cuda.assembly import AdapterLimits, adapter_packer, make_triton_runner
-from engine.backends.cuda.flashinfer import is_allowed
 from engine.backends.cuda.forward import StepLimits
 from engine.backends.cuda.streams import CudaDevice, Device, HostDevice
 from engine.backends.cuda.triton.attention_tile import MAX_HEAD_DIM
@@ -41,7 +40,7 @@ def load_triton(config: EngineConfig, s: Settled, *, progress: bool) -> LoadedMo
             host_adapter,
             uses_graphs=config.cuda_graphs == "auto",
             lora_side_stream=config.lora_side_stream,
-            tries_flashinfer=s.device.type == "cuda" and is_allowed(),
+            tries_flashinfer=s.device.type == "cuda" and config.flashinfer == "auto",
             progress=progress,
         ).runner
 

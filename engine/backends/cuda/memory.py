@@ -1,14 +1,18 @@
-"""What a GPU's memory is divided into, decided before anything is loaded.
+"""Divides a GPU's memory before anything is loaded.
 
 free  =  weights  +  buffers of a step  +  reserve  +  arena of KV blocks and adapters
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
+from engine.backends.cuda.flashinfer import workspace_bytes
 from engine.config import ConfigError
 from engine.model.spec import ModelSpec
+from engine.settle import Demand
+from engine.sizes import FORMATS, ModelSize, read_model_size, weight_bytes
 
 # CUDA graphs, libraries' workspaces and what the allocator cannot use of its pieces
 RESERVE_BYTES = 3 * 2**29
@@ -28,6 +32,24 @@ class Needs:
         return self.weights + self.buffers + self.reserve
 
 
+def memory_bytes(demand: Demand) -> int:
+    """Bytes for KV blocks and adapters, which must be there beside the weights."""
+    config = demand.config
+    size = read_model_size(Path(config.source), config.quantization)
+    free, total = torch.cuda.mem_get_info(demand.device)
+    needed = needs(
+        weight_bytes(size, size.form),
+        demand.spec,
+        demand.max_num_batched_tokens,
+        config.max_num_seqs,
+        demand.dtype,
+        total,
+        _scratch_bytes(size, demand.dtype) + _flashinfer_bytes(demand),
+        is_fp8=size.form.quantization == "fp8",
+    )
+    return arena_bytes(free, needed, config.memory_bytes, demand.least_bytes, _advice(size))
+
+
 def needs(
     weights: int,
     spec: ModelSpec,
@@ -39,8 +61,11 @@ def needs(
     *,
     is_fp8: bool = False,
 ) -> Needs:
-    """Of a model with so many bytes of weights, on a device with so many bytes in all. `scratch`
-    is what its layers in few bits use in turn."""
+    """Memory that must stay outside the arena, for these weights on this device.
+
+    `weights` and `device` are bytes, the latter in all; `scratch` is what low-bit layers and
+    libraries use in turn.
+    """
     row_bytes = _activation_width(spec) * dtype.itemsize + (_rounded_bytes(spec) if is_fp8 else 0)
     activations = max_rows * row_bytes
     logits = 3 * max_num_seqs * spec.vocab_size * 4  # as they come, their logarithms, and a copy
@@ -67,6 +92,30 @@ def arena_bytes(free: int, needs: Needs, asked: int | None, least: int, advice: 
         raise ConfigError(f"{what} needs {_gib(wanted)}: {there}; memory_bytes={room} would fit")
     missing = _gib(least - room)
     raise ConfigError(f"{what} needs {_gib(wanted)}: {there}; {missing} are missing: {advice}")
+
+
+def _advice(size: ModelSize) -> str:
+    advice = "lower max_num_batched_tokens or max_model_len"
+    if size.form.quantization != "none":
+        return advice
+    nf4 = weight_bytes(size, next(form for form in FORMATS if form.name == "nf4"))
+    return f"quantization='nf4' takes {nf4 / 2**30:.2f} GiB for the weights, or {advice}"
+
+
+def _flashinfer_bytes(demand: Demand) -> int:
+    if demand.config.flashinfer == "off":
+        return 0
+    return workspace_bytes(len(set(demand.spec.windows)))
+
+
+def _scratch_bytes(size: ModelSize, dtype: torch.dtype) -> int:
+    """Of the largest layer that is made dense for a multiplication with many rows."""
+    if size.form.quantization in ("none", "fp8"):
+        return 0
+    numel: dict[str, int] = {}
+    for linear in size.linears:
+        numel[linear.site] = numel.get(linear.site, 0) + linear.numel
+    return max(numel.values()) // size.spec.num_layers * dtype.itemsize
 
 
 def _activation_width(spec: ModelSpec) -> int:

@@ -13,6 +13,7 @@ import torch
 
 from engine.backends.cuda.adapter_copies import PackedAdapter
 from engine.backends.cuda.assembly import AdapterLimits, adapter_packer, make_triton_runner
+from engine.backends.cuda.checks import is_interpreting
 from engine.backends.cuda.forward import StepLimits
 from engine.backends.cuda.runner import DeviceRunner
 from engine.backends.cuda.streams import HostDevice
@@ -24,7 +25,6 @@ from engine.model.layers import Build
 from engine.model.loader import load_decoder
 from engine.scheduler.batch import AdapterLoad, AdapterMove, ScheduledBatch
 from engine.scheduler.request import SamplingParams
-from engine.settle import is_interpreting
 from tests.engine.driver import write_adapter
 from tests.engine.generations import (
     Generation,

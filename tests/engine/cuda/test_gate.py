@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from engine.backends.cuda.fp8 import E4m3Rows, quantize_rows
 from engine.backends.cuda.triton.gate import ACTIVATIONS, BLOCK, gate
 from engine.model import reference
+from engine.model.fp8 import E4m3Rows, quantize_rows
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from engine.backends.cuda.bank import DeviceAdapterBank
 from engine.backends.cuda.extent import UNIT_BYTES, extent_nbytes
-from engine.backends.cuda.fp8 import E4m3Rows
 from engine.backends.cuda.triton.attention_decode import decode_scratch_numel, paged_decode
 from engine.backends.cuda.triton.attention_prefill import paged_prefill, prefill_scratch_numel
 from engine.backends.cuda.triton.crossovers import Tiles
@@ -25,6 +24,7 @@ from engine.backends.cuda.triton.norm import add_rms_norm
 from engine.backends.cuda.triton.packed_weight import pack
 from engine.backends.cuda.triton.rotary import rotate_and_store
 from engine.model import reference
+from engine.model.fp8 import E4m3Rows
 from engine.model.rotary import Rotary, RotaryTable, Unscaled
 from tests.engine.cuda.adapters import load, make_adapter, make_sites
 from tests.engine.cuda.test_fourbit import make_weight

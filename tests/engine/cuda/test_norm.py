@@ -5,12 +5,12 @@ import itertools
 import pytest
 import torch
 
-from engine.backends.cuda.fp8 import E4M3, E4m3Rows
-from engine.backends.cuda.fp8 import quantize_rows as plainly_quantized
 from engine.backends.cuda.triton.fp8_rows import quantize_rows
 from engine.backends.cuda.triton.launch import MAX_WIDTH
 from engine.backends.cuda.triton.norm import add_rms_norm
 from engine.model import reference
+from engine.model.fp8 import E4M3, E4m3Rows
+from engine.model.fp8 import quantize_rows as plainly_quantized
 
 EPS = 1e-5
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

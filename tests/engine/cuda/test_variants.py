@@ -16,6 +16,7 @@ import torch
 
 from engine.backends.cuda.adapter_copies import PackedAdapter
 from engine.backends.cuda.assembly import AdapterLimits, adapter_packer, make_triton_runner
+from engine.backends.cuda.checks import is_interpreting
 from engine.backends.cuda.forward import StepLimits
 from engine.backends.cuda.fp8 import dequantized_mm
 from engine.backends.cuda.runner import DeviceRunner
@@ -28,7 +29,6 @@ from engine.lora.weights import load_lora
 from engine.model.loader import load_decoder
 from engine.scheduler.batch import ScheduledBatch, ScheduledRequest
 from engine.scheduler.request import SamplingParams
-from engine.settle import is_interpreting
 from tests.engine.cuda.launches import Launches
 from tests.engine.driver import write_adapter
 from tests.engine.generations import loads_at_the_end

@@ -9,8 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
-from engine.backends.cuda.fp8 import E4m3Rows
 from engine.backends.cuda.triton.launch import block_of, warps_of
+from engine.model.fp8 import E4m3Rows
 
 
 @triton.jit

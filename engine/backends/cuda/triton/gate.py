@@ -4,9 +4,9 @@ import torch
 import triton
 import triton.language as tl
 
-from engine.backends.cuda.fp8 import E4m3Rows
 from engine.backends.cuda.triton.fp8_rows import store_e4m3
 from engine.backends.cuda.triton.launch import block_of, warps_of
+from engine.model.fp8 import E4m3Rows
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 BLOCK = 1024  # values per program, if a row can be split
