@@ -294,13 +294,7 @@ class Engine:
     def _load_adapter(self, folder: AdapterFolder) -> HostAdapter:
         """Runs in the host cache's threads."""
         s = self.settled
-        weights = load_lora(
-            folder,
-            self.model.lora_sites,
-            s.dtype,
-            b_layout=self.model.b_layout,
-        )
-        packed = self.model.pack_adapter(weights)
+        packed = self.model.pack_adapter(load_lora(folder, self.model.lora_sites, s.dtype))
         most, name = self.config.adapter_memory_bytes, "adapter_memory_bytes"
         if most is None:
             most, name = s.memory_bytes, "memory_bytes"

@@ -8,7 +8,7 @@ from typing import Any
 from engine.backends.runner import Runner
 from engine.config import EngineConfig
 from engine.lora.host_cache import HostAdapter
-from engine.lora.weights import BLayout, LoraWeights
+from engine.lora.weights import LoraWeights
 from engine.model.decoder import Decoder
 from engine.model.layers import Build, LoraSite
 from engine.model.loader import load_decoder
@@ -20,7 +20,6 @@ class LoadedModel:
     make_runner: Callable[[Callable[[str], Any]], Runner]  # given HostAdapters by digest
     pack_adapter: Callable[[LoraWeights], HostAdapter]  # by any thread
     lora_sites: tuple[LoraSite, ...]
-    b_layout: BLayout  # of the weights that `pack_adapter` takes
     weight_bytes: int
     kernels: str  # what computes: native-avx512, native-avx2, triton or torch
     max_adapters: int | None = None  # on the device at a time

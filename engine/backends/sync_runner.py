@@ -1,7 +1,7 @@
 """SyncRunner: a Runner that computes a step when it is launched; torch and native share it."""
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -10,7 +10,6 @@ from engine.backends.row_outputs import row_outputs
 from engine.backends.rows import LOGITS_ROWS, wanted_rows
 from engine.backends.runner import FinishedStep, RowOutput
 from engine.backends.sampler import NotFinite, Picker, SampledToken, sample, target_logprobs
-from engine.lora.weights import LoraWeights
 from engine.messages import TokenLogprobs
 from engine.scheduler.batch import AdapterLoad, Move, ScheduledBatch, ScheduledRequest
 from engine.scheduler.request import SamplingParams
@@ -19,7 +18,9 @@ from engine.scheduler.request import SamplingParams
 class ForwardPass(Protocol):
     """The model with its KV cache and adapters, on one device and in one implementation."""
 
-    def load_adapter(self, load: AdapterLoad, weights: LoraWeights) -> None: ...
+    def load_adapter(self, load: AdapterLoad, packed: Any) -> None:
+        """`packed` is what the backend's own `pack_adapter` made."""
+        ...
 
     def evict_adapter(self, slot: int) -> None: ...
 
@@ -48,9 +49,9 @@ class SyncRunner:
     pipeline_depth = 0
     loads_are_immediate = True
 
-    def __init__(self, model: ForwardPass, host_weights: Callable[[str], LoraWeights]) -> None:
+    def __init__(self, model: ForwardPass, host_adapter: Callable[[str], Any]) -> None:
         self.model = model
-        self._host_weights = host_weights
+        self._host_adapter = host_adapter
 
     def launch(self, batch: ScheduledBatch) -> FinishedStep:
         return FinishedStep(self.execute(batch))
@@ -79,7 +80,7 @@ class SyncRunner:
             self.model.evict_adapter(slot)
         self.model.move(batch.moves)
         for load in batch.adapter_loads:
-            self.model.load_adapter(load, self._host_weights(load.digest))
+            self.model.load_adapter(load, self._host_adapter(load.digest))
 
     def _sample(
         self,

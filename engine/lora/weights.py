@@ -1,35 +1,25 @@
-"""From a verified PEFT folder to LoraWeights: the factors of every site, in kernel layout.
+"""From a verified PEFT folder to LoraWeights: the factors of every site.
 
-Layout: A as [R, in] and B, with the scaling folded in, either rank-major as [R, out] (the
-transpose of PEFT's) or in panels of columns. Modules that read the same input (q, k, v; gate, up)
-share one site and its A.
+A is [R, in], and B is rank-major, [r, out], the transpose of PEFT's, with the scaling folded in.
+Modules that read the same input (q, k, v; gate, up) share one site and its A. A backend that
+multiplies with another layout has it made by its `pack_adapter`.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from adapter_store.errors import AdapterStoreError
 from adapter_store.manifest import LoraModule, read_lora_layout
-from engine.backends.native.memory import ALIGNMENT, separate_bytes
 from engine.messages import AdapterFolder
 from engine.model.decoder import LoraSite
 from engine.model.layers import LoraSlice
 
-# rank_major: B [r, out], what torch multiplies with
-# panels:     B [ceil(out / 32), ceil(r / 2), 32, 2], neighbouring ranks of neighbouring columns
-#             side by side, padded with zeros; what the native kernels multiply with
-BLayout = Literal["rank_major", "panels"]
-PANEL = 32
-
-
-LARGE = 4 * 2**20  # bytes from which an adapter has huge pages of its own
-
 Site = tuple[int, str]  # (layer, site)
+Expand = tuple[int, int, int, int, torch.Tensor]  # (r0, r1, out0, out1, B)
 
 
 class AdapterLoadError(ValueError):
@@ -41,7 +31,7 @@ class SiteWeights:
     """Rows [r0, r1) of `a` and the matching B write output columns [out0, out1)."""
 
     a: torch.Tensor  # [R, in]
-    expands: tuple[tuple[int, int, int, int, torch.Tensor], ...]  # (r0, r1, out0, out1, B)
+    expands: tuple[Expand, ...]
 
     def to(self, device: torch.device) -> "SiteWeights":
         expands = tuple((*e[:4], e[4].to(device, non_blocking=True)) for e in self.expands)
@@ -61,8 +51,7 @@ class LoraWeights:
 
     digest: str
     sites: Sites
-    nbytes: int  # as held, padding included
-    b_layout: BLayout = "rank_major"
+    nbytes: int
 
     def to(self, device: torch.device) -> "LoraWeights":
         if device.type == "cpu":
@@ -71,33 +60,17 @@ class LoraWeights:
 
 
 def load_lora(
-    adapter: AdapterFolder,
-    sites: Sequence[LoraSite],
-    dtype: torch.dtype,
-    *,
-    b_layout: BLayout = "rank_major",
+    adapter_folder: AdapterFolder, sites: Sequence[LoraSite], dtype: torch.dtype
 ) -> LoraWeights:
-    """Read and lay out an adapter. Raises AdapterLoadError."""
-    folder = Path(adapter.path)
+    """Read an adapter. Raises AdapterLoadError."""
+    folder = Path(adapter_folder.path)
     try:
         layout = read_lora_layout(folder)
         with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
-            loaded = _load_sites(dict(layout.modules), sites, file, dtype, b_layout)
+            loaded = _load_sites(dict(layout.modules), sites, file, dtype)
     except (AdapterStoreError, SafetensorError, OSError) as error:
-        raise AdapterLoadError(f"adapter {adapter.digest}: {error}") from error
-    nbytes = sum(s.nbytes for s in loaded.values())
-    if b_layout == "panels" and nbytes >= LARGE:
-        loaded, nbytes = _in_one_piece(loaded)
-    return LoraWeights(adapter.digest, loaded, nbytes, b_layout)
-
-
-def panels(b: torch.Tensor) -> torch.Tensor:
-    """B [out, r] in panels [ceil(out / 32), ceil(r / 2), 32, 2]; 2-byte dtypes only."""
-    if b.shape[1] % 2 or b.shape[0] % PANEL:
-        b = torch.nn.functional.pad(b, (0, b.shape[1] % 2, 0, -b.shape[0] % PANEL))
-    pairs = b.contiguous().view(torch.int32)  # transposing words is what torch is fast at
-    by_pair = pairs.T.contiguous().view(pairs.shape[1], -1, PANEL)
-    return by_pair.transpose(0, 1).contiguous().view(b.dtype).unflatten(2, (PANEL, 2))
+        raise AdapterLoadError(f"adapter {adapter_folder.digest}: {error}") from error
+    return LoraWeights(adapter_folder.digest, loaded, sum(s.nbytes for s in loaded.values()))
 
 
 def _load_sites(
@@ -105,7 +78,6 @@ def _load_sites(
     sites: Sequence[LoraSite],
     file: safe_open,
     dtype: torch.dtype,
-    b_layout: BLayout,
 ) -> Sites:
     loaded: Sites = {}
     for site in sites:
@@ -117,7 +89,7 @@ def _load_sites(
                 adapted.append((module, part, out0))
             out0 += part.out_features
         if adapted:
-            loaded[site.layer, site.site] = _load_site(site, adapted, file, dtype, b_layout)
+            loaded[site.layer, site.site] = _load_site(site, adapted, file, dtype)
     if modules:
         raise AdapterLoadError(f"the base has no linear module {next(iter(modules))!r} to adapt")
     return loaded
@@ -128,17 +100,15 @@ def _load_site(
     adapted: list[tuple[LoraModule, LoraSlice, int]],  # each with its first output column
     file: safe_open,
     dtype: torch.dtype,
-    b_layout: BLayout,
 ) -> SiteWeights:
     a = torch.empty(sum(m.lora_rank for m, *_ in adapted), site.in_features, dtype=dtype)
-    expands: list[tuple[int, int, int, int, torch.Tensor]] = []
+    expands: list[Expand] = []
     r0 = 0
     for module, part, out0 in adapted:
         r1 = r0 + module.lora_rank
         factor_a, factor_b = _factors(module, part, site.in_features, file)
         a[r0:r1] = factor_a
-        b = _scaled(factor_b, dtype, module)
-        b = panels(b) if b_layout == "panels" else b.T.contiguous()
+        b = _scaled(factor_b, dtype, module).T.contiguous()
         expands.append((r0, r1, out0, out0 + part.out_features, b))
         r0 = r1
     return SiteWeights(a, tuple(expands))
@@ -169,21 +139,3 @@ def _scaled(b: torch.Tensor, dtype: torch.dtype, module: LoraModule) -> torch.Te
             f"{module.lora_b}: not finite in {dtype} at scaling {module.scaling}"
         )
     return scaled
-
-
-def _in_one_piece(sites: Sites) -> tuple[Sites, int]:
-    """Copies in huge pages, in the order in which a step reads them; and the bytes they take."""
-    tensors = [t for s in sites.values() for t in (s.a, *(e[4] for e in s.expands))]
-    sizes = [-(-t.nbytes // ALIGNMENT) * ALIGNMENT for t in tensors]
-    block = separate_bytes(sum(sizes))
-    pieces = iter(block[: sum(sizes)].split(sizes))
-
-    def moved(tensor: torch.Tensor) -> torch.Tensor:
-        piece = next(pieces)[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-        return piece.copy_(tensor)
-
-    copies = {
-        key: SiteWeights(moved(site.a), tuple((*e[:4], moved(e[4])) for e in site.expands))
-        for key, site in sites.items()
-    }
-    return copies, block.nbytes

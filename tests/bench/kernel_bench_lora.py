@@ -20,7 +20,8 @@ from torch import Tensor
 from engine.backends.native import structs
 from engine.backends.native.bank import NativeAdapterBank, NativeLoraBatch
 from engine.backends.native.library import FUNCTIONS, Context
-from engine.lora.weights import LoraWeights, SiteWeights
+from engine.backends.native.panels import PanelWeights
+from engine.lora.weights import SiteWeights
 from engine.scheduler.batch import ScheduledBatch, ScheduledRequest
 from engine.scheduler.request import SamplingParams
 
@@ -65,7 +66,7 @@ DECODES = {  # rank of each row's adapter; rows of one name share one
 PREFILLS = {"512 rows, r16": 16, "512 rows, r30": 30, "512 rows, r32": 32, "512 rows, r64": 64}
 
 
-def make_weights(model: Model, rank: int) -> LoraWeights:
+def make_weights(model: Model, rank: int) -> PanelWeights:
     sites: dict[tuple[int, str], SiteWeights] = {}
     for layer, name in model.keys:
         in_features, widths = model.sites[name]
@@ -78,7 +79,7 @@ def make_weights(model: Model, rank: int) -> LoraWeights:
             expands.append((i * rank, (i + 1) * rank, out0, out0 + width, b))
             out0 += width
         sites[layer, name] = SiteWeights(a, tuple(expands))
-    return LoraWeights("bench", sites, sum(s.nbytes for s in sites.values()), "panels")
+    return PanelWeights("bench", sites, sum(s.nbytes for s in sites.values()))
 
 
 def request(slot: int, rows: int) -> ScheduledRequest:

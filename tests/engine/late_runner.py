@@ -31,9 +31,9 @@ class LateRunner(SyncRunner):
 
     def __init__(self, *args: object) -> None:
         super().__init__(*args)  # type: ignore[arg-type]
-        self._at_launch = self._host_weights
+        self._at_launch = self._host_adapter
         self._weights = {}
-        self._host_weights = self._weights.__getitem__
+        self._host_adapter = self._weights.__getitem__
         self._sampled: dict[tuple[str, int, int], int] = {}
         self._computed_loads: list[str] = []
         self._on_their_way: deque[list[str]] = deque([[], [], []])

@@ -49,15 +49,12 @@ class Extent:
 
 
 def extent_of(weights: LoraWeights) -> Extent:
-    """Sites in their order in `weights`. Raises ValueError where they are not rank-major."""
-    if weights.b_layout != "rank_major":
-        raise ValueError(
-            f"adapter {weights.digest}: B is {weights.b_layout}; only rank_major is allowed"
-        )
+    """Sites in their order in `weights`. Raises ValueError where a B is not [r, out]."""
     sites: dict[Site, SiteExtent] = {}
     dtypes: set[torch.dtype] = set()
     end = 0
     for key, site in weights.sites.items():
+        _check_shapes(weights.digest, site)
         sites[key] = _site_extent(site, end)
         end += sum(_whole_units(piece.nbytes) for piece in _pieces(site))
         dtypes |= {piece.dtype for piece in _pieces(site)}
@@ -107,6 +104,15 @@ def move_bytes(arena: Tensor, source: int, destination: int, nbytes: int, scratc
         piece = scratch[: min(scratch.numel(), nbytes - start)]
         piece.copy_(arena[source + start : source + start + piece.numel()])
         arena[destination + start : destination + start + piece.numel()].copy_(piece)
+
+
+def _check_shapes(digest: str, site: SiteWeights) -> None:
+    for r0, r1, out0, out1, b in site.expands:
+        if b.shape != (r1 - r0, out1 - out0):
+            raise ValueError(
+                f"adapter {digest}: B {tuple(b.shape)}; only rank-major "
+                f"{(r1 - r0, out1 - out0)} is allowed"
+            )
 
 
 def _site_extent(site: SiteWeights, start: int) -> SiteExtent:

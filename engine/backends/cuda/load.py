@@ -48,7 +48,6 @@ def load_triton(config: EngineConfig, s: Settled, *, progress: bool) -> LoadedMo
         make_runner=make_runner,
         pack_adapter=adapter_packer(device, decoder, MAX_LORA_RANK),
         lora_sites=decoder.lora_sites,
-        b_layout="rank_major",
         weight_bytes=weight_bytes(decoder, s.dtype),
         kernels="triton",
         max_adapters=MAX_ADAPTERS,

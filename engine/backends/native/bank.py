@@ -13,10 +13,9 @@ from struct import Struct
 import torch
 
 from engine.backends.native import structs
-from engine.lora.weights import LoraWeights, SiteWeights
+from engine.backends.native.panels import PanelWeights
+from engine.lora.weights import Site, SiteWeights
 from engine.scheduler.batch import ScheduledBatch
-
-Site = tuple[int, str]  # (layer, site)
 
 # structs.LoraSite and LoraSlice, packed: a cold adapter is put in between two steps, and assigning
 # fields one by one takes ctypes twice as long
@@ -27,15 +26,10 @@ assert _SITE.size == c.sizeof(structs.LoraSite) and _SLICE.size == c.sizeof(stru
 class NativeAdapter:
     """One adapter's ReefLoraSite[len(keys)]; sites that it does not touch have a null A.
 
-    Needs bfloat16 factors with B in panels (`load_lora(..., b_layout="panels")`).
-    Raises ValueError for others, and for a site that is not among `keys`.
+    Needs bfloat16 factors. Raises ValueError for others, and for a site that is not among `keys`.
     """
 
-    def __init__(self, weights: LoraWeights, keys: Sequence[Site]) -> None:
-        if weights.b_layout != "panels":
-            raise ValueError(
-                f"adapter {weights.digest}: B is {weights.b_layout}; only panels is allowed"
-            )
+    def __init__(self, weights: PanelWeights, keys: Sequence[Site]) -> None:
         unknown = weights.sites.keys() - set(keys)
         if unknown:
             raise ValueError(f"adapter {weights.digest}: {min(unknown)} is no site of this model")
@@ -77,7 +71,7 @@ class NativeAdapterBank:
         self.keys = tuple(keys)
         self._adapters: dict[int, NativeAdapter] = {}
 
-    def load(self, slot: int, weights: LoraWeights) -> None:
+    def load(self, slot: int, weights: PanelWeights) -> None:
         """Nothing is copied; the weights live as long as their slot and the batches with it."""
         assert slot > 0 and slot not in self._adapters
         self._adapters[slot] = NativeAdapter(weights, self.keys)

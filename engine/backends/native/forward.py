@@ -9,9 +9,9 @@ from engine.backends.native.bank import NativeAdapterBank
 from engine.backends.native.decoder import NativeDecoder
 from engine.backends.native.kv import KvLayout
 from engine.backends.native.library import Context
+from engine.backends.native.panels import PanelWeights
 from engine.backends.native.picker import NativePicker
 from engine.backends.native.step import StepArrays
-from engine.lora.weights import LoraWeights
 from engine.model.decoder import Decoder
 from engine.scheduler.batch import AdapterLoad, BlockCopy, Move, ScheduledBatch
 
@@ -36,8 +36,8 @@ class NativeForward:
         self._decoder = NativeDecoder(decoder, context, kv_layers, max_model_len, max_rows)
         self.picker = NativePicker(context)
 
-    def load_adapter(self, load: AdapterLoad, weights: LoraWeights) -> None:
-        self._bank.load(load.slot, weights)
+    def load_adapter(self, load: AdapterLoad, packed: PanelWeights) -> None:
+        self._bank.load(load.slot, packed)
 
     def evict_adapter(self, slot: int) -> None:
         self._bank.evict(slot)

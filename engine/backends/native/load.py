@@ -9,10 +9,10 @@ from engine.backends.native import structs
 from engine.backends.native.forward import NativeForward
 from engine.backends.native.kv import KvLayout, check_heads, check_rotary
 from engine.backends.native.library import Context
+from engine.backends.native.panels import pack_adapter
 from engine.backends.native.weight_ops import native_build
 from engine.backends.sync_runner import SyncRunner
 from engine.config import EngineConfig
-from engine.lora.weights import LoraWeights
 from engine.model.loader import weight_bytes
 from engine.settle import Settled
 
@@ -34,16 +34,11 @@ def load_native(
     forward = NativeForward(decoder, context, layout, s.num_blocks, s.max_model_len, rows)
     return LoadedModel(
         make_runner=partial(SyncRunner, forward),
-        pack_adapter=_as_it_is,
+        pack_adapter=pack_adapter,
         lora_sites=decoder.lora_sites,
-        b_layout="panels",
         weight_bytes=weight_bytes(decoder, s.dtype),
         kernels=f"native-{context.isa}",
     )
-
-
-def _as_it_is(weights: LoraWeights) -> LoraWeights:
-    return weights
 
 
 def _kv_layout(config: EngineConfig, settled: Settled) -> KvLayout:

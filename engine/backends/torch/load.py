@@ -21,7 +21,6 @@ def load_torch(config: EngineConfig, s: Settled, *, progress: bool) -> LoadedMod
         make_runner=partial(SyncRunner, TorchForward(decoder, kv_cache, config.block_size)),
         pack_adapter=_as_it_is,
         lora_sites=decoder.lora_sites,
-        b_layout="rank_major",
         weight_bytes=weight_bytes(decoder, s.dtype),
         kernels="torch",
     )

@@ -14,12 +14,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from engine.backends.native import structs
+from engine.backends.native import panels, structs
 from engine.backends.native.bank import NativeAdapter, NativeAdapterBank, NativeLoraBatch
 from engine.backends.native.library import Context
+from engine.backends.native.panels import PanelWeights, pack_adapter
 from engine.backends.torch.ops import torch_build
-from engine.lora import weights as weights_module
-from engine.lora.weights import AdapterLoadError, LoraWeights, load_lora
+from engine.lora.weights import AdapterLoadError, load_lora
 from engine.messages import AdapterFolder
 from engine.model.layers import LoraSite
 from engine.model.loader import load_decoder
@@ -72,8 +72,8 @@ class Model:
         weights = [(merged.get_submodule(m).weight, base.get_submodule(m).weight) for m in modules]
         return torch.cat([(after - before).detach() for after, before in weights])
 
-    def weights(self, name: str) -> LoraWeights:
-        return load_lora(self.adapters[name], self.sites, BF16, b_layout="panels")
+    def weights(self, name: str) -> PanelWeights:
+        return pack_adapter(load_lora(self.adapters[name], self.sites, BF16))
 
 
 @pytest.fixture(scope="module")
@@ -146,9 +146,9 @@ def assert_adds_the_deltas(
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_panels_hold_the_same_numbers_as_rank_major(model: Model, name: str) -> None:
-    panels, plain = model.weights(name), load_lora(model.adapters[name], model.sites, BF16)
-    assert panels.sites.keys() == plain.sites.keys()
-    for key, site in panels.sites.items():
+    packed, plain = model.weights(name), load_lora(model.adapters[name], model.sites, BF16)
+    assert packed.sites.keys() == plain.sites.keys()
+    for key, site in packed.sites.items():
         other = plain.sites[key]
         assert torch.equal(site.a, other.a)
         for (*where, b), (*expected_where, ranks) in zip(site.expands, other.expands, strict=True):
@@ -167,10 +167,9 @@ def test_bytes_are_counted_with_their_padding(model: Model) -> None:
     assert weights.nbytes > load_lora(model.adapters["odd-rank"], model.sites, BF16).nbytes
 
 
-@pytest.mark.parametrize("b_layout", ["rank_major", "panels"])
 @pytest.mark.parametrize("value", [float("nan"), 3e38])
 def test_factors_that_are_not_finite_once_scaled_are_refused(
-    model: Model, tmp_path: Path, b_layout: str, value: float
+    model: Model, tmp_path: Path, value: float
 ) -> None:
     adapter = write_adapter(model.folder, tmp_path / "bad", r=2, lora_alpha=64)
     path = Path(adapter.path) / "adapter_model.safetensors"
@@ -179,7 +178,7 @@ def test_factors_that_are_not_finite_once_scaled_are_refused(
     tensors[name][3, 1] = value
     save_file(tensors, path)
     with pytest.raises(AdapterLoadError, match=r"v_proj.*not finite in torch.bfloat16 at scaling"):
-        load_lora(adapter, model.sites, BF16, b_layout=b_layout)  # type: ignore[arg-type]
+        load_lora(adapter, model.sites, BF16)
 
 
 # ==== tables ====
@@ -194,9 +193,10 @@ def test_sites_that_an_adapter_leaves_alone_have_no_a(model: Model) -> None:
 
 def test_only_panels_in_bfloat16_are_taken(model: Model) -> None:
     adapter = model.adapters["attention"]
-    with pytest.raises(ValueError, match="B is rank_major; only panels is allowed"):
-        NativeAdapter(load_lora(adapter, model.sites, BF16), model.keys)
-    halves = load_lora(adapter, model.sites, torch.float16, b_layout="panels")
+    plain = load_lora(adapter, model.sites, BF16)
+    with pytest.raises(ValueError, match=r"B \(\d+, \d+\); only panels are allowed"):
+        PanelWeights("rank-major", plain.sites, plain.nbytes)
+    halves = pack_adapter(load_lora(adapter, model.sites, torch.float16))
     with pytest.raises(ValueError, match=r"torch.float16.*only contiguous bfloat16"):
         NativeAdapter(halves, model.keys)
 
@@ -274,9 +274,9 @@ def test_a_large_adapter_lies_in_one_piece_in_the_order_of_a_step(
     base = tiny_model("llama")
     adapter = write_adapter(base.folder, tmp_path / "a", r=5)
     sites = make_engine(base.folder).model.lora_sites
-    apart = load_lora(adapter, sites, torch.bfloat16, b_layout="panels")
-    monkeypatch.setattr(weights_module, "LARGE", 1)
-    whole = load_lora(adapter, sites, torch.bfloat16, b_layout="panels")
+    apart = pack_adapter(load_lora(adapter, sites, torch.bfloat16))
+    monkeypatch.setattr(panels, "LARGE", 1)
+    whole = pack_adapter(load_lora(adapter, sites, torch.bfloat16))
     addresses: list[int] = []
     for key, site in apart.sites.items():
         copy = whole.sites[key]

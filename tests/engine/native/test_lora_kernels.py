@@ -16,7 +16,8 @@ from torch import Tensor
 from engine.backends.native import structs
 from engine.backends.native.bank import NativeAdapter
 from engine.backends.native.library import Context
-from engine.lora.weights import LoraWeights, SiteWeights
+from engine.backends.native.panels import PanelWeights
+from engine.lora.weights import SiteWeights
 
 KEY = (0, "site")
 NAN, INF = float("nan"), float("inf")
@@ -63,7 +64,7 @@ def adapter(
     sites = {}
     if modules:
         sites[KEY] = SiteWeights(torch.cat([a for _, _, a, _ in modules]), tuple(expands))
-    weights = LoraWeights(f"adapter-{seed}", sites, 0, "panels")
+    weights = PanelWeights(f"adapter-{seed}", sites, 0)
     return Adapter(tuple(modules), NativeAdapter(weights, [KEY]))
 
 

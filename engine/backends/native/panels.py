@@ -1,0 +1,96 @@
+"""Adapters in the layout that the native kernels multiply with: B in panels of columns.
+
+A panel of B is [ceil(r / 2), 32, 2]: neighbouring ranks of neighbouring columns side by side,
+padded with zeros. Large adapters lie in huge pages of their own, in the order that a step reads.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from engine.backends.native.memory import ALIGNMENT, separate_bytes
+from engine.lora.weights import LoraWeights, Sites, SiteWeights
+
+PANEL = 32
+LARGE = 4 * 2**20  # bytes from which an adapter has huge pages of its own
+
+
+@dataclass(frozen=True, slots=True)
+class PanelWeights:
+    """One adapter, each B as [ceil(out / 32), ceil(r / 2), 32, 2]; ValueError for other shapes."""
+
+    digest: str
+    sites: Sites
+    nbytes: int  # as held, padding included
+
+    def __post_init__(self) -> None:
+        for *_, b in (expand for site in self.sites.values() for expand in site.expands):
+            if b.dim() != 4 or b.shape[2:] != (PANEL, 2):
+                raise ValueError(
+                    f"adapter {self.digest}: B {tuple(b.shape)}; only panels are allowed"
+                )
+
+
+def pack_adapter(weights: LoraWeights) -> PanelWeights:
+    """For the host cache, in its own threads; factors of 2 bytes. The weights are not kept."""
+    sizes = [size for site in weights.sites.values() for size in _sizes(site)]
+    nbytes = sum(sizes)
+    if nbytes < LARGE:
+        spaces = (torch.empty(size, dtype=torch.uint8) for size in sizes)
+    else:
+        block = separate_bytes(sum(map(_aligned, sizes)))
+        nbytes, spaces = block.nbytes, _cut(block, sizes)
+    sites = {key: _packed(site, spaces) for key, site in weights.sites.items()}
+    return PanelWeights(weights.digest, sites, nbytes)
+
+
+def _sizes(site: SiteWeights) -> Iterator[int]:
+    """Bytes of A and of each packed B."""
+    yield site.a.nbytes
+    for *_, b in site.expands:
+        yield prod(_panels(b)) * PANEL * 2 * b.itemsize
+
+
+def _packed(site: SiteWeights, spaces: Iterator[Tensor]) -> SiteWeights:
+    a = next(spaces).view(site.a.dtype).view(site.a.shape).copy_(site.a)
+    return SiteWeights(a, tuple((*e[:4], _in_panels(e[4], next(spaces))) for e in site.expands))
+
+
+def _in_panels(b: Tensor, space: Tensor) -> Tensor:
+    """B [r, out] as panels in this memory.
+
+    Made of words that hold two ranks each: torch is faster at moving these than at halves of them.
+    """
+    num_panels, num_pairs = _panels(b)
+    halves = _padded(b).view(torch.uint16)
+    words = halves[1::2].int().bitwise_left_shift_(16).bitwise_or_(halves[::2].int())
+    by_panel = words.view(num_pairs, num_panels, PANEL).transpose(0, 1)
+    space.view(torch.int32).view(by_panel.shape).copy_(by_panel)
+    return space.view(b.dtype).view(*by_panel.shape, 2)
+
+
+def _padded(b: Tensor) -> Tensor:
+    ranks, width = b.shape
+    is_whole = ranks % 2 == 0 and width % PANEL == 0
+    return b if is_whole else F.pad(b, (0, -width % PANEL, 0, ranks % 2))
+
+
+def _panels(b: Tensor) -> tuple[int, int]:
+    """How many panels B [r, out] has, and pairs of ranks in each."""
+    ranks, width = b.shape
+    return -(-width // PANEL), -(-ranks // 2)
+
+
+def _cut(block: Tensor, sizes: list[int]) -> Iterator[Tensor]:
+    start = 0
+    for size in sizes:
+        yield block[start : start + size]
+        start += _aligned(size)
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
