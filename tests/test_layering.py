@@ -4,6 +4,9 @@ also for everything that such an import pulls in."""
 import ast
 import subprocess
 import sys
+from collections.abc import Iterable
+from functools import cache
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -11,15 +14,52 @@ import pytest
 ROOT = Path(__file__).parents[1]
 OURS = ("engine", "adapter_store", "deployments", "reef")
 
+MANIFEST = ("adapter_store.manifest", "adapter_store.errors")
+# What every backend may import: nothing of another backend
+SHARED = (
+    "engine.backends.kv_cache",
+    "engine.backends.loaded",
+    "engine.backends.row_outputs",
+    "engine.backends.rows",
+    "engine.backends.runner",
+    "engine.backends.sampler",
+    "engine.backends.sync_runner",
+    "engine.config",
+    "engine.lora",
+    "engine.messages",
+    "engine.model",
+    "engine.scheduler",
+    "engine.settle",
+    "engine.sizes",
+)
+# What the engine knows of its backends
+SEAM = ("engine.backends.load", "engine.backends.needs", "engine.backends.runner")
+
 # package: what of ours it may import; the longest matching package decides
 FLOORS = {
     "engine.scheduler": ("engine.scheduler",),
     "adapter_store": ("adapter_store",),
     "deployments.policy": ("deployments.policy",),
-    "engine": ("engine", "adapter_store.manifest", "adapter_store.errors"),
+    "engine.model": ("engine.model",),
+    "engine.lora": ("engine.lora", "engine.messages", "engine.model", *MANIFEST),
+    "engine.sizes": ("engine.model",),
+    "engine.settle": ("engine.config", "engine.model"),
+    "engine.plan": ("engine.byte_size", "engine.model", "engine.plan", "engine.sizes"),
+    "engine.backends": SHARED,
+    "engine.backends.torch": (*SHARED, "engine.backends.torch"),
+    "engine.backends.native": (*SHARED, "engine.backends.native"),
+    "engine.backends.cuda": (*SHARED, "engine.backends.cuda"),
+    "engine.backends.load": (*SHARED, "engine.backends"),
+    "engine.backends.needs": (*SHARED, "engine.backends"),
+    "engine": (
+        *(f"engine.{p.stem}" for p in (ROOT / "engine").iterdir() if p.stem != "backends"),
+        *SEAM,
+        *MANIFEST,
+    ),
     "deployments": ("engine", "adapter_store", "deployments"),
     "reef": OURS,
 }
+CIRCLE_FREE = ("engine", "adapter_store", "reef")
 STDLIB_ONLY = ("engine.scheduler", "deployments.policy")
 NO_TORCH = (
     "adapter_store",
@@ -32,6 +72,7 @@ NO_TORCH = (
 RAY_ONLY_IN = "deployments"
 
 
+@cache
 def modules() -> dict[str, Path]:
     found: dict[str, Path] = {}
     for package in OURS:
@@ -42,14 +83,34 @@ def modules() -> dict[str, Path]:
 
 
 def imports_of(path: Path) -> list[str]:
-    names: list[str] = []
-    for node in ast.walk(ast.parse(path.read_text())):
+    """All of them, also those inside functions."""
+    return imported_by(path, ast.walk(ast.parse(path.read_text())))
+
+
+def imported_by(path: Path, nodes: Iterable[ast.AST]) -> list[str]:
+    """`from package import name` is of package.name where that is a module of ours."""
+    ours, names = modules(), list[str]()
+    for node in nodes:
         if isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative import"
-            names.append(node.module or "")
+            assert node.level == 0 and node.module, f"{path}: relative import"
+            inner = [f"{node.module}.{alias.name}" for alias in node.names]
+            names += [name if name in ours else node.module for name in inner]
     return names
+
+
+def needed_at_import(path: Path) -> list[str]:
+    """What importing the module imports: nothing that waits in a function or for a type checker."""
+    waiting: list[ast.AST] = list(ast.parse(path.read_text()).body)
+    nodes: list[ast.AST] = []
+    while waiting:
+        node = waiting.pop()
+        nodes.append(node)
+        is_typing = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        if not is_typing and not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            waiting += ast.iter_child_nodes(node)
+    return imported_by(path, nodes)
 
 
 def is_in(module: str, package: str) -> bool:
@@ -73,6 +134,18 @@ def test_imports_stay_on_their_floor(module: str) -> None:
             assert floor == RAY_ONLY_IN, f"{module} imports ray"
         if top == "torch":
             assert not any(is_in(module, p) for p in NO_TORCH), f"{module} imports torch"
+
+
+def test_no_module_is_part_of_an_import_circle() -> None:
+    ours = {m: path for m, path in modules().items() if m.split(".")[0] in CIRCLE_FREE}
+    graph = {
+        module: [name for name in needed_at_import(path) if name in ours and name != module]
+        for module, path in ours.items()
+    }
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(" <- ".join(error.args[1]))
 
 
 @pytest.mark.parametrize("package", STDLIB_ONLY)
