@@ -16,7 +16,7 @@ from engine.model.checkpoint import Checkpoint
 from engine.model.decoder import Decoder
 from engine.model.families import read_scheme, read_spec
 from engine.model.layers import Build, Linear, Part
-from engine.model.quantize import QUANTIZERS, NotFinite, check_quantizable
+from engine.model.quantize import QUANTIZERS, NotFiniteWeight, check_quantizable
 from engine.model.quantized_checkpoint import Scheme, weight_format
 from engine.model.quantized_weight import QuantizedWeight
 from engine.model.spec import ModelError
@@ -108,7 +108,7 @@ class _Reader:
             return tensor
         try:
             return self._quantize(tensor.to(self._device))  # a GPU is much faster at it
-        except NotFinite as error:
+        except NotFiniteWeight as error:
             raise self._checkpoint.error(part.key, str(error)) from None
 
     def _keys_of(self, part: Part) -> list[str]:

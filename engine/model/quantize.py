@@ -24,7 +24,7 @@ _LIMITS = tuple(float((torch.tensor(a) + torch.tensor(b)) / 2) for a, b in pairw
 _TINY = 1e-38  # below it, 1 / scale would overflow
 
 
-class NotFinite(ValueError):
+class NotFiniteWeight(ValueError):
     """Raised if a weight holds NaN or infinity, or is too large for float32."""
 
 
@@ -110,5 +110,5 @@ def _nearest_codes(values: Tensor) -> Tensor:
 
 def _finite(scales: Tensor) -> Tensor:
     if not scales.isfinite().all():
-        raise NotFinite("holds values that are not finite")
+        raise NotFiniteWeight("holds values that are not finite")
     return scales

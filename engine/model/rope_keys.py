@@ -10,7 +10,7 @@ from typing import Any
 from engine.model.config_keys import ConfigKeys
 from engine.model.rotary import (
     Dynamic,
-    Linear,
+    LinearScaling,
     Llama3,
     LongRope,
     Rotary,
@@ -57,7 +57,7 @@ class RopeReader:
         return Unscaled()
 
     def linear(self, keys: ConfigKeys, served_len: int) -> Scaling:
-        return Linear(keys.number("factor"))
+        return LinearScaling(keys.number("factor"))
 
     def dynamic(self, keys: ConfigKeys, served_len: int) -> Scaling:
         return Dynamic(keys.number("factor"), self.max_position, served_len)

@@ -72,7 +72,7 @@ class Unscaled:
 
 
 @dataclass(frozen=True, slots=True)
-class Linear:
+class LinearScaling:
     """Divides positions by a factor."""
 
     factor: float

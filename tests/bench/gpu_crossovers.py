@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from engine.backends.cuda.triton import bitsandbytes_gemm
-from engine.backends.cuda.triton.crossovers import Choice, Tiles
+from engine.backends.cuda.triton.crossovers import Choice, GemmTiles
 from engine.backends.cuda.triton.dequantize import multiply_dense
 from engine.backends.cuda.triton.fourbit import multiply, planes_size
 from engine.backends.cuda.triton.packed_weight import PackedWeight, pack
@@ -30,13 +30,13 @@ from tests.bench.gpu_model import random_quantized
 SHAPES = ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336))  # qkv, o, gate and up, down
 ROWS = (1, 4, 8, 16, 32, 64, 128, 256)
 TILES = (
-    *(Tiles(16, 64, 4, stages) for stages in (4, 6)),
-    *(Tiles(16, 128, 4, stages) for stages in (4, 6)),
-    Tiles(32, 64, 4, 4),
-    Tiles(64, 64, 4, 4),
-    *(Tiles(64, 128, 4, stages) for stages in (3, 4)),
-    Tiles(64, 128, 8, 4),
-    Tiles(128, 128, 8, 3),
+    *(GemmTiles(16, 64, 4, stages) for stages in (4, 6)),
+    *(GemmTiles(16, 128, 4, stages) for stages in (4, 6)),
+    GemmTiles(32, 64, 4, 4),
+    GemmTiles(64, 64, 4, 4),
+    *(GemmTiles(64, 128, 4, stages) for stages in (3, 4)),
+    GemmTiles(64, 128, 8, 4),
+    GemmTiles(128, 128, 8, 3),
 )
 SPLITS = (1, 2, 4, 8, 16)
 MOST_PROGRAMS = 1024  # of a split product: about eight for each of an H200's processors
@@ -179,7 +179,7 @@ class _Ways:
             yield Choice(rows, "bitsandbytes"), [partial(gemm, x) for gemm in self._theirs]
 
 
-def _tiles_for(rows: int, weight: PackedWeight) -> Iterator[Tiles]:
+def _tiles_for(rows: int, weight: PackedWeight) -> Iterator[GemmTiles]:
     """Yield tiles of sizes near the number of rows, without splits that cannot pay off."""
     for base, split_k in product(TILES, SPLITS):
         programs = -(-rows // base.rows) * (weight.out_padded // base.outputs) * split_k

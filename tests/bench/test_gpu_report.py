@@ -142,7 +142,7 @@ def test_the_dispatcher_reads_what_was_measured(
     table = tmp_path / "crossovers.json"
     table.write_text('{"devices": {"other": []}}')
     monkeypatch.setattr(crossovers, "TABLE", table)
-    tiles = crossovers.Tiles(16, 128, 4, 4, split_k=2)
+    tiles = crossovers.GemmTiles(16, 128, 4, 4, split_k=2)
     fastest = [
         crossovers.Choice(4, "bitsandbytes"),
         crossovers.Choice(8, "fused", tiles),

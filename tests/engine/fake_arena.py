@@ -18,7 +18,7 @@ class Garbage:
 
 
 @dataclass
-class Extent:
+class AdapterExtent:
     digest: str
     offset_bytes: int
     nbytes: int
@@ -35,7 +35,7 @@ class FakeArena:
     ) -> None:
         assert block_bytes % CELL == 0
         self.cells: list[object] = [None] * (memory_bytes // CELL)
-        self.extents: dict[int, Extent] = {}
+        self.extents: dict[int, AdapterExtent] = {}
         self.arriving: list[AdapterLoad] = []
         self.num_moved = {BlockCopy: 0, AdapterMove: 0}
         self._loads_are_immediate = loads_are_immediate
@@ -109,7 +109,7 @@ class FakeArena:
 
     def _load(self, load: AdapterLoad, is_lost: bool) -> None:
         assert load.slot > 0 and load.slot not in self.extents, "loaded over a resident adapter"
-        extent = Extent(load.digest, load.offset_bytes, load.nbytes, None)
+        extent = AdapterExtent(load.digest, load.offset_bytes, load.nbytes, None)
         self.extents[load.slot] = extent
         if is_lost:
             self._paint(extent, Garbage())
@@ -119,11 +119,11 @@ class FakeArena:
             self._paint(extent, ("arriving", load.digest))
             self.arriving.append(load)
 
-    def _paint(self, extent: Extent, label: object) -> None:
+    def _paint(self, extent: AdapterExtent, label: object) -> None:
         extent.label = label
         for i in extent.range():
             self.cells[i] = label
 
-    def _expect(self, extent: Extent) -> None:
+    def _expect(self, extent: AdapterExtent) -> None:
         held = {self.cells[i] for i in extent.range()}
         assert held == {extent.label}, f"{extent} holds {held}"

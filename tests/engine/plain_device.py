@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from engine.backends.cuda.adapter_copies import AdapterCopies, PackedAdapter, pack_adapter
-from engine.backends.cuda.extent import UNIT_BYTES, Extent, move_bytes
+from engine.backends.cuda.extent import UNIT_BYTES, AdapterExtent, move_bytes
 from engine.backends.cuda.forward import DeviceForward, Numbers, StepLimits
-from engine.backends.cuda.positions import DevicePositions
+from engine.backends.cuda.inputs import StepInputs
 from engine.backends.cuda.runner import DeviceRunner
 from engine.backends.cuda.streams import Device, HostDevice
 from engine.backends.kv_cache import blocks_of_arena
@@ -30,17 +30,12 @@ TILE_TOKENS = 16
 SCRATCH = torch.zeros(256, dtype=torch.uint8)
 
 
-@dataclass(frozen=True)
-class PlainPlan:
-    words: Numbers
-
-
 class PlainBank:
     def __init__(self, arena: Tensor) -> None:
         self.arena = arena
-        self.places: dict[int, tuple[int, Extent]] = {}
+        self.places: dict[int, tuple[int, AdapterExtent]] = {}
 
-    def place(self, slot: int, offset_bytes: int, extent: Extent) -> None:
+    def place(self, slot: int, offset_bytes: int, extent: AdapterExtent) -> None:
         assert slot not in self.places and offset_bytes % UNIT_BYTES == 0
         self.places[slot] = offset_bytes, extent
 
@@ -55,11 +50,11 @@ class PlainBank:
     def max_words(self, num_rows: int) -> int:
         return num_rows
 
-    def plan(self, row_slots: Sequence[int]) -> PlainPlan:
-        return PlainPlan(np.asarray(row_slots, np.int32))
+    def plan(self, row_slots: Sequence[int]) -> Numbers:
+        return np.asarray(row_slots, np.int32)
 
-    def batch(self, num_rows: int, words: Tensor | None = None) -> LoraBatch:
-        assert words is not None and len(words) == num_rows
+    def batch(self, num_rows: int, words: Tensor) -> LoraBatch:
+        assert len(words) == num_rows
         return PlainLora(self, words)
 
 
@@ -82,7 +77,7 @@ class PlainLora:
                 b = self._tensor(extent, offset + s.b_bytes, s.r1 - s.r0, s.out1 - s.out0)
                 y[row, s.out0 : s.out1] += h[s.r0 : s.r1] @ b
 
-    def _tensor(self, extent: Extent, start: int, rows: int, columns: int) -> Tensor:
+    def _tensor(self, extent: AdapterExtent, start: int, rows: int, columns: int) -> Tensor:
         nbytes = rows * columns * extent.dtype.itemsize
         return self.bank.arena[start : start + nbytes].view(extent.dtype).view(rows, columns)
 
@@ -93,16 +88,14 @@ class PlainModel:
 
     def forward(
         self,
-        token_ids: Tensor,
-        positions: Tensor,
-        slot_mapping: Tensor,
-        attention: DevicePositions,
+        inputs: StepInputs,
         lora: LoraBatch | None = None,
-        output_rows: Tensor | None = None,
         output_lora: LoraBatch | None = None,
         *,
         out: Tensor,
     ) -> Tensor:
+        token_ids, slot_mapping = inputs.token_ids, inputs.slot_mapping
+        attention, output_rows = inputs.attention, inputs.output_rows
         context_lens = [length for length in attention.context_lens.tolist() if length]
         row_starts = attention.cu_seqlens_q.tolist()[: len(context_lens) + 1]
         rows = row_starts[-1]
@@ -112,7 +105,7 @@ class PlainModel:
             hidden[:rows] = self.decoder(
                 ForwardInputs(
                     token_ids[:rows].long(),
-                    positions[:rows].long(),
+                    inputs.positions[:rows].long(),
                     AttentionInputs(
                         num_decodes=sum(b - a == 1 for a, b in pairwise(row_starts)),
                         cu_seqlens_q=row_starts,
@@ -124,7 +117,7 @@ class PlainModel:
                 ),
                 self.kv_cache,
             )
-        if output_rows is None:
+        if len(out) == len(token_ids):
             return out.copy_(hidden)
         if lora is not None:
             assert isinstance(lora, PlainLora) and isinstance(output_lora, PlainLora)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from engine.backends.cuda.adapter_copies import AdapterCopies, PackedAdapter, pack_adapter
-from engine.backends.cuda.extent import Extent
+from engine.backends.cuda.extent import AdapterExtent
 from engine.backends.cuda.forward import StepLimits
 from engine.backends.cuda.runner import DeviceRunner
 from engine.backends.cuda.streams import Event, HostDevice
@@ -201,7 +201,7 @@ def test_requests_of_an_adapter_that_no_step_can_load_end_and_nobody_else(
     bank = engine.runner._adapters._table  # type: ignore[attr-defined]
     place = bank.place
 
-    def refuse(slot: int, offset_bytes: int, extent: Extent) -> None:
+    def refuse(slot: int, offset_bytes: int, extent: AdapterExtent) -> None:
         if extent.digest == adapters[0].digest:
             raise ValueError("does not fit the table")
         place(slot, offset_bytes, extent)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from engine.backends.cuda import adapter_copies
 from engine.backends.cuda.adapter_copies import AdapterCopies, PackedAdapter, pack_adapter
-from engine.backends.cuda.extent import Extent, extent_nbytes, pack_extent
+from engine.backends.cuda.extent import AdapterExtent, extent_nbytes, pack_extent
 from engine.backends.cuda.inputs import (
     NO_SLOT,
     InputBuffers,
@@ -235,7 +235,7 @@ class Table:
         self.arena = arena
         self.calls: list[tuple[str, int]] = []
 
-    def place(self, slot: int, offset_bytes: int, extent: Extent) -> None:
+    def place(self, slot: int, offset_bytes: int, extent: AdapterExtent) -> None:
         self.calls.append(("place", slot))
 
     def move(self, slot: int, offset_bytes: int) -> None:
@@ -248,7 +248,7 @@ class Table:
 def packed(digest: str, nbytes: int, value: int) -> PackedAdapter:
     """In two pieces, of which the first is the larger one."""
     pieces = torch.full((nbytes,), value, dtype=torch.uint8).split(nbytes * 3 // 4)
-    return PackedAdapter(Extent(digest, torch.float32, {}, nbytes), pieces)
+    return PackedAdapter(AdapterExtent(digest, torch.float32, {}, nbytes), pieces)
 
 
 def test_the_pieces_of_an_adapter_are_its_extent(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 
 from engine.backends.cuda.forward import StepLimits
+from engine.backends.cuda.inputs import StepInputs
 from engine.backends.cuda.streams import HostDevice
 from engine.backends.sampler import target_logprobs
 from engine.backends.torch.ops import torch_build
 from engine.lora.weights import LoraWeights, load_lora
 from engine.model.decoder import Decoder
+from engine.model.inputs import LoraBatch
 from engine.model.loader import load_decoder
 from engine.scheduler.batch import (
     PENDING,
@@ -182,10 +184,10 @@ def test_warming_up_meets_few_and_many_requests(decoder: Decoder) -> None:
     model, met = runner._forward._model, set[tuple[int, int, int, bool]]()
     forward = model.forward
 
-    def noted(*inputs: Any, **options: Any) -> Tensor:
-        positions, lora = inputs[3], inputs[4]
-        met.add((len(inputs[0]), positions.num_decodes, len(positions.tiles), lora is not None))
-        return forward(*inputs, **options)
+    def noted(inputs: StepInputs, lora: LoraBatch | None, *others: Any, **options: Any) -> Tensor:
+        rows, positions = len(inputs.token_ids), inputs.attention
+        met.add((rows, positions.num_decodes, len(positions.tiles), lora is not None))
+        return forward(inputs, lora, *others, **options)
 
     model.forward = noted  # type: ignore[method-assign]
     runner.warm_up()

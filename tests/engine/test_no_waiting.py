@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from engine.backends.cuda.adapter_copies import AdapterCopies, PackedAdapter
-from engine.backends.cuda.extent import Extent
-from engine.backends.cuda.forward import DeviceForward, StepLimits
+from engine.backends.cuda.extent import AdapterExtent
+from engine.backends.cuda.forward import DeviceForward, Numbers, StepLimits
+from engine.backends.cuda.inputs import StepInputs
 from engine.backends.cuda.runner import DeviceRunner
 from engine.backends.cuda.streams import HostDevice
 from engine.scheduler.batch import (
@@ -54,7 +55,7 @@ class MetaDevice(HostDevice):
 
 
 class Bank:
-    def place(self, slot: int, offset_bytes: int, extent: Extent) -> None: ...
+    def place(self, slot: int, offset_bytes: int, extent: AdapterExtent) -> None: ...
 
     def evict(self, slot: int) -> None: ...
 
@@ -63,11 +64,11 @@ class Bank:
     def max_words(self, num_rows: int) -> int:
         return num_rows
 
-    def plan(self, row_slots: Any) -> Any:
-        return type("Plan", (), {"words": np.asarray(row_slots, np.int32)})
+    def plan(self, row_slots: Any) -> Numbers:
+        return np.asarray(row_slots, np.int32)
 
-    def batch(self, num_rows: int, words: Tensor | None = None) -> Any:
-        assert words is not None and words.device == META
+    def batch(self, num_rows: int, words: Tensor) -> Any:
+        assert words.device == META
         return words
 
 
@@ -75,9 +76,10 @@ class Model:
     def __init__(self) -> None:
         self.embedding = torch.zeros(VOCAB, HIDDEN, dtype=torch.bfloat16, device=META)
 
-    def forward(self, token_ids: Tensor, *inputs: Any, out: Tensor) -> Tensor:
-        x = self.embedding.index_select(0, token_ids)
-        return out.copy_(x if inputs[-2] is None else x.index_select(0, inputs[-2]))
+    def forward(self, inputs: StepInputs, *_: Any, out: Tensor) -> Tensor:
+        x = self.embedding.index_select(0, inputs.token_ids)
+        is_cut = len(out) < len(x)
+        return out.copy_(x.index_select(0, inputs.output_rows) if is_cut else x)
 
     def logits(self, hidden: Tensor) -> Tensor:
         return (hidden @ self.embedding.T).float()
@@ -97,7 +99,7 @@ def make_runner() -> DeviceRunner:
         uses_graphs=True,
     )
     forward.capture_graphs()
-    packed = PackedAdapter(Extent("a", torch.bfloat16, {}, 512), (torch.zeros(512).byte(),))
+    packed = PackedAdapter(AdapterExtent("a", torch.bfloat16, {}, 512), (torch.zeros(512).byte(),))
     return DeviceRunner(
         device, forward, AdapterCopies(device, arena, BLOCK_BYTES, bank, lambda digest: packed)
     )

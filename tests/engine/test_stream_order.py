@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from engine.backends.cuda.adapter_copies import AdapterCopies, PackedAdapter
-from engine.backends.cuda.extent import Extent, move_bytes
-from engine.backends.cuda.forward import DeviceForward, StepLimits
+from engine.backends.cuda.extent import AdapterExtent, move_bytes
+from engine.backends.cuda.forward import DeviceForward, Numbers, StepLimits
+from engine.backends.cuda.inputs import StepInputs
 from engine.backends.cuda.packed_copies import Arrival, PinnedRing
 from engine.backends.cuda.positions import DevicePositions
 from engine.backends.cuda.runner import DeviceRunner
@@ -45,11 +46,13 @@ class Bank:
 
     device: OrderedDevice
     arena: Tensor
-    places: dict[int, tuple[int, Extent]] = field(default_factory=dict[int, tuple[int, Extent]])
+    places: dict[int, tuple[int, AdapterExtent]] = field(
+        default_factory=dict[int, tuple[int, AdapterExtent]]
+    )
     table: Tensor = field(default_factory=lambda: torch.zeros(64, dtype=torch.int32))
     scratch: Tensor = field(default_factory=lambda: torch.zeros(512, dtype=torch.uint8))
 
-    def place(self, slot: int, offset_bytes: int, extent: Extent) -> None:
+    def place(self, slot: int, offset_bytes: int, extent: AdapterExtent) -> None:
         assert slot not in self.places
         self.table[slot] = offset_bytes
         self.places[slot] = offset_bytes, extent
@@ -66,11 +69,10 @@ class Bank:
     def max_words(self, num_rows: int) -> int:
         return num_rows
 
-    def plan(self, row_slots: Sequence[int]) -> Any:
-        return type("Plan", (), {"words": np.asarray(row_slots, np.int32)})
+    def plan(self, row_slots: Sequence[int]) -> Numbers:
+        return np.asarray(row_slots, np.int32)
 
-    def batch(self, num_rows: int, words: Tensor | None = None) -> LoraBatch:
-        assert words is not None
+    def batch(self, num_rows: int, words: Tensor) -> LoraBatch:
         return Words(words)
 
 
@@ -96,20 +98,17 @@ class Model:
 
     def forward(
         self,
-        token_ids: Tensor,
-        positions: Tensor,
-        slot_mapping: Tensor,
-        attention: DevicePositions,
+        inputs: StepInputs,
         lora: LoraBatch | None = None,
-        output_rows: Tensor | None = None,
         output_lora: LoraBatch | None = None,
         *,
         out: Tensor,
     ) -> Tensor:
-        device, rows = self.device, self.rows[: len(token_ids)]
+        device, rows = self.device, self.rows[: len(inputs.token_ids)]
+        slot_mapping, attention = inputs.slot_mapping, inputs.attention
         if self.is_failing and device.dice.random() < 0.05:
             raise RuntimeError("the step is lost")
-        device.use("embed", [token_ids, positions], [rows])
+        device.use("embed", [inputs.token_ids, inputs.positions], [rows])
         if isinstance(lora, Words):
             reads = [rows, lora.words, self.bank.table, *self._extents(lora.words)]
             wait = device.beside(lambda: device.use("shrink", reads, [self.planes]))
@@ -119,7 +118,7 @@ class Model:
         device.use("store", [slot_mapping, rows], self._slots(slot_mapping))
         tables = [attention.context_lens, attention.cu_seqlens_q, attention.block_tables]
         device.use("attention", [*tables, attention.tiles, *self._blocks(attention)], [rows])
-        wanted = [] if output_rows is None else [output_rows]
+        wanted = [inputs.output_rows] if len(out) < len(rows) else []
         device.use("norm", [rows, *wanted], [out])
         return out
 
@@ -175,7 +174,7 @@ def make_runner(device: OrderedDevice) -> DeviceRunner:
 
 def packed_of(device: OrderedDevice, digest: str, nbytes: int) -> PackedAdapter:
     pieces = tuple(device.pinned(n).fill_(ord(digest)) for n in (1024, nbytes - 1024))
-    return PackedAdapter(Extent(digest, torch.float32, {}, nbytes), pieces)
+    return PackedAdapter(AdapterExtent(digest, torch.float32, {}, nbytes), pieces)
 
 
 def make_scheduler(runner: DeviceRunner, dice: random.Random) -> Scheduler:

@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from engine.backends.cuda.extent import Extent, extent_nbytes, pack_extent
+from engine.backends.cuda.extent import AdapterExtent, extent_nbytes, pack_extent
 from engine.backends.cuda.streams import Device, Event
 from engine.lora.weights import LoraWeights
 from engine.scheduler.batch import AdapterLoad, BlockCopy, Move, ScheduledBatch
@@ -26,7 +26,7 @@ PIECE_BYTES = 4 * 2**20
 class PackedAdapter:
     """An adapter in host memory as it will lie on the device."""
 
-    extent: Extent
+    extent: AdapterExtent
     pieces: tuple[Tensor, ...]  # uint8, pinned, one after another
 
     @property
@@ -53,7 +53,7 @@ def copy_packed(device: Device, packed: PackedAdapter, target: Tensor) -> None:
 class AdapterTable(Protocol):
     """Where the adapter of each slot lies, as kernels read it. Written on the main stream."""
 
-    def place(self, slot: int, offset_bytes: int, extent: Extent) -> None:
+    def place(self, slot: int, offset_bytes: int, extent: AdapterExtent) -> None:
         """Its bytes are there before it is used."""
         ...
 

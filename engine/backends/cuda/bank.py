@@ -7,35 +7,20 @@ writes are ordered by the current stream.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from engine.backends.cuda.extent import UNIT_BYTES, Extent, move_bytes
+from engine.backends.cuda.extent import UNIT_BYTES, AdapterExtent, move_bytes
 from engine.backends.cuda.site_table import SiteTable
 from engine.backends.cuda.triton import launch, lora
 from engine.backends.cuda.triton.lora import KindLaunch, LoraMemory
 from engine.backends.cuda.triton.lora_work import Words, WorkShape, build_words, rounded_rows
 from engine.model.layers import LoraSite
 
-WORDS = "lora_words"  # name of a plan's only array, and of its buffer
 MOVE_BYTES = 4 * 2**20  # at a time, of an adapter that is moved by less than its size
-
-
-@dataclass(frozen=True, slots=True)
-class LoraPlan:
-    """A batch's work lists on the host, at most `DeviceAdapterBank.max_words(num_rows)` long."""
-
-    num_rows: int
-    words: Words
-
-    @property
-    def arrays(self) -> list[tuple[str, Words]]:
-        """What has to be at the start of `DeviceAdapterBank.buffers`, by name."""
-        return [(WORDS, self.words)]
 
 
 class DeviceAdapterBank:
@@ -58,9 +43,9 @@ class DeviceAdapterBank:
         self._dtype, self._max_slots, self._max_rows = dtype, max_slots, max_rows
         self._max_adapters = min(max_adapters or max_slots, max_slots)
         self._num_processors = num_processors or launch.num_processors(arena.device)
-        self._extents: dict[int, tuple[Extent, int]] = {}  # by slot, with its offset
+        self._extents: dict[int, tuple[AdapterExtent, int]] = {}  # by slot, with its offset
         self._ranks = np.zeros((len(self._table.kinds), max_slots + 1), np.int32)
-        self._last_plan: tuple[Words, LoraPlan] | None = None
+        self._last_plan: tuple[Words, Words] | None = None  # the rows' slots, their work list
         self._allocate([self._shape(rows) for rows in self.row_capacities])
 
     def _allocate(self, shapes: list[WorkShape]) -> None:
@@ -73,8 +58,6 @@ class DeviceAdapterBank:
         )
         plane_words = max(shape.plane_words for shape in shapes)
         self._planes = torch.empty(2, plane_words, device=device)  # by parity of the site
-        num_words = max(s.max_words(min(s.max_rows, self._max_rows)) for s in shapes)
-        self.buffers = {WORDS: torch.zeros(num_words, dtype=torch.int32, device=device)}
         self._scratch = torch.empty(
             min(MOVE_BYTES, self.arena.numel()), dtype=torch.uint8, device=device
         )
@@ -88,7 +71,7 @@ class DeviceAdapterBank:
 
     # ---- residency ----
 
-    def place(self, slot: int, offset_bytes: int, extent: Extent) -> None:
+    def place(self, slot: int, offset_bytes: int, extent: AdapterExtent) -> None:
         """The adapter in `slot` lies at `arena[offset_bytes:]`, or will before it is used.
 
         Raises ValueError for a slot that is taken, and for what the arena or the sites cannot hold.
@@ -129,13 +112,15 @@ class DeviceAdapterBank:
         return tuple(first << i for i in range((last // first).bit_length()))
 
     def max_words(self, num_rows: int) -> int:
-        """Longest `LoraPlan.words` of a batch of this many rows, or of fewer: theirs may be cut
-        finer, and be longer."""
+        """Upper bound on the work list of any batch of up to `num_rows` rows.
+
+        Small batches may need more words, as their tiles are smaller.
+        """
         sizes = {min(capacity, num_rows) for capacity in self.row_capacities}
         return max(self._shape(rows).max_words(rows) for rows in sizes)
 
-    def plan(self, row_slots: Sequence[int]) -> LoraPlan:
-        """Row i of the batch has the adapter in `row_slots[i]`, 0 for none.
+    def plan(self, row_slots: Sequence[int]) -> Words:
+        """The batch's work list, on the host: row i has the adapter in `row_slots[i]`, 0 for none.
 
         Raises ValueError for too many rows or adapters, and for a slot that holds none.
         """
@@ -151,28 +136,23 @@ class DeviceAdapterBank:
             raise ValueError(
                 f"a batch with {len(used)} adapters; at most {self._max_adapters} are allowed"
             )
-        plan = LoraPlan(slots.size, build_words(self._shape(slots.size), slots, self._ranks))
-        self._last_plan = slots.copy(), plan
-        return plan
+        words = build_words(self._shape(slots.size), slots, self._ranks)
+        self._last_plan = slots.copy(), words
+        return words
 
-    def batch(self, num_rows: int, words: Tensor | None = None) -> "TritonLora":
-        """Whatever plan is in `words`, by default the bank's own buffer, when a kernel runs.
+    def batch(self, num_rows: int, words: Tensor) -> "TritonLora":
+        """Whatever plan is in `words`, on the device, when a kernel runs.
 
         The plan's rows must round up to the same one of `row_capacities` as `num_rows`. Zeros are
         a plan without adapters. Batches share the planes: not two at the same time.
         """
         launches = self._launches[self._shape(num_rows).max_rows]
-        own = self.buffers[WORDS] if words is None else words
-        return TritonLora(self._table, launches, self._memory, own, self._planes)
-
-    def upload(self, plan: LoraPlan) -> "TritonLora":
-        """Copies the plan into the bank's buffer, after what the stream still does with it."""
-        _write(self.buffers[WORDS][: plan.words.size], plan.words)
-        return self.batch(plan.num_rows)
+        return TritonLora(self._table, launches, self._memory, words, self._planes)
 
     def warm_up(self) -> None:
         """Compiles every kernel that a batch may need; adds nothing to anything."""
-        words = torch.zeros_like(self.buffers[WORDS])
+        num_words = self.max_words(self._max_rows)
+        words = torch.zeros(num_words, dtype=torch.int32, device=self.arena.device)
         for rows in self.row_capacities:
             lora = self.batch(rows, words)
             for number, kind in enumerate(self._table.kinds):
@@ -196,7 +176,7 @@ class DeviceAdapterBank:
         if (slot in self._extents) != is_placed:
             raise ValueError(f"adapter slot {slot} holds {'no' if is_placed else 'an'} adapter")
 
-    def _check_place(self, offset_bytes: int, extent: Extent) -> None:
+    def _check_place(self, offset_bytes: int, extent: AdapterExtent) -> None:
         last = self.arena.numel() - extent.nbytes
         if offset_bytes % UNIT_BYTES or not 0 <= offset_bytes <= last:
             raise ValueError(

@@ -7,11 +7,11 @@ a CUDA graph can capture it. Imports Triton: whoever has a GPU imports this modu
 """
 
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from engine.backends.cuda.inputs import StepInputs
 from engine.backends.cuda.layer import (
     AddNorm,
     Beside,
@@ -59,30 +59,26 @@ class FusedDecoder:
 
     def forward(
         self,
-        token_ids: Tensor,
-        positions: Tensor,
-        slot_mapping: Tensor,
-        attention: Any,
+        inputs: StepInputs,
         lora: LoraBatch | None = None,
-        output_rows: Tensor | None = None,
         output_lora: LoraBatch | None = None,
         *,
         out: Tensor,
     ) -> Tensor:
-        """Hidden states after the last norm to out [N, E], returned; writes the KV cache.
+        """Write hidden states after the last norm to `out`, which is returned, and the KV cache.
 
-        token_ids, positions and slot_mapping [N] are int32 or int64; a row whose slot is -1
-        stores nothing. With output_rows [M] out is [M, E], of those rows alone, and so is all that
-        the last layer computes after its attention: if there is `lora`, then only if `output_lora`
-        has the same adapters for these rows.
+        A row whose slot is -1 stores nothing. If out [M, E] has fewer rows than the step, it gets
+        those of `inputs.output_rows` [M], and the last layer computes these alone after its
+        attention: if there is `lora`, then only if `output_lora` has the same adapters for them.
         """
-        b = self._buffers.first(len(token_ids))
-        self._embed(token_ids, b.x)
+        b = self._buffers.first(len(inputs.token_ids))
+        output_rows = inputs.output_rows if len(out) < len(inputs.token_ids) else None
+        self._embed(inputs.token_ids, b.x)
         for layer in self._layers[:-1]:
-            layer.attend(b, positions, slot_mapping, attention, lora)
+            layer.attend(b, inputs, lora)
             layer.transform(b, lora)
         last = self._layers[-1]
-        last.attend(b, positions, slot_mapping, attention, lora)
+        last.attend(b, inputs, lora)
         if output_rows is not None and (lora is None or output_lora is not None):
             b, lora, output_rows = self._cut(b, output_rows), output_lora, None
         last.transform(b, lora)

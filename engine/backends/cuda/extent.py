@@ -39,7 +39,7 @@ class SiteExtent:
 
 
 @dataclass(frozen=True, slots=True)
-class Extent:
+class AdapterExtent:
     """Where everything is, in bytes from the start of the extent."""
 
     digest: str
@@ -48,7 +48,7 @@ class Extent:
     nbytes: int  # a multiple of UNIT_BYTES
 
 
-def extent_of(weights: LoraWeights) -> Extent:
+def extent_of(weights: LoraWeights) -> AdapterExtent:
     """Sites in their order in `weights`. Raises ValueError where a B is not [r, out]."""
     sites: dict[Site, SiteExtent] = {}
     dtypes: set[torch.dtype] = set()
@@ -63,7 +63,7 @@ def extent_of(weights: LoraWeights) -> Extent:
             f"adapter {weights.digest}: factors are {sorted(map(str, dtypes)) or 'missing'}; "
             "only factors of one dtype are allowed"
         )
-    return Extent(weights.digest, dtypes.pop(), sites, end)
+    return AdapterExtent(weights.digest, dtypes.pop(), sites, end)
 
 
 def extent_nbytes(weights: LoraWeights) -> int:
@@ -71,7 +71,7 @@ def extent_nbytes(weights: LoraWeights) -> int:
     return extent_of(weights).nbytes
 
 
-def pack_extent(weights: LoraWeights, buffer: Tensor) -> Extent:
+def pack_extent(weights: LoraWeights, buffer: Tensor) -> AdapterExtent:
     """Writes the extent to the start of `buffer`, uint8 [>= nbytes] on any device; gaps are kept.
 
     The buffer's address must be a multiple of 16.

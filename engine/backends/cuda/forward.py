@@ -22,7 +22,6 @@ from engine.backends.cuda.inputs import (
     StepShape,
 )
 from engine.backends.cuda.positions import (
-    DevicePositions,
     PositionsCapacity,
     exact_capacity,
     prefill_pages,
@@ -43,28 +42,22 @@ class StepModel(Protocol):
 
     def forward(
         self,
-        token_ids: Tensor,
-        positions: Tensor,
-        slot_mapping: Tensor,
-        attention: DevicePositions,
+        inputs: StepInputs,
         lora: LoraBatch | None = None,
-        output_rows: Tensor | None = None,
         output_lora: LoraBatch | None = None,
         *,
         out: Tensor,
     ) -> Tensor:
-        """Computes all rows, writing their KV. Hidden states after the last norm of the output
-        rows, or of all for None, go to out [M, E], which is returned."""
+        """Compute all rows, writing their KV, and return out [M, E].
+
+        It gets the hidden states after the last norm: of all rows if it has as many, else of
+        `inputs.output_rows`, whose adapters `output_lora` has.
+        """
         ...
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [M, E] -> [M, V] in float32, the caller's to change."""
         ...
-
-
-class LoraPlan(Protocol):
-    @property
-    def words(self) -> Numbers: ...
 
 
 class LoraPlanner(Protocol):
@@ -74,11 +67,11 @@ class LoraPlanner(Protocol):
         """Longest list of a batch of this many rows, and of any smaller one."""
         ...
 
-    def plan(self, row_slots: Sequence[int]) -> LoraPlan:
+    def plan(self, row_slots: Sequence[int]) -> Numbers:
         """Row i has the adapter in `row_slots[i]`, 0 for none."""
         ...
 
-    def batch(self, num_rows: int, words: Tensor | None = None) -> LoraBatch:
+    def batch(self, num_rows: int, words: Tensor) -> LoraBatch:
         """The adapters of whatever plan of so many rows is in `words`."""
         ...
 
@@ -265,7 +258,6 @@ class DeviceForward:
     # ==== both ====
 
     def _forward(self, inputs: StepInputs, out: Tensor, has_lora: bool) -> None:
-        """All rows if `out` has as many, else the output rows."""
         is_cut = len(out) < len(inputs.token_ids)
         self._buffers.resolve(inputs)
         lora = output_lora = None
@@ -273,16 +265,7 @@ class DeviceForward:
             lora = self._lora.batch(len(inputs.token_ids), inputs.lora_words)
         if has_lora and is_cut:
             output_lora = self._lora.batch(len(inputs.output_rows), inputs.output_lora_words)
-        self._model.forward(
-            inputs.token_ids,
-            inputs.positions,
-            inputs.slot_mapping,
-            inputs.attention,
-            lora,
-            inputs.output_rows if is_cut else None,
-            output_lora,
-            out=out,
-        )
+        self._model.forward(inputs, lora, output_lora, out=out)
 
     def _views_of(self, shape: StepShape) -> StepInputs:
         return self._buffers.views(shape, self._limits.max_model_len)
@@ -297,7 +280,7 @@ class DeviceForward:
         )
 
     def _lora_words(self, row_slots: Numbers) -> Numbers:
-        return self._lora.plan(row_slots.tolist()).words
+        return self._lora.plan(row_slots.tolist())
 
 
 _NO_WORDS: Numbers = np.zeros(0, np.int32)

@@ -2,11 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Protocol, cast
 
 from torch import Tensor, nn
 
 from engine.backends.cuda.fp8 import Fp8Linear
+from engine.backends.cuda.inputs import StepInputs
+from engine.backends.cuda.positions import DevicePositions
 from engine.backends.cuda.triton.fp8_rows import quantize_rows
 from engine.backends.cuda.triton.gate import gate
 from engine.backends.cuda.triton.norm import add_rms_norm
@@ -27,7 +29,7 @@ class PagedAttentionInto(Protocol):
         self,
         q: Tensor,
         kv_layer: Tensor,
-        attention: Any,
+        attention: DevicePositions,
         *,
         out: Tensor,
         scale: float,
@@ -35,7 +37,7 @@ class PagedAttentionInto(Protocol):
         soft_cap: float | None,
     ) -> Tensor:
         """As PagedAttention of engine.model.ops, into out [N, H, D], returned. q's rows lie
-        apart: it is a part of the qkv layer's output. `attention` is what `forward` was given."""
+        apart: it is a part of the qkv layer's output."""
         ...
 
 
@@ -139,17 +141,10 @@ class FusedLayer:
             down=_Site.of(layer.mlp.down, beside),
         )
 
-    def attend(
-        self,
-        b: Buffers,
-        positions: Tensor,
-        slot_mapping: Tensor,
-        attention: Any,
-        lora: LoraBatch | None,
-    ) -> None:
+    def attend(self, b: Buffers, inputs: StepInputs, lora: LoraBatch | None) -> None:
         self.enter_attention(b.x, b.delta, b.normed)
         self.qkv(b.normed, b.qkv, lora)
-        self.attention(b.qkv, positions, slot_mapping, attention, b.attended.wide)
+        self.attention(b.qkv, inputs, b.attended.wide)
 
     def transform(self, b: Buffers, lora: LoraBatch | None) -> None:
         """All that follows attention, of any rows."""
@@ -229,16 +224,14 @@ class _Attention:
             paged_attention=paged_attention,
         )
 
-    def __call__(
-        self, qkv: Tensor, positions: Tensor, slot_mapping: Tensor, attention: Any, out: Tensor
-    ) -> None:
+    def __call__(self, qkv: Tensor, inputs: StepInputs, out: Tensor) -> None:
         norms = self.norms
         rotate_and_store(
             qkv,
             self.table.cos,
             self.table.sin,
-            positions,
-            slot_mapping,
+            inputs.positions,
+            inputs.slot_mapping,
             self.kv_layer,
             q_norm=None if norms is None else norms.q_norm.weight,
             k_norm=None if norms is None else norms.k_norm.weight,
@@ -248,7 +241,7 @@ class _Attention:
         self.paged_attention(
             qkv[:, : out.shape[1]].view(shape),
             self.kv_layer,
-            attention,
+            inputs.attention,
             out=out.view(shape),
             scale=self.scale,
             window=self.window,

@@ -6,7 +6,7 @@ from itertools import accumulate, pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.backends.cuda.extent import UNIT_BYTES, Extent, SiteExtent
+from engine.backends.cuda.extent import UNIT_BYTES, AdapterExtent, SiteExtent
 from engine.backends.cuda.triton.lora_work import SiteKind
 from engine.model.layers import LoraSite
 
@@ -26,7 +26,7 @@ class SiteTable:
     def record_words(self) -> int:
         return 2 + 2 * self.max_slices
 
-    def check(self, extent: Extent) -> None:
+    def check(self, extent: AdapterExtent) -> None:
         """Raises ValueError where an adapter does not fit the sites."""
         for key, site in extent.sites.items():
             if key not in self.number:
@@ -36,7 +36,7 @@ class SiteTable:
             if reason:
                 raise ValueError(f"adapter {extent.digest}: {key} has {reason}")
 
-    def records(self, offset_bytes: int, extent: Extent) -> NDArray[np.int32]:
+    def records(self, offset_bytes: int, extent: AdapterExtent) -> NDArray[np.int32]:
         """[1 + sites, record_words]: a slot of the table in `engine.backends.cuda.triton.lora`."""
         records = np.zeros((1 + len(self.kind_of), self.record_words), np.int32)
         records[0, 0] = offset_bytes // UNIT_BYTES
@@ -46,7 +46,7 @@ class SiteTable:
             records[1 + number] = _record(site, widths, self.max_slices)
         return records
 
-    def ranks(self, extent: Extent) -> list[int]:
+    def ranks(self, extent: AdapterExtent) -> list[int]:
         """Of each kind: the largest sum of slice ranks at any of its sites."""
         found = [0] * len(self.kinds)
         for key, site in extent.sites.items():

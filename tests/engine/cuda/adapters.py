@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from engine.backends.cuda.bank import DeviceAdapterBank
+from engine.backends.cuda.bank import DeviceAdapterBank, TritonLora
 from engine.backends.cuda.extent import UNIT_BYTES, extent_nbytes, pack_extent
 from engine.lora.weights import LoraWeights, Site, SiteWeights
 from engine.model.layers import LoraSite, LoraSlice
@@ -99,6 +99,12 @@ def load_all(bank: DeviceAdapterBank, adapters: Mapping[int, LoraWeights]) -> No
     for slot, weights in adapters.items():
         end = load(bank, slot, end, weights)
     assert end == UNIT_BYTES + sum(extent_nbytes(w) for w in adapters.values())
+
+
+def launched(bank: DeviceAdapterBank, slots: Sequence[int]) -> TritonLora:
+    """The batch whose rows have these slots, its plan on the device."""
+    words = torch.from_numpy(bank.plan(slots)).to(DEVICE)
+    return bank.batch(len(slots), words)
 
 
 def expected(

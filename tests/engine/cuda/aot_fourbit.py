@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from engine.backends.cuda.triton.crossovers import Shape, Tiles, unmeasured
+from engine.backends.cuda.triton.crossovers import GemmTiles, Shape, unmeasured
 from engine.backends.cuda.triton.dequantize import BLOCKS
 from engine.backends.cuda.triton.fourbit import SUM_BLOCK
 from engine.backends.cuda.triton.packed_weight import BLOCK, SMALL_BLOCK
@@ -33,10 +33,13 @@ def case(
 
 
 CHOSEN = tuple(c.tiles for c in unmeasured(Shape("nf4", OUT, IN), IN // BLOCK, PROCESSORS))
-FEWER_ROWS = (Tiles(16, 128, num_warps=4, num_stages=4), Tiles(32, 64, num_warps=4, num_stages=4))
+FEWER_ROWS = (
+    GemmTiles(16, 128, num_warps=4, num_stages=4),
+    GemmTiles(32, 64, num_warps=4, num_stages=4),
+)
 
 
-def gemm(format: str, tiles: Tiles, block: int = BLOCK) -> AotCase:
+def gemm(format: str, tiles: GemmTiles, block: int = BLOCK) -> AotCase:
     split = tiles.split_k > 1
     y = {"bias_ptr": "*fp32", "y_ptr": "*fp32" if split else "*bf16"}
     sizes = integers("rows", "out_features", "in_features", "blocks", "out_padded")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.backends.cuda.bank import WORDS, DeviceAdapterBank
+from engine.backends.cuda.bank import DeviceAdapterBank
 from engine.backends.cuda.extent import UNIT_BYTES, extent_nbytes, extent_of
 from engine.backends.torch.bank import AdapterBank
 from engine.backends.torch.ops import torch_build
@@ -19,6 +19,7 @@ from engine.scheduler.request import SamplingParams
 from tests.engine.cuda.adapters import (
     DEVICE,
     TRAFFIC,
+    launched,
     load,
     load_all,
     make_adapter,
@@ -84,7 +85,7 @@ def assert_equal_to_the_plain_bank(
 ) -> None:
     plain = plain_bank(adapters).batch(batch)
     slots = slots_of(batch)
-    lora = bank.upload(bank.plan(slots))
+    lora = launched(bank, slots)
     for (layer, site), (x, y) in inputs_of(len(slots)).items():
         if layer not in layers:
             continue
@@ -117,9 +118,8 @@ def test_a_captured_launch_serves_any_later_plan() -> None:
             load(bank, 5, 2**19, adapters[5])
         if step == 4:
             bank.move(5, 2**20)
-        for name, values in bank.plan(slots).arrays:
-            assert name == WORDS
-            words[: values.size] = torch.from_numpy(values)
+        values = bank.plan(slots)
+        words[: values.size] = torch.from_numpy(values)
         plain = plain_bank(adapters).batch(batch_of(slots))
         x, y = inputs_of(16, seed=step)[1, "gate_up"]
         got, wanted = y.clone(), y[: len(slots)].clone()
@@ -149,7 +149,8 @@ def test_a_cuda_graph_replays_for_any_adapters() -> None:
     adapters = make_adapters()
     bank = make_bank(SITES, F32)
     bank.warm_up()
-    lora, graph = bank.batch(16), torch.cuda.CUDAGraph()
+    words = torch.zeros(bank.max_words(16), dtype=torch.int32, device=DEVICE)
+    lora, graph = bank.batch(16, words), torch.cuda.CUDAGraph()
     x, y = (torch.zeros_like(t) for t in inputs_of(16)[0, "qkv"])
     with torch.cuda.graph(graph):
         lora.add(0, "qkv", x, y)
@@ -160,7 +161,8 @@ def test_a_cuda_graph_replays_for_any_adapters() -> None:
         values = inputs_of(16, seed=step)[0, "qkv"]
         x.copy_(values[0])
         y.copy_(values[1])
-        bank.upload(bank.plan(slots))
+        plan = bank.plan(slots)
+        words[: plan.size] = torch.from_numpy(plan)
         graph.replay()
         if plain is not None:
             plain.add(0, "qkv", *values)
@@ -173,11 +175,11 @@ def test_the_buffers_addresses_never_change() -> None:
 
     def addresses() -> list[int]:
         memory = [bank.arena, bank._memory.arena, bank._memory.table, bank._planes]
-        return [t.data_ptr() for t in (*memory, *bank.buffers.values())]
+        return [t.data_ptr() for t in memory]
 
     before = addresses()
     load_all(bank, adapters)
-    bank.upload(bank.plan([1, 2, 3]))
+    launched(bank, [1, 2, 3])
     bank.move(1, 2**20)
     bank.evict(2)
     assert addresses() == before
@@ -188,7 +190,7 @@ def test_two_sites_may_be_under_way() -> None:
     bank = make_bank(SITES, F32)
     load_all(bank, adapters)
     slots = [1, 4, 0]
-    lora, values = bank.upload(bank.plan(slots)), inputs_of(3)
+    lora, values = launched(bank, slots), inputs_of(3)
     (x0, y0), (x1, y1) = values[0, "o"], values[0, "gate_up"]
     apart, between = (y0.clone(), y1.clone()), (y0.clone(), y1.clone())
     lora.add(0, "o", x0, apart[0])
@@ -207,7 +209,7 @@ def test_an_adapter_gives_the_same_bits_wherever_it_lies_and_in_any_slot() -> No
 
     def run(slot: int) -> Tensor:
         got = y.clone()
-        bank.upload(bank.plan([slot, 0, slot, slot, 0])).add(1, "qkv", x, got)
+        launched(bank, [slot, 0, slot, slot, 0]).add(1, "qkv", x, got)
         return got
 
     load(bank, 1, 2**19, adapters[1])
@@ -262,7 +264,7 @@ def test_real_adapters_of_a_real_model(tmp_path: Path) -> None:
     bank = make_bank(decoder.lora_sites, F32)
     load_all(bank, adapters)
     batch = batch_of([1, 0, 2, 1, 2])
-    lora, plain = bank.upload(bank.plan(slots_of(batch))), plain_bank(adapters).batch(batch)
+    lora, plain = launched(bank, slots_of(batch)), plain_bank(adapters).batch(batch)
     assert plain is not None
     for site in decoder.lora_sites:
         x = torch.randn(5, site.in_features, device=DEVICE)
@@ -286,7 +288,7 @@ def test_a_plan_is_no_longer_than_promised_and_the_buffer_holds_the_longest() ->
     load_all(bank, make_adapters())
     for rows in (1, 7, 256, 257, 600):
         slots = [i % 5 + 1 for i in range(rows)]
-        assert bank.plan(slots).words.size <= bank.max_words(rows) <= bank.buffers[WORDS].numel()
+        assert bank.plan(slots).size <= bank.max_words(rows) <= bank.max_words(600)
     promised = [bank.max_words(rows) for rows in (200, 256, 257, 300, 512, 600)]
     assert promised == sorted(promised), "what holds a batch holds a smaller one"
 

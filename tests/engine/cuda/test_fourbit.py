@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from engine.backends.cuda.triton import nf4_lookup
-from engine.backends.cuda.triton.crossovers import Shape, Tiles, choose, unmeasured
+from engine.backends.cuda.triton.crossovers import GemmTiles, Shape, choose, unmeasured
 from engine.backends.cuda.triton.dequantize import dequantize as dequantize_packed
 from engine.backends.cuda.triton.fourbit import multiply, planes_size
 from engine.backends.cuda.triton.packed_weight import PackedWeight, pack
@@ -21,8 +21,8 @@ from engine.model.quantized_weight import NF4_VALUES, QuantizedWeight, dequantiz
 CPU = torch.device("cpu")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-SMALL = Tiles(16, 64, num_warps=4, num_stages=2)
-SPLIT = Tiles(16, 128, num_warps=4, num_stages=2, split_k=2)
+SMALL = GemmTiles(16, 64, num_warps=4, num_stages=2)
+SPLIT = GemmTiles(16, 128, num_warps=4, num_stages=2, split_k=2)
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 
 
@@ -62,7 +62,7 @@ WEIGHTS: dict[str, Callable[[], QuantizedWeight]] = {
 
 
 def fused(
-    x: torch.Tensor, weight: PackedWeight, tiles: Tiles, bias: torch.Tensor | None = None
+    x: torch.Tensor, weight: PackedWeight, tiles: GemmTiles, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
     """On the device, and from and to the CPU."""
     shape = (len(x), weight.out_features)
@@ -97,7 +97,7 @@ def test_unit_vectors_give_the_weights_to_the_bit(name: str, dtype: torch.dtype)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", ["nf4", "int4_whole_zeros", "int8_odd"])
 def test_product_equals_that_of_the_dense_weight(
-    name: str, dtype: torch.dtype, tiles: Tiles
+    name: str, dtype: torch.dtype, tiles: GemmTiles
 ) -> None:
     weight = WEIGHTS[name]()
     x = torch.randn(19, weight.in_features, generator=torch.Generator().manual_seed(1)).to(dtype)
@@ -120,7 +120,7 @@ def test_parts_without_inputs_add_nothing() -> None:
 
 
 @pytest.mark.parametrize("tiles", [SMALL, SPLIT], ids=["whole", "split"])
-def test_rows_do_not_see_their_mates(tiles: Tiles) -> None:
+def test_rows_do_not_see_their_mates(tiles: GemmTiles) -> None:
     packed = pack(make_weight("nf4", 72, 256), DEVICE)
     x = torch.randn(20, 256, generator=torch.Generator().manual_seed(3)).half()
     x[7] = torch.nan

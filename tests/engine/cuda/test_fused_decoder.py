@@ -15,6 +15,7 @@ import torch
 
 from engine.backends.cuda.decoder import FusedDecoder
 from engine.backends.cuda.fp8 import dequantized_mm
+from engine.backends.cuda.inputs import StepInputs
 from engine.backends.cuda.layer import Beside, Rows, _Site
 from engine.backends.cuda.memory import needs
 from engine.backends.cuda.weight_ops import DenseLinear, cuda_build
@@ -164,22 +165,44 @@ def found_of(
     batch: Batch,
     num_padding: int = 0,
     beside: Beside | None = None,
+    output_rows: torch.Tensor | None = None,
     **options: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     kv_cache = random_cache(decoder)
     fused = FusedDecoder(decoder, attend_into, kv_cache, CAPACITY, beside)
     padding = torch.zeros(num_padding, dtype=torch.int64, device=DEVICE)
     token_ids = torch.cat([batch.token_ids, padding])
-    rows = options.get("output_rows", token_ids)
-    hidden = fused.forward(
-        token_ids.int(),
-        torch.cat([batch.positions, padding]).int(),
-        torch.cat([batch.attention.slot_mapping, padding - 1]).int(),
+    rows = token_ids if output_rows is None else output_rows
+    inputs = step_inputs(
+        token_ids,
+        torch.cat([batch.positions, padding]),
+        torch.cat([batch.attention.slot_mapping, padding - 1]),
         batch.attention,
-        **options,
-        out=kv_cache.new_empty(len(rows), decoder.spec.hidden_size),
+        rows,
     )
-    return hidden, kv_cache
+    out = kv_cache.new_empty(len(rows), decoder.spec.hidden_size)
+    return fused.forward(inputs, **options, out=out), kv_cache
+
+
+def step_inputs(
+    token_ids: torch.Tensor,
+    positions: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    attention: AttentionInputs,
+    output_rows: torch.Tensor,
+) -> StepInputs:
+    nothing = torch.empty(0, dtype=torch.int32, device=DEVICE)
+    return StepInputs(
+        token_ids=token_ids.int(),
+        sources=nothing,
+        positions=positions.int(),
+        slot_mapping=slot_mapping.int(),
+        output_rows=output_rows,
+        sample_rows=nothing,
+        attention=attention,  # type: ignore[arg-type]  # what `attend_into` takes
+        lora_words=nothing,
+        output_lora_words=nothing,
+    )
 
 
 def close(found: torch.Tensor, expected: torch.Tensor, atol: float = 2e-5) -> None:
@@ -372,7 +395,8 @@ def test_nothing_of_a_step_is_left_for_the_next(tiny_model: MakeTiny) -> None:
         b = batch_of(requests)
         out = torch.empty(len(b.token_ids), decoder.spec.hidden_size, device=DEVICE)
         slots = b.attention.slot_mapping
-        return fused.forward(b.token_ids, b.positions, slots, b.attention, out=out)
+        inputs = step_inputs(b.token_ids, b.positions, slots, b.attention, b.token_ids)
+        return fused.forward(inputs, out=out)
 
     run(REQUESTS)
     found = run(REQUESTS[:2])

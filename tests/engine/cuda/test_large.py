@@ -15,7 +15,7 @@ from engine.backends.cuda.bank import DeviceAdapterBank
 from engine.backends.cuda.extent import UNIT_BYTES, extent_nbytes
 from engine.backends.cuda.triton.attention_decode import decode_scratch_numel, paged_decode
 from engine.backends.cuda.triton.attention_prefill import paged_prefill, prefill_scratch_numel
-from engine.backends.cuda.triton.crossovers import Tiles
+from engine.backends.cuda.triton.crossovers import GemmTiles
 from engine.backends.cuda.triton.draw import draw, floors
 from engine.backends.cuda.triton.fourbit import multiply, planes_size
 from engine.backends.cuda.triton.fp8_rows import quantize_rows
@@ -26,7 +26,7 @@ from engine.backends.cuda.triton.rotary import rotate_and_store
 from engine.model import reference
 from engine.model.fp8 import E4m3Rows
 from engine.model.rotary import Rotary, RotaryTable, Unscaled
-from tests.engine.cuda.adapters import load, make_adapter, make_sites
+from tests.engine.cuda.adapters import launched, load, make_adapter, make_sites
 from tests.engine.cuda.test_fourbit import make_weight
 
 BEFORE = 2**31  # elements
@@ -149,7 +149,7 @@ def test_adapters_rows_and_moves() -> None:
     x, y = torch.randn(3, 64, dtype=dtype), torch.randn(3, 64, dtype=dtype)
 
     def added(slot: int, x: Tensor, y: Tensor) -> Tensor:
-        bank.upload(bank.plan([slot, 0, slot])).add(0, "qkv", x, y)
+        launched(bank, [slot, 0, slot]).add(0, "qkv", x, y)
         return y
 
     load(bank, 1, 0, weights)
@@ -167,7 +167,7 @@ def test_adapters_rows_and_moves() -> None:
 @pytest.mark.parametrize("split_k", [1, 2])
 def test_products_of_packed_weights(split_k: int) -> None:
     weight = pack(make_weight("int8", 72, 128), torch.device("cpu"))
-    tiles = Tiles(16, 64, num_warps=4, num_stages=2, split_k=split_k)
+    tiles = GemmTiles(16, 64, num_warps=4, num_stages=2, split_k=split_k)
     x, near, far = torch.randn(3, 128), torch.zeros(3, 72), spread(torch.zeros(3, 72))
     planes = torch.full((planes_size(weight, 3, tiles),), torch.nan)
     multiply(x, weight, None, near, planes, tiles)

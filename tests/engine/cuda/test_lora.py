@@ -14,6 +14,7 @@ from tests.engine.cuda.adapters import (
     DEVICE,
     TRAFFIC,
     expected,
+    launched,
     load_all,
     make_adapter,
     make_bank,
@@ -52,7 +53,7 @@ def batch_of(name: str, rows: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 def add(bank: DeviceAdapterBank, slots: list[int], name: str, x: Tensor, y: Tensor) -> Tensor:
     y = y.clone()
-    bank.upload(bank.plan(slots)).add(0, name, x, y)
+    launched(bank, slots).add(0, name, x, y)
     return y
 
 
@@ -115,7 +116,7 @@ def test_x_and_y_may_be_columns_of_wider_tensors() -> None:
     around = wide_y.clone()
     wide_x[:, 48:368], wide_y[:, 16:176] = x, y
     bank = loaded_bank(adapters)
-    bank.upload(bank.plan(slots)).add(0, "qkv", wide_x[:, 48:368], wide_y[:, 16:176])
+    launched(bank, slots).add(0, "qkv", wide_x[:, 48:368], wide_y[:, 16:176])
     assert torch.equal(wide_y[:, 16:176], add(bank, slots, "qkv", x, y))
     assert torch.equal(wide_y[:, :16], around[:, :16])
     assert torch.equal(wide_y[:, 176:], around[:, 176:])

@@ -13,8 +13,8 @@ from engine.backends.cuda.triton import bitsandbytes_gemm
 from engine.backends.cuda.triton.crossovers import (
     TABLE,
     Choice,
+    GemmTiles,
     Shape,
-    Tiles,
     choices_for,
     choose,
     unmeasured,
@@ -24,8 +24,8 @@ from engine.backends.cuda.triton.weight_only import WeightOnlyLinear
 from engine.model.quantized_weight import QuantizedWeight, dequantize_to, join
 from tests.engine.cuda.test_fourbit import CPU, DEVICE, DTYPES, TOLERANCE, make_weight
 
-SPLIT = Tiles(16, 64, num_warps=4, num_stages=2, split_k=2)
-WHOLE = Tiles(32, 64, num_warps=4, num_stages=2)
+SPLIT = GemmTiles(16, 64, num_warps=4, num_stages=2, split_k=2)
+WHOLE = GemmTiles(32, 64, num_warps=4, num_stages=2)
 CHOICES = (Choice(4, "fused", SPLIT), Choice(18, "fused", WHOLE), Choice(None, "dequantize"))
 LLAMA_SHAPES = ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336))
 
@@ -236,7 +236,7 @@ def test_measured_choices_are_taken_on_their_device_and_shape_alone(tmp_path: Pa
     shape = Shape("nf4", 72, 128)
     choices = choices_for(shape, 2, "a card", 132, table)
     assert choose(choices, 4) == Choice(4, "bitsandbytes")
-    assert choose(choices, 5) == Choice(16, "fused", Tiles(16, 64, 4, 3, 2))
+    assert choose(choices, 5) == Choice(16, "fused", GemmTiles(16, 64, 4, 3, 2))
     assert choose(choices, 17) == Choice(None, "dequantize")
     assert choices_for(shape, 2, "another card", 132, table) == unmeasured(shape, 2, 132)
     other = Shape("int8", 72, 128)
@@ -265,7 +265,7 @@ def test_wrong_tables_are_refused(
 
 def test_tiles_that_no_kernel_takes_are_refused() -> None:
     with pytest.raises(ValueError, match="rows=24"):
-        Tiles(24, 64, 4, 3)
+        GemmTiles(24, 64, 4, 3)
 
 
 def test_table_in_the_package_is_readable() -> None:

@@ -33,7 +33,7 @@ BLOCKS_PER_PART = 8  # at least: each part fills and drains its pipeline once
 
 
 @dataclass(frozen=True, slots=True)
-class Tiles:
+class GemmTiles:
     """Tile sizes of the fused kernel. A row's bits depend on `rows` and `split_k`."""
 
     rows: int
@@ -53,7 +53,7 @@ class Tiles:
 class Choice:
     up_to_rows: int | None  # None: any number
     implementation: str
-    tiles: Tiles | None = None  # of fused
+    tiles: GemmTiles | None = None  # of fused
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +67,8 @@ class Shape:
 # for fewer rows; 128 are needed if decoding twice would cost more than idle tensor cores. The
 # last number is how many programs a processor should get, if the inputs can be split that far.
 _UNMEASURED = (
-    (64, Tiles(64, 128, num_warps=4, num_stages=4), 2),
-    (LARGEST_FUSED, Tiles(128, 128, num_warps=8, num_stages=3), 1),
+    (64, GemmTiles(64, 128, num_warps=4, num_stages=4), 2),
+    (LARGEST_FUSED, GemmTiles(128, 128, num_warps=8, num_stages=3), 1),
 )
 
 
@@ -129,4 +129,4 @@ def _choice(
         raise ValueError(f"tiles {tiles}: expected for fused, and for nothing else")
     if tiles is not None and up_to_rows is None:
         raise ValueError("up_to_rows null of fused: expected a number, which its planes are for")
-    return Choice(up_to_rows, implementation, None if tiles is None else Tiles(**tiles))
+    return Choice(up_to_rows, implementation, None if tiles is None else GemmTiles(**tiles))

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from engine.backends.cuda.triton import nf4_lookup
-from engine.backends.cuda.triton.crossovers import Tiles
+from engine.backends.cuda.triton.crossovers import GemmTiles
 from engine.backends.cuda.triton.launch import interpreting, upcast
 from engine.backends.cuda.triton.packed_weight import PANEL, PackedWeight
 
@@ -271,7 +271,7 @@ def multiply(
     bias: Tensor | None,
     out: Tensor,
     planes: Tensor,
-    tiles: Tiles,
+    tiles: GemmTiles,
 ) -> None:
     """Compute out [N, out] = x [N, in] W^T + bias; x's columns are in the order of the codes.
 
@@ -315,7 +315,7 @@ def multiply(
         _sum_planes(planes, bias, out, split)
 
 
-def planes_size(weight: PackedWeight, rows: int, tiles: Tiles) -> int:
+def planes_size(weight: PackedWeight, rows: int, tiles: GemmTiles) -> int:
     """Number of float32 elements of `planes` that `multiply` needs for this many rows."""
     return tiles.split_k * rows * weight.out_features if tiles.split_k > 1 else 0
 

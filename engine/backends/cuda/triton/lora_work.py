@@ -1,9 +1,9 @@
 """Builds the work lists of the multi-LoRA kernels: rows per adapter, and blocks to multiply.
 
-Plain numpy on the host, once per step. Rows are sorted by adapter slot and cut into segments of at
-most `Tiles.segment_rows` rows of one adapter; a segment's A is cut into blocks of rank rows. The
-kernels iterate over these lists with a grid of constant size, so that a CUDA graph replays for any
-adapters. A list is only as long as the work: nothing is padded to the largest rank.
+Plain numpy on the host, once per step. Rows are sorted by adapter slot and cut into segments of
+at most `LoraTiles.segment_rows` rows of one adapter; a segment's A is cut into blocks of rank rows.
+The kernels iterate over these lists with a grid of constant size, so that a CUDA graph replays for
+any adapters. A list is only as long as the work: nothing is padded to the largest rank.
 
 All lists are one int32 array, the words of a plan:
 
@@ -39,7 +39,7 @@ Indices = NDArray[np.intp]
 
 
 @dataclass(frozen=True, slots=True)
-class Tiles:
+class LoraTiles:
     """Tile sizes of one program.
 
     Shrink multiplies [rows, depth] by [depth, ranks], expand [rows, ranks] by [ranks, columns].
@@ -65,8 +65,8 @@ class Launch:
 
 # Chosen so that the programs fit the registers and shared memory of an sm_90 processor and keep
 # enough bytes in flight for its memory. Their speed was not measured.
-DECODE = Tiles(16, 8, Launch(16, 2, 4, 4), Launch(16, 4, 3, 3), 128, 256)
-PREFILL = Tiles(64, 4, Launch(32, 4, 4, 3), Launch(16, 4, 2, 3), 64, 64)
+DECODE = LoraTiles(16, 8, Launch(16, 2, 4, 4), Launch(16, 4, 3, 3), 128, 256)
+PREFILL = LoraTiles(64, 4, Launch(32, 4, 4, 3), Launch(16, 4, 2, 3), 64, 64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +91,7 @@ class WorkShape:
     num_processors: int
 
     @property
-    def tiles(self) -> Tiles:
+    def tiles(self) -> LoraTiles:
         return DECODE if self.max_rows <= DECODE_ROWS else PREFILL
 
     @property
