@@ -29,6 +29,7 @@ from engine.messages import (
     ErrorKind,
     GenerateRequest,
     RequestError,
+    RequestMetrics,
     RequestOutput,
     TokenLogprobs,
 )
@@ -40,7 +41,6 @@ from engine.scheduler.limits import SchedulerLimits
 from engine.scheduler.memory import MemoryBudget
 from engine.scheduler.request import CacheScope, FinishReason, Request
 from engine.scheduler.scheduler import Progress, Scheduler
-from engine.scheduler.timings import RequestMetrics, request_metrics
 from engine.settle import settle
 from engine.validate import validate
 
@@ -65,23 +65,14 @@ class Engine:
         wake: Callable[[], None] = lambda: None,
         progress: bool = False,
     ) -> None:
-        start = time.perf_counter()
-        folder = Path(config.source)
         self.config = config
-        self.settled = s = settle(config, arena_bytes)
+        self.settled = settle(config, arena_bytes)
         self._clock = clock
-        self.model = load_model(config, s, progress=progress)
+        self.model = load_model(config, self.settled, progress=progress)
+        self.info = self._describe()
         self.host = HostCache(config.host_adapter_bytes, self._load_adapter, wake)
         self.runner: Runner = self.model.make_runner(self.host.get)
-        vocab = range(s.spec.vocab_size)
-        eos_token_ids = tuple(t for t in read_eos_token_ids(folder) if t in vocab)
-        self.scheduler = Scheduler(
-            SchedulerLimits(
-                config.max_num_seqs, s.max_num_batched_tokens, s.max_model_len, eos_token_ids
-            ),
-            self._memory_budget(),
-            pipeline_depth=self.runner.pipeline_depth,
-        )
+        self.scheduler = self._make_scheduler()
         self.is_idle = True  # the last step found nothing that could run, and nothing under way
         self._in_flight: deque[_InFlight] = deque()  # oldest first
         self._failed_loads: set[str] = set()  # digests whose last load was in a step that failed
@@ -89,17 +80,41 @@ class Engine:
         self._prompt_logprobs: dict[tuple[str, int], dict[int, TokenLogprobs]] = {}
         self._num_steps = self._num_prompt = self._num_cached = self._num_outputs = 0
         self._step_s = self._last_update_s = 0.0
-        self.info = EngineInfo(
+
+    def _describe(self) -> EngineInfo:
+        s, vocab = self.settled, range(self.settled.spec.vocab_size)
+        eos = read_eos_token_ids(Path(self.config.source))
+        return EngineInfo(
             max_model_len=s.max_model_len,
             vocab_size=s.spec.vocab_size,
             num_blocks=s.num_blocks,
-            block_size=config.block_size,
-            eos_token_ids=eos_token_ids,
+            block_size=self.config.block_size,
+            eos_token_ids=tuple(token_id for token_id in eos if token_id in vocab),
             device=str(s.device),
             dtype=str(s.dtype).removeprefix("torch."),
             weight_bytes=self.model.weight_bytes,
             kernels=self.model.kernels,
-            load_s=time.perf_counter() - start,
+        )
+
+    def _make_scheduler(self) -> Scheduler:
+        s, seqs = self.settled, self.config.max_num_seqs
+        limits = SchedulerLimits(
+            seqs, s.max_num_batched_tokens, s.max_model_len, self.info.eos_token_ids
+        )
+        depth = self.runner.pipeline_depth
+        return Scheduler(limits, self._memory_budget(), pipeline_depth=depth)
+
+    def _memory_budget(self) -> MemoryBudget:
+        config, s = self.config, self.settled
+        return MemoryBudget(
+            s.memory_bytes,
+            s.block_bytes,
+            BlockManager(
+                s.num_blocks, config.block_size, prefix_caching=config.enable_prefix_caching
+            ),
+            AdapterSlots(loads_are_immediate=self.runner.loads_are_immediate),
+            max_adapter_bytes=config.adapter_memory_bytes,
+            max_adapters=self.model.max_adapters,
         )
 
     # ==== requests ====
@@ -107,8 +122,9 @@ class Engine:
     def add_request(self, request: GenerateRequest) -> None:
         """Queue a request. Raises InvalidRequest, naming the value and the allowed range."""
         validate(request, self.info)
-        folder = request.adapter_folder
-        scope = CacheScope(request.tenant, request.cache_salt, folder.digest if folder else "")
+        adapter_folder = request.adapter_folder
+        adapter_digest = adapter_folder.digest if adapter_folder else ""
+        scope = CacheScope(request.tenant, request.cache_salt, adapter_digest)
         now = self._clock()
         first, *forks = [
             Request(
@@ -125,9 +141,9 @@ class Engine:
         ]
         first.forks = forks
         self.scheduler.add(first)
-        if folder:
+        if adapter_folder:
             for _ in range(request.n):
-                self.host.want(folder)
+                self.host.want(adapter_folder)
 
     def abort(self, request_id: str) -> None:
         """End the request; its blocks are free on return. An unknown id has ended already."""
@@ -225,7 +241,7 @@ class Engine:
                 ended = self.scheduler.end_with_error(scheduled)
                 self._end(ended, RequestError(ErrorKind.ENGINE_ERROR, row.error))
         now = self._clock()
-        progress = self.scheduler.update(batch, [row.token_ids for row in rows], now)
+        progress = self.scheduler.update(batch, [row.token_ids for row in rows])
         self._num_steps += 1
         self._step_s += now - max(start, self._last_update_s)  # steps in flight overlap
         self._last_update_s = now
@@ -274,33 +290,18 @@ class Engine:
                 )
             )
 
-    # ==== memory ====
-
-    def _memory_budget(self) -> MemoryBudget:
-        config, s = self.config, self.settled
-        return MemoryBudget(
-            s.memory_bytes,
-            s.block_bytes,
-            BlockManager(
-                s.num_blocks, config.block_size, prefix_caching=config.enable_prefix_caching
-            ),
-            AdapterSlots(loads_are_immediate=self.runner.loads_are_immediate),
-            max_adapter_bytes=config.adapter_memory_bytes,
-            max_adapters=self.model.max_adapters,
-        )
-
     # ==== adapters ====
 
-    def _load_adapter(self, folder: AdapterFolder) -> HostAdapter:
+    def _load_adapter(self, adapter_folder: AdapterFolder) -> HostAdapter:
         """Runs in the host cache's threads."""
         s = self.settled
-        packed = self.model.pack_adapter(load_lora(folder, self.model.lora_sites, s.dtype))
+        packed = self.model.pack_adapter(load_lora(adapter_folder, self.model.lora_sites, s.dtype))
         most, name = self.config.adapter_memory_bytes, "adapter_memory_bytes"
         if most is None:
             most, name = s.memory_bytes, "memory_bytes"
         if packed.nbytes > most:
             raise AdapterLoadError(
-                f"adapter {folder.digest} needs {packed.nbytes} bytes on the device; "
+                f"adapter {adapter_folder.digest} needs {packed.nbytes} bytes on the device; "
                 f"{name} is {most}"
             )
         return packed
@@ -336,10 +337,9 @@ class Engine:
 
 
 def _metrics(request: Request, now: float) -> RequestMetrics:
-    return request_metrics(
-        request.timings,
-        request.arrival_s,
-        now,
+    scheduled_s = now if request.first_scheduled_s is None else request.first_scheduled_s
+    return RequestMetrics(
+        scheduled_s - request.arrival_s,
         request.num_prompt_tokens,
         request.num_cached_tokens,
         len(request.output_token_ids) - request.num_resumed_tokens,

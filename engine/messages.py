@@ -6,7 +6,6 @@ from enum import StrEnum
 from engine.config import EngineConfig
 from engine.framing import Message
 from engine.scheduler.request import SamplingParams
-from engine.scheduler.timings import RequestMetrics
 
 
 class ErrorKind(StrEnum):
@@ -72,6 +71,16 @@ def encodable(text: str) -> str:
 
 
 @dataclass(frozen=True, slots=True)
+class RequestMetrics:
+    """What a request took until it ended; the queue is from arrival to being scheduled."""
+
+    queue_s: float
+    num_prompt_tokens: int
+    num_cached_tokens: int
+    num_output_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
 class RequestOutput:
     """New tokens of one choice from one step. The last output of a choice has a finish_reason.
 
@@ -122,7 +131,6 @@ class EngineInfo:
     dtype: str
     kernels: str  # native-avx512, native-avx2, torch or triton
     weight_bytes: int
-    load_s: float
 
 
 @dataclass(frozen=True, slots=True)

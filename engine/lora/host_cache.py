@@ -58,15 +58,16 @@ class HostCache:
         self._entries: OrderedDict[str, _Entry] = OrderedDict()  # least recently used first
         self._pool = ThreadPoolExecutor(LOADER_THREADS, thread_name_prefix="adapter-load")
 
-    def want(self, adapter: AdapterFolder) -> None:
+    def want(self, adapter_folder: AdapterFolder) -> None:
         """Keep the adapter until `release`; starts loading it if needed."""
-        entry = self._entries.get(adapter.digest)
+        digest = adapter_folder.digest
+        entry = self._entries.get(digest)
         if entry is None:
-            future = self._pool.submit(self._load, adapter)
-            entry = self._entries[adapter.digest] = _Entry(future)
+            future = self._pool.submit(self._load, adapter_folder)
+            entry = self._entries[digest] = _Entry(future)
             future.add_done_callback(lambda _: self._wake())
         entry.wanted += 1
-        self._entries.move_to_end(adapter.digest)
+        self._entries.move_to_end(digest)
 
     def release(self, digest: str) -> list[str]:
         """Undo one `want`. Returns the digests dropped to stay within the bound."""

@@ -54,7 +54,6 @@ class AdapterMove(NamedTuple):
     """
 
     slot: int
-    source_bytes: int
     destination_bytes: int
     nbytes: int
 

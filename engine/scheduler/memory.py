@@ -273,7 +273,7 @@ class MemoryBudget:
         for shift in plan.shifts:
             nbytes = adapters.nbytes(shift.digest) or 0
             slot = adapters.slot(shift.digest)
-            pending.moves.append(AdapterMove(slot, shift.source, shift.destination, nbytes))
+            pending.moves.append(AdapterMove(slot, shift.destination, nbytes))
         self._set_extents(plan.extents)
         if digest and not adapters.is_placed(digest):
             slot, nbytes = adapters.place(digest), adapters.nbytes(digest) or 0

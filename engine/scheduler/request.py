@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum, StrEnum
 
-from engine.scheduler.timings import Timings
-
 MAX_LOGPROBS = 20
 
 
@@ -125,7 +123,7 @@ class Request:
     num_published_blocks: int = 0
     awaited_load: int = 0  # number of the first adapter load that it waited for
     finish_reason: FinishReason | None = None
-    timings: Timings = field(default_factory=Timings)
+    first_scheduled_s: float | None = None  # kept when the request is preempted
 
     @property
     def key(self) -> tuple[str, int]:

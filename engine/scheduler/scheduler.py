@@ -1,7 +1,7 @@
 """Scheduler: decides which tokens of which requests are computed next.
 
     schedule(now) -> ScheduledBatch      decide, allocate, advance num_computed_tokens
-    update(batch, sampled, now)          append sampled tokens, publish blocks, finish
+    update(batch, sampled)               append sampled tokens, publish blocks, finish
     fail(batch)                          end the requests of a failed step with an error
 
 With a `pipeline_depth` of 1, a step may be scheduled before the previous one is updated. A
@@ -131,13 +131,12 @@ class Scheduler:
         if not step.rows and not changes:
             return None
         for request, _ in step.rows:
-            request.timings.on_scheduled(now)
+            if request.first_scheduled_s is None:
+                request.first_scheduled_s = now
         self._num_in_flight += 1
         return step.to_batch(self.limits, self.adapters, changes)
 
-    def update(
-        self, batch: ScheduledBatch, sampled: Sequence[Sequence[int]], now: float
-    ) -> list[Progress]:
+    def update(self, batch: ScheduledBatch, sampled: Sequence[Sequence[int]]) -> list[Progress]:
         """Take each request's sampled tokens (none for an unfinished prompt), in batch order.
 
         Batches must be updated in the order in which they were scheduled.
@@ -153,7 +152,7 @@ class Scheduler:
             self._start_forks(request, scheduled.end)
             request.num_pending_tokens -= scheduled.samples
             if token_ids:
-                progress.append(self._append(request, token_ids, now))
+                progress.append(self._append(request, token_ids))
         return progress
 
     def fail(self, batch: ScheduledBatch) -> list[Request]:
@@ -339,7 +338,7 @@ class Scheduler:
             fork.block_table = list(shared)
             fork.num_computed_tokens = request.num_prompt_tokens - 1
             fork.num_cached_tokens = fork.num_computed_tokens
-            fork.timings.first_scheduled_s = request.timings.first_scheduled_s
+            fork.first_scheduled_s = request.first_scheduled_s
             self._start_life(fork)
             if fork.adapter_digest:
                 self.adapters.acquire(fork.adapter_digest)
@@ -347,8 +346,7 @@ class Scheduler:
 
     # ==== tokens and ends ====
 
-    def _append(self, request: Request, token_ids: Sequence[int], now: float) -> Progress:
-        request.timings.on_tokens(now)
+    def _append(self, request: Request, token_ids: Sequence[int]) -> Progress:
         gained: list[int] = []
         for token_id in token_ids:
             request.output_token_ids.append(token_id)

@@ -300,7 +300,7 @@ def test_memory_of_an_evicted_adapter_is_free_once_its_copy_has_ended(
 def test_moves_are_done_in_order(adapters: dict[str, PackedAdapter]) -> None:
     arena = torch.arange(16).repeat_interleave(4).byte()
     copies = AdapterCopies(HostDevice(), arena, 4, table := Table(arena), adapters.__getitem__)
-    moves = (BlockCopy(1, 2), BlockCopy(2, 3), AdapterMove(7, 48, 32, 16), BlockCopy(0, 1))
+    moves = (BlockCopy(1, 2), BlockCopy(2, 3), AdapterMove(7, 32, 16), BlockCopy(0, 1))
     copies.apply(ScheduledBatch((), adapter_evictions=(3,), moves=moves))
     assert arena[:16:4].tolist() == [0, 0, 1, 1]
     assert table.calls == [("evict", 3), ("move", 7)]

@@ -122,7 +122,7 @@ def test_moved_and_reloaded_adapters_keep_their_requests_text(
     first, second = loads_at_the_end(packed.values(), (1, 2), ARENA_BYTES)
     generations = generations_of([greedy(30)] * 3, [1, 1, 0])
     step = first.offset_bytes - 2**20
-    moved = AdapterMove(1, first.offset_bytes, step, first.nbytes)
+    moved = AdapterMove(1, step, first.nbytes)
     again = AdapterLoad(3, second.digest, second.offset_bytes - 4096, second.nbytes)
 
     def between(number: int) -> ScheduledBatch | None:

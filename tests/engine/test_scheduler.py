@@ -64,7 +64,7 @@ class World:
             sampled = step.result()
         except DeviceError:
             return self.scheduler.fail(step.batch)
-        progress = self.scheduler.update(step.batch, sampled, self.now)
+        progress = self.scheduler.update(step.batch, sampled)
         return [p.request for p in progress if p.request.finish_reason]
 
     def arrive(self) -> None:

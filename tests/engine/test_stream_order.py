@@ -237,7 +237,7 @@ def serve(device: OrderedDevice, seed: int) -> Counter[str]:
                 continue
             with Watch(device):
                 rows = handle.result()
-            scheduler.update(done, [row.token_ids for row in rows], now)
+            scheduler.update(done, [row.token_ids for row in rows])
     return seen
 
 

@@ -35,10 +35,10 @@ from engine.messages import (
     ErrorKind,
     GenerateRequest,
     RequestError,
+    RequestMetrics,
     RequestOutput,
     TokenLogprobs,
 )
-from engine.scheduler.timings import RequestMetrics
 from tests.deployments.support.fleet import LocalFleet
 
 BASE = "b" * 64
@@ -54,7 +54,6 @@ INFO = EngineInfo(
     dtype="float32",
     kernels="torch",
     weight_bytes=1,
-    load_s=0.1,
 )
 
 
@@ -218,7 +217,7 @@ def _prompt_logprobs(request: GenerateRequest) -> list[TokenLogprobs | None] | N
 
 
 def _metrics(live: Live) -> RequestMetrics:
-    return RequestMetrics(0.01, 0.02, None, 0.03, len(live.request.prompt_token_ids), 2, 1)
+    return RequestMetrics(0.01, len(live.request.prompt_token_ids), 2, 1)
 
 
 # ---- the adapter store ---------------------------------------------------------------------

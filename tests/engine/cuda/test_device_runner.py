@@ -162,7 +162,7 @@ def test_adapters_may_move_and_come_back_elsewhere(
     runner, packed = make(folder, adapters, replace(LIMITS, max_num_seqs=1), uses_graphs=True)
     first, second = loads_at_the_end(packed, (1, 2), ARENA_BYTES)
     below = second.offset_bytes - first.nbytes
-    moved = AdapterMove(1, first.offset_bytes, below, first.nbytes)
+    moved = AdapterMove(1, below, first.nbytes)
     again = AdapterLoad(2, second.digest, first.offset_bytes, second.nbytes)
     batches = {
         0: ScheduledBatch((), adapter_loads=(first, second)),
