@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from tests.engine.tiny import Tiny
+    from tests.engine.support.tiny import Tiny
 
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> "Callable[..., Tiny]":
     """tiny_model(model_type, **config changes) -> Tiny. Its folder must not be changed."""
-    from tests.engine.tiny import write_tiny  # seconds to import, so only for those who ask
+    from tests.engine.support.tiny import write_tiny  # seconds to import, so only for those who ask
 
     made: dict[str, Tiny] = {}
 

@@ -27,8 +27,8 @@ from engine.messages import (
     StartEngine,
     StepOutputs,
 )
-from tests.engine.driver import greedy, make_engine, prompt_of, run
-from tests.engine.tiny import Tiny, write_tiny
+from tests.engine.support.driver import greedy, make_engine, prompt_of, run
+from tests.engine.support.tiny import Tiny, write_tiny
 
 
 @pytest.fixture(scope="module")
@@ -195,7 +195,7 @@ def test_an_engine_that_cannot_go_on_ends_its_process_and_says_why(
     assert "the engine's process ends: DeviceLost: cuda:0 is lost" in caplog.text
 
 
-def test_what_was_loaded_is_not_searched_for_garbage_any_more(
+def test_the_heap_is_frozen_once_the_model_is_loaded(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     frozen: list[int] = []

@@ -1,4 +1,4 @@
-"""The engine against transformers, and against itself under every kind of company."""
+"""The engine against transformers, and against itself with all kinds of batch mates."""
 
 import json
 from dataclasses import replace
@@ -10,8 +10,16 @@ import torch
 from engine.backends.runner import DeviceLost
 from engine.messages import AdapterFolder, ErrorKind, GenerateRequest
 from engine.scheduler.request import InvalidRequest, SamplingParams
-from tests.engine.driver import Result, finish, generate, greedy, make_engine, prompt_of, run
-from tests.engine.tiny import Tiny, write_tiny
+from tests.engine.support.driver import (
+    Result,
+    finish,
+    generate,
+    greedy,
+    make_engine,
+    prompt_of,
+    run,
+)
+from tests.engine.support.tiny import Tiny, write_tiny
 
 LENGTHS = (1, 3, 4, 5, 17, 30, 41)
 
@@ -66,7 +74,7 @@ def test_greedy_text_of_a_mixed_batch_equals_generate(model_type: str, tmp_path:
     ],
     ids=str,
 )
-def test_company_and_chunks_change_no_token(
+def test_tokens_do_not_depend_on_batch_mates_or_chunking(
     tiny: Tiny, alone: dict[tuple[str, int], list[int]], changes: dict[str, int]
 ) -> None:
     assert texts(run(make_engine(tiny.folder, **changes), mixed_requests())) == alone
@@ -337,7 +345,7 @@ def test_too_little_memory_is_refused_with_the_bytes_that_would_do(tiny: Tiny) -
     assert make_engine(tiny.folder, memory_bytes=needed, max_model_len=256).info.num_blocks == 64
 
 
-def test_where_nobody_says_how_long_a_context_is_it_leaves_room_for_an_adapter(tiny: Tiny) -> None:
+def test_the_default_context_length_leaves_room_for_an_adapter(tiny: Tiny) -> None:
     whole = 128 * 2 * 3 * 2 * 16 * 4
     assert make_engine(tiny.folder, memory_bytes=whole).info.max_model_len == 96
     alone = make_engine(tiny.folder, memory_bytes=whole, adapter_memory_bytes=0)

@@ -15,7 +15,7 @@ from engine.model.decoder import Decoder
 from engine.model.families import FAMILIES, read_dtype, read_eos_token_ids, read_spec
 from engine.model.loader import load_decoder
 from engine.model.spec import ModelError
-from tests.engine.tiny import (
+from tests.engine.support.tiny import (
     MODEL_TYPES,
     SIZES,
     Tiny,

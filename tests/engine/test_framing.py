@@ -27,7 +27,7 @@ from engine.messages import (
     encodable,
 )
 from engine.scheduler.request import SamplingParams
-from tests.engine.message_values import values
+from tests.engine.support.message_values import values
 
 TO_ENGINE = msgspec.msgpack.Decoder(ToEngine)
 FROM_ENGINE = msgspec.msgpack.Decoder(FromEngine)

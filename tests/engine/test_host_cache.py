@@ -54,7 +54,7 @@ def test_an_adapter_wanted_by_many_is_loaded_once() -> None:
     assert settle(cache) == [("a", True)] and loader.loaded == ["a"]
 
 
-def test_the_idle_one_used_longest_ago_is_dropped_first_and_wanted_ones_never() -> None:
+def test_the_least_recently_used_idle_adapter_is_dropped_first_and_wanted_ones_never() -> None:
     cache = HostCache(20, Loader())
     want(cache, "a", "b", "c")
     settle(cache)
@@ -85,7 +85,7 @@ def test_releasing_more_often_than_wanted_is_noticed() -> None:
         cache.release("a")
 
 
-def test_the_sleeper_is_woken_when_a_load_ends() -> None:
+def test_an_idle_engine_is_woken_when_a_load_ends() -> None:
     woken = threading.Event()
     cache = HostCache(20, Loader(), woken.set)
     want(cache, "a")

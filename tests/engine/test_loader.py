@@ -13,7 +13,7 @@ from engine.backends.torch.ops import torch_build
 from engine.model.decoder import Decoder
 from engine.model.loader import load_decoder, weight_bytes
 from engine.model.spec import ModelError
-from tests.engine.tiny import (
+from tests.engine.support.tiny import (
     Tiny,
     load_reference,
     logits_in_chunks,

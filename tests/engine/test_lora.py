@@ -16,7 +16,7 @@ from engine.lora.weights import AdapterLoadError, load_lora
 from engine.messages import AdapterFolder, ErrorKind, GenerateRequest
 from engine.scheduler.extents import extent_size
 from engine.scheduler.request import InvalidRequest
-from tests.engine.driver import (
+from tests.engine.support.driver import (
     ALL_LINEAR,
     finish,
     generate,
@@ -26,7 +26,7 @@ from tests.engine.driver import (
     run,
     write_adapter,
 )
-from tests.engine.tiny import Tiny, write_tiny
+from tests.engine.support.tiny import Tiny, write_tiny
 
 CONFIGS: dict[str, dict[str, object]] = {
     "attention": {"r": 4, "target_modules": ["q_proj", "v_proj"]},

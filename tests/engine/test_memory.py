@@ -16,7 +16,7 @@ from engine.scheduler.batch import AdapterMove, BlockCopy
 from engine.scheduler.block_manager import BlockManager
 from engine.scheduler.extents import Extents, extent_size
 from engine.scheduler.memory import MemoryBudget
-from tests.engine.fake_arena import FakeArena
+from tests.engine.support.fake_arena import FakeArena
 
 BLOCK_BYTES = 384  # no multiple of an extent's alignment
 NUM_BLOCKS = 19
@@ -296,7 +296,7 @@ def test_a_pinned_adapter_stays_and_kv_does_without() -> None:
 
 
 @pytest.mark.parametrize("is_adapter_older", [True, False])
-def test_of_idle_things_the_one_used_longest_ago_goes(is_adapter_older: bool) -> None:
+def test_the_least_recently_used_idle_memory_is_taken_first(is_adapter_older: bool) -> None:
     memory = make_memory({"a": 1000})
     if is_adapter_older:
         place(memory, "a")

@@ -9,7 +9,7 @@ import torch
 from engine.engine import Engine
 from engine.messages import ErrorKind, GenerateRequest
 from engine.scheduler.request import SamplingParams
-from tests.engine.driver import (
+from tests.engine.support.driver import (
     Result,
     finish,
     greedy,
@@ -18,8 +18,8 @@ from tests.engine.driver import (
     run,
     write_adapter,
 )
-from tests.engine.late_runner import LateRunner
-from tests.engine.tiny import Tiny
+from tests.engine.support.late_runner import LateRunner
+from tests.engine.support.tiny import Tiny
 
 MakeEngine = Callable[..., Engine]
 
@@ -73,7 +73,7 @@ Answers = dict[tuple[str, int], Result]
 
 
 def assert_same(found: Answers, expected: Answers) -> None:
-    """All that a client sees, but for the moments; logprobs are rounded as company has it."""
+    """All that a client sees, but for times; logprobs are rounded, as batch mates change them."""
     assert found.keys() == expected.keys()
     for key, result in expected.items():
         assert found[key].token_ids == result.token_ids
@@ -176,7 +176,7 @@ def test_seconds_of_overlapping_steps_are_counted_once(ahead: MakeEngine) -> Non
     assert 0 < engine.stats.total_step_s <= next(now)
 
 
-def test_a_name_that_is_used_again_gets_nothing_of_what_was_in_flight(
+def test_a_reused_request_id_gets_no_token_that_was_in_flight(
     ahead: MakeEngine, tiny: Tiny
 ) -> None:
     second = GenerateRequest("r", prompt_of(8, 1), greedy(5, prompt_logprobs=1))

@@ -7,7 +7,7 @@ from hypothesis import settings
 
 from engine.scheduler.batch import PENDING, ScheduledBatch
 from engine.scheduler.request import FinishReason
-from tests.engine.fake_device import expected_output
+from tests.engine.support.fake_device import expected_output
 from tests.engine.test_scheduler import (
     Traffic,
     World,
@@ -96,7 +96,7 @@ def test_blocks_that_only_a_step_in_flight_fills_are_not_in_the_prefix_cache() -
     assert world.scheduler.blocks.num_cached == 1
 
 
-def test_a_row_in_flight_is_dropped_when_its_name_has_passed_to_another_request() -> None:
+def test_a_row_in_flight_is_dropped_if_another_request_has_taken_its_id() -> None:
     world = ahead()
     world.scheduler.add(make_request("r", [1, 2, 3], seed=1))
     world.launch()
@@ -129,7 +129,7 @@ def test_a_request_preempted_in_flight_samples_its_pending_token_again() -> None
     assert_expected(young)
 
 
-def test_a_request_that_gives_way_itself_keeps_its_pending_token() -> None:
+def test_a_request_that_is_preempted_by_its_own_need_keeps_its_pending_token() -> None:
     world = ahead(num_blocks=4, block_size=4, max_num_seqs=2, max_model_len=16, budget=32)
     old, young = make_request("old", [1] * 4, seed=1), make_request("young", [2] * 7, seed=2)
     world.scheduler.add(old)
@@ -187,7 +187,7 @@ def test_a_lost_step_takes_its_own_requests_and_no_others() -> None:
         assert_expected(request)
 
 
-def test_an_adapter_that_a_lost_step_was_to_load_is_loaded_again_for_those_who_came_later() -> None:
+def test_an_adapter_that_a_lost_step_was_to_load_is_loaded_again_for_later_requests() -> None:
     world = ahead()
     world.scheduler.add(make_request("lost", [1, 2], adapter_digest="x"))
     world.launch(is_lost=True)

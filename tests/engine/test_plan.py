@@ -30,7 +30,7 @@ from engine.sizes import (
     weight_bytes,
 )
 from reef.__main__ import main
-from tests.engine.tiny import MODEL_TYPES, write_tiny
+from tests.engine.support.tiny import MODEL_TYPES, write_tiny
 
 CPU = torch.device("cpu")
 LOAD = Load(memory_bytes=2**21, context=40, lora_rank=4)

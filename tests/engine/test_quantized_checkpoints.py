@@ -34,9 +34,9 @@ from engine.model.quantized_weight import QuantizedWeight, dequantize
 from engine.model.spec import ModelError
 from engine.settle import settle
 from reef.__main__ import main
-from tests.engine.driver import generate, make_engine, run, write_adapter
-from tests.engine.driver import greedy as driver_greedy
-from tests.engine.tiny import (
+from tests.engine.support.driver import generate, make_engine, run, write_adapter
+from tests.engine.support.driver import greedy as driver_greedy
+from tests.engine.support.tiny import (
     Tiny,
     greedy,
     load_reference,

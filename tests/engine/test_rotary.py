@@ -13,7 +13,7 @@ from engine.backends.torch.ops import torch_build
 from engine.model.families import read_spec
 from engine.model.loader import load_decoder
 from engine.model.rotary import RotaryTable
-from tests.engine.tiny import (
+from tests.engine.support.tiny import (
     Tiny,
     greedy,
     logits_in_chunks,

@@ -21,7 +21,7 @@ from engine.scheduler.request import (
     SamplingParams,
 )
 from engine.scheduler.scheduler import Scheduler
-from tests.engine.fake_device import (
+from tests.engine.support.fake_device import (
     DeviceError,
     FakeDevice,
     FakeStep,
@@ -349,14 +349,14 @@ def test_a_batch_may_have_nothing_but_a_copy() -> None:
 
 
 @pytest.mark.parametrize("num_tokens", [12, 13])
-def test_those_who_overtake_leave_the_blocks_that_will_be_wanted(num_tokens: int) -> None:
+def test_overtaking_requests_leave_the_blocks_that_will_be_wanted(num_tokens: int) -> None:
     world = make_world(num_blocks=13, loads_are_immediate=False)  # 11 beside the adapter
     world.scheduler.add(make_request("slow", list(range(32)), adapter_digest="x"))
     world.scheduler.add(make_request("other", list(range(num_tokens)), max_tokens=1))
     assert bool(world.step()) == (num_tokens == 12)
 
 
-def test_nobody_overtakes_a_request_whose_adapter_has_to_be_copied_again() -> None:
+def test_no_request_overtakes_one_whose_adapter_has_to_be_copied_again() -> None:
     world = make_world(loads_are_immediate=False)
     world.scheduler.add(make_request("slow", [1, 2, 3], adapter_digest="x"))
     world.step()

@@ -7,7 +7,7 @@ import pytest
 from engine.backends.needs import arena_bytes
 from engine.config import ConfigError, EngineConfig
 from engine.settle import settle
-from tests.engine.tiny import write_tiny
+from tests.engine.support.tiny import write_tiny
 
 
 @pytest.fixture(scope="module")

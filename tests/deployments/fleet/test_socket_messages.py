@@ -21,7 +21,7 @@ from deployments.fleet.socket_messages import (
     read_greeting,
 )
 from engine.framing import FrameDecoder, encode
-from tests.engine.message_values import hints_of, values
+from tests.engine.support.message_values import hints_of, values
 
 # Digest of all messages and all they contain, by version.
 KNOWN_SHAPES = {1: "89d5e6fb39f64fdb", 2: "a53f52ad4c5ee1f2"}

@@ -10,7 +10,7 @@ from tokenizers import AddedToken
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from tests.deployments.support.fakes import byte_tokenizer
-from tests.engine.tiny import write_tiny
+from tests.engine.support.tiny import write_tiny
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"

@@ -126,7 +126,7 @@ def test_decodes_beside_prefill_chunks(
     ("heads", "kv_heads", "head_dim"),
     [(1, 1, 8), (3, 1, 80), (14, 2, 64), (17, 1, 24), (2, 2, 128), (2, 1, 256)],
 )
-def test_shapes_of_many_models(heads: int, kv_heads: int, head_dim: int) -> None:
+def test_attention_with_the_heads_of_many_models(heads: int, kv_heads: int, head_dim: int) -> None:
     shape = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}
     batch = make_batch([Request(37), Request(50, 5)], **shape)
     expect_close(attend(batch), oracle(batch, scale=SCALE))

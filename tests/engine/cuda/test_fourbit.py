@@ -120,7 +120,7 @@ def test_parts_without_inputs_add_nothing() -> None:
 
 
 @pytest.mark.parametrize("tiles", [SMALL, SPLIT], ids=["whole", "split"])
-def test_rows_do_not_see_their_mates(tiles: GemmTiles) -> None:
+def test_rows_do_not_depend_on_their_batch_mates(tiles: GemmTiles) -> None:
     packed = pack(make_weight("nf4", 72, 256), DEVICE)
     x = torch.randn(20, 256, generator=torch.Generator().manual_seed(3)).half()
     x[7] = torch.nan

@@ -29,7 +29,7 @@ from engine.model.loader import load_decoder
 from engine.model.reference import TORCH_OPS, WEIGHT_OPS
 from engine.scheduler.batch import ScheduledBatch, ScheduledRequest
 from engine.scheduler.request import SamplingParams
-from tests.engine.tiny import MODEL_TYPES, Tiny, random_prompt
+from tests.engine.support.tiny import MODEL_TYPES, Tiny, random_prompt
 
 MakeTiny = Callable[..., Tiny]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -281,7 +281,7 @@ def test_shrink_beside_the_base_is_done_before_expand_and_changes_nothing(
     assert events == ["base"] * len(decoder.lora_sites), "no adapter, nothing beside"
 
 
-def test_what_runs_beside_is_waited_for_where_the_base_fails() -> None:
+def test_a_concurrent_shrink_is_waited_for_if_the_base_layer_fails() -> None:
     waited: list[str] = []
 
     def out_of_memory(x: Rows, out: torch.Tensor) -> None:
@@ -338,7 +338,7 @@ CHANGES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_what_no_family_has_by_default(name: str, tiny_model: MakeTiny) -> None:
+def test_features_that_no_family_has_by_default(name: str, tiny_model: MakeTiny) -> None:
     model_type, changes = CHANGES[name]
     folder, batch = tiny_model(model_type, **changes).folder, batch_of(REQUESTS)
     plain, decoder = load(folder, specification()), load(folder, cuda_build(DEVICE, torch.float32))

@@ -49,7 +49,7 @@ def spread(rows: Tensor) -> Tensor:
     return whole.as_strided(rows.shape, (APART, *rows[0].stride())).copy_(rows)
 
 
-def test_norm() -> None:
+def test_norm_beyond_32_bit_offsets() -> None:
     x, delta, weight = torch.randn(3, 24), torch.randn(3, 24), torch.rand(24)
     wanted = x + delta
     far_x, far_out = spread(x), spread(torch.zeros(3, 24))
@@ -65,7 +65,7 @@ def test_gate() -> None:
     torch.testing.assert_close(out, reference.GATED_ACTIVATIONS["silu"](gate_up))
 
 
-def test_rounding_to_fp8() -> None:
+def test_rounding_to_fp8_beyond_32_bit_offsets() -> None:
     x = torch.randn(3, 32)
     near, far = (E4m3Rows.empty(3, 32, x.device) for _ in range(2))
     quantize_rows(x, near)
@@ -84,7 +84,7 @@ def kv_blocks() -> Tensor:
     return kv
 
 
-def test_rotary_and_the_kv_store() -> None:
+def test_rotary_and_the_kv_store_beyond_32_bit_offsets() -> None:
     heads, table = (
         4,
         RotaryTable(Rotary(DIM, 1e4, Unscaled()), 50, torch.float32, torch.device("cpu")),
@@ -100,7 +100,7 @@ def test_rotary_and_the_kv_store() -> None:
 
 
 @pytest.mark.parametrize("num_splits", [1, 2])
-def test_decode(num_splits: int) -> None:
+def test_decode_beyond_32_bit_offsets(num_splits: int) -> None:
     kv, q = kv_blocks(), torch.randn(3, 4, DIM)
     tables = torch.tensor([[0] * 5, [0, 1, 0, 1, 2], [2] * 5], dtype=torch.int32)
     lens = torch.tensor([16, 68, 4], dtype=torch.int32)
@@ -114,7 +114,7 @@ def test_decode(num_splits: int) -> None:
 
 
 @pytest.mark.parametrize("num_splits", [1, 2])
-def test_prefill(num_splits: int) -> None:
+def test_prefill_beyond_32_bit_offsets(num_splits: int) -> None:
     kv, q = kv_blocks(), torch.randn(3, 4, DIM)
     tables = torch.tensor([[0, 2]], dtype=torch.int32)
     near, far = torch.zeros(3, 4, DIM), spread(torch.zeros(3, 4, DIM))
@@ -138,7 +138,7 @@ def test_prefill(num_splits: int) -> None:
     assert torch.equal(far, near)
 
 
-def test_adapters_rows_and_moves() -> None:
+def test_adapters_and_their_moves_beyond_32_bit_offsets() -> None:
     sites = make_sites(1, qkv=(64, (32, 16, 16)))
     dtype = torch.float16
     weights = make_adapter(sites, {"qkv": (3, 8, 5)}, dtype)
@@ -165,7 +165,7 @@ def test_adapters_rows_and_moves() -> None:
 
 
 @pytest.mark.parametrize("split_k", [1, 2])
-def test_products_of_packed_weights(split_k: int) -> None:
+def test_products_of_packed_weights_beyond_32_bit_offsets(split_k: int) -> None:
     weight = pack(make_weight("int8", 72, 128), torch.device("cpu"))
     tiles = GemmTiles(16, 64, num_warps=4, num_stages=2, split_k=split_k)
     x, near, far = torch.randn(3, 128), torch.zeros(3, 72), spread(torch.zeros(3, 72))
@@ -175,7 +175,7 @@ def test_products_of_packed_weights(split_k: int) -> None:
     assert torch.equal(far, near)
 
 
-def test_drawing() -> None:
+def test_drawing_beyond_32_bit_offsets() -> None:
     logits = torch.randn(3, 300) * 20
     rows = torch.tensor([2, 0], dtype=torch.int32)
     ones, keys = torch.ones(2), torch.tensor([5, 7], dtype=torch.int32)

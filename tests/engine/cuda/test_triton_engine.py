@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from engine.config import ConfigError
 from engine.engine import Engine
 from engine.messages import AdapterFolder, GenerateRequest
-from tests.engine.driver import (
+from tests.engine.support.driver import (
     MIXED_LENGTHS,
     generate,
     greedy,
@@ -27,7 +27,7 @@ from tests.engine.driver import (
     write_adapter,
     write_mixed_adapters,
 )
-from tests.engine.tiny import MODEL_TYPES, Tiny
+from tests.engine.support.tiny import MODEL_TYPES, Tiny
 
 MakeTiny = Callable[..., Tiny]
 Texts = dict[tuple[str, int], list[int]]
@@ -200,7 +200,7 @@ def test_quantized_layers_have_the_text_of_dequantized_ones(
 
 @gpu
 @pytest.mark.parametrize("quantization", ["none", "int8", "nf4", "fp8"])
-def test_in_bfloat16_graphs_and_company_change_little(
+def test_in_bfloat16_graphs_and_batch_mates_change_little(
     tiny: Tiny, adapters: list[AdapterFolder], quantization: str
 ) -> None:
     """Logprobs of the prompt, which no choice of token can make diverge."""

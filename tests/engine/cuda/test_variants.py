@@ -30,9 +30,9 @@ from engine.model.loader import load_decoder
 from engine.scheduler.batch import ScheduledBatch, ScheduledRequest
 from engine.scheduler.request import SamplingParams
 from tests.engine.cuda.launches import Launches
-from tests.engine.driver import write_adapter
-from tests.engine.generations import loads_at_the_end
-from tests.engine.tiny import Tiny
+from tests.engine.support.driver import write_adapter
+from tests.engine.support.generations import loads_at_the_end
+from tests.engine.support.tiny import Tiny
 
 MakeTiny = Callable[..., Tiny]
 CPU = torch.device("cpu")

@@ -25,8 +25,8 @@ from engine.model.layers import LoraSite
 from engine.model.loader import load_decoder
 from engine.scheduler.batch import ScheduledBatch, ScheduledRequest
 from engine.scheduler.request import SamplingParams
-from tests.engine.driver import make_engine, write_adapter
-from tests.engine.tiny import Tiny, write_tiny
+from tests.engine.support.driver import make_engine, write_adapter
+from tests.engine.support.tiny import Tiny, write_tiny
 
 CONFIGS: dict[str, dict[str, object]] = {
     "attention": {"r": 4, "target_modules": ["q_proj", "v_proj"]},

@@ -305,7 +305,7 @@ def test_threads_do_not_change_a_bit(isa: str, kv_format: int) -> None:
 
 @pytest.mark.parametrize("new", [1, 2, 90])
 @pytest.mark.parametrize("heads", [2, 8])
-def test_a_nan_reaches_only_those_who_see_it(context: Context, new: int, heads: int) -> None:
+def test_a_nan_reaches_only_the_queries_that_see_it(context: Context, new: int, heads: int) -> None:
     """Each key or value turned NaN in its turn; queries before it and beyond its window keep
     their bits, and queries that see it are NaN."""
     batch = make_batch(context, [Request(150, new)], heads=heads, kv_heads=2, head_dim=32)

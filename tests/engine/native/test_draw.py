@@ -28,7 +28,7 @@ from engine.backends.sampler import (
 )
 from engine.scheduler.batch import ScheduledRequest
 from engine.scheduler.request import SamplingParams
-from tests.engine.draws import request_of
+from tests.engine.support.draws import request_of
 
 CLOSE = 1e-4
 INF, NAN = math.inf, math.nan

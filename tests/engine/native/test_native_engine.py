@@ -1,4 +1,4 @@
-"""The engine on native kernels: close to float32, and the same bits in every company."""
+"""The engine on native kernels: close to float32, and the same bits with any batch mates."""
 
 from collections.abc import Callable
 from functools import partial
@@ -14,7 +14,7 @@ from engine.backends.native.library import Context
 from engine.config import ConfigError
 from engine.engine import Engine
 from engine.messages import AdapterFolder, GenerateRequest
-from tests.engine.driver import (
+from tests.engine.support.driver import (
     greedy,
     make_engine,
     mixed_requests,
@@ -23,7 +23,7 @@ from tests.engine.driver import (
     texts,
     write_mixed_adapters,
 )
-from tests.engine.tiny import MODEL_TYPES, Tiny
+from tests.engine.support.tiny import MODEL_TYPES, Tiny
 
 VARIANTS = [
     {},
@@ -70,7 +70,7 @@ def mixed(adapters: list[AdapterFolder], max_tokens: int = 20) -> list[GenerateR
 
 
 @pytest.mark.parametrize("form", FORMATS, ids=str)
-def test_company_chunks_and_threads_change_no_bit(
+def test_results_do_not_depend_on_batch_mates_chunking_or_threads(
     tiny: Tiny, adapters: list[AdapterFolder], form: dict[str, str]
 ) -> None:
     alone: dict[tuple[str, int], list[int]] = {}
@@ -116,7 +116,7 @@ def test_logits_of_every_family_are_as_close_as_bfloat16_is(
     assert native < 1.25 * by_torch + 1e-3, (native, by_torch)
 
 
-def test_torch_is_there_for_what_the_kernels_cannot_do(
+def test_torch_computes_what_the_native_kernels_cannot(
     tiny: Tiny, caplog: pytest.LogCaptureFixture
 ) -> None:
     engine = make_engine(tiny.folder, dtype="bfloat16", block_size=4)

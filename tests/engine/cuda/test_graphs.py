@@ -91,7 +91,7 @@ def test_a_batch_replays_the_smallest_graph_that_holds_it() -> None:
     assert device.replayed == [[(4, False)], [(16, True)]] and not calls
 
 
-def test_without_sizes_everything_is_eager() -> None:
+def test_without_graph_sizes_every_step_is_eager() -> None:
     runner, device, _ = make(())
     runner.capture()
     assert runner.size_for(1) is None and not device.captured

@@ -18,7 +18,7 @@ from engine.model.quantize import quantize_fp8
 from engine.model.quantized_weight import dequantize, join
 from engine.model.spec import ModelError
 from engine.settle import settle
-from tests.engine.tiny import Tiny, logits_in_chunks, random_prompt
+from tests.engine.support.tiny import Tiny, logits_in_chunks, random_prompt
 
 MakeTiny = Callable[..., Tiny]
 CPU = torch.device("cpu")

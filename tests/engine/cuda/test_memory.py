@@ -11,7 +11,7 @@ from engine.backends.torch.ops import torch_build
 from engine.config import ConfigError
 from engine.model.loader import load_decoder
 from engine.sizes import read_model_size
-from tests.engine.tiny import Tiny
+from tests.engine.support.tiny import Tiny
 
 GIB = 2**30
 NEEDS = Needs(weights=16 * GIB, buffers=GIB, reserve=3 * GIB)

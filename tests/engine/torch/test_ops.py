@@ -60,7 +60,7 @@ def test_a_row_of_a_packed_linear_layer_is_the_same_in_any_batch(name: str) -> N
 
 @pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rms_norm(dtype: torch.dtype, weight_dtype: torch.dtype) -> None:
+def test_rms_norm_is_that_of_the_reference(dtype: torch.dtype, weight_dtype: torch.dtype) -> None:
     x, weight = normal(5, 3, 24, dtype=dtype), normal(24, dtype=weight_dtype, seed=1)
     found = torch_ops.rms_norm(x[:, 1:], weight, 1e-5)
     assert found.dtype == dtype

@@ -22,10 +22,10 @@ from engine.engine import Engine
 from engine.lora.weights import LoraWeights
 from engine.messages import AdapterFolder, ErrorKind, GenerateRequest
 from engine.scheduler.batch import ScheduledBatch
-from tests.engine.driver import greedy, make_engine, prompt_of, run, write_adapter
-from tests.engine.plain_device import make_plain
+from tests.engine.support.driver import greedy, make_engine, prompt_of, run, write_adapter
+from tests.engine.support.plain_device import make_plain
+from tests.engine.support.tiny import Tiny
 from tests.engine.test_pipelined_engine import Answers, assert_same, diverse_requests
-from tests.engine.tiny import Tiny
 
 POLLS = 3  # of a copy, until it has ended
 
@@ -105,7 +105,7 @@ def on_device(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> MakeEngine:
 
         with monkeypatch.context() as patch:
             patch.setattr("engine.backends.torch.load.SyncRunner", runner)
-            patch.setattr("tests.engine.driver.Engine", DeviceEngine)
+            patch.setattr("tests.engine.support.driver.Engine", DeviceEngine)
             return make_engine(
                 tiny.folder, **{"memory_bytes": 2**22, "max_model_len": 128, **changes}
             )
@@ -192,7 +192,7 @@ def test_a_step_without_memory_ends_its_own_requests(
     assert_same(run(engine, [later]), run(make_engine(tiny.folder), [later]))
 
 
-def test_requests_of_an_adapter_that_no_step_can_load_end_and_nobody_else(
+def test_only_requests_of_an_adapter_that_no_step_can_load_end(
     on_device: MakeEngine, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They wait for the adapter, so no failed step is their own."""
@@ -218,7 +218,7 @@ def test_requests_of_an_adapter_that_no_step_can_load_end_and_nobody_else(
     assert_same(run(engine, [fine]), run(make_engine(tiny.folder), [fine]))
 
 
-def test_one_failed_step_does_not_end_those_who_wait_for_an_adapter(
+def test_one_failed_step_does_not_end_requests_that_wait_for_an_adapter(
     on_device: MakeEngine, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     request = GenerateRequest(

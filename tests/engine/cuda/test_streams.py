@@ -37,7 +37,7 @@ def half_beside(device: CudaDevice, x: Tensor, w: Tensor) -> tuple[Callable[[], 
 
 @pytest.mark.parametrize("is_captured", [False, True])
 @torch.inference_mode()
-def test_work_beside_is_joined(device: CudaDevice, is_captured: bool) -> None:
+def test_concurrent_work_is_joined(device: CudaDevice, is_captured: bool) -> None:
     x, w = torch.zeros(SIZE, SIZE, device="cuda"), torch.eye(SIZE, device="cuda")
     work, out = half_beside(device, x, w)
     work()

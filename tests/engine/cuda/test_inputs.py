@@ -30,8 +30,8 @@ from engine.scheduler.batch import (
     ScheduledRequest,
 )
 from engine.scheduler.request import SamplingParams
-from tests.engine.lagging_device import LaggingDevice
-from tests.engine.test_extent import make_weights
+from tests.engine.cuda.test_extent import make_weights
+from tests.engine.support.lagging_device import LaggingDevice
 
 BLOCK_SIZE = 4
 
@@ -205,7 +205,9 @@ def test_copies_keep_shapes_types_and_order() -> None:
         assert [t.numpy().tolist() for t in back] == [a.tolist() for a in arrays]
 
 
-def test_what_grows_with_every_step_is_rarely_pinned_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_uploads_that_grow_with_every_step_rarely_pin_new_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     device, sizes = HostDevice(), list[int]()
     pinned = device.pinned
     monkeypatch.setattr(device, "pinned", lambda n: sizes.append(n) or pinned(n))
@@ -215,7 +217,7 @@ def test_what_grows_with_every_step_is_rarely_pinned_anew(monkeypatch: pytest.Mo
     assert len(sizes) <= 2 + 2 * 3, "two buffers, which double"
 
 
-def test_results_that_nobody_has_read_are_kept() -> None:
+def test_unread_results_are_kept() -> None:
     device = LaggingDevice()
     download, arrivals = Download(device), []
     for number in range(5):

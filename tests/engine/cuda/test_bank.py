@@ -27,8 +27,8 @@ from tests.engine.cuda.adapters import (
     make_sites,
     row_slots,
 )
-from tests.engine.driver import write_adapter
-from tests.engine.tiny import write_tiny
+from tests.engine.support.driver import write_adapter
+from tests.engine.support.tiny import write_tiny
 
 SITES = make_sites(2, qkv=(64, (64, 16, 16)), o=(64, (64,)), gate_up=(64, (96, 96)))
 RANKS = [
@@ -97,7 +97,7 @@ def assert_equal_to_the_plain_bank(
 
 
 @pytest.mark.parametrize("kind", TRAFFIC)
-def test_it_adds_what_the_plain_bank_adds_at_every_site(kind: str) -> None:
+def test_the_bank_adds_what_torchs_bank_adds_at_every_site(kind: str) -> None:
     adapters = make_adapters()
     bank = make_bank(SITES, F32)
     load_all(bank, adapters)

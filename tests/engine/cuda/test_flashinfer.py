@@ -35,8 +35,8 @@ from engine.model.families import read_spec
 from engine.model.loader import load_decoder
 from engine.settle import Demand
 from tests.engine.cuda.attention_batch import Batch, Request, make_batch, oracle
-from tests.engine.generations import drive, expected, generations_of, greedy
-from tests.engine.tiny import Tiny
+from tests.engine.support.generations import drive, expected, generations_of, greedy
+from tests.engine.support.tiny import Tiny
 
 pytestmark = pytest.mark.skipif(not is_interpreting(), reason="needs Triton's interpreter")
 
@@ -181,7 +181,7 @@ def test_a_step_is_planned_once_and_the_next_one_anew() -> None:
     assert [w.num_runs for w in wrappers_of(flashinfer)] == [0, 6]
 
 
-def test_without_pages_nobody_plans() -> None:
+def test_steps_without_prefill_pages_are_not_planned() -> None:
     flashinfer = FlashInferPrefill(module_of(Wrapper), SHAPE, KINDS[:1])
     batch = make_batch([Request(9, 3)])
     positions = replace(positions_of(batch), prefill_pages=None)
@@ -215,7 +215,7 @@ def install(monkeypatch: pytest.MonkeyPatch, wrapper: type[Wrapper]) -> None:
     monkeypatch.setitem(sys.modules, "flashinfer", module_of(wrapper))
 
 
-def test_what_agrees_with_our_kernel_is_taken(
+def test_flashinfer_is_used_if_it_agrees_with_our_kernel(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     install(monkeypatch, Wrapper)
@@ -247,7 +247,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("what", WRONG)
-def test_what_does_not_agree_is_not_taken(
+def test_flashinfer_is_not_used_if_it_disagrees(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, what: str
 ) -> None:
     install(monkeypatch, with_other(*WRONG[what]))
@@ -256,7 +256,7 @@ def test_what_does_not_agree_is_not_taken(
     assert "off by" in caplog.text
 
 
-def test_what_raises_is_not_taken(
+def test_flashinfer_is_not_used_if_it_raises(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     class NoCompiler(Wrapper):
@@ -271,7 +271,7 @@ def test_what_raises_is_not_taken(
     assert "float32" in caplog.text
 
 
-def test_where_it_is_not_installed_our_kernel_computes(
+def test_without_flashinfer_our_kernel_computes_prefills(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setitem(sys.modules, "flashinfer", None)
@@ -281,7 +281,7 @@ def test_where_it_is_not_installed_our_kernel_computes(
     assert "does not import" in caplog.text
 
 
-def test_the_config_forbids_it(
+def test_the_config_turns_flashinfer_off(
     monkeypatch: pytest.MonkeyPatch, tiny_model: Callable[..., Tiny]
 ) -> None:
     folder = tiny_model("llama").folder

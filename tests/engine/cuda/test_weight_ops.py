@@ -10,7 +10,7 @@ from engine.backends.cuda.weight_ops import DenseHead, DenseLinear, cuda_build
 from engine.backends.torch.ops import torch_build
 from engine.model import reference
 from engine.model.loader import load_decoder
-from tests.engine.tiny import Tiny, logits_in_chunks, random_prompt
+from tests.engine.support.tiny import Tiny, logits_in_chunks, random_prompt
 
 MakeTiny = Callable[..., Tiny]
 CPU = torch.device("cpu")

@@ -19,8 +19,8 @@ from engine.lora.weights import LoraWeights
 from engine.model.decoder import Decoder
 from engine.scheduler.batch import PENDING, AdapterLoad, Move, ScheduledBatch, ScheduledRequest
 from engine.scheduler.request import SamplingParams
-from tests.engine.driver import prompt_of
-from tests.engine.tiny import OneRequest
+from tests.engine.support.driver import prompt_of
+from tests.engine.support.tiny import OneRequest
 
 
 @dataclass

@@ -31,7 +31,7 @@ from engine.scheduler.block_manager import BlockManager
 from engine.scheduler.memory import MemoryBudget
 from engine.scheduler.request import CacheScope, Request, SamplingParams
 from engine.scheduler.scheduler import Scheduler, SchedulerLimits
-from tests.engine.ordered_device import MAIN, ClockEvent, OrderedDevice, Unordered, Watch
+from tests.engine.support.ordered_device import MAIN, ClockEvent, OrderedDevice, Unordered, Watch
 
 BLOCK_SIZE, BLOCK_BYTES, NUM_BLOCKS, HIDDEN, VOCAB = 4, 1024, 30, 8, 16
 SIZES = {"u": 2048, "v": 3000, "w": 4096, "x": 6000, "y": 8192, "z": 9000}  # bytes of adapters

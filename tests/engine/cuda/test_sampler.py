@@ -21,7 +21,7 @@ from engine.backends.sampler import (
 from engine.messages import TokenLogprobs
 from engine.scheduler.batch import PENDING, ScheduledRequest
 from engine.scheduler.request import SamplingParams
-from tests.engine.draws import request_of
+from tests.engine.support.draws import request_of
 
 INF, NAN = math.inf, math.nan
 FILTERS: list[dict[str, Any]] = [

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from engine.scheduler.batch import PENDING, ScheduledBatch, ScheduledRequest
-from tests.engine.fake_arena import CELL, FakeArena, Garbage
+from tests.engine.support.fake_arena import CELL, FakeArena, Garbage
 
 VOCAB = 50
 GARBAGE = -7  # a token that comes of a lost step
