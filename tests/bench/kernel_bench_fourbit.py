@@ -21,7 +21,7 @@ from torch import Tensor
 from engine.backends.native import structs
 from engine.backends.native.library import Context, supported_isas
 from engine.backends.native.linear import NativeLinear
-from engine.backends.native.memory import aligned_bytes
+from engine.backends.native.memory import Blocks
 from engine.model.quantized_weight import QuantizedWeight
 
 SHAPES = {"qkv": (1152, 896), "o": (896, 896), "gate_up": (9728, 896), "down": (896, 4864)}
@@ -109,7 +109,7 @@ def _calls(
 def _native_call(context: Context, layer: NativeLinear, x: Tensor) -> Callable[[], object]:
     """Prepare the call with y and scratch allocated before, as a decoder reuses them."""
     y = torch.empty(len(x), layer.out_features, dtype=torch.bfloat16)
-    scratch = aligned_bytes(layer.scratch_bytes(len(x)))
+    scratch = Blocks().cut(layer.scratch_bytes(len(x)))
     run, args = context.function("linear", structs.LinearArgs), layer.args(x, y, scratch)
     return lambda: (run(args), y, scratch)
 
@@ -154,7 +154,7 @@ def random_weight(format: str, shape: tuple[int, int], group_size: int) -> Quant
 
 def read_bandwidth(threads: int) -> float:
     """Measure GB/s with all threads searching their share of a block for an absent byte."""
-    block = aligned_bytes(512 * 2**20).zero_()
+    block = Blocks().cut(512 * 2**20).zero_()
     share = len(block) // threads
     search = c.CDLL(None).memchr
     search.argtypes, search.restype = [c.c_void_p, c.c_int, c.c_size_t], c.c_void_p

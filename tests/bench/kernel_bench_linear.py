@@ -19,7 +19,7 @@ from torch import Tensor
 from engine.backends.native import structs
 from engine.backends.native.library import Context
 from engine.backends.native.linear import NativeLinear
-from engine.backends.native.memory import aligned_bytes, temporary_bytes
+from engine.backends.native.memory import Blocks, temporary_bytes
 from engine.model.quantized_weight import QuantizedWeight
 from tests.bench.environment import append_row, header
 
@@ -101,7 +101,7 @@ def _seconds(call: Callable[[], object]) -> float:
 
 def reader(mib: int) -> Copies:
     """Make calls that only read pieces of memory, instead of layers."""
-    block = aligned_bytes(mib * 2**20).fill_(1).view(torch.float32)
+    block = Blocks().cut(mib * 2**20).fill_(1).view(torch.float32)
     pieces = block.split(READ_BYTES // 4)
     return Copies([lambda _, piece=piece: piece.amax for piece in pieces], READ_BYTES, 1)
 

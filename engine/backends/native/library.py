@@ -12,6 +12,7 @@ from functools import lru_cache
 from engine.backends.native import structs
 from engine.backends.native.build import ensure_library
 from engine.backends.native.layout import check_layouts
+from engine.backends.native.memory import Blocks
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +28,7 @@ class Context:
         self.isa = ISAS[best] if isa is None else isa
         self.threads = len(os.sched_getaffinity(0)) if threads is None else threads
         self.handle = self.library.reef_open(ISAS.index(self.isa), self.threads)
+        self.blocks = Blocks()  # for the packed weights and buffers that its calls read
         if not self.handle:
             raise ValueError(
                 f"isa {self.isa!r} with {self.threads} threads: this machine has "

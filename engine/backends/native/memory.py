@@ -10,15 +10,6 @@ HUGE_PAGE = 2 * 2**20
 BLOCK = 64 * 2**20
 
 
-def aligned_bytes(nbytes: int) -> Tensor:
-    """uint8 [nbytes] for what stays, as weights do; its content is undefined.
-
-    Neighbours share huge pages, so that streaming through them misses few translations. A block
-    is given back when everything cut from it is gone. For one thread at a time.
-    """
-    return _blocks.cut(nbytes)
-
-
 def temporary_bytes(nbytes: int) -> Tensor:
     """uint8 [nbytes], undefined, from torch's allocator: for what is gone soon."""
     return _from_multiple(torch.empty(nbytes + ALIGNMENT, dtype=torch.uint8), ALIGNMENT)[:nbytes]
@@ -30,13 +21,18 @@ def separate_bytes(nbytes: int) -> Tensor:
     return _map(whole)[:whole]
 
 
-class _Blocks:
-    """The unused rest of the newest block; pages of it that nobody touches take no memory."""
+class Blocks:
+    """Cuts memory for what stays, as weights do, from blocks of huge pages.
+
+    Neighbours share pages, so that streaming through them misses few translations. A block is
+    freed once all its pieces are gone. For one thread at a time.
+    """
 
     def __init__(self) -> None:
-        self._rest = torch.empty(0, dtype=torch.uint8)
+        self._rest = torch.empty(0, dtype=torch.uint8)  # of the newest block, not touched yet
 
     def cut(self, nbytes: int) -> Tensor:
+        """uint8 [nbytes], aligned; its content is undefined."""
         taken = -(-nbytes // ALIGNMENT) * ALIGNMENT
         if taken > BLOCK // 4:
             return _map(nbytes)[:nbytes]  # on its own, so that it goes alone
@@ -54,6 +50,3 @@ def _map(nbytes: int) -> Tensor:
 
 def _from_multiple(block: Tensor, alignment: int) -> Tensor:
     return block[-block.data_ptr() % alignment :]
-
-
-_blocks = _Blocks()

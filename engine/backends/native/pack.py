@@ -7,7 +7,6 @@ from torch import Tensor
 
 from engine.backends.native import structs
 from engine.backends.native.library import Context
-from engine.backends.native.memory import aligned_bytes
 from engine.model.quantized_weight import QuantizedWeight
 
 PANEL = 32  # outputs that lie together: kPanel of src/linear_layout.h
@@ -18,7 +17,7 @@ Weight = Tensor | QuantizedWeight
 @dataclass(frozen=True, slots=True)
 class PackedWeight:
     """What a packer returns: the format's number, and what the kernels read, in 64-byte aligned
-    memory (`aligned_bytes`). `scales` and the rest are as the format wants them."""
+    memory (`Context.blocks`). `scales` and the rest are as the format wants them."""
 
     format: int
     packed: Tensor
@@ -36,7 +35,7 @@ def pack_bf16(context: Context, weight: Tensor, _: bool = False) -> PackedWeight
     source = weight if weight.stride(1) == 1 else weight.contiguous()
     out_features, in_features = source.shape
     pairs = -(-in_features // 2)
-    packed = aligned_bytes(panels_of(out_features) * pairs * PANEL * 4)
+    packed = context.blocks.cut(panels_of(out_features) * pairs * PANEL * 4)
     run_pack(context, structs.BF16, source, packed, in_features)
     return PackedWeight(structs.BF16, packed)
 
@@ -45,7 +44,7 @@ def pack_int8(context: Context, weight: QuantizedWeight, _: bool = False) -> Pac
     """[panel][four inputs][32 outputs][4], each plus 128; scales float32 [out]."""
     out_features, in_features = weight.codes.shape
     quads = -(-in_features // 4)
-    packed = aligned_bytes(panels_of(out_features) * quads * PANEL * 4)
+    packed = context.blocks.cut(panels_of(out_features) * quads * PANEL * 4)
     run_pack(context, structs.INT8, weight.codes.contiguous(), packed, in_features)
     return PackedWeight(structs.INT8, packed, weight.scales.detach().float().flatten().clone())
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from engine.backends.native import structs
 from engine.backends.native.library import Context
-from engine.backends.native.memory import aligned_bytes
+from engine.backends.native.memory import Blocks
 from engine.backends.native.pack import PANEL, PackedWeight, panels_of, run_pack
 from engine.model.quantized_weight import QuantizedWeight
 
@@ -49,24 +49,26 @@ def _pack(context: Context, weight: QuantizedWeight, format: int, factor: float)
     largest = LARGEST_INT8_GROUP if format == structs.NF4_INT8 else LARGEST_GROUP
     group_size = _packed_group_size(weight.group_size, largest)
     repeats = weight.group_size // group_size
-    packed = aligned_bytes(panels_of(weight.out_features) * PANEL * weight.in_features // 2)
+    packed = context.blocks.cut(panels_of(weight.out_features) * PANEL * weight.in_features // 2)
     run_pack(context, format, weight.codes.contiguous(), packed, weight.in_features, group_size)
     zeros, order = weight.zeros, weight.input_order
     return PackedWeight(
         format,
         packed,
-        scales=_by_panel(weight.scales.float() / factor, repeats),
-        zeros=None if zeros is None else _by_panel(INT4_MIDDLE - zeros.float(), repeats),
+        scales=_by_panel(context.blocks, weight.scales.float() / factor, repeats),
+        zeros=None
+        if zeros is None
+        else _by_panel(context.blocks, INT4_MIDDLE - zeros.float(), repeats),
         input_order=None if order is None else order.to(torch.int32).clone(),
         group_size=group_size,
     )
 
 
-def _by_panel(values: Tensor, repeats: int) -> Tensor:
+def _by_panel(blocks: Blocks, values: Tensor, repeats: int) -> Tensor:
     """[out, groups] -> float32 [panel, groups * repeats, 32], zeros behind the last output."""
     out_features, groups = values.shape
     panels = panels_of(out_features)
-    packed = aligned_bytes(panels * groups * repeats * PANEL * 4).view(torch.float32)
+    packed = blocks.cut(panels * groups * repeats * PANEL * 4).view(torch.float32)
     by_panel = packed.view(panels, groups, repeats, PANEL)
     padded = torch.nn.functional.pad(values, (0, 0, 0, panels * PANEL - out_features))
     by_panel.copy_(padded.view(panels, PANEL, groups, 1).permute(0, 2, 3, 1))

@@ -15,7 +15,6 @@ from torch import Tensor
 from engine.backends.native import structs
 from engine.backends.native.library import Context
 from engine.backends.native.linear import NativeLinear
-from engine.backends.native.memory import aligned_bytes
 
 _LINE = 32  # bfloat16s in a cache line
 
@@ -82,7 +81,7 @@ class Program:
         tile would fight for the same few sets of the cache."""
         stride = -(-width // _LINE) * _LINE
         stride += _LINE if stride % 512 == 0 else 0
-        return Buffer(aligned(self.capacity * stride).view(self.capacity, stride)[:, :width])
+        return Buffer(self._zeros(self.capacity * stride).view(self.capacity, stride)[:, :width])
 
     # ==== recording ====
 
@@ -240,7 +239,7 @@ class Program:
         return seconds
 
     def _finish(self) -> "c.Array[structs.Op]":
-        scratch = aligned(-(-self._scratch_bytes // 2))
+        scratch = self._zeros(-(-self._scratch_bytes // 2))
         self._keep.append(scratch)
         for op in self._ops:
             if structs.OP_KINDS[op.kind] == "linear":
@@ -252,10 +251,9 @@ class Program:
         width = max(batch.max_lora_rank for batch in batches)
         width += width % 2
         if self._lora_h.numel() < self.capacity * width:
-            self._lora_h = aligned(self.capacity * width)
+            self._lora_h = self._zeros(self.capacity * width)
         step.lora_h, step.lora_h_stride = self._lora_h.data_ptr(), width
 
-
-def aligned(numel: int) -> Tensor:
-    """[numel] bfloat16 zeros in huge pages: pages that lie anywhere would share cache sets."""
-    return aligned_bytes(2 * numel).view(torch.bfloat16).zero_()
+    def _zeros(self, numel: int) -> Tensor:
+        """[numel] bfloat16 zeros in huge pages: pages that lie anywhere would share cache sets."""
+        return self._context.blocks.cut(2 * numel).view(torch.bfloat16).zero_()

@@ -9,7 +9,7 @@ from torch import Tensor
 from engine.backends.native import structs
 from engine.backends.native.library import Context
 from engine.backends.native.linear import NativeLinear
-from engine.backends.native.memory import BLOCK, aligned_bytes, temporary_bytes
+from engine.backends.native.memory import BLOCK, Blocks, temporary_bytes
 from engine.model.quantized_weight import QuantizedWeight
 
 SHAPES = [  # (out, in): one of each, whole panels and words, and neither
@@ -151,7 +151,7 @@ def test_nothing_is_written_beside_y_and_behind_scratch(context: Context, format
         x = _x(rows, 65)
         y = torch.full((rows, 50), 7.0)
         scratch_bytes = linear.scratch_bytes(rows)
-        scratch = aligned_bytes(scratch_bytes + 64).fill_(99)
+        scratch = Blocks().cut(scratch_bytes + 64).fill_(99)
         run(linear.args(x, y[:, :41], scratch))
         assert torch.equal(y[:, :41], linear(x, torch.float32))
         assert (y[:, 41:] == 7).all()
@@ -184,7 +184,7 @@ def test_packed_bytes_are_the_weights_padded_to_panels(context: Context) -> None
     assert NativeLinear(context, _int8_weight(33, 7)).nbytes == 64 * 8 + 33 * 4
 
 
-@pytest.mark.parametrize("make", [aligned_bytes, temporary_bytes])
+@pytest.mark.parametrize("make", [Blocks().cut, temporary_bytes])
 def test_pieces_of_memory_are_aligned_and_apart(make: Callable[[int], Tensor]) -> None:
     pieces = [make(nbytes) for nbytes in (0, 1, 1000, 64, BLOCK // 4, BLOCK // 4 + 1, 63)]
     for i, piece in enumerate(pieces):
@@ -196,7 +196,8 @@ def test_pieces_of_memory_are_aligned_and_apart(make: Callable[[int], Tensor]) -
 
 
 def test_memory_that_fills_many_blocks_is_apart() -> None:
-    pieces = [aligned_bytes(BLOCK // 4).fill_(i) for i in range(6)]
+    blocks = Blocks()
+    pieces = [blocks.cut(BLOCK // 4).fill_(i) for i in range(6)]
     assert all((piece == i).all() for i, piece in enumerate(pieces))
 
 
