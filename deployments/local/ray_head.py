@@ -16,6 +16,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import psutil
+
 from deployments.local.serve_yaml import Address
 
 KILL_TIMEOUT_S = 5.0
@@ -106,43 +108,24 @@ def cluster(folder: Path, address: Address) -> Iterator[None]:
     finally:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)  # the way out is taken once, and to its end
-        family = descendants(os.getpid())
+        family = psutil.Process().children(recursive=True)
         with suppress(Exception):
             ray.shutdown()
         _kill(family)
 
 
-def _kill(pids: list[int]) -> None:
-    """Whatever of these is left, and waits until it is gone."""
-    for pid in reversed(pids):
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+def _kill(processes: list[psutil.Process]) -> None:
+    """Kill those that are left, children first, and wait until they are gone."""
+    for process in reversed(processes):
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
     deadline_s = time.monotonic() + KILL_TIMEOUT_S
-    while any(map(_is_running, pids)) and time.monotonic() < deadline_s:
+    while any(map(_is_running, processes)) and time.monotonic() < deadline_s:
         time.sleep(0.02)
 
 
-def _is_running(pid: int) -> bool:
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return False
-    return state != "Z"  # ended, and only waiting for its parent to notice
-
-
-def descendants(root: int) -> list[int]:
-    """Process ids below `root`, parents first."""
-    children: dict[int, list[int]] = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            with suppress(OSError):
-                # pid (name) state ppid ...; the name may hold anything.
-                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-                children.setdefault(parent, []).append(int(entry.name))
-    found: list[int] = []
-    queue = [root]
-    while queue:
-        below = children.get(queue.pop(0), [])
-        found += below
-        queue += below
-    return found
+def _is_running(process: psutil.Process) -> bool:
+    """A zombie has ended, and only waits for its parent to notice."""
+    with suppress(psutil.NoSuchProcess):
+        return process.status() != psutil.STATUS_ZOMBIE
+    return False

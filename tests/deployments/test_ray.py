@@ -16,8 +16,8 @@ import pytest
 import yaml
 
 from adapter_store.store import AdapterStore
-from deployments.local.ray_head import descendants, free_port
-from tests.deployments.support.processes import assert_gone, command
+from deployments.local.ray_head import free_port
+from tests.deployments.support.processes import assert_gone, command, descendants
 from tests.deployments.support.tiny_models import make_adapter, make_base
 
 pytestmark = pytest.mark.ray

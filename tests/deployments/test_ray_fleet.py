@@ -19,8 +19,8 @@ from typing import Any
 import pytest
 
 from adapter_store.store import AdapterStore
-from deployments.local.ray_head import descendants, free_port
-from tests.deployments.support.processes import assert_gone, command
+from deployments.local.ray_head import free_port
+from tests.deployments.support.processes import assert_gone, command, descendants
 from tests.deployments.support.tiny_models import make_adapter, make_base
 from tests.deployments.test_ray import ROOT, wait_for
 

@@ -25,9 +25,9 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from adapter_store.store import AdapterStore
-from deployments.local.ray_head import descendants, free_port
+from deployments.local.ray_head import free_port
 from reef.__main__ import main
-from tests.deployments.support.processes import assert_gone
+from tests.deployments.support.processes import assert_gone, descendants
 from tests.deployments.support.tiny_models import make_adapter, make_base
 
 pytestmark = pytest.mark.ray

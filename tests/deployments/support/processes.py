@@ -3,6 +3,16 @@
 import time
 from pathlib import Path
 
+import psutil
+
+
+def descendants(root: int) -> list[int]:
+    """Process ids below `root`, parents first; none if it is gone."""
+    try:
+        return [child.pid for child in psutil.Process(root).children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
+
 
 def command(pid: int) -> str:
     """Empty for one that is gone, also for a zombie that nobody has reaped yet."""
