@@ -7,7 +7,7 @@ second copy of the project, hides one of them and not the others.
 import importlib
 from pathlib import Path
 
-PACKAGES = ("engine", "adapter_store", "deployments")
+PACKAGES = ("deployments", "engine", "adapter_store")
 ROOT = Path(__file__).resolve().parents[1]
 
 

@@ -105,6 +105,6 @@ def test_a_program_of_the_bench_gets_its_arguments() -> None:
 def test_a_folder_that_hides_a_package_is_named(tmp_path: Path, name: str) -> None:
     (tmp_path / name).mkdir()
     (tmp_path / name / "__init__.py").touch()
-    refused = reef("serve", PYTHONPATH=f"{tmp_path}:{ROOT}")
+    refused = reef("--help", PYTHONPATH=f"{tmp_path}:{ROOT}")
     assert (refused.returncode, refused.stdout) == (2, "")
     assert f"'{name}'" in refused.stderr and refused.stderr.count("\n") == 1
