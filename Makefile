@@ -5,8 +5,9 @@
 PYTHON ?= python3
 CONFIG ?= configs/dev-cpu.yaml
 PORT ?= 8000
+INSTALL = .venv/bin/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: serve test coverage lint bench
+.PHONY: serve test coverage lint bench lock
 
 serve: .venv/demo.stamp
 	@exec .venv/bin/reef serve --config $(CONFIG) --port $(PORT)
@@ -27,15 +28,19 @@ lint: .venv/dev.stamp
 bench: .venv/dev.stamp
 	@.venv/bin/reef bench
 
+# Resolve all versions anew; pyproject.toml says which are wanted.
+lock: | .venv/bin/python
+	.venv/bin/python scripts/lock.py
+
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
 
-.venv/demo.stamp: pyproject.toml | .venv/bin/python
-	.venv/bin/python -m pip install --quiet --disable-pip-version-check -e '.[demo]'
+.venv/demo.stamp: pyproject.toml requirements.lock | .venv/bin/python
+	$(INSTALL) -c requirements.lock -e '.[demo]'
 	@touch $@
 
-.venv/dev.stamp: pyproject.toml | .venv/bin/python
-	.venv/bin/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+.venv/dev.stamp: pyproject.toml requirements.lock | .venv/bin/python
+	$(INSTALL) -c requirements.lock -e '.[dev]'
 	@touch $@
 
 # The clients live apart, so that what they pull in cannot reach the server's environment.
