@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from deployments.strict_yaml import YamlMistake, read_yaml
 from engine.config import ConfigError
 
 DOCUMENT_KEYS = {"applications", "http_options"}
@@ -49,9 +48,10 @@ def read_address(path: Path, host: str | None, port: int | None) -> Address:
 def read_application(path: Path) -> dict[str, Any]:
     """The one application of a Serve config file. Raises ConfigError."""
     applications = _read_document(path).get("applications")
-    if not isinstance(applications, list) or len(applications) != 1:
+    is_one = isinstance(applications, list) and len(applications) == 1
+    if not is_one or not isinstance(applications[0], dict):
         raise ConfigError(f"{path}: applications must be a list with one entry")
-    unknown = sorted(set(applications[0]) - APPLICATION_KEYS)
+    unknown = sorted(map(str, set(applications[0]) - APPLICATION_KEYS))
     if unknown or "args" not in applications[0]:
         wanted = ", ".join(sorted(APPLICATION_KEYS))
         raise ConfigError(f"{path}: applications[0] has {unknown or 'no args'}; keys: {wanted}")
@@ -60,11 +60,11 @@ def read_application(path: Path) -> dict[str, Any]:
 
 def _read_document(path: Path) -> dict[str, Any]:
     try:
-        document = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not YAML: {error}") from None
+        document = read_yaml(path)
+    except YamlMistake as error:
+        raise ConfigError(f"{path}: {error}") from None
     unknown = set(document) - DOCUMENT_KEYS if isinstance(document, dict) else {"no mapping"}
     if unknown:
         wanted = ", ".join(sorted(DOCUMENT_KEYS))
-        raise ConfigError(f"{path} has {sorted(unknown)} at its top; keys: {wanted}")
+        raise ConfigError(f"{path} has {sorted(map(str, unknown))} at its top; keys: {wanted}")
     return document

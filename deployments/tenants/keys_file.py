@@ -18,12 +18,12 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
 from pydantic import Field, ValidationError
 
 from adapter_store.names import NAME_RULE
 from deployments.config import Limit, Section
 from deployments.policy.admission import Limits
+from deployments.strict_yaml import YamlMistake, read_yaml
 from deployments.tenants.tenant import Tenant
 from engine.config import ConfigError
 
@@ -48,19 +48,6 @@ class TenantEntry(Section):
 class KeysDocument(Section):
     tenants: dict[Name, TenantEntry] = Field(default={})
     metrics_keys: list[Hash] = Field(default=[])
-
-
-class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
-    """Refuses duplicate keys, of which YAML's own loaders keep the last."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-        names = [self.construct_object(key) for key, _ in node.value]
-        for name in names:
-            if names.count(name) > 1:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"{name!r} comes twice", node.start_mark
-                )
-        return super().construct_mapping(node, deep)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,17 +91,11 @@ def _limits(entry: TenantEntry, defaults: Limits) -> Limits:
 def parse_document(path: Path) -> KeysDocument:
     """Parse a keys file. Raises KeysFileError."""
     try:
-        document = yaml.load(path.read_text(), _Loader)
-        return KeysDocument.model_validate(document)
+        return KeysDocument.model_validate(read_yaml(path))
     except OSError as error:
         raise KeysFileError(f"tenancy.keys_file {path}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise KeysFileError(f"{path}: it is not text") from None
-    except yaml.MarkedYAMLError as error:
-        line = "" if error.problem_mark is None else f" in line {error.problem_mark.line + 1}"
-        raise KeysFileError(_without_keys(f"{path}: {error.problem}{line}")) from None
-    except yaml.YAMLError:
-        raise KeysFileError(f"{path}: it is neither YAML nor JSON") from None
+    except YamlMistake as error:
+        raise KeysFileError(_without_keys(f"{path}: {error}")) from None
     except ValidationError as error:
         raise KeysFileError("\n".join(_explain(path, each) for each in error.errors())) from None
 

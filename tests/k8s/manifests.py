@@ -5,6 +5,8 @@ from typing import Any
 
 import yaml
 
+from deployments.strict_yaml import StrictLoader
+
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "k8s"
 NOT_DEPLOYED = {"kustomization.yaml", "secrets.example.yaml"}
@@ -13,7 +15,7 @@ Resource = dict[str, Any]
 
 
 def read_all(name: str) -> list[Resource]:
-    return list(yaml.safe_load_all((FOLDER / name).read_text()))
+    return list(yaml.load_all((FOLDER / name).read_text(), StrictLoader))
 
 
 def read(name: str) -> Resource:

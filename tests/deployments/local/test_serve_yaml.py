@@ -19,6 +19,33 @@ def test_a_config_file_with_unknown_keys_is_refused(tmp_path: Path) -> None:
         read_application(path)
 
 
+@pytest.mark.parametrize("entries", [None, [], [None], ["x"], [{}, {}], {"args": {}}])
+def test_a_config_file_has_one_application(tmp_path: Path, entries: Any) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump({"applications": entries}))
+    with pytest.raises(ConfigError, match="must be a list with one entry"):
+        read_application(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("applications: []\napplications: []", "'applications' comes twice in line 2"),
+        ("applications:\n- args: {models: [], models: []}", "'models' comes twice in line 2"),
+        ("applications: [", "in line 2"),
+        ("1: 2\nx: 3", r"\['1', 'x'\] at its top"),
+    ],
+)
+def test_a_config_file_that_is_ambiguous_or_broken_is_refused(
+    tmp_path: Path, text: str, words: str
+) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=words) as caught:
+        read_application(path)
+    assert str(caught.value).startswith(str(path)) and "\n" not in str(caught.value)
+
+
 def test_the_command_line_wins_over_the_file_and_the_file_over_the_defaults(tmp_path: Path) -> None:
     path = config_file(tmp_path)
     assert read_address(path, None, None) == Address("127.0.0.1", 8000)

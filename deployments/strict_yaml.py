@@ -1,0 +1,59 @@
+"""Reads a YAML or JSON file and refuses duplicate keys.
+
+YAML's own loaders keep the last one and say nothing.
+"""
+
+from collections.abc import Hashable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+_SafeLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # in C where libyaml is there
+
+MERGE = "tag:yaml.org,2002:merge"
+
+
+class YamlMistake(ValueError):
+    """The text is not one YAML document; the message says what is wrong and in which line."""
+
+
+class StrictLoader(_SafeLoader):
+    """A loader for `yaml.load` and `yaml.load_all`."""
+
+    def __init__(self, stream: Any) -> None:
+        super().__init__(stream)
+        self._checked: set[yaml.MappingNode] = set()
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Check the keys as they are written, before those of `<<` come before them."""
+        if node not in self._checked:
+            self._checked.add(node)
+            self._check(node)
+        super().flatten_mapping(node)
+
+    def _check(self, node: yaml.MappingNode) -> None:
+        seen: set[Hashable] = set()
+        for key_node, _ in node.value:
+            if key_node.tag == MERGE:
+                continue
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, Hashable):
+                continue  # the loader itself refuses those
+            if key in seen:
+                mark = key_node.start_mark
+                raise yaml.constructor.ConstructorError(None, None, f"{key!r} comes twice", mark)
+            seen.add(key)
+
+
+def read_yaml(path: Path) -> Any:
+    """Read the one document in a file. Raises OSError or YamlMistake."""
+    try:
+        return yaml.load(path.read_text(), StrictLoader)
+    except UnicodeDecodeError:
+        raise YamlMistake("it is not text") from None
+    except yaml.MarkedYAMLError as error:
+        line = "" if error.problem_mark is None else f" in line {error.problem_mark.line + 1}"
+        raise YamlMistake(f"{error.problem}{line}") from None
+    except yaml.YAMLError:
+        raise YamlMistake("it is neither YAML nor JSON") from None
