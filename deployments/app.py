@@ -15,7 +15,8 @@ from ray.serve import Application
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
 from ray.serve.context import _get_global_client
 
-from deployments.config import AppConfig, ModelSection, check_exposure, load_config
+from deployments.config import AppConfig, check_exposure, load_config
+from deployments.config_sections import ModelSection
 from deployments.fleet.router import AdapterRouter
 from deployments.ingress.deployment import IngressDeployment
 from deployments.installation import check_one_installation

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from adapter_store.open_store import endpoint_from
 from adapter_store.store import AdapterStore
-from deployments.config import AdaptersSection
+from deployments.config_sections import AdaptersSection
 
 
 def open_adapter_store(adapters: AdaptersSection) -> AdapterStore:

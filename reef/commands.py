@@ -6,6 +6,7 @@ from reef import __version__
 from reef.adapters import alias, list_, publish, retire
 from reef.bench import bench
 from reef.completion import completion
+from reef.config_keys import config_keys
 from reef.demo import check
 from reef.keys import new_key
 from reef.plan import plan
@@ -21,5 +22,5 @@ def reef() -> None:
 
 for command in (serve, publish, list_, alias, retire, verify):
     reef.add_command(command)
-for command in (new_key, plan, check, bench, completion):
+for command in (new_key, config_keys, plan, check, bench, completion):
     reef.add_command(command)

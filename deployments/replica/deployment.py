@@ -8,7 +8,8 @@ from typing import Any
 import ray
 from ray import serve
 
-from deployments.config import AppConfig, ModelSection
+from deployments.config import AppConfig
+from deployments.config_sections import ModelSection
 from deployments.fleet import router
 from deployments.fleet.direct_socket import Greeting, WireServer
 from deployments.fleet.protocol import (

@@ -21,7 +21,7 @@ from typing import Annotated, Any
 from pydantic import Field, ValidationError
 
 from adapter_store.names import NAME_RULE
-from deployments.config import Limit, Section
+from deployments.config_sections import Limit, Section
 from deployments.policy.admission import Limits
 from deployments.strict_yaml import YamlMistake, read_yaml
 from deployments.tenants.tenant import Tenant

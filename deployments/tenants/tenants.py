@@ -12,7 +12,7 @@ import logging
 from pathlib import Path
 from typing import Protocol
 
-from deployments.config import TenancySection
+from deployments.config_sections import TenancySection
 from deployments.policy.admission import NO_LIMITS, Limits
 from deployments.tenants.keys_file import KeysFileError, hash_key, read_keys
 from deployments.tenants.tenant import PUBLIC, Tenant

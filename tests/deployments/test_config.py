@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from deployments.config import load_config, parse_bytes
+from deployments.config import load_config
+from deployments.config_sections import parse_bytes
 from deployments.local.serve_yaml import read_application
 from engine.config import ConfigError
 

@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from deployments.config import TenancySection, check_exposure, is_loopback, load_config
+from deployments.config import check_exposure, is_loopback, load_config
+from deployments.config_sections import TenancySection
 from deployments.policy.admission import Limits
 from deployments.stores import open_adapter_store
 from engine.config import ConfigError

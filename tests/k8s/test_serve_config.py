@@ -14,7 +14,8 @@ import yaml
 from pydantic import BaseModel
 from pydantic.warnings import PydanticDeprecatedSince20
 
-from deployments.config import load_config, parse_bytes
+from deployments.config import load_config
+from deployments.config_sections import parse_bytes
 from deployments.local.serve_yaml import read_application
 from k8s.generate import MARKER, embed
 from tests.k8s.manifests import (

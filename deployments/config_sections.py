@@ -1,0 +1,208 @@
+"""The sections of the `args` of a configs/*.yaml: every key, its default and its meaning.
+
+The descriptions are those of docs/configuration.md, which `reef config-keys` prints.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from deployments.policy.admission import Limits
+from engine.byte_size import parse_byte_size
+
+
+def parse_bytes(value: object) -> object:
+    """Read a size that is written `2GiB`; what is no string is left to the type's own check."""
+    return parse_byte_size(value) if isinstance(value, str) else value
+
+
+def key(default: Any, text: str, *, unset: str = "", **bounds: Any) -> Any:
+    """A key that may be left out. `unset` says what None, its default, comes to."""
+    return Field(default, description=text, json_schema_extra={"unset": unset}, **bounds)
+
+
+Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(ge=0)]
+Limit = Annotated[int, Field(ge=1)] | None
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class EngineSection(Section):
+    """The same fields and defaults as EngineConfig has, which also checks the ranges."""
+
+    device: str = key("auto", "`cpu` or `cuda`; `auto` takes CUDA where there is one")
+    max_num_seqs: int = key(64, "requests in one step")
+    max_num_batched_tokens: int | None = key(
+        None,
+        "tokens in one step, by default at least twice `max_num_seqs`; long prompts are cut into "
+        "chunks of what is left, and a stream waits for one chunk at a time",
+        unset="128; 512 on a GPU",
+    )
+    max_model_len: int | None = key(
+        None, "longest prompt and answer together, in tokens", unset="model's, to 8192"
+    )
+    block_size: int = key(16, "tokens in a KV block")
+    memory_bytes: Bytes | None = key(
+        None,
+        "KV blocks and adapters on the device, in one arena; on a GPU all that the weights leave",
+        unset="`2GiB`; a GPU's rest",
+    )
+    adapter_memory_bytes: Bytes | None = key(
+        None, "the most that adapters may take of that", unset="all of it"
+    )
+    enable_prefix_caching: bool = key(
+        True, "prompts that begin alike share KV blocks, within one tenant and adapter"
+    )
+    kernels: str = key(
+        "auto",
+        "on a CPU native kernels, where bfloat16 is computed and the machine can run them; on a "
+        "GPU `triton`; `torch` does without",
+    )
+    cuda_graphs: str = key(
+        "auto", "on a GPU decode steps are captured at start; `off` launches each kernel"
+    )
+    flashinfer: str = key(
+        "auto",
+        "on a GPU it computes the attention of prefills where it is installed and passes its "
+        "test; `off` never",
+    )
+    lora_side_stream: bool = key(
+        False,
+        "on a GPU `true` computes the adapters' A beside the base's multiplication, on a stream "
+        "of its own; it was not measured",
+    )
+    num_threads: int | None = key(None, "threads of the engine on a CPU", unset="all cores")
+    activations: str = key(
+        "bf16",
+        "`int8` multiplies nf4 weights in integers: faster prompts, a little less exact",
+    )
+    kv_dtype: str = key("auto", "the model's dtype; `int8` halves the KV cache (bfloat16 on a CPU)")
+
+
+class AutoscalingSection(Section):
+    """How many replicas there are between `min` and `max`: as many as carry these targets each.
+
+    The load is averaged over `look_back_s`; a decision stands for its delay before it is followed.
+    """
+
+    target_queued_tokens: float = key(4096.0, "prompt tokens that may wait at a replica", gt=0)
+    target_kv_used: float = key(0.8, "how full its KV cache may be, of 1", gt=0, le=1)
+    target_requests: float | None = key(
+        None, "requests that it may have", unset="`max_num_seqs`", gt=0
+    )
+    look_back_s: float = key(5.0, "seconds that the load is averaged over", gt=1.0, le=3600.0)
+    upscale_delay_s: float = key(5.0, "seconds that a decision for more must stand", ge=0)
+    downscale_delay_s: float = key(120.0, "seconds that a decision for fewer must stand", ge=0)
+
+
+class ReplicasSection(Section):
+    """Engine replicas behind one name. With min < max, their number follows the load."""
+
+    min: int = key(1, "engine replicas at least", ge=1)
+    max: int | None = key(
+        None,
+        "engine replicas at most; with `min` < `max` their number follows the load",
+        unset="`min`",
+        ge=1,
+    )
+    num_cpus: float = key(1.0, "CPUs that Ray reserves for each", ge=0)
+    num_gpus: float = key(0.0, "GPUs that Ray reserves for each", ge=0)
+    drain_s: float = key(
+        30.0,
+        "seconds that a stopped replica's requests have to finish; then they move",
+        ge=0,
+        le=3600,
+    )
+    surge_percent: int = key(
+        0, "replicas that a redeploy starts before it stops old ones, in percent", ge=0, le=100
+    )
+    autoscaling: AutoscalingSection = AutoscalingSection()
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "ReplicasSection":
+        if self.max is not None and self.max < self.min:
+            raise ValueError(f"min={self.min} must be at most max={self.max}")
+        return self
+
+    @property
+    def most(self) -> int:
+        return self.min if self.max is None else self.max
+
+
+class ModelSection(Section):
+    id: str = Field(pattern=r"^[^\s:@]{1,256}$", description="the base model's name in the API")
+    source: str = Field(description="a Hugging Face folder")
+    dtype: str = key(
+        "auto",
+        "`auto` keeps float32 and computes all else in bfloat16; or `float32`, `bfloat16`, "
+        "`float16`",
+    )
+    quantization: str = key(
+        "none",
+        "`int8`, `nf4` or, on a GPU of capability 8.9 or higher, `fp8` quantizes the linear "
+        "layers as they are loaded; `none` leaves them as the checkpoint has them",
+    )
+    engine: EngineSection = EngineSection()
+    replicas: ReplicasSection = ReplicasSection()
+
+
+class AdaptersSection(Section):
+    root: str = key("file://.data/store", "the store: `file://folder` or `s3://bucket/prefix`")
+    endpoint_url: str | None = key(
+        None, "the address of another S3", unset="AWS", pattern=r"^https?://\S+$"
+    )
+    disk_path: str = key(".data/adapters", "this machine's cache of the store")
+    disk_bytes: Bytes = key(10 * 2**30, "the most that the cache may take")
+    host_bytes: Bytes = key(2 * 2**30, "decoded adapters kept in memory while nobody uses them")
+
+
+class TenancySection(Section):
+    """Who may ask, and how much.
+
+    mode `open`: everybody is the tenant `public`. Only on loopback, unless
+    `allow_open_on_network` says that everybody who reaches the port may.
+    mode `keys`: /v1 answers to the keys in `keys_file` alone (`reef new-key`), and
+    /metrics, which names tenants and adapters, to that file's `metrics_keys`, or to everybody
+    with `metrics: open`. /health is always open.
+
+    The limits count each tenant's requests to /v1 at each ingress replica, whatever comes of
+    them; the keys file may give a tenant limits of its own. null is no limit.
+    """
+
+    mode: Literal["open", "keys"] = key(
+        "open", "`open`: everybody is the tenant `public`; `keys`: a request needs an API key"
+    )
+    allow_open_on_network: bool = key(
+        False, "whether `open` may listen on an address that others can reach"
+    )
+    keys_file: str | None = key(None, "hashes of keys, and whose they are; for mode `keys`")
+    metrics: Literal["key", "open"] = key(
+        "key", "`open` shows `/metrics` to everybody in mode `keys`"
+    )
+    requests_per_minute: Limit = key(
+        None,
+        "requests of a tenant at each ingress replica; a quiet one may use a whole minute's at "
+        "once",
+        unset="no limit",
+    )
+    max_concurrent_requests: Limit = key(
+        None, "requests of a tenant at a time, at each ingress replica", unset="no limit"
+    )
+
+    @property
+    def limits(self) -> Limits:
+        return Limits(self.requests_per_minute, self.max_concurrent_requests)
+
+
+class IngressSection(Section):
+    num_cpus: float = key(0.0, "CPUs that Ray reserves for the ingress", ge=0)
+    max_body_bytes: Bytes = key(8 * 2**20, "longer request bodies are a 413")
+    max_queued_requests: int = key(1024, "requests beyond `max_num_seqs`; more are a 429", ge=0)
+    max_adapter_series: int = key(
+        200,
+        "adapters with labels of their own in `/metrics`: the first ones with traffic; all later "
+        "ones share the label `other`",
+        ge=0,
+    )
