@@ -12,7 +12,7 @@ UNIFORM_RANK = sum(MIXED_RANKS) // len(MIXED_RANKS)
 # Least share of the roofline, with an adapter per request; of base tokens/s, at 32 requests
 OF_ROOFLINE = {("none", 1): 0.70, ("none", 32): 0.60, ("none", 128): 0.65, ("nf4", 1): 0.50}
 OF_BASE = {("none", "shared"): 0.90, ("none", "distinct"): 0.80, ("nf4", "distinct"): 0.70}
-LAUNCHES_S, SIDE_LAUNCHES_S = 0.65e-3, 0.35e-3  # for a step's adapters, plus their bytes
+LAUNCHES_S, SIDE_LAUNCHES_S = 0.65e-3, 0.35e-3  # for a step's adapters besides their bytes
 
 
 def decode(setting: Setting, quantization: str) -> Iterator[Row]:

@@ -1,4 +1,4 @@
-"""Tiny checkpoints, written once per session however many tests ask for them."""
+"""Provides tiny checkpoints, each written once per session."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> "Callable[..., Tiny]":
-    """tiny_model(model_type, **config changes) -> Tiny. Its folder must not be changed."""
-    from tests.engine.support.tiny import write_tiny  # seconds to import, so only for those who ask
+    """Return tiny_model(model_type, **config changes) -> Tiny. Do not change its folder."""
+    from tests.engine.support.tiny import write_tiny  # takes seconds to import, so only if needed
 
     made: dict[str, Tiny] = {}
 

@@ -1,4 +1,4 @@
-"""Which adapters are on the device and who uses them, against a plain model."""
+"""Tests the resident adapters and their pins against a simple model."""
 
 import pytest
 from hypothesis import settings
@@ -16,7 +16,7 @@ class Slots(RuleBasedStateMachine):
         self.slots = AdapterSlots(loads_are_immediate=False)
         self.pins: dict[str, int] = {}
         self.loading: list[str] = []
-        self.idle: list[str] = []  # oldest use first
+        self.idle: list[str] = []  # least recently used first
         self.used: dict[int, str] = {}  # slots
         for i, digest in enumerate(DIGESTS):
             self.slots.set_ready(digest, i)
@@ -87,14 +87,14 @@ def ready(*digests: str, loads_are_immediate: bool = True) -> AdapterSlots:
     return slots
 
 
-def test_evicting_a_pinned_adapter_is_noticed() -> None:
+def test_evicting_a_pinned_adapter_fails() -> None:
     slots = ready("a")
     slots.acquire("a")
     with pytest.raises(AssertionError, match="is used"):
         slots.evict("a")
 
 
-def test_releasing_more_often_than_acquired_is_noticed() -> None:
+def test_releasing_more_often_than_acquiring_fails() -> None:
     slots = ready("a")
     slots.acquire("a")
     slots.release("a")
@@ -114,7 +114,7 @@ def test_only_where_loads_are_immediate_an_adapter_is_used_before_it_is_resident
     assert slots.acquire("a") == 1 and not slots.awaited_load("a")
 
 
-def test_what_is_on_the_device_is_ready_even_if_the_host_dropped_it() -> None:
+def test_a_resident_adapter_is_ready_even_if_the_host_dropped_it() -> None:
     slots = ready("a")
     slots.set_absent("a")
     assert slots.is_ready("a") and not slots.is_on_host("a") and slots.nbytes("a") == 1

@@ -1,4 +1,4 @@
-"""The block manager against what its block tables imply, after any sequence of operations."""
+"""Tests the block manager against its block tables, after any sequence of operations."""
 
 import pytest
 from hypothesis import given, settings
@@ -12,7 +12,7 @@ BLOCK = 4
 
 
 class Blocks(RuleBasedStateMachine):
-    """Tables of random tokens; the model is the content that each block must have."""
+    """Operates on tables of random tokens; the model is the expected content of each block."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ class Blocks(RuleBasedStateMachine):
 
     @rule(limit=st.integers(0, 12))
     def change_limit(self, limit: int) -> None:
-        """The content moves with its block."""
+        """Change the number of blocks; content must move with its block."""
         used = self.manager.num_held + self.manager.num_cached
         if used > limit:
             return
@@ -101,7 +101,7 @@ class Blocks(RuleBasedStateMachine):
         for table, tokens in zip(self.tables, self.tokens, strict=True):
             start = len(tokens)
             if self.manager.frozen(table, start, start + 1):
-                continue  # would be copied first
+                continue  # it would be copied first
             last = table[start // BLOCK :][:1]
             others = [b for t in self.tables if t is not table for b in t]
             assert not set(last) & set(others)
@@ -157,14 +157,14 @@ def test_the_lowest_free_block_is_taken_first() -> None:
     assert middle == [1, 3, 0, 2, 4]
 
 
-def test_taking_a_block_where_none_is_free_is_noticed() -> None:
+def test_taking_a_block_fails_if_none_is_free() -> None:
     manager = BlockManager(3, BLOCK)
     manager.set_limit(2, [])
     with pytest.raises(AssertionError, match="none is free"):
         manager.grow([], 3 * BLOCK)
 
 
-def test_freeing_twice_is_noticed() -> None:
+def test_freeing_twice_fails() -> None:
     manager = BlockManager(2, BLOCK)
     table: list[int] = []
     manager.grow(table, 1)

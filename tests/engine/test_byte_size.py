@@ -1,4 +1,4 @@
-"""Sizes in bytes, as the config, the command line and the plan's report write them."""
+"""Tests sizes in bytes, as written in configs, on the command line and in reports."""
 
 import pytest
 

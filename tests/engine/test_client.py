@@ -1,4 +1,4 @@
-"""The engine in its own process: frames, aborts, deaths, hangs, restarts."""
+"""Tests the engine in its own process: frames, aborts, crashes, hangs, restarts."""
 
 import asyncio
 import gc
@@ -178,7 +178,7 @@ def test_a_hanging_process_is_killed_and_started_again(tiny: Tiny) -> None:
     with_client(tiny.folder, test, hang_timeout_s=1.0)
 
 
-def test_an_engine_that_cannot_go_on_ends_its_process_and_says_why(
+def test_a_fatal_error_of_the_engine_ends_its_process_with_the_reason(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     codes: list[int] = []
@@ -257,7 +257,7 @@ def test_a_model_that_cannot_be_loaded_gives_its_reason_at_start(tmp_path: Path)
 
 
 @pytest.mark.parametrize("portion", [1, 3, 1000])
-def test_frames_survive_any_portioning(portion: int) -> None:
+def test_frames_may_arrive_in_any_pieces(portion: int) -> None:
     messages = [AbortRequest("a"), StepOutputs([("b", 0, [2] * 50)]), Ping()]
     stream = b"".join(encode(m) for m in messages)
     decoder = FrameDecoder(msgspec.msgpack.Decoder(AbortRequest | StepOutputs | Ping))

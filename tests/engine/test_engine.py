@@ -1,4 +1,4 @@
-"""The engine against transformers, and against itself with all kinds of batch mates."""
+"""Tests the engine against transformers, and for independence of batch mates."""
 
 import json
 from dataclasses import replace
@@ -34,7 +34,7 @@ def texts(results: dict[tuple[str, int], Result]) -> dict[tuple[str, int], list[
 
 
 def mixed_requests(max_tokens: int = 20) -> list[GenerateRequest]:
-    """Greedy and sampled ones, of different lengths."""
+    """Make greedy and sampled requests of different lengths."""
     hot = SamplingParams(max_tokens=max_tokens, temperature=1.3, top_p=0.9, seed=5, ignore_eos=True)
     return [
         GenerateRequest(f"r{n}", prompt_of(n, seed=n), hot if n % 2 else greedy(max_tokens))
@@ -44,7 +44,7 @@ def mixed_requests(max_tokens: int = 20) -> list[GenerateRequest]:
 
 @pytest.fixture(scope="module")
 def alone(tiny: Tiny) -> dict[tuple[str, int], list[int]]:
-    """Every request by itself in an engine of its own, prompt in one piece, no prefix cache."""
+    """Run every request alone in its own engine, prompt unchunked, without prefix cache."""
     found: dict[tuple[str, int], list[int]] = {}
     for request in mixed_requests():
         engine = make_engine(tiny.folder, enable_prefix_caching=False)
@@ -319,7 +319,7 @@ def test_tokens_outside_the_vocabulary_end_nothing_and_are_never_forbidden(tmp_p
     assert last is not None and last.error is None
 
 
-def test_a_row_whose_logits_are_not_finite_ends_alone(tiny: Tiny) -> None:
+def test_logits_that_are_not_finite_end_only_their_own_request(tiny: Tiny) -> None:
     engine = make_engine(tiny.folder)
     logits = engine.runner.model.logits
 
@@ -337,7 +337,7 @@ def test_a_row_whose_logits_are_not_finite_ends_alone(tiny: Tiny) -> None:
     assert outputs["second"].error is None and outputs["second"].token_ids
 
 
-def test_too_little_memory_is_refused_with_the_bytes_that_would_do(tiny: Tiny) -> None:
+def test_too_little_memory_is_refused_with_the_bytes_needed(tiny: Tiny) -> None:
     needed = 256 * 2 * 3 * 2 * 16 * 4
     match = f"max_model_len=256 needs memory_bytes of at least {needed}"
     with pytest.raises(ValueError, match=match):

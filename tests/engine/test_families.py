@@ -1,4 +1,4 @@
-"""Every family against transformers: equal logits through the paged cache, equal greedy text."""
+"""Tests every family against transformers: equal logits, with paged cache, and greedy text."""
 
 import json
 from collections.abc import Callable
@@ -82,14 +82,14 @@ def load(folder: Path, dtype: torch.dtype = torch.float32, max_model_len: int = 
 
 
 def changed_config(folder: Path, source: Path, **changes: Any) -> Path:
-    """A folder with the config of `source` and these changes; ... removes a key."""
+    """Write a folder with the config of `source` and these changes; ... removes a key."""
     config = json.loads((source / "config.json").read_text()) | changes
     kept = {key: value for key, value in config.items() if value is not ...}
     (folder / "config.json").write_text(json.dumps(kept))
     return folder
 
 
-# ==== The same mathematics ====
+# ==== equal results ====
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -145,7 +145,7 @@ def test_an_adapter_can_name_every_linear_layer_of_a_checkpoint(tiny_model: Make
         assert [site.site for site in sites[:4]] == ["qkv", "o", "gate_up", "down"]
 
 
-# ==== What a config may say ====
+# ==== configs ====
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
@@ -161,7 +161,7 @@ def test_no_key_of_a_config_class_is_without_a_meaning(
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
-def test_an_absent_key_means_what_it_means_to_transformers(model_type: str, tmp_path: Path) -> None:
+def test_an_absent_key_has_the_default_of_transformers(model_type: str, tmp_path: Path) -> None:
     stated = SIZES | {"head_dim": 16, "rms_norm_eps": 1e-6, "tie_word_embeddings": ...}
     given = {key: value for key, value in stated.items() if value is not ...}
     full, bare = tmp_path / "full", tmp_path / "bare"
@@ -174,7 +174,7 @@ def test_an_absent_key_means_what_it_means_to_transformers(model_type: str, tmp_
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
-def test_without_a_size_a_config_means_what_it_means_to_transformers_or_is_refused(
+def test_a_missing_size_is_refused_or_defaults_as_in_transformers(
     model_type: str, tmp_path: Path
 ) -> None:
     stated = SIZES | {"head_dim": 16, "rms_norm_eps": 1e-6, "model_type": model_type}
@@ -213,7 +213,7 @@ OLD_FORMS = {
 
 
 @pytest.mark.parametrize("model_type", OLD_FORMS)
-def test_configs_of_older_files_mean_what_transformers_makes_of_them(
+def test_configs_of_older_files_are_read_as_by_transformers(
     model_type: str, tiny_model: MakeTiny, tmp_path: Path
 ) -> None:
     changes = OLD_FORMS[model_type] | {"rope_parameters": ..., "torch_dtype": "float32"}
@@ -224,7 +224,7 @@ def test_configs_of_older_files_mean_what_transformers_makes_of_them(
     assert found == read_spec(new, None)
 
 
-def test_the_first_name_of_longrope_is_understood(tiny_model: MakeTiny, tmp_path: Path) -> None:
+def test_the_original_name_of_longrope_is_accepted(tiny_model: MakeTiny, tmp_path: Path) -> None:
     specs = []
     for name in ("su", "yarn", "longrope"):
         scaling = {"type": name, "short_factor": [1.5] * 8, "long_factor": [2.5] * 8}
@@ -259,7 +259,7 @@ REFUSED: list[tuple[str, str, Any]] = [
 
 
 @pytest.mark.parametrize(("model_type", "key", "value"), REFUSED)
-def test_a_config_that_asks_for_other_mathematics_is_refused_by_name(
+def test_a_config_that_needs_unsupported_computation_is_refused_by_name(
     model_type: str, key: str, value: Any, tiny_model: MakeTiny, tmp_path: Path
 ) -> None:
     folder = changed_config(tmp_path, tiny_model(model_type).folder, **{key: value})

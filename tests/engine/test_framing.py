@@ -1,4 +1,4 @@
-"""Messages as bytes: every type comes back as it was, and nothing else is understood."""
+"""Tests messages as bytes: every type is restored exactly, and other bytes are refused."""
 
 import math
 import sys

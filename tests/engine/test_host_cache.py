@@ -1,4 +1,4 @@
-"""Adapters in host memory: loaded off the caller's thread, kept while wanted, bounded in bytes."""
+"""Tests HostCache: loads in other threads, keeps wanted adapters, bounds the bytes."""
 
 import threading
 from concurrent.futures import wait
@@ -11,7 +11,7 @@ from engine.messages import AdapterFolder
 
 
 class Loader:
-    """Loads of 10 bytes that wait for `gate`; digests that start with "bad" fail."""
+    """Loads adapters of 10 bytes once `gate` opens; digests that start with "bad" fail."""
 
     def __init__(self) -> None:
         self.gate = threading.Event()
@@ -76,7 +76,7 @@ def test_a_failed_load_is_reported_and_may_be_tried_again() -> None:
     assert settle(cache) == [("bad", False)] and loader.loaded == ["bad", "bad"]
 
 
-def test_releasing_more_often_than_wanted_is_noticed() -> None:
+def test_releasing_more_often_than_wanting_fails() -> None:
     cache = HostCache(20, Loader())
     want(cache, "a")
     settle(cache)

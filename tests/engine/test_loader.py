@@ -1,4 +1,4 @@
-"""Loading: every tensor used exactly once, and a refusal that names what is wrong."""
+"""Tests loading: every tensor is used exactly once, and errors name their cause."""
 
 import json
 import shutil
@@ -35,7 +35,7 @@ def load(folder: Path, progress: bool = False) -> Decoder:
 
 
 def shard(tiny: Tiny, folder: Path, num_shards: int) -> list[Path]:
-    """The same checkpoint in several files, its tensors dealt out in turn."""
+    """Split a checkpoint into several files, its tensors distributed in turn."""
     tensors = load_file(tiny.folder / "model.safetensors")
     shutil.copy(tiny.folder / "config.json", folder)
     paths = [folder / f"model-{i}.safetensors" for i in range(num_shards)]
@@ -80,7 +80,7 @@ def test_progress_is_shown_per_tensor_and_only_when_asked_for(
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_weights_weigh_what_the_parameters_weigh(tied: bool, tiny_model: MakeTiny) -> None:
+def test_weight_bytes_equal_those_of_the_parameters(tied: bool, tiny_model: MakeTiny) -> None:
     tiny = tiny_model("llama", tie_word_embeddings=tied)
     expected = sum(p.numel() for p in tiny.reference.parameters())
     assert weight_bytes(load(tiny.folder), torch.float32) == 4 * expected
@@ -139,7 +139,7 @@ def test_an_untied_model_without_an_output_layer_is_refused(
         load(folder)
 
 
-def test_a_copy_of_a_tied_output_layer_is_tolerated_if_it_is_one(
+def test_a_copy_of_a_tied_output_layer_is_accepted_if_equal(
     tiny_model: MakeTiny, tmp_path: Path
 ) -> None:
     tiny, prompt = tiny_model("llama", tie_word_embeddings=True), random_prompt(9)

@@ -1,4 +1,4 @@
-"""Mixed batches of adapters against peft, against merged weights, and against each one alone."""
+"""Tests mixed batches of adapters against peft, merged weights, and each adapter alone."""
 
 import random
 import re
@@ -158,8 +158,8 @@ def test_new_weights_under_another_digest_never_reach_the_old_ones_cache(
     assert served.last.metrics.num_cached_tokens == 0
 
 
-def test_enormous_weights_disturb_only_their_own_rows(tiny: Tiny, tmp_path: Path) -> None:
-    """Their products overflow; multiplied by a zero mask they would be NaN in others' rows."""
+def test_enormous_weights_affect_only_their_own_rows(tiny: Tiny, tmp_path: Path) -> None:
+    """Products overflow; with a mask of zeros they would be NaN in other rows."""
     adapter = write_adapter(tiny.folder, tmp_path / "huge", r=4)
     weights = Path(adapter.path) / "adapter_model.safetensors"
     scaled = {k: v * (1e30 if "lora_A" in k else 1e8) for k, v in load_file(weights).items()}
@@ -170,7 +170,7 @@ def test_enormous_weights_disturb_only_their_own_rows(tiny: Tiny, tmp_path: Path
     assert results["base", 0].token_ids == expected
 
 
-def test_while_one_adapter_loads_others_go_on_and_overtake_it(
+def test_while_an_adapter_loads_other_requests_overtake_its_own(
     tiny: Tiny, adapters: dict[str, AdapterFolder]
 ) -> None:
     engine = make_engine(tiny.folder)
@@ -269,7 +269,7 @@ def test_a_request_that_cannot_fit_beside_its_adapter_is_refused_with_the_bytes(
 def test_adapters_and_kv_blocks_share_one_memory(
     tiny: Tiny, adapters: dict[str, AdapterFolder]
 ) -> None:
-    """Room for about two of them beside the blocks that all requests would like to have."""
+    """Have room for about two adapters in addition to the blocks of all requests."""
     names = ["everything", "rslora", "large", "patterns"] * 3
     requests = [request_for(f"r{i}", adapters[n], 3 + 4 * i, 24) for i, n in enumerate(names)]
     expected = {k: r.token_ids for k, r in run(make_engine(tiny.folder), requests).items()}

@@ -1,4 +1,4 @@
-"""The memory budget on an arena that remembers what was written where."""
+"""Tests the memory budget on an arena that records what was written where."""
 
 import pytest
 from hypothesis import settings
@@ -18,7 +18,7 @@ from engine.scheduler.extents import Extents, extent_size
 from engine.scheduler.memory import MemoryBudget
 from tests.engine.support.fake_arena import FakeArena
 
-BLOCK_BYTES = 384  # no multiple of an extent's alignment
+BLOCK_BYTES = 384  # not a multiple of an extent's alignment
 NUM_BLOCKS = 19
 MEMORY = NUM_BLOCKS * BLOCK_BYTES + 30
 TOP = MEMORY // 256 * 256  # for adapters; less than all blocks
@@ -52,7 +52,7 @@ def blocks_beside(size: int) -> int:
 
 
 class Tables:
-    """Block tables and what each of their blocks must hold once the next step has run."""
+    """Block tables, and the expected content of their blocks after the next step."""
 
     def __init__(self) -> None:
         self.tables: list[list[int]] = []
@@ -66,9 +66,9 @@ class Tables:
 
 
 class Memory(RuleBasedStateMachine):
-    """Tables come, grow, fork, are written, published, found again and go, beside adapters.
+    """Creates, grows, forks, writes, publishes, finds and frees tables, together with adapters.
 
-    Between two steps anything may happen; a step performs the changes, then writes what is new.
+    Operations are random between steps; a step performs the changes, then writes new content.
     """
 
     @initialize(is_equal=st.booleans(), is_immediate=st.booleans())
@@ -114,7 +114,7 @@ class Memory(RuleBasedStateMachine):
     @precondition(lambda self: self.held.tables)
     @rule(data=st.data())
     def write(self, data: st.DataObject) -> None:
-        """The last block again, in private."""
+        """Write the last block anew, as a private copy."""
         i = self._pick(data)
         table, labels = self.held.tables[i], self.held.labels[i]
         if not table:
@@ -185,7 +185,7 @@ class Memory(RuleBasedStateMachine):
         return first
 
     def _reserve(self, num_blocks: int, digest: str = "") -> bool:
-        """Reserves, and compares what gave way with an oracle that counts bytes."""
+        """Reserve, and compare the evictions with a reference that counts bytes."""
         memory, adapters = self.memory, self.memory.adapters
         new = 0 if not digest or adapters.is_placed(digest) else extent_size(self.sizes[digest])
         idle = {d: use for d, use in adapters.idle if d != digest}
@@ -213,10 +213,10 @@ class Memory(RuleBasedStateMachine):
         return done
 
     def _victims(self, least: int, stays: int, idle: dict[str, int]) -> tuple[int, list[str]]:
-        """(cached blocks, adapters): the shortest beginning of all, oldest first, that does."""
+        """Return (cached blocks, adapters): the fewest, least recently used first, that suffice."""
         uses = list(self.memory.blocks.cached_uses)
         order = [(use, "") for use in uses] + [(use, d) for d, use in idle.items()]
-        order.sort(key=lambda victim: victim[0])  # of equals the blocks stay in front
+        order.sort(key=lambda victim: victim[0])  # of equal uses, blocks come first
         size = extent_size(EQUAL["a"])
         for count in range(len(order) + 1):
             gone = [victim for _, victim in order[:count]]
@@ -251,11 +251,11 @@ TestMemory = Memory.TestCase
 TestMemory.settings = settings(max_examples=60, stateful_step_count=60, deadline=None)
 
 
-# ==== who gives way ====
+# ==== evictions ====
 
 
 def place(memory: MemoryBudget, *digests: str) -> None:
-    """Each in a step of its own, and idle after it."""
+    """Load each adapter in a separate step; it is idle afterwards."""
     for digest in digests:
         assert memory.reserve(0, digest)
         memory.take_changes()
@@ -264,7 +264,7 @@ def place(memory: MemoryBudget, *digests: str) -> None:
 
 
 def cache(memory: MemoryBudget, num_blocks: int) -> list[bytes]:
-    """So many cached blocks, used now."""
+    """Make this many cached blocks, last used now."""
     table: list[int] = []
     assert memory.reserve(num_blocks, "", [table])
     memory.blocks.grow(table, num_blocks)
@@ -287,7 +287,7 @@ def test_an_idle_adapter_stays_until_kv_needs_its_memory() -> None:
     assert memory.blocks.num_free == NUM_BLOCKS
 
 
-def test_a_pinned_adapter_stays_and_kv_does_without() -> None:
+def test_a_pinned_adapter_is_not_evicted_for_kv() -> None:
     memory = make_memory({"a": 1000})
     place(memory, "a")
     memory.adapters.acquire("a")
@@ -319,7 +319,7 @@ def test_an_adapter_that_is_needed_takes_the_memory_of_cached_blocks() -> None:
     assert memory.blocks.limit == memory.blocks.num_cached == load.offset_bytes // BLOCK_BYTES
 
 
-def test_held_blocks_move_down_in_all_their_tables_and_stay_known() -> None:
+def test_moved_blocks_change_in_all_tables_and_stay_cached() -> None:
     memory = make_memory({"a": 1000})
     low: list[int] = []
     high: list[int] = []
@@ -337,7 +337,7 @@ def test_held_blocks_move_down_in_all_their_tables_and_stay_known() -> None:
     memory.check_integrity(tables, {})
 
 
-def test_a_pinned_adapter_moves_up_where_that_gives_kv_room() -> None:
+def test_a_pinned_adapter_moves_up_if_that_makes_room_for_kv() -> None:
     memory = make_memory({"a": 1000, "b": 700})
     place(memory, "a", "b")
     slot = memory.adapters.acquire("b")
@@ -348,7 +348,7 @@ def test_a_pinned_adapter_moves_up_where_that_gives_kv_room() -> None:
     assert memory.blocks.limit == (TOP - 768) // BLOCK_BYTES == 16
 
 
-def test_what_is_evicted_in_the_same_step_is_not_moved_before() -> None:
+def test_an_adapter_evicted_in_the_same_step_is_not_moved() -> None:
     memory = make_memory({"a": 1000, "b": 700})
     place(memory, "a", "b")
     slot = memory.adapters.slot("b")
@@ -358,19 +358,19 @@ def test_what_is_evicted_in_the_same_step_is_not_moved_before() -> None:
     assert memory.take_changes() == ((slot,), (), ())
 
 
-def test_an_extent_never_moves_over_itself_but_is_loaded_anew_once_it_is_idle() -> None:
+def test_an_extent_never_moves_over_itself_but_is_reloaded_once_idle() -> None:
     memory = make_memory({"b": 700, "d": 3000})
     place(memory, "b", "d")
     memory.adapters.acquire("d")
     whole = (TOP - extent_size(3000)) // BLOCK_BYTES
-    assert not memory.reserve(whole)  # only the gap that b leaves would help, and d is larger
+    assert not memory.reserve(whole)  # only the gap left by b would help, and d is larger
     memory.adapters.release("d")
     assert memory.reserve(whole, "d")
     (load,) = memory.take_changes().loads
     assert load.digest == "d" and load.offset_bytes == TOP - extent_size(3000)
 
 
-def test_a_gap_is_used_again() -> None:
+def test_a_gap_is_reused() -> None:
     memory = make_memory({"a": 1000, "b": 700, "c": 900})
     place(memory, "a", "b")
     memory.discard("a")
@@ -379,7 +379,7 @@ def test_a_gap_is_used_again() -> None:
     assert memory.blocks.limit == limit
 
 
-def test_an_adapter_that_is_being_loaded_is_not_disturbed() -> None:
+def test_a_loading_adapter_is_neither_moved_nor_evicted() -> None:
     memory = make_memory({"a": 1000, "b": 700}, loads_are_immediate=False)
     place_b = memory.reserve(0, "b") and memory.take_changes().loads
     assert place_b and memory.adapters.acquire("b") is None
@@ -391,7 +391,7 @@ def test_an_adapter_that_is_being_loaded_is_not_disturbed() -> None:
     assert memory.reserve(most + 1)
 
 
-def test_an_arrival_after_its_adapter_was_discarded_means_nothing() -> None:
+def test_an_arrival_is_ignored_if_its_adapter_was_evicted() -> None:
     memory = make_memory({"a": 1000}, loads_are_immediate=False)
     assert memory.reserve(0, "a")
     memory.take_changes()
@@ -400,7 +400,7 @@ def test_an_arrival_after_its_adapter_was_discarded_means_nothing() -> None:
     assert memory.adapters.resident == () and memory.blocks.limit == NUM_BLOCKS
 
 
-def test_adapters_keep_to_their_own_limit_where_they_have_one() -> None:
+def test_adapters_stay_within_their_own_limit() -> None:
     memory = make_memory({"a": 1000, "b": 700, "c": 900}, max_adapter_bytes=2000)
     place(memory, "a", "b", "c")
     assert memory.adapters.resident == ("b", "c")
@@ -410,8 +410,8 @@ def test_adapters_keep_to_their_own_limit_where_they_have_one() -> None:
     assert memory.adapter_bytes == extent_size(700) + extent_size(900)
 
 
-def test_nothing_that_could_stay_is_evicted() -> None:
-    """The oldest one alone gives nothing, for the one below it does not fit its place."""
+def test_nothing_is_evicted_without_need() -> None:
+    """Evicting the oldest alone does not help: the one below does not fit its place."""
     memory = make_memory({"old": 200, "low": 1000, "idle": 2000})
     place(memory, "old", "low", "idle")
     memory.adapters.acquire("low")
@@ -419,7 +419,7 @@ def test_nothing_that_could_stay_is_evicted() -> None:
     assert memory.adapters.resident == ("old", "low")
 
 
-def test_what_never_fits_is_known_with_its_bytes() -> None:
+def test_requests_that_can_never_fit_are_found_with_their_bytes() -> None:
     memory = make_memory({"d": 3000}, max_adapter_bytes=4000)
     most = (TOP - extent_size(3000)) // BLOCK_BYTES
     assert memory.lacking_bytes(19, "") is None

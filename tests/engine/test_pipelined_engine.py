@@ -1,4 +1,4 @@
-"""The engine's step loop ahead of a runner: the same answers as one step at a time gives."""
+"""Tests the engine's step loop with pipelining: answers equal those without."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -31,7 +31,7 @@ def tiny(tiny_model: Callable[..., Tiny]) -> Tiny:
 
 @pytest.fixture
 def ahead(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> MakeEngine:
-    """Makes engines that run one step ahead."""
+    """Return a function that makes engines that run one step ahead."""
 
     def make(**changes: object) -> Engine:
         with monkeypatch.context() as patch:
@@ -47,7 +47,7 @@ def late(engine: Engine) -> LateRunner:
 
 
 def diverse_requests() -> list[GenerateRequest]:
-    """Chunked prompts, choices, stops, penalties, scored prompts, resumption, all at once."""
+    """Make requests: chunked, with choices, stops, penalties, prompt logprobs, resumption."""
     hot = {"temperature": 1.3, "max_tokens": 18}
     stops = tuple(range(40, 70))
     return [
@@ -73,7 +73,7 @@ Answers = dict[tuple[str, int], Result]
 
 
 def assert_same(found: Answers, expected: Answers) -> None:
-    """All that a client sees, but for times; logprobs are rounded, as batch mates change them."""
+    """Compare all that a client sees except times; logprobs may differ by rounding."""
     assert found.keys() == expected.keys()
     for key, result in expected.items():
         assert found[key].token_ids == result.token_ids
@@ -110,7 +110,7 @@ def expected(tiny: Tiny) -> Answers:
     ],
     ids=str,
 )
-def test_answers_are_those_of_one_step_at_a_time(
+def test_answers_equal_those_without_pipelining(
     ahead: MakeEngine, expected: Answers, changes: dict[str, int]
 ) -> None:
     engine = ahead(**changes)
@@ -148,7 +148,7 @@ def test_adapters_that_take_turns_change_no_answer(
     assert not engine.scheduler.adapters.is_any_loading
 
 
-def test_no_step_is_launched_for_nothing(ahead: MakeEngine) -> None:
+def test_no_empty_step_is_launched(ahead: MakeEngine) -> None:
     engine = ahead()
     engine.add_request(GenerateRequest("r", prompt_of(5), greedy(3)))
     tokens = [len([t for o in engine.step() for t in o.token_ids]) for _ in range(5)]
@@ -223,7 +223,7 @@ def test_a_result_that_raises_ends_its_requests_but_not_those_of_the_step_behind
     assert_same(finish(engine), expected)
 
 
-def test_a_row_whose_logits_are_not_finite_ends_alone(ahead: MakeEngine) -> None:
+def test_logits_that_are_not_finite_end_only_their_own_request(ahead: MakeEngine) -> None:
     engine = ahead()
     logits, num_calls = late(engine).model.logits, 0
 

@@ -1,4 +1,4 @@
-"""Scheduling one step ahead of the device: no token changes, nobody is lost or answered twice."""
+"""Tests scheduling one step ahead: no token changes, every request is answered once."""
 
 from typing import Any
 
@@ -37,11 +37,11 @@ def ahead(**changes: Any) -> World:
 
 
 def inputs(batch: ScheduledBatch | None) -> dict[str, tuple[int, list[int]]]:
-    """(start, token_ids) by request id."""
+    """Return (start, token_ids) by request id."""
     return {r.request_id: (r.start, r.token_ids) for r in batch.requests} if batch else {}
 
 
-def test_a_step_goes_on_with_the_token_that_is_still_being_sampled() -> None:
+def test_a_step_continues_with_a_token_that_is_still_being_sampled() -> None:
     world = ahead(budget=8, block_size=4)
     world.scheduler.add(make_request("r", list(range(12)), max_tokens=4))
     assert inputs(world.launch()) == {"r": (0, list(range(8)))}
@@ -166,7 +166,7 @@ def test_min_tokens_counts_the_pending_token() -> None:
     assert_expected(request)
 
 
-def test_a_lost_step_takes_its_own_requests_and_no_others() -> None:
+def test_a_failed_step_ends_only_its_own_requests() -> None:
     world = ahead(budget=8)
     lost = [make_request(f"lost-{i}", [i, 7], max_tokens=9) for i in range(2)]
     for request in lost:
@@ -201,7 +201,7 @@ def test_an_adapter_that_a_lost_step_was_to_load_is_loaded_again_for_later_reque
     assert_expected(later)
 
 
-def test_choices_start_when_the_prompt_has_been_computed_for_certain() -> None:
+def test_choices_start_once_the_prompt_has_certainly_been_computed() -> None:
     world = ahead(prefix_caching=False, budget=4)
     world.scheduler.add(make_request("r", list(range(6)), n=3, max_tokens=5))
     world.launch()
@@ -232,9 +232,7 @@ def test_a_request_leaves_the_queue_when_it_is_first_scheduled() -> None:
 
 @pytest.mark.parametrize("num_blocks", [11, 64])
 @pytest.mark.parametrize("max_num_seqs", [1, 3])
-def test_pools_and_places_that_are_too_small_change_no_token(
-    num_blocks: int, max_num_seqs: int
-) -> None:
+def test_too_few_blocks_and_places_change_no_token(num_blocks: int, max_num_seqs: int) -> None:
     world = ahead(num_blocks=num_blocks, max_num_seqs=max_num_seqs)
     for i in range(6):
         world.scheduler.add(make_request(str(i), list(range(10 + i)), max_tokens=12, seed=i))

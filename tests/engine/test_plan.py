@@ -1,4 +1,4 @@
-"""The plan's numbers against the bytes that are really there."""
+"""Tests the plan's numbers against actual bytes."""
 
 import sys
 from pathlib import Path
@@ -50,7 +50,7 @@ def test_weight_bytes_are_those_of_the_checkpoints_tensors(tmp_path: Path, model
     assert size.form.name == "float32"
 
 
-def test_a_tied_head_weighs_nothing_and_bfloat16_half(tmp_path: Path) -> None:
+def test_a_tied_head_takes_no_bytes_and_bfloat16_half_as_many(tmp_path: Path) -> None:
     write_tiny(tmp_path, "qwen2", dtype=torch.bfloat16, tie_word_embeddings=True)
     size = read_model_size(tmp_path)
     assert size.form.name == "bfloat16"
@@ -126,7 +126,7 @@ def test_a_distinct_batch_is_the_largest_that_fits_with_its_own_adapters(
     assert largest_batch(size, form, LOAD, batch + 1) < batch + 1
 
 
-def test_nothing_fits_where_the_weights_do_not(size: ModelSize) -> None:
+def test_no_batch_fits_if_the_weights_do_not(size: ModelSize) -> None:
     small = Load(memory_bytes=1000, context=40, lora_rank=4)
     assert largest_batch(size, FORMATS[0], small, 0) == 0
     assert largest_distinct_batch(size, FORMATS[0], small) == 0
@@ -144,7 +144,7 @@ def test_the_shares_of_memory_add_up_to_it(size: ModelSize, num_adapters: int) -
 
 def test_the_floor_of_one_row_reads_everything_once(size: ModelSize) -> None:
     machine = Machine(bytes_per_s=1.0, flops_per_s=float("inf"), source="a test")
-    embedding = 4 * size.num_embedding  # one row of it is not counted
+    embedding = 4 * size.num_embedding  # a row per token is not counted
     expected = weight_bytes(size, FORMATS[0]) - embedding + 40 * 2 * 3 * 2 * 16 * 4
     assert step_floor(size, LOAD, machine, 1, 0).step_s == expected
     expected += adapter_bytes(size, torch.float32, 4)

@@ -1,5 +1,8 @@
-"""Quantization at load: the codes against bitsandbytes', the model against its own dequantized
-weights in transformers, and the memory that it takes on the way."""
+"""Tests quantization at load.
+
+Codes are compared with those of bitsandbytes, models with their dequantized weights in
+transformers; loading must stay within its memory.
+"""
 
 import os
 import subprocess
@@ -61,7 +64,7 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def ties() -> torch.Tensor:
-    """Blocks whose scale is 1 and whose values lie at, just below and just above every limit."""
+    """Make blocks of scale 1 with values at, just below and just above every limit."""
     values = torch.tensor(NF4_VALUES)
     limits = (values[1:] + values[:-1]) / 2
     below = torch.nextafter(limits, torch.tensor(-torch.inf))
@@ -101,7 +104,7 @@ def test_nf4_codes_and_scales_are_those_of_bitsandbytes(kind: str, dtype: torch.
 
 
 @pytest.mark.parametrize("kind", ["normal", "uniform", "large", "zeros"])
-def test_nf4_means_what_bitsandbytes_means(kind: str) -> None:
+def test_nf4_dequantizes_as_in_bitsandbytes(kind: str) -> None:
     weight = WEIGHTS[kind]
     packed, state = bnb.quantize_4bit(weight, blocksize=64, quant_type="nf4")
     found = dequantize(quantize_nf4(weight))
@@ -114,14 +117,14 @@ def test_int8_is_within_half_a_step_of_the_weight(kind: str, dtype: torch.dtype)
     weight = WEIGHTS[kind].to(dtype)
     found = quantize_int8(weight)
     assert found.codes.abs().max() <= 127
-    # Half a step and what float32 rounds; a step below 1e-38 is no longer kept
+    # Half a step plus float32 rounding; steps below 1e-38 are not represented
     step = found.scales.clamp(min=1e-38)
     assert ((dequantize(found) - weight.float()).abs() <= step * 0.5001).all()
     assert torch.equal(found.scales[:, 0], weight.float().abs().amax(1) / 127)
 
 
 def test_int8_codes_are_those_of_bitsandbytes() -> None:
-    """Theirs multiply by 127 / max instead of dividing, so a tie may round the other way."""
+    """bitsandbytes multiplies by 127 / max instead of dividing, so ties may round differently."""
     weight = normal(200, 256).half()
     codes, largest, _ = bnb.int8_vectorwise_quant(weight)
     found = quantize_int8(weight)
@@ -143,7 +146,7 @@ def test_a_weight_that_is_not_finite_is_refused(quantization: str, bad: float) -
 
 
 def int4(out_features: int, in_features: int, seed: int = 0) -> QuantizedWeight:
-    """Random codes, scales and zeros, in an input order of their own."""
+    """Make random codes, scales and zeros, with an input order."""
     generator = torch.Generator().manual_seed(seed)
     codes = torch.randint(0, 16, (out_features, in_features), generator=generator)
     shape = (out_features, in_features // 32)
@@ -209,7 +212,7 @@ def test_ops_multiply_by_the_dequantized_weight(kind: str, dtype: torch.dtype) -
         torch.testing.assert_close(pack(weight, bias)(x).float(), expected, rtol=0.0, atol=atol)
 
 
-def test_chunks_of_a_dequantized_weight_are_the_weight() -> None:
+def test_dequantizing_in_chunks_gives_the_same_weight() -> None:
     weight = quantize_nf4(WEIGHTS["longer than a chunk"])
     whole = dequantize(weight)
     assert torch.equal(dequantize_to(weight, torch.float32, CPU), whole)
@@ -228,7 +231,7 @@ def load(
 
 
 def dequantized_reference(tiny: Tiny, quantization: str) -> nn.Module:
-    """transformers' model with the dequantized weights in its layers' linear modules."""
+    """Return transformers' model with dequantized weights in its linear layers."""
     model = load_reference(tiny.folder, torch.float32)
     with torch.no_grad():
         for name, module in model.named_modules():
@@ -242,14 +245,14 @@ def dequantized_reference(tiny: Tiny, quantization: str) -> nn.Module:
 def test_a_model_quantized_at_load_is_the_dequantized_one(
     model_type: str, quantization: str, tiny_model: MakeTiny
 ) -> None:
-    """Separate modules, biases, and modules that the checkpoint itself fuses."""
+    """Cover separate modules, biases, and modules fused in the checkpoint."""
     tiny, prompt = tiny_model(model_type, **WIDE), random_prompt(11)
     decoder, oracle = load(tiny.folder, quantization), dequantized_reference(tiny, quantization)
     expected = reference_logits(oracle, prompt)
     torch.testing.assert_close(logits_in_chunks(decoder, prompt, 4), expected, rtol=0.0, atol=2e-4)
     assert greedy(decoder, prompt, 12) == reference_greedy(oracle, prompt, 12)
     plain = reference_logits(tiny.reference, prompt)
-    assert (expected - plain).abs().max() > 1e-2  # the quantization is there
+    assert (expected - plain).abs().max() > 1e-2  # quantization has an effect
 
 
 def test_a_tied_head_stays_dense(tiny_model: MakeTiny) -> None:
@@ -302,7 +305,7 @@ def test_fused_modules_share_one_matrix(tiny_model: MakeTiny) -> None:
     assert linears and not any(isinstance(leaf.multiply, SideBySide) for leaf in linears)
 
 
-def test_nf4_of_rows_that_blocks_would_straddle_is_refused(tiny_model: MakeTiny) -> None:
+def test_nf4_is_refused_if_blocks_would_straddle_rows(tiny_model: MakeTiny) -> None:
     tiny = tiny_model("llama")  # 96 inputs of down_proj
     with pytest.raises(ModelError, match=r"layers\.0\.mlp\.down_proj has 96 .* multiple of 64"):
         load(tiny.folder, "nf4")
@@ -319,10 +322,10 @@ def test_a_weight_of_a_checkpoint_that_is_not_finite_is_refused_by_name(tmp_path
         load(tmp_path, "nf4")
 
 
-# ==== Memory on the way ====
+# ==== memory while loading ====
 
-# Keeps what an op for quantized weights would keep, and samples RssAnon, the process' own pages;
-# those of the mapped checkpoint are the kernel's, dropped when anybody needs the memory.
+# Keeps the memory that an op for quantized weights would keep, and samples RssAnon, the process's
+# own pages; the operating system can drop those of the mapped checkpoint if memory is needed.
 WATCH = """
 import sys, threading
 from pathlib import Path
@@ -380,11 +383,11 @@ def large_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("quantization", QUANTIZERS)
-def test_loading_takes_the_quantized_model_and_little_more(
+def test_loading_needs_little_more_memory_than_the_quantized_model(
     quantization: str, large_folder: Path
 ) -> None:
     command = [sys.executable, "-c", WATCH, str(large_folder), quantization]
-    # What is freed goes back at once: malloc would keep some megabytes, now more and now less
+    # Return freed memory at once: malloc would keep some megabytes, in varying amounts
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
     result = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     peak, after, weights = map(int, result.stdout.split())
@@ -417,7 +420,7 @@ def test_the_config_file_reaches_the_engine() -> None:
     assert (found.quantization, found.activations, found.kv_dtype) == ("nf4", "int8", "int8")
 
 
-def test_int8_activations_are_refused_where_no_weights_take_them(tiny_model: MakeTiny) -> None:
+def test_int8_activations_are_refused_if_no_weights_support_them(tiny_model: MakeTiny) -> None:
     folder = tiny_model("llama", **WIDE).folder
     for quantization in ("int8", "nf4"):
         settled = settle(config(folder, quantization=quantization, activations="int8"), arena_bytes)

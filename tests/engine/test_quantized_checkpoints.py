@@ -1,7 +1,7 @@
-"""Checkpoints that others have quantized: read as their formats define them, or refused by name.
+"""Tests quantized checkpoints: read as their formats define, or refused with the name.
 
-bitsandbytes' are written by transformers with the library itself, whose own dequantization is the
-oracle. GPTQ's and AWQ's are packed here, nibble by nibble, as the formats are defined.
+bitsandbytes checkpoints are written by transformers with the library itself, whose dequantization
+is the reference. GPTQ and AWQ checkpoints are packed here, nibble by nibble, by their definition.
 """
 
 import json
@@ -66,13 +66,13 @@ def read(folder: Path, module: str, out_features: int, in_features: int) -> Quan
 
 
 def linears(model: nn.Module) -> dict[str, nn.Linear]:
-    """The linear modules of the layers, by name."""
+    """Return the linear modules of the layers, by name."""
     found = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
     return {name: module for name, module in found.items() if name != "lm_head"}
 
 
 def with_weights(folder: Path, weights: Tensors) -> Any:
-    """transformers' model of the dense checkpoint, with these weights in its linear modules."""
+    """Return transformers' model of the dense checkpoint with these weights in linear modules."""
     model = load_reference(folder, torch.float32)
     with torch.no_grad():
         for name, module in linears(model).items():
@@ -82,7 +82,7 @@ def with_weights(folder: Path, weights: Tensors) -> Any:
 
 
 def change_config(folder: Path, **changes: Any) -> None:
-    """Changes keys of quantization_config; `...` removes one."""
+    """Change keys of quantization_config; `...` removes one."""
     path = folder / "config.json"
     config = json.loads(path.read_text())
     keys = config["quantization_config"] | changes
@@ -132,7 +132,7 @@ def dense(tiny_model: MakeTiny) -> Tiny:
 
 @pytest.fixture(scope="module")
 def make_bnb(dense: Tiny, tmp_path_factory: pytest.TempPathFactory) -> MakeBnb:
-    """What transformers and bitsandbytes themselves save. Must not be changed."""
+    """Save a checkpoint by transformers and bitsandbytes. Do not change its folder."""
     made: dict[str, Path] = {}
 
     def make(kind: str) -> Path:
@@ -149,7 +149,7 @@ def make_bnb(dense: Tiny, tmp_path_factory: pytest.TempPathFactory) -> MakeBnb:
 
 
 def bnb_weights(folder: Path) -> Tensors:
-    """The library's own dequantization of the modules that it has quantized."""
+    """Return the library's own dequantization of the quantized modules."""
     model = AutoModelForCausalLM.from_pretrained(folder, device_map="cpu", dtype=torch.float32)
     found: Tensors = {}
     for name, module in linears(model).items():
@@ -162,7 +162,7 @@ def bnb_weights(folder: Path) -> Tensors:
 
 
 @pytest.mark.parametrize("kind", ["nf4", "nested", "int8", "mixed"])
-def test_bitsandbytes_weights_are_what_the_library_makes_of_them(
+def test_bitsandbytes_weights_equal_the_librarys_dequantization(
     kind: str, make_bnb: MakeBnb
 ) -> None:
     folder = make_bnb(kind)
@@ -170,7 +170,7 @@ def test_bitsandbytes_weights_are_what_the_library_makes_of_them(
     assert len(expected) == (15 if kind == "mixed" else 21)
     for name, weight in expected.items():
         found = dequantize(read(folder, name, *weight.shape))
-        # They multiply by 1 / 127 as a constant, we divide: a step of float32
+        # The library multiplies by 1 / 127, here it is a division: one unit of float32
         tolerance = {"rtol": 1e-6, "atol": 0.0} if kind == "int8" else {"rtol": 0.0, "atol": 0.0}
         torch.testing.assert_close(found, weight, **tolerance)
 
@@ -214,7 +214,7 @@ def test_blocks_that_straddle_rows_are_refused_by_name(make_bnb: MakeBnb, tmp_pa
 
 @dataclass(frozen=True, slots=True)
 class Codes:
-    """weight[o, i] = (codes[o, i] - zeros[o, groups[i]]) * scales[o, groups[i]]."""
+    """Codes with weight[o, i] = (codes[o, i] - zeros[o, groups[i]]) * scales[o, groups[i]]."""
 
     codes: torch.Tensor  # int64 [out, in]
     zeros: torch.Tensor  # int64 [out, G]
@@ -228,7 +228,7 @@ class Codes:
 
 
 def quantize(weight: torch.Tensor, group_size: int, groups: torch.Tensor | None = None) -> Codes:
-    """To the nearest of 16 steps between the least and the largest value of each group."""
+    """Quantize to 16 steps between the smallest and the largest value of each group."""
     if groups is None:
         groups = torch.arange(weight.shape[1]) // group_size
     order = groups.argsort(stable=True)
@@ -241,7 +241,7 @@ def quantize(weight: torch.Tensor, group_size: int, groups: torch.Tensor | None 
 
 
 def pack_words(values: torch.Tensor, order: tuple[int, ...] = tuple(range(8))) -> torch.Tensor:
-    """int64 [rows, n] -> int32 [rows, n / 8]: nibble k of a word is value order[k] of its eight."""
+    """Pack int64 [rows, n] to int32 [rows, n / 8]; nibble k of a word is value order[k]."""
     eights = values.unflatten(1, (-1, 8))
     words = sum(eights[..., order[k]] << 4 * k for k in range(8))
     return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
@@ -277,7 +277,7 @@ def write_quantized(
     config: dict[str, Any],
     tensors_of: Callable[[str, torch.Tensor], tuple[Tensors, torch.Tensor] | None],
 ) -> Tensors:
-    """Replaces weights by what `tensors_of` makes of them; returns what they mean, by module."""
+    """Replace weights by the tensors of `tensors_of`; return their meaning, by module."""
     tensors, meant = load_file(source.folder / "model.safetensors"), {}
     for name, module in linears(source.reference).items():
         made = tensors_of(name, module.weight.detach())
@@ -301,7 +301,7 @@ def gptq(group: int = GROUP, zero_offset: int = 1) -> Callable[[str, torch.Tenso
 
 
 def gptq_reordered(seed_of: Callable[[str], int]) -> Callable[[str, torch.Tensor], Any]:
-    """Inputs belong to groups as a permutation says, which follows from the module's name."""
+    """Assign inputs to groups by a permutation that depends on the module's name."""
 
     def make(name: str, weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
         generator = torch.Generator().manual_seed(seed_of(name))
@@ -334,7 +334,7 @@ FORMATS: dict[str, tuple[dict[str, Any], Callable[[str, torch.Tensor], Any]]] = 
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    folder: Path  # must not be changed
+    folder: Path  # do not change it
     meant: Tensors  # the weights, by module
 
 
@@ -355,7 +355,7 @@ def make_written(dense: Tiny, tmp_path_factory: pytest.TempPathFactory) -> MakeW
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_integers_are_what_the_format_says(
+def test_gptq_and_awq_weights_follow_their_format(
     kind: str, dense: Tiny, make_written: MakeWritten
 ) -> None:
     written = make_written(kind)
@@ -370,7 +370,7 @@ def test_integers_are_what_the_format_says(
 def test_zeros_at_both_ends_of_their_range_are_read(
     kind: str, make_written: MakeWritten, tmp_path: Path
 ) -> None:
-    """The first GPTQ stores a zero of 0 as 15: one less, in four bits."""
+    """The first version of GPTQ stores a zero of 0 as 15: one less, in four bits."""
     generator = torch.Generator().manual_seed(5)
     weight = (
         torch.rand(128, 64, generator=generator) * torch.tensor([1.0, -1.0]).repeat(64)[:, None]
@@ -387,7 +387,7 @@ def test_zeros_at_both_ends_of_their_range_are_read(
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_a_checkpoint_of_integers_is_served_as_its_dequantized_model(
+def test_a_gptq_or_awq_checkpoint_is_served_as_its_dequantized_model(
     kind: str, dense: Tiny, make_written: MakeWritten
 ) -> None:
     written = make_written(kind)
@@ -407,7 +407,7 @@ def test_fused_modules_share_a_matrix_unless_they_differ(
 
 
 def test_a_bias_where_the_architecture_has_none_must_be_zero(dense: Tiny, tmp_path: Path) -> None:
-    """Quantizers have given every module one."""
+    """Some quantizers give every module a bias."""
 
     def with_bias(value: float) -> Callable[[str, torch.Tensor], Any]:
         def make(name: str, weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
@@ -549,7 +549,7 @@ def test_a_broken_bitsandbytes_checkpoint_is_refused_by_name(
         load(copy_changed(make_bnb(kind), tmp_path, change))
 
 
-# Of 64 inputs: two groups
+# for 64 inputs: two groups
 UNEVEN = torch.tensor([0] * 33 + [1] * 31, dtype=torch.int32)
 BROKEN_INT4 = [
     ("gptq", _drop("qzeros"), r"lacks .*up_proj\.qzeros"),
@@ -574,7 +574,7 @@ BROKEN_INT4 = [
 
 
 @pytest.mark.parametrize(("kind", "change", "message"), BROKEN_INT4)
-def test_a_broken_checkpoint_of_integers_is_refused_by_name(
+def test_a_broken_gptq_or_awq_checkpoint_is_refused_by_name(
     kind: str,
     change: Callable[[Tensors], None],
     message: str,
@@ -624,7 +624,7 @@ GPTQ_KEYS = [
 
 
 @pytest.mark.parametrize(("key", "value", "message"), GPTQ_KEYS)
-def test_a_gptq_config_that_asks_for_something_else_is_refused(
+def test_an_unsupported_gptq_config_is_refused(
     key: str, value: Any, message: str, make_written: MakeWritten, tmp_path: Path
 ) -> None:
     folder = copy_changed(make_written("gptq").folder, tmp_path, lambda tensors: None)
@@ -645,7 +645,7 @@ AWQ_KEYS = [
 
 
 @pytest.mark.parametrize(("key", "value", "message"), AWQ_KEYS)
-def test_an_awq_config_that_asks_for_something_else_is_refused(
+def test_an_unsupported_awq_config_is_refused(
     key: str, value: Any, message: str, make_written: MakeWritten, tmp_path: Path
 ) -> None:
     folder = copy_changed(make_written("awq").folder, tmp_path, lambda tensors: None)
@@ -667,7 +667,7 @@ BNB_KEYS = [
 
 
 @pytest.mark.parametrize(("key", "value", "message"), BNB_KEYS)
-def test_a_bitsandbytes_config_that_asks_for_something_else_is_refused(
+def test_an_unsupported_bitsandbytes_config_is_refused(
     key: str, value: Any, message: str, make_bnb: MakeBnb, tmp_path: Path
 ) -> None:
     folder = copy_changed(make_bnb("nf4"), tmp_path, lambda tensors: None)
@@ -690,7 +690,7 @@ def test_a_quantized_checkpoint_is_not_quantized_again(
         settle(EngineConfig(str(folder), quantization=quantization, device="cpu"), arena_bytes)
 
 
-def test_int8_activations_need_weights_that_take_them(
+def test_int8_activations_need_weights_that_support_them(
     make_bnb: MakeBnb, make_written: MakeWritten
 ) -> None:
     settled = settle(
@@ -717,7 +717,7 @@ def test_the_plan_counts_the_bytes_that_are_loaded(
 
 @pytest.mark.parametrize("quantization", ["int8", "nf4"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_plan_counts_what_is_quantized_at_load(
+def test_the_plan_counts_weights_quantized_at_load(
     quantization: str, dtype: torch.dtype, tiny_model: MakeTiny
 ) -> None:
     folder = tiny_model("llama", dtype=dtype, **WIDE).folder

@@ -1,4 +1,4 @@
-"""Each RoPE scaling against transformers: its angles at real sizes, and whole models."""
+"""Tests each RoPE scaling against transformers: angles at real sizes, and whole models."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -207,7 +207,7 @@ BEYOND = {
 def test_a_length_dependent_scaling_is_settled_by_the_longest_length(
     name: str, tiny_model: MakeTiny
 ) -> None:
-    """transformers changes its angles as a sequence grows; at full length the two agree."""
+    """transformers changes its angles as a sequence grows; at full length both agree."""
     model_type, changes = BEYOND[name]
     tiny, prompt = tiny_model(model_type, **changes), random_prompt(48)
     decoder = load_decoder(tiny.folder, torch_build(CPU, torch.float32), max_model_len=48)

@@ -1,4 +1,4 @@
-"""Sampling against brute force, transformers' logits processors, and statistics."""
+"""Tests sampling against brute force, transformers' logits processors and statistics."""
 
 import math
 from collections import Counter
@@ -53,7 +53,7 @@ def token_of(sampling: SamplingParams, logits: torch.Tensor, **where: object) ->
 
 
 def test_draws_follow_the_softmax() -> None:
-    """Chi-square over 8 tokens and 20,000 seeds; 7 degrees of freedom, p = 1e-4 at 29.9."""
+    """Test chi-square over 8 tokens and 20,000 seeds; 7 degrees of freedom, p = 1e-4 at 29.9."""
     logits = random_logits(0, vocab=8, scale=1.0)
     draws = 20_000
     counts = Counter(gumbel_argmax(logits, seed, 5) for seed in range(draws))
@@ -63,7 +63,7 @@ def test_draws_follow_the_softmax() -> None:
 
 
 @pytest.mark.parametrize("vary", ["seed", "position", "token"])
-def test_noise_is_uncorrelated_along(vary: str) -> None:
+def test_noise_is_uncorrelated_between_seeds_positions_and_tokens(vary: str) -> None:
     n = 4000
     if vary == "token":
         noise = gumbel_noise(torch.arange(n), 1, 1)
@@ -118,7 +118,7 @@ def test_temperature_divides_the_logits() -> None:
         assert token == gumbel_argmax(logits / 0.5, seed, 7)
 
 
-def test_repetition_penalty_is_transformers_own() -> None:
+def test_repetition_penalty_equals_that_of_transformers() -> None:
     logits, prompt, output = random_logits(3), [5, 9, 9], [700, 5]
     processor = RepetitionPenaltyLogitsProcessor(1.7)
     expected = processor(torch.tensor([prompt + output]), logits[None].clone())[0]
@@ -186,7 +186,7 @@ def test_logprobs_are_of_the_chosen_token_before_penalties(penalized: bool) -> N
 
 @pytest.mark.parametrize("vocab", [1, 31, 640, 1500, 32 * 400, 32 * 400 + 31])
 @pytest.mark.parametrize("k", [0, 1, 5, 20])
-def test_the_few_largest_are_those_of_the_whole_row(vocab: int, k: int) -> None:
+def test_the_top_logits_equal_those_of_a_full_sort(vocab: int, k: int) -> None:
     k = min(k, vocab)
     for logits in (random_logits(1, vocab), torch.arange(vocab) / 7, -torch.arange(vocab) / 7):
         values, ids = _largest(logits, k)
@@ -229,7 +229,9 @@ def test_target_logprobs_of_each_row() -> None:
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_logits_that_are_not_finite_concern_their_own_row(bad: float, temperature: float) -> None:
+def test_logits_that_are_not_finite_affect_only_their_own_row(
+    bad: float, temperature: float
+) -> None:
     logits = torch.stack([random_logits(0), random_logits(1)])
     logits[0, 3] = bad
     rows = [row(SamplingParams(temperature=temperature, seed=1))] * 2

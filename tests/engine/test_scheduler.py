@@ -1,4 +1,4 @@
-"""The scheduler on a device that notices any wrong share, copy, eviction or preemption."""
+"""Tests the scheduler on a device that detects wrong sharing, copies and evictions."""
 
 from collections import deque
 from dataclasses import dataclass, field, replace
@@ -42,7 +42,7 @@ class World:
     in_flight: deque[FakeStep] = field(default_factory=deque[FakeStep])
 
     def step(self, *, is_lost: bool = False) -> list[Request]:
-        """Launch a step if there is one, take results that are due; returns who ended."""
+        """Launch a step if there is one, take due results; return the requests that ended."""
         num_kept = self.scheduler.pipeline_depth if self.launch(is_lost=is_lost) else 0
         ended: list[Request] = []
         while len(self.in_flight) > num_kept:
@@ -68,7 +68,7 @@ class World:
         return [p.request for p in progress if p.request.finish_reason]
 
     def arrive(self) -> None:
-        """The adapter that has been on its way to the device for longest is there."""
+        """Complete the oldest adapter copy in progress."""
         if self.device.arena.arriving:
             self.scheduler.adapters.set_resident(self.device.arena.arrive())
 
@@ -150,7 +150,7 @@ def assert_expected(request: Request) -> None:
 
 
 class Traffic(RuleBasedStateMachine):
-    """Requests come, are aborted, fail and finish in a space too small for all of them."""
+    """Adds, aborts, fails and finishes requests in memory too small for all of them."""
 
     pipeline_depth = 0
     loads_are_immediate = True
@@ -207,7 +207,7 @@ class Traffic(RuleBasedStateMachine):
     @precondition(lambda self: self.added)
     @rule(data=st.data(), num_resumed=st.integers(0, 3))
     def take_over(self, data: st.DataObject, num_resumed: int) -> None:
-        """Abort a request, and let another one of its name go on from some tokens of its own."""
+        """Abort a request; add another one of its id that resumes after some tokens."""
         old = data.draw(st.sampled_from(self.added))
         self._end(self.world.scheduler.abort(old.request_id))
         sampling = replace(old.sampling, seed=len(self.added))
@@ -277,7 +277,7 @@ class Traffic(RuleBasedStateMachine):
 
 
 class SlowLoads(Traffic):
-    """Adapters are on their way to the device for any number of steps."""
+    """Like Traffic, with loads that take any number of steps."""
 
     loads_are_immediate = False
 
@@ -316,7 +316,7 @@ def test_a_resident_adapter_overtakes_one_that_is_loading() -> None:
 def test_a_large_adapter_is_not_starved_by_small_ones_that_keep_coming(
     loads_are_immediate: bool,
 ) -> None:
-    """The two do not fit together."""
+    """The large adapter does not fit together with the small one."""
     world = make_world(num_blocks=6, loads_are_immediate=loads_are_immediate)
     world.scheduler.add(make_request("small-0", [1], adapter_digest="x", max_tokens=4))
     world.step()
@@ -329,7 +329,7 @@ def test_a_large_adapter_is_not_starved_by_small_ones_that_keep_coming(
     assert "large" in done
 
 
-def test_while_an_adapter_is_copied_its_request_waits_and_others_go_on() -> None:
+def test_while_an_adapter_is_copied_its_request_waits_and_others_run() -> None:
     world = make_world(loads_are_immediate=False)
     world.scheduler.add(make_request("slow", [1, 2, 3], adapter_digest="x"))
     world.scheduler.add(make_request("fast", [1, 2, 3], max_tokens=3))
@@ -339,7 +339,7 @@ def test_while_an_adapter_is_copied_its_request_waits_and_others_go_on() -> None
     assert [r.request_id for r in world.run()] == ["slow"]
 
 
-def test_a_batch_may_have_nothing_but_a_copy() -> None:
+def test_a_batch_may_consist_of_a_copy_alone() -> None:
     world = make_world(loads_are_immediate=False)
     world.scheduler.add(make_request("r", [1, 2, 3], adapter_digest="x"))
     batch = world.scheduler.schedule(1.0)
@@ -350,7 +350,7 @@ def test_a_batch_may_have_nothing_but_a_copy() -> None:
 
 @pytest.mark.parametrize("num_tokens", [12, 13])
 def test_overtaking_requests_leave_the_blocks_that_will_be_wanted(num_tokens: int) -> None:
-    world = make_world(num_blocks=13, loads_are_immediate=False)  # 11 beside the adapter
+    world = make_world(num_blocks=13, loads_are_immediate=False)  # 11 besides the adapter
     world.scheduler.add(make_request("slow", list(range(32)), adapter_digest="x"))
     world.scheduler.add(make_request("other", list(range(num_tokens)), max_tokens=1))
     assert bool(world.step()) == (num_tokens == 12)
@@ -369,7 +369,7 @@ def test_no_request_overtakes_one_whose_adapter_has_to_be_copied_again() -> None
     assert [r.request_id for r in world.scheduler.running] == ["slow"]
 
 
-def test_what_a_lost_step_was_to_move_is_computed_again() -> None:
+def test_requests_are_computed_again_if_a_step_with_moves_failed() -> None:
     world = make_world(num_blocks=13, max_num_seqs=2)
     for first, request_id in enumerate(("low", "high")):
         prompt = list(range(first, first + 20))
@@ -426,7 +426,9 @@ def test_a_repeated_prompt_is_taken_from_the_cache_but_for_its_last_tokens() -> 
 @pytest.mark.parametrize(
     ("adapter", "tenant"), [("x", ""), ("", "other")], ids=["adapter", "tenant"]
 )
-def test_cached_blocks_are_never_shared_across(adapter: str, tenant: str) -> None:
+def test_cached_blocks_are_not_shared_between_adapters_or_tenants(
+    adapter: str, tenant: str
+) -> None:
     world = make_world()
     prompt = list(range(12))
     world.scheduler.add(make_request("a", prompt))
@@ -457,7 +459,7 @@ def test_decodes_go_on_while_a_long_prompt_is_computed_in_chunks() -> None:
         assert len(short.output_token_ids) == i
 
 
-def test_a_resumed_request_goes_on_where_it_was() -> None:
+def test_a_resumed_request_continues_where_it_stopped() -> None:
     world = make_world()
     whole = expected_output("", [5, 6, 7], 9, 8)
     request = make_request("r", [5, 6, 7], seed=9)

@@ -1,4 +1,4 @@
-"""What a config leaves open is settled by the device and by what else the config says."""
+"""Tests how open settings are derived from the device and from other settings."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Random adapters for a model's sites, whose they are in a batch, and what they must add."""
+"""Makes random adapters, the slots of a batch's rows, and the expected results."""
 
 import os
 import random
@@ -19,7 +19,7 @@ Ranks = Mapping[str, Sequence[int]]  # of each slice of a site, 0 where it has n
 
 
 def make_sites(layers: int, **shapes: tuple[int, tuple[int, ...]]) -> tuple[LoraSite, ...]:
-    """Of (in_features, out_features of each slice) by name."""
+    """Make sites of these names and (in_features, out_features of each slice), in every layer."""
     return tuple(
         LoraSite(layer, name, inputs, tuple(LoraSlice(f"{name}{i}", w) for i, w in enumerate(outs)))
         for layer in range(layers)
@@ -30,7 +30,7 @@ def make_sites(layers: int, **shapes: tuple[int, tuple[int, ...]]) -> tuple[Lora
 def make_adapter(
     sites: Sequence[LoraSite], ranks: Ranks, dtype: torch.dtype, seed: int = 0
 ) -> LoraWeights:
-    """Sites that `ranks` does not name are not targeted."""
+    """Make an adapter of these ranks; sites that `ranks` does not name are not targeted."""
     generator = torch.Generator().manual_seed(seed)
     loaded: dict[Site, SiteWeights] = {}
     for site in sites:
@@ -52,7 +52,7 @@ def make_adapter(
 
 
 def row_slots(kind: str, num_slots: int, count: int, *, seed: int = 0) -> list[int]:
-    """The slot of each row; slot 0, no adapter, takes part in all but identical traffic."""
+    """Draw each row's slot; all but identical traffic includes slot 0, no adapter."""
     rng = random.Random(f"{kind}{num_slots}{count}{seed}")
     if kind == "identical":
         return [rng.randrange(1, num_slots + 1)] * count
@@ -73,7 +73,7 @@ def make_bank(
     max_lora_rank: int = 32,
     num_processors: int = 1,
 ) -> DeviceAdapterBank:
-    """What was in its memory before must not matter."""
+    """Make a bank whose memory holds random bytes and NaN, which must not matter."""
     bank = DeviceAdapterBank(
         torch.randint(0, 256, (arena_bytes,), dtype=torch.uint8, device=DEVICE),
         sites,
@@ -88,7 +88,7 @@ def make_bank(
 
 
 def load(bank: DeviceAdapterBank, slot: int, offset_bytes: int, weights: LoraWeights) -> int:
-    """Copies and places it; returns the first byte after it."""
+    """Copy the adapter to the arena and place it; return the first byte after it."""
     extent = pack_extent(weights, bank.arena[offset_bytes:])
     bank.place(slot, offset_bytes, extent)
     return offset_bytes + extent.nbytes
@@ -102,7 +102,7 @@ def load_all(bank: DeviceAdapterBank, adapters: Mapping[int, LoraWeights]) -> No
 
 
 def launched(bank: DeviceAdapterBank, slots: Sequence[int]) -> TritonLora:
-    """The batch whose rows have these slots, its plan on the device."""
+    """Make the batch whose rows have these slots, with its plan on the device."""
     words = torch.from_numpy(bank.plan(slots)).to(DEVICE)
     return bank.batch(len(slots), words)
 
@@ -110,7 +110,7 @@ def launched(bank: DeviceAdapterBank, slots: Sequence[int]) -> TritonLora:
 def expected(
     adapters: Mapping[int, LoraWeights], slots: Sequence[int], key: Site, x: Tensor, y: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """y with each row's adapter added, in float32, and the sum of the absolute products."""
+    """Return y with each row's adapter added, in float32, and the sum of absolute products."""
     result, size = y.float(), y.float().abs()
     sites = {slot: weights.to(DEVICE).sites.get(key) for slot, weights in adapters.items()}
     for row, slot in enumerate(slots):

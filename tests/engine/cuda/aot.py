@@ -1,8 +1,8 @@
-"""Compiles Triton kernels for cards that are not here, and says what the compiler made of them.
+"""Compiles Triton kernels for GPUs that need not be present, and reports figures of the code.
 
     python -m tests.engine.cuda.aot [word]     one JSON line for each case that has the word
 
-A process of its own: a kernel that was imported for the interpreter cannot be compiled.
+Runs as a separate process: a kernel that was imported for the interpreter cannot be compiled.
 """
 
 import importlib
@@ -18,14 +18,14 @@ from pathlib import Path
 from typing import Any
 
 ARCHITECTURES = (80, 90)
-# Of one program. An sm_80 has 163 KiB; sm_86 and sm_89, which get the same code, have less.
+# Per program. An sm_80 has 163 KiB; sm_86 and sm_89, which get the same code, have less.
 MAX_SHARED_BYTES = {80: 99 * 1024, 90: 227 * 1024}
-MAX_REGISTERS = 64 * 1024  # of a multiprocessor
+MAX_REGISTERS = 64 * 1024  # per multiprocessor
 
 
 @dataclass(frozen=True)
 class AotCase:
-    """One specialization of one kernel, and what it must come out as.
+    """One specialization of one kernel, and limits on its compiled code.
 
     `signature` gives Triton's type of every argument in order, "constexpr" for constants; those
     in `divisible` are multiples of 16, as the launcher guarantees.
@@ -40,7 +40,7 @@ class AotCase:
     num_stages: int = 3
     max_registers: int = 255
     allow_scalar_loads: bool = False  # 2-byte loads from global memory
-    needs: tuple[str, ...] = ()  # words that the sm_90 PTX must have, such as cp.async
+    needs: tuple[str, ...] = ()  # words that the sm_90 PTX must contain, such as cp.async
 
 
 @dataclass(frozen=True)
@@ -52,11 +52,11 @@ class Compiled:
     shared_bytes: int
     scalar_loads: int  # 2-byte loads from global memory
     wide_loads: int  # 16-byte loads and asynchronous copies
-    missing: list[str] = field(default_factory=list)  # of the words that it needs
+    missing: list[str] = field(default_factory=list)  # words of `needs` that are absent
 
 
 def all_cases() -> list[AotCase]:
-    """CASES of every module of this package named aot_*."""
+    """Collect CASES of every module of this package named aot_*."""
     import tests.engine.cuda as package
 
     names = [m.name for m in pkgutil.iter_modules(package.__path__) if m.name.startswith("aot_")]
@@ -107,7 +107,7 @@ def _resource_usage(cubin: bytes) -> dict[str, int]:
 
 
 def run_all(word: str = "") -> list[Compiled]:
-    """Every case for every architecture, compiled in another process."""
+    """Compile every case for every architecture, in another process."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", __name__, word]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)

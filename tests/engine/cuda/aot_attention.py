@@ -1,4 +1,4 @@
-"""Paged attention as its launchers specialize it for real models."""
+"""Cases for paged attention, as its launchers specialize it for real models."""
 
 from typing import Any
 
@@ -74,7 +74,7 @@ def _prefill(
 
 # H, H_kv, D
 LLAMA_3_8B, QWEN_2_5_HALF_B, GEMMA_2_9B = (32, 8, 128), (14, 2, 64), (16, 8, 256)
-PHI_3_MINI = (32, 32, 96)  # no power of two
+PHI_3_MINI = (32, 32, 96)  # not a power of two
 
 CASES = [
     _decode("llama-3-8b", LLAMA_3_8B),

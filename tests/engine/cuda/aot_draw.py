@@ -1,4 +1,4 @@
-"""The drawing kernels for logits of Llama-3-8B, whose rows are 128256 wide."""
+"""Cases for the drawing kernels, with logits of Llama-3-8B, whose rows are 128256 wide."""
 
 from engine.backends.cuda.triton import draw
 from tests.engine.cuda.aot import AotCase

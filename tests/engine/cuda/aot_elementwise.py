@@ -1,4 +1,4 @@
-"""The elementwise kernels as Llama-3-8B's decoder starts them."""
+"""Cases for the elementwise kernels, as Llama-3-8B's decoder launches them."""
 
 from typing import Any
 
@@ -73,7 +73,7 @@ def rotary(name: str, *, is_normed: bool) -> AotCase:
 def _case(
     name: str, kernel: str, types: dict[str, str], constants: dict[str, Any], num_warps: int
 ) -> AotCase:
-    """Every pointer and stride of these shapes is a multiple of 16."""
+    """Make a case; every pointer and stride of these shapes is a multiple of 16."""
     signature = {key: "constexpr" if key in constants else kind for key, kind in types.items()}
     signature |= dict.fromkeys(constants, "constexpr")
     whole = [k for k, kind in signature.items() if kind.startswith("*") or kind == "i32"]

@@ -1,4 +1,4 @@
-"""The quantized GEMM as an H200 would run it for Llama-3-8B's q, k and v."""
+"""Cases for the quantized GEMM, as launched on an H200 for Llama-3-8B's q, k and v."""
 
 from typing import Any
 
@@ -21,7 +21,7 @@ def integers(*names: str) -> dict[str, str]:
 def case(
     kernel: str, name: str, arguments: dict[str, str], constants: dict[str, Any], **options: Any
 ) -> AotCase:
-    """All numbers but that of the rows are multiples of 16, as those of a model's shapes are."""
+    """Make a case; all sizes but the number of rows are multiples of 16, as in real models."""
     return AotCase(
         name=f"fourbit_{name}",
         kernel=f"engine.backends.cuda.triton.{kernel}",

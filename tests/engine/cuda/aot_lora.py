@@ -1,4 +1,4 @@
-"""Multi-LoRA at the shapes of Llama 3 8B, as launched for decode and prefill batches."""
+"""Cases for multi-LoRA at the shapes of Llama-3-8B, for decode and prefill batches."""
 
 import torch
 

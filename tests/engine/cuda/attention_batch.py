@@ -1,4 +1,4 @@
-"""Batches for attention: requests with their KV in a shuffled pool, and what plain torch says."""
+"""Makes batches for attention, with KV in a shuffled pool, and their results by plain torch."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Batch:
-    """Blocks of two layers, of which attention gets the second; slots that nobody wrote are NaN."""
+    """Blocks of two layers, of which attention gets the second; unwritten slots are NaN."""
 
     requests: list[Request]
     scheduled: list[ScheduledRequest]
@@ -35,7 +35,7 @@ class Batch:
         return slice(start, start + self.requests[index].new)
 
     def only(self, *indices: int) -> "Batch":
-        """These requests alone, over the same blocks."""
+        """Return a batch of these requests alone, over the same blocks."""
         return Batch(
             [self.requests[i] for i in indices],
             [self.scheduled[i] for i in indices],

@@ -1,8 +1,7 @@
-"""Which compiled variants of its kernels a program launches, without a GPU or a compiler.
+"""Records which compiled variants of its kernels a program launches, without GPU or compiler.
 
-Triton compiles a kernel anew for each combination of constants, types, and what it sees in other
-arguments: a 1, multiples of 16, addresses that are aligned. Here kernels do nothing but say which
-combination it was.
+Triton compiles a kernel for each combination of constants, types and properties of other arguments:
+a 1, multiples of 16, aligned addresses. Here kernels only record the combination.
 """
 
 import inspect
@@ -21,7 +20,7 @@ GRID_LIMITS = (2**31, 2**16, 2**16)
 
 
 class Launches:
-    """Of kernels that do nothing, from its making on, on a device of so many processors."""
+    """Records launches of kernels, which then do nothing, on a device of `processors`."""
 
     def __init__(self, patch: pytest.MonkeyPatch, processors: int) -> None:
         self.variants: set[Variant] = set()
@@ -37,7 +36,7 @@ class Launches:
         patch.setattr(launch, "num_processors", lambda device: processors)
 
     def take(self) -> set[Variant]:
-        """Those since the last call."""
+        """Return the variants launched since the last call."""
         taken, self.variants = self.variants, set()
         return taken
 

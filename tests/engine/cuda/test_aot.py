@@ -1,5 +1,7 @@
-"""Every kernel compiles for sm_80 and sm_90 without spills, fits on a multiprocessor of theirs, and
-loads what is large widely."""
+"""Tests that every kernel compiles for sm_80 and sm_90 without spills, within their limits.
+
+Large data must be loaded with wide instructions.
+"""
 
 import pytest
 
@@ -22,7 +24,7 @@ def compiled() -> dict[tuple[str, int], Compiled]:
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("name", CASES)
-def test_kernel_keeps_its_budget(
+def test_kernels_compile_without_spills_and_within_their_limits(
     compiled: dict[tuple[str, int], Compiled], name: str, architecture: int
 ) -> None:
     case, figures = CASES[name], compiled[name, architecture]

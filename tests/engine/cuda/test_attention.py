@@ -1,4 +1,4 @@
-"""Triton's paged attention against plain torch, and against itself: alone and among others."""
+"""Tests Triton's paged attention against plain torch, and for independence of batch mates."""
 
 from collections.abc import Callable
 from typing import Any
@@ -31,7 +31,7 @@ from tests.engine.cuda.attention_batch import Batch, Request, make_batch, oracle
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SCALE, MAX_CONTEXT_LEN = 0.3, 256
-# float32 sums in another order, of scores up to 30; the others round weights and results
+# float32: sums in another order, of scores up to 30; other dtypes round weights and results
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 2**-9, torch.bfloat16: 2**-6}
 MIXED = [Request(5), Request(70), Request(40, 40), Request(133, 3)]
 
@@ -58,7 +58,7 @@ def make_attention(heads: int, kv_heads: int, head_dim: int, num_sms: int) -> Tr
 def decode(
     batch: Batch, num_splits: int, window: int | None = None, scratch_numel: int | None = None
 ) -> Tensor:
-    """`paged_decode` with scratch and results full of NaN."""
+    """Run `paged_decode` with scratch and results full of NaN."""
     positions = copy_positions(batch.scheduled, 1, DEVICE, MAX_CONTEXT_LEN)
     q, out = batch.q.to(DEVICE), torch.full_like(batch.q, torch.nan, device=DEVICE)
     numel = scratch_numel or decode_scratch_numel(*q.shape, num_splits)
@@ -78,7 +78,7 @@ def decode(
 
 
 def prefill(batch: Batch, num_splits: int, **settings: Any) -> Tensor:
-    """`paged_prefill` with scratch and results full of NaN."""
+    """Run `paged_prefill` with scratch and results full of NaN."""
     positions = copy_positions(batch.scheduled, 8, DEVICE, 512)
     q, out = batch.q.to(DEVICE), torch.full_like(batch.q, torch.nan, device=DEVICE)
     shape = (len(positions.tiles), q.shape[1], batch.kv_layer.shape[3], q.shape[2], 8, num_splits)
@@ -99,7 +99,7 @@ def prefill(batch: Batch, num_splits: int, **settings: Any) -> Tensor:
 
 
 def _to_device(kv_layer: Tensor) -> Tensor:
-    """With other layers between its blocks, as in the arena."""
+    """Copy to the device, with other layers between the blocks, as in the arena."""
     return torch.stack([torch.full_like(kv_layer, torch.nan), kv_layer], 1).to(DEVICE)[:, 1]
 
 
@@ -108,13 +108,13 @@ def expect_close(out: Tensor, exact: Tensor) -> None:
     torch.testing.assert_close(out.float(), exact, rtol=tolerance, atol=tolerance)
 
 
-# ==== Against the oracle ====
+# ==== against the reference ====
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("window", [None, 37])
 @pytest.mark.parametrize("soft_cap", [None, 2.0])
-def test_decodes_beside_prefill_chunks(
+def test_a_batch_mixes_decodes_and_prefill_chunks(
     dtype: torch.dtype, window: int | None, soft_cap: float | None
 ) -> None:
     batch = make_batch(MIXED, dtype=dtype)
@@ -133,7 +133,7 @@ def test_attention_with_the_heads_of_many_models(heads: int, kv_heads: int, head
 
 
 @pytest.mark.parametrize("block_size", [32, 48])
-def test_blocks_of_several_sizes(block_size: int) -> None:
+def test_any_block_size(block_size: int) -> None:
     batch = make_batch(MIXED, block_size=block_size)
     expect_close(attend(batch), oracle(batch, scale=SCALE))
 
@@ -168,7 +168,7 @@ def test_a_tile_longer_than_all_keys_and_one_of_a_single_row() -> None:
         expect_close(attend(batch, tile_tokens=tile_tokens), oracle(batch, scale=SCALE))
 
 
-def test_queries_and_results_may_lie_apart() -> None:
+def test_queries_and_results_may_be_strided() -> None:
     batch = make_batch(MIXED)
     rows = len(batch.q)
     wide = torch.randn(rows, 7, 16)
@@ -186,36 +186,36 @@ def test_requests_may_share_blocks() -> None:
     expect_close(attend(batch), oracle(batch, scale=SCALE))
 
 
-# ==== The same bits ====
+# ==== independence of batch mates ====
 
 
 @pytest.mark.parametrize("num_splits", [1, 3])
-def test_a_decode_is_the_same_bits_alone_and_among_others(num_splits: int) -> None:
+def test_a_decodes_bits_do_not_depend_on_batch_mates(num_splits: int) -> None:
     batch = make_batch([Request(1), Request(133), Request(250)], kv_heads=1, dtype=torch.float16)
     together = decode(batch, num_splits)
     for i in range(len(batch.requests)):
         assert torch.equal(decode(batch.only(i), num_splits), together[i : i + 1])
 
 
-def test_a_prefill_is_the_same_bits_alone_and_among_others() -> None:
+def test_a_prefills_bits_do_not_depend_on_batch_mates() -> None:
     batch = make_batch(MIXED, dtype=torch.float16)
     together = attend(batch)
     for i in (2, 3):
         assert torch.equal(attend(batch.only(i)), together[batch.rows_of(i)])
 
 
-def test_a_split_prefill_is_the_same_bits_alone_and_among_others() -> None:
+def test_a_split_prefills_bits_do_not_depend_on_batch_mates() -> None:
     batch = make_batch([Request(300, 11), Request(200, 4)], kv_heads=1, dtype=torch.float16)
     together = prefill(batch, 2)
     for i in range(2):
         assert torch.equal(prefill(batch.only(i), 2), together[batch.rows_of(i)])
 
 
-# ==== What a row must not see ====
+# ==== keys that a row must not see ====
 
 
 def test_nothing_of_other_requests_or_stale_slots_is_read() -> None:
-    """Every slot of the pool that is not the request's own is NaN, in its own blocks too."""
+    """All slots of the pool that the request does not use are NaN, also in its own blocks."""
     batch = make_batch([Request(33), Request(21, 6)], dtype=torch.float16)
     before = attend(batch)
     for i in range(2):
@@ -229,7 +229,7 @@ def test_nothing_of_other_requests_or_stale_slots_is_read() -> None:
     assert before.isfinite().all()
 
 
-def test_what_fell_out_of_a_window_is_not_read() -> None:
+def test_keys_outside_the_window_are_not_read() -> None:
     batch = make_batch([Request(100), Request(100, 8)])
     before = attend(batch, window=20)
     for request, first_seen in zip(batch.scheduled, (80, 73), strict=True):
@@ -249,12 +249,14 @@ def test_a_row_of_padding_is_zeros_and_reads_nothing(num_splits: int) -> None:
     assert torch.equal(out[1:], decode(batch.only(1), num_splits))
 
 
-# ==== A captured graph's shapes ====
+# ==== shapes of a captured graph ====
 
 
-def test_what_was_captured_serves_every_batch_that_fits() -> None:
-    """Same tensors, same launches, other numbers. First all is padding; later a third decode is,
-    and some tiles."""
+def test_a_captured_graph_serves_every_batch_that_fits() -> None:
+    """Replay the same launches over the same tensors with other values.
+
+    First all rows are padding; later one of three decodes is, and some tiles.
+    """
     capacity = PositionsCapacity(
         num_decodes=3, num_prefills=3, table_width=16, num_tiles=12, tile_tokens=8
     )
@@ -267,7 +269,7 @@ def test_what_was_captured_serves_every_batch_that_fits() -> None:
     kv_layer = torch.zeros(32, 2, 2, 16, 2, 16, device=DEVICE)[:, 1]
     q = torch.zeros(3 + 43, 4, 16, device=DEVICE)
     out = torch.full_like(q, torch.nan)
-    attention = make_attention(4, 2, 16, num_sms=1)  # with so few, a decode is not split
+    attention = make_attention(4, 2, 16, num_sms=1)  # so few that decodes are not split
     settings = {"scale": SCALE, "window": None, "soft_cap": None}
     replay = captured(lambda: attention(q, kv_layer, positions, out=out, **settings))
     for requests in (MIXED, [Request(30), Request(61), Request(99), Request(20, 11)], MIXED):
@@ -285,7 +287,7 @@ def test_what_was_captured_serves_every_batch_that_fits() -> None:
 
 
 def captured(launch: Callable[[], object]) -> Callable[[], object]:
-    """The launches as a CUDA graph; without a card, made anew."""
+    """Capture the launches in a CUDA graph; without a GPU, launch them again."""
     launch()
     if DEVICE.type == "cpu":
         return launch
@@ -296,7 +298,7 @@ def captured(launch: Callable[[], object]) -> Callable[[], object]:
 
 
 @pytest.mark.parametrize(("batch", "splits"), [(1, 32), (8, 9), (64, 2), (256, 1)])
-def test_fewer_splits_the_more_requests(batch: int, splits: int) -> None:
+def test_splits_decrease_with_the_number_of_requests(batch: int, splits: int) -> None:
     assert choose_num_splits(batch, kv_heads=8, num_sms=132, max_context_len=8192) == splits
 
 
@@ -320,7 +322,7 @@ def test_long_contexts_are_split_in_large_batches_and_short_ones_never() -> None
     assert choose_num_splits(1, kv_heads=8, num_sms=132, max_context_len=64) == 1
 
 
-# ==== What is refused ====
+# ==== refusals ====
 
 
 @pytest.mark.parametrize(
@@ -332,7 +334,7 @@ def test_long_contexts_are_split_in_large_batches_and_short_ones_never() -> None
         ({"heads": 3}, "multiple of 2"),
     ],
 )
-def test_shapes_that_the_kernels_cannot_do_are_refused(shape: dict[str, int], words: str) -> None:
+def test_unsupported_shapes_are_refused(shape: dict[str, int], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         attend(make_batch([Request(20), Request(20, 4)], **shape))
 
@@ -351,12 +353,12 @@ def test_a_cache_of_another_layout_or_dtype_is_refused() -> None:
 
 
 @pytest.mark.parametrize("settings", [{"scale": 0.0}, {"scale": -1.0}, {"soft_cap": 0.0}])
-def test_scales_that_turn_an_order_around_are_refused(settings: dict[str, float]) -> None:
+def test_scales_and_caps_that_are_not_positive_are_refused(settings: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="above 0"):
         attend(make_batch([Request(20)]), **settings)
 
 
-def test_more_splits_than_are_added_up_are_refused() -> None:
+def test_more_splits_than_the_maximum_are_refused() -> None:
     with pytest.raises(ValueError, match="num_splits 33: need 1 to 32"):
         decode(make_batch([Request(20)]), 33)
 

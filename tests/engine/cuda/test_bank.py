@@ -1,4 +1,4 @@
-"""The device's bank against the plain one, while adapters come, go and move."""
+"""Tests the device's bank against the plain one, while adapters are loaded, moved and evicted."""
 
 import random
 from dataclasses import replace
@@ -53,7 +53,7 @@ def plain_bank(adapters: dict[int, LoraWeights]) -> AdapterBank:
 
 
 def batch_of(slots: list[int], chunk: tuple[int, int] = (0, 0)) -> ScheduledBatch:
-    """One decode per slot, then one prefill chunk of (slot, rows)."""
+    """List the slots of rows: one decode per slot, then a prefill chunk of (slot, rows)."""
     rows = [(slot, 1) for slot in slots] + ([chunk] if chunk[1] else [])
     sampling = SamplingParams()
     return ScheduledBatch(
@@ -66,7 +66,7 @@ def slots_of(batch: ScheduledBatch) -> list[int]:
 
 
 def inputs_of(rows: int, seed: int = 0) -> dict[tuple[int, str], tuple[Tensor, Tensor]]:
-    """x and y of every site."""
+    """Make x and y for every site."""
     generator = torch.Generator().manual_seed(seed)
     return {
         (s.layer, s.site): (
@@ -106,7 +106,7 @@ def test_the_bank_adds_what_torchs_bank_adds_at_every_site(kind: str) -> None:
 
 
 def test_a_captured_launch_serves_any_later_plan() -> None:
-    """One TritonLora, as a graph would hold it: only buffers change below it."""
+    """Use one TritonLora, as a graph does: only the buffers that it reads change."""
     adapters = make_adapters()
     bank = make_bank(SITES, F32)
     words = torch.zeros(bank.max_words(16), dtype=torch.int32, device=DEVICE)
@@ -185,7 +185,7 @@ def test_the_buffers_addresses_never_change() -> None:
     assert addresses() == before
 
 
-def test_two_sites_may_be_under_way() -> None:
+def test_two_sites_may_be_computed_interleaved() -> None:
     adapters = make_adapters()
     bank = make_bank(SITES, F32)
     load_all(bank, adapters)
@@ -202,7 +202,7 @@ def test_two_sites_may_be_under_way() -> None:
     assert torch.equal(between[0], apart[0]) and torch.equal(between[1], apart[1])
 
 
-def test_an_adapter_gives_the_same_bits_wherever_it_lies_and_in_any_slot() -> None:
+def test_an_adapters_bits_do_not_depend_on_its_place_or_slot() -> None:
     adapters = make_adapters()
     bank = make_bank(SITES, F32)
     x, y = inputs_of(5)[1, "qkv"]
@@ -219,18 +219,18 @@ def test_an_adapter_gives_the_same_bits_wherever_it_lies_and_in_any_slot() -> No
         assert torch.equal(run(1), first)
     bank.evict(1)
     load(bank, 7, 2**20, adapters[1])
-    load(bank, 1, 0, adapters[2])  # another one where it was
+    load(bank, 1, 0, adapters[2])  # another adapter in its place
     assert torch.equal(run(7), first)
     assert not torch.equal(run(1), first)
 
 
-def test_random_operations_leave_every_adapter_as_it_was() -> None:
+def test_random_loads_moves_and_evictions_damage_no_adapter() -> None:
     rng = random.Random(3)
     pool = list(make_adapters().values())
     size = -(-max(extent_nbytes(w) for w in pool) // UNIT_BYTES) * UNIT_BYTES
     bank = make_bank(SITES, F32, arena_bytes=12 * size, max_slots=5)
     held: dict[int, LoraWeights] = {}
-    places: dict[int, int] = {}  # which twelfth of the arena
+    places: dict[int, int] = {}  # slot -> twelfth of the arena
     for step in range(40):
         slot = rng.randint(1, 5)
         free = rng.choice([i for i in range(12) if i not in places.values()])
@@ -248,7 +248,7 @@ def test_random_operations_leave_every_adapter_as_it_was() -> None:
             assert_equal_to_the_plain_bank(bank, held, batch_of(slots), layers=(1,))
 
 
-def test_real_adapters_of_a_real_model(tmp_path: Path) -> None:
+def test_peft_adapters_of_a_whole_model(tmp_path: Path) -> None:
     tiny = write_tiny(tmp_path / "base", "qwen2")
     cpu = torch.device("cpu")
     decoder = load_decoder(tiny.folder, torch_build(cpu, F32), max_model_len=32)
@@ -283,7 +283,7 @@ def test_warming_up_adds_nothing_and_covers_every_capacity() -> None:
     assert_equal_to_the_plain_bank(bank, make_adapters(), batch_of([1, 2, 0]), layers=(0,))
 
 
-def test_a_plan_is_no_longer_than_promised_and_the_buffer_holds_the_longest() -> None:
+def test_plans_stay_within_their_bound_and_the_buffer_holds_the_longest() -> None:
     bank = make_bank(SITES, F32, max_rows=600)
     load_all(bank, make_adapters())
     for rows in (1, 7, 256, 257, 600):

@@ -1,6 +1,6 @@
-"""The whole engine on a DeviceRunner: its answers are those of one step at a time.
+"""Tests the whole engine on a DeviceRunner: its answers equal those without pipelining.
 
-The model is plain torch, on a device where adapters arrive some steps after their loads began.
+The model is plain torch, on a device where adapters arrive some steps after their load starts.
 """
 
 from collections.abc import Callable, Iterator
@@ -27,7 +27,7 @@ from tests.engine.support.plain_device import make_plain
 from tests.engine.support.tiny import Tiny
 from tests.engine.test_pipelined_engine import Answers, assert_same, diverse_requests
 
-POLLS = 3  # of a copy, until it has ended
+POLLS = 3  # until a copy has ended
 
 
 @dataclass(eq=False)
@@ -47,7 +47,7 @@ class LateCopy:
 
 
 class LateCopies(HostDevice):
-    """What is copied on the side stream arrives late, unless the main stream waits for it."""
+    """Makes copies on the side stream arrive late, unless the main stream waits for them."""
 
     side_work: list[Callable[[], object]] | None = None
 
@@ -71,7 +71,7 @@ class LateCopies(HostDevice):
 
 
 class DeviceEngine(Engine):
-    """As an engine on a device has it: adapters are packed by the host cache's threads."""
+    """Packs adapters in the host cache's threads, as an engine on a device does."""
 
     def _load_adapter(self, adapter: AdapterFolder) -> LoraWeights:
         return pack_adapter(super()._load_adapter(adapter), HostDevice())  # type: ignore[return-value]
@@ -128,7 +128,7 @@ def expected(tiny: Tiny) -> Answers:
     ],
     ids=["graphs", "eager", "few at a time", "with preemptions"],
 )
-def test_answers_are_those_of_one_step_at_a_time(
+def test_answers_equal_those_without_pipelining(
     on_device: MakeEngine, expected: Answers, changes: dict[str, int]
 ) -> None:
     engine = on_device(**changes)
@@ -139,7 +139,7 @@ def test_answers_are_those_of_one_step_at_a_time(
 def test_adapters_share_the_arena_with_blocks_and_take_turns(
     on_device: MakeEngine, tiny: Tiny, tmp_path: Path
 ) -> None:
-    """Room for two of five adapters, in three sizes: they are evicted, moved and loaded again."""
+    """Have room for two of five adapters, of three sizes: they are evicted, moved and reloaded."""
     ranks = [8, 3, 8, 16, 3]
     adapters = [
         write_adapter(tiny.folder, tmp_path / f"a{i}", seed=i, r=r) for i, r in enumerate(ranks)
@@ -170,7 +170,7 @@ def launches_of(engine: Engine) -> list:  # type: ignore[type-arg]
     return batches
 
 
-def test_a_step_without_memory_ends_its_own_requests(
+def test_running_out_of_memory_ends_only_requests_of_that_step(
     on_device: MakeEngine, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = on_device()
@@ -195,7 +195,7 @@ def test_a_step_without_memory_ends_its_own_requests(
 def test_only_requests_of_an_adapter_that_no_step_can_load_end(
     on_device: MakeEngine, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """They wait for the adapter, so no failed step is their own."""
+    """They wait for the adapter, so they are in none of the failed steps."""
     adapters = [write_adapter(tiny.folder, tmp_path / name) for name in ("broken", "fine")]
     engine = on_device()
     bank = engine.runner._adapters._table  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""DeviceRunner against SyncRunner: the same rows, whatever runs ahead, is padded or replayed."""
+"""Tests DeviceRunner against SyncRunner, with steps ahead, padding and replayed graphs."""
 
 from collections.abc import Callable
 from typing import Any
@@ -78,13 +78,13 @@ MIXED = [
 @pytest.mark.parametrize("uses_graphs", [True, False], ids=["graphs", "eager"])
 @pytest.mark.parametrize("depth", [0, 1])
 @pytest.mark.parametrize("slots", [[0] * 7, [1] * 7, [1, 2, 0, 2, 1, 0, 2]], ids=str)
-def test_every_request_gets_what_it_gets_alone(
+def test_results_equal_those_of_each_request_alone(
     decoder: Decoder, adapters: list[LoraWeights], uses_graphs: bool, depth: int, slots: list[int]
 ) -> None:
     packed = pack_all(adapters)
     runner = make_plain(decoder, packed.__getitem__, uses_graphs=uses_graphs)
     if not uses_graphs:
-        runner.warm_up()  # leaves nothing behind
+        runner.warm_up()  # must leave nothing behind
     generations = generations_of(MIXED, slots)
     loads = loads_at_the_end(packed.values(), (1, 2), ARENA_BYTES)
     runner.launch(ScheduledBatch((), adapter_loads=loads)).result()
@@ -116,7 +116,7 @@ def test_prompt_logprobs_are_those_of_all_rows(decoder: Decoder) -> None:
 def test_moved_and_reloaded_adapters_keep_their_requests_text(
     decoder: Decoder, adapters: list[LoraWeights]
 ) -> None:
-    """Between the steps adapters are moved, evicted and loaded elsewhere, blocks are copied."""
+    """Between steps, adapters are moved, evicted and loaded elsewhere, and blocks copied."""
     packed = pack_all(adapters)
     runner = make_plain(decoder, packed.__getitem__)
     first, second = loads_at_the_end(packed.values(), (1, 2), ARENA_BYTES)
@@ -130,7 +130,7 @@ def test_moved_and_reloaded_adapters_keep_their_requests_text(
             return ScheduledBatch((), adapter_loads=(first, second))
         if number == 6:
             return ScheduledBatch((), moves=(moved,))
-        if number == 8:  # what lay there is overwritten by another adapter
+        if number == 8:  # another adapter overwrites the place
             return ScheduledBatch((), adapter_evictions=(2,), adapter_loads=(again,))
         if number in (10, 13):
             s = generations[2]
@@ -148,7 +148,7 @@ def test_moved_and_reloaded_adapters_keep_their_requests_text(
     assert later[0].output == [t.token_id for t in expected(decoder, later[0], adapters[1])]
 
 
-def test_a_step_without_memory_ends_alone(decoder: Decoder) -> None:
+def test_running_out_of_memory_ends_only_that_step(decoder: Decoder) -> None:
     class Small(HostDevice):
         released = 0
 
@@ -178,8 +178,8 @@ def test_a_step_without_memory_ends_alone(decoder: Decoder) -> None:
     ]
 
 
-def test_warming_up_meets_few_and_many_requests(decoder: Decoder) -> None:
-    """Attention has other kernels for each."""
+def test_warm_up_runs_few_and_many_requests(decoder: Decoder) -> None:
+    """Both are needed, because attention uses different kernels for them."""
     runner = make_plain(decoder, {}.__getitem__, limits=StepLimits(8, 70, 128, BLOCK_SIZE))
     model, met = runner._forward._model, set[tuple[int, int, int, bool]]()
     forward = model.forward
@@ -195,8 +195,8 @@ def test_warming_up_meets_few_and_many_requests(decoder: Decoder) -> None:
     assert met == {(*shape, has_lora) for shape in shapes for has_lora in (True, False)}
 
 
-def test_rows_with_a_lost_pending_token_do_not_disturb_the_others(decoder: Decoder) -> None:
-    """The step before raised: its request still has a row, and anything may come of it."""
+def test_rows_with_a_lost_pending_token_do_not_affect_others(decoder: Decoder) -> None:
+    """The previous step raised: its request still has a row, whose result is arbitrary."""
     runner = make_plain(decoder, {}.__getitem__)
     lost, fine = generations_of([greedy(5)] * 2, [0, 0])
     drive(runner, [fine], budget=40, depth=0)

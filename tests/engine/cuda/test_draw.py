@@ -1,4 +1,4 @@
-"""The drawing kernels against torch's, whose tokens are those of the plain sampler."""
+"""Tests the drawing kernels against torch's version, which equals the plain sampler."""
 
 import random
 from dataclasses import replace
@@ -17,7 +17,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def random_draws(count: int, vocab: int, seed: int) -> tuple[torch.Tensor, Draws]:
-    """Rows of logits in another order than the draws; flat, peaked and with ties."""
+    """Make flat and peaked rows of logits, with ties, in another order than the draws."""
     dice = random.Random(seed)
     logits = torch.randn(count + 2, vocab + 3, generator=torch.Generator().manual_seed(seed))
     logits[1::3] *= 4
@@ -44,7 +44,7 @@ def random_draws(count: int, vocab: int, seed: int) -> tuple[torch.Tensor, Draws
 
 
 @pytest.mark.parametrize(("vocab", "count"), [(1, 3), (37, 14), (5000, 8)])
-def test_floors_leave_what_torchs_leave(vocab: int, count: int) -> None:
+def test_floors_keep_the_same_tokens_as_torch(vocab: int, count: int) -> None:
     logits, draws = random_draws(count, vocab, seed=vocab)
     scaled = logits[draws.rows.long()] / draws.temperature[:, None]
     expected = device_draw.floors(scaled, draws)
@@ -55,7 +55,7 @@ def test_floors_leave_what_torchs_leave(vocab: int, count: int) -> None:
 
 
 @pytest.mark.parametrize(("vocab", "count"), [(1, 2), (37, 20), (9000, 6)])
-def test_tokens_are_torchs(vocab: int, count: int) -> None:
+def test_tokens_equal_those_of_torch(vocab: int, count: int) -> None:
     logits, draws = random_draws(count, vocab, seed=vocab + 1)
     highest, best = logits.max(-1)
     expected = device_draw.draw(logits, draws, highest, best)
@@ -70,6 +70,6 @@ def test_the_smallest_temperatures_are_greedy(temperature: float) -> None:
     logits = logits + torch.arange(50, device=DEVICE) * 1e-3  # no ties
     logits[4] = torch.nan
     highest, best = logits.max(-1)
-    with np.errstate(all="ignore"):  # numpy stands for a processor that would not complain
+    with np.errstate(all="ignore"):  # numpy warns where a GPU would not
         found = triton_draw(logits, draws, highest, best)
     assert found.tolist() == best[draws.rows.long()].tolist()

@@ -1,4 +1,4 @@
-"""Extents: all of an adapter in one piece, where the layout says it is."""
+"""Tests extents: an adapter in one piece, laid out as specified."""
 
 import random
 from dataclasses import replace
@@ -19,7 +19,7 @@ from engine.lora.weights import LoraWeights, SiteWeights
 
 
 def make_weights(dtype: torch.dtype = torch.bfloat16) -> LoraWeights:
-    """Two sites: one with an odd rank and a missing slice, one of rank 1 and few columns."""
+    """Make two sites: one with an odd rank and a missing slice, one of rank 1, few columns."""
 
     def random_values(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator).to(dtype)
@@ -80,7 +80,7 @@ def test_pieces_are_aligned_and_do_not_overlap() -> None:
         torch.empty(2**8, 2**8, dtype=torch.uint8),
     ],
 )
-def test_a_buffer_that_does_not_do_is_refused(buffer: Tensor) -> None:
+def test_an_unsuitable_buffer_is_refused(buffer: Tensor) -> None:
     with pytest.raises(ValueError, match=r"only uint8 \[>= \d+\] is allowed"):
         pack_extent(make_weights(), buffer)
 

@@ -1,4 +1,4 @@
-"""FlashInfer's prefills, by a stand-in that does in plain torch what its arguments say."""
+"""Tests FlashInfer's prefills with a stand-in that computes in plain torch."""
 
 import importlib.util
 import logging
@@ -48,7 +48,7 @@ KINDS = [Scores(SCALE, None, None), Scores(SCALE, 9, None), Scores(SCALE, 1, 2.0
 
 
 class Wrapper:
-    """Batch prefill over pages, as FlashInfer describes it. Has no use for its workspace."""
+    """Computes batch prefill over pages as FlashInfer specifies it, without workspace."""
 
     def __init__(self, workspace: Tensor, kv_layout: str) -> None:
         assert kv_layout == "NHD"
@@ -138,10 +138,10 @@ def wrappers_of(flashinfer: FlashInferPrefill) -> list[Wrapper]:
     return list(flashinfer._wrappers.values())  # pyright: ignore[reportPrivateUsage]
 
 
-# ==== What it is told ====
+# ==== arguments ====
 
 
-def test_prefills_are_what_the_arguments_say_and_decodes_are_ours() -> None:
+def test_flashinfer_computes_the_prefills_and_triton_the_decodes() -> None:
     batch = make_batch(MIXED)
     rows = len(batch.q)
     wide = torch.randn(rows, 8, 16)
@@ -157,7 +157,7 @@ def test_prefills_are_what_the_arguments_say_and_decodes_are_ours() -> None:
     assert [w.num_runs for w in wrappers_of(flashinfer)] == [1, 1, 1]
 
 
-def test_blocks_that_a_request_has_in_advance_are_no_keys() -> None:
+def test_blocks_allocated_in_advance_are_not_read_as_keys() -> None:
     batch = make_batch([Request(16, 16), Request(33, 3)])
     batch.scheduled[0] = batch.scheduled[0]._replace(
         block_table=(*batch.scheduled[0].block_table, *batch.scheduled[1].block_table)
@@ -170,7 +170,7 @@ def test_blocks_that_a_request_has_in_advance_are_no_keys() -> None:
     assert pages.pages.tolist() == [first, *others]
 
 
-def test_a_step_is_planned_once_and_the_next_one_anew() -> None:
+def test_every_step_is_planned_once() -> None:
     flashinfer = FlashInferPrefill(module_of(Wrapper), SHAPE, KINDS[:2])
     attention, batch = attention_with(flashinfer), make_batch([Request(5, 5)])
     for num_steps in (1, 2):
@@ -190,7 +190,7 @@ def test_steps_without_prefill_pages_are_not_planned() -> None:
     assert not wrappers_of(flashinfer)[0].plans
 
 
-def test_a_step_that_cannot_be_planned_is_computed_by_our_kernel(
+def test_triton_computes_a_step_that_cannot_be_planned(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     class TooSmall(Wrapper):
@@ -206,7 +206,7 @@ def test_a_step_that_cannot_be_planned_is_computed_by_our_kernel(
     assert caplog.text.count("no room in the workspace") == 1
 
 
-# ==== Whether it is taken ====
+# ==== self-test ====
 
 BFLOAT16 = replace(SHAPE, dtype=torch.bfloat16)
 
@@ -296,13 +296,13 @@ def test_the_config_turns_flashinfer_off(
     assert kept["auto"] > 2**27
 
 
-# ==== In the runner ====
+# ==== in the runner ====
 
 
-def test_the_text_of_a_runner_is_the_same(
+def test_a_runners_text_is_the_same_with_flashinfer(
     monkeypatch: pytest.MonkeyPatch, tiny_model: Callable[..., Tiny]
 ) -> None:
-    """In float32, which the self-test would refuse, and with decodes in graphs."""
+    """Run in float32, which the self-test would refuse, with decodes in graphs."""
     made: list[FlashInferPrefill] = []
 
     def choose(shape: PrefillShape, scores: set[Scores]) -> FlashInferPrefill:

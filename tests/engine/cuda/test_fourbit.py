@@ -1,6 +1,6 @@
-"""The quantized GEMM against `dequantize`: every weight to the bit, products to rounding.
+"""Tests the quantized GEMM against `dequantize`: weights bit for bit, products within rounding.
 
-The interpreter runs no PTX; what the kernels use of it is run here, word by word.
+Triton's interpreter does not run PTX; the PTX of the kernels is interpreted here, word by word.
 """
 
 import re
@@ -35,7 +35,7 @@ def make_weight(
     order: bool = False,
     whole: bool = False,
 ) -> QuantizedWeight:
-    """Random codes; scales of either sign; zeros from 0 to 15, `whole` ones or others."""
+    """Make random codes, scales of either sign, and zeros from 0 to 15, `whole` or not."""
     g = torch.Generator().manual_seed(out_features + in_features)
     if format == "int8":
         codes = torch.randint(-128, 128, (out_features, in_features), generator=g)
@@ -64,7 +64,7 @@ WEIGHTS: dict[str, Callable[[], QuantizedWeight]] = {
 def fused(
     x: torch.Tensor, weight: PackedWeight, tiles: GemmTiles, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """On the device, and from and to the CPU."""
+    """Run the fused kernel on the device, with arguments and result on the CPU."""
     shape = (len(x), weight.out_features)
     out = torch.full(shape, torch.nan, dtype=x.dtype, device=DEVICE)
     planes = torch.full((planes_size(weight, len(x), tiles),), torch.nan, device=DEVICE)
@@ -75,7 +75,7 @@ def fused(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", WEIGHTS)
-def test_dense_weight_equals_the_oracle_to_the_bit(name: str, dtype: torch.dtype) -> None:
+def test_dequantized_weights_equal_the_reference_bit_for_bit(name: str, dtype: torch.dtype) -> None:
     weight = WEIGHTS[name]()
     shape = (weight.out_features, weight.in_features)
     dense = torch.full(shape, torch.nan, dtype=dtype, device=DEVICE)
@@ -85,7 +85,9 @@ def test_dense_weight_equals_the_oracle_to_the_bit(name: str, dtype: torch.dtype
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", WEIGHTS)
-def test_unit_vectors_give_the_weights_to_the_bit(name: str, dtype: torch.dtype) -> None:
+def test_products_with_unit_vectors_are_the_weights_bit_for_bit(
+    name: str, dtype: torch.dtype
+) -> None:
     weight = WEIGHTS[name]()
     inputs = [0, 1, 5, 31, weight.in_features // 2, weight.in_features - 1]
     unit = torch.eye(weight.in_features, dtype=dtype)[inputs]
@@ -130,7 +132,7 @@ def test_rows_do_not_depend_on_their_batch_mates(tiles: GemmTiles) -> None:
         assert torch.equal(fused(x[row : row + 1], packed, tiles)[0], together[row])
 
 
-def test_rows_may_be_parts_of_wider_ones() -> None:
+def test_rows_may_be_parts_of_wider_tensors() -> None:
     packed = pack(make_weight("int8", 72, 128), DEVICE)
     wide = torch.randn(3, 256, generator=torch.Generator().manual_seed(4)).to(DEVICE)
     out = torch.zeros(3, 200, device=DEVICE)
@@ -139,7 +141,7 @@ def test_rows_may_be_parts_of_wider_ones() -> None:
     assert not out[:, :100].any() and not out[:, 172:].any()
 
 
-def test_packed_codes_take_no_more_than_they_must() -> None:
+def test_packed_codes_have_no_needless_padding() -> None:
     weight = make_weight("nf4", 128, 256)
     packed = pack(weight, CPU)
     assert packed.words.nbytes == weight.codes.nbytes
@@ -181,7 +183,7 @@ def bits_of_16(value: float, dtype: torch.dtype) -> int:
 
 
 def permute_bytes(a: int, b: int, selector: int) -> int:
-    """prmt: four bytes of the eight of b and a; bit 3 of a selector spreads a byte's sign."""
+    """Run prmt: select four of the bytes of b and a; bit 3 of a selector spreads the sign."""
     source = (b << 32 | a).to_bytes(8, "little")
     picked = []
     for i in range(4):
@@ -214,7 +216,7 @@ INSTRUCTIONS: dict[str, Callable[..., int]] = {
 
 
 def run_ptx(text: str, inputs: dict[str, int], outputs: int) -> list[int]:
-    """Inputs are gone with the first output: a compiler may give them the same register."""
+    """Run PTX; the first output invalidates inputs, as they may share a register."""
     registers = dict(inputs)
     for line in text.strip("{}\n").splitlines():
         if line.startswith(".reg"):

@@ -1,4 +1,4 @@
-"""FP8: the codes, the layer against its dequantized self, and where the format is refused."""
+"""Tests FP8: the codes, the layer against its dequantized weight, and refusals."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -41,7 +41,7 @@ def test_codes_are_the_nearest_of_e4m3(dtype: torch.dtype) -> None:
     scaled = weight.float() / found.scales
     nearest = (scaled[..., None] - values).abs().amin(-1)
     error = (scaled - found.codes.float()).abs()
-    assert (error <= nearest * (1 + 1e-5) + 1e-5).all()  # the division rounds
+    assert (error <= nearest * (1 + 1e-5) + 1e-5).all()  # the division is rounded
     assert torch.equal(found.scales[:, 0], weight.float().abs().amax(1) / 448)
     assert found.codes.float().abs().amax(1).eq(448).all()
 
@@ -75,7 +75,7 @@ def test_a_layer_multiplies_rounded_rows_by_the_dequantized_weight(has_bias: boo
 
 @pytest.mark.parametrize("has_bias", [False, True])
 def test_torchs_multiplication_is_given_its_operands_in_order(has_bias: bool) -> None:
-    """On a CPU torch has it too, as slowly as can be: the same call, the same operands."""
+    """On a CPU torch supports the call too, slowly, with the same operands."""
     x, weight = normal(5, 64).bfloat16(), quantize_fp8(normal(48, 64, seed=1))
     bias = normal(48, seed=2) if has_bias else None
     layers = [Fp8Linear(weight, bias, CPU, x.dtype, mm) for mm in (scaled_mm, dequantized_mm)]
@@ -89,7 +89,7 @@ def test_joined_slices_keep_their_scales() -> None:
     assert torch.equal(dequantize(join(parts)), expected)
 
 
-def test_sizes_that_the_multiplication_does_not_take_are_refused(tiny_model: MakeTiny) -> None:
+def test_unsupported_sizes_are_refused(tiny_model: MakeTiny) -> None:
     with pytest.raises(ValueError, match=r"\[48, 40\] in fp8: both must be multiples of 16"):
         Fp8Linear(quantize_fp8(normal(48, 40)), None, CPU, torch.bfloat16)
     folder = tiny_model("llama", intermediate_size=88).folder
@@ -97,10 +97,10 @@ def test_sizes_that_the_multiplication_does_not_take_are_refused(tiny_model: Mak
         load_decoder(folder, torch_build(CPU, torch.float32), max_model_len=64, quantization="fp8")
 
 
-# ==== Where it runs ====
+# ==== supported devices ====
 
 
-def test_a_cpu_engine_is_refused_with_what_would_work(tiny_model: MakeTiny) -> None:
+def test_fp8_on_a_cpu_is_refused_with_alternatives(tiny_model: MakeTiny) -> None:
     folder = str(tiny_model("llama").folder)
     config = EngineConfig(folder, quantization="fp8", device="cpu", memory_bytes=2**22)
     expected = r"quantization='fp8'.* CUDA device of capability 8\.9 .*not cpu; use 'int8' or 'nf4'"
@@ -108,7 +108,7 @@ def test_a_cpu_engine_is_refused_with_what_would_work(tiny_model: MakeTiny) -> N
         settle(config, arena_bytes)
 
 
-def test_a_gpu_is_asked_for_its_capability(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fp8_needs_a_gpu_of_sufficient_capability(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
@@ -121,14 +121,14 @@ def test_a_gpu_is_asked_for_its_capability(monkeypatch: pytest.MonkeyPatch) -> N
         check_fp8(gpu, torch.float16)
 
 
-def test_loading_for_a_device_without_it_is_refused(tiny_model: MakeTiny) -> None:
+def test_loading_for_a_device_without_fp8_is_refused(tiny_model: MakeTiny) -> None:
     folder = tiny_model("llama").folder
     with pytest.raises(ValueError, match=r"capability 8\.9"):
         load_decoder(folder, cuda_build(CPU, torch.bfloat16), max_model_len=64, quantization="fp8")
 
 
-def test_a_model_in_fp8_is_nearer_to_itself_than_one_in_nf4(tiny_model: MakeTiny) -> None:
-    """Weights and activations lose some 3 % each, nf4's weights alone 9 %."""
+def test_a_model_in_fp8_is_more_accurate_than_in_nf4(tiny_model: MakeTiny) -> None:
+    """Errors of weights and activations are about 3 % each, of nf4's weights alone 9 %."""
     folder, prompt = tiny_model("llama", intermediate_size=128).folder, random_prompt(9)
     plain = torch_build(CPU, torch.float32)
     fp8_ops = cuda_build(CPU, torch.float32, fp8_multiply=dequantized_mm).weight_ops

@@ -1,7 +1,7 @@
-"""FusedDecoder against the plain Decoder with the specification's ops: hidden states, logits, KV.
+"""Tests FusedDecoder against Decoder with the reference ops: hidden states, logits and KV cache.
 
-One batch has decodes, a prefill from the start and one that goes on, and a row of padding; blocks
-lie scattered in a cache of random numbers.
+A batch has decodes, a prefill from the start, one that continues, and a row of padding; blocks are
+scattered in a cache of random numbers.
 """
 
 from collections.abc import Callable, Sequence
@@ -37,13 +37,13 @@ BLOCK_SIZE, NUM_BLOCKS, CAPACITY = 4, 40, 10
 
 # (new tokens, context with them, adapter slot); decodes first
 REQUESTS = [(1, 17, 1), (1, 9, 2), (2, 2, 0), (3, 14, 2)]
-OUTPUTS = [0, 1, 3, 6]  # the last row of each
+OUTPUTS = [0, 1, 3, 6]  # the last row of each request
 NUM_ROWS = 7
 
 
 @dataclass(frozen=True)
 class Batch:
-    """The same step for both decoders."""
+    """Inputs of one step, for both decoders."""
 
     token_ids: torch.Tensor
     positions: torch.Tensor
@@ -85,7 +85,7 @@ def attend_into(
     out: torch.Tensor,
     **options: Any,
 ) -> torch.Tensor:
-    """The reference; padding after the last request gets zeros."""
+    """Run reference attention; padding after the last request becomes zeros."""
     num_rows = attention.cu_seqlens_q[-1]
     out[:num_rows] = reference.paged_attention(q[:num_rows], kv_layer, attention, **options)
     out[num_rows:] = 0
@@ -96,7 +96,7 @@ def attend_into(
 
 
 def random_adapter(sites: Sequence[LoraSite], seed: int, dtype: torch.dtype) -> LoraWeights:
-    """Every second slice of every site, at ranks of their own."""
+    """Make an adapter with every second slice of every site, at different ranks."""
     generator = torch.Generator().manual_seed(seed)
     found: dict[tuple[int, str], SiteWeights] = {}
     for site in sites:
@@ -209,12 +209,12 @@ def close(found: torch.Tensor, expected: torch.Tensor, atol: float = 2e-5) -> No
     torch.testing.assert_close(found, expected, rtol=0.0, atol=atol)
 
 
-def test_a_step_is_that_of_the_plain_decoder(tiny_model: MakeTiny) -> None:
+def test_a_step_equals_that_of_the_plain_decoder(tiny_model: MakeTiny) -> None:
     check_step(tiny_model("llama").folder, "none")
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
-def test_a_step_with_adapters_is_that_of_the_plain_decoder(
+def test_a_step_with_adapters_equals_that_of_the_plain_decoder(
     model_type: str, tiny_model: MakeTiny
 ) -> None:
     check_step(tiny_model(model_type).folder, "distinct")
@@ -233,7 +233,7 @@ def check_step(folder: Path, traffic: str) -> None:
 
 
 def of_first_rows(lora: LoraBatch | None) -> LoraBatch | None:
-    """The same adapters; none on padding."""
+    """Return the adapters of the first rows; padding has none."""
 
     class FirstRows:
         def add(self, layer: int, site: str, x: torch.Tensor, y: torch.Tensor) -> None:
@@ -243,10 +243,10 @@ def of_first_rows(lora: LoraBatch | None) -> LoraBatch | None:
     return None if lora is None else FirstRows()
 
 
-def test_shrink_beside_the_base_is_done_before_expand_and_changes_nothing(
+def test_shrink_on_a_side_stream_ends_before_expand_and_changes_nothing(
     tiny_model: MakeTiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Beside is as late as it may be: when somebody waits."""
+    """Run side-stream work as late as allowed: when it is waited for."""
     folder, build = tiny_model("llama").folder, cuda_build(DEVICE, torch.float32)
     decoder, batch = load(folder, build), batch_of(with_slots("distinct"))
     lora = mixed(adapters_of(decoder), [(count, slot) for count, _, slot in REQUESTS])
@@ -300,15 +300,13 @@ class NoAdapters:
 
 
 @pytest.mark.parametrize("quantization", ["none", "fp8"])
-def test_the_buffers_are_those_that_memory_was_kept_for(
-    tiny_model: MakeTiny, quantization: str
-) -> None:
+def test_buffers_have_the_size_that_was_reserved(tiny_model: MakeTiny, quantization: str) -> None:
     build = cuda_build(DEVICE, torch.float32, fp8_multiply=dequantized_mm)
     decoder = load(tiny_model("llama").folder, build, quantization=quantization)
     fused = FusedDecoder(decoder, attend_into, random_cache(decoder), CAPACITY)
     tensors = [getattr(fused._buffers, name) for name in fused._buffers.__slots__]
     nbytes = sum(part.nbytes for tensor in tensors for part in parts_of(tensor))
-    nbytes += CAPACITY * decoder.spec.hidden_size * 4  # what a forward writes to
+    nbytes += CAPACITY * decoder.spec.hidden_size * 4  # output of a forward pass
     is_fp8 = quantization == "fp8"
     kept = needs(0, decoder.spec, CAPACITY, 0, torch.float32, 0, is_fp8=is_fp8)
     assert kept.buffers == nbytes
@@ -355,7 +353,7 @@ def test_features_that_no_family_has_by_default(name: str, tiny_model: MakeTiny)
 def test_output_rows_are_those_of_the_whole_batch(
     traffic: str, is_cut: bool, tiny_model: MakeTiny
 ) -> None:
-    """In the last layer adapters apply to these rows alone, if they are given for them."""
+    """Apply adapters of the last layer to the output rows alone, if given for those."""
     folder, requests = tiny_model("gemma2").folder, with_slots(traffic)
     decoder, batch = load(folder, cuda_build(DEVICE, torch.float32)), batch_of(requests)
     bank = adapters_of(decoder)
@@ -374,7 +372,7 @@ def test_output_rows_are_those_of_the_whole_batch(
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_a_step_in_half_precision_is_as_near_as_the_plain_decoders(
+def test_half_precision_is_as_accurate_as_in_the_plain_decoder(
     dtype: torch.dtype, tiny_model: MakeTiny
 ) -> None:
     folder, batch = tiny_model("gemma3_text").folder, batch_of(REQUESTS)
@@ -387,7 +385,7 @@ def test_a_step_in_half_precision_is_as_near_as_the_plain_decoders(
 
 
 @torch.inference_mode()
-def test_nothing_of_a_step_is_left_for_the_next(tiny_model: MakeTiny) -> None:
+def test_a_step_leaves_nothing_behind_for_the_next(tiny_model: MakeTiny) -> None:
     decoder = load(tiny_model("qwen3").folder, cuda_build(DEVICE, torch.float32))
     fused = FusedDecoder(decoder, attend_into, random_cache(decoder), CAPACITY)
 
@@ -403,7 +401,7 @@ def test_nothing_of_a_step_is_left_for_the_next(tiny_model: MakeTiny) -> None:
     close(found, found_of(decoder, batch_of(REQUESTS[:2]))[0])
 
 
-def test_more_rows_than_there_is_room_for_are_refused(tiny_model: MakeTiny) -> None:
+def test_more_rows_than_the_capacity_are_refused(tiny_model: MakeTiny) -> None:
     decoder = load(tiny_model("llama").folder, cuda_build(DEVICE, torch.float32))
     with pytest.raises(AssertionError, match="11 rows, room for 10"):
         found_of(decoder, batch_of(REQUESTS), num_padding=4)
@@ -412,7 +410,7 @@ def test_more_rows_than_there_is_room_for_are_refused(tiny_model: MakeTiny) -> N
 # ==== Linear layers ====
 
 
-def test_slices_that_no_matrix_joins_write_their_own_columns(tiny_model: MakeTiny) -> None:
+def test_separate_slices_write_their_own_columns(tiny_model: MakeTiny) -> None:
     folder, batch = tiny_model("qwen2").folder, batch_of(REQUESTS)
     decoder, whole = (load(folder, cuda_build(DEVICE, torch.float32)) for _ in range(2))
     for layer in decoder.layers:
@@ -444,7 +442,7 @@ def test_fp8_layers_read_rows_that_the_kernels_rounded(tiny_model: MakeTiny) -> 
     dense, _ = expected_of(load(folder, specification()), batch, lora)
     found, _ = found_of(decoder, batch, lora=lora)
     cut, _ = found_of(decoder, batch, lora=lora, **outputs)
-    # A sum in another order may round an activation the other way, by a sixteenth of it
+    # A sum in another order may round an activation differently, by a sixteenth of it
     allowed = 0.1 * (expected - dense).abs().mean()
     assert (found - expected).abs().mean() < allowed
     assert (cut - expected[OUTPUTS]).abs().mean() < allowed

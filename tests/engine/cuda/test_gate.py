@@ -1,4 +1,4 @@
-"""The gated activation against the reference."""
+"""Tests the gated activation against the reference."""
 
 import pytest
 import torch
@@ -18,11 +18,11 @@ def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> to
     )
 
 
-@pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning")  # numpy's, of the interpreter
+@pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning")  # by numpy, in the interpreter
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", [40, BLOCK + 8])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_gate(activation: str, width: int, dtype: torch.dtype) -> None:
+def test_gate_matches_the_reference(activation: str, width: int, dtype: torch.dtype) -> None:
     gate_up = normal(2, 2 * width, dtype=dtype)
     gate_up[0, :4] = torch.tensor([0.0, -0.0, 60.0, -60.0])
     out, kept = torch.full((2, width), torch.nan, dtype=dtype, device=DEVICE), gate_up.clone()
@@ -32,7 +32,7 @@ def test_gate(activation: str, width: int, dtype: torch.dtype) -> None:
     assert torch.equal(gate_up, kept)
 
 
-def test_every_activation_of_the_decoder_is_there() -> None:
+def test_every_activation_of_the_decoder_is_supported() -> None:
     assert set(ACTIVATIONS) == reference.GATED_ACTIVATIONS.keys()
     with pytest.raises(ValueError, match="'relu' is not one of silu, gelu, gelu_tanh"):
         gate(torch.empty(1, 2), torch.empty(1, 1), "relu")
@@ -58,7 +58,7 @@ def test_a_row_is_the_same_in_any_batch(is_rounded: bool) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", [40, BLOCK + 8])
-def test_a_gate_can_give_its_rows_in_fp8_too(width: int, dtype: torch.dtype) -> None:
+def test_gate_can_also_output_fp8(width: int, dtype: torch.dtype) -> None:
     gate_up = normal(2, 2 * width, dtype=dtype)
     out, rows = torch.empty(2, width, dtype=dtype, device=DEVICE), E4m3Rows.empty(2, width, DEVICE)
     gate(gate_up, out, "silu", rounded=rows)

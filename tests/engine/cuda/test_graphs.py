@@ -1,4 +1,4 @@
-"""GraphRunner: which sizes there are, in what order they are captured, and what is replayed."""
+"""Tests GraphRunner: its sizes, the order of captures, and the replayed graphs."""
 
 from collections.abc import Callable
 
@@ -11,7 +11,7 @@ Key = tuple[int, bool]
 
 
 class Recorder(HostDevice):
-    """Notes what is captured and replayed; every capture takes some memory."""
+    """Records captures and replays; every capture takes some memory."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ def test_very_large_batches_have_no_graph() -> None:
     assert runner.size_for(MAX_GRAPH_ROWS + 1) is None
 
 
-def test_the_largest_is_captured_first_and_each_is_run_before() -> None:
+def test_graphs_are_captured_from_the_largest_on_after_a_warm_up() -> None:
     runner, device, calls = make((1, 2, 4))
     runner.capture()
     keys = [(size, lora) for size in (4, 2, 1) for lora in (True, False)]

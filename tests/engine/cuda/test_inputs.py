@@ -1,4 +1,4 @@
-"""What a step's buffers hold, and that no copy reads or writes memory that others still need."""
+"""Tests the contents of a step's buffers, and that copies use no memory too early."""
 
 import random
 from typing import Any
@@ -65,7 +65,7 @@ def numbers_of(
 
 
 @pytest.mark.parametrize("fill", [InputBuffers.fill, InputBuffers.fill_decodes])
-def test_a_padded_decode_batch_has_rows_that_do_no_harm(fill: Any) -> None:
+def test_padding_rows_of_a_decode_batch_do_no_harm(fill: Any) -> None:
     buffers, shape = make_buffers(), decode_shape(4, lora_words=3)
     inputs = buffers.views(shape, 24)
     for tensor in (inputs.token_ids, inputs.slot_mapping, inputs.attention.context_lens):
@@ -84,7 +84,7 @@ def test_a_padded_decode_batch_has_rows_that_do_no_harm(fill: Any) -> None:
 
 
 def test_tables_of_other_requests_replace_those_of_the_last_step() -> None:
-    """What is left in pinned memory is not copied again, but never wrong either."""
+    """Unchanged pinned memory is not copied again, but must never be stale."""
     buffers, dice = make_buffers(), random.Random(3)
     shapes = {size: decode_shape(size) for size in (4, 5)}
     tables = [tuple(dice.sample(range(100), 6)) for _ in range(4)]
@@ -112,7 +112,7 @@ def test_tables_of_other_requests_replace_those_of_the_last_step() -> None:
             assert inputs.attention.context_lens[i] == BLOCK_SIZE * len(table)
 
 
-def test_a_mixed_batch_is_laid_out_as_it_is() -> None:
+def test_a_mixed_batch_is_laid_out_without_padding() -> None:
     requests = [request_of(1, [5], start=9), request_of(2, [6, 7, 8]), request_of(3, [1] * 20)]
     shape = StepShape(24, 2, 1, exact_capacity(requests, 16))
     buffers = make_buffers()
@@ -129,7 +129,7 @@ def test_a_mixed_batch_is_laid_out_as_it_is() -> None:
 
 
 @pytest.mark.parametrize("fill", [InputBuffers.fill, InputBuffers.fill_decodes])
-def test_a_pending_token_is_what_the_step_before_sampled(fill: Any) -> None:
+def test_a_pending_token_is_the_one_that_the_last_step_sampled(fill: Any) -> None:
     buffers, shape = make_buffers(), decode_shape(4)
     requests = [request_of(1, [5]), request_of(2, [PENDING]), request_of(3, [PENDING])]
     lost = request_of(4, [PENDING])
@@ -157,7 +157,7 @@ def test_the_views_of_a_shape_are_always_the_same_memory() -> None:
         assert mine.data_ptr() == theirs.data_ptr() and mine.data_ptr() % 64 == 0
 
 
-def test_more_than_there_is_room_for_is_refused() -> None:
+def test_batches_beyond_the_capacity_are_refused() -> None:
     buffers = make_buffers()
     with pytest.raises(ValueError, match=r"41 rows .* there is room for 40 and 4096"):
         buffers.fill(decode_shape(41), (), numbers_of())
@@ -165,8 +165,8 @@ def test_more_than_there_is_room_for_is_refused() -> None:
         buffers.views(decode_shape(4, lora_words=5000), 24)
 
 
-def test_a_host_that_runs_ahead_overwrites_nothing_that_is_still_to_be_copied() -> None:
-    """Copies happen only when somebody waits: a third step must wait for the first one's."""
+def test_buffers_are_not_overwritten_before_their_copy_has_ended() -> None:
+    """Copies happen only when waited for: a third step must wait for the first one's."""
     device, dice = LaggingDevice(), random.Random(0)
     buffers, shape = make_buffers(device), decode_shape(4)
     inputs, seen, written = buffers.views(shape, 24), [], []
@@ -248,7 +248,7 @@ class Table:
 
 
 def packed(digest: str, nbytes: int, value: int) -> PackedAdapter:
-    """In two pieces, of which the first is the larger one."""
+    """Pack adapters in two pieces, of which the first is the larger one."""
     pieces = torch.full((nbytes,), value, dtype=torch.uint8).split(nbytes * 3 // 4)
     return PackedAdapter(AdapterExtent(digest, torch.float32, {}, nbytes), pieces)
 
@@ -285,14 +285,14 @@ def test_an_adapter_arrives_when_its_copy_has_ended(adapters: dict[str, PackedAd
 def test_memory_of_an_evicted_adapter_is_free_once_its_copy_has_ended(
     adapters: dict[str, PackedAdapter],
 ) -> None:
-    """The next one's bytes, in the same place, come after it; the first never arrives."""
+    """The next adapter, in the same place, is copied after it; the first never arrives."""
     device, arena = LaggingDevice(), torch.zeros(4096, dtype=torch.uint8)
     copies = AdapterCopies(device, arena, 64, Table(arena), adapters.__getitem__)
     copies.apply(ScheduledBatch((), adapter_loads=(AdapterLoad(1, "x", 3584, 512),)))
     again = (AdapterLoad(2, "y", 3584, 256),)
     copies.apply(ScheduledBatch((), adapter_evictions=(1,), adapter_loads=again))
     device.give(lambda: arena[3840:].fill_(9))
-    device.run("main", 2)  # what is computed on the main stream finds the first copy done
+    device.run("main", 2)  # work on the main stream runs after the first copy
     assert (arena[3840:] == 9).all()
     device.synchronize()
     assert (arena[3584:3840] == 2).all() and (arena[3840:] == 9).all()
@@ -308,7 +308,7 @@ def test_moves_are_done_in_order(adapters: dict[str, PackedAdapter]) -> None:
     assert table.calls == [("evict", 3), ("move", 7)]
 
 
-def test_a_size_that_the_scheduler_was_not_told_is_a_bug(
+def test_an_adapter_of_another_size_than_scheduled_fails(
     adapters: dict[str, PackedAdapter],
 ) -> None:
     arena = torch.zeros(4096, dtype=torch.uint8)

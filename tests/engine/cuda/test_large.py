@@ -1,8 +1,8 @@
-"""Tensors of more than 2^31 elements: every kernel finds what lies far from where a tensor begins.
+"""Tests every kernel on tensors of more than 2^31 elements, whose offsets exceed 32 bits.
 
-They are virtual: pages that nobody touches take no memory. A tensor begins in the middle of such a
-space, so that an offset that was cut to 32 bits reads and writes zeros instead of crashing. Strides
-fit into 32 bits, as in practice; the third row or block is where their multiples no longer do.
+The memory is virtual: pages that are not touched take none. A tensor starts in the middle of such a
+space, so that an offset truncated to 32 bits reads and writes zeros instead of crashing. Strides
+fit into 32 bits, as in practice; the offset of the third row or block does not.
 """
 
 import mmap
@@ -29,21 +29,21 @@ from engine.model.rotary import Rotary, RotaryTable, Unscaled
 from tests.engine.cuda.adapters import launched, load, make_adapter, make_sites
 from tests.engine.cuda.test_fourbit import make_weight
 
-BEFORE = 2**31  # elements
-APART = 2**30 + 2**20  # of two rows or blocks
+BEFORE = 2**31  # elements in front of a tensor
+APART = 2**30 + 2**20  # distance of two rows or blocks, in elements
 NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there they take real memory")
 
 
 def space(dtype: torch.dtype, behind: int) -> Tensor:
-    """[behind] zeros, with as much as any 32-bit offset reaches in front of them."""
+    """Make zeros [behind], with 2^31 elements in front, so that wrong offsets do not crash."""
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NORESERVE
     pages = mmap.mmap(-1, (BEFORE + behind) * dtype.itemsize, flags=flags)
     return torch.frombuffer(pages, dtype=dtype)[BEFORE:]
 
 
 def spread(rows: Tensor) -> Tensor:
-    """The same three of them, far apart."""
+    """Copy three rows to places that are far apart."""
     assert len(rows) == 3 and 2 * APART >= 2**31
     whole = space(rows.dtype, 2 * APART + rows[0].numel())
     return whole.as_strided(rows.shape, (APART, *rows[0].stride())).copy_(rows)
@@ -58,7 +58,7 @@ def test_norm_beyond_32_bit_offsets() -> None:
     torch.testing.assert_close(far_out, reference.rms_norm(wanted, weight, 1e-5))
 
 
-def test_gate() -> None:
+def test_gate_beyond_32_bit_offsets() -> None:
     gate_up = torch.randn(3, 40)
     out = spread(torch.zeros(3, 20))
     gate(spread(gate_up), out, "silu")
@@ -78,7 +78,7 @@ BLOCK_SIZE, KV_HEADS, DIM = 16, 2, 16
 
 
 def kv_blocks() -> Tensor:
-    """Of keys and values; of the last one only four are there."""
+    """Make blocks of keys and values; the last block holds only four."""
     kv = torch.randn(3, 2, BLOCK_SIZE, KV_HEADS, DIM)
     kv[2, :, 4:] = torch.nan
     return kv

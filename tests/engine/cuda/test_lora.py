@@ -1,7 +1,7 @@
-"""Shrink and expand against plain torch, row by row.
+"""Tests shrink and expand against plain torch, row by row.
 
 Tolerance: h and y are rounded to the dtype, so two roundings may be off by half a unit in the last
-place each; errors are measured against the sum of the absolute products.
+place each; errors are relative to the sum of the absolute products.
 """
 
 import pytest
@@ -80,7 +80,7 @@ def test_every_row_gets_its_own_adapter(kind: str, name: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_is_rounded_once_between_and_once_after(dtype: torch.dtype) -> None:
+def test_half_precision_rounds_once_between_the_kernels_and_once_after(dtype: torch.dtype) -> None:
     adapters = make_adapters(dtype)
     slots = row_slots("uniform", len(RANKS), 12)
     for name in ("qkv", "down"):
@@ -89,7 +89,7 @@ def test_half_precision_is_rounded_once_between_and_once_after(dtype: torch.dtyp
 
 
 def test_prefill_and_decodes_in_one_batch() -> None:
-    """More rows than decode tiles are for: chunks of 150, 70 and 40 rows after single ones."""
+    """Use more rows than decode tiles take: chunks of 150, 70 and 40 rows after single ones."""
     adapters = make_adapters(torch.float32)
     slots = [1, 0, 3, 5, 1, 2] + [1] * 150 + [0] * 70 + [5] * 40
     bank = loaded_bank(adapters, max_rows=512)
@@ -98,7 +98,7 @@ def test_prefill_and_decodes_in_one_batch() -> None:
         assert_adds(adapters, slots, name, x, y, add(bank, slots, name, x, y))
 
 
-def test_the_largest_rank_beside_the_smallest() -> None:
+def test_the_largest_and_the_smallest_rank_share_a_batch() -> None:
     ranks = {1: {"qkv": (256, 1, 8)}, 2: {"qkv": (1, 0, 0)}, 3: {"qkv": (8, 256, 31)}}
     adapters = {s: make_adapter(SITES, r, torch.float32, seed=s) for s, r in ranks.items()}
     slots = [1, 2, 0, 3, 1]
@@ -123,8 +123,8 @@ def test_x_and_y_may_be_columns_of_wider_tensors() -> None:
 
 
 @pytest.mark.parametrize("kind", TRAFFIC)
-def test_a_rows_bits_do_not_depend_on_the_rest_of_the_batch(kind: str) -> None:
-    """Nor on how finely the device's size makes shrink be cut, nor on where adapters lie."""
+def test_a_rows_bits_do_not_depend_on_batch_mates(kind: str) -> None:
+    """Vary batch mates, the splitting of shrink (by the device's size), and adapters' places."""
     adapters = make_adapters(torch.float16)
     slots = row_slots(kind, len(RANKS), 20, seed=1)
     row = next(i for i, slot in enumerate(slots) if slot)
@@ -136,7 +136,7 @@ def test_a_rows_bits_do_not_depend_on_the_rest_of_the_batch(kind: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered in matmul:RuntimeWarning")
-def test_a_row_that_overflows_disturbs_no_other() -> None:
+def test_a_row_that_overflows_does_not_affect_others() -> None:
     adapters = make_adapters(torch.float32)
     slots = [1, 1, 2, 0, 5]
     x, y = batch_of("qkv", len(slots), torch.float32)

@@ -1,4 +1,4 @@
-"""Work lists against what they are for: every product of every row, exactly once."""
+"""Tests that the work lists contain every product of every row exactly once."""
 
 import random
 
@@ -28,7 +28,7 @@ def make_shape(rows: int, *, num_processors: int = 4, max_adapters: int = NUM_SL
 
 
 def random_ranks(seed: int) -> np.ndarray:
-    """[kinds, slots]: any rank, and often none."""
+    """Draw ranks [kinds, slots], often 0."""
     rng = random.Random(seed)
     ranks = np.zeros((len(KINDS), NUM_SLOTS + 1), np.int32)
     for number, kind in enumerate(KINDS):
@@ -39,7 +39,7 @@ def random_ranks(seed: int) -> np.ndarray:
 
 
 def segments_of(shape: WorkShape, words: Words) -> list[tuple[list[int], int]]:
-    """(rows, slot) of each segment, up to the rows that follow."""
+    """Decode (rows, slot) of each segment; segments end where the rows begin."""
     begin = len(shape.kinds) * HEADER_WORDS
     rows_at = words[lora_work.ROWS_AT]
     found = words[begin:rows_at].reshape(-1, SEGMENT_WORDS)
@@ -48,7 +48,7 @@ def segments_of(shape: WorkShape, words: Words) -> list[tuple[list[int], int]]:
 
 
 def products_of(shape: WorkShape, words: Words, kind: int) -> list[tuple[int, int, int]]:
-    """(segment, first rank row, plane) of everything that shrink's items multiply."""
+    """List (segment, first rank row, plane) of all products of shrink's items."""
     header = words[kind * HEADER_WORDS :]
     per_block, per_item = header[lora_work.ITEMS_PER_BLOCK], header[lora_work.PLANES_PER_ITEM]
     products: list[tuple[int, int, int]] = []
@@ -78,7 +78,7 @@ def test_every_row_with_an_adapter_is_in_one_segment_of_its_slot(kind: str, rows
 @pytest.mark.parametrize("kind", TRAFFIC)
 @pytest.mark.parametrize("rows", [1, 100, 256, 600])
 @pytest.mark.parametrize("num_processors", [1, 132])
-def test_every_product_is_made_once_at_the_true_rank(
+def test_every_product_is_listed_once_at_the_adapters_own_rank(
     kind: str, rows: int, num_processors: int
 ) -> None:
     slots, ranks = row_slots(kind, NUM_SLOTS, rows), random_ranks(rows)
@@ -101,8 +101,8 @@ def test_every_product_is_made_once_at_the_true_rank(
 
 @pytest.mark.parametrize("rows", [1, 8, 256, 257, 1024, 5000])
 @pytest.mark.parametrize("max_adapters", [1, 7, NUM_SLOTS])
-def test_the_longest_lists_fit_and_fit_exactly(rows: int, max_adapters: int) -> None:
-    """As many adapters as may be, of the largest rank everywhere, one of them with the rest."""
+def test_the_longest_lists_have_exactly_the_largest_size(rows: int, max_adapters: int) -> None:
+    """Use the most adapters, of the largest rank; one of them has all remaining rows."""
     shape = make_shape(rows, max_adapters=max_adapters)
     adapters = min(rows, max_adapters)
     slots = [*range(1, adapters + 1), *[1] * (rows - adapters)]
@@ -119,7 +119,7 @@ def test_a_batch_without_adapters_has_no_work() -> None:
     assert build_words(shape, [], random_ranks(0)).tolist() == words.tolist()
 
 
-def test_blocks_are_cut_finer_while_they_are_few() -> None:
+def test_few_blocks_are_split_finer() -> None:
     ranks = np.full((len(KINDS), NUM_SLOTS + 1), 16, np.int32)
     distinct = list(range(1, NUM_SLOTS + 1))
     for num_processors, slots, wanted in ((132, [1], 1), (8, distinct, 4), (1, distinct, 8)):
@@ -131,7 +131,7 @@ def test_blocks_are_cut_finer_while_they_are_few() -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 255, 256, 257, 512, 513, 8192, 20000])
-def test_shapes_are_few_and_hold_their_rows(rows: int) -> None:
+def test_row_counts_are_rounded_up_to_few_shapes(rows: int) -> None:
     rounded = rounded_rows(rows)
     assert rows <= rounded < max(2 * rows, DECODE_ROWS + 1)
     assert rounded & (rounded - 1) == 0

@@ -1,4 +1,4 @@
-"""A GPU's memory is divided before anything is loaded, or the load is refused with figures."""
+"""Tests that a GPU's memory is divided before loading, or refused with figures."""
 
 import re
 from collections.abc import Callable
@@ -17,16 +17,16 @@ GIB = 2**30
 NEEDS = Needs(weights=16 * GIB, buffers=GIB, reserve=3 * GIB)
 
 
-def test_the_arena_is_what_is_left() -> None:
+def test_the_arena_is_the_remaining_memory() -> None:
     assert arena_bytes(80 * GIB, NEEDS, None, GIB, "") == 60 * GIB
 
 
-def test_what_was_asked_for_is_taken_as_it_is() -> None:
+def test_a_configured_arena_size_is_used_as_it_is() -> None:
     assert arena_bytes(80 * GIB, NEEDS, 48 * GIB, GIB, "") == 48 * GIB
     assert arena_bytes(80 * GIB, NEEDS, 60 * GIB, GIB, "") == 60 * GIB
 
 
-def test_more_than_is_left_is_refused_with_what_would_fit() -> None:
+def test_more_than_the_remaining_memory_is_refused_with_what_would_fit() -> None:
     with pytest.raises(ConfigError, match=r"memory_bytes=66571993088 needs 62\.00 GiB") as error:
         arena_bytes(80 * GIB, NEEDS, 62 * GIB, GIB, "")
     message = str(error.value)
@@ -43,7 +43,7 @@ def test_a_model_too_large_for_the_device_is_refused_with_advice(asked: int | No
 
 
 @pytest.mark.parametrize("quantization", ["none", "int8", "fp8"])
-def test_scratch_holds_the_largest_layer_in_few_bits(
+def test_scratch_holds_the_largest_low_bit_layer(
     tiny_model: Callable[..., Tiny], quantization: str
 ) -> None:
     folder, dtype = tiny_model("llama").folder, torch.bfloat16

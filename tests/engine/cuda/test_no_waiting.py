@@ -1,6 +1,6 @@
-"""A launch on torch's meta device, which has shapes and types and no numbers.
+"""Tests launches on torch's meta device, which has shapes and dtypes but no values.
 
-Whatever would make the host wait for a GPU's numbers raises, and so does a copy not of one piece.
+Any operation for which the host would wait for a GPU's values raises, as do non-contiguous copies.
 """
 
 from typing import Any
@@ -125,7 +125,7 @@ BATCHES = {
 
 
 @pytest.mark.parametrize("name", BATCHES)
-def test_a_launch_waits_for_no_number_of_the_device(name: str) -> None:
+def test_a_launch_never_waits_for_values_of_the_device(name: str) -> None:
     changes = {"moves": (BlockCopy(1, 2),), "adapter_loads": (AdapterLoad(1, "a", 8192, 512),)}
     runner = make_runner()
     runner.launch(ScheduledBatch((), **changes))  # type: ignore[arg-type]
@@ -135,7 +135,7 @@ def test_a_launch_waits_for_no_number_of_the_device(name: str) -> None:
     assert len(handle.result()) == len(batch.requests)
 
 
-def test_the_meta_device_notices_a_wait() -> None:
+def test_the_meta_device_detects_a_wait() -> None:
     there = torch.zeros(3, device=META)
     for wait in (there.tolist, there.max().item, there.numpy, lambda: there.nonzero()):
         with pytest.raises((RuntimeError, NotImplementedError, TypeError)):

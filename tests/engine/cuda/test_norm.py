@@ -1,4 +1,4 @@
-"""Residual addition and norm against the reference, and the rows that FP8 layers read."""
+"""Tests residual addition, norm and FP8 rows against the reference."""
 
 import itertools
 
@@ -30,7 +30,9 @@ def close(found: torch.Tensor, expected: torch.Tensor) -> None:
 @pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", [64, 72])
-def test_norm_of_rows(width: int, dtype: torch.dtype, weight_dtype: torch.dtype) -> None:
+def test_norm_matches_the_reference(
+    width: int, dtype: torch.dtype, weight_dtype: torch.dtype
+) -> None:
     x, weight = normal(3, width, dtype=dtype), normal(width, dtype=weight_dtype, seed=1)
     kept, out = x.clone(), torch.full_like(x, torch.nan)
     add_rms_norm(x, None, weight, EPS, out)
@@ -40,7 +42,7 @@ def test_norm_of_rows(width: int, dtype: torch.dtype, weight_dtype: torch.dtype)
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("leaves", [False, True])
-def test_what_a_block_gives_back_is_added_before_the_norm(leaves: bool, dtype: torch.dtype) -> None:
+def test_the_residual_is_added_before_the_norm(leaves: bool, dtype: torch.dtype) -> None:
     x, delta = normal(3, 72, dtype=dtype), normal(3, 72, dtype=dtype, seed=1)
     weight, leave = normal(72, seed=2), normal(72, seed=3)
     out, kept = torch.empty_like(x), delta.clone()
@@ -48,7 +50,7 @@ def test_what_a_block_gives_back_is_added_before_the_norm(leaves: bool, dtype: t
     expected = (x.float() + 0.7 * added).to(dtype)
     add_rms_norm(x, delta, weight, EPS, out, scale=0.7, leave=leave if leaves else None)
     close(x, expected)
-    close(out, reference.rms_norm(x, weight, EPS))  # of the sum as it was rounded
+    close(out, reference.rms_norm(x, weight, EPS))  # of the rounded sum
     assert torch.equal(delta, kept)
 
 
@@ -63,7 +65,7 @@ def test_a_row_is_the_same_in_any_batch() -> None:
         assert torch.equal(alone[0][0], whole[0][i]) and torch.equal(alone[1][0], whole[1][i])
 
 
-def test_rows_may_lie_apart_and_there_may_be_none() -> None:
+def test_rows_may_be_strided_and_there_may_be_none() -> None:
     wide, delta = normal(4, 200), normal(4, 90, seed=1)
     kept, weight = wide.clone(), normal(72, seed=2)
     x, out = wide[:, 100:172], wide[:, 10:82]
@@ -85,7 +87,7 @@ def test_a_row_too_wide_for_a_program_is_refused() -> None:
 
 
 def every_value() -> torch.Tensor:
-    """All finite e4m3 values, what lies halfway between two, and float32's neighbours of both."""
+    """List all finite e4m3 values, midpoints, and the adjacent float32 numbers of both."""
     values = torch.arange(256, dtype=torch.uint8).view(E4M3).float()
     exact = values[values.isfinite()].sort().values
     points = torch.cat([exact, (exact[1:] + exact[:-1]) / 2])
@@ -113,9 +115,9 @@ def test_fp8_rows_are_those_of_the_plain_quantizer(dtype: torch.dtype) -> None:
     assert rows.codes[3:].float().abs().amax(1).eq(448).all()
 
 
-@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy's, of the interpreter
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # by numpy, in the interpreter
 @pytest.mark.parametrize(("bad", "row"), list(itertools.product([torch.nan, torch.inf], [0, 2])))
-def test_what_is_not_finite_stays_in_its_row(bad: float, row: int) -> None:
+def test_nan_and_infinity_stay_in_their_row(bad: float, row: int) -> None:
     x = normal(3, 64)
     clean, rows = plainly_quantized(x), E4m3Rows.empty(3, 64, DEVICE)
     x[row, 5] = bad
@@ -127,7 +129,7 @@ def test_what_is_not_finite_stays_in_its_row(bad: float, row: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_norm_can_give_its_rows_in_fp8_too(dtype: torch.dtype) -> None:
+def test_norm_can_also_output_fp8(dtype: torch.dtype) -> None:
     x, delta = normal(3, 72, dtype=dtype), normal(3, 72, dtype=dtype, seed=1)
     out, rows = torch.empty_like(x), E4m3Rows.empty(3, 72, DEVICE)
     add_rms_norm(x, delta, normal(72, seed=2), EPS, out, rounded=rows)

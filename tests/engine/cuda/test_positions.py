@@ -1,4 +1,4 @@
-"""DevicePositions say what the requests say, whatever room there is."""
+"""Tests that DevicePositions match their requests, at any capacity."""
 
 import random
 from itertools import pairwise
@@ -29,13 +29,13 @@ def request(start: int, new: int, first_block: int = 0) -> ScheduledRequest:
 
 
 def written(requests: list[ScheduledRequest], capacity: PositionsCapacity) -> dict[str, Numbers]:
-    """Into arrays that hold the numbers of some batch before."""
+    """Write positions to arrays that hold values of an earlier batch."""
     arrays = {n: np.full(shape, 99, np.int32) for n, shape in capacity.shapes().items()}
     write_positions(arrays, requests, capacity)
     return arrays
 
 
-def test_a_decode_step_of_a_larger_graph() -> None:
+def test_a_decode_step_is_padded_to_a_larger_graph() -> None:
     capacity = PositionsCapacity(
         num_decodes=4, num_prefills=0, table_width=3, num_tiles=0, tile_tokens=16
     )
@@ -46,7 +46,7 @@ def test_a_decode_step_of_a_larger_graph() -> None:
     assert arrays["block_tables"][1, :1].tolist() == [8]
 
 
-def test_prefills_follow_the_decodes_that_there_is_room_for() -> None:
+def test_prefills_follow_the_padded_decodes() -> None:
     capacity = PositionsCapacity(
         num_decodes=2, num_prefills=3, table_width=4, num_tiles=5, tile_tokens=16
     )
@@ -55,7 +55,7 @@ def test_prefills_follow_the_decodes_that_there_is_room_for() -> None:
     assert arrays["cu_seqlens_q"].tolist() == [0, 1, 2, 22, 27, 27]
     assert arrays["block_tables"][2, :2].tolist() == [8, 9]
     assert arrays["block_tables"][3, :3].tolist() == [1, 2, 3]
-    # by the keys that they see: 35, 20, 16
+    # sorted by the number of keys seen: 35, 20, 16
     tiles = arrays["tiles"].tolist()
     assert tiles[:3] == [[3, 22], [2, 18], [2, 2]]
     assert [tile[0] for tile in tiles[3:]] == [NO_REQUEST] * 2
@@ -101,7 +101,7 @@ def test_copied_positions_are_exactly_their_requests() -> None:
         ([request(0, 5), request(0, 1)], "a prefill comes before a decode"),
     ],
 )
-def test_more_than_there_is_room_for_is_refused(
+def test_batches_beyond_the_capacity_are_refused(
     requests: list[ScheduledRequest], words: str
 ) -> None:
     capacity = PositionsCapacity(
@@ -113,6 +113,6 @@ def test_more_than_there_is_room_for_is_refused(
 
 def test_heads_of_a_group_share_a_tiles_rows() -> None:
     assert prefill_tile_tokens(32, 8, 128) == 32
-    assert prefill_tile_tokens(14, 2, 64) == 16  # groups of 7 take the rows of 8
+    assert prefill_tile_tokens(14, 2, 64) == 16  # groups of 7 heads are padded to 8
     assert prefill_tile_tokens(16, 8, 256) == 32
     assert prefill_tile_tokens(256, 1, 64) == 1

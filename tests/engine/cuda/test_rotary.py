@@ -1,4 +1,4 @@
-"""Head norms, rotary positions and the KV store in one pass, against the reference of each."""
+"""Tests the pass of head norms, rotary positions and KV store against the reference ops."""
 
 from dataclasses import dataclass, field
 
@@ -23,7 +23,7 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
 
 @dataclass
 class Case:
-    """Six rows, the fourth of them padding, on the middle layer of a poisoned cache."""
+    """Six rows, the fourth of them padding, in the middle layer of a cache full of NaN."""
 
     heads: int = 4
     kv_heads: int = 2
@@ -60,7 +60,7 @@ class Case:
         return qkv, kv_cache
 
     def expected(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The same by three ops; qkv's keys and values stay as they are."""
+        """Compute the result by three reference ops; keys and values in qkv stay unchanged."""
         heads = self.qkv.clone().view(len(self.slots), -1, self.dim)
         q, k, v = heads.split([self.heads, self.kv_heads, self.kv_heads], 1)
         k = k.clone()
@@ -90,7 +90,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_queries_are_turned_and_keys_and_values_stored(name: str) -> None:
+def test_queries_are_rotated_and_keys_and_values_stored(name: str) -> None:
     case = CASES[name]
     slack = SLACK[case.dtype]
     for found, expected in zip(case.run(), case.expected(), strict=True):
@@ -105,7 +105,7 @@ def test_only_the_slots_of_the_layer_are_written() -> None:
     assert not written[:, 0].any() and not written[:, 2].any()
 
 
-def test_indices_may_be_of_either_width() -> None:
+def test_indices_may_be_int32_or_int64() -> None:
     case = Case()
     for found, expected in zip(case.run(torch.int32), case.run(), strict=True):
         assert torch.equal(found.nan_to_num(7.0), expected.nan_to_num(7.0))

@@ -1,4 +1,4 @@
-"""DeviceSampler against `sample`, its plain twin, and its parts against brute force."""
+"""Tests DeviceSampler against `sample`, and its parts against brute force."""
 
 import math
 import random
@@ -37,7 +37,7 @@ FILTERS: list[dict[str, Any]] = [
 
 
 def random_rows(rows: int, vocab: int, seed: int = 0) -> Tensor:
-    """Flat rows, peaked ones and ones with many ties."""
+    """Make flat rows, peaked rows and rows with many ties."""
     logits = torch.randn(rows, vocab, generator=torch.Generator().manual_seed(seed + vocab))
     logits[1::3] *= 4
     logits[2::3] = (logits[2::3] * 4).round()
@@ -84,7 +84,7 @@ def random_requests(rows: int, vocab: int, seed: int = 0) -> list[ScheduledReque
 def on_device(
     requests: list[ScheduledRequest], logits: Tensor, last_inputs: list[int] | None = None
 ) -> list[SampledToken | NotFinite]:
-    """What `sample` returns, by way of the device."""
+    """Return the result of `sample`, computed by the DeviceSampler."""
     inputs = torch.tensor(last_inputs or [0] * len(requests), dtype=torch.int32)
     sampled = DeviceSampler(HostDevice()).sample(requests, logits.clone(), inputs)
     num_top = [r.sampling.logprobs for r in requests if r.sampling.logprobs is not None]
@@ -111,7 +111,7 @@ def by_torch(requests: list[ScheduledRequest], logits: Tensor) -> list[SampledTo
 def assert_same(
     got: list[SampledToken | NotFinite], expected: list[SampledToken | NotFinite]
 ) -> None:
-    """Of tokens with equal log-probabilities, either may be listed first."""
+    """Assert equal results; tokens of equal log-probability may be listed in any order."""
     for mine, theirs in zip(got, expected, strict=True):
         if isinstance(theirs, NotFinite):
             assert isinstance(mine, NotFinite)
@@ -149,7 +149,7 @@ def test_greedy_requests_send_nothing_to_the_device() -> None:
 
 @pytest.mark.parametrize("bad", [NAN, INF, -INF])
 @pytest.mark.parametrize("changes", [{"temperature": 0.0}, *FILTERS], ids=str)
-def test_a_row_that_is_not_finite_concerns_itself_alone(bad: float, changes: dict) -> None:  # type: ignore[type-arg]
+def test_a_row_that_is_not_finite_does_not_affect_others(bad: float, changes: dict) -> None:  # type: ignore[type-arg]
     logits, requests = random_rows(5, 600), [request_of(SamplingParams(seed=3, **changes))] * 5
     expected = by_torch(requests, logits)
     logits[1], logits[3, 77] = bad, bad
@@ -172,7 +172,7 @@ def test_the_smallest_temperatures_are_greedy(temperature: float, changes: dict[
 
 
 def test_a_pending_token_counts_as_the_last_of_the_output() -> None:
-    """Penalties see the token that only the device knows, exactly as if the host had known it."""
+    """Penalties must count the token that only the device has, as if the host had it."""
     logits, known, pending = random_rows(6, 40), [], []
     last = [3, 4, 5, 3, 4, 5]
     for i, token_id in enumerate(last):
@@ -193,7 +193,7 @@ def test_a_pending_token_counts_as_the_last_of_the_output() -> None:
 # ==== parts ====
 
 
-def test_noise_is_the_samplers_in_every_bit() -> None:
+def test_noise_equals_that_of_the_sampler_bit_for_bit() -> None:
     seeds = [0, 1, -1, 2**63 - 1, -(2**63), 2**32, 987654321, 2**63 + 1]
     positions = [1, 2, 7, 2**31, 0, 12345, 3, 9]
     low, high = (torch.from_numpy(half) for half in noise_keys(seeds, positions))
@@ -229,7 +229,7 @@ def test_weighted_floor_is_that_of_a_sorted_row(vocab: int) -> None:
 
 @pytest.mark.parametrize("changes", FILTERS[1:], ids=str)
 @pytest.mark.parametrize("ties", [False, True], ids=["no ties", "ties"])
-def test_filters_leave_what_the_samplers_leave(changes: dict[str, Any], ties: bool) -> None:
+def test_filters_keep_the_same_tokens_as_the_sampler(changes: dict[str, Any], ties: bool) -> None:
     row = torch.randn(3000, generator=torch.Generator().manual_seed(5)) * 2
     row = row.round() if ties else row
     requests = [request_of(SamplingParams(seed=s, temperature=1.3, **changes)) for s in range(40)]

@@ -1,6 +1,6 @@
-"""What the runner's streams and the host share is ordered by events, whatever runs ahead.
+"""Tests that all memory shared by the runner's streams and the host is ordered by events.
 
-The real scheduler, runner and copies; the model only says which bytes it would read and write.
+Uses the real scheduler, runner and copies; the model only declares its reads and writes.
 """
 
 import random
@@ -42,7 +42,7 @@ KINDS += ("abort", "lost step")
 
 @dataclass
 class Bank:
-    """Its plan is a slot for each row; the table on the device has a row for each slot."""
+    """A bank whose plan is a slot per row; the table on the device has a row per slot."""
 
     device: OrderedDevice
     arena: Tensor
@@ -86,7 +86,7 @@ class Words:
 
 @dataclass
 class Model:
-    """Reads what a decoder would, shrinks beside and writes keys into their slots."""
+    """Reads like a decoder, shrinks on the side stream and writes keys into their slots."""
 
     device: OrderedDevice
     arena: Tensor
@@ -143,7 +143,7 @@ class Model:
 
 
 class Quiet(Model):
-    """What the model looks up on the host is not the device's work."""
+    """Hides the model's look-ups on the host, which are not work of the device."""
 
     def forward(self, *inputs: Any, **options: Any) -> Tensor:
         with _disable_current_modes():
@@ -212,7 +212,7 @@ def request_of(number: int, dice: random.Random) -> Request:
 
 
 def serve(device: OrderedDevice, seed: int) -> Counter[str]:
-    """Until all requests have ended, some by an abort or a lost step; counts what happened."""
+    """Run until all requests have ended, with aborts and failed steps; count the events."""
     dice, seen, now = random.Random(seed), Counter[str](), 0.0
     runner = make_runner(device)
     scheduler = make_scheduler(runner, dice)
@@ -242,7 +242,7 @@ def serve(device: OrderedDevice, seed: int) -> Counter[str]:
 
 
 def launch(runner: DeviceRunner, batch: ScheduledBatch, device: OrderedDevice) -> StepHandle | None:
-    """None for a step that raised when much of it was under way."""
+    """Launch a step; return None if it raised midway."""
     try:
         with Watch(device):
             return runner.launch(batch)
@@ -260,13 +260,13 @@ def count(batch: ScheduledBatch, seen: Counter[str]) -> None:
         seen["adapter move"] += isinstance(move, AdapterMove)
 
 
-def test_everything_that_streams_share_is_ordered() -> None:
+def test_all_uses_of_shared_memory_are_ordered() -> None:
     seen = sum((serve(OrderedDevice(seed), seed) for seed in range(3)), Counter[str]())
     for what in KINDS:
         assert seen[what] > 2, f"{what}: the traffic is too tame to show anything"
 
 
-# ==== the checker notices each order that is missing ====
+# ==== the checker detects missing orders ====
 
 
 class LoadsWaitForNothing(OrderedDevice):
@@ -294,14 +294,14 @@ class ShrinkDoesNotWait(OrderedDevice):
 
 
 @pytest.mark.parametrize("broken", [LoadsWaitForNothing, ShrinkIsNotJoined, ShrinkDoesNotWait])
-def test_a_device_without_one_of_its_orders_is_noticed(broken: type[OrderedDevice]) -> None:
+def test_a_missing_order_between_streams_is_detected(broken: type[OrderedDevice]) -> None:
     with pytest.raises(Unordered):
         for seed in range(4):
             serve(broken(seed), seed)
 
 
 def take_at_once(ring: PinnedRing, nbytes: int) -> Tensor:
-    """The same buffer again. Two without a wait would do where each step's result is waited for."""
+    """Take the same buffer again: two without a wait would suffice if every result is read."""
     ring._sent = [None] * len(ring._sent)
     ring._turn = 0
     return take(ring, nbytes)
@@ -319,7 +319,7 @@ take, read = PinnedRing.take, Arrival.read
     ("owner", "name", "hasty"),
     [(PinnedRing, "take", take_at_once), (Arrival, "read", read_at_once)],
 )
-def test_a_host_that_does_not_wait_is_noticed(
+def test_a_missing_wait_of_the_host_is_detected(
     monkeypatch: pytest.MonkeyPatch, owner: type, name: str, hasty: Any
 ) -> None:
     monkeypatch.setattr(owner, name, hasty)
@@ -328,7 +328,7 @@ def test_a_host_that_does_not_wait_is_noticed(
             serve(OrderedDevice(seed), seed)
 
 
-def test_an_adapter_that_is_used_before_it_arrived_is_noticed(
+def test_use_of_an_adapter_before_its_arrival_is_detected(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(ClockEvent, "is_done", lambda event: True)

@@ -1,4 +1,4 @@
-"""CudaDevice on a GPU: order between its streams, and what its graphs hold."""
+"""Tests CudaDevice on a GPU: the order between its streams, and its graphs."""
 
 import subprocess
 import sys
@@ -22,7 +22,7 @@ def device() -> CudaDevice:
 
 
 def half_beside(device: CudaDevice, x: Tensor, w: Tensor) -> tuple[Callable[[], None], Tensor]:
-    """out = x @ w + 3 x, the last part beside the product."""
+    """Compute out = x @ w + 3 x, the last term concurrently with the product."""
     part, out = torch.zeros_like(x), torch.zeros_like(x)
 
     def work() -> None:
@@ -30,7 +30,7 @@ def half_beside(device: CudaDevice, x: Tensor, w: Tensor) -> tuple[Callable[[], 
         torch.mm(x, w, out=out)
         wait()
         out.add_(part)
-        x.zero_()  # must not reach what ran beside
+        x.zero_()  # must not affect the side-stream work
 
     return work, out
 
@@ -67,7 +67,7 @@ def test_memory_is_pinned_by_another_thread_during_a_capture(device: CudaDevice)
 
 
 @torch.inference_mode()
-def test_copies_beside_the_steps_arrive_whole(device: CudaDevice) -> None:
+def test_copies_concurrent_with_steps_arrive_complete(device: CudaDevice) -> None:
     source, target = device.pinned(2**26), torch.zeros(2**26, dtype=torch.uint8, device="cuda")
     source.fill_(7)
     with device.side(device.record()):
@@ -91,17 +91,17 @@ except DeviceLost:
 
 
 def test_a_lost_device_is_noticed_and_its_process_can_end() -> None:
-    """In a process of its own: no other test could use the device afterwards."""
+    """Run in a separate process, because the device cannot be used afterwards."""
     done = subprocess.run([sys.executable, "-c", LOSE_THE_DEVICE], timeout=120)
     assert done.returncode == 7
 
 
 @pytest.mark.parametrize("kind", QUANTIZERS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_weights_are_quantized_there_as_on_a_cpu(kind: str, dtype: torch.dtype) -> None:
+def test_weights_are_quantized_on_a_gpu_as_on_a_cpu(kind: str, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(96, 2**18, generator=generator) * torch.logspace(-42, 3, 96)[:, None]
-    weight = weight.to(dtype)  # from denormal to large; longer than one piece
+    weight = weight.to(dtype)  # values from denormal to large; more than one chunk
     expected, found = QUANTIZERS[kind](weight), QUANTIZERS[kind](weight.cuda())
     assert found.codes.is_cuda and found.scales.is_cuda
     assert torch.equal(found.scales.cpu(), expected.scales)

@@ -1,6 +1,6 @@
-"""The engine on Triton's kernels: its text is that of transformers and peft.
+"""Tests the engine on Triton kernels: its text must equal that of transformers and peft.
 
-On a GPU all of it; in Triton's interpreter, which takes a second for a step, one mixed batch.
+On a GPU all tests run; in Triton's interpreter, which takes a second per step, one mixed batch.
 """
 
 from collections.abc import Callable
@@ -71,7 +71,7 @@ def by_torch(tiny: Tiny, requests: list[GenerateRequest], **changes: Any) -> Tex
     return texts(run(make_engine(tiny.folder, device="cpu", **changes), requests))
 
 
-def test_a_mixed_batch_in_little_memory_has_the_text_of_torch(
+def test_a_mixed_batch_in_little_memory_gives_the_text_of_torch(
     tiny: Tiny, adapters: list[AdapterFolder]
 ) -> None:
     requests = mixed(adapters, 3)[:5]
@@ -87,7 +87,7 @@ def test_a_mixed_batch_in_little_memory_has_the_text_of_torch(
     [({"block_size": 8}, "block_size=8 is not a multiple of 16"), ({"kernels": "triton"}, "")],
     ids=["block_size", "no interpreter"],
 )
-def test_what_triton_cannot_do_is_refused_where_it_was_asked_for(
+def test_explicit_triton_is_refused_if_it_is_not_supported(
     tiny: Tiny, changes: dict[str, Any], reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not reason:
@@ -99,7 +99,7 @@ def test_what_triton_cannot_do_is_refused_where_it_was_asked_for(
         triton_engine(tiny.folder, **changes)
 
 
-def test_decoding_adapters_takes_no_team_of_threads(tiny: Tiny) -> None:
+def test_reading_adapters_uses_one_thread_of_torch(tiny: Tiny) -> None:
     torch.set_num_threads(2)
     triton_engine(tiny.folder, max_num_seqs=1, cuda_graphs="off").close()
     assert torch.get_num_threads() == 1
@@ -178,7 +178,7 @@ def test_preempted_requests_and_evicted_adapters_lose_nothing(
 def test_no_launch_waits_for_the_device(
     tiny: Tiny, adapters: list[AdapterFolder], changes: dict[str, Any]
 ) -> None:
-    """Torch raises where an operation of its own would; the step's requests end with that."""
+    """Torch raises if one of its operations would wait; that would end the step's requests."""
     engine = triton_engine(tiny.folder, **changes)
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -203,7 +203,7 @@ def test_quantized_layers_have_the_text_of_dequantized_ones(
 def test_in_bfloat16_graphs_and_batch_mates_change_little(
     tiny: Tiny, adapters: list[AdapterFolder], quantization: str
 ) -> None:
-    """Logprobs of the prompt, which no choice of token can make diverge."""
+    """Compare logprobs of the prompt, which do not depend on sampled tokens."""
     requests = [
         GenerateRequest(
             f"r{n}", prompt_of(n, seed=n), greedy(1, prompt_logprobs=0), adapter_folder=a

@@ -1,6 +1,6 @@
-"""The whole runner on Triton kernels, in the interpreter: the text of a tiny model and adapters.
+"""Tests the whole runner on Triton kernels, in the interpreter, with a tiny model and adapters.
 
-On a GPU, where a copy takes its time, the engine drives it in test_triton_engine.
+test_triton_engine tests it on a GPU, where copies are asynchronous, driven by the engine.
 """
 
 from collections.abc import Callable, Sequence
@@ -70,7 +70,7 @@ def load(folder: Path, build: Build) -> Decoder:
 
 
 class LateBeside(HostDevice):
-    """What runs beside the main stream runs when it is waited for."""
+    """Runs side-stream work only when it is waited for."""
 
     def beside(self, work: Callable[[], None]) -> Callable[[], None]:
         return work
@@ -125,20 +125,20 @@ TRAFFIC = {"distinct": [1, 2, 0], "identical": [1, 1, 1], "none": [0, 0, 0]}
 
 
 @pytest.mark.parametrize(("traffic", "depth"), [("distinct", 1), ("identical", 0), ("none", 1)])
-def test_every_request_gets_what_it_gets_alone(
+def test_results_equal_those_of_each_request_alone(
     captured: DeviceRunner,
     plain: Decoder,
     adapters: list[LoraWeights],
     traffic: str,
     depth: int,
 ) -> None:
-    """By graphs that were captured once, whatever adapters come."""
+    """Replay graphs that were captured once, for any adapters."""
     generations = generations_of(SAMPLINGS, TRAFFIC[traffic], BLOCK_SIZE)
     drive(captured, generations, budget=LIMITS.max_num_batched_tokens, depth=depth, seed=2)
     check(plain, adapters, generations)
 
 
-def test_an_adapter_that_no_kernel_was_made_for_is_refused_as_it_is_read(
+def test_an_adapter_of_too_high_a_rank_is_refused_when_it_is_read(
     folder: Path, plain: Decoder, tmp_path: Path
 ) -> None:
     adapter = write_adapter(folder, tmp_path / "large", r=13)

@@ -1,8 +1,8 @@
-"""No kernel is compiled once requests are served: all that random traffic launches was launched
-before, by the capture of the graphs and by the warm-up. And no graph is captured over a kernel
-that was not compiled before its capture began.
+"""Tests that no kernel is compiled while requests are served.
 
-Kernels do nothing here, so the text is nonsense; what is launched does not depend on it.
+All variants that random traffic launches were launched before, by the capture of graphs or by the
+warm-up, and every kernel in a graph was compiled before its capture began. Kernels do nothing here,
+so the text is random; the launches do not depend on it.
 """
 
 import random
@@ -36,7 +36,7 @@ from tests.engine.support.tiny import Tiny
 
 MakeTiny = Callable[..., Tiny]
 CPU = torch.device("cpu")
-PROCESSORS = 24  # few enough that large batches split no keys, and small ones do
+PROCESSORS = 24  # so few that small batches split keys, but large ones do not
 BLOCK_SIZE, MAX_LEN = 16, 512
 LIMITS = StepLimits(20, 600, MAX_LEN, BLOCK_SIZE)
 ARENA_BYTES = 2**24
@@ -68,7 +68,7 @@ MODELS = {
 
 
 class Capturing(HostDevice):
-    """Says what was launched for the first time in a capture."""
+    """Records variants that were launched for the first time during a capture."""
 
     def __init__(self, launches: Launches) -> None:
         super().__init__()
@@ -122,7 +122,7 @@ def make(
 
 
 def random_batch(dice: random.Random) -> ScheduledBatch:
-    """Decodes, chunks or both; up to the limits in every respect, and often small."""
+    """Draw decodes, chunks or both, of all sizes up to the limits, often small."""
     most = dice.choice((1, 2, LIMITS.max_num_seqs))
     rows = dice.choice((most, 40, 70, 200, LIMITS.max_num_batched_tokens))
     has_adapters, requests = dice.random() < 0.5, list[ScheduledRequest]()
@@ -150,7 +150,7 @@ def random_batch(dice: random.Random) -> ScheduledBatch:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_traffic_launches_nothing_that_the_warm_up_did_not(
+def test_traffic_launches_only_kernels_that_the_warm_up_compiled(
     name: str, tiny_model: MakeTiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, launches = MODELS[name], Launches(monkeypatch, PROCESSORS)

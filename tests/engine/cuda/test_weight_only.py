@@ -1,4 +1,4 @@
-"""The layer: which implementation takes a batch, what it shares, and what it refuses."""
+"""Tests WeightOnlyLinear: choice of implementation, shared scratch, and refusals."""
 
 import json
 from collections.abc import Sequence
@@ -54,7 +54,7 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor, dtype: torch.dtyp
 
 @pytest.mark.parametrize("rows", [0, 1, 4, 18, 30])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_every_choice_gives_the_dense_layer(dtype: torch.dtype, rows: int) -> None:
+def test_every_choice_equals_the_dense_layer(dtype: torch.dtype, rows: int) -> None:
     weight = make_weight("int4", 72, 128, order=True)
     bias = normal(72)
     layer = make_layer(weight, bias=bias, dtype=dtype)
@@ -83,7 +83,7 @@ def test_joined_weights_multiply_side_by_side() -> None:
 
 
 @pytest.mark.parametrize("rows", [2, 20])
-def test_layer_keeps_nothing_of_its_arguments(rows: int) -> None:
+def test_the_given_tensors_are_not_kept(rows: int) -> None:
     weight, bias, x = make_weight("int4", 128, 64, order=True), normal(128), normal(rows, 64)
     assert weight.input_order is not None
     weight = replace(weight, input_order=weight.input_order.long())
@@ -162,7 +162,7 @@ def test_scratch_gives_only_what_was_reserved() -> None:
         ({"input_order": torch.zeros(128, dtype=torch.int32)}, "no permutation of the 128"),
     ],
 )
-def test_weight_that_no_kernel_takes_is_refused(change: dict[str, object], message: str) -> None:
+def test_unsupported_weights_are_refused(change: dict[str, object], message: str) -> None:
     weight = replace(make_weight("int4", 72, 128), **change)
     with pytest.raises(ValueError, match=message):
         make_layer(weight)
@@ -263,7 +263,7 @@ def test_wrong_tables_are_refused(
         choices_for(Shape("nf4", 72, 128), 2, "a card", 132, write_table(tmp_path, choices))
 
 
-def test_tiles_that_no_kernel_takes_are_refused() -> None:
+def test_unsupported_tiles_are_refused() -> None:
     with pytest.raises(ValueError, match="rows=24"):
         GemmTiles(24, 64, 4, 3)
 

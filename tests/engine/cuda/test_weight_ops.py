@@ -1,4 +1,4 @@
-"""The linear layers of a device: written where they are told to, and usable like any other."""
+"""Tests the linear layers of a device, with given outputs and in the plain decoder."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -23,7 +23,7 @@ def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> to
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("has_bias", [False, True])
-def test_a_dense_layer_writes_where_it_is_told_to(has_bias: bool, dtype: torch.dtype) -> None:
+def test_a_dense_layer_writes_to_the_given_output(has_bias: bool, dtype: torch.dtype) -> None:
     x, weight = normal(5, 24, dtype=dtype), normal(9, 24, dtype=dtype, seed=1)
     bias = normal(9, dtype=dtype, seed=2) if has_bias else None
     expected = reference.pack_linear(weight, bias)(x)
@@ -36,7 +36,7 @@ def test_a_dense_layer_writes_where_it_is_told_to(has_bias: bool, dtype: torch.d
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_logits_are_float32_and_the_callers_to_change(dtype: torch.dtype) -> None:
+def test_logits_are_float32_and_may_be_overwritten(dtype: torch.dtype) -> None:
     x, head = normal(3, 24, dtype=dtype), DenseHead(normal(50, 24, dtype=dtype, seed=1))
     first = head(x)
     assert first.dtype == torch.float32

@@ -1,4 +1,4 @@
-"""The native library at every instruction set of this machine, with one thread and with several."""
+"""Parametrizes tests by instruction sets of this machine, with one and several threads."""
 
 import os
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from engine.backends.native import library
 from engine.backends.native.build import BuildError
 from engine.backends.native.library import Context, supported_isas
 
-if "REEF_TEST_LIBRARY" in os.environ:  # one that was compiled in another way
+if "REEF_TEST_LIBRARY" in os.environ:  # a library compiled with other options
     library.ensure_library = lambda: Path(os.environ["REEF_TEST_LIBRARY"])
 THREADS = [2] if "REEF_TEST_QUICK" in os.environ else [1, 2, 3]
 

@@ -1,7 +1,7 @@
-"""Real PEFT folders through load_lora, the bank and the kernels, against peft's merged weights.
+"""Tests PEFT folders through load_lora, the bank and the kernels, against peft's merged weights.
 
-Tolerance: factors, h and y are bfloat16, so each of four roundings may be off by 2^-9 of what is
-rounded; errors are measured against the sum of the absolute products.
+Tolerance: factors, h and y are bfloat16, so each of four roundings may be off by 2^-9 of the
+rounded value; errors are relative to the sum of the absolute products.
 """
 
 from collections.abc import Callable, Sequence
@@ -42,7 +42,7 @@ BF16 = torch.bfloat16
 
 
 class Model:
-    """A tiny base, its sites and its adapters; `delta` is what peft says that one adds."""
+    """A tiny base, its sites and adapters; `delta` is the change of weights by peft."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder / "base"
@@ -66,7 +66,7 @@ class Model:
         return PeftModel.from_pretrained(self._load(), adapter.path).merge_and_unload()  # type: ignore
 
     def delta(self, name: str, site: LoraSite) -> Tensor:
-        """[out, in], all modules of the site one below the other."""
+        """Return the change [out, in] of all modules of the site, stacked."""
         merged, base = self.merged[name], self.base
         modules = [part.module for part in site.slices]
         weights = [(merged.get_submodule(m).weight, base.get_submodule(m).weight) for m in modules]
@@ -83,7 +83,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
 
 @pytest.fixture
 def bank(model: Model) -> NativeAdapterBank:
-    """Slots 1 to 4 in the order of CONFIGS."""
+    """Make a bank with slots 1 to 4 in the order of CONFIGS."""
     bank = NativeAdapterBank(model.keys)
     for slot, name in enumerate(CONFIGS, 1):
         bank.load(slot, model.weights(name))
@@ -95,7 +95,7 @@ def request(slot: int, rows: int) -> ScheduledRequest:
 
 
 def batch_of(*requests: tuple[int, int]) -> ScheduledBatch:
-    """Of (slot, rows)."""
+    """Make a batch of (slot, rows)."""
     return ScheduledBatch(tuple(request(slot, rows) for slot, rows in requests))
 
 
@@ -122,7 +122,7 @@ def add(
 def assert_adds_the_deltas(
     context: Context, model: Model, lora: NativeLoraBatch, slots: Sequence[int]
 ) -> None:
-    """At every site, for rows of these slots; a row of slot 0 keeps its bits."""
+    """Check every site for rows of these slots; rows of slot 0 must keep their bits."""
     names = ["", *CONFIGS]
     generator = torch.Generator().manual_seed(len(slots))
     for number, site in enumerate(model.sites):
@@ -136,7 +136,7 @@ def assert_adds_the_deltas(
                 continue
             delta = model.delta(names[slot], site)
             expected = before[row].float() + delta @ x[row].float()
-            # By modules: h's error is spread over as many products as the rank
+            # Per module: h's error is spread over as many products as the rank
             size = before[row].float().abs() + 3 * delta.abs() @ x[row].float().abs()
             assert ((y[row].float() - expected).abs() <= 4 * 2**-9 * size).all()
 
@@ -184,14 +184,14 @@ def test_factors_that_are_not_finite_once_scaled_are_refused(
 # ==== tables ====
 
 
-def test_sites_that_an_adapter_leaves_alone_have_no_a(model: Model) -> None:
+def test_untargeted_sites_have_no_factors(model: Model) -> None:
     native = NativeAdapter(model.weights("attention"), model.keys)
     touched = [native.sites[i].a is not None for i in range(len(model.keys))]
     assert touched == [site == "qkv" for _, site in model.keys]
     assert native.lora_rank == 8  # q's and v's
 
 
-def test_only_panels_in_bfloat16_are_taken(model: Model) -> None:
+def test_only_panels_in_bfloat16_are_accepted(model: Model) -> None:
     adapter = model.adapters["attention"]
     plain = load_lora(adapter, model.sites, BF16)
     with pytest.raises(ValueError, match=r"B \(\d+, \d+\); only panels are allowed"):
@@ -228,7 +228,7 @@ def test_decodes_and_prefills_of_many_adapters_share_a_batch(
     assert_adds_the_deltas(context, model, lora, slots)
 
 
-def test_a_batch_of_output_rows_numbers_them_anew(
+def test_a_batch_of_output_rows_renumbers_them(
     context: Context, model: Model, bank: NativeAdapterBank
 ) -> None:
     batch = batch_of((3, 1), (0, 1), (2, 7), (0, 4), (3, 9))
@@ -239,7 +239,7 @@ def test_a_batch_of_output_rows_numbers_them_anew(
     assert bank.batch(batch, output_rows=[]) is None
 
 
-def test_a_batch_of_the_base_alone_is_none(bank: NativeAdapterBank) -> None:
+def test_a_batch_without_adapters_is_none(bank: NativeAdapterBank) -> None:
     assert bank.batch(batch_of((0, 1), (0, 30))) is None
 
 

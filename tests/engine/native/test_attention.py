@@ -1,10 +1,10 @@
-"""Paged attention against plain torch, and against itself: alone, in chunks, among others.
+"""Tests paged attention against plain torch, and for independence of chunking and batch mates.
 
 Tolerances. The kernel rounds probabilities to bf16 (2^-8 of each) before they weigh the values,
 and its result (2^-8); the first errors are of either sign and average out, so that an output is
 off by little more than 2^-8 of itself and a part of 2^-8 of the values, which are about 1. Scores
-lie in float32 and add nothing that shows. The oracle reads the very numbers that the blocks hold:
-int8 codes times their scales.
+are float32 and add no visible error. The reference reads the numbers that the blocks hold: int8
+codes times their scales.
 """
 
 from dataclasses import dataclass
@@ -39,7 +39,7 @@ class Batch:
     layout: KvLayout
     blocks: Tensor
     requests: list[Request]
-    tables: Tensor  # int32 [requests, most blocks]
+    tables: Tensor  # int32 [requests, largest number of blocks]
     q: Tensor  # bf16 [rows, heads, head_dim]
 
     @property
@@ -50,7 +50,7 @@ class Batch:
         return starts
 
     def only(self, index: int, new: int, context: int | None = None) -> "Batch":
-        """One request's `new` queries that end at `context`."""
+        """Return one request's `new` queries that end at `context`, alone."""
         request = self.requests[index]
         context = context or request.context
         end = self.row_starts[index + 1] - (request.context - context)
@@ -155,7 +155,7 @@ def expect_close(kernel: Tensor, exact: Tensor) -> None:
 
 MIXED = [Request(1), Request(17), Request(300), Request(70, 70), Request(131, 5), Request(64)]
 
-# ==== Against the oracle ====
+# ==== against the reference ====
 
 
 @pytest.mark.parametrize("kv_format", [BF16, INT8])
@@ -167,7 +167,9 @@ def test_one_query_at_the_end_of_a_context(context: Context, length: int, kv_for
 
 @pytest.mark.parametrize("kv_format", [BF16, INT8])
 @pytest.mark.parametrize("head_dim", [2, 16, 18, 32, 64, 80, 96, 128, 256])
-def test_decodes_beside_prefill_chunks(context: Context, head_dim: int, kv_format: int) -> None:
+def test_a_batch_mixes_decodes_and_prefill_chunks(
+    context: Context, head_dim: int, kv_format: int
+) -> None:
     batch = make_batch(context, MIXED, head_dim=head_dim, kv_format=kv_format)
     expect_close(attend(context, batch), oracle(batch))
 
@@ -175,14 +177,14 @@ def test_decodes_beside_prefill_chunks(context: Context, head_dim: int, kv_forma
 @pytest.mark.parametrize(
     ("heads", "kv_heads"), [(1, 1), (3, 3), (4, 2), (9, 3), (14, 2), (8, 1), (71, 1), (10, 2)]
 )
-def test_heads_that_share_keys(context: Context, heads: int, kv_heads: int) -> None:
+def test_query_heads_share_key_heads(context: Context, heads: int, kv_heads: int) -> None:
     requests = [Request(5), Request(130), Request(100, 40)]
     batch = make_batch(context, requests, heads=heads, kv_heads=kv_heads, head_dim=32)
     expect_close(attend(context, batch), oracle(batch))
 
 
 @pytest.mark.parametrize("block_size", [16, 32, 48, 64, 128])
-def test_blocks_of_several_sizes(context: Context, block_size: int) -> None:
+def test_any_block_size(context: Context, block_size: int) -> None:
     batch = make_batch(context, MIXED, block_size=block_size, head_dim=32)
     expect_close(attend(context, batch), oracle(batch))
 
@@ -208,7 +210,7 @@ def test_scores_are_capped(context: Context, soft_cap: float, scale: float) -> N
     expect_close(attend(context, batch, **settings), oracle(batch, **settings))
 
 
-def test_scores_far_apart_leave_the_highest_alone(context: Context) -> None:
+def test_large_differences_of_scores_do_not_overflow(context: Context) -> None:
     batch = make_batch(context, MIXED)
     expect_close(attend(context, batch, scale=100.0), oracle(batch, scale=100.0))
 
@@ -220,7 +222,7 @@ def test_equal_scores_give_the_mean_of_the_values(context: Context) -> None:
     torch.testing.assert_close(attend(context, batch).float(), exact, rtol=2**-8, atol=1e-6)
 
 
-def test_int8_is_near_to_what_was_stored(context: Context) -> None:
+def test_int8_is_close_to_the_stored_values(context: Context) -> None:
     torch.manual_seed(1)
     fine = make_batch(context, MIXED)
     coarse = KvLayout(INT8, fine.layout.block_size, fine.layout.kv_heads, fine.layout.head_dim)
@@ -229,7 +231,7 @@ def test_int8_is_near_to_what_was_stored(context: Context) -> None:
         block.copy_(coarse.pack(kv.nan_to_num()))
     out = attend(context, Batch(coarse, blocks, fine.requests, fine.tables, fine.q))
     exact = oracle(fine)
-    # steps of 3/127 make errors of 0.007 of a number; a mean over keys has less
+    # steps of 3/127 give errors of 0.007 per value; means over keys have smaller ones
     assert (out.float() - exact).norm() < 0.01 * exact.norm()
 
 
@@ -240,7 +242,7 @@ def test_requests_may_share_blocks(context: Context) -> None:
     expect_close(attend(context, batch), oracle(batch))
 
 
-def test_queries_and_results_may_lie_apart(context: Context) -> None:
+def test_queries_and_results_may_be_strided(context: Context) -> None:
     batch = make_batch(context, MIXED)
     wide = torch.randn(batch.q.shape[0], 8, 64).bfloat16()
     wide[:, :4] = batch.q
@@ -249,7 +251,7 @@ def test_queries_and_results_may_lie_apart(context: Context) -> None:
     assert torch.equal(attend(context, batch), exact)
 
 
-# ==== The same bits ====
+# ==== independence of batch mates ====
 
 SHAPES = [(14, 2, 64), (4, 4, 80), (3, 1, 128), (8, 1, 18)]
 
@@ -257,7 +259,7 @@ SHAPES = [(14, 2, 64), (4, 4, 80), (3, 1, 128), (8, 1, 18)]
 @pytest.mark.parametrize("kv_format", [BF16, INT8])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("window", [None, 50])
-def test_a_query_is_the_same_bits_as_a_decode_and_in_any_chunk(
+def test_a_querys_bits_do_not_depend_on_chunking(
     context: Context, shape: tuple[int, int, int], kv_format: int, window: int | None
 ) -> None:
     heads, kv_heads, head_dim = shape
@@ -278,7 +280,7 @@ def test_a_query_is_the_same_bits_as_a_decode_and_in_any_chunk(
 
 @pytest.mark.parametrize("kv_format", [BF16, INT8])
 @pytest.mark.parametrize("soft_cap", [None, 20.0])
-def test_a_request_is_the_same_bits_alone_and_among_others(
+def test_a_requests_bits_do_not_depend_on_batch_mates(
     context: Context, kv_format: int, soft_cap: float | None
 ) -> None:
     batch = make_batch(context, MIXED * 3, heads=14, kv_heads=2, kv_format=kv_format)
@@ -289,7 +291,7 @@ def test_a_request_is_the_same_bits_alone_and_among_others(
 
 
 @pytest.mark.parametrize("kv_format", [BF16, INT8])
-def test_threads_do_not_change_a_bit(isa: str, kv_format: int) -> None:
+def test_bits_do_not_depend_on_the_number_of_threads(isa: str, kv_format: int) -> None:
     contexts = [Context(isa, threads) for threads in (1, 2, 3, 8)]
     batch = make_batch(contexts[0], MIXED * 2, heads=9, kv_heads=3, kv_format=kv_format)
     outs = [attend(context, batch) for context in contexts]
@@ -300,14 +302,16 @@ def test_threads_do_not_change_a_bit(isa: str, kv_format: int) -> None:
     assert all(torch.equal(single[0], out) for out in single[1:])
 
 
-# ==== What a query must not see ====
+# ==== keys that a query must not see ====
 
 
 @pytest.mark.parametrize("new", [1, 2, 90])
 @pytest.mark.parametrize("heads", [2, 8])
 def test_a_nan_reaches_only_the_queries_that_see_it(context: Context, new: int, heads: int) -> None:
-    """Each key or value turned NaN in its turn; queries before it and beyond its window keep
-    their bits, and queries that see it are NaN."""
+    """Replace each key or value by NaN in turn.
+
+    Queries before it and beyond its window keep their bits; queries that see it become NaN.
+    """
     batch = make_batch(context, [Request(150, new)], heads=heads, kv_heads=2, head_dim=32)
     before = attend(context, batch, window=40)
     first_row = 150 - new
@@ -322,7 +326,7 @@ def test_a_nan_reaches_only_the_queries_that_see_it(context: Context, new: int, 
 
 
 def spoil(batch: Batch, position: int, which: int) -> Batch:
-    """The batch with a NaN in a key (0) or value (1) of its first request."""
+    """Put a NaN into a key (0) or value (1) of the batch's first request."""
     blocks = batch.blocks.clone()
     block = blocks[batch.tables[0, position // batch.layout.block_size], 0]
     plain = batch.layout.unpack(block)
@@ -332,7 +336,7 @@ def spoil(batch: Batch, position: int, which: int) -> Batch:
 
 
 @pytest.mark.parametrize("kv_format", [BF16, INT8])
-def test_a_nan_query_spoils_its_own_head_alone(context: Context, kv_format: int) -> None:
+def test_a_nan_query_affects_only_its_own_head(context: Context, kv_format: int) -> None:
     batch = make_batch(context, MIXED, kv_format=kv_format)
     before = attend(context, batch)
     batch.q[1, 2, 3] = torch.nan

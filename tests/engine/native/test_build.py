@@ -1,4 +1,4 @@
-"""How the native library comes to be: compiled once, found again, and missed without harm."""
+"""Tests how the native library is compiled, found again, and replaced if missing."""
 
 import shutil
 import subprocess
@@ -40,7 +40,7 @@ def test_an_error_of_the_compiler_is_shown(tmp_path: Path, monkeypatch: pytest.M
         compile_library(tmp_path / "lib")
 
 
-def test_a_folder_that_cannot_be_written_means_the_users_cache(
+def test_a_read_only_folder_falls_back_to_the_users_cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _need_a_compiler()

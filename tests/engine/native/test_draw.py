@@ -1,8 +1,8 @@
-"""draw against torch's draw and against brute force, and each row alone against its batch.
+"""Tests draw against torch's draw and brute force, and each row alone against its batch.
 
 Native and torch round differently (a subtraction before the division by the temperature, other
-logarithms), by about 1e-6 of a noisy value: another token may win only where two are that close,
-and 1e-4 is allowed.
+logarithms), by about 1e-6 of a noisy value: another token may win only if two are that close, and
+1e-4 is allowed.
 """
 
 import math
@@ -47,7 +47,7 @@ FILTERS: list[dict[str, Any]] = [
 
 
 def random_rows(rows: int, vocab: int, seed: int = 0) -> Tensor:
-    """Flat rows, peaked ones and ones with many ties, inside a wider buffer of NaN."""
+    """Make flat rows, peaked rows and rows with many ties, within a wider buffer of NaN."""
     generator = torch.Generator().manual_seed(seed + vocab)
     logits = torch.full((rows, vocab + 3), NAN)[:, :vocab]
     logits[:] = torch.randn(rows, vocab, generator=generator)
@@ -87,12 +87,12 @@ def seeded(count: int, **changes: Any) -> list[ScheduledRequest]:
 
 @cache
 def noise_of_seeds(count: int, vocab: int) -> Tensor:
-    """[count, vocab]: what the requests of `seeded` add."""
+    """Return the noise [count, vocab] of the requests of `seeded`."""
     return torch.stack([gumbel_noise(torch.arange(vocab), seed, 7) for seed in range(count)])
 
 
 def noisy_by_torch(row: Tensor, request: ScheduledRequest) -> Tensor:
-    """What the drawn token is the argmax of; -inf where a filter excludes the token."""
+    """Return logits / temperature + noise by torch; -inf for tokens that filters exclude."""
     row = row / request.sampling.temperature
     _filter(row, request.sampling)
     seed = request.sampling.seed + request.choice
@@ -101,7 +101,7 @@ def noisy_by_torch(row: Tensor, request: ScheduledRequest) -> Tensor:
 
 @cache
 def cases(vocab: int) -> tuple[Tensor, list[ScheduledRequest], list[int], list[Tensor]]:
-    """Logits, requests, the tokens that torch draws, and what they are the argmax of."""
+    """Make logits, requests, torch's drawn tokens and the noisy values that they maximise."""
     count = {**SMALL, **LARGE}[vocab]
     logits, requests = random_rows(count, vocab), random_requests(count, vocab)
     noisy = [noisy_by_torch(row, r) for row, r in zip(logits, requests, strict=True)]
@@ -111,7 +111,7 @@ def cases(vocab: int) -> tuple[Tensor, list[ScheduledRequest], list[int], list[T
 
 
 @pytest.mark.parametrize("vocab", [*SMALL, *LARGE])
-def test_the_token_is_torchs_but_for_ties_that_rounding_decides(
+def test_tokens_equal_those_of_torch_except_for_ties_within_rounding(
     context: Context, vocab: int
 ) -> None:
     logits, requests, tokens, noisy = cases(vocab)
@@ -122,8 +122,8 @@ def test_the_token_is_torchs_but_for_ties_that_rounding_decides(
     assert different <= 2, "ties this close are rare"
 
 
-def test_noise_is_torchs(context: Context) -> None:
-    """Two tokens, the one's lead over the other just below and just above what noise turns."""
+def test_noise_equals_that_of_torch(context: Context) -> None:
+    """Use two tokens whose difference is just below and just above that of their noise."""
     dice, vocab, margin = random.Random(0), 100_003, 1e-5
     logits = torch.full((2, vocab), -INF)
     for _ in range(60):
@@ -155,7 +155,7 @@ def test_seed_and_choice_count_modulo_two_to_the_64(context: Context) -> None:
 
 
 def test_draws_follow_the_softmax(context: Context) -> None:
-    """Chi-square over 17 tokens and 20,000 seeds; 16 degrees of freedom, p = 1e-4 at 45.9."""
+    """Test chi-square over 17 tokens and 20,000 seeds; 16 degrees of freedom, p = 1e-4 at 45.9."""
     logits, count = torch.randn(17, generator=torch.Generator().manual_seed(3)), 20_000
     drawn = Counter(draw(context, logits.expand(count, 17), seeded(count, temperature=0.8)))
     expected = (logits / 0.8).softmax(-1) * count
@@ -166,7 +166,7 @@ def test_draws_follow_the_softmax(context: Context) -> None:
 
 
 def kept_by_definition(row: list[float], sampling: SamplingParams) -> set[int]:
-    """Token ids that the filters leave, in double precision, one token at a time."""
+    """Return the token ids that the filters keep, in double precision, token by token."""
     kept = sorted(range(len(row)), key=lambda i: -row[i])
     top = row[kept[0]]
     if 0 < sampling.top_k < len(row):
@@ -193,7 +193,7 @@ def kept_by_definition(row: list[float], sampling: SamplingParams) -> set[int]:
     ],
     ids=str,
 )
-def test_filters_keep_what_their_definition_says(
+def test_filters_keep_the_tokens_of_their_definition(
     context: Context, changes: dict[str, Any], ties: bool
 ) -> None:
     count, vocab = 300, 37
@@ -253,7 +253,7 @@ def test_forbidden_tokens_never_win(context: Context, changes: dict[str, Any]) -
 
 @pytest.mark.parametrize("bad", [NAN, INF, -INF])
 @pytest.mark.parametrize("changes", FILTERS, ids=str)
-def test_a_row_that_is_not_finite_does_no_harm(
+def test_a_row_that_is_not_finite_does_not_affect_others(
     context: Context, bad: float, changes: dict[str, Any]
 ) -> None:
     logits = random_rows(5, 2000)
@@ -288,10 +288,10 @@ def test_every_isa_and_number_of_threads_draws_the_same(isa: str) -> None:
     assert all(tokens == drawn[0] for tokens in drawn)
 
 
-# ==== as the sampler's picker ====
+# ==== used by the sampler ====
 
 
-def test_a_batch_of_all_kinds_is_sampled_as_torch_does(context: Context) -> None:
+def test_a_mixed_batch_is_sampled_as_in_torch(context: Context) -> None:
     requests = [
         request_of(SamplingParams(temperature=0)),
         request_of(SamplingParams(seed=3, top_p=0.9, logprobs=3)),

@@ -1,7 +1,7 @@
-"""embed, norm, gate, gather and greedy against torch, and each row alone against its batch.
+"""Tests embed, norm, gate, gather and greedy against torch, and rows alone against batches.
 
-Tolerances: both sides compute in float32 and round once to bfloat16, so that they differ by at
-most one unit of bfloat16 (2^-8 of the value) where a float32 error tips the rounding.
+Tolerances: both sides compute in float32 and round once to bfloat16, so they differ by at most one
+unit of bfloat16 (2^-8 of the value), if a float32 error changes the rounding.
 """
 
 from collections.abc import Callable
@@ -16,12 +16,12 @@ from engine.backends.native.library import FUNCTIONS, Context
 from engine.model import reference
 
 WIDTHS = [1, 15, 16, 33, 64, 96, 127, 576, 896, 1000]
-ONE_UNIT = {"rtol": 2**-7, "atol": 1e-30}  # of bfloat16: 8 significant bits
+ONE_UNIT = {"rtol": 2**-7, "atol": 1e-30}  # in bfloat16, with 8 significant bits
 NAN, INF = float("nan"), float("inf")
 
 
 def random_rows(rows: int, width: int, spread: float = 1.0, seed: int = 0) -> Tensor:
-    """bf16 rows inside a wider buffer, so that a kernel that ignores the stride fails."""
+    """Make bf16 rows in a wider buffer, so that a kernel that ignores the stride fails."""
     generator = torch.Generator().manual_seed(seed + rows * 10007 + width)
     return (torch.randn(rows, width + 7, generator=generator) * spread).bfloat16()[:, :width]
 
@@ -105,7 +105,7 @@ def norm(
 
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("rows", [1, 3, 130])
-def test_norm_is_that_of_the_reference(context: Context, width: int, rows: int) -> None:
+def test_norm_matches_the_reference(context: Context, width: int, rows: int) -> None:
     x, weight = random_rows(rows, width, 3.0), torch.rand(width) + 0.5
     before, y = x.clone(), torch.zeros_like(x)
     norm(context, x, weight, y=y)
@@ -144,7 +144,7 @@ def test_norm_of_groups_is_one_norm_per_head_and_works_in_place(
 
 
 @pytest.mark.parametrize("width", [33, 896])
-def test_a_rows_norm_is_the_same_bits_alone_and_among_others(context: Context, width: int) -> None:
+def test_a_rows_norm_does_not_depend_on_batch_mates(context: Context, width: int) -> None:
     x, delta, weight = random_rows(150, width), random_rows(150, width, 1.0, 1), torch.rand(width)
     alone_x, together, alone = x.clone(), torch.zeros_like(x), torch.zeros_like(x)
     norm(context, x, weight, delta, y=together)
@@ -208,7 +208,7 @@ def test_gate_is_the_activation_times_the_other_half(
 def test_every_activation_is_right_to_a_millionth_at_every_bfloat16(
     context: Context, activation: str
 ) -> None:
-    """Multiplied by 2^-20 the result is still rounded to 8 bits, so 1e-6 shows near zero only."""
+    """Scale by 2^-20, so that errors of 1e-6 show despite rounding to 8 bits, near zero."""
     every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
     every = every[every.isfinite() & (every.abs() <= 2.0**60)]
     x = torch.cat([every, torch.ones_like(every)])[None]
@@ -219,9 +219,7 @@ def test_every_activation_is_right_to_a_millionth_at_every_bfloat16(
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_a_rows_gate_is_the_same_bits_alone_and_among_others(
-    context: Context, activation: str
-) -> None:
+def test_a_rows_gate_does_not_depend_on_batch_mates(context: Context, activation: str) -> None:
     for width in (100, 5000):
         x = random_rows(70, 2 * width, 2.0)
         together = gate(context, x, activation)

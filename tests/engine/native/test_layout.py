@@ -1,4 +1,4 @@
-"""The ctypes structs against the C structs: the real ones agree, and a wrong one is refused."""
+"""Tests that the ctypes structs agree with the C structs, and that wrong ones are refused."""
 
 import ctypes as c
 import re
@@ -12,7 +12,7 @@ from engine.backends.native import build, library, structs
 from engine.backends.native.build import BuildError, compile_library
 from engine.backends.native.layout import LayoutError, check_layouts
 
-NOT_MIRRORED = {"Context"}  # Python holds a pointer to it and sees nothing inside
+NOT_MIRRORED = {"Context"}  # opaque: Python holds only a pointer to it
 
 
 @pytest.fixture
@@ -58,7 +58,7 @@ def test_a_field_that_the_library_lacks_is_named(description: str) -> None:
         check_layouts(description, _changed(structs.LoraArgs, fields))
 
 
-def test_a_wrong_size_is_told(description: str) -> None:
+def test_a_wrong_size_is_reported(description: str) -> None:
     fields = [*structs.KvLayer._fields_, ("more", c.c_int64)]
     with pytest.raises(LayoutError, match="KvLayer: expected 32 bytes, found 40"):
         check_layouts(description, _changed(structs.KvLayer, fields))
@@ -82,7 +82,9 @@ def test_a_struct_on_one_side_alone_is_named(description: str) -> None:
         check_layouts(description + "Extra 4 rows:int32@0\n", structs)
 
 
-def test_loading_checks(description: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loading_the_library_checks_its_structs(
+    description: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fields = list(structs.Draw._fields_)[:-1]
     monkeypatch.setattr(library, "structs", _changed(structs.Draw, fields))
     with pytest.raises(LayoutError, match=r"Draw\.min_p"):
@@ -107,7 +109,7 @@ def test_a_field_missing_from_the_description_does_not_compile(
 
 
 def _changed(struct: type[c.Structure], fields: list[tuple[str, type]]) -> ModuleType:
-    """structs.py with other fields in one struct."""
+    """Return structs.py with other fields in one struct."""
     mirror = ModuleType("structs")
     vars(mirror).update(vars(structs))
     name = struct.__name__

@@ -1,4 +1,4 @@
-"""Linear layers in bf16 and int8 against float64 and exact integers, row by row and bit by bit."""
+"""Tests linear layers in bf16 and int8 against float64 and exact integers."""
 
 from collections.abc import Callable
 
@@ -12,7 +12,7 @@ from engine.backends.native.linear import NativeLinear
 from engine.backends.native.memory import BLOCK, Blocks, temporary_bytes
 from engine.model.quantized_weight import QuantizedWeight
 
-SHAPES = [  # (out, in): one of each, whole panels and words, and neither
+SHAPES = [  # (out, in): 1 x 1, whole panels and words, and neither
     *[(1, 1), (1, 2), (3, 7), (31, 63), (32, 64), (33, 65), (64, 130)],
     *[(70, 897), (100, 96), (129, 1026), (576, 576)],
 ]
@@ -26,7 +26,7 @@ def format(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.mark.parametrize(("out_features", "in_features"), SHAPES)
-def test_bf16_is_within_what_float32_sums_may_lose(
+def test_bf16_errors_are_within_those_of_float32_sums(
     context: Context, out_features: int, in_features: int
 ) -> None:
     weight, bias = _weight(out_features, in_features), _random(out_features)
@@ -84,7 +84,7 @@ def test_a_bias_in_bfloat16_counts_as_its_value(context: Context) -> None:
 
 
 @pytest.mark.parametrize("in_features", [33, 64, 897])
-def test_a_row_is_the_same_bits_whatever_rows_are_beside_it(
+def test_a_rows_bits_do_not_depend_on_batch_mates(
     context: Context, format: str, in_features: int
 ) -> None:
     linear = _linear(context, format, 70, in_features, _random(70))
@@ -95,7 +95,7 @@ def test_a_row_is_the_same_bits_whatever_rows_are_beside_it(
     assert torch.equal(linear(x[7:20], torch.float32), alone[7:20])
 
 
-def test_threads_do_not_change_a_bit(isa: str, format: str) -> None:
+def test_bits_do_not_depend_on_the_number_of_threads(isa: str, format: str) -> None:
     contexts = [Context(isa, threads) for threads in (1, 2, 3)]
     x = _x(100, 576)
     for rows in (1, 4, 30, 100):
@@ -108,13 +108,13 @@ def test_threads_do_not_change_a_bit(isa: str, format: str) -> None:
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
 @pytest.mark.parametrize("in_features", [1, 33, 64, 97])
 @pytest.mark.parametrize("rows", [3, 40])
-def test_what_is_not_finite_stays_in_its_row(
+def test_nan_and_infinity_stay_in_their_row(
     context: Context, format: str, value: float, in_features: int, rows: int
 ) -> None:
     linear = _linear(context, format, 40, in_features)
     x = _x(rows, in_features)
     clean = linear(x)
-    x[1, 0] = value  # right behind the last input of row 0
+    x[1, 0] = value  # directly after the last input of row 0
     y = linear(x)
     assert not y[1].isfinite().any()
     y[1] = clean[1]
@@ -129,13 +129,13 @@ def test_int8_of_a_row_with_an_infinity_is_nan(context: Context) -> None:
 
 
 @pytest.mark.parametrize("magnitude", [0.0, 1e-38, 1e-36])
-def test_int8_of_a_row_of_almost_nothing_is_zero(context: Context, magnitude: float) -> None:
+def test_int8_of_a_row_of_tiny_values_is_zero(context: Context, magnitude: float) -> None:
     x = torch.full((2, 65), magnitude).bfloat16()
     y = _linear(context, "int8", 40, 65)(x, torch.float32)
     assert torch.equal(y, torch.zeros(2, 40))
 
 
-def test_rows_may_lie_apart(context: Context, format: str) -> None:
+def test_rows_may_be_strided(context: Context, format: str) -> None:
     linear = _linear(context, format, 40, 65)
     wide = torch.full((30, 71), NAN).bfloat16()
     wide[:, 3:68] = _x(30, 65)
@@ -144,7 +144,7 @@ def test_rows_may_lie_apart(context: Context, format: str) -> None:
         assert torch.equal(linear(apart), linear(apart.contiguous()))
 
 
-def test_nothing_is_written_beside_y_and_behind_scratch(context: Context, format: str) -> None:
+def test_nothing_is_written_outside_y_and_scratch(context: Context, format: str) -> None:
     linear = _linear(context, format, 41, 65)
     run = context.function("linear", structs.LinearArgs)
     for rows in (1, 5, 30):
@@ -158,18 +158,18 @@ def test_nothing_is_written_beside_y_and_behind_scratch(context: Context, format
         assert (scratch[scratch_bytes:] == 99).all()
 
 
-def test_no_rows_give_no_rows(context: Context, format: str) -> None:
+def test_a_batch_may_have_no_rows(context: Context, format: str) -> None:
     assert _linear(context, format, 40, 8)(_x(0, 8)).shape == (0, 40)
 
 
-def test_a_weight_may_be_a_part_or_a_transposition_of_another(context: Context) -> None:
+def test_a_weight_may_be_a_view_of_another(context: Context) -> None:
     whole, x = _weight(60, 90), _x(3, 40)
     for part in (whole[5:45, 10:50], whole[:40, :40].T):
         y = NativeLinear(context, part)(x)
         assert torch.equal(y, NativeLinear(context, part.contiguous())(x))
 
 
-def test_nothing_of_the_tensors_given_is_kept(context: Context, format: str) -> None:
+def test_the_given_tensors_are_not_kept(context: Context, format: str) -> None:
     weight = _weight(40, 64) if format == "bf16" else _int8_weight(40, 64)
     bias, x = _random(40), _x(3, 64)
     linear = NativeLinear(context, weight, bias)
@@ -185,7 +185,7 @@ def test_packed_bytes_are_the_weights_padded_to_panels(context: Context) -> None
 
 
 @pytest.mark.parametrize("make", [Blocks().cut, temporary_bytes])
-def test_pieces_of_memory_are_aligned_and_apart(make: Callable[[int], Tensor]) -> None:
+def test_allocations_are_aligned_and_do_not_overlap(make: Callable[[int], Tensor]) -> None:
     pieces = [make(nbytes) for nbytes in (0, 1, 1000, 64, BLOCK // 4, BLOCK // 4 + 1, 63)]
     for i, piece in enumerate(pieces):
         assert piece.data_ptr() % 64 == 0
@@ -195,13 +195,13 @@ def test_pieces_of_memory_are_aligned_and_apart(make: Callable[[int], Tensor]) -
         assert (pieces[i] == i).all()
 
 
-def test_memory_that_fills_many_blocks_is_apart() -> None:
+def test_allocations_over_many_blocks_do_not_overlap() -> None:
     blocks = Blocks()
     pieces = [blocks.cut(BLOCK // 4).fill_(i) for i in range(6)]
     assert all((piece == i).all() for i, piece in enumerate(pieces))
 
 
-def test_what_no_kernel_takes_is_refused_by_name(isa: str) -> None:
+def test_unsupported_weights_are_refused_by_name(isa: str) -> None:
     context = Context(isa, 1)
     with pytest.raises(ValueError, match=r"weight torch.float16: expected bfloat16"):
         NativeLinear(context, torch.zeros(4, 4).half())
@@ -227,7 +227,7 @@ def test_an_input_that_does_not_fit_is_refused(isa: str) -> None:
         linear(_x(2, 6), torch.float16)
 
 
-# ==== layers, inputs and the integer oracle ====
+# ==== layers, inputs and the integer reference ====
 
 
 def _linear(
@@ -257,8 +257,10 @@ def _random(*shape: int) -> Tensor:
 
 
 def _int8_oracle(x: Tensor, weight: QuantizedWeight, bias: Tensor) -> Tensor:
-    """The sum in integers, one rounding for each of the two scales and the bias is added with
-    the second: float64 holds that product and sum exactly enough to round but once."""
+    """Compute the sum in integers, with one rounding for each of the two scales.
+
+    The bias is added with the second one: float64 is exact enough to round only once.
+    """
     most = x.float().abs().amax(1, keepdim=True)
     q = torch.round(x.float() * (torch.tensor(127.0) / most))
     sums = (q.double() @ weight.codes.double().T).float()

@@ -1,4 +1,4 @@
-"""The 4-bit linear kernels against the float32 product with the dequantized weight."""
+"""Tests the 4-bit linear kernels against the float32 product of the dequantized weight."""
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -11,8 +11,8 @@ from engine.backends.native.library import Context
 from engine.backends.native.linear import NativeLinear
 from engine.model.quantized_weight import NF4_VALUES, QuantizedWeight, dequantize
 
-# (in_features, out_features, group_size): whole and ragged panels, groups beside, of and beyond a
-# slice of 256 inputs, slices that are not full, one group for the whole row
+# (in_features, out_features, group_size): whole and partial panels, groups smaller than, equal to
+# and larger than a slice of 256 inputs, partial slices, one group for the whole row
 SHAPES = [
     (32, 1, 32),
     (64, 32, 64),
@@ -29,13 +29,15 @@ ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 13, 70)
 
 @dataclass(frozen=True)
 class Case:
-    """`table_error`: the largest error of a value of the kernel's table, relative to that value;
-    the error of a product is a random sum of such, and half of it already unlikely."""
+    """A format, with the bound on its error.
+
+    The error of a product is a random sum of errors of the kernel's table and of rounding.
+    """
 
     format: str
     int8_activations: bool = False
     with_order: bool = False
-    bound: float = 0.0  # of |error| / |y|, over all of y
+    bound: float = 0.0  # on |error| / |y|, norms over all of y
 
 
 # nf4: the table is 0.08 % of a weight's norm away from the true values.
@@ -53,7 +55,7 @@ all_cases = pytest.mark.parametrize("case", CASES, ids=case_ids)
 
 @lru_cache
 def context_of(isa: str, threads: int) -> Context:
-    """Lives as long as the tests: a layer does not keep its context."""
+    """Make a context that lives as long as the tests: a layer does not keep its own."""
     return Context(isa, threads)
 
 
@@ -100,7 +102,7 @@ def test_y_is_x_times_the_dequantized_weight(
     for rows in (1, 8, 70):
         x = random_rows(rows, shape[0])
         expected = x.float() @ dequantize(weight).T
-        # a single sum of few terms may lie further off than the norm of many
+        # a single sum of few terms may have a larger error than the norm of many
         bound = case.bound * (3 if expected.numel() < 100 else 1)
         assert error(layer(x, torch.float32), expected) < bound
 
@@ -124,7 +126,7 @@ def test_bias_is_added(isa: str, case: Case) -> None:
 
 
 @all_cases
-def test_a_row_has_the_same_bits_alone_and_among_any_others(context: Context, case: Case) -> None:
+def test_a_rows_bits_do_not_depend_on_batch_mates(context: Context, case: Case) -> None:
     weight = random_weight(case, 480, 99, 96)
     layer, x = layer_of(context, case, weight), random_rows(200, 480)
     alone = torch.cat([layer(row[None], torch.float32) for row in x])
@@ -134,7 +136,7 @@ def test_a_row_has_the_same_bits_alone_and_among_any_others(context: Context, ca
 
 
 @all_cases
-def test_the_bits_do_not_depend_on_the_number_of_threads(isa: str, case: Case) -> None:
+def test_bits_do_not_depend_on_the_number_of_threads(isa: str, case: Case) -> None:
     weight = random_weight(case, 512, 1100, 64)
     x = random_rows(20, 512)
     for rows in (1, 20):
@@ -143,7 +145,7 @@ def test_the_bits_do_not_depend_on_the_number_of_threads(isa: str, case: Case) -
 
 
 @all_cases
-def test_rows_may_lie_apart_in_memory(isa: str, case: Case) -> None:
+def test_rows_may_be_strided(isa: str, case: Case) -> None:
     layer = layer_of(context_of(isa, 2), case, random_weight(case, 192, 50, 64))
     wide = random_rows(40, 500)
     for rows in (1, 5, 40):
@@ -153,7 +155,7 @@ def test_rows_may_lie_apart_in_memory(isa: str, case: Case) -> None:
 
 @all_cases
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
-def test_nan_and_inf_stay_in_their_row(isa: str, case: Case, poison: float) -> None:
+def test_nan_and_infinity_stay_in_their_row(isa: str, case: Case, poison: float) -> None:
     layer = layer_of(context_of(isa, 2), case, random_weight(case, 256, 64, 64))
     for rows in (4, 30):
         clean = random_rows(rows, 256)
@@ -181,7 +183,7 @@ def test_zero_scales_give_zeros_and_zero_rows_give_zeros(isa: str, case: Case) -
 @pytest.mark.parametrize("size", [1e-30, 1e30])
 def test_scales_of_any_size_keep_their_accuracy(isa: str, case: Case, size: float) -> None:
     weight = random_weight(case, 256, 64, 64)
-    # every other group so small or large that a narrower float than float32 would lose it
+    # every other group has scales out of range of any float narrower than float32
     weight = replace(weight, scales=weight.scales * size)
     x = random_rows(20, 256)
     y = layer_of(context_of(isa, 2), case, weight)(x, torch.float32)
@@ -189,8 +191,8 @@ def test_scales_of_any_size_keep_their_accuracy(isa: str, case: Case, size: floa
 
 
 @pytest.mark.parametrize("rows", [1, 16])
-def test_int4_loses_nothing_when_all_of_x_are_alike(isa: str, rows: int) -> None:
-    """Zero points far from the middle and a constant x: the two sums nearly cancel."""
+def test_int4_is_exact_if_all_values_of_x_are_equal(isa: str, rows: int) -> None:
+    """Use zero points far from the middle and a constant x: the two sums nearly cancel."""
     weight = replace(random_weight(CASES[2], 512, 64, 128), scales=torch.ones(64, 4))
     weight = replace(weight, zeros=torch.randint(0, 17, (64, 4)).float())
     x = torch.full((rows, 512), 3.0).bfloat16()
@@ -198,7 +200,7 @@ def test_int4_loses_nothing_when_all_of_x_are_alike(isa: str, rows: int) -> None
     assert torch.equal(y, x.float() @ dequantize(weight).T)  # whole numbers below 2^24
 
 
-def test_int4_takes_fractional_zero_points(isa: str) -> None:
+def test_int4_supports_fractional_zero_points(isa: str) -> None:
     weight = random_weight(CASES[2], 256, 64, 64)
     weight = replace(weight, zeros=weight.zeros + 0.375)
     x = random_rows(9, 256)
@@ -209,10 +211,10 @@ def test_int4_takes_fractional_zero_points(isa: str) -> None:
 @pytest.mark.parametrize(
     ("int8_activations", "largest"), [(False, 0.0018), (True, 0.027)], ids=["bf16", "int8"]
 )
-def test_each_nf4_value_is_near_its_true_one(
+def test_each_nf4_value_is_close_to_its_exact_one(
     isa: str, int8_activations: bool, largest: float
 ) -> None:
-    """Every code by itself: one input is 1, the others 0."""
+    """Test every code alone: one input is 1, the others 0."""
     codes = torch.arange(16, dtype=torch.uint8)[:, None].repeat(1, 16)
     weight = QuantizedWeight("nf4", codes, torch.ones(16, 1), 32)
     layer = NativeLinear(context_of(isa, 1), weight, int8_activations=int8_activations)
@@ -230,14 +232,14 @@ def test_other_group_sizes_are_refused(isa: str, format: str, group_size: int) -
         NativeLinear(context_of(isa, 1), weight)
 
 
-def test_an_order_that_is_no_permutation_is_refused(isa: str) -> None:
+def test_an_input_order_that_is_no_permutation_is_refused(isa: str) -> None:
     weight = random_weight(CASES[3], 64, 32, 64)
     weight = replace(weight, input_order=torch.full((64,), 63, dtype=torch.int32))
     with pytest.raises(ValueError, match="no permutation of the 64 inputs"):
         NativeLinear(context_of(isa, 1), weight)
 
 
-def test_an_order_of_nf4_is_refused(isa: str) -> None:
+def test_an_input_order_of_nf4_is_refused(isa: str) -> None:
     weight = random_weight(CASES[0], 64, 32, 64)
     weight = replace(weight, input_order=torch.arange(64, dtype=torch.int32))
     with pytest.raises(ValueError, match="no input_order"):

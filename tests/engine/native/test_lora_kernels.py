@@ -1,8 +1,7 @@
-"""Shrink and expand of mixed batches against plain torch, and each row alone against its batch.
+"""Tests shrink and expand of mixed batches against plain torch, and rows alone against batches.
 
-Tolerances: h is rounded to bfloat16 (2^-9 of it, on both sides of the same float32 sum, which
-differs by the order of its additions) and y once more; errors are measured against the size of
-what was added up, the sum of the absolute products.
+Tolerances: h is rounded to bfloat16 (2^-9 of it, on both sides, whose float32 sums differ in the
+order of additions) and y once more; errors are relative to the sum of the absolute products.
 """
 
 import random
@@ -22,21 +21,21 @@ from engine.lora.weights import SiteWeights
 KEY = (0, "site")
 NAN, INF = float("nan"), float("inf")
 EPSILON = 2**-8  # of bfloat16
-PAD = 5  # columns behind each row of x and y that nobody may touch
+PAD = 5  # columns after each row of x and y that must not be touched
 
 Module = tuple[int, int, Tensor, Tensor]  # out0, out1, A [r, in], B [r, out1 - out0]
 
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """One site: each module's factors in bfloat16, and the same as the kernels have them."""
+    """One site: each module's factors in bfloat16, and the same in the kernels' layout."""
 
     modules: tuple[Module, ...]
     native: NativeAdapter
 
 
 def in_panels(b: Tensor) -> Tensor:
-    """The layout of kernels.h, one rank at a time as it is said there."""
+    """Pack into the layout of kernels.h, one rank at a time, as specified there."""
     ranks, width = b.shape
     panels = torch.zeros(-(-width // 32), (ranks + 1) // 2, 32, 2, dtype=b.dtype)
     for r in range(ranks):
@@ -48,7 +47,7 @@ def in_panels(b: Tensor) -> Tensor:
 def adapter(
     ranks: Sequence[int], widths: Sequence[int], in_features: int, seed: int = 0
 ) -> Adapter:
-    """A module of each rank, side by side; rank 0: the adapter leaves that module alone."""
+    """Make a module of each rank, side by side; a module of rank 0 is not targeted."""
     generator = torch.Generator().manual_seed(seed)
     modules: list[Module] = []
     expands: list[tuple[int, int, int, int, Tensor]] = []
@@ -88,7 +87,7 @@ class Case:
         self.y = torch.randn(shape, generator=generator).bfloat16()
 
     def run(self, context: Context, chosen: Sequence[int] | None = None) -> Tensor:
-        """y [rows, out] after the kernels, for `chosen` rows alone where given."""
+        """Run the kernels; return y [rows, out], for `chosen` rows alone if given."""
         chosen = range(len(self.of_row)) if chosen is None else chosen
         x, y = self.x[list(chosen)], self.y[list(chosen)]
         add(context, self.adapters, [self.of_row[i] for i in chosen], x, y, self.in_features)
@@ -96,7 +95,7 @@ class Case:
         return y[:, : self.out_features]
 
     def expected(self) -> tuple[Tensor, Tensor]:
-        """y in float32, and the error that it may have."""
+        """Return y in float32, and its allowed error."""
         y = self.y[:, : self.out_features].float()
         error = y.abs() * EPSILON
         for row, index in enumerate(self.of_row):
@@ -104,7 +103,7 @@ class Case:
                 h = (a.float() @ self.x[row, : self.in_features].float()).bfloat16().float()
                 size = a.float().abs() @ self.x[row, : self.in_features].float().abs()
                 y[row, out0:out1] += h @ b.float()
-                # h: half a unit either way, and float32's sums; then y's own rounding
+                # h: half a unit on each side and float32 sums; then y's own rounding
                 off = h.abs() * EPSILON + size * 2**-20
                 error[row, out0:out1] += off @ b.float().abs()
         return y, error + y.abs() * EPSILON
@@ -118,7 +117,7 @@ def add(
     y: Tensor,
     in_features: int,
 ) -> None:
-    """One call over rows in any order, with h surrounded by NaN that must not be read."""
+    """Run rows in any order in one call, with NaN around h that must not be read."""
     active = sorted({i for i in of_row if i >= 0})
     listed = [[row for row, i in enumerate(of_row) if i == index] for index in active]
     rows = torch.tensor([row for own in listed for row in own], dtype=torch.int32)
@@ -160,7 +159,7 @@ def assert_right(case: Case, got: Tensor) -> None:
 
 
 def traffic(kind: str, adapters: int, rows: int) -> list[int]:
-    """Each row's adapter; -1, the base, is one of those drawn."""
+    """Draw each row's adapter, including -1, the base."""
     rng = random.Random(rows)
     if kind == "identical":
         return [1] * rows
@@ -172,7 +171,7 @@ def traffic(kind: str, adapters: int, rows: int) -> list[int]:
 
 
 def mixed_adapters(in_features: int, widths: Sequence[int]) -> list[Adapter]:
-    """Ranks 1 to 64, equal in all modules or by a pattern, with modules left alone."""
+    """Make adapters of ranks 1 to 64, equal or by a pattern, some modules untargeted."""
     patterns = [[1] * 3, [3] * 3, [8] * 3, [16] * 3, [64] * 3, [2, 9, 5], [0, 7, 0], [16, 0, 4]]
     return [adapter(p, widths, in_features, seed) for seed, p in enumerate(patterns)]
 
@@ -210,8 +209,8 @@ def test_modules_of_very_different_ranks_share_a_site(context: Context) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_row_is_the_same_bits_alone_and_in_any_batch(context: Context, kind: str) -> None:
-    """Alone it is a decode; among 120 rows of few adapters it is part of a prefill."""
+def test_a_rows_bits_do_not_depend_on_batch_mates(context: Context, kind: str) -> None:
+    """Compare a row alone, a decode, to the row among 120 of few adapters, a prefill."""
     widths = [300, 40, 40]
     case = Case(mixed_adapters(577, widths), traffic(kind, 8, 120), 577, sum(widths))
     together = case.run(context)
@@ -231,7 +230,7 @@ def test_a_prefill_gives_each_row_the_bits_of_a_decode(context: Context, rank: i
     assert torch.equal(together, alone)
 
 
-def test_threads_do_not_change_a_bit(isa: str) -> None:
+def test_bits_do_not_depend_on_the_number_of_threads(isa: str) -> None:
     widths = [900, 100, 100]
     case = Case(mixed_adapters(896, widths), traffic("zipf", 8, 60), 896, sum(widths))
     results: list[Tensor] = []
@@ -252,7 +251,7 @@ def test_rows_of_the_base_keep_their_bits(context: Context) -> None:
         assert torch.equal(got[row].view(torch.int16), expected.view(torch.int16))
 
 
-def test_columns_that_an_adapter_leaves_alone_keep_their_bits(context: Context) -> None:
+def test_columns_of_untargeted_modules_keep_their_bits(context: Context) -> None:
     case = Case([adapter([0, 7, 0], [50, 30, 20], 64)], [0] * 5, 64, 100)
     case.y[:, 10], case.y[:, 90] = NAN, -0.0
     got, before = case.run(context).view(torch.int16), case.y[:, :100].view(torch.int16)
@@ -283,7 +282,7 @@ def test_a_tenants_overflow_stays_in_its_rows(context: Context, bad: float) -> N
             assert torch.equal(dirty[row], clean[row])
 
 
-def test_one_rows_nan_stays_in_it_though_others_share_its_adapter(context: Context) -> None:
+def test_a_nan_stays_in_its_row_even_if_others_share_the_adapter(context: Context) -> None:
     case = Case([adapter([16], [200], 100)], [0] * 40, 100, 200)
     clean = case.run(context)
     case.x[17, 99] = NAN
@@ -293,8 +292,8 @@ def test_one_rows_nan_stays_in_it_though_others_share_its_adapter(context: Conte
     assert torch.equal(dirty[others], clean[others])
 
 
-def test_one_modules_overflow_stays_out_of_the_others_columns(context: Context) -> None:
-    """The first module's odd last rank stands beside zeros, not beside the second's ranks."""
+def test_a_modules_overflow_does_not_reach_other_modules_columns(context: Context) -> None:
+    """The first module's odd last rank must be paired with zeros, not with the second's ranks."""
     ours = adapter([3, 5], [70, 30], 64)
     case = Case([ours], [0] * 9, 64, 100)
     clean = case.run(context)

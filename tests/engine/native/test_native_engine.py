@@ -1,4 +1,4 @@
-"""The engine on native kernels: close to float32, and the same bits with any batch mates."""
+"""Tests the engine on native kernels: accuracy, and independence of batch mates."""
 
 from collections.abc import Callable
 from functools import partial
@@ -95,7 +95,7 @@ def test_preemption_changes_no_bit(tiny: Tiny, adapters: list[AdapterFolder]) ->
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
-def test_logits_of_every_family_are_as_close_as_bfloat16_is(
+def test_logits_of_every_family_are_as_accurate_as_torchs_bfloat16(
     model_type: str, tiny_model: Callable[..., Tiny]
 ) -> None:
     tiny = tiny_model(model_type)

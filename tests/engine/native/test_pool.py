@@ -1,4 +1,4 @@
-"""The pool: every chunk once, whatever the threads do, and nothing of one job in the next."""
+"""Tests the thread pool: every chunk runs once, and jobs do not affect later ones."""
 
 import os
 import subprocess
@@ -62,7 +62,7 @@ def test_contexts_open_and_close_without_a_thread_left(isa: str) -> None:
     assert len(os.listdir("/proc/self/task")) == before
 
 
-def test_what_this_machine_lacks_is_refused_by_name(isa: str) -> None:
+def test_unsupported_contexts_are_refused_by_name(isa: str) -> None:
     with pytest.raises(ValueError, match=r"with 0 threads: this machine has "):
         Context(isa, 0)
     with pytest.raises(ValueError, match="isa 'none' with 1 threads"):

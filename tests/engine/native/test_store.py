@@ -1,8 +1,8 @@
-"""store: q and k of each row turned in place, k and v in their slots.
+"""Tests store: q and k of each row are rotated in place, k and v are written to their slots.
 
-The oracle computes in float32 and rounds once, as the kernel does; only x cos + y sin may be
-fused or not, so a turned number may fall on the other side of a rounding: one unit in the last
-place of bf16, 2^-8 of it at most.
+The reference computes in float32 and rounds once, as the kernel does; x cos + y sin may be fused
+or not, so a rotated number may be rounded differently: by one unit in the last place of bf16, at
+most 2^-8 of it.
 """
 
 import pytest
@@ -30,7 +30,7 @@ def store(
     tables: tuple[Tensor, Tensor] | None = None,
     layer: int = 0,
 ) -> None:
-    """Turns and stores the rows of qkv; without tables nothing is turned."""
+    """Rotate and store the rows of qkv; without tables nothing is rotated."""
     cos, sin = tables or (None, None)
     positions, slots = (None if t is None else t.int() for t in (positions, slots))
     args = structs.StoreArgs(
@@ -64,12 +64,12 @@ def empty_blocks(layout: KvLayout, num_blocks: int, num_layers: int = 1) -> Tens
 
 
 def unpack_all(layout: KvLayout, blocks: Tensor, layer: int = 0) -> Tensor:
-    """[blocks, 2, block_size, kv_heads, head_dim] in float32"""
+    """Return all blocks [blocks, 2, block_size, kv_heads, head_dim] in float32."""
     return torch.stack([layout.unpack(block) for block in blocks[:, layer]])
 
 
 def stored(layout: KvLayout, blocks: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
-    """The keys and the values [rows, kv_heads, head_dim] at some slots."""
+    """Return keys and values [rows, kv_heads, head_dim] at some slots."""
     kv = unpack_all(layout, blocks).transpose(1, 2).flatten(0, 1)[slots]
     return kv[:, 0], kv[:, 1]
 
@@ -107,7 +107,7 @@ def test_keys_and_values_arrive_in_their_slots(
     store(context, layout, blocks, qkv, slots)
     _, k, v = split(before, 6, layout)
     keys, values = stored(layout, blocks, slots)
-    assert torch.equal(qkv, before)  # nothing to turn
+    assert torch.equal(qkv, before)  # nothing to rotate
     assert torch.equal(keys, k.float())
     assert torch.equal(values, v.float())
 
@@ -125,7 +125,7 @@ def test_other_slots_are_left_as_they_were(context: Context) -> None:
 @pytest.mark.parametrize(
     ("head_dim", "rotary_dim"), [(64, 64), (64, 30), (80, 20), (96, 96), (128, 6), (16, 2)]
 )
-def test_queries_and_keys_are_turned_and_values_are_not(
+def test_queries_and_keys_are_rotated_and_values_are_not(
     context: Context, head_dim: int, rotary_dim: int
 ) -> None:
     layout = KvLayout(BF16, 16, kv_heads=2, head_dim=head_dim)
@@ -143,7 +143,7 @@ def test_queries_and_keys_are_turned_and_values_are_not(
     assert torch.equal(values, v.float())
 
 
-def test_rows_may_lie_apart(context: Context) -> None:
+def test_rows_may_be_strided(context: Context) -> None:
     layout = KvLayout(BF16, 16, kv_heads=1, head_dim=16)
     wide = torch.randn(3, 100).bfloat16()
     before = wide.clone()
@@ -182,7 +182,7 @@ def test_int8_keeps_a_nan_and_an_infinity_as_nan(context: Context) -> None:
 
 
 @pytest.mark.parametrize("kv_format", [BF16, INT8])
-def test_a_row_is_the_same_bits_alone_and_among_others(context: Context, kv_format: int) -> None:
+def test_a_rows_bits_do_not_depend_on_batch_mates(context: Context, kv_format: int) -> None:
     layout = KvLayout(kv_format, 16, kv_heads=2, head_dim=64)
     rows, tables = random_rows(130, 14, layout), rotary_tables(200, 64)
     slots, positions = torch.randperm(144)[:130], torch.randint(0, 200, (130,))
@@ -209,7 +209,7 @@ def test_a_row_is_the_same_bits_alone_and_among_others(context: Context, kv_form
         ({"head_dim": 258}, "head_dim 258: need an even number from 2 to 256"),
     ],
 )
-def test_a_layout_that_the_kernels_lack_is_refused(changed: dict[str, int], message: str) -> None:
+def test_an_unsupported_layout_is_refused(changed: dict[str, int], message: str) -> None:
     fitting = {"kv_format": BF16, "block_size": 16, "kv_heads": 2, "head_dim": 64}
     with pytest.raises(ValueError, match=message):
         KvLayout(**{**fitting, **changed})
@@ -222,7 +222,7 @@ def test_heads_that_do_not_share_evenly_are_refused() -> None:
 
 
 @pytest.mark.parametrize("rotary_dim", [-2, 7, 66])
-def test_turning_dimensions_that_are_not_there_is_refused(rotary_dim: int) -> None:
+def test_an_impossible_number_of_rotary_dimensions_is_refused(rotary_dim: int) -> None:
     check_rotary(64, 64)
     with pytest.raises(ValueError, match=f"rotary_dim {rotary_dim}"):
         check_rotary(rotary_dim, 64)

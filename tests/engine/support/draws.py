@@ -1,4 +1,4 @@
-"""Requests as samplers see them."""
+"""Makes requests for sampler tests."""
 
 from engine.scheduler.batch import ScheduledRequest
 from engine.scheduler.request import SamplingParams
@@ -12,7 +12,7 @@ def request_of(
     history: tuple[list[int], list[int]] | None = None,
     last_input: int = 1,
 ) -> ScheduledRequest:
-    """One that samples the token at `position`."""
+    """Make a request that samples the token at `position`."""
     return ScheduledRequest(
         "r", choice, [last_input], position - 1, (), 0, sampling, True, forbidden, history
     )

@@ -1,4 +1,4 @@
-"""Runs an Engine to its end and collects what each choice got; makes PEFT folders for tests."""
+"""Runs an Engine until all requests end, collects results, and makes PEFT folders."""
 
 import time
 from collections.abc import Sequence
@@ -48,7 +48,7 @@ def make_engine(folder: Path, **changes: Any) -> Engine:
 
 
 def run(engine: Engine, requests: Sequence[GenerateRequest]) -> dict[tuple[str, int], Result]:
-    """Submit all at once and step until all have ended."""
+    """Submit all requests at once and step until all have ended."""
     for request in requests:
         engine.add_request(request)
     return finish(engine)
@@ -61,7 +61,7 @@ def finish(engine: Engine, max_steps: int = 20_000) -> dict[tuple[str, int], Res
             results.setdefault((output.request_id, output.index), Result()).add(output)
         engine.scheduler.check_integrity()
         if engine.is_idle:
-            time.sleep(0.001)  # an adapter is being read, by a thread that needs its turn
+            time.sleep(0.001)  # let the thread run that reads an adapter
         max_steps -= 1
         assert max_steps, "requests never end"
     for output in engine.step():
@@ -83,7 +83,7 @@ def prompt_of(length: int, seed: int = 0, vocab: int = 256) -> list[int]:
 
 
 def write_adapter(base: Path, folder: Path, seed: int = 0, **config: Any) -> AdapterFolder:
-    """A real PEFT adapter with random A and B, big enough to change the text."""
+    """Write a PEFT adapter with random A and B, large enough to change the text."""
     model = get_peft_model(
         AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32),
         LoraConfig(**{"r": 8, "target_modules": ALL_LINEAR, **config}),
@@ -99,7 +99,7 @@ def write_adapter(base: Path, folder: Path, seed: int = 0, **config: Any) -> Ada
 
 
 def write_mixed_adapters(base: Path, folder: Path) -> list[AdapterFolder]:
-    """An odd rank, ranks that differ within one, and one on two modules alone."""
+    """Write adapters: an odd rank, different ranks within one, one on two modules alone."""
     shapes: list[dict[str, Any]] = [
         {"r": 3},
         {"r": 8, "rank_pattern": {"q_proj": 5, "down_proj": 16}},
@@ -111,7 +111,7 @@ def write_mixed_adapters(base: Path, folder: Path) -> list[AdapterFolder]:
 def mixed_requests(
     adapters: list[AdapterFolder], max_tokens: int, **greedy_changes: Any
 ) -> list[GenerateRequest]:
-    """Greedy and sampled ones of MIXED_LENGTHS, with and without an adapter."""
+    """Make greedy and sampled requests of MIXED_LENGTHS, with and without an adapter."""
     hot = SamplingParams(max_tokens=max_tokens, temperature=1.3, top_p=0.9, seed=5, ignore_eos=True)
     own = [None, *adapters]
     return [
@@ -127,7 +127,7 @@ def mixed_requests(
 
 @torch.inference_mode()
 def generate(model: PreTrainedModel, prompt: list[int], max_tokens: int) -> list[int]:
-    """transformers' greedy text, without stopping."""
+    """Generate greedy text by transformers, without stop tokens."""
     assert model.generation_config is not None
     model.generation_config.eos_token_id = None
     output = model.generate(

@@ -1,7 +1,7 @@
-"""The arena of a device, by cells of CELL bytes, each of which remembers what was written to it.
+"""FakeArena: models a device's arena as cells of CELL bytes that store labels of their content.
 
-Performs what a step changes in memory, in the batch's order, and asserts that a move or a load
-finds what it needs where it needs it. A wrong plan shows as a cell that holds something else.
+Performs the memory changes of a step in the batch's order, and asserts that moves and loads find
+the expected content. A wrong plan shows as a cell with another label.
 """
 
 from collections.abc import Iterable
@@ -14,7 +14,7 @@ CELL = 128  # bytes
 
 @dataclass(frozen=True)
 class Garbage:
-    """What a step left that was lost."""
+    """Label of memory that a failed step should have written."""
 
 
 @dataclass
@@ -22,7 +22,7 @@ class AdapterExtent:
     digest: str
     offset_bytes: int
     nbytes: int
-    label: object  # what every cell holds
+    label: object  # content of its cells
 
     def range(self, offset_bytes: int | None = None) -> range:
         start = (self.offset_bytes if offset_bytes is None else offset_bytes) // CELL
@@ -49,7 +49,7 @@ class FakeArena:
         *,
         is_lost: bool = False,
     ) -> None:
-        """With `is_lost`, whatever was to be written is garbage."""
+        """Perform changes; with `is_lost`, all memory that they should write becomes garbage."""
         for slot in evictions:
             gone = self.extents.pop(slot)
             self.arriving = [load for load in self.arriving if load.digest != gone.digest]
@@ -63,7 +63,7 @@ class FakeArena:
             self._load(load, is_lost)
 
     def arrive(self, index: int = 0) -> str:
-        """The end of a copy that has been under way since its step."""
+        """Complete a copy that has been in progress since its step; return its digest."""
         load = self.arriving.pop(index)
         extent = self.extents[load.slot]
         self._expect(extent)
@@ -71,7 +71,7 @@ class FakeArena:
         return load.digest
 
     def adapter(self, slot: int) -> str | Garbage:
-        """The adapter that a row would be computed with: all of it must be there, or lost."""
+        """Return the adapter in a slot; all of it must have arrived, or be garbage."""
         if slot == 0:
             return ""
         extent = self.extents[slot]
@@ -88,7 +88,7 @@ class FakeArena:
         self.cells[block * self._block_cells + offset] = value
 
     def check(self) -> None:
-        """No extent has been written over."""
+        """Assert that no extent has been overwritten."""
         for extent in self.extents.values():
             self._expect(extent)
 

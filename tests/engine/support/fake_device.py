@@ -1,10 +1,10 @@
-"""A device that remembers, in every KV slot, the adapter and all tokens that led to it.
+"""FakeDevice: stores in every KV slot the adapter and all tokens up to there.
 
 The next token is a function of that memory, so a scheduler that shares, copies, evicts or
-preempts wrongly gives other tokens than `expected_output` does.
+preempts wrongly gives other tokens than `expected_output`.
 
-It is asynchronous: `launch` only queues a step, which runs when its result is asked for, or that
-of a later one. So nothing that changes after the launch may matter to it.
+It is asynchronous: `launch` only queues a step, which runs when its result or a later one is read.
+So changes after the launch must not affect the step.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ from engine.scheduler.batch import PENDING, ScheduledBatch, ScheduledRequest
 from tests.engine.support.fake_arena import CELL, FakeArena, Garbage
 
 VOCAB = 50
-GARBAGE = -7  # a token that comes of a lost step
+GARBAGE = -7  # token sampled by a failed step
 
 
 def block_bytes(block_size: int) -> int:
@@ -50,7 +50,7 @@ def expected_output(
 
 
 class DeviceError(Exception):
-    """A step was lost."""
+    """Raised by a step that fails."""
 
 
 @dataclass(eq=False)
@@ -64,7 +64,7 @@ class FakeStep:
 
 
 class FakeDevice:
-    """A KV slot is a cell of the arena; a block has one more, that no token uses."""
+    """A device whose KV slots are cells of the arena; each block has one unused extra cell."""
 
     def __init__(
         self, block_size: int, memory_bytes: int, *, loads_are_immediate: bool = True
@@ -83,7 +83,7 @@ class FakeDevice:
         return step
 
     def run_to(self, step: FakeStep) -> list[list[int]]:
-        """Run what was launched up to this step, whose result is taken once."""
+        """Run all steps up to this one and return its result, which can be taken once."""
         while step not in self._done:
             head = self._queue.pop(0)
             self._done[head] = self._lose(head.batch) if head.is_lost else self._execute(head.batch)
@@ -104,7 +104,7 @@ class FakeDevice:
         return outputs
 
     def _lose(self, batch: ScheduledBatch) -> list[list[int]]:
-        """What a step that breaks down in its middle leaves behind."""
+        """Leave the memory as a step does that fails midway."""
         changes = batch.adapter_evictions, batch.moves, batch.adapter_loads
         self.arena.change(*changes, is_lost=True)
         for request in batch.requests:
@@ -122,7 +122,7 @@ class FakeDevice:
             self._spoil(request)
             return [GARBAGE] if request.samples else []
         known: tuple[int, ...] = ()
-        for position, content in enumerate(read):  # what attention would read
+        for position, content in enumerate(read):  # as attention reads it
             assert isinstance(content, tuple)
             owner, known = content
             assert owner == adapter and len(known) == position + 1

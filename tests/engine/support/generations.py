@@ -1,7 +1,7 @@
-"""Generations driven step by step by hand, without scheduler or engine, and what they must give.
+"""Drives generations step by step, without scheduler or engine, and computes expected results.
 
-A driver that may run a step ahead of the results, as an engine does, and an oracle that computes
-one token after the other, alone.
+The driver may run a step ahead of the results, as an engine does; the reference computes one token
+after the other, for one request alone.
 """
 
 import random
@@ -25,7 +25,7 @@ from tests.engine.support.tiny import OneRequest
 
 @dataclass
 class Generation:
-    """One request. Its blocks are there from the start."""
+    """One request. Its blocks are allocated from the start."""
 
     prompt: list[int]
     sampling: SamplingParams
@@ -48,7 +48,7 @@ def drive(
     seed: int = 0,
     between: Callable[[int], ScheduledBatch | None] = lambda step: None,
 ) -> None:
-    """Until each has its max_tokens; requests join and pause at random, which must not matter."""
+    """Run until each has max_tokens; requests join and pause at random, without effect."""
     dice = random.Random(seed)
     in_flight: list[tuple[ScheduledBatch, list[Generation], StepHandle]] = []
     step = 0
@@ -135,7 +135,7 @@ def _take(batch: ScheduledBatch, chosen: list[Generation], handle: StepHandle) -
         assert output.error is None
 
 
-# ==== what must come of it ====
+# ==== expected results ====
 
 
 class OneAdapter:
@@ -152,7 +152,7 @@ class OneAdapter:
 
 @torch.inference_mode()
 def expected(decoder: Decoder, s: Generation, adapter: LoraWeights | None) -> list[SampledToken]:
-    """One token at a time, alone."""
+    """Compute the expected tokens, one at a time, for this request alone."""
     one = OneRequest(decoder, lora=OneAdapter(adapter) if adapter else None)
     tokens: list[SampledToken] = []
     new_ids = s.prompt
@@ -173,12 +173,12 @@ def greedy(max_tokens: int, **changes: Any) -> SamplingParams:
 def generations_of(
     samplings: Sequence[SamplingParams], slots: Sequence[int], block_size: int = 4
 ) -> list[Generation]:
-    """Prompts of 3 to 30 tokens; blocks of the arena's low end."""
+    """Make generations with prompts of 3 to 30 tokens, and blocks at the arena's low end."""
     made: list[Generation] = []
     for i, (sampling, slot) in enumerate(zip(samplings, slots, strict=True)):
         length = 3 + 7 * i % 28
         num_blocks = -(-(length + sampling.max_tokens) // block_size)
-        blocks = tuple(range(i, i + 16 * num_blocks, 16))  # scattered, and nobody else's
+        blocks = tuple(range(i, i + 16 * num_blocks, 16))  # scattered, and used by no other request
         made.append(Generation(prompt_of(length, i), sampling, slot, blocks, block_size))
     return made
 

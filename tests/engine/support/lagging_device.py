@@ -1,6 +1,6 @@
-"""A device whose copies from and to pinned memory happen late: when somebody waits for them.
+"""LaggingDevice: performs copies from and to pinned memory late, when they are waited for.
 
-So memory that is written before it may be, or read before it arrived, holds the wrong numbers.
+So memory that is written or read too early holds wrong numbers.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,7 +16,7 @@ from engine.backends.cuda.streams import DeviceMemory, Event, HostDevice, Replay
 class LateEvent:
     device: "LaggingDevice"
     stream: str
-    place: int  # so many pieces of work of the stream come before it
+    place: int  # number of work items of the stream before it
 
     def is_done(self) -> bool:
         return self.device.num_done[self.stream] >= self.place

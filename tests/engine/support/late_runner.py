@@ -1,6 +1,6 @@
-"""A runner with a real model that computes as late as an asynchronous device could.
+"""LateRunner: computes with a real model as late as an asynchronous device could.
 
-A step is computed when its result is asked for, by which time the next one has been scheduled.
+A step is computed when its result is read, after the next step has been scheduled.
 """
 
 from collections import deque
@@ -10,7 +10,7 @@ from engine.backends.runner import RowOutput
 from engine.backends.sync_runner import SyncRunner
 from engine.scheduler.batch import PENDING, ScheduledBatch, ScheduledRequest
 
-NEVER_READ = 3  # in place of a token of a step that raised
+NEVER_READ = 3  # stands for a token of a step that raised
 
 
 @dataclass(slots=True)
@@ -27,7 +27,7 @@ class LateRunner(SyncRunner):
     refuses_launch = False
     loses_step = False
     num_in_flight = 0
-    loads_are_immediate = True  # False: some polls after their step
+    loads_are_immediate = True  # False: they arrive some polls after their step
 
     def __init__(self, *args: object) -> None:
         super().__init__(*args)  # type: ignore[arg-type]

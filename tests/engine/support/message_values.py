@@ -1,4 +1,4 @@
-"""Hypothesis strategies for everything that a message may contain, built from its annotations."""
+"""Builds Hypothesis strategies for the contents of messages, from their annotations."""
 
 import types
 from dataclasses import fields, is_dataclass
@@ -15,7 +15,7 @@ from engine.scheduler.request import SamplingParams
 INTS = st.integers(-(2**63), 2**63 - 1)
 PAIRS = st.tuples(st.integers(0, 2**31 - 1), st.floats(-100, 100))
 
-# Types whose fields have ranges of their own.
+# Types whose fields have their own ranges.
 KNOWN: dict[Any, st.SearchStrategy[Any]] = {
     int: INTS,
     float: st.floats(allow_nan=False),
@@ -46,7 +46,7 @@ KNOWN: dict[Any, st.SearchStrategy[Any]] = {
 
 
 def values(hint: Any) -> st.SearchStrategy[Any]:
-    """Strategy for an annotation: a dataclass, a message, or a container of them."""
+    """Return a strategy for an annotation: a dataclass, a message, or a container of them."""
     if hint in KNOWN:
         return KNOWN[hint]
     origin, arguments = get_origin(hint), get_args(hint)
@@ -64,7 +64,7 @@ def values(hint: Any) -> st.SearchStrategy[Any]:
 
 
 def hints_of(kind: Any) -> dict[str, Any]:
-    """Every field of a dataclass or message with its annotation."""
+    """Return every field of a dataclass or message with its annotation."""
     names = [f.name for f in (fields(kind) if is_dataclass(kind) else msgspec.structs.fields(kind))]
     hints = get_type_hints(kind)
     return {name: hints[name] for name in names}

@@ -1,10 +1,10 @@
-"""A device that computes at once and remembers what orders it: the host and each stream have a
-vector clock (Lamport 1978, Mattern 1989), which launches and events pass on.
+"""OrderedDevice: computes at once, and checks that all uses of shared memory are ordered.
 
-Two uses of the same bytes of which one writes must be ordered by them; else `Unordered` is raised,
-for on a GPU they may happen the other way round. Operations of torch are seen as they are called;
-`use` says what others read and write. Host memory that is written through numpy counts as written
-when a copy finds it changed.
+The host and each stream have a vector clock (Lamport 1978, Mattern 1989), which launches and events
+pass on. Two uses of the same bytes, one of them a write, must be ordered by the clocks, else
+`Unordered` is raised, because on a GPU they may happen in either order. Operations of torch are
+intercepted; `use` declares reads and writes of other work. Host memory that is written through
+numpy counts as written when a copy finds it changed.
 """
 
 import random
@@ -25,16 +25,16 @@ Clock = dict[str, int]
 
 
 class Unordered(AssertionError):
-    """Two uses of the same memory may happen in either order."""
+    """Raised if two uses of the same memory may happen in either order."""
 
 
 @dataclass(frozen=True)
 class Use:
-    start: int  # bytes of its storage
+    start: int  # in bytes of its storage
     end: int
     writes: bool
     stream: str
-    time: int  # on that stream's own clock
+    time: int  # by the clock of that stream
     what: str
 
 
@@ -44,7 +44,7 @@ class ClockEvent:
     clock: Clock
 
     def is_done(self) -> bool:
-        """At some time it is; from then on the host knows of all that came before."""
+        """Become done at a random call; from then on all earlier work precedes the host."""
         if self.device.dice.random() < 0.5:
             return False
         self.wait()
@@ -67,9 +67,9 @@ class OrderedDevice(HostDevice):
     def __post_init__(self) -> None:
         super().__init__()
         self.dice = random.Random(self.seed)
-        self._kept: list[Any] = []  # or another tensor might get the memory of one that is gone
+        self._kept: list[Any] = []  # keeps tensors alive, so that their memory is not reused
 
-    # ==== what orders ====
+    # ==== order ====
 
     def learn(self, stream: str, clock: Clock) -> None:
         own = self.clocks[stream]
@@ -110,7 +110,7 @@ class OrderedDevice(HostDevice):
         finally:
             self.stream = before
 
-    # ==== what is used ====
+    # ==== uses ====
 
     def pinned(self, nbytes: int) -> Tensor:
         with _disable_current_modes():
@@ -133,7 +133,7 @@ class OrderedDevice(HostDevice):
         writes: Sequence[Tensor] = (),
         stream: str | None = None,
     ) -> None:
-        """Something that the stream in use, or the given one, does to these tensors."""
+        """Declare a use of these tensors by the current stream, or by the given one."""
         stream = stream or self.stream
         self.learn(stream, self.clocks[HOST])
         self.clocks[stream][stream] += 1
@@ -168,7 +168,7 @@ class OrderedDevice(HostDevice):
 
 
 class Watch(TorchDispatchMode):
-    """Tells the device of torch's operations."""
+    """Reports torch's operations to the device."""
 
     def __init__(self, device: OrderedDevice) -> None:
         super().__init__()
@@ -196,7 +196,7 @@ class Watch(TorchDispatchMode):
 def _operands(
     func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Tensors that an operation reads, and those that its schema says it writes."""
+    """Return the tensors that an operation reads, and those it writes by its schema."""
     reads: list[Tensor] = []
     writes: list[Tensor] = []
     for i, argument in enumerate(func._schema.arguments):

@@ -1,8 +1,7 @@
-"""A DeviceRunner whose model and adapters are plain torch, and a driver that may run a step ahead.
+"""Makes a DeviceRunner whose model and adapters are plain torch.
 
-The model reads everything from the views that a captured graph would have, the adapters from the
-bytes of the arena: what the runner puts there wrongly gives wrong tokens. Rows that no request has
-come out as NaN.
+The model reads its inputs from the views that a captured graph would use, and adapters from the
+arena's bytes, so that errors of the runner give wrong tokens. Padding rows come out as NaN.
 """
 
 from collections.abc import Callable, Sequence
@@ -144,7 +143,7 @@ def make_plain(
     device = device or HostDevice()
     limits = limits or StepLimits(8, 64, 128, BLOCK_SIZE)
     spec, dtype = decoder.spec, decoder.embedding.weight.dtype
-    arena = torch.full((arena_bytes,), 0xFF, dtype=torch.uint8)  # NaN: nobody has written yet
+    arena = torch.full((arena_bytes,), 0xFF, dtype=torch.uint8)  # NaN: not written yet
     kv_cache, bank = blocks_of_arena(arena, limits.block_size, spec, dtype), PlainBank(arena)
     forward = DeviceForward(
         device,

@@ -1,7 +1,7 @@
-"""Tiny random checkpoints of every family, written by transformers, and a greedy driver.
+"""Writes tiny random checkpoints of every family by transformers, and runs them greedily.
 
-Weights are large enough that greedy text is not constant, and norms and biases are random too,
-so that none of them can be forgotten.
+Weights are large enough that greedy text is not constant, and norms and biases are random too, so
+that ignoring one of them is detected.
 """
 
 from dataclasses import dataclass, field
@@ -56,7 +56,7 @@ DEFAULTS["gemma3_text"]["num_hidden_layers"] = 4
 
 @dataclass(frozen=True, slots=True)
 class Tiny:
-    """A model that transformers can run, and the folder it was saved in."""
+    """A model of transformers, and the folder it was saved in."""
 
     folder: Path
     reference: PreTrainedModel
@@ -69,7 +69,7 @@ def write_tiny(
     dtype: torch.dtype = torch.float32,
     **changes: Any,
 ) -> Tiny:
-    """A random model of this family in `folder`; `changes` go into its config."""
+    """Write a random model of this family to `folder`; `changes` go into its config."""
     keys = SIZES | DEFAULTS.get(model_type, {}) | changes
     config = AutoConfig.for_model(model_type, **keys)
     model = AutoModelForCausalLM.from_config(config)
@@ -86,14 +86,14 @@ def write_tiny(
 
 
 def load_reference(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
-    eager = {"attn_implementation": "eager"}  # the one that knows every soft cap
+    eager = {"attn_implementation": "eager"}  # the only one that supports every soft cap
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **eager).eval()
 
 
 def _spread(name: str, parameter: torch.Tensor, is_norm: bool) -> float:
     if is_norm or parameter.dim() == 1:
         return 0.3
-    # A small embedding, or a tied model would only ever repeat its last token
+    # A small embedding: otherwise a tied model would only repeat its last token
     return (0.3 if "embed" in name else 1.5) * parameter.shape[1] ** -0.5
 
 
@@ -102,7 +102,7 @@ def _spread(name: str, parameter: torch.Tensor, is_norm: bool) -> float:
 
 @dataclass(slots=True)
 class OneRequest:
-    """Drives a decoder for a single request whose blocks lie scattered in the cache."""
+    """Drives a decoder for a single request, with blocks scattered in the cache."""
 
     decoder: Decoder
     block_size: int = 4
@@ -123,7 +123,7 @@ class OneRequest:
         self.blocks = torch.randperm(self.num_blocks, generator=generator)
 
     def forward(self, token_ids: list[int]) -> torch.Tensor:
-        """The logits [len(token_ids), V] of the next tokens of the sequence."""
+        """Return the logits [len(token_ids), V] of the sequence's next tokens."""
         start, end = self.computed, self.computed + len(token_ids)
         positions = torch.arange(start, end)
         block = self.blocks[positions // self.block_size]
@@ -161,7 +161,7 @@ def greedy(
 
 @torch.inference_mode()
 def reference_greedy(model: PreTrainedModel, prompt: list[int], max_tokens: int) -> list[int]:
-    """The same from transformers: never stopped by an end-of-sequence token."""
+    """Generate greedy text by transformers, ignoring end-of-sequence tokens."""
     output = model.generate(
         torch.tensor([prompt]),
         attention_mask=torch.ones(1, len(prompt), dtype=torch.long),

@@ -1,4 +1,4 @@
-"""The fast ops against the reference, over ragged batches and poisoned caches."""
+"""Tests the fast ops against the reference, with ragged batches and caches full of NaN."""
 
 import itertools
 from dataclasses import dataclass, replace
@@ -49,7 +49,7 @@ def test_a_packed_linear_layer_multiplies(name: str, bias: bool, num_tokens: int
 
 @pytest.mark.parametrize("name", FAST)
 def test_a_row_of_a_packed_linear_layer_is_the_same_in_any_batch(name: str) -> None:
-    """But for rounding: which of a library's kernels runs depends on the machine and the size."""
+    """Within rounding: the library chooses kernels by machine and size."""
     dtype = getattr(torch, name)
     multiply = FAST[name].pack_linear(normal(96, 64, dtype=dtype), None)
     x = normal(40, 64, dtype=dtype, seed=1)
@@ -69,7 +69,7 @@ def test_rms_norm_is_that_of_the_reference(dtype: torch.dtype, weight_dtype: tor
 
 @pytest.mark.parametrize("rotary_dim", [8, 16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rotary_turns_a_part_of_a_wider_tensor_in_place(
+def test_rotary_rotates_a_part_of_a_wider_tensor_in_place(
     dtype: torch.dtype, rotary_dim: int
 ) -> None:
     wide = normal(5, 6, 16, dtype=dtype)
@@ -84,7 +84,7 @@ def test_rotary_turns_a_part_of_a_wider_tensor_in_place(
 
 @pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_gated_activations(dtype: torch.dtype, activation: str) -> None:
+def test_gated_activations_match_the_reference(dtype: torch.dtype, activation: str) -> None:
     gate_up = normal(5, 2 * 12, dtype=dtype)
     found = torch_ops.GATED_ACTIVATIONS[activation](gate_up)
     close(found, reference.GATED_ACTIVATIONS[activation](gate_up))
@@ -99,7 +99,7 @@ def test_both_implementations_have_the_same_activations() -> None:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Requests as (context_len, num_queries), those with one query first."""
+    """Requests as (context_len, num_queries); those with one query come first."""
 
     requests: tuple[tuple[int, int], ...]
     num_kv_heads: int = 2
@@ -124,7 +124,7 @@ def build(batch: Batch, poison: float = torch.nan) -> World:
     size = batch.block_size
     counts = [-(-context // size) for context, _ in batch.requests]
     num_blocks, width = sum(counts) + 3, max(counts) + 2
-    # Block 0, which pads the tables, belongs to nobody
+    # Block 0, which pads the tables, belongs to no request
     blocks = 1 + torch.randperm(num_blocks - 1, generator=torch.Generator().manual_seed(3))
     tables = torch.zeros(len(counts), width, dtype=torch.long)
     num_heads, start = batch.num_kv_heads * batch.group, 0
@@ -213,7 +213,7 @@ def test_attention_in_bfloat16(window: int | None, soft_cap: float | None) -> No
 
 @pytest.mark.parametrize("window", [None, 40, 700])
 def test_attention_over_many_keys(window: int | None) -> None:
-    """More keys than a fused kernel takes at once, so that whole runs of them are masked."""
+    """Use more keys than a fused kernel takes at once, so that whole tiles are masked."""
     check(Batch(((1300, 1), (700, 1), (1300, 3), (1100, 600)), block_size=16, window=window))
 
 
@@ -235,8 +235,8 @@ def test_attention_over_random_batches(
 
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("window", [None, 5])
-def test_what_is_in_other_requests_blocks_cannot_leak(window: int | None, poison: float) -> None:
-    """Bitwise the same rows, be the rest of the cache zero or poison, a batch mate's included."""
+def test_other_requests_blocks_cannot_leak_into_a_row(window: int | None, poison: float) -> None:
+    """Rows must be bitwise equal, with zeros or NaN in the rest of the cache."""
     batch = Batch(BATCHES["mixed"], window=window)
     clean, poisoned = build(batch, 0.0), build(batch, poison)
     victim = 1
@@ -265,7 +265,7 @@ def test_a_row_depends_on_its_batch_mates_by_no_more_than_rounding() -> None:
 
 
 def test_a_remembered_plan_is_dropped_with_its_step() -> None:
-    """One op object over layers of different windows, then over other batches."""
+    """Use one op object for layers of different windows, then for other batches."""
     op = GatheredAttention()
     for name in ("mixed", "ragged decodes", "mixed"):
         for window in (None, 5, None, 7):
@@ -275,8 +275,8 @@ def test_a_remembered_plan_is_dropped_with_its_step() -> None:
 
 
 @pytest.mark.parametrize("soft_cap", [None, 1.5])
-def test_attention_makes_all_its_tensors_where_the_cache_is(soft_cap: float | None) -> None:
-    """The meta device stands for any that is not the CPU: mixing the two fails."""
+def test_attention_allocates_on_the_device_of_the_cache(soft_cap: float | None) -> None:
+    """The meta device stands for any non-CPU device: mixing it with the CPU fails."""
     batch = Batch(BATCHES["mixed"], window=5, soft_cap=soft_cap)
     world = build(batch)
     tables, slots = world.attention.block_tables, world.attention.slot_mapping
