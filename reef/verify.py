@@ -33,7 +33,8 @@ def verify(store: "AdapterStore", name: str | None, tenant: str | None) -> None:
         click.echo(f"reef: {line}", err=True)
     if damage:
         raise click.exceptions.Exit(DAMAGED)
-    click.echo(f"verified {len({record.digest for record in records})} adapters")
+    count = len({record.digest for record in records})
+    click.echo(f"verified {count} adapter{'' if count == 1 else 's'}")
 
 
 def _records(

@@ -95,6 +95,36 @@ def test_verify_says_what_is_damaged(
 
 
 @pytest.mark.parametrize("root", ["file"], indirect=True)
+def test_verify_names_all_adapters_of_a_damaged_file(
+    run: Run, root: Root, base_folder: Path, peft_folder: Path
+) -> None:
+    run("publish", peft_folder, "--name", "sql", "--base", base_folder)
+    for tenant in ("acme", "umbrella"):
+        run("publish", peft_folder, "--name", "sql", "--tenant", tenant)
+    assert run("verify") == (0, ["verified 1 adapter"], "")
+    (weights,) = (key for key in root.objects() if key.endswith(WEIGHTS_NAME))
+    root.remove(weights)
+    code, lines, error = run("verify")
+    assert (code, lines) == (1, [])
+    assert error.startswith("reef: acme/sql@1, public/sql@1, umbrella/sql@1: ")
+    assert run("verify", "--tenant", "acme")[2].startswith("reef: acme/sql@1: ")
+    assert run("verify", "--tenant", "nobody") == (0, ["verified 0 adapters"], "")
+
+
+@pytest.mark.parametrize("root", ["file"], indirect=True)
+def test_verify_reads_the_bases_too(
+    run: Run, root: Root, base_folder: Path, peft_folder: Path
+) -> None:
+    run("publish", peft_folder, "--name", "sql", "--base", base_folder)
+    (base,) = (key for key in root.objects() if key.startswith("bases/"))
+    root.open().put(base, b"{}")
+    code, lines, error = run("verify")
+    assert (code, lines) == (1, [])
+    assert error.startswith("reef: base ") and "is damaged" in error
+    assert run("verify", "sql") == (0, ["verified 1 adapter"], "")
+
+
+@pytest.mark.parametrize("root", ["file"], indirect=True)
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
