@@ -15,6 +15,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -26,6 +27,7 @@ from deployments.local.ray_head import cluster, cluster_folder, end_on_signals, 
 from deployments.local.serve_yaml import Address, read_address, read_application
 from deployments.stores import open_adapter_store
 from deployments.tenants.tenants import open_tenants
+from engine.config import ConfigError
 
 DEMO = Path(".data/demo")
 DEMO_TENANT = "public"
@@ -79,7 +81,7 @@ def _refuse_busy_port(address: Address) -> None:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((address.host, address.port))
-        except (OSError, OverflowError) as error:
+        except (OSError, OverflowError, UnicodeError) as error:
             reason = getattr(error, "strerror", None) or error
             where = f"port {address.port} of {address.host}"
             raise OSError(f"{where} cannot be used: {reason}; choose another port") from None
@@ -115,8 +117,7 @@ def _publish_demo(config: AppConfig) -> None:
 def _run(application: dict[str, Any]) -> None:
     from ray import serve
 
-    module, _, name = application["import_path"].partition(":")
-    build = getattr(importlib.import_module(module), name)
+    build = _builder(str(application["import_path"]))
     name = application.get("name", "default")
     graph = build(application["args"])
     try:
@@ -125,6 +126,15 @@ def _run(application: dict[str, Any]) -> None:
         deployments = serve.status().applications[name].deployments.values()
         reasons = dict.fromkeys(reason(d.message) for d in deployments if d.message)
         raise StartFailed("\n".join(reasons) or str(error)) from None
+
+
+def _builder(import_path: str) -> Callable[[Any], Any]:
+    """The function that `module:name` means. Raises ConfigError."""
+    module, _, name = import_path.partition(":")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"import_path {import_path!r}: {error}") from None
 
 
 def reason(message: str) -> str:

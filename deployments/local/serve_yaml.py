@@ -12,6 +12,7 @@ from deployments.strict_yaml import YamlMistake, read_yaml
 from engine.config import ConfigError
 
 DOCUMENT_KEYS = {"applications", "http_options"}
+REQUIRED_KEYS = ("args", "import_path")
 APPLICATION_KEYS = {"name", "import_path", "route_prefix", "args"}
 DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 8000
@@ -52,9 +53,10 @@ def read_application(path: Path) -> dict[str, Any]:
     if not is_one or not isinstance(applications[0], dict):
         raise ConfigError(f"{path}: applications must be a list with one entry")
     unknown = sorted(map(str, set(applications[0]) - APPLICATION_KEYS))
-    if unknown or "args" not in applications[0]:
+    missing = next((f"no {key}" for key in REQUIRED_KEYS if key not in applications[0]), None)
+    if unknown or missing:
         wanted = ", ".join(sorted(APPLICATION_KEYS))
-        raise ConfigError(f"{path}: applications[0] has {unknown or 'no args'}; keys: {wanted}")
+        raise ConfigError(f"{path}: applications[0] has {unknown or missing}; keys: {wanted}")
     return applications[0]
 
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from deployments.local.serve import reason
+from deployments.local.serve import _builder, reason
+from engine.config import ConfigError
 from tests.deployments.support.config_files import config_file
 
 MODEL: dict[str, Any] = {"id": "demo", "source": "somewhere"}
@@ -35,6 +36,22 @@ def test_a_server_that_cannot_start_says_why_in_a_sentence(
     assert result.returncode == 2 and result.stdout == ""
     assert result.stderr.startswith("reef: ") and result.stderr.count("\n") == 1, result.stderr
     assert all(word in result.stderr for word in words), result.stderr
+
+
+@pytest.mark.parametrize("host", ["a..b", "nowhere.invalid", "127.0.0.1"])
+def test_an_address_that_cannot_be_used_is_a_sentence(tmp_path: Path, host: str) -> None:
+    path = config_file(tmp_path, {"models": [MODEL]}, http_options={"host": host, "port": 70_000})
+    command = [sys.executable, "-m", "reef", "serve", "--config", str(path)]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1, result.stderr
+    assert host in result.stderr
+
+
+@pytest.mark.parametrize("import_path", ["", "7", "nowhere:build", "json:build", "json"])
+def test_an_application_that_is_nowhere_is_a_sentence(import_path: str) -> None:
+    with pytest.raises(ConfigError, match=f"import_path '{import_path}': "):
+        _builder(import_path)
+    assert callable(_builder("json:dumps"))
 
 
 def test_our_own_message_is_extracted_from_that_of_a_failed_deployment() -> None:

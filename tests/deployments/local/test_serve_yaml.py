@@ -27,6 +27,18 @@ def test_a_config_file_has_one_application(tmp_path: Path, entries: Any) -> None
         read_application(path)
 
 
+@pytest.mark.parametrize("key", ["import_path", "args"])
+def test_an_application_lacks_nothing(tmp_path: Path, key: str) -> None:
+    entry = {"import_path": "deployments.app:build_app", "args": {}}
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump({"applications": [{**entry, key: 1}]}))
+    assert read_application(path)[key] == 1
+    del entry[key]
+    path.write_text(yaml.safe_dump({"applications": [entry]}))
+    with pytest.raises(ConfigError, match=f"has no {key}"):
+        read_application(path)
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
