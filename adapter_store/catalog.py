@@ -11,6 +11,8 @@ from typing import Any
 from adapter_store.errors import AdapterNotFound, InvalidName, StoreCorrupt
 from adapter_store.names import LATEST, AdapterRecord, AdapterRef, check_alias, split_name
 
+_MISFITS = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, InvalidName)
+
 
 @dataclass(slots=True)
 class Version:
@@ -125,7 +127,7 @@ class Catalog:
             {"publish": self._publish, "alias": self._alias, "retire": self._retire}[
                 record["kind"]
             ](record)
-        except (AttributeError, KeyError, TypeError, ValueError, InvalidName) as error:
+        except _MISFITS as error:
             raise StoreCorrupt(f"log record {number} does not make sense: {error!r}") from error
         self.num_records = number
 

@@ -3,7 +3,8 @@
 Record n is the object log/<n>, written with put-if-absent: if several writers try one number, one
 succeeds, and the others read its record and try the next number. So no record is lost, every record
 was valid when it was written, and following the log takes one LIST after the last key seen.
-Snapshots only shorten the start: a damaged one is skipped.
+Snapshots only shorten the start: a damaged one is skipped. A damaged record is not: what follows it
+may depend on it, so reading stops before it, and `damage` says so until the record is repaired.
 """
 
 import gzip
@@ -12,15 +13,25 @@ import logging
 import threading
 import zlib
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, cast
 
 from adapter_store.catalog import Catalog
-from adapter_store.errors import AdapterNotFound, SourceUnavailable, StoreCorrupt
+from adapter_store.errors import (
+    AdapterNotFound,
+    ObjectNotFound,
+    SourceUnavailable,
+    StoreCorrupt,
+)
 from adapter_store.manifest import AdapterManifest
 from adapter_store.names import AdapterRecord, AdapterRef, check_alias, check_name, split_name
 from adapter_store.object_store import ObjectStore
 
 SNAPSHOT_EVERY = 256  # records
+_SNAPSHOT_DAMAGE = (
+    *(OSError, EOFError, zlib.error, ValueError, KeyError, TypeError, AttributeError),
+    *(OverflowError, RecursionError, ObjectNotFound, StoreCorrupt),
+)
 _log = logging.getLogger(__name__)
 
 Record = dict[str, Any]
@@ -30,7 +41,7 @@ class Registry:
     """The names in one object store. Thread-safe.
 
     Reads answer from memory as of the last `refresh`; writes refresh first. The constructor,
-    `refresh` and all writes may raise SourceUnavailable and StoreCorrupt.
+    `refresh` and all writes may raise SourceUnavailable; `refresh` and the writes StoreCorrupt too.
     """
 
     def __init__(self, store: ObjectStore, wall_clock: Callable[[], float]) -> None:
@@ -38,17 +49,32 @@ class Registry:
         self._wall_clock = wall_clock
         self._refreshing = threading.Lock()  # held over I/O
         self._lock = threading.Lock()  # held over memory only
+        self._damage: str | None = None
         self._catalog = self._load_snapshot()
-        self.refresh()
+        with suppress(StoreCorrupt):  # known names are served all the same
+            self.refresh()
+
+    @property
+    def damage(self) -> str | None:
+        """Why the log cannot be read to its end; None if the last `refresh` could."""
+        return self._damage
 
     def refresh(self) -> None:
-        """Apply every record that other writers have appended."""
+        """Apply every record that other writers have appended.
+
+        Records before a damaged one are applied before StoreCorrupt is raised.
+        """
         with self._refreshing:
-            keys = self._store.list("log/", start_after=_log_key(self._catalog.num_records))
-            for key, raw in zip(keys, self._store.get_many(keys), strict=True):
-                record = self._parse_record(key, raw)
-                with self._lock:
-                    self._catalog.apply(record)
+            try:
+                self._read_log()
+            except StoreCorrupt as error:
+                if str(error) != self._damage:
+                    _log.error("the adapter store is damaged: %s", error)
+                self._damage = str(error)
+                raise
+            if self._damage is not None:
+                _log.warning("the adapter store is whole again: the log was read to its end")
+                self._damage = None
 
     def resolve(self, tenant: str, full_name: str, base: str | None = None) -> AdapterRef:
         """Return what name[@version|alias] means. Raises InvalidName, AdapterNotFound."""
@@ -126,6 +152,23 @@ class Registry:
 
     # ---- the log -------------------------------------------------------------------------------
 
+    def _read_log(self) -> None:
+        keys = self._store.list("log/", start_after=_log_key(self._catalog.num_records))
+        if self._damage is not None:
+            # Read the damaged record alone first: all that follow it need not be read every time.
+            self._apply_records(keys[:1])
+            keys = keys[1:]
+        self._apply_records(keys)
+
+    def _apply_records(self, keys: Sequence[str]) -> None:
+        for key, raw in zip(keys, self._store.get_many(keys), strict=True):
+            record = self._parse_record(key, raw)
+            with self._lock:
+                try:
+                    self._catalog.apply(record)
+                except StoreCorrupt as error:
+                    raise StoreCorrupt(f"{key}: {error}") from error
+
     def _append(self, make_record: Callable[[Catalog], Record | None]) -> None:
         """Append the record that `make_record` derives from the newest state, unless it is None."""
         while True:
@@ -140,16 +183,26 @@ class Registry:
             if self._catalog.num_records < number:
                 raise SourceUnavailable(f"the store has record {number} but does not list it")
             if written:
+                self._check_kept(_log_key(number), _encode(record))
                 if number % SNAPSHOT_EVERY == 0:
                     self._save_snapshot()
                 return
+
+    def _check_kept(self, key: str, raw: bytes) -> None:
+        """Raise StoreCorrupt if another writer has replaced the record that was written here."""
+        if self._store.get(key) != raw:
+            raise StoreCorrupt(
+                f"{key} was overwritten by another writer just after it was written here, so this "
+                "change is lost: the object store does not keep one of two concurrent "
+                "conditional writes"
+            )
 
     def _parse_record(self, key: str, raw: bytes) -> Record:
         if key != _log_key(self._catalog.num_records + 1):
             raise StoreCorrupt(f"{key} is there, but not the record before it")
         try:
             record = json.loads(raw)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise StoreCorrupt(f"{key} is not JSON: {error}") from error
         if not isinstance(record, dict):
             raise StoreCorrupt(f"{key} is not a JSON object")
@@ -170,7 +223,7 @@ class Registry:
                 if key != _snapshot_key(catalog.num_records):
                     raise ValueError(f"it is snapshot {catalog.num_records}")
                 return catalog
-            except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError) as error:
+            except _SNAPSHOT_DAMAGE as error:
                 _log.warning("skipping the damaged snapshot %s: %r", key, error)
         return Catalog()
 

@@ -15,7 +15,13 @@ from pathlib import Path
 from adapter_store.bases import BaseModel, describe_base, parse_base
 from adapter_store.blobs import Blobs
 from adapter_store.disk_cache import DiskCache
-from adapter_store.errors import AdapterNotFound, BaseNotFound, SourceUnavailable
+from adapter_store.errors import (
+    AdapterNotFound,
+    BaseNotFound,
+    ObjectNotFound,
+    SourceUnavailable,
+    StoreCorrupt,
+)
 from adapter_store.manifest import AdapterManifest, prepare
 from adapter_store.names import AdapterRecord, AdapterRef, check_name
 from adapter_store.object_store import OnBytes
@@ -38,8 +44,8 @@ class AdapterStore:
 
     `resolve` and `list` answer from memory. They read new records of the log if the last
     `refresh_interval_s` seconds brought no refresh, and after a miss; with an interval of infinity
-    only after a miss. While the store is unreachable, or silent for PATIENCE_S, names that are
-    known still resolve.
+    only after a miss. While the store is unreachable, silent for PATIENCE_S, or damaged, names that
+    are known still resolve.
 
     `disk_bytes` bounds the cache at `disk_path`. Besides the errors that they name, methods raise
     SourceUnavailable if they need the object store and cannot use it, StoreCorrupt if they find the
@@ -126,6 +132,14 @@ class AdapterStore:
         prepared = prepare(upload, model.fingerprint, model.modules, on_bytes)
         self._blobs.upload(prepared, on_bytes)
         return self._registry.publish(tenant, name, prepared.manifest)
+
+    @property
+    def damage(self) -> str | None:
+        """Which record of the log is damaged, as of the last refresh; None if none is.
+
+        Names that only later records could know raise StoreCorrupt, and nothing can be written.
+        """
+        return self._registry.damage
 
     def resolve(self, tenant: str, full_name: str, base: str | None = None) -> AdapterRef:
         """Return what name[@version|alias] means now. Raises AdapterNotFound, InvalidName."""
@@ -246,7 +260,10 @@ class AdapterStore:
         return now >= self._next_refresh_s and self._last_refresh.done()
 
     def _refresh_if_due(self) -> None:
-        """Read new records if the interval has passed; a store that is down is only logged."""
+        """Read new records if the interval has passed.
+
+        A store that is down is only logged, and so is damage, by the registry.
+        """
         with self._lock:
             now = self._clock()
             if not self._is_refresh_due(now):
@@ -255,8 +272,10 @@ class AdapterStore:
             refresh = self._start_refresh()
         try:
             _wait_for(refresh)
-        except SourceUnavailable as error:
+        except (SourceUnavailable, ObjectNotFound) as error:
             _log.warning("answering from memory, the log cannot be followed: %s", error)
+        except StoreCorrupt:
+            pass
 
     def _refresh_after_miss(self) -> None:
         """Wait for a new refresh, or for the last one if that is in progress or recent.

@@ -22,11 +22,13 @@ DAMAGED = 1
 def verify(store: "AdapterStore", name: str | None, tenant: str | None) -> None:
     """Hash all that is stored again.
 
-    That is every live version, or those of NAME. Without NAME and --tenant the descriptions of the
-    bases are read too. Ends with status 1 and a line on stderr for everything that is damaged.
+    That is every live version, or those of NAME, and the log of names. Without NAME and --tenant
+    the descriptions of the bases are read too. Ends with status 1 and a line on stderr for
+    everything that is damaged.
     """
     records = _records(store, tenant, name)
-    damage = list(_damaged_adapters(store, records))
+    damage = [store.damage] if store.damage is not None else []
+    damage += _damaged_adapters(store, records)
     if name is None and tenant is None:
         damage += _damaged_bases(store)
     for line in damage:

@@ -11,6 +11,7 @@ turns into another tenant's, and publishing for one more base changes no answer 
 """
 
 import asyncio
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -18,10 +19,17 @@ from typing import Protocol
 from adapter_store.errors import AdapterNotFound, AdapterStoreError, InvalidName
 from adapter_store.names import AdapterRecord, AdapterRef
 from deployments.fleet.engine_link import EngineLink
-from deployments.ingress.http_errors import model_not_found, models_not_ready, unavailable
+from deployments.ingress.http_errors import (
+    ApiError,
+    model_not_found,
+    models_not_ready,
+    unavailable,
+)
 from deployments.ingress.model_names import parse_model_name
 from deployments.tenants.tenant import Tenant
 from deployments.text.vocabulary import Vocabulary
+
+logger = logging.getLogger(__name__)
 
 Resolve = Callable[[Sequence[tuple[str, str | None]], str], AdapterRef | None]
 
@@ -111,7 +119,7 @@ class Models:
         except (AdapterNotFound, InvalidName):
             raise model_not_found(text) from None
         except AdapterStoreError as error:
-            raise unavailable(f"The adapter store cannot be read now: {error}") from error
+            raise _store_unavailable(error) from error
         return Target(self._model_of(text, ref, bases), ref, tenant.name)
 
     def _find(
@@ -172,7 +180,7 @@ class Models:
         try:
             return await asyncio.to_thread(self._adapter_names.list, namespace)
         except AdapterStoreError as error:
-            raise unavailable(f"The adapter store cannot be read now: {error}") from error
+            raise _store_unavailable(error) from error
 
     def _served(self, records: Sequence[AdapterRecord]) -> Iterator[tuple[str, AdapterRecord]]:
         """Pair model ids and newest versions, by name and then in the order of the bases."""
@@ -184,6 +192,12 @@ class Models:
                 record = None if base is None else of_name.pop(base, None)
                 if record is not None:
                     yield model_id, record
+
+
+def _store_unavailable(error: AdapterStoreError) -> ApiError:
+    """Make the answer; where the store is, and what is wrong with it, is for the log alone."""
+    logger.error("the adapter store cannot be read: %s", error)
+    return unavailable("The adapter store cannot be read now. Retry soon.")
 
 
 def _spellings(record: AdapterRecord, parent: str, is_bare: bool) -> list[str]:

@@ -125,6 +125,19 @@ def test_verify_reads_the_bases_too(
 
 
 @pytest.mark.parametrize("root", ["file"], indirect=True)
+def test_verify_names_a_damaged_record_of_the_log(
+    run: Run, root: Root, base_folder: Path, peft_folder: Path
+) -> None:
+    run("publish", peft_folder, "--name", "sql", "--base", base_folder)
+    root.open().put(f"log/{2:020}.json", b"{}")
+    code, lines, error = run("verify")
+    assert (code, lines) == (1, [])
+    assert f"reef: log/{2:020}.json" in error
+    code, (line,), _ = run("list")
+    assert code == 0 and line.startswith("public/sql@1")
+
+
+@pytest.mark.parametrize("root", ["file"], indirect=True)
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [

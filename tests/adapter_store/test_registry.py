@@ -309,6 +309,11 @@ def test_a_store_that_hides_a_record_it_has_is_reported(tmp_path: Path) -> None:
         b'{"kind": "alias", "tenant": "t", "name": "sql", "alias": "latest", "version": 1}',
         b'{"kind": "alias", "tenant": "t", "name": "sql", "alias": "prod", "version": 2}',
         b'{"kind": "alias", "tenant": "t", "name": "none", "alias": "prod", "version": 1}',
+        b'{"kind": ["publish"]}',
+        b'{"kind": "publish", "tenant": "t", "name": "sql", "digest": "d", "base": "b", '
+        b'"lora_rank": Infinity, "nbytes": 1, "published_s": 0, "version": 2}',
+        b"[" * 100_000,
+        b"\xff",
     ],
 )
 def test_a_damaged_record_stops_the_reader_instead_of_being_skipped(
@@ -319,6 +324,46 @@ def test_a_damaged_record_stops_the_reader_instead_of_being_skipped(
     with pytest.raises(StoreCorrupt):
         registry.refresh()
     assert registry.resolve("t", "sql").version == 1
+
+
+def test_a_damaged_record_leaves_what_is_known_and_is_read_again_once_repaired(
+    registry: Registry, store: CountingStore, root: Root, caplog: pytest.LogCaptureFixture
+) -> None:
+    refs = [registry.publish("t", "sql", manifest) for manifest in M[:3]]
+    key = f"log/{2:020}.json"
+    whole = store.get(key)
+    store.put(key, b"{}")
+    reader = open_registry(store)  # a start does not fail
+    assert reader.damage is not None and key in reader.damage and registry.damage is None
+    assert reader.resolve("t", "sql") == refs[0]
+    with pytest.raises(StoreCorrupt, match=key):
+        reader.publish("t", "other", M[3])
+    store.calls.clear()
+    for _ in range(3):
+        with pytest.raises(StoreCorrupt, match=key):
+            reader.refresh()
+    assert store.calls == {"list": 3, "get": 3}  # not what follows the record too
+    errors = [r for r in caplog.records if r.levelno == logging.ERROR and key in r.message]
+    assert len(errors) == 1
+    store.put(key, whole)
+    reader.refresh()
+    assert reader.damage is None and reader.list() == registry.list()
+    assert reader.publish("t", "other", M[3]).version == 1
+
+
+def test_a_change_that_another_writer_has_overwritten_is_reported_as_that(tmp_path: Path) -> None:
+    class CheckThenWrite(FileStore):
+        """Another writer's put, which was under way at the same time, replaces each of ours."""
+
+        def put_if_absent(self, key: str, data: bytes) -> bool:
+            other = {**json.loads(data), "name": "theirs", "digest": M[1].digest}
+            self.put(key, json.dumps(other).encode())
+            return True
+
+    registry = open_registry(CheckThenWrite(tmp_path))
+    with pytest.raises(StoreCorrupt, match=r"log/0+1\.json was overwritten by another writer"):
+        registry.publish("t", "ours", M[0])
+    assert [record.name for record in registry.list()] == ["theirs"]
 
 
 def test_a_missing_record_stops_the_reader(registry: Registry, store: CountingStore) -> None:

@@ -253,6 +253,28 @@ def test_known_names_resolve_while_the_store_is_down(
         reader.resolve("public", "unknown")
 
 
+def test_a_damaged_log_leaves_known_names_and_a_start_and_decides_no_unknown_name(
+    store: AdapterStore, new_store: NewStore, root: Root, peft_folder: Path
+) -> None:
+    clock = Clock()
+    ref = store.publish(peft_folder, "public", "sql")
+    running = new_store(clock=clock)
+    root.open().put(f"log/{2:020}.json", b"{}")
+    clock.now_s += 10
+    for reader in (running, new_store()):
+        assert [reader.resolve("public", "sql") for _ in range(3)] == [ref] * 3
+        assert [record.name for record in reader.list()] == ["sql"]
+        with pytest.raises(StoreCorrupt, match=r"log/0+2\.json"):
+            reader.resolve("public", "unknown")
+        assert reader.damage is not None and "log/" in reader.damage
+        assert reader.ensure_local(ref).is_dir()
+    root.remove(f"log/{2:020}.json")
+    clock.now_s += 10
+    with pytest.raises(AdapterNotFound):
+        running.resolve("public", "unknown")
+    assert running.damage is None
+
+
 # ---- aliases, retirement, listing --------------------------------------------------------------
 
 

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adapter_store.catalog import Catalog
-from adapter_store.errors import AdapterNotFound, AdapterStoreError, SourceUnavailable
+from adapter_store.errors import AdapterNotFound, AdapterStoreError, SourceUnavailable, StoreCorrupt
 from adapter_store.names import AdapterRecord, AdapterRef
 from deployments.fleet.protocol import Hello
 from deployments.ingress.http_errors import ApiError
@@ -279,6 +279,16 @@ def test_an_unreadable_registry_is_503_for_names_that_are_not_cached() -> None:
     assert digest(at, "sql") == "digest-0"
     found = error(at, "news")
     assert found.status == 503 and "retry-after" in found.headers()
+    assert "bucket" not in found.message
+
+
+def test_a_damaged_registry_is_503_for_names_that_cannot_be_decided_and_tells_no_key() -> None:
+    store = CatalogStore(("acme", "sql", SMALL))
+    at = models(store, small=SMALL)
+    store.failure = StoreCorrupt("log/00000000000000000002.json is not JSON")
+    assert digest(at, "sql") == "digest-0"
+    found = error(at, "news")
+    assert found.status == 503 and "log/" not in found.message
 
 
 # ---- lists ---------------------------------------------------------------------------------
