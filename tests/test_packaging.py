@@ -36,9 +36,12 @@ def test_no_registry_accepts_the_wheel() -> None:
 def test_every_place_says_the_same_version() -> None:
     kustomization = yaml.safe_load((ROOT / "k8s" / "kustomization.yaml").read_text())
     assert [image["newTag"] for image in kustomization["images"]] == [VERSION]
-    for name in ("README.md", "k8s/Dockerfile"):
+    for name in ("docs/kubernetes.md", "k8s/Dockerfile"):
         tags = re.findall(r"/reef:([\w.]+)", (ROOT / name).read_text())
         assert tags and set(tags) == {VERSION}, name
+    for name in ("README.md", "CHANGELOG.md"):
+        numbers = re.findall(r"(?<![\d.])\d+\.\d+\.\d+(?![\d.])", (ROOT / name).read_text())
+        assert VERSION in numbers, name
 
 
 # ---- the lock ------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from adapter_store.store import AdapterStore
 from deployments.local.ray_head import free_port
 from tests.deployments.support.processes import assert_gone, command, descendants
 from tests.deployments.support.tiny_models import make_adapter, make_base
+from tests.documents import Block, blocks
 
 pytestmark = pytest.mark.ray
 
@@ -128,6 +129,28 @@ def test_the_official_client_is_served(server: Running) -> None:
         [CLIENTS, script, url, "tiny", "red"], capture_output=True, text=True, check=False
     )
     assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize(
+    "block", blocks("sh server", "python server"), ids=lambda block: block.name
+)
+def test_what_the_documents_ask_of_a_server_is_answered(server: Running, block: Block) -> None:
+    """As it stands there, but for the address and the adapter's name."""
+    text = block.text.replace("127.0.0.1:8000", f"127.0.0.1:{server.port}").replace(
+        '"sql"', '"red"'
+    )
+    if block.info.startswith("python"):
+        if not CLIENTS.exists():
+            pytest.skip(f"{CLIENTS} is missing: `make test` makes it")
+        arguments = [str(CLIENTS), "-c", text]
+    else:
+        arguments = ["bash", "-euo", "pipefail", "-c", text]
+    environment = {**os.environ, "REEF_KEY": "none"}
+    result = subprocess.run(
+        arguments, env=environment, capture_output=True, text=True, check=False, timeout=60
+    )
+    assert result.returncode == 0, result.stderr
+    assert "red" in result.stdout and "error" not in result.stdout
 
 
 def test_base_and_adapters_say_different_things(server: Running) -> None:
