@@ -22,6 +22,7 @@ def validate(request: GenerateRequest, info: EngineInfo) -> None:
     _check_token_ids("output so far", request.output_token_ids, info.vocab_size)
     _check_token_ids("stop_token_ids", request.sampling.stop_token_ids, info.vocab_size)
     _check_token_ids("logit_bias", (t for t, _ in request.sampling.logit_bias), info.vocab_size)
+    _check_some_token_is_allowed(request, info)
     if not 1 <= request.n <= MAX_CHOICES:
         raise InvalidRequest(f"n must be in [1, {MAX_CHOICES}], not {request.n}")
     if num_resumed and request.n != 1:
@@ -29,6 +30,17 @@ def validate(request: GenerateRequest, info: EngineInfo) -> None:
     if num_resumed >= request.sampling.max_tokens:
         raise InvalidRequest(
             f"{num_resumed} tokens are there already, of max_tokens={request.sampling.max_tokens}"
+        )
+
+
+def _check_some_token_is_allowed(request: GenerateRequest, info: EngineInfo) -> None:
+    """End tokens are forbidden until there are `min_tokens`: that must leave at least one."""
+    sampling = request.sampling
+    num_forbidden = len(sampling.end_token_ids(info.eos_token_ids))
+    if sampling.min_tokens > 1 and num_forbidden >= info.vocab_size:
+        raise InvalidRequest(
+            f"min_tokens={sampling.min_tokens} forbids all end tokens before, and they are all "
+            f"{info.vocab_size} tokens of the vocabulary; list fewer in stop_token_ids"
         )
 
 

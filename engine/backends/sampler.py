@@ -7,6 +7,7 @@ after a resumption in its middle.
 """
 
 import math
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -65,7 +66,7 @@ class TorchPicker:
         requests: Sequence[ScheduledRequest],
         best: list[int],
     ) -> list[int]:
-        return [_draw(logits[i], requests[i]) for i in rows]
+        return [_draw(logits[i], requests[i], best[i]) for i in rows]
 
 
 class NotFinite:
@@ -144,16 +145,17 @@ def _largest(row: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
 def _adjust(row: torch.Tensor, request: ScheduledRequest) -> torch.Tensor:
     """Changes the row in place. Returns what it was, which logprobs are about if there are any."""
     sampling, forbidden = request.sampling, request.forbidden_token_ids
-    if not (sampling.logit_bias or request.history or forbidden):
+    if not (request.biases or request.history or forbidden):
         return row
     original = row if sampling.logprobs is None else row.clone()
-    if sampling.logit_bias:
-        ids, biases = zip(*sampling.logit_bias, strict=True)
-        row[list(ids)] += torch.tensor(biases, device=row.device)
+    if request.biases is not None:
+        ids, values = request.biases
+        biases = torch.from_numpy(np.array(values, dtype=np.float32)).to(row.device)
+        row.index_add_(0, _token_ids(ids, row.device), biases)
     if request.history is not None:
         _penalize(row, *request.history, sampling)
     if forbidden:
-        row[list(forbidden)] = -torch.inf
+        row.index_fill_(0, _token_ids(forbidden, row.device), -torch.inf)
     return original
 
 
@@ -174,7 +176,7 @@ def _penalize(
         row[ids] -= sampling.presence_penalty + sampling.frequency_penalty * counts
 
 
-def _token_ids(token_ids: list[int], device: torch.device) -> torch.Tensor:
+def _token_ids(token_ids: "list[int] | array[int]", device: torch.device) -> torch.Tensor:
     """int64; by way of numpy, in a fifth of the time of torch.tensor."""
     return torch.from_numpy(np.array(token_ids, dtype=np.int64)).to(device)
 
@@ -182,9 +184,12 @@ def _token_ids(token_ids: list[int], device: torch.device) -> torch.Tensor:
 # ==== the draw ====
 
 
-def _draw(row: torch.Tensor, request: ScheduledRequest) -> int:
+def _draw(row: torch.Tensor, request: ScheduledRequest, best: int) -> int:
+    """The likeliest where a temperature is so small that dividing by it overflows."""
     sampling = request.sampling
     row = row / sampling.temperature
+    if not row[best].isfinite():
+        return best
     _filter(row, sampling)
     return gumbel_argmax(row, sampling.seed + request.choice, request.end)
 

@@ -4,10 +4,12 @@ Picklable, so that an executor may live in another process. Holds no reference t
 scheduler's own mutable state.
 """
 
+from array import array
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from engine.scheduler.request import SamplingParams
+from engine.scheduler.token_rules import NO_TOKENS, TokenBiases
 
 PENDING = -1  # in token_ids: the token that the step before samples for this request
 
@@ -30,10 +32,11 @@ class ScheduledRequest(NamedTuple):
     adapter_slot: int  # 0 = base model
     sampling: SamplingParams
     samples: bool  # a token is sampled from the last row's logits
-    forbidden_token_ids: tuple[int, ...] = ()  # may not be sampled yet (min_tokens)
+    forbidden_token_ids: "array[int]" = NO_TOKENS  # may not be sampled yet (min_tokens)
     history: tuple[list[int], list[int]] | None = None  # (prompt, output), if penalties need it
     prompt_targets: list[int] | None = None  # token after each row, if their logprobs are asked for
     life: int = 0  # number of the request's admission that this row belongs to; unique
+    biases: TokenBiases | None = None  # of `sampling`, as arrays
 
     @property
     def end(self) -> int:

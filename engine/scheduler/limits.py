@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from engine.scheduler.request import FinishReason, Request, SamplingParams
+from engine.scheduler.token_rules import TokenRules, token_rules
 
 
 @dataclass(frozen=True, slots=True)
@@ -12,15 +13,13 @@ class SchedulerLimits:
     max_model_len: int
     eos_token_ids: tuple[int, ...] = ()
 
-    def end_tokens(self, sampling: SamplingParams) -> tuple[int, ...]:
-        """Token ids that end the request once it has `min_tokens`."""
-        eos = () if sampling.ignore_eos else self.eos_token_ids
-        return (*eos, *sampling.stop_token_ids)
+    def rules(self, sampling: SamplingParams) -> TokenRules:
+        return token_rules(sampling.end_token_ids(self.eos_token_ids), sampling.logit_bias)
 
     def end_of(self, request: Request, token_id: int) -> FinishReason | None:
         """Why the request ends with its newest token, `token_id`; None if it continues."""
         sampling, num_outputs = request.sampling, len(request.output_token_ids)
-        if num_outputs >= sampling.min_tokens and token_id in self.end_tokens(sampling):
+        if num_outputs >= sampling.min_tokens and token_id in request.rules.end_token_ids:
             return FinishReason.STOP
         if num_outputs >= sampling.max_tokens or request.num_tokens >= self.max_model_len:
             return FinishReason.LENGTH

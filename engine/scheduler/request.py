@@ -4,11 +4,18 @@ Plain data and the arithmetic on it; the scheduler makes every decision.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, StrEnum
 
+from engine.scheduler.token_rules import NO_RULES, TokenRules
+
 MAX_LOGPROBS = 20
+# Far above what clients send (a few end tokens, at most 300 biases to OpenAI's own servers); they
+# bound what one request can cost a step.
+MAX_STOP_TOKEN_IDS = 128
+MAX_LOGIT_BIASES = 1024
+MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY = 0.01, 100.0  # keep float32 logits finite
 
 
 class InvalidRequest(ValueError):
@@ -53,13 +60,20 @@ class SamplingParams:
     prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
+        _check_length("stop_token_ids", len(self.stop_token_ids), MAX_STOP_TOKEN_IDS)
+        _check_length("logit_bias", len(self.logit_bias), MAX_LOGIT_BIASES)
         _check("max_tokens", self.max_tokens, 1, 2**31 - 1)
         _check("min_tokens", self.min_tokens, 0, self.max_tokens)
         _check("temperature", self.temperature, 0.0, 100.0)
         _check("top_k", self.top_k, 0, 2**31 - 1)
         _check("top_p", self.top_p, 0.0, 1.0, low_excluded=True)
         _check("min_p", self.min_p, 0.0, 1.0)
-        _check("repetition_penalty", self.repetition_penalty, 0.0, 100.0, low_excluded=True)
+        _check(
+            "repetition_penalty",
+            self.repetition_penalty,
+            MIN_REPETITION_PENALTY,
+            MAX_REPETITION_PENALTY,
+        )
         _check("presence_penalty", self.presence_penalty, -2.0, 2.0)
         _check("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
         _check("seed", self.seed, -(2**63), 2**63 - 1)
@@ -69,6 +83,11 @@ class SamplingParams:
         for name in ("logprobs", "prompt_logprobs"):
             if (value := getattr(self, name)) is not None:
                 _check(name, value, 0, MAX_LOGPROBS)
+
+    def end_token_ids(self, eos_token_ids: Iterable[int]) -> frozenset[int]:
+        """Token ids that end the request once it has `min_tokens`, of a model with these."""
+        eos = () if self.ignore_eos else eos_token_ids
+        return frozenset((*eos, *self.stop_token_ids))
 
     @property
     def uses_penalties(self) -> bool:
@@ -82,6 +101,11 @@ def _check(name: str, value: float, low: float, high: float, *, low_excluded: bo
     if not inside or not math.isfinite(value):
         bracket = "(" if low_excluded else "["
         raise InvalidRequest(f"{name} must be in {bracket}{low}, {high}], not {value}")
+
+
+def _check_length(name: str, length: int, most: int) -> None:
+    if length > most:
+        raise InvalidRequest(f"{name} must have [0, {most}] entries, not {length}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +132,7 @@ class Request:
     sampling: SamplingParams
     arrival_s: float
     scope: CacheScope = CacheScope()
+    rules: TokenRules = NO_RULES  # set by the scheduler, the same for all choices
     index: int = 0  # choice index: seed + index is its random stream
     output_token_ids: list[int] = field(default_factory=list[int])
     num_resumed_tokens: int = 0  # leading output_token_ids that came with the request

@@ -66,7 +66,9 @@ class Scheduler:
         """
         if refusal := self.refusal(request):
             raise InvalidRequest(refusal)
+        rules = self.limits.rules(request.sampling)
         for r in (request, *request.forks):
+            r.rules = rules
             assert r.key not in self._by_key, f"request {r.key} was added twice"
             self._by_key[r.key] = r
         self.waiting.append(request)
@@ -134,7 +136,7 @@ class Scheduler:
             if request.first_scheduled_s is None:
                 request.first_scheduled_s = now
         self._num_in_flight += 1
-        return step.to_batch(self.limits, self.adapters, changes)
+        return step.to_batch(self.adapters, changes)
 
     def update(self, batch: ScheduledBatch, sampled: Sequence[Sequence[int]]) -> list[Progress]:
         """Take each request's sampled tokens (none for an unfinished prompt), in batch order.

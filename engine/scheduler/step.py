@@ -2,9 +2,9 @@
 
 from engine.scheduler.adapter_slots import AdapterSlots
 from engine.scheduler.batch import PENDING, ScheduledBatch, ScheduledRequest
-from engine.scheduler.limits import SchedulerLimits
 from engine.scheduler.memory import MemoryChanges
 from engine.scheduler.request import Request
+from engine.scheduler.token_rules import NO_TOKENS
 
 
 class Step:
@@ -26,22 +26,18 @@ class Step:
     def has(self, request: Request) -> bool:
         return request.key in self._keys
 
-    def to_batch(
-        self, limits: SchedulerLimits, adapters: AdapterSlots, changes: MemoryChanges
-    ) -> ScheduledBatch:
+    def to_batch(self, adapters: AdapterSlots, changes: MemoryChanges) -> ScheduledBatch:
         """Return the step as plain data; from here on its tokens count as computed."""
         rows = sorted(self.rows, key=lambda row: row[1])  # stable: short ones first
         return ScheduledBatch(
-            requests=tuple(_take(request, count, limits, adapters) for request, count in rows),
+            requests=tuple(_take(request, count, adapters) for request, count in rows),
             adapter_evictions=changes.evictions,
             moves=changes.moves,
             adapter_loads=changes.loads,
         )
 
 
-def _take(
-    request: Request, count: int, limits: SchedulerLimits, adapters: AdapterSlots
-) -> ScheduledRequest:
+def _take(request: Request, count: int, adapters: AdapterSlots) -> ScheduledRequest:
     """Take the request's next `count` tokens into the step."""
     start = request.num_computed_tokens
     end = request.num_computed_tokens = start + count
@@ -63,11 +59,14 @@ def _take(
         sampling=sampling,
         samples=samples,
         forbidden_token_ids=(
-            limits.end_tokens(sampling) if num_outputs + 1 < sampling.min_tokens else ()
+            request.rules.sorted_end_token_ids
+            if num_outputs + 1 < sampling.min_tokens
+            else NO_TOKENS
         ),
         history=history,
         prompt_targets=_prompt_targets(request, start, end),
         life=request.life,
+        biases=request.rules.biases,
     )
 
 

@@ -158,7 +158,7 @@ def test_min_tokens_counts_the_pending_token() -> None:
     for _ in range(4):
         batch = world.launch()
         assert batch is not None
-        forbidden.append(batch.requests[0].forbidden_token_ids)
+        forbidden.append(tuple(batch.requests[0].forbidden_token_ids))
         while len(world.in_flight) > 1:
             world.collect()
     assert forbidden == [(3,), (3,), (), ()]

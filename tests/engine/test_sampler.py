@@ -26,6 +26,7 @@ from engine.backends.sampler import (
 )
 from engine.scheduler.batch import ScheduledRequest
 from engine.scheduler.request import SamplingParams
+from tests.engine.support.draws import request_of
 
 VOCAB = 1500
 
@@ -37,9 +38,7 @@ def row(
     forbidden: tuple[int, ...] = (),
     index: int = 0,
 ) -> ScheduledRequest:
-    return ScheduledRequest(
-        "r", index, [1], position - 1, (), 0, sampling, True, forbidden, history
-    )
+    return request_of(sampling, position, index, forbidden, history)
 
 
 def random_logits(seed: int, vocab: int = VOCAB, scale: float = 3.0) -> torch.Tensor:
@@ -145,6 +144,21 @@ def test_logit_bias_and_forbidden_tokens_hold_for_greedy_too() -> None:
     assert token_of(SamplingParams(temperature=0), logits, forbidden=(best,)) != best
 
 
+@given(st.data())
+def test_long_lists_change_the_logits_they_name(data: st.DataObject) -> None:
+    vocab = 300
+    logits = random_logits(data.draw(st.integers(0, 9)), vocab)
+    ids = st.integers(0, vocab - 1)
+    biases = data.draw(st.dictionaries(ids, st.floats(-100, 100, width=32), max_size=vocab))
+    forbidden = data.draw(st.sets(ids, max_size=vocab - 1))
+    expected = [
+        -math.inf if i in forbidden else float(logits[i] + biases.get(i, 0.0)) for i in range(vocab)
+    ]
+    params = SamplingParams(temperature=0, logit_bias=tuple(biases.items()))
+    sample([row(params, forbidden=tuple(forbidden))], adjusted := logits[None].clone())
+    assert adjusted[0].tolist() == expected
+
+
 def test_a_row_draws_the_same_in_any_batch() -> None:
     params = [SamplingParams(seed=s, temperature=0.5 + s / 4, top_p=0.9) for s in range(6)]
     rows = [row(p, position=3 + i) for i, p in enumerate(params)]
@@ -160,6 +174,15 @@ def test_choice_index_adds_to_the_seed() -> None:
     for index in range(5):
         token = token_of(SamplingParams(seed=10), logits, index=index)
         assert token == token_of(SamplingParams(seed=10 + index), logits)
+
+
+@pytest.mark.parametrize("temperature", [1e-6, 1e-30, 1e-42, 1e-50])
+@pytest.mark.parametrize("shift", [-100.0, 0.0, 100.0])
+def test_the_smallest_temperatures_are_greedy(temperature: float, shift: float) -> None:
+    logits = random_logits(5) + shift
+    for filters in ({}, {"top_p": 0.9}, {"top_k": 5}, {"min_p": 0.1}):
+        params = SamplingParams(temperature=temperature, seed=3, **filters)  # type: ignore[arg-type]
+        assert token_of(params, logits) == int(logits.argmax())
 
 
 def test_logprobs_are_those_before_temperature_and_filters() -> None:

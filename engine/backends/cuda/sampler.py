@@ -5,6 +5,7 @@ copy; greedy requests that ask for nothing else need none. Tokens stay on the de
 step's inputs, and come back to the host together with flags and log-probabilities.
 """
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -93,15 +94,14 @@ def _arrays(requests: Sequence[ScheduledRequest], vocab: int) -> dict[str, Words
     scored_rows = [i for i, r in numbered if r.sampling.logprobs is not None]
     if scored_rows:
         arrays["scored_rows"] = np.array(scored_rows, np.int32)
-    biases = [(i, *bias) for i, r in numbered for bias in r.sampling.logit_bias]
+    biases = [(i, r.biases) for i, r in numbered if r.biases is not None]
     if biases:
-        rows, ids, values = zip(*biases, strict=True)
-        arrays["bias_places"] = np.array([rows, ids], np.int32)
-        arrays["biases"] = np.array(values, np.float32)
+        arrays["bias_places"] = _places([(i, token_ids) for i, (token_ids, _) in biases])
+        arrays["biases"] = np.concatenate([np.array(v, np.float32) for _, (_, v) in biases])
     arrays |= _history_arrays(requests)
-    forbidden = [(i, token_id) for i, r in numbered for token_id in r.forbidden_token_ids]
+    forbidden = [(i, r.forbidden_token_ids) for i, r in numbered if r.forbidden_token_ids]
     if forbidden:
-        arrays["forbidden_places"] = np.array(forbidden, np.int32).T.copy()
+        arrays["forbidden_places"] = _places(forbidden)
     drawn = [(i, r) for i, r in numbered if r.sampling.temperature > 0]
     if drawn:
         arrays |= _draw_arrays(drawn)
@@ -127,12 +127,17 @@ def _history_arrays(requests: Sequence[ScheduledRequest]) -> dict[str, Words]:
     for name, entries in (("seen", seen), ("said", said)):
         if entries:
             lengths = [len(ids) for _, ids, _ in entries]
-            rows = np.repeat(np.array([i for i, *_ in entries], np.int32), lengths)
-            ids = np.concatenate([np.array(ids, np.int32) for _, ids, _ in entries])
             penalties = np.array([p for *_, p in entries], np.float32)
-            arrays[f"{name}_places"] = np.stack([rows, ids])
+            arrays[f"{name}_places"] = _places([(i, ids) for i, ids, _ in entries])
             arrays[f"{name}_penalties"] = np.repeat(penalties, lengths, 0).T.copy()
     return arrays
+
+
+def _places(entries: Sequence[tuple[int, "list[int] | array[int]"]]) -> Words:
+    """(row, its token ids) ... -> [2, N]: each token's row, and the token."""
+    rows = np.array([row for row, _ in entries], np.int32)
+    ids = [np.array(token_ids, np.int32) for _, token_ids in entries]
+    return np.stack([np.repeat(rows, [len(each) for each in ids]), np.concatenate(ids)])
 
 
 def _draw_arrays(drawn: list[tuple[int, ScheduledRequest]]) -> dict[str, Words]:

@@ -3,6 +3,7 @@
 Any operation for which the host would wait for a GPU's values raises, as do non-contiguous copies.
 """
 
+from array import array
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from engine.scheduler.batch import (
     ScheduledRequest,
 )
 from engine.scheduler.request import SamplingParams
+from engine.scheduler.token_rules import INT32, token_biases
 
 META = torch.device("meta")
 VOCAB, HIDDEN, BLOCK_BYTES = 40, 8, 256
@@ -111,7 +113,18 @@ def request(name: int, token_ids: list[int], start: int, **sampling: Any) -> Sch
     history = ([1, 2], [3]) if params.uses_penalties else None
     targets = [1] * len(token_ids) if params.prompt_logprobs is not None else None
     return ScheduledRequest(
-        str(name), 0, token_ids, start, blocks, name % 2, params, True, (5,), history, targets
+        str(name),
+        0,
+        token_ids,
+        start,
+        blocks,
+        name % 2,
+        params,
+        True,
+        array(INT32, [5]),
+        history,
+        targets,
+        biases=token_biases(params.logit_bias),
     )
 
 

@@ -29,6 +29,7 @@ from engine.lora.weights import load_lora
 from engine.model.loader import load_decoder
 from engine.scheduler.batch import ScheduledBatch, ScheduledRequest
 from engine.scheduler.request import SamplingParams
+from engine.scheduler.token_rules import token_biases
 from tests.engine.cuda.launches import Launches
 from tests.engine.support.driver import write_adapter
 from tests.engine.support.generations import loads_at_the_end
@@ -144,6 +145,7 @@ def random_batch(dice: random.Random) -> ScheduledBatch:
             samples=dice.random() < 0.8,
             history=([3], [4]) if sampling.uses_penalties else None,
             prompt_targets=[7] * count if sampling.prompt_logprobs else None,
+            biases=token_biases(sampling.logit_bias),
         )
         requests.append(request)
     return ScheduledBatch(tuple(sorted(requests, key=lambda r: len(r.token_ids))))

@@ -1,7 +1,10 @@
 """Makes requests for sampler tests."""
 
+from array import array
+
 from engine.scheduler.batch import ScheduledRequest
 from engine.scheduler.request import SamplingParams
+from engine.scheduler.token_rules import INT32, token_biases
 
 
 def request_of(
@@ -14,5 +17,15 @@ def request_of(
 ) -> ScheduledRequest:
     """Make a request that samples the token at `position`."""
     return ScheduledRequest(
-        "r", choice, [last_input], position - 1, (), 0, sampling, True, forbidden, history
+        "r",
+        choice,
+        [last_input],
+        position - 1,
+        (),
+        0,
+        sampling,
+        True,
+        array(INT32, forbidden),
+        history,
+        biases=token_biases(sampling.logit_bias),
     )

@@ -19,6 +19,8 @@ from engine.lora.weights import LoraWeights
 from engine.model.decoder import Decoder
 from engine.scheduler.batch import PENDING, AdapterLoad, Move, ScheduledBatch, ScheduledRequest
 from engine.scheduler.request import SamplingParams
+from engine.scheduler.token_rules import token_biases
+from tests.engine.support.draws import request_of
 from tests.engine.support.driver import prompt_of
 from tests.engine.support.tiny import OneRequest
 
@@ -114,6 +116,7 @@ def _batch(
                 history=(list(s.prompt), list(s.output)) if uses_history else None,
                 prompt_targets=targets,
                 life=s.life,
+                biases=token_biases(s.sampling.logit_bias),
             )
         )
         s.pending += samples
@@ -158,7 +161,7 @@ def expected(decoder: Decoder, s: Generation, adapter: LoraWeights | None) -> li
     new_ids = s.prompt
     for end in range(len(s.prompt), len(s.prompt) + s.sampling.max_tokens):
         history = (s.prompt, [t.token_id for t in tokens]) if s.sampling.uses_penalties else None
-        row = ScheduledRequest("", 0, [0], end - 1, (), 0, s.sampling, True, history=history)
+        row = request_of(s.sampling, end, history=history)
         (token,) = sample([row], one.forward(new_ids)[-1:].clone())
         assert isinstance(token, SampledToken)
         tokens.append(token)
