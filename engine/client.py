@@ -109,10 +109,10 @@ class EngineClient:
         self._connection.send(AddRequest(request))
         self._live[request.request_id] = set(range(max(request.n, 1)))
 
-    def abort(self, request_id: str) -> None:
-        """End the request within a step. Ignores an id that is unknown or has ended."""
+    def abort(self, request_id: str, index: int | None = None) -> None:
+        """End one choice, or all, within a step. Ignores what is unknown or has ended."""
         if request_id in self._live and self._connection is not None:
-            self._connection.send(AbortRequest(request_id))
+            self._connection.send(AbortRequest(request_id, index))
 
     async def close(self) -> None:
         """End the process. Requests that are still running end with an error."""

@@ -145,9 +145,12 @@ class Engine:
             for _ in range(request.n):
                 self.host.want(adapter_folder)
 
-    def abort(self, request_id: str) -> None:
-        """End the request; its blocks are free on return. An unknown id has ended already."""
-        self._end(self.scheduler.abort(request_id), None)
+    def abort(self, request_id: str, index: int | None = None) -> None:
+        """End one choice of the request, or all; their blocks are free on return.
+
+        What is unknown has ended already.
+        """
+        self._end(self.scheduler.abort(request_id, index), None)
 
     # ==== a step ====
 
@@ -258,11 +261,12 @@ class Engine:
             prompt_logprobs=self._take_prompt_logprobs(request),
             finish_reason=request.finish_reason.value if request.finish_reason else None,
             stop_token_id=progress.stop_token_id,
-            metrics=_metrics(request, now) if request.finish_reason else None,
+            metrics=_metrics(request, now) if _has_metrics(request, count) else None,
         )
         if request.finish_reason:
-            self._num_prompt += request.num_prompt_tokens
-            self._num_cached += request.num_cached_tokens
+            if request.index == 0:  # the choices share one prompt
+                self._num_prompt += request.num_prompt_tokens
+                self._num_cached += request.num_cached_tokens or 0
             self._release_adapter(request)
         return output
 
@@ -336,11 +340,17 @@ class Engine:
                 self.scheduler.adapters.set_absent(digest)
 
 
+def _has_metrics(request: Request, num_new: int) -> bool:
+    """The first output has them too: if the rest comes from elsewhere, they are known."""
+    is_first = len(request.output_token_ids) - request.num_resumed_tokens == num_new
+    return request.finish_reason is not None or (request.index == 0 and is_first)
+
+
 def _metrics(request: Request, now: float) -> RequestMetrics:
     scheduled_s = now if request.first_scheduled_s is None else request.first_scheduled_s
     return RequestMetrics(
         scheduled_s - request.arrival_s,
         request.num_prompt_tokens,
-        request.num_cached_tokens,
+        request.num_cached_tokens or 0,
         len(request.output_token_ids) - request.num_resumed_tokens,
     )

@@ -72,7 +72,11 @@ def encodable(text: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class RequestMetrics:
-    """What a request took until it ended; the queue is from arrival to being scheduled."""
+    """What a choice took so far; the queue is from arrival to being scheduled.
+
+    `num_cached_tokens` are the prompt's that were cached when the first choice was first admitted:
+    neither what the choices share nor what is cached after a preemption counts.
+    """
 
     queue_s: float
     num_prompt_tokens: int
@@ -87,7 +91,7 @@ class RequestOutput:
     finish_reason: "stop" (end-of-sequence or a stop token), "length", "abort" or "error";
     `stop_token_id` is the token that ended the choice, and also the last of `token_ids`.
     `prompt_logprobs`, if requested, come with the first output; the entry of the first prompt
-    token is None.
+    token is None. `metrics` come with the first output of choice 0, and with each choice's last.
     """
 
     request_id: str
@@ -114,6 +118,7 @@ def to_item(output: RequestOutput) -> Item:
         and output.logprobs is None
         and output.prompt_logprobs is None
         and output.error is None
+        and output.metrics is None
     )
     return (output.request_id, output.index, output.token_ids) if is_plain else output
 
@@ -165,6 +170,7 @@ class AddRequest(Message):
 
 class AbortRequest(Message):
     request_id: str
+    index: int | None = None  # of the only choice that is meant
 
 
 class Ping(Message):

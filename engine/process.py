@@ -160,7 +160,7 @@ class _Loop:
         if isinstance(message, AddRequest):
             self._add(message.request)
         elif isinstance(message, AbortRequest):
-            self._engine.abort(message.request_id)
+            self._engine.abort(message.request_id, message.index)
         elif isinstance(message, Ping):
             self._is_pinged = True
         else:

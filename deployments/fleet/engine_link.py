@@ -101,6 +101,19 @@ class EngineLink:
                 if attempt.replica is not None:
                     attempt.replica.abort([attempt.id])
 
+    def end_choice(self, mailbox: Mailbox[Item], request_number: int, index: int) -> None:
+        """Abort a choice that its reader needs no longer, of one of the requests of `open`."""
+        ended = self._requests[mailbox][request_number].end(index)
+        if ended is None:
+            return
+        attempt, choice = ended
+        if choice is None:
+            del self._attempts[attempt.id]
+        if attempt.replica is not None and choice is None:
+            attempt.replica.abort([attempt.id])
+        elif attempt.replica is not None:
+            attempt.replica.abort_choice(attempt.id, choice)
+
     # ---- attempts ------------------------------------------------------------------------
 
     def _begin(self, attempt: Attempt) -> None:

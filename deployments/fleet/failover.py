@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 
 from deployments.fleet.protocol import Submit
 from deployments.fleet.replica_stream import ReplicaStream
-from engine.messages import GenerateRequest, Item, RequestError, RequestOutput
+from engine.messages import GenerateRequest, Item, RequestError, RequestMetrics, RequestOutput
 
 
 @dataclass(eq=False, slots=True)
@@ -41,11 +41,24 @@ class Attempt:
     def id(self) -> str:
         return self.submit.request.request_id
 
+    @property
+    def indexes(self) -> range:
+        """Indexes that its choices have in the original request."""
+        return range(self.first_index, self.first_index + self.submit.request.n)
+
 
 class ResumableRequest:
     """Owns what has been delivered. A choice that has ended gets nothing more."""
 
-    __slots__ = ("_deliver", "_is_open", "_num_renamed", "_submit", "_token_ids", "attempts")
+    __slots__ = (
+        "_deliver",
+        "_is_open",
+        "_num_cached",
+        "_num_renamed",
+        "_submit",
+        "_token_ids",
+        "attempts",
+    )
 
     def __init__(self, submit: Submit, deliver: Callable[[Item], None]) -> None:
         self.attempts: dict[str, Attempt] = {}
@@ -54,6 +67,7 @@ class ResumableRequest:
         self._token_ids: list[list[int]] = [[] for _ in range(submit.request.n)]
         self._is_open = [True] * submit.request.n
         self._num_renamed = 0
+        self._num_cached: int | None = None  # of the prompt, at the first replica that answered
 
     def first_attempt(self) -> Attempt:
         return self._add(Attempt(self, self._submit, 0, self._submit.request.n, is_original=True))
@@ -78,7 +92,29 @@ class ResumableRequest:
             attempt.num_open -= 1
             if attempt.num_open == 0:
                 self.attempts.pop(attempt.id, None)
-        self._deliver(replace(output, request_id=self._id, index=index))
+        metrics = self._booked(output.metrics)
+        self._deliver(replace(output, request_id=self._id, index=index, metrics=metrics))
+
+    def _booked(self, metrics: RequestMetrics | None) -> RequestMetrics | None:
+        """Keep what was cached at first: a later replica may have cached more, and tokens too."""
+        if metrics is None:
+            return None
+        if self._num_cached is None:
+            self._num_cached = metrics.num_cached_tokens
+        return replace(metrics, num_cached_tokens=self._num_cached)
+
+    def end(self, index: int) -> tuple[Attempt, int | None] | None:
+        """End a choice that its reader has ended. Returns what to abort, if it has not finished:
+        the attempt, and its choice unless that was the last one."""
+        if not self._is_open[index]:
+            return None
+        attempt = next(a for a in self.attempts.values() if index in a.indexes)
+        self._is_open[index] = False
+        attempt.num_open -= 1
+        if attempt.num_open:
+            return attempt, index - attempt.first_index
+        del self.attempts[attempt.id]
+        return attempt, None
 
     def fail(self, attempt: Attempt, error: RequestError) -> None:
         """End every choice that the attempt was to finish."""

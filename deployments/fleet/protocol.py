@@ -72,6 +72,7 @@ class Receipt:
 @dataclass(frozen=True, slots=True)
 class Abort:
     request_id: str
+    index: int | None = None  # of the only choice that is meant
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,6 +46,10 @@ class ReplicaStream:
         self._outbox.extend(map(Abort, request_ids))
         self._has_outbox.set()
 
+    def abort_choice(self, request_id: str, index: int) -> None:
+        self._outbox.append(Abort(request_id, index))
+        self._has_outbox.set()
+
     async def refresh(self, timeout_s: float) -> None:
         """Wait until `_talk` has renewed the lease, at most for `timeout_s`.
 

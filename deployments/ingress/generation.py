@@ -49,8 +49,7 @@ class Generation:
         requests = [submit.request for submit in plan.submits]
         ids = [request.request_id for request in requests]
         self._first_index = {request_id: at * plan.n for at, request_id in enumerate(ids)}
-        self._num_prompt = {r.request_id: len(r.prompt_token_ids) for r in requests}
-        self._num_cached = dict.fromkeys(ids, 0)
+        self._num_cached: dict[str, int] = {}
         self._choices: dict[int, Choice] = {}
         self._num_open = plan.n * len(ids)
         self._first: NewTexts = {}
@@ -138,13 +137,15 @@ class Generation:
                 if not was_open:
                     continue
             self._stamp(choice, now)
+            if choice.finish_reason is not None:
+                self._stop_in_engine(choice)
             texts[choice] = texts[choice] + text if choice in texts else text
         return texts
 
     def _take(self, choice: Choice, output: RequestOutput) -> str:
+        self._book(output)
         if output.finish_reason is None:
             return choice.push(output.token_ids, output.logprobs)
-        self._finish_in_engine(output)
         if self._plan.is_prompt_only:
             output = replace(output, token_ids=[], logprobs=None, stop_token_id=None)
         return choice.finish(output)
@@ -165,13 +166,16 @@ class Generation:
         texts[choice] = choice.opening
         return choice
 
-    def _finish_in_engine(self, output: RequestOutput) -> None:
-        request_id = output.request_id
-        if output.metrics is not None:
-            # If the answer was continued elsewhere, tokens of its own may have been cached too.
-            cached = min(output.metrics.num_cached_tokens, self._num_prompt[request_id])
-            self._num_cached[request_id] = max(self._num_cached[request_id], cached)
-            self._metrics.observe_queue(self._plan.target.label, output.metrics.queue_s)
+    def _book(self, output: RequestOutput) -> None:
+        """Record what a request's first metrics say: of its prompt, whatever the choices."""
+        metrics = output.metrics
+        if metrics is not None and output.request_id not in self._num_cached:
+            self._num_cached[output.request_id] = metrics.num_cached_tokens
+            self._metrics.observe_queue(self._plan.target.label, metrics.queue_s)
+
+    def _stop_in_engine(self, choice: Choice) -> None:
+        """Abort a choice that has ended here, at a stop string, unless it has ended there too."""
+        self._link.end_choice(self._mailbox, *divmod(choice.index, self._plan.n))
 
     def _stamp(self, choice: Choice, now: float) -> None:
         """Time one item of a choice: its first, the gap since the last, its end."""

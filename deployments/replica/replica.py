@@ -131,7 +131,10 @@ class EngineReplica:
     ) -> Lease | None:
         """Renew the lease of a stream and abort requests. Raises UnknownStream."""
         stream = self._streams.renew(stream_id)
-        self._requests.drop(abort.request_id for abort in aborts)
+        self._requests.drop(abort.request_id for abort in aborts if abort.index is None)
+        for abort in aborts:
+            if abort.index is not None:
+                self._engine.abort(abort.request_id, abort.index)
         if not renew and not self.is_draining:
             return None
         return Lease(frozenset(stream.request_ids), self._engine.stats, self.is_draining)

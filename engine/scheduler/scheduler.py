@@ -73,8 +73,14 @@ class Scheduler:
             self._by_key[r.key] = r
         self.waiting.append(request)
 
-    def abort(self, request_id: str) -> list[Request]:
-        """End every choice of the request; their blocks and pins are free on return."""
+    def abort(self, request_id: str, index: int | None = None) -> list[Request]:
+        """End a choice of the request, or all; their blocks and pins are free on return."""
+        if index is not None:
+            request = self._by_key.get((request_id, index))
+            if request is None:
+                return []
+            self._part(request)
+            return self._finish_all([request], FinishReason.ABORT)
         ended = [r for r in self._by_key.values() if r.request_id == request_id]
         return self._finish_all(ended, FinishReason.ABORT)
 
@@ -279,7 +285,9 @@ class Scheduler:
         count = min(request.num_remaining_tokens, step.budget)
         has_room = self._allocate(request, count)
         assert has_room, "what was reserved for a request is gone"
-        request.num_cached_tokens = max(request.num_cached_tokens, request.num_computed_tokens)
+        if request.num_cached_tokens is None:
+            num_cached = request.num_computed_tokens
+            request.num_cached_tokens = min(num_cached, request.num_prompt_tokens)
         self.waiting.remove(request)
         self._start_life(request)
         step.add(request, count)
@@ -333,18 +341,32 @@ class Scheduler:
             return
         shared = request.block_table[: self.blocks.blocks_for(request.num_prompt_tokens)]
         for fork in request.forks:
+            fork.num_cached_tokens = request.num_cached_tokens
             if len(self.running) >= self.limits.max_num_seqs:
                 self.waiting.append(fork)
                 continue
             self.blocks.share(shared)
             fork.block_table = list(shared)
             fork.num_computed_tokens = request.num_prompt_tokens - 1
-            fork.num_cached_tokens = fork.num_computed_tokens
             fork.first_scheduled_s = request.first_scheduled_s
             self._start_life(fork)
             if fork.adapter_digest:
                 self.adapters.acquire(fork.adapter_digest)
         request.forks = []
+
+    def _part(self, request: Request) -> None:
+        """Part a choice from those that share its prompt, one of which may become the first."""
+        if request.forks:
+            first, *first.forks = request.forks
+            request.forks = []
+            if request.status is RequestStatus.RUNNING:
+                self.waiting.appendleft(first)
+            else:
+                self.waiting[self.waiting.index(request)] = first
+        elif request.status is RequestStatus.WAITING:
+            for other in (*self.running, *self.waiting):
+                if request in other.forks:
+                    other.forks.remove(request)
 
     # ==== tokens and ends ====
 

@@ -240,6 +240,14 @@ class Traffic(RuleBasedStateMachine):
         request = data.draw(st.sampled_from(self.added))
         self._end(self.world.scheduler.abort(request.request_id))
 
+    @precondition(lambda self: self.added)
+    @rule(data=st.data())
+    def abort_choice(self, data: st.DataObject) -> None:
+        request = data.draw(st.sampled_from(self.added))
+        ended = self.world.scheduler.abort(request.request_id, request.index)
+        assert len(ended) <= 1 and all(r.key == request.key for r in ended)
+        self._end(ended)
+
     @rule()
     def lose_a_step(self) -> None:
         self._end(self.world.step(is_lost=True))
@@ -421,6 +429,59 @@ def test_a_repeated_prompt_is_taken_from_the_cache_but_for_its_last_tokens() -> 
     (second,) = world.run()
     assert second.num_cached_tokens == 8
     assert_expected(second)
+
+
+@pytest.mark.parametrize("n", [1, 2, 5])
+@pytest.mark.parametrize("max_num_seqs", [2, 8])
+def test_choices_do_not_count_each_others_prompt_as_cached(n: int, max_num_seqs: int) -> None:
+    world = make_world(max_num_seqs=max_num_seqs)
+    prompt = list(range(12))
+    world.scheduler.add(make_request("cold", prompt, n=n))
+    assert [r.num_cached_tokens for r in world.run()] == [0] * n
+    world.scheduler.add(make_request("warm", prompt, n=n))
+    assert [r.num_cached_tokens for r in world.run()] == [8] * n
+
+
+def test_what_is_cached_after_a_preemption_does_not_count() -> None:
+    world = make_world(num_blocks=11, max_num_seqs=3)
+    for i in range(6):
+        world.scheduler.add(
+            make_request(str(i), list(range(i, 10 + i)), max_tokens=12, n=1 + i % 2)
+        )
+    finished = world.run()
+    assert world.scheduler.num_preemptions
+    assert [r.num_cached_tokens for r in finished] == [0] * 9
+
+
+def test_a_resumed_request_never_counts_its_own_tokens_as_cached() -> None:
+    world = make_world()
+    first = make_request("a", list(range(6)), max_tokens=20)
+    world.scheduler.add(first)
+    world.run()
+    again = make_request("b", list(range(6)), max_tokens=20)
+    again.output_token_ids = first.output_token_ids[:15]
+    world.scheduler.add(again)
+    world.run()
+    assert again.num_cached_tokens == 6
+    assert_expected(again)
+
+
+def test_a_choice_can_be_aborted_at_any_time() -> None:
+    for num_steps in range(5):
+        for index in range(3):
+            world = make_world(budget=4, max_num_seqs=2)
+            world.scheduler.add(make_request("r", list(range(9)), adapter_digest="x", n=3))
+            for _ in range(num_steps):
+                world.step()
+            ended = world.scheduler.abort("r", index)
+            assert [(r.index, r.finish_reason) for r in ended] == [(index, FinishReason.ABORT)]
+            assert world.scheduler.abort("r", index) == []
+            world.scheduler.check_integrity()
+            finished = world.run()
+            assert sorted(r.index for r in finished) == sorted({0, 1, 2} - {index})
+            for request in finished:
+                assert_expected(request)
+            assert world.scheduler.blocks.num_held == 0
 
 
 @pytest.mark.parametrize(

@@ -460,3 +460,66 @@ def test_nothing_is_delivered_after_a_choice_has_ended() -> None:
     resumable.take(attempt, ("r", 0, [2]))
     resumable.take(attempt, RequestOutput("r", 0, [3], finish_reason="stop"))
     assert len(heard) == 1 and resumable.attempts == {}
+
+
+# ---- books and choices that end early ------------------------------------------------------
+
+
+def test_what_the_second_replica_has_cached_is_not_billed_as_cached() -> None:
+    async def test(running: Fleet) -> None:
+        reader = Reader(running.link.open([submit(n=2)]), n=2)
+        await running.until_running()
+        where = running.where("r")
+        running.step()
+        await reader.read()
+        for engine in running.engines.values():
+            engine.num_cached = 3
+        running.connection.kill(where)
+        await finish(running, reader)
+        reader.assert_whole()
+        booked = [o.metrics.num_cached_tokens for o in reader.outputs if o.metrics is not None]
+        assert len(booked) >= 3 and set(booked) == {2}
+
+    in_fleet(test)
+
+
+def test_a_choice_that_its_reader_ended_is_aborted_and_never_resumed() -> None:
+    async def test(running: Fleet) -> None:
+        mailbox = running.link.open([submit(n=3)])
+        reader = Reader(mailbox, n=3)
+        await running.until_running()
+        where = running.where("r")
+        running.step()
+        await reader.read()
+        running.link.end_choice(mailbox, 0, 1)
+        running.link.end_choice(mailbox, 0, 1)
+        await until(lambda: running.engines[where].aborted_choices == [("r", 1)])
+        running.connection.kill(where)
+        for engine in running.engines.values():
+            engine.running.set()
+        while set(reader.ended) != {0, 2}:
+            await reader.read()
+        assert len(reader.token_ids[1]) == 1
+        del reader.token_ids[1]
+        reader.assert_whole()
+        resumed = [r for name, e in running.engines.items() if name != where for r in e.requests]
+        assert sorted(r.sampling.seed for r in resumed) == [5, 7]
+
+    in_fleet(test)
+
+
+def test_the_last_choice_that_its_reader_ends_ends_the_request() -> None:
+    async def test(running: Fleet) -> None:
+        mailbox = running.link.open([submit(n=2)])
+        reader = Reader(mailbox, n=2)
+        await running.until_running()
+        where = running.where("r")
+        running.step()
+        await reader.read()
+        running.link.end_choice(mailbox, 0, 0)
+        running.link.end_choice(mailbox, 0, 1)
+        await until(lambda: running.engines[where].aborted == ["r"])
+        assert running.link.num_live == 0
+        running.link.release(mailbox)
+
+    in_fleet(test)

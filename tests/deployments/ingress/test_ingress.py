@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from engine.messages import ErrorKind, RequestError, RequestOutput
+from engine.messages import ErrorKind, GenerateRequest, RequestError, RequestOutput
 from tests.deployments.support.fakes import (
     EOS,
     INFO,
@@ -16,6 +16,7 @@ from tests.deployments.support.fakes import (
     FakeEngine,
     Server,
     call,
+    encode,
     serving,
     until,
 )
@@ -194,6 +195,48 @@ def test_one_choice_at_its_stop_string_leaves_the_others_alone() -> None:
         assert (answer.text(0), answer.text(1)) == ("A", "ACB")
         ends = [c["index"] for e in answer.chunks for c in e["choices"] if c["finish_reason"]]
         assert sorted(ends) == [0, 1], "each choice ends once"
+
+    in_server(test)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_choice_at_its_stop_string_stops_in_the_engine(stream: bool) -> None:
+    """Choices 1 and 2 end early, and the engine computes the other one alone to its end."""
+
+    def answer(request: GenerateRequest) -> list[int]:
+        text = {1: "abS", 2: "cS"}.get(request.sampling.seed % 3, "y" * 30)
+        return [*encode(text), *encode("z" * 50)]
+
+    async def test(server: Server) -> None:
+        reply = await server.post(
+            COMPLETIONS, prompt="x", n=3, seed=0, stop="S", stream=stream, max_tokens=60
+        )
+        if not stream:
+            texts = [choice["text"] for choice in reply.json["choices"]]
+            assert texts == ["y" * 30 + "z" * 30, "ab", "c"]
+        assert sorted(index for _, index in server.engine.aborted_choices) == [1, 2]
+        assert server.engine.stats.num_running == 0
+        await until(lambda: not server.engine._live)
+
+    in_server(test, lambda: serving(FakeEngine(answer)))
+
+
+def test_prompts_share_no_end() -> None:
+    """Each prompt is a request of its own, which ends with its only choice."""
+
+    async def test(server: Server) -> None:
+        await server.post(COMPLETIONS, prompt=["aS" + "b" * 58, "c" * 60], stop="S", max_tokens=60)
+        await until(lambda: len(server.engine.aborted) == 1)
+        assert server.engine.aborted_choices == []
+
+    in_server(test)
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_cached_tokens_are_those_of_the_prompts(n: int) -> None:
+    async def test(server: Server) -> None:
+        answer = await server.post(COMPLETIONS, prompt=["abc", "abcd"], n=n)
+        assert answer.json["usage"]["prompt_tokens_details"] == {"cached_tokens": 4}
 
     in_server(test)
 

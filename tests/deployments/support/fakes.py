@@ -116,6 +116,8 @@ class FakeEngine:
         self.requests: list[GenerateRequest] = []
         self.totals = EngineStats()
         self.aborted: list[str] = []
+        self.aborted_choices: list[tuple[str, int]] = []
+        self.num_cached = 2  # tokens of every prompt
         self.running = asyncio.Event()
         self.running.set()
         self._live: dict[str, Live] = {}
@@ -146,9 +148,20 @@ class FakeEngine:
         answers = {index: self.answer(choice) for index, choice in enumerate(single)}
         self._live[request.request_id] = Live(request, answers, len(request.output_token_ids))
 
-    def abort(self, request_id: str) -> None:
+    def abort(self, request_id: str, index: int | None = None) -> None:
+        if index is not None:
+            self._abort_choice(request_id, index)
+            return
         self.aborted.append(request_id)
         self._live.pop(request_id, None)
+
+    def _abort_choice(self, request_id: str, index: int) -> None:
+        self.aborted_choices.append((request_id, index))
+        live = self._live.get(request_id)
+        if live is not None and live.answers.pop(index, None) is not None:
+            if not live.answers:
+                del self._live[request_id]
+            self.on_frame([RequestOutput(request_id, index, [], finish_reason="abort")])
 
     def die(self) -> None:
         """As a killed process: every live request ends with an error."""
@@ -201,8 +214,12 @@ class FakeEngine:
             prompt_logprobs=_prompt_logprobs(request) if is_first else None,
             finish_reason=reason,
             stop_token_id=stop,
-            metrics=None if reason is None else _metrics(live),
+            metrics=self._metrics(live) if reason is not None or is_first else None,
         )
+
+    def _metrics(self, live: Live) -> RequestMetrics:
+        num_prompt = len(live.request.prompt_token_ids)
+        return RequestMetrics(0.01, num_prompt, self.num_cached, 1)
 
 
 def _logprobs(token_id: int, sampling: Any) -> TokenLogprobs:
@@ -214,10 +231,6 @@ def _prompt_logprobs(request: GenerateRequest) -> list[TokenLogprobs | None] | N
     if request.sampling.prompt_logprobs is None:
         return None
     return [None, *(TokenLogprobs(-2.0, ()) for _ in request.prompt_token_ids[1:])]
-
-
-def _metrics(live: Live) -> RequestMetrics:
-    return RequestMetrics(0.01, len(live.request.prompt_token_ids), 2, 1)
 
 
 # ---- the adapter store ---------------------------------------------------------------------
