@@ -11,9 +11,11 @@ processes may share the cache.
     <root>/.locks/<digest>.fetch        exclusive lock of the one process that downloads it
     <root>/.locks/room                  exclusive lock while room is made and reserved
 
+A folder is trusted while the sizes and times of its files are those at which they were hashed.
 Knows no names and no object store: the caller's `fetch` writes one file of an adapter.
 """
 
+import logging
 import os
 import shutil
 import threading
@@ -26,9 +28,19 @@ from pathlib import Path
 
 from adapter_store.errors import AdapterTooLarge, CacheFull, StoreCorrupt
 from adapter_store.file_lock import FileLock, exclusive_lock
-from adapter_store.manifest import MANIFEST_NAME, AdapterManifest, is_digest, parse_manifest
+from adapter_store.manifest import (
+    CONFIG_NAME,
+    MANIFEST_NAME,
+    WEIGHTS_NAME,
+    AdapterManifest,
+    is_digest,
+    parse_manifest,
+)
 from adapter_store.safetensors_file import hash_file
 
+_log = logging.getLogger(__name__)
+
+Stamp = tuple[tuple[int, int, int], ...]  # inode, size and time of change, of each file
 Fetch = Callable[[str, Path], object]  # called with a file's name and where to write it
 
 
@@ -58,7 +70,7 @@ class DiskCache:
         self._pin_lock = threading.Lock()  # guards _pins; never taken while a file lock is held
         self._pins: dict[str, _Pin] = {}
         self._lock = threading.Lock()  # guards the two below; never held over I/O
-        self._verified: set[str] = set()  # digests whose files this process has hashed
+        self._verified: dict[str, Stamp] = {}  # of the files that this process has hashed
         self._opening: dict[str, threading.Lock] = {}
         self._partial.mkdir(parents=True, exist_ok=True)
         self._locks.mkdir(exist_ok=True)
@@ -104,20 +116,34 @@ class DiskCache:
     def ensure(self, digest: str, fetch: Fetch) -> Path:
         """Return the adapter's folder; concurrent callers share one download.
 
-        Hashes the files at their first use in a process, and fetches them again if they are
-        damaged. Raises AdapterTooLarge, CacheFull, StoreCorrupt, or what `fetch` raises; then the
-        adapter is not on disk, although others may have been evicted for it.
+        Hashes the files at their first use in a process and when they have changed, and fetches
+        them again if they are damaged. Raises AdapterTooLarge, CacheFull, StoreCorrupt, or what
+        `fetch` raises; then the adapter is not on disk, although others may have been evicted for
+        it.
         """
         folder = self._folder(digest)
-        if digest in self._verified and self._touch(folder):
+        if self._is_verified(digest, folder):
             return folder
         with self._opening_lock(digest):
-            if digest in self._verified and self._touch(folder):
-                return folder
-            self._open(digest, folder, fetch)
-            with self._lock:
-                self._verified.add(digest)
+            if not self._is_verified(digest, folder):
+                self._open(digest, folder, fetch)
         return folder
+
+    def find(self, digest: str) -> Path | None:
+        """Return the adapter's folder if it is on disk and intact; download nothing."""
+        folder = self._folder(digest)
+        if self._is_verified(digest, folder):
+            return folder
+        if not folder.is_dir():
+            return None
+        with self._opening_lock(digest):
+            is_intact = self._is_verified(digest, folder) or self._verify(digest, folder) is None
+        return folder if is_intact and self._touch(folder) else None
+
+    def distrust(self, digest: str) -> None:
+        """Hash the files again at their next use, because a reader has found them damaged."""
+        with self._lock:
+            self._verified.pop(_check_digest(digest), None)
 
     def contains(self, digest: str) -> bool:
         """Check whether the adapter's folder is on disk."""
@@ -163,8 +189,12 @@ class DiskCache:
     def _open(self, digest: str, folder: Path, fetch: Fetch) -> None:
         with exclusive_lock(self._locks / f"{digest}.fetch"):
             if folder.is_dir():
-                if not _damage(folder, digest) and self._touch(folder):
+                problem = self._verify(digest, folder)
+                if problem is None and self._touch(folder):
                     return
+                _log.warning(
+                    "adapter %s is damaged on disk, fetching it again: %s", digest, problem
+                )
                 if trash := self._discard(folder):
                     shutil.rmtree(trash, ignore_errors=True)
             self._download(digest, folder, fetch)
@@ -183,7 +213,7 @@ class DiskCache:
             draft = self._reserve(digest, draft, manifest.nbytes + len(raw))
             for name in manifest.files:
                 fetch(name, draft / name)
-            if problem := _damage(draft, digest):
+            if problem := self._verify(digest, draft):
                 raise StoreCorrupt(f"the download of {digest} is damaged: {problem}")
             self._touch(draft)
             with exclusive_lock(self._room):  # others must not count it twice, or not at all
@@ -218,6 +248,22 @@ class DiskCache:
             if self.evict(digest):
                 free += size
         return free
+
+    # ---- trust ---------------------------------------------------------------------------------
+
+    def _is_verified(self, digest: str, folder: Path) -> bool:
+        """Record a use of a folder whose files are as they were when they were hashed."""
+        known = self._verified.get(digest)
+        return known is not None and known == _stamp(folder) and self._touch(folder)
+
+    def _verify(self, digest: str, folder: Path) -> str | None:
+        """Hash a folder's files, and trust them if they are intact; else describe the damage."""
+        stamp = _stamp(folder)  # taken first, so that a later change counts as one
+        problem = _damage(folder, digest)
+        if problem is None and stamp is not None:
+            with self._lock:
+                self._verified[digest] = stamp
+        return problem
 
     # ---- folders -------------------------------------------------------------------------------
 
@@ -283,6 +329,15 @@ def _size(folder: Path) -> int:
         return sum(path.stat().st_size for path in folder.iterdir())
     except FileNotFoundError:
         return 0
+
+
+def _stamp(folder: Path) -> Stamp | None:
+    """Identify the present state of a folder's files, without reading them."""
+    try:
+        stats = [(folder / n).stat() for n in (MANIFEST_NAME, CONFIG_NAME, WEIGHTS_NAME)]
+    except OSError:
+        return None
+    return tuple((stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in stats)
 
 
 def _damage(folder: Path, digest: str) -> str | None:

@@ -206,6 +206,14 @@ class AdapterStore:
             digest, lambda name, path: self._blobs.download(digest, name, path)
         )
 
+    def find_local(self, ref_or_digest: AdapterRef | str) -> Path | None:
+        """Return the adapter's verified folder if it is on disk; never ask the object store."""
+        return self._cache.find(_digest(ref_or_digest))
+
+    def distrust(self, ref_or_digest: AdapterRef | str) -> None:
+        """Verify the adapter's folder again at its next use: it could not be read."""
+        self._cache.distrust(_digest(ref_or_digest))
+
     def pin(self, ref_or_digest: AdapterRef | str) -> None:
         """Forbid eviction until as many calls of `unpin`, even before the folder is on disk."""
         self._cache.pin(_digest(ref_or_digest))

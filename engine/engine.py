@@ -20,8 +20,8 @@ from engine.backends.load import load_model
 from engine.backends.needs import arena_bytes
 from engine.backends.runner import FailedStep, RowOutput, Runner, StepHandle, check_device
 from engine.config import EngineConfig
-from engine.lora.host_cache import HostAdapter, HostCache
-from engine.lora.weights import AdapterLoadError, load_lora
+from engine.lora.host_cache import HostAdapter, HostCache, Loaded
+from engine.lora.weights import AdapterLoadError, AdapterUnreadable, load_lora
 from engine.messages import (
     AdapterFolder,
     EngineInfo,
@@ -317,16 +317,11 @@ class Engine:
             if loaded.weights is not None:
                 self._set_ready(loaded.digest, loaded.weights.nbytes)
                 continue
-            kind = (
-                ErrorKind.ADAPTER_INVALID
-                if isinstance(loaded.error, AdapterLoadError)
-                else ErrorKind.ENGINE_ERROR
-            )
             log.error("adapter %s cannot be used: %s", loaded.digest, loaded.error)
-            if kind == ErrorKind.ENGINE_ERROR:
+            error = _load_error(loaded)
+            if error.kind == ErrorKind.ENGINE_ERROR:
                 check_device(self.settled.device)  # its driver pins the adapter's host memory
-            ended = self.scheduler.end_adapter_with_error(loaded.digest)
-            self._end(ended, RequestError(kind, str(loaded.error)))
+            self._end(self.scheduler.end_adapter_with_error(loaded.digest), error)
 
     def _set_ready(self, digest: str, nbytes: int) -> None:
         self.scheduler.adapters.set_ready(digest, nbytes)
@@ -344,6 +339,15 @@ def _has_metrics(request: Request, num_new: int) -> bool:
     """The first output has them too: if the rest comes from elsewhere, they are known."""
     is_first = len(request.output_token_ids) - request.num_resumed_tokens == num_new
     return request.finish_reason is not None or (request.index == 0 and is_first)
+
+
+def _load_error(loaded: Loaded) -> RequestError:
+    if isinstance(loaded.error, AdapterUnreadable):
+        text = f"The files of adapter {loaded.digest} cannot be read."
+        return RequestError(ErrorKind.ADAPTER_DAMAGED, text)
+    if isinstance(loaded.error, AdapterLoadError):
+        return RequestError(ErrorKind.ADAPTER_INVALID, str(loaded.error))
+    return RequestError(ErrorKind.ENGINE_ERROR, str(loaded.error))
 
 
 def _metrics(request: Request, now: float) -> RequestMetrics:

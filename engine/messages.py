@@ -14,6 +14,9 @@ class ErrorKind(StrEnum):
     INVALID_REQUEST = "invalid_request"  # the client's fault
     ADAPTER_NOT_FOUND = "adapter_not_found"  # the store has none of that name
     ADAPTER_INVALID = "adapter_invalid"  # the adapter cannot be used with this base
+    ADAPTER_DAMAGED = (
+        "adapter_damaged"  # its files on this machine are not those that were verified
+    )
     ADAPTER_UNAVAILABLE = "adapter_unavailable"  # the store cannot be reached
     OVERLOADED = "overloaded"  # the replica's queue is full
     ENGINE_ERROR = "engine_error"  # a step failed; the engine goes on

@@ -24,8 +24,8 @@ from engine.messages import EngineStats, ErrorKind, Item, RequestError
 
 # After this many lost replicas the request itself is the likely cause: it fails.
 MAX_LOSSES = 4
-# Errors that another replica may not have.
-ELSEWHERE = (ErrorKind.ENGINE_DIED, ErrorKind.HANDED_BACK)
+# Errors that another replica, or another try, may not have.
+ELSEWHERE = (ErrorKind.ENGINE_DIED, ErrorKind.HANDED_BACK, ErrorKind.ADAPTER_DAMAGED)
 
 
 class ModelNotReady(Exception):

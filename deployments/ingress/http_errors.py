@@ -103,11 +103,14 @@ def from_engine(error: RequestError, model: str) -> ApiError:
         return invalid(f"The adapter {model!r} cannot be served: {error.message}", "model")
     if error.kind == ErrorKind.OVERLOADED:
         return overloaded(error.message)
-    if error.kind in (ErrorKind.ENGINE_DIED, ErrorKind.ADAPTER_UNAVAILABLE):
+    if error.kind in (
+        ErrorKind.ENGINE_DIED,
+        ErrorKind.ADAPTER_DAMAGED,
+        ErrorKind.ADAPTER_UNAVAILABLE,
+    ):
         return unavailable(error.message)
-    if error.kind == ErrorKind.ENGINE_ERROR:
-        return internal(error.message)
-    return internal(f"unknown error kind {error.kind!r}: {error.message}")
+    logger.error("a request of %r ended with %s: %s", model, error.kind, error.message)
+    return internal()  # what failed inside is for the log alone
 
 
 def as_api_error(error: Exception, what: str) -> ApiError:

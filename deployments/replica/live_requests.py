@@ -68,9 +68,16 @@ class LiveRequests:
             stream.items.append(item)
             touched[stream.id.ingress_id] = stream
             if not is_plain and item.finish_reason is not None:
+                if item.error is not None:
+                    self._repair_if_damaged(live, item.error)
                 self._finish_choice(request_id, live)
         for stream in touched.values():
             stream.wake.set()
+
+    def _repair_if_damaged(self, live: LiveRequest, error: RequestError) -> None:
+        """See to the adapter's files before the ingress sends the request again."""
+        if error.kind == ErrorKind.ADAPTER_DAMAGED and live.adapter_ref is not None:
+            self._fetcher.repair(live.adapter_ref, live.request.tenant)
 
     def _finish_choice(self, request_id: str, live: LiveRequest) -> None:
         live.num_open -= 1
@@ -97,7 +104,7 @@ class LiveRequests:
         if submit.adapter_ref is None:
             self._start(request)
         else:
-            folder = self._fetcher.acquire(submit.adapter_ref)
+            folder = self._fetcher.acquire(submit.adapter_ref, request.tenant)
             live.adapter_ref = submit.adapter_ref
             live.fetching = asyncio.create_task(self._start_with(folder, live, submit.adapter_ref))
 

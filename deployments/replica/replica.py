@@ -96,7 +96,8 @@ class EngineReplica:
         if self.is_draining:
             return RequestError(ErrorKind.DRAINING, "the replica is being stopped")
         if not self._engine.is_ready:
-            reason = self._engine.failure or "the engine is being started again"
+            gone = self._engine.failure is not None  # its words are for the log alone
+            reason = f"the engine {'cannot be' if gone else 'is being'} started again"
             return RequestError(ErrorKind.ENGINE_DIED, reason)
         limit = self._settings.max_requests
         if len(self._requests.by_id) >= limit:

@@ -26,6 +26,10 @@ class AdapterLoadError(ValueError):
     """The adapter cannot be applied to this base; the message names the module and the reason."""
 
 
+class AdapterUnreadable(Exception):
+    """The files are not those that were verified, or cannot be read; the message is for the log."""
+
+
 @dataclass(frozen=True, slots=True)
 class SiteWeights:
     """Rows [r0, r1) of `a` and the matching B write output columns [out0, out1)."""
@@ -62,14 +66,14 @@ class LoraWeights:
 def load_lora(
     adapter_folder: AdapterFolder, sites: Sequence[LoraSite], dtype: torch.dtype
 ) -> LoraWeights:
-    """Read an adapter. Raises AdapterLoadError."""
+    """Read an adapter. Raises AdapterLoadError, AdapterUnreadable."""
     folder = Path(adapter_folder.path)
     try:
         layout = read_lora_layout(folder)
         with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
             loaded = _load_sites(dict(layout.modules), sites, file, dtype)
     except (AdapterStoreError, SafetensorError, OSError) as error:
-        raise AdapterLoadError(f"adapter {adapter_folder.digest}: {error}") from error
+        raise AdapterUnreadable(f"adapter {adapter_folder.digest}: {error}") from error
     return LoraWeights(adapter_folder.digest, loaded, sum(s.nbytes for s in loaded.values()))
 
 

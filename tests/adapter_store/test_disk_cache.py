@@ -19,7 +19,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_stat
 from adapter_store.disk_cache import DiskCache
 from adapter_store.errors import AdapterTooLarge, CacheFull, SourceUnavailable, StoreCorrupt
 from adapter_store.file_lock import FileLock
-from adapter_store.manifest import MANIFEST_NAME, WEIGHTS_NAME
+from adapter_store.manifest import CONFIG_NAME, MANIFEST_NAME, WEIGHTS_NAME
 from tests.adapter_store.synthetic import synthetic
 
 
@@ -62,10 +62,15 @@ def new_cache(tmp_path: Path, blobs: Blobs) -> Callable[[int], DiskCache]:
     return lambda num: DiskCache(tmp_path / "cache", num * one, lambda: next(ticks))
 
 
+later_ns = count(2 * 10**18)
+
+
 def corrupt(folder: Path, name: str = WEIGHTS_NAME) -> None:
+    """Flip a bit; the file's time changes, though files may change faster than clocks tick."""
     raw = bytearray((folder / name).read_bytes())
     raw[-1] ^= 1
     (folder / name).write_bytes(raw)
+    os.utime(folder / name, ns=(time_ns := next(later_ns), time_ns))
 
 
 # ---- one download ------------------------------------------------------------------------------
@@ -199,6 +204,57 @@ def test_damage_on_disk_is_found_by_the_next_process_and_repaired(
     assert blobs.is_whole(blobs.ensure(cache, blobs.digests[0]))
     assert blobs.downloads == {blobs.digests[0]: 2}
     cache.check_integrity()
+
+
+@pytest.mark.parametrize("name", [MANIFEST_NAME, CONFIG_NAME, WEIGHTS_NAME])
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "unreadable"])
+def test_damage_on_disk_is_found_at_the_next_use_and_repaired(
+    name: str, damage: str, new_cache: Callable[[int], DiskCache], blobs: Blobs
+) -> None:
+    cache = new_cache(2)
+    path = blobs.ensure(cache, blobs.digests[0]) / name
+    assert cache.find(blobs.digests[0]) == path.parent
+    match damage:
+        case "flip":
+            corrupt(path.parent, name)
+        case "truncate":
+            path.write_bytes(b"")
+        case "remove":
+            path.unlink()
+        case _:
+            path.unlink()
+            path.mkdir()
+    assert cache.find(blobs.digests[0]) is None
+    assert blobs.is_whole(blobs.ensure(cache, blobs.digests[0]))
+    assert blobs.downloads == {blobs.digests[0]: 2}
+    cache.check_integrity()
+
+
+def test_damage_that_leaves_size_and_time_is_found_once_the_folder_is_distrusted(
+    new_cache: Callable[[int], DiskCache], blobs: Blobs
+) -> None:
+    cache = new_cache(2)
+    digest = blobs.digests[0]
+    path = blobs.ensure(cache, digest) / WEIGHTS_NAME
+    before_ns = path.stat().st_mtime_ns
+    corrupt(path.parent)
+    os.utime(path, ns=(before_ns, before_ns))
+    assert not blobs.is_whole(blobs.ensure(cache, digest))
+    cache.distrust(digest)
+    assert blobs.is_whole(blobs.ensure(cache, digest))
+    cache.distrust(digest)
+    assert blobs.is_whole(blobs.ensure(cache, digest))
+    assert blobs.downloads == {digest: 2}
+
+
+def test_looking_for_an_adapter_downloads_nothing(
+    new_cache: Callable[[int], DiskCache], blobs: Blobs
+) -> None:
+    cache = new_cache(2)
+    assert cache.find(blobs.digests[0]) is None
+    folder = blobs.ensure(cache, blobs.digests[0])
+    assert new_cache(2).find(blobs.digests[0]) == folder
+    assert blobs.downloads == {blobs.digests[0]: 1}
 
 
 def test_an_intact_folder_is_not_downloaded_again_by_the_next_process(
@@ -453,7 +509,6 @@ def test_random_operations_agree_with_a_simple_model(
             self.order: list[str] = []
             self.pins: Counter[str] = Counter()
             self.corrupted: set[str] = set()
-            self.verified: set[str] = set()
             blobs.downloads.clear()
             self.cache = self.open()
 
@@ -462,7 +517,7 @@ def test_random_operations_agree_with_a_simple_model(
 
         @rule(digest=digests)
         def ensure(self, digest: str) -> None:
-            if digest in self.order and digest in self.corrupted - self.verified:
+            if digest in self.order and digest in self.corrupted:
                 self.order.remove(digest)
             if digest not in self.order:
                 self.corrupted.discard(digest)
@@ -473,10 +528,9 @@ def test_random_operations_agree_with_a_simple_model(
                     return
                 self.order.append(digest)
             folder = blobs.ensure(self.cache, digest)
-            self.verified.add(digest)
             self.order.remove(digest)
             self.order.append(digest)
-            assert blobs.is_whole(folder) or digest in self.corrupted
+            assert blobs.is_whole(folder)
 
         def make_room(self, nbytes: int) -> type[Exception] | None:
             if nbytes > max_bytes:
@@ -492,7 +546,6 @@ def test_random_operations_agree_with_a_simple_model(
 
         def forget(self, digest: str) -> None:
             self.order.remove(digest)
-            self.verified.discard(digest)
             self.corrupted.discard(digest)
 
         @rule(digest=digests)
@@ -527,7 +580,6 @@ def test_random_operations_agree_with_a_simple_model(
             for digest in self.pins.elements():
                 self.cache.unpin(digest)
             self.pins.clear()
-            self.verified.clear()
             (self.root / ".partial" / f"{blobs.digests[0]}.0").mkdir()
             self.cache = self.open()
 

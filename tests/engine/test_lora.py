@@ -204,7 +204,11 @@ def _truncate(folder: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
 
 
-@pytest.mark.parametrize("damage", [_drop_config, _truncate])
+def _overwrite(folder: Path) -> None:
+    (folder / "adapter_model.safetensors").write_bytes(bytes(100))
+
+
+@pytest.mark.parametrize("damage", [_drop_config, _truncate, _overwrite])
 def test_a_damaged_adapter_ends_its_requests_with_the_reason(
     tiny: Tiny, tmp_path: Path, damage: Callable[[Path], None]
 ) -> None:
@@ -214,7 +218,8 @@ def test_a_damaged_adapter_ends_its_requests_with_the_reason(
     results = run(engine, [request_for("bad", adapter, 4), request_for("good", None, 4)])
     last = results["bad", 0].last
     assert last is not None and last.error is not None
-    assert last.error.kind == ErrorKind.ADAPTER_INVALID and adapter.digest in last.error.message
+    assert last.error.kind == ErrorKind.ADAPTER_DAMAGED and adapter.digest in last.error.message
+    assert str(tmp_path) not in last.error.message
     assert results["good", 0].token_ids
 
 

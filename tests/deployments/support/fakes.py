@@ -243,6 +243,7 @@ class FakeStore:
         digests = {name: f"{name}-digest" for name in names}
         self.refs = {n: AdapterRef("public", n, 1, digest, BASE) for n, digest in digests.items()}
         self.pins: dict[str, int] = {}
+        self.distrusted: list[str] = []
         self.fetched: list[str] = []
         self.fetch: Callable[[AdapterRef], None] = lambda ref: None
 
@@ -265,6 +266,12 @@ class FakeStore:
             AdapterRecord("public", ref.name, 1, ref.digest, ref.base, 8, 100, 1e9, ("latest",))
             for ref in self.refs.values()
         ]
+
+    def find_local(self, ref: AdapterRef) -> Path | None:
+        return None
+
+    def distrust(self, digest: str) -> None:
+        self.distrusted.append(digest)
 
     def ensure_local(self, ref: AdapterRef) -> Path:
         self.fetch(ref)
