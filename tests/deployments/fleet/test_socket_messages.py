@@ -24,7 +24,11 @@ from engine.framing import FrameDecoder, encode
 from tests.engine.support.message_values import hints_of, values
 
 # Digest of all messages and all they contain, by version.
-KNOWN_SHAPES = {1: "89d5e6fb39f64fdb", 2: "a53f52ad4c5ee1f2"}
+KNOWN_SHAPES = {
+    1: "89d5e6fb39f64fdb",
+    2: "a53f52ad4c5ee1f2",
+    3: "c96d66cf2230ccbc",
+}
 
 
 @given(values(Submission))
