@@ -25,6 +25,16 @@ class StrictLoader(_SafeLoader):
         super().__init__(stream)
         self._checked: set[yaml.MappingNode] = set()
 
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        """Name what cannot be converted, as an impossible date, and where it is."""
+        try:
+            return super().construct_object(node, deep)
+        except yaml.YAMLError:
+            raise
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            what = f"{str(node.value)[:40]!r} cannot be read ({error}): put it in quotes"
+            raise yaml.constructor.ConstructorError(None, None, what, node.start_mark) from None
+
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
         """Check the keys as they are written, before those of `<<` come before them."""
         if node not in self._checked:
@@ -57,3 +67,5 @@ def read_yaml(path: Path) -> Any:
         raise YamlMistake(f"{error.problem}{line}") from None
     except yaml.YAMLError:
         raise YamlMistake("it is neither YAML nor JSON") from None
+    except RecursionError:
+        raise YamlMistake("it is nested too deeply") from None

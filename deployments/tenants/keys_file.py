@@ -69,7 +69,7 @@ class Keys:
 def read_keys(path: Path, defaults: Limits) -> Keys:
     """Read and check a keys file. Raises KeysFileError."""
     document = parse_document(path)
-    metrics = list(map(bytes.fromhex, document.metrics_keys))
+    metrics = dict.fromkeys(map(bytes.fromhex, document.metrics_keys))
     holders: dict[bytes, Holder] = {}
     for name, entry in document.tenants.items():
         tenant = Tenant(name, _limits(entry, defaults), tuple(entry.namespaces))
@@ -79,7 +79,7 @@ def read_keys(path: Path, defaults: Limits) -> Keys:
                     f"{path}: tenants.{name}.keys: {digest.hex()[:12]}... comes twice in the file"
                 )
             holders[digest] = Holder(digest, tenant)
-    return Keys(holders, metrics)
+    return Keys(holders, tuple(metrics))
 
 
 def _limits(entry: TenantEntry, defaults: Limits) -> Limits:
@@ -102,8 +102,12 @@ def parse_document(path: Path) -> KeysDocument:
 
 def _explain(path: Path, error: Any) -> str:
     where = ".".join(str(part) for part in error["loc"]) or "the document"
-    unknown = error["type"] == "extra_forbidden"
-    return _without_keys(f"{path}: {where}: {'unknown key' if unknown else error['msg']}")
+    message = error["msg"]
+    if error["type"] == "extra_forbidden":
+        message = "unknown key"
+    if error["type"] == "string_type":  # YAML reads 2026-12-01, 123 and no as something else
+        message += ": put it in quotes"
+    return _without_keys(f"{path}: {where}: {message}")
 
 
 def _without_keys(message: str) -> str:

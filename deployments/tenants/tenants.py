@@ -104,13 +104,19 @@ class Keyring:
             self._keys = read_keys(self._path, self._defaults)
         except KeysFileError as error:
             logger.error("the keys stay as they were: %s", error)
+        except Exception as error:  # its words may hold a key
+            kind = type(error).__name__
+            logger.error("the keys stay as they were: %s cannot be read: %s", self._path, kind)
         else:
             logger.info("%s has %d keys of tenants now", self._path, len(self._keys.holders))
 
     async def _follow(self) -> None:
         while True:
             await asyncio.sleep(FOLLOW_S)
-            await asyncio.to_thread(self.refresh)
+            try:
+                await asyncio.to_thread(self.refresh)
+            except Exception:
+                logger.exception("%s could not be looked at, it is tried again", self._path)
 
 
 def _stamp(path: Path) -> tuple[int, int, int] | None:

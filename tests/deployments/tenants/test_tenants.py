@@ -1,16 +1,19 @@
 """The keys file: which key is which tenant's, what is refused, and how changes are followed."""
 
 import asyncio
+import itertools
 import json
 import logging
 import os
+import time
 from pathlib import Path
 
 import pytest
 
 from deployments.ingress.http_errors import as_api_error
 from deployments.policy.admission import Limits
-from deployments.tenants.keys_file import KeysFileError
+from deployments.tenants import tenants as tenants_module
+from deployments.tenants.keys_file import Keys, KeysFileError, read_keys
 from deployments.tenants.tenant import Tenant
 from deployments.tenants.tenants import KeyRefused, Keyring
 from tests.deployments.support.fakes import until
@@ -77,6 +80,29 @@ def test_a_hash_is_no_key(tmp_path: Path) -> None:
         (f"tenants:\n  acme: {ACME}: {ACME}", "line 2"),
         (f"{ACME}: acme", "unknown key"),
         ("\x00", "keys.yaml"),
+        ("tenants:\n  2026-13-01: {}", "'2026-13-01' cannot be read (month must be in 1..12)"),
+        ("tenants:\n  2026-13-01: {}", "put it in quotes in line 2"),
+        ("tenants:\n  2026-12-01: {}", "should be a valid string: put it in quotes"),
+        ("tenants: {123: {}}", "tenants.123.[key]: Input should be a valid string: put it in quo"),
+        ("tenants: {no: {}}", "put it in quotes"),
+        (
+            f"tenants: {{a: {{keys: [{'1' * 64}]}}}}",
+            "tenants.a.keys.0: Input should be a valid str",
+        ),
+        (f"tenants: {{a: {{keys: [{'1' * 5000}]}}}}", "cannot be read"),
+        (f"tenants: {{a: {{requests_per_minute: 2026-02-30, keys: [{ACME}]}}}}", "'2026-02-30'"),
+        ("? [a, b]\n: c", "line 1"),
+        ("? {a: b}\n: c", "line 1"),
+        ("&a [*a]", "the document"),
+        ("tenants: &t {acme: *t}", "keys.yaml"),
+        ("tenants: !!python/object:os.system {}", "line 1"),
+        ("tenants: !!binary '!'", "tenants: "),
+        ("tenants: !!timestamp x", "line 1"),
+        ("tenants: !!int x", "line 1"),
+        ("tenants: !!map x", "line 1"),
+        ("[" * 5000, "keys.yaml"),
+        ("a: " * 5000, "line 1"),
+        ("--- {}\n--- {}", "line 2"),
     ],
 )
 def test_a_file_that_is_wrong_is_refused_with_the_place_and_without_any_key(
@@ -118,6 +144,52 @@ def test_a_changed_file_is_read_again_and_a_broken_one_keeps_the_old_keys(
     keys_file(tmp_path)
     ring.refresh()
     assert ring.identify(bearer(ACME)).name == "acme"
+
+
+def test_following_goes_on_after_any_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("deployments.tenants.tenants.FOLLOW_S", 0.01)
+    read, errors = tenants_module.read_keys, [KeyError(ACME), RecursionError(), MemoryError()]
+    looks = itertools.count()
+
+    def fail(path: Path, defaults: Limits) -> Keys:
+        if errors:
+            raise errors.pop()
+        return read(path, defaults)
+
+    def look_or_fail(path: Path) -> object:
+        if (number := next(looks)) % 2:
+            raise RuntimeError("no look")
+        return number
+
+    async def run() -> None:
+        ring = Keyring(keys_file(tmp_path), DEFAULTS)
+        monkeypatch.setattr(tenants_module, "read_keys", fail)
+        monkeypatch.setattr(tenants_module, "_stamp", look_or_fail)
+        ring.start()
+        await until(lambda: not errors)
+        assert ring.identify(bearer(ACME)).name == "acme"
+        keys_file(tmp_path, tenants={"umbrella": {"keys": [digest(UMBRELLA)]}})
+        await until(lambda: digest(UMBRELLA) in {key.hex() for key in ring._keys.holders})
+        assert "no look" in caplog.text and ACME not in caplog.text
+
+    asyncio.run(run())
+
+
+def test_a_file_of_many_tenants_is_read_in_time_that_grows_as_it_does(tmp_path: Path) -> None:
+    """Each name and each hash is looked up, not searched for."""
+
+    def seconds(num: int) -> float:
+        hashes = [digest(str(n)) for n in range(num)]
+        tenants = {f"t{n}": {"keys": [hashes[n]]} for n in range(num)}
+        path = keys_file(tmp_path, tenants=tenants, metrics_keys=[h[::-1] for h in hashes])
+        began_s = time.process_time()
+        assert len(read_keys(path, DEFAULTS).holders) == num
+        return time.process_time() - began_s
+
+    seconds(100)
+    assert seconds(8000) < 12 * seconds(2000)
 
 
 def test_a_file_that_is_followed_is_read_without_being_asked(
