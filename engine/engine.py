@@ -322,6 +322,8 @@ class Engine:
             if error.kind == ErrorKind.ENGINE_ERROR:
                 check_device(self.settled.device)  # its driver pins the adapter's host memory
             self._end(self.scheduler.end_adapter_with_error(loaded.digest), error)
+        for digest in self.host.advance(self.scheduler.adapters.is_in_use):
+            self.scheduler.adapters.set_absent(digest)
 
     def _set_ready(self, digest: str, nbytes: int) -> None:
         self.scheduler.adapters.set_ready(digest, nbytes)

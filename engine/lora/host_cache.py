@@ -1,13 +1,17 @@
-"""HostCache: keeps decoded adapters in host memory, bounded in bytes; evicts by last use.
+"""HostCache: decodes adapters into host memory, in the order of the queue and within a bound.
 
-Reads and decodes in its own threads, never in the step loop, which only polls. An adapter is kept
-while it is wanted, even above the bound; idle ones fill the rest.
+Adapters are read and decoded in threads of its own, never in the step loop, which only polls. Those
+of waiting requests are loaded in the order in which they were first wanted, as many as the bound
+holds; the rest wait undecoded. An adapter that running requests hold on the device is not needed
+here, and one that no request wants is kept only where there is room.
 """
 
+import os
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 from engine.messages import AdapterFolder
@@ -26,9 +30,12 @@ class HostAdapter(Protocol):
 
 @dataclass(slots=True)
 class _Entry:
-    future: "Future[HostAdapter]"
+    """Without a future, the adapter waits to be loaded, or was dropped while it was in use."""
+
+    adapter_folder: AdapterFolder
     wanted: int = 0
-    reported: bool = False
+    future: "Future[HostAdapter] | None" = None
+    nbytes: int | None = None  # expected ones, until a load is reported; None: not known yet
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +50,9 @@ class Loaded:
 class HostCache:
     """Loads, keeps and drops adapters.
 
-    `want` and `release` are counted; `poll` reports each load once; `get` needs a finished load.
+    `want` and `release` are counted; `advance` starts loads; `poll` reports each load once; `get`
+    needs a finished load. `max_bytes` is exceeded only by one adapter that is larger alone, and by
+    what decoded adapters are larger than their files.
     """
 
     def __init__(
@@ -51,42 +60,79 @@ class HostCache:
         max_bytes: int,
         load: Callable[[AdapterFolder], HostAdapter],
         wake: Callable[[], None] = lambda: None,
+        expected_bytes: Callable[[AdapterFolder], int] | None = None,
     ) -> None:
         self.max_bytes = max_bytes
         self._load = load
         self._wake = wake
-        self._entries: OrderedDict[str, _Entry] = OrderedDict()  # least recently used first
+        self._expected_bytes = expected_bytes or _file_bytes
+        self._entries: dict[str, _Entry] = {}
+        self._queue: OrderedDict[str, None] = OrderedDict()  # wanted and not loaded
+        self._in_use: dict[str, None] = {}  # wanted and not loaded, but on the device
+        self._loading: dict[str, None] = {}
+        self._loaded: OrderedDict[str, None] = OrderedDict()  # least recently wanted first
+        self._used_bytes = 0
         self._pool = ThreadPoolExecutor(LOADER_THREADS, thread_name_prefix="adapter-load")
 
+    # ==== requests ====
+
     def want(self, adapter_folder: AdapterFolder) -> None:
-        """Keep the adapter until `release`; starts loading it if needed."""
+        """Have the adapter loaded in its turn, and keep it until `release`."""
         digest = adapter_folder.digest
         entry = self._entries.get(digest)
         if entry is None:
-            future = self._pool.submit(self._load, adapter_folder)
-            entry = self._entries[digest] = _Entry(future)
-            future.add_done_callback(lambda _: self._wake())
+            entry = self._entries[digest] = _Entry(adapter_folder)
+            self._queue[digest] = None
         entry.wanted += 1
-        self._entries.move_to_end(digest)
+        if digest in self._loaded:
+            self._loaded.move_to_end(digest)
 
     def release(self, digest: str) -> list[str]:
         """Undo one `want`. Returns the digests dropped to stay within the bound."""
         entry = self._entries.get(digest)
-        if entry is not None:
-            entry.wanted -= 1
-            assert entry.wanted >= 0, f"adapter {digest} was released more often than wanted"
-        return self._drop_idle()
+        if entry is None:
+            return []
+        entry.wanted -= 1
+        assert entry.wanted >= 0, f"adapter {digest} was released more often than wanted"
+        if not entry.wanted and entry.future is None:
+            self._forget(digest)
+        return self._drop_idle(0)
+
+    # ==== loads ====
+
+    def advance(self, is_in_use: Callable[[str], bool]) -> list[str]:
+        """Start the loads that are due. Returns the digests dropped to make room for them.
+
+        `is_in_use`: running requests hold the adapter on the device.
+        """
+        dropped: list[str] = []
+        for digest in [d for d in self._in_use if not is_in_use(d)]:
+            del self._in_use[digest]
+            self._queue[digest] = None
+            self._queue.move_to_end(digest, last=False)  # it has had its turn before
+        while self._queue and len(self._loading) < LOADER_THREADS:
+            digest = next(iter(self._queue))
+            if is_in_use(digest):
+                self._in_use[digest] = None
+            elif self._make_room(self._expect(digest), is_in_use, dropped):
+                self._start(digest)
+            else:
+                break
+            del self._queue[digest]
+        return dropped
 
     def poll(self) -> list[Loaded]:
-        """Return the loads that ended since the last call. Failed ones may be retried."""
+        """Return the loads that ended since the last call. Failed ones may be wanted again."""
         ended: list[Loaded] = []
-        for digest, entry in list(self._entries.items()):
-            if entry.reported or not entry.future.done():
+        for digest in list(self._loading):
+            entry = self._entries[digest]
+            if entry.future is None or not entry.future.done():
                 continue
+            del self._loading[digest]
+            self._used_bytes -= entry.nbytes or 0
             error = entry.future.exception()
             if error is None:
-                entry.reported = True
-                ended.append(Loaded(digest, entry.future.result(), None))
+                ended.append(self._take(digest, entry, entry.future.result()))
             elif isinstance(error, Exception):
                 del self._entries[digest]
                 ended.append(Loaded(digest, None, error))
@@ -94,28 +140,84 @@ class HostCache:
                 raise error
         return ended
 
+    def _take(self, digest: str, entry: _Entry, weights: HostAdapter) -> Loaded:
+        entry.nbytes = weights.nbytes
+        self._used_bytes += weights.nbytes
+        self._loaded[digest] = None
+        return Loaded(digest, weights, None)
+
     def get(self, digest: str) -> Any:
         """Return the loaded adapter; its load must have finished."""
-        return self._entries[digest].future.result()
+        future = self._entries[digest].future
+        assert future is not None, f"adapter {digest} is not loaded"
+        return future.result()
 
     @property
     def used_bytes(self) -> int:
-        return sum(self._nbytes(e) for e in self._entries.values())
+        """Bytes of loaded adapters, and those expected of loads in progress."""
+        return self._used_bytes
+
+    @property
+    def num_queued(self) -> int:
+        """Adapters that wait undecoded for their turn."""
+        return len(self._queue)
 
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def _drop_idle(self) -> list[str]:
-        excess = self.used_bytes - self.max_bytes
+    # ==== room ====
+
+    def _start(self, digest: str) -> None:
+        entry = self._entries[digest]
+        entry.future = self._pool.submit(self._load, entry.adapter_folder)
+        entry.future.add_done_callback(lambda _: self._wake())
+        self._loading[digest] = None
+        self._used_bytes += entry.nbytes or 0
+
+    def _expect(self, digest: str) -> int:
+        entry = self._entries[digest]
+        if entry.nbytes is None:
+            entry.nbytes = self._expected_bytes(entry.adapter_folder)
+        return entry.nbytes
+
+    def _make_room(self, nbytes: int, is_in_use: Callable[[str], bool], dropped: list[str]) -> bool:
+        """Drop what is not needed until a load fits. One is loaded however large it is."""
+        dropped += self._drop_idle(nbytes)
+        from_device = self._drop(nbytes, is_in_use)
+        self._in_use |= dict.fromkeys(from_device)
+        dropped += from_device
+        is_alone = not self._loaded and not self._loading
+        return is_alone or self._used_bytes + nbytes <= self.max_bytes
+
+    def _drop_idle(self, nbytes: int) -> list[str]:
+        """Drop adapters that no request wants until there is room for so many bytes."""
+        return self._drop(nbytes, lambda digest: not self._entries[digest].wanted)
+
+    def _drop(self, nbytes: int, can_go: Callable[[str], bool]) -> list[str]:
         dropped: list[str] = []
-        for digest, entry in list(self._entries.items()):
-            if excess <= 0:
-                break
-            if not entry.wanted and entry.reported:
-                excess -= self._nbytes(entry)
+        if self._used_bytes + nbytes <= self.max_bytes:
+            return dropped
+        for digest in [d for d in self._loaded if can_go(d)]:
+            entry = self._entries[digest]
+            del self._loaded[digest]
+            self._used_bytes -= entry.nbytes or 0
+            entry.future = None
+            if not entry.wanted:
                 del self._entries[digest]
-                dropped.append(digest)
+            dropped.append(digest)
+            if self._used_bytes + nbytes <= self.max_bytes:
+                break
         return dropped
 
-    def _nbytes(self, entry: _Entry) -> int:
-        return entry.future.result().nbytes if entry.reported else 0
+    def _forget(self, digest: str) -> None:
+        del self._entries[digest]
+        self._queue.pop(digest, None)
+        self._in_use.pop(digest, None)
+
+
+def _file_bytes(adapter_folder: AdapterFolder) -> int:
+    """Expect the size of the file; what loading it finds wrong is found there."""
+    try:
+        return os.stat(Path(adapter_folder.path) / "adapter_model.safetensors").st_size
+    except OSError:
+        return 0

@@ -87,6 +87,10 @@ class AdapterSlots:
     def is_pinned(self, digest: str) -> bool:
         return self._placed[digest].pins > 0
 
+    def is_in_use(self, digest: str) -> bool:
+        """Whether running requests hold it on the device; the host's copy is not needed then."""
+        return digest in self._placed and self.is_pinned(digest)
+
     def is_idle(self, digest: str) -> bool:
         return digest in self._idle
 

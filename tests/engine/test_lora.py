@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from engine.lora.weights import AdapterLoadError, load_lora
-from engine.messages import AdapterFolder, ErrorKind, GenerateRequest
+from engine.messages import AdapterFolder, ErrorKind, GenerateRequest, RequestOutput
 from engine.scheduler.extents import extent_size
 from engine.scheduler.request import InvalidRequest
 from tests.engine.support.driver import (
@@ -142,6 +142,36 @@ def test_adapters_come_and_go_where_only_two_fit(
     assert {k: r.token_ids for k, r in run(tight, requests).items()} == expected
     assert tight.scheduler.memory.adapter_bytes <= room
     assert tight.host.used_bytes <= sizes[-1]
+
+
+@pytest.mark.parametrize("num_held", [0, 1, 3])
+def test_many_queued_adapters_stay_within_the_hosts_bound(
+    tiny: Tiny, tmp_path: Path, num_held: int
+) -> None:
+    folders = [write_adapter(tiny.folder, tmp_path / str(i), seed=i) for i in range(10)]
+    requests = [request_for(f"r{i}", folders[i % 10], 3 + i % 5) for i in range(30)]
+    roomy = make_engine(tiny.folder)
+    expected = {k: r.token_ids for k, r in run(roomy, requests).items()}
+    nbytes = max(roomy.host.get(folder.digest).nbytes for folder in folders)
+    file_bytes = (Path(folders[0].path) / "adapter_model.safetensors").stat().st_size
+    bound = num_held * file_bytes
+    tight = make_engine(
+        tiny.folder,
+        host_adapter_bytes=bound,
+        adapter_memory_bytes=2 * extent_size(nbytes),
+        enable_prefix_caching=False,
+        max_num_seqs=4,
+    )
+    step, used = tight.step, [0]
+
+    def watched() -> list[RequestOutput]:
+        outputs = step()
+        used.append(tight.host.used_bytes)
+        return outputs
+
+    tight.step = watched  # type: ignore[method-assign]
+    assert {k: r.token_ids for k, r in run(tight, requests).items()} == expected
+    assert max(used) <= max(bound, file_bytes)
 
 
 def test_new_weights_under_another_digest_never_reach_the_old_ones_cache(
