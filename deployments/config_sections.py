@@ -155,7 +155,10 @@ class AdaptersSection(Section):
     )
     disk_path: str = key(".data/adapters", "this machine's cache of the store")
     disk_bytes: Bytes = key(10 * 2**30, "the most that the cache may take")
-    host_bytes: Bytes = key(2 * 2**30, "decoded adapters in memory: as many of those waited for as it holds, then idle ones")
+    host_bytes: Bytes = key(
+        2 * 2**30,
+        "decoded adapters in memory: as many of those waited for as it holds, then idle ones",
+    )
 
 
 class TenancySection(Section):
