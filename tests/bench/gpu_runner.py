@@ -15,7 +15,6 @@ import torch
 from engine.backends.cuda.adapter_copies import PackedAdapter, pack_adapter
 from engine.backends.cuda.assembly import AdapterLimits, TritonRunner, make_triton_runner
 from engine.backends.cuda.forward import StepLimits
-from engine.backends.cuda.fp8 import dequantized_mm
 from engine.backends.cuda.runner import DeviceRunner
 from engine.backends.cuda.streams import CudaDevice, Device, HostDevice
 from engine.backends.cuda.weight_ops import cuda_build
@@ -27,6 +26,7 @@ from engine.scheduler.batch import PENDING, AdapterLoad, ScheduledBatch, Schedul
 from tests.bench.gpu_clock import wake
 from tests.bench.gpu_model import digest_of, random_adapter, random_decoder
 from tests.bench.gpu_setting import BLOCK_SIZE, Setting, decode_requests
+from tests.engine.support.fp8 import dequantized_mm
 
 RANK = 16
 WARM_STEPS = 3  # at the start of every run of steps, not counted

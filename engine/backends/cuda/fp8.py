@@ -1,8 +1,7 @@
 """FP8 linear layers: weights in e4m3 with a scale per output, activations with one per row.
 
 The multiplication is torch's, `_scaled_mm` with row-wise scales, which a device of capability 8.9
-or higher has. Elsewhere the format is refused: see `check_fp8`. `dequantized_mm` computes the same
-slowly anywhere, for tests.
+or higher has. Elsewhere the format is refused: see `check_fp8`.
 """
 
 from typing import Protocol
@@ -38,13 +37,6 @@ def scaled_mm(
         use_fast_accum=True,
         out=out,
     )
-
-
-def dequantized_mm(
-    x: E4m3Rows, weight: Tensor, scales: Tensor, bias: Tensor | None, out: Tensor
-) -> None:
-    y = (x.codes.float() * x.scales) @ (weight.float() * scales)
-    out.copy_(y if bias is None else y + bias.float())
 
 
 class Fp8Linear:

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from engine.backends.cuda.fp8 import Fp8Linear, check_fp8, dequantized_mm, scaled_mm
+from engine.backends.cuda.fp8 import Fp8Linear, check_fp8, scaled_mm
 from engine.backends.cuda.weight_ops import cuda_build
 from engine.backends.needs import arena_bytes
 from engine.backends.torch.ops import torch_build
@@ -18,6 +18,7 @@ from engine.model.quantize import quantize_fp8
 from engine.model.quantized_weight import dequantize, join
 from engine.model.spec import ModelError
 from engine.settle import settle
+from tests.engine.support.fp8 import dequantized_mm
 from tests.engine.support.tiny import Tiny, logits_in_chunks, random_prompt
 
 MakeTiny = Callable[..., Tiny]

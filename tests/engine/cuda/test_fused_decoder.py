@@ -14,7 +14,6 @@ import pytest
 import torch
 
 from engine.backends.cuda.decoder import FusedDecoder
-from engine.backends.cuda.fp8 import dequantized_mm
 from engine.backends.cuda.inputs import StepInputs
 from engine.backends.cuda.layer import Beside, Rows, _Site
 from engine.backends.cuda.memory import needs
@@ -29,6 +28,7 @@ from engine.model.loader import load_decoder
 from engine.model.reference import TORCH_OPS, WEIGHT_OPS
 from engine.scheduler.batch import ScheduledBatch, ScheduledRequest
 from engine.scheduler.request import SamplingParams
+from tests.engine.support.fp8 import dequantized_mm
 from tests.engine.support.tiny import MODEL_TYPES, Tiny, random_prompt
 
 MakeTiny = Callable[..., Tiny]

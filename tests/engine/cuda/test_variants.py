@@ -18,7 +18,6 @@ from engine.backends.cuda.adapter_copies import PackedAdapter
 from engine.backends.cuda.assembly import AdapterLimits, adapter_packer, make_triton_runner
 from engine.backends.cuda.checks import is_interpreting
 from engine.backends.cuda.forward import StepLimits
-from engine.backends.cuda.fp8 import dequantized_mm
 from engine.backends.cuda.runner import DeviceRunner
 from engine.backends.cuda.streams import HostDevice, Replay
 from engine.backends.cuda.triton import weight_only
@@ -32,6 +31,7 @@ from engine.scheduler.request import SamplingParams
 from engine.scheduler.token_rules import token_biases
 from tests.engine.cuda.launches import Launches
 from tests.engine.support.driver import write_adapter
+from tests.engine.support.fp8 import dequantized_mm
 from tests.engine.support.generations import loads_at_the_end
 from tests.engine.support.tiny import Tiny
 
