@@ -1,4 +1,4 @@
-"""What a process has loaded is no garbage, and the collector need not look at it again."""
+"""Freezes start-up objects so that garbage collection stops rescanning them."""
 
 import gc
 

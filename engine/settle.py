@@ -35,7 +35,7 @@ class Settled:
 
 @dataclass(frozen=True, slots=True)
 class Demand:
-    """What a model asks of its device, settled before the device's memory is divided."""
+    """The demands of a model on its device, settled before the device's memory is divided."""
 
     config: EngineConfig
     spec: ModelSpec
@@ -116,7 +116,7 @@ def _num_blocks(num_tokens: int, config: EngineConfig) -> int:
 
 
 def _bytes_beside_adapters(config: EngineConfig, memory_bytes: int) -> int:
-    """What a request may count on that nobody sized: a quarter is left for its adapter."""
+    """KV bytes assumed if max_model_len is not set: a quarter of the arena is kept for adapters."""
     quarter, most = memory_bytes // 4, config.adapter_memory_bytes
     return memory_bytes - (quarter if most is None else min(quarter, most))
 

@@ -1,1 +1,1 @@
-"""What executes batches: one Runner protocol, one folder for each way to compute."""
+"""Execute batches: one Runner protocol, and a folder for each backend behind it."""

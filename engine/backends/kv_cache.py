@@ -23,7 +23,7 @@ def allocate_kv_cache(
 def blocks_of_arena(
     arena: torch.Tensor, block_size: int, spec: ModelSpec, dtype: torch.dtype
 ) -> torch.Tensor:
-    """The same as a view of an arena of bytes, from its low end on, as many as it can hold."""
+    """View an arena of bytes as blocks, from its low end, as many as it can hold."""
     block_bytes = block_size * kv_bytes_per_token(spec, dtype)
     num_blocks = arena.numel() // block_bytes
     shape = (num_blocks, spec.num_layers, 2, block_size, spec.num_kv_heads, spec.head_dim)

@@ -1,4 +1,4 @@
-"""What every forward pass needs to know of a batch's rows and blocks, as plain numbers."""
+"""Lists a batch's rows and blocks as plain numbers, for every forward pass."""
 
 from array import array
 from collections.abc import Sequence

@@ -18,7 +18,7 @@ from engine.scheduler.batch import ScheduledBatch
 
 @dataclass(slots=True)
 class RowOutput:
-    """What one request got out of a step. `error` excludes everything else."""
+    """The result of a step for one request. `error` excludes everything else."""
 
     token_ids: list[int] = field(default_factory=list[int])
     logprobs: list[TokenLogprobs] | None = None

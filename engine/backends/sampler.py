@@ -37,7 +37,7 @@ class Picker(Protocol):
     """Chooses tokens from rows of logits [B, V] float32, each row on its own."""
 
     def best(self, logits: torch.Tensor) -> tuple[list[int], list[float]]:
-        """Of each row: one of the largest logits' tokens, and that logit; NaN if any is NaN."""
+        """Return, for each row, a token of its largest logit and that logit; NaN if any is NaN."""
         ...
 
     def draw(

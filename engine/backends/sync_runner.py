@@ -39,7 +39,7 @@ class ForwardPass(Protocol):
 
     @property
     def picker(self) -> Picker:
-        """What chooses tokens from the logits."""
+        """Chooses tokens from the logits."""
         ...
 
 

@@ -57,7 +57,7 @@ class LoraSite:
 
 @dataclass(frozen=True, slots=True)
 class Build:
-    """What every leaf is built with. `torch_ops` matter only where a Decoder computes by itself."""
+    """Ops, dtype and device of all leaves; `torch_ops` matter only if a Decoder computes itself."""
 
     weight_ops: WeightOps
     torch_ops: TorchOps
@@ -100,9 +100,9 @@ class Linear(nn.Module):
             start = rows.stop
 
     def matrices(self, kind: type[Matrix]) -> tuple[Matrix, ...]:
-        """What `pack_linear` made of the weight, in the order of the outputs.
+        """Return what `pack_linear` made of the weight, in the order of the outputs.
 
-        Raises TypeError unless all of them are of this kind, which only its own WeightOps make.
+        Raises TypeError unless all are of this kind: each backend's WeightOps make their own.
         """
         multiply = self.multiply
         parts = multiply.multiplies if isinstance(multiply, SideBySide) else (multiply,)

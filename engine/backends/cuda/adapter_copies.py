@@ -1,8 +1,8 @@
 """AdapterCopies: the bytes of adapters on the device, and those on their way there.
 
-Where an adapter lies in the arena is the scheduler's decision; here it is carried out. Copies run
-beside the steps on a second stream. They begin after the last launched step, which may still read
-what lay in their place, and whatever takes their place again waits for them; the host never does.
+The scheduler decides where an adapter lies in the arena; this carries it out. Copies run on a
+second stream, concurrently with the steps. They begin after the last launched step, which may still
+read what lay in their place, and what later takes their place waits for them; the host never does.
 """
 
 from collections.abc import Callable, Sequence
@@ -51,7 +51,7 @@ def copy_packed(device: Device, packed: PackedAdapter, target: Tensor) -> None:
 
 
 class AdapterTable(Protocol):
-    """Where the adapter of each slot lies, as kernels read it. Written on the main stream."""
+    """The place of each slot's adapter, as kernels read it. Written on the main stream."""
 
     def place(self, slot: int, offset_bytes: int, extent: AdapterExtent) -> None:
         """Its bytes are there before it is used."""
@@ -125,7 +125,7 @@ class AdapterCopies:
         self._table.move(move.slot, move.destination_bytes)
 
     def _settle(self, slot: int) -> None:
-        """What follows on the main stream finds no copy to this slot's memory under way."""
+        """Make the main stream wait for a copy to this slot's memory that is under way."""
         load = self._loads.get(slot)
         if load is not None:
             self._device.main_waits(load.event)

@@ -1,4 +1,4 @@
-"""A DeviceRunner that computes with the Triton kernels; whoever imports this imports Triton."""
+"""Assembles a DeviceRunner from the Triton kernels; importing this imports Triton."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -107,7 +107,7 @@ class DeviceAdapterBank:
 
     @property
     def row_capacities(self) -> tuple[int, ...]:
-        """Batches of up to so many rows share their kernels; the last holds `max_rows`."""
+        """Row counts up to which batches share kernels; the last one holds `max_rows`."""
         first, last = rounded_rows(1), rounded_rows(self._max_rows)
         return tuple(first << i for i in range((last // first).bit_length()))
 
@@ -205,7 +205,7 @@ class TritonLora:
         self.expand(layer, site, y)
 
     def shrink(self, layer: int, site: str, x: Tensor) -> None:
-        """The first half, which needs no y and may run beside the base's multiplication.
+        """Compute the first half, which needs no y and may run concurrently with the base layer.
 
         Two sites may be under way: neighbours in the decoder's order have planes of their own.
         """

@@ -3,7 +3,7 @@
 Reads the modules of a loaded Decoder once and runs what their `forward` methods would do. It adds
 no choice of its own, so a family that the Decoder can express needs nothing here. A forward
 allocates nothing, reads nothing back and launches the same kernels for every batch of one size, so
-a CUDA graph can capture it. Imports Triton: whoever has a GPU imports this module.
+a CUDA graph can capture it. Importing this module imports Triton.
 """
 
 from dataclasses import replace

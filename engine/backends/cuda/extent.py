@@ -40,7 +40,7 @@ class SiteExtent:
 
 @dataclass(frozen=True, slots=True)
 class AdapterExtent:
-    """Where everything is, in bytes from the start of the extent."""
+    """The layout of an adapter, in bytes from the start of its extent."""
 
     digest: str
     dtype: torch.dtype

@@ -48,7 +48,7 @@ class Scores:
 
 @dataclass(frozen=True, slots=True)
 class PrefillShape:
-    """What all layers have in common."""
+    """The shape that all layers share."""
 
     num_heads: int
     num_kv_heads: int
@@ -131,7 +131,7 @@ class FlashInferPrefill:
 
 
 def workspace_bytes(num_kinds: int) -> int:
-    """Bytes that a FlashInferPrefill of so many kinds of scores takes; 0 if it is not installed."""
+    """Bytes of a FlashInferPrefill with `num_kinds` of scores; 0 if FlashInfer is not installed."""
     if importlib.util.find_spec("flashinfer") is None:
         return 0
     return WORKSPACE_BYTES + num_kinds * WRAPPER_BYTES
@@ -213,7 +213,7 @@ def _test_requests(block_size: int) -> list[ScheduledRequest]:
 
 
 def _test_tensors(shape: PrefillShape, requests: list[ScheduledRequest]) -> tuple[Tensor, Tensor]:
-    """q and a KV layer with the strides of a model's; slots that nobody wrote are NaN, as another
+    """q and a KV layer with the strides of a model's; slots without a value are NaN, as another
     request may have left them."""
     random = torch.Generator().manual_seed(0)
     num_rows, heads = sum(_NEW_TOKENS), shape.num_heads + 2 * shape.num_kv_heads

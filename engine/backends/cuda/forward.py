@@ -32,7 +32,7 @@ from engine.scheduler.batch import ScheduledRequest
 
 Numbers = NDArray[np.int32]
 
-# Triton compiles anew for a 1 and for multiples of 16. Layers in few bits have tiles for up to 64
+# Triton compiles anew for a 1 and for multiples of 16. Low-bit layers have tiles for up to 64
 # rows, others for up to 256, and are dequantized for more
 WARM_UP_ROWS = (1, 17, 64, 72, 128, 256, 512)
 
@@ -72,13 +72,13 @@ class LoraPlanner(Protocol):
         ...
 
     def batch(self, num_rows: int, words: Tensor) -> LoraBatch:
-        """The adapters of whatever plan of so many rows is in `words`."""
+        """Make the batch of the plan that is in `words` when a kernel runs, of `num_rows` rows."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class StepLimits:
-    """What no step exceeds."""
+    """Upper bounds of any step."""
 
     max_num_seqs: int
     max_num_batched_tokens: int
@@ -252,7 +252,7 @@ class DeviceForward:
         self._buffers.fill_decodes(self._shapes[size, has_lora], (), numbers)
 
     def _decode(self, size: int, has_lora: bool) -> None:
-        """What a graph records."""
+        """Run the work that a graph records."""
         self._forward(self._views[size, has_lora], self._hidden[:size], has_lora)
 
     # ==== both ====

@@ -70,11 +70,11 @@ class Fp8Linear:
         return self.into(x, torch.empty(len(x), self.out_features, dtype=x.dtype, device=x.device))
 
     def into(self, x: Tensor, out: Tensor) -> Tensor:
-        """The same into out [N, out], contiguous; returns it."""
+        """Write the result to out [N, out], contiguous; return it."""
         return self.rows_into(quantize_rows(x), out)
 
     def rows_into(self, rows: E4m3Rows, out: Tensor) -> Tensor:
-        """The same of an x that is rounded already."""
+        """Multiply an x that is rounded already."""
         if len(out):
             self._multiply(rows, self._weight, self._scales, self._bias, out)
         return out

@@ -24,7 +24,7 @@ MAX_GRAPH_ROWS = 512  # beyond, a step takes longer than launching its kernels o
 
 @dataclass(frozen=True, slots=True)
 class GraphFigures:
-    """What the capture cost. Bytes are those that the device had less afterwards."""
+    """The cost of the capture. Bytes are how much less memory the device had afterwards."""
 
     num_graphs: int = 0
     capture_s: float = 0.0
@@ -77,7 +77,7 @@ class GraphRunner:
         )
 
     def size_for(self, num_rows: int) -> int | None:
-        """The smallest captured size that holds so many rows; None: to be run eagerly."""
+        """Return the smallest captured size that holds the rows; None: run them eagerly."""
         place = bisect_left(self._sizes, num_rows)
         if not self._graphs or place == len(self._sizes):
             return None

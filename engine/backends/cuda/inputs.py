@@ -47,7 +47,7 @@ class StepShape:
         object.__setattr__(self, "num_words", num_words)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of everything that is copied, in the order in which it lies."""
+        """Shapes of everything that is copied, in its order in memory."""
         return {
             "known_tokens": (self.num_rows,),
             "sources": (self.num_rows,),
@@ -78,7 +78,7 @@ class StepInputs:
 
 @dataclass(frozen=True, slots=True)
 class StepNumbers:
-    """What a step's inputs are made of, besides the requests."""
+    """The numbers that, with the requests, make up a step's inputs."""
 
     output_rows: Sequence[int]
     sample_rows: Sequence[int]
@@ -106,7 +106,7 @@ class InputBuffers:
         self.sampled = self._words[:max_samples]
 
     def views(self, shape: StepShape, max_context_len: int) -> StepInputs:
-        """Where the inputs of this shape lie; the same memory every time."""
+        """Return the inputs of this shape: the same memory every time."""
         self._check(shape)
         parts = _cut(self._words[self._start :], shape)
         capacity = shape.positions
@@ -203,7 +203,7 @@ class InputBuffers:
         requests: Sequence[ScheduledRequest],
         sampled_before: Mapping[RequestKey, int],
     ) -> None:
-        """A token that is not among the sampled ones is of a step that failed: nobody asks."""
+        """If the step before failed, its token is missing; the row's result is discarded anyway."""
         row = -1
         for request in requests:
             row += len(request.token_ids)

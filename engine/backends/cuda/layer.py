@@ -20,7 +20,7 @@ from engine.model.inputs import LoraBatch, LoraBatchInParts
 from engine.model.layers import Linear, RmsNorm, Scale
 from engine.model.rotary import RotaryTable
 
-# Starts work beside what the caller computes next; what comes back waits for its end
+# Starts work concurrent with what the caller computes next; the returned call waits for its end
 Beside = Callable[[Callable[[], None]], Callable[[], None]]
 
 
@@ -36,14 +36,16 @@ class PagedAttentionInto(Protocol):
         window: int | None,
         soft_cap: float | None,
     ) -> Tensor:
-        """As PagedAttention of engine.model.ops, into out [N, H, D], returned. q's rows lie
-        apart: it is a part of the qkv layer's output."""
+        """Write PagedAttention of engine.model.ops to out [N, H, D], and return it.
+
+        q's rows lie apart: it is a part of the qkv layer's output.
+        """
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """What a linear layer reads. Adapters always read `wide`, FP8 layers `rounded`."""
+    """The input of a linear layer. Adapters always read `wide`, FP8 layers `rounded`."""
 
     wide: Tensor  # [N, in]
     rounded: E4m3Rows | None

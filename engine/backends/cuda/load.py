@@ -1,4 +1,4 @@
-"""A model on a device that computes with Triton's kernels; whoever imports this imports Triton."""
+"""Loads a model that computes with Triton's kernels; importing this imports Triton."""
 
 from collections.abc import Callable
 

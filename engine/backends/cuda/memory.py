@@ -21,7 +21,7 @@ RESERVE_SHARE = 0.02
 
 @dataclass(frozen=True, slots=True)
 class Needs:
-    """Bytes of everything that is on the device beside the arena."""
+    """Bytes of everything on the device that is not the arena."""
 
     weights: int
     buffers: int
@@ -33,7 +33,7 @@ class Needs:
 
 
 def memory_bytes(demand: Demand) -> int:
-    """Bytes for KV blocks and adapters, which must be there beside the weights."""
+    """Return the bytes of the arena for KV blocks and adapters, next to the weights."""
     config = demand.config
     size = read_model_size(Path(config.source), config.quantization)
     free, total = torch.cuda.mem_get_info(demand.device)
@@ -109,7 +109,7 @@ def _flashinfer_bytes(demand: Demand) -> int:
 
 
 def _scratch_bytes(size: ModelSize, dtype: torch.dtype) -> int:
-    """Of the largest layer that is made dense for a multiplication with many rows."""
+    """Bytes of the largest layer that is dequantized to multiply it with many rows."""
     if size.form.quantization in ("none", "fp8"):
         return 0
     numel: dict[str, int] = {}

@@ -1,7 +1,7 @@
 """One copy for many small arrays, in either direction, through pinned memory that is used again.
 
 Arrays and tensors are of 4-byte types. An upload's pinned buffer is written again only after its
-copy has ended; a download's belongs to whoever has not read it yet.
+copy has ended; a download's is used again only after it has been read.
 """
 
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ class PinnedRing:
         self._turn = 0
 
     def take(self, nbytes: int) -> Tensor:
-        """The next buffer, of at least so many bytes, which no copy reads any more."""
+        """Return the next buffer, of at least `nbytes`, which no copy reads any more."""
         self._turn = (self._turn + 1) % len(self._buffers)
         event = self._sent[self._turn]
         if event is not None:
@@ -57,7 +57,7 @@ class Upload:
         self._ring = PinnedRing(device)
 
     def send(self, arrays: Sequence[Words]) -> list[Tensor]:
-        """The same arrays on the device, each with its shape and type."""
+        """Copy the arrays to the device, each with its shape and type."""
         if not arrays:
             return []
         starts, total = places([a.size for a in arrays])

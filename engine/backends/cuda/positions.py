@@ -3,7 +3,7 @@
 What `engine.model.inputs.AttentionInputs` says to the host, in fixed shapes on the device: a CUDA
 graph that has been captured over these tensors serves every batch that fits into them. Requests
 that fill a batch up have a context of 0: one query row each among the decodes, none among the
-prefills. No Triton here: whoever lays out a step's numbers needs only numpy.
+prefills. No Triton here: laying out a step's numbers needs only numpy.
 """
 
 from collections.abc import Mapping, Sequence
@@ -68,7 +68,7 @@ class PositionsCapacity:
     tile_tokens: int
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of the tensors of DevicePositions, by name, in its order."""
+        """Shapes of the tensors of DevicePositions, by name, in its order."""
         num_requests = self.num_decodes + self.num_prefills
         return {
             "context_lens": (num_requests,),
@@ -102,8 +102,9 @@ def exact_capacity(requests: Sequence[ScheduledRequest], tile_tokens: int) -> Po
 def write_positions(
     arrays: Mapping[str, Numbers], requests: Sequence[ScheduledRequest], capacity: PositionsCapacity
 ) -> None:
-    """Fill host arrays of `capacity.shapes()`, all but the columns of block tables that nobody
-    reads. Raises ValueError for what is too much.
+    """Fill host arrays of `capacity.shapes()`, except unread columns of block tables.
+
+    Raises ValueError for more than there is room for.
 
     The requests with one token are the decodes and come first.
     """
@@ -152,7 +153,7 @@ def copy_positions(
 
 
 def prefill_pages(requests: Sequence[ScheduledRequest], block_size: int) -> PrefillPages:
-    """Of those requests that have more than one token."""
+    """Make the pages of the requests that have more than one token."""
     prefills = [r for r in requests if len(r.token_ids) > 1]
     tables = [r.block_table[: -(-r.end // block_size)] for r in prefills]
     return PrefillPages(

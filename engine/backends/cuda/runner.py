@@ -87,7 +87,7 @@ class DeviceRunner:
     def _sample(
         self, requests: list[ScheduledRequest], rows: list[int], output: ForwardOutput
     ) -> Sampled:
-        """Of these hidden states, one for each request; leaves the tokens for the next step."""
+        """Sample a token for each request from its row; keep the tokens for the next step."""
         inputs, hidden = output.inputs, output.hidden
         if not requests:
             none = inputs.token_ids[:0]

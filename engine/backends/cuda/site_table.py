@@ -47,7 +47,7 @@ class SiteTable:
         return records
 
     def ranks(self, extent: AdapterExtent) -> list[int]:
-        """Of each kind: the largest sum of slice ranks at any of its sites."""
+        """Return, for each kind, the largest sum of slice ranks at any of its sites."""
         found = [0] * len(self.kinds)
         for key, site in extent.sites.items():
             kind = self.kind_of[self.number[key]]

@@ -1,8 +1,8 @@
-"""Device: what a runner needs of the thing that computes, beside tensors.
+"""Device: streams, events, graphs and pinned memory, as a runner uses them.
 
 Two of them: a CUDA device, where work is queued and the host runs ahead, and the host itself, where
-everything has happened when a call returns. Whoever is written against the protocol runs on both,
-so that all of it can be tested where there is no GPU.
+everything has happened when a call returns. Code written against the protocol runs on both, so that
+all of it can be tested without a GPU.
 """
 
 from collections.abc import Callable, Iterator
@@ -31,7 +31,7 @@ class Event(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class DeviceMemory:
-    """Bytes of the whole device, whoever uses them; zeros where nobody counts."""
+    """Bytes of the whole device, used by any process; zeros if they are not counted."""
 
     free_bytes: int
     total_bytes: int
@@ -43,7 +43,7 @@ class Device(Protocol):
     torch_device: torch.device
 
     def pinned(self, nbytes: int) -> Tensor:
-        """uint8 [nbytes] of host memory from and to which copies need no host."""
+        """uint8 [nbytes] of page-locked (pinned) host memory, for asynchronous copies."""
         ...
 
     def copy(self, target: Tensor, source: Tensor) -> None:
@@ -64,9 +64,12 @@ class Device(Protocol):
         ...
 
     def beside(self, work: Callable[[], None]) -> Callable[[], None]:
-        """Gives the work to a third stream, after all that the stream in use has been given so
-        far, which goes on after it once what comes back is called. Both may be captured. The work
-        allocates nothing, and what it reads or writes nobody touches before that call."""
+        """Run the work on a third stream, concurrently with what follows on the stream in use.
+
+        It starts after all that this stream was given so far, and the returned call makes the
+        stream wait for it. Both may be captured. The work allocates nothing, and the caller must
+        not touch what it reads or writes before that call.
+        """
         ...
 
     def capture(self, work: Callable[[], None]) -> Replay:
@@ -128,7 +131,7 @@ class CudaDevice:
 
     def capture(self, work: Callable[[], None]) -> Replay:
         graph = torch.cuda.CUDAGraph()
-        # Another thread may be pinning an adapter's memory, which is none of this graph's business
+        # Other threads may pin an adapter's memory meanwhile; that is not part of the graph
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             work()
         return graph.replay
@@ -155,7 +158,7 @@ class _CudaEvent:
 
 
 class HostDevice:
-    """The same calls on a CPU, each done when it returns; a capture remembers the function."""
+    """A Device on a CPU: each call is done when it returns, and a capture keeps the function."""
 
     def __init__(self) -> None:
         self.torch_device = torch.device("cpu")

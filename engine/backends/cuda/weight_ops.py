@@ -22,7 +22,7 @@ class DeviceLinear(Protocol):
     def __call__(self, x: Tensor) -> Tensor: ...
 
     def into(self, x: Tensor, out: Tensor) -> Tensor:
-        """The same into out [N, out], whose last dimension is contiguous; returns out."""
+        """Write the result to out [N, out], whose last dimension is contiguous; return out."""
         ...
 
 
@@ -82,7 +82,7 @@ def cuda_build(
 
 
 class _WeightOnly:
-    """Layers whose weights stay in few bits; imports Triton with the first one."""
+    """Makes layers of low-bit weights; imports Triton with the first one."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self._device, self._dtype = device, dtype

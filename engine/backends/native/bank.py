@@ -65,7 +65,7 @@ class NativeLoraBatch:
 
 
 class NativeAdapterBank:
-    """Adapters by slot. Whoever decides residency is `engine.scheduler.adapter_slots`."""
+    """Adapters by slot; `engine.scheduler.adapter_slots` decides which are resident."""
 
     def __init__(self, keys: Sequence[Site]) -> None:
         self.keys = tuple(keys)

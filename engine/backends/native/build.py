@@ -35,7 +35,7 @@ class BuildError(RuntimeError):
 
 
 def ensure_library() -> Path:
-    """The library's path, compiled now if nobody has before. Raises BuildError."""
+    """Return the library's path, compiling it if needed. Raises BuildError."""
     _check_platform()
     for folder in _folders():
         if (folder / library_name()).exists():
@@ -73,7 +73,7 @@ def compile_library(folder: Path, extra_flags: tuple[str, ...] = ()) -> Path:
         objects = [str(obj) for obj, _ in jobs]
         _run([compiler, "-shared", "-pthread", *extra_flags, *objects, "-o", str(linked)])
         target = folder / library_name()
-        os.replace(linked, target)  # whoever else compiles the same wins or loses whole
+        os.replace(linked, target)  # atomic: another process may compile the same
     return target
 
 

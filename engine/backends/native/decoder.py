@@ -71,7 +71,7 @@ class NativeDecoder:
         program = self.program
         program.norm(buffers.x, _norm(layer.enter_attention), buffers.normed, pending)
         self._attend(layer.attention, kv, buffers)
-        if is_last:  # nobody looks at the other rows' hidden states
+        if is_last:  # the other rows' hidden states are not needed
             outputs = buffers.of_outputs()
             program.gather(buffers.x, outputs.x)
             program.gather(buffers.attended, outputs.attended)

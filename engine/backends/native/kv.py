@@ -104,7 +104,7 @@ class KvLayout:
         return -(-self.head_dim // 16) * 16
 
     def _part_bytes(self) -> list[int]:
-        """Of one kv head: keys, values, and the scales of both where there are any."""
+        """Bytes of one KV head: keys, values, and the scales of both if there are any."""
         elements = [self.block_size * self.head_dim, self.block_size * self._padded_dim]
         if self.kv_format == structs.KV_BF16:
             return [2 * n for n in elements]

@@ -55,7 +55,7 @@ class Context:
 
 
 def supported_isas() -> tuple[str, ...]:
-    """What this machine can run, the best last; empty where it can run none."""
+    """Return the instruction sets of this machine, the best last; empty if there are none."""
     return ISAS[1 : _load().reef_best_isa() + 1]
 
 

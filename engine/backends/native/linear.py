@@ -46,11 +46,11 @@ class NativeLinear:
 
     @property
     def nbytes(self) -> int:
-        """Of everything that a call reads besides x."""
+        """Bytes that a call reads besides x."""
         return sum(t.nbytes for t in self._tensors() if t is not None)
 
     def scratch_bytes(self, rows: int) -> int:
-        """What `LinearArgs.scratch` must hold for so many rows."""
+        """Bytes that `LinearArgs.scratch` must hold for this many rows."""
         return self._scratch_bytes(self.struct, rows)
 
     def __call__(self, x: Tensor, out_dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -59,7 +59,7 @@ class NativeLinear:
         return self.into(x, torch.empty(len(x), self.out_features, dtype=out_dtype))
 
     def into(self, x: Tensor, y: Tensor) -> Tensor:
-        """The same into y [N, out], whose last dimension is contiguous; returns y."""
+        """Write the result to y [N, out], whose last dimension is contiguous; return y."""
         self._check(x, y.dtype)
         if len(x):
             scratch = temporary_bytes(self.scratch_bytes(len(x)))  # lives as long as the call
@@ -67,8 +67,10 @@ class NativeLinear:
         return y
 
     def args(self, x: Tensor, y: Tensor, scratch: Tensor) -> structs.LinearArgs:
-        """What the library takes for y [N, out] = layer(x [N, in]); unchecked. It points into
-        the three tensors and keeps none of them."""
+        """Make the library's arguments for y [N, out] = layer(x [N, in]), unchecked.
+
+        They point into the three tensors and keep none of them.
+        """
         return structs.LinearArgs(
             linear=c.pointer(self.struct),
             x=x.data_ptr(),

@@ -16,7 +16,7 @@ Weight = Tensor | QuantizedWeight
 
 @dataclass(frozen=True, slots=True)
 class PackedWeight:
-    """What a packer returns: the format's number, and what the kernels read, in 64-byte aligned
+    """A packed weight: the number of its format, and what the kernels read, in 64-byte aligned
     memory (`Context.blocks`). `scales` and the rest are as the format wants them."""
 
     format: int

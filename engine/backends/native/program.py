@@ -2,7 +2,7 @@
 
 What a CUDA graph is to a GPU: between two operations no Python runs, and what changes from step
 to step (rows, requests, adapters) is read from the step. Knows buffers and operations; which of
-them make up a model is `engine.backends.native.decoder`'s business.
+them make up a model is decided in `engine.backends.native.decoder`.
 """
 
 import ctypes as c
@@ -51,7 +51,7 @@ class Norm:
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """What a branch adds to the residual stream, times a constant."""
+    """The output of a branch, to be added to the residual stream times a constant."""
 
     buffer: Buffer
     scale: float = 1.0

@@ -37,7 +37,7 @@ class _StackedSite:
 
 
 class AdapterBank:
-    """Weights by adapter slot. Whoever decides residency is `engine.scheduler.adapter_slots`."""
+    """Weights by adapter slot; `engine.scheduler.adapter_slots` decides which are resident."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
