@@ -16,8 +16,9 @@ from typing import Any
 import pytest
 import ray
 import torch
+from ray._private import services
 from ray.serve import context, request_router
-from ray.serve._private import client, constants, logging_utils, router
+from ray.serve._private import client, constants, haproxy, logging_utils, replica, router
 from ray.serve._private.handle_options import InitHandleOptions
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
@@ -85,6 +86,20 @@ def test_the_log_file_of_a_replica_is_behind_rays_buffer(
     assert ["seen at once" in path.read_text() for path in tmp_path.iterdir()] == [True]
 
 
+def test_ray_opens_a_replicas_grpc_port_after_the_replica_is_made() -> None:
+    source = inspect.getsource(replica)
+    assert 'add_port_to_grpc_server(self._server, "[::]:0")' in source
+    initialize = source[source.index("    async def initialize(") :]
+    assert initialize.index("initialize_callable(") < initialize.index("_on_initialized()")
+
+
+def test_ray_runs_the_named_binary_with_its_configuration() -> None:
+    """What the launcher changes in it, `test_haproxy_launcher.py` shows."""
+    source = inspect.getsource(haproxy)
+    assert 'args = [haproxy_bin, "-db", "-f", self.config_file_path]' in source
+    assert hasattr(haproxy.HAProxyApi, "_generate_config_file_internal")
+
+
 SERVE_VARIABLES = {n for n in ray_environment(Path("folder")) if n.startswith("RAY_SERVE_")}
 
 
@@ -95,8 +110,17 @@ def test_serve_reads_the_environment_variable(name: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(set(ray_environment(Path("folder"))) - SERVE_VARIABLES))
 def test_ray_reads_the_environment_variable(name: str) -> None:
-    sources = (path.read_text() for path in Path(ray.__file__).parent.glob("_*/**/*.py"))
-    assert any(f'"{name}"' in source for source in sources)
+    folder = Path(ray.__file__).parent
+    sources = (path.read_text() for path in folder.glob("_*/**/*.py"))
+    raylet = (folder / "core/src/ray/raylet/raylet").read_bytes()
+    in_raylet = name.removeprefix("RAY_").encode() in raylet
+    assert in_raylet or any(f'"{name}"' in source for source in sources)
+
+
+def test_ray_takes_loopback_for_a_nodes_address_where_it_is_told_that_it_is_alone() -> None:
+    assert "if not ray_constants.ENABLE_RAY_CLUSTER:" in inspect.getsource(
+        services.get_node_ip_address
+    )
 
 
 def test_ray_has_what_the_router_reads_and_sets() -> None:

@@ -14,6 +14,7 @@ from deployments.ingress.metrics import Metrics
 from deployments.ingress.model_resolver import Models, ServedModel
 from deployments.ingress.routes import Ingress, build_api
 from deployments.ingress.tenant_limiter import TenantLimiter
+from deployments.loopback_grpc import keep_grpc_on_loopback
 from deployments.serve_logging import log_to_serves_file
 from deployments.stores import open_adapter_store
 from deployments.tenants.tenants import open_tenants
@@ -27,6 +28,7 @@ class IngressDeployment:
 
     def __init__(self, config: AppConfig, engines: dict[str, DeploymentHandle]) -> None:
         log_to_serves_file()
+        keep_grpc_on_loopback()
         ingress_id = serve.get_replica_context().replica_id.unique_id
         models = [
             ServedModel(

@@ -18,17 +18,20 @@ from pathlib import Path
 
 import psutil
 
+from deployments.haproxy_launcher import BINARY_VARIABLE, write_launcher
 from deployments.local.serve_yaml import Address
 
 KILL_TIMEOUT_S = 5.0
 QUIET_PORTS = range(20_000, 32_768)  # Ray's workers are below, connections above
 OBJECT_STORE_BYTES = 100 * 2**20
+HARD_STOP_AFTER_S = 660
 
 
 def ray_environment(folder: Path) -> dict[str, str]:
     """What Ray reads from the environment when it is imported, here and in all its processes."""
     haproxy = folder / "haproxy"
     return {
+        "RAY_SERVE_HAPROXY_BINARY_PATH": str(haproxy / "launcher"),
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
         "RAY_SERVE_HAPROXY_NBTHREAD": "1",
@@ -39,6 +42,10 @@ def ray_environment(folder: Path) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
         "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
+        # Nothing reads it; the default is a port of the machine's syslog, and needs a socket.
+        "RAY_SERVE_HAPROXY_LOG_TARGET": str(haproxy / "log.sock"),
+        # Longer than a stopped ingress has for its answers.
+        "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(HARD_STOP_AFTER_S),
         # Its default is one port, which two clusters would share without noticing.
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(free_port()),
         "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
@@ -48,6 +55,10 @@ def ray_environment(folder: Path) -> dict[str, str]:
         "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "1000",
         # Ray runs its workers at 15, where two busy threads may stay on one core for seconds.
         "RAY_worker_niceness": "0",
+        # Without it Ray takes the machine's address for 127.0.0.1, and listens on all interfaces.
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        # It would end every worker for memory that the engine's process holds.
+        "RAY_memory_monitor_refresh_ms": "0",
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
         "RAY_USAGE_STATS_ENABLED": "0",
@@ -89,6 +100,7 @@ def cluster(folder: Path, address: Address) -> Iterator[None]:
     import ray
     from ray import serve
 
+    write_launcher(Path(os.environ[BINARY_VARIABLE]))
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     try:
         ray.init(

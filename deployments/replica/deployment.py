@@ -22,6 +22,7 @@ from deployments.fleet.protocol import (
     Submit,
     UnknownStream,
 )
+from deployments.loopback_grpc import keep_grpc_on_loopback
 from deployments.replica import autoscaler
 from deployments.replica.replica import EngineReplica, ReplicaSettings
 from deployments.serve_logging import log_to_serves_file
@@ -35,6 +36,7 @@ class EngineDeployment:
 
     async def __init__(self, config: AppConfig, model: ModelSection) -> None:
         log_to_serves_file()
+        keep_grpc_on_loopback()
         store = await asyncio.to_thread(open_adapter_store, config.adapters)
         fingerprint = await asyncio.to_thread(store.register_base, Path(model.source))
         engine_config = config.engine_config(model)

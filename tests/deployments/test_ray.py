@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import yaml
 
 from adapter_store.store import AdapterStore
 from deployments.local.ray_head import free_port
-from tests.deployments.support.processes import assert_gone, command, descendants
+from tests.deployments.support.processes import assert_gone, command, descendants, listening
 from tests.deployments.support.tiny_models import make_adapter, make_base
 from tests.documents import Block, blocks
 
@@ -34,6 +35,7 @@ class Running:
     process: "subprocess.Popen[bytes]"
     port: int
     log: Path
+    seen_at_start: set[int]  # statuses of /health before the server said that it serves
 
     def request(self, method: str, path: str, body: object = None) -> tuple[int, bytes]:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
@@ -99,10 +101,17 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
             stdout=output,
             stderr=subprocess.STDOUT,
         )
+    running = Running(process, port, log, set())
+
+    def has_started() -> bool:
+        with suppress(ConnectionRefusedError):
+            running.seen_at_start.add(running.request("GET", "/health")[0])
+        return b"curl" in log.read_bytes() or process.poll() is not None
+
     try:
-        wait_for(lambda: b"curl" in log.read_bytes() or process.poll() is not None, 90, "serving")
+        wait_for(has_started, 90, "serving")
         assert process.poll() is None, log.read_text()
-        yield Running(process, port, log)
+        yield running
     finally:
         family = descendants(process.pid)
         process.send_signal(signal.SIGINT)
@@ -118,6 +127,17 @@ def configuration() -> dict[str, Any]:
     }
     entry = {"name": "reef", "import_path": "deployments.app:build_app", "args": args}
     return {"applications": [entry]}
+
+
+def test_nothing_listens_beyond_loopback(server: Running) -> None:
+    found = listening([server.process.pid, *descendants(server.process.pid)])
+    assert ("127.0.0.1", server.port) in found
+    assert {host for host, _ in found} == {"127.0.0.1"}
+
+
+def test_a_server_that_starts_says_not_yet_and_never_not_found(server: Running) -> None:
+    assert 503 in server.seen_at_start
+    assert server.seen_at_start <= {503, 200}
 
 
 def test_the_official_client_is_served(server: Running) -> None:

@@ -16,6 +16,7 @@ from pydantic.warnings import PydanticDeprecatedSince20
 
 from deployments.config import load_config
 from deployments.config_sections import parse_bytes
+from deployments.haproxy_launcher import BINARY_VARIABLE
 from deployments.local.serve_yaml import read_application
 from k8s.generate import MARKER, embed
 from tests.k8s.manifests import (
@@ -33,7 +34,7 @@ with warnings.catch_warnings():
     from ray import serve
     from ray.serve.schema import ServeDeploySchema
 
-    from deployments.app import FAST_PATH, build_app
+    from deployments.app import FAST_PATH, INGRESS_DRAIN_S, build_app
 
 CONFIG = ROOT / "configs" / "gpu-cluster.yaml"
 SERVE_CONFIG: dict[str, Any] = yaml.safe_load(read("rayservice.yaml")["spec"]["serveConfigV2"])
@@ -140,6 +141,20 @@ def test_the_switches_of_the_fast_path_are_on_everywhere() -> None:
     for found in environments.values():
         assert found == environments["head"]
         assert wanted.items() <= found.items()
+
+
+def test_haproxy_is_started_by_our_launcher_and_lets_answers_finish() -> None:
+    variables = environment(pod_templates()["head"])
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    launcher = Path(variables[BINARY_VARIABLE])
+    assert launcher.parent == Path("/usr/local/bin"), "where pip puts it in the image"
+    assert project["scripts"][launcher.name] == "deployments.haproxy_launcher:main"
+    assert float(variables["RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S"]) > INGRESS_DRAIN_S
+
+
+def test_rays_memory_monitor_is_off() -> None:
+    for template in pod_templates().values():
+        assert environment(template)["RAY_memory_monitor_refresh_ms"] == "0"
 
 
 def test_the_cluster_runs_the_ray_that_the_package_asks_for() -> None:

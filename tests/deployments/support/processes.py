@@ -1,6 +1,7 @@
-"""What the tests ask of other processes: their command line, and to be gone."""
+"""What the tests ask of other processes: command lines, open ports, and to be gone."""
 
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -27,3 +28,15 @@ def assert_gone(pids: list[int], seconds: float = 10.0) -> None:
     while left := [command(pid) for pid in pids if command(pid)]:
         assert time.monotonic() < deadline, f"processes were left behind: {left}"
         time.sleep(0.05)
+
+
+def listening(pids: list[int]) -> list[tuple[str, int]]:
+    """The addresses and ports at which they take connections or, unconnected, datagrams."""
+    found: set[tuple[str, int]] = set()
+    for pid in pids:
+        with suppress(psutil.NoSuchProcess):
+            for each in psutil.Process(pid).net_connections("inet"):
+                is_open = each.status in (psutil.CONN_LISTEN, psutil.CONN_NONE)
+                if is_open and each.laddr and not each.raddr:
+                    found.add((each.laddr[0].removeprefix("::ffff:"), each.laddr[1]))
+    return sorted(found)
