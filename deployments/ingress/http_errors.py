@@ -64,6 +64,10 @@ def body_too_large(max_bytes: int) -> ApiError:
     return ApiError(413, message, code="request_too_large")
 
 
+def body_too_slow(seconds: float) -> ApiError:
+    return ApiError(408, f"The request body did not arrive within {seconds:.0f} s.")
+
+
 def bad_key(message: str) -> ApiError:
     """Repeats nothing of the key: it may be right but for a letter."""
     return ApiError(401, message, code="invalid_api_key", authenticate='Bearer realm="reef"')

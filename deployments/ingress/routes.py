@@ -4,6 +4,7 @@
 `streaming` runs the plans. No Ray here.
 """
 
+import asyncio
 import json
 import secrets
 import time
@@ -30,6 +31,7 @@ from deployments.ingress.http_errors import (
     ApiError,
     as_api_error,
     body_too_large,
+    body_too_slow,
     invalid,
     models_not_ready,
 )
@@ -46,6 +48,7 @@ TenantHandler = Callable[[HttpRequest, Tenant], Awaitable[Response]]
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
+BODY_TIMEOUT_S = 60.0
 
 
 def system_origin() -> Origin:
@@ -134,14 +137,18 @@ class Ingress:
 
 
 async def read_body(http_request: HttpRequest, max_bytes: int) -> bytes:
-    """Read the body. Stops at the limit, whatever length the client announced."""
+    """Read the body. Stops at the limits, whatever length the client announced."""
     chunks: list[bytes] = []
     num_bytes = 0
-    async for chunk in http_request.stream():
-        num_bytes += len(chunk)
-        if num_bytes > max_bytes:
-            raise body_too_large(max_bytes)
-        chunks.append(chunk)
+    try:
+        async with asyncio.timeout(BODY_TIMEOUT_S):
+            async for chunk in http_request.stream():
+                num_bytes += len(chunk)
+                if num_bytes > max_bytes:
+                    raise body_too_large(max_bytes)
+                chunks.append(chunk)
+    except TimeoutError:
+        raise body_too_slow(BODY_TIMEOUT_S) from None
     return b"".join(chunks)
 
 

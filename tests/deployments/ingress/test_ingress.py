@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from deployments.ingress import routes
 from engine.messages import ErrorKind, GenerateRequest, RequestError, RequestOutput
 from tests.deployments.support.fakes import (
     EOS,
@@ -421,6 +422,27 @@ def test_a_body_that_is_no_json_object_is_400(body: bytes) -> None:
     async def test(server: Server) -> None:
         answer = await call(server.api, "POST", CHAT, body)
         assert answer.status == 400 and answer.error["type"] == "invalid_request_error"
+
+    in_server(test)
+
+
+class Dawdler(Client):
+    """Sends the beginning of a body, and then nothing."""
+
+    async def _receive(self) -> dict[str, Any]:
+        if self._parts:
+            return {"type": "http.request", "body": self._parts.pop(), "more_body": True}
+        await self._gone.wait()
+        return {"type": "http.disconnect"}
+
+
+def test_a_body_that_does_not_arrive_is_408(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(routes, "BODY_TIMEOUT_S", 0.05)
+
+    async def test(server: Server) -> None:
+        client = Dawdler(server.api, "POST", COMPLETIONS, b"{")
+        await asyncio.wait_for(client.done, 10)
+        assert client.answered.status == 408 and "arrive" in client.answered.error["message"]
 
     in_server(test)
 
