@@ -27,6 +27,13 @@ OBJECT_STORE_BYTES = 100 * 2**20
 HARD_STOP_AFTER_S = 660
 
 
+def prepare_ray(folder: Path) -> None:
+    """Set all that Ray is to find, before it is imported."""
+    environment = ray_environment(folder)
+    write_launcher(Path(environment[BINARY_VARIABLE]))
+    os.environ.update(environment)
+
+
 def ray_environment(folder: Path) -> dict[str, str]:
     """What Ray reads from the environment when it is imported, here and in all its processes."""
     haproxy = folder / "haproxy"
@@ -100,7 +107,6 @@ def cluster(folder: Path, address: Address) -> Iterator[None]:
     import ray
     from ray import serve
 
-    write_launcher(Path(os.environ[BINARY_VARIABLE]))
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     try:
         ray.init(

@@ -5,7 +5,6 @@ Everything it starts is a descendant of this process and ends with it.
 
 import importlib
 import json
-import os
 import re
 import shlex
 import signal
@@ -23,7 +22,7 @@ from typing import Any
 
 from deployments.config import AppConfig, check_exposure, load_config
 from deployments.installation import checkout_root
-from deployments.local.ray_head import cluster, cluster_folder, end_on_signals, ray_environment
+from deployments.local.ray_head import cluster, cluster_folder, end_on_signals, prepare_ray
 from deployments.local.serve_yaml import Address, read_address, read_application
 from deployments.stores import open_adapter_store
 from deployments.tenants.tenants import open_tenants
@@ -63,7 +62,7 @@ def _serve(path: Path, address: Address) -> None:
     if has_demo:
         _make_demo()
     with cluster_folder() as folder, ThreadPoolExecutor(1) as executor:
-        os.environ.update(ray_environment(folder))
+        prepare_ray(folder)
         # While Ray starts.
         published = executor.submit(_publish_demo, config) if has_demo else None
         with cluster(folder, address):

@@ -8,7 +8,6 @@ the `args` of an application to deploy, "figures" for what each engine replica s
 """
 
 import json
-import os
 import sys
 import tempfile
 from pathlib import Path
@@ -22,10 +21,10 @@ def main() -> None:
 
 def run(folder: Path, port: int) -> None:
     answers, sys.stdout = sys.stdout, sys.stderr  # Ray prints now and then
-    from deployments.local.ray_head import ray_environment
+    from deployments.local.ray_head import prepare_ray
 
     # Before Ray is imported, here and in all its processes.
-    os.environ.update(ray_environment(folder))
+    prepare_ray(folder)
     import ray
     from ray import serve
 
