@@ -17,6 +17,7 @@ from adapter_store.errors import AdapterInvalid, StoreCorrupt
 from adapter_store.object_store import OnBytes
 from adapter_store.peft_config import CONFIG_NAME, LoraSettings, read_settings
 from adapter_store.safetensors_file import (
+    HeaderLimits,
     TensorEntry,
     find_not_finite,
     hash_file,
@@ -26,9 +27,19 @@ from adapter_store.safetensors_file import (
 WEIGHTS_NAME = "adapter_model.safetensors"
 MANIFEST_NAME = "manifest.json"
 WEIGHT_DTYPES = ("F32", "F16", "BF16")
+# A hundred layers of seven modules have a header of 0.2 MiB. It is parsed in the engine's process,
+# where a large one would stop all streams.
+HEADER_LIMITS = HeaderLimits(header_bytes=2 * 2**20, metadata_chars=64 * 2**10)
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _PREFIX = "base_model.model."
 _LORA_TENSOR = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight")
+_COMPILED = "_orig_mod."  # what torch.compile puts into the names of a module that it wraps
+_SAVED_EMBEDDINGS = (
+    "; PEFT saves it after the vocabulary was resized, and if target_modules or modules_to_save "
+    "name it. If it was not trained, save the adapter again with save_embedding_layers=False; if "
+    "it was, merge the adapter (merge_and_unload) and serve the result as a base"
+)
+_WAYS_OUT = {"embed_tokens": _SAVED_EMBEDDINGS, "lm_head": _SAVED_EMBEDDINGS}
 _UNSERVED_TENSORS = {  # part of a tensor's name: what such a tensor holds
     "lora_magnitude_vector": "DoRA magnitudes",
     "modules_to_save": "modules that are replaced as a whole",
@@ -50,7 +61,7 @@ class LoraModule:
     scaling: float
     in_features: int
     out_features: int
-    dtype: str  # "F32", "F16" or "BF16", of A and of B
+    dtype: str  # "F32", "F16" or "BF16", of A and of B; "F32" if they differ
     lora_a: str  # tensor names in adapter_model.safetensors
     lora_b: str
 
@@ -232,7 +243,7 @@ def _read_tensors(folder: Path) -> dict[str, TensorEntry]:
             )
         raise AdapterInvalid(f"{folder} has no {WEIGHTS_NAME}")
     try:
-        return read_header(path)
+        return read_header(path, HEADER_LIMITS)
     except (OSError, ValueError) as error:
         raise AdapterInvalid(f"{path} is not a valid safetensors file: {error}") from error
 
@@ -240,7 +251,8 @@ def _read_tensors(folder: Path) -> dict[str, TensorEntry]:
 def _layout(settings: LoraSettings, tensors: Mapping[str, TensorEntry]) -> LoraLayout:
     pairs: dict[str, dict[str, str]] = {}
     for name, tensor in tensors.items():
-        module, side = _parse_tensor_name(name)
+        wrapped, side = _parse_tensor_name(name)
+        module = _without_wrappers(wrapped, settings)
         if tensor.dtype not in WEIGHT_DTYPES:
             raise AdapterInvalid(
                 f"tensor {name} has dtype {tensor.dtype}, not one of {', '.join(WEIGHT_DTYPES)}"
@@ -249,7 +261,11 @@ def _layout(settings: LoraSettings, tensors: Mapping[str, TensorEntry]) -> LoraL
             raise AdapterInvalid(f"{module} has two tensors lora_{side}: {name} is the second")
         pairs[module][side] = name
     if not pairs:
-        raise AdapterInvalid(f"{WEIGHTS_NAME} holds no tensor")
+        raise AdapterInvalid(
+            f"{WEIGHTS_NAME} holds no tensor. Activation checkpointing that wraps modules (torch's "
+            "checkpoint_wrapper, FSDP's option) makes PEFT save none: save the adapter again "
+            "without it, e.g. after training with gradient_checkpointing instead"
+        )
     return LoraLayout(
         {name: _module(name, pairs[name], tensors, settings) for name in sorted(pairs)}
     )
@@ -259,11 +275,26 @@ def _parse_tensor_name(name: str) -> tuple[str, str]:
     """Split base_model.model.<module>.lora_A.weight into (<module>, "A")."""
     for part, meaning in _UNSERVED_TENSORS.items():
         if part in name:
-            raise AdapterInvalid(f"tensor {name} ({meaning}) is not served yet")
+            way_out = _WAYS_OUT.get(part, "")
+            raise AdapterInvalid(f"tensor {name} ({meaning}) is not served yet{way_out}")
     match = _LORA_TENSOR.fullmatch(name.removeprefix(_PREFIX))
     if match is None:
         raise AdapterInvalid(f"tensor {name} is neither a lora_A.weight nor a lora_B.weight")
     return match["module"], match["side"]
+
+
+def _without_wrappers(wrapped: str, settings: LoraSettings) -> str:
+    """Drop what torch.compile has put into a module's name.
+
+    The settings must mean the same by both names, since the base that is served has the plain one.
+    """
+    name = wrapped.replace(_COMPILED, "")
+    if settings.effect(name) != settings.effect(wrapped):
+        raise AdapterInvalid(
+            f"the settings for {wrapped} change if {_COMPILED}, which torch.compile has put into "
+            "its name, is left out: leave it out of the patterns too"
+        )
+    return name
 
 
 def _module(
@@ -282,14 +313,12 @@ def _module(
         raise AdapterInvalid(
             f"{name}: lora_A {a.shape} and lora_B {b.shape} do not have the config's rank {r}"
         )
-    if a.dtype != b.dtype:
-        raise AdapterInvalid(f"{name}: lora_A is {a.dtype}, but lora_B is {b.dtype}")
     return LoraModule(
         lora_rank=r,
         scaling=settings.scaling(name),
         in_features=a.shape[1],
         out_features=b.shape[0],
-        dtype=a.dtype,
+        dtype=a.dtype if a.dtype == b.dtype else "F32",
         lora_a=pair["A"],
         lora_b=pair["B"],
     )

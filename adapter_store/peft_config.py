@@ -108,6 +108,10 @@ class LoraSettings:
         r = self.lora_rank(module)
         return self.alpha(module) / (math.sqrt(r) if self.use_rslora else r)
 
+    def effect(self, module: str) -> tuple[bool, int, float]:
+        """Return all that the settings say of a module: is it wrapped, its rank, its alpha."""
+        return self.targets.include(module), self.lora_rank(module), self.alpha(module)
+
 
 def read_settings(folder: Path) -> LoraSettings:
     """Read the settings of an adapter folder; AdapterInvalid with the key, value and reason."""
@@ -146,6 +150,12 @@ def _settings(config: dict[str, Any]) -> LoraSettings:
 
 
 def _refuse_unserved(config: dict[str, Any]) -> None:
+    if "peft_type" not in config and "lora_parameters" in config:
+        raise AdapterInvalid(
+            f"{CONFIG_NAME} with lora_parameters is MLX's, which is not served; convert the "
+            "adapter to PEFT: each lora_a transposed is a lora_A.weight, each lora_b transposed a "
+            "lora_B.weight, and lora_alpha is scale * rank"
+        )
     if config.get("peft_type") != "LORA":
         raise AdapterInvalid(f"peft_type={config.get('peft_type')!r} is not served, only 'LORA'")
     init = config.get("init_lora_weights", True)

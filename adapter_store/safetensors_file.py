@@ -49,8 +49,20 @@ class TensorEntry:
         return math.prod(self.shape)
 
 
-def read_header(path: Path) -> dict[str, TensorEntry]:
-    """Read all tensors by name, in file order; ValueError unless they fit the file exactly."""
+@dataclass(frozen=True, slots=True)
+class HeaderLimits:
+    """Bound a header whose writer is not trusted; then tensors may have no further keys either."""
+
+    header_bytes: int
+    metadata_chars: int  # of all names and texts in __metadata__ together
+
+
+def read_header(path: Path, limits: HeaderLimits | None = None) -> dict[str, TensorEntry]:
+    """Read all tensors by name, in file order; ValueError unless they fit the file exactly.
+
+    A header beyond the limits' bytes is refused before it is read.
+    """
+    max_bytes = MAX_HEADER_BYTES if limits is None else limits.header_bytes
     size = path.stat().st_size
     with path.open("rb") as file:
         prefix = file.read(8)
@@ -59,9 +71,13 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
                 f"it is truncated: {size} bytes, not even the 8 of the header's length"
             )
         length = int.from_bytes(prefix, "little")
-        if length > min(size - 8, MAX_HEADER_BYTES):
+        if length > size - 8:
             raise ValueError(f"its header claims {length} bytes, but {size - 8} follow")
+        if length > max_bytes:
+            raise ValueError(f"its header has {length} bytes, and {max_bytes} are allowed")
         header = _parse_json(file.read(length))
+    if limits is not None:
+        _check_limits(header, limits)
     entries = [
         (name, _entry(name, value, 8 + length))
         for name, value in header.items()
@@ -112,9 +128,11 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """
     result = dict(pairs)
     if len(result) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {twice!r} appears twice")
+        seen: set[str] = set()
+        for name, _ in pairs:
+            if name in seen:
+                raise ValueError(f"the key {name!r} appears twice")
+            seen.add(name)
     return result
 
 
@@ -126,6 +144,28 @@ def _parse_json(raw: bytes) -> dict[str, Any]:
     if not isinstance(header, dict):
         raise ValueError("its header is not a JSON object")
     return cast("dict[str, Any]", header)
+
+
+def _check_limits(header: dict[str, Any], limits: HeaderLimits) -> None:
+    metadata = header.get("__metadata__", {})
+    if not isinstance(metadata, dict):
+        raise ValueError("its __metadata__ is not a JSON object")
+    num_chars = 0
+    for name, text in cast("dict[str, Any]", metadata).items():
+        if not isinstance(text, str):
+            raise ValueError(f"its __metadata__ {name!r} is not a text")
+        num_chars += len(name) + len(text)
+    if num_chars > limits.metadata_chars:
+        raise ValueError(
+            f"its __metadata__ has {num_chars} characters, and {limits.metadata_chars} are allowed"
+        )
+    for name, value in header.items():
+        if (
+            name != "__metadata__"
+            and isinstance(value, dict)
+            and len(cast("dict[str, Any]", value)) > 3
+        ):
+            raise ValueError(f"tensor {name!r} has keys beside dtype, shape and data_offsets")
 
 
 def _entry(name: str, value: Any, data_start: int) -> TensorEntry:

@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.numpy import save_file
 from safetensors.torch import load_file as load_torch
 from safetensors.torch import save_file as save_torch
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from adapter_store.errors import AdapterInvalid, StoreCorrupt
 from adapter_store.manifest import (
@@ -108,6 +109,66 @@ def test_both_spellings_of_tensor_names_are_read(
     assert layout[Q0].lora_a == f"{prefix}{Q0}.lora_A{suffix}"
 
 
+@pytest.mark.parametrize("way", ["the base", "each layer"])
+def test_an_adapter_of_a_compiled_model_is_read_as_peft_applies_it(
+    way: str, base_folder: Path, tmp_path: Path, check: Check
+) -> None:
+    base = load_base(base_folder)
+    if way == "each layer":
+        for at, layer in enumerate(base.model.layers):
+            base.model.layers[at] = torch.compile(layer, backend="eager")
+    torch.manual_seed(3)
+    settings: dict[str, Any] = {
+        "target_modules": ["q_proj", "down_proj"],
+        "rank_pattern": {"layers.1.*q_proj": 2},
+        "alpha_pattern": {"down_proj": 5},
+    }
+    config = LoraConfig(task_type="CAUSAL_LM", r=4, init_lora_weights=False, **settings)
+    model = get_peft_model(
+        torch.compile(base, backend="eager") if way == "the base" else base, config
+    )
+    model.save_pretrained(tmp_path / "a")
+    tensors = load_torch(tmp_path / "a" / WEIGHTS_NAME)
+    assert all("_orig_mod." in name for name in tensors)
+    expected = {
+        name.removeprefix(PREFIX).replace("_orig_mod.", ""): layer.get_delta_weight("default")
+        for name, layer in model.named_modules()
+        if hasattr(layer, "lora_A")
+    }
+    modules = check(tmp_path / "a").manifest.modules
+    assert set(modules) == set(expected)
+    for name, module in modules.items():
+        delta = module.scaling * tensors[module.lora_b] @ tensors[module.lora_a]
+        torch.testing.assert_close(delta, expected[name])
+
+
+def test_a_pattern_that_names_the_wrapper_of_a_compiled_model_is_refused(
+    peft_folder: Path, tmp_path: Path, check: Check
+) -> None:
+    def compiled(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return {
+            name.replace("model.layers", "_orig_mod.model.layers"): t for name, t in tensors.items()
+        }
+
+    wrapped = {"alpha_pattern": {"_orig_mod.model.layers.1.self_attn.q_proj": 32}}
+    folder = changed(peft_folder, tmp_path / "a", wrapped, compiled)
+    refused(check, folder, "_orig_mod.model.layers.1.self_attn.q_proj", "torch.compile", "patterns")
+
+
+@pytest.mark.parametrize("dtypes", [(np.float16, np.float32), (np.float32, np.float16)])
+def test_a_and_b_may_differ_in_dtype(
+    dtypes: tuple[type, type], peft_folder: Path, tmp_path: Path, check: Check
+) -> None:
+    def cast_each(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return {n: t.astype(dtypes["lora_B" in n]) for n, t in tensors.items()}
+
+    modules = check(changed(peft_folder, tmp_path / "a", tensors=cast_each)).manifest.modules
+    assert {module.dtype for module in modules.values()} == {"F32"}
+    assert {n: m.scaling for n, m in modules.items()} == {
+        n: m.scaling for n, m in read_lora_layout(peft_folder).modules.items()
+    }
+
+
 # ---- refusals: the files -----------------------------------------------------------------------
 
 
@@ -168,6 +229,30 @@ def test_a_config_that_is_no_object_is_refused(
     refused(check, folder, CONFIG_NAME, reason)
 
 
+def test_a_folder_of_mlx_is_refused_with_the_way_to_peft(
+    peft_folder: Path, tmp_path: Path, check: Check
+) -> None:
+    folder = changed(peft_folder, tmp_path / "a")
+    lora = {"rank": 8, "scale": 20.0, "dropout": 0.0}
+    config = {"fine_tune_type": "lora", "num_layers": 2, "lora_parameters": lora}
+    (folder / CONFIG_NAME).write_text(json.dumps(config))
+    (folder / WEIGHTS_NAME).rename(folder / "adapters.safetensors")
+    refused(check, folder, "MLX", "transposed", "scale * rank")
+
+
+def test_large_metadata_is_refused(peft_folder: Path, tmp_path: Path, check: Check) -> None:
+    folder = changed(peft_folder, tmp_path / "a")
+    tensors = load_torch(folder / WEIGHTS_NAME)
+    for metadata, reason in (
+        ({"a": "b" * 2**16}, "__metadata__ has 65537 characters, and 65536 are allowed"),
+        ({f"{n:x}": "" for n in range(2**18)}, "and 2097152 are allowed"),
+    ):
+        save_torch(tensors, folder / WEIGHTS_NAME, metadata)
+        refused(check, folder, WEIGHTS_NAME, reason)
+    save_torch(tensors, folder / WEIGHTS_NAME, {"a": "b" * 2**15})
+    assert check(folder).manifest.lora_rank == 4
+
+
 def test_truncated_weights_are_refused(peft_folder: Path, tmp_path: Path, check: Check) -> None:
     folder = changed(peft_folder, tmp_path / "a")
     path = folder / WEIGHTS_NAME
@@ -184,9 +269,10 @@ def test_truncated_weights_are_refused(peft_folder: Path, tmp_path: Path, check:
         (f"{PREFIX}{Q0}.lora_magnitude_vector", ["DoRA", Q0]),
         (f"{PREFIX}{Q0}.lora_B.bias", ["biases", Q0]),
         (f"{PREFIX}lm_head.lora_A.weight", ["lm_head", "output layer"]),
-        (f"{PREFIX}lm_head.weight", ["lm_head", "output layer"]),
+        (f"{PREFIX}lm_head.weight", ["lm_head", "output layer", "save_embedding_layers=False"]),
         (f"{PREFIX}model.embed_tokens.lora_embedding_A", ["embed_tokens", "embeddings"]),
-        (f"{PREFIX}model.embed_tokens.weight", ["embed_tokens", "embeddings"]),
+        (f"{PREFIX}model.embed_tokens.weight", ["embed_tokens", "embeddings", "merge_and_unload"]),
+        (f"{PREFIX}lm_head.base_layer.weight", ["lm_head", "save_embedding_layers=False"]),
         (f"{PREFIX}score.modules_to_save.weight", ["score", "replaced as a whole"]),
         (f"{PREFIX}{Q0}.lora_A.other.weight", [Q0, "neither"]),
         (f"{PREFIX}{Q0}.lora_C.weight", [Q0, "neither"]),
@@ -217,6 +303,19 @@ def test_an_adapter_without_tensors_is_refused(
     peft_folder: Path, tmp_path: Path, check: Check
 ) -> None:
     refused(check, changed(peft_folder, tmp_path / "a", tensors=lambda _: {}), "holds no tensor")
+
+
+def test_an_adapter_that_activation_checkpointing_emptied_is_refused_with_the_cause(
+    base_folder: Path, tmp_path: Path, check: Check
+) -> None:
+    base = load_base(base_folder)
+    for at, layer in enumerate(base.model.layers):
+        base.model.layers[at] = checkpoint_wrapper(layer)
+    config = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])
+    get_peft_model(base, config).save_pretrained(tmp_path / "a")
+    refused(
+        check, tmp_path / "a", "holds no tensor", "checkpoint_wrapper", "save the adapter again"
+    )
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])

@@ -2,6 +2,7 @@
 
 import json
 import struct
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,11 @@ from safetensors.torch import save_file
 from adapter_store.safetensors_file import (
     DTYPE_BITS,
     MAX_DIMENSIONS,
+    HeaderLimits,
     find_not_finite,
     hash_file,
     read_header,
+    unique_keys,
 )
 
 VALID = save({"b": np.ones((2, 3), np.float32), "a": np.zeros(5, np.float16)})
@@ -74,6 +77,41 @@ def test_a_header_longer_than_the_file_is_refused_before_it_is_read(tmp_path: Pa
     path.write_bytes(struct.pack("<Q", 2**63) + b"{}")
     with pytest.raises(ValueError, match="claims 9223372036854775808 bytes, but 2 follow"):
         read_header(path)
+
+
+LIMITS = HeaderLimits(header_bytes=1000, metadata_chars=20)
+
+
+@pytest.mark.parametrize(
+    ("header", "reason"),
+    [
+        ({"__metadata__": {"a" * 11: "b" * 10}, "a": entry(0, 8)}, "has 21 characters, and 20 are"),
+        ({"__metadata__": {"a": ["b"]}, "a": entry(0, 8)}, "'a' is not a text"),
+        ({"__metadata__": [], "a": entry(0, 8)}, "not a JSON object"),
+        ({"a": entry(0, 8) | {"more": 1}}, "has keys beside"),
+        (json.dumps({"a": entry(0, 8)}).encode() + b" " * 1000, "and 1000 are allowed"),
+    ],
+)
+def test_a_header_beyond_the_limits_is_refused(header: Any, reason: str, tmp_path: Path) -> None:
+    path = raw_file(tmp_path, header, bytes(8))
+    with pytest.raises(ValueError, match=reason):
+        read_header(path, LIMITS)
+
+
+def test_a_header_within_the_limits_is_read(tmp_path: Path) -> None:
+    header = {"__metadata__": {"a" * 10: "b" * 10}, "a": entry(0, 8)}
+    assert list(read_header(raw_file(tmp_path, header, bytes(8)), LIMITS)) == ["a"]
+
+
+def test_a_repeated_key_among_many_is_found_in_time_that_grows_as_they_do() -> None:
+    def seconds(num: int) -> float:
+        pairs = [(f"k{n}", 0) for n in range(num)] + [("twice", 0)] * 2
+        began_s = time.process_time()
+        with pytest.raises(ValueError, match="'twice' appears twice"):
+            unique_keys(pairs)
+        return time.process_time() - began_s
+
+    assert seconds(200_000) < 2  # 200,000 searches of a list would take minutes
 
 
 @pytest.mark.parametrize("length", range(0, len(VALID), 7))

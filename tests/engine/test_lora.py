@@ -225,6 +225,25 @@ def test_while_an_adapter_loads_other_requests_overtake_its_own(
     assert finish(engine)["cold", 0].token_ids
 
 
+@pytest.mark.parametrize("narrow", ["lora_A", "lora_B"])
+def test_factors_of_different_dtypes_are_each_converted(
+    tiny: Tiny, tmp_path: Path, narrow: str
+) -> None:
+    folder, sites = tmp_path / "adapter", make_engine(tiny.folder).model.lora_sites
+    adapter = write_adapter(tiny.folder, folder)
+    path = folder / "adapter_model.safetensors"
+    rounded = {n: t.bfloat16() if narrow in n else t for n, t in load_file(path).items()}
+    save_file({n: t.float() for n, t in rounded.items()}, path)
+    expected = load_lora(adapter, sites, torch.float32)
+    save_file(rounded, path)
+    found = load_lora(adapter, sites, torch.float32)
+    assert found.sites.keys() == expected.sites.keys()
+    for site, weights in expected.sites.items():
+        assert torch.equal(found.sites[site].a, weights.a)
+        pairs = zip(found.sites[site].expands, weights.expands, strict=True)
+        assert all(torch.equal(one[4], other[4]) for one, other in pairs)
+
+
 def _drop_config(folder: Path) -> None:
     (folder / "adapter_config.json").unlink()
 
