@@ -205,7 +205,7 @@ class IngressSection(Section):
     max_queued_requests: int = key(1024, "requests beyond `max_num_seqs`; more are a 429", ge=0)
     max_adapter_series: int = key(
         200,
-        "adapters with labels of their own in `/metrics`: the first ones with traffic; all later "
-        "ones share the label `other`",
+        "adapters with labels of their own in `/metrics`: those with traffic in the last hour, as "
+        "they came; all others share the label `other`",
         ge=0,
     )

@@ -133,7 +133,7 @@ class Ingress:
         self.tenants.check_metrics(http_request.headers.get("authorization"))
         models = self.models.by_id.values()
         stats = {model.id: await model.link.refresh_stats() for model in models}
-        return Response(self.metrics.render(stats), media_type=CONTENT_TYPE)
+        return Response(await self.metrics.render(stats), media_type=CONTENT_TYPE)
 
 
 async def read_body(http_request: HttpRequest, max_bytes: int) -> bytes:
