@@ -1,4 +1,4 @@
-"""The paged K/V tensor: the one allocation that holds its blocks, and copies between them.
+"""Allocates the paged K/V tensor as one piece of memory, and copies its blocks.
 
 Layout is block-major, `[num_blocks, num_layers, 2, block_size, H_kv, D]`: a block is one
 contiguous piece of memory, so that it can be copied, evicted or moved as a unit.
@@ -15,7 +15,7 @@ from engine.scheduler.batch import BlockCopy
 def allocate_kv_cache(
     num_blocks: int, block_size: int, spec: ModelSpec, dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor:
-    """Zeroed, so that padding reads finite values; on CPU the pages are committed when used."""
+    """Allocate zeros, so that padding reads finite values; a CPU commits the pages on first use."""
     shape = (num_blocks, spec.num_layers, 2, block_size, spec.num_kv_heads, spec.head_dim)
     return torch.zeros(shape, dtype=dtype, device=device)
 
@@ -31,6 +31,6 @@ def blocks_of_arena(
 
 
 def copy_blocks(kv_cache: torch.Tensor, copies: Sequence[BlockCopy]) -> None:
-    """One after the other: a copy may read what one before it wrote."""
+    """Make the copies one after the other: each may read what an earlier one wrote."""
     for source, destination in copies:
         kv_cache[destination] = kv_cache[source]

@@ -1,4 +1,4 @@
-"""From a settled configuration to a model that is ready to run, by the best kernels there are.
+"""Loads the model of a settled configuration, with the best kernels that can run here.
 
 CPU     native kernels (bfloat16), else torch
 CUDA    Triton's, with decode steps in CUDA graphs, else torch
@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 
 def load_model(config: EngineConfig, settled: Settled, *, progress: bool = False) -> LoadedModel:
-    """Reads the weights. Raises ModelError or ConfigError where that cannot be done."""
+    """Read the weights. Raises ModelError or ConfigError if that cannot be done."""
     if _wants_triton(config, settled):
         from engine.backends.cuda.load import load_triton  # imports Triton
 
@@ -33,7 +33,7 @@ def load_model(config: EngineConfig, settled: Settled, *, progress: bool = False
 
 
 def _open_native(config: EngineConfig, settled: Settled) -> Context | None:
-    """The native kernels, or None where torch has to do; says so where that costs much."""
+    """Open the native kernels; None if torch must compute, with a warning if that is slow."""
     if settled.device.type != "cpu" or settled.dtype != torch.bfloat16:
         return None  # the native kernels compute in bfloat16
     try:
@@ -55,7 +55,7 @@ def _open_native(config: EngineConfig, settled: Settled) -> Context | None:
 
 
 def _wants_triton(config: EngineConfig, settled: Settled) -> bool:
-    """Says so where torch has to do on a GPU."""
+    """Check if Triton's kernels are to compute; log a warning if torch must, on a GPU."""
     if settled.device.type != "cuda" and not (config.kernels == "triton" and is_interpreting()):
         return False
     try:

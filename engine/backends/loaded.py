@@ -1,4 +1,4 @@
-"""LoadedModel: what loading a model with any of the backends gives."""
+"""LoadedModel: the result of loading a model, with any of the backends."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,10 +18,10 @@ from engine.settle import Settled
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
     make_runner: Callable[[Callable[[str], Any]], Runner]  # given HostAdapters by digest
-    pack_adapter: Callable[[LoraWeights], HostAdapter]  # by any thread
+    pack_adapter: Callable[[LoraWeights], HostAdapter]  # may run in any thread
     lora_sites: tuple[LoraSite, ...]
     weight_bytes: int
-    kernels: str  # what computes: native-avx512, native-avx2, triton or torch
+    kernels: str  # one of native-avx512, native-avx2, triton or torch
     max_adapters: int | None = None  # on the device at a time
 
 

@@ -7,7 +7,7 @@ DEFAULT_MEMORY_BYTES = 2 * 2**30  # on a CPU
 
 
 def arena_bytes(demand: Demand) -> int:
-    """An ArenaBytes. Host memory is not divided: what is configured is taken as it is."""
+    """Implement ArenaBytes. Host memory is not divided: the configured size is used as it is."""
     checks.check(demand)
     if demand.device.type == "cuda":
         return memory.memory_bytes(demand)

@@ -1,4 +1,4 @@
-"""From a step's tokens and scores to one RowOutput per request."""
+"""Turns a step's tokens and scores into one RowOutput per request."""
 
 from collections.abc import Iterable, Sequence
 

@@ -11,7 +11,7 @@ LOGITS_ROWS = 32  # rows of [*, V] logits that are in memory at once for prompt 
 def row_numbers(
     requests: Sequence[ScheduledRequest], block_size: int
 ) -> tuple[list[int], list[int], list[int]]:
-    """Token ids, positions and slots (block * block_size + offset) of all rows, in order."""
+    """List token ids, positions and slots (block * block_size + offset) of all rows, in order."""
     token_ids: list[int] = []
     positions: list[int] = []
     slots: list[int] = []
@@ -26,7 +26,7 @@ def row_numbers(
 def padded_block_tables(
     requests: Sequence[ScheduledRequest], typecode: str
 ) -> tuple["array[int]", int]:
-    """[B, width] of this `array` typecode, zero-padded, and the width."""
+    """Return [B, width] of this `array` typecode, zero-padded, and the width."""
     width = max(len(r.block_table) for r in requests)
     tables = array(typecode)
     for request in requests:
@@ -38,7 +38,7 @@ def padded_block_tables(
 def wanted_rows(
     requests: Sequence[ScheduledRequest],
 ) -> tuple[list[int], list[tuple[int, int]]]:
-    """Rows of the batch whose hidden states are needed, and each request's span of that list."""
+    """List the rows whose hidden states are needed, and each request's span of that list."""
     rows: list[int] = []
     spans: list[tuple[int, int]] = []
     end = 0

@@ -1,4 +1,4 @@
-"""The seam between the engine and its backends: a Runner executes ScheduledBatches.
+"""The interface between the engine and its backends: a Runner executes ScheduledBatches.
 
     launch(batch) -> StepHandle                     starts the step
     handle.result() -> one RowOutput per request    waits for it
@@ -27,10 +27,10 @@ class RowOutput:
 
 
 class StepHandle(Protocol):
-    """A step that was launched."""
+    """Gives the results of a launched step."""
 
     def result(self) -> list[RowOutput]:
-        """One output per request of the batch, in its order; waits until they are there.
+        """Wait for the step and return one output per request of the batch, in its order.
 
         Called once, in the order of the launches. Raises what the step raised.
         """
@@ -42,11 +42,11 @@ class Runner(Protocol):
 
     @property
     def pipeline_depth(self) -> int:
-        """How many steps may be launched before the result of the one before them is taken.
+        """How many steps may be launched before the result of an earlier one is taken.
 
         At 1, a row may hold PENDING: the token that the step before sampled for the same request
-        and life. After a step that raised, rows that hold a PENDING of that step may give
-        anything: their results are discarded.
+        and life. After a step that raised, rows that hold a PENDING of that step have
+        undefined results, which are discarded.
         """
         ...
 
@@ -56,17 +56,17 @@ class Runner(Protocol):
         ...
 
     def launch(self, batch: ScheduledBatch) -> StepHandle:
-        """Start the step. What it raises has happened to this batch alone."""
+        """Start the step. An exception concerns this batch alone."""
         ...
 
     def arrived(self) -> Sequence[str]:
-        """Digests of adapters that came to be usable on the device since the last call."""
+        """Return digests of adapters that became usable on the device since the last call."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class FinishedStep:
-    """A step whose outputs are there already."""
+    """A step whose outputs are already available."""
 
     outputs: list[RowOutput]
 
@@ -76,7 +76,7 @@ class FinishedStep:
 
 @dataclass(frozen=True, slots=True)
 class FailedStep:
-    """A step that raised before it was under way."""
+    """A step that raised during its launch."""
 
     error: Exception
 
@@ -85,13 +85,13 @@ class FailedStep:
 
 
 class DeviceLost(RuntimeError):
-    """The device computes nothing more for this process."""
+    """The device can compute nothing more for this process."""
 
 
 def check_device(torch_device: torch.device) -> None:
     """Raise DeviceLost if the device failed in a way that every later call would repeat.
 
-    An access to memory that is not there is such a failure. Waits for all work that was given.
+    An illegal memory access is such a failure. Waits for all work that was launched.
     """
     if torch_device.type != "cuda":
         return

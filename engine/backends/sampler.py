@@ -1,9 +1,9 @@
-"""Sampler: logits to token ids, each row by its own SamplingParams.
+"""Samples token ids from logits, each row by its own SamplingParams.
 
-Random numbers are a function of (seed + choice index, position, token id) and of nothing else:
+Random numbers are a function of (seed + choice index, position, token id) alone:
 a token is the argmax of log-probability plus Gumbel noise from a counter-based hash (the Gumbel-max
-trick; Yellott 1977), so the same request draws the same tokens in any batch, on any replica and
-after a resumption in its middle.
+trick; Yellott 1977), so a request draws the same tokens in any batch, on any replica and after
+it was interrupted and resumed.
 """
 
 import math
@@ -20,8 +20,8 @@ from engine.scheduler.request import SamplingParams
 
 NOISE_BITS = 23  # (n + 0.5) / 2**23 is exact in float32 and never 0 or 1
 MAX_NOISE = 16.7  # above -log(-log(1 - 2**-24)), the largest value that can be drawn
-TOP_P_CANDIDATES = 1024  # nucleus looked for among these before sorting the vocabulary
-TOP_FOLD = 32  # logits whose largest stands for them when the few largest of all are looked for
+TOP_P_CANDIDATES = 1024  # likeliest tokens to try before the whole vocabulary is sorted
+TOP_FOLD = 32  # logits per group; only groups with the largest maxima are searched
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,13 +47,13 @@ class Picker(Protocol):
         requests: Sequence[ScheduledRequest],
         best: list[int],
     ) -> list[int]:
-        """A token for each of `rows`, whose temperature is above 0 and whose largest logit is
-        finite. `requests` and `best`, what `best` found, are those of all B rows."""
+        """Draw a token for each of `rows`, whose temperature is above 0 and whose largest logit is
+        finite. `requests` and `best` (the result of `best`) are those of all B rows."""
         ...
 
 
 class TorchPicker:
-    """Any device; a few milliseconds per row on one CPU core where the vocabulary is large."""
+    """Runs on any device; takes a few ms per row on one CPU core if the vocabulary is large."""
 
     def best(self, logits: torch.Tensor) -> tuple[list[int], list[float]]:
         highest, token_ids = logits.max(dim=-1)
@@ -70,13 +70,13 @@ class TorchPicker:
 
 
 class NotFinite:
-    """In place of a token: the row's logits are NaN or infinite. Only its own request ends."""
+    """Replaces a token if the row's logits are NaN or infinite. Only that request ends."""
 
 
 def sample(
     requests: Sequence[ScheduledRequest], logits: torch.Tensor, picker: Picker | None = None
 ) -> list[SampledToken | NotFinite]:
-    """One token per row of logits [B, V] float32, which is modified in place."""
+    """Choose one token per row of logits [B, V] float32, which are modified in place."""
     picker = picker or TorchPicker()
     originals = [_adjust(logits[i], request) for i, request in enumerate(requests)]
     token_ids, highest = picker.best(logits)
@@ -102,7 +102,7 @@ def sample(
 def target_logprobs(
     logits: torch.Tensor, targets: list[int], num_top: int
 ) -> list[tuple[float, tuple[tuple[int, float], ...]]]:
-    """For each row of logits [M, V]: the target's logprob and the `num_top` most likely."""
+    """Return, per row of logits [M, V], the target's logprob and the `num_top` likeliest tokens."""
     rows = torch.log_softmax(logits.float(), dim=-1)
     return [_pick(row, target, num_top) for row, target in zip(rows, targets, strict=True)]
 
@@ -122,10 +122,10 @@ def _pick(
 
 
 def _largest(row: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """row.topk(k), in a fifth of the time where the vocabulary is large.
+    """Compute row.topk(k), in a fifth of the time if the vocabulary is large.
 
     The k largest lie in the k columns with the largest maxima of the row folded into TOP_FOLD
-    lines, or in what remains behind the fold.
+    lines, or among the values left over by the fold.
     """
     width = row.numel() // TOP_FOLD
     if k == 0 or width <= TOP_FOLD * k:
@@ -139,11 +139,11 @@ def _largest(row: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     return values, ids[places]
 
 
-# ==== what changes the logits ====
+# ==== changes to the logits ====
 
 
 def _adjust(row: torch.Tensor, request: ScheduledRequest) -> torch.Tensor:
-    """Changes the row in place. Returns what it was, which logprobs are about if there are any."""
+    """Change the row in place. Returns the original values, which logprobs are computed from."""
     sampling, forbidden = request.sampling, request.forbidden_token_ids
     if not (request.biases or request.history or forbidden):
         return row
@@ -162,7 +162,8 @@ def _adjust(row: torch.Tensor, request: ScheduledRequest) -> torch.Tensor:
 def _penalize(
     row: torch.Tensor, prompt: list[int], output: list[int], sampling: SamplingParams
 ) -> None:
-    """Repetition (Keskar et al. 2019) counts prompt and output; presence and frequency, output.
+    """Apply penalties: repetition (Keskar et al. 2019) to tokens of prompt and output, presence
+    and frequency to those of the output.
 
     A token that is listed twice is written twice, with the same value.
     """
@@ -177,7 +178,7 @@ def _penalize(
 
 
 def _token_ids(token_ids: "list[int] | array[int]", device: torch.device) -> torch.Tensor:
-    """int64; by way of numpy, in a fifth of the time of torch.tensor."""
+    """Make an int64 tensor, through numpy: a fifth of the time of torch.tensor."""
     return torch.from_numpy(np.array(token_ids, dtype=np.int64)).to(device)
 
 
@@ -185,7 +186,7 @@ def _token_ids(token_ids: "list[int] | array[int]", device: torch.device) -> tor
 
 
 def _draw(row: torch.Tensor, request: ScheduledRequest, best: int) -> int:
-    """The likeliest where a temperature is so small that dividing by it overflows."""
+    """Draw a token; the likeliest if the temperature is so small that dividing by it overflows."""
     sampling = request.sampling
     row = row / sampling.temperature
     if not row[best].isfinite():
@@ -205,7 +206,7 @@ def _filter(row: torch.Tensor, sampling: SamplingParams) -> None:
 
 
 def _nucleus_floor(row: torch.Tensor, top_p: float) -> torch.Tensor:
-    """The smallest logit of the smallest set of likeliest tokens whose probability is >= top_p."""
+    """Return the least logit of the smallest set of likeliest tokens of probability >= top_p."""
     total = row.logsumexp(dim=-1)
     for count in (min(TOP_P_CANDIDATES, row.numel()), row.numel()):
         values = row.topk(count).values
@@ -217,10 +218,10 @@ def _nucleus_floor(row: torch.Tensor, top_p: float) -> torch.Tensor:
 
 
 def gumbel_argmax(row: torch.Tensor, seed: int, position: int) -> int:
-    """argmax over row [V] + noise [V]. Hashes only tokens that can still win.
+    """Return argmax over row [V] + noise [V]. Hashes only tokens that can still win.
 
-    The likeliest token's noisy value is a bar that others clear only if their own value is less
-    than MAX_NOISE below it, so the rest need no random number: same result, fewer hashes.
+    A token can exceed the likeliest token's noisy value only if its own value is less than
+    MAX_NOISE below it, so the rest need no random number: same result, fewer hashes.
     """
     best = row.argmax()
     bar = row[best] + gumbel_noise(best.view(1), seed, position)[0]
@@ -230,7 +231,7 @@ def gumbel_argmax(row: torch.Tensor, seed: int, position: int) -> int:
 
 
 def gumbel_noise(token_ids: torch.Tensor, seed: int, position: int) -> torch.Tensor:
-    """Standard Gumbel noise, float32, for each token id at this seed and position."""
+    """Compute standard Gumbel noise, float32, for each token id at this seed and position."""
     key = _mix64((seed & _MASK64) ^ _mix64(position + 1))
     words = token_ids.to(torch.int32) ^ _signed32(key)
     words = _mix32(words) + _signed32(key >> 32)
@@ -243,7 +244,7 @@ _MASK64 = 2**64 - 1
 
 
 def _mix64(x: int) -> int:
-    """SplitMix64's finalizer (Steele et al. 2014), on Python integers."""
+    """Apply SplitMix64's finalizer (Steele et al. 2014) to a Python integer."""
     x = (x + 0x9E3779B97F4A7C15) & _MASK64
     x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
     x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK64
@@ -251,7 +252,7 @@ def _mix64(x: int) -> int:
 
 
 def _mix32(x: torch.Tensor) -> torch.Tensor:
-    """MurmurHash3's 32-bit finalizer (Appleby), on int32 that wraps; shifts are made logical."""
+    """Apply MurmurHash3's 32-bit finalizer (Appleby) to int32 that wraps, with logical shifts."""
     x = (x ^ ((x >> 16) & 0xFFFF)) * _signed32(0x85EBCA6B)
     x = (x ^ ((x >> 13) & 0x7FFFF)) * _signed32(0xC2B2AE35)
     return x ^ ((x >> 16) & 0xFFFF)

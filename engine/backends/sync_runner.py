@@ -16,30 +16,30 @@ from engine.scheduler.request import SamplingParams
 
 
 class ForwardPass(Protocol):
-    """The model with its KV cache and adapters, on one device and in one implementation."""
+    """Computes the model with its KV cache and adapters; each backend has an implementation."""
 
     def load_adapter(self, load: AdapterLoad, packed: Any) -> None:
-        """`packed` is what the backend's own `pack_adapter` made."""
+        """Load an adapter; `packed` is the result of the backend's own `pack_adapter`."""
         ...
 
     def evict_adapter(self, slot: int) -> None: ...
 
     def move(self, moves: Sequence[Move]) -> None:
-        """KV blocks and adapters, one after the other."""
+        """Move KV blocks and adapters, one after the other."""
         ...
 
     def hidden(self, batch: ScheduledBatch, output_rows: list[int]) -> Tensor:
-        """Computes all rows, writing their KV; returns the chosen rows' hidden states [M, E],
+        """Compute all rows and write their KV; return the chosen rows' hidden states [M, E],
         which stay valid until the next call."""
         ...
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [M, E] -> [M, V] in float32."""
+        """Compute logits: hidden [M, E] -> [M, V] in float32."""
         ...
 
     @property
     def picker(self) -> Picker:
-        """Chooses tokens from the logits."""
+        """The picker that chooses tokens from the logits."""
         ...
 
 
@@ -61,7 +61,7 @@ class SyncRunner:
 
     @torch.inference_mode()
     def execute(self, batch: ScheduledBatch) -> list[RowOutput]:
-        """One output per request of the batch, in its order."""
+        """Compute the step; return one output per request of the batch, in its order."""
         self._move(batch)
         if not batch.requests:
             return []
@@ -88,7 +88,7 @@ class SyncRunner:
         hidden: Tensor,
         spans: list[tuple[int, int]],
     ) -> list[SampledToken | NotFinite]:
-        """A token for each request that samples, in their order."""
+        """Sample a token for each request that samples, in their order."""
         chosen = [i for i, r in enumerate(requests) if r.samples]
         if not chosen:
             return []
@@ -102,7 +102,7 @@ class SyncRunner:
         hidden: Tensor,
         spans: list[tuple[int, int]],
     ) -> list[list[TokenLogprobs]]:
-        """Log-probabilities of each request's prompt targets, where it has any."""
+        """Compute log-probabilities for the prompt targets of each request that has any."""
         return [
             self._score(hidden[start:end], request.prompt_targets, request.sampling)
             for request, (start, end) in zip(requests, spans, strict=True)

@@ -1,1 +1,1 @@
-"""The native backend: our C++ kernels on a CPU, bfloat16."""
+"""The native backend: runs our C++ kernels on a CPU, in bfloat16."""

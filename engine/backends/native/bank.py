@@ -1,4 +1,4 @@
-"""Adapters as the native kernels read them: tables of pointers, made once per adapter.
+"""Describes adapters to the native kernels: tables of pointers, made once per adapter.
 
 A site number indexes the model's list of (layer, site) keys, the same list for every adapter.
 Making the batch of a step copies no weights and costs about a microsecond per adapter in it.
@@ -17,14 +17,14 @@ from engine.backends.native.panels import PanelWeights
 from engine.lora.weights import Site, SiteWeights
 from engine.scheduler.batch import ScheduledBatch
 
-# structs.LoraSite and LoraSlice, packed: a cold adapter is put in between two steps, and assigning
-# fields one by one takes ctypes twice as long
+# structs.LoraSite and LoraSlice, packed: a new adapter's table is made between two steps, and
+# assigning fields one by one takes ctypes twice as long
 _SITE, _SLICE = Struct("PPii"), Struct("iiiiP")
 assert _SITE.size == c.sizeof(structs.LoraSite) and _SLICE.size == c.sizeof(structs.LoraSlice)
 
 
 class NativeAdapter:
-    """One adapter's ReefLoraSite[len(keys)]; sites that it does not touch have a null A.
+    """One adapter's ReefLoraSite[len(keys)]; sites that it does not target have a null A.
 
     Needs bfloat16 factors. Raises ValueError for others, and for a site that is not among `keys`.
     """
@@ -56,7 +56,8 @@ class NativeAdapter:
 
 @dataclass(frozen=True, slots=True)
 class NativeLoraBatch:
-    """`struct` for the kernels, and what it points to. Good until one of its adapters is gone."""
+    """Holds `struct` for the kernels and the memory it points to. Valid until one of its adapters
+    is evicted."""
 
     struct: structs.LoraBatch
     segments: "c.Array[structs.LoraSegment]"
@@ -65,14 +66,14 @@ class NativeLoraBatch:
 
 
 class NativeAdapterBank:
-    """Adapters by slot; `engine.scheduler.adapter_slots` decides which are resident."""
+    """Holds adapters by slot; `engine.scheduler.adapter_slots` decides which are resident."""
 
     def __init__(self, keys: Sequence[Site]) -> None:
         self.keys = tuple(keys)
         self._adapters: dict[int, NativeAdapter] = {}
 
     def load(self, slot: int, weights: PanelWeights) -> None:
-        """Nothing is copied; the weights live as long as their slot and the batches with it."""
+        """Put an adapter into a slot, without a copy. Slot and batches keep the weights alive."""
         assert slot > 0 and slot not in self._adapters
         self._adapters[slot] = NativeAdapter(weights, self.keys)
 
@@ -82,9 +83,9 @@ class NativeAdapterBank:
     def batch(
         self, batch: ScheduledBatch, output_rows: Iterable[int] | None = None
     ) -> NativeLoraBatch | None:
-        """The adapters of the batch's rows, or None when every row is the base model's.
+        """Return the adapters of the batch's rows, or None if no row has one.
 
-        With `output_rows`, of these rows of the batch alone, numbered from 0 in their order.
+        With `output_rows`, covers these rows of the batch only, numbered from 0 in their order.
         """
         if output_rows is None:
             return self._batch(_rows_by_slot(batch))

@@ -1,8 +1,8 @@
 """Compiles the native library: once per version of its sources, with the machine's compiler.
 
-The library's name carries a digest of its sources, so a stale one is never loaded. A wheel brings
-it along; a checkout compiles it at first use, beside the sources or, where that folder cannot be
-written, in the user's cache.
+The library's name carries a digest of its sources, so a stale one is never loaded. A wheel
+contains it; a checkout compiles it at first use, into the folder of the sources or, if that cannot
+be written, into the user's cache.
 """
 
 import hashlib
@@ -26,12 +26,12 @@ ISAS = {
         *("-mavx512vnni", "-mavx512vbmi", "-mavx2", "-mfma", "-mprefer-vector-width=512"),
     ),
 }
-# every other source is compiled once per instruction set
+# compiled once; every other source is compiled once per instruction set
 PLAIN = ("layout.cpp", "pack.cpp", "pack4.cpp", "pool.cpp", "program.cpp", "reef.cpp")
 
 
 class BuildError(RuntimeError):
-    """There is no native library here; the message says why."""
+    """The native library cannot be built or loaded here; the message says why."""
 
 
 def ensure_library() -> Path:
@@ -73,7 +73,7 @@ def compile_library(folder: Path, extra_flags: tuple[str, ...] = ()) -> Path:
         objects = [str(obj) for obj, _ in jobs]
         _run([compiler, "-shared", "-pthread", *extra_flags, *objects, "-o", str(linked)])
         target = folder / library_name()
-        os.replace(linked, target)  # atomic: another process may compile the same
+        os.replace(linked, target)  # atomic: another process may compile it at the same time
     return target
 
 

@@ -1,7 +1,7 @@
-"""A Decoder as a program of native operations: the same model, no Python between its layers.
+"""NativeDecoder: runs a Decoder as a program of native operations, with no Python between layers.
 
-Reads the modules of a loaded Decoder and records what their `forward` methods would do. It adds
-no choice of its own, so a family that the Decoder can express needs nothing here.
+Reads the modules of a loaded Decoder and records what their `forward` methods would do. It decides
+nothing about the model, so a family that the Decoder can express needs no code here.
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from engine.model.rotary import RotaryTable
 
 
 class NativeDecoder:
-    """`run(step)` then `hidden(n)`; weights and KV cache are those that it was made from.
+    """Computes with the weights and KV cache that it was made from: `run(step)`, then `hidden(n)`.
 
     `kv_layers` says where each layer's blocks are; `capacity` bounds the rows of a step.
     """
@@ -53,11 +53,11 @@ class NativeDecoder:
         program.norm(buffers.x, _norm(decoder.norm), buffers.normed, pending)
 
     def hidden(self, num_outputs: int) -> Tensor:
-        """[num_outputs, E] of the last step, until the next one overwrites it."""
+        """Return [num_outputs, E] of the last step, valid until the next step."""
         return self._buffers.of_outputs().normed.rows[:num_outputs]
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [M, E] -> [M, V] in float32."""
+        """Compute logits: hidden [M, E] -> [M, V] in float32."""
         return self._head(hidden)
 
     def _layer(

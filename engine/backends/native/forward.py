@@ -1,4 +1,4 @@
-"""NativeForward: one forward pass by the native CPU kernels, in one call from Python."""
+"""NativeForward: computes a forward pass with the native CPU kernels, in one call from Python."""
 
 from collections.abc import Sequence
 
@@ -43,7 +43,7 @@ class NativeForward:
         self._bank.evict(slot)
 
     def move(self, moves: Sequence[Move]) -> None:
-        """Adapters are where the host has them, and their offsets in the arena mean nothing."""
+        """Copy KV blocks. Adapters stay in host memory; their offsets in the arena are unused."""
         copy_blocks(self._kv_cache, [move for move in moves if isinstance(move, BlockCopy)])
 
     def hidden(self, batch: ScheduledBatch, output_rows: list[int]) -> Tensor:
@@ -52,7 +52,7 @@ class NativeForward:
         return self._decoder.hidden(len(output_rows))
 
     def profile(self, batch: ScheduledBatch, output_rows: list[int]) -> dict[str, float]:
-        """Runs the batch like `hidden` and returns the seconds of each kind of operation."""
+        """Run the batch like `hidden` and return the seconds of each kind of operation."""
         arrays = self._step(batch, output_rows)
         return self._decoder.program.profile(arrays.step)
 

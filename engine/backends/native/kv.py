@@ -1,4 +1,4 @@
-"""KvLayout: what a block of KV is to the native kernels, and plain tensors in and out of it.
+"""KvLayout: the native kernels' layout of a KV block, and conversion from and to plain tensors.
 
 The engine moves blocks as bytes; only the kernels, tests and tools look inside. The layout is
 described in src/kv_layout.h.
@@ -14,13 +14,13 @@ from torch import Tensor
 
 from engine.backends.native import structs
 
-RUN = 16  # positions whose keys lie side by side
+RUN = 16  # positions whose keys are interleaved
 MAX_HEAD_DIM = 256
 
 
 @dataclass(frozen=True, slots=True)
 class KvLayout:
-    """One layer's blocks. Raises ValueError for what the kernels cannot do."""
+    """Describes one layer's blocks. Raises ValueError for shapes that kernels do not support."""
 
     kv_format: int  # structs.KV_BF16 or structs.KV_INT8
     block_size: int
@@ -47,9 +47,9 @@ class KvLayout:
         return self.kv_heads * sum(self._part_bytes())
 
     def allocate(self, num_blocks: int, num_layers: int = 1) -> Tensor:
-        """uint8 [num_blocks, num_layers, block_bytes] in huge pages where the system grants them.
+        """Allocate uint8 [num_blocks, num_layers, block_bytes], in huge pages if available.
 
-        Attention hops between blocks and would look up a page for each.
+        Attention jumps between blocks, and with small pages each jump would miss the TLB.
         """
         nbytes = num_blocks * num_layers * self.block_bytes
         memory = mmap.mmap(-1, nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -59,7 +59,7 @@ class KvLayout:
         return flat.view(num_blocks, num_layers, self.block_bytes)
 
     def layer(self, blocks: Tensor, layer: int = 0) -> structs.KvLayer:
-        """One layer of `allocate`'s tensor, as the kernels read it; the tensor must outlive it."""
+        """Describe one layer of `allocate`'s tensor to the kernels; the tensor must outlive it."""
         return structs.KvLayer(
             base=blocks[:, layer].data_ptr(),
             block_bytes=blocks.stride(0),
@@ -70,7 +70,7 @@ class KvLayout:
         )
 
     def pack(self, plain: Tensor) -> Tensor:
-        """keys and values [2, block_size, kv_heads, head_dim] -> uint8 [block_bytes]."""
+        """Pack k and v [2, block_size, kv_heads, head_dim] as uint8 [block_bytes]."""
         heads = plain.movedim(2, 0)  # [kv_heads, 2, block_size, head_dim]
         parts: list[Tensor] = []
         if self.kv_format == structs.KV_BF16:
@@ -87,7 +87,7 @@ class KvLayout:
         return torch.cat(as_bytes, 1).flatten()
 
     def unpack(self, packed: Tensor) -> Tensor:
-        """uint8 [block_bytes] -> keys and values [2, block_size, kv_heads, head_dim] in float32."""
+        """Unpack uint8 [block_bytes] to float32 k and v [2, block_size, kv_heads, head_dim]."""
         parts = packed.view(self.kv_heads, -1).split(self._part_bytes(), 1)
         dtype = torch.bfloat16 if self.kv_format == structs.KV_BF16 else torch.int8
         keys, values = (part.contiguous().view(dtype).float() for part in parts[:2])
@@ -104,7 +104,7 @@ class KvLayout:
         return -(-self.head_dim // 16) * 16
 
     def _part_bytes(self) -> list[int]:
-        """Bytes of one KV head: keys, values, and the scales of both if there are any."""
+        """List the bytes of one KV head: keys, values, and the scales of both if there are any."""
         elements = [self.block_size * self.head_dim, self.block_size * self._padded_dim]
         if self.kv_format == structs.KV_BF16:
             return [2 * n for n in elements]
@@ -112,12 +112,12 @@ class KvLayout:
 
 
 def check_heads(heads: int, kv_heads: int) -> None:
-    """Raises ValueError unless every kv head serves the same number of heads."""
+    """Raise ValueError unless every kv head serves the same number of heads."""
     if heads < 1 or heads % kv_heads:
         raise ValueError(f"{heads} heads: need a multiple of kv_heads {kv_heads}")
 
 
 def check_rotary(rotary_dim: int, head_dim: int) -> None:
-    """Raises ValueError unless rotary_dim dimensions of head_dim can be turned; 0: none are."""
+    """Raise ValueError unless rotary_dim dimensions of head_dim can be rotated; 0: none are."""
     if rotary_dim % 2 or not 0 <= rotary_dim <= head_dim:
         raise ValueError(f"rotary_dim {rotary_dim}: need an even number from 0 to {head_dim}")

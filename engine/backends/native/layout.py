@@ -1,7 +1,7 @@
 """Compares the ctypes structs with the structs that the native library was compiled with.
 
-structs.py mirrors the C structs by hand, and a field in the wrong place corrupts memory without a
-sign. The library therefore describes its structs (src/layout.cpp), one line of text for each:
+structs.py mirrors the C structs by hand, and a field in the wrong place corrupts memory
+silently. The library therefore describes its structs (src/layout.cpp), one line of text for each:
 `LoraSegment 16 sites:pointer64@0 start:int32@8 ...`: bytes, then name, type and offset of fields.
 """
 
@@ -24,7 +24,7 @@ class Layout:
 
 
 def check_layouts(description: str, mirror: ModuleType) -> None:
-    """Raises LayoutError unless the structs of `mirror` are those of the library's description."""
+    """Raise LayoutError unless the structs of `mirror` are those of the library's description."""
     expected = dict(map(_parse_line, description.splitlines()))
     found = {
         name: _layout_of(value)

@@ -1,4 +1,4 @@
-"""Context: the loaded native library with its threads, at one instruction set.
+"""Context: the loaded native library with its threads, for one instruction set.
 
 Calls release the GIL. A context runs one call at a time; the engine's one thread owns it.
 """
@@ -16,11 +16,11 @@ from engine.backends.native.memory import Blocks
 
 log = logging.getLogger(__name__)
 
-ISAS = ("none", "avx2", "avx512")  # by the number that the library knows them by
+ISAS = ("none", "avx2", "avx512")  # indexed by the library's numbers for them
 
 
 class Context:
-    """`isa` and `threads` default to the best of this machine and to all of its cores."""
+    """Opens the library. Defaults: the machine's best `isa`, and a thread for each of its cores."""
 
     def __init__(self, isa: str | None = None, threads: int | None = None) -> None:
         self.library = _load()
@@ -36,7 +36,7 @@ class Context:
             )
 
     def function(self, name: str, args: type[c.Structure]) -> Callable[[c.Structure], None]:
-        """A C function of (context, pointer to args) as a function of args, which keeps the
+        """Wrap a C function of (context, pointer to args) as a function of args, which keeps the
         context alive."""
         function = self.library[f"reef_{name}"]
         function.argtypes = [c.c_void_p, c.POINTER(args)]
@@ -44,7 +44,7 @@ class Context:
         return lambda value: function(self.handle, value)
 
     def close(self) -> None:
-        """Ends the threads. Nothing may be called afterwards."""
+        """End the threads. The caller must not use the context afterwards."""
         handle, self.handle = self.handle, None
         if handle:
             self.library.reef_close(handle)

@@ -1,7 +1,7 @@
-"""NativeLinear: a linear layer's weight, packed for the native kernels, and the layer as a call.
+"""NativeLinear: a linear layer whose weight is packed for the native kernels.
 
 The weight is copied once, by the context's threads, into panels of 32 outputs (src/linear.h);
-nothing of the tensors given is kept.
+the given tensors are not kept.
 """
 
 import ctypes as c
@@ -18,11 +18,13 @@ from engine.model.quantized_weight import QuantizedWeight
 
 
 class NativeLinear:
-    """y = x W^T + bias. `weight` is bf16 [out, in] or quantized; `bias` is [out] of any float.
+    """Computes y = x W^T + bias.
 
-    `int8_activations` chooses for the formats that have both ways (nf4): activations rounded to
-    int8 per row, faster and less exact. bf16 has only exact ones, int8 only rounded ones.
-    Raises ValueError for a weight that no kernel takes.
+    `weight` is bf16 [out, in] or quantized; `bias` is [out] of any float.
+
+    `int8_activations` rounds activations to int8 per row, faster and less exact, in formats that
+    support both (nf4). bf16 weights always use exact activations, int8 weights rounded ones.
+    Raises ValueError for a weight that no kernel supports.
     """
 
     def __init__(
@@ -54,7 +56,8 @@ class NativeLinear:
         return self._scratch_bytes(self.struct, rows)
 
     def __call__(self, x: Tensor, out_dtype: torch.dtype = torch.bfloat16) -> Tensor:
-        """x bf16 [N, in], its last dimension contiguous -> [N, out] in bfloat16 or float32."""
+        """Multiply x bf16 [N, in], last dimension contiguous; return [N, out] in `out_dtype`,
+        bfloat16 or float32."""
         self._check(x, out_dtype)
         return self.into(x, torch.empty(len(x), self.out_features, dtype=out_dtype))
 
@@ -112,9 +115,9 @@ class NativeLinear:
 
 
 class NativeHead:
-    """x bf16 [N, in] -> logits float32 [N, out], which the next call overwrites.
+    """Computes logits float32 [N, out] of x bf16 [N, in]; the next call overwrites them.
 
-    Megabytes that are allocated anew in every step would be zeroed by the system every time.
+    The buffer is reused, as the system would zero megabytes allocated anew in every step.
     """
 
     def __init__(self, context: Context, weight: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""A model that the native kernels compute, on a CPU in bfloat16."""
+"""Loads a model that the native kernels compute, on a CPU in bfloat16."""
 
 from functools import partial
 
@@ -18,7 +18,7 @@ from engine.settle import Settled
 
 
 def open_native(config: EngineConfig, settled: Settled) -> Context:
-    """The kernels for this model. Raises BuildError where there are none, else ValueError."""
+    """Open the kernels. Raises BuildError if there are none, ValueError if they lack this model."""
     _kv_layout(config, settled)
     return Context(threads=config.num_threads)
 
@@ -26,8 +26,8 @@ def open_native(config: EngineConfig, settled: Settled) -> Context:
 def load_native(
     config: EngineConfig, s: Settled, context: Context, *, progress: bool
 ) -> LoadedModel:
-    """Reads the weights and takes the KV blocks. Raises ModelError."""
-    torch.set_num_threads(1)  # the rest is small, and its threads would fight the kernels'
+    """Read the weights and allocate the KV blocks. Raises ModelError."""
+    torch.set_num_threads(1)  # torch has little to do, and its threads would slow the kernels'
     build = native_build(context, int8_activations=config.activations == "int8")
     decoder = read_decoder(config, s, build, progress)
     layout, rows = _kv_layout(config, s), s.max_num_batched_tokens
@@ -42,7 +42,7 @@ def load_native(
 
 
 def _kv_layout(config: EngineConfig, settled: Settled) -> KvLayout:
-    """Raises ValueError for a shape of attention that the native kernels cannot do."""
+    """Make the layout. Raises ValueError for attention shapes that the kernels do not support."""
     spec, is_int8 = settled.spec, settled.kv_dtype == torch.int8
     check_heads(spec.num_heads, spec.num_kv_heads)
     for rotary in spec.rotaries:

@@ -1,4 +1,4 @@
-"""Memory that kernels stream through: aligned to cache lines, and in huge pages where it stays."""
+"""Allocates memory for kernels: aligned to cache lines, and in huge pages if it is long-lived."""
 
 import mmap
 
@@ -11,31 +11,31 @@ BLOCK = 64 * 2**20
 
 
 def temporary_bytes(nbytes: int) -> Tensor:
-    """uint8 [nbytes], undefined, from torch's allocator: for what is gone soon."""
+    """Allocate uint8 [nbytes], undefined, from torch's allocator: for short-lived data."""
     return _from_multiple(torch.empty(nbytes + ALIGNMENT, dtype=torch.uint8), ALIGNMENT)[:nbytes]
 
 
 def separate_bytes(nbytes: int) -> Tensor:
-    """uint8, `nbytes` rounded up to huge pages: for what comes and goes as a whole; undefined."""
+    """Allocate uint8, undefined, `nbytes` rounded up to huge pages, which are freed together."""
     whole = -(-nbytes // HUGE_PAGE) * HUGE_PAGE
     return _map(whole)[:whole]
 
 
 class Blocks:
-    """Cuts memory for what stays, as weights do, from blocks of huge pages.
+    """Cuts memory for long-lived data, such as weights, from blocks of huge pages.
 
-    Neighbours share pages, so that streaming through them misses few translations. A block is
-    freed once all its pieces are gone. For one thread at a time.
+    Neighbours share pages, so that reading them in order causes few TLB misses. A block is
+    freed once all its pieces are freed. Not thread-safe.
     """
 
     def __init__(self) -> None:
         self._rest = torch.empty(0, dtype=torch.uint8)  # of the newest block, not touched yet
 
     def cut(self, nbytes: int) -> Tensor:
-        """uint8 [nbytes], aligned; its content is undefined."""
+        """Return uint8 [nbytes], aligned; its content is undefined."""
         taken = -(-nbytes // ALIGNMENT) * ALIGNMENT
         if taken > BLOCK // 4:
-            return _map(nbytes)[:nbytes]  # on its own, so that it goes alone
+            return _map(nbytes)[:nbytes]  # separate, so that it is freed independently
         if taken > self._rest.numel():
             self._rest = _map(BLOCK)
         piece, self._rest = self._rest[:nbytes], self._rest[taken:]

@@ -1,4 +1,4 @@
-"""Packing: a weight into the layout that its kernel reads, by the context's threads."""
+"""Packs a weight into the layout that its kernel reads, on the context's threads."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,15 +9,15 @@ from engine.backends.native import structs
 from engine.backends.native.library import Context
 from engine.model.quantized_weight import QuantizedWeight
 
-PANEL = 32  # outputs that lie together: kPanel of src/linear_layout.h
+PANEL = 32  # outputs per panel: kPanel of src/linear_layout.h
 
 Weight = Tensor | QuantizedWeight
 
 
 @dataclass(frozen=True, slots=True)
 class PackedWeight:
-    """A packed weight: the number of its format, and what the kernels read, in 64-byte aligned
-    memory (`Context.blocks`). `scales` and the rest are as the format wants them."""
+    """A packed weight: the number of its format, and the data that kernels read, in 64-byte
+    aligned memory (`Context.blocks`). The format defines `scales` and the other fields."""
 
     format: int
     packed: Tensor
@@ -31,7 +31,7 @@ Packer = Callable[[Context, Weight, bool], PackedWeight]  # (context, weight, in
 
 
 def pack_bf16(context: Context, weight: Tensor, _: bool = False) -> PackedWeight:
-    """[panel][pair of inputs][32 outputs][2]."""
+    """Pack as [panel][pair of inputs][32 outputs][2]."""
     source = weight if weight.stride(1) == 1 else weight.contiguous()
     out_features, in_features = source.shape
     pairs = -(-in_features // 2)
@@ -41,7 +41,7 @@ def pack_bf16(context: Context, weight: Tensor, _: bool = False) -> PackedWeight
 
 
 def pack_int8(context: Context, weight: QuantizedWeight, _: bool = False) -> PackedWeight:
-    """[panel][four inputs][32 outputs][4], each plus 128; scales float32 [out]."""
+    """Pack as [panel][four inputs][32 outputs][4], each code plus 128; scales float32 [out]."""
     out_features, in_features = weight.codes.shape
     quads = -(-in_features // 4)
     packed = context.blocks.cut(panels_of(out_features) * quads * PANEL * 4)
@@ -57,7 +57,7 @@ def run_pack(
     in_features: int,
     group_size: int = 0,
 ) -> None:
-    """`source` [out, ...] into `packed` on the context's threads; `group_size`: 4-bit formats."""
+    """Pack `source` [out, ...] into `packed` on the context's threads; `group_size`: 4-bit only."""
     context.function("pack", structs.PackArgs)(
         structs.PackArgs(
             format=format,

@@ -1,7 +1,7 @@
-"""Packing of 4-bit weights for the native kernels: src/linear_nf4.cpp and src/linear_int4.cpp.
+"""Packs 4-bit weights for the native kernels: src/linear_nf4.cpp and src/linear_int4.cpp.
 
-Scales stay float32. The kernels hold the values of the codes in bf16 or int8, times a factor at
-which little is lost; the packed scales are divided by it.
+Scales stay float32. The kernels hold the values of the codes in bf16 or int8, times a factor that
+keeps the rounding error small; the packed scales are divided by it.
 """
 
 import torch
@@ -13,18 +13,21 @@ from engine.backends.native.memory import Blocks
 from engine.backends.native.pack import PANEL, PackedWeight, panels_of, run_pack
 from engine.model.quantized_weight import QuantizedWeight
 
-NF4_FACTOR = 1.4367  # of the table in bf16
-NF4_INT8_FACTOR = 124.114  # of the table in int8
-INT4_MIDDLE = 8  # the int4 kernel looks up code - 8, and is told 8 - zero
+NF4_FACTOR = 1.4367  # for the table in bf16
+NF4_INT8_FACTOR = 124.114  # for the table in int8
+INT4_MIDDLE = 8  # the int4 kernel looks up code - 8, and receives 8 - zero
 GROUP_STEP = 32  # group sizes are multiples of it
-# Larger groups are split, their scales repeated. kLargestGroup of src/fourbit.h; with int8
-# activations that many have their sums at hand, and groups are either of 64 or of 32.
+# Larger groups are split, with their scales repeated: kLargestGroup of src/fourbit.h. int8
+# activations come with sums of up to 64 inputs, so groups then have 64 or 32 inputs.
 LARGEST_GROUP = 256
 LARGEST_INT8_GROUP = 64
 
 
 def pack_nf4(context: Context, weight: QuantizedWeight, int8_activations: bool) -> PackedWeight:
-    """`group_size` must be a multiple of 32 that divides in_features. Raises ValueError."""
+    """Pack a weight.
+
+    `group_size` must be a multiple of 32 that divides in_features. Raises ValueError.
+    """
     if weight.input_order is not None:
         raise ValueError("an nf4 weight has no input_order: only int4 ones may")
     if int8_activations:
@@ -33,7 +36,7 @@ def pack_nf4(context: Context, weight: QuantizedWeight, int8_activations: bool) 
 
 
 def pack_int4(context: Context, weight: QuantizedWeight, _: bool = False) -> PackedWeight:
-    """Zeros may be any float; the kernel is as exact for whole ones as for others.
+    """Pack a weight. Zeros may be any float; the kernel is equally exact for all of them.
 
     `group_size` must be a multiple of 32 that divides in_features, an `input_order` a permutation
     of the inputs. Raises ValueError.
@@ -65,7 +68,7 @@ def _pack(context: Context, weight: QuantizedWeight, format: int, factor: float)
 
 
 def _by_panel(blocks: Blocks, values: Tensor, repeats: int) -> Tensor:
-    """[out, groups] -> float32 [panel, groups * repeats, 32], zeros behind the last output."""
+    """Lay out [out, groups] as float32 [panel, groups * repeats, 32], padded with zeros."""
     out_features, groups = values.shape
     panels = panels_of(out_features)
     packed = blocks.cut(panels * groups * repeats * PANEL * 4).view(torch.float32)
@@ -76,7 +79,7 @@ def _by_panel(blocks: Blocks, values: Tensor, repeats: int) -> Tensor:
 
 
 def _packed_group_size(group_size: int, largest: int) -> int:
-    """The largest divisor that is a multiple of 32 and not above `largest`."""
+    """Return the largest divisor that is a multiple of 32 and at most `largest`."""
     sizes = range(min(group_size, largest), 0, -GROUP_STEP)
     return next(size for size in sizes if group_size % size == 0)
 

@@ -1,7 +1,7 @@
-"""Adapters in the layout that the native kernels multiply with: B in panels of columns.
+"""Packs adapters for the native kernels, with B in panels of columns.
 
 A panel of B is [ceil(r / 2), 32, 2]: neighbouring ranks of neighbouring columns side by side,
-padded with zeros. Large adapters lie in huge pages of their own, in the order that a step reads.
+padded with zeros. Large adapters have their own huge pages, in the order in which a step reads.
 """
 
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ from engine.backends.native.memory import ALIGNMENT, separate_bytes
 from engine.lora.weights import LoraWeights, Sites, SiteWeights
 
 PANEL = 32
-LARGE = 4 * 2**20  # bytes from which an adapter has huge pages of its own
+LARGE = 4 * 2**20  # bytes; adapters of at least this size have their own huge pages
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +25,7 @@ class PanelWeights:
 
     digest: str
     sites: Sites
-    nbytes: int  # as held, padding included
+    nbytes: int  # in memory, padding included
 
     def __post_init__(self) -> None:
         for *_, b in (expand for site in self.sites.values() for expand in site.expands):
@@ -36,7 +36,7 @@ class PanelWeights:
 
 
 def pack_adapter(weights: LoraWeights) -> PanelWeights:
-    """For the host cache, in its own threads; factors of 2 bytes. The weights are not kept."""
+    """Pack factors of 2 bytes; called in the host cache's threads. The weights are not kept."""
     sizes = [size for site in weights.sites.values() for size in _sizes(site)]
     nbytes = sum(sizes)
     if nbytes < LARGE:
@@ -49,7 +49,7 @@ def pack_adapter(weights: LoraWeights) -> PanelWeights:
 
 
 def _sizes(site: SiteWeights) -> Iterator[int]:
-    """Bytes of A and of each packed B."""
+    """Yield the bytes of A and of each packed B."""
     yield site.a.nbytes
     for *_, b in site.expands:
         yield prod(_panels(b)) * PANEL * 2 * b.itemsize
@@ -61,9 +61,9 @@ def _packed(site: SiteWeights, spaces: Iterator[Tensor]) -> SiteWeights:
 
 
 def _in_panels(b: Tensor, space: Tensor) -> Tensor:
-    """B [r, out] as panels in this memory.
+    """Write B [r, out] as panels to this memory.
 
-    Made of words that hold two ranks each: torch is faster at moving these than at halves of them.
+    Moves words that hold two ranks each, which torch does faster than single values.
     """
     num_panels, num_pairs = _panels(b)
     halves = _padded(b).view(torch.uint16)
@@ -80,7 +80,7 @@ def _padded(b: Tensor) -> Tensor:
 
 
 def _panels(b: Tensor) -> tuple[int, int]:
-    """How many panels B [r, out] has, and pairs of ranks in each."""
+    """Return the number of panels of B [r, out], and of pairs of ranks in each."""
     ranks, width = b.shape
     return -(-width // PANEL), -(-ranks // 2)
 

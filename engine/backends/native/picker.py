@@ -1,4 +1,4 @@
-"""NativePicker: greedy choices and draws by the native CPU kernels, one call for all rows."""
+"""NativePicker: chooses and draws tokens with the native CPU kernels, one call for all rows."""
 
 import ctypes as c
 from collections.abc import Sequence
@@ -14,10 +14,9 @@ _MASK64 = 2**64 - 1
 
 
 class NativePicker:
-    """Draws what TorchPicker draws but for roundings, and the same on every thread and machine.
+    """Draws the same as TorchPicker but for roundings, and equally on every thread and machine.
 
-    Logits are on the CPU, with rows that are contiguous. The kernels' results depend on the row
-    alone, in all bits.
+    Logits are on the CPU, with contiguous rows. Every bit of a result depends on its row alone.
     """
 
     def __init__(self, context: Context) -> None:

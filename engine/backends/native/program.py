@@ -1,8 +1,8 @@
-"""Program: the operations of a forward pass, recorded once and run with one call per step.
+"""Program: records the operations of a forward pass once and runs them with one call per step.
 
-What a CUDA graph is to a GPU: between two operations no Python runs, and what changes from step
-to step (rows, requests, adapters) is read from the step. Knows buffers and operations; which of
-them make up a model is decided in `engine.backends.native.decoder`.
+Comparable to a CUDA graph: no Python runs between two operations, and what changes from step to
+step (rows, requests, adapters) is read from the step. Defines buffers and operations;
+`engine.backends.native.decoder` decides which of them make up a model.
 """
 
 import ctypes as c
@@ -43,7 +43,7 @@ class Buffer:
 
 @dataclass(frozen=True, slots=True)
 class Norm:
-    """x / rms(x) * weight; weight [width] in float32."""
+    """Computes x / rms(x) * weight; weight [width] in float32."""
 
     weight: Tensor
     eps: float
@@ -60,7 +60,7 @@ class Delta:
 class Program:
     """Records operations, then runs them. `capacity` bounds the rows of a step.
 
-    After `gather` operations go on with the step's output rows alone.
+    Operations after `gather` compute the step's output rows alone.
     """
 
     def __init__(self, context: Context, capacity: int) -> None:
@@ -68,7 +68,7 @@ class Program:
         self._context = context
         self._ops: list[structs.Op] = []
         self._on_outputs = False
-        self._keep: list[object] = []  # whatever the recorded pointers lead to
+        self._keep: list[object] = []  # all objects that recorded pointers point to
         self._scratch_bytes = 0
         self._recorded: c.Array[structs.Op] | None = None
         self._lora_h = torch.empty(0, dtype=torch.bfloat16)
@@ -77,8 +77,8 @@ class Program:
         self._run.restype = None
 
     def buffer(self, width: int) -> Buffer:
-        """Rows begin on cache lines, and never a multiple of 1 KiB apart, where the rows of a
-        tile would fight for the same few sets of the cache."""
+        """Allocate a buffer whose rows begin on cache lines, and never a multiple of 1 KiB apart:
+        the rows of a tile would then compete for a few sets of the cache."""
         stride = -(-width // _LINE) * _LINE
         stride += _LINE if stride % 512 == 0 else 0
         return Buffer(self._zeros(self.capacity * stride).view(self.capacity, stride)[:, :width])
@@ -99,7 +99,7 @@ class Program:
     def norm(
         self, x: Buffer, norm: Norm, out: Buffer, delta: Delta | None = None, groups: int = 1
     ) -> None:
-        """x += delta; out = norm(x), for each of `groups` equal parts of a row on its own."""
+        """Record x += delta; out = norm(x), for each of `groups` equal parts of a row."""
         weight = norm.weight.float().contiguous()
         self._keep.append(weight)
         args = structs.NormArgs(
@@ -118,13 +118,13 @@ class Program:
         self._add("norm", args, x, out)
 
     def linear(self, x: Buffer, parts: Sequence[NativeLinear], out: Buffer, lora_site: int) -> None:
-        """out = the parts' results side by side, plus what each row's adapter has at this site."""
+        """Record out = the parts' results side by side, plus each row's adapter at this site."""
         end = 0
         for part in parts:
             start, end = end, end + part.out_features
             op = self._linear_part(x, part, out.columns(start, end))
         assert end == out.width
-        op.lora_site = lora_site  # with the last part, when all of `out` is there to be added to
+        op.lora_site = lora_site  # with the last part, when all of `out` is computed
         op.lora = structs.LoraArgs(
             in_features=x.width,
             x=x.pointer,
@@ -146,7 +146,8 @@ class Program:
         return self._add("linear", args, x, out)
 
     def store(self, kv: structs.KvLayer, qkv: Buffer, heads: int, cos: Tensor, sin: Tensor) -> None:
-        """Turns q and k by the row's position and writes k and v; cos and sin [positions, R]."""
+        """Record rotating q and k by the row's position and writing k and v; cos and sin
+        [positions, R]."""
         self._keep += [cos, sin]
         args = structs.StoreArgs(
             kv=kv,
@@ -195,7 +196,7 @@ class Program:
         self._add("gate", args, x, out)
 
     def gather(self, x: Buffer, out: Buffer) -> None:
-        """out = the output rows of x; from here on operations run on those alone."""
+        """Record out = the output rows of x; later operations run on those alone."""
         self._on_outputs = True
         args = structs.GatherArgs(
             x=x.pointer,
@@ -218,7 +219,7 @@ class Program:
     # ==== running ====
 
     def run(self, step: structs.Step) -> None:
-        """All operations on one step, which must fit the capacity."""
+        """Run all operations on one step, which must fit the capacity."""
         assert 0 < step.rows <= self.capacity and step.num_outputs <= self.capacity
         if self._recorded is None:
             self._recorded = self._finish()
@@ -227,7 +228,7 @@ class Program:
         self._run(self._context.handle, self._recorded, len(self._ops), c.byref(step))
 
     def profile(self, step: structs.Step) -> dict[str, float]:
-        """Runs the step and returns the seconds that each kind of operation took."""
+        """Run the step and return the seconds that each kind of operation took."""
         spent = (c.c_int64 * len(self._ops))()
         step.nanoseconds = c.cast(spent, c.c_void_p)
         self.run(step)
@@ -255,5 +256,5 @@ class Program:
         step.lora_h, step.lora_h_stride = self._lora_h.data_ptr(), width
 
     def _zeros(self, numel: int) -> Tensor:
-        """[numel] bfloat16 zeros in huge pages: pages that lie anywhere would share cache sets."""
+        """Allocate bfloat16 zeros [numel] in huge pages: scattered small pages share cache sets."""
         return self._context.blocks.cut(2 * numel).view(torch.bfloat16).zero_()

@@ -1,4 +1,4 @@
-"""From a ScheduledBatch to the arrays that a native program's step reads."""
+"""Turns a ScheduledBatch into the arrays that a native program's step reads."""
 
 import ctypes as c
 from array import array
@@ -45,7 +45,7 @@ class StepArrays:
         )
 
     def use(self, lora: NativeLoraBatch, output_lora: NativeLoraBatch | None) -> None:
-        """The adapters of all rows, and of the output rows where those have any."""
+        """Set the adapters of all rows, and of the output rows if those have any."""
         self._adapters = (lora, output_lora)
         self.step.lora = c.pointer(lora.struct)
         if output_lora is not None:

@@ -1,4 +1,4 @@
-"""The C structs of src/kernels.h, pack.h and program.h, field by field in the same order.
+"""Mirrors the C structs of src/kernels.h, pack.h and program.h, field by field in the same order.
 
 The library compares them with its own when it is loaded (layout.py).
 """
@@ -278,6 +278,6 @@ class Step(c.Structure):
 
 
 def draw_scratch(top_k: int) -> int:
-    """Floats of scratch that each of a call's draws needs, by the largest top_k below the
-    vocabulary's size among them; 0: none has one."""
+    """Return the floats of scratch that each draw of a call needs; `top_k` is the largest one
+    below the vocabulary's size, 0 if there is none."""
     return 2 * top_k + 256 if top_k else 0

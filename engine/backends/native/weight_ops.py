@@ -1,4 +1,4 @@
-"""WeightOps of the native kernels: bfloat16 on a CPU."""
+"""Makes WeightOps of the native kernels: bfloat16 on a CPU."""
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from engine.model.reference import TORCH_OPS
 
 
 def native_build(context: Context, *, int8_activations: bool) -> Build:
-    """For a Decoder that a NativeDecoder walks: its own `forward` is the specification's, slow."""
+    """Make the Build of a Decoder for NativeDecoder; its own `forward` uses the slow reference."""
 
     def pack_linear(weight: Tensor | QuantizedWeight, bias: Tensor | None) -> NativeLinear:
         return NativeLinear(context, weight, bias, int8_activations=int8_activations)

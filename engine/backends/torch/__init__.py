@@ -1,1 +1,1 @@
-"""The torch backend: every device that torch has, no kernels of our own."""
+"""The torch backend: runs on every device that torch supports, without our own kernels."""

@@ -1,8 +1,8 @@
-"""Paged attention by torch: the KV cache as rows of slots, gathered per request.
+"""Computes paged attention with torch: gathers each request's slots from the KV cache.
 
 Gathers single slots instead of whole blocks, which costs the same and lets padding repeat a slot of
-the same request, so that nothing of another request's KV is ever read. What depends on the batch
-alone (slots and masks) is computed in the first layer and reused by the others.
+the same request, so that no other request's KV is ever read. Slots and masks, which depend on the
+batch alone, are computed in the first layer and reused by the others.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from engine.model.inputs import AttentionInputs
 
 
 def _rows(kv_layer: Tensor) -> Tensor:
-    """All of the cache from this layer's first key on, as rows of one slot's H_kv * D values.
+    """View the cache, from this layer's first key on, as rows of one slot's H_kv * D values.
 
     Blocks of one layer are not neighbours (other layers lie between them), but the distance is
     a whole number of rows, so a slot's key is row `_key_rows(...)` and its value follows
@@ -51,16 +51,16 @@ _Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None, bool], Tensor]
 
 @dataclass(frozen=True, slots=True)
 class _Group:
-    """Decodes of similar length, attended to at once. Shapes: G requests, L keys each."""
+    """Decodes of similar length, computed together. Shapes: G requests, L keys each."""
 
     rows: Tensor | slice  # which rows of q
     kv_rows: Tensor  # [2 G L]: rows of all keys, then of all values
-    mask: Tensor | None  # [G, 1, 1, L], 0 or -inf; None where all lengths are equal
+    mask: Tensor | None  # [G, 1, 1, L], 0 or -inf; None if all lengths are equal
 
 
 @dataclass(frozen=True, slots=True)
 class _Chunk:
-    """One request's prefill: M queries on L keys."""
+    """One request's prefill: M queries over L keys."""
 
     rows: slice
     kv_rows: Tensor  # [2 L]
@@ -74,9 +74,9 @@ class _Plan:
 
 
 class GatheredAttention:
-    """Remembers the plan of the step under way, one per window size.
+    """Computes attention; keeps the plan of the current step, one per window size.
 
-    The plan belongs to one AttentionInputs object, compared by identity, and goes with it.
+    A plan belongs to one AttentionInputs object, compared by identity, and ends with it.
     """
 
     def __init__(self) -> None:
@@ -117,7 +117,7 @@ class GatheredAttention:
 
 
 def _attend_group(q: Tensor, kv_layer: Tensor, group: _Group, attend: _Attend) -> Tensor:
-    """The heads that share a key become that key head's queries: [G, H_kv, H / H_kv, D]."""
+    """Attend with heads that share a key as that key head's queries: [G, H_kv, H / H_kv, D]."""
     num, dim, heads = q.shape[0], q.shape[2], kv_layer.shape[3]
     k, v = _gather(kv_layer, group.kv_rows)
     k = k.view(num, -1, heads, dim).transpose(1, 2)
@@ -126,7 +126,7 @@ def _attend_group(q: Tensor, kv_layer: Tensor, group: _Group, attend: _Attend) -
 
 
 def _attend_chunk(q: Tensor, kv_layer: Tensor, chunk: _Chunk, attend: _Attend) -> Tensor:
-    """Key heads become the batch, each key seen by its whole group without being copied."""
+    """Attend with key heads as the batch, so that a group shares its keys without copies."""
     num, dim, heads = q.shape[0], q.shape[2], kv_layer.shape[3]
     k, v = _gather(kv_layer, chunk.kv_rows)
     grouped = q.view(num, heads, -1, dim).permute(1, 2, 0, 3)  # [H_kv, H / H_kv, M, D]
@@ -178,7 +178,7 @@ def _make_plan(
 
 
 def _similar(lengths: list[int]) -> list[list[int]]:
-    """Indices in groups whose longest is at most twice the shortest, to bound the padding."""
+    """Group indices such that the longest is at most twice the shortest, to bound the padding."""
     groups: list[list[int]] = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         if groups and lengths[groups[-1][0]] <= 2 * lengths[i]:
@@ -237,7 +237,7 @@ def _plan_chunk(
 
 
 def _kv_rows(positions: Tensor, block_tables: Tensor, kv_layer: Tensor) -> Tensor:
-    """positions [G, L] of G requests -> [2 G L] rows of their keys, then of their values."""
+    """Turn positions [G, L] of G requests into [2 G L] rows of keys, then of values."""
     block_size = kv_layer.shape[2]
     index = positions.div(block_size, rounding_mode="floor")
     block = block_tables.gather(1, index)
@@ -248,7 +248,7 @@ def _kv_rows(positions: Tensor, block_tables: Tensor, kv_layer: Tensor) -> Tenso
 def _causal_mask(
     num: int, length: int, window: int | None, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    """[num, length]: the queries are the last `num` of `length` positions."""
+    """Make a mask [num, length] for queries at the last `num` of `length` positions."""
     key = torch.arange(length, device=device)
     query = torch.arange(length - num, length, device=device)[:, None]
     visible = key <= query

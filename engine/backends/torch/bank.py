@@ -1,13 +1,13 @@
-"""AdapterBank: the adapters on the device, each at its own rank, and the mixed batch over them.
+"""AdapterBank: holds the adapters on the device, each at its own rank, for mixed batches.
 
-Two ways through a linear layer, chosen by how many rows in a row share an adapter:
+There are two ways to compute a linear layer, chosen by how many consecutive rows share an adapter:
 
     long segments   (prefill chunks)  y += (x A^T) B on the segment's rows alone
     the other rows  (decodes)         the active adapters' A and B are concatenated along the rank,
                                       h = x A_cat^T, h = 0 where row and column differ in adapter,
                                       y += h B_cat
 
-The second needs the same few ops whatever the number of adapters, which is what counts on a CPU.
+The second needs the same few ops for any number of adapters, which matters most on a CPU.
 Excluded columns are overwritten with zero, never multiplied by it: a product that overflowed in
 one tenant's columns must not become NaN in another's row.
 """
@@ -20,8 +20,8 @@ import torch
 from engine.lora.weights import LoraWeights, SiteWeights
 from engine.scheduler.batch import ScheduledBatch, ScheduledRequest
 
-SEGMENT_ROWS = 16  # from this many rows on, a segment is multiplied by its own adapter alone
-MAX_STACKS = 4  # concatenations kept, for active sets that come back
+SEGMENT_ROWS = 16  # segments of at least this many rows are multiplied by their adapter alone
+MAX_STACKS = 4  # concatenations that are kept for sets of active adapters that recur
 
 Site = tuple[int, str]  # (layer, site)
 
@@ -32,12 +32,12 @@ class _StackedSite:
 
     a: torch.Tensor  # [R, in]
     columns: torch.Tensor  # [R] slot of each column
-    layout: tuple[tuple[int, int, int], ...]  # (slot, first column, end), what masks depend on
+    layout: tuple[tuple[int, int, int], ...]  # (slot, first column, end); masks depend on it
     expands: tuple[tuple[int, int, int, int, torch.Tensor], ...]  # (r0, r1, out0, out1, B [r, out])
 
 
 class AdapterBank:
-    """Weights by adapter slot; `engine.scheduler.adapter_slots` decides which are resident."""
+    """Holds weights by slot; `engine.scheduler.adapter_slots` decides which are resident."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -45,7 +45,7 @@ class AdapterBank:
         self._stacks: OrderedDict[tuple[int, ...], dict[Site, _StackedSite | None]] = OrderedDict()
 
     def load(self, slot: int, weights: LoraWeights) -> None:
-        """On a CPU, device and host tier are one and nothing is copied."""
+        """Put an adapter into a slot. A CPU copies nothing: device and host memory are one."""
         assert slot > 0 and slot not in self._weights
         self._weights[slot] = weights.to(self.device)
 
@@ -55,7 +55,7 @@ class AdapterBank:
             del self._stacks[slots]
 
     def batch(self, batch: ScheduledBatch) -> "MixedAdapters | None":
-        """The batch's adapters, or None when every row is the base model's."""
+        """Return the batch's adapters, or None if no row has one."""
         if not any(r.adapter_slot for r in batch.requests):
             return None
         segments, num_stacked, row_slots = _split(batch.requests)
@@ -78,7 +78,7 @@ class AdapterBank:
 
 
 class MixedAdapters:
-    """A LoraBatch: every row with its own adapter, or none."""
+    """A LoraBatch in which every row has its own adapter, or none."""
 
     def __init__(
         self,
@@ -98,7 +98,7 @@ class MixedAdapters:
         self._masks: dict[tuple[tuple[int, int, int], ...], torch.Tensor] = {}
 
     def add(self, layer: int, site: str, x: torch.Tensor, y: torch.Tensor) -> None:
-        """y [N, out] += x [N, in] @ A^T @ (scaling * B), in place, by each row's adapter."""
+        """Add each row's adapter in place: y [N, out] += x [N, in] @ A^T @ (scaling * B)."""
         for start, end, weights in self._segments:
             own = weights.sites.get((layer, site))
             if own is not None:
@@ -119,7 +119,7 @@ class MixedAdapters:
             y[:, out0:out1].addmm_(h[:, r0:r1], b)
 
     def _mask(self, stacked: _StackedSite) -> torch.Tensor:
-        """[rows, R], True where the column is another adapter's. Most sites share one layout."""
+        """Make [rows, R], True for another adapter's columns; most sites share one layout."""
         key = stacked.layout
         if key not in self._masks:
             self._masks[key] = self._row_slots[:, None] != stacked.columns
@@ -135,7 +135,7 @@ def _add_segment(own: SiteWeights, x: torch.Tensor, y: torch.Tensor) -> None:
 def _split(
     requests: tuple[ScheduledRequest, ...],
 ) -> tuple[list[tuple[int, int, int]], int, list[int]]:
-    """(long segments with an adapter, number of leading rows left to stack, their slots)."""
+    """Return (long segments with an adapter, number of leading rows left to stack, their slots)."""
     segments: list[tuple[int, int, int]] = []
     row_slots: list[int] = []
     row = 0

@@ -1,4 +1,4 @@
-"""TorchForward: one forward pass by torch, on any device that it has."""
+"""TorchForward: computes a forward pass with torch, on any device that it supports."""
 
 from collections.abc import Sequence
 
@@ -32,7 +32,7 @@ class TorchForward:
         self._bank.evict(slot)
 
     def move(self, moves: Sequence[Move]) -> None:
-        """Adapters are where the host has them, and their offsets in the arena mean nothing."""
+        """Copy KV blocks. Adapters stay in host memory; their offsets in the arena are unused."""
         copy_blocks(self._kv_cache, [move for move in moves if isinstance(move, BlockCopy)])
 
     def hidden(self, batch: ScheduledBatch, output_rows: list[int]) -> Tensor:

@@ -1,4 +1,4 @@
-"""From a ScheduledBatch to the tensors of one forward pass."""
+"""Builds the tensors of one forward pass from a ScheduledBatch."""
 
 from itertools import accumulate
 
@@ -12,7 +12,7 @@ from engine.scheduler.batch import ScheduledBatch, ScheduledRequest
 def build_inputs(
     batch: ScheduledBatch, block_size: int, device: torch.device, lora: LoraBatch | None
 ) -> ForwardInputs:
-    """Rows in the batch's order; one host-to-device copy for all that is per row."""
+    """Build the inputs in the batch's order of rows; one copy to the device for all row numbers."""
     requests = batch.requests
     token_ids, positions, slots = row_numbers(requests, block_size)
     rows = torch.tensor([token_ids, positions, slots], device=device)

@@ -1,4 +1,4 @@
-"""A model that torch computes, on any device that it has."""
+"""Loads a model that torch computes, on any device that it supports."""
 
 from functools import partial
 
@@ -14,7 +14,7 @@ from engine.settle import Settled
 
 
 def load_torch(config: EngineConfig, s: Settled, *, progress: bool) -> LoadedModel:
-    """Reads the weights and takes the KV blocks. Raises ModelError."""
+    """Read the weights and allocate the KV blocks. Raises ModelError."""
     decoder = read_decoder(config, s, torch_build(s.device, s.dtype), progress)
     kv_cache = allocate_kv_cache(s.num_blocks, config.block_size, s.spec, s.dtype, s.device)
     return LoadedModel(

@@ -1,8 +1,8 @@
-"""Choose the fastest ops that torch has, on a CPU or any other of its devices.
+"""Chooses the fastest ops that torch has, on a CPU or any other of its devices.
 
-Linear layers go through oneDNN with weights packed once where the CPU has it: torch's own
-linear lays them out anew on every call. Quantized weights are expanded when they are packed: they
-give their format's numbers and take a dense weight's memory.
+If the CPU supports it, linear layers use oneDNN with weights packed once: torch's own linear packs
+them again in every call. Quantized weights are expanded when they are packed: results are those of
+their format, but they take as much memory as dense weights.
 """
 
 import torch
@@ -17,7 +17,7 @@ from engine.model.quantized_weight import QuantizedWeight, dequantize_to
 
 
 def torch_build(device: torch.device, dtype: torch.dtype) -> Build:
-    """A Decoder built with it computes by itself, at torch's best on this device."""
+    """Make a Build whose Decoder computes by itself, as fast as torch can on this device."""
     pack_linear = select_pack_linear(device, dtype)
     return Build(
         WeightOps(pack_linear, float_head(pack_linear)),
