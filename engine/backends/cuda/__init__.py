@@ -1,1 +1,1 @@
-"""The CUDA backend: Triton kernels, streams, graphs, asynchronous steps."""
+"""The CUDA backend: computes steps asynchronously with Triton kernels, streams and graphs."""

@@ -1,4 +1,4 @@
-"""AdapterCopies: the bytes of adapters on the device, and those on their way there.
+"""AdapterCopies: copies adapters to the device, moves them there and evicts them.
 
 The scheduler decides where an adapter lies in the arena; this carries it out. Copies run on a
 second stream, concurrently with the steps. They begin after the last launched step, which may still
@@ -17,14 +17,14 @@ from engine.backends.cuda.streams import Device, Event
 from engine.lora.weights import LoraWeights
 from engine.scheduler.batch import AdapterLoad, BlockCopy, Move, ScheduledBatch
 
-# A power of two, to which torch rounds pinned memory up: adapters of all sizes use the same pieces
-# again, and no call that pins memory, or copy, is long enough to hold a step's own ones up
+# A power of two, to which torch rounds pinned memory up: adapters of all sizes reuse the same
+# pieces, and no single pinning call or copy is long enough to delay a step's own ones
 PIECE_BYTES = 4 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
 class PackedAdapter:
-    """An adapter in host memory as it will lie on the device."""
+    """An adapter in host memory, in the layout that it has on the device."""
 
     extent: AdapterExtent
     pieces: tuple[Tensor, ...]  # uint8, pinned, one after another
@@ -35,7 +35,7 @@ class PackedAdapter:
 
 
 def pack_adapter(weights: LoraWeights, device: Device) -> PackedAdapter:
-    """For the host cache, in its own threads; the weights themselves are not kept."""
+    """Pack an adapter; called in the host cache's threads. The weights themselves are not kept."""
     whole = torch.zeros(extent_nbytes(weights), dtype=torch.uint8)
     extent = pack_extent(weights, whole)
     parts = whole.split(PIECE_BYTES)
@@ -43,7 +43,7 @@ def pack_adapter(weights: LoraWeights, device: Device) -> PackedAdapter:
 
 
 def copy_packed(device: Device, packed: PackedAdapter, target: Tensor) -> None:
-    """To device memory, uint8 [nbytes], on the stream in use; as `Device.copy` for each piece."""
+    """Copy to device memory, uint8 [nbytes], with `Device.copy` for each piece."""
     start = 0
     for piece in packed.pieces:
         device.copy(target[start : start + len(piece)], piece)
@@ -51,14 +51,14 @@ def copy_packed(device: Device, packed: PackedAdapter, target: Tensor) -> None:
 
 
 class AdapterTable(Protocol):
-    """The place of each slot's adapter, as kernels read it. Written on the main stream."""
+    """Holds the place of each slot's adapter for kernels. Written on the main stream."""
 
     def place(self, slot: int, offset_bytes: int, extent: AdapterExtent) -> None:
-        """Its bytes are there before it is used."""
+        """Note the place of an adapter; its bytes must be there before it is used."""
         ...
 
     def move(self, slot: int, offset_bytes: int) -> None:
-        """Moves its bytes, too."""
+        """Move an adapter and its bytes."""
         ...
 
     def evict(self, slot: int) -> None: ...
@@ -68,7 +68,7 @@ class AdapterTable(Protocol):
 class _Load:
     digest: str
     event: Event
-    source: PackedAdapter  # kept until it has been read, whatever the host cache drops meanwhile
+    source: PackedAdapter  # kept until it has been read, even if the host cache drops it
 
 
 class AdapterCopies:
@@ -101,12 +101,13 @@ class AdapterCopies:
             self._load(batch.adapter_loads)
 
     def arrived(self) -> list[str]:
-        """Digests whose copies have ended since the last call; never waits."""
+        """Return digests whose copies have ended since the last call; never waits."""
         ended = [slot for slot, load in self._loads.items() if load.event.is_done()]
         return [self._loads.pop(slot).digest for slot in ended]
 
     def _load(self, loads: Sequence[AdapterLoad]) -> None:
-        """The table is written on the main stream, which reads it no earlier than the adapter."""
+        """Start copies on the second stream. The main stream's table is written at once: it is read
+        no earlier than the adapter."""
         sources = [self._host_adapter(load.digest) for load in loads]
         with self._device.side(self._device.record()):
             for load, packed in zip(loads, sources, strict=True):

@@ -35,7 +35,7 @@ from engine.model.spec import ModelSpec
 @dataclass(frozen=True, slots=True)
 class AdapterLimits:
     max_slots: int  # adapters that are on the device at a time
-    max_lora_rank: int  # of one module
+    max_lora_rank: int  # per module
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +57,8 @@ def make_triton_runner(
     tries_flashinfer: bool = False,
     progress: bool = False,
 ) -> TritonRunner:
-    """The decoder was built with `cuda_build`. `arena` uint8 [bytes], on the device, is all that
-    the scheduler deals out: KV block i lies at i times a block's bytes."""
+    """Make a runner of a decoder that was built with `cuda_build`. `arena` uint8 [bytes], on the
+    device, is all memory that the scheduler assigns: KV block i lies at i times a block's bytes."""
     spec, processors = decoder.spec, launch.num_processors(device.torch_device)
     dtype = decoder.embedding.weight.dtype
     kv_cache = blocks_of_arena(arena, limits.block_size, spec, dtype)
@@ -107,7 +107,10 @@ def make_triton_runner(
 def adapter_packer(
     device: Device, decoder: Decoder, max_lora_rank: int
 ) -> Callable[[LoraWeights], PackedAdapter]:
-    """For the host cache's threads; raises AdapterLoadError for what does not fit the sites."""
+    """Make a function for the host cache's threads that packs adapters.
+
+    It raises AdapterLoadError if an adapter does not fit the sites.
+    """
     table = SiteTable(decoder.lora_sites, max_lora_rank)
 
     def pack(weights: LoraWeights) -> PackedAdapter:
@@ -121,7 +124,7 @@ def adapter_packer(
 
 
 def triton_draw(logits: Tensor, draws: Draws, highest: Tensor, best: Tensor) -> Tensor:
-    """A Draw by kernels that keep nothing of the logits' size."""
+    """Implement Draw with kernels that allocate nothing of the logits' size."""
     top = highest.index_select(0, draws.rows) / draws.temperature
     floor = top + draws.min_p.log()
     if draws.has_filters:

@@ -1,9 +1,9 @@
-"""DeviceAdapterBank: adapters on a CUDA device, and the mixed batch over them by Triton kernels.
+"""DeviceAdapterBank: adapters on a CUDA device, and mixed batches over them by Triton kernels.
 
-The bank writes where each adapter lies; who may lie where is decided elsewhere, and so is when its
-bytes are copied. Everything that a kernel reads has a fixed address, so that a captured graph
-serves any adapters: what a load, a move or an eviction changes are numbers in these tables. All
-writes are ordered by the current stream.
+The bank writes the place of each adapter to tables; others decide the places and when bytes are
+copied. Everything that a kernel reads has a fixed address, so that a captured graph serves any
+adapters: a load, a move or an eviction only changes numbers in these tables. All writes are ordered
+by the current stream.
 """
 
 from collections.abc import Sequence
@@ -20,11 +20,11 @@ from engine.backends.cuda.triton.lora import KindLaunch, LoraMemory
 from engine.backends.cuda.triton.lora_work import Words, WorkShape, build_words, rounded_rows
 from engine.model.layers import LoraSite
 
-MOVE_BYTES = 4 * 2**20  # at a time, of an adapter that is moved by less than its size
+MOVE_BYTES = 4 * 2**20  # per copy, if an adapter is moved by less than its size
 
 
 class DeviceAdapterBank:
-    """Adapters in slots 1 to `max_slots`, their bytes in `arena` uint8 [bytes]."""
+    """Holds adapters in slots 1 to `max_slots`, with their bytes in `arena` uint8 [bytes]."""
 
     def __init__(
         self,
@@ -34,8 +34,8 @@ class DeviceAdapterBank:
         *,
         max_slots: int,
         max_rows: int,
-        max_adapters: int | None = None,  # of one batch; None: max_slots
-        max_lora_rank: int = 256,  # of one module
+        max_adapters: int | None = None,  # per batch; None: max_slots
+        max_lora_rank: int = 256,  # per module
         num_processors: int | None = None,  # None: those of the device
     ) -> None:
         self.arena = arena
@@ -45,7 +45,7 @@ class DeviceAdapterBank:
         self._num_processors = num_processors or launch.num_processors(arena.device)
         self._extents: dict[int, tuple[AdapterExtent, int]] = {}  # by slot, with its offset
         self._ranks = np.zeros((len(self._table.kinds), max_slots + 1), np.int32)
-        self._last_plan: tuple[Words, Words] | None = None  # the rows' slots, their work list
+        self._last_plan: tuple[Words, Words] | None = None  # the rows' slots and their work list
         self._allocate([self._shape(rows) for rows in self.row_capacities])
 
     def _allocate(self, shapes: list[WorkShape]) -> None:
@@ -72,9 +72,9 @@ class DeviceAdapterBank:
     # ---- residency ----
 
     def place(self, slot: int, offset_bytes: int, extent: AdapterExtent) -> None:
-        """The adapter in `slot` lies at `arena[offset_bytes:]`, or will before it is used.
+        """Note that `slot`'s adapter lies at `arena[offset_bytes:]`, or will before it is used.
 
-        Raises ValueError for a slot that is taken, and for what the arena or the sites cannot hold.
+        Raises ValueError if the slot is taken, or the adapter does not fit the arena or the sites.
         """
         self._check_slot(slot, is_placed=False)
         self._check_place(offset_bytes, extent)
@@ -89,7 +89,7 @@ class DeviceAdapterBank:
         self._extents[slot] = extent, offset_bytes
 
     def move(self, slot: int, offset_bytes: int) -> None:
-        """Moves its bytes, by any distance, and its place. Plans with it stay good."""
+        """Move an adapter's bytes by any distance and note the place. Its plans stay valid."""
         self._check_slot(slot, is_placed=True)
         extent, source = self._extents[slot]
         self._check_place(offset_bytes, extent)
@@ -99,7 +99,7 @@ class DeviceAdapterBank:
         self._extents[slot] = extent, offset_bytes
 
     def evict(self, slot: int) -> None:
-        """Nothing is written: steps that were launched with it may still run."""
+        """Free a slot. Writes nothing: steps that were launched with the adapter may still run."""
         self._extents.pop(slot, None)
         self._last_plan = None
 
@@ -120,13 +120,13 @@ class DeviceAdapterBank:
         return max(self._shape(rows).max_words(rows) for rows in sizes)
 
     def plan(self, row_slots: Sequence[int]) -> Words:
-        """The batch's work list, on the host: row i has the adapter in `row_slots[i]`, 0 for none.
+        """Make the work list, on the host: row i has the adapter in `row_slots[i]`, 0 for none.
 
-        Raises ValueError for too many rows or adapters, and for a slot that holds none.
+        Raises ValueError for too many rows or adapters, and for an empty slot.
         """
         slots = np.asarray(row_slots, np.int32)
         if self._last_plan is not None and np.array_equal(slots, self._last_plan[0]):
-            return self._last_plan[1]  # a decode step like the one before
+            return self._last_plan[1]  # a decode step with the same slots as the last one
         if slots.size > self._max_rows:
             raise ValueError(f"a batch of {slots.size} rows; at most {self._max_rows} are allowed")
         used = set(slots.tolist()) - {0}
@@ -141,16 +141,16 @@ class DeviceAdapterBank:
         return words
 
     def batch(self, num_rows: int, words: Tensor) -> "TritonLora":
-        """Whatever plan is in `words`, on the device, when a kernel runs.
+        """Make a batch of the plan that is in `words`, on the device, when a kernel runs.
 
-        The plan's rows must round up to the same one of `row_capacities` as `num_rows`. Zeros are
-        a plan without adapters. Batches share the planes: not two at the same time.
+        The plan's rows must round up to the same value of `row_capacities` as `num_rows`. Zeros
+        are a plan without adapters. Batches share the planes, so only one may run at a time.
         """
         launches = self._launches[self._shape(num_rows).max_rows]
         return TritonLora(self._table, launches, self._memory, words, self._planes)
 
     def warm_up(self) -> None:
-        """Compiles every kernel that a batch may need; adds nothing to anything."""
+        """Compile every kernel that a batch may need, without changing any result."""
         num_words = self.max_words(self._max_rows)
         words = torch.zeros(num_words, dtype=torch.int32, device=self.arena.device)
         for rows in self.row_capacities:
@@ -186,7 +186,7 @@ class DeviceAdapterBank:
 
 
 class TritonLora:
-    """A LoraBatch, also for graph capture: the same launches whatever plan is in the buffer."""
+    """A LoraBatch, also for graph capture: launches do not depend on the plan in the buffer."""
 
     def __init__(
         self,
@@ -200,27 +200,27 @@ class TritonLora:
         self._memory, self._words, self._planes = memory, words, planes.unbind()
 
     def add(self, layer: int, site: str, x: Tensor, y: Tensor) -> None:
-        """y [N, out] += x [N, in] @ A^T @ (scaling * B), in place, by each row's adapter."""
+        """Add each row's adapter in place: y [N, out] += x [N, in] @ A^T @ (scaling * B)."""
         self.shrink(layer, site, x)
         self.expand(layer, site, y)
 
     def shrink(self, layer: int, site: str, x: Tensor) -> None:
         """Compute the first half, which needs no y and may run concurrently with the base layer.
 
-        Two sites may be under way: neighbours in the decoder's order have planes of their own.
+        Two sites may be computed at once: neighbours in the decoder's order use separate planes.
         """
         number = self._table.number[layer, site]
         launch = self._launches[self._table.kind_of[number]]
         lora.shrink(launch, self._memory, self._words, self._planes[number % 2], number, x)
 
     def expand(self, layer: int, site: str, y: Tensor) -> None:
-        """The second half: y += the planes @ B."""
+        """Compute the second half: y += the planes @ B."""
         number = self._table.number[layer, site]
         launch = self._launches[self._table.kind_of[number]]
         lora.expand(launch, self._memory, self._words, self._planes[number % 2], number, y)
 
 
 def _write(buffer: Tensor, values: NDArray[np.int32]) -> None:
-    """Through memory that torch's allocator keeps until the stream has read it."""
+    """Copy values through memory that torch's allocator keeps until the stream has read it."""
     source = torch.from_numpy(values)
     buffer.copy_(source.pin_memory() if buffer.is_cuda else source, non_blocking=True)

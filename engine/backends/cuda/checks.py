@@ -6,7 +6,7 @@ from engine.settle import Demand
 
 
 def check(demand: Demand) -> None:
-    """Raise ConfigError for FP8 weights, or Triton's kernels, where they do not run."""
+    """Raise ConfigError for FP8 weights, or for Triton's kernels, if they cannot run."""
     if demand.weight_format == "fp8":
         try:
             check_fp8(demand.device, demand.dtype)
@@ -22,8 +22,8 @@ def check(demand: Demand) -> None:
 def is_interpreting() -> bool:
     """Whether Triton's kernels run on a CPU, in its interpreter.
 
-    That is for Triton to know, which decides it from its own setting: this asks Triton, and reads
-    no environment. Without Triton there is nothing to interpret.
+    Triton decides this from its own setting, so this asks Triton and reads no environment. False
+    without Triton.
     """
     try:
         from engine.backends.cuda.triton.launch import interpreting

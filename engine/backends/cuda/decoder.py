@@ -1,9 +1,9 @@
-"""A Decoder as a chain of fused kernels on buffers that stay: the same model for a GPU.
+"""FusedDecoder: runs a Decoder on a GPU as a chain of fused kernels on fixed buffers.
 
-Reads the modules of a loaded Decoder once and runs what their `forward` methods would do. It adds
-no choice of its own, so a family that the Decoder can express needs nothing here. A forward
-allocates nothing, reads nothing back and launches the same kernels for every batch of one size, so
-a CUDA graph can capture it. Importing this module imports Triton.
+Reads the modules of a loaded Decoder once and runs what their `forward` methods would do. It
+decides nothing about the model, so a family that the Decoder can express needs no code here. A
+forward allocates nothing, reads nothing back and launches the same kernels for every batch of one
+size, so a CUDA graph can capture it. Importing this module imports Triton.
 """
 
 from dataclasses import replace
@@ -26,11 +26,11 @@ from engine.model.rotary import RotaryTable
 
 
 class FusedDecoder:
-    """Weights and KV cache [blocks, layers, 2, block_size, H_kv, D] are those it was made from.
+    """Computes with the decoder's weights and a KV cache [blocks, layers, 2, block_size, H_kv, D].
 
     The decoder was built with `cuda_build`. `capacity` bounds the rows of a forward. Given
-    `beside`, a layer's shrink of adapters runs there while the layer multiplies: every `lora` of
-    `forward` is a LoraBatchInParts then.
+    `beside`, a layer's shrink of adapters runs there concurrently with its multiplication; every
+    `lora` of `forward` must then be a LoraBatchInParts.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class FusedDecoder:
         return torch.index_select(b.normed.wide, 0, output_rows, out=out)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [M, E] -> [M, V] in float32."""
+        """Compute logits: hidden [M, E] -> [M, V] in float32."""
         return self._head(hidden)
 
     def _embed(self, token_ids: Tensor, x: Tensor) -> None:
@@ -98,7 +98,7 @@ class FusedDecoder:
             x.mul_(self._embedding.scale)
 
     def _cut(self, b: Buffers, rows: Tensor) -> Buffers:
-        """The buffers of these rows alone, with what the last layer still needs."""
+        """Copy to the buffers of these rows alone what the last layer still needs."""
         outputs = self._buffers.first(len(rows))
         torch.index_select(b.x, 0, rows, out=outputs.output_x)
         torch.index_select(b.attended.wide, 0, rows, out=outputs.output_attended.wide)
@@ -106,7 +106,7 @@ class FusedDecoder:
 
 
 def _tables(decoder: Decoder) -> list[RotaryTable]:
-    """The decoder's own, but in float32."""
+    """Make the decoder's rotary tables again, in float32."""
     own = decoder.rotary_tables[0]
     assert isinstance(own, RotaryTable)
     rotaries = dict.fromkeys(decoder.spec.rotaries)

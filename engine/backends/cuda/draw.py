@@ -1,9 +1,9 @@
-"""Drawing tokens for many rows at once, without the host: what `sampler` does row by row.
+"""Draws tokens for many rows at once, without the host; `sampler` does the same row by row.
 
-The noise is the same in every bit, so a request draws the same tokens on any device. Top-k and
-top-p need no sorting: both ask for the largest value above which enough lies, tokens or
-probability, which is found digit by digit from histograms (a radix selection). Probabilities are
-counted as integers, so that sums have no order and a row's result depends on the row alone.
+The noise is equal in every bit, so a request draws the same tokens on any device. Top-k and top-p
+need no sorting: both need the largest value at or above which there are enough tokens, or enough
+probability, and histograms find it digit by digit (a radix selection). Probabilities are counted as
+integers, so that sums do not depend on their order and a result depends on its row alone.
 """
 
 from dataclasses import dataclass
@@ -22,29 +22,30 @@ DIGITS = ((21, 11), (10, 11), (0, 10))  # (shift, bits) of a 32-bit number, the 
 
 @dataclass(frozen=True, slots=True)
 class Draws:
-    """D rows to draw for. Temperatures are above 0; top_k 0, top_p 1 and min_p 0 are off."""
+    """The D rows to draw for. Temperatures are above 0; top_k 0, top_p 1 and min_p 0 are off."""
 
     rows: Tensor  # [D] int32: which rows of the logits
     temperature: Tensor  # [D] float32
     top_k: Tensor  # [D] int32
     top_p: Tensor  # [D] float32
     min_p: Tensor  # [D] float32
-    key_low: Tensor  # [D] int32: of the noise
+    key_low: Tensor  # [D] int32: the noise's key
     key_high: Tensor  # [D] int32
-    has_filters: bool  # any row has one
+    has_filters: bool  # any row has a top_k, top_p or min_p
 
 
 class Draw(Protocol):
     def __call__(self, logits: Tensor, draws: Draws, highest: Tensor, best: Tensor) -> Tensor:
-        """logits [B, V] float32, of each row the largest one and its token [B] -> tokens [D] int64.
+        """Draw tokens [D] int64 from logits [B, V] float32.
 
-        The likeliest where a temperature is so small that dividing by it overflows.
+        `highest` and `best` [B] are each row's largest logit and its token. Gives the likeliest
+        token if the temperature is so small that dividing by it overflows.
         """
         ...
 
 
 def draw(logits: Tensor, draws: Draws, highest: Tensor, best: Tensor) -> Tensor:
-    """A Draw by torch, in memory of some twenty times the rows' logits."""
+    """Implement Draw with torch, in about twenty times the memory of the rows' logits."""
     rows = logits.index_select(0, draws.rows)
     scaled = rows / draws.temperature[:, None]
     noisy = gumbel_rows(draws.key_low, draws.key_high, rows.shape[1]).add_(scaled)
@@ -54,7 +55,7 @@ def draw(logits: Tensor, draws: Draws, highest: Tensor, best: Tensor) -> Tensor:
 
 
 def likeliest_unless_finite(drawn: Tensor, draws: Draws, highest: Tensor, best: Tensor) -> Tensor:
-    """drawn [D] int64 where the largest logit over the temperature is a number, else the best."""
+    """Return drawn [D] int64 where the largest logit / temperature is finite, else `best`."""
     is_finite = (highest.index_select(0, draws.rows) / draws.temperature).isfinite()
     return torch.where(is_finite, drawn, best.index_select(0, draws.rows))
 
@@ -63,7 +64,7 @@ def likeliest_unless_finite(drawn: Tensor, draws: Draws, highest: Tensor, best: 
 
 
 def floors(scaled: Tensor, draws: Draws) -> Tensor:
-    """scaled logits [D, V] -> [D]: each row's smallest that its filters leave."""
+    """Return, per row of scaled logits [D, V], the least one [D] that its filters leave."""
     vocab = scaled.shape[1]
     highest = scaled.amax(-1)
     floor = highest + draws.min_p.log()
@@ -81,9 +82,9 @@ def floors(scaled: Tensor, draws: Draws) -> Tensor:
 
 
 def weighted_floor(values: Tensor, weights: Tensor, needed: Tensor) -> Tensor:
-    """The largest of each row's values such that it and those above it weigh what is needed.
+    """Find the largest value of each row such that it and larger ones weigh at least `needed`.
 
-    values float32 [D, V], weights int64 [D, V], needed int64 [D], at most the row's weight -> [D].
+    values float32 [D, V], weights int64 [D, V], needed int64 [D], at most the row's weight; [D].
     """
     keys = _sortable(values)
     chosen = torch.zeros_like(needed)
@@ -91,7 +92,7 @@ def weighted_floor(values: Tensor, weights: Tensor, needed: Tensor) -> Tensor:
         digits = (keys >> shift) & (2**bits - 1)
         mass = torch.zeros(len(values), 2**bits, dtype=torch.int64, device=values.device)
         mass.scatter_add_(1, digits, weights)
-        reached = mass.flip(1).cumsum(1).flip(1)  # by this digit and all above it
+        reached = mass.flip(1).cumsum(1).flip(1)  # weight of this digit and all above it
         digit = (reached >= needed[:, None]).sum(1, keepdim=True).sub_(1).clamp_(min=0)
         needed = needed - (reached - mass).gather(1, digit)[:, 0]
         weights = weights.masked_fill(digits != digit, 0)
@@ -100,7 +101,7 @@ def weighted_floor(values: Tensor, weights: Tensor, needed: Tensor) -> Tensor:
 
 
 def _sortable(values: Tensor) -> Tensor:
-    """float32 -> int64 in [0, 2**32) in the same order; both zeros are one."""
+    """Map float32 to int64 in [0, 2**32), keeping the order; both zeros become one value."""
     bits = (values + 0.0).view(torch.int32)
     return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long() + 2**31
 
@@ -114,7 +115,7 @@ def _from_sortable(keys: Tensor) -> Tensor:
 
 
 def gumbel_rows(key_low: Tensor, key_high: Tensor, vocab: int) -> Tensor:
-    """Standard Gumbel noise [D, vocab] float32: `sampler.gumbel_noise` of every row's key."""
+    """Compute Gumbel noise [D, vocab] float32: `sampler.gumbel_noise` of every row's key."""
     words = torch.arange(vocab, dtype=torch.int32, device=key_low.device) ^ key_low[:, None]
     shifted = torch.empty_like(words)
     _mix32_(words, shifted)
@@ -126,7 +127,7 @@ def gumbel_rows(key_low: Tensor, key_high: Tensor, vocab: int) -> Tensor:
 
 
 def noise_keys(seeds: list[int], positions: list[int]) -> tuple[NDArray[np.int32], ...]:
-    """The two halves, [D] each, of the key that `sampler.gumbel_noise` makes of them."""
+    """Compute the keys of `sampler.gumbel_noise`, as two halves of [D] each."""
     seed = np.array([s & (2**64 - 1) for s in seeds], dtype=np.uint64)
     place = np.array(positions, dtype=np.uint64) + np.uint64(1)
     key = _mix64(seed ^ _mix64(place))
@@ -136,7 +137,7 @@ def noise_keys(seeds: list[int], positions: list[int]) -> tuple[NDArray[np.int32
 
 
 def _mix64(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """SplitMix64's finalizer (Steele et al. 2014); arrays of unsigned numbers wrap silently."""
+    """Apply SplitMix64's finalizer (Steele et al. 2014); unsigned arrays wrap silently."""
     x = x + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -144,7 +145,7 @@ def _mix64(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 def _mix32_(x: Tensor, scratch: Tensor) -> None:
-    """MurmurHash3's 32-bit finalizer (Appleby) in place, on int32 that wraps."""
+    """Apply MurmurHash3's 32-bit finalizer (Appleby) in place, to int32 that wraps."""
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
         torch.bitwise_right_shift(x, shift, out=scratch)
         scratch &= 2 ** (32 - shift) - 1  # a logical shift

@@ -1,10 +1,10 @@
-"""Extents: an adapter as one contiguous piece of memory, which is copied and moved as a whole.
+"""Packs an adapter into an extent: one piece of memory, which is copied and moved as a whole.
 
     [ A of the first site | B of its first slice | of its second | ... | A of the next site | ... ]
 
-A is [R, in], the ranks of the site's slices one below the other, B of a slice is rank-major
-[r, out_j] with the scaling in it. No rank is padded: rows of both are as wide as the layer, so that
-they can be loaded widely at any rank. Every piece starts at a multiple of UNIT_BYTES.
+A is [R, in], with the ranks of the site's slices one after another; B of a slice is rank-major
+[r, out_j] and includes the scaling. No rank is padded: rows of both are as wide as the layer, so
+that wide loads are possible at any rank. Every piece starts at a multiple of UNIT_BYTES.
 """
 
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ from torch import Tensor
 from engine.lora.weights import LoraWeights, Site, SiteWeights
 from engine.scheduler.extents import EXTENT_ALIGNMENT
 
-UNIT_BYTES = EXTENT_ALIGNMENT  # the scheduler's offsets are whole units
+UNIT_BYTES = EXTENT_ALIGNMENT  # the scheduler's offsets are multiples of it
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ class AdapterExtent:
 
 
 def extent_of(weights: LoraWeights) -> AdapterExtent:
-    """Sites in their order in `weights`. Raises ValueError where a B is not [r, out]."""
+    """Lay out the sites in the order of `weights`. Raises ValueError if a B is not [r, out]."""
     sites: dict[Site, SiteExtent] = {}
     dtypes: set[torch.dtype] = set()
     end = 0
@@ -67,12 +67,12 @@ def extent_of(weights: LoraWeights) -> AdapterExtent:
 
 
 def extent_nbytes(weights: LoraWeights) -> int:
-    """Bytes that `pack_extent` writes."""
+    """Return the number of bytes that `pack_extent` writes."""
     return extent_of(weights).nbytes
 
 
 def pack_extent(weights: LoraWeights, buffer: Tensor) -> AdapterExtent:
-    """Writes the extent to the start of `buffer`, uint8 [>= nbytes] on any device; gaps are kept.
+    """Write the extent to the start of `buffer`, uint8 [>= nbytes] on any device; gaps are kept.
 
     The buffer's address must be a multiple of 16.
     """
@@ -92,9 +92,9 @@ def pack_extent(weights: LoraWeights, buffer: Tensor) -> AdapterExtent:
 
 
 def move_bytes(arena: Tensor, source: int, destination: int, nbytes: int, scratch: Tensor) -> None:
-    """arena[destination:][:nbytes] = arena[source:][:nbytes], which may overlap; all are uint8.
+    """Copy arena[source:][:nbytes] to arena[destination:], which may overlap; all are uint8.
 
-    Overlapping, they go through `scratch`, a piece at a time, from the end that is free first.
+    If they overlap, pieces go through `scratch` one by one, from the end that is free first.
     """
     if abs(destination - source) >= nbytes:
         arena[destination : destination + nbytes].copy_(arena[source : source + nbytes])

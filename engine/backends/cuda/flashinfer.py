@@ -1,9 +1,9 @@
-"""FlashInfer's attention for the prefills of a step, where it is installed and gives our numbers.
+"""Computes the prefills of a step with FlashInfer, if it is installed and its results match ours.
 
-Prefills are computed eagerly, so its `plan` on the host has a place before the first layer. Decodes
-are in CUDA graphs and stay with our kernels. Written after the interface of flashinfer-python
-0.7.2; tests give it a stand-in of that interface, and on a card it has not run yet. How it splits
-long keys is its own choice: the last bits of a row may depend on the rest of the batch.
+Prefills are computed eagerly, so its `plan` can run on the host before the first layer. Decodes are
+in CUDA graphs and use our kernels. Written for the interface of flashinfer-python 0.7.2; tests use
+a stand-in with that interface, and it has not run on real hardware yet. FlashInfer decides how to
+split long contexts, so the last bits of a row may depend on its batch mates.
 """
 
 import importlib
@@ -26,11 +26,11 @@ from engine.backends.cuda.positions import (
 from engine.scheduler.batch import ScheduledRequest
 from engine.scheduler.request import SamplingParams
 
-WORKSPACE_BYTES = 128 * 2**20  # what FlashInfer advises, for the parts of split keys
-WRAPPER_BYTES = 9 * 2**20  # what each wrapper allocates itself
-TOLERANCE = 2**-6  # two kernels that both round weights and results to bfloat16
+WORKSPACE_BYTES = 128 * 2**20  # recommended by FlashInfer, for the parts of split keys
+WRAPPER_BYTES = 9 * 2**20  # allocated by each wrapper itself
+TOLERANCE = 2**-6  # both kernels round weights and results to bfloat16
 
-# Of the self-test: neither a block's nor a tile's multiple; the second is a later chunk
+# For the self-test: no multiples of a block or a tile; the second request is a later chunk
 _CONTEXTS, _NEW_TOKENS = (70, 37), (70, 5)
 _TEST_WINDOW, _TEST_SOFT_CAP = 24, 2.0  # short and low enough to change the results
 
@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """How a layer makes weights of q and k; `window` counts the query itself."""
+    """How a layer computes attention weights from q and k; `window` includes the query itself."""
 
     scale: float
     window: int | None
@@ -59,8 +59,8 @@ class PrefillShape:
 
 
 class FlashInferPrefill:
-    """One wrapper for each kind of `scores`, all with one workspace: a stream's, one step's at a
-    time."""
+    """Holds one wrapper for each kind of `scores`. All share a workspace, so only one stream and
+    one step at a time may use it."""
 
     def __init__(self, module: Any, shape: PrefillShape, scores: Collection[Scores]) -> None:
         self._shape = shape
@@ -74,7 +74,7 @@ class FlashInferPrefill:
             self._copied = torch.cuda.Event()
 
     def plan(self, pages: PrefillPages) -> bool:
-        """Whether `run` can compute this step; of a step's calls only the first does anything."""
+        """Plan a step and return if `run` can compute it; further calls for it do nothing."""
         if pages is not self._pages:
             self._pages, self._is_planned = pages, self._plan(pages)
         return self._is_planned
@@ -89,16 +89,16 @@ class FlashInferPrefill:
         window: int | None,
         soft_cap: float | None,
     ) -> None:
-        """out [N, H, D] of q [N, H, D], the planned step's prefill rows and no others.
+        """Write attention of q [N, H, D], the planned step's prefill rows alone, to out [N, H, D].
 
         kv_layer [blocks, 2, block_size, H_kv, D] may have other layers between its blocks, and q
-        other things between its rows, but `out` nothing.
+        other data between its rows, but `out` must be contiguous.
         """
         self._wrappers[Scores(scale, window, soft_cap)].run(q, kv_layer, out=out)
 
     def _plan(self, pages: PrefillPages) -> bool:
         if self._copied is not None:
-            self._copied.synchronize()  # each plan writes over the pinned memory of the last one
+            self._copied.synchronize()  # each plan overwrites the pinned memory of the last one
         try:
             for scores, wrapper in self._wrappers.items():
                 self._plan_one(wrapper, scores, pages)
@@ -138,7 +138,7 @@ def workspace_bytes(num_kinds: int) -> int:
 
 
 def choose_flashinfer(shape: PrefillShape, scores: Collection[Scores]) -> FlashInferPrefill | None:
-    """None, and a line in the log that says why, where our own kernel is to compute prefills.
+    """Set up FlashInfer; if our own kernel must compute prefills, log why and return None.
 
     The self-test also has FlashInfer compile what the model needs, long before its first step.
     """
@@ -161,7 +161,7 @@ def choose_flashinfer(shape: PrefillShape, scores: Collection[Scores]) -> FlashI
 
 
 def _self_test(module: Any, shape: PrefillShape, scores: Collection[Scores]) -> None:
-    """Raises unless two requests of different lengths come out as from our own kernel."""
+    """Raise unless two requests of different lengths give the results of our own kernel."""
     if shape.dtype not in (torch.bfloat16, torch.float16):
         raise ValueError(f"{shape.dtype}; it computes in bfloat16 and float16")
     kinds = {_for_test(kind) for kind in scores}
@@ -193,7 +193,7 @@ def _for_test(scores: Scores) -> Scores:
 
 
 def _test_requests(block_size: int) -> list[ScheduledRequest]:
-    """Their blocks in no order, from 0 on."""
+    """Make the requests, with blocks from 0 on in mixed order."""
     counts = [-(-context // block_size) for context in _CONTEXTS]
     blocks = torch.randperm(sum(counts), generator=torch.Generator().manual_seed(0)).tolist()
     tables = blocks[: counts[0]], blocks[counts[0] :]
@@ -213,7 +213,7 @@ def _test_requests(block_size: int) -> list[ScheduledRequest]:
 
 
 def _test_tensors(shape: PrefillShape, requests: list[ScheduledRequest]) -> tuple[Tensor, Tensor]:
-    """q and a KV layer with the strides of a model's; slots without a value are NaN, as another
+    """Make q and a KV layer with a model's strides; slots without a value are NaN, as another
     request may have left them."""
     random = torch.Generator().manual_seed(0)
     num_rows, heads = sum(_NEW_TOKENS), shape.num_heads + 2 * shape.num_kv_heads
@@ -251,7 +251,7 @@ def _ours(q: Tensor, kv_layer: Tensor, positions: DevicePositions, **settings: A
 
 
 def _check_close(out: Tensor, expected: Tensor, scores: Scores) -> None:
-    """NaN is far from everything."""
+    """Raise if the results differ too much; NaN counts as different."""
     if not torch.allclose(out.float(), expected.float(), rtol=TOLERANCE, atol=TOLERANCE):
         off = float((out.float() - expected.float()).abs().max())
         raise RuntimeError(f"off by {off:.3g} from our own kernel with {scores}")

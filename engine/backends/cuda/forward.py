@@ -1,4 +1,4 @@
-"""DeviceForward: the model's forward pass on one device, decode steps in graphs.
+"""DeviceForward: runs the model's forward pass on one device, with decode steps in graphs.
 
 A step whose requests all have one token replays a graph if one is large enough; any other launches
 its kernels one by one. Either way it reads its numbers from fixed memory that one copy fills.
@@ -38,7 +38,7 @@ WARM_UP_ROWS = (1, 17, 64, 72, 128, 256, 512)
 
 
 class StepModel(Protocol):
-    """The decoder with its KV cache. What it launches depends on shapes, never on numbers."""
+    """The decoder with its KV cache. Its launches depend on shapes, never on values."""
 
     def forward(
         self,
@@ -50,25 +50,25 @@ class StepModel(Protocol):
     ) -> Tensor:
         """Compute all rows, writing their KV, and return out [M, E].
 
-        It gets the hidden states after the last norm: of all rows if it has as many, else of
-        `inputs.output_rows`, whose adapters `output_lora` has.
+        `out` gets the hidden states after the last norm: of all rows if it has as many, else of
+        `inputs.output_rows`, whose adapters are in `output_lora`.
         """
         ...
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [M, E] -> [M, V] in float32, the caller's to change."""
+        """Compute logits: hidden [M, E] -> [M, V] in float32, which the caller may change."""
         ...
 
 
 class LoraPlanner(Protocol):
-    """Work lists of a batch's adapters."""
+    """Makes work lists of a batch's adapters."""
 
     def max_words(self, num_rows: int) -> int:
-        """Longest list of a batch of this many rows, and of any smaller one."""
+        """Return the longest list of any batch of up to `num_rows` rows."""
         ...
 
     def plan(self, row_slots: Sequence[int]) -> Numbers:
-        """Row i has the adapter in `row_slots[i]`, 0 for none."""
+        """Make a work list: row i has the adapter in `row_slots[i]`, 0 for none."""
         ...
 
     def batch(self, num_rows: int, words: Tensor) -> LoraBatch:
@@ -92,7 +92,7 @@ class StepLimits:
 
 @dataclass(frozen=True, slots=True)
 class ForwardOutput:
-    """Valid until the next step."""
+    """The output of a step, valid until the next step."""
 
     hidden: Tensor  # [M, E] of the output rows
     inputs: StepInputs
@@ -112,7 +112,7 @@ class DeviceForward:
         uses_graphs: bool,
         plans_prefills: bool = False,
     ) -> None:
-        """`plans_prefills`: the model wants `prefill_pages`."""
+        """Allocate the buffers. `plans_prefills`: the model needs `prefill_pages`."""
         self._plans_prefills = plans_prefills
         self._model, self._lora, self._limits = model, lora, limits
         self._tile_tokens = tile_tokens
@@ -137,18 +137,18 @@ class DeviceForward:
         self._graphs = GraphRunner(device, sizes, self._fill_padding, self._decode)
 
     def capture_graphs(self, *, progress: bool = False) -> GraphFigures:
-        """To be called once, before the first step."""
+        """Record the graphs. Call once, before the first step."""
         with torch.inference_mode():
             self._graphs.capture(progress=progress)
         return self._graphs.figures
 
     def warm_up(self) -> Tensor:
-        """Runs eager steps of no request, so that their kernels are compiled before the first
-        real one; returns hidden states [1, E] of nothing."""
+        """Run eager steps without requests, so that their kernels are compiled before the first
+        real one; return hidden states [1, E] without meaning."""
         most = self._limits.max_num_batched_tokens
         for num_rows in (n for n in WARM_UP_ROWS if n < most):
             self._warm_up_one(num_rows, num_decodes=1, num_tiles=1)
-        # So many requests that attention cuts no one's keys, unlike above
+        # With this many requests attention does not split their keys, unlike above
         self._warm_up_one(most, num_decodes=self._limits.max_num_seqs, num_tiles=most)
         return self._hidden[:1]
 
@@ -163,7 +163,7 @@ class DeviceForward:
 
     @property
     def sampled(self) -> Tensor:
-        """int32 [max_num_seqs]: where the next step looks for what this one sampled."""
+        """Memory, int32 [max_num_seqs], where the next step reads this step's sampled tokens."""
         return self._buffers.sampled
 
     def hidden(
@@ -173,9 +173,9 @@ class DeviceForward:
         sample_rows: list[int],
         sampled_before: Mapping[RequestKey, int],
     ) -> ForwardOutput:
-        """Computes all rows; the hidden states of `output_rows` come back. `sample_rows` are
-        indexes into these, which go to the device with the rest."""
-        is_decode = len(requests[-1].token_ids) == 1  # short ones come first
+        """Compute all rows and return the hidden states of `output_rows`. `sample_rows` are
+        indexes into these; they are copied to the device with the other inputs."""
+        is_decode = len(requests[-1].token_ids) == 1  # decodes come first
         size = self._graphs.size_for(len(requests)) if is_decode else None
         has_lora = any(r.adapter_slot for r in requests)
         if size is None:
@@ -204,7 +204,7 @@ class DeviceForward:
         has_lora: bool,
     ) -> ForwardOutput:
         num_rows = sum(len(r.token_ids) for r in requests)
-        wanted = output_rows or [0]  # kernels are not launched for no rows at all
+        wanted = output_rows or [0]  # kernels cannot be launched for zero rows
         is_cut = len(wanted) < num_rows
         words = output_words = _NO_WORDS
         if has_lora:
@@ -246,7 +246,7 @@ class DeviceForward:
         return StepShape(size, size, size, self._capacity(size), words)
 
     def _fill_padding(self, size: int, has_lora: bool) -> None:
-        """Rows of no request, on which kernels can be compiled and captured."""
+        """Fill in padding rows, on which kernels can be compiled and captured."""
         words = self._lora_words(np.zeros(size, np.int32)) if has_lora else _NO_WORDS
         numbers = StepNumbers((), (), {}, words, _NO_WORDS)
         self._buffers.fill_decodes(self._shapes[size, has_lora], (), numbers)
@@ -287,7 +287,7 @@ _NO_WORDS: Numbers = np.zeros(0, np.int32)
 
 
 def _row_slots(requests: Sequence[ScheduledRequest], num_rows: int) -> Numbers:
-    """Adapter slots of the requests' rows, and 0 of the padding rows behind them."""
+    """List the adapter slots of the requests' rows, then 0 for the padding rows."""
     counts = [len(r.token_ids) for r in requests]
     slots = np.zeros(num_rows, np.int32)
     slots[: sum(counts)] = np.repeat([r.adapter_slot for r in requests], counts)

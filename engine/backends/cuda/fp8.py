@@ -1,7 +1,7 @@
-"""FP8 linear layers: weights in e4m3 with a scale per output, activations with one per row.
+"""Computes FP8 linear layers: e4m3 weights with a scale per output, activations with one per row.
 
-The multiplication is torch's, `_scaled_mm` with row-wise scales, which a device of capability 8.9
-or higher has. Elsewhere the format is refused: see `check_fp8`.
+Multiplies with torch's `_scaled_mm` with row-wise scales, which needs a device of capability 8.9 or
+higher. On other devices the format is refused: see `check_fp8`.
 """
 
 from typing import Protocol
@@ -19,8 +19,8 @@ class ScaledMm(Protocol):
     def __call__(
         self, x: E4m3Rows, weight: Tensor, scales: Tensor, bias: Tensor | None, out: Tensor
     ) -> None:
-        """out [N, out] = x @ weight + bias; weight e4m3 [in, out] with its inputs contiguous,
-        scales float32 [1, out]. out is contiguous."""
+        """Compute out [N, out] = x @ weight + bias; weight e4m3 [in, out] with its inputs
+        contiguous, scales float32 [1, out]. out is contiguous."""
         ...
 
 
@@ -40,10 +40,11 @@ def scaled_mm(
 
 
 class Fp8Linear:
-    """y = x W^T + bias. `weight` is in the format fp8 [out, in], `bias` [out] of any float.
+    """Computes y = x W^T + bias.
 
-    The weight lies on `device` afterwards, in its own bytes and nothing else. Raises ValueError
-    for sizes that are no multiples of 16.
+    `weight` is in the format fp8 [out, in], `bias` [out] of any float.
+    Copies the weight to `device`, without a second copy in any other form. Raises ValueError for
+    sizes that are no multiples of 16.
     """
 
     def __init__(
@@ -66,7 +67,7 @@ class Fp8Linear:
         self._multiply = multiply
 
     def __call__(self, x: Tensor) -> Tensor:
-        """x [N, in] -> [N, out] in x's dtype."""
+        """Multiply x [N, in]; return [N, out] in x's dtype."""
         return self.into(x, torch.empty(len(x), self.out_features, dtype=x.dtype, device=x.device))
 
     def into(self, x: Tensor, out: Tensor) -> Tensor:
@@ -81,7 +82,7 @@ class Fp8Linear:
 
 
 def check_fp8(device: torch.device, dtype: torch.dtype) -> None:
-    """Raises ValueError where FP8 layers cannot run, with what would."""
+    """Raise ValueError if FP8 layers cannot run; the message says what they need."""
     if device.type != "cuda":
         raise ValueError(
             f"fp8 needs a CUDA device of capability {_text(CAPABILITY)} or higher, not "

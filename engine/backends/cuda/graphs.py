@@ -1,8 +1,8 @@
-"""GraphRunner: decode steps as recorded graphs, one for each padded batch size.
+"""GraphRunner: replays decode steps as recorded graphs, one for each padded batch size.
 
 A graph replays kernels with the arguments of its capture: everything that changes from step to
 step is read from fixed device buffers. Its key is (padded batch size, has adapters), never which
-adapters or how many; a batch without any pays nothing for them. What fits no graph runs eagerly.
+adapters or how many; a batch without any has no cost for them. Larger batches run eagerly.
 """
 
 import logging
@@ -18,13 +18,13 @@ from engine.backends.cuda.streams import Device, Replay
 log = logging.getLogger(__name__)
 
 SMALL_SIZES = (1, 2, 4)
-SIZE_STEP = 8  # from 8 rows on; padding then wastes less than a fifth of 40 rows and more
-MAX_GRAPH_ROWS = 512  # beyond, a step takes longer than launching its kernels one by one
+SIZE_STEP = 8  # from 8 rows on; padding wastes less than a fifth from 40 rows on
+MAX_GRAPH_ROWS = 512  # larger steps take longer than launching their kernels one by one
 
 
 @dataclass(frozen=True, slots=True)
 class GraphFigures:
-    """The cost of the capture. Bytes are how much less memory the device had afterwards."""
+    """The cost of the capture. Bytes are the decrease of the device's free memory."""
 
     num_graphs: int = 0
     capture_s: float = 0.0
@@ -32,15 +32,15 @@ class GraphFigures:
 
 
 def graph_sizes(max_num_seqs: int) -> tuple[int, ...]:
-    """Padded batch sizes, ascending; the last one is max_num_seqs unless that is too large."""
+    """List padded batch sizes, ascending; the last is max_num_seqs unless that is too large."""
     largest = min(max_num_seqs, MAX_GRAPH_ROWS)
     sizes = [*SMALL_SIZES, *range(SIZE_STEP, largest, SIZE_STEP)]
     return (*(size for size in sizes if size < largest), largest)
 
 
 class GraphRunner:
-    """`work(size, has_lora)` computes `size` rows from fixed buffers into fixed buffers, which
-    `prepare` fills with rows that do no harm."""
+    """Records `work(size, has_lora)`, which computes `size` rows from fixed buffers into fixed
+    buffers; `prepare` fills them with harmless rows before."""
 
     def __init__(
         self,
@@ -57,7 +57,7 @@ class GraphRunner:
         self.figures = GraphFigures()
 
     def capture(self, *, progress: bool = False) -> None:
-        """Records all graphs, the largest first, so that the smaller ones fit in its memory."""
+        """Record all graphs, the largest first, so that the smaller ones reuse its memory."""
         start, free_bytes = time.perf_counter(), self._device.memory().free_bytes
         keys = [(size, lora) for size in reversed(self._sizes) for lora in (True, False)]
         for size, has_lora in tqdm(keys, "capturing graphs", disable=not progress):
@@ -88,6 +88,6 @@ class GraphRunner:
 
     def _capture_one(self, size: int, has_lora: bool) -> Replay:
         self._prepare(size, has_lora)
-        self._work(size, has_lora)  # compiles kernels and allocates what they keep
+        self._work(size, has_lora)  # compiles kernels and allocates their permanent memory
         self._device.synchronize()
         return self._device.capture(lambda: self._work(size, has_lora))

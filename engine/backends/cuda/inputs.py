@@ -1,11 +1,11 @@
-"""A step's numbers on the device: one packed copy from pinned memory into fixed places.
+"""Copies a step's numbers to the device: one packed copy from pinned memory to fixed places.
 
 Every shape of step has its own layout in one buffer, so the views of a captured shape are always
-the same memory. Tokens that the step before sampled never visit the host: they lie right in front
-of the packed numbers, and a row's source says which of all these its input is.
+the same memory. Tokens that the previous step sampled stay on the device, just in front of the
+packed numbers, and a row's source is the index of its input token in all of these.
 
-    [ sampled tokens of the step before | this step's known tokens | sources | positions | ... ]
-                                        ^ here the copy begins
+    [ sampled tokens of the last step   | this step's known tokens | sources | positions | ... ]
+                                        ^ the copy begins here
 """
 
 import math
@@ -24,7 +24,7 @@ from engine.backends.cuda.streams import Device
 from engine.backends.rows import row_numbers
 from engine.scheduler.batch import PENDING, ScheduledRequest
 
-NO_SLOT = -1  # of a padding row: its keys and values are stored nowhere
+NO_SLOT = -1  # slot of a padding row: its keys and values are not stored
 
 Numbers = NDArray[np.int32]
 RequestKey = tuple[str, int, int]  # request_id, choice, life
@@ -32,7 +32,7 @@ RequestKey = tuple[str, int, int]  # request_id, choice, life
 
 @dataclass(frozen=True, slots=True)
 class StepShape:
-    """How much a step's layout has room for. Steps of one graph have equal ones."""
+    """Sizes that a step's layout has room for. All steps of one graph have the same shape."""
 
     num_rows: int
     num_outputs: int
@@ -40,14 +40,14 @@ class StepShape:
     positions: PositionsCapacity
     num_lora_words: int = 0  # 0: no row has an adapter
     num_output_lora_words: int = 0
-    num_words: int = field(init=False, compare=False)  # of all that is copied
+    num_words: int = field(init=False, compare=False)  # total copied
 
     def __post_init__(self) -> None:
         _, num_words = places([_size(shape) for shape in self.shapes().values()])
         object.__setattr__(self, "num_words", num_words)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of everything that is copied, in its order in memory."""
+        """Return the shapes of all copied arrays, in their order in memory."""
         return {
             "known_tokens": (self.num_rows,),
             "sources": (self.num_rows,),
@@ -66,11 +66,11 @@ class StepInputs:
     """Views of the device's buffers, int32. Padding rows: token 0, position 0, slot NO_SLOT."""
 
     token_ids: Tensor  # [N], once `resolve` has run
-    sources: Tensor  # [N]: where in the buffer each row's token is
+    sources: Tensor  # [N]: index in the buffer of each row's token
     positions: Tensor  # [N]
     slot_mapping: Tensor  # [N]: block * block_size + offset
-    output_rows: Tensor  # [M]: rows whose hidden states are wanted
-    sample_rows: Tensor  # [S]: of the output rows, those whose logits give a token
+    output_rows: Tensor  # [M]: rows whose hidden states are needed
+    sample_rows: Tensor  # [S]: output rows whose logits are sampled from
     attention: DevicePositions
     lora_words: Tensor  # the adapters of all rows
     output_lora_words: Tensor  # the adapters of the output rows
@@ -82,7 +82,7 @@ class StepNumbers:
 
     output_rows: Sequence[int]
     sample_rows: Sequence[int]
-    sampled_before: Mapping[RequestKey, int]  # places among the step before's sampled tokens
+    sampled_before: Mapping[RequestKey, int]  # indexes into the last step's sampled tokens
     lora_words: Numbers
     output_lora_words: Numbers
 
@@ -96,17 +96,17 @@ class InputBuffers:
         self._device = device
         self._block_size = block_size
         self._max_words = max_words
-        self._start = -(-max_samples // ALIGNMENT) * ALIGNMENT  # of what is copied
+        self._start = -(-max_samples // ALIGNMENT) * ALIGNMENT  # where the copied numbers start
         self._words = torch.zeros(
             self._start + max_words, dtype=torch.int32, device=device.torch_device
         )
         self._token_ids = torch.zeros(max_rows, dtype=torch.int32, device=device.torch_device)
         self._ring = PinnedRing(device)
-        self._pinned: dict[int, _Pinned] = {}  # by the ring's turn
+        self._pinned: dict[int, _Pinned] = {}  # by turn of the ring
         self.sampled = self._words[:max_samples]
 
     def views(self, shape: StepShape, max_context_len: int) -> StepInputs:
-        """Return the inputs of this shape: the same memory every time."""
+        """Return the inputs of this shape, in the same memory for every call."""
         self._check(shape)
         parts = _cut(self._words[self._start :], shape)
         capacity = shape.positions
@@ -122,13 +122,13 @@ class InputBuffers:
         )
 
     def resolve(self, inputs: StepInputs) -> None:
-        """Fills `token_ids`, on the device; part of a captured graph."""
+        """Fill `token_ids`, on the device; part of a captured graph."""
         torch.index_select(self._words, 0, inputs.sources, out=inputs.token_ids)
 
     def fill(
         self, shape: StepShape, requests: Sequence[ScheduledRequest], numbers: StepNumbers
     ) -> None:
-        """Copies these requests' numbers to where `views` of this shape are."""
+        """Copy these requests' numbers to the memory that `views` of this shape returns."""
         self._check(shape)
         pinned = self._take()
         parts = {name: part.numpy() for name, part in _cut(pinned.words, shape).items()}
@@ -143,8 +143,8 @@ class InputBuffers:
     def fill_decodes(
         self, shape: StepShape, requests: Sequence[ScheduledRequest], numbers: StepNumbers
     ) -> None:
-        """`fill` for one token each, of a shape that comes again and again: what is in the pinned
-        memory from the last time stays there."""
+        """`fill` for one token each, faster for a shape that recurs: what the pinned memory holds
+        from the last time is not written again."""
         pinned, size = self._take(), self._block_size
         if shape not in pinned.parts:
             self._check(shape)
@@ -219,7 +219,7 @@ class InputBuffers:
 
 
 class _Pinned:
-    """One of the pinned buffers, and what is known to be in it."""
+    """One of the pinned buffers, with its known content."""
 
     def __init__(self, words: Tensor) -> None:
         self.words = words
@@ -227,7 +227,7 @@ class _Pinned:
         self.tables: tuple[StepShape, list[tuple[int, ...]]] | None = None
 
     def write_tables(self, shape: StepShape, tables: list[tuple[int, ...]]) -> None:
-        """Those that are not there yet: few change from step to step."""
+        """Write the tables that changed: few do from step to step."""
         known = self.tables[1] if self.tables and self.tables[0] == shape else []
         rows = self.parts[shape]["block_tables"]
         for i, table in enumerate(tables):

@@ -1,4 +1,4 @@
-"""One layer of a FusedDecoder: what it reads from a DecoderLayer, and its kernels in order."""
+"""FusedLayer: reads a DecoderLayer and launches its kernels in order, for a FusedDecoder."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from engine.model.inputs import LoraBatch, LoraBatchInParts
 from engine.model.layers import Linear, RmsNorm, Scale
 from engine.model.rotary import RotaryTable
 
-# Starts work concurrent with what the caller computes next; the returned call waits for its end
+# Starts work concurrently with the caller's next kernels; the returned call waits for its end
 Beside = Callable[[Callable[[], None]], Callable[[], None]]
 
 
@@ -38,7 +38,7 @@ class PagedAttentionInto(Protocol):
     ) -> Tensor:
         """Write PagedAttention of engine.model.ops to out [N, H, D], and return it.
 
-        q's rows lie apart: it is a part of the qkv layer's output.
+        q's rows are not contiguous: it is a part of the qkv layer's output.
         """
         ...
 
@@ -62,10 +62,10 @@ class Buffers:
     normed: Rows
     qkv: Tensor
     attended: Rows
-    delta: Tensor  # what attention or mlp will add to x
+    delta: Tensor  # output of attention or mlp, to be added to x
     gate_up: Tensor
     gated: Rows
-    output_x: Tensor  # of the output rows alone
+    output_x: Tensor  # x of the output rows alone
     output_attended: Rows
 
     @staticmethod
@@ -95,7 +95,7 @@ class Buffers:
         )
 
     def first(self, n: int) -> "Buffers":
-        """Views of n rows."""
+        """Return views of the first n rows."""
         assert n <= len(self.x), f"{n} rows, room for {len(self.x)}"
         return Buffers(
             x=self.x[:n],
@@ -112,7 +112,7 @@ class Buffers:
 
 @dataclass(frozen=True, slots=True)
 class FusedLayer:
-    """One DecoderLayer; what its mlp gives is added by whatever norm comes next."""
+    """Runs one DecoderLayer; the norm that follows adds its mlp's output."""
 
     enter_attention: "AddNorm"
     qkv: "_Site"
@@ -149,7 +149,7 @@ class FusedLayer:
         self.attention(b.qkv, inputs, b.attended.wide)
 
     def transform(self, b: Buffers, lora: LoraBatch | None) -> None:
-        """All that follows attention, of any rows."""
+        """Compute everything after attention, for any rows."""
         if b.attended.rounded is not None:
             quantize_rows(b.attended.wide, b.attended.rounded)
         self.o(b.attended, b.delta, lora)
@@ -161,7 +161,7 @@ class FusedLayer:
 
 @dataclass(frozen=True, slots=True)
 class AddNorm:
-    """x += scale * leave(delta), if there is a delta yet; out = norm(x)."""
+    """Computes x += scale * leave(delta), if there is a delta yet; out = norm(x)."""
 
     weight: Tensor
     eps: float
@@ -196,7 +196,7 @@ class AddNorm:
 
 @dataclass(frozen=True, slots=True)
 class _Attention:
-    """From the qkv layer's output to attention's: head norms, rotary, store, attention."""
+    """Turns the qkv layer's output into attention's: head norms, rotary, store, attention."""
 
     kv_layer: Tensor
     table: RotaryTable
@@ -253,7 +253,7 @@ class _Attention:
 
 @dataclass(frozen=True, slots=True)
 class _Site:
-    """A linear layer, and what each row's adapter adds to it."""
+    """A linear layer to which each row's adapter is added."""
 
     layer: int
     site: str
@@ -273,7 +273,8 @@ class _Site:
             lora.add(self.layer, self.site, x.wide, out)
 
     def _with_beside(self, beside: Beside, x: Rows, out: Tensor, lora: LoraBatchInParts) -> None:
-        """The next site's x depends on this out: no two shrinks are ever under way."""
+        """Shrink concurrently with the layer. The next site's x depends on `out`, so no two shrinks
+        ever overlap."""
         wait = beside(lambda: lora.shrink(self.layer, self.site, x.wide))
         try:
             self.into(x, out)
@@ -301,7 +302,7 @@ def _rounded_into(linear: Fp8Linear, x: Rows, out: Tensor) -> None:
 
 
 def _side_by_side(parts: tuple[DeviceLinear, ...]) -> Callable[[Rows, Tensor], None]:
-    """Each into its own columns."""
+    """Combine layers that write to adjacent columns."""
 
     def into(x: Rows, out: Tensor) -> None:
         start = 0

@@ -19,14 +19,14 @@ from engine.model.reference import GATED_ACTIVATIONS
 from engine.settle import Settled
 
 MAX_ADAPTERS = 4096  # on the device at a time: their tables take four KiB each for an 8B model
-MAX_LORA_RANK = 256  # of one module: what a batch's intermediate results have room for
+MAX_LORA_RANK = 256  # per module: size of a batch's intermediate results
 
 
 def load_triton(config: EngineConfig, s: Settled, *, progress: bool) -> LoadedModel:
-    """Reads the weights and takes the arena; `make_runner` captures graphs."""
+    """Read the weights and allocate the arena; `make_runner` captures graphs."""
     device: Device = CudaDevice(s.device) if s.device.type == "cuda" else HostDevice()
     decoder = read_decoder(config, s, cuda_build(s.device, s.dtype), progress)
-    torch.set_num_threads(1)  # teams of threads that decode adapters would fight the step loop
+    torch.set_num_threads(1)  # threads that decode adapters would slow the step loop
     arena = torch.zeros(s.memory_bytes, dtype=torch.uint8, device=s.device)
     seqs, rows = config.max_num_seqs, s.max_num_batched_tokens
 
@@ -55,7 +55,7 @@ def load_triton(config: EngineConfig, s: Settled, *, progress: bool) -> LoadedMo
 
 
 def self_test(config: EngineConfig, settled: Settled) -> None:
-    """Raises whatever keeps the model, or the smallest kernel, from being run."""
+    """Raise the error, if any, that prevents running the model or the smallest kernel."""
     if config.block_size % 16:
         raise ValueError(f"block_size={config.block_size} is not a multiple of 16")
     if settled.spec.head_dim % 8 or settled.spec.head_dim > MAX_HEAD_DIM:

@@ -14,7 +14,7 @@ from engine.model.spec import ModelSpec
 from engine.settle import Demand
 from engine.sizes import FORMATS, ModelSize, read_model_size, weight_bytes
 
-# CUDA graphs, libraries' workspaces and what the allocator cannot use of its pieces
+# For CUDA graphs, libraries' workspaces and fragmentation of the allocator's memory
 RESERVE_BYTES = 3 * 2**29
 RESERVE_SHARE = 0.02
 
@@ -33,7 +33,7 @@ class Needs:
 
 
 def memory_bytes(demand: Demand) -> int:
-    """Return the bytes of the arena for KV blocks and adapters, next to the weights."""
+    """Return the bytes left for the arena of KV blocks and adapters besides the weights."""
     config = demand.config
     size = read_model_size(Path(config.source), config.quantization)
     free, total = torch.cuda.mem_get_info(demand.device)
@@ -63,21 +63,21 @@ def needs(
 ) -> Needs:
     """Memory that must stay outside the arena, for these weights on this device.
 
-    `weights` and `device` are bytes, the latter in all; `scratch` is what low-bit layers and
-    libraries use in turn.
+    `weights` and `device` are bytes, `device` of the whole device; `scratch` is memory that
+    low-bit layers and libraries use in turn.
     """
     row_bytes = _activation_width(spec) * dtype.itemsize + (_rounded_bytes(spec) if is_fp8 else 0)
     activations = max_rows * row_bytes
-    logits = 3 * max_num_seqs * spec.vocab_size * 4  # as they come, their logarithms, and a copy
+    logits = 3 * max_num_seqs * spec.vocab_size * 4  # the logits, their logarithms, and a copy
     buffers = activations + logits + scratch
     return Needs(weights, buffers, int(RESERVE_BYTES + RESERVE_SHARE * device))
 
 
 def arena_bytes(free: int, needs: Needs, asked: int | None, least: int, advice: str) -> int:
-    """Bytes for KV blocks and adapters: `asked`, or all that is left where None is.
+    """Return the bytes for KV blocks and adapters: `asked`, or all that is left if it is None.
 
-    Raises ConfigError, with what is needed, what there is and what would fit, where it is less
-    than was asked for or than `least`. `advice` says what else can be done.
+    Raises ConfigError, with the bytes needed, available and possible, if less is left than asked
+    for, or than `least`. `advice`: what else the user can do, for its message.
     """
     room = free - needs.total
     wanted = least if asked is None else max(asked, least)
@@ -109,7 +109,7 @@ def _flashinfer_bytes(demand: Demand) -> int:
 
 
 def _scratch_bytes(size: ModelSize, dtype: torch.dtype) -> int:
-    """Bytes of the largest layer that is dequantized to multiply it with many rows."""
+    """Return the bytes of the largest layer that is dequantized to multiply it with many rows."""
     if size.form.quantization in ("none", "fp8"):
         return 0
     numel: dict[str, int] = {}
@@ -119,14 +119,15 @@ def _scratch_bytes(size: ModelSize, dtype: torch.dtype) -> int:
 
 
 def _activation_width(spec: ModelSpec) -> int:
-    """Values per row of all buffers of a forward pass, and of its output."""
+    """Count the values per row of all buffers of a forward pass, and of its output."""
     q_size = spec.num_heads * spec.head_dim
     qkv = q_size + 2 * spec.num_kv_heads * spec.head_dim
     return 5 * spec.hidden_size + qkv + 2 * q_size + 3 * spec.intermediate_size
 
 
 def _rounded_bytes(spec: ModelSpec) -> int:
-    """Per row, of what FP8 layers read: a byte per value, and a float32 for each of the four."""
+    """Return the bytes per row of FP8 layers' inputs: one per value, and a float32 for each of the
+    four inputs."""
     q_size = spec.num_heads * spec.head_dim
     return spec.hidden_size + 2 * q_size + spec.intermediate_size + 4 * 4
 

@@ -1,7 +1,7 @@
-"""One copy for many small arrays, in either direction, through pinned memory that is used again.
+"""Copies many small arrays at once, in either direction, through pinned memory that is reused.
 
-Arrays and tensors are of 4-byte types. An upload's pinned buffer is written again only after its
-copy has ended; a download's is used again only after it has been read.
+Arrays and tensors are of 4-byte types. An upload's pinned buffer is reused only after its copy has
+ended; a download's only after it has been read.
 """
 
 from collections.abc import Sequence
@@ -16,11 +16,11 @@ from engine.backends.cuda.streams import Device, Event
 
 Words = NDArray[Any]  # int32 or float32
 WORD_BYTES = 4
-ALIGNMENT = 64  # words: a section starts on 256 bytes, as kernels like to read
+ALIGNMENT = 64  # words: a section starts on 256 bytes, which kernels read fastest
 
 
 class PinnedRing:
-    """Pinned buffers that take turns, two of them where the host runs a step ahead."""
+    """Pinned buffers that are used in turn, two of them if the host runs a step ahead."""
 
     def __init__(self, device: Device, count: int = 2) -> None:
         self._device = device
@@ -29,28 +29,28 @@ class PinnedRing:
         self._turn = 0
 
     def take(self, nbytes: int) -> Tensor:
-        """Return the next buffer, of at least `nbytes`, which no copy reads any more."""
+        """Return the next buffer, of at least `nbytes`, once no copy reads it any more."""
         self._turn = (self._turn + 1) % len(self._buffers)
         event = self._sent[self._turn]
         if event is not None:
             event.wait()
         if self._buffers[self._turn].numel() < nbytes:
-            whole = 1 << (nbytes - 1).bit_length()  # as torch would; what grows a little fits again
+            whole = 1 << (nbytes - 1).bit_length()  # as torch would; leaves room to grow
             self._buffers[self._turn] = self._device.pinned(whole)
         return self._buffers[self._turn]
 
     @property
     def turn(self) -> int:
-        """Which of the buffers was taken last."""
+        """Index of the buffer that was taken last."""
         return self._turn
 
     def sent(self) -> None:
-        """The copies from the buffer taken last have been given to the device."""
+        """Note that the copies from the buffer taken last have been launched."""
         self._sent[self._turn] = self._device.record()
 
 
 class Upload:
-    """Arrays of this moment to device memory of their own."""
+    """Copies arrays to newly allocated device memory."""
 
     def __init__(self, device: Device) -> None:
         self._device = device
@@ -75,7 +75,7 @@ class Upload:
 
 
 class Download:
-    """Tensors of this moment to pinned memory, read when they have arrived."""
+    """Copies tensors to pinned memory, to be read when they have arrived."""
 
     def __init__(self, device: Device) -> None:
         self._device = device
@@ -98,7 +98,7 @@ class Download:
 
 
 class Arrival:
-    """Tensors on their way to the host."""
+    """Tensors that are being copied to the host."""
 
     def __init__(
         self,
@@ -110,7 +110,7 @@ class Arrival:
         self._event, self._pinned, self._shapes, self._free = event, pinned, shapes, free
 
     def read(self) -> list[Tensor]:
-        """Waits, then copies out of the pinned memory, which is free again; to be called once."""
+        """Wait, copy out of the pinned memory and free it for reuse; call once."""
         self._event.wait()
         words, start = self._pinned.view(torch.int32).clone(), 0
         self._free.append(self._pinned)
@@ -123,7 +123,7 @@ class Arrival:
 
 
 def places(sizes: Sequence[int]) -> tuple[list[int], int]:
-    """First words of sections of these sizes, and the words of all."""
+    """Return the first word of each section of these sizes, and the words in all."""
     starts: list[int] = []
     end = 0
     for size in sizes:

@@ -1,9 +1,9 @@
-"""DevicePositions: where the queries and keys of a batch are, in numbers that kernels read.
+"""DevicePositions: tells kernels where the queries and keys of a batch are.
 
-What `engine.model.inputs.AttentionInputs` says to the host, in fixed shapes on the device: a CUDA
-graph that has been captured over these tensors serves every batch that fits into them. Requests
-that fill a batch up have a context of 0: one query row each among the decodes, none among the
-prefills. No Triton here: laying out a step's numbers needs only numpy.
+Holds the content of `engine.model.inputs.AttentionInputs` in fixed shapes on the device: a CUDA
+graph that was captured with these tensors serves every batch that fits into them. Padding requests
+have a context of 0: one query row each among the decodes, none among the prefills. Needs no Triton:
+numpy lays out a step's numbers.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,17 +19,17 @@ from torch import Tensor
 
 from engine.scheduler.batch import ScheduledRequest
 
-NO_REQUEST = -1  # in a tile that fills the list up
+NO_REQUEST = -1  # request of a padding tile
 
 Numbers = NDArray[np.int32]
 
 
 @dataclass(frozen=True, slots=True)
 class PrefillPages:
-    """The P prefills of one step in numbers on the host, int32, for a kernel that is planned there.
+    """Describes the P prefills of a step, int32 on the host, to a kernel that is planned there.
 
-    Query rows count from the first prefill's. Request i has the keys of the blocks
-    pages[page_starts[i] : page_starts[i + 1]], of the last one the first last_page_lens[i].
+    Query rows are numbered from the first prefill's. Request i has the keys of the blocks
+    pages[page_starts[i] : page_starts[i + 1]], but only last_page_lens[i] of the last block.
     """
 
     cu_seqlens_q: Tensor  # [P + 1]
@@ -43,23 +43,23 @@ class DevicePositions:
     """B requests: `num_decodes` with one query row each, request i's being row i, then prefills.
 
     The query rows of request i are [cu_seqlens_q[i], cu_seqlens_q[i + 1]), and its last query is
-    at position context_lens[i] - 1. A tile stands for the `tile_tokens` query rows from its first
-    on, as far as they are its request's. Tensors are int32, on the kernels' device.
+    at position context_lens[i] - 1. A tile covers up to `tile_tokens` query rows from its first
+    one on, as far as they belong to its request. Tensors are int32, on the kernels' device.
     """
 
     context_lens: Tensor  # [B]
     cu_seqlens_q: Tensor  # [B + 1]
-    block_tables: Tensor  # [B, W]; columns behind a request's last block are never read
+    block_tables: Tensor  # [B, W]; columns after a request's last block are never read
     tiles: Tensor  # [T, 2]: request or NO_REQUEST, first query row; of the prefills alone
     num_decodes: int
     tile_tokens: int  # a power of two
-    max_context_len: int  # no context of this batch, or of any other of this graph, is longer
-    prefill_pages: PrefillPages | None = None  # of an eager step, where someone plans with it
+    max_context_len: int  # upper bound for this batch, or for all batches of this graph
+    prefill_pages: PrefillPages | None = None  # for eager steps whose prefills are planned
 
 
 @dataclass(frozen=True, slots=True)
 class PositionsCapacity:
-    """How much DevicePositions have room for."""
+    """Sizes that DevicePositions have room for."""
 
     num_decodes: int
     num_prefills: int
@@ -68,7 +68,7 @@ class PositionsCapacity:
     tile_tokens: int
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of the tensors of DevicePositions, by name, in its order."""
+        """Return the shapes of the tensors of DevicePositions, by name, in its order."""
         num_requests = self.num_decodes + self.num_prefills
         return {
             "context_lens": (num_requests,),
@@ -79,15 +79,15 @@ class PositionsCapacity:
 
 
 def prefill_tile_tokens(num_heads: int, num_kv_heads: int, head_dim: int) -> int:
-    """Query rows of a prefill tile: with their heads of one group they make 128 rows of a matrix
-    product, or 64 of heads so wide that more would not fit into registers."""
+    """Return the query rows of a prefill tile: times the heads of a group they make 128 rows of a
+    matrix product, or 64 if heads are so wide that more would not fit into registers."""
     rows = 128 if head_dim <= 128 else 64
     group = num_heads // num_kv_heads
     return max(1, rows // (1 << (group - 1).bit_length()))
 
 
 def exact_capacity(requests: Sequence[ScheduledRequest], tile_tokens: int) -> PositionsCapacity:
-    """For these requests and no more; decodes, which have one token, come first."""
+    """Return the capacity for exactly these requests; decodes, which have one token, come first."""
     lengths = [len(r.token_ids) for r in requests]
     num_decodes = sum(length == 1 for length in lengths)
     return PositionsCapacity(
@@ -104,7 +104,7 @@ def write_positions(
 ) -> None:
     """Fill host arrays of `capacity.shapes()`, except unread columns of block tables.
 
-    Raises ValueError for more than there is room for.
+    Raises ValueError if the requests do not fit.
 
     The requests with one token are the decodes and come first.
     """
@@ -134,7 +134,7 @@ def copy_positions(
     device: torch.device,
     max_context_len: int,
 ) -> DevicePositions:
-    """New tensors of these requests' own size: for a batch that no graph has been captured for."""
+    """Make new tensors of exactly these requests' size, for a batch without a graph."""
     capacity = exact_capacity(requests, tile_tokens)
     shapes = capacity.shapes()
     ends = np.cumsum([0, *(int(np.prod(shape)) for shape in shapes.values())])
@@ -167,7 +167,7 @@ def prefill_pages(requests: Sequence[ScheduledRequest], block_size: int) -> Pref
 
 
 def _starts(lengths: list[int]) -> Tensor:
-    """[len + 1]: where each of them starts and the last one ends."""
+    """Return [len + 1]: the start of each item, and the end of the last one."""
     return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
 
 
@@ -192,7 +192,7 @@ def _check(
 
 
 def _write_tables(rows: Numbers, requests: Sequence[ScheduledRequest]) -> None:
-    """Packed by `struct`, which takes half of numpy's time per number: a large batch of long
+    """Write block tables with `struct`, in half of numpy's time per number: a large batch of long
     contexts has a hundred thousand of them in every step."""
     for row, request in zip(rows, requests, strict=True):
         table = request.block_table
@@ -200,7 +200,7 @@ def _write_tables(rows: Numbers, requests: Sequence[ScheduledRequest]) -> None:
 
 
 def _tiles(row_starts: Numbers, context_lens: Numbers, capacity: PositionsCapacity) -> Numbers:
-    """Those with the most keys first, so that none of them is begun last and waited for."""
+    """List the tiles, those with the most keys first, so that no long tile starts last."""
     tiles: list[tuple[int, int]] = []
     keys: list[int] = []
     for i in range(capacity.num_decodes, len(context_lens)):

@@ -1,7 +1,7 @@
-"""DeviceRunner: a Runner whose device computes a step while the host prepares the next.
+"""DeviceRunner: a Runner whose device computes one step while the host prepares the next.
 
-`launch` gives the device everything at once: what moves in memory, the forward pass, the sampling
-and the copy of the results to the host. It never waits for any of that; `result` does.
+`launch` queues everything at once: memory moves, the forward pass, the sampling and the copy of the
+results to the host. It never waits for any of that; `result` does.
 """
 
 from collections.abc import Sequence
@@ -43,22 +43,22 @@ class DeviceRunner:
         self._sampler = DeviceSampler(device, draw)
         self._targets = Upload(device)
         self._download = Download(device)
-        self._sampled: dict[RequestKey, int] = {}  # places of what the last step sampled
+        self._sampled: dict[RequestKey, int] = {}  # indexes of the last step's tokens
 
     def launch(self, batch: ScheduledBatch) -> StepHandle:
-        """Raises torch.OutOfMemoryError where this step alone found too little memory."""
+        """Start the step. Raises torch.OutOfMemoryError if only this step ran out of memory."""
         try:
             with torch.inference_mode():
                 return self._launch(batch)
         except torch.OutOfMemoryError as error:
             text = str(error)
-        # Only here, behind its handler, does the error no longer keep the step's tensors alive
+        # Only here, after its handler, the error no longer keeps the step's tensors alive
         self._device.release_cached()
         raise torch.OutOfMemoryError(text)
 
     @torch.inference_mode()
     def warm_up(self) -> None:
-        """Compiles the kernels of eager steps and of sampling, before the first real step."""
+        """Compile the kernels of eager steps and of sampling, before the first real step."""
         logits = self._forward.logits(self._forward.warm_up())
         request = ScheduledRequest("", 0, [0], 0, (), 0, _ALL_FILTERS, samples=True)
         token_ids = torch.zeros(1, dtype=torch.int32, device=logits.device)
@@ -108,7 +108,7 @@ class DeviceRunner:
         spans: list[tuple[int, int]],
         hidden: Tensor,
     ) -> list[Tensor]:
-        """`scored` of each request that has prompt targets."""
+        """Compute `scored` of each request that has prompt targets."""
         asking = [(r, start) for r, (start, _) in zip(requests, spans, strict=True)]
         asking = [(r, start) for r, start in asking if r.prompt_targets]
         if not asking:
@@ -129,7 +129,7 @@ _ALL_FILTERS = SamplingParams(top_k=1, top_p=0.5, min_p=0.1)
 
 @dataclass(frozen=True, slots=True)
 class _Launched:
-    """A StepHandle."""
+    """The StepHandle of a launched step."""
 
     batch: ScheduledBatch
     arrival: Arrival
@@ -147,7 +147,7 @@ class _Launched:
 
 
 def _logprobs(asked: list[int | None], scores: Tensor) -> list[TokenLogprobs | None]:
-    """An entry per sampling request: `asked` is how many alternatives it wants, None: nothing."""
+    """Make an entry per sampling request: `asked` alternatives each, None for no logprobs."""
     entries = iter(read_scores(scores, [count for count in asked if count is not None]))
     return [None if count is None else next(entries) for count in asked]
 

@@ -1,8 +1,8 @@
-"""DeviceSampler: logits to tokens where they were computed, with no wait of the host.
+"""DeviceSampler: samples tokens on the device that computed the logits; the host never waits.
 
-Gives what `sampler.sample` gives. What the requests of a step ask for goes to the device in one
-copy; greedy requests that ask for nothing else need none. Tokens stay on the device as the next
-step's inputs, and come back to the host together with flags and log-probabilities.
+Results equal those of `sampler.sample`. The sampling parameters of a step go to the device in one
+copy; plain greedy requests need none. Tokens stay on the device as the next step's inputs, and are
+copied to the host together with flags and log-probabilities.
 """
 
 from array import array
@@ -22,11 +22,11 @@ from engine.scheduler.batch import PENDING, ScheduledRequest
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """On the device, of M requests."""
+    """The results of sampling for M requests, on the device."""
 
     tokens: Tensor  # [M] int32
     is_finite: Tensor  # [M] int32; 0: the logits were NaN or infinite
-    scores: Tensor  # [L, 1 + 2 K] int32: `scored`, of the L that ask for it
+    scores: Tensor  # [L, 1 + 2 K] int32: `scored`, of the L requests with logprobs
 
 
 class DeviceSampler:
@@ -37,10 +37,10 @@ class DeviceSampler:
     def sample(
         self, requests: Sequence[ScheduledRequest], logits: Tensor, last_inputs: Tensor
     ) -> Sampled:
-        """One token per row of logits [M, V] float32, which is modified in place.
+        """Sample one token per row of logits [M, V] float32, which are modified in place.
 
-        `last_inputs` [M] int32: each request's last input token, which is the last of its history
-        where that is PENDING.
+        `last_inputs` [M] int32: each request's last input token, which replaces a PENDING at the
+        end of its history.
         """
         arrays = _arrays(requests, logits.shape[1])
         there = dict(zip(arrays, self._upload.send(list(arrays.values())), strict=True))
@@ -64,8 +64,8 @@ class DeviceSampler:
 
 
 def scored(logits: Tensor, tokens: Tensor, num_top: int) -> Tensor:
-    """logits [L, V], tokens [L] int32 -> [L, 1 + 2 K] int32: the token's log-probability, the K
-    likeliest tokens and theirs; K is num_top, or V if that is less."""
+    """Score tokens [L] int32 by logits [L, V]; return [L, 1 + 2 K] int32: the token's
+    log-probability, the K likeliest tokens and theirs; K is num_top, or V if that is less."""
     logprobs = torch.log_softmax(logits, -1)
     own = logprobs.gather(1, tokens.long()[:, None])
     top = logprobs.topk(min(num_top, logits.shape[1]), -1)
@@ -73,7 +73,7 @@ def scored(logits: Tensor, tokens: Tensor, num_top: int) -> Tensor:
 
 
 def read_scores(scores: Tensor, num_top: Sequence[int]) -> list[TokenLogprobs]:
-    """Rows of `scored`, on the host; of each the `num_top` that its request asked for."""
+    """Read rows of `scored`, on the host; keep the `num_top` that each request asked for."""
     k = scores.shape[1] // 2
     own = scores[:, 0].contiguous().view(torch.float32).tolist()
     ids = scores[:, 1 : 1 + k].tolist()
@@ -84,11 +84,11 @@ def read_scores(scores: Tensor, num_top: Sequence[int]) -> list[TokenLogprobs]:
     ]
 
 
-# ==== what the requests ask for, as arrays ====
+# ==== sampling parameters as arrays ====
 
 
 def _arrays(requests: Sequence[ScheduledRequest], vocab: int) -> dict[str, Words]:
-    """Only what some request has. Lists of all requests lie one after another, with their rows."""
+    """Collect the parameters that any request has; lists are concatenated, with their rows."""
     arrays: dict[str, Words] = {}
     numbered = list(enumerate(requests))
     scored_rows = [i for i, r in numbered if r.sampling.logprobs is not None]
@@ -109,7 +109,8 @@ def _arrays(requests: Sequence[ScheduledRequest], vocab: int) -> dict[str, Words
 
 
 def _history_arrays(requests: Sequence[ScheduledRequest]) -> dict[str, Words]:
-    """Repetition looks at prompt and output, presence and frequency at the output alone."""
+    """List tokens to penalize: repetition uses prompt and output, presence and frequency the
+    output."""
     seen: list[tuple[int, list[int], tuple[float, ...]]] = []
     said: list[tuple[int, list[int], tuple[float, ...]]] = []
     for i, request in enumerate(requests):
@@ -134,7 +135,7 @@ def _history_arrays(requests: Sequence[ScheduledRequest]) -> dict[str, Words]:
 
 
 def _places(entries: Sequence[tuple[int, "list[int] | array[int]"]]) -> Words:
-    """(row, its token ids) ... -> [2, N]: each token's row, and the token."""
+    """Turn pairs of (row, its token ids) into [2, N]: each token's row, and the token."""
     rows = np.array([row for row, _ in entries], np.int32)
     ids = [np.array(token_ids, np.int32) for _, token_ids in entries]
     return np.stack([np.repeat(rows, [len(each) for each in ids]), np.concatenate(ids)])
@@ -170,12 +171,12 @@ def _draws(there: dict[str, Tensor], requests: Sequence[ScheduledRequest]) -> Dr
     )
 
 
-# ==== what changes the logits ====
+# ==== changes to the logits ====
 
 
 def _adjust(logits: Tensor, there: dict[str, Tensor], last_inputs: Tensor) -> None:
-    """Bias, then penalties, then what is forbidden. A token that is listed twice is written twice,
-    with the same value."""
+    """Apply biases, then penalties, then forbidden tokens. A token that is listed twice is written
+    twice, with the same value."""
     if "bias_places" in there:
         flat, places = _flat(logits, there["bias_places"], last_inputs)
         flat[places] = flat[places] + there["biases"]
@@ -195,7 +196,8 @@ def _adjust(logits: Tensor, there: dict[str, Tensor], last_inputs: Tensor) -> No
 
 
 def _flat(logits: Tensor, places: Tensor, last_inputs: Tensor) -> tuple[Tensor, Tensor]:
-    """The logits as one row, and where in it each (row, token id) is; PENDING is looked up."""
+    """Flatten the logits to one row; return it and each (row, token id)'s index in it. PENDING is
+    replaced by the last input."""
     rows, ids = places
     ids = torch.where(ids == PENDING, last_inputs.index_select(0, rows), ids)
     return logits.view(-1), rows.long() * logits.shape[1] + ids

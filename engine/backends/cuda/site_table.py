@@ -1,4 +1,4 @@
-"""SiteTable: a model's sites by number and kind, and an adapter as numbers that kernels read."""
+"""SiteTable: numbers a model's sites and kinds, and encodes adapters for kernels."""
 
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
@@ -12,7 +12,7 @@ from engine.model.layers import LoraSite
 
 
 class SiteTable:
-    """Sites are numbered in the decoder's order; those of one shape are of one kind."""
+    """Numbers sites in the decoder's order; sites of one shape are of one kind."""
 
     def __init__(self, sites: Sequence[LoraSite], max_lora_rank: int) -> None:
         of_sites = [_kind(site) for site in sites]
@@ -27,7 +27,7 @@ class SiteTable:
         return 2 + 2 * self.max_slices
 
     def check(self, extent: AdapterExtent) -> None:
-        """Raises ValueError where an adapter does not fit the sites."""
+        """Raise ValueError if an adapter does not fit the sites."""
         for key, site in extent.sites.items():
             if key not in self.number:
                 raise ValueError(f"adapter {extent.digest}: {key} is no site of this model")
@@ -37,7 +37,7 @@ class SiteTable:
                 raise ValueError(f"adapter {extent.digest}: {key} has {reason}")
 
     def records(self, offset_bytes: int, extent: AdapterExtent) -> NDArray[np.int32]:
-        """[1 + sites, record_words]: a slot of the table in `engine.backends.cuda.triton.lora`."""
+        """Encode [1 + sites, record_words], a slot of `engine.backends.cuda.triton.lora`'s table."""
         records = np.zeros((1 + len(self.kind_of), self.record_words), np.int32)
         records[0, 0] = offset_bytes // UNIT_BYTES
         for key, site in extent.sites.items():
@@ -71,7 +71,7 @@ def _misfit(site: SiteExtent, kind: SiteKind, max_lora_rank: int) -> str:
 
 
 def _record(site: SiteExtent, widths: tuple[int, ...], max_slices: int) -> list[int]:
-    """Units to A and to each slice's B, then 0 and the end of each slice's ranks."""
+    """List the offsets, in units, of A and of each slice's B, then 0 and each slice's end rank."""
     parts = {part.out0: part for part in site.slices}
     units, ends = [0] * max_slices, [0]
     for i, out0 in enumerate(accumulate(widths[:-1], initial=0)):

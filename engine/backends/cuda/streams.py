@@ -1,7 +1,7 @@
-"""Device: streams, events, graphs and pinned memory, as a runner uses them.
+"""Device: the streams, events, graphs and pinned memory that a runner uses.
 
-Two of them: a CUDA device, where work is queued and the host runs ahead, and the host itself, where
-everything has happened when a call returns. Code written against the protocol runs on both, so that
+There are two: a CUDA device, where work is queued and the host runs ahead, and the host itself,
+where work is complete when a call returns. Code written against the protocol runs on both, so that
 all of it can be tested without a GPU.
 """
 
@@ -21,11 +21,11 @@ class Event(Protocol):
     """A point in a stream of work."""
 
     def is_done(self) -> bool:
-        """Everything before it has been computed; never waits."""
+        """Check if all work before it has been computed; never waits."""
         ...
 
     def wait(self) -> None:
-        """The host waits until everything before it has been computed."""
+        """Block the host until all work before it has been computed."""
         ...
 
 
@@ -38,29 +38,29 @@ class DeviceMemory:
 
 
 class Device(Protocol):
-    """Work goes to the main stream, in the order in which it is given, unless said otherwise."""
+    """Queues work on the main stream, in the order of the calls, unless said otherwise."""
 
     torch_device: torch.device
 
     def pinned(self, nbytes: int) -> Tensor:
-        """uint8 [nbytes] of page-locked (pinned) host memory, for asynchronous copies."""
+        """Allocate uint8 [nbytes] of page-locked (pinned) host memory, for asynchronous copies."""
         ...
 
     def copy(self, target: Tensor, source: Tensor) -> None:
-        """target[:] = source between pinned and device memory; neither may change before a later
-        event is done."""
+        """Copy target[:] = source between pinned and device memory; the caller must change neither
+        before a later event is done."""
         ...
 
     def record(self) -> Event:
-        """The point after all work given so far to the stream in use."""
+        """Record an event after all work so far of the current stream."""
         ...
 
     def main_waits(self, event: Event) -> None:
-        """The main stream goes on after the event; the host does not wait."""
+        """Make the main stream wait for the event; the host does not wait."""
         ...
 
     def side(self, after: Event) -> AbstractContextManager[None]:
-        """Work given inside goes to a second stream, which first waits for the event."""
+        """Queue the work of this context on a second stream, which first waits for the event."""
         ...
 
     def beside(self, work: Callable[[], None]) -> Callable[[], None]:
@@ -73,34 +73,34 @@ class Device(Protocol):
         ...
 
     def capture(self, work: Callable[[], None]) -> Replay:
-        """Records the work, all of it on fixed memory; the replay does it again. Both happen in
-        torch.inference_mode, which torch remembers for all graphs of a process."""
+        """Record the work, all of it on fixed memory, and return a call that replays it. Both
+        happen in torch.inference_mode, which torch remembers for all graphs of a process."""
         ...
 
     def memory(self) -> DeviceMemory: ...
 
     def release_cached(self) -> None:
-        """Give back memory that is held for later allocations."""
+        """Free memory that is cached for later allocations."""
         ...
 
     def synchronize(self) -> None:
-        """The host waits for all streams."""
+        """Block the host until all streams are done."""
         ...
 
 
 class CudaDevice:
-    """Graphs share one pool of memory: they must be replayed one after another."""
+    """A Device on a GPU. Graphs share one memory pool, so they must be replayed one at a time."""
 
     def __init__(self, torch_device: torch.device) -> None:
         index = torch_device.index or 0
         self.torch_device = torch.device("cuda", index)
         torch.cuda.set_device(self.torch_device)
         self._side = torch.cuda.Stream(self.torch_device)
-        self._beside = torch.cuda.Stream(self.torch_device)  # never behind a long copy
+        self._beside = torch.cuda.Stream(self.torch_device)  # never waits for long copies
         self._pool = torch.cuda.graph_pool_handle()
 
     def pinned(self, nbytes: int) -> Tensor:
-        with torch.cuda.device(self.torch_device):  # in whatever thread this is
+        with torch.cuda.device(self.torch_device):  # the device is set per thread
             return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
 
     def copy(self, target: Tensor, source: Tensor) -> None:
@@ -131,7 +131,7 @@ class CudaDevice:
 
     def capture(self, work: Callable[[], None]) -> Replay:
         graph = torch.cuda.CUDAGraph()
-        # Other threads may pin an adapter's memory meanwhile; that is not part of the graph
+        # Other threads may pin memory for an adapter meanwhile; that is not part of the graph
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             work()
         return graph.replay
@@ -158,7 +158,7 @@ class _CudaEvent:
 
 
 class HostDevice:
-    """A Device on a CPU: each call is done when it returns, and a capture keeps the function."""
+    """A Device on a CPU: each call is complete when it returns; a capture keeps the function."""
 
     def __init__(self) -> None:
         self.torch_device = torch.device("cpu")

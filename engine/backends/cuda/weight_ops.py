@@ -1,4 +1,4 @@
-"""WeightOps of a device that launches kernels: linear layers that write where they are told to."""
+"""Makes WeightOps of a GPU: linear layers that can write to a given tensor."""
 
 from typing import Any, Protocol, runtime_checkable
 
@@ -14,7 +14,7 @@ from engine.model.reference import TORCH_OPS
 
 @runtime_checkable
 class DeviceLinear(Protocol):
-    """A packed linear layer: x [N, in] -> x W^T + bias [N, out], in x's dtype."""
+    """A packed linear layer: computes x [N, in] -> x W^T + bias [N, out], in x's dtype."""
 
     @property
     def out_features(self) -> int: ...
@@ -27,7 +27,7 @@ class DeviceLinear(Protocol):
 
 
 class DenseLinear:
-    """The weight [out, in] as it is, multiplied by the vendor's library."""
+    """Multiplies by the unpacked weight [out, in], with the vendor's library."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self.out_features = len(weight)
@@ -44,7 +44,7 @@ class DenseLinear:
 
 
 class DenseHead:
-    """x [M, in] -> logits [M, out] in float32, summed and kept so where the device can."""
+    """Computes x [M, in] -> logits [M, out] in float32, summed in float32 if the device can."""
 
     def __init__(self, weight: Tensor) -> None:
         self._weight = weight.T
@@ -58,13 +58,13 @@ class DenseHead:
 def cuda_build(
     device: torch.device, dtype: torch.dtype, *, fp8_multiply: ScaledMm | None = None
 ) -> Build:
-    """For a Decoder that a FusedDecoder walks: its own `forward` is the specification's, slow.
+    """Make the Build of a Decoder for FusedDecoder; its own `forward` uses the slow reference.
 
-    `pack_linear` gives DeviceLinears; dense weights are used where they lie, others copied.
-    Low-bit layers share their scratch: all must exist before the first one is called.
+    `pack_linear` makes DeviceLinears; dense weights are used in place, others copied.
+    Low-bit layers share their scratch: all must be made before the first one is called.
 
-    `fp8_multiply` replaces the device's own FP8 multiplication, and the check that it has one:
-    ValueError as from `check_fp8`, when such a weight comes.
+    `fp8_multiply` replaces the device's own FP8 multiplication, and the check that it has one.
+    Without it, an FP8 weight raises ValueError as `check_fp8` does.
     """
 
     weight_only = _WeightOnly(device, dtype)
@@ -82,7 +82,7 @@ def cuda_build(
 
 
 class _WeightOnly:
-    """Makes layers of low-bit weights; imports Triton with the first one."""
+    """Makes layers of low-bit weights; the first one imports Triton."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self._device, self._dtype = device, dtype
