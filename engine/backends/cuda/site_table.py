@@ -37,7 +37,7 @@ class SiteTable:
                 raise ValueError(f"adapter {extent.digest}: {key} has {reason}")
 
     def records(self, offset_bytes: int, extent: AdapterExtent) -> NDArray[np.int32]:
-        """Encode [1 + sites, record_words], a slot of `engine.backends.cuda.triton.lora`'s table."""
+        """Make [1 + sites, record_words]: a slot of `engine.backends.cuda.triton.lora`'s table."""
         records = np.zeros((1 + len(self.kind_of), self.record_words), np.int32)
         records[0, 0] = offset_bytes // UNIT_BYTES
         for key, site in extent.sites.items():
