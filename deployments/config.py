@@ -37,6 +37,7 @@ class AppConfig(Section):
             source=model.source,
             dtype=model.dtype,
             quantization=model.quantization,
+            generation_config=model.generation_config,
             host_adapter_bytes=self.adapters.host_bytes,
             **model.engine.model_dump(),
         )

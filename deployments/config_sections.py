@@ -144,6 +144,11 @@ class ModelSection(Section):
         "`int8`, `nf4` or, on a GPU of capability 8.9 or higher, `fp8` quantizes the linear "
         "layers as they are loaded; `none` leaves them as the checkpoint has them",
     )
+    generation_config: str = key(
+        "auto",
+        "`auto` takes temperature, top_p, top_k, min_p and repetition_penalty that a request "
+        "leaves out from the folder's generation_config.json; `none` ignores them",
+    )
     engine: EngineSection = EngineSection()
     replicas: ReplicasSection = ReplicasSection()
 

@@ -13,6 +13,7 @@ DEVICES = ("auto", "cpu", "cuda")
 QUANTIZATIONS = ("none", "int8", "nf4", "fp8")
 ACTIVATIONS = ("bf16", "int8")
 KV_DTYPES = ("auto", "int8")
+GENERATION_CONFIGS = ("auto", "none")
 
 
 class ConfigError(ValueError):
@@ -46,6 +47,7 @@ class EngineConfig:
     flashinfer: str = "auto"  # auto: computes prefills on a GPU, where it is installed and passes
     lora_side_stream: bool = False  # on a GPU: shrink beside the base's multiplication
     num_threads: int | None = None  # None: all cores
+    generation_config: str = "auto"  # auto: its sampling defaults are the requests'; none: not
 
     def __post_init__(self) -> None:
         _one_of("dtype", self.dtype, DTYPES)
@@ -56,6 +58,7 @@ class EngineConfig:
         _one_of("quantization", self.quantization, QUANTIZATIONS)
         _one_of("activations", self.activations, ACTIVATIONS)
         _one_of("kv_dtype", self.kv_dtype, KV_DTYPES)
+        _one_of("generation_config", self.generation_config, GENERATION_CONFIGS)
         _between("max_num_seqs", self.max_num_seqs, 1, 4096)
         if self.max_num_batched_tokens is not None:
             _between("max_num_batched_tokens", self.max_num_batched_tokens, 1, 2**20)

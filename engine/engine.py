@@ -20,6 +20,7 @@ from engine.backends.load import load_model
 from engine.backends.needs import arena_bytes
 from engine.backends.runner import FailedStep, RowOutput, Runner, StepHandle, check_device
 from engine.config import EngineConfig
+from engine.generation_config import read_eos_token_ids, read_sampling_defaults
 from engine.lora.host_cache import HostAdapter, HostCache, Loaded
 from engine.lora.weights import AdapterLoadError, AdapterUnreadable, load_lora
 from engine.messages import (
@@ -33,13 +34,18 @@ from engine.messages import (
     RequestOutput,
     TokenLogprobs,
 )
-from engine.model.families import read_eos_token_ids
 from engine.scheduler.adapter_slots import AdapterSlots
 from engine.scheduler.batch import ScheduledBatch
 from engine.scheduler.block_manager import BlockManager
 from engine.scheduler.limits import SchedulerLimits
 from engine.scheduler.memory import MemoryBudget
-from engine.scheduler.request import CacheScope, FinishReason, Request
+from engine.scheduler.request import (
+    NO_DEFAULTS,
+    CacheScope,
+    FinishReason,
+    Request,
+    SamplingDefaults,
+)
 from engine.scheduler.scheduler import Progress, Scheduler
 from engine.settle import settle
 from engine.validate import validate
@@ -94,7 +100,13 @@ class Engine:
             dtype=str(s.dtype).removeprefix("torch."),
             weight_bytes=self.model.weight_bytes,
             kernels=self.model.kernels,
+            sampling_defaults=self._sampling_defaults(),
         )
+
+    def _sampling_defaults(self) -> SamplingDefaults:
+        if self.config.generation_config == "none":
+            return NO_DEFAULTS
+        return read_sampling_defaults(Path(self.config.source))
 
     def _make_scheduler(self) -> Scheduler:
         s, seqs = self.settled, self.config.max_num_seqs

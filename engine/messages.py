@@ -5,7 +5,7 @@ from enum import StrEnum
 
 from engine.config import EngineConfig
 from engine.framing import Message
-from engine.scheduler.request import SamplingParams
+from engine.scheduler.request import NO_DEFAULTS, SamplingDefaults, SamplingParams
 
 
 class ErrorKind(StrEnum):
@@ -139,6 +139,7 @@ class EngineInfo:
     dtype: str
     kernels: str  # native-avx512, native-avx2, torch or triton
     weight_bytes: int
+    sampling_defaults: SamplingDefaults = NO_DEFAULTS  # which the ingress applies
 
 
 @dataclass(frozen=True, slots=True)

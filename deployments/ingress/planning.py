@@ -137,7 +137,7 @@ def _submits(
         generate = GenerateRequest(
             request_id=f"{reply_id}-{at}",
             prompt_token_ids=prompt,
-            sampling=request.sampling(max_tokens, origin.new_seed()),
+            sampling=request.sampling(max_tokens, origin.new_seed(), info.sampling_defaults),
             n=request.num_choices,
             tenant=target.tenant,
             cache_salt=request.cache_salt or "",

@@ -97,10 +97,11 @@ def _one_of(dtypes: tuple[torch.dtype, ...]) -> str:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    if (folder / INDEX).exists():
-        return _shards(folder / INDEX)
+    """Find the files as transformers does: an index beside a whole file was left behind."""
     if (folder / SINGLE).exists():
         return [folder / SINGLE]
+    if (folder / INDEX).exists():
+        return _shards(folder / INDEX)
     raise ModelError(f"{folder} has neither {SINGLE} nor {INDEX}; other formats are not read")
 
 

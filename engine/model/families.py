@@ -2,8 +2,8 @@
 
 Every key of a config is read into the ModelSpec, or allowed only with values that change nothing,
 or known to have no effect on a forward pass. Any other key or value is an error that names it, so
-that a model is never served with different results than intended. Opens config.json and
-generation_config.json, never the weights.
+that a model is never served with different results than intended. Opens config.json, never the
+weights.
 """
 
 import json
@@ -55,19 +55,9 @@ def read_scheme(folder: Path) -> Scheme | None:
     return parse_scheme(_config(folder))
 
 
-def read_eos_token_ids(folder: Path) -> tuple[int, ...]:
-    """Read the tokens that end a text, from generation_config.json or else config.json."""
-    for name in ("generation_config.json", "config.json"):
-        path = folder / name
-        found = _read_json(path).get("eos_token_id") if path.exists() else None
-        if found is not None:
-            return tuple(found) if isinstance(found, list) else (found,)
-    return ()
-
-
 def read_dtype(folder: Path) -> torch.dtype:
     """Read the dtype that config.json names. Raises ModelError if it is missing or unknown."""
-    raw = _read_json(folder / "config.json")
+    raw = read_json(folder / "config.json")
     name = raw.get("dtype", raw.get("torch_dtype"))
     if name not in DTYPES:
         raise ModelError(
@@ -78,10 +68,11 @@ def read_dtype(folder: Path) -> torch.dtype:
 
 
 def _config(folder: Path) -> ConfigKeys:
-    return ConfigKeys(_read_json(folder / "config.json"), str(folder / "config.json"))
+    return ConfigKeys(read_json(folder / "config.json"), str(folder / "config.json"))
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a file that holds an object. Raises ModelError."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:

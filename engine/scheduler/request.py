@@ -94,6 +94,20 @@ class SamplingParams:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class SamplingDefaults:
+    """What a model's makers recommend for requests that leave it out; None: nothing."""
+
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+
+
+NO_DEFAULTS = SamplingDefaults()
+
+
 def _check(name: str, value: float, low: float, high: float, *, low_excluded: bool = False) -> None:
     inside = low < value <= high if low_excluded else low <= value <= high
     if not inside or not math.isfinite(value):

@@ -12,7 +12,8 @@ from deployments.config_table import config_keys, config_table
 from engine.config import EngineConfig
 
 CONFIGURATION = Path(__file__).parents[2] / "docs" / "configuration.md"
-ELSEWHERE = {"source", "dtype", "quantization", "host_adapter_bytes"}  # in other sections
+OF_MODEL = {"source", "dtype", "quantization", "generation_config"}
+ELSEWHERE = OF_MODEL | {"host_adapter_bytes"}  # in other sections
 
 
 def test_the_documented_table_is_this_one() -> None:
@@ -52,4 +53,5 @@ def test_what_other_sections_say_of_the_engine_is_its_config_too() -> None:
     model, adapters = ModelSection.model_fields, AdaptersSection.model_fields
     assert model["dtype"].default == defaults["dtype"]
     assert model["quantization"].default == defaults["quantization"]
+    assert model["generation_config"].default == defaults["generation_config"]
     assert adapters["host_bytes"].default == defaults["host_adapter_bytes"]

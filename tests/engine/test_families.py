@@ -12,7 +12,7 @@ from transformers import AutoConfig
 from engine.backends.torch.ops import torch_build
 from engine.model.config_keys import IRRELEVANT
 from engine.model.decoder import Decoder
-from engine.model.families import FAMILIES, read_dtype, read_eos_token_ids, read_spec
+from engine.model.families import FAMILIES, read_dtype, read_spec
 from engine.model.loader import load_decoder
 from engine.model.spec import ModelError
 from tests.engine.support.tiny import (
@@ -291,15 +291,6 @@ def test_a_broken_config_is_refused_by_its_path(content: str, tmp_path: Path) ->
     (tmp_path / "config.json").write_text(content, encoding="latin-1")
     with pytest.raises(ModelError, match=r"config\.json"):
         read_spec(tmp_path, None)
-
-
-def test_the_generation_config_decides_what_ends_a_text(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"eos_token_id": 2}')
-    assert read_eos_token_ids(tmp_path) == (2,)
-    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [7, 8]}')
-    assert read_eos_token_ids(tmp_path) == (7, 8)
-    (tmp_path / "generation_config.json").write_text("{}")
-    assert read_eos_token_ids(tmp_path) == (2,)
 
 
 def test_the_dtype_is_read_under_both_of_its_names(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from engine.backends.torch.ops import torch_build
 from engine.model.decoder import Decoder
@@ -189,6 +190,22 @@ def test_a_tensor_in_two_shards_is_refused_by_name(tiny_model: MakeTiny, tmp_pat
     save_file(load_file(first) | {key: torch.ones(64)}, first)
     with pytest.raises(ModelError, match=r"model\.norm\.weight is also in"):
         load(tmp_path)
+
+
+@pytest.mark.parametrize("has_shards", [False, True])
+def test_an_index_that_was_left_beside_the_whole_file_is_ignored(
+    has_shards: bool, tiny_model: MakeTiny, tmp_path: Path
+) -> None:
+    """As transformers does, and as the folder's fingerprint does."""
+    paths = shard(tiny_model(), tmp_path, 2)
+    for path in paths:
+        if has_shards:
+            save_file({key: torch.zeros_like(t) for key, t in load_file(path).items()}, path)
+        else:
+            path.unlink()
+    shutil.copy(tiny_model().folder / "model.safetensors", tmp_path)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path).model.embed_tokens.weight
+    assert torch.equal(load(tmp_path).embedding.weight, theirs)
 
 
 @pytest.mark.parametrize("index", ["", "{}", "[]", '{"weight_map": {"a": 1}}'])

@@ -5,16 +5,26 @@ is accepted and ignored; an unknown one is refused by name. Knows nothing of tex
 """
 
 import math
+from dataclasses import asdict
 from typing import Annotated, Any, Literal, TypeVar, cast
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from deployments.ingress.http_errors import ApiError, invalid
-from engine.scheduler.request import MAX_LOGPROBS, InvalidRequest, SamplingParams
+from engine.scheduler.request import (
+    MAX_LOGIT_BIASES,
+    MAX_LOGPROBS,
+    MAX_STOP_TOKEN_IDS,
+    NO_DEFAULTS,
+    InvalidRequest,
+    SamplingDefaults,
+    SamplingParams,
+)
 from engine.validate import MAX_CHOICES
 
 MAX_STOPS = 16
 MAX_PROMPTS = 128
+RANDOM_SEED = -1  # as in vLLM: of clients that cannot leave the field out
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's own default for completions
 
 Ids = list[int]
@@ -55,9 +65,17 @@ def _is_ids(value: object) -> bool:
     return isinstance(value, list) and all(type(item) is int for item in value)
 
 
+def _few_ids(value: object) -> object:
+    if isinstance(value, list) and len(value) > MAX_STOP_TOKEN_IDS:
+        raise ValueError(f"must have at most {MAX_STOP_TOKEN_IDS} token ids, not {len(value)}")
+    return value
+
+
 def _token_biases(value: object) -> object:
     if not isinstance(value, dict):
         raise ValueError("must be an object from token ids to numbers")
+    if len(value) > MAX_LOGIT_BIASES:
+        raise ValueError(f"must have at most {MAX_LOGIT_BIASES} tokens, not {len(value)}")
     for token, bias in value.items():
         if not str(token).isascii() or not str(token).isdigit():
             raise ValueError(f"{token!r} is not a token id")
@@ -69,6 +87,7 @@ def _token_biases(value: object) -> object:
 Number = Annotated[float, BeforeValidator(_finite)]
 Stops = Annotated[list[str], BeforeValidator(_stops)]
 Prompts = Annotated[list[str] | list[Ids], BeforeValidator(_prompts)]
+StopTokenIds = Annotated[list[int], BeforeValidator(_few_ids)]
 Biases = Annotated[dict[int, float], BeforeValidator(_token_biases)]
 
 
@@ -102,7 +121,7 @@ class OpenAIRequest(Model):
     min_p: Number | None = None
     min_tokens: int | None = None
     repetition_penalty: Number | None = None
-    stop_token_ids: list[int] | None = None
+    stop_token_ids: StopTokenIds | None = None
     ignore_eos: bool | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
@@ -144,13 +163,15 @@ class OpenAIRequest(Model):
     def wanted_prompt_logprobs(self) -> int | None:
         return None
 
-    def sampling(self, max_tokens: int, seed: int) -> SamplingParams:
+    def sampling(
+        self, max_tokens: int, seed: int, defaults: SamplingDefaults = NO_DEFAULTS
+    ) -> SamplingParams:
         """Build sampling parameters, with `seed` if the client gave none. Raises ApiError."""
         biases = self.logit_bias or {}
         given = {
             "temperature": self.temperature,
             "top_p": self.top_p,
-            "top_k": None if self.top_k == -1 else self.top_k,  # -1 is off, as in vLLM
+            "top_k": 0 if self.top_k == -1 else self.top_k,  # -1 is off, as in vLLM
             "min_p": self.min_p,
             "min_tokens": self.min_tokens,
             "repetition_penalty": self.repetition_penalty,
@@ -158,15 +179,16 @@ class OpenAIRequest(Model):
             "frequency_penalty": self.frequency_penalty,
             "ignore_eos": self.ignore_eos,
         }
+        chosen = {**asdict(defaults), **{name: v for name, v in given.items() if v is not None}}
         try:
             return SamplingParams(
                 max_tokens=max_tokens,
-                seed=seed if self.seed is None else self.seed,
+                seed=seed if self.seed in (None, RANDOM_SEED) else self.seed,
                 logit_bias=tuple(sorted(biases.items())),
                 stop_token_ids=tuple(self.stop_token_ids or ()),
                 logprobs=self.wanted_logprobs,
                 prompt_logprobs=self.wanted_prompt_logprobs,
-                **cast(Any, {name: v for name, v in given.items() if v is not None}),
+                **cast(Any, {name: v for name, v in chosen.items() if v is not None}),
             )
         except InvalidRequest as error:
             raise invalid(str(error), param=str(error).split(" ", 1)[0]) from None

@@ -4,12 +4,14 @@ import asyncio
 import json
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from deployments.ingress import routes
 from engine.messages import ErrorKind, GenerateRequest, RequestError, RequestOutput
+from engine.scheduler.request import SamplingDefaults
 from tests.deployments.support.fakes import (
     EOS,
     INFO,
@@ -146,6 +148,33 @@ def test_a_seed_of_the_client_is_used_for_every_prompt() -> None:
         assert [request.sampling.seed for request in server.engine.requests] == [5, 5]
 
     in_server(test)
+
+
+def test_a_seed_of_minus_one_is_drawn_anew_for_every_prompt() -> None:
+    async def test(server: Server) -> None:
+        await server.post(COMPLETIONS, prompt=["a", "b"], seed=-1)
+        await server.post(COMPLETIONS, prompt="a", seed=-1)
+        seeds = [request.sampling.seed for request in server.engine.requests]
+        assert len(set(seeds)) == 3 and -1 not in seeds
+
+    in_server(test)
+
+
+def test_what_a_request_leaves_out_is_as_the_models_makers_recommend() -> None:
+    defaults = SamplingDefaults(0.6, 0.9, 20, repetition_penalty=1.05)
+    engine = FakeEngine()
+    engine.info = replace(INFO, sampling_defaults=defaults)
+
+    async def test(server: Server) -> None:
+        await server.post(COMPLETIONS, prompt="a")
+        await server.post(COMPLETIONS, prompt="a", temperature=0, top_k=-1, repetition_penalty=1)
+        used, chosen = (request.sampling for request in server.engine.requests)
+        assert (used.temperature, used.top_p, used.top_k) == (0.6, 0.9, 20)
+        assert (used.min_p, used.repetition_penalty) == (0.0, 1.05)
+        assert (chosen.temperature, chosen.top_p, chosen.top_k) == (0, 0.9, 0)
+        assert chosen.repetition_penalty == 1
+
+    in_server(test, lambda: serving(engine))
 
 
 # ---- stop strings --------------------------------------------------------------------------

@@ -68,6 +68,8 @@ def test_fields_that_change_nothing_are_accepted(fields: dict[str, Any]) -> None
         ),
         ({"stop": ["a", ""]}, "stop"),
         ({"stop": ["a"] * 17}, "stop"),
+        ({"stop_token_ids": [5] * 129}, "stop_token_ids"),
+        ({"logit_bias": {str(i): 1 for i in range(1025)}}, "logit_bias"),
         ({"logit_bias": {"x": 1}}, "logit_bias"),
         ({"logit_bias": {"1": "2"}}, "logit_bias"),
         ({"temperature": "hot"}, "temperature"),
