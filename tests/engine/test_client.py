@@ -125,7 +125,7 @@ def test_bad_requests_and_bad_adapters_end_with_their_own_error(tiny: Tiny) -> N
         kinds = [inbox.last(name).error for name in ("empty", "adapter", "fine")]
         assert [e and e.kind for e in kinds] == [
             ErrorKind.INVALID_REQUEST,
-            ErrorKind.ADAPTER_INVALID,
+            ErrorKind.ADAPTER_DAMAGED,
             None,
         ]
 
