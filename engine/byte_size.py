@@ -9,7 +9,7 @@ _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)")
 
 
 def parse_byte_size(text: str) -> int:
-    """Raises ValueError, which names the text and the units that there are."""
+    """Parse a size. Raises ValueError, which names the text and the known units."""
     match = _SIZE.fullmatch(text.strip())
     if match is None or match[2] not in {"", *UNITS}:
         units = ", ".join(UNITS)
@@ -18,6 +18,6 @@ def parse_byte_size(text: str) -> int:
 
 
 def format_byte_size(num_bytes: int) -> str:
-    """`1.50 GiB`: in the largest binary unit up to GiB that leaves at least 1, or in KiB."""
+    """Format as `1.50 GiB`: in the largest binary unit up to GiB that gives at least 1, or KiB."""
     unit = next((unit for unit in ("GiB", "MiB") if num_bytes >= BINARY[unit]), "KiB")
     return f"{num_bytes / BINARY[unit]:,.2f} {unit}"

@@ -1,6 +1,6 @@
-"""EngineConfig: what one engine process is told. Frozen, validated here, resolved once.
+"""EngineConfig: the settings of one engine process. Frozen, validated here, resolved once.
 
-Knows nothing of YAML, HTTP or Ray: `deployments.config` nests it in the file that people write.
+Independent of YAML, HTTP and Ray: `deployments.config` nests it in the file that people write.
 """
 
 from dataclasses import dataclass
@@ -22,15 +22,15 @@ class ConfigError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
-    """Everything that decides how one base model is loaded and scheduled.
+    """All settings for loading and scheduling one base model.
 
-    `memory_bytes` bounds KV blocks and device-resident adapters together: what one does not need
-    the other may have. `adapter_memory_bytes` is the most that adapters may have of it.
+    `memory_bytes` bounds KV blocks and device-resident adapters together: each may use what the
+    other does not need. `adapter_memory_bytes` is the part that adapters may use at most.
     """
 
     source: str  # a local Hugging Face model folder
     dtype: str = "auto"  # auto: float32 stays, everything else becomes bfloat16
-    quantization: str = "none"  # of the linear layers, applied as they are loaded
+    quantization: str = "none"  # of linear layers, applied while they are loaded
     activations: str = "bf16"  # of linear layers in nf4; int8 weights always take int8
     kv_dtype: str = "auto"  # auto: the model's own; int8 has a scale per position and head
     device: str = "auto"
@@ -38,14 +38,14 @@ class EngineConfig:
     max_num_batched_tokens: int | None = None  # None: 128, on a GPU 512
     max_model_len: int | None = None  # None: the model's own maximum, at most 8192
     block_size: int = 16
-    memory_bytes: int | None = None  # None: 2 GiB on a CPU, all that the weights leave on a GPU
-    adapter_memory_bytes: int | None = None  # None: all that KV blocks in use leave
+    memory_bytes: int | None = None  # None: 2 GiB on a CPU, all but the weights on a GPU
+    adapter_memory_bytes: int | None = None  # None: all but the KV blocks in use
     host_adapter_bytes: int = 2 * 2**30
     enable_prefix_caching: bool = True
     kernels: str = "auto"  # auto: native ones on a CPU, for bfloat16; Triton's on a GPU
     cuda_graphs: str = "auto"  # auto: decode steps are captured at start, on a GPU
     flashinfer: str = "auto"  # auto: computes prefills on a GPU, where it is installed and passes
-    lora_side_stream: bool = False  # on a GPU: shrink beside the base's multiplication
+    lora_side_stream: bool = False  # on a GPU: shrink concurrently with the base layer
     num_threads: int | None = None  # None: all cores
     generation_config: str = "auto"  # auto: its sampling defaults are the requests'; none: not
 

@@ -4,10 +4,10 @@ import gc
 
 
 def keep_what_is_loaded() -> None:
-    """To be called once a process is ready to serve.
+    """Freeze all current objects; call this once, when the process is ready to serve.
 
-    Hundreds of thousands of objects live as long as the process does: to search them all for
-    garbage stops everything it streams, a tenth of a second beside torch, again and again.
+    Hundreds of thousands of objects live as long as the process: searching them all for garbage
+    would interrupt its streams, for a tenth of a second with torch loaded, again and again.
     """
     gc.collect()
     gc.freeze()

@@ -1,6 +1,6 @@
-"""Settles what an EngineConfig leaves open, once, against the checkpoint and the machine.
+"""Resolves the defaults of an EngineConfig, once, from the checkpoint and the machine.
 
-What a device can compute and hold is the backends' to say: `settle` is given an ArenaBytes.
+Backends know what a device can compute and hold: `settle` is given their ArenaBytes.
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from engine.model.quantized_checkpoint import weight_format
 from engine.model.spec import ModelSpec, kv_bytes_per_token
 
 DEFAULT_MAX_MODEL_LEN = 8192
-# Prompts are computed at nearly the same rate in pieces of these, and streams wait for one piece.
+# Larger pieces hardly compute prompts faster, and decoding requests wait for a whole piece.
 DEFAULT_NUM_BATCHED_TOKENS = {"cpu": 128, "cuda": 512}
 
 
@@ -30,7 +30,7 @@ class Settled:
     max_model_len: int
     memory_bytes: int  # for KV blocks and adapters
     block_bytes: int
-    num_blocks: int  # of the whole memory; where adapters are, there are fewer
+    num_blocks: int  # if KV blocks took all memory; adapters leave fewer
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,20 +43,20 @@ class Demand:
     weight_format: str
     device: torch.device
     max_num_batched_tokens: int
-    least_bytes: int  # of KV blocks, for one sequence of max_model_len
+    least_bytes: int  # of KV blocks for one sequence of max_model_len
 
 
 class ArenaBytes(Protocol):
     def __call__(self, demand: Demand) -> int:
-        """Bytes for KV blocks and adapters together.
+        """Return the bytes for KV blocks and adapters together.
 
-        Raises ConfigError for what the device cannot compute, and where it has too little memory.
+        Raises ConfigError if the device cannot compute the model or has too little memory.
         """
         ...
 
 
 def settle(config: EngineConfig, arena_bytes: ArenaBytes) -> Settled:
-    """Raises ConfigError or ModelError; reads the model's config files but no weights."""
+    """Settle from the model's config files, not its weights. Raises ConfigError or ModelError."""
     folder = Path(config.source)
     spec = read_spec(folder, config.max_model_len)
     dtype, device = _dtype(config, folder), _device(config)
@@ -83,7 +83,7 @@ def settle(config: EngineConfig, arena_bytes: ArenaBytes) -> Settled:
 
 
 def _max_num_batched_tokens(config: EngineConfig, device: torch.device) -> int:
-    """By default half of it is left to prompts when as many requests decode as ever may."""
+    """Choose a default that leaves half to prompts while max_num_seqs requests decode."""
     if config.max_num_batched_tokens is not None:
         return config.max_num_batched_tokens
     return max(DEFAULT_NUM_BATCHED_TOKENS[device.type], 2 * config.max_num_seqs)
@@ -116,13 +116,13 @@ def _num_blocks(num_tokens: int, config: EngineConfig) -> int:
 
 
 def _bytes_beside_adapters(config: EngineConfig, memory_bytes: int) -> int:
-    """KV bytes assumed if max_model_len is not set: a quarter of the arena is kept for adapters."""
+    """Return the KV bytes if max_model_len is not set: adapters keep a quarter of the arena."""
     quarter, most = memory_bytes // 4, config.adapter_memory_bytes
     return memory_bytes - (quarter if most is None else min(quarter, most))
 
 
 def _dtype(config: EngineConfig, folder: Path) -> torch.dtype:
-    """auto: a float32 checkpoint stays float32, any other is computed in bfloat16."""
+    """Resolve auto: a float32 checkpoint stays float32, any other is computed in bfloat16."""
     if config.dtype != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[
             config.dtype

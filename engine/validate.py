@@ -1,4 +1,4 @@
-"""What a request must fulfil to be run by an engine with these facts."""
+"""Checks that an engine can run a request, given the engine's limits."""
 
 from collections.abc import Iterable
 
@@ -9,7 +9,7 @@ MAX_CHOICES = 128
 
 
 def validate(request: GenerateRequest, info: EngineInfo) -> None:
-    """Raises InvalidRequest, naming the value and the allowed range."""
+    """Check a request. Raises InvalidRequest, naming the value and the allowed range."""
     num_prompt, num_resumed = len(request.prompt_token_ids), len(request.output_token_ids)
     if not num_prompt:
         raise InvalidRequest("the prompt is empty; at least one token is needed")
@@ -34,7 +34,7 @@ def validate(request: GenerateRequest, info: EngineInfo) -> None:
 
 
 def _check_some_token_is_allowed(request: GenerateRequest, info: EngineInfo) -> None:
-    """End tokens are forbidden until there are `min_tokens`: that must leave at least one."""
+    """Check that a token stays allowed while `min_tokens` forbids the end tokens."""
     sampling = request.sampling
     num_forbidden = len(sampling.end_token_ids(info.eos_token_ids))
     if sampling.min_tokens > 1 and num_forbidden >= info.vocab_size:

@@ -1,1 +1,1 @@
-"""Adapters: from a PEFT folder to weights that a mixed batch can use."""
+"""Load adapters: turn a PEFT folder into weights that a mixed batch can use."""

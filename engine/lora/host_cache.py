@@ -1,9 +1,9 @@
 """HostCache: decodes adapters into host memory, in the order of the queue and within a bound.
 
-Adapters are read and decoded in threads of its own, never in the step loop, which only polls. Those
-of waiting requests are loaded in the order in which they were first wanted, as many as the bound
-holds; the rest wait undecoded. An adapter that running requests hold on the device is not needed
-here, and one that no request wants is kept only where there is room.
+Its own threads read and decode adapters, never the step loop, which only polls. Those of waiting
+requests are loaded in the order in which they were first wanted, as many as the bound allows; the
+rest wait undecoded. An adapter that running requests hold on the device is not needed here, and one
+that no request wants is kept only while there is room.
 """
 
 import os
@@ -30,12 +30,12 @@ class HostAdapter(Protocol):
 
 @dataclass(slots=True)
 class _Entry:
-    """Without a future, the adapter waits to be loaded, or was dropped while it was in use."""
+    """One adapter. Without a future, it waits to be loaded, or was dropped while in use."""
 
     adapter_folder: AdapterFolder
     wanted: int = 0
     future: "Future[HostAdapter] | None" = None
-    nbytes: int | None = None  # expected ones, until a load is reported; None: not known yet
+    nbytes: int | None = None  # expected size, until a load is reported; None: not known yet
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +51,8 @@ class HostCache:
     """Loads, keeps and drops adapters.
 
     `want` and `release` are counted; `advance` starts loads; `poll` reports each load once; `get`
-    needs a finished load. `max_bytes` is exceeded only by one adapter that is larger alone, and by
-    what decoded adapters are larger than their files.
+    needs a finished load. `max_bytes` is exceeded only by a single adapter that is larger, and by
+    the bytes that decoded adapters take beyond the size of their files.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class HostCache:
     # ==== requests ====
 
     def want(self, adapter_folder: AdapterFolder) -> None:
-        """Have the adapter loaded in its turn, and keep it until `release`."""
+        """Queue the adapter to be loaded, and keep it until `release`."""
         digest = adapter_folder.digest
         entry = self._entries.get(digest)
         if entry is None:
@@ -103,13 +103,13 @@ class HostCache:
     def advance(self, is_in_use: Callable[[str], bool]) -> list[str]:
         """Start the loads that are due. Returns the digests dropped to make room for them.
 
-        `is_in_use`: running requests hold the adapter on the device.
+        `is_in_use`: whether running requests hold the adapter on the device.
         """
         dropped: list[str] = []
         for digest in [d for d in self._in_use if not is_in_use(d)]:
             del self._in_use[digest]
             self._queue[digest] = None
-            self._queue.move_to_end(digest, last=False)  # it has had its turn before
+            self._queue.move_to_end(digest, last=False)  # it was at the front before
         while self._queue and len(self._loading) < LOADER_THREADS:
             digest = next(iter(self._queue))
             if is_in_use(digest):
@@ -154,12 +154,12 @@ class HostCache:
 
     @property
     def used_bytes(self) -> int:
-        """Bytes of loaded adapters, and those expected of loads in progress."""
+        """Bytes of loaded adapters, plus the expected bytes of loads in progress."""
         return self._used_bytes
 
     @property
     def num_queued(self) -> int:
-        """Adapters that wait undecoded for their turn."""
+        """Number of adapters that wait undecoded."""
         return len(self._queue)
 
     def close(self) -> None:
@@ -181,7 +181,7 @@ class HostCache:
         return entry.nbytes
 
     def _make_room(self, nbytes: int, is_in_use: Callable[[str], bool], dropped: list[str]) -> bool:
-        """Drop what is not needed until a load fits. One is loaded however large it is."""
+        """Drop adapters that are not needed until a load fits; a single one may have any size."""
         dropped += self._drop_idle(nbytes)
         from_device = self._drop(nbytes, is_in_use)
         self._in_use |= dict.fromkeys(from_device)
@@ -190,7 +190,7 @@ class HostCache:
         return is_alone or self._used_bytes + nbytes <= self.max_bytes
 
     def _drop_idle(self, nbytes: int) -> list[str]:
-        """Drop adapters that no request wants until there is room for so many bytes."""
+        """Drop adapters that no request wants until there is room for `nbytes`."""
         return self._drop(nbytes, lambda digest: not self._entries[digest].wanted)
 
     def _drop(self, nbytes: int, can_go: Callable[[str], bool]) -> list[str]:
@@ -216,7 +216,7 @@ class HostCache:
 
 
 def _file_bytes(adapter_folder: AdapterFolder) -> int:
-    """Expect the size of the file; what loading it finds wrong is found there."""
+    """Estimate the size by that of the file; loading it reports any errors of the file."""
     try:
         return os.stat(Path(adapter_folder.path) / "adapter_model.safetensors").st_size
     except OSError:

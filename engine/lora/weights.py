@@ -1,8 +1,8 @@
-"""From a verified PEFT folder to LoraWeights: the factors of every site.
+"""Reads a verified PEFT folder as LoraWeights: the factors of every site.
 
 A is [R, in], and B is rank-major, [r, out], the transpose of PEFT's, with the scaling folded in.
-Modules that read the same input (q, k, v; gate, up) share one site and its A. A backend that
-multiplies with another layout has it made by its `pack_adapter`.
+Modules that read the same input (q, k, v; gate, up) share one site and its A. If a
+backend needs another layout, its `pack_adapter` makes it.
 """
 
 from collections.abc import Sequence
@@ -32,7 +32,7 @@ class AdapterUnreadable(Exception):
 
 @dataclass(frozen=True, slots=True)
 class SiteWeights:
-    """Rows [r0, r1) of `a` and the matching B write output columns [out0, out1)."""
+    """A site's factors: rows [r0, r1) of `a` and their B give output columns [out0, out1)."""
 
     a: torch.Tensor  # [R, in]
     expands: tuple[Expand, ...]
@@ -121,7 +121,7 @@ def _load_site(
 def _factors(
     module: LoraModule, part: LoraSlice, in_features: int, file: safe_open
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A [r, in] and B [out, r] as they are in the file."""
+    """Read A [r, in] and B [out, r] as stored in the file."""
     a, b = file.get_tensor(module.lora_a), file.get_tensor(module.lora_b)
     if a.shape != (module.lora_rank, in_features) or b.shape != (
         part.out_features,
@@ -135,10 +135,10 @@ def _factors(
 
 
 def _scaled(b: torch.Tensor, dtype: torch.dtype, module: LoraModule) -> torch.Tensor:
-    """B times the scaling, multiplied in float32 (as torch does for bfloat16 too)."""
+    """Return B times the scaling, multiplied in float32 (as torch does for bfloat16 too)."""
     wide = b if b.dtype == dtype else b.float()
     scaled = (wide * module.scaling).to(dtype)
-    if not scaled.abs().max().isfinite():  # NaN is the largest of all; 20 times isfinite().all()
+    if not scaled.abs().max().isfinite():  # max() keeps NaN; 20x faster than isfinite().all()
         raise AdapterLoadError(
             f"{module.lora_b}: not finite in {dtype} at scaling {module.scaling}"
         )

@@ -1,4 +1,4 @@
-"""The fp8 format: e4m3 codes with a float32 scale per row, of weights and of activations."""
+"""Defines the fp8 format: e4m3 codes with a float32 scale per row, for weights and activations."""
 
 from dataclasses import dataclass
 
@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 
 E4M3 = torch.float8_e4m3fn
-LARGEST = 448.0  # of e4m3
-TINY = 1e-12  # rows below it have its scale: 1 / scale must not overflow
-MULTIPLE = 16  # of a layer's inputs and outputs, which FP8 tensor cores multiply in tiles
+LARGEST = 448.0  # largest value of e4m3
+TINY = 1e-12  # least max|x| that a scale is made for: 1 / scale must not overflow
+MULTIPLE = 16  # FP8 tensor cores need layers' inputs and outputs to be multiples of it
 
 
 @dataclass(frozen=True, slots=True)
 class E4m3Rows:
-    """x = codes * scales. codes e4m3 [N, in], contiguous; scales float32 [N, 1]."""
+    """Rows x = codes * scales. codes e4m3 [N, in], contiguous; scales float32 [N, 1]."""
 
     codes: Tensor
     scales: Tensor
@@ -28,9 +28,9 @@ class E4m3Rows:
 
 
 def quantize_rows(x: Tensor) -> E4m3Rows:
-    """x [N, in] of any float; scale = max|x| / 448, codes rounded to nearest even."""
+    """Quantize x [N, in] of any float: scale = max|x| / 448, codes rounded to nearest even."""
     wide = x.float()
     largest = wide.abs().amax(1, keepdim=True).clamp(min=TINY)
-    limit = torch.full_like(largest, LARGEST)  # by a number, CUDA would not divide but multiply
+    limit = torch.full_like(largest, LARGEST)  # CUDA divides by a number as * (1 / number)
     codes = (wide * (limit / largest)).clamp(-LARGEST, LARGEST).to(E4M3)
     return E4m3Rows(codes, largest / limit)

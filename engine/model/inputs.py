@@ -1,6 +1,6 @@
-"""ForwardInputs: what one forward pass reads besides weights and KV cache.
+"""ForwardInputs: the inputs of one forward pass besides weights and KV cache.
 
-Built by `engine.backends.torch.inputs`, read by the decoder and its ops, never changed on the way.
+Built by `engine.backends.torch.inputs` and read by the decoder and its ops, never changed.
 Rows are ordered: all requests with one new token (decode) first, then the prefill chunks.
 """
 
@@ -14,23 +14,23 @@ class LoraBatch(Protocol):
     """The adapters of one batch, ready to be added to any linear layer's output."""
 
     def add(self, layer: int, site: str, x: torch.Tensor, y: torch.Tensor) -> None:
-        """y [N, out] += scaling * (x [N, in] @ A^T) @ B^T, each row with its own adapter."""
+        """Add each row's adapter in place: y [N, out] += scaling * (x [N, in] @ A^T) @ B^T."""
         ...
 
 
 class LoraBatchInParts(LoraBatch, Protocol):
-    """`add` as two calls, of which the first needs no y."""
+    """A LoraBatch whose `add` can be made in two calls, of which the first needs no y."""
 
     def shrink(self, layer: int, site: str, x: torch.Tensor) -> None: ...
 
     def expand(self, layer: int, site: str, y: torch.Tensor) -> None:
-        """Follows the site's `shrink`, and precedes that of any other site."""
+        """Complete the site's `shrink`; must precede that of any other site."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionInputs:
-    """Where each request's queries and keys are.
+    """Places of each request's queries and keys.
 
     B requests, N = sum of query lengths. For request i, query rows are
     [cu_seqlens_q[i], cu_seqlens_q[i + 1]) and keys are positions [0, context_lens[i]), the last
@@ -49,4 +49,4 @@ class ForwardInputs:
     token_ids: torch.Tensor  # [N] int64
     positions: torch.Tensor  # [N] int64
     attention: AttentionInputs
-    lora: LoraBatch | None  # None: no row has an adapter, and nothing is paid for that
+    lora: LoraBatch | None  # None: no row has an adapter, and there is no LoRA cost

@@ -1,8 +1,8 @@
-"""The leaves of the decoder: embedding, linear and norm, each with the weights it expects.
+"""Defines the leaves of the decoder: embedding, linear and norm, each with its expected weights.
 
-A leaf names the checkpoint tensors that it wants (`parts`) and how each is stored; it opens no
-file. A linear layer keeps its parts as they come, dense or quantized, and is packed into the form
-that its op wants as soon as the last one is there.
+A leaf names the checkpoint tensors that it needs (`parts`) and how to store each; it opens no file.
+A linear layer keeps its parts as given, dense or quantized, and is packed into its op's form when
+the last one arrives.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,7 +22,7 @@ Matrix = TypeVar("Matrix")
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One checkpoint tensor: its key, its shape, and what to do with it.
+    """One checkpoint tensor: its key, its shape, and how to store it.
 
     `module` is the linear layer whose weight it is: only that may come as a QuantizedWeight.
     """
@@ -69,16 +69,16 @@ class Build:
 
 
 class Linear(nn.Module):
-    """y = x W^T + b, plus each row's adapter. The weight is whatever the op packed."""
+    """Computes y = x W^T + b, plus each row's adapter. The weight has the op's packed form."""
 
     def __init__(self, build: Build, place: LoraSite, bias: bool) -> None:
         super().__init__()
         self.place = place
         self.layer, self.site = place.layer, place.site
         self.multiply: Callable[[Tensor], Tensor] = _not_loaded
-        self.quantized_bytes: dict[str, int] = {}  # of the parts that came quantized, by key
+        self.quantized_bytes: dict[str, int] = {}  # of quantized parts, by key
         self._build = build
-        self._weights: dict[int, Tensor | QuantizedWeight] = {}  # by slice, until all are there
+        self._weights: dict[int, Tensor | QuantizedWeight] = {}  # by slice, until all have arrived
         self._has_bias = bias
         self._bias = build.empty(place.out_features) if bias else None  # until it is packed
         self._pending = len(place.slices) * (2 if bias else 1)
@@ -100,9 +100,9 @@ class Linear(nn.Module):
             start = rows.stop
 
     def matrices(self, kind: type[Matrix]) -> tuple[Matrix, ...]:
-        """Return what `pack_linear` made of the weight, in the order of the outputs.
+        """Return the results of `pack_linear` for the weight, in the order of the outputs.
 
-        Raises TypeError unless all are of this kind: each backend's WeightOps make their own.
+        Raises TypeError unless all are of this kind: each backend's WeightOps have their own.
         """
         multiply = self.multiply
         parts = multiply.multiplies if isinstance(multiply, SideBySide) else (multiply,)
@@ -137,7 +137,7 @@ class Linear(nn.Module):
             self._bias = None
 
     def _packed(self, weights: list[Tensor | QuantizedWeight]) -> Callable[[Tensor], Tensor]:
-        """One matrix where that can be, else one for each run of slices that can share one."""
+        """Pack one matrix if possible, else one for each run of slices that can share one."""
         multiplies: list[Callable[[Tensor], Tensor]] = []
         start = 0
         for run in _runs(weights):
@@ -161,7 +161,7 @@ class Linear(nn.Module):
 
 @dataclass(frozen=True, slots=True)
 class SideBySide:
-    """x [N, in] -> the outputs of several matrices, one after another."""
+    """Multiplies x [N, in] by several matrices; concatenates their outputs."""
 
     multiplies: tuple[Callable[[Tensor], Tensor], ...]
 
@@ -170,7 +170,7 @@ class SideBySide:
 
 
 def _runs(weights: list[Tensor | QuantizedWeight]) -> list[list[Tensor | QuantizedWeight]]:
-    """Neighbours that one matrix can hold."""
+    """Group neighbours that one matrix can hold."""
     runs = [[weights[0]]]
     for weight in weights[1:]:
         if _alike(runs[-1][-1], weight):
@@ -191,7 +191,7 @@ def _out_features(weight: Tensor | QuantizedWeight) -> int:
 
 
 class Embedding(nn.Module):
-    """Rows of a matrix by token id, times a scale, rounded to the weights' dtype as it is used."""
+    """Looks up rows of a matrix by token id, times a scale rounded to the weights' dtype."""
 
     def __init__(self, build: Build, key: str, vocab_size: int, width: int, scale: float) -> None:
         super().__init__()
@@ -211,7 +211,7 @@ class Embedding(nn.Module):
 
 
 class Head(nn.Module):
-    """hidden [M, E] -> logits [M, V] in float32, scaled and, where the model does, capped."""
+    """Computes hidden [M, E] -> logits [M, V] in float32, scaled and, if the model does, capped."""
 
     def __init__(self, build: Build, scale: float, soft_cap: float | None) -> None:
         super().__init__()
@@ -228,12 +228,12 @@ class Head(nn.Module):
         self.tie(self._build.empty(*tensor.shape).copy_(tensor))
 
     def tie(self, weight: Tensor) -> None:
-        """Uses this very weight, in the model's dtype and on its device."""
+        """Use this weight without a copy, in the model's dtype and on its device."""
         self.multiply = self._build.weight_ops.pack_head(weight)
 
 
 class RmsNorm(nn.Module):
-    """Norm over the last dimension. With an offset the weight stays in float32, exact."""
+    """Norm over the last dimension. With an offset the weight stays in float32, to be exact."""
 
     def __init__(self, build: Build, key: str, width: int, eps: float, offset: float) -> None:
         super().__init__()
@@ -255,7 +255,7 @@ class RmsNorm(nn.Module):
 
 
 class Scale(nn.Module):
-    """x times a constant."""
+    """Multiplies x by a constant."""
 
     def __init__(self, scale: float) -> None:
         super().__init__()

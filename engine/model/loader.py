@@ -1,8 +1,8 @@
-"""From a folder of safetensors to a Decoder, one weight at a time, layer by layer.
+"""Loads a folder of safetensors as a Decoder, one weight at a time, layer by layer.
 
-Every tensor of the checkpoint is used exactly once, with the shape that its config promises, or
-the load is refused with its name. A linear layer's weight is quantized on its way, or comes
-quantized. At no time are there two copies of more than a few layers.
+Every tensor of the checkpoint must be used exactly once and have the shape that its config implies;
+otherwise the load fails with its name. Linear layers' weights are quantized while they are loaded,
+or stored quantized. Memory never holds two copies of more than a few layers.
 """
 
 from collections.abc import Collection
@@ -22,7 +22,7 @@ from engine.model.quantized_weight import QuantizedWeight
 from engine.model.spec import ModelError
 
 HEAD = "lm_head"
-TIED_HEAD = f"{HEAD}.weight"  # some checkpoints keep a copy of what their config ties
+TIED_HEAD = f"{HEAD}.weight"  # some checkpoints store it although their config ties it
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -34,7 +34,7 @@ def load_decoder(
     quantization: str = "none",
     progress: bool = False,
 ) -> Decoder:
-    """The model in `folder`, ready to run; raises ModelError where it cannot be served.
+    """Load the model in `folder`, ready to run. Raises ModelError if it cannot be served.
 
     `quantization` other than none is applied to the linear layers' weights as the checkpoint
     stores them; embeddings, the output layer, norms and biases are in the build's dtype.
@@ -56,9 +56,9 @@ def load_decoder(
 
 
 def weight_bytes(decoder: Decoder, dtype: torch.dtype) -> int:
-    """What the weights weigh, in `dtype` where they are dense; a tied output layer counts once.
+    """Return the bytes of the weights, dense ones in `dtype`; a tied output layer counts once.
 
-    Quantized weights count as they are stored; ops without a kernel for them take more.
+    Quantized weights count as stored; ops without a kernel for them take more.
     """
     quantized: dict[str, int] = {}
     for leaf in decoder.modules():
@@ -71,7 +71,7 @@ def weight_bytes(decoder: Decoder, dtype: torch.dtype) -> int:
 
 
 class _Reader:
-    """A part's weight as the decoder shall keep it."""
+    """Reads parts' weights in the form that the decoder keeps."""
 
     def __init__(
         self,
@@ -84,7 +84,7 @@ class _Reader:
         self._quantize = QUANTIZERS.get(quantization)
 
     def check_keys(self, parts: list[Part], tied: bool) -> None:
-        """Every tensor has a use, and every part its tensors."""
+        """Check that every tensor is used, and that every part has its tensors."""
         wanted = {key for part in parts for key in self._keys_of(part)}
         modules = {part.module for part in parts if part.module is not None}
         self._check_head_is_dense()
@@ -107,7 +107,7 @@ class _Reader:
         if part.module is None or self._quantize is None:
             return tensor
         try:
-            return self._quantize(tensor.to(self._device))  # a GPU is much faster at it
+            return self._quantize(tensor.to(self._device))  # a GPU quantizes much faster
         except NotFiniteWeight as error:
             raise self._checkpoint.error(part.key, str(error)) from None
 
@@ -116,7 +116,7 @@ class _Reader:
         return packed or [part.key]
 
     def _packed_keys(self, module: str) -> list[str]:
-        """Empty where the checkpoint keeps the module dense."""
+        """List a quantized module's keys; empty if the checkpoint stores the module dense."""
         return [] if self._scheme is None else self._scheme.keys_of(self._checkpoint, module)
 
     def _check_head_is_dense(self) -> None:
@@ -127,7 +127,7 @@ class _Reader:
                 )
 
     def _is_empty_bias(self, key: str, modules: Collection[str]) -> bool:
-        """Quantizers give every module a bias, zero where the architecture has none."""
+        """Check for a zero bias, which quantizers add to modules that have none."""
         module, _, kind = key.rpartition(".")
         if kind != "bias" or module not in modules or not self._packed_keys(module):
             return False
@@ -135,7 +135,7 @@ class _Reader:
 
 
 def _is_derived(key: str) -> bool:
-    """Old checkpoints carry rotary frequencies, which follow from the config."""
+    """Check for rotary frequencies, which old checkpoints store; they follow from the config."""
     return key.endswith(".rotary_emb.inv_freq")
 
 

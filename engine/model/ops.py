@@ -1,9 +1,9 @@
-"""The ops that a decoder is built from: what each computes, whatever implements it.
+"""Defines the ops that a decoder is built from, independently of their implementations.
 
 `engine.model.reference` is the specification of all of them. WeightOps make a linear layer out of a
-weight, which every backend does in its own way; TorchOps are what a Decoder calls when it computes
-by itself. Shapes: N tokens, H heads, D head dim, E hidden, I intermediate. Every op treats its rows
-alone: what one request has in its KV blocks, be it NaN, never reaches another's rows.
+weight, which every backend does in its own way; a Decoder that computes by itself calls TorchOps.
+Shapes: N tokens, H heads, D head dim, E hidden, I intermediate. Every op computes its rows
+independently: values in one request's KV blocks, even NaN, never affect another's rows.
 """
 
 from collections.abc import Callable, Mapping
@@ -20,32 +20,32 @@ Multiply = Callable[[Tensor], Tensor]  # [N, in] -> [N, out]
 
 class PackLinear(Protocol):
     def __call__(self, weight: Tensor | QuantizedWeight, bias: Tensor | None) -> Multiply:
-        """x @ weight [out, in]^T + bias; may keep its own copy of the weight or the weight."""
+        """Make x @ weight [out, in]^T + bias; may keep the weight or a copy of it."""
         ...
 
 
 class PackHead(Protocol):
     def __call__(self, weight: Tensor) -> Multiply:
-        """x @ weight [out, in]^T in float32: a tensor that the caller may change and that the
-        next call may overwrite."""
+        """Make x @ weight [out, in]^T in float32: its result is a tensor that the caller may change
+        and that the next call may overwrite."""
         ...
 
 
 class ApplyRmsNorm(Protocol):
     def __call__(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """x / rms(x) * weight over the last dimension, in float32, rounded once to x's dtype."""
+        """Compute x / rms(x) * weight over the last dimension in float32, rounded once."""
         ...
 
 
 class ApplyRotary(Protocol):
     def __call__(self, x: Tensor, cos: Tensor, sin: Tensor) -> None:
-        """Turns x [N, H, D] in place by cos and sin [N, R]; dimensions from R on are kept."""
+        """Rotate x [N, H, D] in place by cos and sin [N, R]; dimensions from R on are kept."""
         ...
 
 
 class StoreKv(Protocol):
     def __call__(self, k: Tensor, v: Tensor, kv_layer: Tensor, slot_mapping: Tensor) -> None:
-        """Writes k and v [N, H_kv, D] to slots [N] of kv_layer [blocks, 2, block_size, H_kv, D]."""
+        """Write k and v [N, H_kv, D] to slots [N] of kv_layer [blocks, 2, block_size, H_kv, D]."""
         ...
 
 
@@ -60,17 +60,17 @@ class PagedAttention(Protocol):
         window: int | None,
         soft_cap: float | None,
     ) -> Tensor:
-        """q [N, H, D] over each request's own keys -> [N, H, D].
+        """Compute attention of q [N, H, D] over each request's own keys -> [N, H, D].
 
         A query at position p sees keys p - window + 1 .. p. Scores are q.k * scale, then
-        soft_cap * tanh(scores / soft_cap) where there is one.
+        soft_cap * tanh(scores / soft_cap) if there is a soft_cap.
         """
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class WeightOps:
-    """Turn weights into linear layers, for one device and dtype."""
+    """Turns weights into linear layers, for one device and dtype."""
 
     pack_linear: PackLinear
     pack_head: PackHead
@@ -78,7 +78,7 @@ class WeightOps:
 
 @dataclass(frozen=True, slots=True)
 class TorchOps:
-    """Everything else that a Decoder's own `forward` calls."""
+    """All other ops that a Decoder's own `forward` calls."""
 
     rms_norm: ApplyRmsNorm
     apply_rotary: ApplyRotary
@@ -88,7 +88,7 @@ class TorchOps:
 
 
 def float_head(pack_linear: PackLinear) -> PackHead:
-    """A head that is multiplied like any linear layer, and then widened."""
+    """Make heads that multiply like any linear layer and then widen to float32."""
 
     def pack(weight: Tensor) -> Multiply:
         multiply = pack_linear(weight, None)
