@@ -1,4 +1,4 @@
-"""AppConfig: the `args` of a configs/*.yaml, validated where they enter.
+"""AppConfig: the `args` of a configs/*.yaml, validated when they are loaded.
 
 Unknown keys are refused at any depth, with their path. The keys are in `config_sections`.
 """
@@ -44,7 +44,7 @@ class AppConfig(Section):
 
 
 def load_config(args: dict[str, Any]) -> AppConfig:
-    """The one way in. ConfigError names every bad key with its path."""
+    """Make an AppConfig; use no other way. Raises ConfigError, which names each bad key's path."""
     try:
         config = AppConfig.model_validate(args)
     except ValidationError as error:
@@ -62,7 +62,7 @@ def _explain(error: Any) -> str:
     if error["type"] == "extra_forbidden":
         return f"{path}: unknown key"
     if error["type"] == "value_error" and isinstance(error["input"], dict):
-        return f"{path}: {error['ctx']['error']}"  # a rule between keys, which names them
+        return f"{path}: {error['ctx']['error']}"  # a rule between keys; its message names them
     return f"{path}: {error['msg']}, not {error['input']!r}"
 
 
@@ -81,7 +81,7 @@ def _check_endpoint(adapters: AdaptersSection) -> None:
 
 
 def check_exposure(tenancy: TenancySection, host: str | None) -> None:
-    """Refuses to serve everybody on an address that others can reach. None: no address at all."""
+    """Refuse to serve without keys on an address that others can reach. None: no address."""
     if host is None or is_loopback(host) or tenancy.mode == "keys":
         return
     if not tenancy.allow_open_on_network:
@@ -100,7 +100,7 @@ def is_loopback(host: str) -> bool:
 
 
 def _absolute(config: AppConfig) -> AppConfig:
-    """Paths are relative to the working directory of whoever starts the application."""
+    """Resolve paths, which are relative to the working directory of the starting process."""
     models = [
         model.model_copy(update={"source": str(Path(model.source).absolute())})
         for model in config.models

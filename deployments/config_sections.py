@@ -1,6 +1,6 @@
-"""The sections of the `args` of a configs/*.yaml: every key, its default and its meaning.
+"""Defines the sections of the `args` of a configs/*.yaml: every key, its default and its meaning.
 
-The descriptions are those of docs/configuration.md, which `reef config-keys` prints.
+`reef config-keys` prints the descriptions for docs/configuration.md.
 """
 
 from typing import Annotated, Any, Literal
@@ -12,12 +12,12 @@ from engine.byte_size import parse_byte_size
 
 
 def parse_bytes(value: object) -> object:
-    """Read a size that is written `2GiB`; what is no string is left to the type's own check."""
+    """Read a size that is written `2GiB`; other types are left to the field's own check."""
     return parse_byte_size(value) if isinstance(value, str) else value
 
 
 def key(default: Any, text: str, *, unset: str = "", **bounds: Any) -> Any:
-    """A key that may be left out. `unset` says what None, its default, comes to."""
+    """Define an optional key. `unset` describes the meaning of None as the default."""
     return Field(default, description=text, json_schema_extra={"unset": unset}, **bounds)
 
 
@@ -30,7 +30,7 @@ class Section(BaseModel):
 
 
 class EngineSection(Section):
-    """The same fields and defaults as EngineConfig has, which also checks the ranges."""
+    """Fields and defaults equal those of EngineConfig, which also checks the ranges."""
 
     device: str = key("auto", "`cpu` or `cuda`; `auto` takes CUDA where there is one")
     max_num_seqs: int = key(64, "requests in one step")
@@ -82,9 +82,9 @@ class EngineSection(Section):
 
 
 class AutoscalingSection(Section):
-    """How many replicas there are between `min` and `max`: as many as carry these targets each.
+    """Chooses the number of replicas between `min` and `max` so that each has at most these loads.
 
-    The load is averaged over `look_back_s`; a decision stands for its delay before it is followed.
+    The load is averaged over `look_back_s`; a decision must hold for its delay to take effect.
     """
 
     target_queued_tokens: float = key(4096.0, "prompt tokens that may wait at a replica", gt=0)
@@ -167,16 +167,16 @@ class AdaptersSection(Section):
 
 
 class TenancySection(Section):
-    """Who may ask, and how much.
+    """Which clients may send requests, and how many.
 
-    mode `open`: everybody is the tenant `public`. Only on loopback, unless
-    `allow_open_on_network` says that everybody who reaches the port may.
-    mode `keys`: /v1 answers to the keys in `keys_file` alone (`reef new-key`), and
-    /metrics, which names tenants and adapters, to that file's `metrics_keys`, or to everybody
-    with `metrics: open`. /health is always open.
+    mode `open`: every client is the tenant `public`. Only on loopback, unless
+    `allow_open_on_network` permits all clients that reach the port.
+    mode `keys`: /v1 accepts only the keys in `keys_file` (`reef new-key`), and /metrics, which
+    names tenants and adapters, only that file's `metrics_keys`, or every client with
+    `metrics: open`. /health is always open.
 
-    The limits count each tenant's requests to /v1 at each ingress replica, whatever comes of
-    them; the keys file may give a tenant limits of its own. null is no limit.
+    The limits count each tenant's requests to /v1 at each ingress replica, even failed ones; the
+    keys file may give a tenant its own limits. null is no limit.
     """
 
     mode: Literal["open", "keys"] = key(

@@ -1,4 +1,4 @@
-"""Where this project's packages are installed, and whether they belong together.
+"""Finds where this project's packages are installed, and checks that they belong together.
 
 Their names are plain words. A folder of the same name that comes first on the import path, or a
 second copy of the project, hides one of them and not the others.
@@ -12,11 +12,11 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 class WrongInstallation(Exception):
-    """The packages do not fit each other, or a part is needed that is not installed."""
+    """The packages do not belong together, or a needed part is not installed."""
 
 
 def check_one_installation() -> None:
-    """Raises WrongInstallation unless all packages come from this one's folder."""
+    """Raise WrongInstallation unless all packages come from the folder of this one."""
     for name in PACKAGES:
         found = importlib.import_module(name).__file__
         if found is None or Path(found).resolve() != ROOT / name / "__init__.py":
@@ -29,7 +29,7 @@ def check_one_installation() -> None:
 
 
 def checkout_root(part: str) -> Path:
-    """The checkout that the packages are imported from. WrongInstallation if it lacks `part`."""
+    """Return the checkout of the packages. Raises WrongInstallation if it lacks `part`."""
     if not (ROOT / "pyproject.toml").is_file() or not (ROOT / part).exists():
         raise WrongInstallation(
             f"{part} is only in a checkout of the repository, and the packages are installed in "

@@ -1,6 +1,6 @@
 """Reads a YAML or JSON file and refuses duplicate keys.
 
-YAML's own loaders keep the last one and say nothing.
+YAML's own loaders silently keep the last one.
 """
 
 from collections.abc import Hashable
@@ -9,24 +9,24 @@ from typing import Any
 
 import yaml
 
-_SafeLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # in C where libyaml is there
+_SafeLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # in C if libyaml is installed
 
 MERGE = "tag:yaml.org,2002:merge"
 
 
 class YamlMistake(ValueError):
-    """The text is not one YAML document; the message says what is wrong and in which line."""
+    """The text is not one YAML document; the message names the mistake and its line."""
 
 
 class StrictLoader(_SafeLoader):
-    """A loader for `yaml.load` and `yaml.load_all`."""
+    """A loader for `yaml.load` and `yaml.load_all` that refuses duplicate keys."""
 
     def __init__(self, stream: Any) -> None:
         super().__init__(stream)
         self._checked: set[yaml.MappingNode] = set()
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
-        """Name what cannot be converted, as an impossible date, and where it is."""
+        """Convert a node; name a value that cannot be converted, such as a date, and its place."""
         try:
             return super().construct_object(node, deep)
         except yaml.YAMLError:
@@ -36,7 +36,7 @@ class StrictLoader(_SafeLoader):
             raise yaml.constructor.ConstructorError(None, None, what, node.start_mark) from None
 
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
-        """Check the keys as they are written, before those of `<<` come before them."""
+        """Check the keys as written, before those of `<<` are inserted in front."""
         if node not in self._checked:
             self._checked.add(node)
             self._check(node)
@@ -49,7 +49,7 @@ class StrictLoader(_SafeLoader):
                 continue
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, Hashable):
-                continue  # the loader itself refuses those
+                continue  # the loader itself refuses these
             if key in seen:
                 mark = key_node.start_mark
                 raise yaml.constructor.ConstructorError(None, None, f"{key!r} comes twice", mark)
@@ -57,7 +57,7 @@ class StrictLoader(_SafeLoader):
 
 
 def read_yaml(path: Path) -> Any:
-    """Read the one document in a file. Raises OSError or YamlMistake."""
+    """Read a file's only document. Raises OSError or YamlMistake."""
     try:
         return yaml.load(path.read_text(), StrictLoader)
     except UnicodeDecodeError:

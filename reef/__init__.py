@@ -1,4 +1,4 @@
-"""The `reef` command and the version. Importing this is cheap: no torch, no Ray."""
+"""Provide the `reef` command and the version. Importing this is fast: no torch, no Ray."""
 
 from importlib.metadata import version
 

@@ -1,7 +1,7 @@
-"""The `reef` command: one way in for everything that is done from a shell.
+"""Runs the `reef` command: one entry point for everything that is done from a shell.
 
-Exit status: 0 done; 1 `verify` or `check` found something wrong; 2 refused or failed, and stderr
-says why.
+Exit status: 0 done; 1 `verify` or `check` found something wrong; 2 refused or failed, with the
+reason on stderr.
 """
 
 import sys
@@ -11,11 +11,11 @@ import click
 from click.exceptions import NoArgsIsHelpError
 
 REFUSED = 2
-INTERRUPTED = 130  # what a shell says of a command that SIGINT has ended
+INTERRUPTED = 130  # a shell's status for a command that SIGINT ended
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; its exit status."""
+    """Run one command and return its exit status."""
     try:
         return _run(arguments)
     except NoArgsIsHelpError as error:
@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: Sequence[str] | None) -> int:
-    _check_installation()  # before any module is imported that another one may hide
+    _check_installation()  # before importing modules that others may hide
     from reef.commands import reef
 
     return reef.main(arguments, prog_name="reef", standalone_mode=False) or 0

@@ -1,6 +1,6 @@
-"""`reef publish`, `list`, `alias` and `retire`: which adapters there are, and their names.
+"""`reef publish`, `list`, `alias` and `retire`: manage adapters and their names.
 
-One line on stdout for each success.
+Each success prints one line on stdout.
 """
 
 from pathlib import Path

@@ -35,7 +35,7 @@ def bench(program: str | None, arguments: tuple[str, ...]) -> None:
 
 
 def _programs(folder: Path) -> dict[str, str]:
-    """What can be run, and the first line of what it says about itself."""
+    """Map each program to the first line of its docstring."""
     texts = {path.stem: path.read_text() for path in sorted(folder.glob("*.py"))}
     return {
         name: (ast.get_docstring(ast.parse(text)) or "").partition("\n")[0]

@@ -1,4 +1,4 @@
-"""The commands of `reef`, put together. Each imports what it needs when it runs."""
+"""Groups the commands of `reef`. Each imports its dependencies when it runs."""
 
 import click
 

@@ -1,4 +1,4 @@
-"""`reef completion`: what a shell needs in order to complete the command's words."""
+"""`reef completion`: prints the script with which a shell completes the command's words."""
 
 import click
 from click.shell_completion import get_completion_class

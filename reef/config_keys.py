@@ -1,4 +1,4 @@
-"""`reef config-keys`: what may be written in a config file."""
+"""`reef config-keys`: prints all keys of a config file."""
 
 import click
 

@@ -1,4 +1,4 @@
-"""`reef check`: asks a running server what the demo's adapters have learned."""
+"""`reef check`: tests the demo's adapters on a running server."""
 
 import sys
 from pathlib import Path

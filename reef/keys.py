@@ -1,4 +1,4 @@
-"""`reef new-key`: an API key, shown once."""
+"""`reef new-key`: makes an API key and shows it once."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""`reef plan`: what a model costs before it is started."""
+"""`reef plan`: estimates a model's memory and speed before it starts."""
 
 import math
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Shows how many bytes of a long piece of work are done."""
+"""Shows how many bytes of a long operation are done."""
 
 import sys
 from collections.abc import Callable, Generator
@@ -8,7 +8,7 @@ from typing import Any
 
 @contextmanager
 def progress(text: str, num_bytes: int) -> Generator[Callable[[int], object], None, None]:
-    """Draw a bar on stderr while it is a terminal; the block tells it of bytes done."""
+    """Draw a bar on stderr if it is a terminal; the block calls the result with bytes done."""
     from tqdm import tqdm
 
     hidden = not sys.stderr.isatty()

@@ -1,4 +1,4 @@
-"""Turns what a package raises on purpose into the one line that the command says."""
+"""Turns expected errors of a package into the one line that the command prints."""
 
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -16,7 +16,7 @@ def refusing(*errors: type[Exception]) -> Generator[None, None, None]:
 
 
 def _sentence(error: Exception) -> str:
-    """Leave out the number that Python puts before the words of the operating system."""
+    """Format an error without the number that Python puts before the system's message."""
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
     return str(error)

@@ -1,4 +1,4 @@
-"""`reef serve`: the server on a Ray cluster of its own."""
+"""`reef serve`: runs the server on a Ray cluster of its own."""
 
 from pathlib import Path
 

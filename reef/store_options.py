@@ -1,4 +1,4 @@
-"""Gives a command the options that say where the adapter store is, and opens it."""
+"""Adds options for the place of the adapter store to a command, and opens the store."""
 
 import functools
 import os
@@ -13,7 +13,7 @@ from reef.refusal import refusing
 if TYPE_CHECKING:
     from adapter_store.store import AdapterStore
 
-CACHE_BYTES = 2**30  # no adapter is downloaded here: the folder keeps the hashes of base models
+CACHE_BYTES = 2**30  # no adapter is downloaded: the folder holds hashes of base models
 DEFAULT_CACHE = "~/.cache/reef/adapter_store"
 DEFAULT_TENANT = "public"
 
@@ -23,7 +23,7 @@ Options = ParamSpec("Options")
 def with_store(
     command: "Callable[Concatenate[AdapterStore, Options], None]",
 ) -> Callable[..., None]:
-    """Call `command` with the opened store; what the store refuses, the command refuses."""
+    """Call `command` with the opened store, and refuse with the message of a store's error."""
 
     @click.option(
         "--root",
@@ -42,7 +42,7 @@ def with_store(
         from adapter_store.open_store import endpoint_from
         from adapter_store.store import AdapterStore
 
-        with refusing(AdapterStoreError, OSError):  # OSError: the folder for hashes
+        with refusing(AdapterStoreError, OSError):  # OSError: from the folder for hashes
             folder = Path(cache).expanduser()
             endpoint = endpoint_url or endpoint_from(os.environ, root)
             store = AdapterStore(root, folder, CACHE_BYTES, endpoint_url=endpoint)

@@ -1,4 +1,4 @@
-"""`reef verify`: hashes what the adapter store holds, and lists what is damaged."""
+"""`reef verify`: hashes the content of the adapter store, and lists all damage."""
 
 from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING
@@ -57,7 +57,7 @@ def _records(
 def _damaged_adapters(
     store: "AdapterStore", records: Sequence["AdapterRecord"]
 ) -> Generator[str, None, None]:
-    """Hash each content once, however many names it has."""
+    """Yield a line for each damaged adapter; hash each content once, even if it has many names."""
     by_digest: dict[str, list[AdapterRecord]] = {}
     for record in records:
         by_digest.setdefault(record.digest, []).append(record)

@@ -1,1 +1,1 @@
-"""A server on this machine alone: Ray head, config file, start and stop."""
+"""Run a server on this machine alone: Ray head, config file, start and stop."""

@@ -1,6 +1,6 @@
-"""A Ray cluster of one's own: a head on loopback whose processes all end with this one.
+"""Runs a separate Ray cluster: a head on loopback whose processes all end with this one.
 
-Nothing is shared with another cluster on the machine: ports, folders and the token are its own.
+It shares neither ports nor folders nor its token with other clusters on the machine.
 """
 
 import logging
@@ -22,7 +22,7 @@ from deployments.haproxy_launcher import BINARY_VARIABLE, write_launcher
 from deployments.local.serve_yaml import Address
 
 KILL_TIMEOUT_S = 5.0
-QUIET_PORTS = range(20_000, 32_768)  # Ray's workers are below, connections above
+QUIET_PORTS = range(20_000, 32_768)  # Ray's workers use ports below, connections above
 OBJECT_STORE_BYTES = 100 * 2**20
 HARD_STOP_AFTER_S = 660
 
@@ -35,7 +35,7 @@ def prepare_ray(folder: Path) -> None:
 
 
 def ray_environment(folder: Path) -> dict[str, str]:
-    """What Ray reads from the environment when it is imported, here and in all its processes."""
+    """Return the variables that Ray reads when it is imported, here and in all its processes."""
     haproxy = folder / "haproxy"
     return {
         "RAY_SERVE_HAPROXY_BINARY_PATH": str(haproxy / "launcher"),
@@ -49,22 +49,22 @@ def ray_environment(folder: Path) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
         "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
-        # Nothing reads it; the default is a port of the machine's syslog, and needs a socket.
+        # Not read by anything; the default is the port of the machine's syslog, and needs a socket.
         "RAY_SERVE_HAPROXY_LOG_TARGET": str(haproxy / "log.sock"),
-        # Longer than a stopped ingress has for its answers.
+        # Longer than a stopping ingress may take to finish its responses.
         "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(HARD_STOP_AFTER_S),
-        # Its default is one port, which two clusters would share without noticing.
+        # The default is a fixed port, which two clusters would silently share.
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(free_port()),
         "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
-        # Ray's own work while nothing happens; ten times a second is for clusters of hundreds.
+        # Ray's own work while idle; the default, ten times a second, suits clusters of hundreds.
         "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.25",
         "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "1000",
-        # Ray runs its workers at 15, where two busy threads may stay on one core for seconds.
+        # Ray's default is 15, at which two busy threads may stay on one core for seconds.
         "RAY_worker_niceness": "0",
-        # Without it Ray takes the machine's address for 127.0.0.1, and listens on all interfaces.
+        # Otherwise Ray replaces 127.0.0.1 by the machine's address, and listens on all interfaces.
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-        # It would end every worker for memory that the engine's process holds.
+        # Off: it would kill all workers because of the memory of the engine's process.
         "RAY_memory_monitor_refresh_ms": "0",
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
@@ -74,9 +74,9 @@ def ray_environment(folder: Path) -> dict[str, str]:
 
 
 def free_port() -> int:
-    """A port that nobody has, from between those that Ray and the kernel give to others.
+    """Return a free port between the ranges that Ray and the kernel assign from.
 
-    From the kernel's own range it might be somebody's again before it is used. Raises OSError.
+    One from the kernel's range might be taken again before it is used. Raises OSError.
     """
     for port in random.SystemRandom().sample(QUIET_PORTS, len(QUIET_PORTS)):
         with socket.socket() as probe, suppress(OSError):
@@ -86,14 +86,14 @@ def free_port() -> int:
 
 
 def end_on_signals() -> None:
-    """One way out for both. SIGINT too: a shell that starts us in the background ignores it."""
+    """Make both signals raise KeyboardInterrupt; a shell's background jobs ignore SIGINT."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
 
 
 @contextmanager
 def cluster_folder() -> Iterator[Path]:
-    # Not below the repository: Ray's sockets must have short paths.
+    # Not in the repository: paths of Ray's sockets must be short.
     folder = Path(tempfile.mkdtemp(prefix="reef-"))
     try:
         yield folder
@@ -103,7 +103,7 @@ def cluster_folder() -> Iterator[Path]:
 
 @contextmanager
 def cluster(folder: Path, address: Address) -> Iterator[None]:
-    """A head in this process' care. At the end all of its processes are gone."""
+    """Start a head; on exit, end all of its processes."""
     import ray
     from ray import serve
 
@@ -119,13 +119,13 @@ def cluster(folder: Path, address: Address) -> Iterator[None]:
             log_to_driver=False,
             logging_level="warning",
         )
-        end_on_signals()  # Ray has a handler of its own for SIGTERM
+        end_on_signals()  # Ray installs its own handler for SIGTERM
         http_options = {"host": address.host, "port": address.port}
         serve.start(http_options=http_options, logging_config=None)
         yield
     finally:
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_IGN)  # the way out is taken once, and to its end
+            signal.signal(number, signal.SIG_IGN)  # ignore further signals: shutdown must complete
         family = psutil.Process().children(recursive=True)
         with suppress(Exception):
             ray.shutdown()
@@ -133,7 +133,7 @@ def cluster(folder: Path, address: Address) -> Iterator[None]:
 
 
 def _kill(processes: list[psutil.Process]) -> None:
-    """Kill those that are left, children first, and wait until they are gone."""
+    """Kill the remaining processes, children first, and wait until they have ended."""
     for process in reversed(processes):
         with suppress(psutil.NoSuchProcess):
             process.kill()
@@ -143,7 +143,7 @@ def _kill(processes: list[psutil.Process]) -> None:
 
 
 def _is_running(process: psutil.Process) -> bool:
-    """A zombie has ended, and only waits for its parent to notice."""
+    """Check if a process runs; a zombie has ended and is only not yet reaped by its parent."""
     with suppress(psutil.NoSuchProcess):
         return process.status() != psutil.STATUS_ZOMBIE
     return False

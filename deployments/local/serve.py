@@ -1,6 +1,6 @@
-"""What `reef serve` runs: a Ray cluster of its own on loopback, the application, and the way out.
+"""Implements `reef serve`: runs the application on a separate Ray cluster on loopback.
 
-Everything it starts is a descendant of this process and ends with it.
+All processes that it starts are descendants of this one and end with it.
 """
 
 import importlib
@@ -36,7 +36,7 @@ _OUR_ERROR = re.compile(r"^(?:adapter_store|deployments|engine)\.[\w.]+: ", re.M
 
 
 class StartFailed(Exception):
-    """A deployment could not start; the message is why."""
+    """A deployment could not start; the message says why."""
 
 
 def serve_locally(config: Path, host: str | None = None, port: int | None = None) -> None:
@@ -55,7 +55,7 @@ def _serve(path: Path, address: Address) -> None:
     config = load_config(application["args"])
     check_exposure(config.tenancy, address.host)
     _refuse_busy_port(address)
-    # Here already, where what is wrong is one sentence and not three attempts to start.
+    # Checked here, where a mistake is one sentence instead of three attempts to start.
     open_tenants(config.tenancy)
     open_adapter_store(config.adapters)
     has_demo = _serves_demo(config)
@@ -63,7 +63,7 @@ def _serve(path: Path, address: Address) -> None:
         _make_demo()
     with cluster_folder() as folder, ThreadPoolExecutor(1) as executor:
         prepare_ray(folder)
-        # While Ray starts.
+        # Runs while Ray starts.
         published = executor.submit(_publish_demo, config) if has_demo else None
         with cluster(folder, address):
             if published is not None:
@@ -94,7 +94,7 @@ def _serves_demo(config: AppConfig) -> bool:
 
 
 def _make_demo() -> None:
-    """On first use; in a process of its own, because it trains and this one must stay light."""
+    """Make the demo on first use, in a separate process, so that training loads nothing here."""
     if (DEMO / "report.json").exists():
         return
     root = checkout_root("examples/demo")
@@ -106,7 +106,7 @@ def _make_demo() -> None:
 
 
 def _publish_demo(config: AppConfig) -> None:
-    """What is published already stays as it is."""
+    """Publish the demo's adapters; those that are already published stay as they are."""
     store = open_adapter_store(config.adapters)
     fingerprint = store.register_base(DEMO / "base")
     for folder in sorted((DEMO / "adapters").iterdir()):
@@ -128,7 +128,7 @@ def _run(application: dict[str, Any]) -> None:
 
 
 def _builder(import_path: str) -> Callable[[Any], Any]:
-    """The function that `module:name` means. Raises ConfigError."""
+    """Import the function that `module:name` refers to. Raises ConfigError."""
     module, _, name = import_path.partition(":")
     try:
         return getattr(importlib.import_module(module), name)
@@ -137,12 +137,12 @@ def _builder(import_path: str) -> Callable[[Any], Any]:
 
 
 def reason(message: str) -> str:
-    """Of what Ray says about a deployment that failed, our own words; all of it if it has none."""
+    """Extract our error message from Ray's; fall back to the whole text."""
     ours = list(_OUR_ERROR.finditer(message))
     return message[ours[-1].end() :].strip() if ours else message
 
 
-# ---- for the person at the terminal --------------------------------------------------------
+# ---- messages on the terminal --------------------------------------------------------------
 
 
 def _wait_until_healthy(address: Address) -> None:
@@ -174,7 +174,7 @@ def _announce(config: AppConfig, address: Address, took_s: float) -> None:
 
 
 def _example(config: AppConfig) -> tuple[str, str]:
-    """A model and a prompt worth trying: one that no adapter of the demo has seen, if it runs."""
+    """Return a model and a prompt to try: a held-out one of the demo, if it is served."""
     if not _serves_demo(config):
         return config.models[0].id, "Hello!"
     held_out = json.loads((DEMO / "heldout.json").read_text())

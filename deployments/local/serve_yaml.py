@@ -1,7 +1,7 @@
-"""What `make serve` reads of a Ray Serve config file: the one application, and where to listen.
+"""Reads a Ray Serve config file for `reef serve`: its only application, and where to listen.
 
-`serve run` reads the same file by itself; what a key means to it, it means here. Says nothing of
-the application's `args`: `deployments.config` does.
+`serve run` reads the same file, and keys have the same meaning here. The application's `args` are
+read by `deployments.config`.
 """
 
 from dataclasses import dataclass
@@ -20,20 +20,20 @@ DEFAULT_PORT = 8000
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """Where HTTP is served."""
+    """The host and port of the HTTP server."""
 
     host: str
     port: int
 
     @property
     def url(self) -> str:
-        """For a client on this machine."""
+        """URL for a client on this machine."""
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
         return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
 
 
 def read_address(path: Path, host: str | None, port: int | None) -> Address:
-    """What was given, else the file's http_options, else loopback. Raises ConfigError."""
+    """Return the given address, else the file's http_options, else loopback. Raises ConfigError."""
     options = _read_document(path).get("http_options", {})
     if not isinstance(options, dict) or not set(options) <= {"host", "port"}:
         raise ConfigError(f"{path}: http_options must have no keys but host and port")
@@ -47,7 +47,7 @@ def read_address(path: Path, host: str | None, port: int | None) -> Address:
 
 
 def read_application(path: Path) -> dict[str, Any]:
-    """The one application of a Serve config file. Raises ConfigError."""
+    """Return the only application of a Serve config file. Raises ConfigError."""
     applications = _read_document(path).get("applications")
     is_one = isinstance(applications, list) and len(applications) == 1
     if not is_one or not isinstance(applications[0], dict):
