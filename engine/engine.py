@@ -1,12 +1,12 @@
-"""Engine: requests in, tokens out, one step at a time, in one process and one thread.
+"""Engine: turns requests into tokens, one step at a time, in one process and one thread.
 
     step():  schedule -> launch -> update
 
-Where the runner computes asynchronously, a step launches the next batch first and then takes the
+If the runner computes asynchronously, a step launches the next batch first and then takes the
 results of the one before, so that the device never waits for Python. At most two batches exist.
-Adapters are read and decoded by the host cache's threads; the step loop only notices when they
-are ready. A step that raises ends its own requests with an error and nothing else, unless the
-device is lost with it.
+The host cache's threads read and decode adapters; the step loop only polls for their completion.
+A step that raises ends its own requests with an error and nothing else, unless the device is lost
+with it.
 """
 
 import logging
@@ -61,7 +61,7 @@ class _InFlight:
 
 
 class Engine:
-    """`wake` is called from another thread when an idle engine has something to do again."""
+    """Runs requests. Other threads call `wake` when an idle engine has work again."""
 
     def __init__(
         self,
@@ -79,10 +79,10 @@ class Engine:
         self.host = HostCache(config.host_adapter_bytes, self._load_adapter, wake)
         self.runner: Runner = self.model.make_runner(self.host.get)
         self.scheduler = self._make_scheduler()
-        self.is_idle = True  # the last step found nothing that could run, and nothing under way
+        self.is_idle = True  # the last step found nothing to run or to wait for
         self._in_flight: deque[_InFlight] = deque()  # oldest first
         self._failed_loads: set[str] = set()  # digests whose last load was in a step that failed
-        self._outputs: list[RequestOutput] = []  # in order of their happening
+        self._outputs: list[RequestOutput] = []  # in chronological order
         self._prompt_logprobs: dict[tuple[str, int], dict[int, TokenLogprobs]] = {}
         self._num_steps = self._num_prompt = self._num_cached = self._num_outputs = 0
         self._step_s = self._last_update_s = 0.0
@@ -160,17 +160,17 @@ class Engine:
     def abort(self, request_id: str, index: int | None = None) -> None:
         """End one choice of the request, or all; their blocks are free on return.
 
-        What is unknown has ended already.
+        Unknown requests have already ended and are ignored.
         """
         self._end(self.scheduler.abort(request_id, index), None)
 
     # ==== a step ====
 
     def step(self) -> list[RequestOutput]:
-        """Launch a step and take the results of those that are due.
+        """Launch a step and take the results of the steps that are due.
 
-        Returns what requests gained, and those that ended since the last call. Raises DeviceLost
-        where no later step can succeed: this process has to end.
+        Returns the requests' new outputs, and those that ended since the last call. Raises
+        DeviceLost if no later step can succeed: the caller must end this process.
         """
         self._poll_adapters()
         num_kept = self._launch()
@@ -209,9 +209,10 @@ class Engine:
             self._update(step.batch, rows, step.start_s)
 
     def _fail_loads(self, batch: ScheduledBatch) -> list[Request]:
-        """Requests of adapters that were to be loaded by two steps in a row that failed.
+        """Remove requests whose adapter's load was in two failed steps in a row; return them.
 
-        They need not be in either step, and would wait for ever; one failure may be another's.
+        They need not be in either step, and would wait for ever. After one failure they may stay:
+        it may have another cause.
         """
         digests = {load.digest: None for load in batch.adapter_loads}
         again = [digest for digest in digests if digest in self._failed_loads]
@@ -240,14 +241,14 @@ class Engine:
     def close(self) -> None:
         self.host.close()
 
-    # ==== what a step gave ====
+    # ==== results of a step ====
 
     def _update(self, batch: ScheduledBatch, rows: list[RowOutput], start: float) -> None:
         by_key: dict[tuple[str, int], RowOutput] = {}
         for scheduled, row in zip(batch.requests, rows, strict=True):
             request = self.scheduler.owner(scheduled)
             if request is None:
-                continue  # it ended or was preempted meanwhile
+                continue  # it has ended or was preempted since
             by_key[request.key] = row
             if row.prompt_logprobs:
                 known = self._prompt_logprobs.setdefault(request.key, {})
@@ -289,7 +290,7 @@ class Engine:
         return [None, *(known[i] for i in range(1, request.num_prompt_tokens))]
 
     def _end(self, requests: Iterable[Request], error: RequestError | None) -> None:
-        """Requests that the scheduler has dropped: release what else they hold, and say so."""
+        """Release what dropped requests hold outside the scheduler, and report their end."""
         reason = FinishReason.ERROR if error else FinishReason.ABORT
         now = self._clock()
         for request in requests:
@@ -309,7 +310,7 @@ class Engine:
     # ==== adapters ====
 
     def _load_adapter(self, adapter_folder: AdapterFolder) -> HostAdapter:
-        """Runs in the host cache's threads."""
+        """Load and pack an adapter; called in the host cache's threads."""
         s = self.settled
         packed = self.model.pack_adapter(load_lora(adapter_folder, self.model.lora_sites, s.dtype))
         most, name = self.config.adapter_memory_bytes, "adapter_memory_bytes"
@@ -332,7 +333,7 @@ class Engine:
             log.error("adapter %s cannot be used: %s", loaded.digest, loaded.error)
             error = _load_error(loaded)
             if error.kind == ErrorKind.ENGINE_ERROR:
-                check_device(self.settled.device)  # its driver pins the adapter's host memory
+                check_device(self.settled.device)  # its driver pins host memory for packing
             self._end(self.scheduler.end_adapter_with_error(loaded.digest), error)
         for digest in self.host.advance(self.scheduler.adapters.is_in_use):
             self.scheduler.adapters.set_absent(digest)
@@ -350,7 +351,8 @@ class Engine:
 
 
 def _has_metrics(request: Request, num_new: int) -> bool:
-    """The first output has them too: if the rest comes from elsewhere, they are known."""
+    """Check if an output needs metrics: the last one, and the first, in case the rest comes from
+    another replica."""
     is_first = len(request.output_token_ids) - request.num_resumed_tokens == num_new
     return request.finish_reason is not None or (request.index == 0 and is_first)
 

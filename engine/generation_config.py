@@ -1,4 +1,4 @@
-"""Reads what a model folder says about generating: end tokens and sampling defaults.
+"""Reads the generation settings of a model folder: end tokens and sampling defaults.
 
 End tokens are those of generation_config.json, or else of config.json, and the tokenizer's own:
 some chat models name the token that ends an answer only there.
@@ -53,7 +53,7 @@ def read_sampling_defaults(folder: Path) -> SamplingDefaults:
 
 
 def _tokenizer_eos(folder: Path) -> tuple[int, ...]:
-    """Look the token's text up where it is cheap first: tokenizer.json may have many megabytes."""
+    """Look up the token's id, in small files first: tokenizer.json may have many megabytes."""
     config = _read(folder / "tokenizer_config.json")
     token = config.get("eos_token")
     text = token.get("content") if isinstance(token, dict) else token
@@ -87,5 +87,5 @@ def _known_in_file(tokenizer: dict[str, Any]) -> Iterator[tuple[int, Any]]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """An absent file says nothing."""
+    """Read a JSON object; an absent file counts as an empty one."""
     return read_json(path) if path.exists() else {}

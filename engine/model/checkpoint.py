@@ -97,7 +97,7 @@ def _one_of(dtypes: tuple[torch.dtype, ...]) -> str:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """Find the files as transformers does: an index beside a whole file was left behind."""
+    """Find the files as transformers does: an index next to a whole file is a left-over."""
     if (folder / SINGLE).exists():
         return [folder / SINGLE]
     if (folder / INDEX).exists():

@@ -37,7 +37,7 @@ class FinishReason(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How tokens are chosen. temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 are off.
+    """Parameters of sampling. temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 are off.
 
     `seed` is always present: the ingress draws one if the client gave none, so that the request
     can be resumed on another replica with the same tokens.
@@ -96,7 +96,7 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True)
 class SamplingDefaults:
-    """What a model's makers recommend for requests that leave it out; None: nothing."""
+    """A model folder's values for parameters that a request leaves out; None: not given."""
 
     temperature: float | None = None
     top_p: float | None = None

@@ -13,7 +13,7 @@ NO_TOKENS: "array[int]" = array(INT32)
 
 
 class TokenBiases(NamedTuple):
-    """What is added to the logits of some tokens; each token is listed once."""
+    """Values that are added to the logits of some tokens; each token is listed once."""
 
     token_ids: "array[int]"
     values: "array[float]"
@@ -35,7 +35,7 @@ def token_rules(
 
 
 def token_biases(logit_bias: Iterable[tuple[int, float]]) -> TokenBiases | None:
-    """Of a token that is listed twice, the last bias counts."""
+    """Collect biases; the last one counts for a token that is listed twice."""
     biases = dict(logit_bias)
     if not biases:
         return None
