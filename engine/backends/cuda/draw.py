@@ -84,7 +84,8 @@ def floors(scaled: Tensor, draws: Draws) -> Tensor:
 def weighted_floor(values: Tensor, weights: Tensor, needed: Tensor) -> Tensor:
     """Find the largest value of each row such that it and larger ones weigh at least `needed`.
 
-    values float32 [D, V], weights int64 [D, V], needed int64 [D], at most the row's weight; [D].
+    values float32 [D, V], weights int64 [D, V]; needed int64 [D], at most the row's total weight.
+    Returns [D].
     """
     keys = _sortable(values)
     chosen = torch.zeros_like(needed)

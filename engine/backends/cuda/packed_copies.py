@@ -16,7 +16,7 @@ from engine.backends.cuda.streams import Device, Event
 
 Words = NDArray[Any]  # int32 or float32
 WORD_BYTES = 4
-ALIGNMENT = 64  # words: a section starts on 256 bytes, which kernels read fastest
+ALIGNMENT = 64  # words: sections start at multiples of 256 bytes, for the kernels' reads
 
 
 class PinnedRing:

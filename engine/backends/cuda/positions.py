@@ -1,9 +1,9 @@
-"""DevicePositions: tells kernels where the queries and keys of a batch are.
+"""DevicePositions: the places of a batch's queries and keys, as numbers for kernels.
 
 Holds the content of `engine.model.inputs.AttentionInputs` in fixed shapes on the device: a CUDA
 graph that was captured with these tensors serves every batch that fits into them. Padding requests
 have a context of 0: one query row each among the decodes, none among the prefills. Needs no Triton:
-numpy lays out a step's numbers.
+numpy alone lays out a step's numbers.
 """
 
 from collections.abc import Mapping, Sequence
