@@ -98,7 +98,7 @@ class FusedDecoder:
             x.mul_(self._embedding.scale)
 
     def _cut(self, b: Buffers, rows: Tensor) -> Buffers:
-        """Copy to the buffers of these rows alone what the last layer still needs."""
+        """Copy the last layer's remaining inputs, for these rows, to buffers of their own."""
         outputs = self._buffers.first(len(rows))
         torch.index_select(b.x, 0, rows, out=outputs.output_x)
         torch.index_select(b.attended.wide, 0, rows, out=outputs.output_attended.wide)
