@@ -1,28 +1,28 @@
-"""Mailbox: news in order, for one reader: of one HTTP request's generations, or of one wire."""
+"""BatchQueue: an unbounded queue whose one reader takes everything that has come, in order."""
 
 import asyncio
 from typing import Generic, TypeVar
 
-NewsT = TypeVar("NewsT")
+ItemT = TypeVar("ItemT")
 
 
-class Mailbox(Generic[NewsT]):
-    """Never full: an engine does not wait for a slow client."""
+class BatchQueue(Generic[ItemT]):
+    """Never full, so that an engine never waits for a slow client."""
 
     __slots__ = ("_items", "_waiter")
 
     def __init__(self) -> None:
-        self._items: list[NewsT] = []
+        self._items: list[ItemT] = []
         self._waiter: asyncio.Future[None] | None = None
 
-    def put(self, item: NewsT) -> None:
+    def put(self, item: ItemT) -> None:
         self._items.append(item)
         waiter = self._waiter
         if waiter is not None and not waiter.done():
             waiter.set_result(None)
 
-    async def next(self) -> list[NewsT]:
-        """Everything new, at least one item."""
+    async def next_batch(self) -> list[ItemT]:
+        """Wait for at least one item, and take all there are."""
         if not self._items:
             self._waiter = asyncio.get_running_loop().create_future()
             try:

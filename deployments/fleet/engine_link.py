@@ -11,7 +11,7 @@ import asyncio
 from collections.abc import Sequence
 
 from deployments.fleet.background_tasks import BackgroundTasks
-from deployments.fleet.batch_queue import Mailbox
+from deployments.fleet.batch_queue import BatchQueue
 from deployments.fleet.engine_totals import EngineTotals
 from deployments.fleet.failover import Attempt, ResumableRequest
 from deployments.fleet.leases import forgotten_attempts, orphans
@@ -20,7 +20,13 @@ from deployments.fleet.protocol import Connection, Frame, Hello, Lease, Submit
 from deployments.fleet.replica_stream import ReplicaStream
 from deployments.fleet.stream_pool import StreamPool
 from deployments.fleet.timing import Timing
-from engine.messages import EngineStats, ErrorKind, Item, RequestError
+from engine.messages import (
+    EngineStats,
+    ErrorKind,
+    Item,
+    RequestError,
+    RequestOutput,
+)
 
 # After this many lost replicas the request itself is the likely cause: it fails.
 MAX_LOSSES = 4
@@ -43,7 +49,7 @@ class EngineLink:
     ) -> None:
         self._timing = timing or Timing()
         self._attempts: dict[str, Attempt] = {}
-        self._requests: dict[Mailbox[Item], list[ResumableRequest]] = {}
+        self._requests: dict[BatchQueue[Item], list[ResumableRequest]] = {}
         self._totals = EngineTotals()
         self._tasks = BackgroundTasks()
         self._streams = StreamPool(connection, ingress_id, self, self._tasks, self._timing)
@@ -79,23 +85,23 @@ class EngineLink:
 
     # ---- for requests --------------------------------------------------------------------
 
-    def open(self, submits: Sequence[Submit]) -> Mailbox[Item]:
+    def open(self, submits: Sequence[Submit]) -> BatchQueue[Item]:
         """Hand requests over without waiting. The caller must `release` the queue.
 
         Raises ModelNotReady.
         """
         if self.hello is None:
             raise ModelNotReady
-        mailbox: Mailbox[Item] = Mailbox()
-        requests = [ResumableRequest(submit, mailbox.put) for submit in submits]
-        self._requests[mailbox] = requests
+        queue: BatchQueue[Item] = BatchQueue()
+        requests = [ResumableRequest(submit, queue.put) for submit in submits]
+        self._requests[queue] = requests
         for request in requests:
             self._begin(request.first_attempt())
-        return mailbox
+        return queue
 
-    def release(self, mailbox: Mailbox[Item]) -> None:
+    def release(self, queue: BatchQueue[Item]) -> None:
         """Abort what has not finished: the reader is done."""
-        for request in self._requests.pop(mailbox):
+        for request in self._requests.pop(queue):
             for attempt in list(request.attempts.values()):
                 del self._attempts[attempt.id]  # one that is being placed ends by that
                 if attempt.replica is not None:
@@ -128,8 +134,7 @@ class EngineLink:
             return
         early, attempt.early = attempt.early, []
         for stream, item in early:
-            if stream is attempt.replica:
-                self._take(stream, item)
+            self.on_frame(stream, [item])
 
     def _lose(self, attempt: Attempt, message: str, counts: bool = True) -> None:
         """Go on elsewhere with an attempt that its replica will not finish."""
@@ -148,27 +153,32 @@ class EngineLink:
     def on_frame(self, stream: ReplicaStream, frame: Frame) -> None:
         attempts = self._attempts
         for item in frame:
-            if type(item) is tuple:
-                attempt = attempts.get(item[0])
-                if attempt is not None and attempt.replica is stream:
-                    attempt.origin.take(attempt, item)
-                    continue
-            self._take(stream, item)
+            if not isinstance(item, tuple):
+                self._on_output(stream, item)
+                continue
+            request_id, _, _ = item
+            attempt = attempts.get(request_id)
+            if attempt is not None:
+                if attempt.replica is stream:
+                    attempt.origin.take_tokens(attempt, item)
+                elif attempt.replica is None:  # its receipt is still on the way
+                    attempt.early.append((stream, item))
 
-    def _take(self, stream: ReplicaStream, item: Item) -> None:
-        is_plain = isinstance(item, tuple)
-        attempt = self._attempts.get(item[0] if is_plain else item.request_id)
+    def _on_output(self, stream: ReplicaStream, output: RequestOutput) -> None:
+        attempt = self._attempts.get(output.request_id)
         if attempt is None:
             return
-        if attempt.replica is not stream:
-            if attempt.replica is None:  # its receipt is still on the way
-                attempt.early.append((stream, item))
+        if attempt.replica is None:
+            attempt.early.append((stream, output))
+        elif attempt.replica is stream:
+            self._take_output(attempt, output)
+
+    def _take_output(self, attempt: Attempt, output: RequestOutput) -> None:
+        error = output.error
+        if error is not None and error.kind in ELSEWHERE:
+            self._lose(attempt, error.message, counts=error.kind != ErrorKind.HANDED_BACK)
             return
-        if not is_plain and item.error is not None and item.error.kind in ELSEWHERE:
-            counts = item.error.kind != ErrorKind.HANDED_BACK
-            self._lose(attempt, item.error.message, counts)
-            return
-        attempt.origin.take(attempt, item)
+        attempt.origin.take_output(attempt, output)
         if attempt.num_open == 0:
             del self._attempts[attempt.id]
 

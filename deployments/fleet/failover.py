@@ -13,7 +13,14 @@ from dataclasses import dataclass, field, replace
 
 from deployments.fleet.protocol import Submit
 from deployments.fleet.replica_stream import ReplicaStream
-from engine.messages import GenerateRequest, Item, RequestError, RequestMetrics, RequestOutput
+from engine.messages import (
+    GenerateRequest,
+    Item,
+    RequestError,
+    RequestMetrics,
+    RequestOutput,
+    TokenItem,
+)
 
 
 @dataclass(eq=False, slots=True)
@@ -72,17 +79,16 @@ class ResumableRequest:
     def first_attempt(self) -> Attempt:
         return self._add(Attempt(self, self._submit, 0, self._submit.request.n, is_original=True))
 
-    def take(self, attempt: Attempt, item: Item) -> None:
-        """Pass on what an attempt brings."""
-        if type(item) is tuple:
-            index = attempt.first_index + item[1]
-            if self._is_open[index]:
-                self._token_ids[index].extend(item[2])
-                self._deliver(item if attempt.is_original else (self._id, index, item[2]))
-        else:
-            self._take_output(attempt, item)  # type: ignore[arg-type]
+    def take_tokens(self, attempt: Attempt, item: TokenItem) -> None:
+        """Pass on tokens that an attempt brings."""
+        _, index, token_ids = item
+        index += attempt.first_index
+        if self._is_open[index]:
+            self._token_ids[index].extend(token_ids)
+            self._deliver(item if attempt.is_original else (self._id, index, token_ids))
 
-    def _take_output(self, attempt: Attempt, output: RequestOutput) -> None:
+    def take_output(self, attempt: Attempt, output: RequestOutput) -> None:
+        """Pass on an output that an attempt brings."""
         index = attempt.first_index + output.index
         if not self._is_open[index]:
             return
@@ -119,7 +125,7 @@ class ResumableRequest:
     def fail(self, attempt: Attempt, error: RequestError) -> None:
         """End every choice that the attempt was to finish."""
         for index in range(attempt.submit.request.n):
-            self._take_output(
+            self.take_output(
                 attempt, RequestOutput(attempt.id, index, [], finish_reason="error", error=error)
             )
 

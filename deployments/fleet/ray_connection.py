@@ -1,6 +1,6 @@
-"""RayConnection: how an ingress reaches the replicas of one Engine deployment.
+"""RayConnection: reach the replicas of one Engine deployment from an ingress.
 
-Over a Serve handle, and beside it over a `wire` to every replica that it has a stream to. Ray's
+Calls go over a Serve handle, or over a direct socket to a replica that there is a stream to. Ray's
 router says which replica is best either way.
 
 Calls must not inherit the context of an HTTP request: Ray gives all calls out of one request the
@@ -16,33 +16,33 @@ from typing import Any
 
 from ray.serve.handle import DeploymentHandle
 
-from deployments.fleet.direct_socket import Wire, take_up
+from deployments.fleet.direct_socket import IngressEndpoint, connect
 from deployments.fleet.protocol import Abort, Frame, Hello, Hints, Lease, Receipt, StreamId, Submit
 
 
 class RayConnection:
-    """A transport.Connection. Messages are pickled by C, not by cloudpickle."""
+    """A protocol.Connection. Messages are pickled in C, not by cloudpickle."""
 
     def __init__(self, handle: DeploymentHandle) -> None:
         handle = handle.options(request_serialization="pickle", response_serialization="pickle")
         self._submit = handle.submit
         self._control = handle.control
         self._attach = handle.options(stream=True).attach
-        self._wires: dict[str, Wire] = {}
+        self._sockets: dict[str, IngressEndpoint] = {}
 
     async def submit(
         self, hints: Hints, ingress_id: str, epochs: Mapping[str, int], submit: Submit
     ) -> Receipt:
-        if self._wires:
+        if self._sockets:
             replica_id = await self._choose(hints)
-            wire = self._wires.get(replica_id)
-            if wire is not None:
-                return await wire.submit(epochs.get(replica_id, 0), submit)
+            socket = self._sockets.get(replica_id)
+            if socket is not None:
+                return await socket.submit(epochs.get(replica_id, 0), submit)
             hints = replace(hints, target=replica_id)  # chosen, and counted, once
         return await _unary(self._submit, hints, ingress_id, epochs, submit)
 
     async def _choose(self, hints: Hints) -> str:
-        """What the router would do with the call. No call is made: nothing is reserved."""
+        """Ask the router where the call would go. No call is made, and nothing is reserved."""
         async with self._submit.choose_replica(hints, _reserve=False) as selection:
             return selection.replica_id
 
@@ -50,26 +50,26 @@ class RayConnection:
         self, hints: Hints, ingress_id: str, epochs: Mapping[str, int]
     ) -> AsyncIterator[Hello | Frame]:
         response = _call(self._attach, hints, ingress_id, epochs)
-        wire = None
+        socket = None
         try:
             hello, offer = await anext(response)
-            wire = None if offer is None else await take_up(offer)
-            if wire is not None:
-                self._wires[hello.replica_id] = wire
+            socket = None if offer is None else await connect(offer)
+            if socket is not None:
+                self._sockets[hello.replica_id] = socket
             yield hello
-            if wire is not None:
-                async for frame in wire.frames():
+            if socket is not None:
+                async for frame in socket.frames():
                     yield frame
-            async for frame in response:  # of a wire's, only its end
+            async for frame in response:  # after a socket's frames only the end is left
                 yield frame
         finally:
-            if wire is not None:
-                self._forget(wire)
+            if socket is not None:
+                self._forget(socket)
             response.cancel()
 
-    def _forget(self, wire: Wire) -> None:
-        wire.close()
-        self._wires = {r: known for r, known in self._wires.items() if known is not wire}
+    def _forget(self, socket: IngressEndpoint) -> None:
+        socket.close()
+        self._sockets = {r: known for r, known in self._sockets.items() if known is not socket}
 
     async def control(
         self, hints: Hints, stream_id: StreamId, aborts: Sequence[Abort], renew: bool

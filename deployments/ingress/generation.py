@@ -8,7 +8,6 @@ what it holds in the engine.
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import cast
 
 from deployments.fleet.protocol import Submit
 from deployments.ingress.api.openai_replies import DONE, Reply, Usage
@@ -45,7 +44,7 @@ class Generation:
         self._metrics = metrics
         self._clock = clock
         self._link = plan.target.model.link
-        self._mailbox = self._link.open(plan.submits)
+        self._queue = self._link.open(plan.submits)
         requests = [submit.request for submit in plan.submits]
         ids = [request.request_id for request in requests]
         self._first_index = {request_id: at * plan.n for at, request_id in enumerate(ids)}
@@ -102,7 +101,7 @@ class Generation:
 
     def close(self) -> None:
         """Abort what has not ended, and record the figures. Must be called exactly once."""
-        self._link.release(self._mailbox)
+        self._link.release(self._queue)
         usage, label = self.usage(), self._plan.target.label
         self._metrics.observe_gaps(label, self._gaps)
         self._metrics.count_tokens(
@@ -118,22 +117,21 @@ class Generation:
     async def _next(self) -> NewTexts:
         """Wait for what the open choices gain, one text per choice."""
         texts: NewTexts = {}
-        items = await self._mailbox.next()
+        items = await self._queue.next_batch()
         now = self._clock()
         for item in items:
-            if type(item) is tuple:
+            if isinstance(item, tuple):
                 request_id, index, token_ids = item
                 choice = self._choices.get(self._first_index[request_id] + index)
                 if choice is None:
                     choice = self._new_choice(request_id, index, None, texts)
                 if choice.finish_reason is not None:
-                    continue  # behind a stop string
+                    continue  # after a stop string
                 text = choice.push(token_ids)
             else:
-                output = cast(RequestOutput, item)
-                choice = self._choice_of(output, texts)
+                choice = self._choice_of(item, texts)
                 was_open = choice.finish_reason is None
-                text = self._take(choice, output)
+                text = self._take(choice, item)
                 if not was_open:
                     continue
             self._stamp(choice, now)

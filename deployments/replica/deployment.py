@@ -11,7 +11,7 @@ from ray import serve
 from deployments.config import AppConfig
 from deployments.config_sections import ModelSection
 from deployments.fleet import router
-from deployments.fleet.direct_socket import Greeting, WireServer
+from deployments.fleet.direct_socket import DirectServer, Greeting
 from deployments.fleet.protocol import (
     Abort,
     Frame,
@@ -51,8 +51,8 @@ class EngineDeployment:
         self._replica = EngineReplica(
             lambda on_frame: EngineClient(engine_config, on_frame), store, settings
         )
-        self._wires = WireServer()
-        await self._wires.listen(ray.util.get_node_ip_address())
+        self._sockets = DirectServer(self._replica)
+        await self._sockets.listen(ray.util.get_node_ip_address())
         await self._replica.start()
         keep_what_is_loaded()
 
@@ -65,12 +65,8 @@ class EngineDeployment:
         self, hints: Hints, ingress_id: str, epochs: Mapping[str, int]
     ) -> AsyncIterator[Greeting | Frame]:
         self._check_target(hints)
-
-        def submit(epoch: int, submit: Submit) -> Receipt:
-            return self._replica.submit(ingress_id, {self._id: epoch}, submit)
-
         stream = self._replica.attach(ingress_id, epochs)
-        async for item in self._wires.carry(stream, submit):
+        async for item in self._sockets.relay(stream, ingress_id):
             yield item
 
     async def control(
@@ -97,6 +93,6 @@ class EngineDeployment:
         self._replica.check_health()
 
     async def __del__(self) -> None:
-        if hasattr(self, "_wires"):
-            self._wires.close()
+        if hasattr(self, "_sockets"):
+            self._sockets.close()
             await self._replica.close()

@@ -57,21 +57,22 @@ class LiveRequests:
 
     def on_frame(self, items: list[Item]) -> None:
         """Hand each item to its ingress. The engine calls it once per step."""
-        touched: dict[str, IngressStream] = {}
+        touched: dict[IngressStream, None] = {}
+        by_id = self.by_id
         for item in items:
-            is_plain = isinstance(item, tuple)
-            request_id = item[0] if is_plain else item.request_id
-            live = self.by_id.get(request_id)
+            is_tokens = isinstance(item, tuple)
+            request_id = item[0] if is_tokens else item.request_id
+            live = by_id.get(request_id)
             if live is None:
                 continue  # aborted while this was on its way
             stream = live.stream
             stream.items.append(item)
-            touched[stream.id.ingress_id] = stream
-            if not is_plain and item.finish_reason is not None:
+            touched[stream] = None
+            if not is_tokens and item.finish_reason is not None:
                 if item.error is not None:
                     self._repair_if_damaged(live, item.error)
                 self._finish_choice(request_id, live)
-        for stream in touched.values():
+        for stream in touched:
             stream.wake.set()
 
     def _repair_if_damaged(self, live: LiveRequest, error: RequestError) -> None:

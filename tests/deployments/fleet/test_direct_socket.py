@@ -11,18 +11,19 @@ from typing import Any
 
 import pytest
 
-from deployments.fleet import direct_socket as wire
-from deployments.fleet.batch_queue import Mailbox
+from deployments.fleet import direct_socket
+from deployments.fleet.batch_queue import BatchQueue
 from deployments.fleet.direct_socket import (
     TICKET_BYTES,
+    DirectServer,
+    IngressEndpoint,
     Offer,
-    ReplicaEnd,
-    Wire,
-    WireServer,
-    take_up,
+    ReplicaEndpoint,
+    _OpenOffer,
+    connect,
 )
 from deployments.fleet.engine_link import EngineLink
-from deployments.fleet.protocol import Receipt, Submit
+from deployments.fleet.protocol import Submit
 from deployments.fleet.ray_connection import RayConnection
 from deployments.fleet.socket_messages import VERSION, Submission, greeting
 from deployments.fleet.timing import Timing
@@ -67,7 +68,7 @@ class Handle:
     """A deployment's, with one replica. `calls` and `items` are what Ray had to carry."""
 
     replica: EngineReplica
-    server: WireServer
+    server: DirectServer
     calls: list[str] = field(default_factory=list)
     items: list[object] = field(default_factory=list)
     name: str = ""
@@ -89,11 +90,7 @@ class Handle:
         if self.name == "attach":
             ingress_id, _ = arguments
             stream = self.replica.attach(*arguments)
-
-            def submit(epoch: int, what: Submit) -> Receipt:
-                return self.replica.submit(ingress_id, {"replica": epoch}, what)
-
-            return Streamed(self.server.carry(stream, submit), self.items)  # type: ignore[arg-type]
+            return Streamed(self.server.relay(stream, ingress_id), self.items)  # type: ignore[arg-type]
         return asyncio.ensure_future(self._answer(*arguments))
 
     async def _answer(self, *arguments: Any) -> object:
@@ -107,18 +104,18 @@ class Handle:
 class Setup:
     engine: FakeEngine
     replica: EngineReplica
-    server: WireServer
+    server: DirectServer
     handle: Handle
     connection: RayConnection
     link: EngineLink
 
-    def open(self, request_id: str, prompt: str) -> Mailbox[Any]:
+    def open(self, request_id: str, prompt: str) -> BatchQueue[Any]:
         params = SamplingParams(max_tokens=100)
         return self.link.open([Submit(GenerateRequest(request_id, tokens(prompt), params), None)])
 
     @property
-    def wires(self) -> list[Wire]:
-        return list(self.connection._wires.values())
+    def sockets(self) -> list[IngressEndpoint]:
+        return list(self.connection._sockets.values())
 
 
 def in_setup(test: Callable[[Setup], Awaitable[None]], host: str = HOST) -> None:
@@ -132,7 +129,7 @@ def in_setup(test: Callable[[Setup], Awaitable[None]], host: str = HOST) -> None
         settings = ReplicaSettings("replica", BASE, 64, 100)
         replica = EngineReplica(make_engine, FakeStore(), settings)
         await replica.start()
-        server = WireServer()
+        server = DirectServer(replica)
         await server.listen(host)
         handle = Handle(replica, server)
         connection = RayConnection(handle)  # type: ignore[arg-type]
@@ -150,11 +147,11 @@ def in_setup(test: Callable[[Setup], Awaitable[None]], host: str = HOST) -> None
     asyncio.run(run())
 
 
-async def answer(mailbox: Mailbox[Any]) -> str:
+async def answer(queue: BatchQueue[Any]) -> str:
     """All of it, each token as often as it came."""
     token_ids: list[int] = []
     while True:
-        for item in await asyncio.wait_for(mailbox.next(), 5):
+        for item in await asyncio.wait_for(queue.next_batch(), 5):
             token_ids += item[2] if isinstance(item, tuple) else item.token_ids
             if not isinstance(item, tuple) and item.finish_reason is not None:
                 assert item.error is None, item.error
@@ -163,9 +160,9 @@ async def answer(mailbox: Mailbox[Any]) -> str:
 
 def test_submits_receipts_and_frames_do_not_go_through_ray() -> None:
     async def test(setup: Setup) -> None:
-        mailboxes = [setup.open(str(n), f"request {n}") for n in range(5)]
-        assert [await answer(m) for m in mailboxes] == [f"REQUEST {n}" for n in range(5)]
-        assert len(setup.wires) == 1
+        queues = [setup.open(str(n), f"request {n}") for n in range(5)]
+        assert [await answer(m) for m in queues] == [f"REQUEST {n}" for n in range(5)]
+        assert len(setup.sockets) == 1
         assert "submit" not in setup.handle.calls
         assert len(setup.handle.items) == 1, "the greeting"
 
@@ -175,16 +172,16 @@ def test_submits_receipts_and_frames_do_not_go_through_ray() -> None:
 def test_without_a_direct_connection_everything_goes_through_ray(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(wire, "OFFER_S", 0.05)
+    monkeypatch.setattr(direct_socket, "OFFER_S", 0.05)
 
     async def refuse(offer: Offer) -> None:
-        return await take_up(Offer(HOST, 1, offer.ticket))  # type: ignore[return-value]
+        return await connect(Offer(HOST, 1, offer.ticket))  # type: ignore[return-value]
 
-    monkeypatch.setattr("deployments.fleet.ray_connection.take_up", refuse)
+    monkeypatch.setattr("deployments.fleet.ray_connection.connect", refuse)
 
     async def test(setup: Setup) -> None:
         assert await answer(setup.open("a", "abc")) == "ABC"
-        assert setup.wires == [] and "submit" in setup.handle.calls
+        assert setup.sockets == [] and "submit" in setup.handle.calls
 
     in_setup(test)
 
@@ -200,15 +197,15 @@ def test_a_replica_that_cannot_listen_makes_no_offer() -> None:
 def test_when_a_wire_breaks_the_answer_goes_on() -> None:
     async def test(setup: Setup) -> None:
         setup.engine.running.clear()
-        mailbox = setup.open("a", "a long answer")
+        queue = setup.open("a", "a long answer")
         await until(lambda: len(setup.engine.requests) == 1)
         for _ in range(3):
             setup.engine.step()
-        first = [i for item in await mailbox.next() for i in item.token_ids]
-        setup.wires[0]._transport.abort()  # type: ignore[union-attr]
+        first = [i for item in await queue.next_batch() for i in item.token_ids]
+        setup.sockets[0]._transport.abort()  # type: ignore[union-attr]
         await until(lambda: len(setup.engine.requests) == 2)
         setup.engine.running.set()
-        assert bytes(first).decode() + await answer(mailbox) == "A LONG ANSWER"
+        assert bytes(first).decode() + await answer(queue) == "A LONG ANSWER"
         assert setup.engine.requests[1].output_token_ids[: len(first)] == first
 
     in_setup(test)
@@ -216,7 +213,7 @@ def test_when_a_wire_breaks_the_answer_goes_on() -> None:
 
 def test_a_submit_that_waits_when_the_wire_breaks_is_not_left_waiting() -> None:
     async def test(setup: Setup) -> None:
-        line = setup.wires[0]
+        line = setup.sockets[0]
         line.send = lambda message: None  # type: ignore[method-assign]
         params = SamplingParams(max_tokens=1)
         waiting = asyncio.ensure_future(
@@ -246,7 +243,7 @@ def test_a_submit_that_fails_costs_the_others_nothing() -> None:
         await until(lambda: setup.engine.submit != fail)
         setup.engine.running.set()
         assert await answer(before) == "ABC" and await answer(after) == "XYZ"
-        assert len(setup.wires) == 1
+        assert len(setup.sockets) == 1
 
     in_setup(test)
 
@@ -256,14 +253,14 @@ def test_a_drained_replica_ends_the_stream_and_nothing_is_lost(
 ) -> None:
     async def test(setup: Setup) -> None:
         setup.engine.running.clear()
-        mailbox = setup.open("a", "abc")
+        queue = setup.open("a", "abc")
         await until(lambda: len(setup.engine.requests) == 1)
-        line = setup.wires[0]
+        line = setup.sockets[0]
         setup.replica.drain()
         setup.engine.running.set()
-        assert await answer(mailbox) == "ABC"
+        assert await answer(queue) == "ABC"
         await until(lambda: line.is_over)
-        await until(lambda: line not in setup.wires)
+        await until(lambda: line not in setup.sockets)
         assert "ConnectionError" not in caplog.text
 
     in_setup(test)
@@ -317,7 +314,7 @@ def test_a_connection_without_a_ticket_is_closed_after_a_while(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     async def test(setup: Setup) -> None:
-        monkeypatch.setattr(wire, "OFFER_S", 0.05)
+        monkeypatch.setattr(direct_socket, "OFFER_S", 0.05)
         assert await knock(setup, b"only a few bytes") == b""
 
     in_setup(test)
@@ -325,10 +322,10 @@ def test_a_connection_without_a_ticket_is_closed_after_a_while(
 
 def test_an_unused_offer_expires() -> None:
     async def test(setup: Setup) -> None:
-        taken: asyncio.Future[ReplicaEnd] = asyncio.get_running_loop().create_future()
-        with setup.server._offer(taken, lambda epoch, submit: Receipt("", 0)) as offer:
+        taken: asyncio.Future[ReplicaEndpoint] = asyncio.get_running_loop().create_future()
+        with setup.server._offer(_OpenOffer("ingress", "replica", taken)) as offer:
             assert offer is not None
-        assert await take_up(offer) is None
+        assert await connect(offer) is None
 
     in_setup(test)
 
@@ -339,16 +336,16 @@ def test_an_unused_offer_expires() -> None:
 def test_an_offer_of_another_version_is_refused_and_all_goes_through_ray(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(wire, "OFFER_S", 0.05)
+    monkeypatch.setattr(direct_socket, "OFFER_S", 0.05)
 
-    async def later(offer: Offer) -> Wire | None:
-        return await take_up(replace(offer, version=VERSION + 1))
+    async def later(offer: Offer) -> IngressEndpoint | None:
+        return await connect(replace(offer, version=VERSION + 1))
 
-    monkeypatch.setattr("deployments.fleet.ray_connection.take_up", later)
+    monkeypatch.setattr("deployments.fleet.ray_connection.connect", later)
 
     async def test(setup: Setup) -> None:
         assert await answer(setup.open("a", "abc")) == "ABC"
-        assert setup.wires == [] and "submit" in setup.handle.calls
+        assert setup.sockets == [] and "submit" in setup.handle.calls
         assert f"speaks version {VERSION + 1} of the direct socket's" in caplog.text
         assert f"protocol, not {VERSION}, everything goes by Ray" in caplog.text
 
@@ -358,12 +355,12 @@ def test_an_offer_of_another_version_is_refused_and_all_goes_through_ray(
 def test_an_ingress_of_another_version_is_refused(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(wire, "OFFER_S", 0.05)
-    monkeypatch.setattr(wire, "greeting", lambda ticket: ticket + b"\x07\0")
+    monkeypatch.setattr(direct_socket, "OFFER_S", 0.05)
+    monkeypatch.setattr(direct_socket, "greeting", lambda ticket: ticket + b"\x07\0")
 
     async def test(setup: Setup) -> None:
         assert await answer(setup.open("a", "abc")) == "ABC"
-        assert setup.wires == [] and "submit" in setup.handle.calls
+        assert setup.sockets == [] and "submit" in setup.handle.calls
         assert f"an ingress speaks version 7 of the direct socket's protocol, not {VERSION}" in (
             caplog.text
         )
@@ -385,17 +382,17 @@ def test_garbage_closes_the_connection_and_the_answer_goes_on(
 ) -> None:
     async def test(setup: Setup) -> None:
         setup.engine.running.clear()
-        mailbox = setup.open("a", "a long answer")
+        queue = setup.open("a", "a long answer")
         await until(lambda: len(setup.engine.requests) == 1)
-        line = setup.wires[0]
+        line = setup.sockets[0]
         if to_replica:
             line._transport.write(garbage)  # type: ignore[union-attr]
         else:
             line.data_received(garbage)
         await until(lambda: len(setup.engine.requests) == 2)
-        assert line.is_over and line not in setup.wires
+        assert line.is_over and line not in setup.sockets
         setup.engine.running.set()
-        assert await answer(mailbox) == "A LONG ANSWER"
+        assert await answer(queue) == "A LONG ANSWER"
         assert "a direct socket is closed: a message of" in caplog.text
 
     in_setup(test)
@@ -403,12 +400,12 @@ def test_garbage_closes_the_connection_and_the_answer_goes_on(
 
 def test_a_truncated_frame_is_waited_for_and_never_taken_for_a_whole_one() -> None:
     async def test(setup: Setup) -> None:
-        line = setup.wires[0]
+        line = setup.sockets[0]
         line._transport.write(submission("cut")[:-1])  # type: ignore[union-attr]
         await asyncio.sleep(0.02)
         assert setup.engine.requests == [] and not line.is_over
         line._transport.close()  # type: ignore[union-attr]
-        await until(lambda: setup.wires not in ([], [line]))
+        await until(lambda: setup.sockets not in ([], [line]))
         assert setup.engine.requests == []
 
     in_setup(test)
@@ -419,7 +416,7 @@ def test_a_truncated_frame_is_waited_for_and_never_taken_for_a_whole_one() -> No
 
 def test_frames_wait_while_the_ingress_is_slow() -> None:
     async def run() -> None:
-        end = ReplicaEnd(WireServer())
+        end = ReplicaEndpoint(DirectServer(None))  # type: ignore[arg-type]
         end.pause_writing()
         sending = asyncio.ensure_future(end.send_frame([]))
         await asyncio.sleep(0.01)

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from deployments.fleet.batch_queue import Mailbox
+from deployments.fleet.batch_queue import BatchQueue
 from deployments.fleet.protocol import Abort, Submit
 from deployments.fleet.timing import Timing
 from engine.messages import GenerateRequest, RequestOutput
@@ -26,11 +26,11 @@ def submit(request_id: str, n: int = 1) -> Submit:
     return Submit(request, None)
 
 
-async def last_outputs(mailbox: Mailbox, n: int = 1) -> list[RequestOutput]:
+async def last_outputs(queue: BatchQueue, n: int = 1) -> list[RequestOutput]:
     """The outputs that end the choices; fails rather than wait for ever."""
     ended: list[RequestOutput] = []
     while len(ended) < n:
-        items = await asyncio.wait_for(mailbox.next(), 5)
+        items = await asyncio.wait_for(queue.next_batch(), 5)
         ended += [i for i in items if isinstance(i, RequestOutput) and i.finish_reason]
     return ended
 
@@ -46,11 +46,11 @@ def start(server: Server, model: str = "base", stream: bool = True) -> Client:
 def test_where_no_replica_is_left_every_choice_ends_with_an_error() -> None:
     async def test(server: Server) -> None:
         server.engine.running.clear()
-        mailboxes = [server.link.open([submit(name, n=2)]) for name in ("a", "b")]
+        queues = [server.link.open([submit(name, n=2)]) for name in ("a", "b")]
         await until(lambda: len(server.engine.requests) == 2)
         server.connection.kill("replica")
-        for mailbox in mailboxes:
-            outputs = await last_outputs(mailbox, 2)
+        for queue in queues:
+            outputs = await last_outputs(queue, 2)
             assert [(o.index, o.finish_reason) for o in outputs] == [(0, "error"), (1, "error")]
         assert sorted(server.engine.aborted) == ["a", "b"], "the replica lets go of them too"
         assert server.link.num_live == 0
@@ -76,10 +76,10 @@ def test_when_a_stream_breaks_the_same_replica_may_go_on_in_a_new_one() -> None:
 def test_a_replica_that_falls_silent_is_given_up() -> None:
     async def test(server: Server) -> None:
         server.engine.running.clear()
-        mailbox = server.link.open([submit("a")])
+        queue = server.link.open([submit("a")])
         await until(lambda: server.link.stats.num_running == 1)
         server.connection.hang = True
-        outputs = await last_outputs(mailbox)
+        outputs = await last_outputs(queue)
         assert outputs[0].error is not None
         assert server.link.hello is None
         server.connection.hang = False
@@ -148,9 +148,9 @@ def test_an_abort_that_got_lost_is_sent_again() -> None:
     async def test(server: Server) -> None:
         server.engine.running.clear()
         server.connection.lose = lose_first
-        mailbox = server.link.open([submit("a")])
+        queue = server.link.open([submit("a")])
         await until(lambda: len(server.engine.requests) == 1)
-        server.link.release(mailbox)
+        server.link.release(queue)
         await until(lambda: bool(lost))
         assert server.engine.aborted == []
         await server.link.refresh_stats()
@@ -162,9 +162,9 @@ def test_an_abort_that_got_lost_is_sent_again() -> None:
 def test_a_request_released_before_its_receipt_is_aborted() -> None:
     async def test(server: Server) -> None:
         server.engine.running.clear()
-        mailboxes: list[Mailbox] = []
-        server.connection.on_accepted = lambda r, s: server.link.release(mailboxes[0])
-        mailboxes.append(server.link.open([submit("a")]))
+        queues: list[BatchQueue] = []
+        server.connection.on_accepted = lambda r, s: server.link.release(queues[0])
+        queues.append(server.link.open([submit("a")]))
         await until(lambda: server.engine.aborted == ["a"])
         assert server.link.num_live == 0
 
@@ -174,12 +174,12 @@ def test_a_request_released_before_its_receipt_is_aborted() -> None:
 def test_outputs_after_an_abort_are_dropped() -> None:
     async def test(server: Server) -> None:
         server.engine.running.clear()
-        mailbox = server.link.open([submit("a")])
+        queue = server.link.open([submit("a")])
         await until(lambda: len(server.engine.requests) == 1)
-        server.link.release(mailbox)
+        server.link.release(queue)
         await until(lambda: server.engine.aborted == ["a"])
         server.engine.on_frame([RequestOutput("a", 0, [1], finish_reason="abort")])
         with pytest.raises(TimeoutError):
-            await asyncio.wait_for(mailbox.next(), 0.05)
+            await asyncio.wait_for(queue.next_batch(), 0.05)
 
     in_server(test)

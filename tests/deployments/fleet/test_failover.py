@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 
-from deployments.fleet.batch_queue import Mailbox
+from deployments.fleet.batch_queue import BatchQueue
 from deployments.fleet.engine_link import MAX_LOSSES, EngineLink
 from deployments.fleet.failover import ResumableRequest
 from deployments.fleet.protocol import Submit
@@ -103,19 +103,19 @@ def in_fleet(
 
 
 class Reader:
-    """What came out of a mailbox, by choice."""
+    """What came out of a queue, by choice."""
 
-    def __init__(self, mailbox: Mailbox, n: int = 1) -> None:
+    def __init__(self, queue: BatchQueue, n: int = 1) -> None:
         self.token_ids: dict[int, list[int]] = {index: [] for index in range(n)}
         self.outputs: list[RequestOutput] = []
-        self._mailbox = mailbox
+        self._queue = queue
 
     @property
     def ended(self) -> dict[int, str]:
         return {o.index: o.finish_reason for o in self.outputs if o.finish_reason}
 
     async def read(self) -> None:
-        for item in await asyncio.wait_for(self._mailbox.next(), 5):
+        for item in await asyncio.wait_for(self._queue.next_batch(), 5):
             if isinstance(item, tuple):
                 request_id, index, token_ids = item
             else:
@@ -363,8 +363,8 @@ def test_a_full_replica_sends_new_requests_to_the_others_before_anybody_is_refus
             running.link.open([submit(name)])
         await running.until_running(2)
         assert set(running.running().values()) == {1}
-        mailbox = running.link.open([submit("c")])
-        (output,) = await asyncio.wait_for(mailbox.next(), 5)
+        queue = running.link.open([submit("c")])
+        (output,) = await asyncio.wait_for(queue.next_batch(), 5)
         assert output.error is not None and output.error.kind == "overloaded"  # type: ignore[union-attr]
 
     in_fleet(test)
@@ -446,7 +446,7 @@ def test_the_largest_seed_has_choices_after_it() -> None:
     heard: list[Item] = []
     resumable = ResumableRequest(submit(n=2, seed=2**63 - 1), heard.append)
     attempt = resumable.first_attempt()
-    resumable.take(attempt, ("r", 1, [9]))
+    resumable.take_tokens(attempt, ("r", 1, [9]))
     rests = resumable.next_attempts(attempt, 1, ())
     seeds = [rest.submit.request.sampling.seed for rest in rests]
     assert seeds == [2**63 - 1, -(2**63)], "as the sampler counts: modulo 2**64"
@@ -456,9 +456,9 @@ def test_nothing_is_delivered_after_a_choice_has_ended() -> None:
     heard: list[Item] = []
     resumable = ResumableRequest(submit(), heard.append)
     attempt = resumable.first_attempt()
-    resumable.take(attempt, RequestOutput("r", 0, [1], finish_reason="stop"))
-    resumable.take(attempt, ("r", 0, [2]))
-    resumable.take(attempt, RequestOutput("r", 0, [3], finish_reason="stop"))
+    resumable.take_output(attempt, RequestOutput("r", 0, [1], finish_reason="stop"))
+    resumable.take_tokens(attempt, ("r", 0, [2]))
+    resumable.take_output(attempt, RequestOutput("r", 0, [3], finish_reason="stop"))
     assert len(heard) == 1 and resumable.attempts == {}
 
 
