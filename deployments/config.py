@@ -3,18 +3,22 @@
 Unknown keys are refused at any depth, with their path. The keys are in `config_sections`.
 """
 
+import os
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field, ValidationError, model_validator
 
+from adapter_store.open_store import endpoint_from
+from adapter_store.store import AdapterStore
 from deployments.config_sections import (
     AdaptersSection,
     IngressSection,
     ModelSection,
     Section,
     TenancySection,
+    explain,
 )
 from engine.config import ConfigError, EngineConfig
 
@@ -48,22 +52,13 @@ def load_config(args: dict[str, Any]) -> AppConfig:
     try:
         config = AppConfig.model_validate(args)
     except ValidationError as error:
-        raise ConfigError("\n".join(map(_explain, error.errors()))) from None
+        raise ConfigError("\n".join(explain(each, "args") for each in error.errors())) from None
     _check_tenancy(config.tenancy)
     _check_endpoint(config.adapters)
     config = _absolute(config)
     for model in config.models:
         config.engine_config(model)  # EngineConfig checks its own ranges
     return config
-
-
-def _explain(error: Any) -> str:
-    path = ".".join(str(part) for part in error["loc"]) or "args"
-    if error["type"] == "extra_forbidden":
-        return f"{path}: unknown key"
-    if error["type"] == "value_error" and isinstance(error["input"], dict):
-        return f"{path}: {error['ctx']['error']}"  # a rule between keys; its message names them
-    return f"{path}: {error['msg']}, not {error['input']!r}"
 
 
 def _check_tenancy(tenancy: TenancySection) -> None:
@@ -115,3 +110,13 @@ def _absolute(config: AppConfig) -> AppConfig:
         keys_file = {"keys_file": str(Path(config.tenancy.keys_file).absolute())}
         update["tenancy"] = config.tenancy.model_copy(update=keys_file)
     return config.model_copy(update=update)
+
+
+def open_adapter_store(adapters: AdaptersSection) -> AdapterStore:
+    """Open the store that the configuration names. Raises AdapterStoreError."""
+    return AdapterStore(
+        adapters.root,
+        Path(adapters.disk_path),
+        adapters.disk_bytes,
+        endpoint_url=adapters.endpoint_url or endpoint_from(os.environ, adapters.root),
+    )

@@ -6,6 +6,7 @@
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import ErrorDetails
 
 from deployments.policy.admission import Limits
 from engine.byte_size import parse_byte_size
@@ -214,3 +215,14 @@ class IngressSection(Section):
         "they came; all others share the label `other`",
         ge=0,
     )
+
+
+def explain(error: ErrorDetails, root: str, is_secret: bool = False) -> str:
+    """Say what is wrong with a document, and where. A secret one's values are not repeated."""
+    path = ".".join(map(str, error["loc"])) or root
+    if error["type"] == "extra_forbidden":
+        return f"{path}: unknown key"
+    if error["type"] == "value_error" and isinstance(error["input"], dict):
+        return f"{path}: {error.get('ctx', {})['error']}"  # a rule between keys, which names them
+    value = "" if is_secret else f", not {error['input']!r}"
+    return f"{path}: {error['msg']}{value}"

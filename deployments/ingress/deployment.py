@@ -6,7 +6,7 @@ from pathlib import Path
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
-from deployments.config import AppConfig
+from deployments.config import AppConfig, open_adapter_store
 from deployments.fleet.engine_link import EngineLink
 from deployments.fleet.ray_connection import RayConnection
 from deployments.ingress.asgi import Api
@@ -16,7 +16,6 @@ from deployments.ingress.routes import Ingress, build_api
 from deployments.ingress.tenant_limiter import TenantLimiter
 from deployments.loopback_grpc import keep_grpc_on_loopback
 from deployments.serve_logging import log_to_serves_file
-from deployments.stores import open_adapter_store
 from deployments.tenants.tenants import open_tenants
 from deployments.text.vocabulary import Vocabulary
 from engine.gc_freeze import keep_what_is_loaded

@@ -20,11 +20,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from deployments.config import AppConfig, check_exposure, load_config
+from deployments.config import AppConfig, check_exposure, load_config, open_adapter_store
 from deployments.installation import checkout_root
 from deployments.local.ray_head import cluster, cluster_folder, end_on_signals, prepare_ray
 from deployments.local.serve_yaml import Address, read_address, read_application
-from deployments.stores import open_adapter_store
 from deployments.tenants.tenants import open_tenants
 from engine.config import ConfigError
 

@@ -8,7 +8,7 @@ from typing import Any
 import ray
 from ray import serve
 
-from deployments.config import AppConfig
+from deployments.config import AppConfig, open_adapter_store
 from deployments.config_sections import ModelSection
 from deployments.fleet import router
 from deployments.fleet.direct_socket import DirectServer, Greeting
@@ -26,7 +26,6 @@ from deployments.loopback_grpc import keep_grpc_on_loopback
 from deployments.replica import autoscaler
 from deployments.replica.replica import EngineReplica, ReplicaSettings
 from deployments.serve_logging import log_to_serves_file
-from deployments.stores import open_adapter_store
 from engine.client import EngineClient
 from engine.gc_freeze import keep_what_is_loaded
 

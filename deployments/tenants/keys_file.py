@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field, ValidationError
+from pydantic_core import ErrorDetails
 
 from adapter_store.names import NAME_RULE
-from deployments.config_sections import Limit, Section
+from deployments.config_sections import Limit, Section, explain
 from deployments.policy.admission import Limits
 from deployments.strict_yaml import YamlMistake, read_yaml
 from deployments.tenants.tenant import Tenant
@@ -97,17 +98,14 @@ def parse_document(path: Path) -> KeysDocument:
     except YamlMistake as error:
         raise KeysFileError(_without_keys(f"{path}: {error}")) from None
     except ValidationError as error:
-        raise KeysFileError("\n".join(_explain(path, each) for each in error.errors())) from None
+        lines = [_explain(path, each) for each in error.errors()]
+        raise KeysFileError("\n".join(lines)) from None
 
 
-def _explain(path: Path, error: Any) -> str:
-    where = ".".join(str(part) for part in error["loc"]) or "the document"
-    message = error["msg"]
-    if error["type"] == "extra_forbidden":
-        message = "unknown key"
-    if error["type"] == "string_type":  # YAML reads 2026-12-01, 123 and no as something else
-        message += ": put it in quotes"
-    return _without_keys(f"{path}: {where}: {message}")
+def _explain(path: Path, error: ErrorDetails) -> str:
+    # YAML reads 2026-12-01, 123 and no as something else than text.
+    hint = ": put it in quotes" if error["type"] == "string_type" else ""
+    return _without_keys(f"{path}: {explain(error, 'the document', is_secret=True)}{hint}")
 
 
 def _without_keys(message: str) -> str:

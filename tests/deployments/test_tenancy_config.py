@@ -5,10 +5,9 @@ from typing import Any
 
 import pytest
 
-from deployments.config import check_exposure, is_loopback, load_config
+from deployments.config import check_exposure, is_loopback, load_config, open_adapter_store
 from deployments.config_sections import TenancySection
 from deployments.policy.admission import Limits
-from deployments.stores import open_adapter_store
 from engine.config import ConfigError
 
 MODEL: dict[str, Any] = {"id": "demo", "source": "somewhere"}
@@ -51,7 +50,7 @@ def test_limits_are_read_and_the_keys_file_becomes_absolute(
 def test_the_configured_endpoint_reaches_the_store(monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[Any] = []
     monkeypatch.setattr(
-        "deployments.stores.AdapterStore", lambda *args, **more: opened.append((args, more))
+        "deployments.config.AdapterStore", lambda *args, **more: opened.append((args, more))
     )
     where = {"root": "s3://bucket/prefix", "endpoint_url": "http://127.0.0.1:9000"}
     open_adapter_store(load_config({"models": [MODEL], "adapters": where}).adapters)
@@ -69,7 +68,7 @@ def test_the_endpoint_of_the_environment_is_only_for_s3(
 ) -> None:
     opened: list[Any] = []
     monkeypatch.setattr(
-        "deployments.stores.AdapterStore", lambda *args, **more: opened.append(more)
+        "deployments.config.AdapterStore", lambda *args, **more: opened.append(more)
     )
     monkeypatch.setenv("S3_ENDPOINT_URL", "http://127.0.0.1:9000")
     open_adapter_store(load_config({"models": [MODEL], "adapters": {"root": root}}).adapters)
