@@ -108,9 +108,9 @@ class RequestOutput:
     metrics: RequestMetrics | None = None
 
 
-# (request_id, index, token_ids) for an output without other fields, as nearly all are: a tuple takes
-# a quarter of a dataclass's time to encode and decode, and a third of its bytes. Readers tell the two
-# apart by isinstance(item, tuple) and unpack the tuple, which costs the least per item.
+# (request_id, index, token_ids) for an output without other fields, as nearly all are: a tuple
+# takes a quarter of a dataclass's time to encode and decode, and a third of its bytes. Readers tell
+# the two apart by isinstance(item, tuple) and unpack the tuple, which costs the least per item.
 TokenItem = tuple[str, int, list[int]]
 Item = TokenItem | RequestOutput
 

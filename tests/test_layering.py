@@ -59,6 +59,9 @@ FLOORS = {
     "deployments": ("engine", "adapter_store", "deployments"),
     "reef": OURS,
 }
+# Within deployments, what knows neither HTTP nor Ray.
+NO_HTTP = ("deployments.text", "deployments.fleet", "deployments.replica", "deployments.tenants")
+NO_RAY = ("deployments.text", "deployments.tenants", "deployments.policy")
 STDLIB_ONLY = ("engine.scheduler", "deployments.policy")
 NO_TORCH = (
     "adapter_store",
@@ -116,6 +119,10 @@ def is_in(module: str, package: str) -> bool:
     return module == package or module.startswith(package + ".")
 
 
+def is_in_any(module: str, packages: Iterable[str]) -> bool:
+    return any(is_in(module, package) for package in packages)
+
+
 def floor_of(module: str) -> str:
     return max((p for p in FLOORS if is_in(module, p)), key=len)
 
@@ -135,11 +142,22 @@ def test_imports_stay_on_their_floor(module: str) -> None:
             assert not any(is_in(module, p) for p in NO_TORCH), f"{module} imports torch"
 
 
+@pytest.mark.parametrize("module", [m for m in modules() if is_in_any(m, NO_HTTP)])
+def test_only_the_ingress_knows_http(module: str) -> None:
+    for name in imports_of(modules()[module]):
+        assert name.split(".")[0] not in ("starlette", "http"), f"{module} imports {name}"
+        assert not is_in(name, "deployments.ingress"), f"{module} imports {name}"
+
+
+@pytest.mark.parametrize("module", [m for m in modules() if is_in_any(m, NO_RAY)])
+def test_text_tenants_and_policies_do_not_know_ray(module: str) -> None:
+    assert not any(is_in(name, "ray") for name in imports_of(modules()[module]))
+
+
 def test_no_module_is_part_of_an_import_circle() -> None:
-    ours = modules()
     graph = {
-        module: [name for name in needed_at_import(path) if name in ours and name != module]
-        for module, path in ours.items()
+        module: [name for name in needed_at_import(path) if name in modules() and name != module]
+        for module, path in modules().items()
     }
     try:
         TopologicalSorter(graph).prepare()
