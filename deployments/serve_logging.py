@@ -1,7 +1,7 @@
-"""Where our log records go in a replica: to the file that Ray Serve keeps for it, at once.
+"""Write our log records to the file that Ray Serve keeps for a replica, at once.
 
-Left to themselves they would go to standard error, which Serve turns into records of its own and,
-in its throughput-optimised mode, holds back until there are a thousand.
+By default they would go to standard error, which Serve turns into records of its own and, in its
+throughput-optimised mode, holds back until there are a thousand.
 """
 
 import logging
@@ -11,8 +11,8 @@ SERVE = "ray.serve"
 
 
 def log_to_serves_file() -> None:
-    """In a replica's process; without effect where Serve has set up no log."""
-    # Behind Serve's buffer, where there is one, is the file.
+    """Redirect our loggers, in a replica's process. Without effect if Serve has set up no log."""
+    # If there is a buffer, its target is the file.
     handlers = [getattr(each, "target", each) for each in logging.getLogger(SERVE).handlers]
     if not handlers:
         return

@@ -1,13 +1,13 @@
-"""What an ingress replica and the engine replicas say to each other. Plain data.
+"""The protocol between an ingress replica and the engine replicas. Plain data.
 
-A request is handed over by `submit`, which the router sends wherever is best; the replica that
-takes it says so in its Receipt. Its news comes back on the one long-lived stream between that
-replica and that ingress: a Hello, then one frame per engine step with the news of all requests of
-the ingress. Everything else goes through `control`, addressed to that very replica and answered
-by a Lease now and then, from which both sides notice what was lost.
+A request is handed over by `submit`, which the router sends to the best replica; the replica's
+Receipt says whether it was accepted. Outputs come back on the one long-lived stream between that
+replica and that ingress: a Hello, then one frame per engine step with the outputs of all requests
+of the ingress. Everything else goes through `control`, addressed to one replica, which answers with
+a Lease now and then; from it both sides notice what was lost.
 
-A stream has an epoch: whoever has given one up opens the next one under the next number, so what
-is still on its way through the old one can never be taken for news of the new.
+A stream has an epoch. An ingress that has given up a stream opens the next one under the next
+number, so that what is still on its way through the old one is never taken for the new one's.
 """
 
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -24,8 +24,8 @@ Frame = list[Item]
 class Hints:
     """The first argument of every call: all that the router knows of it.
 
-    `target` names the only replica that the call is for. `is_leaving` is the router's own word to
-    that replica: it is being stopped.
+    `target` names the only replica that the call is for. `is_leaving` is set by the router to tell
+    the target that it is being stopped.
     """
 
     target: str = ""
@@ -62,7 +62,7 @@ class Submit:
 
 @dataclass(frozen=True, slots=True)
 class Receipt:
-    """Who was asked, and why it was refused. Without a refusal the request is the replica's."""
+    """The answer to a Submit. Without a refusal the replica has accepted the request."""
 
     replica_id: str
     epoch: int
@@ -85,13 +85,13 @@ class Lease:
 
 
 class UnknownStream(Exception):
-    """The replica has no such stream (any more), or is not the one that is meant."""
+    """The replica has no such stream (any more), or is not the target of the call."""
 
 
 class Connection(Protocol):
-    """How an ingress reaches the replicas: a Ray handle, or the replicas themselves in tests.
+    """Reaches the replicas from an ingress: by a Ray handle or, in tests, directly.
 
-    `epochs` are those of the replicas whose stream was given up at least once; it is 0 for others.
+    `epochs` holds the replicas whose stream was given up at least once; all others are at 0.
     """
 
     async def submit(

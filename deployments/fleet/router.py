@@ -1,8 +1,8 @@
 """AdapterRouter: Ray's request router on top of `policy.routing`.
 
-Ray pickles this module by value and runs it in every ingress replica, on its event loop: all that
-decides is in `policy.routing`, nothing here waits, and everything a request says of itself is in
-its first argument, a `transport.Hints`.
+Ray pickles this module by value and runs it on the event loop of every ingress replica, so nothing
+here waits. All decisions are made in `policy.routing`; all that is known of a request is in its
+first argument, a `protocol.Hints`.
 """
 
 import time
@@ -19,11 +19,11 @@ from deployments.policy.routing import (
     rank,
 )
 
-DIGEST_CHARS = 12  # of an adapter's digest: figures are sent to every router, twice a second
+DIGEST_CHARS = 12  # digests are cut: figures are sent to every router, twice a second
 
 
 def to_stats(figures: ReplicaFigures) -> dict[str, Any]:
-    """As a replica's routing stats. Rounded: what differs is broadcast to every router."""
+    """Write a replica's routing stats. Rounded, because every change is sent to all routers."""
     return {
         "num_received": figures.num_received,
         "queued_tokens": round(figures.queued_tokens, -2),
@@ -42,14 +42,14 @@ def from_stats(stats: dict[str, Any]) -> ReplicaFigures:
 
 
 class AdapterRouter(RequestRouter):
-    """Calls with a target go there or, where it is gone, to somebody who will say so.
+    """Sends calls with a target to it or, if it is gone, to another replica, which refuses them.
 
-    A replica that is being stopped is no candidate any more for Ray. Here one that calls have
-    named stays reachable for `keep_s`, for such calls only: its requests are still running.
+    For Ray a replica that is being stopped is no candidate any more. Here one that has been a
+    target stays reachable for `keep_s`, for such calls only: its requests are still running.
     """
 
     def initialize_state(self, max_num_seqs: int, keep_s: float = 60.0, **costs: float) -> None:
-        """`max_num_seqs` is every replica's."""
+        """Called by Ray. `max_num_seqs` is the same for every replica."""
         self._costs = RoutingCosts(**costs)
         self._view = OptimisticView(ReplicaFigures(max_num_seqs=max_num_seqs))
         self._stats: dict[str, dict[str, Any]] = {}

@@ -6,7 +6,7 @@ from pathlib import Path
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
-from deployments.config import AppConfig, open_adapter_store
+from deployments.config import AppConfig, ModelSection, open_adapter_store
 from deployments.fleet.engine_link import EngineLink
 from deployments.fleet.ray_connection import RayConnection
 from deployments.ingress.asgi import Api
@@ -23,22 +23,12 @@ from engine.gc_freeze import keep_what_is_loaded
 
 @serve.ingress()
 class IngressDeployment:
-    """Up before the engines are, so that /health can say that they are not."""
+    """Runs before the engines do, so that /health can report that they do not."""
 
     def __init__(self, config: AppConfig, engines: dict[str, DeploymentHandle]) -> None:
         log_to_serves_file()
         keep_grpc_on_loopback()
-        ingress_id = serve.get_replica_context().replica_id.unique_id
-        models = [
-            ServedModel(
-                model.id,
-                Vocabulary.load(Path(model.source)),
-                EngineLink(RayConnection(engines[model.id]), ingress_id),
-            )
-            for model in config.models
-        ]
-        for model in models:
-            model.link.start()
+        models = [_open_model(model, engines[model.id]) for model in config.models]
         base_ids = [model.id for model in config.models]
         metrics = Metrics(config.ingress.max_adapter_series, base_ids)
         tenants = open_tenants(config.tenancy)
@@ -55,3 +45,10 @@ class IngressDeployment:
 
     def __serve_build_asgi_app__(self) -> Api:
         return build_api(self._ingress)
+
+
+def _open_model(model: ModelSection, engine: DeploymentHandle) -> ServedModel:
+    vocabulary = Vocabulary.load(Path(model.source))
+    link = EngineLink(RayConnection(engine), serve.get_replica_context().replica_id.unique_id)
+    link.start()
+    return ServedModel(model.id, vocabulary, link)

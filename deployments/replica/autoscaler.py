@@ -1,8 +1,8 @@
 """LoadPolicy: Ray's autoscaling policy on top of `policy.autoscaling`.
 
-Ray pickles this module by value and calls it in its controller. Bounds and delays are applied by
-Ray behind it. Requests as Ray counts them say nothing here, because an ingress has one stream to
-each replica however many requests there are: all figures are what the replicas report.
+Ray pickles this module by value and calls it in its controller, and applies bounds and delays to
+what it returns. Ray's own count of requests is of no use here, because an ingress has one stream to
+each replica however many requests there are: all figures are reported by the replicas.
 """
 
 from typing import Any
@@ -13,7 +13,7 @@ from deployments.policy.autoscaling import ReplicaLoad, ScalingTargets, wanted_r
 
 
 def to_stats(load: ReplicaLoad) -> dict[str, float]:
-    """As a replica's autoscaling stats."""
+    """Write a replica's autoscaling stats."""
     return {
         "queued_tokens": float(load.queued_tokens),
         "kv_used": float(load.kv_used),

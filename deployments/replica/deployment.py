@@ -31,25 +31,13 @@ from engine.gc_freeze import keep_what_is_loaded
 
 
 class EngineDeployment:
-    """Running once the model is loaded; failed, with the engine's own words, if it cannot be."""
+    """Runs once the model is loaded. If it cannot be, Ray shows the engine's own message."""
 
     async def __init__(self, config: AppConfig, model: ModelSection) -> None:
         log_to_serves_file()
         keep_grpc_on_loopback()
-        store = await asyncio.to_thread(open_adapter_store, config.adapters)
-        fingerprint = await asyncio.to_thread(store.register_base, Path(model.source))
-        engine_config = config.engine_config(model)
         self._id = serve.get_replica_context().replica_id.unique_id
-        settings = ReplicaSettings(
-            self._id,
-            fingerprint,
-            engine_config.max_num_seqs,
-            engine_config.max_num_seqs + config.ingress.max_queued_requests,
-            model.replicas.drain_s,
-        )
-        self._replica = EngineReplica(
-            lambda on_frame: EngineClient(engine_config, on_frame), store, settings
-        )
+        self._replica = await _make_replica(self._id, config, model)
         self._sockets = DirectServer(self._replica)
         await self._sockets.listen(ray.util.get_node_ip_address())
         await self._replica.start()
@@ -80,7 +68,8 @@ class EngineDeployment:
         if hints.target not in ("", self._id):
             raise UnknownStream(f"{hints.target} is gone; this is {self._id}")
 
-    # Ray calls what is not async in a thread, beside the loop that changes what they read.
+    # All async: Ray calls other methods in a thread, concurrently with the loop that changes what
+    # they read.
 
     async def record_routing_stats(self) -> dict[str, Any]:
         return router.to_stats(self._replica.figures())
@@ -95,3 +84,17 @@ class EngineDeployment:
         if hasattr(self, "_sockets"):
             self._sockets.close()
             await self._replica.close()
+
+
+async def _make_replica(replica_id: str, config: AppConfig, model: ModelSection) -> EngineReplica:
+    store = await asyncio.to_thread(open_adapter_store, config.adapters)
+    fingerprint = await asyncio.to_thread(store.register_base, Path(model.source))
+    engine_config = config.engine_config(model)
+    settings = ReplicaSettings(
+        replica_id,
+        fingerprint,
+        engine_config.max_num_seqs,
+        engine_config.max_num_seqs + config.ingress.max_queued_requests,
+        model.replicas.drain_s,
+    )
+    return EngineReplica(lambda on_frame: EngineClient(engine_config, on_frame), store, settings)

@@ -1,1 +1,1 @@
-"""Who asks, and what they may: keys, limits, namespaces."""
+"""Tenants: their keys, limits and namespaces. No HTTP, no Ray."""

@@ -1,4 +1,4 @@
-"""The keys file: whose key has which hash, and what each tenant may do.
+"""Read the keys file: the hashes of API keys, whose they are, and what each tenant may do.
 
 API keys are never stored: the file holds only their SHA-256. It is YAML or JSON:
 

@@ -1,7 +1,7 @@
-"""A new API key: shown once on stdout, its hash put into a keys file or shown for one.
+"""Make an API key, and put its hash into a keys file or show it for one.
 
 The file is replaced in one step and under a lock, so a server that reads it meanwhile sees it
-before or after, and of two commands at a time none is lost. Comments in it are.
+before or after, and of two concurrent commands none is lost. Comments in the file are lost.
 """
 
 import json
@@ -24,7 +24,7 @@ NEW_FILE_MODE = 0o600
 
 
 def make_key(tenant: str | None, path: Path | None) -> str:
-    """A new key for a tenant, or with None for /metrics. Raises KeysFileError or OSError."""
+    """Make a key for a tenant, or with None for /metrics. Raises KeysFileError or OSError."""
     if tenant is not None and re.fullmatch(NAME_RULE, tenant) is None:
         raise KeysFileError(f"tenant {tenant!r} does not match {NAME_RULE}")
     key = KEY_PREFIX + secrets.token_urlsafe(KEY_BYTES)
@@ -72,7 +72,7 @@ def _write(document: dict[str, Any], as_json: bool) -> str:
 
 
 def _replace(path: Path, text: str) -> None:
-    """In one step, and readable by whoever could read the file before."""
+    """Replace the file in one step, with the permissions that it had."""
     mode = path.stat().st_mode & 0o777 if path.exists() else NEW_FILE_MODE
     descriptor, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:

@@ -1,10 +1,10 @@
-"""Tenant: whose request it is, what it may use, and how much of it."""
+"""Tenant: the party that a request belongs to, what it may use, and how much."""
 
 from dataclasses import dataclass
 
 from deployments.policy.admission import NO_LIMITS, Limits
 
-PUBLIC = "public"  # everybody's namespace, and everybody where there are no keys
+PUBLIC = "public"  # the namespace open to all, and the one tenant where there are no keys
 
 
 @dataclass(frozen=True, slots=True)

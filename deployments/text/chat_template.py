@@ -1,4 +1,4 @@
-"""Chat templates: a model's own jinja text, in a sandbox, as transformers renders it."""
+"""Render a model's own chat template in a sandbox, as transformers does."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ class TemplateRefused(ValueError):
 
 
 class GenerationTag(Extension):
-    """`{% generation %}...{% endgeneration %}` marks what is trained on: of no effect here."""
+    """Ignores `{% generation %}...{% endgeneration %}`, which marks text for training."""
 
     tags = {"generation"}  # noqa: RUF012 - jinja's own interface
 

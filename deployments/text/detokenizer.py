@@ -1,6 +1,6 @@
-"""Token ids to text, a few at a time, never half a character; and stop strings.
+"""Turn token ids into text, a few at a time, never half a character; and find stop strings.
 
-The concatenation of what `push` and `flush` return equals the decoding of all ids at once.
+The texts that `push` and `flush` return add up to the decoding of all ids at once.
 """
 
 import codecs
@@ -12,11 +12,11 @@ REPLACEMENT = "\ufffd"
 
 class Detokenizer(Protocol):
     def push(self, token_ids: Sequence[int]) -> str:
-        """The text that is certain now; what later tokens may change is held back."""
+        """Return the text that is certain now; what later tokens may change is held back."""
         ...
 
     def flush(self) -> str:
-        """The rest, once no token follows."""
+        """Return the rest. No token may follow."""
         ...
 
 
@@ -57,7 +57,7 @@ class WindowDetokenizer:
     ) -> None:
         self._decode = decode
         self._is_byte = is_byte
-        self._is_visible = is_visible  # the others do not even separate their neighbours
+        self._is_visible = is_visible  # hidden tokens do not even separate their neighbours
         prefix = list(filter(is_visible, prompt_token_ids))
         # Tokens whose text has been given out. One that ends in a byte is not a safe start.
         self._prefix = [] if prefix and is_byte(prefix[-1]) else prefix
@@ -96,7 +96,7 @@ class StopStrings:
         self.hit: str | None = None
 
     def push(self, text: str) -> str:
-        """The text that cannot be part of a stop string. After a hit: the text before it."""
+        """Return the text that cannot be part of a stop string. After a hit: the text before it."""
         text = self._held + text
         self._held = ""
         ends = [(at + len(s), at, s) for s in self._stops if (at := text.find(s)) >= 0]
@@ -112,7 +112,7 @@ class StopStrings:
         return held
 
     def _num_undecided(self, text: str) -> int:
-        """Length of the longest end of `text` that some stop string begins with."""
+        """Measure the longest end of `text` that some stop string begins with."""
         for length in range(min(self._longest - 1, len(text)), 0, -1):
             end = text[len(text) - length :]
             if any(stop.startswith(end) for stop in self._stops):

@@ -1,7 +1,7 @@
-"""Text to token ids and back, from the files beside a model. No tensors, no torch.
+"""Vocabulary: turn text into token ids and back. No tensors, no torch.
 
-`Vocabulary` encodes, decodes, renders chats and hands out detokenizers. It reads
-tokenizer.json, tokenizer_config.json and chat_template.jinja, and nothing else.
+It encodes, decodes, renders chats and makes detokenizers. It reads tokenizer.json,
+tokenizer_config.json and chat_template.jinja of the model's folder, and nothing else.
 """
 
 import json
@@ -30,7 +30,7 @@ class Vocabulary:
         self, tokenizer: Tokenizer, special: Mapping[str, str], template: str | None
     ) -> None:
         self._tokenizer = tokenizer
-        # Long prompts are cut by nobody but the client.
+        # Only clients may cut long prompts.
         tokenizer.no_truncation()
         tokenizer.no_padding()
         added = tokenizer.get_added_tokens_decoder()
@@ -76,7 +76,7 @@ class Vocabulary:
     def detokenizer(
         self, skip_special_tokens: bool, prompt_token_ids: Sequence[int] = ()
     ) -> Detokenizer:
-        """For what follows the prompt: whether a text begins with a space may depend on it."""
+        """Make a detokenizer for what follows the prompt, on which a first space may depend."""
         if self._is_byte_level:
             table = self._visible_bytes if skip_special_tokens else self._bytes
             return ByteLevelDetokenizer(_Lookup(self, table, skip_special_tokens))
@@ -89,7 +89,7 @@ class Vocabulary:
         )
 
     def token_bytes(self, token_id: int) -> bytes:
-        """What one token stands for by itself."""
+        """Look up what one token stands for by itself."""
         token = self._tokenizer.id_to_token(token_id)
         if token is None:
             return b""  # a row of the embedding that no token uses
@@ -116,7 +116,7 @@ class Vocabulary:
 
 
 class _Lookup:
-    """Token id to bytes, remembered per vocabulary: a dictionary look-up per token."""
+    """Maps token ids to bytes, kept per vocabulary: one dictionary look-up per token."""
 
     __slots__ = ("_skip_special_tokens", "_table", "_vocabulary")
 
@@ -137,7 +137,7 @@ class _Lookup:
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """The characters that stand for the 256 bytes in byte-level vocabularies.
+    """List the characters that stand for the 256 bytes in byte-level vocabularies.
 
     Printable bytes stand for themselves; the others, in order, for the characters from 256 on.
     """
@@ -167,7 +167,7 @@ def _token_text(token: str | Mapping[str, Any]) -> str:
 
 
 def _template_source(folder: Path, config: Mapping[str, Any]) -> str | None:
-    """The file wins over the config's key; of several named templates, the default one."""
+    """Find the chat template: the file's, else the config's, the one named default of several."""
     path = folder / "chat_template.jinja"
     if path.is_file():
         return path.read_text()
