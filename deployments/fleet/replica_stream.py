@@ -65,7 +65,8 @@ class ReplicaStream:
         hints = Hints(target=self.replica_id)
         stream = self._connection.attach(hints, self._ingress_id, self._epochs)
         try:
-            first = await asyncio.wait_for(anext(stream), self._timing.silence_s)
+            async with asyncio.timeout(self._timing.silence_s):
+                first = await anext(stream)
             self.hello = cast(Hello, first)
             self.replica_id = self.hello.replica_id
             on_hello(self)
@@ -87,15 +88,15 @@ class ReplicaStream:
         renewed_s = timing.clock()
         while True:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._has_outbox.wait(), timing.renew_s)
+                async with asyncio.timeout(timing.renew_s):
+                    await self._has_outbox.wait()
             self._has_outbox.clear()
             aborts, self._outbox = self._outbox, []
             waiters, self._renewal_waiters = self._renewal_waiters, []
             renew = bool(waiters) or timing.clock() - renewed_s >= timing.renew_s
             hints = Hints(target=self.replica_id)
-            lease = await asyncio.wait_for(
-                self._connection.control(hints, stream_id, aborts, renew), timing.silence_s
-            )
+            async with asyncio.timeout(timing.silence_s):
+                lease = await self._connection.control(hints, stream_id, aborts, renew)
             if lease is not None:
                 renewed_s = timing.clock()
                 self.stats, self.is_draining = lease.stats, lease.is_draining

@@ -6,6 +6,7 @@ import json
 import pytest
 
 from deployments.fleet.batch_queue import BatchQueue
+from deployments.fleet.engine_link import EngineLink
 from deployments.fleet.protocol import Abort, Submit
 from deployments.fleet.timing import Timing
 from engine.messages import GenerateRequest, RequestOutput
@@ -17,6 +18,7 @@ from tests.deployments.support.fakes import (
     in_server,
     until,
 )
+from tests.deployments.support.fleet import LocalFleet
 
 COMPLETIONS = "/v1/completions"
 
@@ -183,3 +185,15 @@ def test_outputs_after_an_abort_are_dropped() -> None:
             await asyncio.wait_for(queue.next_batch(), 0.05)
 
     in_server(test)
+
+
+@pytest.mark.parametrize("num_turns", range(12))
+def test_a_link_closes_at_any_moment_of_a_stream_that_fails(num_turns: int) -> None:
+    async def run() -> None:
+        link = EngineLink(LocalFleet({}), "ingress")
+        link.start()
+        for _ in range(num_turns):
+            await asyncio.sleep(0)
+        await asyncio.wait_for(link.close(), 2)
+
+    asyncio.run(run())
