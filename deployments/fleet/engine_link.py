@@ -107,9 +107,9 @@ class EngineLink:
                 if attempt.replica is not None:
                     attempt.replica.abort([attempt.id])
 
-    def end_choice(self, mailbox: Mailbox[Item], request_number: int, index: int) -> None:
+    def end_choice(self, queue: BatchQueue[Item], request_number: int, index: int) -> None:
         """Abort a choice that its reader needs no longer, of one of the requests of `open`."""
-        ended = self._requests[mailbox][request_number].end(index)
+        ended = self._requests[queue][request_number].end(index)
         if ended is None:
             return
         attempt, choice = ended

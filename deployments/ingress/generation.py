@@ -173,7 +173,7 @@ class Generation:
 
     def _stop_in_engine(self, choice: Choice) -> None:
         """Abort a choice that has ended here, at a stop string, unless it has ended there too."""
-        self._link.end_choice(self._mailbox, *divmod(choice.index, self._plan.n))
+        self._link.end_choice(self._queue, *divmod(choice.index, self._plan.n))
 
     def _stamp(self, choice: Choice, now: float) -> None:
         """Time one item of a choice: its first, the gap since the last, its end."""

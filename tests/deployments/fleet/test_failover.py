@@ -485,14 +485,14 @@ def test_what_the_second_replica_has_cached_is_not_billed_as_cached() -> None:
 
 def test_a_choice_that_its_reader_ended_is_aborted_and_never_resumed() -> None:
     async def test(running: Fleet) -> None:
-        mailbox = running.link.open([submit(n=3)])
-        reader = Reader(mailbox, n=3)
+        queue = running.link.open([submit(n=3)])
+        reader = Reader(queue, n=3)
         await running.until_running()
         where = running.where("r")
         running.step()
         await reader.read()
-        running.link.end_choice(mailbox, 0, 1)
-        running.link.end_choice(mailbox, 0, 1)
+        running.link.end_choice(queue, 0, 1)
+        running.link.end_choice(queue, 0, 1)
         await until(lambda: running.engines[where].aborted_choices == [("r", 1)])
         running.connection.kill(where)
         for engine in running.engines.values():
@@ -510,16 +510,16 @@ def test_a_choice_that_its_reader_ended_is_aborted_and_never_resumed() -> None:
 
 def test_the_last_choice_that_its_reader_ends_ends_the_request() -> None:
     async def test(running: Fleet) -> None:
-        mailbox = running.link.open([submit(n=2)])
-        reader = Reader(mailbox, n=2)
+        queue = running.link.open([submit(n=2)])
+        reader = Reader(queue, n=2)
         await running.until_running()
         where = running.where("r")
         running.step()
         await reader.read()
-        running.link.end_choice(mailbox, 0, 0)
-        running.link.end_choice(mailbox, 0, 1)
+        running.link.end_choice(queue, 0, 0)
+        running.link.end_choice(queue, 0, 1)
         await until(lambda: running.engines[where].aborted == ["r"])
         assert running.link.num_live == 0
-        running.link.release(mailbox)
+        running.link.release(queue)
 
     in_fleet(test)
