@@ -223,6 +223,7 @@ def explain(error: ErrorDetails, root: str, is_secret: bool = False) -> str:
     if error["type"] == "extra_forbidden":
         return f"{path}: unknown key"
     if error["type"] == "value_error" and isinstance(error["input"], dict):
-        return f"{path}: {error.get('ctx', {})['error']}"  # a rule between keys; its message names them
+        # A rule between keys, which its message names.
+        return f"{path}: {error.get('ctx', {})['error']}"
     value = "" if is_secret else f", not {error['input']!r}"
     return f"{path}: {error['msg']}{value}"
