@@ -15,6 +15,8 @@ from deployments.policy.admission import Refusal
 from deployments.tenants.tenants import KeyRefused
 from engine.messages import ErrorKind, RequestError
 
+MAX_NAME = 200  # characters of a name that an error repeats
+
 logger = logging.getLogger(__name__)
 
 
@@ -51,6 +53,7 @@ def invalid(message: str, param: str | None = None, code: str | None = None) -> 
 
 
 def model_not_found(name: str) -> ApiError:
+    name = name if len(name) <= MAX_NAME else f"{name[:MAX_NAME]}..."
     return ApiError(
         404,
         f"The model {name!r} does not exist or you do not have access to it.",

@@ -4,7 +4,6 @@ What can be found wrong without asking the engine is refused here, with the valu
 range.
 """
 
-import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -15,16 +14,16 @@ from deployments.ingress.api.openai import (
     CompletionRequest,
     OpenAIRequest,
 )
+from deployments.ingress.api.openai_fields import short
 from deployments.ingress.api.openai_replies import ChatReply, CompletionReply, ReplyHead
 from deployments.ingress.choice import Choice, TokenEntry
 from deployments.ingress.generation import Plan
 from deployments.ingress.http_errors import invalid
 from deployments.ingress.model_resolver import Target
+from deployments.ingress.prompt_texts import encode_texts, prompt_too_long
 from deployments.text.chat_template import TemplateRefused
 from deployments.text.vocabulary import Vocabulary
 from engine.messages import EngineInfo, GenerateRequest, RequestOutput, TokenLogprobs
-
-LONG_TEXT = 20_000  # characters; longer text is encoded off the event loop
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +47,8 @@ async def plan_chat(request: ChatCompletionRequest, target: Target, origin: Orig
         )
     except TemplateRefused as error:
         raise invalid(str(error), "messages") from None
-    prompt = await _encode(vocabulary, text, request.add_special_tokens is True)
+    add_special = request.add_special_tokens is True
+    [prompt] = await encode_texts(vocabulary, {"messages": text}, add_special, info.max_model_len)
     head = _head(request, f"chatcmpl-{origin.new_id()}", origin)
     reply = ChatReply(head, vocabulary, [prompt], request.num_choices)
     submits = _submits(request, target, info, [prompt], ["messages"], head.reply_id, origin)
@@ -66,13 +66,9 @@ async def plan_chat(request: ChatCompletionRequest, target: Target, origin: Orig
 async def plan_completion(request: CompletionRequest, target: Target, origin: Origin) -> Plan:
     vocabulary = target.model.vocabulary
     info = _engine_info(target)
-    add_special = request.add_special_tokens is not False
-    prompts = [
-        list(p) if isinstance(p, list) else await _encode(vocabulary, p, add_special)
-        for p in request.prompt
-    ]
-    one = len(prompts) == 1
-    paths = ["prompt" if one else f"prompt[{at}]" for at in range(len(prompts))]
+    one = len(request.prompt) == 1
+    paths = ["prompt" if one else f"prompt[{at}]" for at in range(len(request.prompt))]
+    prompts = await _prompts(request, paths, vocabulary, info)
     head = _head(request, f"cmpl-{origin.new_id()}", origin)
     submits = _submits(request, target, info, prompts, paths, head.reply_id, origin)
     openings = [""] * len(prompts)
@@ -98,10 +94,16 @@ def _engine_info(target: Target) -> EngineInfo:
     return hello.engine
 
 
-async def _encode(vocabulary: Vocabulary, text: str, add_special_tokens: bool) -> list[int]:
-    if len(text) <= LONG_TEXT:
-        return vocabulary.encode(text, add_special_tokens)
-    return await asyncio.to_thread(vocabulary.encode, text, add_special_tokens)
+async def _prompts(
+    request: CompletionRequest, paths: Sequence[str], vocabulary: Vocabulary, info: EngineInfo
+) -> list[list[int]]:
+    """Take the token ids that were given, or encode the texts. The request has one kind alone."""
+    pairs = list(zip(paths, request.prompt, strict=True))
+    texts = {path: prompt for path, prompt in pairs if isinstance(prompt, str)}
+    if texts:
+        add_special = request.add_special_tokens is not False
+        return await encode_texts(vocabulary, texts, add_special, info.max_model_len)
+    return [prompt for _, prompt in pairs if isinstance(prompt, list)]
 
 
 def _head(request: OpenAIRequest, reply_id: str, origin: Origin) -> ReplyHead:
@@ -132,8 +134,8 @@ def _submits(
     _check_token_ids("logit_bias", list(request.logit_bias or ()), info.vocab_size)
     submits: list[Submit] = []
     for at, (prompt, path) in enumerate(zip(prompts, paths, strict=True)):
-        _check_token_ids(path, prompt, info.vocab_size)
         max_tokens = _max_tokens(request, path, len(prompt), info.max_model_len)
+        _check_token_ids(path, prompt, info.vocab_size)
         generate = GenerateRequest(
             request_id=f"{reply_id}-{at}",
             prompt_token_ids=prompt,
@@ -147,9 +149,10 @@ def _submits(
 
 
 def _check_token_ids(path: str, token_ids: Sequence[int], vocab_size: int) -> None:
-    for token_id in token_ids:
+    for token_id in (min(token_ids, default=0), max(token_ids, default=0)):
         if not 0 <= token_id < vocab_size:
-            raise invalid(f"{path}: token id {token_id} is outside 0..{vocab_size - 1}.", path)
+            message = f"{path}: token id {short(token_id)} is outside 0..{vocab_size - 1}."
+            raise invalid(message, path)
 
 
 def _max_tokens(request: OpenAIRequest, path: str, num_prompt: int, limit: int) -> int:
@@ -157,12 +160,7 @@ def _max_tokens(request: OpenAIRequest, path: str, num_prompt: int, limit: int) 
     if num_prompt == 0:
         raise invalid("The prompt is empty: it has no tokens.", path)
     if num_prompt >= limit:
-        raise invalid(
-            f"The prompt has {num_prompt} tokens, and the model's context of {limit} tokens must "
-            "hold the answer too.",
-            path,
-            "context_length_exceeded",
-        )
+        raise prompt_too_long(path, num_prompt, limit)
     wanted = request.wanted_max_tokens
     if wanted is None:
         return limit - num_prompt

@@ -20,19 +20,16 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
+from deployments.ingress.api.json_body import decode_json
 from deployments.ingress.api.model_cards import adapter_card, base_card, model_list
-from deployments.ingress.api.openai import (
-    ChatCompletionRequest,
-    CompletionRequest,
-    parse_request,
-)
+from deployments.ingress.api.openai import ChatCompletionRequest, CompletionRequest
+from deployments.ingress.api.openai_fields import parse_request
 from deployments.ingress.asgi import Api
 from deployments.ingress.http_errors import (
     ApiError,
     as_api_error,
     body_too_large,
     body_too_slow,
-    invalid,
     models_not_ready,
 )
 from deployments.ingress.metrics import CONTENT_TYPE, Metrics
@@ -93,11 +90,7 @@ class Ingress:
         return GenerationResponse(plan, bool(request.stream), self.metrics, COMPLETIONS)
 
     async def _document(self, http_request: HttpRequest) -> object:
-        body = await read_body(http_request, self.max_body_bytes)
-        try:
-            return json.loads(body)
-        except (ValueError, RecursionError) as error:
-            raise invalid(f"The body is not valid JSON: {error}") from None
+        return decode_json(await read_body(http_request, self.max_body_bytes))
 
     # ---- models --------------------------------------------------------------------------
 

@@ -6,7 +6,6 @@ from datetime import datetime
 from typing import Any
 
 from jinja2 import TemplateError, nodes
-from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -50,7 +49,7 @@ class ChatTemplate:
             return self._template.render(
                 **variables, messages=messages, add_generation_prompt=add_generation_prompt
             )
-        except (TemplateError, SecurityError, TypeError, ValueError, AttributeError) as error:
+        except Exception as error:  # a template is a program, and these messages are its input
             raise TemplateRefused(f"The chat template refused the messages: {error}") from error
 
 

@@ -23,6 +23,14 @@ class VocabularyMissing(ValueError):
     """The model folder has no tokenizer that can be read."""
 
 
+class TooManyTokens(ValueError):
+    """The text has more tokens than the caller can use."""
+
+    def __init__(self, num_tokens: int) -> None:
+        super().__init__(f"{num_tokens} tokens")
+        self.num_tokens = num_tokens
+
+
 class Vocabulary:
     """Immutable after loading; safe to use from several threads."""
 
@@ -41,6 +49,7 @@ class Vocabulary:
         decoders = _decoder_types(json.loads(tokenizer.to_str()).get("decoder"))
         self._is_byte_level = decoders == ["ByteLevel"]
         self._has_byte_tokens = "ByteFallback" in decoders
+        self._longest_token = self._measure_longest_token()
         self._bytes: dict[int, bytes] = {}
         self._visible_bytes: dict[int, bytes] = {}
 
@@ -55,8 +64,31 @@ class Vocabulary:
 
     # ---- text to ids ---------------------------------------------------------------------
 
+    @property
+    def longest_token(self) -> int | None:
+        """The most bytes of text that one token stands for; None if there is no such bound."""
+        return self._longest_token
+
+    def _measure_longest_token(self) -> int | None:
+        added = self._tokenizer.get_added_tokens_decoder().values()
+        own = self._tokenizer.get_vocab(with_added_tokens=False)
+        if self._is_byte_level:
+            lengths = map(len, own)  # a character for each byte
+        elif self._has_byte_tokens:
+            lengths = (len(token.encode()) for token in own)
+        else:
+            return None  # an unknown token may stand for a text of any length
+        return max((*lengths, *(len(token.content.encode()) for token in added)), default=None)
+
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def encode_aside(self, text: str, add_special_tokens: bool, most: int) -> list[int]:
+        """Encode in a thread: unlike `encode`, without the GIL. Raises TooManyTokens."""
+        encoded = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        if len(encoded[0]) > most:
+            raise TooManyTokens(len(encoded[0]))
+        return encoded[0].ids
 
     def render(
         self,

@@ -4,17 +4,24 @@ A field that would change the result and is not implemented is refused; one that
 is accepted and ignored; an unknown one is refused by name. Knows nothing of text and tokens.
 """
 
-import math
 from dataclasses import asdict
-from typing import Annotated, Any, Literal, TypeVar, cast
+from typing import Annotated, Any, Literal, cast
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from deployments.ingress.http_errors import ApiError, invalid
+from deployments.ingress.api.messages import Message
+from deployments.ingress.api.openai_fields import (
+    Biases,
+    Model,
+    Nothing,
+    Number,
+    Prompts,
+    Stops,
+    StopTokenIds,
+)
+from deployments.ingress.http_errors import invalid
 from engine.scheduler.request import (
-    MAX_LOGIT_BIASES,
     MAX_LOGPROBS,
-    MAX_STOP_TOKEN_IDS,
     NO_DEFAULTS,
     InvalidRequest,
     SamplingDefaults,
@@ -22,81 +29,16 @@ from engine.scheduler.request import (
 )
 from engine.validate import MAX_CHOICES
 
-MAX_STOPS = 16
-MAX_PROMPTS = 128
-RANDOM_SEED = -1  # as in vLLM: of clients that cannot leave the field out
+MAX_MESSAGES = 2048
+MAX_TEMPLATE_VALUES = 10_000  # in chat_template_kwargs, at any depth
+Modalities = Annotated[list[Literal["text"]], Field(fail_fast=True, max_length=8)]
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's own default for completions
-
-Ids = list[int]
-RequestT = TypeVar("RequestT", bound=BaseModel)
-
-
-def _finite(value: object) -> object:
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"must be a finite number, not {value}")
-    return value
-
-
-def _stops(value: object) -> object:
-    """Read one string or several. An empty one would end every answer before it begins."""
-    stops = [value] if isinstance(value, str) else value
-    if not isinstance(stops, list) or not all(isinstance(s, str) and s for s in stops):
-        raise ValueError("must be a non-empty string or a list of non-empty strings")
-    if len(stops) > MAX_STOPS:
-        raise ValueError(f"must have at most {MAX_STOPS} strings, not {len(stops)}")
-    return stops
-
-
-def _prompts(value: object) -> object:
-    """Read text, texts, token ids or lists of them, as a list of texts or of token id lists."""
-    if isinstance(value, str):
-        return [value]
-    if not isinstance(value, list) or not value:
-        raise ValueError("must be text, token ids, or a non-empty list of either")
-    prompts = [value] if all(type(item) is int for item in value) else value
-    if len(prompts) > MAX_PROMPTS:
-        raise ValueError(f"must have at most {MAX_PROMPTS} prompts, not {len(prompts)}")
-    if all(isinstance(p, str) for p in prompts) or all(map(_is_ids, prompts)):
-        return prompts
-    raise ValueError("must be text, token ids, or a list of either, not a mixture")
-
-
-def _is_ids(value: object) -> bool:
-    return isinstance(value, list) and all(type(item) is int for item in value)
-
-
-def _few_ids(value: object) -> object:
-    if isinstance(value, list) and len(value) > MAX_STOP_TOKEN_IDS:
-        raise ValueError(f"must have at most {MAX_STOP_TOKEN_IDS} token ids, not {len(value)}")
-    return value
-
-
-def _token_biases(value: object) -> object:
-    if not isinstance(value, dict):
-        raise ValueError("must be an object from token ids to numbers")
-    if len(value) > MAX_LOGIT_BIASES:
-        raise ValueError(f"must have at most {MAX_LOGIT_BIASES} tokens, not {len(value)}")
-    for token, bias in value.items():
-        if not str(token).isascii() or not str(token).isdigit():
-            raise ValueError(f"{token!r} is not a token id")
-        if type(bias) not in (int, float):
-            raise ValueError(f"the bias of token {token} must be a number")
-    return {int(token): float(bias) for token, bias in value.items()}
-
-
-Number = Annotated[float, BeforeValidator(_finite)]
-Stops = Annotated[list[str], BeforeValidator(_stops)]
-Prompts = Annotated[list[str] | list[Ids], BeforeValidator(_prompts)]
-StopTokenIds = Annotated[list[int], BeforeValidator(_few_ids)]
-Biases = Annotated[dict[int, float], BeforeValidator(_token_biases)]
-
-
-class Model(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
+RANDOM_SEED = -1  # as in vLLM: of clients that cannot leave the field out
 
 
 class StreamOptions(Model):
     include_usage: bool = False
+    continuous_usage_stats: bool | None = None  # usage so far in every chunk
     include_obfuscation: bool | None = None  # ignored: nothing is padded
 
 
@@ -166,12 +108,15 @@ class OpenAIRequest(Model):
     def sampling(
         self, max_tokens: int, seed: int, defaults: SamplingDefaults = NO_DEFAULTS
     ) -> SamplingParams:
-        """Build sampling parameters, with `seed` if the client gave none. Raises ApiError."""
+        """Build sampling parameters, with `seed` if the client gave none. Raises ApiError.
+
+        A top_k of -1 is off, as in vLLM. A top_p of 0 leaves the likeliest token alone.
+        """
         biases = self.logit_bias or {}
         given = {
             "temperature": self.temperature,
-            "top_p": self.top_p,
-            "top_k": 0 if self.top_k == -1 else self.top_k,  # -1 is off, as in vLLM
+            "top_p": 1.0 if self.top_p == 0 else self.top_p,
+            "top_k": 1 if self.top_p == 0 else 0 if self.top_k == -1 else self.top_k,
             "min_p": self.min_p,
             "min_tokens": self.min_tokens,
             "repetition_penalty": self.repetition_penalty,
@@ -194,63 +139,36 @@ class OpenAIRequest(Model):
             raise invalid(str(error), param=str(error).split(" ", 1)[0]) from None
 
 
-class TextPart(Model):
-    type: Literal["text"]
-    text: str
-
-
-def _content(value: object) -> object:
-    """Read text, or a list of text parts, which are joined."""
-    if value is None or isinstance(value, str):
-        return value
-    if not isinstance(value, list):
-        raise ValueError("must be text or a list of text parts")
-    for part in value:
-        if not isinstance(part, dict) or part.get("type") != "text":
-            kind = part.get("type") if isinstance(part, dict) else part
-            raise ValueError(f"only parts of the type 'text' are supported, not {kind!r}")
-    return "".join(TextPart.model_validate(part).text for part in value)
-
-
-class Message(Model):
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[str | None, BeforeValidator(_content)] = None
-    name: str | None = None
-    refusal: None = None
-    tool_calls: None = None
-    function_call: None = None
-    audio: None = None
-    annotations: Any = None
-
-    def document(self) -> dict[str, str]:
-        """Write the message for chat templates. `developer` is OpenAI's newer word for `system`."""
-        role = "system" if self.role == "developer" else self.role
-        message = {"role": role, "content": self.content or ""}
-        return message if self.name is None else {**message, "name": self.name}
-
-
 class ChatCompletionRequest(OpenAIRequest):
-    messages: list[Message] = Field(min_length=1)
+    messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     chat_template_kwargs: dict[str, Any] | None = None
     add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
     add_special_tokens: bool | None = None
 
     # Refused unless they ask for what happens anyway.
-    tools: None = None
-    functions: None = None
-    audio: None = None
-    prediction: None = None
+    tools: Nothing = None
+    functions: Nothing = None
+    audio: Nothing = None
+    prediction: Nothing = None
     reasoning_effort: None = None
     verbosity: None = None
     web_search_options: None = None
     tool_choice: Literal["none", "auto"] | None = None
     function_call: Literal["none", "auto"] | None = None
     parallel_tool_calls: Any = None
-    modalities: list[Literal["text"]] | None = None
+    modalities: Modalities | None = None
     response_format: dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def _few_template_values(self) -> "ChatCompletionRequest":
+        if _num_values(self.chat_template_kwargs, MAX_TEMPLATE_VALUES) > MAX_TEMPLATE_VALUES:
+            most = MAX_TEMPLATE_VALUES
+            raise ValueError(f"chat_template_kwargs: must have at most {most} values at all depths")
+        return self
 
     @model_validator(mode="after")
     def _fields_that_belong_together(self) -> "ChatCompletionRequest":
@@ -260,6 +178,8 @@ class ChatCompletionRequest(OpenAIRequest):
             raise ValueError("response_format: only {'type': 'text'} is supported")
         if self.max_tokens is not None and self.max_completion_tokens is not None:
             raise ValueError("max_tokens: not allowed together with max_completion_tokens")
+        if self.continue_final_message and self.add_generation_prompt:
+            raise ValueError("continue_final_message: not allowed with add_generation_prompt")
         return self
 
     @property
@@ -300,38 +220,14 @@ class CompletionRequest(OpenAIRequest):
         return self.logprobs if self.echo else None
 
 
-def parse_request(kind: type[RequestT], document: object) -> RequestT:
-    """Check a request body. Raises ApiError with the path of the first field that is wrong."""
-    if not isinstance(document, dict):
-        raise invalid(f"The body must be a JSON object, not {type(document).__name__}.")
-    try:
-        return kind.model_validate(document)
-    except ValidationError as error:
-        raise _as_api_error(error.errors()[0]) from None
-
-
-def _as_api_error(error: Any) -> ApiError:
-    path = _path(error["loc"])
-    if error["type"] == "extra_forbidden":
-        return invalid(f"Unknown field: {path}.", path, "unknown_field")
-    if error["type"] == "none_required":
-        return invalid(f"{path} is not supported.", path, "unsupported_field")
-    message = str(error["msg"]).removeprefix("Value error, ")
-    if not path:  # a rule between fields names its field itself
-        return invalid(message, message.split(":", 1)[0])
-    if error["type"] == "missing":
-        return invalid(f"{path} is required.", path)
-    return invalid(f"{path}: {message}, not {_short(error['input'])}.", path)
-
-
-def _path(loc: tuple[str | int, ...]) -> str:
-    """Write ('messages', 0, 'content') as messages[0].content."""
-    text = ""
-    for part in loc:
-        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
-    return text
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+def _num_values(value: object, most: int) -> int:
+    """Count the values inside a value, at any depth; stop above `most`."""
+    waiting: list[object] = [value]
+    num = 0
+    while waiting and num <= most:
+        value = waiting.pop()
+        inner = value.values() if isinstance(value, dict) else value
+        if isinstance(value, dict | list):
+            num += len(value)
+            waiting.extend(inner if num <= most else ())
+    return num

@@ -1,14 +1,12 @@
 """What the OpenAI interfaces accept, ignore and refuse, before any model is asked."""
 
+import time
 from typing import Any
 
 import pytest
 
-from deployments.ingress.api.openai import (
-    ChatCompletionRequest,
-    CompletionRequest,
-    parse_request,
-)
+from deployments.ingress.api.openai import ChatCompletionRequest, CompletionRequest
+from deployments.ingress.api.openai_fields import parse_request
 from deployments.ingress.http_errors import ApiError
 
 CHAT: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
@@ -31,6 +29,11 @@ def completion(**fields: Any) -> CompletionRequest:
         {"tool_choice": "none", "parallel_tool_calls": False},
         {"temperature": 0, "top_k": -1, "logit_bias": {"5": -100}},
         {"stream": True, "stream_options": {"include_usage": True}},
+        {"tools": [], "functions": [], "prediction": None, "audio": []},
+        {"unheard_of": None, "guided_json": "", "documents": [], "provider": {}},
+        {"messages": [{"role": "assistant", "content": "x", "tool_calls": [], "refusal": ""}]},
+        {"messages": [{"role": "user", "content": "x", "thinking": None, "id": "msg_1"}]},
+        {"messages": [{"role": "assistant", "content": "x", "reasoning_content": "hm"}]},
     ],
 )
 def test_fields_that_change_nothing_are_accepted(fields: dict[str, Any]) -> None:
@@ -41,7 +44,7 @@ def test_fields_that_change_nothing_are_accepted(fields: dict[str, Any]) -> None
     ("fields", "path"),
     [
         ({"tools": [{"type": "function"}]}, "tools"),
-        ({"functions": []}, "functions"),
+        ({"functions": [{"name": "f"}]}, "functions"),
         ({"response_format": {"type": "json_object"}}, "response_format"),
         ({"audio": {"voice": "x"}}, "audio"),
         ({"modalities": ["text", "audio"]}, "modalities[1]"),
@@ -88,7 +91,7 @@ def test_a_bad_chat_field_is_refused_with_its_path(fields: dict[str, Any], path:
     ("fields", "path"),
     [
         ({"temperature": -1}, "temperature"),
-        ({"top_p": 0}, "top_p"),
+        ({"top_p": -0.1}, "top_p"),
         ({"min_p": 1.5}, "min_p"),
         ({"presence_penalty": 3}, "presence_penalty"),
         ({"repetition_penalty": 0}, "repetition_penalty"),
@@ -152,10 +155,87 @@ def test_a_missing_seed_is_the_one_that_was_drawn() -> None:
     assert chat().sampling(5, seed=11).seed == 11
 
 
-def test_parts_of_a_message_are_one_text() -> None:
+@pytest.mark.parametrize("seed", [None, -1])
+def test_a_seed_may_be_drawn(seed: int | None) -> None:
+    assert chat(seed=seed).sampling(5, seed=11).seed == 11
+
+
+def test_a_top_p_of_zero_is_the_likeliest_token() -> None:
+    sampling = chat(top_p=0, temperature=1.0).sampling(5, 1)
+    assert (sampling.top_p, sampling.top_k) == (1.0, 1)
+
+
+def test_parts_may_have_cache_hints_and_nothing_else() -> None:
+    part = {"type": "text", "text": "a", "cache_control": {"type": "ephemeral"}, "prompt": None}
+    assert chat(messages=[{"role": "user", "content": [part]}]).messages[0].content == "a"
+    for bad in ({**part, "mood": 1}, {"type": "text"}, {"type": "text", "text": 5}, "a"):
+        with pytest.raises(ApiError) as caught:
+            chat(messages=[{"role": "user", "content": [bad]}])
+        assert caught.value.param == "messages[0].content"
+
+
+def test_reasoning_is_given_to_the_template() -> None:
+    message = {"role": "assistant", "content": "x", "reasoning_content": "hm"}
+    assert chat(messages=[message]).messages[0].document() == message
+
+
+# ---- size ----------------------------------------------------------------------------------
+
+USER = {"role": "user", "content": "x"}
+MANY = 1_000_000
+TOO_LONG: list[tuple[str, dict[str, Any]]] = [
+    ("messages", {"messages": [USER] * 2049}),
+    ("messages", {"messages": [USER] * MANY}),
+    ("messages[0]", {"messages": [0] * MANY}),
+    ("messages[0].content", {"messages": [{"role": "user", "content": [0] * MANY}]}),
+    ("stop", {"stop": ["a"] * MANY}),
+    ("stop_token_ids", {"stop_token_ids": [5] * 1025}),
+    ("stop_token_ids", {"stop_token_ids": [5] * MANY}),
+    ("stop_token_ids[0]", {"stop_token_ids": [""] * MANY}),
+    ("logit_bias", {"logit_bias": {str(token): 1 for token in range(1025)}}),
+    ("modalities[0]", {"modalities": ["x"] * MANY}),
+    ("modalities", {"modalities": ["text"] * MANY}),
+    ("chat_template_kwargs", {"chat_template_kwargs": {"a": {"b": [1] * MANY}}}),
+    ("field 0", {f"field {number}": 1 for number in range(200)}),
+    ("messages[0].0", {"messages": [{**USER, **{str(number): 1 for number in range(200)}}] * 99}),
+    ("n", {"n": [1] * MANY}),
+    ("tools", {"tools": [1] * MANY}),
+]
+
+
+@pytest.mark.parametrize("number", range(len(TOO_LONG)))
+def test_the_longest_lists_are_refused_at_once(number: int) -> None:
+    path, fields = TOO_LONG[number]
+    chat()  # what is built once
+    began = time.perf_counter()
+    with pytest.raises(ApiError) as caught:
+        chat(**fields)
+    assert time.perf_counter() - began < 0.1
+    assert caught.value.param == path
+    assert len(caught.value.message) < 500
+
+
+def test_the_longest_prompts_are_refused_at_once() -> None:
+    ids = [5] * (2**20 + 1)
+    for prompt in (["a"] * 129, ["a"] * MANY, ids, [[5] * 2**14] * 65, [[5], [""] * MANY]):
+        began = time.perf_counter()
+        with pytest.raises(ApiError) as caught:
+            completion(prompt=prompt)
+        assert time.perf_counter() - began < 0.2
+        assert caught.value.param == "prompt"
+
+
+def test_numbers_of_any_size_are_the_clients_fault() -> None:
+    for name, value in (("logit_bias", {"5": 10**400}), ("temperature", 10**400), ("n", 10**400)):
+        with pytest.raises(ApiError) as caught:
+            chat(**{name: value})
+        assert (caught.value.status, caught.value.param) == (400, name)
+
+
+def test_parts_of_a_message_are_lines_of_one_text() -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     message = chat(messages=[{"role": "developer", "content": parts}]).messages[0]
-    assert message.document() == {"role": "system", "content": "ab"}
+    assert message.document() == {"role": "system", "content": "a\nb"}
 
 
 @pytest.mark.parametrize("document", [[], "text", None, 5])

@@ -69,6 +69,10 @@ def test_chats_are_rendered_as_transformers_renders_them(name: str, extra: dict[
         "{{ ''.__class__.__mro__ }}",
         "{{ messages.append(1) }}",
         "{{ 1 + 'a' }}",
+        "{{ 1 / 0 }}",
+        "{{ 10.0 ** 1000 }}",
+        "{{ range(10 ** 9) }}",
+        "{{ {}['a'].b }}",
     ],
 )
 def test_a_template_that_refuses_or_leaves_the_sandbox_is_an_error(template: str) -> None:
