@@ -58,10 +58,11 @@ class WindowDetokenizer:
         self._decode = decode
         self._is_byte = is_byte
         self._is_visible = is_visible  # hidden tokens do not even separate their neighbours
-        prefix = list(filter(is_visible, prompt_token_ids))
-        # Tokens whose text has been given out. One that ends in a byte is not a safe start.
-        self._prefix = [] if prefix and is_byte(prefix[-1]) else prefix
+        # Tokens whose text has been given out. Half a character is not a safe start.
+        self._prefix = list(filter(is_visible, prompt_token_ids))
         self._prefix_text = decode(self._prefix)
+        if self._prefix_text.endswith(REPLACEMENT):
+            self._prefix, self._prefix_text = [], decode([])
         self._held: list[int] = []  # tokens after them
 
     def push(self, token_ids: Sequence[int]) -> str:

@@ -117,8 +117,19 @@ class Vocabulary:
             lambda ids: self.decode(ids, False),
             self._is_byte,
             lambda i: i not in hidden and self._tokenizer.id_to_token(i) is not None,
-            prompt_token_ids[-PREFIX_TOKENS:],
+            self._prompt_end(prompt_token_ids),
         )
+
+    def _prompt_end(self, prompt_token_ids: Sequence[int]) -> Sequence[int]:
+        """Cut the last tokens off a prompt, not in the middle of a character of byte tokens."""
+        start = max(0, len(prompt_token_ids) - PREFIX_TOKENS)
+        least = max(0, start - PREFIX_TOKENS)
+        while start > least and self._continues_character(prompt_token_ids[start]):
+            start -= 1
+        return prompt_token_ids[start:]
+
+    def _continues_character(self, token_id: int) -> bool:
+        return self._is_byte(token_id) and self.token_bytes(token_id)[0] & 0xC0 == 0x80
 
     def token_bytes(self, token_id: int) -> bytes:
         """Look up what one token stands for by itself."""

@@ -95,6 +95,24 @@ def test_text_after_a_prompt_keeps_its_first_space(prompt: list[int], token_ids:
     assert "".join(deltas) == whole[len(vocabulary.decode(prompt, True)) :]
 
 
+PIECES_OF_PROMPTS = st.sampled_from(["the", " fox", "\n", "é", "😀", "日", "a", "  ", "x = 1\n"])
+
+
+@given(pieces=st.lists(PIECES_OF_PROMPTS, min_size=1, max_size=8), token_ids=IDS)
+@example(pieces=["a", "\n"], token_ids=[259, 260])  # a line that begins with spaces
+@example(pieces=["😀", "😀", "😀"], token_ids=[259, 262])  # more bytes than are looked back
+def test_text_after_a_prompt_of_bytes_keeps_its_first_space(
+    pieces: list[str], token_ids: list[int]
+) -> None:
+    vocabulary = VOCABULARIES["sentencepiece"]
+    prompt = vocabulary.encode("".join(pieces).replace(" ", "▁"), False)
+    before = vocabulary.decode(prompt, True)
+    deltas = in_pieces(vocabulary.detokenizer(True, prompt), token_ids, [1] * len(token_ids))
+    whole = vocabulary.decode([*prompt, *token_ids], True)
+    if whole.startswith(before):  # else a bad byte of the answer spoils a character of the prompt
+        assert "".join(deltas) == whole[len(before) :]
+
+
 def test_text_is_given_out_as_soon_as_it_is_certain() -> None:
     vocabulary = VOCABULARIES["byte-level"]
     detokenizer = vocabulary.detokenizer(True)
