@@ -36,6 +36,10 @@ class AppConfig(Section):
             raise ValueError(f"models: the ids {ids} are not distinct")
         return self
 
+    def max_answers(self, model: ModelSection) -> int:
+        """Count what one engine replica may run and queue: each choice of each prompt."""
+        return model.engine.max_num_seqs + self.ingress.max_queued_requests
+
     def engine_config(self, model: ModelSection) -> EngineConfig:
         return EngineConfig(
             source=model.source,

@@ -197,7 +197,10 @@ class TenancySection(Section):
         unset="no limit",
     )
     max_concurrent_requests: Limit = key(
-        None, "requests of a tenant at a time, at each ingress replica", unset="no limit"
+        None,
+        "answers of a tenant at a time, at each ingress replica: a request counts its prompts "
+        "times `n`",
+        unset="no limit",
     )
 
     @property
@@ -208,7 +211,12 @@ class TenancySection(Section):
 class IngressSection(Section):
     num_cpus: float = key(0.0, "CPUs that Ray reserves for the ingress", ge=0)
     max_body_bytes: Bytes = key(8 * 2**20, "longer request bodies are a 413")
-    max_queued_requests: int = key(1024, "requests beyond `max_num_seqs`; more are a 429", ge=0)
+    max_queued_requests: int = key(
+        1024,
+        "answers (a request's prompts times `n`) that may wait at an engine replica beyond "
+        "`max_num_seqs`; more are a 429",
+        ge=0,
+    )
     max_adapter_series: int = key(
         200,
         "adapters with labels of their own in `/metrics`: those with traffic in the last hour, as "

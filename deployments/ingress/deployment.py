@@ -28,7 +28,7 @@ class IngressDeployment:
     def __init__(self, config: AppConfig, engines: dict[str, DeploymentHandle]) -> None:
         log_to_serves_file()
         keep_grpc_on_loopback()
-        models = [_open_model(model, engines[model.id]) for model in config.models]
+        models = [_open_model(config, model, engines[model.id]) for model in config.models]
         base_ids = [model.id for model in config.models]
         metrics = Metrics(config.ingress.max_adapter_series, base_ids)
         tenants = open_tenants(config.tenancy)
@@ -47,8 +47,8 @@ class IngressDeployment:
         return build_api(self._ingress)
 
 
-def _open_model(model: ModelSection, engine: DeploymentHandle) -> ServedModel:
+def _open_model(config: AppConfig, model: ModelSection, engine: DeploymentHandle) -> ServedModel:
     vocabulary = Vocabulary.load(Path(model.source))
     link = EngineLink(RayConnection(engine), serve.get_replica_context().replica_id.unique_id)
     link.start()
-    return ServedModel(model.id, vocabulary, link)
+    return ServedModel(model.id, vocabulary, link, config.max_answers(model) * model.replicas.most)

@@ -105,8 +105,14 @@ class Generation:
         usage, label = self.usage(), self._plan.target.label
         self._metrics.observe_gaps(label, self._gaps)
         self._metrics.count_tokens(
-            label, usage.num_prompt_tokens, usage.num_cached_tokens, usage.num_output_tokens
+            label, self._num_read_tokens(), usage.num_cached_tokens, usage.num_output_tokens
         )
+
+    def _num_read_tokens(self) -> int:
+        """Count the tokens of prompts that brought an answer or its beginning."""
+        submits, n = self._plan.submits, self._plan.n
+        begun = {index // n for index in self._choices}
+        return sum(len(submits[at].request.prompt_token_ids) for at in begun)
 
     @property
     def _num_choices(self) -> int:

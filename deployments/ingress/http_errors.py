@@ -83,6 +83,14 @@ def rate_limited(refusal: Refusal) -> ApiError:
     return ApiError(429, message, "rate_limit_error", code=code, retry_after_s=after)
 
 
+def too_many_answers(num: int, most: int) -> ApiError:
+    """Refuse what no retry can bring: more answers than may ever run at a time."""
+    return invalid(
+        f"The request asks for {num} answers (prompts x n), and at most {most} may run at a time.",
+        "n",
+    )
+
+
 def overloaded(message: str) -> ApiError:
     return ApiError(429, message, "rate_limit_error", code="overloaded", retry_after_s=1)
 

@@ -48,11 +48,15 @@ class AdapterNames(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """One base model: its id, its vocabulary and its engine."""
+    """One base model: its id, its vocabulary and its engine.
+
+    `max_answers` is how many answers all its replicas together may run or queue.
+    """
 
     id: str
     vocabulary: Vocabulary
     link: EngineLink
+    max_answers: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,6 +179,13 @@ class Models:
                 taken.update(spellings)
             hidden |= {record.name for record in records}
         return listed
+
+    async def published_s(self, ref: AdapterRef) -> float:
+        """Look up when a resolved version was published. Raises ApiError."""
+        for record in await self._records(ref.tenant):
+            if (record.name, record.version) == (ref.name, ref.version):
+                return record.published_s
+        raise model_not_found(ref.name)  # retired a moment ago
 
     async def _records(self, namespace: str) -> Sequence[AdapterRecord]:
         try:

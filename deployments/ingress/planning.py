@@ -18,7 +18,7 @@ from deployments.ingress.api.openai_fields import short
 from deployments.ingress.api.openai_replies import ChatReply, CompletionReply, ReplyHead
 from deployments.ingress.choice import Choice, TokenEntry
 from deployments.ingress.generation import Plan
-from deployments.ingress.http_errors import invalid
+from deployments.ingress.http_errors import invalid, too_many_answers
 from deployments.ingress.model_resolver import Target
 from deployments.ingress.prompt_texts import encode_texts, prompt_too_long
 from deployments.text.chat_template import TemplateRefused
@@ -130,6 +130,8 @@ def _submits(
     origin: Origin,
 ) -> list[Submit]:
     """Make one submit per prompt, each with another seed unless the client gave one."""
+    if request.num_answers > target.model.max_answers:
+        raise too_many_answers(request.num_answers, target.model.max_answers)
     _check_token_ids("stop_token_ids", request.stop_token_ids or (), info.vocab_size)
     _check_token_ids("logit_bias", list(request.logit_bias or ()), info.vocab_size)
     submits: list[Submit] = []
@@ -202,7 +204,7 @@ def _choice_maker(
         if echo and request.wanted_logprobs is not None:
             if at not in entries:
                 logprobs = None if output is None else output.prompt_logprobs
-                entries[at] = _prompt_entries(vocabulary, prompts[at], logprobs, skip)
+                entries[at] = _prompt_entries(vocabulary, prompts[at], logprobs, openings[at])
             choice.unsent_entries.extend(entries[at])
         return choice
 
@@ -213,14 +215,27 @@ def _prompt_entries(
     vocabulary: Vocabulary,
     prompt: Sequence[int],
     prompt_logprobs: Sequence[TokenLogprobs | None] | None,
-    skip: bool,
+    opening: str,
 ) -> list[TokenEntry]:
+    """Place the tokens of an echoed prompt in its text, in which all but added ones are seen."""
     if prompt_logprobs is None:  # nothing precedes the only token of a prompt
         prompt_logprobs = [None] * len(prompt)
-    detokenizer = vocabulary.detokenizer(skip, ())
+    num_hidden = _num_added_tokens(vocabulary, prompt, opening)
+    detokenizer = vocabulary.detokenizer(False, ())
     entries: list[TokenEntry] = []
     length = 0
-    for token_id, logprobs in zip(prompt, prompt_logprobs, strict=True):
-        entries.append(TokenEntry(token_id, logprobs, length))
-        length += len(detokenizer.push((token_id,)))
+    for at, (token_id, logprobs) in enumerate(zip(prompt, prompt_logprobs, strict=True)):
+        entries.append(TokenEntry(token_id, logprobs, min(length, len(opening))))
+        if at >= num_hidden:
+            length += len(detokenizer.push((token_id,)))
     return entries
+
+
+def _num_added_tokens(vocabulary: Vocabulary, prompt: Sequence[int], text: str) -> int:
+    """Count the special tokens before a text that are not in it."""
+    num = 0
+    while num < len(prompt) and vocabulary.is_special(prompt[num]):
+        if text.startswith(vocabulary.token_text(prompt[num])):
+            break
+        num += 1
+    return num

@@ -36,12 +36,12 @@ from deployments.ingress.metrics import CONTENT_TYPE, Metrics
 from deployments.ingress.model_resolver import Models, ServedModel
 from deployments.ingress.planning import Origin, plan_chat, plan_completion
 from deployments.ingress.streaming import CLIENT_GONE, ErrorResponse, GenerationResponse
-from deployments.ingress.tenant_limiter import TenantLimiter
+from deployments.ingress.tenant_limiter import Place, TenantLimiter
 from deployments.tenants.tenant import Tenant
 from deployments.tenants.tenants import Tenants
 
 Handler = Callable[[HttpRequest, ExitStack], Awaitable[Response]]
-TenantHandler = Callable[[HttpRequest, Tenant], Awaitable[Response]]
+TenantHandler = Callable[[HttpRequest, Tenant, Place], Awaitable[Response]]
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
@@ -69,22 +69,24 @@ class Ingress:
     origin: Origin = field(default_factory=system_origin)
 
     @contextmanager
-    def tenant_of(self, http_request: HttpRequest) -> Iterator[Tenant]:
+    def tenant_of(self, http_request: HttpRequest) -> Iterator[tuple[Tenant, Place]]:
         """Count a request as its tenant's while it runs. Raises KeyRefused or ApiError."""
         tenant = self.tenants.identify(http_request.headers.get("authorization"))
-        with self.limiter.inside(tenant.name, tenant.limits):
-            yield tenant
+        with self.limiter.inside(tenant.name, tenant.limits) as place:
+            yield tenant, place
 
     # ---- generation ----------------------------------------------------------------------
 
-    async def chat(self, http_request: HttpRequest, tenant: Tenant) -> Response:
+    async def chat(self, http_request: HttpRequest, tenant: Tenant, place: Place) -> Response:
         request = parse_request(ChatCompletionRequest, await self._document(http_request))
+        place.hold(request.num_answers)
         target = await self.models.resolve(tenant, request.model)
         plan = await plan_chat(request, target, self.origin)
         return GenerationResponse(plan, bool(request.stream), self.metrics, CHAT)
 
-    async def completion(self, http_request: HttpRequest, tenant: Tenant) -> Response:
+    async def completion(self, http_request: HttpRequest, tenant: Tenant, place: Place) -> Response:
         request = parse_request(CompletionRequest, await self._document(http_request))
+        place.hold(request.num_answers)
         target = await self.models.resolve(tenant, request.model)
         plan = await plan_completion(request, target, self.origin)
         return GenerationResponse(plan, bool(request.stream), self.metrics, COMPLETIONS)
@@ -94,7 +96,9 @@ class Ingress:
 
     # ---- models --------------------------------------------------------------------------
 
-    async def list_models(self, http_request: HttpRequest, tenant: Tenant) -> Response:
+    async def list_models(
+        self, http_request: HttpRequest, tenant: Tenant, place: Place
+    ) -> Response:
         cards = [self._base_card(model) for model in self.models.by_id.values()]
         for listed in await self.models.list_adapters(tenant):
             record = listed.record
@@ -102,13 +106,13 @@ class Ingress:
             cards.append(adapter_card(listed.id, listed.parent, record.digest, created))
         return _json(model_list(cards))
 
-    async def show_model(self, http_request: HttpRequest, tenant: Tenant) -> Response:
+    async def show_model(self, http_request: HttpRequest, tenant: Tenant, place: Place) -> Response:
         name = http_request.path_params["model_id"]
         target = await self.models.resolve(tenant, name)
         if target.adapter_ref is None:
             return _json(self._base_card(target.model))
-        digest = target.adapter_ref.digest
-        return _json(adapter_card(name, target.model.id, digest, self.created))
+        created = int(await self.models.published_s(target.adapter_ref))
+        return _json(adapter_card(name, target.model.id, target.adapter_ref.digest, created))
 
     def _base_card(self, model: ServedModel) -> dict[str, Any]:
         hello = model.link.hello
@@ -151,7 +155,8 @@ def build_api(ingress: Ingress) -> Api:
 
     def of_tenants(handler: TenantHandler) -> Handler:
         async def handle(http_request: HttpRequest, held: ExitStack) -> Response:
-            return await handler(http_request, held.enter_context(ingress.tenant_of(http_request)))
+            tenant, place = held.enter_context(ingress.tenant_of(http_request))
+            return await handler(http_request, tenant, place)
 
         return handle
 

@@ -8,15 +8,15 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from deployments.ingress.http_errors import rate_limited
+from deployments.ingress.http_errors import rate_limited, too_many_answers
 from deployments.ingress.metrics import Metrics
-from deployments.policy.admission import Limits, Load, Refusal, admit, is_idle, release
+from deployments.policy.admission import Limits, Load, Refusal, admit, grow, is_idle, release
 
 SPARE_LOADS = 64  # idle tenants that may be remembered before the first sweep
 
 
 class TenantLimiter:
-    """Used in one event loop. A tenant's Load counts the `inside` blocks that are open."""
+    """Used in one event loop. A tenant's Load counts the answers of open `inside` blocks."""
 
     def __init__(self, metrics: Metrics, clock_ns: Callable[[], int] = time.monotonic_ns) -> None:
         self._metrics = metrics
@@ -32,21 +32,33 @@ class TenantLimiter:
         return self._loads[tenant][0].num_running if tenant in self._loads else 0
 
     @contextmanager
-    def inside(self, tenant: str, limits: Limits) -> Iterator[None]:
+    def inside(self, tenant: str, limits: Limits) -> Iterator["Place"]:
         """Count a request while it runs. Raises ApiError (429) if it may not begin."""
         now_ns = self._clock_ns()
         load = self._loads[tenant][0] if tenant in self._loads else Load(at_ns=now_ns)
         answer = admit(load, limits, now_ns)
+        self._loads[tenant] = (self._granted(tenant, answer), limits)
+        self._sweep(now_ns)
+        place = Place(self, tenant)
+        try:
+            yield place
+        finally:
+            load, limits = self._loads[tenant]
+            self._loads[tenant] = (release(load, place.num_answers), limits)
+
+    def grow(self, tenant: str, num_more: int) -> None:
+        """Count more answers of a running request. Raises ApiError (429)."""
+        load, limits = self._loads[tenant]
+        most = limits.max_concurrent_requests
+        if most is not None and num_more >= most:
+            raise too_many_answers(num_more + 1, most)
+        self._loads[tenant] = (self._granted(tenant, grow(load, limits, num_more)), limits)
+
+    def _granted(self, tenant: str, answer: Load | Refusal) -> Load:
         if isinstance(answer, Refusal):
             self._metrics.count_refusal(tenant, answer.limit)
             raise rate_limited(answer)
-        self._loads[tenant] = (answer, limits)
-        self._sweep(now_ns)
-        try:
-            yield
-        finally:
-            load, limits = self._loads[tenant]
-            self._loads[tenant] = (release(load), limits)
+        return answer
 
     def _sweep(self, now_ns: int) -> None:
         """Forget idle tenants, each time the number of tenants has doubled."""
@@ -56,3 +68,17 @@ class TenantLimiter:
             if is_idle(load, limits, now_ns):
                 del self._loads[tenant]
         self._sweep_at = 2 * len(self._loads) + SPARE_LOADS
+
+
+class Place:
+    """One running request, which counts as one answer until it is known how many it asks for."""
+
+    def __init__(self, limiter: TenantLimiter, tenant: str) -> None:
+        self.num_answers = 1
+        self._limiter = limiter
+        self._tenant = tenant
+
+    def hold(self, num_answers: int) -> None:
+        """Count all answers of the request. Raises ApiError if they are too many."""
+        self._limiter.grow(self._tenant, num_answers - self.num_answers)
+        self.num_answers = num_answers

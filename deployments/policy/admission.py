@@ -13,7 +13,9 @@ CONCURRENCY_RETRY_S = 1  # when a running request ends cannot be predicted
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """None is no limit. The bucket holds one minute's requests, which may be used at once."""
+    """None is no limit. `max_concurrent_requests` counts each answer that a request asks for.
+
+    The bucket holds one minute's requests, which may be used at once."""
 
     requests_per_minute: int | None = None
     max_concurrent_requests: int | None = None
@@ -58,10 +60,18 @@ def admit(load: Load, limits: Limits, now_ns: int) -> Load | Refusal:
     return Load(load.num_running + 1, debt, now_ns)
 
 
-def release(load: Load) -> Load:
-    """Return the load after one of its requests has ended, in whatever way."""
-    assert load.num_running > 0, "more requests ended than began"
-    return replace(load, num_running=load.num_running - 1)
+def grow(load: Load, limits: Limits, num_more: int) -> Load | Refusal:
+    """Return the load with so many more answers of a request that was admitted, or a Refusal."""
+    most = limits.max_concurrent_requests
+    if most is not None and load.num_running + num_more > most:
+        return Refusal("max_concurrent_requests", most, CONCURRENCY_RETRY_S)
+    return replace(load, num_running=load.num_running + num_more)
+
+
+def release(load: Load, num: int = 1) -> Load:
+    """Return the load after a request of so many answers has ended, in whatever way."""
+    assert load.num_running >= num, "more requests ended than began"
+    return replace(load, num_running=load.num_running - num)
 
 
 def is_idle(load: Load, limits: Limits, now_ns: int) -> bool:

@@ -94,7 +94,7 @@ async def _make_replica(replica_id: str, config: AppConfig, model: ModelSection)
         replica_id,
         fingerprint,
         engine_config.max_num_seqs,
-        engine_config.max_num_seqs + config.ingress.max_queued_requests,
+        config.max_answers(model),
         model.replicas.drain_s,
     )
     return EngineReplica(lambda on_frame: EngineClient(engine_config, on_frame), store, settings)

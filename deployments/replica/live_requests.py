@@ -51,6 +51,7 @@ class LiveRequests:
     ) -> None:
         self.engine = make_engine(self.on_frame)
         self.by_id: dict[str, LiveRequest] = {}
+        self.num_open = 0  # choices that have not ended: they take a place in the batch
         self._fetcher = fetcher
 
     # ---- outputs -------------------------------------------------------------------------
@@ -82,6 +83,7 @@ class LiveRequests:
 
     def _finish_choice(self, request_id: str, live: LiveRequest) -> None:
         live.num_open -= 1
+        self.num_open -= 1
         if live.num_open == 0:
             self._release(request_id, live)
 
@@ -101,6 +103,7 @@ class LiveRequests:
         request = submit.request
         live = LiveRequest(stream, request, request.n)
         self.by_id[request.request_id] = live
+        self.num_open += live.num_open
         stream.request_ids[request.request_id] = None
         if submit.adapter_ref is None:
             self._start(request)
@@ -149,17 +152,13 @@ class LiveRequests:
 
     def _release(self, request_id: str, live: LiveRequest) -> None:
         del self.by_id[request_id]
+        self.num_open -= live.num_open
         del live.stream.request_ids[request_id]
         if live.adapter_ref is not None:
             self._fetcher.release(live.adapter_ref)
         live.stream.wake.set()  # it may have been the last one that a drain waits for
 
     # ---- figures -------------------------------------------------------------------------
-
-    @property
-    def num_open(self) -> int:
-        """Choices that have not ended: it is they that take a place in the batch."""
-        return sum(live.num_open for live in self.by_id.values())
 
     @property
     def num_waiting_tokens(self) -> int:

@@ -31,7 +31,7 @@ class ReplicaSettings:
     replica_id: str
     base_fingerprint: str
     max_num_seqs: int
-    max_requests: int  # running and queued
+    max_choices: int  # running and queued
     drain_s: float = 30.0  # for running requests to finish once the replica is being stopped
 
 
@@ -80,7 +80,7 @@ class EngineReplica:
         epoch = epochs.get(replica_id, 0)
         if submit.request.request_id in self._requests.by_id:
             return Receipt(replica_id, epoch)
-        refusal = self._refusal()
+        refusal = self._refusal(submit.request.n)
         if refusal is None:
             stream = self._streams.open(ingress_id, epoch)
             if stream is not None:
@@ -92,16 +92,19 @@ class EngineReplica:
             )
         return Receipt(replica_id, epoch, refusal)
 
-    def _refusal(self) -> RequestError | None:
+    def _refusal(self, num_choices: int) -> RequestError | None:
         if self.is_draining:
             return RequestError(ErrorKind.DRAINING, "the replica is being stopped")
         if not self._engine.is_ready:
             gone = self._engine.failure is not None  # its words are for the log alone
             reason = f"the engine {'cannot be' if gone else 'is being'} started again"
             return RequestError(ErrorKind.ENGINE_DIED, reason)
-        limit = self._settings.max_requests
-        if len(self._requests.by_id) >= limit:
-            message = f"{limit} requests are running or queued, which is the limit."
+        num_open, limit = self._requests.num_open, self._settings.max_choices
+        if num_open + num_choices > limit:
+            message = (
+                f"{num_open} answers are running or queued; {num_choices} more would be above the "
+                f"limit of {limit}."
+            )
             return RequestError(ErrorKind.OVERLOADED, message)
         return None
 

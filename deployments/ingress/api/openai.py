@@ -90,6 +90,11 @@ class OpenAIRequest(Model):
         return 1 if self.n is None else self.n
 
     @property
+    def num_answers(self) -> int:
+        """Count the answers of all prompts: each is a generation of its own."""
+        return self.num_choices
+
+    @property
     def include_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
 
@@ -206,6 +211,10 @@ class CompletionRequest(OpenAIRequest):
         if self.max_tokens == 0 and (not self.echo or self.stream):
             raise ValueError("max_tokens: 0 is only allowed with echo and without stream")
         return self
+
+    @property
+    def num_answers(self) -> int:
+        return self.num_choices * len(self.prompt)
 
     @property
     def wanted_max_tokens(self) -> int:

@@ -358,7 +358,7 @@ def test_without_a_replica_the_stream_ends_with_an_error_after_the_patience() ->
 def test_a_full_replica_sends_new_requests_to_the_others_before_anybody_is_refused() -> None:
     async def test(running: Fleet) -> None:
         for replica in running.connection.replicas.values():
-            replica._settings = replace(replica._settings, max_requests=1)
+            replica._settings = replace(replica._settings, max_choices=1)
         for name in ("a", "b"):
             running.link.open([submit(name)])
         await running.until_running(2)

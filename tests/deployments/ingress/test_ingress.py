@@ -8,8 +8,10 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from tokenizers import processors
 
 from deployments.ingress import routes
+from deployments.text.vocabulary import Vocabulary
 from engine.messages import ErrorKind, GenerateRequest, RequestError, RequestOutput
 from engine.scheduler.request import SamplingDefaults
 from tests.deployments.support.fakes import (
@@ -18,6 +20,7 @@ from tests.deployments.support.fakes import (
     Client,
     FakeEngine,
     Server,
+    byte_tokenizer,
     call,
     encode,
     serving,
@@ -322,6 +325,44 @@ def test_completion_logprobs_have_offsets_into_the_text() -> None:
     in_server(test)
 
 
+@pytest.mark.parametrize("skip", [True, False])
+@pytest.mark.parametrize(
+    ("prompt", "text", "offsets"),
+    [
+        ([97, EOS, 98], "a<eos>bAB", [0, 1, 6, 7, 8, 9]),
+        ([EOS, 97, 98], "<eos>abAB", [0, 5, 6, 7, 8, 9]),
+        ("ab<eos>c", "ab<eos>cABC", [0, 1, 2, 7, 8, 9, 10, 11]),
+        ("<eos>a", "<eos>aA", [0, 5, 6, 7]),
+    ],
+)
+def test_offsets_of_an_echo_are_those_of_its_text(
+    prompt: Any, text: str, offsets: list[int], skip: bool
+) -> None:
+    async def test(server: Server) -> None:
+        fields = {"prompt": prompt, "echo": True, "logprobs": 0, "skip_special_tokens": skip}
+        choice = (await server.post(COMPLETIONS, **fields)).json["choices"][0]
+        assert choice["text"].removesuffix("<eos>") == text
+        assert choice["logprobs"]["text_offset"] == offsets
+
+    in_server(test)
+
+
+def test_offsets_of_an_echo_leave_out_the_tokens_that_were_added() -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<pad> $A", special_tokens=[("<pad>", 257)]
+    )
+
+    async def test(server: Server) -> None:
+        answer = await server.post(COMPLETIONS, prompt="ab", echo=True, logprobs=0)
+        choice = answer.json["choices"][0]
+        assert server.engine.requests[0].prompt_token_ids == [257, 97, 98]
+        assert (choice["text"], choice["logprobs"]["text_offset"]) == ("abAB", [0, 0, 1, 2, 3, 4])
+
+    vocabulary = Vocabulary(tokenizer, {"eos_token": "<eos>", "bos_token": "<pad>"}, None)
+    in_server(test, lambda: serving(vocabulary=vocabulary))
+
+
 def test_echo_of_every_choice_begins_with_its_prompt() -> None:
     async def test(server: Server) -> None:
         fields = {"prompt": ["a", "b"], "n": 2, "echo": True, "logprobs": 0}
@@ -396,6 +437,17 @@ def test_models_are_listed_with_their_parents() -> None:
             card = (await server.call("GET", f"/v1/models/{name}")).json
             assert (card["id"], card["object"]) == (name, "model")
         assert (await server.call("GET", "/v1/models/a/b/c")).status == 404
+
+    in_server(test)
+
+
+@pytest.mark.parametrize("name", ["base", "red", "red@1", "public/red"])
+def test_a_model_was_created_when_the_list_says_so(name: str) -> None:
+    async def test(server: Server) -> None:
+        listed = (await server.call("GET", "/v1/models")).json["data"]
+        by_id = {card["id"]: card["created"] for card in listed}
+        wanted = by_id["base" if name == "base" else "red"]
+        assert (await server.call("GET", f"/v1/models/{name}")).json["created"] == wanted
 
     in_server(test)
 
@@ -570,6 +622,33 @@ def test_more_requests_than_the_limit_are_told_to_come_back() -> None:
     in_server(test, lambda: serving(max_requests=1))
 
 
+def test_the_queue_counts_answers_and_not_requests() -> None:
+    async def test(server: Server) -> None:
+        server.engine.running.clear()
+        first = Client(server.api, "POST", COMPLETIONS, body(prompt="x", n=3))
+        await until(lambda: len(server.engine.requests) == 1)
+        refused = await server.post(COMPLETIONS, prompt="y", n=2)
+        assert refused.status == 429 and refused.headers["retry-after"] == "1"
+        assert all(word in refused.error["message"] for word in ("3 ", "2 ", "4."))
+        second = Client(server.api, "POST", COMPLETIONS, body(prompt="y"))
+        await until(lambda: len(server.engine.requests) == 2)
+        server.engine.running.set()
+        await asyncio.gather(first.done, second.done)
+        assert (await server.post(COMPLETIONS, prompt=["y", "z"], n=2)).status == 200
+
+    in_server(test, lambda: serving(max_requests=4))
+
+
+def test_more_answers_than_can_ever_be_queued_are_refused_for_good() -> None:
+    async def test(server: Server) -> None:
+        refused = await server.post(COMPLETIONS, prompt=["x"] * 26, n=4)
+        assert (refused.status, refused.error["param"]) == (400, "n")
+        assert "104 answers" in refused.error["message"] and "100" in refused.error["message"]
+        assert server.engine.requests == []
+
+    in_server(test)
+
+
 def body(**fields: Any) -> bytes:
     return json.dumps({"model": "base", **fields}).encode()
 
@@ -619,6 +698,21 @@ def test_health_is_503_until_there_is_an_engine() -> None:
             assert answer.status == 503 and "retry-after" in answer.headers
 
     in_server(test, lambda: serving(hello_s=0.0))
+
+
+def test_prompts_of_refused_requests_are_not_counted() -> None:
+    async def test(server: Server) -> None:
+        server.engine.running.clear()
+        first = Client(server.api, "POST", COMPLETIONS, body(prompt="abc"))
+        await until(lambda: len(server.engine.requests) == 1)
+        for _ in range(3):
+            assert (await server.post(COMPLETIONS, prompt="x" * 50)).status == 429
+        server.engine.running.set()
+        await first.done
+        lines = (await server.call("GET", "/metrics")).body.decode().splitlines()
+        assert 'reef_prompt_tokens_total{adapter="base"} 3.0' in lines
+
+    in_server(test, lambda: serving(max_requests=1))
 
 
 def test_metrics_say_what_was_served() -> None:

@@ -91,7 +91,7 @@ class FakeLink:
 def models(store: CatalogStore, **bases: str | None) -> Models:
     """Served models by id; None: its engine has not started yet."""
     served = [
-        ServedModel(i, VOCABULARY, FakeLink(base and Hello(INFO, base, "replica", 1)))  # type: ignore[arg-type]
+        ServedModel(i, VOCABULARY, FakeLink(base and Hello(INFO, base, "replica", 1)), 100)  # type: ignore[arg-type]
         for i, base in bases.items()
     ]
     return Models(served, store)

@@ -173,3 +173,22 @@ def test_a_refused_request_frees_its_concurrency_place(
         assert (await server.post(COMPLETIONS, key=ACME, prompt="x")).status == 200
 
     in_server(test, tenants=limited(tmp_path, max_concurrent_requests=1))
+
+
+def test_a_tenants_concurrency_counts_prompts_times_n(tmp_path: Path) -> None:
+    async def test(server: Server) -> None:
+        too_many = await server.post(COMPLETIONS, key=ACME, prompt=["a", "b"], n=3)
+        assert too_many.status == 400
+        assert "6 answers" in too_many.error["message"] and "5" in too_many.error["message"]
+        server.engine.running.clear()
+        first = start(server, prompt=["a", "b"], n=2)
+        await until(lambda: len(server.engine.requests) == 2)
+        refused = await server.post(COMPLETIONS, key=ACME, prompt="y", n=2)
+        assert refused.status == 429 and refused.error["code"] == "rate_limit_exceeded"
+        second = start(server)
+        await until(lambda: len(server.engine.requests) == 3)
+        server.engine.running.set()
+        await asyncio.gather(first.done, second.done)
+        assert (await server.post(COMPLETIONS, key=ACME, prompt="z", n=5)).status == 200
+
+    in_server(test, tenants=limited(tmp_path, max_concurrent_requests=5))

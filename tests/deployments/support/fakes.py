@@ -350,7 +350,7 @@ async def serving(
     link = EngineLink(connection, "ingress", timing)
     link.start()
     metrics = Metrics(max_adapter_series, ["base"])
-    served = ServedModel("base", vocabulary or byte_vocabulary(), link)
+    served = ServedModel("base", vocabulary or byte_vocabulary(), link, max_requests)
     numbers = iter(range(10**6))
     origin = Origin(lambda: str(next(numbers)), lambda: 1000 + next(numbers), lambda: 1e9)
     limiter = TenantLimiter(metrics, clock_ns)
