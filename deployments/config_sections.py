@@ -133,7 +133,7 @@ class ReplicasSection(Section):
 
 
 class ModelSection(Section):
-    id: str = Field(pattern=r"^[^\s:@]{1,256}$", description="the base model's name in the API")
+    id: str = Field(pattern=r"^[^\s@]{1,256}$", description="the base model's name in the API")
     source: str = Field(description="a Hugging Face folder")
     dtype: str = key(
         "auto",
@@ -221,6 +221,18 @@ class IngressSection(Section):
         200,
         "adapters with labels of their own in `/metrics`: those with traffic in the last hour, as "
         "they came; all others share the label `other`",
+        ge=0,
+    )
+    cors_origins: list[str] | None = key(
+        None,
+        "a list of origins (`https://app.example`) whose pages may use the API from a browser; "
+        "`*` is all",
+        unset="none",
+    )
+    keep_alive_s: float = key(
+        15.0,
+        "seconds without an event after which a stream gets a comment, so that nothing between "
+        "takes it for dead; an error after the first comment is an event, not a status. 0 is never",
         ge=0,
     )
 

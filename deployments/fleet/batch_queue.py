@@ -17,12 +17,16 @@ class BatchQueue(Generic[ItemT]):
 
     def put(self, item: ItemT) -> None:
         self._items.append(item)
+        self.wake()
+
+    def wake(self) -> None:
+        """Let a reader that waits go on, perhaps without an item."""
         waiter = self._waiter
         if waiter is not None and not waiter.done():
             waiter.set_result(None)
 
     async def next_batch(self) -> list[ItemT]:
-        """Wait for at least one item, and take all there are."""
+        """Wait for at least one item or for `wake`, and take all there are."""
         if not self._items:
             self._waiter = asyncio.get_running_loop().create_future()
             try:

@@ -7,20 +7,29 @@ more.
 
 from collections.abc import Callable, Sequence
 
+from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-NoRoute = Callable[[Scope, int], ASGIApp]
+NoRoute = Callable[[Scope, Sequence[str]], ASGIApp]
+CORS_METHODS = ("GET", "POST")
+CORS_HEADERS = ("retry-after", "x-request-id")  # that a page may read
 
 
 class Api:
-    """Calls the first route that fits. `no_route` answers if none does (404, or 405 by method).
+    """Calls the first route that fits, with or without a slash at the end of the path.
+
+    `no_route` answers if none does: it is given the methods that the path has, if it has any. Pages
+    of `cors_origins` may read the answers; without origins no answer costs a call more.
 
     Ray Serve reads `routes` too: its log and its figures name requests by them.
     """
 
-    def __init__(self, routes: Sequence[Route], no_route: NoRoute) -> None:
+    def __init__(
+        self, routes: Sequence[Route], no_route: NoRoute, cors_origins: Sequence[str] = ()
+    ) -> None:
         self.routes = list(routes)
+        self._answer = self._route if not cors_origins else _with_cors(self._route, cors_origins)
         self._no_route = no_route
         # Nearly every request is for one of these. The others have parameters in their paths.
         self._exact = {
@@ -32,26 +41,42 @@ class Api:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
-            await self._find(scope)(scope, receive, send)
+            await self._answer(scope, receive, send)
         elif scope["type"] == "lifespan":
             await _live(receive, send)
         else:
             await send({"type": "websocket.close", "code": 1000, "reason": ""})
+
+    async def _route(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._find(scope)(scope, receive, send)
 
     def _find(self, scope: Scope) -> ASGIApp:
         path = scope["path"].removeprefix(scope.get("root_path", ""))
         found = self._exact.get((scope["method"], path))
         if found is not None:
             return found
-        status = 404
+        if len(path) > 1 and path.endswith("/"):
+            scope["path"] = scope["path"].removesuffix("/")
+            return self._find(scope)
+        methods: list[str] = []
         for route in self.routes:
             match, parameters = route.matches(scope)
             if match is Match.FULL:
                 scope.update(parameters)
                 return route.app
             if match is Match.PARTIAL:
-                status = 405
-        return self._no_route(scope, status)
+                methods.extend(route.methods or ())
+        return self._no_route(scope, sorted(set(methods)))
+
+
+def _with_cors(app: ASGIApp, origins: Sequence[str]) -> ASGIApp:
+    return CORSMiddleware(
+        app,
+        allow_origins=origins,
+        allow_methods=CORS_METHODS,
+        allow_headers=("*",),
+        expose_headers=CORS_HEADERS,
+    )
 
 
 async def _live(receive: Receive, send: Send) -> None:

@@ -38,7 +38,7 @@ class IngressDeployment:
             tenants,
             TenantLimiter(metrics),
             metrics,
-            config.ingress.max_body_bytes,
+            config.ingress,
             int(time.time()),
         )
         keep_what_is_loaded()

@@ -52,7 +52,8 @@ class Generation:
         self._choices: dict[int, Choice] = {}
         self._num_open = plan.n * len(ids)
         self._first: NewTexts = {}
-        self._arrival_s = clock()
+        self._has_opened = False
+        self._arrival_s = self._heard_s = clock()
         self._gaps = Gaps()
         self._first_s: dict[int, float] = {}
         self._last_s: dict[int, float] = {}
@@ -66,10 +67,18 @@ class Generation:
         """Tell whether more events follow."""
         return self._num_open > 0
 
+    @property
+    def quiet_s(self) -> float:
+        """Measure for how long the engine has said nothing."""
+        return self._clock() - self._heard_s
+
+    def wake(self) -> None:
+        """Let the reader that waits for texts go on without any."""
+        self._queue.wake()
+
     def first_events(self) -> bytes:
         """Write server-sent events: how every choice begins, and the first texts."""
-        opening = b"".join(map(self._plan.reply.opening, range(self._num_choices)))
-        return opening + self._write(self._first)
+        return self._write(self._first)
 
     async def next_events(self) -> bytes:
         """Write the events of all new texts; perhaps none. Raises ApiError."""
@@ -125,6 +134,8 @@ class Generation:
         texts: NewTexts = {}
         items = await self._queue.next_batch()
         now = self._clock()
+        if items:
+            self._heard_s = now
         for item in items:
             if isinstance(item, tuple):
                 request_id, index, token_ids = item
@@ -203,6 +214,9 @@ class Generation:
         """Write events; behind the last one of all choices, the end of the stream."""
         reply = self._plan.reply
         chunks: list[bytes] = []
+        if not self._has_opened and texts:
+            self._has_opened = True
+            chunks.extend(map(reply.opening, range(self._num_choices)))
         for choice, text in texts.items():
             if text:
                 chunks.append(reply.text(choice, text))

@@ -31,6 +31,7 @@ class ApiError(Exception):
     code: str | None = None
     retry_after_s: int | None = None
     authenticate: str | None = None  # which credentials are wanted
+    allow: str | None = None  # which methods there are
 
     def __str__(self) -> str:
         return self.message
@@ -44,7 +45,7 @@ class ApiError(Exception):
 
     def headers(self) -> dict[str, str]:
         after = None if self.retry_after_s is None else str(self.retry_after_s)
-        named = {"retry-after": after, "www-authenticate": self.authenticate}
+        named = {"retry-after": after, "www-authenticate": self.authenticate, "allow": self.allow}
         return {name: value for name, value in named.items() if value is not None}
 
 

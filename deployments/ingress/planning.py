@@ -114,6 +114,7 @@ def _head(request: OpenAIRequest, reply_id: str, origin: Origin) -> ReplyHead:
         has_logprobs=request.wanted_logprobs is not None,
         has_token_ids=bool(request.return_token_ids),
         has_usage_in_chunks=request.include_usage,
+        has_usage_so_far=request.include_usage_so_far,
     )
 
 

@@ -8,7 +8,7 @@ import asyncio
 import json
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from http import HTTPStatus
@@ -20,11 +20,17 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
+from deployments.config_sections import IngressSection
 from deployments.ingress.api.json_body import decode_json
 from deployments.ingress.api.model_cards import adapter_card, base_card, model_list
-from deployments.ingress.api.openai import ChatCompletionRequest, CompletionRequest
+from deployments.ingress.api.openai import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    OpenAIRequest,
+)
 from deployments.ingress.api.openai_fields import parse_request
 from deployments.ingress.asgi import Api
+from deployments.ingress.generation import Plan
 from deployments.ingress.http_errors import (
     ApiError,
     as_api_error,
@@ -64,7 +70,7 @@ class Ingress:
     tenants: Tenants
     limiter: TenantLimiter
     metrics: Metrics
-    max_body_bytes: int
+    settings: IngressSection
     created: int  # when this ingress began to serve, for the model cards
     origin: Origin = field(default_factory=system_origin)
 
@@ -82,17 +88,25 @@ class Ingress:
         place.hold(request.num_answers)
         target = await self.models.resolve(tenant, request.model)
         plan = await plan_chat(request, target, self.origin)
-        return GenerationResponse(plan, bool(request.stream), self.metrics, CHAT)
+        return GenerationResponse(
+            plan, bool(request.stream), self.metrics, CHAT, self.settings.keep_alive_s
+        )
 
     async def completion(self, http_request: HttpRequest, tenant: Tenant, place: Place) -> Response:
         request = parse_request(CompletionRequest, await self._document(http_request))
         place.hold(request.num_answers)
         target = await self.models.resolve(tenant, request.model)
         plan = await plan_completion(request, target, self.origin)
-        return GenerationResponse(plan, bool(request.stream), self.metrics, COMPLETIONS)
+        return GenerationResponse(
+            plan, bool(request.stream), self.metrics, COMPLETIONS, self.settings.keep_alive_s
+        )
+
+    def _answer(self, plan: Plan, request: OpenAIRequest, route: str) -> GenerationResponse:
+        keep_alive_s = self.settings.keep_alive_s
+        return GenerationResponse(plan, bool(request.stream), self.metrics, route, keep_alive_s)
 
     async def _document(self, http_request: HttpRequest) -> object:
-        return decode_json(await read_body(http_request, self.max_body_bytes))
+        return decode_json(await read_body(http_request, self.settings.max_body_bytes))
 
     # ---- models --------------------------------------------------------------------------
 
@@ -160,10 +174,12 @@ def build_api(ingress: Ingress) -> Api:
 
         return handle
 
-    def no_route(scope: Scope, status: int) -> Response:
+    def no_route(scope: Scope, methods: Sequence[str]) -> Response:
+        status = 405 if methods else 404
         ingress.metrics.count_answer("none", status)
         what = f"{scope['method']} {HttpRequest(scope).url.path}"
-        return ErrorResponse(ApiError(status, f"{HTTPStatus(status).phrase}: {what}"))
+        message = f"{HTTPStatus(status).phrase}: {what}"
+        return ErrorResponse(ApiError(status, message, allow=", ".join(methods) or None))
 
     routes = [
         route("POST", CHAT, of_tenants(ingress.chat)),
@@ -173,7 +189,7 @@ def build_api(ingress: Ingress) -> Api:
         route("GET", "/health", ingress.health),
         route("GET", "/metrics", ingress.show_metrics),
     ]
-    return Api(routes, no_route)
+    return Api(routes, no_route, ingress.settings.cors_origins or ())
 
 
 class Endpoint:

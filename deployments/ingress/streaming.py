@@ -15,6 +15,7 @@ from deployments.ingress.metrics import Metrics
 
 CLIENT_GONE = 499  # only the metrics show it
 
+_COMMENT = b": keep-alive\n\n"
 _EVENT_STREAM = (
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
@@ -34,8 +35,11 @@ class GenerationResponse(Response):
     this call or only reports it through `receive`.
     """
 
-    def __init__(self, plan: Plan, stream: bool, metrics: Metrics, route: str) -> None:
+    def __init__(
+        self, plan: Plan, stream: bool, metrics: Metrics, route: str, keep_alive_s: float = 0.0
+    ) -> None:
         super().__init__()
+        self._keep_alive_s = keep_alive_s
         self._plan = plan
         self._stream = stream
         self._metrics = metrics
@@ -72,9 +76,11 @@ class GenerationResponse(Response):
         try:
             generation = Generation(self._plan, self._metrics)
             try:
-                await generation.start()
                 if self._stream:
-                    return await _send_events(generation, send)
+                    with KeepAlive(generation, self._keep_alive_s) as keep_alive:
+                        await generation.start()
+                        return await _send_events(generation, keep_alive, send)
+                await generation.start()
                 response = Response(await generation.whole(), media_type="application/json")
             finally:
                 generation.close()
@@ -84,18 +90,55 @@ class GenerationResponse(Response):
         return response.status_code
 
 
-async def _send_events(generation: Generation, send: Send) -> int:
+class KeepAlive:
+    """Wakes the reader of a stream each time that nothing has been heard for a while.
+
+    One timer per stream, none per token.
+    """
+
+    def __init__(self, generation: Generation, period_s: float) -> None:
+        self._generation = generation
+        self._period_s = period_s
+        self._timer: asyncio.TimerHandle | None = None
+        self._is_due = False
+
+    def __enter__(self) -> "KeepAlive":
+        if self._period_s:
+            self._wait(self._period_s)
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def take(self) -> bytes:
+        """Return a comment if one is due, else nothing."""
+        is_due, self._is_due = self._is_due, False
+        return _COMMENT if is_due else b""
+
+    def _wait(self, seconds: float) -> None:
+        self._timer = asyncio.get_running_loop().call_later(seconds, self._look)
+
+    def _look(self) -> None:
+        rest_s = self._period_s - self._generation.quiet_s % self._period_s
+        self._is_due = self._generation.quiet_s >= self._period_s
+        if self._is_due:
+            self._generation.wake()
+        self._wait(rest_s)
+
+
+async def _send_events(generation: Generation, keep_alive: KeepAlive, send: Send) -> int:
     """Send an event stream. An error in it is its last event, instead of [DONE]."""
     status = 200
     # A list of its own: middleware appends to it.
     headers = list(_EVENT_STREAM)
     await send({"type": "http.response.start", "status": status, "headers": headers})
     try:
-        events = generation.first_events()
+        events = generation.first_events() or keep_alive.take()
         while generation.is_open:
             if events:
                 await send({"type": "http.response.body", "body": events, "more_body": True})
-            events = await generation.next_events()
+            events = await generation.next_events() or keep_alive.take()
     except Exception as error:
         failure = as_api_error(error, "a generation")
         status = failure.status

@@ -34,7 +34,7 @@ def test_a_minimal_configuration_has_defaults_and_absolute_paths(
         ({"models": [{**MODEL, "replicas": {"min": 0}}]}, "models.0.replicas.min"),
         ({"models": [{**MODEL, "replicas": {"min": 3, "max": 2}}]}, "models.0.replicas: "),
         ({"models": [{**MODEL, "replicas": {"drain_s": -1.0}}]}, "models.0.replicas.drain_s"),
-        ({"models": [{**MODEL, "id": "a:b"}]}, "models.0.id"),
+        ({"models": [{**MODEL, "id": "a@b"}]}, "models.0.id"),
         ({"models": []}, "models"),
         ({}, "models"),
         ({"models": [MODEL, MODEL]}, "distinct"),

@@ -99,6 +99,11 @@ class OpenAIRequest(Model):
         return self.stream_options is not None and self.stream_options.include_usage
 
     @property
+    def include_usage_so_far(self) -> bool:
+        options = self.stream_options
+        return options is not None and self.include_usage and bool(options.continuous_usage_stats)
+
+    @property
     def wanted_max_tokens(self) -> int | None:
         return self.max_tokens
 

@@ -27,13 +27,16 @@ class Usage:
     num_cached_tokens: int
     num_output_tokens: int
 
-    def document(self) -> dict[str, Any]:
+    def counts(self) -> dict[str, Any]:
         return {
             "prompt_tokens": self.num_prompt_tokens,
             "completion_tokens": self.num_output_tokens,
             "total_tokens": self.num_prompt_tokens + self.num_output_tokens,
-            "prompt_tokens_details": {"cached_tokens": self.num_cached_tokens},
         }
+
+    def document(self) -> dict[str, Any]:
+        cached = {"cached_tokens": self.num_cached_tokens}
+        return {**self.counts(), "prompt_tokens_details": cached}
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +49,7 @@ class ReplyHead:
     has_logprobs: bool = False
     has_token_ids: bool = False
     has_usage_in_chunks: bool = False  # null until the last chunk
+    has_usage_so_far: bool = False  # in every chunk, that of its choice
 
     def document(self, object_name: str) -> dict[str, Any]:
         fields = {"id": self.reply_id, "object": object_name, "created": self.created}
@@ -70,7 +74,7 @@ class Reply:
         self._prompts = prompts
         self._n = n
         self._chunk_head = head.document(self.chunk_object)
-        self._is_plain = not (head.has_logprobs or head.has_token_ids)
+        self._is_plain = not (head.has_logprobs or head.has_token_ids or head.has_usage_so_far)
         self._frames: dict[int, tuple[bytes, bytes]] = {}
 
     def opening(self, index: int) -> bytes:
@@ -82,14 +86,14 @@ class Reply:
         if self._is_plain:
             frame = self._frames.get(choice.index) or self._frame(choice.index)
             return b"".join((frame[0], _encode_text(text).encode(), frame[1]))
-        return self._chunk([self._chunk_choice(choice, text)])
+        return self._chunk(self._chunk_choice(choice, text), len(choice.token_ids))
 
     def closing(self, choice: Choice) -> bytes:
         """Write the last chunk of a choice: why it ended."""
         document = self._chunk_choice(choice, None)
         document["finish_reason"] = choice.finish_reason
         document["stop_reason"] = choice.stop_reason
-        return self._chunk([document])
+        return self._chunk(document, len(choice.token_ids))
 
     def usage(self, usage: Usage) -> bytes:
         return event({**self._chunk_head, "choices": [], "usage": usage.document()})
@@ -100,14 +104,20 @@ class Reply:
         body = {**head, "choices": documents, "usage": usage.document(), **self._whole_extra()}
         return _encode(body).encode()
 
-    def _chunk(self, choices: list[dict[str, Any]]) -> bytes:
-        tail = {"usage": None} if self._head.has_usage_in_chunks else {}
-        return event({**self._chunk_head, "choices": choices, **tail})
+    def _chunk(self, choice: dict[str, Any], num_tokens: int = 0, **more: Any) -> bytes:
+        """Write a chunk of one choice, which has so many tokens by now."""
+        usage: dict[str, Any] = {}
+        if self._head.has_usage_so_far:
+            num_prompt = len(self._prompts[choice["index"] // self._n])
+            usage = {"usage": Usage(num_prompt, 0, num_tokens).counts()}
+        elif self._head.has_usage_in_chunks:
+            usage = {"usage": None}
+        return event({**self._chunk_head, "choices": [choice], **usage, **more})
 
     def _frame(self, index: int) -> tuple[bytes, bytes]:
         """Encode what comes before and after the text in a plain chunk of this choice."""
         mark = "\x00"
-        chunk = self._chunk([self._bare_choice(index, mark)]).decode()
+        chunk = self._chunk(self._bare_choice(index, mark)).decode()
         before, after = chunk.split(_encode(mark))
         frame = self._frames[index] = (before.encode(), after.encode())
         return frame
@@ -152,10 +162,8 @@ class ChatReply(Reply):
         choice = self._bare_choice(index, None)
         choice["delta"] = {"role": "assistant", "content": ""}
         if not self._head.has_token_ids or index:
-            return self._chunk([choice])
-        tail = {"usage": None} if self._head.has_usage_in_chunks else {}
-        ids = {"prompt_token_ids": self._prompt_of(index)}
-        return event({**self._chunk_head, "choices": [choice], **tail, **ids})
+            return self._chunk(choice)
+        return self._chunk(choice, prompt_token_ids=self._prompt_of(index))
 
     def _bare_choice(self, index: int, text: str | None) -> dict[str, Any]:
         delta = {} if text is None else {"content": text}
@@ -190,7 +198,7 @@ class CompletionReply(Reply):
         if not self._head.has_token_ids:
             return b""
         choice = {**self._bare_choice(index, ""), "token_ids": []}
-        return self._chunk([{**choice, "prompt_token_ids": self._prompt_of(index)}])
+        return self._chunk({**choice, "prompt_token_ids": self._prompt_of(index)})
 
     def _bare_choice(self, index: int, text: str | None) -> dict[str, Any]:
         return {"index": index, "text": text or "", "logprobs": None, "finish_reason": None}

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from tokenizers import processors
 
+from deployments.config_sections import IngressSection
 from deployments.ingress import routes
 from deployments.text.vocabulary import Vocabulary
 from engine.messages import ErrorKind, GenerateRequest, RequestError, RequestOutput
@@ -89,6 +90,20 @@ def test_a_stream_says_the_same_as_the_whole(path: str, n: int) -> None:
         ends = [c["finish_reason"] for chunk in chunks for c in chunk["choices"]]
         assert [end for end in ends if end] == [c["finish_reason"] for c in whole.json["choices"]]
         assert len({chunk["id"] for chunk in chunks}) == 1
+
+    in_server(test)
+
+
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
+def test_every_chunk_may_have_the_usage_so_far(path: str) -> None:
+    async def test(server: Server) -> None:
+        prompt: dict[str, Any] = {"messages": user("abc")} if path == CHAT else {"prompt": "abc"}
+        options = {"include_usage": True, "continuous_usage_stats": True}
+        answer = await server.post(path, **prompt, stream=True, stream_options=options)
+        *chunks, last = answer.chunks
+        counts = [chunk["usage"]["completion_tokens"] for chunk in chunks]
+        assert counts == sorted(counts) and counts[-1] == last["usage"]["completion_tokens"]
+        assert {c["usage"]["prompt_tokens"] for c in chunks} == {last["usage"]["prompt_tokens"]}
 
     in_server(test)
 
@@ -532,6 +547,119 @@ def test_a_body_over_the_limit_is_413() -> None:
     async def test(server: Server) -> None:
         answer = await server.post(COMPLETIONS, prompt="x" * 10_001)
         assert answer.status == 413 and "10000" in answer.error["message"]
+
+    in_server(test)
+
+
+def test_a_path_may_end_in_a_slash() -> None:
+    async def test(server: Server) -> None:
+        plain, slash = [(await server.call("GET", f"/v1/models{end}")).json for end in ("", "/")]
+        assert plain == slash
+        assert (await server.post(f"{COMPLETIONS}/", prompt="x")).status == 200
+        assert (await server.call("GET", "/v1/models/base/")).json["id"] == "base"
+        assert (await server.call("GET", "/nowhere/")).status == 404
+
+    in_server(test)
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "allow"),
+    [("GET", CHAT, "POST"), ("POST", "/v1/models", "GET, HEAD"), ("OPTIONS", CHAT, "POST")],
+)
+def test_a_wrong_method_is_told_the_right_ones(method: str, path: str, allow: str) -> None:
+    async def test(server: Server) -> None:
+        answer = await server.call(method, path)
+        assert (answer.status, answer.headers["allow"]) == (405, allow)
+
+    in_server(test)
+
+
+PAGE = "https://app.example"
+
+
+def asked_by(origin: str, **headers: str) -> list[tuple[bytes, bytes]]:
+    named = {"origin": origin, **{name.replace("_", "-"): v for name, v in headers.items()}}
+    return [(name.encode(), value.encode()) for name, value in named.items()]
+
+
+def test_pages_of_configured_origins_may_ask() -> None:
+    async def test(server: Server) -> None:
+        wanted = {
+            "access_control_request_method": "POST",
+            "access_control_request_headers": "authorization,content-type",
+        }
+        preflight = Client(server.api, "OPTIONS", CHAT, b"", headers=asked_by(PAGE, **wanted))
+        await preflight.done
+        answered = preflight.answered
+        assert answered.status == 200
+        assert answered.headers["access-control-allow-origin"] == PAGE
+        assert "POST" in answered.headers["access-control-allow-methods"]
+        assert "authorization" in answered.headers["access-control-allow-headers"]
+        stream = body(prompt="abc", stream=True)
+        asked = Client(server.api, "POST", COMPLETIONS, stream, headers=asked_by(PAGE))
+        await asked.done
+        assert asked.answered.headers["access-control-allow-origin"] == PAGE
+        assert asked.answered.text() == "ABC"
+        other = Client(server.api, "GET", "/v1/models", b"", headers=asked_by("https://x.y"))
+        await other.done
+        assert "access-control-allow-origin" not in other.answered.headers
+
+    settings = IngressSection(cors_origins=[PAGE])
+    in_server(test, lambda: serving(ingress_settings=settings))
+
+
+def test_without_origins_no_page_may_ask() -> None:
+    async def test(server: Server) -> None:
+        asked = Client(server.api, "GET", "/v1/models", b"", headers=asked_by(PAGE))
+        await asked.done
+        assert not any(name.startswith("access-control") for name in asked.answered.headers)
+
+    in_server(test)
+
+
+# ---- keep alive ----------------------------------------------------------------------------
+
+OFTEN = IngressSection(keep_alive_s=0.02)
+COMMENT = b": keep-alive\n\n"
+
+
+def test_a_stream_that_waits_gets_comments() -> None:
+    async def test(server: Server) -> None:
+        server.engine.running.clear()
+        client = Client(server.api, "POST", CHAT, body(messages=user("x"), stream=True))
+        await until(lambda: client.answered.body.count(COMMENT) >= 2)
+        assert client.answered.status == 200
+        server.engine.step()
+        await until(lambda: b'"role":"assistant"' in client.answered.body)
+        had = client.answered.body.count(COMMENT)
+        await until(lambda: client.answered.body.count(COMMENT) > had)
+        server.engine.running.set()
+        await client.done
+        client.answered.body = client.answered.body.replace(COMMENT, b"")
+        assert client.answered.text() == "USER:X;"
+
+    in_server(test, lambda: serving(ingress_settings=OFTEN))
+
+
+def test_an_error_after_a_comment_is_an_event() -> None:
+    async def test(server: Server) -> None:
+        server.engine.running.clear()
+        client = Client(server.api, "POST", COMPLETIONS, body(prompt="abc", stream=True))
+        await until(lambda: COMMENT in client.answered.body)
+        server.engine.running.set()
+        await client.done
+        client.answered.body = client.answered.body.replace(COMMENT, b"")
+        assert client.answered.status == 200
+        assert client.answered.events[-1]["error"]["message"]
+
+    engine = failing(ErrorKind.ENGINE_ERROR, 0)
+    in_server(test, lambda: serving(engine, ingress_settings=OFTEN))
+
+
+def test_a_stream_that_flows_gets_no_comment() -> None:
+    async def test(server: Server) -> None:
+        answer = await server.post(COMPLETIONS, prompt="abc", stream=True)
+        assert COMMENT not in answer.body
 
     in_server(test)
 

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from adapter_store.catalog import Catalog
 from adapter_store.errors import AdapterNotFound, AdapterStoreError, SourceUnavailable, StoreCorrupt
 from adapter_store.names import AdapterRecord, AdapterRef
+from deployments.config_sections import IngressSection
 from deployments.fleet.protocol import Hello
 from deployments.ingress.http_errors import ApiError
 from deployments.ingress.metrics import Metrics
@@ -374,7 +375,9 @@ def test_health_names_the_models_that_are_not_ready() -> None:
     async def health(**bases: str | None) -> Answered:
         metrics = Metrics(200)
         served = models(CatalogStore(), **bases)
-        ingress = Ingress(served, Everybody(), TenantLimiter(metrics), metrics, 100, 10**9)
+        ingress = Ingress(
+            served, Everybody(), TenantLimiter(metrics), metrics, IngressSection(), 10**9
+        )
         return await call(build_api(ingress), "GET", "/health", b"")
 
     assert asyncio.run(health(large=LARGE, small=SMALL)).json == {"status": "ok"}

@@ -17,6 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from adapter_store.errors import AdapterNotFound
 from adapter_store.names import AdapterRecord, AdapterRef
+from deployments.config_sections import IngressSection
 from deployments.fleet.engine_link import EngineLink
 from deployments.fleet.timing import Timing
 from deployments.ingress.asgi import Api
@@ -324,6 +325,7 @@ async def serving(
     tenants: Tenants | None = None,
     clock_ns: Callable[[], int] = time.monotonic_ns,
     max_adapter_series: int = 200,
+    ingress_settings: IngressSection | None = None,
 ) -> AsyncIterator[Server]:
     """The clock, if given, is the link's and the replica's."""
     engine = engine or FakeEngine()
@@ -355,7 +357,8 @@ async def serving(
     origin = Origin(lambda: str(next(numbers)), lambda: 1000 + next(numbers), lambda: 1e9)
     limiter = TenantLimiter(metrics, clock_ns)
     models = Models([served], store)
-    ingress = Ingress(models, tenants or Everybody(), limiter, metrics, 10_000, 10**9, origin)
+    settings = ingress_settings or IngressSection(max_body_bytes=10_000)
+    ingress = Ingress(models, tenants or Everybody(), limiter, metrics, settings, 10**9, origin)
     server = Server(engine, store, replica, connection, link, build_api(ingress), metrics)
     try:
         await until(lambda: link.hello is not None)
@@ -433,7 +436,13 @@ class Client:
     """One ASGI call, running in the background until its answer is complete."""
 
     def __init__(
-        self, api: Api, method: str, path: str, body: bytes, key: str | None = None
+        self,
+        api: Api,
+        method: str,
+        path: str,
+        body: bytes,
+        key: str | None = None,
+        headers: Sequence[tuple[bytes, bytes]] = (),
     ) -> None:
         credentials = [] if key is None else [(b"authorization", f"Bearer {key}".encode())]
         self.answered = Answered()
@@ -449,7 +458,7 @@ class Client:
             "root_path": "",
             "scheme": "http",
             "query_string": b"",
-            "headers": [(b"content-type", b"application/json"), *credentials],
+            "headers": [(b"content-type", b"application/json"), *credentials, *headers],
             "client": ("127.0.0.1", 1),
             "server": ("127.0.0.1", 80),
         }
