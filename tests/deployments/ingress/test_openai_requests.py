@@ -189,7 +189,7 @@ TOO_LONG: list[tuple[str, dict[str, Any]]] = [
     ("messages[0]", {"messages": [0] * MANY}),
     ("messages[0].content", {"messages": [{"role": "user", "content": [0] * MANY}]}),
     ("stop", {"stop": ["a"] * MANY}),
-    ("stop_token_ids", {"stop_token_ids": [5] * 1025}),
+    ("stop_token_ids", {"stop_token_ids": [5] * 129}),
     ("stop_token_ids", {"stop_token_ids": [5] * MANY}),
     ("stop_token_ids[0]", {"stop_token_ids": [""] * MANY}),
     ("logit_bias", {"logit_bias": {str(token): 1 for token in range(1025)}}),
