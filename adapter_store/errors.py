@@ -40,6 +40,14 @@ class SourceUnavailable(AdapterStoreError):
     """The object store or the source of an upload cannot be read or written at the moment."""
 
 
+class AccessDenied(SourceUnavailable):
+    """The credentials, or the rights of this process, do not allow to write."""
+
+
+class NotAStore(AdapterStoreError):
+    """The root holds something else than an adapter store, or nothing."""
+
+
 class ObjectNotFound(AdapterStoreError):
     """No object has this key."""
 

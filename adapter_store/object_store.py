@@ -4,6 +4,7 @@ The package relies on two guarantees: readers never see a partly written object,
 writers call `put_if_absent` for one key, exactly one succeeds.
 """
 
+import errno
 import hashlib
 import os
 import re
@@ -14,7 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
-from adapter_store.errors import ObjectNotFound, SourceUnavailable, StoreCorrupt
+from adapter_store.errors import AccessDenied, ObjectNotFound, SourceUnavailable, StoreCorrupt
 
 CHUNK_BYTES = 4 * 2**20
 MAX_DRAFT_AGE_S = 86_400  # longer than any write takes
@@ -58,7 +59,10 @@ class ObjectStore(Protocol):
         ...
 
     def put_if_absent(self, key: str, data: bytes) -> bool:
-        """Write an object unless the key exists; return whether this call wrote it."""
+        """Write an object unless the key exists; return whether this call wrote it.
+
+        Raises AccessDenied, which is a SourceUnavailable, where only reading is allowed.
+        """
         ...
 
     def put_file(self, key: str, path: Path, sha256: str, on_bytes: OnBytes) -> None:
@@ -66,6 +70,10 @@ class ObjectStore(Protocol):
 
         Raises StoreCorrupt, and writes nothing, if the content has another SHA-256.
         """
+        ...
+
+    def has_any(self, prefix: str) -> bool:
+        """Check whether there is a key that begins with `prefix`, without listing them all."""
         ...
 
     def list(self, prefix: str, start_after: str = "") -> Sequence[str]:
@@ -84,14 +92,16 @@ class FileStore:
     """Stores objects as files below a folder, in one file system that has hard links.
 
     Content is first written to a draft and flushed to disk, then linked or renamed into place in
-    one step of the file system, so processes that share the folder need no lock.
+    one step of the file system, so processes that share the folder need no lock. Nothing is written
+    before the first object is, so a folder that may only be read can be read.
     """
 
     def __init__(self, root: Path) -> None:
         self._root = root
         self._drafts = root / ".drafts"
-        with _unavailable(f"store {root}"):
-            self._drafts.mkdir(parents=True, exist_ok=True)
+        if root.exists() and not root.is_dir():
+            raise SourceUnavailable(f"store {root} is not a folder")
+        with suppress(OSError):
             self._remove_old_drafts()
 
     def get(self, key: str) -> bytes:
@@ -143,12 +153,17 @@ class FileStore:
             self._replace(draft, self._path(key))
 
     def list(self, prefix: str, start_after: str = "") -> Sequence[str]:
-        parent = "".join(prefix.rpartition("/")[:2])
-        if not (self._root / parent).is_dir():  # nothing has been put there yet
-            return []
         with _unavailable(prefix):
-            keys = [key for key in self._walk(parent) if key.startswith(prefix)]
-        return sorted(key for key in keys if key > start_after)
+            return sorted(key for key in self._keys(prefix) if key > start_after)
+
+    def has_any(self, prefix: str) -> bool:
+        with _unavailable(prefix):
+            return any(True for _ in self._keys(prefix))
+
+    def _keys(self, prefix: str) -> Generator[str, None, None]:
+        parent = "".join(prefix.rpartition("/")[:2])
+        if (self._root / parent).is_dir():  # else nothing has been put there yet
+            yield from (key for key in self._walk(parent) if key.startswith(prefix))
 
     def _walk(self, parent: str) -> Generator[str, None, None]:
         """Yield all keys below a folder, which is "" or ends in a slash."""
@@ -171,6 +186,7 @@ class FileStore:
         """Write a flushed draft; yield its path and sha256; remove it unless it was moved."""
         draft = self._drafts / uuid.uuid4().hex
         digest = hashlib.sha256()
+        self._drafts.mkdir(parents=True, exist_ok=True)
         try:
             with draft.open("xb") as file:
                 for chunk in chunks:
@@ -184,7 +200,7 @@ class FileStore:
 
     def _remove_old_drafts(self) -> None:
         """Delete the drafts of writers that crashed."""
-        for draft in self._drafts.iterdir():
+        for draft in self._drafts.iterdir() if self._drafts.is_dir() else ():
             with suppress(FileNotFoundError):  # another process removes them too
                 if draft.stat().st_mtime < time.time() - MAX_DRAFT_AGE_S:
                     draft.unlink()
@@ -203,7 +219,9 @@ def _unavailable(what: str) -> Generator[None, None, None]:
     except (FileNotFoundError, NotADirectoryError) as error:
         raise ObjectNotFound(f"there is no object {what}") from error
     except OSError as error:
-        raise SourceUnavailable(f"cannot use {what}: {error}") from error
+        is_denied = error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
+        kind = AccessDenied if is_denied else SourceUnavailable
+        raise kind(f"cannot use {what}: {error}") from error
 
 
 def _next_chunk(file: BinaryIO, key: str) -> bytes:

@@ -17,17 +17,20 @@ def endpoint_from(environment: Mapping[str, str], root: str) -> str | None:
     return environment.get(ENDPOINT_VARIABLE) or None
 
 
-def open_store(root: str, endpoint_url: str | None = None) -> ObjectStore:
+def open_store(
+    root: str, endpoint_url: str | None = None, *, read_only: bool = False
+) -> ObjectStore:
     """Open the store at a root such as `file:///srv/adapters` or `s3://bucket/prefix`.
 
-    `endpoint_url` is for S3 alone. Raises SourceUnavailable.
+    `endpoint_url` is for S3 alone. `read_only` leaves out the test of conditional writes, which
+    writes. Raises SourceUnavailable.
     """
     url = urlsplit(root)
     if url.scheme == "s3":
         # Imported here because boto3 is slow to import and file stores do not need it.
         from adapter_store.s3_store import open_s3
 
-        return open_s3(root, endpoint_url)
+        return open_s3(root, endpoint_url, read_only=read_only)
     if url.scheme != "file":
         raise SourceUnavailable(f"root {root!r} must begin with file:/// or s3://")
     if url.netloc or not url.path.startswith("/"):

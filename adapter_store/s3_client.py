@@ -57,6 +57,7 @@ class S3Client:
 
     def __init__(self, bucket: str, endpoint_url: str | None) -> None:
         self.bucket = bucket
+        self._endpoint_url = endpoint_url
         if endpoint_url is not None:
             _check_endpoint(endpoint_url)
         self.where = f"bucket {bucket} at {endpoint_url or 'the endpoint of AWS'}"
@@ -73,6 +74,12 @@ class S3Client:
         """Call boto3's operation of this name; `doing` completes the error "cannot ... bucket"."""
         with self.errors(doing):
             return getattr(self.boto3_client, operation)(Bucket=self.bucket, **request)
+
+    def presigned_put_if_absent(self, key: str) -> str:
+        """Make a URL for one PUT, with If-None-Match: *, of any body."""
+        signer: Any = _connect(self._endpoint_url, signature_version="s3v4")
+        request = {"Bucket": self.bucket, "Key": key, "IfNoneMatch": "*"}
+        return str(signer.generate_presigned_url("put_object", Params=request, ExpiresIn=60))
 
     def error(self, doing: str, reason: str) -> S3Error:
         """Make the error that says why something cannot be done."""
@@ -96,8 +103,9 @@ class S3Client:
             raise self.error(doing, _reason(last)) from error
 
 
-def _connect(endpoint_url: str | None) -> Any:
+def _connect(endpoint_url: str | None, **more: Any) -> Any:
     config = Config(
+        **more,
         connect_timeout=CONNECT_TIMEOUT_S,
         read_timeout=READ_TIMEOUT_S,
         retries={"mode": "standard", "total_max_attempts": MAX_ATTEMPTS},

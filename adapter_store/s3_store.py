@@ -1,30 +1,37 @@
 """Keep objects in an S3 bucket, behind the same interface as files. Knows nothing of adapters."""
 
+import logging
 import re
 import time
 import uuid
 from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from http.client import HTTPException
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from adapter_store.errors import ObjectNotFound, SourceUnavailable, StoreCorrupt
+from adapter_store.errors import AccessDenied, ObjectNotFound, SourceUnavailable, StoreCorrupt
 from adapter_store.object_store import OnBytes, check_key
 from adapter_store.s3_client import MAX_ATTEMPTS, Answer, S3Client, S3Error
+from adapter_store.s3_probe import do_both_succeed
 from adapter_store.s3_transfers import NUM_CONNECTIONS, download, upload
 
 CONFLICT_PAUSE_S = 0.05
 MAX_CONFLICTS = 20
 PROBE_KEY = "probe/put-if-absent"
 
+OVERLAP_KEY = "probe/overlap"
+
+_log = logging.getLogger(__name__)
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,62}")
 
 
-def open_s3(root: str, endpoint_url: str | None = None) -> "S3Store":
+def open_s3(root: str, endpoint_url: str | None = None, *, read_only: bool = False) -> "S3Store":
     """Open the store at s3://bucket/prefix; without an endpoint, boto3 chooses one.
 
-    Raises SourceUnavailable, also if the server does not honour conditional writes.
+    Raises SourceUnavailable, also if the server does not honour conditional writes, which only a
+    store that is opened for writing finds out.
     """
     url = urlsplit(root)
     if "@" in url.netloc:  # the part before it may be a secret
@@ -41,20 +48,29 @@ def open_s3(root: str, endpoint_url: str | None = None) -> "S3Store":
         raise SourceUnavailable(
             f"root {root!r} must be s3://bucket or s3://bucket/prefix: {error}"
         ) from error
-    return S3Store(url.netloc, prefix, endpoint_url)
+    return S3Store(url.netloc, prefix, endpoint_url, read_only=read_only)
 
 
 class S3Store:
     """Stores objects below a prefix of one bucket. Thread-safe.
 
-    A server that ignores the condition of `put_if_absent` would lose records silently, so each
-    start tests it, and raises SourceUnavailable if it fails.
+    A server that ignores the condition of `put_if_absent`, or checks it before it writes, would
+    lose records silently, so each start tests the former and the first start the latter, and raises
+    SourceUnavailable if it fails. Credentials that may only read are no failure.
     """
 
-    def __init__(self, bucket: str, prefix: str = "", endpoint_url: str | None = None) -> None:
+    def __init__(
+        self,
+        bucket: str,
+        prefix: str = "",
+        endpoint_url: str | None = None,
+        *,
+        read_only: bool = False,
+    ) -> None:
         self._prefix = f"{check_key(prefix)}/" if prefix else ""
         self._client = S3Client(bucket, endpoint_url)
-        self._probe()
+        if not read_only:
+            self._probe()
 
     # ---- reading -------------------------------------------------------------------------------
 
@@ -99,6 +115,11 @@ class S3Store:
                 return keys
             request.pop("StartAfter", None)
             request["ContinuationToken"] = page["NextContinuationToken"]
+
+    def has_any(self, prefix: str) -> bool:
+        request = {"Prefix": self._prefix + prefix, "MaxKeys": 1}
+        page = self._client.call("list_objects_v2", f"list {prefix} in", **request)
+        return bool(page.get("Contents"))
 
     def _read(self, key: str, **conditions: str) -> bytes | None:
         """Return the object or the range asked for; None if that begins past the object's end.
@@ -151,6 +172,8 @@ class S3Store:
             except S3Error as error:
                 if error.status == 412:
                     return error.was_repeated and self._is_written_by(key, writer)
+                if error.status == 403 and error.code == "AccessDenied":
+                    raise AccessDenied(str(error)) from error
                 if error.status != 409:
                     raise
             time.sleep(
@@ -178,11 +201,50 @@ class S3Store:
         The key stays, so from the second start on this takes one request, which must be refused.
         """
         data = b"Every start tries to write this again, and a store that lets it is refused.\n"
-        if self.put_if_absent(PROBE_KEY, data) and self.put_if_absent(PROBE_KEY, data):
+        try:
+            is_first = self.put_if_absent(PROBE_KEY, data)
+        except AccessDenied as error:
+            self._check_readable(error)
+            _log.warning("%s can only be read with these credentials", self._client.where)
+            return
+        if is_first and self.put_if_absent(PROBE_KEY, data):
             raise SourceUnavailable(
                 f"{self._client.where} cannot be used: it ignores If-None-Match, "
                 "so one of two concurrent writers would be lost silently"
             )
+        if is_first and self._loses_overlapping_writes():
+            self._remove(PROBE_KEY)  # so that the next start does not take it for tested
+            raise SourceUnavailable(
+                f"{self._client.where} cannot be used: of two writes with If-None-Match that "
+                "overlap both succeed, so one would be lost silently; if it is OpenStack Swift, "
+                "set max_clients = 1 in its object servers"
+            )
+
+    def _check_readable(self, refusal: AccessDenied) -> None:
+        try:
+            self.has_any("probe/")
+        except S3Error:
+            raise refusal from None
+
+    def _loses_overlapping_writes(self) -> bool:
+        key = f"{OVERLAP_KEY}-{uuid.uuid4().hex}"
+        url = self._client.presigned_put_if_absent(self._full(key))
+        try:
+            return do_both_succeed(url, lambda data: self.put_if_absent(key, data))
+        except (OSError, HTTPException, SourceUnavailable) as error:
+            _log.warning(
+                "%s: whether overlapping writes are safe could not be tested: %r",
+                self._client.where,
+                error,
+            )
+            return False
+        finally:
+            self._remove(key)
+
+    def _remove(self, key: str) -> None:
+        """Remove an object of the probe, if that is allowed."""
+        with suppress(S3Error):
+            self._client.call("delete_object", f"remove {key} from", Key=self._full(key))
 
     def _full(self, key: str) -> str:
         return self._prefix + check_key(key)

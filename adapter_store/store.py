@@ -11,13 +11,16 @@ import time
 from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 from adapter_store.bases import BaseModel, describe_base, parse_base
 from adapter_store.blobs import Blobs
 from adapter_store.disk_cache import DiskCache
 from adapter_store.errors import (
+    AccessDenied,
     AdapterNotFound,
     BaseNotFound,
+    NotAStore,
     ObjectNotFound,
     SourceUnavailable,
     StoreCorrupt,
@@ -31,6 +34,7 @@ from adapter_store.sources import local_folder
 
 MISS_INTERVAL_S = 0.1  # unknown names cause at most one read of the log in this time
 PATIENCE_S = 2.0  # how long to wait for a store that does not answer
+_PREFIXES = ("log/", "bases/", "blobs/", "snapshots/", "probe/")  # all that a store holds
 MIN_PREFIX = 8  # digits that the beginning of a fingerprint must have
 _log = logging.getLogger(__name__)
 
@@ -47,6 +51,8 @@ class AdapterStore:
     only after a miss. While the store is unreachable, silent for PATIENCE_S, or damaged, names that
     are known still resolve.
 
+    With `read_only`, opening writes nothing to the object store; the caller must not either.
+
     `disk_bytes` bounds the cache at `disk_path`. Besides the errors that they name, methods raise
     SourceUnavailable if they need the object store and cannot use it, StoreCorrupt if they find the
     log damaged, OSError if `disk_path` cannot be used, and ValueError for a malformed digest.
@@ -59,11 +65,13 @@ class AdapterStore:
         disk_bytes: int,
         *,
         endpoint_url: str | None = None,
+        read_only: bool = False,
         refresh_interval_s: float = 1.0,
         clock: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
-        self._objects = open_store(root, endpoint_url)
+        self._root = root
+        self._objects = open_store(root, endpoint_url, read_only=read_only)
         self._blobs = Blobs(self._objects)
         self._cache = DiskCache(disk_path, disk_bytes)
         self._registry = Registry(self._objects, wall_clock)
@@ -78,14 +86,29 @@ class AdapterStore:
 
     # ---- bases ---------------------------------------------------------------------------------
 
-    def register_base(self, model_folder: Path, on_bytes: OnBytes = _ignore) -> str:
+    def register_base(
+        self, model_folder: Path, on_bytes: OnBytes = _ignore, *, required: bool = True
+    ) -> str:
         """Hash a model folder and store its description; return its fingerprint.
 
         Needed once per base. `on_bytes` is called with the bytes hashed since its last call.
-        Raises BaseInvalid.
+        Raises BaseInvalid, and AccessDenied if the store may only be read and this is `required`:
+        to publish for the base, not to serve it.
         """
         base = describe_base(Path(model_folder), self._scratch, on_bytes)
-        self._objects.put_if_absent(f"bases/{base.fingerprint}.json", base.to_json())
+        key = f"bases/{base.fingerprint}.json"
+        try:
+            if self._objects.size(key) is None:
+                self._objects.put_if_absent(key, base.to_json())
+        except AccessDenied as error:
+            if required:
+                raise
+            _log.warning(
+                "the store may only be read, so base %s is not registered; publishing for it "
+                "needs `reef publish --base` with the right to write: %s",
+                base.fingerprint[:12],
+                error,
+            )
         return base.fingerprint
 
     def bases(self) -> tuple[str, ...]:
@@ -249,6 +272,16 @@ class AdapterStore:
         """
         digests = dict.fromkeys(record.digest for record in records)
         return [problem for digest in digests for problem in self._blobs.problems(digest, on_bytes)]
+
+    def check_is_store(self) -> None:
+        """Raise NotAStore if the root holds other files alone, or is a folder that is not there."""
+        url = urlsplit(self._root)
+        if url.scheme == "file" and not Path(unquote(url.path)).is_dir():
+            raise NotAStore(f"there is no adapter store at {self._root}: no such folder")
+        if any(self._objects.has_any(prefix) for prefix in _PREFIXES):
+            return
+        if self._objects.has_any(""):
+            raise NotAStore(f"{self._root} is no adapter store: it holds other files alone")
 
     def list(self, tenant: str | None = None) -> Sequence[AdapterRecord]:
         """List all live versions, of one tenant or of all."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from reef.progress import progress
-from reef.store_options import DEFAULT_TENANT, with_store
+from reef.store_options import DEFAULT_TENANT, with_store, with_store_to_read
 
 if TYPE_CHECKING:
     from adapter_store.store import AdapterStore
@@ -47,9 +47,10 @@ def _register(store: "AdapterStore", model_folder: Path) -> str:
 
 @click.command(name="list")
 @click.option("--tenant", help="Only this tenant's.  [default: all]")
-@with_store
+@with_store_to_read
 def list_(store: "AdapterStore", tenant: str | None) -> None:
     """Show all live versions."""
+    store.check_is_store()
     for record in store.list(tenant):
         click.echo(
             f"{record.tenant}/{record.name}@{record.version}  rank {record.lora_rank}  "

@@ -24,6 +24,19 @@ def with_store(
     command: "Callable[Concatenate[AdapterStore, Options], None]",
 ) -> Callable[..., None]:
     """Call `command` with the opened store, and refuse with the message of a store's error."""
+    return _with_store(command, read_only=False)
+
+
+def with_store_to_read(
+    command: "Callable[Concatenate[AdapterStore, Options], None]",
+) -> Callable[..., None]:
+    """Do the same for a command that only reads: the root is left as it is, store or not."""
+    return _with_store(command, read_only=True)
+
+
+def _with_store(
+    command: "Callable[Concatenate[AdapterStore, Options], None]", read_only: bool
+) -> Callable[..., None]:
 
     @click.option(
         "--root",
@@ -45,7 +58,9 @@ def with_store(
         with refusing(AdapterStoreError, OSError):  # OSError: from the folder for hashes
             folder = Path(cache).expanduser()
             endpoint = endpoint_url or endpoint_from(os.environ, root)
-            store = AdapterStore(root, folder, CACHE_BYTES, endpoint_url=endpoint)
+            store = AdapterStore(
+                root, folder, CACHE_BYTES, endpoint_url=endpoint, read_only=read_only
+            )
             command(store, **options)  # type: ignore[call-arg]
 
     return with_options

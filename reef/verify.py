@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import click
 
 from reef.progress import progress
-from reef.store_options import with_store
+from reef.store_options import with_store_to_read
 
 if TYPE_CHECKING:
     from adapter_store.names import AdapterRecord
@@ -18,7 +18,7 @@ DAMAGED = 1
 @click.command()
 @click.argument("name", required=False)
 @click.option("--tenant", help="Only this tenant's.  [default: all]")
-@with_store
+@with_store_to_read
 def verify(store: "AdapterStore", name: str | None, tenant: str | None) -> None:
     """Hash all that is stored again.
 

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,8 @@ class EngineDeployment:
 
 async def _make_replica(replica_id: str, config: AppConfig, model: ModelSection) -> EngineReplica:
     store = await asyncio.to_thread(open_adapter_store, config.adapters)
-    fingerprint = await asyncio.to_thread(store.register_base, Path(model.source))
+    register = partial(store.register_base, required=False)  # read-only credentials suffice
+    fingerprint = await asyncio.to_thread(register, Path(model.source))
     engine_config = config.engine_config(model)
     settings = ReplicaSettings(
         replica_id,

@@ -60,6 +60,8 @@ def boto3_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", ACCESS_KEY)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr("adapter_store.s3_probe.HEAD_START_S", 0.01)  # for every new prefix
+    monkeypatch.setattr("adapter_store.s3_probe.OVERLAP_S", 0.05)
     monkeypatch.setattr("botocore.session.create_loader", lambda *_: LOADER)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from adapter_store.manifest import WEIGHTS_NAME
+from adapter_store.open_store import open_store
 from reef.__main__ import main
 from tests.adapter_store.adapters import changed
 from tests.adapter_store.roots import Root
@@ -154,6 +155,28 @@ def test_an_error_is_one_sentence(arguments: tuple[str, ...], sentence: str, run
     assert (code, lines) == (2, [])
     assert sentence in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("root", ["file"], indirect=True)
+def test_listing_what_is_no_store_says_so_and_writes_nothing(run: Run, tmp_path: Path) -> None:
+    folder = tmp_path / "root"
+    code, lines, error = run("list")
+    assert (code, lines) == (2, []) and f"no adapter store at file://{folder}" in error
+    assert not folder.exists()
+    (folder / "photos").mkdir(parents=True)
+    (folder / "photos" / "cat.jpg").touch()
+    code, lines, error = run("list")
+    assert (code, lines) == (2, []) and "is no adapter store: it holds other files" in error
+    assert error.count("\n") == 1
+    assert run("verify", "sql")[0] == 2
+    assert [path.name for path in folder.rglob("*")] == ["photos", "cat.jpg"]
+
+
+def test_listing_writes_nothing_to_an_empty_root(run: Run, root: Root, tmp_path: Path) -> None:
+    (tmp_path / "root").mkdir()
+    assert run("list") == (0, [], "")
+    assert open_store(root.url, read_only=True).list("") == []
+    assert list((tmp_path / "root").iterdir()) == []
 
 
 def test_a_missing_root_is_wrong_usage(

@@ -116,6 +116,7 @@ def test_a_draft_is_never_listed_and_never_left_behind(
 
 def test_drafts_of_a_crash_are_removed_after_a_day(files: FileStore, tmp_path: Path) -> None:
     drafts = tmp_path / "root" / ".drafts"
+    drafts.mkdir(parents=True)
     for name in ("old", "new"):
         (drafts / name).touch()
     os.utime(drafts / "old", (0, 0))

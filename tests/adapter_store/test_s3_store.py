@@ -10,21 +10,29 @@ import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import wait
+from contextlib import closing
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 
 from adapter_store import s3_client as s3_client_module
-from adapter_store import s3_store, s3_transfers
+from adapter_store import s3_probe, s3_store, s3_transfers
 from adapter_store import store as store_module
-from adapter_store.errors import AdapterNotFound, SourceUnavailable, StoreCorrupt
+from adapter_store.errors import (
+    AccessDenied,
+    AdapterNotFound,
+    SourceUnavailable,
+    StoreCorrupt,
+)
 from adapter_store.open_store import endpoint_from, open_store
 from adapter_store.registry import Registry
-from adapter_store.s3_store import PROBE_KEY, S3Store
+from adapter_store.s3_store import OVERLAP_KEY, PROBE_KEY, S3Store
 from adapter_store.s3_transfers import NUM_CONNECTIONS, PART_BYTES
 from adapter_store.store import AdapterStore
 from reef.__main__ import main
-from tests.adapter_store.adapters import changed
+from tests.adapter_store.adapters import changed, write_base
 from tests.adapter_store.forwarder import Forward, Forwarder, Reply, Request
 from tests.adapter_store.roots import BUCKET, Root, s3_client
 from tests.adapter_store.synthetic import synthetic
@@ -129,7 +137,7 @@ def test_the_command_line_reports_a_missing_bucket_in_one_sentence(
     command = ["list", "--root", "s3://absent", "--endpoint-url", swift.endpoint_url]
     assert main([*command, "--cache", str(tmp_path)]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("reef: cannot write probe/put-if-absent to bucket absent at")
+    assert error.startswith("reef: cannot list snapshots/ in bucket absent at")
     assert error.count("\n") == 1
 
 
@@ -235,8 +243,123 @@ def test_the_probe_is_one_request_from_the_second_start_on(root: Root, swift: Sw
         for num_requests in (2, 1, 1):
             forwarder.requests.clear()
             through(forwarder, root)
-            assert len(forwarder.requests) == num_requests
-            assert all(request.path.endswith(PROBE_KEY) for request in forwarder.requests)
+            sent = [each for each in forwarder.requests if OVERLAP_KEY not in each.path]
+            assert len(sent) == num_requests
+            assert all(request.path.endswith(PROBE_KEY) for request in sent)
+            methods = [each.method for each in forwarder.requests if OVERLAP_KEY in each.path]
+            assert methods == ([] if num_requests == 1 else ["PUT", "PUT", "DELETE"])
+
+
+class CheckingServer:
+    """As much of S3 as the probe needs; it checks before a body is read, or just before it writes.
+
+    One PUT after another is right either way.
+    """
+
+    def __init__(self, is_atomic: bool) -> None:
+        self.written: dict[str, bytes] = {}
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_PUT(self) -> None:
+                key = urlsplit(self.path).path
+                exists = key in outer.written
+                body = self.rfile.read(int(self.headers["Content-Length"]))
+                if exists or (is_atomic and key in outer.written):
+                    return self.answer(412)
+                outer.written[key] = body
+                return self.answer(200)
+
+            def do_DELETE(self) -> None:
+                outer.written.pop(urlsplit(self.path).path, None)
+                self.answer(204)
+
+            def answer(self, status: int) -> None:
+                self.send_response_only(status)
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+
+            def log_message(self, format: str, *arguments: object) -> None:
+                """Log nothing."""
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
+        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
+
+    def close(self) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+
+
+def test_a_server_that_checks_before_it_writes_is_refused_at_every_start(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(s3_probe, "HEAD_START_S", 0.2)
+    monkeypatch.setattr(s3_probe, "OVERLAP_S", 10)
+    server = CheckingServer(is_atomic=False)
+    with closing(server):
+        for _ in range(2):
+            with pytest.raises(
+                SourceUnavailable, match="two writes with If-None-Match that overlap"
+            ):
+                open_store("s3://bucket/prefix", server.url)
+            assert server.written == {}
+
+
+def test_a_server_that_keeps_one_of_two_overlapping_writes_is_used() -> None:
+    server = CheckingServer(is_atomic=True)
+    with closing(server):
+        open_store("s3://bucket/prefix", server.url)
+        assert list(server.written) == [f"/bucket/prefix/{PROBE_KEY}"]
+
+
+def test_a_probe_that_cannot_be_made_stops_no_start(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def unreachable(url: str) -> None:
+        raise ConnectionRefusedError("a proxy is needed")
+
+    monkeypatch.setattr(s3_probe, "_connect", unreachable)
+    server = CheckingServer(is_atomic=True)
+    with closing(server):
+        open_store("s3://bucket/prefix", server.url)
+    assert "could not be tested" in caplog.text
+
+
+DENIED = b"<Error><Code>AccessDenied</Code><Message>no</Message></Error>"
+
+
+def test_a_key_that_may_only_read_is_enough_to_serve(
+    root: Root,
+    swift: Swift,
+    base_folder: Path,
+    peft_folder: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def read_only(request: Request, forward: Forward) -> Reply:
+        if request.method in ("GET", "HEAD"):
+            return forward()
+        return Reply(403, {"content-length": str(len(DENIED))}, DENIED)
+
+    writer = AdapterStore(root.url, tmp_path / "w", 2**30)
+    fingerprint = writer.register_base(base_folder)
+    ref = writer.publish(peft_folder, "public", "sql")
+    with Forwarder(swift.endpoint_url, read_only) as forwarder:
+        reader = AdapterStore(root.url, tmp_path / "r", 2**30, endpoint_url=forwarder.endpoint_url)
+        assert "can only be read with these credentials" in caplog.text
+        assert reader.register_base(base_folder, required=False) == fingerprint
+        assert reader.resolve("public", "sql") == ref and reader.ensure_local(ref).is_dir()
+        other = write_base(tmp_path / "other", seed=9)
+        assert len(reader.register_base(other, required=False)) == 64
+        assert "is not registered" in caplog.text
+        with pytest.raises(AccessDenied):
+            reader.register_base(other)
+        with pytest.raises(SourceUnavailable, match="AccessDenied"):
+            reader.retire("public", "sql")
 
 
 def test_a_write_whose_answer_was_lost_counts_as_written(

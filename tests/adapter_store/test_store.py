@@ -1,15 +1,18 @@
 """From publishing on one machine to a verified folder on another."""
 
+import errno
 import json
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from adapter_store.errors import (
+    AccessDenied,
     AdapterInvalid,
     AdapterNotFound,
     BaseNotFound,
@@ -160,6 +163,36 @@ def test_with_no_or_several_bases_the_error_lists_them(
     assert for_first.digest != for_second.digest
     assert store.resolve("public", "sql") == for_second
     assert store.resolve("public", "sql", first) == for_first
+
+
+def test_a_folder_that_may_only_be_read_is_enough_to_serve(
+    file_root: Root,
+    base_folder: Path,
+    peft_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    writer = AdapterStore(file_root.url, tmp_path / "w", 2**30)
+    fingerprint = writer.register_base(base_folder)
+    ref = writer.publish(peft_folder, "public", "sql")
+    mkdir = Path.mkdir
+
+    def refuse(path: Path, *options: Any, **more: Any) -> None:
+        if path.is_relative_to(tmp_path / "root"):
+            raise OSError(errno.EROFS, "Read-only file system", str(path))
+        mkdir(path, *options, **more)
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    reader = AdapterStore(file_root.url, tmp_path / "r", 2**30)
+    assert reader.register_base(base_folder) == fingerprint
+    assert reader.resolve("public", "sql") == ref and reader.ensure_local(ref).is_dir()
+    other = write_base(tmp_path / "other", seed=9)
+    assert len(reader.register_base(other, required=False)) == 64
+    assert "is not registered" in caplog.text
+    for write in (lambda: reader.register_base(other), lambda: reader.retire("public", "sql")):
+        with pytest.raises(AccessDenied, match="Read-only"):
+            write()
 
 
 # ---- following the log -------------------------------------------------------------------------
