@@ -92,6 +92,6 @@ LONGEST = [
 @pytest.mark.parametrize("number", range(len(LONGEST)))
 def test_the_longest_bodies_are_refused_at_once(number: int) -> None:
     body = LONGEST[number]
-    began = time.perf_counter()
+    began = time.thread_time()
     refused(body)
-    assert time.perf_counter() - began < 0.5  # a tenth of that on a quiet machine
+    assert time.thread_time() - began < 0.5  # a tenth of that on a quiet machine
