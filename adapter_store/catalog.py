@@ -4,6 +4,7 @@ Invariant: the state depends on the sequence of records alone, so two processes 
 same records have the same state. A record that does not fit the state is refused.
 """
 
+from bisect import bisect_left, insort
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -51,6 +52,7 @@ class Catalog:
     def __init__(self) -> None:
         self.num_records = 0
         self._adapters: dict[tuple[str, str], AdapterHistory] = {}
+        self._names: dict[str, list[str]] = {}  # by tenant, sorted
 
     # ---- reading -------------------------------------------------------------------------------
 
@@ -77,25 +79,38 @@ class Catalog:
 
     def list(self, tenant: str | None = None) -> Iterable[AdapterRecord]:
         """Yield the live versions in the order of tenant, name and version."""
-        for (owner, name), history in sorted(self._adapters.items()):
-            if tenant not in (None, owner):
+        for owner in sorted(self._names) if tenant is None else [tenant]:
+            yield from self.list_from(owner)
+
+    def list_from(self, tenant: str, first_name: str = "") -> Iterable[AdapterRecord]:
+        """Yield a tenant's live versions by name and version, from this name on.
+
+        What is not asked for costs nothing, however many adapters there are.
+        """
+        names = self._names.get(tenant, [])
+        for position in range(bisect_left(names, first_name), len(names)):
+            name = names[position]
+            yield from self._live_records(tenant, name, self._adapters[tenant, name])
+
+    def _live_records(
+        self, tenant: str, name: str, history: AdapterHistory
+    ) -> Iterable[AdapterRecord]:
+        latest = history.latest(None)
+        for version, entry in enumerate(history.versions, start=1):
+            if entry.is_retired:
                 continue
-            latest = history.latest(None)
-            for version, entry in enumerate(history.versions, start=1):
-                if entry.is_retired:
-                    continue
-                aliases = sorted(a for a, target in history.aliases.items() if target == version)
-                yield AdapterRecord(
-                    tenant=owner,
-                    name=name,
-                    version=version,
-                    digest=entry.digest,
-                    base=entry.base,
-                    lora_rank=entry.lora_rank,
-                    nbytes=entry.nbytes,
-                    published_s=entry.published_s,
-                    aliases=(LATEST, *aliases) if version == latest else tuple(aliases),
-                )
+            aliases = sorted(a for a, target in history.aliases.items() if target == version)
+            yield AdapterRecord(
+                tenant=tenant,
+                name=name,
+                version=version,
+                digest=entry.digest,
+                base=entry.base,
+                lora_rank=entry.lora_rank,
+                nbytes=entry.nbytes,
+                published_s=entry.published_s,
+                aliases=(LATEST, *aliases) if version == latest else tuple(aliases),
+            )
 
     def find_digest(self, tenant: str, name: str, digest: str) -> int | None:
         """Return the newest live version of this name with this content, or None."""
@@ -149,7 +164,7 @@ class Catalog:
         for entry in data["adapters"]:
             versions = [Version(**version) for version in entry["versions"]]
             history = AdapterHistory(versions, dict(entry["aliases"]))
-            catalog._adapters[entry["tenant"], entry["name"]] = history
+            catalog._add(entry["tenant"], entry["name"], history)
         return catalog
 
     def _publish(self, record: Mapping[str, Any]) -> None:
@@ -163,7 +178,13 @@ class Catalog:
         )
         if record["version"] != self.num_versions(*key) + 1:
             raise ValueError(f"version {record['version']} does not follow")
-        self._adapters.setdefault(key, AdapterHistory()).versions.append(version)
+        if key not in self._adapters:
+            self._add(*key, AdapterHistory())
+        self._adapters[key].versions.append(version)
+
+    def _add(self, tenant: str, name: str, history: AdapterHistory) -> None:
+        self._adapters[tenant, name] = history
+        insort(self._names.setdefault(tenant, []), name)
 
     def _alias(self, record: Mapping[str, Any]) -> None:
         history = self._adapters[record["tenant"], record["name"]]

@@ -14,6 +14,7 @@ import threading
 import zlib
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from itertools import groupby, islice
 from typing import Any, cast
 
 from adapter_store.catalog import Catalog
@@ -85,6 +86,12 @@ class Registry:
         """List the live versions, of one tenant or of all."""
         with self._lock:
             return tuple(self._catalog.list(tenant))
+
+    def list_from(self, tenant: str, first_name: str, num_names: int) -> Sequence[AdapterRecord]:
+        """List the live versions of the tenant's next names, from this one on."""
+        with self._lock:
+            by_name = groupby(self._catalog.list_from(tenant, first_name), lambda r: r.name)
+            return [record for _, records in islice(by_name, num_names) for record in records]
 
     def publish(self, tenant: str, name: str, manifest: AdapterManifest) -> AdapterRef:
         """Append the name's next version, unless the latest has this very content; return it.

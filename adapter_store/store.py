@@ -288,6 +288,11 @@ class AdapterStore:
         self._refresh_if_due()
         return self._registry.list(tenant)
 
+    def list_from(self, tenant: str, first_name: str, num_names: int) -> Sequence[AdapterRecord]:
+        """List the live versions of at most so many of a tenant's names, from this one on."""
+        self._refresh_if_due()
+        return self._registry.list_from(tenant, first_name, num_names)
+
     # ---- inside --------------------------------------------------------------------------------
 
     def _find(self, places: Sequence[tuple[str, str | None]], full_name: str) -> AdapterRef:

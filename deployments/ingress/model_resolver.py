@@ -14,6 +14,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby, islice
 from typing import Protocol
 
 from adapter_store.errors import AdapterNotFound, AdapterStoreError, InvalidName
@@ -21,6 +22,7 @@ from adapter_store.names import AdapterRecord, AdapterRef
 from deployments.fleet.engine_link import EngineLink
 from deployments.ingress.http_errors import (
     ApiError,
+    invalid,
     model_not_found,
     models_not_ready,
     unavailable,
@@ -28,6 +30,9 @@ from deployments.ingress.http_errors import (
 from deployments.ingress.model_names import parse_model_name
 from deployments.tenants.tenant import Tenant
 from deployments.text.vocabulary import Vocabulary
+
+MAX_LISTED = 1000
+NAMES_AT_ONCE = 100
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +48,9 @@ class AdapterNames(Protocol):
     def resolve_known(
         self, places: Sequence[tuple[str, str | None]], full_name: str
     ) -> AdapterRef | None: ...
-    def list(self, tenant: str | None = None) -> Sequence[AdapterRecord]: ...
+    def list_from(
+        self, tenant: str, first_name: str, num_names: int
+    ) -> Sequence[AdapterRecord]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,34 +171,91 @@ class Models:
 
     # ---- all names -----------------------------------------------------------------------
 
-    async def list_adapters(self, tenant: Tenant) -> Sequence[ListedAdapter]:
-        """List the newest live versions that a tenant may use, one per adapter and started base."""
-        taken = set(self.by_id)  # spellings that mean something else already
-        hidden: set[str] = set()  # names that mean an adapter of an earlier namespace
-        listed: list[ListedAdapter] = []
-        for namespace in tenant.namespaces:
-            records = await self._records(namespace)
-            is_default = namespace in tenant.default_namespaces
-            for parent, record in self._served(records):
-                spellings = _spellings(record, parent, is_default and record.name not in hidden)
-                shortest = next(each for each in spellings if each not in taken)
-                listed.append(ListedAdapter(shortest, parent, record))
-                taken.update(spellings)
-            hidden |= {record.name for record in records}
-        return listed
+    async def list_adapters(
+        self, tenant: Tenant, after: str | None = None, limit: int = MAX_LISTED
+    ) -> Sequence[ListedAdapter]:
+        """List the newest live versions that a tenant may use, one per adapter and started base.
+
+        At most `limit` of them, from the one on that follows the id `after`. Raises ApiError.
+        """
+        try:
+            return await asyncio.to_thread(self._list, tenant, after, limit)
+        except AdapterStoreError as error:
+            raise _store_unavailable(error) from error
 
     async def published_s(self, ref: AdapterRef) -> float:
         """Look up when a resolved version was published. Raises ApiError."""
-        for record in await self._records(ref.tenant):
+        try:
+            records = await asyncio.to_thread(
+                self._adapter_names.list_from, ref.tenant, ref.name, 1
+            )
+        except AdapterStoreError as error:
+            raise _store_unavailable(error) from error
+        for record in records:
             if (record.name, record.version) == (ref.name, ref.version):
                 return record.published_s
         raise model_not_found(ref.name)  # retired a moment ago
 
-    async def _records(self, namespace: str) -> Sequence[AdapterRecord]:
-        try:
-            return await asyncio.to_thread(self._adapter_names.list, namespace)
-        except AdapterStoreError as error:
-            raise _store_unavailable(error) from error
+    def _list(self, tenant: Tenant, after: str | None, limit: int) -> Sequence[ListedAdapter]:
+        namespaces = tenant.namespaces
+        first_name = ""
+        if after is not None:
+            namespace, first_name = self._place_of(tenant, after)
+            namespaces = namespaces[namespaces.index(namespace) :]
+        found = self._walk(tenant, namespaces, first_name)
+        if after is not None:
+            found = _behind(found, namespaces[0], first_name, after)
+        return list(islice(found, limit))
+
+    def _place_of(self, tenant: Tenant, listed_id: str) -> tuple[str, str]:
+        """Find the namespace and name of an id that was listed, also of one retired since."""
+        parsed = parse_model_name(listed_id, list(self.by_id))
+        if parsed is None or parsed.adapter_name is None:
+            raise invalid(f"after: no model has the id {listed_id[:200]!r}", "after")
+        name = parsed.adapter_name
+        if parsed.tenant is None:
+            owners = (each for each in tenant.default_namespaces if self._has(each, name))
+            return next(owners, tenant.default_namespaces[0]), name
+        if parsed.tenant not in tenant.namespaces:
+            raise invalid(f"after: no model has the id {listed_id[:200]!r}", "after")
+        return parsed.tenant, name
+
+    def _walk(
+        self, tenant: Tenant, namespaces: Sequence[str], first_name: str
+    ) -> Iterator[ListedAdapter]:
+        for namespace in namespaces:
+            earlier = tenant.namespaces[: tenant.namespaces.index(namespace)]
+            is_default = namespace in tenant.default_namespaces
+            for name, records in self._by_name(namespace, first_name):
+                is_bare = is_default and not any(self._has(each, name) for each in earlier)
+                yield from self._listed(records, is_bare)
+            first_name = ""
+
+    def _by_name(
+        self, namespace: str, first_name: str
+    ) -> Iterator[tuple[str, list[AdapterRecord]]]:
+        """Walk through a namespace, and read no more of it than is taken."""
+        while True:
+            records = self._adapter_names.list_from(namespace, first_name, NAMES_AT_ONCE)
+            name = ""
+            for name, of_name in groupby(records, lambda record: record.name):
+                yield name, list(of_name)
+            if not records:
+                return
+            first_name = f"{name}\0"  # the next possible one
+
+    def _has(self, namespace: str, name: str) -> bool:
+        found = self._adapter_names.list_from(namespace, name, 1)
+        return bool(found) and found[0].name == name
+
+    def _listed(self, records: Sequence[AdapterRecord], is_bare: bool) -> Iterator[ListedAdapter]:
+        """Name the versions of one adapter."""
+        taken = set(self.by_id)  # spellings that mean something else already
+        for parent, record in self._served(records):
+            spellings = _spellings(record, parent, is_bare)
+            shortest = next(each for each in spellings if each not in taken)
+            yield ListedAdapter(shortest, parent, record)
+            taken.update(spellings)
 
     def _served(self, records: Sequence[AdapterRecord]) -> Iterator[tuple[str, AdapterRecord]]:
         """Pair model ids and newest versions, by name and then in the order of the bases."""
@@ -203,6 +267,21 @@ class Models:
                 record = None if base is None else of_name.pop(base, None)
                 if record is not None:
                     yield model_id, record
+
+
+def _behind(
+    found: Iterator[ListedAdapter], namespace: str, name: str, after: str
+) -> Iterator[ListedAdapter]:
+    """Skip this adapter as far as the id, or all of it if the id is not there any more."""
+    skipped: list[ListedAdapter] = []
+    for listed in found:
+        if (listed.record.tenant, listed.record.name) != (namespace, name):
+            yield listed
+            break
+        skipped.append(listed)
+        if listed.id == after:
+            break
+    yield from found
 
 
 def _store_unavailable(error: AdapterStoreError) -> ApiError:

@@ -36,10 +36,11 @@ from deployments.ingress.http_errors import (
     as_api_error,
     body_too_large,
     body_too_slow,
+    invalid,
     models_not_ready,
 )
 from deployments.ingress.metrics import CONTENT_TYPE, Metrics
-from deployments.ingress.model_resolver import Models, ServedModel
+from deployments.ingress.model_resolver import MAX_LISTED, Models, ServedModel
 from deployments.ingress.planning import Origin, plan_chat, plan_completion
 from deployments.ingress.streaming import CLIENT_GONE, ErrorResponse, GenerationResponse
 from deployments.ingress.tenant_limiter import Place, TenantLimiter
@@ -113,12 +114,20 @@ class Ingress:
     async def list_models(
         self, http_request: HttpRequest, tenant: Tenant, place: Place
     ) -> Response:
-        cards = [self._base_card(model) for model in self.models.by_id.values()]
-        for listed in await self.models.list_adapters(tenant):
+        after, limit = page_asked_for(http_request)
+        bases = list(self.models.by_id)
+        if after in bases:
+            bases, after = bases[bases.index(after) + 1 :], None
+        elif after is not None:
+            bases = []
+        cards = [self._base_card(self.models.by_id[model_id]) for model_id in bases]
+        # One more than is shown says whether there are more.
+        wanted = max(0, limit + 1 - len(cards))
+        for listed in await self.models.list_adapters(tenant, after, wanted):
             record = listed.record
             created = int(record.published_s)
             cards.append(adapter_card(listed.id, listed.parent, record.digest, created))
-        return _json(model_list(cards))
+        return _json(model_list(cards[:limit], has_more=len(cards) > limit))
 
     async def show_model(self, http_request: HttpRequest, tenant: Tenant, place: Place) -> Response:
         name = http_request.path_params["model_id"]
@@ -145,6 +154,15 @@ class Ingress:
         models = self.models.by_id.values()
         stats = {model.id: await model.link.refresh_stats() for model in models}
         return Response(await self.metrics.render(stats), media_type=CONTENT_TYPE)
+
+
+def page_asked_for(http_request: HttpRequest) -> tuple[str | None, int]:
+    """Read the id after which a list is to begin, and how long it may be. Raises ApiError."""
+    given = http_request.query_params.get("limit", str(MAX_LISTED))
+    limit = int(given) if given.isascii() and given.isdigit() and len(given) < 10 else 0
+    if not 1 <= limit <= MAX_LISTED:
+        raise invalid(f"limit must be in [1, {MAX_LISTED}], not {given[:20]!r}", "limit")
+    return http_request.query_params.get("after"), limit
 
 
 async def read_body(http_request: HttpRequest, max_bytes: int) -> bytes:

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
 from adapter_store import registry as registry_module
+from adapter_store.catalog import Catalog
 from adapter_store.errors import AdapterNotFound, InvalidName, SourceUnavailable, StoreCorrupt
 from adapter_store.names import split_name
 from adapter_store.object_store import FileStore, ObjectStore
@@ -167,6 +168,27 @@ def test_a_listing_shows_live_versions_with_their_aliases(registry: Registry) ->
         *(M[3].digest, BASE, 4, M[3].nbytes, 12.5),
     )
     assert registry.list("nobody") == ()
+
+
+def test_a_tenants_names_are_listed_from_one_on_also_from_a_snapshot(registry: Registry) -> None:
+    for number, name in enumerate(("c", "a", "d", "b", "a")):
+        registry.publish("t", name, M[number])
+    registry.publish("u", "z", M[0])
+    registry.retire("t", "c")
+    assert [r.name for r in registry.list_from("t", "", 2)] == ["a", "a", "b"]
+    assert [r.name for r in registry.list_from("t", "aa", 5)] == ["b", "d"]
+    assert registry.list_from("nobody", "", 5) == []
+
+
+def test_a_restored_catalog_lists_names_in_order() -> None:
+    catalog = Catalog()
+    for name in ("b", "c", "a"):
+        fields = {"digest": name, "base": BASE, "lora_rank": 4, "nbytes": 1, "published_s": 1.0}
+        catalog.apply({"kind": "publish", "tenant": "t", "name": name, "version": 1, **fields})
+    restored = Catalog.from_data(catalog.to_data())
+    for each in (catalog, restored):
+        assert [record.name for record in each.list_from("t", "b")] == ["b", "c"]
+        assert [record.name for record in each.list()] == ["a", "b", "c"]
 
 
 # ---- names -------------------------------------------------------------------------------------

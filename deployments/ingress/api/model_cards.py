@@ -16,8 +16,10 @@ def adapter_card(model_id: str, parent: str, digest: str, created: int) -> dict[
     return _card(model_id, created, root=digest, parent=parent)
 
 
-def model_list(cards: list[dict[str, Any]]) -> dict[str, Any]:
-    return {"object": "list", "data": cards}
+def model_list(cards: list[dict[str, Any]], has_more: bool) -> dict[str, Any]:
+    """Make a page of the list, with the fields that OpenAI's pages have."""
+    ends = {"first_id": cards[0]["id"], "last_id": cards[-1]["id"]} if cards else {}
+    return {"object": "list", "data": cards, "has_more": has_more, **ends}
 
 
 def _card(model_id: str, created: int, root: str, parent: str | None) -> dict[str, Any]:

@@ -443,11 +443,11 @@ def test_models_are_listed_with_their_parents() -> None:
         listed = (await server.call("GET", "/v1/models")).json["data"]
         assert [(card["id"], card["parent"]) for card in listed] == [
             ("base", None),
-            ("red", "base"),
             ("blue", "base"),
+            ("red", "base"),
         ]
         assert listed[0]["max_model_len"] == INFO.max_model_len
-        assert listed[1]["root"] == "red-digest"
+        assert listed[2]["root"] == "red-digest"
         for name in ("base", "red@1", "public/red", "base:red"):
             card = (await server.call("GET", f"/v1/models/{name}")).json
             assert (card["id"], card["object"]) == (name, "model")
@@ -518,6 +518,28 @@ def test_a_body_that_is_no_json_object_is_400(body: bytes) -> None:
     async def test(server: Server) -> None:
         answer = await call(server.api, "POST", CHAT, body)
         assert answer.status == 400 and answer.error["type"] == "invalid_request_error"
+
+    in_server(test)
+
+
+def test_models_are_listed_in_pages() -> None:
+    async def page(server: Server, query: str) -> tuple[list[str], bool]:
+        answer = await server.call("GET", f"/v1/models?{query}")
+        assert answer.status == 200
+        ids = [card["id"] for card in answer.json["data"]]
+        assert (answer.json.get("first_id"), answer.json.get("last_id")) == (ids[0], ids[-1])
+        return ids, answer.json["has_more"]
+
+    async def test(server: Server) -> None:
+        assert await page(server, "limit=1") == (["base"], True)
+        assert await page(server, "limit=2") == (["base", "blue"], True)
+        assert await page(server, "limit=3") == (["base", "blue", "red"], False)
+        assert await page(server, "limit=1&after=base") == (["blue"], True)
+        assert await page(server, "after=blue") == (["red"], False)
+        assert (await server.call("GET", "/v1/models?after=red")).json["data"] == []
+        for query in ("limit=0", "limit=1001", "limit=-1", "limit=x", "limit=", "after=a/b/c"):
+            answer = await server.call("GET", f"/v1/models?{query}")
+            assert answer.status == 400 and answer.error["param"] == query.partition("=")[0]
 
     in_server(test)
 

@@ -18,9 +18,10 @@ from adapter_store.errors import AdapterNotFound, AdapterStoreError, SourceUnava
 from adapter_store.names import AdapterRecord, AdapterRef
 from deployments.config_sections import IngressSection
 from deployments.fleet.protocol import Hello
+from deployments.ingress import model_resolver
 from deployments.ingress.http_errors import ApiError
 from deployments.ingress.metrics import Metrics
-from deployments.ingress.model_resolver import Models, ServedModel, Target
+from deployments.ingress.model_resolver import ListedAdapter, Models, ServedModel, Target
 from deployments.ingress.routes import Ingress, build_api
 from deployments.ingress.tenant_limiter import TenantLimiter
 from deployments.tenants.tenant import Tenant
@@ -78,10 +79,11 @@ class CatalogStore:
         except AdapterStoreError:
             return None
 
-    def list(self, tenant: str | None = None) -> Sequence[AdapterRecord]:
+    def list_from(self, tenant: str, first_name: str, num_names: int) -> Sequence[AdapterRecord]:
         if self.failure is not None:
             raise self.failure
-        return list(self.catalog.list(tenant))
+        found = itertools.groupby(self.catalog.list_from(tenant, first_name), lambda r: r.name)
+        return [record for _, of_name in itertools.islice(found, num_names) for record in of_name]
 
 
 @dataclass
@@ -342,6 +344,62 @@ def test_every_listed_name_means_what_the_list_says_and_nothing_is_missing(
         assert (target.model.id, target.adapter_ref.digest) == (card.parent, card.record.digest)
     wanted = {p for p in published if p[0] != "umbrella" and p[2] != FOREIGN}
     assert {(c.record.tenant, c.record.name, c.record.base) for c in listed} == wanted
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    PUBLISHED,
+    st.sampled_from([("large", "small"), ("base", "acme/a")]),
+    st.integers(1, 5),
+    st.integers(1, 3),
+)
+def test_pages_put_together_are_the_whole_list(
+    published: list[tuple[str, str, str]], ids: tuple[str, str], limit: int, names_at_once: int
+) -> None:
+    at = models(CatalogStore(*published), **dict(zip(ids, (LARGE, SMALL), strict=True)))
+    whole = asyncio.run(at.list_adapters(ACME))
+    listed: list[ListedAdapter] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model_resolver, "NAMES_AT_ONCE", names_at_once)
+        while page := asyncio.run(at.list_adapters(ACME, listed[-1].id if listed else None, limit)):
+            assert len(page) <= limit
+            listed.extend(page)
+    assert listed == whole
+
+
+def test_a_page_goes_on_behind_an_adapter_that_was_retired_meanwhile() -> None:
+    store = CatalogStore(("acme", "a", SMALL), ("acme", "b", SMALL), ("public", "c", SMALL))
+    at = models(store, small=SMALL)
+    store.retire("acme", "a", [1])
+    assert [card.id for card in asyncio.run(at.list_adapters(ACME, "a"))] == ["b", "c"]
+    store.retire("public", "c", [1])
+    assert asyncio.run(at.list_adapters(ACME, "public/c")) == []
+
+
+@pytest.mark.parametrize("after", ["small", "umbrella/a", "no such id", "@", "x" * 1000])
+def test_an_id_that_no_list_shows_is_no_place_to_go_on(after: str) -> None:
+    at = models(CatalogStore(("acme", "a", SMALL)), small=SMALL)
+    with pytest.raises(ApiError) as caught:
+        asyncio.run(at.list_adapters(ACME, after))
+    assert caught.value.status == 400 and caught.value.param == "after"
+    assert len(caught.value.message) < 300
+
+
+def test_a_page_reads_no_more_than_it_shows_however_many_adapters_there_are() -> None:
+    names = [("acme" if n % 2 else "other", f"name-{n:05}", SMALL) for n in range(5000)]
+    store = CatalogStore(*names)
+    read: list[int] = []
+    list_from = store.list_from
+
+    def counted(tenant: str, first_name: str, num_names: int) -> Sequence[AdapterRecord]:
+        records = list_from(tenant, first_name, num_names)
+        read.append(len(records))
+        return records
+
+    store.list_from = counted  # type: ignore[method-assign]
+    page = asyncio.run(models(store, small=SMALL).list_adapters(ACME, "name-04001", 150))
+    assert [card.id for card in page][:2] == ["name-04003", "name-04005"] and len(page) == 150
+    assert sum(read) <= 2 * model_resolver.NAMES_AT_ONCE + 1
 
 
 @settings(deadline=None, max_examples=60)

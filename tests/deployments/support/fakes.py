@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from starlette.types import ASGIApp
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from adapter_store.errors import AdapterNotFound
@@ -262,11 +263,12 @@ class FakeStore:
     ) -> AdapterRef | None:
         return None
 
-    def list(self, tenant: str | None = None) -> Sequence[AdapterRecord]:
+    def list_from(self, tenant: str, first_name: str, num_names: int) -> Sequence[AdapterRecord]:
         return [
             AdapterRecord("public", ref.name, 1, ref.digest, ref.base, 8, 100, 1e9, ("latest",))
-            for ref in self.refs.values()
-        ]
+            for _, ref in sorted(self.refs.items())
+            if ref.name >= first_name
+        ][:num_names]
 
     def find_local(self, ref: AdapterRef) -> Path | None:
         return None
@@ -300,6 +302,7 @@ class Server:
     link: EngineLink
     api: Api
     metrics: Metrics
+    ingress: Ingress
 
     async def call(
         self, method: str, path: str, body: object = None, key: str | None = None
@@ -359,7 +362,7 @@ async def serving(
     models = Models([served], store)
     settings = ingress_settings or IngressSection(max_body_bytes=10_000)
     ingress = Ingress(models, tenants or Everybody(), limiter, metrics, settings, 10**9, origin)
-    server = Server(engine, store, replica, connection, link, build_api(ingress), metrics)
+    server = Server(engine, store, replica, connection, link, build_api(ingress), metrics, ingress)
     try:
         await until(lambda: link.hello is not None)
         yield server
@@ -437,7 +440,7 @@ class Client:
 
     def __init__(
         self,
-        api: Api,
+        api: ASGIApp,
         method: str,
         path: str,
         body: bytes,
@@ -446,6 +449,7 @@ class Client:
     ) -> None:
         credentials = [] if key is None else [(b"authorization", f"Bearer {key}".encode())]
         self.answered = Answered()
+        path, _, query = path.partition("?")
         self._parts = [body[:100], body[100:]]
         self._gone = asyncio.Event()
         scope = {
@@ -457,7 +461,7 @@ class Client:
             "raw_path": path.encode(),
             "root_path": "",
             "scheme": "http",
-            "query_string": b"",
+            "query_string": query.encode(),
             "headers": [(b"content-type", b"application/json"), *credentials, *headers],
             "client": ("127.0.0.1", 1),
             "server": ("127.0.0.1", 80),
