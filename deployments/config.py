@@ -40,6 +40,16 @@ class AppConfig(Section):
         """Count what one engine replica may run and queue: each choice of each prompt."""
         return model.engine.max_num_seqs + self.ingress.max_queued_requests
 
+    @property
+    def browser_hosts(self) -> list[str] | None:
+        """The hosts by which a local browser may ask. None where it may ask by any.
+
+        That is where a key is asked for, or where everybody on the network may ask.
+        """
+        if self.tenancy.mode == "keys" or self.tenancy.allow_open_on_network:
+            return None
+        return self.ingress.hosts or []
+
     def engine_config(self, model: ModelSection) -> EngineConfig:
         return EngineConfig(
             source=model.source,

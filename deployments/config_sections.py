@@ -209,6 +209,11 @@ class TenancySection(Section):
 
 
 class IngressSection(Section):
+    replicas: int = key(
+        1,
+        "ingress replicas; where one dies its streams end, and the others serve on",
+        ge=1,
+    )
     num_cpus: float = key(0.0, "CPUs that Ray reserves for the ingress", ge=0)
     max_body_bytes: Bytes = key(8 * 2**20, "longer request bodies are a 413")
     max_queued_requests: int = key(
@@ -216,6 +221,12 @@ class IngressSection(Section):
         "answers (a request's prompts times `n`) that may wait at an engine replica beyond "
         "`max_num_seqs`; more are a 429",
         ge=0,
+    )
+    hosts: list[str] | None = key(
+        None,
+        "names besides those of loopback that the Host header may have in mode `open`, such as "
+        "that of a proxy on this machine",
+        unset="none",
     )
     max_adapter_series: int = key(
         200,

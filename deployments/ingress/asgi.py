@@ -12,6 +12,7 @@ from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 NoRoute = Callable[[Scope, Sequence[str]], ASGIApp]
+Refuse = Callable[[Scope], ASGIApp | None]
 CORS_METHODS = ("GET", "POST")
 CORS_HEADERS = ("retry-after", "x-request-id")  # that a page may read
 
@@ -22,14 +23,21 @@ class Api:
     `no_route` answers if none does: it is given the methods that the path has, if it has any. Pages
     of `cors_origins` may read the answers; without origins no answer costs a call more.
 
+    What `refuse` gives for a request answers it in place of any route.
+
     Ray Serve reads `routes` too: its log and its figures name requests by them.
     """
 
     def __init__(
-        self, routes: Sequence[Route], no_route: NoRoute, cors_origins: Sequence[str] = ()
+        self,
+        routes: Sequence[Route],
+        no_route: NoRoute,
+        cors_origins: Sequence[str] = (),
+        refuse: Refuse | None = None,
     ) -> None:
         self.routes = list(routes)
         self._answer = self._route if not cors_origins else _with_cors(self._route, cors_origins)
+        self._refuse = refuse
         self._no_route = no_route
         # Nearly every request is for one of these. The others have parameters in their paths.
         self._exact = {
@@ -51,6 +59,9 @@ class Api:
         await self._find(scope)(scope, receive, send)
 
     def _find(self, scope: Scope) -> ASGIApp:
+        refused = None if self._refuse is None else self._refuse(scope)
+        if refused is not None:
+            return refused
         path = scope["path"].removeprefix(scope.get("root_path", ""))
         found = self._exact.get((scope["method"], path))
         if found is not None:

@@ -10,6 +10,7 @@ from deployments.config import AppConfig, ModelSection, open_adapter_store
 from deployments.fleet.engine_link import EngineLink
 from deployments.fleet.ray_connection import RayConnection
 from deployments.ingress.asgi import Api
+from deployments.ingress.browser_guard import BrowserGuard
 from deployments.ingress.metrics import Metrics
 from deployments.ingress.model_resolver import Models, ServedModel
 from deployments.ingress.routes import Ingress, build_api
@@ -41,10 +42,12 @@ class IngressDeployment:
             config.ingress,
             int(time.time()),
         )
+        hosts = config.browser_hosts
+        self._guard = None if hosts is None else BrowserGuard(hosts)
         keep_what_is_loaded()
 
     def __serve_build_asgi_app__(self) -> Api:
-        return build_api(self._ingress)
+        return build_api(self._ingress, self._guard)
 
 
 def _open_model(config: AppConfig, model: ModelSection, engine: DeploymentHandle) -> ServedModel:

@@ -72,6 +72,21 @@ def body_too_slow(seconds: float) -> ApiError:
     return ApiError(408, f"The request body did not arrive within {seconds:.0f} s.")
 
 
+def misdirected(host: str) -> ApiError:
+    name = host if len(host) <= 200 else f"{host[:200]}..."
+    return ApiError(
+        421,
+        f"This server is not asked as {name!r}: it serves its own machine without keys. Ask it as "
+        "localhost, or name the host in the configuration (ingress.hosts).",
+        code="misdirected_request",
+    )
+
+
+def not_json() -> ApiError:
+    message = "The Content-Type must be application/json."
+    return ApiError(415, message, code="unsupported_media_type")
+
+
 def bad_key(message: str) -> ApiError:
     """Repeats nothing of the key: it may be right but for a letter."""
     return ApiError(401, message, code="invalid_api_key", authenticate='Bearer realm="reef"')

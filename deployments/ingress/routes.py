@@ -30,6 +30,7 @@ from deployments.ingress.api.openai import (
 )
 from deployments.ingress.api.openai_fields import parse_request
 from deployments.ingress.asgi import Api
+from deployments.ingress.browser_guard import BrowserGuard
 from deployments.ingress.generation import Plan
 from deployments.ingress.http_errors import (
     ApiError,
@@ -181,7 +182,7 @@ async def read_body(http_request: HttpRequest, max_bytes: int) -> bytes:
     return b"".join(chunks)
 
 
-def build_api(ingress: Ingress) -> Api:
+def build_api(ingress: Ingress, guard: BrowserGuard | None = None) -> Api:
     def route(method: str, path: str, handler: Handler) -> Route:
         return Route(path, Endpoint(path, handler, ingress.metrics), methods=[method])
 
@@ -199,6 +200,13 @@ def build_api(ingress: Ingress) -> Api:
         message = f"{HTTPStatus(status).phrase}: {what}"
         return ErrorResponse(ApiError(status, message, allow=", ".join(methods) or None))
 
+    def refuse(scope: Scope) -> Response | None:
+        refusal = None if guard is None else guard.refusal(scope)
+        if refusal is None:
+            return None
+        ingress.metrics.count_answer("none", refusal.status)
+        return ErrorResponse(refusal)
+
     routes = [
         route("POST", CHAT, of_tenants(ingress.chat)),
         route("POST", COMPLETIONS, of_tenants(ingress.completion)),
@@ -207,7 +215,8 @@ def build_api(ingress: Ingress) -> Api:
         route("GET", "/health", ingress.health),
         route("GET", "/metrics", ingress.show_metrics),
     ]
-    return Api(routes, no_route, ingress.settings.cors_origins or ())
+    origins = ingress.settings.cors_origins or ()
+    return Api(routes, no_route, origins, None if guard is None else refuse)
 
 
 class Endpoint:

@@ -28,6 +28,7 @@ ROOT = Path(__file__).parents[2]
 CLIENTS = ROOT / ".venv-clients" / "bin" / "python"
 MAX_POSITION = 8192  # long enough that nothing ends by itself while a test watches
 COMPLETIONS = "/v1/completions"
+JSON = {"Content-Type": "application/json"}
 
 
 @dataclass
@@ -40,7 +41,7 @@ class Running:
     def request(self, method: str, path: str, body: object = None) -> tuple[int, bytes]:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
         try:
-            connection.request(method, path, None if body is None else json.dumps(body))
+            connection.request(method, path, None if body is None else json.dumps(body), JSON)
             response = connection.getresponse()
             return response.status, response.read()
         finally:
@@ -58,7 +59,7 @@ class Running:
         """A connection whose answer has begun to arrive."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
         fields = {"model": "tiny", "prompt": "x", "stream": True, "ignore_eos": True, **body}
-        connection.request("POST", COMPLETIONS, json.dumps(fields))
+        connection.request("POST", COMPLETIONS, json.dumps(fields), JSON)
         return connection
 
     def engine_pid(self) -> int:
