@@ -33,6 +33,7 @@ STOP_MARGIN_S = 10.0
 # Time to finish answers: they cannot move to another ingress.
 INGRESS_DRAIN_S = 600.0
 SHUTDOWN_POLL_S = 0.5
+HEALTH_CHECK_S = 2.0
 FAST_PATH = ("RAY_SERVE_ENABLE_HA_PROXY", "RAY_SERVE_THROUGHPUT_OPTIMIZED")
 
 logger = logging.getLogger(__name__)
@@ -76,8 +77,10 @@ def warn_if_slow(environment: Mapping[str, str]) -> None:
 
 def ingress_options(config: AppConfig) -> dict[str, Any]:
     return {
+        "num_replicas": config.ingress.replicas,
         "max_ongoing_requests": MAX_ONGOING,
         "ray_actor_options": {"num_cpus": config.ingress.num_cpus},
+        "health_check_period_s": HEALTH_CHECK_S,
         "graceful_shutdown_timeout_s": INGRESS_DRAIN_S,
         "graceful_shutdown_wait_loop_s": SHUTDOWN_POLL_S,
     }
@@ -96,7 +99,7 @@ def engine_options(model: ModelSection) -> dict[str, Any]:
         "max_ongoing_requests": MAX_ONGOING,
         "ray_actor_options": {"num_cpus": replicas.num_cpus, "num_gpus": replicas.num_gpus},
         "max_surge_percent": replicas.surge_percent,
-        "health_check_period_s": 2,
+        "health_check_period_s": HEALTH_CHECK_S,
         "graceful_shutdown_timeout_s": keep_s,
         "graceful_shutdown_wait_loop_s": SHUTDOWN_POLL_S,
         "request_router_config": RequestRouterConfig(

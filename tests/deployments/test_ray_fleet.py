@@ -12,10 +12,12 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from adapter_store.store import AdapterStore
@@ -47,7 +49,7 @@ class Cluster:
         assert answer, (self.folder / "driver.log").read_text()
         return json.loads(answer)
 
-    def deploy(self, **replicas: Any) -> None:
+    def deploy(self, num_ingresses: int = 1, **replicas: Any) -> None:
         engine = {
             "device": "cpu",
             "memory_bytes": "64MiB",
@@ -59,7 +61,8 @@ class Cluster:
         model = {"id": "tiny", "source": source, "engine": engine, "replicas": replicas}
         root = f"file://{self.folder}/store"
         adapters = {"root": root, "disk_path": str(self.folder / "cache")}
-        assert self.order({"models": [model], "adapters": adapters}) == "deployed"
+        args = {"models": [model], "adapters": adapters, "ingress": {"replicas": num_ingresses}}
+        assert self.order(args) == "deployed"
 
     def figures(self) -> list[dict[str, Any]]:
         return sorted(self.order("figures"), key=lambda figures: str(figures["device"]))
@@ -70,8 +73,15 @@ class Cluster:
     def connect(self, **body: Any) -> http.client.HTTPConnection:
         """A connection with a request that has been sent."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
-        connection.request("POST", "/v1/completions", json.dumps({"model": "tiny", **body}))
+        raw = json.dumps({"model": "tiny", **body})
+        connection.request("POST", "/v1/completions", raw, {"Content-Type": "application/json"})
         return connection
+
+    def status(self, **body: Any) -> int:
+        connection = self.connect(**body)
+        status = connection.getresponse().status
+        connection.close()
+        return status
 
     def post(self, **body: Any) -> Any:
         connection = self.connect(**body)
@@ -283,6 +293,38 @@ def test_requests_of_a_dead_ingress_are_freed_within_ten_seconds(cluster: Cluste
     for connection in sent:
         connection.close()
     wait_for(lambda: is_serving(cluster), 30, "serving again")
+
+
+def test_of_two_ingresses_the_other_serves_on(cluster: Cluster) -> None:
+    cluster.deploy(min=2, num_ingresses=2)
+    ingresses = cluster.pids("ServeReplica:reef:Ingress")
+    assert len(ingresses) == 2
+    fields = {"prompt": "x", "max_tokens": 2000, "ignore_eos": True, "stream": True}
+    sent = [cluster.connect(**fields) for _ in range(4)]
+    streams = [connection.getresponse() for connection in sent]
+    assert all(stream.read(100) for stream in streams)
+    os.kill(ingresses[0], signal.SIGKILL)
+    wait_for(lambda: not has_sockets(ingresses[0]), 10, "one ingress")
+    statuses = Counter(cluster.status(prompt="x", max_tokens=1) for _ in range(30))
+    assert statuses == {200: 30}
+    assert sorted(map(is_whole, streams)) == [False, False, True, True], "each ingress had two"
+    wait_for(lambda: len(cluster.pids("ServeReplica:reef:Ingress")) == 2, 60, "two again")
+    for connection in sent:
+        connection.close()
+
+
+def is_whole(stream: http.client.HTTPResponse) -> bool:
+    try:
+        return stream.read().endswith(b"data: [DONE]\n\n")
+    except http.client.IncompleteRead:
+        return False
+
+
+def has_sockets(pid: int) -> bool:
+    """A killed process closes them after its memory is gone, and then is a zombie."""
+    with suppress(psutil.NoSuchProcess):
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 def is_serving(cluster: Cluster) -> bool:
