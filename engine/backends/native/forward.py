@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from engine.backends.kv_cache import copy_blocks
+from engine.backends.kv_cache import load_on_host, move_on_host
 from engine.backends.native.bank import NativeAdapterBank
 from engine.backends.native.decoder import NativeDecoder
 from engine.backends.native.kv import KvLayout
@@ -13,7 +13,7 @@ from engine.backends.native.panels import PanelWeights
 from engine.backends.native.picker import NativePicker
 from engine.backends.native.step import StepArrays
 from engine.model.decoder import Decoder
-from engine.scheduler.batch import AdapterLoad, BlockCopy, Move, ScheduledBatch
+from engine.scheduler.batch import AdapterLoad, Move, ScheduledBatch
 
 
 class NativeForward:
@@ -37,14 +37,14 @@ class NativeForward:
         self.picker = NativePicker(context)
 
     def load_adapter(self, load: AdapterLoad, packed: PanelWeights) -> None:
+        load_on_host(self._kv_cache, load)
         self._bank.load(load.slot, packed)
 
     def evict_adapter(self, slot: int) -> None:
         self._bank.evict(slot)
 
     def move(self, moves: Sequence[Move]) -> None:
-        """Copy KV blocks. Adapters stay in host memory; their offsets in the arena are unused."""
-        copy_blocks(self._kv_cache, [move for move in moves if isinstance(move, BlockCopy)])
+        move_on_host(self._kv_cache, moves)
 
     def hidden(self, batch: ScheduledBatch, output_rows: list[int]) -> Tensor:
         arrays = self._step(batch, output_rows)

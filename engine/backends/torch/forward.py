@@ -5,13 +5,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from engine.backends.kv_cache import copy_blocks
+from engine.backends.kv_cache import load_on_host, move_on_host
 from engine.backends.sampler import TorchPicker
 from engine.backends.torch.bank import AdapterBank
 from engine.backends.torch.inputs import build_inputs
 from engine.lora.weights import LoraWeights
 from engine.model.decoder import Decoder
-from engine.scheduler.batch import AdapterLoad, BlockCopy, Move, ScheduledBatch
+from engine.scheduler.batch import AdapterLoad, Move, ScheduledBatch
 
 
 class TorchForward:
@@ -26,14 +26,14 @@ class TorchForward:
         self.picker = TorchPicker()
 
     def load_adapter(self, load: AdapterLoad, weights: LoraWeights) -> None:
+        load_on_host(self._kv_cache, load)
         self._bank.load(load.slot, weights)
 
     def evict_adapter(self, slot: int) -> None:
         self._bank.evict(slot)
 
     def move(self, moves: Sequence[Move]) -> None:
-        """Copy KV blocks. Adapters stay in host memory; their offsets in the arena are unused."""
-        copy_blocks(self._kv_cache, [move for move in moves if isinstance(move, BlockCopy)])
+        move_on_host(self._kv_cache, moves)
 
     def hidden(self, batch: ScheduledBatch, output_rows: list[int]) -> Tensor:
         inputs = build_inputs(batch, self._block_size, self.device, self._bank.batch(batch))

@@ -90,6 +90,7 @@ def test_preemption_changes_no_bit(tiny: Tiny, adapters: list[AdapterFolder]) ->
     adapter_bytes = sum(roomy.host.get(a.digest).nbytes for a in adapters)
     memory_bytes = 12 * block_bytes + adapter_bytes
     small = native_engine(tiny.folder, memory_bytes=memory_bytes, max_model_len=128)
+    run(small, mixed(adapters, 1))  # so that all adapters are there, and all requests run at once
     assert texts(run(small, mixed(adapters, 40))) == expected
     assert small.stats.total_preemptions > 0
 
