@@ -69,7 +69,7 @@ def load_config(args: dict[str, Any]) -> AppConfig:
         raise ConfigError("\n".join(explain(each, "args") for each in error.errors())) from None
     _check_tenancy(config.tenancy)
     _check_endpoint(config.adapters)
-    config = _absolute(config)
+    config = _settled(_absolute(config))
     for model in config.models:
         config.engine_config(model)  # EngineConfig checks its own ranges
     return config
@@ -106,6 +106,14 @@ def is_loopback(host: str) -> bool:
         return ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def _settled(config: AppConfig) -> AppConfig:
+    """Fill in the defaults that follow from other keys."""
+    if config.ingress.split_special_tokens is not None:
+        return config
+    split = {"split_special_tokens": config.tenancy.mode == "keys"}
+    return config.model_copy(update={"ingress": config.ingress.model_copy(update=split)})
 
 
 def _absolute(config: AppConfig) -> AppConfig:

@@ -240,6 +240,12 @@ class IngressSection(Section):
         "`*` is all",
         unset="none",
     )
+    split_special_tokens: bool | None = key(
+        None,
+        "whether control tokens, such as `<eos>`, that are written in a chat's messages are "
+        "encoded as text, so that they end no turn; prompts of completions always mean them",
+        unset="true in mode `keys`",
+    )
     keep_alive_s: float = key(
         15.0,
         "seconds without an event after which a stream gets a comment, so that nothing between "

@@ -20,7 +20,7 @@ from deployments.ingress.choice import Choice, TokenEntry
 from deployments.ingress.generation import Plan
 from deployments.ingress.http_errors import invalid, too_many_answers
 from deployments.ingress.model_resolver import Target
-from deployments.ingress.prompt_texts import encode_texts, prompt_too_long
+from deployments.ingress.prompt_texts import check_length, encode_texts, prompt_too_long
 from deployments.text.chat_template import TemplateRefused
 from deployments.text.vocabulary import Vocabulary
 from engine.messages import EngineInfo, GenerateRequest, RequestOutput, TokenLogprobs
@@ -35,20 +35,29 @@ class Origin:
     now: Callable[[], float]
 
 
-async def plan_chat(request: ChatCompletionRequest, target: Target, origin: Origin) -> Plan:
+async def plan_chat(
+    request: ChatCompletionRequest,
+    target: Target,
+    origin: Origin,
+    split_special_tokens: bool = False,
+) -> Plan:
     vocabulary = target.model.vocabulary
     info = _engine_info(target)
-    add_prompt = request.add_generation_prompt is not False
+    contents = (message.content or "" for message in request.messages)
+    check_length(vocabulary, "messages", contents, info.max_model_len)
+    continue_final = request.continue_final_message is True
     try:
-        text = vocabulary.render(
+        pieces = vocabulary.render_pieces(
             [message.document() for message in request.messages],
-            add_prompt,
+            request.add_generation_prompt is not False and not continue_final,
             request.chat_template_kwargs or {},
+            split_special_tokens,
+            continue_final,
         )
     except TemplateRefused as error:
         raise invalid(str(error), "messages") from None
     add_special = request.add_special_tokens is True
-    [prompt] = await encode_texts(vocabulary, {"messages": text}, add_special, info.max_model_len)
+    [prompt] = await encode_texts(vocabulary, {"messages": pieces}, add_special, info.max_model_len)
     head = _head(request, f"chatcmpl-{origin.new_id()}", origin)
     reply = ChatReply(head, vocabulary, [prompt], request.num_choices)
     submits = _submits(request, target, info, [prompt], ["messages"], head.reply_id, origin)
@@ -99,7 +108,7 @@ async def _prompts(
 ) -> list[list[int]]:
     """Take the token ids that were given, or encode the texts. The request has one kind alone."""
     pairs = list(zip(paths, request.prompt, strict=True))
-    texts = {path: prompt for path, prompt in pairs if isinstance(prompt, str)}
+    texts = {path: [prompt] for path, prompt in pairs if isinstance(prompt, str)}
     if texts:
         add_special = request.add_special_tokens is not False
         return await encode_texts(vocabulary, texts, add_special, info.max_model_len)

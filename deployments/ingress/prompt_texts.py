@@ -6,7 +6,7 @@ encoded at once, long ones in a thread of a small pool, where the encoder runs w
 
 import asyncio
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from deployments.ingress.http_errors import ApiError, invalid
@@ -30,23 +30,28 @@ def prompt_too_long(path: str, num_tokens: int, limit: int) -> ApiError:
 
 
 async def encode_texts(
-    vocabulary: Vocabulary, texts: Mapping[str, str], add_special_tokens: bool, limit: int
+    vocabulary: Vocabulary,
+    texts: Mapping[str, Sequence[str]],
+    add_special_tokens: bool,
+    limit: int,
 ) -> list[list[int]]:
-    """Encode texts by their paths in the request, each of `limit` tokens at most.
+    """Encode texts by their paths in the request, each in pieces and of `limit` tokens at most.
 
-    Raises ApiError; one for a text that leaves no room for an answer may be left to the caller.
+    Raises ApiError; that a text leaves no room for an answer is left to the caller.
     """
-    for path, text in texts.items():
-        _check_length(vocabulary, path, text, limit)
-    if sum(map(len, texts.values())) <= LONG_TEXT:
-        return [vocabulary.encode(text, add_special_tokens) for text in texts.values()]
+    num_characters = 0
+    for path, pieces in texts.items():
+        check_length(vocabulary, path, pieces, limit)
+        num_characters += sum(map(len, pieces))
+    if num_characters <= LONG_TEXT and all(len(pieces) == 1 for pieces in texts.values()):
+        return [vocabulary.encode(text, add_special_tokens) for [text] in texts.values()]
     loop = asyncio.get_running_loop()
     prompts: list[list[int]] = []
-    for path, text in texts.items():
+    for path, pieces in texts.items():
         try:
             prompts.append(
                 await loop.run_in_executor(
-                    _threads, vocabulary.encode_aside, text, add_special_tokens, limit
+                    _threads, vocabulary.encode_pieces, pieces, add_special_tokens, limit
                 )
             )
         except TooManyTokens as error:
@@ -54,11 +59,13 @@ async def encode_texts(
     return prompts
 
 
-def _check_length(vocabulary: Vocabulary, path: str, text: str, limit: int) -> None:
+def check_length(vocabulary: Vocabulary, path: str, texts: Iterable[str], limit: int) -> None:
+    """Refuse texts that together cannot fit the context, whatever their tokens are."""
     longest = vocabulary.longest_token
-    if longest is None or 4 * len(text) <= limit * longest:
+    texts = list(texts)
+    if longest is None or 4 * sum(map(len, texts)) <= limit * longest:
         return
-    num_bytes = len(text.encode())
+    num_bytes = sum(len(text.encode()) for text in texts)
     if num_bytes > limit * longest:
         raise invalid(
             f"The text has {num_bytes} bytes, and the model's context of {limit} tokens holds at "

@@ -89,7 +89,9 @@ class Ingress:
         request = parse_request(ChatCompletionRequest, await self._document(http_request))
         place.hold(request.num_answers)
         target = await self.models.resolve(tenant, request.model)
-        plan = await plan_chat(request, target, self.origin)
+        plan = await plan_chat(
+            request, target, self.origin, self.settings.split_special_tokens is True
+        )
         return GenerationResponse(
             plan, bool(request.stream), self.metrics, CHAT, self.settings.keep_alive_s
         )

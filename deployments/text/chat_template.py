@@ -3,12 +3,17 @@
 import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from itertools import takewhile
 from typing import Any
 
 from jinja2 import TemplateError, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+MAX_REASON = 300  # characters of what a template said
+
+JsonObject = Mapping[str, Any]
 
 
 class TemplateRefused(ValueError):
@@ -37,6 +42,7 @@ class ChatTemplate:
         environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
         self._template = environment.from_string(source)
         self._variables = dict(variables)
+        self._takes_one_system = self._probe_systems()
 
     def render(
         self,
@@ -44,13 +50,42 @@ class ChatTemplate:
         add_generation_prompt: bool,
         extra: Mapping[str, Any],
     ) -> str:
-        variables = {"tools": None, "documents": None, **self._variables, **extra}
+        """Render a chat. `extra` are variables of the client's, and win over all but messages."""
+        if self._takes_one_system:
+            messages = _join_systems(messages)
+        given = {"add_generation_prompt": add_generation_prompt, **extra, "messages": messages}
         try:
-            return self._template.render(
-                **variables, messages=messages, add_generation_prompt=add_generation_prompt
-            )
+            return self._template.render({**self._defaults(), **given})
         except Exception as error:  # a template is a program, and these messages are its input
-            raise TemplateRefused(f"The chat template refused the messages: {error}") from error
+            reason = str(error)[:MAX_REASON]
+            raise TemplateRefused(f"The chat template refused the messages: {reason}") from error
+
+    def _defaults(self) -> dict[str, Any]:
+        return {"tools": None, "documents": None, **self._variables}
+
+    def _probe_systems(self) -> bool:
+        """Tell whether of two system messages one is refused or lost, and joined they are not."""
+        systems = [{"role": "system", "content": content} for content in ("first", "second")]
+        user = {"role": "user", "content": "third"}
+        self._takes_one_system = False
+        return not self._shows([*systems, user]) and self._shows(_join_systems([*systems, user]))
+
+    def _shows(self, messages: Sequence[JsonObject]) -> bool:
+        """Tell whether the probe's three texts are all in what is rendered."""
+        try:
+            text = self.render(messages, True, {})
+        except TemplateRefused:
+            return False
+        return all(part in text for part in ("first", "second", "third"))
+
+
+def _join_systems(messages: Sequence[JsonObject]) -> list[JsonObject]:
+    """Make one message of the system messages that a chat begins with."""
+    systems = list(takewhile(lambda message: message.get("role") == "system", messages))
+    if len(systems) < 2:
+        return list(messages)
+    content = "\n\n".join(str(message["content"]) for message in systems)
+    return [{**systems[0], "content": content}, *messages[len(systems) :]]
 
 
 def _tojson(

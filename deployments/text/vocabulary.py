@@ -9,9 +9,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 
 from deployments.text.chat_template import ChatTemplate, TemplateRefused
+from deployments.text.control_tokens import CUT, END, ControlTokens, without_marks
 from deployments.text.detokenizer import ByteLevelDetokenizer, Detokenizer, WindowDetokenizer
 
 PREFIX_TOKENS = 6  # more than the bytes of one character
@@ -45,6 +46,8 @@ class Vocabulary:
         self._special_ids = {i for i, token in added.items() if token.special}
         named = (tokenizer.token_to_id(token) for token in special.values())
         self._special_ids |= {i for i in named if i is not None}
+        special_texts = (tokenizer.id_to_token(i) for i in self._special_ids)
+        self._control_tokens = ControlTokens(text for text in special_texts if text)
         self._template = None if template is None else ChatTemplate(template, special)
         decoders = _decoder_types(json.loads(tokenizer.to_str()).get("decoder"))
         self._is_byte_level = decoders == ["ByteLevel"]
@@ -83,12 +86,25 @@ class Vocabulary:
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
 
-    def encode_aside(self, text: str, add_special_tokens: bool, most: int) -> list[int]:
-        """Encode in a thread: unlike `encode`, without the GIL. Raises TooManyTokens."""
-        encoded = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
-        if len(encoded[0]) > most:
-            raise TooManyTokens(len(encoded[0]))
-        return encoded[0].ids
+    def encode_pieces(
+        self, pieces: Sequence[str], add_special_tokens: bool, most: int
+    ) -> list[int]:
+        """Encode a text that is cut in pieces, no token across two of them, without the GIL.
+
+        Raises TooManyTokens.
+        """
+        if len(pieces) > most:
+            raise TooManyTokens(len(pieces))  # at least
+        is_one = len(pieces) == 1
+        encoded = self._tokenizer.encode_batch_fast(
+            list(pieces), add_special_tokens=add_special_tokens and is_one
+        )
+        whole = encoded[0] if is_one else Encoding.merge(encoded, growing_offsets=False)
+        if not is_one and add_special_tokens:
+            whole = self._tokenizer.post_process(whole, None, True)
+        if len(whole) > most:
+            raise TooManyTokens(len(whole))
+        return whole.ids
 
     def render(
         self,
@@ -99,6 +115,30 @@ class Vocabulary:
         if self._template is None:
             raise TemplateRefused("The model has no chat template: use /v1/completions.")
         return self._template.render(messages, add_generation_prompt, extra)
+
+    def render_pieces(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool,
+        extra: Mapping[str, Any],
+        split_special_tokens: bool = False,
+        continue_final_message: bool = False,
+    ) -> list[str]:
+        """Render a chat as a text, cut so that no client's text spells a control token.
+
+        If the final message is to be continued, the text ends with it.
+        """
+        messages, extra = without_marks(list(messages)), without_marks(dict(extra))
+        if split_special_tokens:
+            messages, extra = self._control_tokens.mark(messages), self._control_tokens.mark(extra)
+        if continue_final_message:
+            messages[-1]["content"] += END
+        text = self.render(messages, add_generation_prompt, extra)
+        if continue_final_message:
+            text, end, _ = text.rpartition(END)
+            if not end:
+                raise TemplateRefused("The chat template does not show the final message.")
+        return text.split(CUT)
 
     # ---- ids to text ---------------------------------------------------------------------
 

@@ -94,3 +94,13 @@ def test_open_mode_on_a_network_must_be_allowed_by_the_configuration(host: str) 
         assert word in str(caught.value)
     check_exposure(TenancySection(allow_open_on_network=True), host)
     check_exposure(TenancySection(mode="keys", keys_file="/keys"), host)
+
+
+def test_control_tokens_in_messages_are_text_where_tenants_share_a_server() -> None:
+    for tenancy, wanted in (({}, False), (KEYS, True)):
+        config = load_config({"models": [MODEL], "tenancy": tenancy})
+        assert config.ingress.split_special_tokens is wanted
+    given = load_config(
+        {"models": [MODEL], "tenancy": KEYS, "ingress": {"split_special_tokens": False}}
+    )
+    assert given.ingress.split_special_tokens is False

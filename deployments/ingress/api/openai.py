@@ -156,6 +156,7 @@ class ChatCompletionRequest(OpenAIRequest):
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     chat_template_kwargs: dict[str, Any] | None = None
     add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
     add_special_tokens: bool | None = None
 
     # Refused unless they ask for what happens anyway.
@@ -187,6 +188,8 @@ class ChatCompletionRequest(OpenAIRequest):
             raise ValueError("response_format: only {'type': 'text'} is supported")
         if self.max_tokens is not None and self.max_completion_tokens is not None:
             raise ValueError("max_tokens: not allowed together with max_completion_tokens")
+        if self.continue_final_message and self.add_generation_prompt:
+            raise ValueError("continue_final_message: not allowed with add_generation_prompt")
         return self
 
     @property

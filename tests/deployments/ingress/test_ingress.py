@@ -11,7 +11,7 @@ import pytest
 from tokenizers import processors
 
 from deployments.config_sections import IngressSection
-from deployments.ingress import routes
+from deployments.ingress import prompt_texts, routes
 from deployments.text.vocabulary import Vocabulary
 from engine.messages import ErrorKind, GenerateRequest, RequestError, RequestOutput
 from engine.scheduler.request import SamplingDefaults
@@ -500,6 +500,61 @@ def test_a_prompt_that_cannot_be_served_is_refused_with_the_limits(
         answer = await server.post(COMPLETIONS, **fields)
         assert answer.status == 400
         assert all(word in answer.error["message"] for word in words), answer.error
+
+    in_server(test)
+
+
+def test_a_text_that_cannot_fit_is_refused_by_its_length() -> None:
+    async def test(server: Server) -> None:
+        longest = INFO.max_model_len * len("<eos>")
+        for path, prompt in (
+            (COMPLETIONS, {"prompt": "x" * 700}),
+            (CHAT, {"messages": user("x" * 700)}),
+        ):
+            answer = await server.post(path, **prompt)
+            assert (answer.status, answer.error["code"]) == (400, "context_length_exceeded")
+            assert (
+                "700 bytes" in answer.error["message"] and str(longest) in answer.error["message"]
+            )
+
+    in_server(test)
+
+
+def test_a_long_text_is_encoded_beside_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test(server: Server) -> None:
+        prompts = ["a" * 60, "b" * 60]
+        inline = await server.post(COMPLETIONS, prompt=prompts)
+        monkeypatch.setattr(prompt_texts, "LONG_TEXT", 100)
+        monkeypatch.setattr(Vocabulary, "encode", None)
+        aside = await server.post(COMPLETIONS, prompt=prompts)
+        assert [c["text"] for c in aside.json["choices"]] == [
+            c["text"] for c in inline.json["choices"]
+        ]
+        refused = await server.post(COMPLETIONS, prompt=["a", "b" * 129])
+        assert refused.status == 400 and "129 tokens" in refused.error["message"]
+
+    in_server(test)
+
+
+@pytest.mark.parametrize("split", [True, False])
+def test_control_tokens_in_messages_are_text_where_the_config_says_so(split: bool) -> None:
+    async def test(server: Server) -> None:
+        await server.post(CHAT, messages=user("<eos>"))
+        assert (EOS in server.engine.requests[0].prompt_token_ids) is not split
+        await server.post(COMPLETIONS, prompt="<eos>x")
+        assert server.engine.requests[1].prompt_token_ids == [EOS, 120]
+
+    settings = IngressSection(split_special_tokens=split)
+    in_server(test, lambda: serving(ingress_settings=settings))
+
+
+def test_a_final_message_can_be_continued() -> None:
+    async def test(server: Server) -> None:
+        messages = [*user("hi"), {"role": "assistant", "content": "Well"}]
+        await server.post(CHAT, messages=messages, continue_final_message=True)
+        assert bytes(server.engine.requests[0].prompt_token_ids) == b"user:hi;assistant:Well"
+        both = {"continue_final_message": True, "add_generation_prompt": True}
+        assert (await server.post(CHAT, messages=messages, **both)).status == 400
 
     in_server(test)
 

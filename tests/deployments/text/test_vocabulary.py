@@ -108,3 +108,51 @@ def test_a_folder_without_a_fast_tokenizer_is_refused(tmp_path: Path) -> None:
 def test_a_model_without_a_template_says_so() -> None:
     with pytest.raises(TemplateRefused, match="/v1/completions"):
         byte_vocabulary(template=None).render(MESSAGES, True, {})
+
+
+SYSTEMS = [{"role": "system", "content": "A"}, {"role": "system", "content": "B"}]
+USER = {"role": "user", "content": "C"}
+LOSES_FIRST = (
+    "{% set ns = namespace(s='') %}{% for m in messages %}{% if m.role == 'system' %}"
+    "{% set ns.s = m.content %}{% endif %}{% endfor %}"
+    "{{ ns.s }}|{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}"
+    "{% endfor %}"
+)
+LOSES_SECOND = (
+    "{% if messages[0].role == 'system' %}{{ messages[0].content }}|{% endif %}"
+    "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}"
+)
+REFUSES_SECOND = (
+    "{% for m in messages %}{% if m.role == 'system' and not loop.first %}"
+    "{{ raise_exception('one system message') }}{% endif %}{{ m.content }}"
+    "{% if m.role == 'system' %}|{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("template", [LOSES_FIRST, LOSES_SECOND, REFUSES_SECOND])
+def test_leading_system_messages_are_one_where_a_template_takes_one(template: str) -> None:
+    ours = ChatTemplate(template, {})
+    assert ours.render([*SYSTEMS, USER], True, {}) == "A\n\nB|C"
+    assert ours.render([SYSTEMS[0], USER], True, {}) == "A|C"
+
+
+def test_system_messages_stay_apart_where_a_template_takes_them() -> None:
+    ours = ChatTemplate("{% for m in messages %}[{{ m.content }}]{% endfor %}", {})
+    assert ours.render([*SYSTEMS, USER], True, {}) == "[A][B][C]"
+
+
+def test_a_template_without_system_messages_still_refuses_them() -> None:
+    template = "{{ raise_exception('no system') if messages[0].role == 'system' else 'ok' }}"
+    with pytest.raises(TemplateRefused, match="no system"):
+        ChatTemplate(template, {}).render([*SYSTEMS, USER], True, {})
+
+
+def test_variables_of_the_client_do_not_replace_the_messages() -> None:
+    ours = ChatTemplate("{{ messages[0].content }}{{ add_generation_prompt }}", {})
+    extra = {"messages": [], "add_generation_prompt": False}
+    assert ours.render([USER], True, extra) == "CFalse"
+
+
+def test_no_token_is_longer_than_the_longest() -> None:
+    vocabulary = byte_vocabulary()
+    assert vocabulary.longest_token == len("<eos>")
