@@ -180,6 +180,12 @@ def test_torch_has_what_the_tests_of_streams_are_written_with() -> None:
         pass
 
 
+def test_torch_wraps_a_module_for_activation_checkpointing() -> None:
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    assert parameters(checkpoint_wrapper)[0] == "module"
+
+
 def test_torch_can_keep_a_device_busy() -> None:
     assert callable(torch.cuda._sleep)
 

@@ -141,6 +141,25 @@ def test_a_server_that_starts_says_not_yet_and_never_not_found(server: Running) 
     assert server.seen_at_start <= {503, 200}
 
 
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"Content-Type": "text/plain"}, 415),
+        ({**JSON, "Host": "evil.example"}, 421),
+        ({**JSON, "x-request-timeout-seconds": "0.0001"}, 200),
+        ({**JSON, "x-request-id": "\xff"}, 200),
+    ],
+)
+def test_headers_of_strangers_reach_neither_the_model_nor_ray(
+    server: Running, headers: dict[str, str], status: int
+) -> None:
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+    body = json.dumps({"model": "tiny", "prompt": "x", "max_tokens": 4})
+    connection.request("POST", COMPLETIONS, body, headers)
+    assert connection.getresponse().status == status
+    connection.close()
+
+
 def test_the_official_client_is_served(server: Running) -> None:
     if not CLIENTS.exists():
         pytest.skip(f"{CLIENTS} is missing: `make test` makes it")
