@@ -3,6 +3,9 @@
 What a deployment does is in `ingress` and `replica`; here is how Ray starts, stops and scales it.
 """
 
+# Ray's own types are incomplete.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+
 import logging
 import os
 import warnings
@@ -13,7 +16,7 @@ import ray
 from ray import serve
 from ray.serve import Application
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
-from ray.serve.context import _get_global_client
+from ray.serve.context import _get_global_client  # pyright: ignore[reportPrivateUsage]
 
 from deployments.config import AppConfig, check_exposure, load_config
 from deployments.config_sections import ModelSection
@@ -45,15 +48,12 @@ def build_app(args: dict[str, Any]) -> Application:
     config = load_config(args)
     check_exposure(config.tenancy, http_host())
     warn_if_slow(os.environ)
-    engines = {
-        model.id: serve.deployment(
-            EngineDeployment,
-            name=f"Engine-{number}" if number else "Engine",
-            **engine_options(model),
-        ).bind(config, model)
-        for number, model in enumerate(config.models)
-    }
-    ingress = serve.deployment(IngressDeployment, name="Ingress", **ingress_options(config))
+    engines: dict[str, Application] = {}
+    for number, model in enumerate(config.models):
+        name = f"Engine-{number}" if number else "Engine"
+        engine: Any = serve.deployment(EngineDeployment, name=name, **engine_options(model))
+        engines[model.id] = engine.bind(config, model)
+    ingress: Any = serve.deployment(IngressDeployment, name="Ingress", **ingress_options(config))
     return ingress.bind(config, engines)
 
 
@@ -102,12 +102,16 @@ def engine_options(model: ModelSection) -> dict[str, Any]:
         "health_check_period_s": HEALTH_CHECK_S,
         "graceful_shutdown_timeout_s": keep_s,
         "graceful_shutdown_wait_loop_s": SHUTDOWN_POLL_S,
-        "request_router_config": RequestRouterConfig(
-            request_router_class=AdapterRouter,
-            request_router_kwargs={"keep_s": keep_s, "max_num_seqs": model.engine.max_num_seqs},
-            request_routing_stats_period_s=ROUTING_STATS_PERIOD_S,
-            request_routing_stats_timeout_s=5.0,
-        ),
+        "request_router_config": RequestRouterConfig(**_router_options(keep_s, model)),
+    }
+
+
+def _router_options(keep_s: float, model: ModelSection) -> dict[str, Any]:
+    return {
+        "request_router_class": AdapterRouter,
+        "request_router_kwargs": {"keep_s": keep_s, "max_num_seqs": model.engine.max_num_seqs},
+        "request_routing_stats_period_s": ROUTING_STATS_PERIOD_S,
+        "request_routing_stats_timeout_s": 5.0,
     }
 
 

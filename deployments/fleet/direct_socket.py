@@ -14,7 +14,7 @@ goes through Ray. What cannot be decoded closes the connection.
 import asyncio
 import logging
 import secrets
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Generator, Mapping
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 from itertools import count
@@ -123,7 +123,7 @@ class DirectServer:
                 accepted.result().close()
 
     @contextmanager
-    def _offer(self, offer: _OpenOffer) -> Iterator[Offer | None]:
+    def _offer(self, offer: _OpenOffer) -> Generator[Offer | None]:
         """Keep the offer open for the length of the block. None if the server does not listen."""
         if self._server is None:
             yield None

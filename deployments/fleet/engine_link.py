@@ -115,9 +115,11 @@ class EngineLink:
         attempt, choice = ended
         if choice is None:
             del self._attempts[attempt.id]
-        if attempt.replica is not None and choice is None:
+        if attempt.replica is None:
+            return
+        if choice is None:
             attempt.replica.abort([attempt.id])
-        elif attempt.replica is not None:
+        else:
             attempt.replica.abort_choice(attempt.id, choice)
 
     # ---- attempts ------------------------------------------------------------------------

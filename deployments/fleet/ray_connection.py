@@ -23,7 +23,7 @@ from deployments.fleet.protocol import Abort, Frame, Hello, Hints, Lease, Receip
 class RayConnection:
     """A protocol.Connection. Messages are pickled in C, not by cloudpickle."""
 
-    def __init__(self, handle: DeploymentHandle) -> None:
+    def __init__(self, handle: DeploymentHandle[Any]) -> None:
         handle = handle.options(request_serialization="pickle", response_serialization="pickle")
         self._submit = handle.submit
         self._control = handle.control
@@ -77,11 +77,11 @@ class RayConnection:
         return await _unary(self._control, hints, stream_id, aborts, renew)
 
 
-def _call(method: DeploymentHandle, *args: object) -> Any:
+def _call(method: DeploymentHandle[Any], *args: object) -> Any:
     return contextvars.Context().run(method.remote, *args)
 
 
-async def _unary(method: DeploymentHandle, *args: object) -> Any:
+async def _unary(method: DeploymentHandle[Any], *args: object) -> Any:
     response = _call(method, *args)
     try:
         return await response

@@ -6,8 +6,8 @@ the stream does, or when the replica falls silent. Knows no requests but by thei
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from typing import cast
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from typing import Any, cast
 
 from deployments.fleet.protocol import Abort, Connection, Frame, Hello, Hints, Lease, StreamId
 from deployments.fleet.timing import Timing
@@ -106,9 +106,9 @@ class ReplicaStream:
                     waiter.set_result(None)
 
 
-async def _first_of(*coroutines: object) -> None:
+async def _first_of(*coroutines: Coroutine[Any, Any, None]) -> None:
     """Run all until one ends. Raises what it raised and leaves none running."""
-    tasks = [asyncio.ensure_future(coroutine) for coroutine in coroutines]  # type: ignore[arg-type]
+    tasks = [asyncio.ensure_future(coroutine) for coroutine in coroutines]
     try:
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         for task in done:

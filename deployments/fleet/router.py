@@ -48,7 +48,9 @@ class AdapterRouter(RequestRouter):
     target stays reachable for `keep_s`, for such calls only: its requests are still running.
     """
 
-    def initialize_state(self, max_num_seqs: int, keep_s: float = 60.0, **costs: float) -> None:
+    def initialize_state(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, *, max_num_seqs: int, keep_s: float = 60.0, **costs: float
+    ) -> None:
         """Called by Ray. `max_num_seqs` is the same for every replica."""
         self._costs = RoutingCosts(**costs)
         self._view = OptimisticView(ReplicaFigures(max_num_seqs=max_num_seqs))

@@ -4,10 +4,10 @@ There is one to each replica that has taken a request, and one to any replica wh
 request, so that it is known what the deployment serves.
 """
 
-import dataclasses
 import logging
 from collections.abc import Sequence
-from typing import Protocol
+from dataclasses import fields
+from typing import Any, Protocol
 
 from deployments.fleet.background_tasks import BackgroundTasks
 from deployments.fleet.protocol import Connection, Frame, Hello, Lease
@@ -149,6 +149,8 @@ def _sum(all_stats: Sequence[EngineStats]) -> EngineStats:
     """Adapters that several replicas hold count once for each."""
     if not all_stats:
         return EngineStats()
-    rows = [dataclasses.astuple(stats) for stats in all_stats]
-    columns = zip(*rows, strict=True)
-    return EngineStats(*(sum(column[1:], column[0]) for column in columns))
+    sums: dict[str, Any] = {}
+    for field in fields(EngineStats):
+        values = [getattr(stats, field.name) for stats in all_stats]
+        sums[field.name] = sum(values[1:], values[0])  # from the first: some are tuples
+    return EngineStats(**sums)

@@ -3,6 +3,9 @@
 It shares neither ports nor folders nor its token with other clusters on the machine.
 """
 
+# Ray's own types are incomplete.
+# pyright: reportUnknownMemberType=false, reportArgumentType=false
+
 import logging
 import os
 import random
@@ -12,7 +15,7 @@ import signal
 import socket
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -92,7 +95,7 @@ def end_on_signals() -> None:
 
 
 @contextmanager
-def cluster_folder() -> Iterator[Path]:
+def cluster_folder() -> Generator[Path]:
     # Not in the repository: paths of Ray's sockets must be short.
     folder = Path(tempfile.mkdtemp(prefix="reef-"))
     try:
@@ -102,7 +105,7 @@ def cluster_folder() -> Iterator[Path]:
 
 
 @contextmanager
-def cluster(folder: Path, address: Address) -> Iterator[None]:
+def cluster(folder: Path, address: Address) -> Generator[None]:
     """Start a head; on exit, end all of its processes."""
     import ray
     from ray import serve

@@ -3,6 +3,9 @@
 All processes that it starts are descendants of this one and end with it.
 """
 
+# Ray's own types are incomplete.
+# pyright: reportUnknownMemberType=false
+
 import importlib
 import json
 import re

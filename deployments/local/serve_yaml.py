@@ -6,7 +6,7 @@ read by `deployments.config`.
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from deployments.strict_yaml import YamlMistake, read_yaml
 from engine.config import ConfigError
@@ -34,39 +34,42 @@ class Address:
 
 def read_address(path: Path, host: str | None, port: int | None) -> Address:
     """Return the given address, else the file's http_options, else loopback. Raises ConfigError."""
-    options = _read_document(path).get("http_options", {})
-    if not isinstance(options, dict) or not set(options) <= {"host", "port"}:
+    options = _as_mapping(_read_document(path).get("http_options", {}))
+    if options is None or not set(options) <= {"host", "port"}:
         raise ConfigError(f"{path}: http_options must have no keys but host and port")
-    address = Address(
-        options.get("host", DEFAULT_HOST) if host is None else host,
-        options.get("port", DEFAULT_PORT) if port is None else port,
-    )
-    if not isinstance(address.host, str) or type(address.port) is not int:
+    given_host = options.get("host", DEFAULT_HOST) if host is None else host
+    given_port = options.get("port", DEFAULT_PORT) if port is None else port
+    if not isinstance(given_host, str) or type(given_port) is not int:
         raise ConfigError(f"{path}: http_options must be a host and a port, not {options}")
-    return address
+    return Address(given_host, given_port)
 
 
 def read_application(path: Path) -> dict[str, Any]:
     """Return the only application of a Serve config file. Raises ConfigError."""
     applications = _read_document(path).get("applications")
-    is_one = isinstance(applications, list) and len(applications) == 1
-    if not is_one or not isinstance(applications[0], dict):
+    entries = cast(list[object], applications) if isinstance(applications, list) else []
+    application = _as_mapping(entries[0]) if len(entries) == 1 else None
+    if application is None:
         raise ConfigError(f"{path}: applications must be a list with one entry")
-    unknown = sorted(map(str, set(applications[0]) - APPLICATION_KEYS))
-    missing = next((f"no {key}" for key in REQUIRED_KEYS if key not in applications[0]), None)
+    unknown = sorted(map(str, set(application) - APPLICATION_KEYS))
+    missing = next((f"no {key}" for key in REQUIRED_KEYS if key not in application), None)
     if unknown or missing:
         wanted = ", ".join(sorted(APPLICATION_KEYS))
         raise ConfigError(f"{path}: applications[0] has {unknown or missing}; keys: {wanted}")
-    return applications[0]
+    return application
 
 
 def _read_document(path: Path) -> dict[str, Any]:
     try:
-        document = read_yaml(path)
+        document = _as_mapping(read_yaml(path))
     except YamlMistake as error:
         raise ConfigError(f"{path}: {error}") from None
-    unknown = set(document) - DOCUMENT_KEYS if isinstance(document, dict) else {"no mapping"}
-    if unknown:
+    unknown = {"no mapping"} if document is None else set(document) - DOCUMENT_KEYS
+    if document is None or unknown:
         wanted = ", ".join(sorted(DOCUMENT_KEYS))
         raise ConfigError(f"{path} has {sorted(map(str, unknown))} at its top; keys: {wanted}")
     return document
+
+
+def _as_mapping(value: object) -> dict[str, Any] | None:
+    return cast(dict[str, Any], value) if isinstance(value, dict) else None

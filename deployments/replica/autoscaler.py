@@ -28,7 +28,7 @@ class LoadPolicy:
     def __call__(self, ctx: AutoscalingContext) -> tuple[float, dict[str, Any]]:
         metrics = ctx.aggregated_metrics or {}
 
-        def figure(name: str, replica: object) -> float:
+        def figure(name: str, replica: Any) -> float:
             return metrics.get(name, {}).get(replica, 0.0)  # a new one has not reported yet
 
         loads = [

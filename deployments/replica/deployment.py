@@ -1,10 +1,13 @@
 """EngineDeployment: one engine replica as a Ray Serve deployment."""
 
+# Ray's own types are incomplete.
+# pyright: reportUnknownMemberType=false
+
 import asyncio
 from collections.abc import AsyncIterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import ray
 from ray import serve
@@ -40,7 +43,7 @@ class EngineDeployment:
         self._id = serve.get_replica_context().replica_id.unique_id
         self._replica = await _make_replica(self._id, config, model)
         self._sockets = DirectServer(self._replica)
-        await self._sockets.listen(ray.util.get_node_ip_address())
+        await self._sockets.listen(cast(str, ray.util.get_node_ip_address()))
         await self._replica.start()
         keep_what_is_loaded()
 

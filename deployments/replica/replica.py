@@ -8,7 +8,7 @@ no HTTP, no tenants' keys, no Ray; no torch: the engine is a process of its own.
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from deployments.fleet.protocol import Abort, Frame, Hello, Lease, Receipt, StreamId, Submit
@@ -110,7 +110,7 @@ class EngineReplica:
 
     async def attach(
         self, ingress_id: str, epochs: Mapping[str, int]
-    ) -> AsyncIterator[Hello | Frame]:
+    ) -> AsyncGenerator[Hello | Frame, None]:
         """Stream a Hello, then a frame whenever there are outputs.
 
         Ends when one side goes away, or once this replica is draining and has nothing left for

@@ -38,8 +38,9 @@ class ChatTemplate:
             trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, loopcontrols]
         )
         environment.filters["tojson"] = _tojson
-        environment.globals["raise_exception"] = _raise
-        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+        known: dict[str, Any] = environment.globals
+        known["raise_exception"] = _raise
+        known["strftime_now"] = _strftime_now
         self._template = environment.from_string(source)
         self._variables = dict(variables)
         self._takes_one_system = self._probe_systems()
@@ -103,6 +104,10 @@ def _tojson(
         separators=separators,
         sort_keys=sort_keys,
     )
+
+
+def _strftime_now(form: str) -> str:
+    return datetime.now().strftime(form)
 
 
 def _raise(message: str) -> None:

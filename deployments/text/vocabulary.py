@@ -7,7 +7,7 @@ tokenizer_config.json and chat_template.jinja of the model's folder, and nothing
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from tokenizers import Encoding, Tokenizer
 
@@ -256,5 +256,6 @@ def _template_source(folder: Path, config: Mapping[str, Any]) -> str | None:
         return path.read_text()
     template = config.get("chat_template")
     if isinstance(template, list):
-        return next((t["template"] for t in template if t["name"] == "default"), None)
+        named = cast(list[dict[str, str]], template)
+        return next((t["template"] for t in named if t["name"] == "default"), None)
     return template
