@@ -2,6 +2,7 @@
 
 import time
 from pathlib import Path
+from typing import Any
 
 from ray import serve
 from ray.serve.handle import DeploymentHandle
@@ -22,11 +23,11 @@ from deployments.text.vocabulary import Vocabulary
 from engine.gc_freeze import keep_what_is_loaded
 
 
-@serve.ingress()
+@serve.ingress()  # pyright: ignore[reportUntypedClassDecorator, reportUnknownMemberType]
 class IngressDeployment:
     """Runs before the engines do, so that /health can report that they do not."""
 
-    def __init__(self, config: AppConfig, engines: dict[str, DeploymentHandle]) -> None:
+    def __init__(self, config: AppConfig, engines: dict[str, DeploymentHandle[Any]]) -> None:
         log_to_serves_file()
         keep_grpc_on_loopback()
         models = [_open_model(config, model, engines[model.id]) for model in config.models]
@@ -50,7 +51,9 @@ class IngressDeployment:
         return build_api(self._ingress, self._guard)
 
 
-def _open_model(config: AppConfig, model: ModelSection, engine: DeploymentHandle) -> ServedModel:
+def _open_model(
+    config: AppConfig, model: ModelSection, engine: DeploymentHandle[Any]
+) -> ServedModel:
     vocabulary = Vocabulary.load(Path(model.source))
     link = EngineLink(RayConnection(engine), serve.get_replica_context().replica_id.unique_id)
     link.start()

@@ -8,7 +8,7 @@ import asyncio
 import json
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Generator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from http import HTTPStatus
@@ -77,7 +77,7 @@ class Ingress:
     origin: Origin = field(default_factory=system_origin)
 
     @contextmanager
-    def tenant_of(self, http_request: HttpRequest) -> Iterator[tuple[Tenant, Place]]:
+    def tenant_of(self, http_request: HttpRequest) -> Generator[tuple[Tenant, Place]]:
         """Count a request as its tenant's while it runs. Raises KeyRefused or ApiError."""
         tenant = self.tenants.identify(http_request.headers.get("authorization"))
         with self.limiter.inside(tenant.name, tenant.limits) as place:

@@ -5,7 +5,7 @@ Knows no keys: the caller says which tenant it is.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 
 from deployments.ingress.http_errors import rate_limited, too_many_answers
@@ -32,7 +32,7 @@ class TenantLimiter:
         return self._loads[tenant][0].num_running if tenant in self._loads else 0
 
     @contextmanager
-    def inside(self, tenant: str, limits: Limits) -> Iterator["Place"]:
+    def inside(self, tenant: str, limits: Limits) -> Generator["Place"]:
         """Count a request while it runs. Raises ApiError (429) if it may not begin."""
         now_ns = self._clock_ns()
         load = self._loads[tenant][0] if tenant in self._loads else Load(at_ns=now_ns)

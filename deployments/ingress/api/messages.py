@@ -1,5 +1,9 @@
 """Parse the messages of chats: text only, whole or in parts."""
 
+# Fields are JSON of any shape until they are checked here.
+# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
+# pyright: reportUnknownMemberType=false
+
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator

@@ -240,8 +240,11 @@ def _num_values(value: object, most: int) -> int:
     num = 0
     while waiting and num <= most:
         value = waiting.pop()
-        inner = value.values() if isinstance(value, dict) else value
-        if isinstance(value, dict | list):
-            num += len(value)
-            waiting.extend(inner if num <= most else ())
+        inner: list[object] = []
+        if isinstance(value, dict):
+            inner = list(cast(dict[str, object], value).values())
+        elif isinstance(value, list):
+            inner = cast(list[object], value)
+        num += len(inner)
+        waiting.extend(inner if num <= most else ())
     return num

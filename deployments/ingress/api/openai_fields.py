@@ -4,6 +4,10 @@ Every list stops at its first error and at its limit, so that the longest body c
 refuse.
 """
 
+# Fields are JSON of any shape until they are checked here.
+# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
+# pyright: reportUnknownMemberType=false
+
 import math
 from typing import Annotated, Any, TypeVar
 

@@ -108,7 +108,8 @@ class Reply:
         """Write a chunk of one choice, which has so many tokens by now."""
         usage: dict[str, Any] = {}
         if self._head.has_usage_so_far:
-            num_prompt = len(self._prompts[choice["index"] // self._n])
+            index: int = choice["index"]
+            num_prompt = len(self._prompts[index // self._n])
             usage = {"usage": Usage(num_prompt, 0, num_tokens).counts()}
         elif self._head.has_usage_in_chunks:
             usage = {"usage": None}
@@ -197,7 +198,7 @@ class CompletionReply(Reply):
     def opening(self, index: int) -> bytes:
         if not self._head.has_token_ids:
             return b""
-        choice = {**self._bare_choice(index, ""), "token_ids": []}
+        choice = {**self._bare_choice(index, ""), "token_ids": list[int]()}
         return self._chunk({**choice, "prompt_token_ids": self._prompt_of(index)})
 
     def _bare_choice(self, index: int, text: str | None) -> dict[str, Any]:
