@@ -1,0 +1,130 @@
+"""Liveness: judge by its silence whether an engine process hangs.
+
+    stepping   a frame per step, and an answer to every ping between two steps
+    busy       with something long that it has announced: loading, compiling, a first large step
+
+Silence counts from the last message. It is measured in the process's own time: time that it waits
+for a processor or a disk counts a tenth, because a loaded machine makes every process slow. Reads
+no clock and no process: the caller says what has passed and what came.
+"""
+
+from dataclasses import dataclass
+
+from engine.process_usage import Usage
+
+PING_AFTER_S = 0.25  # of silence; an idle process says nothing of its own accord
+METER_AFTER_S = 1.0  # of silence, so that a process that answers costs no measurement
+MAX_TICK_S = 0.5  # of silence between two calls: the caller itself may have been held up
+
+MAX_STEPS = 10  # a silence of this many times the longest step is a hang
+MIN_HANG_S = 5.0  # where the process computes nothing, as one that is stopped or deadlocked
+MIN_COMPUTING_HANG_S = 30.0  # where it computes: some work is long that was not announced
+_COMPUTING_SHARE = 0.2  # of its own time, from which on it counts as computing
+_WAITING_WEIGHT = 0.1
+
+
+@dataclass(slots=True)
+class _Silence:
+    """Seconds since the last message, in the process's own time."""
+
+    total_s: float = 0.0
+    since_ping_s: float | None = None
+    metered_s: float = 0.0
+    computing_s: float = 0.0
+
+
+class Liveness:
+    """One for a client's life: what is learned of a model's steps holds for the next process.
+
+    `max_silence_s` holds while the process is busy, unless it announces another patience;
+    `hang_timeout_s` is the most between steps.
+    """
+
+    def __init__(self, max_silence_s: float, hang_timeout_s: float) -> None:
+        self.longest_step_s = 0.0
+        self.work = ""  # what the process is busy with; empty between steps
+        self._max_silence_s = max_silence_s
+        self._hang_timeout_s = hang_timeout_s
+        self._patience_s = max_silence_s
+        self._silence = _Silence()
+
+    # ---- what came -----------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """A new process was started."""
+        self.hear_busy("starting", None)
+
+    def hear_busy(self, work: str, patience_s: float | None) -> None:
+        if not self.work:
+            self._learn_step()
+        self.work = work
+        self._patience_s = self._max_silence_s if patience_s is None else patience_s
+        self._silence = _Silence()
+
+    def hear_ready(self) -> None:
+        self.work = ""
+        self._silence = _Silence()
+
+    def hear_step(self) -> None:
+        self._learn_step()
+        self.work = ""
+        self._silence = _Silence()
+
+    def hear_part(self) -> None:
+        """A part of a message came."""
+        self._silence = _Silence()
+
+    def _learn_step(self) -> None:
+        """An idle process is silent up to the ping: only what follows that may be a step."""
+        silence = self._silence
+        step_s = silence.total_s if self.work else silence.since_ping_s or 0.0
+        self.longest_step_s = max(self.longest_step_s, step_s)
+
+    # ---- what passed ---------------------------------------------------------------------
+
+    @property
+    def wants_ping(self) -> bool:
+        silence = self._silence
+        return not self.work and silence.since_ping_s is None and silence.total_s >= PING_AFTER_S
+
+    @property
+    def wants_usage(self) -> bool:
+        return self._silence.total_s >= METER_AFTER_S
+
+    def ping(self) -> None:
+        self._silence.since_ping_s = 0.0
+
+    def pass_time(self, elapsed_s: float, usage: Usage | None) -> None:
+        """Count silence. `usage`: what the process did meanwhile, if that is known."""
+        silence = self._silence
+        own_s = min(elapsed_s, MAX_TICK_S)
+        if usage is not None:
+            own_s -= (1 - _WAITING_WEIGHT) * min(usage.waiting_s, own_s)
+            silence.metered_s += own_s
+            silence.computing_s += usage.computing_s
+        silence.total_s += own_s
+        if silence.since_ping_s is not None:
+            silence.since_ping_s += own_s
+
+    # ---- the verdict ---------------------------------------------------------------------
+
+    @property
+    def silent_s(self) -> float:
+        return self._silence.total_s
+
+    @property
+    def is_hanging(self) -> bool:
+        return self._silence.total_s >= self._limit_s
+
+    @property
+    def _limit_s(self) -> float:
+        if self.work:
+            return self._patience_s
+        least = MIN_COMPUTING_HANG_S if self._is_computing else MIN_HANG_S
+        return min(max(least, MAX_STEPS * self.longest_step_s), self._hang_timeout_s)
+
+    @property
+    def _is_computing(self) -> bool:
+        """Also if it is not known: to kill a process that works is worse than to wait."""
+        silence = self._silence
+        return silence.computing_s >= _COMPUTING_SHARE * silence.metered_s
