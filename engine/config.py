@@ -48,6 +48,7 @@ class EngineConfig:
     lora_side_stream: bool = False  # on a GPU: shrink concurrently with the base layer
     num_threads: int | None = None  # None: all cores
     generation_config: str = "auto"  # auto: its sampling defaults are the requests'; none: not
+    max_silence_s: float = 120.0  # without news of a start or a compilation the process is killed
 
     def __post_init__(self) -> None:
         _one_of("dtype", self.dtype, DTYPES)
@@ -71,6 +72,7 @@ class EngineConfig:
             _between("max_model_len", self.max_model_len, 2, 2**24)
         if self.num_threads is not None:
             _between("num_threads", self.num_threads, 1, 1024)
+        _between("max_silence_s", self.max_silence_s, 1, 86400)
         if self.adapter_memory_bytes is not None:
             most = self.memory_bytes or 2**50
             _between("adapter_memory_bytes", self.adapter_memory_bytes, 0, most)
@@ -89,6 +91,6 @@ def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
         raise ConfigError(f"{name}={value!r} is not one of {', '.join(allowed)}")
 
 
-def _between(name: str, value: int, low: int, high: int) -> None:
+def _between(name: str, value: float, low: float, high: float) -> None:
     if not low <= value <= high:
         raise ConfigError(f"{name}={value} is outside {low}..{high}")

@@ -141,6 +141,7 @@ class EngineInfo:
     kernels: str  # native-avx512, native-avx2, torch or triton
     weight_bytes: int
     sampling_defaults: SamplingDefaults = NO_DEFAULTS  # which the ingress applies
+    load_s: float = 0.0  # from the start of the process; measured by its client
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,6 +197,17 @@ class StartFailed(Message):
     reason: str
 
 
+class Busy(Message):
+    """Announces work that may take longer than a step: the next message may be long in coming.
+
+    It comes again and again while the model is loaded, as the only sign of life. `patience_s`: for
+    how long the process may be silent, if the client's own limit is too short for this work.
+    """
+
+    work: str
+    patience_s: float | None = None
+
+
 class StepOutputs(Message):
     """New outputs of one step. `stats` come at most ten times a second, and after a Ping."""
 
@@ -203,4 +215,4 @@ class StepOutputs(Message):
     stats: EngineStats | None = None
 
 
-FromEngine = EngineReady | StartFailed | StepOutputs
+FromEngine = EngineReady | StartFailed | Busy | StepOutputs

@@ -3,7 +3,7 @@
     python -m engine.process <socket file descriptor>
 
 in:   StartEngine, then AddRequest, AbortRequest, Ping
-out:  EngineReady or StartFailed, then StepOutputs
+out:  EngineReady or StartFailed, then StepOutputs; Busy before anything that takes long
 
 The loop never blocks on a slow reader: bytes that the socket does not take wait in memory. The
 process ends when the client closes the connection, and on an error that no step can recover from,
@@ -28,6 +28,7 @@ from engine.gc_freeze import keep_what_is_loaded
 from engine.messages import (
     AbortRequest,
     AddRequest,
+    Busy,
     EngineReady,
     ErrorKind,
     GenerateRequest,
@@ -41,6 +42,7 @@ from engine.messages import (
     encodable,
     to_item,
 )
+from engine.progress import Progress
 from engine.scheduler.request import InvalidRequest
 
 log = logging.getLogger(__name__)
@@ -109,11 +111,17 @@ class Connection:
 
 def serve(connection: Connection) -> None:
     """Load the model that the first message names, then step until the connection closes."""
+    config, early = _wait_for_start(connection)
+
+    def announce(work: str, patience_s: float | None) -> None:
+        connection.send(Busy(work, patience_s))
+
+    announce("importing", None)
     from engine.engine import Engine  # imports torch
 
-    config, early = _wait_for_start(connection)
     try:
-        engine = Engine(config, wake=connection.wake, progress=True)
+        progress = Progress(announce, shows_bars=True)
+        engine = Engine(config, wake=connection.wake, progress=progress)
     except Exception as error:
         connection.send(StartFailed(encodable(f"{type(error).__name__}: {error}")))
         raise

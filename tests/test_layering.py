@@ -68,6 +68,10 @@ NO_TORCH = (
     "deployments",
     "reef",
     "engine.client",
+    "engine.liveness",
+    "engine.process_handle",
+    "engine.process_usage",
+    "engine.progress",
     "engine.messages",
     "engine.config",
 )

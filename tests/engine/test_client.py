@@ -13,7 +13,7 @@ import pytest
 
 from engine import process
 from engine.backends.runner import DeviceLost
-from engine.client import EngineClient, EngineStartError, EngineUnavailable
+from engine.client import EngineClient, EngineUnavailable
 from engine.config import EngineConfig
 from engine.framing import FrameDecoder, encode
 from engine.messages import (
@@ -27,6 +27,7 @@ from engine.messages import (
     StartEngine,
     StepOutputs,
 )
+from engine.process_handle import EngineStartError
 from tests.engine.support.driver import greedy, make_engine, prompt_of, run
 from tests.engine.support.tiny import Tiny, write_tiny
 
@@ -235,8 +236,8 @@ def test_a_process_that_sends_garbage_is_killed_and_started_again(
     async def test(client: EngineClient, inbox: Inbox) -> None:
         client.submit(GenerateRequest("lost", prompt_of(5), greedy(200)))
         await inbox.until(lambda: bool(inbox.tokens("lost")))
-        assert client._connection is not None
-        client._connection.data_received(b"\xff\xff\xff\xff")
+        assert client._process is not None
+        client._process.data_received(b"\xff\xff\xff\xff")
         await inbox.until(lambda: inbox.last("lost").error is not None)
         error = inbox.last("lost").error
         assert error is not None and error.kind == ErrorKind.ENGINE_DIED
