@@ -80,6 +80,11 @@ class EngineSection(Section):
         "`int8` multiplies nf4 weights in integers: faster prompts, a little less exact",
     )
     kv_dtype: str = key("auto", "the model's dtype; `int8` halves the KV cache (bfloat16 on a CPU)")
+    max_silence_s: float = key(
+        120.0,
+        "seconds that the engine's process may say nothing while it loads the model or compiles, "
+        "before it is killed and started again",
+    )
 
 
 class AutoscalingSection(Section):

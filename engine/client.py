@@ -83,7 +83,7 @@ class EngineClient:
         if self._is_closing:
             return "the engine is being stopped"
         if self.failure is not None:
-            return "the engine could not be started again"
+            return "the engine cannot be started again"
         again = "" if self._info is None else " again"
         return f"the engine is being started{again}, since {self._down_s:.0f} s"
 

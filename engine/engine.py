@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from engine.announcer import SILENT, Announcer
 from engine.backends.load import load_model
 from engine.backends.needs import arena_bytes
 from engine.backends.runner import FailedStep, RowOutput, Runner, StepHandle, check_device
@@ -69,12 +70,14 @@ class Engine:
         *,
         clock: Callable[[], float] = time.monotonic,
         wake: Callable[[], None] = lambda: None,
-        progress: bool = False,
+        announcer: Announcer = SILENT,
     ) -> None:
         self.config = config
         self.settled = settle(config, arena_bytes)
         self._clock = clock
-        self.model = load_model(config, self.settled, progress=progress)
+        self._announcer = announcer
+        self._most_tokens = 0  # of a step
+        self.model = load_model(config, self.settled, announcer=announcer)
         self.info = self._describe()
         self.host = HostCache(config.host_adapter_bytes, self._load_adapter, wake)
         self.runner: Runner = self.model.make_runner(self.host.get)
@@ -186,6 +189,7 @@ class Engine:
         batch = self.scheduler.schedule(start)
         if batch is None:
             return 0
+        self._announce_if_largest(batch)
         handle: StepHandle
         num_kept = self.runner.pipeline_depth
         try:
@@ -194,6 +198,13 @@ class Engine:
             handle, num_kept = FailedStep(error), 0
         self._in_flight.append(_InFlight(batch, handle, start))
         return num_kept
+
+    def _announce_if_largest(self, batch: ScheduledBatch) -> None:
+        """Steps of known sizes say how long a step may take; one of a new size says nothing."""
+        num_tokens = batch.num_tokens
+        if num_tokens > self._most_tokens:
+            self._most_tokens = num_tokens
+            self._announcer.announce(f"computing {num_tokens} tokens for the first time")
 
     def _collect(self, step: _InFlight) -> None:
         try:

@@ -22,6 +22,7 @@ from typing import Any
 
 import msgspec
 
+from engine.announcer import Announcer
 from engine.config import EngineConfig
 from engine.framing import BadFrame, FrameDecoder, Message, encode
 from engine.gc_freeze import keep_what_is_loaded
@@ -42,7 +43,6 @@ from engine.messages import (
     encodable,
     to_item,
 )
-from engine.progress import Progress
 from engine.scheduler.request import InvalidRequest
 
 log = logging.getLogger(__name__)
@@ -120,8 +120,8 @@ def serve(connection: Connection) -> None:
     from engine.engine import Engine  # imports torch
 
     try:
-        progress = Progress(announce, shows_bars=True)
-        engine = Engine(config, wake=connection.wake, progress=progress)
+        announcer = Announcer(announce, shows_bars=True)
+        engine = Engine(config, wake=connection.wake, announcer=announcer)
     except Exception as error:
         connection.send(StartFailed(encodable(f"{type(error).__name__}: {error}")))
         raise

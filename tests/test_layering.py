@@ -17,6 +17,7 @@ OURS = ("engine", "adapter_store", "deployments", "reef")
 MANIFEST = ("adapter_store.manifest", "adapter_store.errors")
 # What every backend may import: nothing of another backend
 SHARED = (
+    "engine.announcer",
     "engine.backends.kv_cache",
     "engine.backends.loaded",
     "engine.backends.row_outputs",
@@ -40,7 +41,8 @@ FLOORS = {
     "engine.scheduler": ("engine.scheduler",),
     "adapter_store": ("adapter_store",),
     "deployments.policy": ("deployments.policy",),
-    "engine.model": ("engine.model",),
+    "engine.announcer": (),
+    "engine.model": ("engine.announcer", "engine.model"),
     "engine.lora": ("engine.lora", "engine.messages", "engine.model", *MANIFEST),
     "engine.sizes": ("engine.model",),
     "engine.settle": ("engine.config", "engine.model"),
@@ -67,11 +69,11 @@ NO_TORCH = (
     "adapter_store",
     "deployments",
     "reef",
+    "engine.announcer",
     "engine.client",
     "engine.liveness",
     "engine.process_handle",
     "engine.process_usage",
-    "engine.progress",
     "engine.messages",
     "engine.config",
 )

@@ -95,10 +95,9 @@ class EngineReplica:
     def _refusal(self, num_choices: int) -> RequestError | None:
         if self.is_draining:
             return RequestError(ErrorKind.DRAINING, "the replica is being stopped")
-        if not self._engine.is_ready:
-            gone = self._engine.failure is not None  # its words are for the log alone
-            reason = f"the engine {'cannot be' if gone else 'is being'} started again"
-            return RequestError(ErrorKind.ENGINE_DIED, reason)
+        outage = self._engine.outage
+        if outage is not None:
+            return RequestError(ErrorKind.ENGINE_DIED, outage)
         num_open, limit = self._requests.num_open, self._settings.max_choices
         if num_open + num_choices > limit:
             message = (

@@ -8,6 +8,7 @@ import logging
 
 import torch
 
+from engine.announcer import COMPILE_PATIENCE_S, SILENT, Announcer
 from engine.backends.cuda.checks import is_interpreting
 from engine.backends.loaded import LoadedModel
 from engine.backends.native.build import BuildError
@@ -20,16 +21,19 @@ from engine.settle import Settled
 log = logging.getLogger(__name__)
 
 
-def load_model(config: EngineConfig, settled: Settled, *, progress: bool = False) -> LoadedModel:
+def load_model(
+    config: EngineConfig, settled: Settled, *, announcer: Announcer = SILENT
+) -> LoadedModel:
     """Read the weights. Raises ModelError or ConfigError if that cannot be done."""
+    announcer.announce("compiling kernels", COMPILE_PATIENCE_S)
     if _wants_triton(config, settled):
         from engine.backends.cuda.load import load_triton  # imports Triton
 
-        return load_triton(config, settled, progress=progress)
+        return load_triton(config, settled, announcer=announcer)
     context = _open_native(config, settled)
     if context is not None:
-        return load_native(config, settled, context, progress=progress)
-    return load_torch(config, settled, progress=progress)
+        return load_native(config, settled, context, announcer=announcer)
+    return load_torch(config, settled, announcer=announcer)
 
 
 def _open_native(config: EngineConfig, settled: Settled) -> Context | None:

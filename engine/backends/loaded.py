@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from engine.announcer import Announcer
 from engine.backends.runner import Runner
 from engine.config import EngineConfig
 from engine.lora.host_cache import HostAdapter
@@ -25,12 +26,14 @@ class LoadedModel:
     max_adapters: int | None = None  # on the device at a time
 
 
-def read_decoder(config: EngineConfig, settled: Settled, build: Build, progress: bool) -> Decoder:
+def read_decoder(
+    config: EngineConfig, settled: Settled, build: Build, announcer: Announcer
+) -> Decoder:
     """Read the weights. Raises ModelError."""
     return load_decoder(
         Path(config.source),
         build,
         max_model_len=settled.max_model_len,
         quantization=config.quantization,
-        progress=progress,
+        announcer=announcer,
     )

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from engine.announcer import SILENT, Announcer
 from engine.model.checkpoint import Checkpoint
 from engine.model.decoder import Decoder
 from engine.model.families import read_scheme, read_spec
@@ -32,13 +32,14 @@ def load_decoder(
     *,
     max_model_len: int,
     quantization: str = "none",
-    progress: bool = False,
+    announcer: Announcer = SILENT,
 ) -> Decoder:
     """Load the model in `folder`, ready to run. Raises ModelError if it cannot be served.
 
     `quantization` other than none is applied to the linear layers' weights as the checkpoint
     stores them; embeddings, the output layer, norms and biases are in the build's dtype.
     """
+    announcer.announce("reading weights")
     spec, scheme = read_spec(folder, max_model_len), read_scheme(folder)
     weight_format(folder, scheme, quantization)
     decoder = Decoder(spec, build, max_model_len)
@@ -47,7 +48,7 @@ def load_decoder(
         reader = _Reader(checkpoint, scheme, quantization, build.device)
         parts = list(decoder.parts())
         reader.check_keys(parts, spec.tied_embeddings)
-        for part in tqdm(parts, desc="weights", unit="tensor", disable=not progress):
+        for part in announcer.through(parts, "reading weights", "tensor"):
             part.store(reader.read(part))
         if spec.tied_embeddings:
             _check_tied_head(checkpoint, decoder)

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from engine.announcer import SILENT, Announcer
 from engine.backends.torch.ops import torch_build
 from engine.model.decoder import Decoder
 from engine.model.loader import load_decoder, weight_bytes
@@ -26,12 +27,12 @@ MakeTiny = Callable[..., Tiny]
 Tensors = dict[str, torch.Tensor]
 
 
-def load(folder: Path, progress: bool = False) -> Decoder:
+def load(folder: Path, announcer: Announcer = SILENT) -> Decoder:
     return load_decoder(
         folder,
         torch_build(torch.device("cpu"), torch.float32),
         max_model_len=256,
-        progress=progress,
+        announcer=announcer,
     )
 
 
@@ -75,7 +76,7 @@ def test_progress_is_shown_per_tensor_and_only_when_asked_for(
     capsys.readouterr()
     load(tiny.folder)
     assert capsys.readouterr().err == ""
-    load(tiny.folder, progress=True)
+    load(tiny.folder, Announcer(shows_bars=True))
     num_tensors = len(load_file(tiny.folder / "model.safetensors"))
     assert f"{num_tensors}/{num_tensors}" in capsys.readouterr().err
 

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from deployments.config import load_config
+from engine.announcer import Announcer
 from engine.backends.needs import arena_bytes
 from engine.backends.torch.ops import select_pack_linear, torch_build
 from engine.config import ConfigError, EngineConfig
@@ -294,7 +295,7 @@ def test_progress_counts_every_weight(
 ) -> None:
     tiny = tiny_model("llama", **WIDE)
     capsys.readouterr()
-    load(tiny.folder, "int8", progress=True)
+    load(tiny.folder, "int8", announcer=Announcer(shows_bars=True))
     num_weights = len(list(tiny.reference.named_parameters()))
     assert f"{num_weights}/{num_weights}" in capsys.readouterr().err
 

@@ -166,7 +166,7 @@ def test_starts_that_fail_again_and_again_are_given_up(
         os.kill(scene.pids[0], signal.SIGKILL)
         await until(lambda: client.failure)
         assert client.failure == "the engine could not be started again: /models/a is gone"
-        assert client.outage == "the engine could not be started again"
+        assert client.outage == "the engine cannot be started again"
         assert not client.is_ready and len(scene.pids) == 1 + client_module.MAX_FAILED_STARTS
 
     with_client(Scene(tmp_path, "serve", "fail:/models/a is gone"), test)
@@ -197,7 +197,7 @@ def test_a_process_that_cannot_be_ended_is_not_replaced(
     monkeypatch.setattr(client_module, "GONE_TIMEOUT_S", 0.05)
 
     async def test(client: EngineClient, scene: Scene) -> None:
-        await is_flowing(client, scene, "lost")
+        client.submit(request("lost", scripted.SLEEP))
         process = client._process
         assert process is not None
         monkeypatch.setattr(process._process, "kill", lambda: None)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from engine.announcer import COMPILE_PATIENCE_S, SILENT, Announcer
 from engine.backends.cuda.adapter_copies import AdapterCopies, PackedAdapter, pack_adapter
 from engine.backends.cuda.bank import DeviceAdapterBank
 from engine.backends.cuda.decoder import FusedDecoder
@@ -55,13 +56,14 @@ def make_triton_runner(
     uses_graphs: bool,
     lora_side_stream: bool = False,
     tries_flashinfer: bool = False,
-    progress: bool = False,
+    announcer: Announcer = SILENT,
 ) -> TritonRunner:
     """Make a runner of a decoder that was built with `cuda_build`. `arena` uint8 [bytes], on the
     device, is all memory that the scheduler assigns: KV block i lies at i times a block's bytes."""
     spec, processors = decoder.spec, launch.num_processors(device.torch_device)
     dtype = decoder.embedding.weight.dtype
     kv_cache = blocks_of_arena(arena, limits.block_size, spec, dtype)
+    announcer.announce("compiling kernels", COMPILE_PATIENCE_S)
     flashinfer = _flashinfer(spec, limits, dtype, device) if tries_flashinfer else None
     attention = TritonAttention(
         num_heads=spec.num_heads,
@@ -95,10 +97,11 @@ def make_triton_runner(
         uses_graphs=uses_graphs,
         plans_prefills=flashinfer is not None,
     )
-    figures = forward.capture_graphs(progress=progress)
+    figures = forward.capture_graphs(announcer)
     copies = AdapterCopies(device, arena, kv_cache[0].nbytes, bank, host_adapter)
     runner = DeviceRunner(device, forward, copies, triton_draw)
     if device.torch_device.type == "cuda":
+        announcer.announce("compiling kernels", COMPILE_PATIENCE_S)
         bank.warm_up()
         runner.warm_up()
     return TritonRunner(runner, figures)

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from engine.announcer import SILENT, Announcer
 from engine.backends.cuda.graphs import GraphFigures, GraphRunner, graph_sizes
 from engine.backends.cuda.inputs import (
     InputBuffers,
@@ -136,10 +137,10 @@ class DeviceForward:
         )
         self._graphs = GraphRunner(device, sizes, self._fill_padding, self._decode)
 
-    def capture_graphs(self, *, progress: bool = False) -> GraphFigures:
+    def capture_graphs(self, announcer: Announcer = SILENT) -> GraphFigures:
         """Record the graphs. Call once, before the first step."""
         with torch.inference_mode():
-            self._graphs.capture(progress=progress)
+            self._graphs.capture(announcer)
         return self._graphs.figures
 
     def warm_up(self) -> Tensor:

@@ -11,8 +11,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from tqdm import tqdm
-
+from engine.announcer import COMPILE_PATIENCE_S, SILENT, Announcer
 from engine.backends.cuda.streams import Device, Replay
 
 log = logging.getLogger(__name__)
@@ -56,11 +55,13 @@ class GraphRunner:
         self._graphs: dict[tuple[int, bool], Replay] = {}
         self.figures = GraphFigures()
 
-    def capture(self, *, progress: bool = False) -> None:
+    def capture(self, announcer: Announcer = SILENT) -> None:
         """Record all graphs, the largest first, so that the smaller ones reuse its memory."""
         start, free_bytes = time.perf_counter(), self._device.memory().free_bytes
         keys = [(size, lora) for size in reversed(self._sizes) for lora in (True, False)]
-        for size, has_lora in tqdm(keys, "capturing graphs", disable=not progress):
+        for size, has_lora in announcer.through(
+            keys, "capturing graphs", "graph", COMPILE_PATIENCE_S
+        ):
             self._graphs[size, has_lora] = self._capture_one(size, has_lora)
         self._device.synchronize()
         self.figures = GraphFigures(

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import torch
 
+from engine.announcer import Announcer
 from engine.backends.cuda.adapter_copies import PackedAdapter
 from engine.backends.cuda.assembly import AdapterLimits, adapter_packer, make_triton_runner
 from engine.backends.cuda.forward import StepLimits
@@ -22,10 +23,10 @@ MAX_ADAPTERS = 4096  # on the device at a time: their tables take four KiB each 
 MAX_LORA_RANK = 256  # per module: size of a batch's intermediate results
 
 
-def load_triton(config: EngineConfig, s: Settled, *, progress: bool) -> LoadedModel:
+def load_triton(config: EngineConfig, s: Settled, *, announcer: Announcer) -> LoadedModel:
     """Read the weights and allocate the arena; `make_runner` captures graphs."""
     device: Device = CudaDevice(s.device) if s.device.type == "cuda" else HostDevice()
-    decoder = read_decoder(config, s, cuda_build(s.device, s.dtype), progress)
+    decoder = read_decoder(config, s, cuda_build(s.device, s.dtype), announcer)
     torch.set_num_threads(1)  # threads that decode adapters would slow the step loop
     arena = torch.zeros(s.memory_bytes, dtype=torch.uint8, device=s.device)
     seqs, rows = config.max_num_seqs, s.max_num_batched_tokens
@@ -41,7 +42,7 @@ def load_triton(config: EngineConfig, s: Settled, *, progress: bool) -> LoadedMo
             uses_graphs=config.cuda_graphs == "auto",
             lora_side_stream=config.lora_side_stream,
             tries_flashinfer=s.device.type == "cuda" and config.flashinfer == "auto",
-            progress=progress,
+            announcer=announcer,
         ).runner
 
     return LoadedModel(

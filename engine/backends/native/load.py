@@ -4,6 +4,7 @@ from functools import partial
 
 import torch
 
+from engine.announcer import Announcer
 from engine.backends.loaded import LoadedModel, read_decoder
 from engine.backends.native import structs
 from engine.backends.native.forward import NativeForward
@@ -24,12 +25,12 @@ def open_native(config: EngineConfig, settled: Settled) -> Context:
 
 
 def load_native(
-    config: EngineConfig, s: Settled, context: Context, *, progress: bool
+    config: EngineConfig, s: Settled, context: Context, *, announcer: Announcer
 ) -> LoadedModel:
     """Read the weights and allocate the KV blocks. Raises ModelError."""
     torch.set_num_threads(1)  # torch has little to do, and its threads would slow the kernels'
     build = native_build(context, int8_activations=config.activations == "int8")
-    decoder = read_decoder(config, s, build, progress)
+    decoder = read_decoder(config, s, build, announcer)
     layout, rows = _kv_layout(config, s), s.max_num_batched_tokens
     forward = NativeForward(decoder, context, layout, s.num_blocks, s.max_model_len, rows)
     return LoadedModel(

@@ -2,6 +2,7 @@
 
 from functools import partial
 
+from engine.announcer import Announcer
 from engine.backends.kv_cache import allocate_kv_cache
 from engine.backends.loaded import LoadedModel, read_decoder
 from engine.backends.sync_runner import SyncRunner
@@ -13,9 +14,9 @@ from engine.model.loader import weight_bytes
 from engine.settle import Settled
 
 
-def load_torch(config: EngineConfig, s: Settled, *, progress: bool) -> LoadedModel:
+def load_torch(config: EngineConfig, s: Settled, *, announcer: Announcer) -> LoadedModel:
     """Read the weights and allocate the KV blocks. Raises ModelError."""
-    decoder = read_decoder(config, s, torch_build(s.device, s.dtype), progress)
+    decoder = read_decoder(config, s, torch_build(s.device, s.dtype), announcer)
     kv_cache = allocate_kv_cache(s.num_blocks, config.block_size, s.spec, s.dtype, s.device)
     return LoadedModel(
         make_runner=partial(SyncRunner, TorchForward(decoder, kv_cache, config.block_size)),

@@ -126,8 +126,8 @@ class FakeEngine:
         self._task: asyncio.Task[None] | None = None
 
     @property
-    def is_ready(self) -> bool:
-        return self.is_up
+    def outage(self) -> str | None:
+        return None if self.is_up else "the engine is being started again, since 1 s"
 
     @property
     def stats(self) -> EngineStats:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
+from engine.announcer import COMPILE_PATIENCE_S, Announcer
 from engine.backends.cuda.graphs import MAX_GRAPH_ROWS, GraphRunner, graph_sizes
 from engine.backends.cuda.streams import DeviceMemory, HostDevice, Replay
 
@@ -77,6 +78,14 @@ def test_graphs_are_captured_from_the_largest_on_after_a_warm_up() -> None:
     assert calls == [(what, key) for key in keys for what in ("prepare", "work", "work")]
     assert runner.figures.num_graphs == 6 and runner.figures.nbytes == 6 * 7
     assert runner.figures.capture_s > 0
+
+
+def test_each_capture_is_announced_with_patience_for_the_compiler() -> None:
+    runner, _, _ = make((1, 2))
+    words: list[tuple[str, float | None]] = []
+    runner.capture(Announcer(lambda work, patience_s: words.append((work, patience_s))))
+    texts = [f"capturing graphs, graph {number} of 4" for number in (1, 2, 3, 4)]
+    assert words == [(text, COMPILE_PATIENCE_S) for text in texts]
 
 
 def test_a_batch_replays_the_smallest_graph_that_holds_it() -> None:

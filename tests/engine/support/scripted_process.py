@@ -29,7 +29,7 @@ from engine.messages import (
 )
 from engine.process import Connection
 
-INFO = EngineInfo(64, 256, 8, 16, (0,), "cpu", "float32", "torch", 1, 0.0)
+INFO = EngineInfo(64, 256, 8, 16, (0,), "cpu", "float32", "torch", 1)
 HOUR_S = 3600.0
 
 # What a request does, as the first token id of its prompt.
