@@ -36,7 +36,7 @@ class Placement:
     async def place(self, attempt: Attempt) -> RequestError | None:
         """Find a replica, unless the attempt is given up meanwhile. Returns why there is none."""
         timing = self._timing
-        deadline_s = timing.clock() + timing.patience_s
+        deadline_s = timing.clock() + self._patience_s(attempt)
         retry_s = timing.retry_s
         reason = "no replica has answered"
         while self._is_live(attempt):
@@ -61,6 +61,13 @@ class Placement:
             if self._is_live(attempt):
                 self._rename(attempt)
         return None
+
+    def _patience_s(self, attempt: Attempt) -> float:
+        """A lost request waits for an engine that loads its model again; a new one is told soon."""
+        timing, hello = self._timing, self._streams.hello
+        is_new = not attempt.avoid
+        load_s = 0.0 if hello is None or is_new else hello.engine.load_s
+        return max(timing.patience_s, timing.patience_loads * load_s)
 
     def _is_live(self, attempt: Attempt) -> bool:
         return attempt.id in self._attempts

@@ -15,6 +15,7 @@ class Timing:
     retry_s: float = 0.05  # before the second attempt to place a request; doubled every time
     max_retry_s: float = 1.0
     patience_s: float = 30.0  # to find a replica that takes a request
+    patience_loads: float = 3.0  # loads of the model that a lost request waits for, if that is more
     suspect_s: float = 30.0  # a replica that was lost is the last choice for this long
     hello_s: float = 10.0  # without a stream for this long, the model counts as not ready
     clock: Callable[[], float] = time.monotonic

@@ -18,9 +18,9 @@ from deployments.fleet.failover import ResumableRequest
 from deployments.fleet.protocol import Submit
 from deployments.fleet.timing import Timing
 from deployments.replica.replica import EngineReplica, ReplicaSettings
-from engine.messages import GenerateRequest, Item, RequestOutput
+from engine.messages import EngineInfo, GenerateRequest, Item, RequestOutput
 from engine.scheduler.request import SamplingParams
-from tests.deployments.support.fakes import BASE, FakeEngine, FakeStore, until
+from tests.deployments.support.fakes import BASE, INFO, FakeEngine, FakeStore, until
 from tests.deployments.support.fleet import LocalFleet
 
 NUM_TOKENS = 12
@@ -62,12 +62,15 @@ class Fleet:
 
 
 @asynccontextmanager
-async def fleet(*names: str, drain_s: float = 30.0, **timing: float) -> AsyncIterator[Fleet]:
+async def fleet(
+    *names: str, drain_s: float = 30.0, info: EngineInfo = INFO, **timing: float
+) -> AsyncIterator[Fleet]:
     """Engines stand still until the test says `step`."""
     engines = {name: FakeEngine(seeded) for name in names}
     replicas: dict[str, EngineReplica] = {}
     for name, engine in engines.items():
         engine.running.clear()
+        engine.info = info
         replicas[name] = replica_of(name, engine, drain_s)
         await replicas[name].start()
     connection = LocalFleet(replicas)
@@ -93,10 +96,14 @@ def replica_of(name: str, engine: FakeEngine, drain_s: float) -> EngineReplica:
 
 
 def in_fleet(
-    test: Callable[[Fleet], Awaitable[None]], *names: str, drain_s: float = 30.0, **timing: float
+    test: Callable[[Fleet], Awaitable[None]],
+    *names: str,
+    drain_s: float = 30.0,
+    info: EngineInfo = INFO,
+    **timing: float,
 ) -> None:
     async def run() -> None:
-        async with fleet(*(names or IDS[:2]), drain_s=drain_s, **timing) as running:
+        async with fleet(*(names or IDS[:2]), drain_s=drain_s, info=info, **timing) as running:
             await test(running)
 
     asyncio.run(run())
@@ -353,6 +360,24 @@ def test_without_a_replica_the_stream_ends_with_an_error_after_the_patience() ->
         assert running.link.num_live == 0
 
     in_fleet(test, "one", patience_s=0.05)
+
+
+def test_a_stream_waits_for_a_model_that_takes_long_to_load_and_a_new_request_does_not() -> None:
+    async def test(running: Fleet) -> None:
+        reader = Reader(running.link.open([submit()]))
+        await running.until_running()
+        running.step()
+        await reader.read()
+        replica = running.connection.kill("one")
+        (output,) = await asyncio.wait_for(running.link.open([submit("new")]).next_batch(), 5)
+        assert isinstance(output, RequestOutput) and output.finish_reason == "error"
+        await asyncio.sleep(0.1)
+        assert not reader.ended
+        running.connection.replicas["one"] = replica
+        await finish(running, reader)
+        reader.assert_whole()
+
+    in_fleet(test, "one", info=replace(INFO, load_s=20.0), patience_s=0.05)
 
 
 def test_a_full_replica_sends_new_requests_to_the_others_before_anybody_is_refused() -> None:
