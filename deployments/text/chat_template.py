@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from itertools import takewhile
-from typing import Any
+from typing import Any, cast
 
 from jinja2 import TemplateError, nodes
 from jinja2.ext import Extension, loopcontrols
@@ -37,8 +37,9 @@ class ChatTemplate:
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, loopcontrols]
         )
-        environment.filters["tojson"] = _tojson
-        known: dict[str, Any] = environment.globals
+        filters = cast("dict[str, Any]", environment.filters)  # pyright: ignore
+        known = cast("dict[str, Any]", environment.globals)  # pyright: ignore
+        filters["tojson"] = _tojson
         known["raise_exception"] = _raise
         known["strftime_now"] = _strftime_now
         self._template = environment.from_string(source)

@@ -6,8 +6,8 @@ rendered text is cut there, and no piece spells the token any more.
 """
 
 import re
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, cast
 
 CUT = "\ufdd0"  # a character that Unicode gives to no text
 END = "\ufdd1"  # another one: where the message to be continued ends
@@ -24,13 +24,7 @@ class ControlTokens:
 
     def mark(self, value: Any) -> Any:
         """Mark control tokens in a text, or in all texts inside lists and objects."""
-        if isinstance(value, str):
-            return self._mark_text(value)
-        if isinstance(value, list):
-            return [self.mark(item) for item in value]
-        if isinstance(value, dict):
-            return {name: self.mark(item) for name, item in value.items()}
-        return value
+        return _in_texts(self._mark_text, value)
 
     def _mark_text(self, text: str) -> str:
         if self._starts is None:
@@ -40,12 +34,17 @@ class ControlTokens:
 
 def without_marks(value: Any) -> Any:
     """Replace the two marks in a client's text, or in all texts inside lists and objects."""
+    return _in_texts(lambda text: text.replace(CUT, "\ufffd").replace(END, "\ufffd"), value)
+
+
+def _in_texts(change: Callable[[str], str], value: Any) -> Any:
     if isinstance(value, str):
-        return value.replace(CUT, "\ufffd").replace(END, "\ufffd")
+        return change(value)
     if isinstance(value, list):
-        return [without_marks(item) for item in value]
+        return [_in_texts(change, item) for item in cast("list[Any]", value)]
     if isinstance(value, dict):
-        return {name: without_marks(item) for name, item in value.items()}
+        items = cast("dict[str, Any]", value).items()
+        return {name: _in_texts(change, item) for name, item in items}
     return value
 
 

@@ -128,12 +128,13 @@ class Vocabulary:
 
         If the final message is to be continued, the text ends with it.
         """
-        messages, extra = without_marks(list(messages)), without_marks(dict(extra))
+        clean: list[dict[str, Any]] = without_marks(list(messages))
+        extra = without_marks(dict(extra))
         if split_special_tokens:
-            messages, extra = self._control_tokens.mark(messages), self._control_tokens.mark(extra)
+            clean, extra = self._control_tokens.mark(clean), self._control_tokens.mark(extra)
         if continue_final_message:
-            messages[-1]["content"] += END
-        text = self.render(messages, add_generation_prompt, extra)
+            clean[-1]["content"] += END
+        text = self.render(clean, add_generation_prompt, extra)
         if continue_final_message:
             text, end, _ = text.rpartition(END)
             if not end:

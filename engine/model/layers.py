@@ -7,7 +7,7 @@ the last one arrives.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -110,7 +110,7 @@ class Linear(nn.Module):
         if len(found) != len(parts):
             made = ", ".join(type(part).__name__ for part in parts)
             raise TypeError(f"layer {self.layer}, {self.site}: {made}; needed is {kind.__name__}")
-        return found
+        return cast("tuple[Matrix, ...]", found)
 
     def _weight_of(self, index: int, key: str) -> Callable[[Tensor | QuantizedWeight], None]:
         def store(weight: Tensor | QuantizedWeight) -> None:

@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -152,7 +152,7 @@ class BnbNf4:
             return _finite(checkpoint, absmax, scales)
         size = _integer(checkpoint, key, state, "nested_blocksize")
         offset = state.get("nested_offset")
-        if type(offset) not in (int, float) or not abs(offset) < float("inf"):
+        if type(offset) not in (int, float) or not abs(cast("float", offset)) < float("inf"):
             raise checkpoint.error(_state_key(key), f"has nested_offset={offset!r}, not a number")
         num_outer = -(-num_blocks // size)
         codes = checkpoint.tensor(absmax, (num_blocks,), (torch.uint8,), asker)

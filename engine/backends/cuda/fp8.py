@@ -27,7 +27,7 @@ class ScaledMm(Protocol):
 def scaled_mm(
     x: E4m3Rows, weight: Tensor, scales: Tensor, bias: Tensor | None, out: Tensor
 ) -> None:
-    torch._scaled_mm(
+    torch._scaled_mm(  # pyright: ignore[reportPrivateImportUsage]
         x.codes,
         weight,
         scale_a=x.scales,

@@ -12,6 +12,7 @@ import math
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -108,7 +109,7 @@ class InputBuffers:
     def views(self, shape: StepShape, max_context_len: int) -> StepInputs:
         """Return the inputs of this shape, in the same memory for every call."""
         self._check(shape)
-        parts = _cut(self._words[self._start :], shape)
+        parts: dict[str, Any] = _cut(self._words[self._start :], shape)
         capacity = shape.positions
         return StepInputs(
             token_ids=self._token_ids[: shape.num_rows],

@@ -29,7 +29,7 @@ class PagedAttentionInto(Protocol):
         self,
         q: Tensor,
         kv_layer: Tensor,
-        attention: DevicePositions,
+        positions: DevicePositions,
         *,
         out: Tensor,
         scale: float,
@@ -284,9 +284,9 @@ class _Site:
 
 
 def _into(parts: tuple[DeviceLinear, ...]) -> Callable[[Rows, Tensor], None]:
-    if len(parts) > 1:
+    linear, *more = parts
+    if more:
         return _side_by_side(parts)
-    linear = parts[0]
     if isinstance(linear, Fp8Linear):
         return lambda x, out: _rounded_into(linear, x, out)
     return lambda x, out: _wide_into(linear, x, out)

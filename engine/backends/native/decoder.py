@@ -160,5 +160,6 @@ class _Buffers:
         )
 
 
-def _norm(module: RmsNorm) -> Norm:
+def _norm(module: nn.Module) -> Norm:
+    assert isinstance(module, RmsNorm), f"a layer begins with {type(module).__name__}"
     return Norm(module.weight, module.eps)

@@ -27,7 +27,8 @@ class PackedWeight:
     group_size: int = 0
 
 
-Packer = Callable[[Context, Weight, bool], PackedWeight]  # (context, weight, int8_activations)
+# (context, weight of its format, int8_activations)
+Packer = Callable[..., PackedWeight]
 
 
 def pack_bf16(context: Context, weight: Tensor, _: bool = False) -> PackedWeight:

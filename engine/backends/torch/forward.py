@@ -25,9 +25,9 @@ class TorchForward:
         self._bank = AdapterBank(self.device)
         self.picker = TorchPicker()
 
-    def load_adapter(self, load: AdapterLoad, weights: LoraWeights) -> None:
+    def load_adapter(self, load: AdapterLoad, packed: LoraWeights) -> None:
         load_on_host(self._kv_cache, load)
-        self._bank.load(load.slot, weights)
+        self._bank.load(load.slot, packed)
 
     def evict_adapter(self, slot: int) -> None:
         self._bank.evict(slot)

@@ -128,7 +128,9 @@ def rounded_rows(num_rows: int) -> int:
     return max(DECODE_ROWS, 1 << (num_rows - 1).bit_length())
 
 
-def build_words(shape: WorkShape, row_slots: Sequence[int], ranks: NDArray[np.int32]) -> Words:
+def build_words(
+    shape: WorkShape, row_slots: Sequence[int] | NDArray[np.int32], ranks: NDArray[np.int32]
+) -> Words:
     """Build the words of a batch whose row i has the adapter in slot `row_slots[i]`, 0 for none.
 
     `ranks` [kinds, slots] is the largest sum of slice ranks of a slot at any site of a kind.
