@@ -99,8 +99,9 @@ class FileStore:
     def __init__(self, root: Path) -> None:
         self._root = root
         self._drafts = root / ".drafts"
-        if root.exists() and not root.is_dir():
-            raise SourceUnavailable(f"store {root} is not a folder")
+        found = next((path for path in (root, *root.parents) if path.exists()), root)
+        if found.exists() and not found.is_dir():
+            raise SourceUnavailable(f"store {root}: {found} is not a folder")
         with suppress(OSError):
             self._remove_old_drafts()
 
