@@ -322,7 +322,7 @@ def test_a_first_start_that_failed_may_be_tried_again(
         with pytest.raises(EngineStartError, match="no such model"):
             await client.start()
         info = await client.start()
-        assert client.is_ready and client.outage is None and info.load_s > 0.3
+        assert client.is_ready and client.outage is None and info.load_s > 0.2
         await client.close()
 
     asyncio.run(scenario())

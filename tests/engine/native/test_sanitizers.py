@@ -24,6 +24,7 @@ TESTS = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_kernels_pass_the_address_and_undefined_behavior_sanitizers(tmp_path: Path) -> None:
     if shutil.which("g++") is None:
