@@ -16,7 +16,7 @@ from typing import Any
 
 from ray.serve.handle import DeploymentHandle
 
-from deployments.fleet.direct_socket import IngressEndpoint, connect
+from deployments.fleet.direct_client import IngressEndpoint, connect
 from deployments.fleet.protocol import Abort, Frame, Hello, Hints, Lease, Receipt, StreamId, Submit
 
 

@@ -15,7 +15,8 @@ from ray import serve
 from deployments.config import AppConfig, open_adapter_store
 from deployments.config_sections import ModelSection
 from deployments.fleet import router
-from deployments.fleet.direct_socket import DirectServer, Greeting
+from deployments.fleet.direct_server import DirectServer
+from deployments.fleet.direct_socket import Greeting
 from deployments.fleet.protocol import (
     Abort,
     Frame,

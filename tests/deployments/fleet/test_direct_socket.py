@@ -11,21 +11,15 @@ from typing import Any
 
 import pytest
 
-from deployments.fleet import direct_socket
+from deployments.fleet import direct_client, direct_server
 from deployments.fleet.batch_queue import BatchQueue
-from deployments.fleet.direct_socket import (
-    TICKET_BYTES,
-    DirectServer,
-    IngressEndpoint,
-    Offer,
-    ReplicaEndpoint,
-    _OpenOffer,
-    connect,
-)
+from deployments.fleet.direct_client import IngressEndpoint, connect
+from deployments.fleet.direct_server import DirectServer, OpenOffer, ReplicaEndpoint
+from deployments.fleet.direct_socket import Offer
 from deployments.fleet.engine_link import EngineLink
 from deployments.fleet.protocol import Submit
 from deployments.fleet.ray_connection import RayConnection
-from deployments.fleet.socket_messages import VERSION, Submission, greeting
+from deployments.fleet.socket_messages import TICKET_BYTES, VERSION, Submission, greeting
 from deployments.fleet.timing import Timing
 from deployments.replica.replica import EngineReplica, ReplicaSettings
 from engine.framing import FrameDecoder, encode
@@ -172,7 +166,7 @@ def test_submits_receipts_and_frames_do_not_go_through_ray() -> None:
 def test_without_a_direct_connection_everything_goes_through_ray(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(direct_socket, "OFFER_S", 0.05)
+    monkeypatch.setattr(direct_server, "OFFER_S", 0.05)
 
     async def refuse(offer: Offer) -> None:
         return await connect(Offer(HOST, 1, offer.ticket))  # type: ignore[return-value]
@@ -314,7 +308,7 @@ def test_a_connection_without_a_ticket_is_closed_after_a_while(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     async def test(setup: Setup) -> None:
-        monkeypatch.setattr(direct_socket, "OFFER_S", 0.05)
+        monkeypatch.setattr(direct_server, "OFFER_S", 0.05)
         assert await knock(setup, b"only a few bytes") == b""
 
     in_setup(test)
@@ -323,7 +317,7 @@ def test_a_connection_without_a_ticket_is_closed_after_a_while(
 def test_an_unused_offer_expires() -> None:
     async def test(setup: Setup) -> None:
         taken: asyncio.Future[ReplicaEndpoint] = asyncio.get_running_loop().create_future()
-        with setup.server._offer(_OpenOffer("ingress", "replica", taken)) as offer:
+        with setup.server._offer(OpenOffer("ingress", "replica", taken)) as offer:
             assert offer is not None
         assert await connect(offer) is None
 
@@ -336,7 +330,7 @@ def test_an_unused_offer_expires() -> None:
 def test_an_offer_of_another_version_is_refused_and_all_goes_through_ray(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(direct_socket, "OFFER_S", 0.05)
+    monkeypatch.setattr(direct_server, "OFFER_S", 0.05)
 
     async def later(offer: Offer) -> IngressEndpoint | None:
         return await connect(replace(offer, version=VERSION + 1))
@@ -355,8 +349,8 @@ def test_an_offer_of_another_version_is_refused_and_all_goes_through_ray(
 def test_an_ingress_of_another_version_is_refused(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(direct_socket, "OFFER_S", 0.05)
-    monkeypatch.setattr(direct_socket, "greeting", lambda ticket: ticket + b"\x07\0")
+    monkeypatch.setattr(direct_server, "OFFER_S", 0.05)
+    monkeypatch.setattr(direct_client, "greeting", lambda ticket: ticket + b"\x07\0")
 
     async def test(setup: Setup) -> None:
         assert await answer(setup.open("a", "abc")) == "ABC"

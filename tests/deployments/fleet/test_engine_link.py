@@ -132,7 +132,7 @@ def test_a_request_that_its_replica_has_forgotten_is_submitted_again() -> None:
         await until(lambda: len(server.engine.requests) == 1)
         server.replica._requests.drop(["a"])
         await server.link.refresh_stats()
-        assert len(server.engine.requests) == 1, "its last news may only be on its way"
+        assert len(server.engine.requests) == 1, "its last output may only be on its way"
         clock.now_s += Timing().lost_s + 0.1
         await server.link.refresh_stats()
         await until(lambda: len(server.engine.requests) == 2)

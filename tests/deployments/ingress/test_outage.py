@@ -19,7 +19,7 @@ OPERATIONS = ("get", "get_many", "get_file", "get_range", "size", "put", "put_if
 
 
 def store_with(folder: Path, *names: str) -> AdapterStore:
-    """A new store that looks for news at every opportunity. Names are <tenant>/<adapter>."""
+    """A new store that looks for changes at every opportunity. Names are <tenant>/<adapter>."""
     store = AdapterStore(f"file://{folder}/store", folder / "cache", 10**6, refresh_interval_s=0)
     for seed, full_name in enumerate(names):
         tenant, name = full_name.split("/")

@@ -73,11 +73,11 @@ class LocalFleet:
                 await asyncio.wait({item, broken}, return_when=asyncio.FIRST_COMPLETED)
                 if broken.done():
                     raise ConnectionError("the replica is gone")
-                news = item.result()
-                if news is None:
+                received = item.result()
+                if received is None:
                     return
                 item = asyncio.ensure_future(anext(stream, None))
-                yield news
+                yield received
         finally:
             broken.cancel()
             item.cancel()
