@@ -17,8 +17,8 @@ METER_AFTER_S = 1.0  # of silence, so that a process that answers costs no measu
 MAX_TICK_S = 0.5  # of silence between two calls: the caller itself may have been held up
 
 MAX_STEPS = 10  # a silence of this many times the longest step is a hang
-MIN_HANG_S = 5.0  # where the process computes nothing, as one that is stopped or deadlocked
-MIN_COMPUTING_HANG_S = 30.0  # where it computes: some work is long that was not announced
+MIN_HANG_S = 5.0  # for a process that computes nothing, as one that is stopped or deadlocked
+MIN_COMPUTING_HANG_S = 30.0  # for one that computes: some work is long that was not announced
 _COMPUTING_SHARE = 0.2  # of its own time, from which on it counts as computing
 _WAITING_WEIGHT = 0.1
 
@@ -28,9 +28,9 @@ class _Silence:
     """Seconds since the last message, in the process's own time."""
 
     total_s: float = 0.0
+    still_s: float = 0.0  # since the process computed anything
     since_ping_s: float | None = None
-    metered_s: float = 0.0
-    computing_s: float = 0.0
+    is_metered: bool = False
 
 
 class Liveness:
@@ -51,7 +51,8 @@ class Liveness:
     # ---- what came -----------------------------------------------------------------------
 
     def begin(self) -> None:
-        """A new process was started."""
+        """A new process was started. The silence in which the last one ended was no step."""
+        self._silence = _Silence()
         self.hear_busy("starting", None)
 
     def hear_busy(self, work: str, patience_s: float | None) -> None:
@@ -99,9 +100,11 @@ class Liveness:
         silence = self._silence
         own_s = min(elapsed_s, MAX_TICK_S)
         if usage is not None:
+            silence.is_metered = True
             own_s -= (1 - _WAITING_WEIGHT) * min(usage.waiting_s, own_s)
-            silence.metered_s += own_s
-            silence.computing_s += usage.computing_s
+            if usage.computing_s >= _COMPUTING_SHARE * own_s:
+                silence.still_s = -own_s
+        silence.still_s += own_s
         silence.total_s += own_s
         if silence.since_ping_s is not None:
             silence.since_ping_s += own_s
@@ -114,17 +117,11 @@ class Liveness:
 
     @property
     def is_hanging(self) -> bool:
-        return self._silence.total_s >= self._limit_s
-
-    @property
-    def _limit_s(self) -> float:
-        if self.work:
-            return self._patience_s
-        least = MIN_COMPUTING_HANG_S if self._is_computing else MIN_HANG_S
-        return min(max(least, MAX_STEPS * self.longest_step_s), self._hang_timeout_s)
-
-    @property
-    def _is_computing(self) -> bool:
-        """Also if it is not known: to kill a process that works is worse than to wait."""
         silence = self._silence
-        return silence.computing_s >= _COMPUTING_SHARE * silence.metered_s
+        if self.work:
+            return silence.total_s >= self._patience_s
+        is_still = silence.is_metered and silence.still_s >= self._limit_s(MIN_HANG_S)
+        return is_still or silence.total_s >= self._limit_s(MIN_COMPUTING_HANG_S)
+
+    def _limit_s(self, least_s: float) -> float:
+        return min(max(least_s, MAX_STEPS * self.longest_step_s), self._hang_timeout_s)

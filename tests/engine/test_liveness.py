@@ -80,6 +80,13 @@ def test_what_was_learned_of_steps_holds_for_the_next_process() -> None:
     assert watched.is_stepping().silent(100) == 30.0
 
 
+def test_the_silence_in_which_a_process_ended_counts_as_no_step() -> None:
+    watched = Watched().is_stepping()
+    assert watched.silent(60) == 5.0
+    watched.liveness.begin()
+    assert watched.is_stepping().silent(60) == 5.0
+
+
 def test_the_limit_between_steps_is_the_most() -> None:
     watched = Watched(hang_timeout_s=20.0).is_stepping()
     watched.step(3.25)
@@ -126,6 +133,12 @@ def test_a_compilation_within_a_step_does_not_count_as_one() -> None:
 def test_a_process_that_computes_gets_more_time_than_one_that_does_nothing() -> None:
     limit_s = module.MIN_COMPUTING_HANG_S
     assert Watched().is_stepping().silent(200, COMPUTES) == limit_s > module.MIN_HANG_S
+
+
+def test_a_process_that_is_stopped_amid_a_long_step_is_noticed_as_soon() -> None:
+    watched = Watched().is_stepping()
+    assert watched.silent(20, COMPUTES) is None
+    assert watched.silent(60) == module.MIN_HANG_S
 
 
 def test_where_nothing_is_known_of_a_process_it_counts_as_computing() -> None:
