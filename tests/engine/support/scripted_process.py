@@ -51,7 +51,7 @@ def start(word: str, connection: Connection) -> None:
     elif what == "hang":
         time.sleep(HOUR_S)
     elif what == "slow":
-        for _ in range(int(float(value) / 0.1)):
+        for _ in range(round(float(value) / 0.1)):
             connection.send(Busy("weights"))
             time.sleep(0.1)
     elif what == "announce":
