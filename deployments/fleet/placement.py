@@ -65,9 +65,10 @@ class Placement:
     def _patience_s(self, attempt: Attempt) -> float:
         """A lost request waits for an engine that loads its model again; a new one is told soon."""
         timing, hello = self._timing, self._streams.hello
-        is_new = not attempt.avoid
-        load_s = 0.0 if hello is None or is_new else hello.engine.load_s
-        return max(timing.patience_s, timing.patience_loads * load_s)
+        if not attempt.avoid:
+            return timing.patience_s
+        load_s = 0.0 if hello is None else hello.engine.load_s
+        return max(timing.lost_patience * timing.patience_s, timing.lost_loads * load_s)
 
     def _is_live(self, attempt: Attempt) -> bool:
         return attempt.id in self._attempts

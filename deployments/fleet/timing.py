@@ -15,7 +15,10 @@ class Timing:
     retry_s: float = 0.05  # before the second attempt to place a request; doubled every time
     max_retry_s: float = 1.0
     patience_s: float = 30.0  # to find a replica that takes a request
-    patience_loads: float = 3.0  # loads of the model that a lost request waits for, if that is more
+    # A request that lost its replica waits longer: so many times patience_s, or so many loads of
+    # the model if that is more.
+    lost_patience: float = 2.0
+    lost_loads: float = 3.0
     suspect_s: float = 30.0  # a replica that was lost is the last choice for this long
     hello_s: float = 10.0  # without a stream for this long, the model counts as not ready
     clock: Callable[[], float] = time.monotonic
