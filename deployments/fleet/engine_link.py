@@ -69,6 +69,11 @@ class EngineLink:
         return self._streams.hello
 
     @property
+    def num_down(self) -> int:
+        """Count the replicas that said in their last lease that their engine takes no requests."""
+        return self._streams.num_down
+
+    @property
     def stats(self) -> EngineStats:
         """The last known figures of all replicas with a stream; totals of all there have been."""
         return self._totals.put_into(self._streams.stats)

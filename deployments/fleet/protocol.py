@@ -82,6 +82,7 @@ class Lease:
     live_request_ids: frozenset[str]
     stats: EngineStats
     is_draining: bool = False
+    is_ready: bool = True  # its engine takes requests
 
 
 class UnknownStream(Exception):

@@ -67,6 +67,11 @@ class StreamPool:
     def greeted(self) -> list[ReplicaStream]:
         return [stream for stream in self._streams.values() if stream.hello is not None]
 
+    @property
+    def num_down(self) -> int:
+        """Count the replicas that live and whose engine does not."""
+        return sum(not stream.is_ready for stream in self.greeted())
+
     def suspects(self) -> list[str]:
         """Replicas that were lost a short time ago."""
         now = self._timing.clock()

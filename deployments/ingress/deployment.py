@@ -57,4 +57,5 @@ def _open_model(
     vocabulary = Vocabulary.load(Path(model.source))
     link = EngineLink(RayConnection(engine), serve.get_replica_context().replica_id.unique_id)
     link.start()
-    return ServedModel(model.id, vocabulary, link, config.max_answers(model) * model.replicas.most)
+    most = model.replicas.most
+    return ServedModel(model.id, vocabulary, link, config.max_answers(model) * most, most)

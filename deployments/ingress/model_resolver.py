@@ -64,6 +64,12 @@ class ServedModel:
     vocabulary: Vocabulary
     link: EngineLink
     max_answers: int
+    max_replicas: int = 1
+
+    @property
+    def is_ready(self) -> bool:
+        """Tell whether an engine may be running: some replicas are not known to every ingress."""
+        return self.link.hello is not None and self.link.num_down < self.max_replicas
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +106,7 @@ class Models:
 
     @property
     def not_ready(self) -> list[str]:
-        return [model.id for model in self.by_id.values() if model.link.hello is None]
+        return [model.id for model in self.by_id.values() if not model.is_ready]
 
     # ---- one name ------------------------------------------------------------------------
 

@@ -110,6 +110,21 @@ def test_a_stream_goes_on_once_the_engine_is_started_again() -> None:
     in_server(test)
 
 
+def test_health_says_that_the_only_engine_is_down() -> None:
+    async def test(server: Server) -> None:
+        async def status() -> int:
+            await server.link.refresh_stats()
+            return (await server.call("GET", "/health")).status
+
+        assert await status() == 200
+        server.engine.die()
+        assert await status() == 503
+        server.engine.is_up = True
+        assert await status() == 200
+
+    in_server(test)
+
+
 def test_an_engine_that_does_not_come_back_is_an_answer() -> None:
     async def test(server: Server) -> None:
         server.engine.die()

@@ -89,6 +89,7 @@ class CatalogStore:
 @dataclass
 class FakeLink:
     hello: Hello | None
+    num_down: int = 0
 
 
 def models(store: CatalogStore, **bases: str | None) -> Models:
@@ -427,6 +428,15 @@ def test_no_name_gets_a_tenant_to_anothers_adapter_or_past_its_own(
             await check(*spelling)
 
     asyncio.run(check_all())
+
+
+@pytest.mark.parametrize(("num_down", "is_ready"), [(0, True), (2, True), (3, False)])
+def test_a_model_is_ready_unless_the_engines_of_all_replicas_are_down(
+    num_down: int, is_ready: bool
+) -> None:
+    link = FakeLink(Hello(INFO, SMALL, "replica", 1), num_down)
+    served = ServedModel("small", VOCABULARY, link, 100, 3)  # type: ignore[arg-type]
+    assert served.is_ready == is_ready
 
 
 def test_health_names_the_models_that_are_not_ready() -> None:
