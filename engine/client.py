@@ -27,12 +27,21 @@ from engine.messages import (
 from engine.process_handle import EngineStartError, ProcessHandle
 
 MAX_FAILED_STARTS = 3
-RESTART_BACKOFF_S = 0.5
+RESTART_BACKOFF_S = 0.5  # after the second end in a row; doubled with each further one
+MAX_BACKOFF_S = 60.0
+LASTING_S = 60.0  # a process that was ready for so long is no sign that the next one ends too
 GONE_TIMEOUT_S = 30.0  # for a process that was killed, before the next one counts as failed
 
 log = logging.getLogger(__name__)
 
 OnFrame = Callable[[list[Item]], None]
+
+
+def restart_delay_s(num_short: int) -> float:
+    """Wait before a restart: not after one process that ended soon, ever longer after several."""
+    if num_short < 2:
+        return 0.0
+    return min(RESTART_BACKOFF_S * 2.0 ** min(num_short - 2, 30), MAX_BACKOFF_S)
 
 
 class EngineUnavailable(RuntimeError):
@@ -54,6 +63,8 @@ class EngineClient:
         self.stats = EngineStats()
         self.num_restarts = 0
         self.failure: str | None = None  # set once restarting is given up
+        self._last_end = ""  # why the last process that was ready has ended
+        self._num_short = 0  # processes in a row that were ready for less than LASTING_S
         self._on_frame = on_frame
         self._liveness = Liveness(config.max_silence_s, hang_timeout_s)
         self._info: EngineInfo | None = None
@@ -86,6 +97,17 @@ class EngineClient:
             return "the engine cannot be started again"
         again = "" if self._info is None else " again"
         return f"the engine is being started{again}, since {self._down_s:.0f} s"
+
+    @property
+    def trouble(self) -> str | None:
+        """The outage with the reason for it; None while the engine is ready."""
+        outage = self.outage
+        if outage is None or not self._last_end:
+            return outage
+        times = (
+            f" {self._num_short} times soon after its start, at last" if self._num_short > 1 else ""
+        )
+        return f"{outage}; it had ended{times}: {self._last_end}"
 
     @property
     def _down_s(self) -> float:
@@ -185,11 +207,23 @@ class EngineClient:
                 reason = await process.ended()
                 self._down_since_s = process.ending_since_s
                 num_ended = self._end_requests(reason)
-                log.error("%s; it is started again, without %d outputs", reason, num_ended)
+                self._note_end(process, reason)
+                delay_s = restart_delay_s(self._num_short)
+                log.error(
+                    "%s; it is started again in %.1f s, without %d outputs",
+                    reason,
+                    delay_s,
+                    num_ended,
+                )
+                await asyncio.sleep(delay_s)
                 process = await self._start_again()
         except Exception as error:  # a bug here must not look like a start that takes long
             log.exception("the engine is not started again")
             self.failure = f"the engine is not started again: {error!r}"
+
+    def _note_end(self, process: ProcessHandle, reason: str) -> None:
+        self._last_end = reason
+        self._num_short = self._num_short + 1 if process.ready_s < LASTING_S else 0
 
     async def _start_again(self) -> ProcessHandle | None:
         reason = ""

@@ -49,6 +49,7 @@ from engine.scheduler.request import (
 )
 from engine.scheduler.scheduler import Progress, Scheduler
 from engine.settle import settle
+from engine.step_sizes import StepSizes
 from engine.validate import validate
 
 log = logging.getLogger(__name__)
@@ -76,7 +77,7 @@ class Engine:
         self.settled = settle(config, arena_bytes)
         self._clock = clock
         self._announcer = announcer
-        self._most_tokens = 0  # of a step
+        self._step_sizes = StepSizes()
         self.model = load_model(config, self.settled, announcer=announcer)
         self.info = self._describe()
         self.host = HostCache(config.host_adapter_bytes, self._load_adapter, wake)
@@ -189,7 +190,9 @@ class Engine:
         batch = self.scheduler.schedule(start)
         if batch is None:
             return 0
-        self._announce_if_largest(batch)
+        news = self._step_sizes.describe_news(batch)
+        if news is not None:  # steps of known sizes say how long the next one may take
+            self._announcer.announce(news)
         handle: StepHandle
         num_kept = self.runner.pipeline_depth
         try:
@@ -198,13 +201,6 @@ class Engine:
             handle, num_kept = FailedStep(error), 0
         self._in_flight.append(_InFlight(batch, handle, start))
         return num_kept
-
-    def _announce_if_largest(self, batch: ScheduledBatch) -> None:
-        """Steps of known sizes say how long a step may take; one of a new size says nothing."""
-        num_tokens = batch.num_tokens
-        if num_tokens > self._most_tokens:
-            self._most_tokens = num_tokens
-            self._announcer.announce(f"computing {num_tokens} tokens for the first time")
 
     def _collect(self, step: _InFlight) -> None:
         try:

@@ -17,8 +17,10 @@ METER_AFTER_S = 1.0  # of silence, so that a process that answers costs no measu
 MAX_TICK_S = 0.5  # of silence between two calls: the caller itself may have been held up
 
 MAX_STEPS = 10  # a silence of this many times the longest step is a hang
-MIN_HANG_S = 5.0  # for a process that computes nothing, as one that is stopped or deadlocked
-MIN_COMPUTING_HANG_S = 30.0  # for one that computes: some work is long that was not announced
+MIN_HANG_S = 5.0
+# For a process that computes and may compile a kernel meanwhile, which was not announced; and where
+# it is not known what a process does.
+MIN_COMPUTING_HANG_S = 30.0
 _COMPUTING_SHARE = 0.2  # of its own time, from which on it counts as computing
 _WAITING_WEIGHT = 0.1
 
@@ -37,7 +39,8 @@ class Liveness:
     """One for a client's life: what is learned of a model's steps holds for the next process.
 
     `max_silence_s` holds while the process is busy, unless it announces another patience;
-    `hang_timeout_s` is the most between steps.
+    `hang_timeout_s` is the most between steps. All steps that may take long are announced, but for
+    kernels that are compiled amid them.
     """
 
     def __init__(self, max_silence_s: float, hang_timeout_s: float) -> None:
@@ -46,6 +49,7 @@ class Liveness:
         self._max_silence_s = max_silence_s
         self._hang_timeout_s = hang_timeout_s
         self._patience_s = max_silence_s
+        self._may_compile = True
         self._silence = _Silence()
 
     # ---- what came -----------------------------------------------------------------------
@@ -62,8 +66,9 @@ class Liveness:
         self._patience_s = self._max_silence_s if patience_s is None else patience_s
         self._silence = _Silence()
 
-    def hear_ready(self) -> None:
+    def hear_ready(self, may_compile: bool) -> None:
         self.work = ""
+        self._may_compile = may_compile
         self._silence = _Silence()
 
     def hear_step(self) -> None:
@@ -121,7 +126,9 @@ class Liveness:
         if self.work:
             return silence.total_s >= self._patience_s
         is_still = silence.is_metered and silence.still_s >= self._limit_s(MIN_HANG_S)
-        return is_still or silence.total_s >= self._limit_s(MIN_COMPUTING_HANG_S)
+        knows_all = silence.is_metered and not self._may_compile
+        least_s = MIN_HANG_S if knows_all else MIN_COMPUTING_HANG_S
+        return is_still or silence.total_s >= self._limit_s(least_s)
 
     def _limit_s(self, least_s: float) -> float:
         return min(max(least_s, MAX_STEPS * self.longest_step_s), self._hang_timeout_s)

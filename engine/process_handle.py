@@ -59,6 +59,7 @@ class ProcessHandle(asyncio.Protocol):
         self._on_outputs = on_outputs
         self._liveness = liveness
         self.ending_since_s: float | None = None
+        self._ready_since_s: float | None = None
         self._spawned_s = time.monotonic()
         self._decoder = FrameDecoder(_DECODER)
         self._transport: asyncio.Transport | None = None
@@ -107,6 +108,14 @@ class ProcessHandle(asyncio.Protocol):
     @property
     def is_ready(self) -> bool:
         return self._info is not None and self._ending is None
+
+    @property
+    def ready_s(self) -> float:
+        """How long the process was ready, until now or until it began to end."""
+        if self._ready_since_s is None:
+            return 0.0
+        until_s = time.monotonic() if self.ending_since_s is None else self.ending_since_s
+        return until_s - self._ready_since_s
 
     async def ready(self) -> EngineInfo:
         """Wait for the model to be loaded. Raises EngineStartError once the process has ended.
@@ -179,8 +188,9 @@ class ProcessHandle(asyncio.Protocol):
         elif isinstance(message, Busy):
             self._liveness.hear_busy(message.work, message.patience_s)
         elif isinstance(message, EngineReady):
-            self._liveness.hear_ready()
+            self._liveness.hear_ready(may_compile=message.info.device != "cpu")
             self._info = replace(message.info, load_s=time.monotonic() - self._spawned_s)
+            self._ready_since_s = time.monotonic()
             self._has_settled.set()
         else:
             self._start_failure = message.reason

@@ -11,6 +11,9 @@ from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.liveness import Liveness
 from engine.messages import GenerateRequest
+from engine.scheduler.batch import AdapterLoad, ScheduledBatch, ScheduledRequest
+from engine.scheduler.request import SamplingParams
+from engine.step_sizes import StepSizes
 from tests.engine.support.driver import finish, greedy, prompt_of
 from tests.engine.support.tiny import Tiny, write_tiny
 
@@ -62,8 +65,50 @@ def test_only_steps_larger_than_any_before_are_announced(tiny: Tiny) -> None:
     for number, length in enumerate((5, 3, 5, 20)):
         engine.add_request(GenerateRequest(f"r{number}", prompt_of(length), greedy(4)))
         finish(engine)
-    assert [work for work, _ in words] == [
-        f"computing {length} tokens for the first time" for length in (5, 20)
+    announced = [work for work, _ in words if "attend" not in work]
+    assert announced == [f"computing {length} tokens for the first time" for length in (5, 20)]
+
+
+def test_a_step_may_be_large_in_other_ways_than_its_tokens() -> None:
+    def step(*rows: tuple[int, int], echo: bool = False, moved: int = 0) -> ScheduledBatch:
+        """Rows are the first position and the number of tokens."""
+        sampling = SamplingParams()
+        requests = tuple(
+            ScheduledRequest(
+                *("r", 0, [1] * num, start, (), 0, sampling, True),
+                prompt_targets=[1] * num if echo else None,
+            )
+            for start, num in rows
+        )
+        return ScheduledBatch(requests, adapter_loads=(AdapterLoad(1, "d", 0, moved),))
+
+    sizes = StepSizes()
+    news = [
+        sizes.describe_news(batch)
+        for batch in (
+            step((0, 10)),
+            step((0, 10)),
+            step((15, 5)),  # 100 pairs, as before
+            step((20, 10)),  # 300
+            step((50, 10)),  # 600, no more than twice as many
+            step((55, 10), (0, 1)),  # one token more
+            step((0, 9), echo=True),
+            step((0, 9), moved=1000),
+            step((0, 9), echo=True, moved=2000),
+            step((0, 9), moved=2001),
+        )
+    ]
+    assert news == [
+        "computing 10 tokens for the first time",
+        None,
+        None,
+        "computing 10 tokens that attend to 300 positions in all for the first time",
+        None,
+        "computing 11 tokens for the first time",
+        "computing the log probabilities of 9 tokens for the first time",
+        "computing 9 tokens and moving 1000 bytes of adapters for the first time",
+        None,
+        "computing 9 tokens and moving 2001 bytes of adapters for the first time",
     ]
 
 

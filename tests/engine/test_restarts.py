@@ -5,6 +5,7 @@ is not taken for one. Most processes here are real ones without a model, so that
 import asyncio
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -157,6 +158,63 @@ def test_a_process_that_dies_again_and_again_is_started_each_time(
 
     with_client(Scene(tmp_path, "serve"), test)
     assert most_alive == [1] * 6
+
+
+def test_a_process_that_dies_soon_after_each_start_is_started_ever_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client_module, "RESTART_BACKOFF_S", 0.3)
+
+    async def test(client: EngineClient, scene: Scene) -> None:
+        pauses_s: list[float] = []
+        for number in range(1, 4):
+            last = client._process
+            client.submit(request(f"r{number}", scripted.DIE))
+            await until(lambda number=number: len(scene.pids) == number + 1)
+            await until(lambda number=number: number == 3 or client.is_ready)
+            assert last is not None and last.ending_since_s and client._process is not None
+            pauses_s.append(client._process._spawned_s - last.ending_since_s)
+        assert pauses_s[1] >= 0.3 and pauses_s[2] >= 0.6
+        wanted = r"since \d+ s; it had ended 3 times soon after its start, at last: .* with code 3"
+        assert re.search(wanted, str(client.trouble))
+
+    with_client(Scene(tmp_path, "serve", "serve", "serve", "hang"), test)
+
+
+def test_the_pause_before_a_restart_is_bounded() -> None:
+    delay_s = client_module.restart_delay_s
+    assert [delay_s(number) for number in range(5)] == [0.0, 0.0, 0.01, 0.02, 0.04]
+    assert delay_s(40) == delay_s(10**6) == client_module.MAX_BACKOFF_S
+
+
+def test_a_process_that_lasted_makes_no_restart_wait(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client_module, "RESTART_BACKOFF_S", 1000.0)
+    monkeypatch.setattr(client_module, "LASTING_S", 0.0)
+
+    async def test(client: EngineClient, scene: Scene) -> None:
+        for number in (1, 2, 3):
+            os.kill(scene.pids[-1], signal.SIGKILL)
+            await until(lambda number=number: client.num_restarts == number)
+
+    with_client(Scene(tmp_path, "serve"), test)
+
+
+def test_close_does_not_wait_for_a_restart_that_is_put_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client_module, "RESTART_BACKOFF_S", 1000.0)
+
+    async def test(client: EngineClient, scene: Scene) -> None:
+        os.kill(scene.pids[-1], signal.SIGKILL)
+        await until(lambda: client.num_restarts == 1)
+        os.kill(scene.pids[-1], signal.SIGKILL)
+        await until(lambda: client.outage)
+        await client.close()
+        assert len(scene.pids) == 2
+
+    with_client(Scene(tmp_path, "serve"), test)
 
 
 def test_starts_that_fail_again_and_again_are_given_up(
@@ -366,16 +424,20 @@ def test_a_start_may_take_long_as_long_as_it_gives_news_or_has_announced_it(
     assert most_alive == [1]
 
 
-def test_a_step_that_hangs_is_noticed_within_seconds(tmp_path: Path, most_alive: list[int]) -> None:
+@pytest.mark.parametrize("what", [scripted.SLEEP, scripted.SPIN])
+def test_a_step_that_hangs_is_noticed_within_seconds(
+    what: int, tmp_path: Path, most_alive: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     async def test(client: EngineClient, scene: Scene) -> None:
         await is_flowing(client, scene, "neighbour")
-        client.submit(request("hung", scripted.SLEEP))
+        client.submit(request("hung", what))
         began_s = time.monotonic()
         await until(lambda: scene.errors("hung") and scene.errors("neighbour"))
-        assert time.monotonic() - began_s >= 4.5
+        assert time.monotonic() - began_s >= 2.2
         await until(lambda: client.num_restarts == 1)
         await is_flowing(client, scene, "next")
 
+    monkeypatch.setattr("engine.liveness.MIN_HANG_S", 2.5)
     with_client(Scene(tmp_path, "serve"), test)
     assert most_alive == [1, 1]
 
