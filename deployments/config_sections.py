@@ -150,6 +150,13 @@ class ModelSection(Section):
         "`int8`, `nf4` or, on a GPU of capability 8.9 or higher, `fp8` quantizes the linear "
         "layers as they are loaded; `none` leaves them as the checkpoint has them",
     )
+    tokenizer: Literal["file", "transformers"] | None = key(
+        None,
+        "`file` encodes as tokenizer.json says; `transformers` as transformers 5 does, whose "
+        "AutoTokenizer replaces parts of some folders' tokenizers; it needs that package, at start "
+        "only",
+        unset="`file`, and a warning where transformers would replace something",
+    )
     generation_config: str = key(
         "auto",
         "`auto` takes temperature, top_p, top_k, min_p and repetition_penalty that a request "

@@ -1,23 +1,32 @@
 """Vocabulary: turn text into token ids and back. No tensors, no torch.
 
 It encodes, decodes, renders chats and makes detokenizers. It reads tokenizer.json,
-tokenizer_config.json and chat_template.jinja of the model's folder, and nothing else.
+tokenizer_config.json and chat_template.jinja of the model's folder, and config.json for what
+transformers would make of them.
 """
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal
 
 from tokenizers import Encoding, Tokenizer
 
+from adapter_store.chat_template import (
+    read_tokenizer_config,
+    special_tokens,
+    template_source,
+)
+from deployments.text.ask_transformers import ask_transformers
+from deployments.text.auto_tokenizer import describe_difference
 from deployments.text.chat_template import ChatTemplate, TemplateRefused
 from deployments.text.control_tokens import CUT, END, ControlTokens, without_marks
 from deployments.text.detokenizer import ByteLevelDetokenizer, Detokenizer, WindowDetokenizer
 
 PREFIX_TOKENS = 6  # more than the bytes of one character
 
-_TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token")
+logger = logging.getLogger(__name__)
 
 
 class VocabularyMissing(ValueError):
@@ -48,6 +57,7 @@ class Vocabulary:
         self._special_ids |= {i for i in named if i is not None}
         special_texts = (tokenizer.id_to_token(i) for i in self._special_ids)
         self._control_tokens = ControlTokens(text for text in special_texts if text)
+        self.special_tokens = dict(special)
         self._template = None if template is None else ChatTemplate(template, special)
         decoders = _decoder_types(json.loads(tokenizer.to_str()).get("decoder"))
         self._is_byte_level = decoders == ["ByteLevel"]
@@ -57,13 +67,27 @@ class Vocabulary:
         self._visible_bytes: dict[int, bytes] = {}
 
     @classmethod
-    def load(cls, folder: Path) -> "Vocabulary":
+    def load(
+        cls, folder: Path, source: Literal["file", "transformers"] | None = None
+    ) -> "Vocabulary":
+        """Read a model's folder: as its tokenizer.json says, or as transformers 5 builds it.
+
+        Without a choice as the file says, with a warning where transformers would differ. Raises
+        VocabularyMissing, TransformersFailed.
+        """
         path = folder / "tokenizer.json"
         if not path.is_file():
             raise VocabularyMissing(f"{path} does not exist: only fast tokenizers are supported")
-        config = _read_json(folder / "tokenizer_config.json")
-        special = {n: _token_text(config[n]) for n in _TOKEN_NAMES if config.get(n) is not None}
-        return cls(Tokenizer.from_file(str(path)), special, _template_source(folder, config))
+        if source == "transformers":
+            tokenizer = Tokenizer.from_str(ask_transformers(folder))
+        else:
+            tokenizer = Tokenizer.from_file(str(path))
+        if source is None:
+            _warn_of_difference(folder, tokenizer)
+        config = read_tokenizer_config(folder)
+        # Not part of tokenizer.json, nor of what transformers writes.
+        tokenizer.encode_special_tokens = config.get("split_special_tokens") is True
+        return cls(tokenizer, special_tokens(config), template_source(folder, config))
 
     # ---- text to ids ---------------------------------------------------------------------
 
@@ -106,6 +130,10 @@ class Vocabulary:
             raise TooManyTokens(len(whole))
         return whole.ids
 
+    @property
+    def has_template(self) -> bool:
+        return self._template is not None
+
     def render(
         self,
         messages: Sequence[Mapping[str, Any]],
@@ -116,6 +144,33 @@ class Vocabulary:
             raise TemplateRefused("The model has no chat template: use /v1/completions.")
         return self._template.render(messages, add_generation_prompt, extra)
 
+    def mark_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        extra: Mapping[str, Any],
+        split_special_tokens: bool,
+        continue_final_message: bool,
+    ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        """Mark in a chat what `cut_chat` is to find in the text that is rendered of it."""
+        clean: list[dict[str, Any]] = without_marks(list(messages))
+        kwargs: dict[str, Any] = without_marks(dict(extra))
+        if split_special_tokens:
+            clean, kwargs = self._control_tokens.mark(clean), self._control_tokens.mark(kwargs)
+        if continue_final_message:
+            clean[-1]["content"] += END
+        return clean, kwargs
+
+    def cut_chat(self, text: str, continue_final_message: bool) -> list[str]:
+        """Cut a rendered chat so that no client's text spells a control token.
+
+        If the final message is to be continued, the text ends with it. Raises TemplateRefused.
+        """
+        if continue_final_message:
+            text, end, _ = text.rpartition(END)
+            if not end:
+                raise TemplateRefused("The chat template does not show the final message.")
+        return text.split(CUT)
+
     def render_pieces(
         self,
         messages: Sequence[Mapping[str, Any]],
@@ -124,22 +179,12 @@ class Vocabulary:
         split_special_tokens: bool = False,
         continue_final_message: bool = False,
     ) -> list[str]:
-        """Render a chat as a text, cut so that no client's text spells a control token.
-
-        If the final message is to be continued, the text ends with it.
-        """
-        clean: list[dict[str, Any]] = without_marks(list(messages))
-        extra = without_marks(dict(extra))
-        if split_special_tokens:
-            clean, extra = self._control_tokens.mark(clean), self._control_tokens.mark(extra)
-        if continue_final_message:
-            clean[-1]["content"] += END
-        text = self.render(clean, add_generation_prompt, extra)
-        if continue_final_message:
-            text, end, _ = text.rpartition(END)
-            if not end:
-                raise TemplateRefused("The chat template does not show the final message.")
-        return text.split(CUT)
+        """Mark a chat, render it with the model's own template, and cut it."""
+        marked, kwargs = self.mark_chat(
+            messages, extra, split_special_tokens, continue_final_message
+        )
+        text = self.render(marked, add_generation_prompt, kwargs)
+        return self.cut_chat(text, continue_final_message)
 
     # ---- ids to text ---------------------------------------------------------------------
 
@@ -220,6 +265,16 @@ class _Lookup:
         return found
 
 
+def _warn_of_difference(folder: Path, tokenizer: Tokenizer) -> None:
+    difference = describe_difference(folder, tokenizer)
+    if difference is not None:
+        logger.warning(
+            "%s. Prompts are encoded as the file says. `models[].tokenizer: transformers` encodes "
+            "them as transformers does, for adapters trained with that; `file` ends this warning",
+            difference,
+        )
+
+
 def _byte_alphabet() -> dict[str, int]:
     """List the characters that stand for the 256 bytes in byte-level vocabularies.
 
@@ -240,23 +295,3 @@ def _decoder_types(decoder: Mapping[str, Any] | None) -> list[str]:
     if decoder["type"] == "Sequence":
         return [name for part in decoder["decoders"] for name in _decoder_types(part)]
     return [decoder["type"]]
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text()) if path.is_file() else {}
-
-
-def _token_text(token: str | Mapping[str, Any]) -> str:
-    return token if isinstance(token, str) else token["content"]
-
-
-def _template_source(folder: Path, config: Mapping[str, Any]) -> str | None:
-    """Find the chat template: the file's, else the config's, the one named default of several."""
-    path = folder / "chat_template.jinja"
-    if path.is_file():
-        return path.read_text()
-    template = config.get("chat_template")
-    if isinstance(template, list):
-        named = cast(list[dict[str, str]], template)
-        return next((t["template"] for t in named if t["name"] == "default"), None)
-    return template
