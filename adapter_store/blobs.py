@@ -7,6 +7,12 @@ import hashlib
 from collections.abc import Generator
 from pathlib import Path
 
+from adapter_store.chat_template import (
+    MAX_FILE_BYTES,
+    TEMPLATE_NAME,
+    AdapterTemplate,
+    parse_adapter_template,
+)
 from adapter_store.errors import ObjectNotFound, SourceUnavailable, StoreCorrupt
 from adapter_store.manifest import (
     CONFIG_NAME,
@@ -35,6 +41,8 @@ class Blobs:
         weights = prepared.weights
         sha256 = manifest.files[weights.name].sha256
         self._objects.put(_key(manifest.digest, CONFIG_NAME), prepared.config)
+        if prepared.template is not None:
+            self._objects.put(_key(manifest.digest, TEMPLATE_NAME), prepared.template)
         self._objects.put_file(_key(manifest.digest, weights.name), weights, sha256, on_bytes)
         self._objects.put_if_absent(_key(manifest.digest, MANIFEST_NAME), manifest.to_json())
 
@@ -48,6 +56,20 @@ class Blobs:
     def manifest(self, digest: str) -> AdapterManifest:
         """Read an adapter's manifest. Raises ObjectNotFound, StoreCorrupt."""
         return parse_manifest(self._objects.get(_key(digest, MANIFEST_NAME)), digest)
+
+    def chat_template(self, digest: str) -> AdapterTemplate | None:
+        """Read an adapter's own chat template; None if it has none.
+
+        Raises ObjectNotFound, StoreCorrupt.
+        """
+        entry = self.manifest(digest).files.get(TEMPLATE_NAME)
+        if entry is None:
+            return None
+        key = _key(digest, TEMPLATE_NAME)
+        raw = self._objects.get_range(key, 0, MAX_FILE_BYTES)
+        if hashlib.sha256(raw).hexdigest() != entry.sha256:
+            raise StoreCorrupt(f"{key} does not have the sha256 {entry.sha256}")
+        return parse_adapter_template(raw, digest)
 
     def problems(self, digest: str, on_bytes: OnBytes) -> Generator[str, None, None]:
         """Hash an adapter's files; yield one sentence for each that is missing or damaged."""

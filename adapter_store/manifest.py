@@ -1,8 +1,8 @@
 """Describe an adapter: the modules it changes, their ranks and scalings, and its digest.
 
 The engine needs `read_lora_layout` alone. `prepare` checks an upload completely and computes its
-identity: the digest of its weights, of the settings that matter and of its base. Knows nothing of
-names, versions or stores.
+identity: the digest of its weights, of the settings that matter, of its chat template if it has one
+and of its base. Knows nothing of names, versions or stores.
 """
 
 import hashlib
@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from adapter_store.chat_template import TEMPLATE_NAME, read_adapter_template
 from adapter_store.errors import AdapterInvalid, StoreCorrupt
 from adapter_store.object_store import OnBytes
 from adapter_store.peft_config import CONFIG_NAME, LoraSettings, read_settings
@@ -118,11 +119,15 @@ class AdapterManifest:
 
 @dataclass(frozen=True, slots=True)
 class PreparedAdapter:
-    """A checked upload, ready to be stored; `config` is rewritten, `weights` are the upload's."""
+    """A checked upload, ready to be stored; `config` is rewritten, `weights` are the upload's.
+
+    `template` is the content of TEMPLATE_NAME, if the folder has a chat template.
+    """
 
     manifest: AdapterManifest
     config: bytes
     weights: Path
+    template: bytes | None = None
 
 
 def is_digest(text: str) -> bool:
@@ -147,6 +152,7 @@ def prepare(
     twice; `on_bytes` is called with the bytes read since its last call. Raises AdapterInvalid.
     """
     settings, tensors = read_settings(folder), _read_tensors(folder)
+    template = read_adapter_template(folder)
     layout = _layout(settings, tensors)
     _check_base(layout, base_modules)
     weights = folder / WEIGHTS_NAME
@@ -162,6 +168,8 @@ def prepare(
         CONFIG_NAME: FileEntry(len(config), hashlib.sha256(config).hexdigest()),
         WEIGHTS_NAME: FileEntry(weights.stat().st_size, sha256),
     }
+    if template is not None:
+        files[TEMPLATE_NAME] = FileEntry(len(template), hashlib.sha256(template).hexdigest())
     manifest = AdapterManifest(
         digest=adapter_digest(base, files),
         base=base,
@@ -171,7 +179,7 @@ def prepare(
         files=files,
         modules=layout.modules,
     )
-    return PreparedAdapter(manifest, config, weights)
+    return PreparedAdapter(manifest, config, weights, template)
 
 
 def parse_manifest(raw: bytes, digest: str) -> AdapterManifest:
@@ -186,7 +194,8 @@ def parse_manifest(raw: bytes, digest: str) -> AdapterManifest:
         manifest = AdapterManifest(**data, files=files, modules=modules)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise StoreCorrupt(f"the manifest of {digest} is damaged: {error!r}") from error
-    if set(files) != {CONFIG_NAME, WEIGHTS_NAME} or adapter_digest(manifest.base, files) != digest:
+    is_complete = set(files) - {TEMPLATE_NAME} == {CONFIG_NAME, WEIGHTS_NAME}
+    if not is_complete or adapter_digest(manifest.base, files) != digest:
         raise StoreCorrupt(f"the manifest of {digest} describes other files")
     return manifest
 

@@ -15,6 +15,7 @@ from urllib.parse import unquote, urlsplit
 
 from adapter_store.bases import BaseModel, describe_base, parse_base
 from adapter_store.blobs import Blobs
+from adapter_store.chat_template import AdapterTemplate
 from adapter_store.disk_cache import DiskCache
 from adapter_store.errors import (
     AccessDenied,
@@ -264,6 +265,13 @@ class AdapterStore:
         Raises ObjectNotFound, StoreCorrupt.
         """
         return self._blobs.manifest(_digest(ref_or_digest))
+
+    def chat_template(self, ref_or_digest: AdapterRef | str) -> AdapterTemplate | None:
+        """Read the adapter's own chat template from the object store; None if it has none.
+
+        Raises ObjectNotFound, StoreCorrupt.
+        """
+        return self._blobs.chat_template(_digest(ref_or_digest))
 
     def verify(self, records: Iterable[AdapterRecord], on_bytes: OnBytes = _ignore) -> list[str]:
         """Hash the stored files of these adapters; return one sentence for each problem.

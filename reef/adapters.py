@@ -30,13 +30,35 @@ def publish(store: "AdapterStore", folder: str, name: str, base: str | None, ten
     from adapter_store.bases import CONFIG_NAME
     from adapter_store.manifest import WEIGHTS_NAME
 
+    base_folder = None
     if base is not None and (Path(base) / CONFIG_NAME).is_file():
-        base = _register(store, Path(base))
+        base_folder = Path(base)
+        base = _register(store, base_folder)
     weights = Path(folder) / WEIGHTS_NAME
     num_bytes = weights.stat().st_size if weights.is_file() else 0
     with progress("checking and copying", 3 * num_bytes) as on_bytes:
         ref = store.publish(folder, tenant, name, base, on_bytes)
     click.echo(f"published {ref.tenant}/{ref.name}@{ref.version} as {ref.digest}")
+    _note_template(Path(folder), base_folder)
+
+
+def _note_template(folder: Path, base_folder: Path | None) -> None:
+    """Say on stderr whether chats will use the folder's own chat template, if it has one."""
+    if not _has_template(folder):
+        return
+    if base_folder is None:
+        when = "is used for chats where the base has none"
+    elif _has_template(base_folder):
+        when = "is not used: the base has one of its own"
+    else:
+        when = "is used for chats, since the base has none"
+    click.echo(f"note: the chat template of {folder} {when}", err=True)
+
+
+def _has_template(folder: Path) -> bool:
+    from adapter_store.chat_template import read_tokenizer_config, template_source
+
+    return template_source(folder, read_tokenizer_config(folder)) is not None
 
 
 def _register(store: "AdapterStore", model_folder: Path) -> str:

@@ -8,6 +8,7 @@ lost goes on at another; every queue gets a last output for every choice, whatev
 """
 
 import asyncio
+import logging
 from collections.abc import Sequence
 
 from deployments.fleet.background_tasks import BackgroundTasks
@@ -32,6 +33,11 @@ from engine.messages import (
 MAX_LOSSES = 4
 # Errors that another replica, or another try, may not have.
 ELSEWHERE = (ErrorKind.ENGINE_DIED, ErrorKind.HANDED_BACK, ErrorKind.ADAPTER_DAMAGED)
+
+
+NEVER_HEARD = "no engine replica has been heard of for a while"
+
+logger = logging.getLogger(__name__)
 
 
 class ModelNotReady(Exception):
@@ -59,6 +65,7 @@ class EngineLink:
 
     def start(self) -> None:
         self._tasks.start(self._keep_known())
+        self._tasks.start(self._keep_looking())
 
     async def close(self) -> None:
         await self._tasks.close()
@@ -69,9 +76,9 @@ class EngineLink:
         return self._streams.hello
 
     @property
-    def num_down(self) -> int:
-        """Count the replicas that said in their last lease that their engine takes no requests."""
-        return self._streams.num_down
+    def outage(self) -> str | None:
+        """Why no request can be answered now, in words for clients; None if one may be."""
+        return NEVER_HEARD if self.hello is None else self._streams.outage
 
     @property
     def stats(self) -> EngineStats:
@@ -207,4 +214,13 @@ class EngineLink:
         while True:
             if not self._attempts:
                 await self._streams.discover()
+            await asyncio.sleep(self._timing.max_retry_s / 2)
+
+    async def _keep_looking(self) -> None:
+        """Keep it known whether there is any replica that takes requests."""
+        while True:
+            try:
+                await self._streams.look_for_others()
+            except Exception as error:  # whatever Ray raises while there is no replica
+                logger.warning("looking for other engine replicas: %r", error)
             await asyncio.sleep(self._timing.max_retry_s / 2)

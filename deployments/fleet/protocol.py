@@ -82,7 +82,7 @@ class Lease:
     live_request_ids: frozenset[str]
     stats: EngineStats
     is_draining: bool = False
-    is_ready: bool = True  # its engine takes requests
+    trouble: str | None = None  # why its engine takes no requests
 
 
 class UnknownStream(Exception):
@@ -106,3 +106,7 @@ class Connection(Protocol):
     async def control(
         self, hints: Hints, stream_id: StreamId, aborts: Sequence[Abort], renew: bool
     ) -> Lease | None: ...
+
+    async def choose(self, hints: Hints) -> str:
+        """Name the replica that a submit would go to now. Raises what the router raises."""
+        ...

@@ -34,14 +34,14 @@ class RayConnection:
         self, hints: Hints, ingress_id: str, epochs: Mapping[str, int], submit: Submit
     ) -> Receipt:
         if self._sockets:
-            replica_id = await self._choose(hints)
+            replica_id = await self.choose(hints)
             socket = self._sockets.get(replica_id)
             if socket is not None:
                 return await socket.submit(epochs.get(replica_id, 0), submit)
             hints = replace(hints, target=replica_id)  # chosen, and counted, once
         return await _unary(self._submit, hints, ingress_id, epochs, submit)
 
-    async def _choose(self, hints: Hints) -> str:
+    async def choose(self, hints: Hints) -> str:
         """Ask the router where the call would go. No call is made, and nothing is reserved."""
         async with self._submit.choose_replica(hints, _reserve=False) as selection:
             return selection.replica_id

@@ -31,7 +31,7 @@ class ReplicaStream:
         self.hello: Hello | None = None
         self.stats = EngineStats()
         self.is_draining = False
-        self.is_ready = True
+        self.trouble: str | None = None  # why its engine takes no requests
         self.has_settled = asyncio.Event()  # greeted, or over
         self._connection = connection
         self._ingress_id = ingress_id
@@ -101,7 +101,7 @@ class ReplicaStream:
             if lease is not None:
                 renewed_s = timing.clock()
                 self.stats, self.is_draining = lease.stats, lease.is_draining
-                self.is_ready = lease.is_ready
+                self.trouble = lease.trouble
                 self._on_lease(self, lease)
             for waiter in waiters:
                 if not waiter.done():

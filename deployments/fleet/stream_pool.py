@@ -4,13 +4,14 @@ There is one to each replica that has taken a request, and one to any replica wh
 request, so that it is known what the deployment serves.
 """
 
+import asyncio
 import logging
 from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any, Protocol
 
 from deployments.fleet.background_tasks import BackgroundTasks
-from deployments.fleet.protocol import Connection, Frame, Hello, Lease
+from deployments.fleet.protocol import Connection, Frame, Hello, Hints, Lease
 from deployments.fleet.replica_stream import ReplicaStream
 from deployments.fleet.timing import Timing
 from engine.messages import EngineStats
@@ -47,6 +48,7 @@ class StreamPool:
         self._discovery: ReplicaStream | None = None
         self._suspects: dict[str, float] = {}
         self._hello: Hello | None = None
+        self._knows_all = False  # there is no replica but those with a stream, and lost ones
         self._alone_since_s = 0.0
 
     # ---- what is known -------------------------------------------------------------------
@@ -68,9 +70,19 @@ class StreamPool:
         return [stream for stream in self._streams.values() if stream.hello is not None]
 
     @property
-    def num_down(self) -> int:
-        """Count the replicas that live and whose engine does not."""
-        return sum(not stream.is_ready for stream in self.greeted())
+    def outage(self) -> str | None:
+        """Why no replica takes requests; None while one does, or may."""
+        if not self._knows_all or not self._are_all_down():
+            return None
+        troubles = [stream.trouble for stream in self._streams.values()]
+        return "; ".join(dict.fromkeys(filter(None, troubles)))
+
+    def _are_all_down(self) -> bool:
+        """Tell whether all that are known have said so; one that is being stopped counts too."""
+        streams = self._streams.values()
+        down = [stream for stream in streams if stream.trouble is not None]
+        others = [stream for stream in streams if stream.trouble is None]
+        return bool(down) and all(stream.is_draining for stream in others)
 
     def suspects(self) -> list[str]:
         """Replicas that were lost a short time ago."""
@@ -96,6 +108,18 @@ class StreamPool:
             self._streams[replica_id].abort([request_id])
 
     # ---- opening and ending --------------------------------------------------------------
+
+    async def look_for_others(self) -> None:
+        """Find a replica that has no stream yet, if those that have one are all down."""
+        if not self._are_all_down():
+            self._knows_all = False
+            return
+        known = (*self._streams, *self.suspects())
+        async with asyncio.timeout(self._timing.silence_s):
+            replica_id = await self._connection.choose(Hints(avoid=known))
+        self._knows_all = replica_id in known
+        if not self._knows_all and replica_id not in self._streams:
+            self._open(replica_id)
 
     async def discover(self) -> None:
         """Run a stream to any replica until it ends, unless there is a stream already."""

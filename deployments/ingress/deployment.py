@@ -10,6 +10,7 @@ from ray.serve.handle import DeploymentHandle
 from deployments.config import AppConfig, ModelSection, open_adapter_store
 from deployments.fleet.engine_link import EngineLink
 from deployments.fleet.ray_connection import RayConnection
+from deployments.ingress.adapter_templates import AdapterTemplates
 from deployments.ingress.asgi import Api
 from deployments.ingress.browser_guard import BrowserGuard
 from deployments.ingress.metrics import Metrics
@@ -33,10 +34,12 @@ class IngressDeployment:
         models = [_open_model(config, model, engines[model.id]) for model in config.models]
         base_ids = [model.id for model in config.models]
         metrics = Metrics(config.ingress.max_adapter_series, base_ids)
+        store = open_adapter_store(config.adapters)
         tenants = open_tenants(config.tenancy)
         tenants.start()
         self._ingress = Ingress(
-            Models(models, open_adapter_store(config.adapters)),
+            Models(models, store),
+            AdapterTemplates(store),
             tenants,
             TenantLimiter(metrics),
             metrics,
@@ -54,8 +57,8 @@ class IngressDeployment:
 def _open_model(
     config: AppConfig, model: ModelSection, engine: DeploymentHandle[Any]
 ) -> ServedModel:
-    vocabulary = Vocabulary.load(Path(model.source))
+    vocabulary = Vocabulary.load(Path(model.source), model.tokenizer)
     link = EngineLink(RayConnection(engine), serve.get_replica_context().replica_id.unique_id)
     link.start()
     most = model.replicas.most
-    return ServedModel(model.id, vocabulary, link, config.max_answers(model) * most, most)
+    return ServedModel(model.id, vocabulary, link, config.max_answers(model) * most)

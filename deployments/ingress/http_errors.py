@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from adapter_store.errors import AdapterStoreError
 from deployments.fleet.engine_link import ModelNotReady
 from deployments.policy.admission import Refusal
 from deployments.tenants.tenants import KeyRefused
@@ -115,6 +116,12 @@ def unavailable(message: str) -> ApiError:
     return ApiError(503, message, "server_error", code="unavailable", retry_after_s=2)
 
 
+def store_unavailable(error: AdapterStoreError) -> ApiError:
+    """Make the answer; where the store is, and what is wrong with it, is for the log alone."""
+    logger.error("the adapter store cannot be read: %s", error)
+    return unavailable("The adapter store cannot be read now. Retry soon.")
+
+
 def models_not_ready(model_ids: Sequence[str]) -> ApiError:
     which = ", ".join(map(repr, model_ids))
     return unavailable(f"Not ready, being loaded or restarted: {which}. Retry soon.")
@@ -153,6 +160,8 @@ def as_api_error(error: Exception, what: str) -> ApiError:
         return error
     if isinstance(error, KeyRefused):
         return bad_key(str(error))
+    if isinstance(error, AdapterStoreError):
+        return store_unavailable(error)
     if isinstance(error, ModelNotReady):
         return unavailable(str(error))
     logger.error("%s failed", what, exc_info=error)

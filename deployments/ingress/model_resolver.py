@@ -11,7 +11,6 @@ turns into another tenant's, and publishing for one more base changes no answer 
 """
 
 import asyncio
-import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby, islice
@@ -21,11 +20,10 @@ from adapter_store.errors import AdapterNotFound, AdapterStoreError, InvalidName
 from adapter_store.names import AdapterRecord, AdapterRef
 from deployments.fleet.engine_link import EngineLink
 from deployments.ingress.http_errors import (
-    ApiError,
     invalid,
     model_not_found,
     models_not_ready,
-    unavailable,
+    store_unavailable,
 )
 from deployments.ingress.model_names import parse_model_name
 from deployments.tenants.tenant import Tenant
@@ -33,8 +31,6 @@ from deployments.text.vocabulary import Vocabulary
 
 MAX_LISTED = 1000
 NAMES_AT_ONCE = 100
-
-logger = logging.getLogger(__name__)
 
 Resolve = Callable[[Sequence[tuple[str, str | None]], str], AdapterRef | None]
 
@@ -64,12 +60,11 @@ class ServedModel:
     vocabulary: Vocabulary
     link: EngineLink
     max_answers: int
-    max_replicas: int = 1
 
     @property
-    def is_ready(self) -> bool:
-        """Tell whether an engine may be running: some replicas are not known to every ingress."""
-        return self.link.hello is not None and self.link.num_down < self.max_replicas
+    def outage(self) -> str | None:
+        """Why it cannot answer now; None if it can."""
+        return self.link.outage
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,8 +100,10 @@ class Models:
         self._known_bases: dict[str, str] = {}  # fingerprints by model id, as of the last Hello
 
     @property
-    def not_ready(self) -> list[str]:
-        return [model.id for model in self.by_id.values() if not model.is_ready]
+    def outages(self) -> dict[str, str]:
+        """Say of each model that cannot answer now why not."""
+        models = self.by_id.values()
+        return {model.id: model.outage for model in models if model.outage is not None}
 
     # ---- one name ------------------------------------------------------------------------
 
@@ -136,7 +133,7 @@ class Models:
         except (AdapterNotFound, InvalidName):
             raise model_not_found(text) from None
         except AdapterStoreError as error:
-            raise _store_unavailable(error) from error
+            raise store_unavailable(error) from error
         return Target(self._model_of(text, ref, bases), ref, tenant.name)
 
     def _find(
@@ -187,7 +184,7 @@ class Models:
         try:
             return await asyncio.to_thread(self._list, tenant, after, limit)
         except AdapterStoreError as error:
-            raise _store_unavailable(error) from error
+            raise store_unavailable(error) from error
 
     async def published_s(self, ref: AdapterRef) -> float:
         """Look up when a resolved version was published. Raises ApiError."""
@@ -196,7 +193,7 @@ class Models:
                 self._adapter_names.list_from, ref.tenant, ref.name, 1
             )
         except AdapterStoreError as error:
-            raise _store_unavailable(error) from error
+            raise store_unavailable(error) from error
         for record in records:
             if (record.name, record.version) == (ref.name, ref.version):
                 return record.published_s
@@ -288,12 +285,6 @@ def _behind(
         if listed.id == after:
             break
     yield from found
-
-
-def _store_unavailable(error: AdapterStoreError) -> ApiError:
-    """Make the answer; where the store is, and what is wrong with it, is for the log alone."""
-    logger.error("the adapter store cannot be read: %s", error)
-    return unavailable("The adapter store cannot be read now. Retry soon.")
 
 
 def _spellings(record: AdapterRecord, parent: str, is_bare: bool) -> list[str]:

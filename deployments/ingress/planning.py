@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from deployments.fleet.engine_link import ModelNotReady
 from deployments.fleet.protocol import Submit
+from deployments.ingress.adapter_templates import ChatRenderer
 from deployments.ingress.api.openai import (
     ChatCompletionRequest,
     CompletionRequest,
@@ -40,20 +41,15 @@ async def plan_chat(
     target: Target,
     origin: Origin,
     split_special_tokens: bool = False,
+    own_template: ChatRenderer | None = None,
 ) -> Plan:
+    """Plan a chat with the base's template, or with `own_template`, the adapter's."""
     vocabulary = target.model.vocabulary
     info = _engine_info(target)
     contents = (message.content or "" for message in request.messages)
     check_length(vocabulary, "messages", contents, info.max_model_len)
-    continue_final = request.continue_final_message is True
     try:
-        pieces = vocabulary.render_pieces(
-            [message.document() for message in request.messages],
-            request.add_generation_prompt is not False and not continue_final,
-            request.chat_template_kwargs or {},
-            split_special_tokens,
-            continue_final,
-        )
+        pieces = await _chat_pieces(request, vocabulary, split_special_tokens, own_template)
     except TemplateRefused as error:
         raise invalid(str(error), "messages") from None
     add_special = request.add_special_tokens is True
@@ -70,6 +66,28 @@ async def plan_chat(
         reply,
         request.include_usage,
     )
+
+
+async def _chat_pieces(
+    request: ChatCompletionRequest,
+    vocabulary: Vocabulary,
+    split_special_tokens: bool,
+    own_template: ChatRenderer | None,
+) -> list[str]:
+    continue_final = request.continue_final_message is True
+    messages, extra = vocabulary.mark_chat(
+        [message.document() for message in request.messages],
+        request.chat_template_kwargs or {},
+        split_special_tokens,
+        continue_final,
+    )
+    opens_answer = request.add_generation_prompt is not False and not continue_final
+    if own_template is None:
+        text = vocabulary.render(messages, opens_answer, extra)
+    else:
+        tokens = vocabulary.special_tokens
+        text = await own_template.render(messages, opens_answer, extra, tokens)
+    return vocabulary.cut_chat(text, continue_final)
 
 
 async def plan_completion(request: CompletionRequest, target: Target, origin: Origin) -> Plan:

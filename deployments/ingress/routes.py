@@ -21,6 +21,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from deployments.config_sections import IngressSection
+from deployments.ingress.adapter_templates import AdapterTemplates, ChatRenderer
 from deployments.ingress.api.json_body import decode_json
 from deployments.ingress.api.model_cards import adapter_card, base_card, model_list
 from deployments.ingress.api.openai import (
@@ -32,16 +33,17 @@ from deployments.ingress.api.openai_fields import parse_request
 from deployments.ingress.asgi import Api
 from deployments.ingress.browser_guard import BrowserGuard
 from deployments.ingress.generation import Plan
+from deployments.ingress.health import health_of
 from deployments.ingress.http_errors import (
     ApiError,
     as_api_error,
     body_too_large,
     body_too_slow,
     invalid,
-    models_not_ready,
+    model_not_found,
 )
 from deployments.ingress.metrics import CONTENT_TYPE, Metrics
-from deployments.ingress.model_resolver import MAX_LISTED, Models, ServedModel
+from deployments.ingress.model_resolver import MAX_LISTED, Models, ServedModel, Target
 from deployments.ingress.planning import Origin, plan_chat, plan_completion
 from deployments.ingress.streaming import CLIENT_GONE, ErrorResponse, GenerationResponse
 from deployments.ingress.tenant_limiter import Place, TenantLimiter
@@ -69,6 +71,7 @@ class Ingress:
     """The handlers, and what they work with. Those of tenant routes are given the tenant."""
 
     models: Models
+    templates: AdapterTemplates
     tenants: Tenants
     limiter: TenantLimiter
     metrics: Metrics
@@ -89,21 +92,23 @@ class Ingress:
         request = parse_request(ChatCompletionRequest, await self._document(http_request))
         place.hold(request.num_answers)
         target = await self.models.resolve(tenant, request.model)
-        plan = await plan_chat(
-            request, target, self.origin, self.settings.split_special_tokens is True
-        )
-        return GenerationResponse(
-            plan, bool(request.stream), self.metrics, CHAT, self.settings.keep_alive_s
-        )
+        splits = self.settings.split_special_tokens is True
+        own_template = await self._own_template(target)
+        plan = await plan_chat(request, target, self.origin, splits, own_template)
+        return self._answer(plan, request, CHAT)
+
+    async def _own_template(self, target: Target) -> ChatRenderer | None:
+        """Find the adapter's template where the base has none. Raises AdapterStoreError."""
+        if target.adapter_ref is None or target.model.vocabulary.has_template:
+            return None
+        return await self.templates.find(target.adapter_ref)
 
     async def completion(self, http_request: HttpRequest, tenant: Tenant, place: Place) -> Response:
         request = parse_request(CompletionRequest, await self._document(http_request))
         place.hold(request.num_answers)
         target = await self.models.resolve(tenant, request.model)
         plan = await plan_completion(request, target, self.origin)
-        return GenerationResponse(
-            plan, bool(request.stream), self.metrics, COMPLETIONS, self.settings.keep_alive_s
-        )
+        return self._answer(plan, request, COMPLETIONS)
 
     def _answer(self, plan: Plan, request: OpenAIRequest, route: str) -> GenerationResponse:
         keep_alive_s = self.settings.keep_alive_s
@@ -148,9 +153,16 @@ class Ingress:
     # ---- operation -----------------------------------------------------------------------
 
     async def health(self, http_request: HttpRequest, held: ExitStack) -> Response:
-        if self.models.not_ready:
-            raise models_not_ready(self.models.not_ready)
-        return _json({"status": "ok"})
+        """Answer 200 while any model can answer, and name the state of each."""
+        return health_of(list(self.models.by_id), self.models.outages)
+
+    async def model_health(self, http_request: HttpRequest, held: ExitStack) -> Response:
+        model_id = http_request.path_params["model_id"]
+        model = self.models.by_id.get(model_id)
+        if model is None:
+            raise model_not_found(model_id)
+        outage = model.outage
+        return health_of([model_id], {} if outage is None else {model_id: outage})
 
     async def show_metrics(self, http_request: HttpRequest, held: ExitStack) -> Response:
         self.tenants.check_metrics(http_request.headers.get("authorization"))
@@ -215,6 +227,7 @@ def build_api(ingress: Ingress, guard: BrowserGuard | None = None) -> Api:
         route("GET", "/v1/models", of_tenants(ingress.list_models)),
         route("GET", "/v1/models/{model_id:path}", of_tenants(ingress.show_model)),
         route("GET", "/health", ingress.health),
+        route("GET", "/health/{model_id:path}", ingress.model_health),
         route("GET", "/metrics", ingress.show_metrics),
     ]
     origins = ingress.settings.cors_origins or ()

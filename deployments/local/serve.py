@@ -148,15 +148,21 @@ def reason(message: str) -> str:
 
 
 def _wait_until_healthy(address: Address) -> None:
+    """Wait until every model can answer."""
     deadline_s = time.monotonic() + READY_TIMEOUT_S
     while time.monotonic() < deadline_s:
-        try:
-            urllib.request.urlopen(f"{address.url}/health", timeout=5).close()
-        except (urllib.error.URLError, ConnectionError, TimeoutError):
-            time.sleep(0.1)
-        else:
+        if _health_status(address) == "ok":
             return
+        time.sleep(0.1)
     raise OSError(f"the server did not become healthy within {READY_TIMEOUT_S:.0f} s")
+
+
+def _health_status(address: Address) -> str:
+    try:
+        with urllib.request.urlopen(f"{address.url}/health", timeout=5) as answer:
+            return json.load(answer)["status"]
+    except (urllib.error.URLError, ConnectionError, TimeoutError) as error:
+        return str(error)
 
 
 def _announce(config: AppConfig, address: Address, took_s: float) -> None:

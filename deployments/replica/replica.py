@@ -140,9 +140,8 @@ class EngineReplica:
                 self._engine.abort(abort.request_id, abort.index)
         if not renew and not self.is_draining:
             return None
-        is_ready = self._engine.outage is None
         ids = frozenset(stream.request_ids)
-        return Lease(ids, self._engine.stats, self.is_draining, is_ready)
+        return Lease(ids, self._engine.stats, self.is_draining, self._engine.trouble)
 
     # ---- leases and the way out ----------------------------------------------------------
 

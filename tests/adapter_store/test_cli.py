@@ -1,6 +1,7 @@
 """The command line: one clear line on success, one sentence and an exit code on failure."""
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -213,3 +214,21 @@ def test_a_root_that_is_not_served_is_an_error(
     error = capsys.readouterr().err
     assert sentence in error
     assert error.count("\n") == 1
+
+
+def test_publishing_says_whether_the_folders_chat_template_is_used(
+    run: Run, base_folder: Path, peft_folder: Path, tmp_path: Path
+) -> None:
+    folder = changed(peft_folder, tmp_path / "own")
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    base = Path(shutil.copytree(base_folder, tmp_path / "base"))
+
+    def note(*base_option: object) -> str:
+        code, _, errors = run("publish", folder, "--name", "own", *base_option)
+        assert code == 0
+        return errors
+
+    assert "is used for chats, since the base has none" in note("--base", base)
+    assert "is used for chats where the base has none" in note()
+    (base / "chat_template.jinja").write_text("{{ messages }}")
+    assert "is not used: the base has one of its own" in note("--base", base)

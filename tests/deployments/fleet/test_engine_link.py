@@ -12,6 +12,7 @@ from deployments.fleet.timing import Timing
 from engine.messages import GenerateRequest, RequestOutput
 from engine.scheduler.request import SamplingParams
 from tests.deployments.support.fakes import (
+    Answered,
     Client,
     Clock,
     Server,
@@ -110,17 +111,22 @@ def test_a_stream_goes_on_once_the_engine_is_started_again() -> None:
     in_server(test)
 
 
-def test_health_says_that_the_only_engine_is_down() -> None:
+def test_health_says_that_the_only_engine_is_down_and_why() -> None:
     async def test(server: Server) -> None:
-        async def status() -> int:
+        async def health() -> Answered:
             await server.link.refresh_stats()
-            return (await server.call("GET", "/health")).status
+            return await server.call("GET", "/health")
 
-        assert await status() == 200
+        assert (await health()).status == 200
         server.engine.die()
-        assert await status() == 503
+        async with asyncio.timeout(60):
+            while (answer := await health()).status == 200:
+                await asyncio.sleep(0.001)
+        assert answer.status == 503
+        assert "started again" in answer.json["models"]["base"]["reason"]
+        assert "killed" in answer.json["models"]["base"]["reason"]
         server.engine.is_up = True
-        assert await status() == 200
+        assert (await health()).status == 200
 
     in_server(test)
 

@@ -548,3 +548,40 @@ def test_the_last_choice_that_its_reader_ends_ends_the_request() -> None:
         running.link.release(queue)
 
     in_fleet(test)
+
+
+# ---- what is known of all replicas ---------------------------------------------------------
+
+
+async def until_known(fleet: Fleet, num: int, outage: bool) -> None:
+    """Wait until the ingress has heard of so many replicas; until then there is no outage."""
+    async with asyncio.timeout(60):
+        while len(fleet.link._streams.greeted()) < num or (fleet.link.outage is None) is outage:
+            assert outage or fleet.link.outage is None
+            await fleet.link.refresh_stats()
+            await asyncio.sleep(0.001)
+
+
+def test_it_is_no_outage_where_a_replica_takes_requests_of_which_nothing_was_heard() -> None:
+    async def test(fleet: Fleet) -> None:
+        for engine in (fleet.engines["one"], fleet.engines["two"]):
+            engine.die()
+        await until_known(fleet, 3, outage=False)
+        for _ in range(20):
+            await fleet.link.refresh_stats()
+            assert fleet.link.outage is None
+
+    in_fleet(test, *IDS)
+
+
+def test_it_is_an_outage_once_all_engines_are_down_and_ends_with_the_first() -> None:
+    async def test(fleet: Fleet) -> None:
+        for engine in fleet.engines.values():
+            engine.die()
+        await until_known(fleet, 3, outage=True)
+        assert "killed" in str(fleet.link.outage)
+        fleet.engines["two"].is_up = True
+        await fleet.link.refresh_stats()
+        assert fleet.link.outage is None
+
+    in_fleet(test, *IDS)

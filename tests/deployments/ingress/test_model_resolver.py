@@ -19,6 +19,7 @@ from adapter_store.names import AdapterRecord, AdapterRef
 from deployments.config_sections import IngressSection
 from deployments.fleet.protocol import Hello
 from deployments.ingress import model_resolver
+from deployments.ingress.adapter_templates import AdapterTemplates
 from deployments.ingress.http_errors import ApiError
 from deployments.ingress.metrics import Metrics
 from deployments.ingress.model_resolver import ListedAdapter, Models, ServedModel, Target
@@ -89,7 +90,11 @@ class CatalogStore:
 @dataclass
 class FakeLink:
     hello: Hello | None
-    num_down: int = 0
+    trouble: str = "no replica was heard of"
+
+    @property
+    def outage(self) -> str | None:
+        return self.trouble if self.hello is None else None
 
 
 def models(store: CatalogStore, **bases: str | None) -> Models:
@@ -269,9 +274,9 @@ def test_an_unknown_adapter_is_404_whichever_bases_have_started(name: str) -> No
 
 def test_a_base_that_is_restarted_keeps_its_adapters() -> None:
     at = models(MIXED, large=LARGE, small=SMALL)
-    assert at.not_ready == [] and digest(at, "sql") == "digest-3"
+    assert at.outages == {} and digest(at, "sql") == "digest-3"
     at.by_id["large"].link.hello = None
-    assert at.not_ready == ["large"]
+    assert list(at.outages) == ["large"]
     assert resolve(at, "sql").model.id == "large"
     assert resolve(at, "small:sql").model.id == "small"
 
@@ -430,27 +435,50 @@ def test_no_name_gets_a_tenant_to_anothers_adapter_or_past_its_own(
     asyncio.run(check_all())
 
 
-@pytest.mark.parametrize(("num_down", "is_ready"), [(0, True), (2, True), (3, False)])
-def test_a_model_is_ready_unless_the_engines_of_all_replicas_are_down(
-    num_down: int, is_ready: bool
-) -> None:
-    link = FakeLink(Hello(INFO, SMALL, "replica", 1), num_down)
-    served = ServedModel("small", VOCABULARY, link, 100, 3)  # type: ignore[arg-type]
-    assert served.is_ready == is_ready
-
-
-def test_health_names_the_models_that_are_not_ready() -> None:
-    async def health(**bases: str | None) -> Answered:
+def health(path: str, **bases: str | None) -> Answered:
+    async def ask() -> Answered:
         metrics = Metrics(200)
-        served = models(CatalogStore(), **bases)
+        store = CatalogStore()
+        templates = AdapterTemplates(store)  # type: ignore[arg-type]
+        served = models(store, **bases)
         ingress = Ingress(
-            served, Everybody(), TenantLimiter(metrics), metrics, IngressSection(), 10**9
+            served, templates, Everybody(), TenantLimiter(metrics), metrics, IngressSection(), 10**9
         )
-        return await call(build_api(ingress), "GET", "/health", b"")
+        return await call(build_api(ingress), "GET", path, b"")
 
-    assert asyncio.run(health(large=LARGE, small=SMALL)).json == {"status": "ok"}
-    one = asyncio.run(health(large=LARGE, small=None))
-    assert one.status == 503 and int(one.headers["retry-after"]) >= 1
-    assert "'small'" in one.error["message"] and "'large'" not in one.error["message"]
-    both = asyncio.run(health(large=None, small=None)).error["message"]
-    assert "'small'" in both and "'large'" in both
+    return asyncio.run(ask())
+
+
+OK, DOWN = {"status": "ok"}, {"status": "unavailable", "reason": "no replica was heard of"}
+
+
+def test_health_is_200_while_any_model_can_answer_and_names_the_others() -> None:
+    both = health("/health", large=LARGE, small=SMALL)
+    assert (both.status, both.json) == (200, {"status": "ok", "models": {"large": OK, "small": OK}})
+    one = health("/health", large=LARGE, small=None)
+    states = {"large": OK, "small": DOWN}
+    assert (one.status, one.json) == (200, {"status": "degraded", "models": states})
+
+
+def test_health_is_503_once_no_model_can_answer() -> None:
+    none = health("/health", large=None, small=None)
+    assert none.status == 503 and int(none.headers["retry-after"]) >= 1
+    assert "'small'" in none.error["message"] and "'large'" in none.error["message"]
+    assert none.json["status"] == "unavailable"
+    assert none.json["models"] == {"large": DOWN, "small": DOWN}
+
+
+def test_each_model_has_a_health_of_its_own() -> None:
+    def status(path: str) -> int:
+        return health(path, **{"large": LARGE, "team/small": None}).status
+
+    assert health("/health/large", large=LARGE, small=None).json == {
+        "status": "ok",
+        "models": {"large": OK},
+    }
+    assert [status(f"/health/{name}") for name in ("large", "team/small")] == [200, 503]
+    down = health("/health/small", large=LARGE, small=None)
+    assert "'small'" in down.error["message"] and "large" not in down.body.decode()
+    assert down.json["models"] == {"small": DOWN}
+    for name in ("sql", "large:sql"):
+        assert status(f"/health/{name}") == 404

@@ -16,11 +16,13 @@ from typing import Any
 from starlette.types import ASGIApp
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from adapter_store.chat_template import AdapterTemplate
 from adapter_store.errors import AdapterNotFound
 from adapter_store.names import AdapterRecord, AdapterRef
 from deployments.config_sections import IngressSection
 from deployments.fleet.engine_link import EngineLink
 from deployments.fleet.timing import Timing
+from deployments.ingress.adapter_templates import AdapterTemplates
 from deployments.ingress.asgi import Api
 from deployments.ingress.metrics import Metrics
 from deployments.ingress.model_resolver import Models, ServedModel
@@ -44,6 +46,7 @@ from engine.messages import (
 from tests.deployments.support.fleet import LocalFleet
 
 BASE = "b" * 64
+HANG_S = 120.0  # pytest's own limit may end another task than the one that hangs
 EOS = 256  # after the 256 bytes
 TEMPLATE = "{% for m in messages %}{{ m.role }}:{{ m.content }};{% endfor %}"
 INFO = EngineInfo(
@@ -128,6 +131,10 @@ class FakeEngine:
     @property
     def outage(self) -> str | None:
         return None if self.is_up else "the engine is being started again, since 1 s"
+
+    @property
+    def trouble(self) -> str | None:
+        return None if self.is_up else f"{self.outage}; it had ended: killed"
 
     @property
     def stats(self) -> EngineStats:
@@ -247,6 +254,8 @@ class FakeStore:
         self.pins: dict[str, int] = {}
         self.distrusted: list[str] = []
         self.fetched: list[str] = []
+        self.templates: dict[str, AdapterTemplate | Exception] = {}  # by name
+        self.templates_read: list[str] = []
         self.fetch: Callable[[AdapterRef], None] = lambda ref: None
 
     def resolve(self, tenant: str, full_name: str, base: str | None = None) -> AdapterRef:
@@ -269,6 +278,13 @@ class FakeStore:
             for _, ref in sorted(self.refs.items())
             if ref.name >= first_name
         ][:num_names]
+
+    def chat_template(self, ref: AdapterRef) -> AdapterTemplate | None:
+        self.templates_read.append(ref.name)
+        found = self.templates.get(ref.name)
+        if isinstance(found, Exception):
+            raise found
+        return found
 
     def find_local(self, ref: AdapterRef) -> Path | None:
         return None
@@ -361,7 +377,10 @@ async def serving(
     limiter = TenantLimiter(metrics, clock_ns)
     models = Models([served], store)
     settings = ingress_settings or IngressSection(max_body_bytes=10_000)
-    ingress = Ingress(models, tenants or Everybody(), limiter, metrics, settings, 10**9, origin)
+    templates = AdapterTemplates(store)
+    ingress = Ingress(
+        models, templates, tenants or Everybody(), limiter, metrics, settings, 10**9, origin
+    )
     server = Server(engine, store, replica, connection, link, build_api(ingress), metrics, ingress)
     try:
         await until(lambda: link.hello is not None)
@@ -369,13 +388,14 @@ async def serving(
     finally:
         await link.close()
         await replica.close()
+        templates.close()
 
 
 def in_server(test: Callable[[Server], Awaitable[None]], **how: Any) -> None:
     """Runs the test with a server of its own."""
 
     async def run() -> None:
-        async with serving(**how) as server:
+        async with asyncio.timeout(HANG_S), serving(**how) as server:
             await test(server)
 
     asyncio.run(run())

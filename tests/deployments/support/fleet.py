@@ -94,6 +94,10 @@ class LocalFleet:
         kept = [abort for abort in aborts if not self.lose(abort)]
         return await replica.control(stream_id, kept, renew)
 
+    async def choose(self, hints: Hints) -> str:
+        await self._pause()
+        return self._choose(hints)
+
     async def _pause(self) -> None:
         """As long as a call takes: others get their turn."""
         if self.hang:

@@ -1,0 +1,157 @@
+"""Chats with an adapter's own template, where the base has none."""
+
+import asyncio
+import threading
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+
+from adapter_store.chat_template import AdapterTemplate
+from adapter_store.errors import SourceUnavailable, StoreCorrupt
+from adapter_store.names import AdapterRef
+from deployments.ingress import adapter_templates
+from deployments.ingress.adapter_templates import AdapterTemplates
+from tests.deployments.support.fakes import FakeStore, Server, byte_vocabulary, encode, in_server
+
+CHAT = "/v1/chat/completions"
+TEMPLATE = AdapterTemplate(
+    "{% for m in messages %}({{ m.content }}{{ eos_token }}){% endfor %}", {}
+)
+
+
+def in_bare_server(test: Callable[[Server], Awaitable[None]], *names: str) -> None:
+    """The base has no chat template."""
+    in_server(test, store=FakeStore(*names), vocabulary=byte_vocabulary(template=None))
+
+
+def chat(text: str = "hi", **fields: Any) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": text}], "max_tokens": 40, **fields}
+
+
+def test_an_adapters_template_is_used_where_the_base_has_none() -> None:
+    async def test(server: Server) -> None:
+        server.store.templates["own"] = TEMPLATE
+        for _ in range(2):
+            answer = await server.post(CHAT, **chat(model="own"))
+            assert answer.status == 200
+        prompt = server.engine.requests[-1].prompt_token_ids
+        assert prompt == [*encode("(hi"), 256, *encode(")")]  # the base's eos_token
+        assert server.store.templates_read == ["own"]
+
+    in_bare_server(test, "own")
+
+
+def test_tokens_that_the_adapter_names_win() -> None:
+    async def test(server: Server) -> None:
+        server.store.templates["own"] = AdapterTemplate(TEMPLATE.source, {"eos_token": "|"})
+        await server.post(CHAT, **chat(model="own"))
+        assert server.engine.requests[-1].prompt_token_ids == encode("(hi|)")
+
+    in_bare_server(test, "own")
+
+
+def test_the_bases_template_wins() -> None:
+    async def test(server: Server) -> None:
+        server.store.templates["own"] = TEMPLATE
+        await server.post(CHAT, **chat(model="own"))
+        assert server.engine.requests[-1].prompt_token_ids == encode("user:hi;")
+        assert server.store.templates_read == []
+
+    in_server(test, store=FakeStore("own"))
+
+
+def test_without_any_template_a_chat_is_refused() -> None:
+    async def test(server: Server) -> None:
+        server.store.templates["own"] = TEMPLATE
+        for model in ("plain", "base"):
+            answer = await server.post(CHAT, **chat(model=model))
+            assert answer.status == 400 and "/v1/completions" in answer.error["message"]
+
+    in_bare_server(test, "own", "plain")
+
+
+def test_a_final_message_is_continued_with_an_adapters_template() -> None:
+    async def test(server: Server) -> None:
+        server.store.templates["own"] = TEMPLATE
+        fields = chat(model="own", continue_final_message=True, add_generation_prompt=False)
+        fields["messages"].append({"role": "assistant", "content": "yes, "})
+        assert (await server.post(CHAT, **fields)).status == 200
+        prompt = server.engine.requests[-1].prompt_token_ids
+        assert prompt == [*encode("(hi"), 256, *encode(")(yes, ")]
+
+    in_bare_server(test, "own")
+
+
+def test_a_template_that_refuses_is_a_400() -> None:
+    async def test(server: Server) -> None:
+        server.store.templates["own"] = AdapterTemplate("{{ raise_exception('no chats') }}", {})
+        answer = await server.post(CHAT, **chat(model="own"))
+        assert (answer.status, answer.error["param"]) == (400, "messages")
+        assert "no chats" in answer.error["message"]
+
+    in_bare_server(test, "own")
+
+
+@pytest.mark.parametrize("error", [SourceUnavailable("s3://secret"), StoreCorrupt("blobs/secret")])
+def test_a_store_that_cannot_be_read_is_a_503_and_asked_again(error: Exception) -> None:
+    async def test(server: Server) -> None:
+        server.store.templates["own"] = error
+        answer = await server.post(CHAT, **chat(model="own"))
+        assert answer.status == 503 and "secret" not in answer.error["message"]
+        server.store.templates["own"] = TEMPLATE
+        assert (await server.post(CHAT, **chat(model="own"))).status == 200
+
+    in_bare_server(test, "own")
+
+
+def test_a_store_that_is_silent_is_not_waited_for_for_ever(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(adapter_templates, "READ_S", 0.05)
+    store, answered = FakeStore("own"), threading.Event()
+    ref = store.refs["own"]
+
+    class SilentStore:
+        num_calls = 0
+
+        def chat_template(self, ref_or_digest: AdapterRef | str) -> AdapterTemplate:
+            self.num_calls += 1
+            answered.wait(60)
+            return TEMPLATE
+
+    async def run() -> None:
+        silent = SilentStore()
+        templates = AdapterTemplates(silent)
+        try:
+            for _ in range(2):
+                with pytest.raises(SourceUnavailable):
+                    await templates.find(ref)
+            answered.set()
+            while True:
+                try:
+                    found = await templates.find(ref)
+                    break
+                except SourceUnavailable:
+                    await asyncio.sleep(0.01)
+            assert found is not None and found.template == TEMPLATE
+            assert silent.num_calls == 1
+        finally:
+            answered.set()
+            templates.close()
+
+    asyncio.run(run())
+
+
+def test_templates_that_were_not_used_for_long_are_forgotten() -> None:
+    names = [f"a{n}" for n in range(adapter_templates.KEPT + 1)]
+    store = FakeStore(*names)
+
+    async def run() -> None:
+        templates = AdapterTemplates(store)
+        for name in [*names, names[-1], names[0]]:
+            assert await templates.find(store.refs[name]) is None
+        templates.close()
+
+    asyncio.run(run())
+    assert store.templates_read == [*names, names[0]]
