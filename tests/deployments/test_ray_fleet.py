@@ -22,6 +22,7 @@ import pytest
 
 from adapter_store.store import AdapterStore
 from deployments.local.ray_head import free_port
+from tests.adapter_store.adapters import changed
 from tests.deployments.support.processes import assert_gone, command, descendants
 from tests.deployments.support.tiny_models import make_adapter, make_base
 from tests.deployments.test_ray import ROOT, wait_for
@@ -32,6 +33,7 @@ ADAPTERS = ("red", "blue", "green", "gold", "grey", "pink")
 NUM_STREAMS = 20
 NUM_TOKENS = 600  # a few seconds: long enough to be interrupted
 MAX_NUM_SEQS = 32  # more than all streams together: each begins at once
+MAX_IN_A_ROW = 24  # adapters by chance at one of two replicas: once in four million times
 DRAIN_S = 0.5  # less than a stream takes: it has to be handed over
 
 
@@ -216,13 +218,28 @@ def undisturbed(cluster: Cluster) -> dict[int, Heard]:
 
 
 def test_an_adapter_sticks_to_a_replica_and_new_ones_spread(cluster: Cluster) -> None:
-    for _ in range(3):
-        for name in ADAPTERS:
+    """A hash chooses between equal replicas: it may choose the same one many times in a row."""
+    names = list(ADAPTERS)
+    first, second = set[str](), set[str]()
+    while not (first and second) and len(names) < MAX_IN_A_ROW:
+        names += [publish_variant(cluster, len(names))] if first or second else []
+        for name in names:
             cluster.post(model=name, prompt="x", max_tokens=2)
+        first, second = (set(figures["disk"]) for figures in cluster.figures())
+    for name in names * 2:
+        cluster.post(model=name, prompt="x", max_tokens=2)
     first, second = (set(figures["disk"]) for figures in cluster.figures())
-    assert len(first | second) == len(ADAPTERS), "all of them are somewhere"
+    assert len(first | second) == len(names), "all of them are somewhere"
     assert not first & second, "and none is at two places"
     assert first and second, "and each replica has some"
+
+
+def publish_variant(cluster: Cluster, number: int) -> str:
+    name = f"variant-{number}"
+    folder = changed(cluster.folder / ADAPTERS[0], cluster.folder / name, {"lora_alpha": number})
+    store = AdapterStore(f"file://{cluster.folder}/store", cluster.folder / "cache", 10**9)
+    store.publish(folder, "public", name)
+    return name
 
 
 def test_no_replica_is_idle_while_the_other_has_a_queue(cluster: Cluster) -> None:
