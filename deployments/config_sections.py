@@ -5,10 +5,20 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import ErrorDetails
 
 from deployments.policy.admission import Limits
+from deployments.text.reasoning import THINK_TAGS
+from deployments.text.tools.formats import AUTO, FORMATS, NONE
 from engine.byte_size import parse_byte_size
 
 
@@ -162,8 +172,26 @@ class ModelSection(Section):
         "`auto` takes temperature, top_p, top_k, min_p and repetition_penalty that a request "
         "leaves out from the folder's generation_config.json; `none` ignores them",
     )
+    tool_format: str = key(
+        "auto",
+        "how the model writes calls of tools: `auto` finds it by rendering a call with the chat "
+        "template, `none` refuses tools, and a name from [the list](api.md#tools) is that format",
+    )
+    reasoning_format: str = key(
+        "auto",
+        "what stands around the model's reasoning: `auto` finds it in the chat template, `none` "
+        "leaves reasoning in the answer, a name from [the list](api.md#reasoning) is those tags",
+    )
     engine: EngineSection = EngineSection()
     replicas: ReplicasSection = ReplicasSection()
+
+    @field_validator("tool_format", "reasoning_format")
+    @classmethod
+    def _known_format(cls, value: str, info: ValidationInfo) -> str:
+        names = FORMATS if info.field_name == "tool_format" else THINK_TAGS
+        if value not in (AUTO, NONE, *names):
+            raise ValueError(f"must be {AUTO}, {NONE} or one of {', '.join(sorted(names))}")
+        return value
 
 
 class AdaptersSection(Section):

@@ -89,7 +89,11 @@ class Choice:
             return text
         for token_id in hidden:  # billed, listed, but not shown
             self._record(token_id, None if logprobs is None else logprobs[-1])
-        text += self._filter(self._grow(self._detokenizer.flush()))
+        return text + self._end(output)
+
+    def _end(self, output: RequestOutput) -> str:
+        """Take what was held back, and why the answer ends."""
+        text = self._filter(self._grow(self._detokenizer.flush()))
         if self.finish_reason is None:
             text += "" if self._stops is None else self._stops.flush()
             self.finish_reason = output.finish_reason

@@ -20,6 +20,7 @@ from deployments.ingress.tenant_limiter import TenantLimiter
 from deployments.loopback_grpc import keep_grpc_on_loopback
 from deployments.serve_logging import log_to_serves_file
 from deployments.tenants.tenants import open_tenants
+from deployments.text.answer_syntax import find_syntax
 from deployments.text.vocabulary import Vocabulary
 from engine.gc_freeze import keep_what_is_loaded
 
@@ -61,4 +62,5 @@ def _open_model(
     link = EngineLink(RayConnection(engine), serve.get_replica_context().replica_id.unique_id)
     link.start()
     most = model.replicas.most
-    return ServedModel(model.id, vocabulary, link, config.max_answers(model) * most)
+    syntax = find_syntax(vocabulary, model.id, model.tool_format, model.reasoning_format)
+    return ServedModel(model.id, vocabulary, link, config.max_answers(model) * most, syntax)

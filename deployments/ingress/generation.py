@@ -53,7 +53,7 @@ class Generation:
         self._num_open = plan.n * len(ids)
         self._first: NewTexts = {}
         self._has_opened = False
-        self._arrival_s = self._heard_s = clock()
+        self._arrival_s = self._read_s = self._written_s = clock()
         self._gaps = Gaps()
         self._first_s: dict[int, float] = {}
         self._last_s: dict[int, float] = {}
@@ -69,8 +69,8 @@ class Generation:
 
     @property
     def quiet_s(self) -> float:
-        """Measure for how long the engine has said nothing."""
-        return self._clock() - self._heard_s
+        """Measure for how long there has been nothing to write."""
+        return self._clock() - self._written_s
 
     def wake(self) -> None:
         """Let the reader that waits for texts go on without any."""
@@ -133,9 +133,7 @@ class Generation:
         """Wait for what the open choices gain, one text per choice."""
         texts: NewTexts = {}
         items = await self._queue.next_batch()
-        now = self._clock()
-        if items:
-            self._heard_s = now
+        now = self._read_s = self._clock()
         for item in items:
             if isinstance(item, tuple):
                 request_id, index, token_ids = item
@@ -225,4 +223,7 @@ class Generation:
         if not self.is_open:
             chunks.append(reply.usage(self.usage()) if self._plan.include_usage else b"")
             chunks.append(DONE)
-        return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+        events = chunks[0] if len(chunks) == 1 else b"".join(chunks)
+        if events:
+            self._written_s = self._read_s
+        return events

@@ -27,6 +27,7 @@ from deployments.ingress.http_errors import (
 )
 from deployments.ingress.model_names import parse_model_name
 from deployments.tenants.tenant import Tenant
+from deployments.text.answer_syntax import PLAIN, AnswerSyntax
 from deployments.text.vocabulary import Vocabulary
 
 MAX_LISTED = 1000
@@ -60,6 +61,7 @@ class ServedModel:
     vocabulary: Vocabulary
     link: EngineLink
     max_answers: int
+    syntax: AnswerSyntax = PLAIN
 
     @property
     def outage(self) -> str | None:

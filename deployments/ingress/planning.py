@@ -17,6 +17,7 @@ from deployments.ingress.api.openai import (
 )
 from deployments.ingress.api.openai_fields import short
 from deployments.ingress.api.openai_replies import ChatReply, CompletionReply, ReplyHead
+from deployments.ingress.chat_answers import ChatAnswers, MakeChoice
 from deployments.ingress.choice import Choice, TokenEntry
 from deployments.ingress.generation import Plan
 from deployments.ingress.http_errors import invalid, too_many_answers
@@ -46,38 +47,44 @@ async def plan_chat(
     """Plan a chat with the base's template, or with `own_template`, the adapter's."""
     vocabulary = target.model.vocabulary
     info = _engine_info(target)
-    contents = (message.content or "" for message in request.messages)
-    check_length(vocabulary, "messages", contents, info.max_model_len)
+    answers = ChatAnswers(request, target.model.syntax)
+    answers.check()
+    check_length(vocabulary, "messages", answers.texts(), info.max_model_len)
     try:
-        pieces = await _chat_pieces(request, vocabulary, split_special_tokens, own_template)
+        pieces = await _chat_pieces(answers, vocabulary, split_special_tokens, own_template)
     except TemplateRefused as error:
         raise invalid(str(error), "messages") from None
     add_special = request.add_special_tokens is True
     [prompt] = await encode_texts(vocabulary, {"messages": pieces}, add_special, info.max_model_len)
     head = _head(request, f"chatcmpl-{origin.new_id()}", origin)
-    reply = ChatReply(head, vocabulary, [prompt], request.num_choices)
     submits = _submits(request, target, info, [prompt], ["messages"], head.reply_id, origin)
+    parsed = answers.parsed("".join(pieces), vocabulary, prompt, head, origin.new_id)
+    make_choice, reply = parsed or (
+        _choice_maker(request, vocabulary, [prompt], [""], False),
+        ChatReply(head, vocabulary, [prompt], request.num_choices),
+    )
     return Plan(
         request.model,
         target,
         submits,
         request.num_choices,
-        _choice_maker(request, vocabulary, [prompt], [""], False),
+        make_choice,
         reply,
         request.include_usage,
     )
 
 
 async def _chat_pieces(
-    request: ChatCompletionRequest,
+    answers: ChatAnswers,
     vocabulary: Vocabulary,
     split_special_tokens: bool,
     own_template: ChatRenderer | None,
 ) -> list[str]:
+    request = answers.request
     continue_final = request.continue_final_message is True
     messages, extra = vocabulary.mark_chat(
-        [message.document() for message in request.messages],
-        request.chat_template_kwargs or {},
+        answers.messages(),
+        answers.variables(),
         split_special_tokens,
         continue_final,
     )
@@ -215,7 +222,7 @@ def _choice_maker(
     prompts: Sequence[list[int]],
     openings: Sequence[str],
     echo: bool,
-) -> Callable[[int, RequestOutput | None], Choice]:
+) -> MakeChoice:
     skip = request.skip_special_tokens is not False
     entries: dict[int, list[TokenEntry]] = {}  # by prompt; only its first choice brings them
 

@@ -6,7 +6,7 @@ from datetime import datetime
 from itertools import takewhile
 from typing import Any, cast
 
-from jinja2 import TemplateError, nodes
+from jinja2 import TemplateError, meta, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -42,6 +42,8 @@ class ChatTemplate:
         filters["tojson"] = _tojson
         known["raise_exception"] = _raise
         known["strftime_now"] = _strftime_now
+        self.source = source
+        self._environment = environment
         self._template = environment.from_string(source)
         self._variables = dict(variables)
         self._takes_one_system = self._probe_systems()
@@ -61,6 +63,10 @@ class ChatTemplate:
         except Exception as error:  # a template is a program, and these messages are its input
             reason = str(error)[:MAX_REASON]
             raise TemplateRefused(f"The chat template refused the messages: {reason}") from error
+
+    def variables(self) -> set[str]:
+        """List the variables that the template reads."""
+        return meta.find_undeclared_variables(self._environment.parse(self.source))
 
     def _defaults(self) -> dict[str, Any]:
         return {"tools": None, "documents": None, **self._variables}

@@ -23,7 +23,7 @@ class ControlTokens:
         self._starts = re.compile("|".join(starts)) if tails else None
 
     def mark(self, value: Any) -> Any:
-        """Mark control tokens in a text, or in all texts inside lists and objects."""
+        """Mark control tokens in a text, or in all texts and names inside lists and objects."""
         return _in_texts(self._mark_text, value)
 
     def _mark_text(self, text: str) -> str:
@@ -33,7 +33,7 @@ class ControlTokens:
 
 
 def without_marks(value: Any) -> Any:
-    """Replace the two marks in a client's text, or in all texts inside lists and objects."""
+    """Replace the two marks in all texts and names of a client, at any depth."""
     return _in_texts(lambda text: text.replace(CUT, "\ufffd").replace(END, "\ufffd"), value)
 
 
@@ -44,7 +44,7 @@ def _in_texts(change: Callable[[str], str], value: Any) -> Any:
         return [_in_texts(change, item) for item in cast("list[Any]", value)]
     if isinstance(value, dict):
         items = cast("dict[str, Any]", value).items()
-        return {name: _in_texts(change, item) for name, item in items}
+        return {change(name): _in_texts(change, item) for name, item in items}
     return value
 
 

@@ -7,7 +7,7 @@ transformers would make of them.
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,6 +27,8 @@ from deployments.text.detokenizer import ByteLevelDetokenizer, Detokenizer, Wind
 PREFIX_TOKENS = 6  # more than the bytes of one character
 
 logger = logging.getLogger(__name__)
+
+_NO_IDS: frozenset[int] = frozenset()
 
 
 class VocabularyMissing(ValueError):
@@ -63,8 +65,8 @@ class Vocabulary:
         self._is_byte_level = decoders == ["ByteLevel"]
         self._has_byte_tokens = "ByteFallback" in decoders
         self._longest_token = self._measure_longest_token()
-        self._bytes: dict[int, bytes] = {}
-        self._visible_bytes: dict[int, bytes] = {}
+        self._hidden: dict[frozenset[int], frozenset[int]] = {}  # by those that are shown
+        self._bytes: dict[frozenset[int], dict[int, bytes]] = {}  # by those that are hidden
 
     @classmethod
     def load(
@@ -134,6 +136,15 @@ class Vocabulary:
     def has_template(self) -> bool:
         return self._template is not None
 
+    @property
+    def template_source(self) -> str:
+        """The chat template; "" if there is none."""
+        return "" if self._template is None else self._template.source
+
+    def template_variables(self) -> set[str]:
+        """List the variables that the chat template reads."""
+        return set() if self._template is None else self._template.variables()
+
     def render(
         self,
         messages: Sequence[Mapping[str, Any]],
@@ -192,13 +203,19 @@ class Vocabulary:
         return self._tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
 
     def detokenizer(
-        self, skip_special_tokens: bool, prompt_token_ids: Sequence[int] = ()
+        self,
+        skip_special_tokens: bool,
+        prompt_token_ids: Sequence[int] = (),
+        shown_ids: frozenset[int] = frozenset(),
     ) -> Detokenizer:
-        """Make a detokenizer for what follows the prompt, on which a first space may depend."""
+        """Make a detokenizer for what follows the prompt, on which a first space may depend.
+
+        `shown_ids` are special tokens that are not skipped.
+        """
+        hidden = self._hidden_ids(shown_ids) if skip_special_tokens else _NO_IDS
         if self._is_byte_level:
-            table = self._visible_bytes if skip_special_tokens else self._bytes
-            return ByteLevelDetokenizer(_Lookup(self, table, skip_special_tokens))
-        hidden = self._special_ids if skip_special_tokens else set[int]()
+            table = self._bytes.setdefault(hidden, {})
+            return ByteLevelDetokenizer(_Lookup(self, table, hidden))
         return WindowDetokenizer(
             lambda ids: self.decode(ids, False),
             self._is_byte,
@@ -237,6 +254,22 @@ class Vocabulary:
     def is_special(self, token_id: int) -> bool:
         return token_id in self._special_ids
 
+    @property
+    def added_texts(self) -> set[str]:
+        """The texts of all tokens that were added to the vocabulary."""
+        return {token.content for token in self._tokenizer.get_added_tokens_decoder().values()}
+
+    def special_ids_in(self, texts: Iterable[str]) -> frozenset[int]:
+        """Find the special tokens that are part of one of the texts."""
+        texts = list(texts)
+        special = ((i, self._tokenizer.id_to_token(i)) for i in self._special_ids)
+        return frozenset(i for i, token in special if token and any(token in t for t in texts))
+
+    def _hidden_ids(self, shown_ids: frozenset[int]) -> frozenset[int]:
+        if shown_ids not in self._hidden:
+            self._hidden[shown_ids] = frozenset(self._special_ids - shown_ids)
+        return self._hidden[shown_ids]
+
     def _is_byte(self, token_id: int) -> bool:
         if not self._has_byte_tokens:
             return False
@@ -247,20 +280,20 @@ class Vocabulary:
 class _Lookup:
     """Maps token ids to bytes, kept per vocabulary: one dictionary look-up per token."""
 
-    __slots__ = ("_skip_special_tokens", "_table", "_vocabulary")
+    __slots__ = ("_hidden", "_table", "_vocabulary")
 
     def __init__(
-        self, vocabulary: Vocabulary, table: dict[int, bytes], skip_special_tokens: bool
+        self, vocabulary: Vocabulary, table: dict[int, bytes], hidden: frozenset[int]
     ) -> None:
         self._vocabulary = vocabulary
         self._table = table
-        self._skip_special_tokens = skip_special_tokens
+        self._hidden = hidden
 
     def __call__(self, token_id: int) -> bytes:
         found = self._table.get(token_id)
         if found is None:
-            hidden = self._skip_special_tokens and self._vocabulary.is_special(token_id)
-            found = b"" if hidden else self._vocabulary.token_bytes(token_id)
+            is_hidden = token_id in self._hidden
+            found = b"" if is_hidden else self._vocabulary.token_bytes(token_id)
             self._table[token_id] = found
         return found
 

@@ -4,12 +4,13 @@ A field that would change the result and is not implemented is refused; one that
 is accepted and ignored; an unknown one is refused by name. Knows nothing of text and tokens.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Annotated, Any, Literal, cast
 
 from pydantic import Field, model_validator
 
-from deployments.ingress.api.messages import Message
+from deployments.ingress.api.messages import Message, check_arguments
 from deployments.ingress.api.openai_fields import (
     Biases,
     Model,
@@ -19,6 +20,7 @@ from deployments.ingress.api.openai_fields import (
     Stops,
     StopTokenIds,
 )
+from deployments.ingress.api.tools import Choice, NoFunctionCall, NoFunctions, Tool, Tools
 from deployments.ingress.http_errors import invalid
 from engine.scheduler.request import (
     MAX_LOGPROBS,
@@ -31,6 +33,7 @@ from engine.validate import MAX_CHOICES
 
 MAX_MESSAGES = 2048
 MAX_TEMPLATE_VALUES = 10_000  # in chat_template_kwargs, at any depth
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 Modalities = Annotated[list[Literal["text"]], Field(fail_fast=True, max_length=8)]
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's own default for completions
 RANDOM_SEED = -1  # as in vLLM: of clients that cannot leave the field out
@@ -159,17 +162,19 @@ class ChatCompletionRequest(OpenAIRequest):
     continue_final_message: bool | None = None
     add_special_tokens: bool | None = None
 
+    tools: Tools = None
+    tool_choice: Choice = None
+    parallel_tool_calls: bool | None = None
+    reasoning_effort: Effort | None = None
+    include_reasoning: bool | None = None  # vLLM's
+
     # Refused unless they ask for what happens anyway.
-    tools: Nothing = None
-    functions: Nothing = None
+    functions: NoFunctions = None
+    function_call: NoFunctionCall = None
     audio: Nothing = None
     prediction: Nothing = None
-    reasoning_effort: None = None
     verbosity: None = None
     web_search_options: None = None
-    tool_choice: Literal["none", "auto"] | None = None
-    function_call: Literal["none", "auto"] | None = None
-    parallel_tool_calls: Any = None
     modalities: Modalities | None = None
     response_format: dict[str, Any] | None = None
 
@@ -191,6 +196,25 @@ class ChatCompletionRequest(OpenAIRequest):
         if self.continue_final_message and self.add_generation_prompt:
             raise ValueError("continue_final_message: not allowed with add_generation_prompt")
         return self
+
+    @model_validator(mode="after")
+    def _tools_that_may_be_called(self) -> "ChatCompletionRequest":
+        check_arguments(self.messages)
+        choice = self.tool_choice
+        if choice is None or not choice.is_forced:
+            return self
+        names = [tool.name for tool in self.tools or ()]
+        if not names:
+            raise ValueError("tool_choice: a call is only possible with tools")
+        if choice.name is not None and choice.name not in names:
+            raise ValueError(f"tool_choice: no tool is called {choice.name!r}")
+        return self
+
+    @property
+    def callable_tools(self) -> Sequence[Tool]:
+        """The tools that the model may call, and is told about."""
+        is_off = self.tool_choice is not None and self.tool_choice.mode == "none"
+        return [] if is_off else self.tools or []
 
     @property
     def wanted_max_tokens(self) -> int | None:

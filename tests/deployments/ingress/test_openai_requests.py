@@ -27,6 +27,8 @@ def completion(**fields: Any) -> CompletionRequest:
         {"user": "u", "metadata": {"a": "b"}, "store": True, "service_tier": "auto"},
         {"tools": None, "response_format": {"type": "text"}, "modalities": ["text"]},
         {"tool_choice": "none", "parallel_tool_calls": False},
+        {"tool_choice": "auto", "function_call": "none", "reasoning_effort": None},
+        {"messages": [{"role": "tool", "content": "x", "tool_call_id": "call_1"}]},
         {"temperature": 0, "top_k": -1, "logit_bias": {"5": -100}},
         {"stream": True, "stream_options": {"include_usage": True}},
         {"tools": [], "functions": [], "prediction": None, "audio": []},
@@ -43,12 +45,13 @@ def test_fields_that_change_nothing_are_accepted(fields: dict[str, Any]) -> None
 @pytest.mark.parametrize(
     ("fields", "path"),
     [
-        ({"tools": [{"type": "function"}]}, "tools"),
+        ({"tools": [{"type": "function"}]}, "tools[0].function"),
         ({"functions": [{"name": "f"}]}, "functions"),
         ({"response_format": {"type": "json_object"}}, "response_format"),
         ({"audio": {"voice": "x"}}, "audio"),
         ({"modalities": ["text", "audio"]}, "modalities[1]"),
-        ({"reasoning_effort": "high"}, "reasoning_effort"),
+        ({"reasoning_effort": "huge"}, "reasoning_effort"),
+        ({"function_call": {"name": "f"}}, "function_call"),
         ({"nonsense": 1}, "nonsense"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
         ({"stream": True, "stream_options": {"nonsense": True}}, "stream_options.nonsense"),
@@ -63,7 +66,7 @@ def test_fields_that_change_nothing_are_accepted(fields: dict[str, Any]) -> None
         ({"messages": []}, "messages"),
         ({"messages": "hi"}, "messages"),
         ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role"),
+        ({"messages": [{"role": "function", "content": "x"}]}, "messages[0].role"),
         ({"messages": [{"role": "user", "content": "x", "mood": 1}]}, "messages[0].mood"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
@@ -176,7 +179,11 @@ def test_parts_may_have_cache_hints_and_nothing_else() -> None:
 
 def test_reasoning_is_given_to_the_template() -> None:
     message = {"role": "assistant", "content": "x", "reasoning_content": "hm"}
-    assert chat(messages=[message]).messages[0].document() == message
+    # Two names, as transformers gives them to templates.
+    wanted = {**message, "thinking": "hm"}
+    assert chat(messages=[message]).messages[0].document() == wanted
+    message["reasoning"] = message.pop("reasoning_content")  # as vLLM names it
+    assert chat(messages=[message]).messages[0].document() == wanted
 
 
 # ---- size ----------------------------------------------------------------------------------
@@ -242,3 +249,104 @@ def test_parts_of_a_message_are_lines_of_one_text() -> None:
 def test_a_body_that_is_no_object_is_refused(document: object) -> None:
     with pytest.raises(ApiError, match="JSON object"):
         parse_request(ChatCompletionRequest, document)
+
+
+# ---- tools ---------------------------------------------------------------------------------
+
+FUNCTION: dict[str, Any] = {"name": "f", "parameters": {"type": "object"}}
+
+
+def tool(**function: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {**FUNCTION, **function}}
+
+
+def calling(arguments: Any, **call: Any) -> dict[str, Any]:
+    called = {"id": "1", "type": "function", "function": {"name": "f", "arguments": arguments}}
+    return {"messages": [{"role": "assistant", "tool_calls": [{**called, **call}]}]}
+
+
+@pytest.mark.parametrize(
+    ("fields", "path"),
+    [
+        ({"tools": {}}, "tools"),
+        ({"tools": [tool()] * 129}, "tools"),
+        ({"tools": [tool(description="x" * 2**18)]}, "tools"),
+        ({"tools": [5]}, "tools[0]"),
+        ({"tools": [{**tool(), "type": "web_search"}]}, "tools[0].type"),
+        ({"tools": [{**tool(), "mood": 1}]}, "tools[0].mood"),
+        ({"tools": [tool(mood=1)]}, "tools[0].function.mood"),
+        ({"tools": [tool(name="a b")]}, "tools[0].function.name"),
+        ({"tools": [tool(name="a" * 65)]}, "tools[0].function.name"),
+        ({"tools": [tool(name="f\n")]}, "tools[0].function.name"),
+        ({"tools": [tool(name=None)]}, "tools[0].function.name"),
+        ({"tools": [tool(), tool()]}, "tools[1].function.name"),
+        ({"tools": [tool(description=5)]}, "tools[0].function.description"),
+        ({"tools": [tool(strict=1)]}, "tools[0].function.strict"),
+        ({"tools": [tool(parameters=[])]}, "tools[0].function.parameters"),
+        ({"tools": [tool(parameters={"type": "array"})]}, "tools[0].function.parameters"),
+        (
+            {"tools": [tool(parameters={"properties": {"a": {"type": "text"}}})]},
+            "tools[0].function.parameters.properties.a.type",
+        ),
+        ({"tools": [tool()], "tool_choice": "any"}, "tool_choice"),
+        ({"tools": [tool()], "tool_choice": {"type": "allowed_tools"}}, "tool_choice"),
+        ({"tools": [tool()], "tool_choice": {"type": "function"}}, "tool_choice.function"),
+        (
+            {"tools": [tool()], "tool_choice": {"type": "function", "function": {"name": "g"}}},
+            "tool_choice",
+        ),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"parallel_tool_calls": "no"}, "parallel_tool_calls"),
+        (calling("{"), "messages[0].tool_calls[0].function.arguments"),
+        (calling("[1]"), "messages[0].tool_calls[0].function.arguments"),
+        (calling({}), "messages[0].tool_calls[0].function.arguments"),
+        (calling("[" * 10_000), "messages[0].tool_calls[0].function.arguments"),
+        (calling('{"a": [' + "1," * 60_000 + "1]}"), "messages"),
+        (calling("{}", type="custom"), "messages[0].tool_calls[0].type"),
+        (calling("{}", mood=1), "messages[0].tool_calls[0].mood"),
+        (calling("{}", function={"name": "a b"}), "messages[0].tool_calls[0].function.name"),
+        ({"messages": [{**USER, "tool_calls": [{"function": {"name": "f"}}]}]}, "messages[0]"),
+        ({"messages": [{**USER, "tool_call_id": "1"}]}, "messages[0]"),
+        (
+            {"messages": [{"role": "assistant", "tool_calls": [1] * MANY}]},
+            "messages[0].tool_calls[0]",
+        ),
+    ],
+)
+def test_a_bad_tool_or_call_is_refused_with_its_place(fields: dict[str, Any], path: str) -> None:
+    began = time.thread_time()
+    with pytest.raises(ApiError) as caught:
+        chat(**fields)
+    assert time.thread_time() - began < 0.1
+    assert (caught.value.status, caught.value.param) == (400, path)
+    assert path.split("[")[0] in caught.value.message and len(caught.value.message) < 700
+
+
+def test_legacy_functions_are_told_their_successors() -> None:
+    for field, value, successor in (
+        ("functions", [FUNCTION], "tools"),
+        ("function_call", {"name": "f"}, "tool_choice"),
+    ):
+        with pytest.raises(ApiError, match=f"{field} is not supported: use {successor}"):
+            chat(**{field: value})
+
+
+def test_a_tool_is_given_to_the_template_without_what_is_empty() -> None:
+    given = {"name": "f", "description": None, "parameters": None, "strict": True}
+    [read] = chat(tools=[{"type": "function", "function": given, "cache_control": {}}]).tools or []
+    parameters = {"type": "object", "properties": {}}
+    assert read.document() == {
+        "type": "function",
+        "function": {"name": "f", "parameters": parameters},
+    }
+
+
+def test_arguments_are_objects_for_the_template() -> None:
+    [message] = chat(**calling('{"a": [1, {"b": null}]}', index=0)).messages
+    [call] = message.document(fills_content=False)["tool_calls"]
+    assert call["function"] == {"name": "f", "arguments": {"a": [1, {"b": None}]}}
+    assert set(message.document(fills_content=False)) == {"role", "tool_calls"}
+    assert message.document()["content"] == ""
+    assert (
+        chat(**calling("")).messages[0].document()["tool_calls"][0]["function"]["arguments"] == {}
+    )

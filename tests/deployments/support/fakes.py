@@ -31,6 +31,7 @@ from deployments.ingress.routes import Ingress, build_api
 from deployments.ingress.tenant_limiter import TenantLimiter
 from deployments.replica.replica import EngineReplica, ReplicaSettings
 from deployments.tenants.tenants import Everybody, Tenants
+from deployments.text.answer_syntax import find_syntax
 from deployments.text.vocabulary import Vocabulary
 from engine.client import EngineUnavailable
 from engine.messages import (
@@ -371,7 +372,9 @@ async def serving(
     link = EngineLink(connection, "ingress", timing)
     link.start()
     metrics = Metrics(max_adapter_series, ["base"])
-    served = ServedModel("base", vocabulary or byte_vocabulary(), link, max_requests)
+    vocabulary = vocabulary or byte_vocabulary()
+    syntax = find_syntax(vocabulary, "base")
+    served = ServedModel("base", vocabulary, link, max_requests, syntax=syntax)
     numbers = iter(range(10**6))
     origin = Origin(lambda: str(next(numbers)), lambda: 1000 + next(numbers), lambda: 1e9)
     limiter = TenantLimiter(metrics, clock_ns)

@@ -1,0 +1,153 @@
+"""Parse the tools of a chat request, and which of them the model may or must call."""
+
+# Fields are JSON of any shape until they are checked here.
+# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
+# pyright: reportUnknownMemberType=false
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import msgspec
+from pydantic import BeforeValidator, SkipValidation
+
+from deployments.ingress.api.json_schema import find_fault
+from deployments.ingress.api.openai_fields import is_empty, short
+from deployments.ingress.http_errors import ApiError, invalid
+from deployments.text.tools.call import NAME, is_name
+
+MAX_TOOLS = 128
+MAX_TOOL_BYTES = 256 * 1024  # of all tools, as JSON
+MAX_PATH = 300  # characters of a place that an error names
+
+_TOOL_FIELDS = ("type", "function", "cache_control")
+_FUNCTION_FIELDS = ("name", "description", "parameters", "strict")
+_NO_PARAMETERS: Mapping[str, Any] = {"type": "object", "properties": {}}
+
+
+@dataclass(frozen=True, slots=True)
+class Tool:
+    """A function that the model may call. `schema` is that of its arguments."""
+
+    name: str
+    description: str | None
+    schema: Mapping[str, Any]
+
+    def document(self) -> dict[str, Any]:
+        """Write the tool for chat templates."""
+        described = {} if self.description is None else {"description": self.description}
+        function = {"name": self.name, **described, "parameters": self.schema}
+        return {"type": "function", "function": function}
+
+
+@dataclass(frozen=True, slots=True)
+class ToolChoice:
+    """`mode` is none, auto or required; with a `name` that tool alone may be called."""
+
+    mode: str
+    name: str | None = None
+
+    @property
+    def is_forced(self) -> bool:
+        return self.mode == "required"
+
+
+# ---- tools ---------------------------------------------------------------------------------
+
+
+def _read_tools(value: object) -> list[Tool] | None:
+    """Read the list of tools. Raises ApiError with the place of the first fault."""
+    if value is None or value == []:
+        return None
+    if not isinstance(value, list):
+        raise invalid(f"tools: must be a list, not {short(value)}.", "tools")
+    if len(value) > MAX_TOOLS:
+        raise invalid(f"tools: must have at most {MAX_TOOLS} tools, not {len(value)}.", "tools")
+    num_bytes = len(msgspec.json.encode(value))
+    if num_bytes > MAX_TOOL_BYTES:
+        message = f"tools: must have at most {MAX_TOOL_BYTES} bytes as JSON, not {num_bytes}."
+        raise invalid(message, "tools")
+    tools = [_read_tool(each, f"tools[{at}]") for at, each in enumerate(value)]
+    names = [tool.name for tool in tools]
+    for at, name in enumerate(names):
+        if name in names[:at]:
+            raise _wrong(f"tools[{at}].function.name", f"{name!r} is the name of two tools")
+    return tools
+
+
+def _read_tool(value: object, path: str) -> Tool:
+    fields = _object(value, path, _TOOL_FIELDS)
+    if fields.get("type", "function") != "function":
+        raise _wrong(f"{path}.type", f"only 'function' is supported, not {short(fields['type'])}")
+    path = f"{path}.function"
+    function = _object(fields.get("function"), path, _FUNCTION_FIELDS)
+    name, description = function.get("name"), function.get("description")
+    if not is_name(name):
+        raise _wrong(f"{path}.name", f"must match ^{NAME}$, not be {short(name)}")
+    if not isinstance(description, str | None):
+        raise _wrong(f"{path}.description", f"must be text, not {short(description)}")
+    if not isinstance(strict := function.get("strict"), bool | None):
+        raise _wrong(f"{path}.strict", f"must be true or false, not {short(strict)}")
+    return Tool(str(name), description, _schema(function.get("parameters"), f"{path}.parameters"))
+
+
+def _schema(value: object, path: str) -> Mapping[str, Any]:
+    if value is None or value == {}:
+        return _NO_PARAMETERS
+    fault = find_fault(value)
+    if fault is not None:
+        raise _wrong(path + fault[0], fault[1])
+    if not isinstance(value, dict) or value.get("type", "object") != "object":
+        raise _wrong(path, "must be the schema of an object")
+    return value
+
+
+def _object(value: object, path: str, known: tuple[str, ...]) -> dict[str, Any]:
+    """Take the known fields of an object. Others must be empty."""
+    if not isinstance(value, dict):
+        raise _wrong(path, f"must be an object, not {short(value)}")
+    for name, setting in value.items():
+        if name not in known and not is_empty(setting):
+            field = f"{path}.{name[:80]}"
+            raise invalid(f"Unknown field: {field}.", field, "unknown_field")
+    return value
+
+
+def _wrong(path: str, message: str) -> ApiError:
+    path = path if len(path) <= MAX_PATH else f"{path[:MAX_PATH]}..."
+    return invalid(f"{path}: {message}.", path)
+
+
+# ---- which of them -------------------------------------------------------------------------
+
+
+def _read_choice(value: object) -> ToolChoice | None:
+    if value is None:
+        return None
+    if value in ("none", "auto", "required"):
+        return ToolChoice(str(value))
+    if not isinstance(value, dict) or value.get("type") != "function":
+        wanted = "'none', 'auto', 'required' or an object of the type 'function'"
+        raise _wrong("tool_choice", f"must be {wanted}, not {short(value)}")
+    function = _object(value, "tool_choice", ("type", "function")).get("function")
+    name = _object(function, "tool_choice.function", ("name",)).get("name")
+    if not is_name(name):
+        raise _wrong("tool_choice.function.name", f"must match ^{NAME}$, not be {short(name)}")
+    return ToolChoice("required", str(name))
+
+
+def _instead(field: str, use: str) -> Any:
+    """Make the validator of a field that has a successor."""
+
+    def refuse(value: object) -> None:
+        if is_empty(value) or (field == "function_call" and value in ("none", "auto")):
+            return
+        raise invalid(f"{field} is not supported: use {use}.", field, "unsupported_field")
+
+    return BeforeValidator(refuse)
+
+
+Tools = Annotated[list[Tool] | None, SkipValidation, BeforeValidator(_read_tools)]
+Choice = Annotated[ToolChoice | None, SkipValidation, BeforeValidator(_read_choice)]
+NoFunctions = Annotated[None, _instead("functions", "tools")]
+NoFunctionCall = Annotated[None, _instead("function_call", "tool_choice")]

@@ -1,0 +1,128 @@
+"""Plan what a chat's answer may hold beside text: what its template is told, how it is parsed."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from deployments.ingress.api.openai import ChatCompletionRequest
+from deployments.ingress.api.openai_replies import ChatReply, ReplyHead
+from deployments.ingress.api.parsed_chat_reply import ParsedChatReply
+from deployments.ingress.choice import Choice
+from deployments.ingress.http_errors import ApiError, invalid
+from deployments.ingress.parsed_choice import ParsedChoice
+from deployments.text.answer_syntax import AnswerSyntax, Parser
+from deployments.text.vocabulary import Vocabulary
+from engine.messages import RequestOutput
+
+SHORT_ID = 9  # characters; some templates take no others
+
+MakeChoice = Callable[[int, RequestOutput | None], Choice]
+
+
+@dataclass(frozen=True, slots=True)
+class ChatAnswers:
+    """A request, and what its model's answers look like."""
+
+    request: ChatCompletionRequest
+    syntax: AnswerSyntax
+
+    def check(self) -> None:
+        """Refuse what this model cannot do. Raises ApiError."""
+        request, tools = self.request, self.syntax.tools
+        if tools.form is None:
+            if request.callable_tools:
+                raise _no_tools("tools", tools.refusal)
+            for at, message in enumerate(request.messages):
+                if message.uses_tools:
+                    raise _no_tools(f"messages[{at}]", tools.refusal)
+        if request.tool_choice is not None and request.tool_choice.is_forced:
+            raise invalid(
+                "tool_choice: that a tool must be called is not supported: use 'auto' or 'none'.",
+                "tool_choice",
+                "unsupported_field",
+            )
+
+    def messages(self) -> list[dict[str, Any]]:
+        fills_content = self.syntax.style.fills_content
+        return [message.document(fills_content) for message in self.request.messages]
+
+    def variables(self) -> dict[str, Any]:
+        """List what the template is told beside the messages. Raises ApiError."""
+        tools = [tool.document() for tool in self.request.callable_tools]
+        given = self.request.chat_template_kwargs or {}
+        return {**self._effort(), **given, **({"tools": tools} if tools else {})}
+
+    def _effort(self) -> Mapping[str, Any]:
+        effort, syntax = self.request.reasoning_effort, self.syntax
+        if effort is None:
+            return {}
+        if syntax.takes_effort:
+            return {"reasoning_effort": effort}
+        if effort == "none" and syntax.takes_thinking:
+            return {"enable_thinking": False}
+        if effort == "none" and syntax.think_tags is None:
+            return {}
+        raise invalid(
+            f"reasoning_effort: {effort!r} would do nothing: this model's chat template does not "
+            "read it.",
+            "reasoning_effort",
+            "unsupported_field",
+        )
+
+    def texts(self) -> Iterator[str]:
+        """List the texts that the messages are made of."""
+        for message in self.request.messages:
+            yield message.content or ""
+            yield from message.arguments
+
+    def parsed(
+        self,
+        text: str,
+        vocabulary: Vocabulary,
+        prompt: list[int],
+        head: ReplyHead,
+        new_id: Callable[[], str],
+    ) -> tuple[MakeChoice, ChatReply] | None:
+        """Make what parses answers to a prompt, whose text this is. None if they are text alone."""
+        request, syntax = self.request, self.syntax
+        make_parser = self._parser_maker(text)
+        if make_parser is None:
+            return None
+        skip = request.skip_special_tokens is not False
+
+        def make_choice(index: int, output: RequestOutput | None) -> Choice:
+            return ParsedChoice(
+                index,
+                vocabulary.detokenizer(skip, prompt, syntax.shown_ids),
+                make_parser(),
+                request.stop or (),
+                bool(request.include_stop_str_in_output),
+                request.min_tokens or 0,
+            )
+
+        new_call_id = self._call_id_maker(new_id)
+        shows = request.include_reasoning is not False
+        n = request.num_choices
+        return make_choice, ParsedChatReply(head, vocabulary, [prompt], n, new_call_id, shows)
+
+    def _parser_maker(self, prompt: str) -> Callable[[], Parser] | None:
+        request, syntax = self.request, self.syntax
+        schemas = {tool.name: tool.schema for tool in request.callable_tools}
+        if not schemas and syntax.is_plain:
+            return None
+        continues = request.continue_final_message is True
+        continued = (request.messages[-1].content or "") if continues else None
+        is_inside = syntax.begins_inside(prompt, continued)
+        one_call = request.parallel_tool_calls is False
+        return lambda: syntax.parser(schemas, is_inside, one_call)
+
+    def _call_id_maker(self, new_id: Callable[[], str]) -> Callable[[], str]:
+        """Choose how calls are named, such that the template takes the names back."""
+        if self.syntax.style.has_short_ids:
+            return lambda: new_id()[:SHORT_ID].rjust(SHORT_ID, "0")
+        return lambda: f"call_{new_id()}"
+
+
+def _no_tools(path: str, refusal: str) -> ApiError:
+    message = f"{path}: this model cannot be used with tools: {refusal}."
+    return invalid(message, path, "unsupported_field")

@@ -1,0 +1,132 @@
+"""AnswerSyntax: what a model's answers hold beside text, found when the model is loaded."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from deployments.text.answer_parser import AnswerParser
+from deployments.text.channels import MARKS, ChannelParser
+from deployments.text.deltas import Delta
+from deployments.text.reasoning import (
+    THINK_TAGS,
+    ReasoningSplitter,
+    ThinkTags,
+    find_think_tags,
+    is_reasoning,
+)
+from deployments.text.tools.call_parser import CallParser
+from deployments.text.tools.call_reader import Schemas
+from deployments.text.tools.formats import AUTO, FORMATS, NONE, ToolFormat
+from deployments.text.tools.pattern import literals_of
+from deployments.text.tools.probe import CallStyle, ToolSupport, probe_tools
+from deployments.text.vocabulary import Vocabulary
+
+logger = logging.getLogger(__name__)
+
+
+class Parser(Protocol):
+    """Parts one answer. After `is_done` nothing belongs to the answer any more."""
+
+    has_calls: bool
+    is_done: bool
+
+    def push(self, text: str) -> list[Delta]: ...
+    def flush(self) -> list[Delta]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerSyntax:
+    """`shown_ids` are the control tokens that are part of the formats, and so of the text."""
+
+    tools: ToolSupport
+    think_tags: ThinkTags | None = None
+    shown_ids: frozenset[int] = frozenset()
+    takes_effort: bool = False  # whether the template reads `reasoning_effort`
+    takes_thinking: bool = False  # whether it reads `enable_thinking`
+
+    @property
+    def is_plain(self) -> bool:
+        """Tell whether answers without tools are text alone."""
+        form = self.tools.form
+        return self.think_tags is None and not (form and form.has_channels)
+
+    @property
+    def style(self) -> CallStyle:
+        return self.tools.style
+
+    def parser(self, schemas: Schemas, is_inside: bool, one_call: bool) -> Parser:
+        """Make a parser for one answer. Without schemas it looks for no calls."""
+        tags, form = self.think_tags, self.tools.form
+        one_call = one_call or self.tools.has_one_call
+        if form and form.has_channels:
+            return ChannelParser(one_call)
+        splitter = ReasoningSplitter(tags, is_inside) if tags else None
+        calls = CallParser(form, schemas) if form and schemas else None
+        return AnswerParser(splitter, calls, one_call)
+
+    def begins_inside(self, prompt: str, continued: str | None) -> bool:
+        return self.think_tags is not None and is_reasoning(self.think_tags, prompt, continued)
+
+
+PLAIN = AnswerSyntax(ToolSupport(None, refusal="the model's chat template was not looked at"))
+
+
+def find_syntax(
+    vocabulary: Vocabulary, model_id: str, tool_format: str = AUTO, reasoning_format: str = AUTO
+) -> AnswerSyntax:
+    """Look for formats in the model's template, or take those that are named."""
+    tools = _tools(vocabulary, tool_format)
+    tags = _think_tags(vocabulary, reasoning_format)
+    variables = vocabulary.template_variables()
+    _log(model_id, tools, tags)
+    return AnswerSyntax(
+        tools,
+        tags,
+        vocabulary.special_ids_in(_markers(tools.form, tags)),
+        "reasoning_effort" in variables,
+        "enable_thinking" in variables,
+    )
+
+
+def _tools(vocabulary: Vocabulary, tool_format: str) -> ToolSupport:
+    if tool_format == NONE:
+        return ToolSupport(None, refusal="the configuration switches them off")
+    has_template = bool(vocabulary.template_source)
+    if not has_template and tool_format == AUTO:
+        return ToolSupport(None, refusal="its base has no chat template")
+
+    def render(
+        messages: Sequence[Mapping[str, Any]], opens_answer: bool, extra: Mapping[str, Any]
+    ) -> str:
+        return vocabulary.render(messages, opens_answer, extra)
+
+    found = probe_tools(render) if has_template else ToolSupport(None)
+    if tool_format == AUTO:
+        return found
+    return ToolSupport(FORMATS[tool_format], found.style, found.has_one_call)
+
+
+def _think_tags(vocabulary: Vocabulary, reasoning_format: str) -> ThinkTags | None:
+    if reasoning_format == AUTO:
+        return find_think_tags(vocabulary.template_source, vocabulary.added_texts)
+    return THINK_TAGS.get(reasoning_format)
+
+
+def _markers(form: ToolFormat | None, tags: ThinkTags | None) -> list[str]:
+    markers = [tags.opening, tags.closing] if tags else []
+    if form and form.has_channels:
+        markers += MARKS
+    elif form:
+        markers += [*(form.section or ()), *literals_of(form.call)]
+        markers += [*literals_of(form.parameter), '<|"|>']
+    return markers
+
+
+def _log(model_id: str, tools: ToolSupport, tags: ThinkTags | None) -> None:
+    if tools.form is None:
+        logger.warning("%s: requests with tools are refused: %s", model_id, tools.refusal)
+    else:
+        logger.info("%s: tools are called in the format %s", model_id, tools.form.name)
+    if tags is not None:
+        logger.info("%s: reasoning stands between %s and %s", model_id, tags.opening, tags.closing)

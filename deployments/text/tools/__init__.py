@@ -1,0 +1,1 @@
+"""Tools: find how a model writes calls of functions, and read them from its answers."""
