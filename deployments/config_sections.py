@@ -81,8 +81,8 @@ class EngineSection(Section):
     )
     lora_side_stream: bool = key(
         False,
-        "on a GPU `true` computes the adapters' A beside the base's multiplication, on a stream "
-        "of its own; it was not measured",
+        "on a GPU `true` computes the adapters' A concurrently with the base's multiplication, on "
+        "a stream of its own; it was not measured",
     )
     num_threads: int | None = key(None, "threads of the engine on a CPU", unset="all cores")
     activations: str = key(
@@ -221,14 +221,14 @@ class TenancySection(Section):
     """
 
     mode: Literal["open", "keys"] = key(
-        "open", "`open`: everybody is the tenant `public`; `keys`: a request needs an API key"
+        "open", "`open`: every client is the tenant `public`; `keys`: a request needs an API key"
     )
     allow_open_on_network: bool = key(
         False, "whether `open` may listen on an address that others can reach"
     )
     keys_file: str | None = key(None, "hashes of keys, and whose they are; for mode `keys`")
     metrics: Literal["key", "open"] = key(
-        "key", "`open` shows `/metrics` to everybody in mode `keys`"
+        "key", "`open` shows `/metrics` without a key in mode `keys`"
     )
     requests_per_minute: Limit = key(
         None,

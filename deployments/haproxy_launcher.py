@@ -22,8 +22,8 @@ _SECTION = re.compile(r"^(?:global|defaults|(?:frontend|backend|listen) \S+)$")
 _ANY_ADDRESS = re.compile(r"^(\s*bind )\*?:(\d+)$")
 _ERROR_FILE = re.compile(r"^(\s*errorfile \d+) \S+$")
 _NO_ROUTE = re.compile(r"^\s*http-request return status 404 ")
-# Ray obeys these headers whoever sends them: a request ends early, or nobody notices its client's
-# end. In an id only printable ASCII is safe: Ray decodes it, and its log repeats it.
+# Ray obeys these headers even from clients: they end a request early, or hide that its client has
+# left. Ids must be printable ASCII: Ray decodes them and writes them to its log.
 _HEADER_RULES = (
     "http-request del-header x-request-timeout-seconds",
     "http-request del-header x-request-disconnect-disabled",

@@ -10,7 +10,7 @@ no clock and no process: the caller says what has passed and what came.
 
 from dataclasses import dataclass
 
-from engine.process_usage import Usage
+from engine.process_usage import ProcessUsage
 
 PING_AFTER_S = 0.25  # of silence; an idle process says nothing of its own accord
 METER_AFTER_S = 1.0  # of silence, so that a process that answers costs no measurement
@@ -100,7 +100,7 @@ class Liveness:
     def ping(self) -> None:
         self._silence.since_ping_s = 0.0
 
-    def pass_time(self, elapsed_s: float, usage: Usage | None) -> None:
+    def pass_time(self, elapsed_s: float, usage: ProcessUsage | None) -> None:
         """Count silence. `usage`: what the process did meanwhile, if that is known."""
         silence = self._silence
         own_s = min(elapsed_s, MAX_TICK_S)

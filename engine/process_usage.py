@@ -11,7 +11,7 @@ _NS = 1e-9
 
 
 @dataclass(frozen=True, slots=True)
-class Usage:
+class ProcessUsage:
     """Seconds of some period. `computing_s` is of all threads together.
 
     `waiting_s` is of the thread that waited longest for a processor, or of the main thread if that
@@ -34,7 +34,7 @@ class UsageMeter:
         self._folder = proc / str(pid) / "task"
         self._threads: dict[int, _ThreadTimes] = {}
 
-    def read(self, elapsed_s: float) -> Usage | None:
+    def read(self, elapsed_s: float) -> ProcessUsage | None:
         """Measure the time since the last call, `elapsed_s`. None: unknown, as at the first one."""
         before, after = self._threads, self._read_threads()
         self._threads = after
@@ -46,7 +46,7 @@ class UsageMeter:
         if self._wants_processor_or_disk():  # a wait that has not ended is not counted yet
             waiting_s = max(waiting_s, elapsed_s - spent[self._pid].computing_s)
         computing_s = sum(thread.computing_s for thread in spent.values())
-        return Usage(computing_s, min(waiting_s, elapsed_s))
+        return ProcessUsage(computing_s, min(waiting_s, elapsed_s))
 
     def forget(self) -> None:
         """Begin anew: the next `read` is the first one."""

@@ -24,8 +24,8 @@ def serve(config: Path, host: str | None, port: int | None) -> None:
     """
     from adapter_store.errors import AdapterStoreError
     from deployments.installation import WrongInstallation
-    from deployments.local.serve import StartFailed, serve_locally
+    from deployments.local.serve import ServerStartFailed, serve_locally
     from engine.config import ConfigError
 
-    with refusing(AdapterStoreError, ConfigError, OSError, StartFailed, WrongInstallation):
+    with refusing(AdapterStoreError, ConfigError, OSError, ServerStartFailed, WrongInstallation):
         serve_locally(config, host, port)

@@ -10,18 +10,18 @@ from contextlib import contextmanager
 
 from deployments.ingress.http_errors import rate_limited, too_many_answers
 from deployments.ingress.metrics import Metrics
-from deployments.policy.admission import Limits, Load, Refusal, admit, grow, is_idle, release
+from deployments.policy.admission import Limits, Refusal, TenantLoad, admit, grow, is_idle, release
 
 SPARE_LOADS = 64  # idle tenants that may be remembered before the first sweep
 
 
 class TenantLimiter:
-    """Used in one event loop. A tenant's Load counts the answers of open `inside` blocks."""
+    """Used in one event loop. A tenant's TenantLoad counts the answers of open `inside` blocks."""
 
     def __init__(self, metrics: Metrics, clock_ns: Callable[[], int] = time.monotonic_ns) -> None:
         self._metrics = metrics
         self._clock_ns = clock_ns
-        self._loads: dict[str, tuple[Load, Limits]] = {}
+        self._loads: dict[str, tuple[TenantLoad, Limits]] = {}
         self._sweep_at = SPARE_LOADS
 
     @property
@@ -35,7 +35,7 @@ class TenantLimiter:
     def inside(self, tenant: str, limits: Limits) -> Generator["Place"]:
         """Count a request while it runs. Raises ApiError (429) if it may not begin."""
         now_ns = self._clock_ns()
-        load = self._loads[tenant][0] if tenant in self._loads else Load(at_ns=now_ns)
+        load = self._loads[tenant][0] if tenant in self._loads else TenantLoad(at_ns=now_ns)
         answer = admit(load, limits, now_ns)
         self._loads[tenant] = (self._granted(tenant, answer), limits)
         self._sweep(now_ns)
@@ -54,7 +54,7 @@ class TenantLimiter:
             raise too_many_answers(num_more + 1, most)
         self._loads[tenant] = (self._granted(tenant, grow(load, limits, num_more)), limits)
 
-    def _granted(self, tenant: str, answer: Load | Refusal) -> Load:
+    def _granted(self, tenant: str, answer: TenantLoad | Refusal) -> TenantLoad:
         if isinstance(answer, Refusal):
             self._metrics.count_refusal(tenant, answer.limit)
             raise rate_limited(answer)

@@ -37,14 +37,14 @@ READY_TIMEOUT_S = 600.0
 _OUR_ERROR = re.compile(r"^(?:adapter_store|deployments|engine)\.[\w.]+: ", re.MULTILINE)
 
 
-class StartFailed(Exception):
+class ServerStartFailed(Exception):
     """A deployment could not start; the message says why."""
 
 
 def serve_locally(config: Path, host: str | None = None, port: int | None = None) -> None:
     """Serve until SIGINT or SIGTERM.
 
-    Raises WrongInstallation, ConfigError, AdapterStoreError, OSError or StartFailed.
+    Raises WrongInstallation, ConfigError, AdapterStoreError, OSError or ServerStartFailed.
     """
     end_on_signals()
     with suppress(KeyboardInterrupt):
@@ -126,7 +126,7 @@ def _run(application: dict[str, Any]) -> None:
     except RuntimeError as error:
         deployments = serve.status().applications[name].deployments.values()
         reasons = dict.fromkeys(reason(d.message) for d in deployments if d.message)
-        raise StartFailed("\n".join(reasons) or str(error)) from None
+        raise ServerStartFailed("\n".join(reasons) or str(error)) from None
 
 
 def _builder(import_path: str) -> Callable[[Any], Any]:

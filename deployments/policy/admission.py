@@ -1,7 +1,7 @@
 """Decides whether a tenant's request may start now: a token bucket and a concurrency limit.
 
-Pure functions of a Load, its Limits and the time; the caller keeps the Loads. All arithmetic is
-in integers, so that a refusal names exactly when a retry would succeed.
+Pure functions of a TenantLoad, its Limits and the time; the caller keeps the TenantLoads. All
+arithmetic is in integers, so that a refusal names exactly when a retry would succeed.
 """
 
 from dataclasses import dataclass, replace
@@ -25,7 +25,7 @@ NO_LIMITS = Limits()
 
 
 @dataclass(frozen=True, slots=True)
-class Load:
+class TenantLoad:
     """State of one tenant.
 
     `debt` is the amount missing from a full bucket at `at_ns`: a request adds MINUTE_NS, and each
@@ -46,7 +46,7 @@ class Refusal:
     retry_after_s: int
 
 
-def admit(load: Load, limits: Limits, now_ns: int) -> Load | Refusal:
+def admit(load: TenantLoad, limits: Limits, now_ns: int) -> TenantLoad | Refusal:
     """Return the load with one more running request, or a Refusal, which costs nothing."""
     debt = _debt(load, limits, now_ns)
     rate, most = limits.requests_per_minute, limits.max_concurrent_requests
@@ -57,10 +57,10 @@ def admit(load: Load, limits: Limits, now_ns: int) -> Load | Refusal:
         debt += MINUTE_NS
     if most is not None and load.num_running >= most:
         return Refusal("max_concurrent_requests", most, CONCURRENCY_RETRY_S)
-    return Load(load.num_running + 1, debt, now_ns)
+    return TenantLoad(load.num_running + 1, debt, now_ns)
 
 
-def grow(load: Load, limits: Limits, num_more: int) -> Load | Refusal:
+def grow(load: TenantLoad, limits: Limits, num_more: int) -> TenantLoad | Refusal:
     """Return the load with so many more answers of a request that was admitted, or a Refusal."""
     most = limits.max_concurrent_requests
     if most is not None and load.num_running + num_more > most:
@@ -68,18 +68,18 @@ def grow(load: Load, limits: Limits, num_more: int) -> Load | Refusal:
     return replace(load, num_running=load.num_running + num_more)
 
 
-def release(load: Load, num: int = 1) -> Load:
+def release(load: TenantLoad, num: int = 1) -> TenantLoad:
     """Return the load after a request of so many answers has ended, in whatever way."""
     assert load.num_running >= num, "more requests ended than began"
     return replace(load, num_running=load.num_running - num)
 
 
-def is_idle(load: Load, limits: Limits, now_ns: int) -> bool:
+def is_idle(load: TenantLoad, limits: Limits, now_ns: int) -> bool:
     """Whether this load equals that of a tenant never seen, so that it can be dropped."""
     return load.num_running == 0 and _debt(load, limits, now_ns) == 0
 
 
-def _debt(load: Load, limits: Limits, now_ns: int) -> int:
+def _debt(load: TenantLoad, limits: Limits, now_ns: int) -> int:
     rate = limits.requests_per_minute
     if rate is None:
         return 0

@@ -4,10 +4,14 @@ import pytest
 
 from engine import liveness as module
 from engine.liveness import Liveness
-from engine.process_usage import Usage
+from engine.process_usage import ProcessUsage
 
 TICK_S = 0.25
-IDLE, COMPUTES, WAITS = Usage(0.0, 0.0), Usage(TICK_S, 0.0), Usage(0.01, TICK_S - 0.01)
+IDLE, COMPUTES, WAITS = (
+    ProcessUsage(0.0, 0.0),
+    ProcessUsage(TICK_S, 0.0),
+    ProcessUsage(0.01, TICK_S - 0.01),
+)
 
 
 class Watched:
@@ -23,7 +27,7 @@ class Watched:
         self.liveness.hear_ready(self._may_compile)
         return self
 
-    def silent(self, seconds: float, usage: Usage | None = IDLE) -> float | None:
+    def silent(self, seconds: float, usage: ProcessUsage | None = IDLE) -> float | None:
         """Return after how many seconds it is taken for hanging; None if it is not."""
         for number in range(round(seconds / TICK_S)):
             metered = usage if self.liveness.wants_usage else None
@@ -35,7 +39,7 @@ class Watched:
                 self.num_pings += 1
         return None
 
-    def step(self, seconds: float, usage: Usage = COMPUTES) -> None:
+    def step(self, seconds: float, usage: ProcessUsage = COMPUTES) -> None:
         assert self.silent(seconds, usage) is None
         self.liveness.hear_step()
 
@@ -176,6 +180,6 @@ def test_on_a_machine_with_more_work_a_step_may_take_as_many_times_longer(load: 
     """Twenty times as long as the longest step so far, of which it has the processor a part."""
     watched = Watched().is_stepping()
     watched.step(2.25)
-    usage = Usage(TICK_S / load, TICK_S * (1 - 1 / load))
+    usage = ProcessUsage(TICK_S / load, TICK_S * (1 - 1 / load))
     assert watched.silent(2.0 * load, usage) is None
     watched.liveness.hear_step()

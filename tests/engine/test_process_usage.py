@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.process_usage import Usage, UsageMeter
+from engine.process_usage import ProcessUsage, UsageMeter
 
 SPIN = "print(flush=True)\nwhile True: pass"
 SLEEP = "import time; print(flush=True); time.sleep(3600)"
@@ -30,7 +30,7 @@ def running(program: str, processor: int | None = None) -> Iterator[int]:
             process.kill()
 
 
-def measure(pid: int, seconds: float = 0.5) -> tuple[Usage, float]:
+def measure(pid: int, seconds: float = 0.5) -> tuple[ProcessUsage, float]:
     meter = UsageMeter(pid)
     assert meter.read(0.0) is None, "nothing to compare with"
     began_s = time.monotonic()
@@ -93,6 +93,6 @@ def test_a_wait_for_a_disk_counts_as_long_as_it_lasts(tmp_path: Path) -> None:
     (folder / "stat").write_text("7 (a name) with) D 1 1\n")
     meter = UsageMeter(7, tmp_path)
     meter.read(0.0)
-    assert meter.read(2.0) == Usage(0.0, 2.0)
+    assert meter.read(2.0) == ProcessUsage(0.0, 2.0)
     (folder / "stat").write_text("7 (a name) with) T 1 1\n")
-    assert meter.read(2.0) == Usage(0.0, 0.0)
+    assert meter.read(2.0) == ProcessUsage(0.0, 0.0)

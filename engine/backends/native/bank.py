@@ -17,10 +17,12 @@ from engine.backends.native.panels import PanelWeights
 from engine.lora.weights import Site, SiteWeights
 from engine.scheduler.batch import ScheduledBatch
 
-# structs.LoraSite and LoraSlice, packed: a new adapter's table is made between two steps, and
+# structs.ReefLoraSite and LoraSlice, packed: a new adapter's table is made between two steps, and
 # assigning fields one by one takes ctypes twice as long
 _SITE, _SLICE = Struct("PPii"), Struct("iiiiP")
-assert _SITE.size == c.sizeof(structs.LoraSite) and _SLICE.size == c.sizeof(structs.LoraSlice)
+assert _SITE.size == c.sizeof(structs.ReefLoraSite) and _SLICE.size == c.sizeof(
+    structs.ReefLoraSlice
+)
 
 
 class NativeAdapter:
@@ -35,9 +37,11 @@ class NativeAdapter:
             raise ValueError(f"adapter {weights.digest}: {min(unknown)} is no site of this model")
         self.weights = weights  # owns the memory that the tables point to
         self.lora_rank = max((s.a.shape[0] for s in weights.sites.values()), default=0)
-        self._slices = (structs.LoraSlice * sum(len(s.expands) for s in weights.sites.values()))()
-        self._sites = (structs.LoraSite * len(keys))()
-        self.sites = c.cast(self._sites, c.POINTER(structs.LoraSite))
+        self._slices = (
+            structs.ReefLoraSlice * sum(len(s.expands) for s in weights.sites.values())
+        )()
+        self._sites = (structs.ReefLoraSite * len(keys))()
+        self.sites = c.cast(self._sites, c.POINTER(structs.ReefLoraSite))
         next_slice = 0
         for number, key in enumerate(keys):
             site = weights.sites.get(key)
@@ -59,8 +63,8 @@ class NativeLoraBatch:
     """Holds `struct` for the kernels and the memory it points to. Valid until one of its adapters
     is evicted."""
 
-    struct: structs.LoraBatch
-    segments: "c.Array[structs.LoraSegment]"
+    struct: structs.ReefLoraBatch
+    segments: "c.Array[structs.ReefLoraSegment]"
     rows: "array[int]"
     adapters: tuple[NativeAdapter, ...]
 
@@ -105,8 +109,8 @@ class NativeAdapterBank:
         for adapter, own in zip(adapters, by_slot.values(), strict=True):
             ranges.append((adapter.sites, len(rows), len(rows) + len(own)))
             rows.extend(own)
-        segments = (structs.LoraSegment * len(ranges))(*ranges)
-        struct = structs.LoraBatch(
+        segments = (structs.ReefLoraSegment * len(ranges))(*ranges)
+        struct = structs.ReefLoraBatch(
             segments, rows.buffer_info()[0], len(ranges), max(a.lora_rank for a in adapters)
         )
         return NativeLoraBatch(struct, segments, rows, adapters)

@@ -28,7 +28,7 @@ class NativeDecoder:
         self,
         decoder: Decoder,
         context: Context,
-        kv_layers: list[structs.KvLayer],
+        kv_layers: list[structs.ReefKvLayer],
         max_model_len: int,
         capacity: int,
     ) -> None:
@@ -63,7 +63,7 @@ class NativeDecoder:
     def _layer(
         self,
         layer: DecoderLayer,
-        kv: structs.KvLayer,
+        kv: structs.ReefKvLayer,
         buffers: "_Buffers",
         pending: Delta | None,
         is_last: bool,
@@ -84,7 +84,7 @@ class NativeDecoder:
         self._linear(layer.mlp.down, buffers.gated, buffers.delta)
         return self._leave(layer.leave_mlp, buffers.delta)
 
-    def _attend(self, attention: Attention, kv: structs.KvLayer, buffers: "_Buffers") -> None:
+    def _attend(self, attention: Attention, kv: structs.ReefKvLayer, buffers: "_Buffers") -> None:
         program, heads, kv_heads = self.program, attention.num_heads, attention.num_kv_heads
         q_end, k_end = heads * attention.head_dim, (heads + kv_heads) * attention.head_dim
         q, k = buffers.qkv.columns(0, q_end), buffers.qkv.columns(q_end, k_end)

@@ -58,9 +58,9 @@ class KvLayout:
         flat = torch.frombuffer(memory, dtype=torch.uint8)  # keeps the memory
         return flat.view(num_blocks, num_layers, self.block_bytes)
 
-    def layer(self, blocks: Tensor, layer: int = 0) -> structs.KvLayer:
+    def layer(self, blocks: Tensor, layer: int = 0) -> structs.ReefKvLayer:
         """Describe one layer of `allocate`'s tensor to the kernels; the tensor must outlive it."""
-        return structs.KvLayer(
+        return structs.ReefKvLayer(
             base=blocks[:, layer].data_ptr(),
             block_bytes=blocks.stride(0),
             format=self.kv_format,

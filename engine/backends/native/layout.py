@@ -1,8 +1,9 @@
-"""Compares the ctypes structs with the structs that the native library was compiled with.
+"""Compares the ctypes structs and enums with those that the native library was compiled with.
 
-structs.py mirrors the C structs by hand, and a field in the wrong place corrupts memory
-silently. The library therefore describes its structs (src/layout.cpp), one line of text for each:
-`LoraSegment 16 sites:pointer64@0 start:int32@8 ...`: bytes, then name, type and offset of fields.
+structs.py mirrors them by hand, and a field in the wrong place corrupts memory silently. The
+library therefore describes its own (src/layout.cpp), one line of text for each:
+`ReefLoraSegment 16 sites:pointer64@0 start:int32@8 ...`: bytes, then name, type and offset of each
+field; `enum KvFormat BF16=0 INT8=1`: the values.
 """
 
 import ctypes as c
@@ -14,7 +15,7 @@ ABSENT = "no such field"
 
 
 class LayoutError(RuntimeError):
-    """A ctypes struct and the library's struct differ; the message names the fields."""
+    """A struct or enum differs from the library's; the message names the fields or values."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,14 +25,16 @@ class Layout:
 
 
 def check_layouts(description: str, mirror: ModuleType) -> None:
-    """Raise LayoutError unless the structs of `mirror` are those of the library's description."""
-    expected = dict(map(_parse_line, description.splitlines()))
+    """Raise LayoutError unless `mirror` has the structs and enums of the library's description."""
+    lines = description.splitlines()
+    expected = dict(_parse_line(line) for line in lines if not line.startswith("enum "))
+    enums = dict(_parse_enum(line) for line in lines if line.startswith("enum "))
     found = {
         name: _layout_of(value)
         for name, value in vars(mirror).items()
         if isinstance(value, type) and issubclass(value, c.Structure | c.Union)
     }
-    differences = list(_differences(expected, found))
+    differences = [*_differences(expected, found), *_enum_differences(enums, mirror.ENUMS)]
     if differences:
         raise LayoutError(f"structs.py differs from the native library: {'; '.join(differences)}")
 
@@ -40,6 +43,11 @@ def _parse_line(line: str) -> tuple[str, Layout]:
     name, size, *fields = line.split()
     parts = (field.split(":") for field in fields)
     return name, Layout(int(size), {field: at.replace("@", " at byte ") for field, at in parts})
+
+
+def _parse_enum(line: str) -> tuple[str, dict[str, int]]:
+    _, name, *values = line.split()
+    return name, {key: int(value) for key, _, value in (pair.partition("=") for pair in values)}
 
 
 def _layout_of(struct: type[c.Structure] | type[c.Union]) -> Layout:
@@ -75,3 +83,12 @@ def _field_differences(struct: str, expected: Layout, found: Layout) -> Iterator
             yield f"{struct}.{field}: expected {right}, found {here}"
     if expected.size != found.size:
         yield f"{struct}: expected {expected.size} bytes, found {found.size}"
+
+
+def _enum_differences(
+    expected: Mapping[str, dict[str, int]], found: Mapping[str, dict[str, int]]
+) -> Iterator[str]:
+    for name in {**expected, **found}:
+        right, here = expected.get(name), found.get(name)
+        if right != here:
+            yield f"enum {name}: expected {right}, found {here}"

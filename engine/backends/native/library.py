@@ -71,14 +71,14 @@ def _load() -> c.CDLL:
 
 
 FUNCTIONS: dict[str, type[c.Structure]] = {
-    "linear": structs.LinearArgs,
-    "lora": structs.LoraArgs,
-    "store": structs.StoreArgs,
-    "attention": structs.AttentionArgs,
-    "embed": structs.EmbedArgs,
-    "norm": structs.NormArgs,
-    "gate": structs.GateArgs,
-    "gather": structs.GatherArgs,
-    "greedy": structs.GreedyArgs,
-    "draw": structs.DrawArgs,
+    "linear": structs.ReefLinearArgs,
+    "lora": structs.ReefLoraArgs,
+    "store": structs.ReefStoreArgs,
+    "attention": structs.ReefAttentionArgs,
+    "embed": structs.ReefEmbedArgs,
+    "norm": structs.ReefNormArgs,
+    "gate": structs.ReefGateArgs,
+    "gather": structs.ReefGatherArgs,
+    "greedy": structs.ReefGreedyArgs,
+    "draw": structs.ReefDrawArgs,
 }

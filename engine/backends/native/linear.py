@@ -41,9 +41,9 @@ class NativeLinear:
         self._weight = _packer(weight)(context, weight, int8_activations)
         self._bias = None if bias is None else bias.detach().float().clone()
         self.struct = self._struct()
-        self._run = context.function("linear", structs.LinearArgs)
+        self._run = context.function("linear", structs.ReefLinearArgs)
         self._scratch_bytes = context.library["reef_linear_scratch_bytes"]
-        self._scratch_bytes.argtypes = [c.POINTER(structs.Linear), structs.i32]
+        self._scratch_bytes.argtypes = [c.POINTER(structs.ReefLinear), structs.i32]
         self._scratch_bytes.restype = structs.i64
 
     @property
@@ -69,12 +69,12 @@ class NativeLinear:
             self._run(self.args(x, y, scratch))
         return y
 
-    def args(self, x: Tensor, y: Tensor, scratch: Tensor) -> structs.LinearArgs:
+    def args(self, x: Tensor, y: Tensor, scratch: Tensor) -> structs.ReefLinearArgs:
         """Make the library's arguments for y [N, out] = layer(x [N, in]), unchecked.
 
         They point into the three tensors and keep none of them.
         """
-        return structs.LinearArgs(
+        return structs.ReefLinearArgs(
             linear=c.pointer(self.struct),
             x=x.data_ptr(),
             x_stride=x.stride(0),
@@ -95,9 +95,9 @@ class NativeLinear:
         if out_dtype not in (torch.bfloat16, torch.float32):
             raise ValueError(f"out_dtype {out_dtype}: allowed are bfloat16 and float32")
 
-    def _struct(self) -> structs.Linear:
+    def _struct(self) -> structs.ReefLinear:
         packed, scales, zeros, input_order, bias = (_address(t) for t in self._tensors())
-        return structs.Linear(
+        return structs.ReefLinear(
             format=self._weight.format,
             in_features=self.in_features,
             out_features=self.out_features,

@@ -59,8 +59,8 @@ def run_pack(
     group_size: int = 0,
 ) -> None:
     """Pack `source` [out, ...] into `packed` on the context's threads; `group_size`: 4-bit only."""
-    context.function("pack", structs.PackArgs)(
-        structs.PackArgs(
+    context.function("pack", structs.ReefPackArgs)(
+        structs.ReefPackArgs(
             format=format,
             in_features=in_features,
             out_features=len(source),

@@ -20,14 +20,14 @@ class NativePicker:
     """
 
     def __init__(self, context: Context) -> None:
-        self._greedy = context.function("greedy", structs.GreedyArgs)
-        self._draw = context.function("draw", structs.DrawArgs)
+        self._greedy = context.function("greedy", structs.ReefGreedyArgs)
+        self._draw = context.function("draw", structs.ReefDrawArgs)
 
     def best(self, logits: Tensor) -> tuple[list[int], list[float]]:
         rows, vocab = logits.shape
         token_ids, highest = (c.c_int32 * rows)(), (c.c_float * rows)()
         self._greedy(
-            structs.GreedyArgs(
+            structs.ReefGreedyArgs(
                 logits=logits.data_ptr(),
                 logits_stride=logits.stride(0),
                 token_ids=c.addressof(token_ids),
@@ -50,10 +50,10 @@ class NativePicker:
         token_ids = (c.c_int32 * len(rows))()
         scratch = torch.empty(len(rows), structs.draw_scratch(max(d.top_k for d in draws)))
         self._draw(
-            structs.DrawArgs(
+            structs.ReefDrawArgs(
                 logits=logits.data_ptr(),
                 logits_stride=logits.stride(0),
-                draws=(structs.Draw * len(draws))(*draws),
+                draws=(structs.ReefDraw * len(draws))(*draws),
                 token_ids=c.addressof(token_ids),
                 scratch=scratch.data_ptr(),
                 scratch_stride=scratch.shape[1],
@@ -64,9 +64,9 @@ class NativePicker:
         return list(token_ids)
 
 
-def _draw_of(row: int, best: int, request: ScheduledRequest, vocab: int) -> structs.Draw:
+def _draw_of(row: int, best: int, request: ScheduledRequest, vocab: int) -> structs.ReefDraw:
     sampling = request.sampling
-    return structs.Draw(
+    return structs.ReefDraw(
         row=row,
         best=best,
         seed=(sampling.seed + request.choice) & _MASK64,

@@ -66,14 +66,14 @@ class Program:
     def __init__(self, context: Context, capacity: int) -> None:
         self.capacity = capacity
         self._context = context
-        self._ops: list[structs.Op] = []
+        self._ops: list[structs.ReefOp] = []
         self._on_outputs = False
         self._keep: list[object] = []  # all objects that recorded pointers point to
         self._scratch_bytes = 0
-        self._recorded: c.Array[structs.Op] | None = None
+        self._recorded: c.Array[structs.ReefOp] | None = None
         self._lora_h = torch.empty(0, dtype=torch.bfloat16)
         self._run = context.library.reef_run
-        self._run.argtypes = [c.c_void_p, c.c_void_p, c.c_int32, c.POINTER(structs.Step)]
+        self._run.argtypes = [c.c_void_p, c.c_void_p, c.c_int32, c.POINTER(structs.ReefStep)]
         self._run.restype = None
 
     def buffer(self, width: int) -> Buffer:
@@ -87,7 +87,7 @@ class Program:
 
     def embed(self, table: Tensor, out: Buffer, scale: float) -> None:
         self._keep.append(table)
-        args = structs.EmbedArgs(
+        args = structs.ReefEmbedArgs(
             table=table.data_ptr(),
             x=out.pointer,
             x_stride=out.stride,
@@ -102,7 +102,7 @@ class Program:
         """Record x += delta; out = norm(x), for each of `groups` equal parts of a row."""
         weight = norm.weight.float().contiguous()
         self._keep.append(weight)
-        args = structs.NormArgs(
+        args = structs.ReefNormArgs(
             x=x.pointer,
             x_stride=x.stride,
             delta=delta.buffer.pointer if delta else None,
@@ -125,7 +125,7 @@ class Program:
             op = self._linear_part(x, part, out.columns(start, end))
         assert end == out.width
         op.lora_site = lora_site  # with the last part, when all of `out` is computed
-        op.lora = structs.LoraArgs(
+        op.lora = structs.ReefLoraArgs(
             in_features=x.width,
             x=x.pointer,
             x_stride=x.stride,
@@ -133,10 +133,10 @@ class Program:
             y_stride=out.stride,
         )
 
-    def _linear_part(self, x: Buffer, linear: NativeLinear, out: Buffer) -> structs.Op:
+    def _linear_part(self, x: Buffer, linear: NativeLinear, out: Buffer) -> structs.ReefOp:
         self._keep.append(linear)
         self._scratch_bytes = max(self._scratch_bytes, linear.scratch_bytes(self.capacity))
-        args = structs.LinearArgs(
+        args = structs.ReefLinearArgs(
             linear=c.pointer(linear.struct),
             x=x.pointer,
             x_stride=x.stride,
@@ -145,11 +145,13 @@ class Program:
         )
         return self._add("linear", args, x, out)
 
-    def store(self, kv: structs.KvLayer, qkv: Buffer, heads: int, cos: Tensor, sin: Tensor) -> None:
+    def store(
+        self, kv: structs.ReefKvLayer, qkv: Buffer, heads: int, cos: Tensor, sin: Tensor
+    ) -> None:
         """Record rotating q and k by the row's position and writing k and v; cos and sin
         [positions, R]."""
         self._keep += [cos, sin]
-        args = structs.StoreArgs(
+        args = structs.ReefStoreArgs(
             kv=kv,
             qkv=qkv.pointer,
             qkv_stride=qkv.stride,
@@ -162,7 +164,7 @@ class Program:
 
     def attention(
         self,
-        kv: structs.KvLayer,
+        kv: structs.ReefKvLayer,
         q: Buffer,
         out: Buffer,
         *,
@@ -171,7 +173,7 @@ class Program:
         window: int | None,
         soft_cap: float | None,
     ) -> None:
-        args = structs.AttentionArgs(
+        args = structs.ReefAttentionArgs(
             kv=kv,
             q=q.pointer,
             q_stride=q.stride,
@@ -185,7 +187,7 @@ class Program:
         self._add("attention", args, q, out)
 
     def gate(self, x: Buffer, out: Buffer, activation: str) -> None:
-        args = structs.GateArgs(
+        args = structs.ReefGateArgs(
             x=x.pointer,
             x_stride=x.stride,
             y=out.pointer,
@@ -198,7 +200,7 @@ class Program:
     def gather(self, x: Buffer, out: Buffer) -> None:
         """Record out = the output rows of x; later operations run on those alone."""
         self._on_outputs = True
-        args = structs.GatherArgs(
+        args = structs.ReefGatherArgs(
             x=x.pointer,
             x_stride=x.stride,
             y=out.pointer,
@@ -207,9 +209,9 @@ class Program:
         )
         self._add("gather", args, x, out)
 
-    def _add(self, kind: str, args: c.Structure, *buffers: Buffer) -> structs.Op:
+    def _add(self, kind: str, args: c.Structure, *buffers: Buffer) -> structs.ReefOp:
         assert self._recorded is None, "recorded after the first run"
-        op = structs.Op(kind=structs.OP_KINDS.index(kind), lora_site=-1)
+        op = structs.ReefOp(kind=structs.OP_KINDS.index(kind), lora_site=-1)
         op.on_outputs = self._on_outputs
         setattr(op, kind, args)
         self._keep += [args, *buffers]
@@ -218,7 +220,7 @@ class Program:
 
     # ==== running ====
 
-    def run(self, step: structs.Step) -> None:
+    def run(self, step: structs.ReefStep) -> None:
         """Run all operations on one step, which must fit the capacity."""
         assert 0 < step.rows <= self.capacity and step.num_outputs <= self.capacity
         if self._recorded is None:
@@ -227,7 +229,7 @@ class Program:
             self._make_room_for_lora(step)
         self._run(self._context.handle, self._recorded, len(self._ops), c.byref(step))
 
-    def profile(self, step: structs.Step) -> dict[str, float]:
+    def profile(self, step: structs.ReefStep) -> dict[str, float]:
         """Run the step and return the seconds that each kind of operation took."""
         spent = (c.c_int64 * len(self._ops))()
         step.nanoseconds = c.cast(spent, c.c_void_p)
@@ -239,15 +241,15 @@ class Program:
             seconds[kind] = seconds.get(kind, 0.0) + nanoseconds / 1e9
         return seconds
 
-    def _finish(self) -> "c.Array[structs.Op]":
+    def _finish(self) -> "c.Array[structs.ReefOp]":
         scratch = self._zeros(-(-self._scratch_bytes // 2))
         self._keep.append(scratch)
         for op in self._ops:
             if structs.OP_KINDS[op.kind] == "linear":
                 op.linear.scratch = scratch.data_ptr()
-        return (structs.Op * len(self._ops))(*self._ops)
+        return (structs.ReefOp * len(self._ops))(*self._ops)
 
-    def _make_room_for_lora(self, step: structs.Step) -> None:
+    def _make_room_for_lora(self, step: structs.ReefStep) -> None:
         batches = [b.contents for b in (step.lora, step.output_lora) if b]
         width = max(batch.max_lora_rank for batch in batches)
         width += width % 2

@@ -12,7 +12,7 @@ from engine.scheduler.batch import ScheduledRequest
 
 
 class StepArrays:
-    """A structs.Step and the memory that it points to."""
+    """A structs.ReefStep and the memory that it points to."""
 
     def __init__(
         self,
@@ -28,14 +28,14 @@ class StepArrays:
         outputs = array("i", output_rows)
         self._keep = (token_ids, positions, slots, tables, row_starts, context_lens, outputs)
         self._adapters: tuple[NativeLoraBatch | None, ...] = ()
-        self.step = structs.Step(
+        self.step = structs.ReefStep(
             rows=len(token_ids),
             num_outputs=len(outputs),
             token_ids=address(token_ids),
             positions=address(positions),
             slot_mapping=address(slots),
             output_rows=address(outputs),
-            requests=structs.Requests(
+            requests=structs.ReefRequests(
                 num_requests=len(requests),
                 table_stride=table_stride,
                 row_starts=address(row_starts),

@@ -1,5 +1,6 @@
-"""Mirrors the C structs of src/kernels.h, pack.h and program.h, field by field in the same order.
+"""Mirrors the C structs and enums of src/kernels.h, pack.h and program.h.
 
+The fields of a struct have the order that they have there.
 The library compares them with its own when it is loaded (layout.py).
 """
 
@@ -13,7 +14,7 @@ pointer, i32, i64, f32 = c.c_void_p, c.c_int32, c.c_int64, c.c_float
 u64 = c.c_uint64
 
 
-class Linear(c.Structure):
+class ReefLinear(c.Structure):
     _fields_ = [
         ("format", i32),
         ("in_features", i32),
@@ -27,9 +28,9 @@ class Linear(c.Structure):
     ]
 
 
-class LinearArgs(c.Structure):
+class ReefLinearArgs(c.Structure):
     _fields_ = [
-        ("linear", c.POINTER(Linear)),
+        ("linear", c.POINTER(ReefLinear)),
         ("x", pointer),
         ("x_stride", i64),
         ("y", pointer),
@@ -40,35 +41,35 @@ class LinearArgs(c.Structure):
     ]
 
 
-class LoraSlice(c.Structure):
+class ReefLoraSlice(c.Structure):
     _fields_ = [("r0", i32), ("r1", i32), ("out0", i32), ("out1", i32), ("b", pointer)]
 
 
-class LoraSite(c.Structure):
+class ReefLoraSite(c.Structure):
     _fields_ = [
         ("a", pointer),
-        ("slices", c.POINTER(LoraSlice)),
+        ("slices", c.POINTER(ReefLoraSlice)),
         ("lora_rank", i32),
         ("num_slices", i32),
     ]
 
 
-class LoraSegment(c.Structure):
-    _fields_ = [("sites", c.POINTER(LoraSite)), ("start", i32), ("end", i32)]
+class ReefLoraSegment(c.Structure):
+    _fields_ = [("sites", c.POINTER(ReefLoraSite)), ("start", i32), ("end", i32)]
 
 
-class LoraBatch(c.Structure):
+class ReefLoraBatch(c.Structure):
     _fields_ = [
-        ("segments", c.POINTER(LoraSegment)),
+        ("segments", c.POINTER(ReefLoraSegment)),
         ("rows", pointer),
         ("num_segments", i32),
         ("max_lora_rank", i32),
     ]
 
 
-class LoraArgs(c.Structure):
+class ReefLoraArgs(c.Structure):
     _fields_ = [
-        ("batch", c.POINTER(LoraBatch)),
+        ("batch", c.POINTER(ReefLoraBatch)),
         ("site", i32),
         ("in_features", i32),
         ("x", pointer),
@@ -81,7 +82,7 @@ class LoraArgs(c.Structure):
     ]
 
 
-class KvLayer(c.Structure):
+class ReefKvLayer(c.Structure):
     _fields_ = [
         ("base", pointer),
         ("block_bytes", i64),
@@ -92,7 +93,7 @@ class KvLayer(c.Structure):
     ]
 
 
-class Requests(c.Structure):
+class ReefRequests(c.Structure):
     _fields_ = [
         ("num_requests", i32),
         ("table_stride", i32),
@@ -102,9 +103,9 @@ class Requests(c.Structure):
     ]
 
 
-class StoreArgs(c.Structure):
+class ReefStoreArgs(c.Structure):
     _fields_ = [
-        ("kv", KvLayer),
+        ("kv", ReefKvLayer),
         ("qkv", pointer),
         ("qkv_stride", i64),
         ("cos", pointer),
@@ -117,10 +118,10 @@ class StoreArgs(c.Structure):
     ]
 
 
-class AttentionArgs(c.Structure):
+class ReefAttentionArgs(c.Structure):
     _fields_ = [
-        ("kv", KvLayer),
-        ("requests", Requests),
+        ("kv", ReefKvLayer),
+        ("requests", ReefRequests),
         ("q", pointer),
         ("q_stride", i64),
         ("out", pointer),
@@ -132,7 +133,7 @@ class AttentionArgs(c.Structure):
     ]
 
 
-class EmbedArgs(c.Structure):
+class ReefEmbedArgs(c.Structure):
     _fields_ = [
         ("table", pointer),
         ("token_ids", pointer),
@@ -144,7 +145,7 @@ class EmbedArgs(c.Structure):
     ]
 
 
-class NormArgs(c.Structure):
+class ReefNormArgs(c.Structure):
     _fields_ = [
         ("x", pointer),
         ("x_stride", i64),
@@ -161,7 +162,7 @@ class NormArgs(c.Structure):
     ]
 
 
-class GateArgs(c.Structure):
+class ReefGateArgs(c.Structure):
     _fields_ = [
         ("x", pointer),
         ("x_stride", i64),
@@ -173,7 +174,7 @@ class GateArgs(c.Structure):
     ]
 
 
-class GatherArgs(c.Structure):
+class ReefGatherArgs(c.Structure):
     _fields_ = [
         ("x", pointer),
         ("x_stride", i64),
@@ -185,7 +186,7 @@ class GatherArgs(c.Structure):
     ]
 
 
-class GreedyArgs(c.Structure):
+class ReefGreedyArgs(c.Structure):
     _fields_ = [
         ("logits", pointer),
         ("logits_stride", i64),
@@ -196,7 +197,7 @@ class GreedyArgs(c.Structure):
     ]
 
 
-class Draw(c.Structure):
+class ReefDraw(c.Structure):
     _fields_ = [
         ("row", i32),
         ("best", i32),
@@ -209,11 +210,11 @@ class Draw(c.Structure):
     ]
 
 
-class DrawArgs(c.Structure):
+class ReefDrawArgs(c.Structure):
     _fields_ = [
         ("logits", pointer),
         ("logits_stride", i64),
-        ("draws", c.POINTER(Draw)),
+        ("draws", c.POINTER(ReefDraw)),
         ("token_ids", pointer),
         ("scratch", pointer),
         ("scratch_stride", i64),
@@ -222,7 +223,7 @@ class DrawArgs(c.Structure):
     ]
 
 
-class PackArgs(c.Structure):
+class ReefPackArgs(c.Structure):
     _fields_ = [
         ("format", i32),
         ("in_features", i32),
@@ -234,33 +235,40 @@ class PackArgs(c.Structure):
     ]
 
 
-class OpArgs(c.Union):
+class ReefOpArgs(c.Union):
     _fields_ = [
-        ("embed", EmbedArgs),
-        ("norm", NormArgs),
-        ("linear", LinearArgs),
-        ("store", StoreArgs),
-        ("attention", AttentionArgs),
-        ("gate", GateArgs),
-        ("gather", GatherArgs),
+        ("embed", ReefEmbedArgs),
+        ("norm", ReefNormArgs),
+        ("linear", ReefLinearArgs),
+        ("store", ReefStoreArgs),
+        ("attention", ReefAttentionArgs),
+        ("gate", ReefGateArgs),
+        ("gather", ReefGatherArgs),
     ]
 
 
 OP_KINDS = ("embed", "norm", "linear", "store", "attention", "gate", "gather")  # ReefOpKind
 
+ENUMS = {  # by the C name without its prefix, for the comparison with the library
+    "Format": {"BF16": BF16, "INT8": INT8, "NF4": NF4, "NF4_INT8": NF4_INT8, "INT4": INT4},
+    "KvFormat": {"BF16": KV_BF16, "INT8": KV_INT8},
+    "Activation": {name.upper(): value for name, value in ACTIVATIONS.items()},
+    "OpKind": {name.upper(): value for value, name in enumerate(OP_KINDS)},
+}
 
-class Op(c.Structure):
+
+class ReefOp(c.Structure):
     _anonymous_ = ("args",)
     _fields_ = [
         ("kind", i32),
         ("lora_site", i32),
         ("on_outputs", i32),
-        ("lora", LoraArgs),
-        ("args", OpArgs),
+        ("lora", ReefLoraArgs),
+        ("args", ReefOpArgs),
     ]
 
 
-class Step(c.Structure):
+class ReefStep(c.Structure):
     _fields_ = [
         ("rows", i32),
         ("num_outputs", i32),
@@ -268,9 +276,9 @@ class Step(c.Structure):
         ("positions", pointer),
         ("slot_mapping", pointer),
         ("output_rows", pointer),
-        ("requests", Requests),
-        ("lora", c.POINTER(LoraBatch)),
-        ("output_lora", c.POINTER(LoraBatch)),
+        ("requests", ReefRequests),
+        ("lora", c.POINTER(ReefLoraBatch)),
+        ("output_lora", c.POINTER(ReefLoraBatch)),
         ("lora_h", pointer),
         ("lora_h_stride", i64),
         ("nanoseconds", pointer),

@@ -68,7 +68,7 @@ class _Chunk:
 
 
 @dataclass(frozen=True, slots=True)
-class _Plan:
+class _AttentionPlan:
     groups: tuple[_Group, ...]
     chunks: tuple[_Chunk, ...]
 
@@ -81,7 +81,7 @@ class GatheredAttention:
 
     def __init__(self) -> None:
         self._attention: AttentionInputs | None = None
-        self._plans: dict[int | None, _Plan] = {}
+        self._plans: dict[int | None, _AttentionPlan] = {}
 
     def __call__(
         self,
@@ -108,7 +108,7 @@ class GatheredAttention:
         kv_layer: Tensor,
         attention: AttentionInputs,
         window: int | None,
-    ) -> _Plan:
+    ) -> _AttentionPlan:
         if self._attention is not attention:
             self._attention, self._plans = attention, {}
         if window not in self._plans:
@@ -167,11 +167,11 @@ def _capped_attend(scale: float, soft_cap: float) -> _Attend:
 
 def _make_plan(
     dtype: torch.dtype, kv_layer: Tensor, attention: AttentionInputs, window: int | None
-) -> _Plan:
+) -> _AttentionPlan:
     num_decodes = attention.num_decodes
     groups = _similar([_visible(n, window) for n in attention.context_lens[:num_decodes]])
     chunks = range(num_decodes, len(attention.context_lens))
-    return _Plan(
+    return _AttentionPlan(
         groups=tuple(_plan_group(g, dtype, kv_layer, attention, window) for g in groups),
         chunks=tuple(_plan_chunk(i, dtype, kv_layer, attention, window) for i in chunks),
     )

@@ -9,8 +9,8 @@ from deployments.policy.admission import (
     MINUTE_NS,
     SECOND_NS,
     Limits,
-    Load,
     Refusal,
+    TenantLoad,
     admit,
     is_idle,
     release,
@@ -52,7 +52,7 @@ class Bucket:
 def test_requests_are_admitted_exactly_when_a_bucket_has_a_token(
     limits: Limits, steps: list[tuple[int, bool]]
 ) -> None:
-    now_ns, load, bucket = 5 * SECOND_NS, Load(at_ns=5 * SECOND_NS), Bucket(limits)
+    now_ns, load, bucket = 5 * SECOND_NS, TenantLoad(at_ns=5 * SECOND_NS), Bucket(limits)
     for pause_ns, is_begin in steps:
         now_ns += pause_ns
         bucket.pass_time(pause_ns)
@@ -74,10 +74,10 @@ def test_the_wait_of_a_refusal_is_long_enough_and_not_a_second_too_long(
     rate: int, pause_ns: int
 ) -> None:
     limits = Limits(requests_per_minute=rate)
-    load = Load()
+    load = TenantLoad()
     for _ in range(rate):
         admitted = admit(load, limits, 0)
-        assert isinstance(admitted, Load)
+        assert isinstance(admitted, TenantLoad)
         load = admitted
     refusal = admit(load, limits, pause_ns)
     if not isinstance(refusal, Refusal):
@@ -85,7 +85,7 @@ def test_the_wait_of_a_refusal_is_long_enough_and_not_a_second_too_long(
         return
     assert refusal.retry_after_s >= 1
     again_ns = pause_ns + refusal.retry_after_s * SECOND_NS
-    assert isinstance(admit(load, limits, again_ns), Load)
+    assert isinstance(admit(load, limits, again_ns), TenantLoad)
     assert isinstance(admit(load, limits, again_ns - SECOND_NS), Refusal)
 
 
@@ -94,12 +94,12 @@ def test_the_wait_of_a_refusal_is_long_enough_and_not_a_second_too_long(
 def test_forgetting_an_idle_tenant_changes_nothing(
     limits: Limits, num_requests: int, pause_ns: int
 ) -> None:
-    load = Load()
+    load = TenantLoad()
     for _ in range(num_requests):
         answer = admit(load, limits, 0)
         load = load if isinstance(answer, Refusal) else release(answer)
     if is_idle(load, limits, pause_ns):
-        fresh = Load(at_ns=pause_ns)
+        fresh = TenantLoad(at_ns=pause_ns)
         for _ in range(10):
             kept = admit(load, limits, pause_ns)
             assert kept == admit(fresh, limits, pause_ns)
@@ -109,17 +109,17 @@ def test_forgetting_an_idle_tenant_changes_nothing(
 
 
 def test_a_new_limit_applies_to_what_was_used_before() -> None:
-    load = Load()
+    load = TenantLoad()
     for _ in range(6):
         admitted = admit(load, Limits(requests_per_minute=60), 0)
-        assert isinstance(admitted, Load)
+        assert isinstance(admitted, TenantLoad)
         load = admitted
     assert isinstance(admit(load, Limits(requests_per_minute=6), 0), Refusal)
-    assert isinstance(admit(load, Limits(), 0), Load)
+    assert isinstance(admit(load, Limits(), 0), TenantLoad)
 
 
 def test_a_clock_that_goes_back_gives_nothing_away() -> None:
     limits = Limits(requests_per_minute=1)
-    load = admit(Load(at_ns=MINUTE_NS), limits, MINUTE_NS)
-    assert isinstance(load, Load)
+    load = admit(TenantLoad(at_ns=MINUTE_NS), limits, MINUTE_NS)
+    assert isinstance(load, TenantLoad)
     assert isinstance(admit(load, limits, 0), Refusal)

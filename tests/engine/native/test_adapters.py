@@ -104,8 +104,8 @@ def add(
 ) -> None:
     stride = lora.struct.max_lora_rank + lora.struct.max_lora_rank % 2
     h = torch.empty(len(lora.rows), stride, dtype=BF16)
-    context.function("lora", structs.LoraArgs)(
-        structs.LoraArgs(
+    context.function("lora", structs.ReefLoraArgs)(
+        structs.ReefLoraArgs(
             batch=structs.c.pointer(lora.struct),
             site=number,
             in_features=site.in_features,

@@ -103,9 +103,9 @@ def attend(
     starts = torch.tensor(batch.row_starts, dtype=torch.int32)
     context_lens = torch.tensor([r.context for r in batch.requests], dtype=torch.int32)
     out = torch.full_like(batch.q, torch.nan)
-    args = structs.AttentionArgs(
+    args = structs.ReefAttentionArgs(
         kv=batch.layout.layer(batch.blocks),
-        requests=structs.Requests(
+        requests=structs.ReefRequests(
             num_requests=len(batch.requests),
             table_stride=batch.tables.stride(0),
             row_starts=starts.data_ptr(),

@@ -12,7 +12,7 @@ from engine.backends.native import build, library, structs
 from engine.backends.native.build import BuildError, compile_library
 from engine.backends.native.layout import LayoutError, check_layouts
 
-NOT_MIRRORED = {"Context"}  # opaque: Python holds only a pointer to it
+NOT_MIRRORED = {"ReefContext"}  # opaque: Python holds only a pointer to it
 
 
 @pytest.fixture
@@ -30,53 +30,73 @@ def test_all_structs_agree_with_the_library(description: str) -> None:
 def test_every_struct_of_the_sources_is_described(description: str) -> None:
     declared: set[str] = set()
     for path in build.SOURCES.iterdir():
-        declared |= set(re.findall(r"^(?:struct|union) Reef(\w+) \{", path.read_text(), re.M))
-    assert {line.split()[0] for line in description.splitlines()} == declared - NOT_MIRRORED
+        declared |= set(re.findall(r"^(?:struct|union) (Reef\w+) \{", path.read_text(), re.M))
+    assert {line.split()[0] for line in _of_structs(description)} == declared - NOT_MIRRORED
+
+
+def test_every_enum_of_the_sources_is_described_with_all_values(description: str) -> None:
+    declared = {
+        name: len(re.findall(r"^ *REEF_\w+|(?<=, )REEF_\w+|(?<=^ )REEF_\w+", body, re.M))
+        for path in build.SOURCES.iterdir()
+        for name, body in re.findall(r"enum Reef(\w+) : int32_t \{([^}]*)\}", path.read_text())
+    }
+    lines = [line for line in description.splitlines() if line.startswith("enum ")]
+    assert {line.split()[1]: len(line.split()) - 2 for line in lines} == declared
+
+
+def test_a_wrong_enum_value_is_named(description: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(structs.ENUMS, "KvFormat", {"BF16": 1, "INT8": 0})
+    with pytest.raises(LayoutError, match=r"enum KvFormat: expected \{'BF16': 0, 'INT8': 1\}"):
+        check_layouts(description, structs)
 
 
 def test_swapped_fields_are_named(description: str) -> None:
-    fields = list(structs.LoraSlice._fields_)
+    fields = list(structs.ReefLoraSlice._fields_)
     fields[0], fields[1] = fields[1], fields[0]
     with pytest.raises(LayoutError) as raised:
-        check_layouts(description, _changed(structs.LoraSlice, fields))
-    assert "LoraSlice.r0: expected int32 at byte 0, found int32 at byte 4" in str(raised.value)
-    assert "LoraSlice.r1: expected int32 at byte 4, found int32 at byte 0" in str(raised.value)
-    assert "LoraSite" not in str(raised.value), "the others are in order"
+        check_layouts(description, _changed(structs.ReefLoraSlice, fields))
+    assert "ReefLoraSlice.r0: expected int32 at byte 0, found int32 at byte 4" in str(raised.value)
+    assert "ReefLoraSlice.r1: expected int32 at byte 4, found int32 at byte 0" in str(raised.value)
+    assert "ReefLoraSite" not in str(raised.value), "the others are in order"
 
 
 def test_a_missing_field_is_named(description: str) -> None:
-    fields = [field for field in structs.AttentionArgs._fields_ if field[0] != "soft_cap"]
+    fields = [field for field in structs.ReefAttentionArgs._fields_ if field[0] != "soft_cap"]
     with pytest.raises(LayoutError) as raised:
-        check_layouts(description, _changed(structs.AttentionArgs, fields))
+        check_layouts(description, _changed(structs.ReefAttentionArgs, fields))
     message = str(raised.value)
-    assert "AttentionArgs.soft_cap: expected float32 at byte 108, found no such field" in message
+    assert (
+        "ReefAttentionArgs.soft_cap: expected float32 at byte 108, found no such field" in message
+    )
 
 
 def test_a_field_that_the_library_lacks_is_named(description: str) -> None:
-    fields = [*structs.LoraArgs._fields_, ("late", c.c_int32)]  # fits the padding at the end
-    with pytest.raises(LayoutError, match=r"LoraArgs\.late: expected no such field, found int32"):
-        check_layouts(description, _changed(structs.LoraArgs, fields))
+    fields = [*structs.ReefLoraArgs._fields_, ("late", c.c_int32)]  # fits the padding at the end
+    with pytest.raises(
+        LayoutError, match=r"ReefLoraArgs\.late: expected no such field, found int32"
+    ):
+        check_layouts(description, _changed(structs.ReefLoraArgs, fields))
 
 
 def test_a_wrong_size_is_reported(description: str) -> None:
-    fields = [*structs.KvLayer._fields_, ("more", c.c_int64)]
-    with pytest.raises(LayoutError, match="KvLayer: expected 32 bytes, found 40"):
-        check_layouts(description, _changed(structs.KvLayer, fields))
+    fields = [*structs.ReefKvLayer._fields_, ("more", c.c_int64)]
+    with pytest.raises(LayoutError, match="ReefKvLayer: expected 32 bytes, found 40"):
+        check_layouts(description, _changed(structs.ReefKvLayer, fields))
 
 
 def test_a_wrong_type_of_the_right_size_is_named(description: str) -> None:
-    types = dict(structs.EmbedArgs._fields_) | {"scale": c.c_int32}
+    types = dict(structs.ReefEmbedArgs._fields_) | {"scale": c.c_int32}
     with pytest.raises(LayoutError) as raised:
-        check_layouts(description, _changed(structs.EmbedArgs, list(types.items())))
+        check_layouts(description, _changed(structs.ReefEmbedArgs, list(types.items())))
     message = str(raised.value)
-    assert "EmbedArgs.scale: expected float32 at byte 32, found int32 at byte 32" in message
+    assert "ReefEmbedArgs.scale: expected float32 at byte 32, found int32 at byte 32" in message
 
 
 def test_a_struct_on_one_side_alone_is_named(description: str) -> None:
     without = "".join(
-        line for line in description.splitlines(keepends=True) if not line.startswith("Step ")
+        line for line in description.splitlines(keepends=True) if not line.startswith("ReefStep ")
     )
-    with pytest.raises(LayoutError, match=r"Step is in structs\.py alone"):
+    with pytest.raises(LayoutError, match=r"ReefStep is in structs\.py alone"):
         check_layouts(without, structs)
     with pytest.raises(LayoutError, match="Extra is in the library alone"):
         check_layouts(description + "Extra 4 rows:int32@0\n", structs)
@@ -85,9 +105,9 @@ def test_a_struct_on_one_side_alone_is_named(description: str) -> None:
 def test_loading_the_library_checks_its_structs(
     description: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fields = list(structs.Draw._fields_)[:-1]
-    monkeypatch.setattr(library, "structs", _changed(structs.Draw, fields))
-    with pytest.raises(LayoutError, match=r"Draw\.min_p"):
+    fields = list(structs.ReefDraw._fields_)[:-1]
+    monkeypatch.setattr(library, "structs", _changed(structs.ReefDraw, fields))
+    with pytest.raises(LayoutError, match=r"ReefDraw\.min_p"):
         library._load.__wrapped__()
 
 
@@ -106,6 +126,10 @@ def test_a_field_missing_from_the_description_does_not_compile(
     header.write_text(header.read_text().replace(declaration, f"{declaration} int32_t late;"))
     with pytest.raises(BuildError, match="GatherArgs"):
         compile_library(tmp_path / "lib")
+
+
+def _of_structs(description: str) -> list[str]:
+    return [line for line in description.splitlines() if not line.startswith("enum ")]
 
 
 def _changed(struct: type[c.Structure], fields: list[tuple[str, type]]) -> ModuleType:

@@ -146,7 +146,7 @@ def test_rows_may_be_strided(context: Context, format: str) -> None:
 
 def test_nothing_is_written_outside_y_and_scratch(context: Context, format: str) -> None:
     linear = _linear(context, format, 41, 65)
-    run = context.function("linear", structs.LinearArgs)
+    run = context.function("linear", structs.ReefLinearArgs)
     for rows in (1, 5, 30):
         x = _x(rows, 65)
         y = torch.full((rows, 50), 7.0)

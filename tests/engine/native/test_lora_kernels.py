@@ -121,7 +121,7 @@ def add(
     active = sorted({i for i in of_row if i >= 0})
     listed = [[row for row, i in enumerate(of_row) if i == index] for index in active]
     rows = torch.tensor([row for own in listed for row in own], dtype=torch.int32)
-    segments = (structs.LoraSegment * len(active))()
+    segments = (structs.ReefLoraSegment * len(active))()
     start = 0
     for segment, index, own in zip(segments, active, listed, strict=True):
         segment.sites, segment.start, segment.end = (
@@ -132,9 +132,9 @@ def add(
         start += len(own)
     rank = max((adapters[i].native.lora_rank for i in active), default=0)
     h = torch.full((max(1, start), rank + 2 + rank % 2), NAN).bfloat16()
-    batch = structs.LoraBatch(segments, rows.data_ptr(), len(active), rank)
-    context.function("lora", structs.LoraArgs)(
-        structs.LoraArgs(
+    batch = structs.ReefLoraBatch(segments, rows.data_ptr(), len(active), rank)
+    context.function("lora", structs.ReefLoraArgs)(
+        structs.ReefLoraArgs(
             batch=batch_pointer(batch),
             site=0,
             in_features=in_features,
@@ -148,7 +148,7 @@ def add(
     )
 
 
-def batch_pointer(batch: structs.LoraBatch) -> object:
+def batch_pointer(batch: structs.ReefLoraBatch) -> object:
     return structs.c.pointer(batch)
 
 

@@ -13,9 +13,9 @@ from engine.backends.native.library import Context
 
 def gather(context: Context, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     y = torch.zeros(len(rows), x.shape[1], dtype=torch.bfloat16)
-    run = context.function("gather", structs.GatherArgs)
+    run = context.function("gather", structs.ReefGatherArgs)
     run(
-        structs.GatherArgs(
+        structs.ReefGatherArgs(
             x=x.data_ptr(),
             x_stride=x.stride(0),
             rows_of_x=rows.data_ptr(),

@@ -33,7 +33,7 @@ def store(
     """Rotate and store the rows of qkv; without tables nothing is rotated."""
     cos, sin = tables or (None, None)
     positions, slots = (None if t is None else t.int() for t in (positions, slots))
-    args = structs.StoreArgs(
+    args = structs.ReefStoreArgs(
         kv=layout.layer(blocks, layer),
         qkv=qkv.data_ptr(),
         qkv_stride=qkv.stride(0),

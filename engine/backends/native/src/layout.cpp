@@ -1,8 +1,9 @@
-// Describes the structs of the C ABI as text: the size of each, the type and offset of its fields.
+// Describes the structs and enums of the C ABI as text.
 //
-// Python mirrors these structs by hand (structs.py) and compares them with this text when it loads
-// the library (layout.py). A line of the text: "LoraSegment 16 sites:pointer64@0 start:int32@8
-// ...".
+// Python mirrors them by hand (structs.py) and compares them with this text when it loads the
+// library (layout.py). The line of a struct has its size and the type and offset of its fields:
+// "ReefLoraSegment 16 sites:pointer64@0 start:int32@8 ...". The line of an enum has its values:
+// "enum KvFormat BF16=0 INT8=1".
 #include <cstddef>
 #include <string>
 #include <type_traits>
@@ -56,8 +57,37 @@ void add_field(std::string* text, const char* name, const char* kind, size_t byt
 #define STRUCT(Name, ...)                                                                 \
     static_cast<void>(                                                                    \
         [](const Reef##Name& all) { [[maybe_unused]] const auto& [__VA_ARGS__] = all; }); \
-    LINE(Reef##Name, #Name, __VA_ARGS__)
-#define UNION(Name, ...) LINE(Reef##Name, #Name, __VA_ARGS__)
+    LINE(Reef##Name, "Reef" #Name, __VA_ARGS__)
+#define UNION(Name, ...) LINE(Reef##Name, "Reef" #Name, __VA_ARGS__)
+
+void add_value(std::string* text, const char* name, int value) {
+    *text += std::string(" ") + name + "=" + std::to_string(value);
+}
+
+std::string describe_enums() {
+    std::string text = "enum Format";
+    add_value(&text, "BF16", REEF_BF16);
+    add_value(&text, "INT8", REEF_INT8);
+    add_value(&text, "NF4", REEF_NF4);
+    add_value(&text, "NF4_INT8", REEF_NF4_INT8);
+    add_value(&text, "INT4", REEF_INT4);
+    text += "\nenum KvFormat";
+    add_value(&text, "BF16", REEF_KV_BF16);
+    add_value(&text, "INT8", REEF_KV_INT8);
+    text += "\nenum Activation";
+    add_value(&text, "SILU", REEF_SILU);
+    add_value(&text, "GELU", REEF_GELU);
+    add_value(&text, "GELU_TANH", REEF_GELU_TANH);
+    text += "\nenum OpKind";
+    add_value(&text, "EMBED", REEF_OP_EMBED);
+    add_value(&text, "NORM", REEF_OP_NORM);
+    add_value(&text, "LINEAR", REEF_OP_LINEAR);
+    add_value(&text, "STORE", REEF_OP_STORE);
+    add_value(&text, "ATTENTION", REEF_OP_ATTENTION);
+    add_value(&text, "GATE", REEF_OP_GATE);
+    add_value(&text, "GATHER", REEF_OP_GATHER);
+    return text + "\n";
+}
 
 std::string describe_structs() {
     std::string text;
@@ -96,6 +126,6 @@ std::string describe_structs() {
 
 // Returns a text that lives as long as the library.
 extern "C" const char* reef_struct_layouts() {
-    static const std::string text = describe_structs();
+    static const std::string text = describe_enums() + describe_structs();
     return text.c_str();
 }
