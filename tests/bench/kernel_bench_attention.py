@@ -88,9 +88,9 @@ class Native:
         self._kept = (blocks, tables, starts, context_lens, q, out)
         self._call = context.function("attention", FUNCTIONS["attention"])
         self._args = [
-            structs.AttentionArgs(
+            structs.ReefAttentionArgs(
                 kv=layout.layer(blocks, layer),
-                requests=structs.Requests(
+                requests=structs.ReefRequests(
                     num_requests=case.requests,
                     table_stride=per_request,
                     row_starts=starts.data_ptr(),

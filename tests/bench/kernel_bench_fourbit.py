@@ -110,7 +110,7 @@ def _native_call(context: Context, layer: NativeLinear, x: Tensor) -> Callable[[
     """Prepare the call with y and scratch allocated before, as a decoder reuses them."""
     y = torch.empty(len(x), layer.out_features, dtype=torch.bfloat16)
     scratch = Blocks().cut(layer.scratch_bytes(len(x)))
-    run, args = context.function("linear", structs.LinearArgs), layer.args(x, y, scratch)
+    run, args = context.function("linear", structs.ReefLinearArgs), layer.args(x, y, scratch)
     return lambda: (run(args), y, scratch)
 
 

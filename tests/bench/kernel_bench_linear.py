@@ -113,7 +113,7 @@ def _torch_layer(weight: Tensor) -> Layer:
 
 
 def _native_layer(context: Context, linear: NativeLinear) -> Layer:
-    run = context.function("linear", structs.LinearArgs)
+    run = context.function("linear", structs.ReefLinearArgs)
 
     def layer(x: Tensor) -> Callable[[], None]:
         y = torch.empty(len(x), linear.out_features, dtype=torch.bfloat16)

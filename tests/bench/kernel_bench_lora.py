@@ -91,7 +91,7 @@ class Step:
 
     def __init__(self, context: Context, model: Model, lora: NativeLoraBatch, rows: int) -> None:
         self._lora = lora
-        self._call = context.function("lora", structs.LoraArgs)
+        self._call = context.function("lora", structs.ReefLoraArgs)
         width = max(in_features for in_features, _ in model.sites.values())
         out = max(sum(widths) for _, widths in model.sites.values())
         self._x = torch.full((rows, width + 32), 0.01, dtype=torch.bfloat16)
@@ -100,8 +100,8 @@ class Step:
         self._h = torch.empty(rows, stride, dtype=torch.bfloat16)
         self._args = [self._site(i, model, name) for i, (_, name) in enumerate(model.keys)]
 
-    def _site(self, number: int, model: Model, name: str) -> structs.LoraArgs:
-        return structs.LoraArgs(
+    def _site(self, number: int, model: Model, name: str) -> structs.ReefLoraArgs:
+        return structs.ReefLoraArgs(
             batch=structs.c.pointer(self._lora.struct),
             site=number,
             in_features=model.sites[name][0],
@@ -138,7 +138,7 @@ class Reader:
         self._ids = torch.zeros(64, dtype=torch.int32)
         self._highest = torch.zeros(64)
         self._call = context.function("greedy", FUNCTIONS["greedy"])
-        self._args = structs.GreedyArgs(
+        self._args = structs.ReefGreedyArgs(
             logits=self._logits.data_ptr(),
             logits_stride=2**19,
             token_ids=self._ids.data_ptr(),
