@@ -4,8 +4,28 @@ Without a GPU, Triton kernels run in Triton's interpreter, which it decides when
 """
 
 import os
+import signal
+from collections.abc import Generator
 from pathlib import Path
+
+import pytest
+
+ALARM_AGAIN_S = 30.0
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_timeout_set_timer() -> Generator[None, object, object]:
+    """Repeat the alarm that ends a test which hangs.
+
+    asyncio keeps what is raised in a task for whoever awaits the task: the first alarm may end a
+    background task, and the test would wait for ever.
+    """
+    result = yield
+    seconds, _ = signal.getitimer(signal.ITIMER_REAL)
+    if seconds:
+        signal.setitimer(signal.ITIMER_REAL, seconds, ALARM_AGAIN_S)
+    return result
