@@ -87,7 +87,13 @@ class EngineLink:
 
     @property
     def num_live(self) -> int:
+        """Count the requests that are looking for a replica, or are at one."""
         return len(self._attempts)
+
+    @property
+    def num_held(self) -> int:
+        """Count the requests of this ingress that replicas knew in their last leases."""
+        return self._streams.num_held
 
     async def refresh_stats(self) -> EngineStats:
         """Ask all replicas for their figures. The last known ones count for those that are slow."""

@@ -30,6 +30,7 @@ class ReplicaStream:
         self.replica_id = replica_id
         self.hello: Hello | None = None
         self.stats = EngineStats()
+        self.num_held = 0  # requests of this ingress that it knew in its last lease
         self.is_draining = False
         self.trouble: str | None = None  # why its engine takes no requests
         self.has_settled = asyncio.Event()  # greeted, or over
@@ -102,6 +103,7 @@ class ReplicaStream:
                 renewed_s = timing.clock()
                 self.stats, self.is_draining = lease.stats, lease.is_draining
                 self.trouble = lease.trouble
+                self.num_held = len(lease.live_request_ids)
                 self._on_lease(self, lease)
             for waiter in waiters:
                 if not waiter.done():

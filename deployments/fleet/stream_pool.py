@@ -66,6 +66,11 @@ class StreamPool:
         """The last known figures of all replicas with a stream, added up."""
         return _sum([stream.stats for stream in self._streams.values()])
 
+    @property
+    def num_held(self) -> int:
+        """Count the requests of this ingress that replicas knew in their last leases."""
+        return sum(stream.num_held for stream in self._streams.values())
+
     def greeted(self) -> list[ReplicaStream]:
         return [stream for stream in self._streams.values() if stream.hello is not None]
 

@@ -1,6 +1,7 @@
 """EngineCollector: what the engines report, as Prometheus' gauges and counters."""
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 from prometheus_client import Metric
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
@@ -45,19 +46,38 @@ SCOPE = (
     " heard from them; other ingresses report the same engines."
 )
 
+REQUESTS = {
+    "reef_requests_open": ("num_open", "Requests of this ingress that have not ended."),
+    "reef_requests_held": (
+        "num_held",
+        "Requests of this ingress that the replicas knew in their last reports.",
+    ),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class LinkFigures:
+    """Figures of one ingress' requests at the replicas of one model.
+
+    The two are equal but for what is on its way; where they stay apart, one side has lost some.
+    """
+
+    num_open: int
+    num_held: int
+
 
 class EngineCollector(Collector):
     """Shows the latest statistics, by model id."""
 
     def __init__(self) -> None:
         self.stats: Mapping[str, EngineStats] = {}
+        self.links: Mapping[str, LinkFigures] = {}
 
     def collect(self) -> Iterable[Metric]:
         for name, (field, text) in GAUGES.items():
-            gauge = GaugeMetricFamily(name, text, labels=["model"])
-            for model, stats in self.stats.items():
-                gauge.add_metric([model], getattr(stats, field))
-            yield gauge
+            yield _gauge(name, text, {m: getattr(s, field) for m, s in self.stats.items()})
+        for name, (field, text) in REQUESTS.items():
+            yield _gauge(name, text, {m: getattr(k, field) for m, k in self.links.items()})
         yield self._resident_adapters()
         for name, (field, text) in COUNTERS.items():
             counter = CounterMetricFamily(name, text + SCOPE, labels=["model"])
@@ -66,9 +86,12 @@ class EngineCollector(Collector):
             yield counter
 
     def _resident_adapters(self) -> Metric:
-        gauge = GaugeMetricFamily(
-            "reef_resident_adapters", "Adapters in device memory.", labels=["model"]
-        )
-        for model, stats in self.stats.items():
-            gauge.add_metric([model], len(stats.resident_adapters))
-        return gauge
+        numbers = {model: len(stats.resident_adapters) for model, stats in self.stats.items()}
+        return _gauge("reef_resident_adapters", "Adapters in device memory.", numbers)
+
+
+def _gauge(name: str, text: str, values: Mapping[str, float]) -> Metric:
+    gauge = GaugeMetricFamily(name, text, labels=["model"])
+    for model, value in values.items():
+        gauge.add_metric([model], value)
+    return gauge

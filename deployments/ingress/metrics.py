@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from prometheus_client import CollectorRegistry, Counter, generate_latest
 
 from deployments.ingress.adapter_series import OTHER, AdapterSeries, Family
-from deployments.ingress.engine_metrics import EngineCollector
+from deployments.ingress.engine_metrics import EngineCollector, LinkFigures
 from engine.messages import EngineStats
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -104,9 +104,11 @@ class Metrics:
         if num_tokens > 1:
             self._adapters.observe(TPOT, adapter, (e2e_s - ttft_s) / (num_tokens - 1))
 
-    async def render(self, stats: Mapping[str, EngineStats]) -> bytes:
+    async def render(
+        self, stats: Mapping[str, EngineStats], links: Mapping[str, LinkFigures] | None = None
+    ) -> bytes:
         """Write everything. Other tasks run in between, however many adapters there are."""
-        self._engines.stats = dict(stats)
+        self._engines.stats, self._engines.links = dict(stats), dict(links or {})
         parts = [generate_latest(self._registry)]
         texts: list[str] = []
         began_s = time.perf_counter()

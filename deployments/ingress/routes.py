@@ -32,6 +32,7 @@ from deployments.ingress.api.openai import (
 from deployments.ingress.api.openai_fields import parse_request
 from deployments.ingress.asgi import Api
 from deployments.ingress.browser_guard import BrowserGuard
+from deployments.ingress.engine_metrics import LinkFigures
 from deployments.ingress.generation import Plan
 from deployments.ingress.health import health_of
 from deployments.ingress.http_errors import (
@@ -168,7 +169,8 @@ class Ingress:
         self.tenants.check_metrics(http_request.headers.get("authorization"))
         models = self.models.by_id.values()
         stats = {model.id: await model.link.refresh_stats() for model in models}
-        return Response(await self.metrics.render(stats), media_type=CONTENT_TYPE)
+        links = {m.id: LinkFigures(m.link.num_live, m.link.num_held) for m in models}
+        return Response(await self.metrics.render(stats, links), media_type=CONTENT_TYPE)
 
 
 def page_asked_for(http_request: HttpRequest) -> tuple[str | None, int]:

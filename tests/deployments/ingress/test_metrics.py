@@ -1,10 +1,11 @@
 """/metrics: what the engines report, and how many series adapters may have."""
 
+import json
 import re
 from collections import Counter
 
 from engine.messages import EngineStats
-from tests.deployments.support.fakes import FakeStore, Server, in_server
+from tests.deployments.support.fakes import Client, FakeStore, Server, in_server, until
 
 COMPLETIONS = "/v1/completions"
 
@@ -60,6 +61,30 @@ def test_counters_do_not_fall_when_an_engine_starts_again() -> None:
             server.engine.totals = totals
             text = await scrape(server)
             assert values(text, "reef_engine_steps_total", "model") == {"base": steps}
+
+    in_server(test)
+
+
+def test_requests_that_a_replica_holds_for_nobody_are_seen() -> None:
+    async def test(server: Server) -> None:
+        async def open_and_held() -> tuple[float, float]:
+            text = await scrape(server)
+            names = ("reef_requests_open", "reef_requests_held")
+            is_open, held = (values(text, name, "model")["base"] for name in names)
+            return is_open, held
+
+        server.engine.running.clear()
+        fields = {"model": "base", "prompt": "abc", "max_tokens": 2}
+        client = Client(server.api, "POST", COMPLETIONS, json.dumps(fields).encode())
+        await until(lambda: len(server.engine.requests) == 1)
+        assert await open_and_held() == (1, 1)
+        server.connection.lose = lambda abort: True
+        client.hang_up()
+        await client.done
+        assert await open_and_held() == (0, 1), "the replica has not heard of the end"
+        server.connection.lose = lambda abort: False
+        await open_and_held()  # the report by which the ingress notices
+        assert await open_and_held() == (0, 0)
 
     in_server(test)
 
