@@ -2,8 +2,9 @@
 
 Ray runs this in HAProxy's place (RAY_SERVE_HAPROXY_BINARY_PATH) with the arguments that HAProxy is
 to have. Ray has no option for most of what is changed here: where statistics listen, how long a
-request may take to arrive, which headers of clients reach Ray, and what is answered while nothing
-can be served. Uses the standard library alone, because it runs at each reload.
+request may take to arrive, which headers of clients reach Ray, which requests are sent again, and
+what is answered while nothing can be served. Uses the standard library alone, because it runs at
+each reload.
 """
 
 import json
@@ -15,6 +16,7 @@ from pathlib import Path
 
 BINARY_VARIABLE = "RAY_SERVE_HAPROXY_BINARY_PATH"
 HEADERS_TIMEOUT_S = 10
+MAX_REPEATS = 1
 RETRY_AFTER_S = 2
 NOT_READY = "The server cannot take requests now: it starts, or a part of it does. Retry soon."
 
@@ -22,6 +24,7 @@ _SECTION = re.compile(r"^(?:global|defaults|(?:frontend|backend|listen) \S+)$")
 _ANY_ADDRESS = re.compile(r"^(\s*bind )\*?:(\d+)$")
 _ERROR_FILE = re.compile(r"^(\s*errorfile \d+) \S+$")
 _NO_ROUTE = re.compile(r"^\s*http-request return status 404 ")
+_RAYS_REPEATS = "retry-on conn-failure"
 # Ray obeys these headers even from clients: they end a request early, or hide that its client has
 # left. Ids must be printable ASCII: Ray decodes them and writes them to its log.
 _HEADER_RULES = (
@@ -33,8 +36,13 @@ _HEADER_RULES = (
     "http-request del-header x-request-id unless "
     "{ req.fhdr(x-request-id) -m reg ^[A-Za-z0-9._:/+=-]{1,128}$ }",
 )
+# Ray's server would call a method that it has not heard of invalid HTTP, in plain text.
+_METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE")
+# A request whose ingress died before it sent a byte goes to another one, if it fits into a buffer
+# of HAProxy: nobody has seen a token of it. Once, because it may be what ended the first.
+_REPEATS = "retry-on conn-failure empty-response"
 _INSERTED = {
-    "defaults": (f"timeout http-request {HEADERS_TIMEOUT_S}s",),
+    "defaults": (f"timeout http-request {HEADERS_TIMEOUT_S}s", f"retries {MAX_REPEATS}"),
     "frontend http_frontend": _HEADER_RULES,
 }
 
@@ -82,6 +90,8 @@ def _strict_lines(config: str, page: Path) -> Iterator[str]:
     for line in config.splitlines():
         if _SECTION.match(line):
             section = line
+        if line.strip() == _RAYS_REPEATS:  # and not what an operator has set instead
+            line = line.replace(_RAYS_REPEATS, _REPEATS)
         if section in ("listen stats", "frontend prometheus"):
             line = _ANY_ADDRESS.sub(r"\g<1>127.0.0.1:\2", line)
         if section == "backend default_backend" and not has_routes and _NO_ROUTE.match(line):
@@ -89,14 +99,23 @@ def _strict_lines(config: str, page: Path) -> Iterator[str]:
         yield _ERROR_FILE.sub(rf"\g<1> {page}", line)
         if line == section:
             yield from (f"    {rule}" for rule in _INSERTED.get(section, ()))
+        if line == section == "frontend http_frontend":
+            yield f"    {_unknown_method_rule()}"
 
 
 def _not_ready_rule() -> str:
-    body = error_body().replace("\\", "\\\\").replace('"', '\\"')
-    return (
-        f'http-request return status 503 content-type application/json string "{body}" '
-        f"hdr retry-after {RETRY_AFTER_S}"
-    )
+    return f"{_answer(503, error_body())} hdr retry-after {RETRY_AFTER_S}"
+
+
+def _unknown_method_rule() -> str:
+    fields = {"message": "Method Not Allowed.", "type": "invalid_request_error"}
+    body = json.dumps({"error": {**fields, "param": None, "code": None}})
+    return f'{_answer(405, body)} hdr allow "GET, POST" unless {{ method {" ".join(_METHODS)} }}'
+
+
+def _answer(status: int, body: str) -> str:
+    quoted = body.replace("\\", "\\\\").replace('"', '\\"')
+    return f'http-request return status {status} content-type application/json string "{quoted}"'
 
 
 def unavailable_page() -> str:

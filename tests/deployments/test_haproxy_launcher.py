@@ -11,7 +11,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -26,6 +26,7 @@ from deployments.local.ray_head import free_port
 from tests.deployments.support.processes import listening
 
 ANSWER_S = 15.0
+MODELS = "/v1/models"
 
 
 class Echo(BaseHTTPRequestHandler):
@@ -43,8 +44,11 @@ class Echo(BaseHTTPRequestHandler):
     def log_message(self, format: str, *args: Any) -> None: ...
 
 
-def rays_config(folder: Path, port: int, backend_ports: list[int]) -> Path:
-    """Write what Ray writes: with no backend it has not heard of an application yet."""
+def rays_config(folder: Path, port: int, backend_ports: list[list[int]]) -> Path:
+    """Write what Ray writes for these backends, each with the ports of its servers.
+
+    With no backend it has not heard of an application yet.
+    """
     config = HAProxyConfig(
         socket_path=str(folder / "admin.sock"),
         server_state_base=str(folder),
@@ -59,9 +63,12 @@ def rays_config(folder: Path, port: int, backend_ports: list[int]) -> Path:
     )
     backends = {
         f"app{number}": BackendConfig(
-            f"app{number}", "/", app_name="reef", servers=[ServerConfig("one", "127.0.0.1", each)]
+            f"app{number}",
+            "/",
+            app_name="reef",
+            servers=[ServerConfig(f"server{each}", "127.0.0.1", each) for each in ports],
         )
-        for number, each in enumerate(backend_ports)
+        for number, ports in enumerate(backend_ports)
     }
     api = HAProxyApi(config, backends, str(folder / "haproxy.cfg"))
     api._generate_config_file_internal()
@@ -74,11 +81,11 @@ class Proxy:
     port: int
 
     def get(
-        self, headers: dict[str, str] | None = None
+        self, headers: dict[str, str] | None = None, method: str = "GET"
     ) -> tuple[int, Any, http.client.HTTPMessage]:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=ANSWER_S)
         try:
-            connection.putrequest("GET", "/v1/models")
+            connection.putrequest(method, MODELS)
             for name, value in (headers or {}).items():
                 connection.putheader(name, value.encode("latin-1"))
             connection.endheaders()
@@ -92,7 +99,7 @@ class Proxy:
 
 
 @contextmanager
-def proxy(folder: Path, backend_ports: list[int]) -> Iterator[Proxy]:
+def proxy(folder: Path, backend_ports: list[list[int]]) -> Iterator[Proxy]:
     folder.mkdir()
     port = free_port()
     launcher = folder / "launcher"
@@ -115,13 +122,10 @@ def proxy(folder: Path, backend_ports: list[int]) -> Iterator[Proxy]:
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
-    with ExitStack() as stack:
-        stub = stack.enter_context(ThreadingHTTPServer(("127.0.0.1", 0), Echo))
-        stub.daemon_threads = True
-        threading.Thread(target=stub.serve_forever, daemon=True).start()
-        stack.callback(stub.shutdown)
+    with stub(Echo) as port:
         folder = tmp_path_factory.mktemp("served") / "proxy"
-        yield stack.enter_context(proxy(folder, [stub.server_port]))
+        with proxy(folder, [[port]]) as running:
+            yield running
 
 
 def test_nothing_listens_beyond_loopback(served: Proxy) -> None:
@@ -174,6 +178,15 @@ def test_a_connection_that_sends_no_whole_header_is_closed(served: Proxy) -> Non
     assert HEADERS_TIMEOUT_S - 1 < time.monotonic() - began_s < 3 * HEADERS_TIMEOUT_S
 
 
+@pytest.mark.parametrize("method", ["BREW", "get"])
+def test_an_unknown_method_is_refused_with_the_error_body_of_all_others(
+    served: Proxy, method: str
+) -> None:
+    status, document, headers = served.get(method=method)
+    assert status == 405 and headers["allow"] == "GET, POST"
+    assert set(document["error"]) == {"message", "type", "param", "code"}
+
+
 def assert_unavailable(found: tuple[int, Any, http.client.HTTPMessage]) -> None:
     status, document, headers = found
     assert status == 503 and headers["retry-after"] == "2"
@@ -187,23 +200,71 @@ def test_before_there_is_an_application_the_answer_is_503_and_not_404(tmp_path: 
 
 
 def test_where_no_ingress_can_be_reached_the_answer_is_503(tmp_path: Path) -> None:
-    with proxy(tmp_path / "proxy", [free_port()]) as lonely:
+    with proxy(tmp_path / "proxy", [[free_port()]]) as lonely:
         assert_unavailable(lonely.get())
 
 
+class Dying(Echo):
+    """Is healthy, and ends each connection once it has read a request, as a killed process does."""
+
+    num_seen = 0
+
+    def do_GET(self) -> None:
+        if self.path != MODELS:
+            super().do_GET()
+            return
+        type(self).num_seen += 1
+        self.close_connection = True
+
+
+@contextmanager
+def stub(handler: type[BaseHTTPRequestHandler]) -> Iterator[int]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            yield server.server_port
+        finally:
+            server.shutdown()
+
+
+def test_a_request_whose_ingress_died_before_it_answered_goes_to_another(tmp_path: Path) -> None:
+    Dying.num_seen = 0
+    with (
+        stub(Dying) as dead,
+        stub(Echo) as alive,
+        proxy(tmp_path / "proxy", [[dead, alive]]) as both,
+    ):
+        assert [both.get()[0] for _ in range(6)] == [200] * 6
+    assert Dying.num_seen > 0, "it was asked"
+
+
+def test_a_request_that_ends_every_ingress_is_repeated_once(tmp_path: Path) -> None:
+    Dying.num_seen = 0
+    with stub(Dying) as one, stub(Dying) as two, proxy(tmp_path / "proxy", [[one, two]]) as none:
+        assert_unavailable(none.get())
+    assert Dying.num_seen == 2
+
+
+def test_another_setting_for_repeats_stays(tmp_path: Path) -> None:
+    config = rays_config(tmp_path, 1, [[2]]).read_text()
+    assert "    retry-on conn-failure\n" in config, "Ray's default"
+    own = config.replace("retry-on conn-failure", "retry-on none")
+    assert "retry-on none" in strict(own, tmp_path / "page")
+
+
 def test_a_configuration_is_changed_once(tmp_path: Path) -> None:
-    config = rays_config(tmp_path, 1, [2]).read_text()
-    page = tmp_path / "page"
-    changed = strict(config, page)
-    assert changed != config and strict(changed, page) == changed
+    config = rays_config(tmp_path, 1, [[2]]).read_text()
+    changed = strict(config, tmp_path / "page")
+    assert changed != config and strict(changed, tmp_path / "page") == changed
 
 
 def test_a_public_address_of_requests_stays(tmp_path: Path) -> None:
-    config = rays_config(tmp_path, 8000, [2]).read_text().replace("127.0.0.1:8000", "*:8000")
+    config = rays_config(tmp_path, 8000, [[2]]).read_text().replace("127.0.0.1:8000", "*:8000")
     assert "    bind *:8000\n" in strict(config, tmp_path / "page")
 
 
 def test_a_configuration_of_another_form_is_refused(tmp_path: Path) -> None:
-    config = rays_config(tmp_path, 1, [2]).read_text()
+    config = rays_config(tmp_path, 1, [[2]]).read_text()
     with pytest.raises(ValueError, match="listen stats"):
         strict(config.replace("listen stats", "listen statistics"), tmp_path / "page")
