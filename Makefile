@@ -7,7 +7,7 @@ CONFIG ?= configs/dev-cpu.yaml
 PORT ?= 8000
 INSTALL = .venv/bin/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: serve test coverage lint bench lock
+.PHONY: serve test coverage chaos lint bench lock
 
 serve: .venv/demo.stamp
 	@exec .venv/bin/reef serve --config $(CONFIG) --port $(PORT)
@@ -18,6 +18,12 @@ test: .venv/dev.stamp .venv-clients/stamp .venv-swift/stamp
 # Apart from `test`: it makes the tests a quarter slower.
 coverage: .venv/dev.stamp .venv-clients/stamp .venv-swift/stamp
 	.venv/bin/pytest --cov --cov-report=term
+
+# Hostile requests, then faults of every kind under load: about half an hour.
+chaos: .venv/dev.stamp .venv-swift/stamp
+	.venv/bin/python -m tests.chaos.fuzz
+	.venv/bin/python -m tests.chaos.fuzz --tenants --count 2000
+	.venv/bin/python -m tests.chaos.storm
 
 lint: .venv/dev.stamp
 	.venv/bin/ruff format --check .

@@ -1,0 +1,1 @@
+"""Programs that mistreat a real server and check what it promises. Run by hand: `make chaos`."""

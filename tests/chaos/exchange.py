@@ -1,0 +1,139 @@
+"""Sends a case over a connection of its own, and checks that the answer is one of the API's."""
+
+import asyncio
+import http.client
+import io
+import json
+from dataclasses import dataclass
+from typing import Any, cast
+
+from tests.chaos.case import Case
+
+PATIENCE_S = 180.0  # for a whole answer: long beside all that a case may ask for
+CHUNK = 2**16
+# What HAProxy answers itself, before any of ours has seen the request
+FOREIGN = b"<html><body><h1>4"
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """`status` is 0 without an answer, of which `body` then says why."""
+
+    status: int
+    body: bytes
+    content_type: str = ""
+    is_whole: bool = True
+
+    @property
+    def is_foreign(self) -> bool:
+        return self.body.startswith(FOREIGN)
+
+
+async def exchange(port: int, case: Case) -> Answer:
+    """Send the case and read until the connection ends, or until the client of the case leaves."""
+    try:
+        async with asyncio.timeout(PATIENCE_S):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            try:
+                raw = await _talk(reader, writer, case)
+            finally:
+                if case.is_abandoned:
+                    writer.transport.abort()
+                else:
+                    writer.close()
+    except TimeoutError:
+        return Answer(0, b"no answer in time")
+    except OSError as error:
+        return Answer(0, repr(error).encode())
+    return _parse(raw, case.method)
+
+
+async def _talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, case: Case) -> bytes:
+    writer.write(case.raw())
+    if case.num_sent is not None:
+        await asyncio.sleep(0.02)
+        return b""
+    received = bytearray()
+    sending = asyncio.ensure_future(writer.drain())
+    try:
+        while chunk := await reader.read(CHUNK):
+            received += chunk
+            if case.leaves_after is not None and received.count(b"\ndata: ") >= case.leaves_after:
+                break
+    except ConnectionError:
+        if not received:
+            raise
+    finally:
+        sending.cancel()
+        await asyncio.gather(sending, return_exceptions=True)
+    return bytes(received)
+
+
+class _Received:
+    """What http.client wants of a socket."""
+
+    def __init__(self, raw: bytes) -> None:
+        self._raw = raw
+
+    def makefile(self, mode: str) -> io.BytesIO:
+        return io.BytesIO(self._raw)
+
+
+def _parse(raw: bytes, method: str) -> Answer:
+    response = http.client.HTTPResponse(cast(Any, _Received(raw)), method=method)
+    try:
+        response.begin()
+    except (http.client.HTTPException, ValueError) as error:
+        return Answer(0, repr(error).encode() + raw[:200], is_whole=False)
+    try:
+        body, is_whole = response.read(), True
+    except http.client.IncompleteRead as error:
+        body, is_whole = error.partial, False
+    return Answer(response.status, body, response.getheader("content-type", ""), is_whole)
+
+
+# ==== what is wrong with an answer ====
+
+
+def problem(case: Case, answer: Answer) -> str | None:
+    """Say which promise the answer breaks; None if it keeps them all."""
+    if answer.status >= 500:
+        return f"status {answer.status}"
+    if answer.status == 0:
+        may_be_silent = case.is_abandoned or not case.is_http
+        return None if may_be_silent else f"no answer: {answer.body[:200]!r}"
+    if case.is_abandoned or (answer.is_foreign and not case.is_http):
+        return None
+    if not answer.is_whole:
+        return "the answer was cut"
+    if answer.status >= 400:
+        return None if case.method == "HEAD" or _is_error(answer) else "an error that is not JSON"
+    if answer.content_type.startswith("text/event-stream"):
+        return _stream_problem(answer.body)
+    return None
+
+
+def _is_error(answer: Answer) -> bool:
+    try:
+        error = json.loads(answer.body)["error"]
+    except (ValueError, KeyError, TypeError):
+        return False
+    is_json = answer.content_type.startswith("application/json")
+    return is_json and set(error) == {"message", "type", "param", "code"} and bool(error["message"])
+
+
+def _stream_problem(body: bytes) -> str | None:
+    *events, last = body.split(b"\n\n")
+    if last or not events:
+        return "the stream ends amid an event"
+    documents = [event.removeprefix(b"data: ") for event in events if not event.startswith(b":")]
+    for document in documents[:-1]:
+        if "error" in json.loads(document):
+            return f"an error before the end: {document[:200]!r}"
+    if documents[-1] == b"[DONE]":
+        return None
+    error = json.loads(documents[-1]).get("error")
+    if error is None:
+        return "the stream has no end"
+    is_fault = error["type"] == "server_error"
+    return f"an error event: {documents[-1][:200]!r}" if is_fault else None
