@@ -9,8 +9,13 @@ from collections.abc import Generator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 ALARM_AGAIN_S = 30.0
+
+# A busy machine is no failure: neither a slow example nor a slow choice of examples.
+settings.register_profile("reef", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("reef")
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 if not Path("/dev/nvidiactl").exists():
