@@ -55,6 +55,7 @@ class Verdict:
     gaps_s: dict[str, float] = field(default_factory=dict[str, float])
     problems: list[str] = field(default_factory=list[str])
     num_tokens: int = 0
+    oldest_s: float = 0.0  # the longest that an answer came after its version was replaced
 
 
 def judge(
@@ -68,6 +69,7 @@ def judge(
         kind = CALM if span is None else span.kind
         verdict.ends.setdefault(kind, Counter())[heard.end] += 1
         verdict.gaps_s[kind] = max(verdict.gaps_s.get(kind, 0.0), heard.longest_gap_s)
+        verdict.oldest_s = max(verdict.oldest_s, _age_s(each, publisher, answers))
         wrong = _wrong_tokens(each, spans, publisher, answers) or _unexplained(heard, kind)
         if wrong is not None:
             verdict.problems.append(f"{kind}: {each.model} {heard.end}: {wrong}")
@@ -104,13 +106,22 @@ def _wrong_tokens(
         fits = any(heard.token_ids == whole[: len(heard.token_ids)] for whole in expected)
     if fits:
         return None
-    others = [
-        content
-        for (content, prompt), whole in answers.items()
-        if prompt == each.prompt and heard.token_ids == whole
-    ]
-    of = f", which are those of {others[0]}" if others else ""
+    age_s = _age_s(each, publisher, answers)
+    of = f", those of one that was replaced {age_s:.1f} s before" if age_s else ""
     return f"{len(heard.token_ids)} tokens that none of {len(contents)} versions has{of}"
+
+
+def _age_s(each: Listened, publisher: Publisher, answers: Answers) -> float:
+    """For how long the version that has answered had been replaced when it was asked for."""
+    if each.model == MODEL or each.heard.end != WHOLE:
+        return 0.0
+    replaced_s = [
+        end_s
+        for content, end_s in publisher.replaced(each.model)
+        if answers[content, each.prompt] == each.heard.token_ids
+    ]
+    ages_s = [each.heard.sent_s - end_s for end_s in replaced_s]
+    return max(0.0, min(ages_s, default=0.0))
 
 
 def _meanings(

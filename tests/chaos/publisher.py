@@ -82,6 +82,16 @@ class Publisher:
             if meaning.begun_s <= until_s and end_s >= since_s
         ]
 
+    def replaced(self, name: str) -> list[tuple[Content, float]]:
+        """All that `name` or `name@stable` has meant, and when it was replaced."""
+        adapter_name, _, version = name.partition("@")
+        if version.isdigit():
+            return []
+        with self._lock:
+            history = list((self.aliases if version == ALIAS else self.latest)[adapter_name])
+        ends_s = [*(m.done_s for m in history[1:]), float("inf")]
+        return [(m.content, end_s) for m, end_s in zip(history, ends_s, strict=True)]
+
     # ---- the thread ----------------------------------------------------------------------
 
     def _run(self) -> None:

@@ -230,6 +230,7 @@ def report(
         f"{', '.join(f'{end}: {count}' for end, count in sorted(ends.items()))} | "
         f"{len(problems)} broken promises | longest gap "
         f"{max(verdict.gaps_s.values()):.1f} s, in calm {verdict.gaps_s.get('calm', 0.0):.1f} s | "
+        f"oldest meaning of a name {verdict.oldest_s:.1f} s | "
         f"memory after a third: {as_text(early)}, at the end: {as_text(late)}"
     )
     append_row(options.rows, row)
