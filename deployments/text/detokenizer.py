@@ -43,8 +43,8 @@ class WindowDetokenizer:
 
     The window starts at the last place where text was given out, so that the decoder sees the
     same neighbours (a space belongs to the word after it) as in the whole text. Tokens of single
-    bytes are held until their run ends: one bad byte changes how all of the run is decoded. (That is
-    why tokenizers' DecodeStream is not used: see findings/decode-stream-byte-runs.sh.)
+    bytes are held until their run ends: one bad byte changes how all of the run is decoded. (That
+    is why tokenizers' DecodeStream is not used: see findings/decode-stream-byte-runs.sh.)
     """
 
     __slots__ = ("_decode", "_held", "_is_byte", "_is_visible", "_prefix", "_prefix_text")
