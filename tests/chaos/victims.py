@@ -69,7 +69,8 @@ class Victims:
 
     def kill(self) -> None:
         self._process.kill()
-        self._process.wait()
+        with self._process:  # closes its pipes
+            self._process.wait()
 
     def _answer(self) -> str:
         assert self._process.stdout is not None
