@@ -1,11 +1,18 @@
 """Store the files of adapters under blobs/<digest>/, read them back and check them.
 
-Invariant: the manifest is written last, so a blob that has one is complete.
+What is uploaded after a collection of garbage lies under blobs/<digest>.<generation>/, so a
+collector that was interrupted long ago cannot remove it. The digest is that of the content, so each
+place that holds a file of a digest holds the same.
+
+Invariant: the manifest is written last, so a place that has one is complete.
 """
 
 import hashlib
-from collections.abc import Generator
+import re
+from collections.abc import Callable, Generator
+from contextlib import suppress
 from pathlib import Path
+from typing import TypeVar
 
 from adapter_store.chat_template import (
     MAX_FILE_BYTES,
@@ -17,11 +24,20 @@ from adapter_store.errors import ObjectNotFound, SourceUnavailable, StoreCorrupt
 from adapter_store.manifest import (
     CONFIG_NAME,
     MANIFEST_NAME,
+    WEIGHTS_NAME,
     AdapterManifest,
     PreparedAdapter,
     parse_manifest,
 )
+from adapter_store.names import Place
 from adapter_store.object_store import CHUNK_BYTES, ObjectStore, OnBytes
+
+BLOBS = "blobs/"
+_FILES = (CONFIG_NAME, MANIFEST_NAME, TEMPLATE_NAME, WEIGHTS_NAME)
+_NAMES = "|".join(re.escape(name) for name in _FILES)
+_KEY = re.compile(rf"{BLOBS}([0-9a-f]{{64}})(?:\.([1-9][0-9]{{0,17}}))?/(?:{_NAMES})")
+
+T = TypeVar("T")
 
 
 class Blobs:
@@ -30,56 +46,61 @@ class Blobs:
     def __init__(self, objects: ObjectStore) -> None:
         self._objects = objects
 
-    def upload(self, prepared: PreparedAdapter, on_bytes: OnBytes) -> None:
+    def upload(self, prepared: PreparedAdapter, place: Place, on_bytes: OnBytes) -> None:
         """Store an adapter's files unless they are there already.
 
         Raises StoreCorrupt if the weights have changed since they were checked.
         """
         manifest = prepared.manifest
-        if self._is_complete(manifest):
+        if self._is_complete(manifest, place):
             return
         weights = prepared.weights
         sha256 = manifest.files[weights.name].sha256
-        self._objects.put(_key(manifest.digest, CONFIG_NAME), prepared.config)
+        # The weights first: what takes long leaves nothing behind that would look old meanwhile.
+        self._objects.put_file(file_key(place, weights.name), weights, sha256, on_bytes)
+        self._objects.put(file_key(place, CONFIG_NAME), prepared.config)
         if prepared.template is not None:
-            self._objects.put(_key(manifest.digest, TEMPLATE_NAME), prepared.template)
-        self._objects.put_file(_key(manifest.digest, weights.name), weights, sha256, on_bytes)
-        self._objects.put_if_absent(_key(manifest.digest, MANIFEST_NAME), manifest.to_json())
+            self._objects.put(file_key(place, TEMPLATE_NAME), prepared.template)
+        self._objects.put_if_absent(file_key(place, MANIFEST_NAME), manifest.to_json())
 
-    def download(self, digest: str, name: str, path: Path) -> None:
-        """Write one file of an adapter to `path`. Raises ObjectNotFound, SourceUnavailable."""
+    def download(self, place: Place, name: str, path: Path) -> None:
+        """Write one file of an adapter to `path`, from this place or another of its digest.
+
+        Raises ObjectNotFound, SourceUnavailable.
+        """
         try:
-            self._objects.get_file(_key(digest, name), path)
+            self._read(place, name, lambda key: self._objects.get_file(key, path))
         except OSError as error:
             raise SourceUnavailable(f"cannot write {path}: {error}") from error
 
-    def manifest(self, digest: str) -> AdapterManifest:
-        """Read an adapter's manifest. Raises ObjectNotFound, StoreCorrupt."""
-        return parse_manifest(self._objects.get(_key(digest, MANIFEST_NAME)), digest)
+    def manifest(self, place: Place) -> AdapterManifest:
+        """Read an adapter's manifest, as `download` does. Raises ObjectNotFound, StoreCorrupt."""
+        return parse_manifest(self._read(place, MANIFEST_NAME, self._objects.get), place.digest)
 
-    def chat_template(self, digest: str) -> AdapterTemplate | None:
-        """Read an adapter's own chat template; None if it has none.
+    def chat_template(self, place: Place) -> AdapterTemplate | None:
+        """Read an adapter's own chat template, as `download` does; None if it has none.
 
         Raises ObjectNotFound, StoreCorrupt.
         """
-        entry = self.manifest(digest).files.get(TEMPLATE_NAME)
+        entry = self.manifest(place).files.get(TEMPLATE_NAME)
         if entry is None:
             return None
-        key = _key(digest, TEMPLATE_NAME)
-        raw = self._objects.get_range(key, 0, MAX_FILE_BYTES)
+        raw = self._read(place, TEMPLATE_NAME, self._first_bytes)
         if hashlib.sha256(raw).hexdigest() != entry.sha256:
+            key = file_key(place, TEMPLATE_NAME)
             raise StoreCorrupt(f"{key} does not have the sha256 {entry.sha256}")
-        return parse_adapter_template(raw, digest)
+        return parse_adapter_template(raw, place.digest)
 
-    def problems(self, digest: str, on_bytes: OnBytes) -> Generator[str, None, None]:
+    def problems(self, place: Place, on_bytes: OnBytes) -> Generator[str, None, None]:
         """Hash an adapter's files; yield one sentence for each that is missing or damaged."""
         try:
-            manifest = self.manifest(digest)
+            raw = self._objects.get(file_key(place, MANIFEST_NAME))
+            manifest = parse_manifest(raw, place.digest)
         except (ObjectNotFound, StoreCorrupt) as error:
             yield str(error)
             return
         for name, expected in manifest.files.items():
-            key = _key(digest, name)
+            key = file_key(place, name)
             try:
                 sha256 = self._hash(key, on_bytes)
             except ObjectNotFound as error:
@@ -88,12 +109,31 @@ class Blobs:
             if sha256 != expected.sha256:
                 yield f"{key} has sha256 {sha256}, not {expected.sha256}"
 
-    def _is_complete(self, manifest: AdapterManifest) -> bool:
+    def _is_complete(self, manifest: AdapterManifest, place: Place) -> bool:
         """Check that all files are there, with the right sizes."""
-        digest = manifest.digest
-        sizes = {name: self._objects.size(_key(digest, name)) for name in manifest.files}
+        sizes = {name: self._objects.size(file_key(place, name)) for name in manifest.files}
         expected = {name: entry.nbytes for name, entry in manifest.files.items()}
-        return sizes == expected and self._objects.size(_key(digest, MANIFEST_NAME)) is not None
+        has_manifest = self._objects.size(file_key(place, MANIFEST_NAME)) is not None
+        return has_manifest and sizes == expected
+
+    def _first_bytes(self, key: str) -> bytes:
+        return self._objects.get_range(key, 0, MAX_FILE_BYTES)
+
+    def _read(self, place: Place, name: str, read: Callable[[str], T]) -> T:
+        """Read a file from its place, or if it is not there from another of its digest."""
+        try:
+            return read(file_key(place, name))
+        except ObjectNotFound:
+            for other in self._other_places(place):
+                with suppress(ObjectNotFound):
+                    return read(file_key(other, name))
+            raise
+
+    def _other_places(self, place: Place) -> list[Place]:
+        """List where else a digest's files may be, the newest first."""
+        found = {parse_place(key) for key in self._objects.list(f"{BLOBS}{place.digest}")}
+        others = (each for each in found if each is not None and each != place)
+        return sorted(others, reverse=True)
 
     def _hash(self, key: str, on_bytes: OnBytes) -> str:
         digest = hashlib.sha256()
@@ -111,5 +151,13 @@ class Blobs:
                 return
 
 
-def _key(digest: str, name: str) -> str:
-    return f"blobs/{digest}/{name}"
+def file_key(place: Place, name: str) -> str:
+    """Return the key of an adapter's file."""
+    suffix = f".{place.generation}" if place.generation else ""
+    return f"{BLOBS}{place.digest}{suffix}/{name}"
+
+
+def parse_place(key: str) -> Place | None:
+    """Return the place that a key is in; None if it is no adapter's file."""
+    match = _KEY.fullmatch(key)
+    return None if match is None else Place(match[1], int(match[2] or 0))

@@ -2,15 +2,18 @@
 
 Invariant: the state depends on the sequence of records alone, so two processes that have read the
 same records have the same state. A record that does not fit the state is refused.
+
+A `collect` record begins a generation. From then on, files that no live version has are garbage for
+good: an upload of an earlier generation is used only while a live version has it.
 """
 
 from bisect import bisect_left, insort
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from adapter_store.errors import AdapterNotFound, InvalidName, StoreCorrupt
-from adapter_store.names import LATEST, AdapterRecord, AdapterRef, check_alias, split_name
+from adapter_store.names import LATEST, AdapterRecord, AdapterRef, Place, check_alias, split_name
 
 _MISFITS = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, InvalidName)
 
@@ -25,6 +28,13 @@ class Version:
     nbytes: int  # of its files together
     published_s: float  # seconds since 1970
     is_retired: bool = False
+    generation: int = 0  # of its files
+    retired_by: int = 0  # number of the record
+
+    @property
+    def place(self) -> Place:
+        """Where its files lie."""
+        return Place(self.digest, self.generation)
 
 
 @dataclass(slots=True)
@@ -51,8 +61,11 @@ class Catalog:
 
     def __init__(self) -> None:
         self.num_records = 0
+        self.head: str | None = None  # SHA-256 of the last record as it was written, if known
+        self.generation = 0  # collections so far
         self._adapters: dict[tuple[str, str], AdapterHistory] = {}
         self._names: dict[str, list[str]] = {}  # by tenant, sorted
+        self._live: dict[str, list[int]] = {}  # digest: generations, one for each live version
 
     # ---- reading -------------------------------------------------------------------------------
 
@@ -110,6 +123,7 @@ class Catalog:
                 nbytes=entry.nbytes,
                 published_s=entry.published_s,
                 aliases=(LATEST, *aliases) if version == latest else tuple(aliases),
+                generation=entry.generation,
             )
 
     def find_digest(self, tenant: str, name: str, digest: str) -> int | None:
@@ -133,18 +147,43 @@ class Catalog:
         versions = range(1, self.num_versions(tenant, name) + 1)
         return tuple(v for v in versions if self._adapters[tenant, name].is_live(v))
 
+    # ---- files ---------------------------------------------------------------------------------
+
+    def place_of(self, digest: str) -> Place:
+        """Return where files with this digest are, or where to put them if they are not needed yet.
+
+        That is where a live version has them, or the present generation.
+        """
+        return Place(digest, max(self._live.get(digest, [self.generation])))
+
+    def is_live_at(self, place: Place) -> bool:
+        """Check that a live version has its files in this place."""
+        return place.generation in self._live.get(place.digest, ())
+
+    def may_use(self, place: Place) -> bool:
+        """Check that what lies in this place cannot have been removed, so a record may name it."""
+        return place.generation == self.generation or self.is_live_at(place)
+
+    def places_retired_by(self, numbers: Collection[int | None]) -> set[Place]:
+        """Return where the files of the versions lie that these records retired."""
+        versions = (each for history in self._adapters.values() for each in history.versions)
+        return {each.place for each in versions if each.retired_by in numbers}
+
     # ---- writing -------------------------------------------------------------------------------
 
-    def apply(self, record: Mapping[str, Any]) -> None:
+    def apply(self, record: Mapping[str, Any], sha256: str | None = None) -> None:
         """Apply the next record of the log; StoreCorrupt, and no change, if it does not fit."""
         number = self.num_records + 1
         try:
-            {"publish": self._publish, "alias": self._alias, "retire": self._retire}[
-                record["kind"]
-            ](record)
+            {
+                "publish": self._publish,
+                "alias": self._alias,
+                "retire": self._retire,
+                "collect": self._collect,
+            }[record["kind"]](record)
         except _MISFITS as error:
             raise StoreCorrupt(f"log record {number} does not make sense: {error!r}") from error
-        self.num_records = number
+        self.num_records, self.head = number, sha256
 
     def to_data(self) -> dict[str, Any]:
         """Return the whole state as JSON values: the content of a snapshot."""
@@ -152,7 +191,13 @@ class Catalog:
             {"tenant": tenant, "name": name, **asdict(history)}
             for (tenant, name), history in sorted(self._adapters.items())
         ]
-        return {"format": 1, "num_records": self.num_records, "adapters": adapters}
+        return {
+            "format": 1,
+            "num_records": self.num_records,
+            "head": self.head,
+            "generation": self.generation,
+            "adapters": adapters,
+        }
 
     @classmethod
     def from_data(cls, data: Mapping[str, Any]) -> "Catalog":
@@ -161,6 +206,8 @@ class Catalog:
             raise ValueError(f"format {data['format']!r} is not 1")
         catalog = cls()
         catalog.num_records = int(data["num_records"])
+        catalog.head = data.get("head")
+        catalog.generation = int(data.get("generation", 0))
         for entry in data["adapters"]:
             versions = [Version(**version) for version in entry["versions"]]
             history = AdapterHistory(versions, dict(entry["aliases"]))
@@ -175,16 +222,21 @@ class Catalog:
             lora_rank=int(record["lora_rank"]),
             nbytes=int(record["nbytes"]),
             published_s=float(record["published_s"]),
+            generation=int(record.get("generation", 0)),
         )
         if record["version"] != self.num_versions(*key) + 1:
             raise ValueError(f"version {record['version']} does not follow")
         if key not in self._adapters:
             self._add(*key, AdapterHistory())
         self._adapters[key].versions.append(version)
+        self._live.setdefault(version.digest, []).append(version.generation)
 
     def _add(self, tenant: str, name: str, history: AdapterHistory) -> None:
         self._adapters[tenant, name] = history
         insort(self._names.setdefault(tenant, []), name)
+        for version in history.versions:
+            if not version.is_retired:
+                self._live.setdefault(version.digest, []).append(version.generation)
 
     def _alias(self, record: Mapping[str, Any]) -> None:
         history = self._adapters[record["tenant"], record["name"]]
@@ -194,10 +246,21 @@ class Catalog:
 
     def _retire(self, record: Mapping[str, Any]) -> None:
         history = self._adapters[record["tenant"], record["name"]]
-        if not all(history.is_live(version) for version in record["versions"]):
+        numbers: set[int] = set(record["versions"])
+        if not all(history.is_live(number) for number in numbers):
             raise ValueError(f"not all of the versions {record['versions']} are live")
-        for version in record["versions"]:
-            history.versions[version - 1].is_retired = True
+        for number in numbers:
+            version = history.versions[number - 1]
+            version.is_retired, version.retired_by = True, self.num_records + 1
+            generations = self._live[version.digest]
+            generations.remove(version.generation)
+            if not generations:
+                del self._live[version.digest]
+
+    def _collect(self, record: Mapping[str, Any]) -> None:
+        if record["generation"] != self.generation + 1:
+            raise ValueError(f"generation {record['generation']} does not follow")
+        self.generation += 1
 
     @staticmethod
     def _select(history: AdapterHistory, selector: int | str, base: str | None) -> int | None:

@@ -52,5 +52,9 @@ class ObjectNotFound(AdapterStoreError):
     """No object has this key."""
 
 
+class FilesRemoved(AdapterStoreError):
+    """An upload was removed before a name pointed at it, and must be made again."""
+
+
 class StoreCorrupt(AdapterStoreError):
     """An object is damaged, or differs from what was written or promised."""

@@ -7,6 +7,7 @@ content and base, `folder` its files. A bare `adapter` would be none of these, a
 
 import re
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from adapter_store.errors import InvalidName
 
@@ -40,6 +41,14 @@ class AdapterRecord:
     nbytes: int  # of its files together
     published_s: float  # seconds since 1970
     aliases: tuple[str, ...]  # `latest` among them
+    generation: int = 0  # of its files
+
+
+class Place(NamedTuple):
+    """Where the files of one upload lie. What is uploaded after a collection has a new place."""
+
+    digest: str
+    generation: int  # collections before the upload
 
 
 def check_name(kind: str, name: str) -> str:

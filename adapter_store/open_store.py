@@ -5,7 +5,8 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from adapter_store.errors import SourceUnavailable
-from adapter_store.object_store import FileStore, ObjectStore
+from adapter_store.file_store import FileStore
+from adapter_store.object_store import ObjectStore
 
 ENDPOINT_VARIABLE = "S3_ENDPOINT_URL"
 

@@ -1,41 +1,42 @@
 """Map names to digests by an append-only log in the object store, replayed into memory.
 
-Record n is the object log/<n>, written with put-if-absent: if several writers try one number, one
-succeeds, and the others read its record and try the next number. So no record is lost, every record
-was valid when it was written, and following the log takes one LIST after the last key seen.
-Snapshots only shorten the start: a damaged one is skipped. A damaged record is not: what follows it
-may depend on it, so reading stops before it, and `damage` says so until the record is repaired.
+Writers that try one number read the record of the one that succeeded and try the next number. So no
+record is lost, every record was valid when it was written, and following the log takes one LIST
+after the last key seen.
+
+Snapshots shorten the start, and stand for records that were removed: a reader that finds its next
+record gone goes on from a newer snapshot. A damaged snapshot is skipped. A damaged record is not:
+what follows it may depend on it, so reading stops before it, and `damage` says so until the record
+is repaired.
 """
 
-import gzip
-import json
 import logging
 import threading
-import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import suppress
 from itertools import groupby, islice
-from typing import Any, cast
 
 from adapter_store.catalog import Catalog
 from adapter_store.errors import (
     AdapterNotFound,
-    ObjectNotFound,
+    FilesRemoved,
     SourceUnavailable,
     StoreCorrupt,
 )
 from adapter_store.manifest import AdapterManifest
-from adapter_store.names import AdapterRecord, AdapterRef, check_alias, check_name, split_name
+from adapter_store.names import (
+    AdapterRecord,
+    AdapterRef,
+    Place,
+    check_alias,
+    check_name,
+    split_name,
+)
 from adapter_store.object_store import ObjectStore
+from adapter_store.record_log import Entry, LogBroken, Record, RecordLog, encode, log_key
 
 SNAPSHOT_EVERY = 256  # records
-_SNAPSHOT_DAMAGE = (
-    *(OSError, EOFError, zlib.error, ValueError, KeyError, TypeError, AttributeError),
-    *(OverflowError, RecursionError, ObjectNotFound, StoreCorrupt),
-)
 _log = logging.getLogger(__name__)
-
-Record = dict[str, Any]
 
 
 class Registry:
@@ -46,12 +47,13 @@ class Registry:
     """
 
     def __init__(self, store: ObjectStore, wall_clock: Callable[[], float]) -> None:
-        self._store = store
+        self._records = RecordLog(store)
         self._wall_clock = wall_clock
         self._refreshing = threading.Lock()  # held over I/O
         self._lock = threading.Lock()  # held over memory only
         self._damage: str | None = None
-        self._catalog = self._load_snapshot()
+        self._catalog = self._records.newest_snapshot(after=0) or Catalog()
+        self._num_skipped = self._catalog.num_records  # records that a snapshot stood for
         with suppress(StoreCorrupt):  # known names are served all the same
             self.refresh()
 
@@ -77,6 +79,8 @@ class Registry:
                 _log.warning("the adapter store is whole again: the log was read to its end")
                 self._damage = None
 
+    # ---- names ---------------------------------------------------------------------------------
+
     def resolve(self, tenant: str, full_name: str, base: str | None = None) -> AdapterRef:
         """Return what name[@version|alias] means. Raises InvalidName, AdapterNotFound."""
         with self._lock:
@@ -93,10 +97,13 @@ class Registry:
             by_name = groupby(self._catalog.list_from(tenant, first_name), lambda r: r.name)
             return [record for _, records in islice(by_name, num_names) for record in records]
 
-    def publish(self, tenant: str, name: str, manifest: AdapterManifest) -> AdapterRef:
+    def publish(
+        self, tenant: str, name: str, manifest: AdapterManifest, generation: int = 0
+    ) -> AdapterRef:
         """Append the name's next version, unless the latest has this very content; return it.
 
-        Raises InvalidName.
+        `generation` says where its files were uploaded to. Raises InvalidName, and FilesRemoved if
+        they need not be there any more.
         """
         check_name("tenant", tenant)
         check_name("adapter", name)
@@ -105,6 +112,8 @@ class Registry:
             found = catalog.find_digest(tenant, name, manifest.digest)
             if found is not None and found == catalog.latest(tenant, name, manifest.base):
                 return None
+            if not catalog.may_use(Place(manifest.digest, generation)):
+                raise FilesRemoved(f"the files of {manifest.digest} were removed as garbage")
             return {
                 "kind": "publish",
                 "tenant": tenant,
@@ -115,6 +124,7 @@ class Registry:
                 "lora_rank": manifest.lora_rank,
                 "nbytes": manifest.nbytes,
                 "published_s": self._wall_clock(),
+                "generation": generation,
             }
 
         self._append(record)
@@ -157,24 +167,75 @@ class Registry:
         self._append(record)
         return retired
 
+    # ---- files ---------------------------------------------------------------------------------
+
+    @property
+    def generation(self) -> int:
+        """The number of collections so far."""
+        return self._catalog.generation
+
+    def place_of(self, digest: str) -> Place:
+        """Return where files with this digest are, or where an upload has to put them."""
+        with self._lock:
+            return self._catalog.place_of(digest)
+
+    def is_live_at(self, place: Place) -> bool:
+        """Check that a live version has its files in this place."""
+        with self._lock:
+            return self._catalog.is_live_at(place)
+
+    def places_retired_by(self, numbers: Collection[int | None]) -> set[Place]:
+        """Return where the files of the versions lie that these records retired."""
+        with self._lock:
+            return self._catalog.places_retired_by(numbers)
+
+    def begin_generation(self) -> None:
+        """Make all garbage of the present generation garbage for good."""
+
+        def record(catalog: Catalog) -> Record:
+            return {"kind": "collect", "generation": catalog.generation + 1}
+
+        self._append(record)
+
     # ---- the log -------------------------------------------------------------------------------
 
     def _read_log(self) -> None:
-        keys = self._store.list("log/", start_after=_log_key(self._catalog.num_records))
-        if self._damage is not None:
-            # Read the damaged record alone first: all that follow it need not be read every time.
-            self._apply_records(keys[:1])
-            keys = keys[1:]
-        self._apply_records(keys)
+        while True:
+            try:
+                self._follow(self._records.keys_after(self._catalog.num_records))
+                return
+            except LogBroken as broken:
+                if self._skip_to_newer_snapshot():
+                    continue
+                if broken.pending is not None:
+                    self._apply([broken.pending])
+                raise StoreCorrupt(str(broken)) from broken
 
-    def _apply_records(self, keys: Sequence[str]) -> None:
-        for key, raw in zip(keys, self._store.get_many(keys), strict=True):
-            record = self._parse_record(key, raw)
+    def _follow(self, keys: Sequence[str]) -> None:
+        # Read a damaged record alone first: all that follow it need not be read every time.
+        num_first = 0 if self._damage is None else 1
+        for some in (keys[:num_first], keys[num_first:]):
+            number, head = self._catalog.num_records, self._catalog.head
+            self._apply(self._records.read(some, number, head))
+
+    def _apply(self, entries: Iterable[Entry]) -> None:
+        for entry in entries:
             with self._lock:
                 try:
-                    self._catalog.apply(record)
+                    self._catalog.apply(entry.record, entry.sha256)
                 except StoreCorrupt as error:
+                    key = log_key(self._catalog.num_records + 1)
                     raise StoreCorrupt(f"{key}: {error}") from error
+
+    def _skip_to_newer_snapshot(self) -> bool:
+        """Go on from a newer snapshot; return False if there is none."""
+        newer = self._records.newest_snapshot(after=self._catalog.num_records)
+        if newer is None:
+            return False
+        with self._lock:
+            self._catalog = newer
+        self._num_skipped = newer.num_records
+        return True
 
     def _append(self, make_record: Callable[[Catalog], Record | None]) -> None:
         """Append the record that `make_record` derives from the newest state, unless it is None."""
@@ -182,66 +243,49 @@ class Registry:
             self.refresh()
             with self._lock:
                 record = make_record(self._catalog)
-                number = self._catalog.num_records + 1
+                number, head = self._catalog.num_records + 1, self._catalog.head
             if record is None:
                 return
-            written = self._store.put_if_absent(_log_key(number), _encode(record))
+            raw = encode(record | {"previous": head})
+            written = self._records.append(number, raw)
             self.refresh()
             if self._catalog.num_records < number:
                 raise SourceUnavailable(f"the store has record {number} but does not list it")
             if written:
-                self._check_kept(_log_key(number), _encode(record))
-                if number % SNAPSHOT_EVERY == 0:
-                    self._save_snapshot()
+                self._check_written(number, raw)
                 return
 
-    def _check_kept(self, key: str, raw: bytes) -> None:
-        """Raise StoreCorrupt if another writer has replaced the record that was written here."""
-        if self._store.get(key) != raw:
-            raise StoreCorrupt(
-                f"{key} was overwritten by another writer just after it was written here, so this "
-                "change is lost: the object store does not keep one of two concurrent "
-                "conditional writes"
+    def _check_written(self, number: int, raw: bytes) -> None:
+        if number <= self._num_skipped:
+            raise SourceUnavailable(
+                f"log record {number} took so long to write that newer ones were removed "
+                "meanwhile, so whether it counts is not known: see what is there, and try again"
             )
-
-    def _parse_record(self, key: str, raw: bytes) -> Record:
-        if key != _log_key(self._catalog.num_records + 1):
-            raise StoreCorrupt(f"{key} is there, but not the record before it")
-        try:
-            record = json.loads(raw)
-        except (ValueError, RecursionError) as error:
-            raise StoreCorrupt(f"{key} is not JSON: {error}") from error
-        if not isinstance(record, dict):
-            raise StoreCorrupt(f"{key} is not a JSON object")
-        return cast("Record", record)
+        self._records.check_kept(number, raw)
+        if number % SNAPSHOT_EVERY == 0:
+            self.save_snapshot()
 
     # ---- snapshots -----------------------------------------------------------------------------
 
-    def _save_snapshot(self) -> None:
+    def save_snapshot(self) -> None:
+        """Write a snapshot of the state, unless there is one."""
         with self._lock:
-            number, data = self._catalog.num_records, self._catalog.to_data()
-        # mtime=0: equal states give equal bytes in every process.
-        self._store.put_if_absent(_snapshot_key(number), gzip.compress(_encode(data), mtime=0))
+            data = self._catalog.to_data()
+        self._records.save_snapshot(data)
 
-    def _load_snapshot(self) -> Catalog:
-        for key in reversed(self._store.list("snapshots/")):
-            try:
-                catalog = Catalog.from_data(json.loads(gzip.decompress(self._store.get(key))))
-                if key != _snapshot_key(catalog.num_records):
-                    raise ValueError(f"it is snapshot {catalog.num_records}")
-                return catalog
-            except _SNAPSHOT_DAMAGE as error:
-                _log.warning("skipping the damaged snapshot %s: %r", key, error)
-        return Catalog()
+    def save_overdue_snapshot(self) -> None:
+        """Write a snapshot if a writer that should have done so has failed to."""
+        newest = next(iter(self._records.snapshots()), 0)
+        if self._catalog.num_records - newest >= SNAPSHOT_EVERY:
+            self.save_snapshot()
 
+    def covered(self) -> int:
+        """Return the number of the last record that can be removed; 0 if none can.
 
-def _log_key(number: int) -> str:
-    return f"log/{number:020}.json"
-
-
-def _snapshot_key(number: int) -> str:
-    return f"snapshots/{number:020}.json.gz"
-
-
-def _encode(data: Record) -> bytes:
-    return json.dumps(data, sort_keys=True).encode()
+        Two snapshots must lead to the present state, so that one may get damaged; what the older
+        of them holds is covered.
+        """
+        with self._lock:
+            data = self._catalog.to_data()
+        covering = (n for n in self._records.snapshots() if self._records.leads_to(n, data))
+        return next(islice(covering, 1, None), 0)

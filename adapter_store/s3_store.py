@@ -7,12 +7,13 @@ import uuid
 from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from email.utils import parsedate_to_datetime
 from http.client import HTTPException
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from adapter_store.errors import AccessDenied, ObjectNotFound, SourceUnavailable, StoreCorrupt
-from adapter_store.object_store import OnBytes, check_key
+from adapter_store.object_store import OnBytes, StoredObject, check_key
 from adapter_store.s3_client import MAX_ATTEMPTS, Answer, S3Client, S3Error
 from adapter_store.s3_probe import do_both_succeed
 from adapter_store.s3_transfers import NUM_CONNECTIONS, download, upload
@@ -70,7 +71,7 @@ class S3Store:
         self._prefix = f"{check_key(prefix)}/" if prefix else ""
         self._client = S3Client(bucket, endpoint_url)
         if not read_only:
-            self._probe()
+            self.check_writes()
 
     # ---- reading -------------------------------------------------------------------------------
 
@@ -104,15 +105,36 @@ class S3Store:
             return None
 
     def list(self, prefix: str, start_after: str = "") -> Sequence[str]:
-        request = {"Prefix": self._prefix + prefix}
-        if start_after:
-            request["StartAfter"] = self._prefix + start_after
-        keys: list[str] = []
+        more = {"StartAfter": self._prefix + start_after} if start_after else {}
+        return [str(entry["Key"]).removeprefix(self._prefix) for entry in self._list(prefix, more)]
+
+    def describe(self, prefix: str) -> Sequence[StoredObject]:
+        return [
+            StoredObject(
+                str(entry["Key"]).removeprefix(self._prefix),
+                int(entry["Size"]),
+                entry["LastModified"].timestamp(),
+            )
+            for entry in self._list(prefix, {})
+        ]
+
+    def now_s(self) -> float:
+        answer = self._client.call("list_objects_v2", "read the time from", MaxKeys=1)
+        date = answer["ResponseMetadata"]["HTTPHeaders"].get("date", "")
+        try:
+            return parsedate_to_datetime(date).timestamp()
+        except ValueError as error:
+            raise SourceUnavailable(
+                f"{self._client.where} does not say what time it is: its Date is {date!r}"
+            ) from error
+
+    def _list(self, prefix: str, more: dict[str, str]) -> Generator[Answer, None, None]:
+        request = {"Prefix": self._prefix + prefix, **more}
         while True:
             page = self._client.call("list_objects_v2", f"list {prefix} in", **request)
-            keys += [entry["Key"].removeprefix(self._prefix) for entry in page.get("Contents", [])]
+            yield from page.get("Contents", [])
             if not page["IsTruncated"]:
-                return keys
+                return
             request.pop("StartAfter", None)
             request["ContinuationToken"] = page["NextContinuationToken"]
 
@@ -191,11 +213,25 @@ class S3Store:
         except OSError as error:
             raise SourceUnavailable(f"cannot read {path}: {error}") from error
 
+    def remove(self, keys: Sequence[str]) -> None:
+        with ThreadPoolExecutor(NUM_CONNECTIONS) as pool:
+            for _ in pool.map(self._remove, keys):
+                pass
+
+    def _remove(self, key: str) -> None:
+        try:
+            self._client.call("delete_object", f"remove {key} from", Key=self._full(key))
+        except S3Error as error:
+            if error.status == 403 and error.code == "AccessDenied":
+                raise AccessDenied(str(error)) from error
+            if error.status != 404:
+                raise
+
     def _is_written_by(self, key: str, writer: str) -> bool:
         """Check whether an attempt whose answer was lost has written the object after all."""
         return self._head(key)["Metadata"].get("writer") == writer
 
-    def _probe(self) -> None:
+    def check_writes(self) -> None:
         """Raise SourceUnavailable if the server lets a key that exists be written.
 
         The key stays, so from the second start on this takes one request, which must be refused.
@@ -213,7 +249,7 @@ class S3Store:
                 "so one of two concurrent writers would be lost silently"
             )
         if is_first and self._loses_overlapping_writes():
-            self._remove(PROBE_KEY)  # so that the next start does not take it for tested
+            self._forget(PROBE_KEY)  # so that the next start does not take it for tested
             raise SourceUnavailable(
                 f"{self._client.where} cannot be used: of two writes with If-None-Match that "
                 "overlap both succeed, so one would be lost silently; if it is OpenStack Swift, "
@@ -239,12 +275,12 @@ class S3Store:
             )
             return False
         finally:
-            self._remove(key)
+            self._forget(key)
 
-    def _remove(self, key: str) -> None:
+    def _forget(self, key: str) -> None:
         """Remove an object of the probe, if that is allowed."""
-        with suppress(S3Error):
-            self._client.call("delete_object", f"remove {key} from", Key=self._full(key))
+        with suppress(SourceUnavailable):
+            self._remove(key)
 
     def _full(self, key: str) -> str:
         return self._prefix + check_key(key)

@@ -26,10 +26,12 @@ from adapter_store.errors import (
     SourceUnavailable,
     StoreCorrupt,
 )
+from adapter_store.garbage import Collector, Garbage, OnObjects
 from adapter_store.manifest import AdapterManifest, prepare
-from adapter_store.names import AdapterRecord, AdapterRef, check_name
+from adapter_store.names import AdapterRecord, AdapterRef, Place, check_name
 from adapter_store.object_store import OnBytes
 from adapter_store.open_store import open_store
+from adapter_store.publishing import publish
 from adapter_store.registry import Registry
 from adapter_store.sources import local_folder
 
@@ -52,7 +54,8 @@ class AdapterStore:
     only after a miss. While the store is unreachable, silent for PATIENCE_S, or damaged, names that
     are known still resolve.
 
-    With `read_only`, opening writes nothing to the object store; the caller must not either.
+    With `read_only`, opening writes nothing to the object store; the caller must not either,
+    but for `remove_garbage`.
 
     `disk_bytes` bounds the cache at `disk_path`. Besides the errors that they name, methods raise
     SourceUnavailable if they need the object store and cannot use it, StoreCorrupt if they find the
@@ -76,6 +79,7 @@ class AdapterStore:
         self._blobs = Blobs(self._objects)
         self._cache = DiskCache(disk_path, disk_bytes)
         self._registry = Registry(self._objects, wall_clock)
+        self._collector = Collector(self._objects, self._registry)
         self._scratch = disk_path / ".bases"
         self._interval_s = refresh_interval_s
         self._clock = clock
@@ -154,8 +158,7 @@ class AdapterStore:
         upload = local_folder(folder)
         model = self.base_model(base)
         prepared = prepare(upload, model.fingerprint, model.modules, on_bytes)
-        self._blobs.upload(prepared, on_bytes)
-        return self._registry.publish(tenant, name, prepared.manifest)
+        return publish(self._blobs, self._registry, tenant, name, prepared, on_bytes)
 
     @property
     def damage(self) -> str | None:
@@ -207,7 +210,7 @@ class AdapterStore:
     def retire(self, tenant: str, full_name: str) -> tuple[int, ...]:
         """Withdraw name@version, or all versions of a bare name; return the versions.
 
-        Their files stay. Raises AdapterNotFound, InvalidName, StoreCorrupt.
+        Their files become garbage. Raises AdapterNotFound, InvalidName, StoreCorrupt.
         """
         return self._registry.retire(tenant, full_name)
 
@@ -226,8 +229,9 @@ class AdapterStore:
         ObjectNotFound, StoreCorrupt.
         """
         digest = _digest(ref_or_digest)
+        place = self._registry.place_of(digest)
         return self._cache.ensure(
-            digest, lambda name, path: self._blobs.download(digest, name, path)
+            digest, lambda name, path: self._blobs.download(place, name, path)
         )
 
     def find_local(self, ref_or_digest: AdapterRef | str) -> Path | None:
@@ -264,22 +268,37 @@ class AdapterStore:
 
         Raises ObjectNotFound, StoreCorrupt.
         """
-        return self._blobs.manifest(_digest(ref_or_digest))
+        return self._blobs.manifest(self._registry.place_of(_digest(ref_or_digest)))
 
     def chat_template(self, ref_or_digest: AdapterRef | str) -> AdapterTemplate | None:
         """Read the adapter's own chat template from the object store; None if it has none.
 
         Raises ObjectNotFound, StoreCorrupt.
         """
-        return self._blobs.chat_template(_digest(ref_or_digest))
+        return self._blobs.chat_template(self._registry.place_of(_digest(ref_or_digest)))
 
     def verify(self, records: Iterable[AdapterRecord], on_bytes: OnBytes = _ignore) -> list[str]:
         """Hash the stored files of these adapters; return one sentence for each problem.
 
         `on_bytes` is called with the bytes hashed since its last call.
         """
-        digests = dict.fromkeys(record.digest for record in records)
-        return [problem for digest in digests for problem in self._blobs.problems(digest, on_bytes)]
+        places = dict.fromkeys(Place(record.digest, record.generation) for record in records)
+        return [problem for place in places for problem in self._blobs.problems(place, on_bytes)]
+
+    def find_garbage(self, grace_s: float) -> Garbage:
+        """List what has not been needed for `grace_s` seconds; write nothing.
+
+        Raises StoreCorrupt, also if the log cannot be read to its end.
+        """
+        return self._collector.find(grace_s)
+
+    def remove_garbage(self, garbage: Garbage, on_objects: OnObjects = _ignore) -> Garbage:
+        """Remove what was found, unless it is used again; return what was removed.
+
+        `on_objects` is called with the number of objects removed since its last call. Folders on
+        local disk stay, as they are found by what they hold. Raises AccessDenied.
+        """
+        return self._collector.remove(garbage, on_objects)
 
     def check_is_store(self) -> None:
         """Raise NotAStore if the root holds other files alone, or is a folder that is not there."""

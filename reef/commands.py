@@ -8,6 +8,7 @@ from reef.bench import bench
 from reef.completion import completion
 from reef.config_keys import config_keys
 from reef.demo import check
+from reef.gc import gc
 from reef.keys import new_key
 from reef.plan import plan
 from reef.serve import serve
@@ -20,7 +21,7 @@ def reef() -> None:
     """Serve LoRA adapters of one base model, and manage the store that they come from."""
 
 
-for command in (serve, publish, list_, alias, retire, verify):
+for command in (serve, publish, list_, alias, retire, verify, gc):
     reef.add_command(command)
 for command in (new_key, config_keys, plan, check, bench, completion):
     reef.add_command(command)

@@ -1,4 +1,4 @@
-"""Shows how many bytes of a long operation are done."""
+"""Shows how much of a long operation is done."""
 
 import sys
 from collections.abc import Callable, Generator
@@ -7,11 +7,13 @@ from typing import Any
 
 
 @contextmanager
-def progress(text: str, num_bytes: int) -> Generator[Callable[[int], object], None, None]:
-    """Draw a bar on stderr if it is a terminal; the block calls the result with bytes done."""
+def progress(
+    text: str, total: int, unit: str = "B"
+) -> Generator[Callable[[int], object], None, None]:
+    """Draw a bar on stderr if it is a terminal; the block calls the result with what is done."""
     from tqdm import tqdm
 
     hidden = not sys.stderr.isatty()
-    bar: Any = tqdm(total=num_bytes, desc=text, unit="B", unit_scale=True, disable=hidden)
+    bar: Any = tqdm(total=total, desc=text, unit=unit, unit_scale=True, disable=hidden)
     with bar:
         yield bar.update

@@ -1,11 +1,13 @@
 """The command line: one clear line on success, one sentence and an exit code on failure."""
 
+import errno
 import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -232,3 +234,94 @@ def test_publishing_says_whether_the_folders_chat_template_is_used(
     assert "is used for chats where the base has none" in note()
     (base / "chat_template.jinja").write_text("{{ messages }}")
     assert "is not used: the base has one of its own" in note("--base", base)
+
+
+# ---- gc ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("root", ["file"], indirect=True)
+def test_gc_removes_what_was_retired_and_says_what_it_freed(
+    run: Run, root: Root, base_folder: Path, peft_folder: Path, tmp_path: Path
+) -> None:
+    second = changed(peft_folder, tmp_path / "second", {"lora_alpha": 3})
+    _, first, _ = run("publish", peft_folder, "--name", "sql", "--base", base_folder)
+    run("publish", second, "--name", "sql")
+    run("retire", "sql@1")
+    (digest,) = (line.split()[-1] for line in first)
+    size = sum(each.nbytes for each in root.open().describe(f"blobs/{digest}/"))
+    before = root.objects()
+    unneeded = f"3 objects, {size} bytes: 3 files of 1 adapter, 0 log records, 0 snapshots"
+    nothing = "removed 0 objects, 0 bytes: 0 files of 0 adapters, 0 log records, 0 snapshots"
+    assert run("gc") == (0, [nothing], "")
+    code, (line,), error = run("gc", "--grace", "0s", "--dry-run")
+    assert (code, error) == (0, "") and root.objects() == before
+    assert line == f"would remove {unneeded}"
+    assert run("gc", "--grace", "0s")[1] == [line.replace("would remove", "removed")]
+    assert len(root.objects()) == len(before) - 3 + 1, "and a record of the collection"
+    assert run("gc", "--grace", "0s") == (0, [nothing], "")
+    assert run("verify") == (0, ["verified 1 adapter"], "")
+    assert run("publish", peft_folder, "--name", "sql")[1][0].startswith("published public/sql@3 ")
+    assert run("verify") == (0, ["verified 2 adapters"], "")
+
+
+@pytest.mark.parametrize(
+    ("root", "options"),
+    [("file", []), ("file", ["--dry-run"]), ("s3", [])],
+    indirect=["root"],
+)
+def test_gc_leaves_what_is_no_store_alone(options: list[str], run: Run, root: Root) -> None:
+    root.open().put("photos/cat.jpg", b"purr")
+    root.remove("photos/cat.jpg")
+    for key in root.open().list("probe/"):
+        root.remove(key)
+    objects = open_store(root.url, read_only=True)
+    objects.put("photos/cat.jpg", b"purr")
+    code, lines, error = run("gc", *options, "--grace", "0s")
+    assert (code, lines) == (2, []) and "is no adapter store: it holds other files" in error
+    assert error.count("\n") == 1
+    assert objects.list("") == ["photos/cat.jpg"]
+
+
+@pytest.mark.parametrize("root", ["file"], indirect=True)
+def test_gc_refuses_a_root_that_is_not_there_and_a_damaged_log(run: Run, root: Root) -> None:
+    code, lines, error = run("gc")
+    assert (code, lines) == (2, []) and "no adapter store at" in error
+    root.open().put(f"log/{1:020}.json", b"{}")
+    code, lines, error = run("gc")
+    assert (code, lines) == (2, []) and f"log/{1:020}.json" in error
+    assert root.objects() == [f"log/{1:020}.json"]
+
+
+@pytest.mark.parametrize("root", ["file"], indirect=True)
+@pytest.mark.parametrize("grace", ["", "24", "-1h", "1.5h", "1w", "inf", "9999999d"])
+def test_a_grace_that_is_no_time_is_refused(grace: str, run: Run) -> None:
+    code, lines, error = run("gc", "--grace", grace)
+    assert (code, lines) == (2, []) and f"{grace!r} is not a time from 0s to 999999d" in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("root", ["file"], indirect=True)
+def test_gc_without_the_right_to_remove_says_so(
+    run: Run,
+    root: Root,
+    base_folder: Path,
+    peft_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run("publish", peft_folder, "--name", "sql", "--base", base_folder)
+    run("retire", "sql")
+    before = root.objects()
+
+    unlink = Path.unlink
+
+    def refuse(path: Path, *options: Any, **more: Any) -> None:
+        if path.is_relative_to(tmp_path / "root"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        unlink(path, *options, **more)
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    code, lines, error = run("gc", "--grace", "0s")
+    assert (code, lines) == (2, [])
+    assert error.startswith("reef: to remove garbage takes the rights to write and to remove: ")
+    assert set(before) <= set(root.objects())

@@ -4,13 +4,15 @@ import hashlib
 import os
 import random
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from adapter_store.errors import ObjectNotFound, SourceUnavailable, StoreCorrupt
-from adapter_store.object_store import FileStore, ObjectStore
+from adapter_store.file_store import FileStore
+from adapter_store.object_store import ObjectStore
 from adapter_store.open_store import endpoint_from, open_store
 from tests.adapter_store.roots import Root
 
@@ -103,6 +105,57 @@ def test_keys_are_listed_in_order_after_the_last_one_seen(store: ObjectStore) ->
     assert store.list("absent/") == []
 
 
+def test_a_description_has_keys_sizes_and_times_by_the_stores_clock(store: ObjectStore) -> None:
+    for key, data in (("log/2", b"12"), ("log/1", b"1"), ("logs/3", b"")):
+        store.put(key, data)
+    described = store.describe("log/")
+    assert [(each.key, each.nbytes) for each in described] == [("log/1", 1), ("log/2", 2)]
+    assert all(abs(each.modified_s - store.now_s()) < 60 for each in described)
+    assert store.describe("absent/") == []
+
+
+def test_removed_objects_are_gone_and_absent_ones_are_no_error(store: ObjectStore) -> None:
+    for n in range(12):
+        store.put(f"a/{n}", b"x")
+    store.remove([f"a/{n}" for n in range(1, 20)])
+    store.remove([])
+    assert store.list("a/") == ["a/0"]
+    with pytest.raises(ObjectNotFound):
+        store.get("a/5")
+    assert store.put_if_absent("a/5", b"again") and store.get("a/5") == b"again"
+
+
+def test_the_time_is_that_of_a_folder_where_nothing_can_be_written(
+    files: FileStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    assert abs(files.now_s() - time.time()) < 60
+
+
+def test_a_folder_that_is_removed_while_it_is_empty_stops_no_writer(
+    files: FileStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+
+    def write(writer: int) -> None:
+        for n in range(200):
+            key = f"shared/{writer}"
+            if n % 2:
+                files.put(key, b"x")
+            else:
+                assert files.put_if_absent(key, b"x")
+            files.list("")
+            files.describe("")
+            files.remove([key])
+
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(write, range(3)))
+    assert files.list("") == []
+
+
 def test_a_draft_is_never_listed_and_never_left_behind(
     files: FileStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -170,6 +223,7 @@ def test_a_key_that_could_leave_the_root_is_refused(store: ObjectStore, tmp_path
         lambda key: store.get_range(key, 0, 1),
         lambda key: store.get_many([key]),
         lambda key: store.get_file(key, tmp_path / "file"),
+        lambda key: store.remove([key]),
     ]
     for key in BAD_KEYS:
         for use in uses:

@@ -19,8 +19,11 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_stat
 from adapter_store import registry as registry_module
 from adapter_store.catalog import Catalog
 from adapter_store.errors import AdapterNotFound, InvalidName, SourceUnavailable, StoreCorrupt
+from adapter_store.file_store import FileStore
+from adapter_store.garbage import Collector
+from adapter_store.manifest import AdapterManifest
 from adapter_store.names import split_name
-from adapter_store.object_store import FileStore, ObjectStore
+from adapter_store.object_store import ObjectStore
 from adapter_store.registry import Registry
 from tests.adapter_store.roots import Root
 from tests.adapter_store.synthetic import BASE, synthetic
@@ -487,8 +490,11 @@ def test_random_histories_agree_with_a_simple_model(
             return version <= len(self.table[name]) and self.table[name][version - 1][1]
 
         @rule(writer=writers, name=names, manifest=st.sampled_from(M))
-        def publish(self, writer: int, name: str, manifest: object) -> None:
-            ref = self.registries[writer].publish("t", name, manifest)  # type: ignore[arg-type]
+        def publish(self, writer: int, name: str, manifest: AdapterManifest) -> None:
+            registry = self.registries[writer]
+            registry.refresh()
+            generation = registry.place_of(manifest.digest).generation
+            ref = registry.publish("t", name, manifest, generation)
             rows = self.table[name]
             live = [row for row in rows if row[1]]
             if not live or live[-1][0] != ref.digest:
@@ -513,6 +519,11 @@ def test_random_histories_agree_with_a_simple_model(
             else:
                 with pytest.raises(AdapterNotFound):
                     self.registries[writer].retire("t", f"{name}@{version}")
+
+        @rule(collector=writers)
+        def collect(self, collector: int) -> None:
+            garbage = Collector(self.store, self.registries[collector])
+            garbage.remove(garbage.find(0), lambda _: None)
 
         @rule(reader=writers)
         def reopen(self, reader: int) -> None:

@@ -11,6 +11,9 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import wait
 from contextlib import closing
+from dataclasses import replace
+from datetime import timedelta
+from email.utils import format_datetime, parsedate_to_datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -34,6 +37,7 @@ from adapter_store.store import AdapterStore
 from reef.__main__ import main
 from tests.adapter_store.adapters import changed, write_base
 from tests.adapter_store.forwarder import Forward, Forwarder, Reply, Request
+from tests.adapter_store.publisher import Publisher
 from tests.adapter_store.roots import BUCKET, Root, s3_client
 from tests.adapter_store.synthetic import synthetic
 from tests.swift.process import Swift
@@ -360,6 +364,59 @@ def test_a_key_that_may_only_read_is_enough_to_serve(
             reader.register_base(other)
         with pytest.raises(SourceUnavailable, match="AccessDenied"):
             reader.retire("public", "sql")
+
+
+def used_by_nobody(root: Root, folder: Path) -> None:
+    one = Publisher(root.open(), folder)
+    one.publish("a", 0)
+    one.registry.retire("t", "a")
+
+
+@pytest.mark.parametrize("refused", [("PUT", "DELETE"), ("DELETE",)])
+def test_collecting_garbage_with_too_few_rights_is_refused_as_that(
+    refused: tuple[str, ...],
+    root: Root,
+    swift: Swift,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def deny(request: Request, forward: Forward) -> Reply:
+        if request.method not in refused:
+            return forward()
+        return Reply(403, {"content-length": str(len(DENIED))}, DENIED)
+
+    used_by_nobody(root, tmp_path)
+    before = root.objects()
+    with Forwarder(swift.endpoint_url, deny) as forwarder:
+        where = ["--root", root.url, "--endpoint-url", forwarder.endpoint_url]
+        command = ["gc", *where, "--cache", str(tmp_path / "cache"), "--grace", "0s"]
+        assert main([*command, "--dry-run"]) == 0
+        assert "would remove 3 objects" in capsys.readouterr().out
+        assert {request.method for request in forwarder.requests} == {"GET"}
+        assert main(command) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("reef: to remove garbage takes the rights to write and to remove: ")
+    assert "AccessDenied: no" in error
+    assert set(before) <= set(root.objects())
+
+
+def test_ages_go_by_the_servers_clock(root: Root, swift: Swift, tmp_path: Path) -> None:
+    def next_day(request: Request, forward: Forward) -> Reply:
+        reply = forward()
+        date = parsedate_to_datetime(reply.headers["date"]) + timedelta(days=1)
+        return replace(reply, headers=reply.headers | {"date": format_datetime(date, usegmt=True)})
+
+    def no_date(request: Request, forward: Forward) -> Reply:
+        reply = forward()
+        return replace(reply, headers={k: v for k, v in reply.headers.items() if k != "date"})
+
+    used_by_nobody(root, tmp_path)
+    assert Publisher(root.open(), tmp_path).collect(60).objects == []
+    with Forwarder(swift.endpoint_url, no_date) as forwarder:
+        with pytest.raises(SourceUnavailable, match="does not say what time it is"):
+            Publisher(through(forwarder, root), tmp_path).collect(60)
+        forwarder.fault = next_day
+        assert len(Publisher(through(forwarder, root), tmp_path).collect(60).objects) == 3
 
 
 def test_a_write_whose_answer_was_lost_counts_as_written(

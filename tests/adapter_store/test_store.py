@@ -17,6 +17,7 @@ from adapter_store.errors import (
     AdapterNotFound,
     BaseNotFound,
     InvalidName,
+    ObjectNotFound,
     SourceUnavailable,
     StoreCorrupt,
 )
@@ -324,6 +325,27 @@ def test_aliases_and_retirement_reach_other_machines(
     (record,) = new_store().list("public")
     assert (record.name, record.version, record.aliases) == ("sql", 2, ("latest",))
     assert new_store().list("somebody") == ()
+
+
+# ---- garbage -----------------------------------------------------------------------------------
+
+
+def test_what_a_machine_has_on_disk_is_served_after_a_collection_until_it_is_evicted(
+    store: AdapterStore, root: Root, peft_folder: Path, tmp_path: Path
+) -> None:
+    ref = store.publish(peft_folder, "public", "sql")
+    size = sum(path.stat().st_size for path in store.ensure_local(ref).iterdir())
+    replica = AdapterStore(root.url, tmp_path / "replica", int(1.5 * size))
+    replica.ensure_local(ref)
+    store.retire("public", "sql")
+    assert store.remove_garbage(store.find_garbage(0)).places != set()
+    with replica.pinned(ref) as folder:
+        assert (folder / WEIGHTS_NAME).read_bytes() == (peft_folder / WEIGHTS_NAME).read_bytes()
+    other = store.publish(version_of(peft_folder, tmp_path / "other", 9), "public", "other")
+    replica.ensure_local(other)
+    assert not replica.is_local(ref)
+    with pytest.raises(ObjectNotFound):
+        replica.ensure_local(ref)
 
 
 # ---- damage ------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import reef as package
 from tests.reef.console import ROOT, reef
 
 COMMANDS = [
-    *("alias", "bench", "check", "completion", "config-keys", "list", "new-key"),
+    *("alias", "bench", "check", "completion", "config-keys", "gc", "list", "new-key"),
     *("plan", "publish", "retire", "serve", "verify"),
 ]
 HEAVY = {"torch", "ray", "numpy", "pydantic", "yaml", "boto3", "tqdm", "tokenizers"}
