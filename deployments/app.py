@@ -9,7 +9,7 @@ What a deployment does is in `ingress` and `replica`; here is how Ray starts, st
 import logging
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ray
@@ -23,8 +23,10 @@ from deployments.config_sections import ModelSection
 from deployments.fleet.router import AdapterRouter
 from deployments.ingress.deployment import IngressDeployment
 from deployments.installation import check_one_installation
+from deployments.policy.redeploy import Room, replicas_first
 from deployments.replica.autoscaler import LoadPolicy
 from deployments.replica.deployment import EngineDeployment
+from deployments.room import free_room, needs_of
 
 # Ray's own limit is far above ours: requests are counted at the engine.
 MAX_ONGOING = 100_000
@@ -48,10 +50,13 @@ def build_app(args: dict[str, Any]) -> Application:
     config = load_config(args)
     check_exposure(config.tenancy, http_host())
     warn_if_slow(os.environ)
+    surges = surge_percents(config.models, free_room())
     engines: dict[str, Application] = {}
     for number, model in enumerate(config.models):
         name = f"Engine-{number}" if number else "Engine"
-        engine: Any = serve.deployment(EngineDeployment, name=name, **engine_options(model))
+        engine: Any = serve.deployment(
+            EngineDeployment, name=name, **engine_options(model, surges[number])
+        )
         engines[model.id] = engine.bind(config, model)
     ingress: Any = serve.deployment(IngressDeployment, name="Ingress", **ingress_options(config))
     return ingress.bind(config, engines)
@@ -86,7 +91,7 @@ def ingress_options(config: AppConfig) -> dict[str, Any]:
     }
 
 
-def engine_options(model: ModelSection) -> dict[str, Any]:
+def engine_options(model: ModelSection, surge_percent: int) -> dict[str, Any]:
     replicas = model.replicas
     keep_s = replicas.drain_s + STOP_MARGIN_S
     scale = (
@@ -98,12 +103,25 @@ def engine_options(model: ModelSection) -> dict[str, Any]:
         **scale,
         "max_ongoing_requests": MAX_ONGOING,
         "ray_actor_options": {"num_cpus": replicas.num_cpus, "num_gpus": replicas.num_gpus},
-        "max_surge_percent": replicas.surge_percent,
+        "max_surge_percent": surge_percent,
         "health_check_period_s": HEALTH_CHECK_S,
         "graceful_shutdown_timeout_s": keep_s,
         "graceful_shutdown_wait_loop_s": SHUTDOWN_POLL_S,
         "request_router_config": RequestRouterConfig(**_router_options(keep_s, model)),
     }
+
+
+def surge_percents(models: Sequence[ModelSection], room: Room) -> list[int]:
+    """Return what the models are configured to, or what there is room for in their order."""
+    percents: list[int] = []
+    for model in models:
+        percent = model.replicas.surge_percent
+        if percent is None:
+            percent, room, reason = replicas_first(needs_of(model), room)
+            order = "starts a new replica first" if percent else "stops an old replica first"
+            logger.info("a redeploy of %s %s: %s", model.id, order, reason)
+        percents.append(percent)
+    return percents
 
 
 def _router_options(keep_s: float, model: ModelSection) -> dict[str, Any]:

@@ -131,8 +131,13 @@ class ReplicasSection(Section):
         ge=0,
         le=3600,
     )
-    surge_percent: int = key(
-        0, "replicas that a redeploy starts before it stops old ones, in percent", ge=0, le=100
+    surge_percent: int | None = key(
+        None,
+        "replicas that a redeploy starts before it stops old ones, in percent, rounded up; 0 stops "
+        "old ones first",
+        unset="one replica on a CPU with room for it, 0 on a GPU",
+        ge=0,
+        le=100,
     )
     autoscaling: AutoscalingSection = AutoscalingSection()
 

@@ -5,12 +5,17 @@ import tests.deployments.support.quiet_ray  # noqa: F401
 # isort: split
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from deployments.app import autoscaling_config, engine_options
+from deployments.app import autoscaling_config, engine_options, surge_percents
 from deployments.config import load_config
+from deployments.policy.redeploy import Room
+from deployments.room import DEFAULT_MEMORY_BYTES, needs_of
+from engine.backends import needs
+from engine.config import ConfigError
 
 
 def model(**replicas: Any) -> Any:
@@ -24,18 +29,59 @@ def test_a_range_of_replicas_switches_autoscaling_on() -> None:
     assert (config.min_replicas, config.max_replicas) == (2, 5)
     assert (config.upscale_delay_s, config.look_back_period_s) == (1.5, 3.0)
     assert config.policy.policy_kwargs["num_requests"] == 7.0
-    assert "num_replicas" not in engine_options(model(min=2, max=5))
+    assert "num_replicas" not in engine_options(model(min=2, max=5), 0)
 
 
 @pytest.mark.parametrize("replicas", [{"min": 3}, {"min": 3, "max": 3}])
 def test_a_fixed_number_of_replicas_leaves_autoscaling_off(replicas: dict[str, int]) -> None:
-    options = engine_options(model(**replicas))
+    options = engine_options(model(**replicas), 0)
     assert options["num_replicas"] == 3 and "autoscaling_config" not in options
 
 
 def test_ray_waits_longer_for_a_replica_than_the_replica_for_its_requests() -> None:
-    options = engine_options(model(drain_s=50.0))
+    options = engine_options(model(drain_s=50.0), 0)
     assert options["graceful_shutdown_timeout_s"] > 50.0
+
+
+@pytest.mark.parametrize("percent", [0, 1, 100])
+def test_a_configured_surge_is_taken_as_it_is(percent: int) -> None:
+    configured = model(surge_percent=percent, num_gpus=1)
+    assert surge_percents([configured], Room(num_cpus=0, nbytes=0)) == [percent]
+    assert engine_options(configured, percent)["max_surge_percent"] == percent
+
+
+@pytest.mark.parametrize("percent", [-1, 101, 1.5, "50"])
+def test_a_surge_that_is_no_percentage_is_refused(percent: object) -> None:
+    with pytest.raises(ConfigError, match="surge_percent"):
+        model(surge_percent=percent)
+
+
+def test_one_replica_is_started_first_as_long_as_there_is_room(caplog: Any) -> None:
+    caplog.set_level("INFO")
+    models = [model(), model(), model()]
+    assert surge_percents(models, Room()) == [1, 1, 1], "what is not known refuses nothing"
+    assert surge_percents(models, Room(num_cpus=2.5)) == [1, 1, 0]
+    assert "0.5 CPUs are free, not 1" in caplog.text
+    assert surge_percents(models, Room(nbytes=DEFAULT_MEMORY_BYTES)) == [1, 0, 0]
+    assert f"0 bytes of memory are free, not {DEFAULT_MEMORY_BYTES}" in caplog.text
+
+
+def test_on_a_gpu_no_replica_is_started_first() -> None:
+    def on(device: str, has_gpus: bool, **replicas: Any) -> list[int]:
+        section = {"id": "m", "source": "x", "engine": {"device": device}, "replicas": replicas}
+        models = load_config({"models": [section]}).models
+        return surge_percents(models, Room(has_gpus=has_gpus))
+
+    assert on("cuda", False) == on("auto", True) == on("auto", False, num_gpus=0.5) == [0]
+    assert on("cpu", True) == on("auto", False) == [1]
+
+
+def test_a_replica_needs_its_weights_and_its_arena(tmp_path: Path) -> None:
+    for name, nbytes in (("a.safetensors", 100), ("b.safetensors", 20), ("tokenizer.json", 3)):
+        (tmp_path / name).write_bytes(bytes(nbytes))
+    section = {"id": "m", "source": str(tmp_path), "engine": {"memory_bytes": "4KiB"}}
+    assert needs_of(load_config({"models": [section]}).models[0]).nbytes == 120 + 4096
+    assert DEFAULT_MEMORY_BYTES == needs.DEFAULT_MEMORY_BYTES
 
 
 def test_serving_processes_never_import_torch() -> None:
