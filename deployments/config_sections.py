@@ -95,6 +95,11 @@ class EngineSection(Section):
         "seconds that the engine's process may say nothing while it loads the model or compiles, "
         "before it is killed and started again",
     )
+    structured_output: str = key(
+        "auto",
+        "where the folder has a tokenizer.json, a process beside the engine holds answers to JSON "
+        "schemas, regular expressions and grammars; `off` does without, and refuses such requests",
+    )
 
 
 class AutoscalingSection(Section):
@@ -290,6 +295,11 @@ class IngressSection(Section):
         "whether control tokens, such as `<eos>`, that are written in a chat's messages are "
         "encoded as text, so that they end no turn; prompts of completions always mean them",
         unset="true in mode `keys`",
+    )
+    lenient_schemas: bool = key(
+        False,
+        "`true` takes JSON schemas with keywords that cannot be enforced, and names these in the "
+        "answer's header `x-reef-not-enforced`; otherwise they are a 400",
     )
     keep_alive_s: float = key(
         15.0,

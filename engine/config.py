@@ -14,6 +14,7 @@ QUANTIZATIONS = ("none", "int8", "nf4", "fp8")
 ACTIVATIONS = ("bf16", "int8")
 KV_DTYPES = ("auto", "int8")
 GENERATION_CONFIGS = ("auto", "none")
+STRUCTURED_OUTPUTS = ("auto", "off")
 
 
 class ConfigError(ValueError):
@@ -49,6 +50,7 @@ class EngineConfig:
     num_threads: int | None = None  # None: all cores
     generation_config: str = "auto"  # auto: its sampling defaults are the requests'; none: not
     max_silence_s: float = 120.0  # without news of a start or a compilation the process is killed
+    structured_output: str = "auto"  # auto: where the folder has a tokenizer.json
 
     def __post_init__(self) -> None:
         _one_of("dtype", self.dtype, DTYPES)
@@ -60,6 +62,7 @@ class EngineConfig:
         _one_of("activations", self.activations, ACTIVATIONS)
         _one_of("kv_dtype", self.kv_dtype, KV_DTYPES)
         _one_of("generation_config", self.generation_config, GENERATION_CONFIGS)
+        _one_of("structured_output", self.structured_output, STRUCTURED_OUTPUTS)
         _between("max_num_seqs", self.max_num_seqs, 1, 4096)
         if self.max_num_batched_tokens is not None:
             _between("max_num_batched_tokens", self.max_num_batched_tokens, 1, 2**20)

@@ -22,6 +22,9 @@ from engine.backends.needs import arena_bytes
 from engine.backends.runner import FailedStep, RowOutput, Runner, StepHandle, check_device
 from engine.config import EngineConfig
 from engine.generation_config import read_eos_token_ids, read_sampling_defaults
+from engine.grammar.grammars import Grammars, refusal_of_model
+from engine.grammar.link import Tokens
+from engine.grammar.masks import StepMasks
 from engine.lora.host_cache import HostAdapter, HostCache, Loaded
 from engine.lora.weights import AdapterLoadError, AdapterUnreadable, load_lora
 from engine.messages import (
@@ -60,6 +63,7 @@ class _InFlight:
     batch: ScheduledBatch
     handle: StepHandle
     start_s: float
+    masks: StepMasks | None = None
 
 
 class Engine:
@@ -78,6 +82,7 @@ class Engine:
         self._clock = clock
         self._announcer = announcer
         self._step_sizes = StepSizes()
+        self.grammars = self._open_grammars(wake)
         self.model = load_model(config, self.settled, announcer=announcer)
         self.info = self._describe()
         self.host = HostCache(config.host_adapter_bytes, self._load_adapter, wake)
@@ -91,20 +96,37 @@ class Engine:
         self._num_steps = self._num_prompt = self._num_cached = self._num_outputs = 0
         self._step_s = self._last_update_s = 0.0
 
-    def _describe(self) -> EngineInfo:
-        s, vocab = self.settled, range(self.settled.spec.vocab_size)
+    def _open_grammars(self, wake: Callable[[], None]) -> Grammars | None:
+        """Start to build the tokenizer's table, in another process, while the model is loaded."""
+        if self._grammar_refusal():
+            return None
+        path, vocab_size = Path(self.config.source) / "tokenizer.json", self.settled.spec.vocab_size
+        tokens = Tokens(str(path), vocab_size, self._eos_token_ids())
+        return Grammars(tokens, self.config.max_num_seqs, wake)
+
+    def _grammar_refusal(self) -> str:
+        is_wanted = self.config.structured_output == "auto"
+        return refusal_of_model(Path(self.config.source), is_wanted, self._eos_token_ids())
+
+    def _eos_token_ids(self) -> tuple[int, ...]:
+        vocab = range(self.settled.spec.vocab_size)
         eos = read_eos_token_ids(Path(self.config.source))
+        return tuple(token_id for token_id in eos if token_id in vocab)
+
+    def _describe(self) -> EngineInfo:
+        s = self.settled
         return EngineInfo(
             max_model_len=s.max_model_len,
             vocab_size=s.spec.vocab_size,
             num_blocks=s.num_blocks,
             block_size=self.config.block_size,
-            eos_token_ids=tuple(token_id for token_id in eos if token_id in vocab),
+            eos_token_ids=self._eos_token_ids(),
             device=str(s.device),
             dtype=str(s.dtype).removeprefix("torch."),
             weight_bytes=self.model.weight_bytes,
             kernels=self.model.kernels,
             sampling_defaults=self._sampling_defaults(),
+            grammar_refusal=self._grammar_refusal(),
         )
 
     def _sampling_defaults(self) -> SamplingDefaults:
@@ -157,9 +179,18 @@ class Engine:
         ]
         first.forks = forks
         self.scheduler.add(first)
+        self._want_grammar(first)
         if adapter_folder:
             for _ in range(request.n):
                 self.host.want(adapter_folder)
+
+    def _want_grammar(self, first: Request) -> None:
+        grammar, choices = first.sampling.grammar, [first, *first.forks]
+        if grammar is None or self.grammars is None:
+            return
+        is_ready = self.grammars.want(first.scope.tenant, grammar, len(choices))
+        for choice in choices:
+            choice.awaits_grammar = not is_ready
 
     def abort(self, request_id: str, index: int | None = None) -> None:
         """End one choice of the request, or all; their blocks are free on return.
@@ -177,6 +208,8 @@ class Engine:
         DeviceLost if no later step can succeed: the caller must end this process.
         """
         self._poll_adapters()
+        if self.grammars is not None and self.grammars.has_news:
+            self._poll_grammars(self.grammars)
         num_kept = self._launch()
         self.is_idle = not self._in_flight and not self.scheduler.adapters.is_any_loading
         while len(self._in_flight) > num_kept:
@@ -194,12 +227,16 @@ class Engine:
         if news is not None:  # steps of known sizes say how long the next one may take
             self._announcer.announce(news)
         handle: StepHandle
-        num_kept = self.runner.pipeline_depth
+        num_kept, masks = self.runner.pipeline_depth, None
         try:
-            handle = self.runner.launch(batch)
+            if batch.grammar_rows:
+                masks = self._begin_masks(batch)
+                handle = self.runner.launch(batch, masks)
+            else:
+                handle = self.runner.launch(batch)
         except Exception as error:
             handle, num_kept = FailedStep(error), 0
-        self._in_flight.append(_InFlight(batch, handle, start))
+        self._in_flight.append(_InFlight(batch, handle, start, masks))
         return num_kept
 
     def _collect(self, step: _InFlight) -> None:
@@ -213,6 +250,8 @@ class Engine:
             self._end(ended, RequestError(ErrorKind.ENGINE_ERROR, text))
         else:
             self._failed_loads -= {load.digest for load in step.batch.adapter_loads}
+            if step.masks is not None:
+                self._end_unmasked(step.batch, step.masks)
             self._update(step.batch, rows, step.start_s)
 
     def _fail_loads(self, batch: ScheduledBatch) -> list[Request]:
@@ -247,6 +286,8 @@ class Engine:
 
     def close(self) -> None:
         self.host.close()
+        if self.grammars is not None:
+            self.grammars.close()
 
     # ==== results of a step ====
 
@@ -287,7 +328,7 @@ class Engine:
             if request.index == 0:  # the choices share one prompt
                 self._num_prompt += request.num_prompt_tokens
                 self._num_cached += request.num_cached_tokens or 0
-            self._release_adapter(request)
+            self._release(request)
         return output
 
     def _take_prompt_logprobs(self, request: Request) -> list[TokenLogprobs | None] | None:
@@ -302,7 +343,7 @@ class Engine:
         now = self._clock()
         for request in requests:
             self._prompt_logprobs.pop(request.key, None)
-            self._release_adapter(request)
+            self._release(request)
             self._outputs.append(
                 RequestOutput(
                     request.request_id,
@@ -313,6 +354,26 @@ class Engine:
                     metrics=_metrics(request, now),
                 )
             )
+
+    # ==== grammars ====
+
+    def _poll_grammars(self, grammars: Grammars) -> None:
+        for grammar, error in grammars.poll():
+            if error is None:
+                self.scheduler.set_grammar_ready(grammar)
+            else:
+                self._end(self.scheduler.end_grammar_with_error(grammar), error)
+
+    def _begin_masks(self, batch: ScheduledBatch) -> StepMasks:
+        assert self.grammars is not None
+        owners = [(i, self.scheduler.owner(batch.requests[i])) for i in batch.grammar_rows]
+        rows = [(i, request) for i, request in owners if request is not None]
+        return self.grammars.begin(rows, self.scheduler.running)
+
+    def _end_unmasked(self, batch: ScheduledBatch, masks: StepMasks) -> None:
+        """End requests whose token was sampled without the mask that it needs."""
+        for index, error in masks.errors.items():
+            self._end(self.scheduler.end_with_error(batch.requests[index]), error)
 
     # ==== adapters ====
 
@@ -351,7 +412,10 @@ class Engine:
             text = self.scheduler.refusal(request)
             self._end([request], RequestError(ErrorKind.INVALID_REQUEST, text))
 
-    def _release_adapter(self, request: Request) -> None:
+    def _release(self, request: Request) -> None:
+        """Let go of the adapter and the grammar of a request that has ended."""
+        if request.sampling.grammar is not None and self.grammars is not None:
+            self.grammars.release(request.sampling.grammar)
         if request.adapter_digest:
             for digest in self.host.release(request.adapter_digest):
                 self.scheduler.adapters.set_absent(digest)

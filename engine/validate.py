@@ -22,6 +22,7 @@ def validate(request: GenerateRequest, info: EngineInfo) -> None:
     _check_token_ids("output so far", request.output_token_ids, info.vocab_size)
     _check_token_ids("stop_token_ids", request.sampling.stop_token_ids, info.vocab_size)
     _check_token_ids("logit_bias", (t for t, _ in request.sampling.logit_bias), info.vocab_size)
+    _check_grammar(request, info)
     _check_some_token_is_allowed(request, info)
     if not 1 <= request.n <= MAX_CHOICES:
         raise InvalidRequest(f"n must be in [1, {MAX_CHOICES}], not {request.n}")
@@ -30,6 +31,19 @@ def validate(request: GenerateRequest, info: EngineInfo) -> None:
     if num_resumed >= request.sampling.max_tokens:
         raise InvalidRequest(
             f"{num_resumed} tokens are there already, of max_tokens={request.sampling.max_tokens}"
+        )
+
+
+def _check_grammar(request: GenerateRequest, info: EngineInfo) -> None:
+    """Check that the model can have a grammar, and that end tokens can end what it allows."""
+    if request.sampling.grammar is None:
+        return
+    if info.grammar_refusal:
+        raise InvalidRequest(info.grammar_refusal)
+    if request.sampling.ignore_eos:
+        raise InvalidRequest(
+            "ignore_eos=True is not possible with structured output: end tokens are how a finished "
+            "one ends"
         )
 
 

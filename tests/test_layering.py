@@ -76,6 +76,12 @@ NO_TORCH = (
     "engine.process_usage",
     "engine.messages",
     "engine.config",
+    "engine.grammar.channel",
+    "engine.grammar.checker",
+    "engine.grammar.mask_memory",
+    "engine.grammar.matchers",
+    "engine.grammar.messages",
+    "engine.grammar.process",
 )
 RAY_ONLY_IN = "deployments"
 

@@ -6,11 +6,13 @@
 A runner decides nothing: the batch says what is computed, the backend says how.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from engine.messages import TokenLogprobs
 from engine.scheduler.batch import ScheduledBatch
@@ -24,6 +26,19 @@ class RowOutput:
     logprobs: list[TokenLogprobs] | None = None
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list[TokenLogprobs])
     error: str | None = None
+
+
+# What a row may sample: token t if bit t % 32 of word t // 32 is set
+TokenMask = NDArray[np.uint32]
+
+
+class TokenMasks(Protocol):
+    """The masks of a step, which are computed while the step is."""
+
+    def wait(self) -> Mapping[int, TokenMask]:
+        """Wait for the masks; they are keyed by the index in the batch, and valid until the next
+        step is launched. Called at most once."""
+        ...
 
 
 class StepHandle(Protocol):
@@ -55,8 +70,11 @@ class Runner(Protocol):
         """Whether a step's adapters are in place before it is computed; else see `arrived`."""
         ...
 
-    def launch(self, batch: ScheduledBatch) -> StepHandle:
-        """Start the step. An exception concerns this batch alone."""
+    def launch(self, batch: ScheduledBatch, masks: TokenMasks | None = None) -> StepHandle:
+        """Start the step. An exception concerns this batch alone.
+
+        `masks` are those of the batch's `grammar_rows`, if it has any.
+        """
         ...
 
     def arrived(self) -> Sequence[str]:

@@ -8,15 +8,17 @@ it was interrupted and resumed.
 
 import math
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 import torch
 
+from engine.backends.runner import TokenMask
 from engine.scheduler.batch import ScheduledRequest
 from engine.scheduler.request import SamplingParams
+from engine.scheduler.token_rules import NO_TOKENS
 
 NOISE_BITS = 23  # (n + 0.5) / 2**23 is exact in float32 and never 0 or 1
 MAX_NOISE = 16.7  # above -log(-log(1 - 2**-24)), the largest value that can be drawn
@@ -74,10 +76,20 @@ class NotFinite:
 
 
 def sample(
-    requests: Sequence[ScheduledRequest], logits: torch.Tensor, picker: Picker | None = None
+    requests: Sequence[ScheduledRequest],
+    logits: torch.Tensor,
+    picker: Picker | None = None,
+    allowed: Mapping[int, TokenMask] | None = None,
 ) -> list[SampledToken | NotFinite]:
-    """Choose one token per row of logits [B, V] float32, which are modified in place."""
+    """Choose one token per row of logits [B, V] float32, which are modified in place.
+
+    Rows in `allowed` choose among these tokens alone, of which also their log-probabilities are.
+    """
     picker = picker or TorchPicker()
+    if allowed:
+        requests = without_vain_rules(requests, allowed)
+        for i, mask in allowed.items():
+            _restrict(logits[i], mask)
     originals = [_adjust(logits[i], request) for i, request in enumerate(requests)]
     token_ids, highest = picker.best(logits)
     drawn = [
@@ -140,6 +152,31 @@ def _largest(row: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 # ==== changes to the logits ====
+
+
+def without_vain_rules(
+    requests: Sequence[ScheduledRequest], allowed: Mapping[int, TokenMask]
+) -> list[ScheduledRequest]:
+    """Let rows sample the end tokens that min_tokens forbids, where no other token is allowed."""
+    return [
+        request._replace(forbidden_token_ids=NO_TOKENS)
+        if request.forbidden_token_ids and i in allowed and _is_vain(request, allowed[i])
+        else request
+        for i, request in enumerate(requests)
+    ]
+
+
+def _is_vain(request: ScheduledRequest, mask: TokenMask) -> bool:
+    rest, token_ids = mask.copy(), np.array(request.forbidden_token_ids, dtype=np.int64)
+    bits = np.left_shift(np.uint32(1), (token_ids % 32).astype(np.uint32))
+    np.bitwise_and.at(rest, token_ids // 32, ~bits)
+    return not rest.any()
+
+
+def _restrict(row: torch.Tensor, mask: TokenMask) -> None:
+    """Set the logits of all other tokens to -inf, in place."""
+    bits = np.unpackbits(mask.view(np.uint8), count=len(row), bitorder="little")
+    row.masked_fill_(torch.from_numpy(bits == 0).to(row.device), -torch.inf)
 
 
 def _adjust(row: torch.Tensor, request: ScheduledRequest) -> torch.Tensor:

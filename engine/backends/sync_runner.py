@@ -8,7 +8,7 @@ from torch import Tensor
 
 from engine.backends.row_outputs import row_outputs
 from engine.backends.rows import LOGITS_ROWS, wanted_rows
-from engine.backends.runner import FinishedStep, RowOutput
+from engine.backends.runner import FinishedStep, RowOutput, TokenMasks
 from engine.backends.sampler import NotFinite, Picker, SampledToken, sample, target_logprobs
 from engine.messages import TokenLogprobs
 from engine.scheduler.batch import AdapterLoad, Move, ScheduledBatch, ScheduledRequest
@@ -53,21 +53,21 @@ class SyncRunner:
         self.model = model
         self._host_adapter = host_adapter
 
-    def launch(self, batch: ScheduledBatch) -> FinishedStep:
-        return FinishedStep(self.execute(batch))
+    def launch(self, batch: ScheduledBatch, masks: TokenMasks | None = None) -> FinishedStep:
+        return FinishedStep(self.execute(batch, masks))
 
     def arrived(self) -> tuple[str, ...]:
         return ()  # `launch` loads adapters itself
 
     @torch.inference_mode()
-    def execute(self, batch: ScheduledBatch) -> list[RowOutput]:
+    def execute(self, batch: ScheduledBatch, masks: TokenMasks | None = None) -> list[RowOutput]:
         """Compute the step; return one output per request of the batch, in its order."""
         self._move(batch)
         if not batch.requests:
             return []
         rows, spans = wanted_rows(batch.requests)
         hidden = self.model.hidden(batch, rows)
-        sampled = self._sample(batch.requests, hidden, spans)
+        sampled = self._sample(batch.requests, hidden, spans, masks)
         return row_outputs(
             batch.requests,
             [token.token_id if isinstance(token, SampledToken) else None for token in sampled],
@@ -87,6 +87,7 @@ class SyncRunner:
         requests: Sequence[ScheduledRequest],
         hidden: Tensor,
         spans: list[tuple[int, int]],
+        masks: TokenMasks | None,
     ) -> list[SampledToken | NotFinite]:
         """Sample a token for each request that samples, in their order."""
         chosen = [i for i, r in enumerate(requests) if r.samples]
@@ -94,7 +95,11 @@ class SyncRunner:
             return []
         last = [spans[i][1] - 1 for i in chosen]
         rows = hidden if last == list(range(len(hidden))) else hidden[torch.tensor(last)]
-        return sample([requests[i] for i in chosen], self.model.logits(rows), self.model.picker)
+        logits = self.model.logits(rows)
+        allowed = None if masks is None else masks.wait()
+        if allowed:
+            allowed = {at: allowed[i] for at, i in enumerate(chosen) if i in allowed}
+        return sample([requests[i] for i in chosen], logits, self.model.picker, allowed)
 
     def _score_prompts(
         self,

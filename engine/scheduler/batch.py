@@ -85,6 +85,7 @@ class ScheduledBatch:
     adapter_evictions: tuple[int, ...] = ()  # slots
     moves: tuple[Move, ...] = ()
     adapter_loads: tuple[AdapterLoad, ...] = ()
+    grammar_rows: tuple[int, ...] = ()  # indexes of requests that sample and have a grammar
 
     @property
     def num_tokens(self) -> int:

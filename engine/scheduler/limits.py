@@ -32,3 +32,8 @@ class SchedulerLimits:
             len(request.output_token_ids) + pending >= request.sampling.max_tokens
             or request.num_tokens + pending >= self.max_model_len
         )
+
+    def must_wait(self, request: Request) -> bool:
+        """Whether a pending token must be known before the next one can be scheduled."""
+        pending = request.num_pending_tokens
+        return pending > 0 and (request.sampling.grammar is not None or self.is_ending(request))

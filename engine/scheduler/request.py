@@ -15,6 +15,7 @@ MAX_LOGPROBS = 20
 # bound what one request can cost a step.
 MAX_STOP_TOKEN_IDS = 128
 MAX_LOGIT_BIASES = 1024
+MAX_GRAMMAR_BYTES = 2**18
 MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY = 0.01, 100.0  # keep float32 logits finite
 
 
@@ -58,8 +59,10 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: int | None = None  # None: off; k: of the chosen token and the top k
     prompt_logprobs: int | None = None
+    grammar: str | None = None  # what the output must match, in llguidance's own format
 
     def __post_init__(self) -> None:
+        _check_grammar(self.grammar)
         _check_length("stop_token_ids", len(self.stop_token_ids), MAX_STOP_TOKEN_IDS)
         _check_length("logit_bias", len(self.logit_bias), MAX_LOGIT_BIASES)
         _check("max_tokens", self.max_tokens, 1, 2**31 - 1)
@@ -123,6 +126,17 @@ def _check_biases(logit_bias: Iterable[tuple[int, float]]) -> None:
         _check(f"logit_bias of token {token_id}", bias, -100.0, 100.0)
 
 
+def _check_grammar(grammar: str | None) -> None:
+    if grammar is None:
+        return
+    try:
+        num_bytes = len(grammar.encode())
+    except UnicodeEncodeError as error:
+        raise InvalidRequest(f"grammar must be text that UTF-8 can encode: {error}") from None
+    if num_bytes > MAX_GRAMMAR_BYTES:
+        raise InvalidRequest(f"grammar must have [0, {MAX_GRAMMAR_BYTES}] bytes, not {num_bytes}")
+
+
 def _check_length(name: str, length: int, most: int) -> None:
     if length > most:
         raise InvalidRequest(f"{name} must have [0, {most}] entries, not {length}")
@@ -167,6 +181,7 @@ class Request:
     num_cached_tokens: int | None = None  # of the prompt, at the first choice's first admission
     num_published_blocks: int = 0
     awaited_load: int = 0  # number of the first adapter load that it waited for
+    awaits_grammar: bool = False  # not admitted before its grammar is compiled; set by the engine
     finish_reason: FinishReason | None = None
     first_scheduled_s: float | None = None  # kept when the request is preempted
 

@@ -6,15 +6,16 @@
 
 With a `pipeline_depth` of 1, a step may be scheduled before the previous one is updated. A
 request whose next token is still being computed is then scheduled with PENDING in its place,
-unless that token is certainly its last. Every admission of a request is a life with a number of
-its own; results for a life that has ended or was preempted are dropped. Its blocks are free at
-once, because executors run steps in order: what a dropped row writes is overwritten before any
-later row reads it.
+unless that token is certainly its last, or a grammar must know it first. Every admission of a
+request is a life with a number of its own; results for a life that has ended or was preempted are
+dropped. Its blocks are free at once, because executors run steps in order: what a dropped row
+writes is overwritten before any later row reads it.
 
 One step mixes decodes with chunks of prompts under `max_num_batched_tokens`. Running requests
 go first; waiting ones follow in arrival order, except that a request whose adapter is being
-loaded is passed over. When memory runs out, the request admitted last loses its blocks and is
-computed again later (preemption by recompute). Time enters only through `now`.
+loaded, or whose grammar is being compiled, is passed over. When memory runs out, the request
+admitted last loses its blocks and is computed again later (preemption by recompute). Time enters
+only through `now`.
 """
 
 from collections import deque
@@ -111,6 +112,19 @@ class Scheduler:
     def end_adapter_with_error(self, digest: str) -> list[Request]:
         """End every request of an adapter that will never be ready."""
         ended = [r for r in self._by_key.values() if r.adapter_digest == digest]
+        return self._finish_all(ended, FinishReason.ERROR)
+
+    def set_grammar_ready(self, grammar: str) -> None:
+        """Let requests with this grammar be admitted."""
+        for request in self._by_key.values():
+            if request.awaits_grammar and request.sampling.grammar == grammar:
+                request.awaits_grammar = False
+
+    def end_grammar_with_error(self, grammar: str) -> list[Request]:
+        """End every request that waits for a grammar which will never be ready."""
+        ended = [
+            r for r in self._by_key.values() if r.awaits_grammar and r.sampling.grammar == grammar
+        ]
         return self._finish_all(ended, FinishReason.ERROR)
 
     @property
@@ -215,7 +229,7 @@ class Scheduler:
             remaining = request.num_remaining_tokens
             if remaining > 1:
                 prefills.append((request, remaining))
-            elif remaining and not self.limits.is_ending(request):
+            elif remaining and not self.limits.must_wait(request):
                 decodes.append((request, 1))
         for request, remaining in [*decodes, *prefills]:
             if request.status is not RequestStatus.RUNNING:
@@ -246,6 +260,8 @@ class Scheduler:
         for request in list(self.waiting):
             if not step.budget or len(self.running) + step.num_promised >= self.limits.max_num_seqs:
                 return
+            if request.awaits_grammar:
+                continue
             if request.adapter_digest and not self.adapters.is_ready(request.adapter_digest):
                 continue  # its weights are being fetched; later requests need not wait
             is_loading = self.adapters.awaited_load(request.adapter_digest) > 0

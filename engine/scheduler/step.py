@@ -29,11 +29,15 @@ class Step:
     def to_batch(self, adapters: AdapterSlots, changes: MemoryChanges) -> ScheduledBatch:
         """Return the step as plain data; from here on its tokens count as computed."""
         rows = sorted(self.rows, key=lambda row: row[1])  # stable: short ones first
+        requests = tuple(_take(request, count, adapters) for request, count in rows)
         return ScheduledBatch(
-            requests=tuple(_take(request, count, adapters) for request, count in rows),
+            requests=requests,
             adapter_evictions=changes.evictions,
             moves=changes.moves,
             adapter_loads=changes.loads,
+            grammar_rows=tuple(
+                i for i, r in enumerate(requests) if r.sampling.grammar is not None and r.samples
+            ),
         )
 
 

@@ -255,7 +255,7 @@ def test_a_step_that_raises_ends_its_requests_and_the_engine_goes_on(
     engine.add_request(GenerateRequest("lost", prompt_of(9), greedy(9), n=2))
     engine.step()
 
-    def fail(batch: object) -> None:
+    def fail(*arguments: object) -> None:
         raise RuntimeError("the device is on fire")
 
     monkeypatch.setattr(engine.runner, "execute", fail)

@@ -254,3 +254,18 @@ def test_no_more_than_the_depth_may_be_scheduled_ahead() -> None:
     world.launch()
     with pytest.raises(AssertionError, match="an update or fail is due"):
         world.launch()
+
+
+def test_a_row_with_a_grammar_waits_for_its_token_and_others_do_not() -> None:
+    world = ahead()
+    world.scheduler.add(make_request("held", [1, 2], max_tokens=4, grammar="g"))
+    world.scheduler.add(make_request("free", [3, 4], max_tokens=4))
+    assert set(inputs(world.launch())) == {"held", "free"}
+    assert inputs(world.launch()) == {"free": (2, [PENDING])}
+    world.collect()
+    batch = world.launch()
+    (held,) = [r for r in world.scheduler.running if r.request_id == "held"]
+    assert inputs(batch)["held"] == (2, held.output_token_ids)
+    world.collect()
+    for request in world.run():
+        assert_expected(request)

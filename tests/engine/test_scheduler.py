@@ -117,7 +117,7 @@ def make_request(
     n: int = 1,
     stop: tuple[int, ...] = (),
     tenant: str = "",
-    **sampling_changes: float,
+    **sampling_changes: float | str,
 ) -> Request:
     sampling = SamplingParams(
         max_tokens=max_tokens,
@@ -528,3 +528,37 @@ def test_a_resumed_request_continues_where_it_stopped() -> None:
     world.scheduler.add(request)
     (finished,) = world.run()
     assert finished.output_token_ids == whole
+
+
+# ---- grammars ----
+
+
+def test_a_request_whose_grammar_is_compiled_is_passed_over_until_it_is_ready() -> None:
+    world = make_world()
+    held = make_request("held", [1, 2, 3], max_tokens=2, grammar="g")
+    held.awaits_grammar = True
+    other = make_request("other", [4, 5], max_tokens=2)
+    world.scheduler.add(held)
+    world.scheduler.add(other)
+    batch = world.launch()
+    assert batch is not None and [r.request_id for r in batch.requests] == ["other"]
+    assert batch.grammar_rows == ()
+    world.collect()
+    world.scheduler.set_grammar_ready("another")
+    assert held.awaits_grammar
+    world.scheduler.set_grammar_ready("g")
+    batch = world.launch()
+    assert batch is not None and [r.request_id for r in batch.requests] == ["other", "held"]
+    assert batch.grammar_rows == (1,)
+
+
+def test_requests_of_a_grammar_that_is_refused_end_and_others_stay() -> None:
+    world = make_world()
+    requests = [make_request(name, [1, 2], max_tokens=2, grammar=name[0]) for name in ("a1", "b1")]
+    for request in requests:
+        request.awaits_grammar = True
+        world.scheduler.add(request)
+    assert world.scheduler.end_grammar_with_error("a") == [requests[0]]
+    assert requests[0].finish_reason == FinishReason.ERROR
+    world.scheduler.set_grammar_ready("b")
+    assert world.run() == [requests[1]]

@@ -1,10 +1,11 @@
 """DeviceRunner: a Runner whose device computes one step while the host prepares the next.
 
 `launch` queues everything at once: memory moves, the forward pass, the sampling and the copy of the
-results to the host. It never waits for any of that; `result` does.
+results to the host. It never waits for any of that; `result` does. Once the forward pass is queued,
+it waits for the masks of grammars, which the host computes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +21,13 @@ from engine.backends.cuda.sampler import DeviceSampler, Sampled, read_scores, sc
 from engine.backends.cuda.streams import Device
 from engine.backends.row_outputs import row_outputs
 from engine.backends.rows import LOGITS_ROWS, wanted_rows
-from engine.backends.runner import FinishedStep, RowOutput, StepHandle
+from engine.backends.runner import (
+    FinishedStep,
+    RowOutput,
+    StepHandle,
+    TokenMask,
+    TokenMasks,
+)
 from engine.messages import TokenLogprobs
 from engine.scheduler.batch import ScheduledBatch, ScheduledRequest
 from engine.scheduler.request import SamplingParams
@@ -45,11 +52,11 @@ class DeviceRunner:
         self._download = Download(device)
         self._sampled: dict[RequestKey, int] = {}  # indexes of the last step's tokens
 
-    def launch(self, batch: ScheduledBatch) -> StepHandle:
+    def launch(self, batch: ScheduledBatch, masks: TokenMasks | None = None) -> StepHandle:
         """Start the step. Raises torch.OutOfMemoryError if only this step ran out of memory."""
         try:
             with torch.inference_mode():
-                return self._launch(batch)
+                return self._launch(batch, masks)
         except torch.OutOfMemoryError as error:
             text = str(error)
         # Only here, after its handler, the error no longer keeps the step's tensors alive
@@ -68,7 +75,7 @@ class DeviceRunner:
     def arrived(self) -> Sequence[str]:
         return self._adapters.arrived()
 
-    def _launch(self, batch: ScheduledBatch) -> StepHandle:
+    def _launch(self, batch: ScheduledBatch, masks: TokenMasks | None) -> StepHandle:
         before, self._sampled = self._sampled, {}
         self._adapters.apply(batch)
         requests = batch.requests
@@ -78,14 +85,21 @@ class DeviceRunner:
         chosen = [i for i, r in enumerate(requests) if r.samples]
         sample_rows = [spans[i][1] - 1 for i in chosen]
         output = self._forward.hidden(requests, rows, sample_rows, before)
-        sampled = self._sample([requests[i] for i in chosen], sample_rows, output)
+        allowed = None if masks is None else masks.wait()  # the device computes meanwhile
+        if allowed:
+            allowed = {at: allowed[i] for at, i in enumerate(chosen) if i in allowed}
+        sampled = self._sample([requests[i] for i in chosen], sample_rows, output, allowed)
         prompts = self._score_prompts(requests, spans, output.hidden)
         self._sampled = {request_key(requests[i]): place for place, i in enumerate(chosen)}
         tensors = [sampled.tokens, sampled.is_finite, sampled.scores, *prompts]
         return _Launched(batch, self._download.send(tensors))
 
     def _sample(
-        self, requests: list[ScheduledRequest], rows: list[int], output: ForwardOutput
+        self,
+        requests: list[ScheduledRequest],
+        rows: list[int],
+        output: ForwardOutput,
+        allowed: Mapping[int, TokenMask] | None,
     ) -> Sampled:
         """Sample a token for each request from its row; keep the tokens for the next step."""
         inputs, hidden = output.inputs, output.hidden
@@ -98,7 +112,8 @@ class DeviceRunner:
         last_inputs = inputs.token_ids
         if any(r.history is not None for r in requests):
             last_inputs = last_inputs.index_select(0, inputs.output_rows.index_select(0, places))
-        sampled = self._sampler.sample(requests, self._forward.logits(hidden), last_inputs)
+        logits = self._forward.logits(hidden)
+        sampled = self._sampler.sample(requests, logits, last_inputs, allowed)
         self._forward.sampled[: len(rows)].copy_(sampled.tokens)
         return sampled
 

@@ -6,7 +6,7 @@ copied to the host together with flags and log-probabilities.
 """
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +16,8 @@ from torch import Tensor
 from engine.backends.cuda.draw import Draw, Draws, draw, noise_keys
 from engine.backends.cuda.packed_copies import Upload, Words
 from engine.backends.cuda.streams import Device
+from engine.backends.runner import TokenMask
+from engine.backends.sampler import without_vain_rules
 from engine.messages import TokenLogprobs
 from engine.scheduler.batch import PENDING, ScheduledRequest
 
@@ -35,15 +37,24 @@ class DeviceSampler:
         self._upload = Upload(device)
 
     def sample(
-        self, requests: Sequence[ScheduledRequest], logits: Tensor, last_inputs: Tensor
+        self,
+        requests: Sequence[ScheduledRequest],
+        logits: Tensor,
+        last_inputs: Tensor,
+        allowed: Mapping[int, TokenMask] | None = None,
     ) -> Sampled:
         """Sample one token per row of logits [M, V] float32, which are modified in place.
 
         `last_inputs` [M] int32: each request's last input token, which replaces a PENDING at the
-        end of its history.
+        end of its history. Rows in `allowed` choose among these tokens alone.
         """
-        arrays = _arrays(requests, logits.shape[1])
+        masks: dict[str, Words] = {}
+        if allowed:
+            requests, masks = without_vain_rules(requests, allowed), _mask_arrays(allowed)
+        arrays = masks | _arrays(requests, logits.shape[1])
         there = dict(zip(arrays, self._upload.send(list(arrays.values())), strict=True))
+        if "masked_rows" in there:
+            _restrict(logits, there["masked_rows"], there["masks"])
         scored_rows, originals = there.get("scored_rows"), logits
         if scored_rows is not None:
             originals = logits.index_select(0, scored_rows)
@@ -106,6 +117,13 @@ def _arrays(requests: Sequence[ScheduledRequest], vocab: int) -> dict[str, Words
     if drawn:
         arrays |= _draw_arrays(drawn)
     return arrays
+
+
+def _mask_arrays(allowed: Mapping[int, TokenMask]) -> dict[str, Words]:
+    return {
+        "masked_rows": np.array(list(allowed), np.int32),
+        "masks": np.stack(list(allowed.values())).view(np.int32),
+    }
 
 
 def _history_arrays(requests: Sequence[ScheduledRequest]) -> dict[str, Words]:
@@ -172,6 +190,15 @@ def _draws(there: dict[str, Tensor], requests: Sequence[ScheduledRequest]) -> Dr
 
 
 # ==== changes to the logits ====
+
+
+def _restrict(logits: Tensor, rows: Tensor, masks: Tensor) -> None:
+    """Set the logits of tokens without a bit in masks [R, W] to -inf, in these rows [R]."""
+    bits = (masks[:, :, None] >> torch.arange(32, dtype=torch.int32, device=masks.device)) & 1
+    is_masked = bits.view(len(rows), -1)[:, : logits.shape[1]] == 0
+    logits.index_copy_(
+        0, rows.long(), logits.index_select(0, rows).masked_fill_(is_masked, -torch.inf)
+    )
 
 
 def _adjust(logits: Tensor, there: dict[str, Tensor], last_inputs: Tensor) -> None:

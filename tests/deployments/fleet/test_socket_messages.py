@@ -28,6 +28,7 @@ KNOWN_SHAPES = {
     1: "89d5e6fb39f64fdb",
     2: "a53f52ad4c5ee1f2",
     3: "c96d66cf2230ccbc",
+    4: "6cb2cf61c71aa420",
 }
 
 

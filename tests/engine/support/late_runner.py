@@ -6,7 +6,7 @@ A step is computed when its result is read, after the next step has been schedul
 from collections import deque
 from dataclasses import dataclass, replace
 
-from engine.backends.runner import RowOutput
+from engine.backends.runner import RowOutput, TokenMasks
 from engine.backends.sync_runner import SyncRunner
 from engine.scheduler.batch import PENDING, ScheduledBatch, ScheduledRequest
 
@@ -17,9 +17,10 @@ NEVER_READ = 3  # stands for a token of a step that raised
 class LateStep:
     runner: "LateRunner"
     batch: ScheduledBatch
+    masks: TokenMasks | None = None
 
     def result(self) -> list[RowOutput]:
-        return self.runner.compute(self.batch)
+        return self.runner.compute(self.batch, self.masks)
 
 
 class LateRunner(SyncRunner):
@@ -38,21 +39,21 @@ class LateRunner(SyncRunner):
         self._computed_loads: list[str] = []
         self._on_their_way: deque[list[str]] = deque([[], [], []])
 
-    def launch(self, batch: ScheduledBatch) -> LateStep:
+    def launch(self, batch: ScheduledBatch, masks: TokenMasks | None = None) -> LateStep:
         if self.refuses_launch:
             raise RuntimeError("the launch is refused")
         self.num_in_flight += 1
         assert self.num_in_flight <= 2
         for load in batch.adapter_loads:
             self._weights[load.digest] = self._at_launch(load.digest)
-        return LateStep(self, batch)
+        return LateStep(self, batch, masks)
 
     def arrived(self) -> tuple[str, ...]:
         self._on_their_way.append(self._computed_loads)
         self._computed_loads = []
         return tuple(self._on_their_way.popleft())
 
-    def compute(self, batch: ScheduledBatch) -> list[RowOutput]:
+    def compute(self, batch: ScheduledBatch, masks: TokenMasks | None = None) -> list[RowOutput]:
         self.num_in_flight -= 1
         self._computed_loads += [load.digest for load in batch.adapter_loads]
         sampled, self._sampled = self._sampled, {}
@@ -60,7 +61,7 @@ class LateRunner(SyncRunner):
         if self.loses_step:
             self._move(batch)
             raise RuntimeError("the step is lost")
-        outputs = self.execute(replace(batch, requests=rows))
+        outputs = self.execute(replace(batch, requests=rows), masks)
         self._sampled = {
             (r.request_id, r.choice, r.life): output.token_ids[0]
             for r, output in zip(batch.requests, outputs, strict=True)

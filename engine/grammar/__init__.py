@@ -1,0 +1,1 @@
+"""Grammars that outputs must match: compiled, and turned into token masks, by other processes."""

@@ -1,0 +1,31 @@
+"""MaskMemory: the masks of all slots, in memory that the engine shares with its grammars' process.
+
+Bit t % 8 of byte t // 8 of a row says whether token t may be sampled.
+"""
+
+import mmap
+import os
+
+
+class MaskMemory:
+    """One row per slot. Whoever has the file descriptor sees the same rows."""
+
+    def __init__(self, fd: int, num_slots: int, vocab_size: int) -> None:
+        self.fd = fd
+        self.num_slots = num_slots
+        self.row_bytes = -(-vocab_size // 32) * 4  # whole words of 32 bits
+        self.bytes = mmap.mmap(fd, num_slots * self.row_bytes)
+
+    @classmethod
+    def create(cls, num_slots: int, vocab_size: int) -> "MaskMemory":
+        fd = os.memfd_create("token masks")
+        os.ftruncate(fd, num_slots * (-(-vocab_size // 32) * 4))
+        return cls(fd, num_slots, vocab_size)
+
+    def write(self, slot: int, mask: bytes | bytearray) -> None:
+        """Write a mask of any length; tokens beyond it may not be sampled."""
+        start, size = slot * self.row_bytes, self.row_bytes
+        self.bytes[start : start + size] = bytes(mask[:size].ljust(size, b"\0"))
+
+    def close(self) -> None:
+        os.close(self.fd)  # rows that are still in use keep the mapping

@@ -1,0 +1,101 @@
+"""Compute token masks in a process of its own, so that no grammar can hold up or end an engine.
+
+    python -m engine.grammar.process <control fd> <checks fd> <masks fd> <memory fd> <slots>
+
+The process builds the tokenizer's table, which takes seconds of a whole core. Then it forks: the
+child checks grammars, while it has a single thread; the parent compiles the good ones in a second
+thread, and computes masks in the first.
+"""
+
+import os
+import signal
+import socket
+import sys
+import threading
+from contextlib import suppress
+
+import msgspec
+
+from engine.grammar.channel import Channel, ChannelLost
+from engine.grammar.checker import serve_checks
+from engine.grammar.mask_memory import MaskMemory
+from engine.grammar.matchers import Matchers, build_table
+from engine.grammar.messages import (
+    CheckGrammar,
+    DropGrammar,
+    GrammarKept,
+    KeepGrammar,
+    MasksReady,
+    StartGrammars,
+    TableFailed,
+    TableReady,
+    ToControl,
+    WantMasks,
+)
+
+Control = Channel[ToControl]
+
+
+def main() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Ctrl-C the engine closes the connection
+    control_fd, checks_fd, masks_fd, memory_fd, num_slots = map(int, sys.argv[1:])
+    control: Control = Channel(socket.socket(fileno=control_fd), msgspec.msgpack.Decoder(ToControl))
+    checks = Channel(socket.socket(fileno=checks_fd), msgspec.msgpack.Decoder(CheckGrammar))
+    masks = Channel(socket.socket(fileno=masks_fd), msgspec.msgpack.Decoder(WantMasks))
+    with suppress(ChannelLost):
+        start = control.receive()
+        assert isinstance(start, StartGrammars)
+        eos_token_ids = start.eos_token_ids
+        try:
+            table = build_table(start.tokenizer_path, start.vocab_size, eos_token_ids[0])
+        except ValueError as error:
+            control.send(TableFailed(str(error)))
+            return
+        if os.fork() == 0:
+            control.leave()
+            masks.leave()
+            serve_checks(checks, table, eos_token_ids)
+            return
+        checks.leave()
+        memory = MaskMemory(memory_fd, num_slots, start.vocab_size)
+        matchers = Matchers(table, eos_token_ids, memory)
+        control.send(TableReady())
+        threading.Thread(target=serve_control, args=(control, matchers), daemon=True).start()
+        serve_masks(masks, matchers)
+
+
+def serve_control(control: Control, matchers: Matchers) -> None:
+    with suppress(ChannelLost):
+        while True:
+            message = control.receive()
+            if isinstance(message, KeepGrammar):
+                control.send(_keep(matchers, message))
+            elif isinstance(message, DropGrammar):
+                matchers.drop(message.grammar_id)
+
+
+def _keep(matchers: Matchers, message: KeepGrammar) -> GrammarKept:
+    try:
+        matchers.keep(message.grammar_id, message.grammar)
+    except ValueError as error:
+        return GrammarKept(str(error))
+    return GrammarKept()
+
+
+def serve_masks(masks: Channel[WantMasks], matchers: Matchers) -> None:
+    """Compute masks until the engine closes. Raises ChannelLost."""
+    while True:
+        wanted = masks.receive()
+        for slot in wanted.ended_slots:
+            matchers.end(slot)
+        errors: dict[int, str] = {}
+        for slot, grammar_id, token_ids in wanted.steps:
+            try:
+                matchers.step(slot, grammar_id, token_ids)
+            except ValueError as error:
+                errors[slot] = str(error)
+        masks.send(MasksReady(wanted.number, errors))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""Grammars on the DeviceRunner, which launches a step before it knows the last one's tokens."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from engine.backends.cuda.adapter_copies import PackedAdapter
+from engine.backends.cuda.forward import StepLimits
+from engine.backends.cuda.runner import DeviceRunner
+from engine.backends.torch.forward import TorchForward
+from engine.engine import Engine
+from engine.messages import AdapterFolder
+from tests.engine.cuda.test_device_engine import DeviceEngine, LateCopies
+from tests.engine.grammar.test_grammar_engine import mixed
+from tests.engine.support.driver import make_engine, texts, write_mixed_adapters
+from tests.engine.support.grammars import run_all
+from tests.engine.support.plain_device import make_plain
+
+MAX_MODEL_LEN = 512
+
+
+@pytest.fixture
+def adapters(byte_folder: Path, tmp_path: Path) -> list[AdapterFolder]:
+    return write_mixed_adapters(byte_folder, tmp_path)
+
+
+@pytest.fixture
+def on_device(byte_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], Engine]:
+    def make(uses_graphs: bool) -> Engine:
+        def runner(
+            forward: TorchForward, host_adapter: Callable[[str], PackedAdapter]
+        ) -> DeviceRunner:
+            return make_plain(
+                forward._decoder,
+                host_adapter,
+                uses_graphs=uses_graphs,
+                device=LateCopies(),
+                limits=StepLimits(16, 64, MAX_MODEL_LEN, 4),
+                arena_bytes=2**23,
+            )
+
+        with monkeypatch.context() as patch:
+            patch.setattr("engine.backends.torch.load.SyncRunner", runner)
+            patch.setattr("tests.engine.support.driver.Engine", DeviceEngine)
+            return make_engine(byte_folder, memory_bytes=2**23, max_model_len=MAX_MODEL_LEN)
+
+    return make
+
+
+@pytest.mark.parametrize("uses_graphs", [True, False], ids=["graphs", "eager"])
+def test_outputs_are_those_of_the_engine_without_pipelining(
+    on_device: Callable[[bool], Engine],
+    byte_folder: Path,
+    adapters: list[AdapterFolder],
+    uses_graphs: bool,
+) -> None:
+    plain = make_engine(byte_folder, max_model_len=MAX_MODEL_LEN)
+    expected = texts(run_all(plain, mixed(adapters)))
+    plain.close()
+    engine = on_device(uses_graphs)
+    assert engine.runner.pipeline_depth == 1
+    assert texts(run_all(engine, mixed(adapters))) == expected
+    engine.close()
