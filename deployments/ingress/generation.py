@@ -6,8 +6,8 @@ what it holds in the engine.
 """
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from deployments.fleet.protocol import Submit
 from deployments.ingress.api.openai_replies import DONE, Reply, Usage
@@ -32,6 +32,7 @@ class Plan:
     reply: Reply
     include_usage: bool = False
     is_prompt_only: bool = False  # max_tokens 0: the engine's one token is not shown
+    headers: Mapping[str, str] = field(default_factory=dict[str, str])  # of the answer
 
 
 class Generation:

@@ -5,7 +5,7 @@ range.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from deployments.fleet.engine_link import ModelNotReady
 from deployments.fleet.protocol import Submit
@@ -23,6 +23,8 @@ from deployments.ingress.generation import Plan
 from deployments.ingress.http_errors import invalid, too_many_answers
 from deployments.ingress.model_resolver import Target
 from deployments.ingress.prompt_texts import check_length, encode_texts, prompt_too_long
+from deployments.ingress.structured.constraint import Grammar
+from deployments.ingress.structured.plan import grammar_headers, plan_grammar
 from deployments.text.chat_template import TemplateRefused
 from deployments.text.vocabulary import Vocabulary
 from engine.messages import EngineInfo, GenerateRequest, RequestOutput, TokenLogprobs
@@ -43,6 +45,7 @@ async def plan_chat(
     origin: Origin,
     split_special_tokens: bool = False,
     own_template: ChatRenderer | None = None,
+    is_lenient: bool = False,
 ) -> Plan:
     """Plan a chat with the base's template, or with `own_template`, the adapter's."""
     vocabulary = target.model.vocabulary
@@ -56,8 +59,11 @@ async def plan_chat(
         raise invalid(str(error), "messages") from None
     add_special = request.add_special_tokens is True
     [prompt] = await encode_texts(vocabulary, {"messages": pieces}, add_special, info.max_model_len)
+    grammar = await plan_grammar(request.constraint, is_lenient)
     head = _head(request, f"chatcmpl-{origin.new_id()}", origin)
-    submits = _submits(request, target, info, [prompt], ["messages"], head.reply_id, origin)
+    submits = _submits(
+        request, target, info, [prompt], ["messages"], head.reply_id, origin, grammar
+    )
     parsed = answers.parsed("".join(pieces), vocabulary, prompt, head, origin.new_id)
     make_choice, reply = parsed or (
         _choice_maker(request, vocabulary, [prompt], [""], False),
@@ -71,6 +77,7 @@ async def plan_chat(
         make_choice,
         reply,
         request.include_usage,
+        headers=grammar_headers(grammar),
     )
 
 
@@ -97,14 +104,17 @@ async def _chat_pieces(
     return vocabulary.cut_chat(text, continue_final)
 
 
-async def plan_completion(request: CompletionRequest, target: Target, origin: Origin) -> Plan:
+async def plan_completion(
+    request: CompletionRequest, target: Target, origin: Origin, is_lenient: bool = False
+) -> Plan:
     vocabulary = target.model.vocabulary
     info = _engine_info(target)
     one = len(request.prompt) == 1
     paths = ["prompt" if one else f"prompt[{at}]" for at in range(len(request.prompt))]
     prompts = await _prompts(request, paths, vocabulary, info)
+    grammar = await plan_grammar(request.constraint, is_lenient)
     head = _head(request, f"cmpl-{origin.new_id()}", origin)
-    submits = _submits(request, target, info, prompts, paths, head.reply_id, origin)
+    submits = _submits(request, target, info, prompts, paths, head.reply_id, origin, grammar)
     openings = [""] * len(prompts)
     if request.echo:
         pairs = zip(request.prompt, prompts, strict=True)
@@ -118,6 +128,7 @@ async def plan_completion(request: CompletionRequest, target: Target, origin: Or
         CompletionReply(head, vocabulary, prompts, request.num_choices),
         request.include_usage,
         is_prompt_only=request.max_tokens == 0,
+        headers=grammar_headers(grammar),
     )
 
 
@@ -163,6 +174,7 @@ def _submits(
     paths: Sequence[str],
     reply_id: str,
     origin: Origin,
+    grammar: Grammar | None,
 ) -> list[Submit]:
     """Make one submit per prompt, each with another seed unless the client gave one."""
     if request.num_answers > target.model.max_answers:
@@ -173,10 +185,13 @@ def _submits(
     for at, (prompt, path) in enumerate(zip(prompts, paths, strict=True)):
         max_tokens = _max_tokens(request, path, len(prompt), info.max_model_len)
         _check_token_ids(path, prompt, info.vocab_size)
+        sampling = request.sampling(max_tokens, origin.new_seed(), info.sampling_defaults)
+        if grammar is not None:
+            sampling = replace(sampling, grammar=grammar.text)
         generate = GenerateRequest(
             request_id=f"{reply_id}-{at}",
             prompt_token_ids=prompt,
-            sampling=request.sampling(max_tokens, origin.new_seed(), info.sampling_defaults),
+            sampling=sampling,
             n=request.num_choices,
             tenant=target.tenant,
             cache_salt=request.cache_salt or "",

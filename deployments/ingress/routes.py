@@ -95,7 +95,8 @@ class Ingress:
         target = await self.models.resolve(tenant, request.model)
         splits = self.settings.split_special_tokens is True
         own_template = await self._own_template(target)
-        plan = await plan_chat(request, target, self.origin, splits, own_template)
+        is_lenient = self.settings.lenient_schemas
+        plan = await plan_chat(request, target, self.origin, splits, own_template, is_lenient)
         return self._answer(plan, request, CHAT)
 
     async def _own_template(self, target: Target) -> ChatRenderer | None:
@@ -108,7 +109,8 @@ class Ingress:
         request = parse_request(CompletionRequest, await self._document(http_request))
         place.hold(request.num_answers)
         target = await self.models.resolve(tenant, request.model)
-        plan = await plan_completion(request, target, self.origin)
+        is_lenient = self.settings.lenient_schemas
+        plan = await plan_completion(request, target, self.origin, is_lenient)
         return self._answer(plan, request, COMPLETIONS)
 
     def _answer(self, plan: Plan, request: OpenAIRequest, route: str) -> GenerationResponse:

@@ -4,6 +4,7 @@ Starlette's own streaming costs a task group and several awaits per chunk; this 
 """
 
 import asyncio
+from collections.abc import Mapping
 from typing import cast
 
 from starlette.responses import Response
@@ -79,9 +80,11 @@ class GenerationResponse(Response):
                 if self._stream:
                     with KeepAlive(generation, self._keep_alive_s) as keep_alive:
                         await generation.start()
-                        return await _send_events(generation, keep_alive, send)
+                        return await _send_events(generation, keep_alive, send, self._plan.headers)
                 await generation.start()
-                response = Response(await generation.whole(), media_type="application/json")
+                response = Response(
+                    await generation.whole(), 200, self._plan.headers, "application/json"
+                )
             finally:
                 generation.close()
         except Exception as error:
@@ -127,11 +130,14 @@ class KeepAlive:
         self._wait(rest_s)
 
 
-async def _send_events(generation: Generation, keep_alive: KeepAlive, send: Send) -> int:
+async def _send_events(
+    generation: Generation, keep_alive: KeepAlive, send: Send, more_headers: Mapping[str, str]
+) -> int:
     """Send an event stream. An error in it is its last event, instead of [DONE]."""
     status = 200
     # A list of its own: middleware appends to it.
-    headers = list(_EVENT_STREAM)
+    more = ((name.encode(), value.encode()) for name, value in more_headers.items())
+    headers = [*_EVENT_STREAM, *more]
     await send({"type": "http.response.start", "status": status, "headers": headers})
     try:
         events = generation.first_events() or keep_alive.take()

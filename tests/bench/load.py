@@ -12,7 +12,7 @@ import asyncio
 import json
 import random
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import chain
 from typing import Any
@@ -59,9 +59,16 @@ class RequestFailed(Exception):
 
 
 async def closed_loop(
-    url: str, names: Sequence[str], jobs: Sequence[Job], concurrency: int
+    url: str,
+    names: Sequence[str],
+    jobs: Sequence[Job],
+    concurrency: int,
+    more: Mapping[str, Any] | None = None,
 ) -> Summary:
-    """Run `concurrency` clients; each sends its next request when its last one has ended."""
+    """Run `concurrency` clients; each sends its next request when its last one has ended.
+
+    `more` are fields of every body.
+    """
 
     async def run(complete: Callable[[Job, float], Coroutine[Any, Any, Result]]) -> list[Result]:
         queue = iter(jobs)
@@ -72,7 +79,7 @@ async def closed_loop(
         results = await asyncio.gather(*(client() for _ in range(concurrency)))
         return list(chain.from_iterable(results))
 
-    return await _measure(url, names, run)
+    return await _measure(url, names, run, more or {})
 
 
 async def open_loop(
@@ -93,13 +100,14 @@ async def open_loop(
 
         return await asyncio.gather(*map(at, jobs, arrivals))
 
-    return await _measure(url, names, run)
+    return await _measure(url, names, run, {})
 
 
 async def _measure(
     url: str,
     names: Sequence[str],
     run: Callable[[Callable[[Job, float], Coroutine[Any, Any, Result]]], Any],
+    more: Mapping[str, Any],
 ) -> Summary:
     """Run and summarise; `names[0]` is the base model's name, the rest are adapters'."""
     timeout = aiohttp.ClientTimeout(total=TIMEOUT_S)
@@ -108,7 +116,7 @@ async def _measure(
 
         async def complete(job: Job, started_s: float) -> Result:
             name = names[0 if job.adapter is None else job.adapter + 1]
-            return await _complete(session, name, job, started_s)
+            return await _complete(session, name, job, started_s, more)
 
         start_s, start_cpu_s = time.perf_counter(), time.process_time()
         results = await run(complete)
@@ -120,7 +128,7 @@ async def _measure(
 
 
 async def _complete(
-    session: aiohttp.ClientSession, name: str, job: Job, started_s: float
+    session: aiohttp.ClientSession, name: str, job: Job, started_s: float, more: Mapping[str, Any]
 ) -> Result:
     result = Result(started_s)
     body = {
@@ -131,6 +139,7 @@ async def _complete(
         "ignore_eos": True,
         "stream": True,
         "stream_options": {"include_usage": True},
+        **more,
     }
     try:
         async with session.post("/v1/completions", json=body) as response:

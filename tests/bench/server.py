@@ -156,7 +156,7 @@ def _group(pid: int) -> str:
         title = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
     except OSError:
         title = ""
-    if "engine.process" in title:
+    if "engine.process" in title or "engine.grammar.process" in title:
         return "engine"
     if title.startswith("ray::ServeReplica:"):
         return "ingress" if ":Ingress" in title else "replica"

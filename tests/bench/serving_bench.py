@@ -13,9 +13,10 @@ import os
 import signal
 import statistics
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -106,12 +107,13 @@ def serve(
     jobs: Sequence[Job],
     concurrency: int,
     also_ours: Iterable[int] = (),
+    more: Mapping[str, Any] | None = None,
 ) -> Served:
     """Run a closed loop through HTTP. Raises if any request fails: its numbers are void."""
     groups = groups_of_processes(server_pid)
     noise = NoiseMeter([os.getpid(), *groups, *also_ours])
     before = {pid: cpu_s(pid) for pid in groups}
-    summary = asyncio.run(closed_loop(url, names, jobs, concurrency))
+    summary = asyncio.run(closed_loop(url, names, jobs, concurrency, more))
     if summary.num_errors:
         raise RuntimeError(f"{summary.num_errors} requests failed, first: {summary.first_error}")
     used_s = dict.fromkeys(GROUPS, 0.0)

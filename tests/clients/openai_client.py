@@ -7,9 +7,11 @@ Runs in an environment of its own (requirements.txt); ends with 0 if everything 
 
 import asyncio
 import sys
+from typing import Literal
 
 import openai
 from openai import AsyncOpenAI, OpenAI
+from pydantic import BaseModel, Field
 
 MESSAGES = [{"role": "user", "content": "Hello!"}]
 GREEDY = {"temperature": 0, "max_tokens": 12, "extra_body": {"ignore_eos": True}}
@@ -63,6 +65,40 @@ def check_completions(client: OpenAI, adapter: str) -> None:
     assert stopped.choices[0].finish_reason == "stop"
 
 
+class Answer(BaseModel):
+    is_good: bool
+    count: Literal[1, 22, 333]
+    words: list[Literal["ja", "nein"]] = Field(max_length=2)
+
+
+def check_structured(client: OpenAI, base: str, adapter: str) -> None:
+    for model in (base, adapter):
+        answer = client.chat.completions.parse(
+            model=model, messages=MESSAGES, response_format=Answer, max_tokens=200, temperature=0
+        )
+        assert isinstance(answer.choices[0].message.parsed, Answer)
+        with client.chat.completions.stream(
+            model=model, messages=MESSAGES, response_format=Answer, max_tokens=200, n=1, seed=3
+        ) as stream:
+            final = stream.get_final_completion()
+        assert isinstance(final.choices[0].message.parsed, Answer)
+    chosen = client.completions.create(
+        model=base,
+        prompt="one",
+        n=4,
+        extra_body={"structured_outputs": {"choice": ["yes", "no"]}},
+    )
+    assert {c.text for c in chosen.choices} <= {"yes", "no"}
+    schema = {"type": "object", "properties": {"a": {"not": {}}}}
+    wanted = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    try:
+        client.chat.completions.create(model=base, messages=MESSAGES, response_format=wanted)
+    except openai.BadRequestError as caught:
+        assert "not at /properties/a" in str(caught), caught
+    else:
+        raise AssertionError("a schema that cannot be enforced was accepted")
+
+
 def check_models_and_errors(client: OpenAI, base: str, adapter: str) -> None:
     parents = {model.id: model.parent for model in client.models.list()}
     assert parents[base] is None and parents[adapter] == base
@@ -100,6 +136,7 @@ def main() -> None:
         check_chat(client, base, adapter)
         check_options(client, base)
         check_completions(client, adapter)
+        check_structured(client, base, adapter)
         check_models_and_errors(client, base, adapter)
     asyncio.run(check_async(url, base, adapter))
 

@@ -20,8 +20,10 @@ from deployments.ingress.api.openai_fields import (
     Stops,
     StopTokenIds,
 )
+from deployments.ingress.api.structured_fields import read_constraint
 from deployments.ingress.api.tools import Choice, NoFunctionCall, NoFunctions, Tool, Tools
 from deployments.ingress.http_errors import invalid
+from deployments.ingress.structured.constraint import Constraint
 from engine.scheduler.request import (
     MAX_LOGPROBS,
     NO_DEFAULTS,
@@ -73,6 +75,15 @@ class OpenAIRequest(Model):
     return_token_ids: bool | None = None
     cache_salt: str | None = Field(None, max_length=1024)
 
+    # What the answer must match; one of them
+    response_format: dict[str, Any] | None = None
+    structured_outputs: dict[str, Any] | None = None
+    guided_json: Any = None
+    guided_regex: Any = None
+    guided_choice: Any = None
+    guided_grammar: Any = None
+    guided_whitespace_pattern: Nothing = None
+
     # Accepted and ignored: they do not change the tokens.
     user: Any = None
     metadata: Any = None
@@ -81,12 +92,33 @@ class OpenAIRequest(Model):
     safety_identifier: Any = None
     prompt_cache_key: Any = None
     prompt_cache_retention: Any = None
+    guided_decoding_backend: Any = None
 
     @model_validator(mode="after")
     def _stream_options_need_a_stream(self) -> "OpenAIRequest":
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options: only allowed when stream is true")
         return self
+
+    @model_validator(mode="after")
+    def _one_constraint(self) -> "OpenAIRequest":
+        if self.constraint is not None and self.ignore_eos:
+            raise ValueError(f"ignore_eos: not allowed together with {self.constraint.path}")
+        return self
+
+    @property
+    def constraint(self) -> Constraint | None:
+        """What the answer must match. Raises ValueError."""
+        return read_constraint(
+            self.response_format,
+            self.structured_outputs,
+            {
+                "json": self.guided_json,
+                "regex": self.guided_regex,
+                "choice": self.guided_choice,
+                "grammar": self.guided_grammar,
+            },
+        )
 
     @property
     def num_choices(self) -> int:
@@ -176,7 +208,6 @@ class ChatCompletionRequest(OpenAIRequest):
     verbosity: None = None
     web_search_options: None = None
     modalities: Modalities | None = None
-    response_format: dict[str, Any] | None = None
 
     @model_validator(mode="after")
     def _few_template_values(self) -> "ChatCompletionRequest":
@@ -189,8 +220,6 @@ class ChatCompletionRequest(OpenAIRequest):
     def _fields_that_belong_together(self) -> "ChatCompletionRequest":
         if self.top_logprobs is not None and not self.logprobs:
             raise ValueError("top_logprobs: only allowed when logprobs is true")
-        if self.response_format not in (None, {"type": "text"}):
-            raise ValueError("response_format: only {'type': 'text'} is supported")
         if self.max_tokens is not None and self.max_completion_tokens is not None:
             raise ValueError("max_tokens: not allowed together with max_completion_tokens")
         if self.continue_final_message and self.add_generation_prompt:

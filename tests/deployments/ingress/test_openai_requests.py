@@ -47,7 +47,7 @@ def test_fields_that_change_nothing_are_accepted(fields: dict[str, Any]) -> None
     [
         ({"tools": [{"type": "function"}]}, "tools[0].function"),
         ({"functions": [{"name": "f"}]}, "functions"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"response_format": {"type": "xml"}}, "response_format.type"),
         ({"audio": {"voice": "x"}}, "audio"),
         ({"modalities": ["text", "audio"]}, "modalities[1]"),
         ({"reasoning_effort": "huge"}, "reasoning_effort"),

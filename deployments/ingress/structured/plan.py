@@ -1,0 +1,38 @@
+"""Turns a request's constraint into the grammar of its answers, beside the event loop."""
+
+import asyncio
+from collections.abc import Sequence
+from urllib.parse import quote
+
+from deployments.ingress.http_errors import invalid
+from deployments.ingress.structured.constraint import (
+    Constraint,
+    ConstraintRefused,
+    Grammar,
+    to_grammar,
+)
+
+NOT_ENFORCED = "x-reef-not-enforced"
+MAX_HEADER = 2048
+
+
+async def plan_grammar(constraint: Constraint | None, is_lenient: bool) -> Grammar | None:
+    """Raises ApiError, with the field and the place in it."""
+    if constraint is None:
+        return None
+    try:
+        return await asyncio.to_thread(to_grammar, constraint, is_lenient)
+    except ConstraintRefused as error:
+        raise invalid(f"{constraint.path}: {error}.", constraint.path) from None
+
+
+def grammar_headers(grammar: Grammar | None) -> dict[str, str]:
+    """Say in a header what a lenient grammar does not enforce."""
+    if grammar is None or not grammar.not_enforced:
+        return {}
+    return {NOT_ENFORCED: _header(grammar.not_enforced)}
+
+
+def _header(entries: Sequence[str]) -> str:
+    text = "; ".join(quote(entry, safe=" /$()~-_.") for entry in entries)
+    return text if len(text) <= MAX_HEADER else f"{text[:MAX_HEADER]}..."
