@@ -12,17 +12,13 @@ is repaired.
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import suppress
 from itertools import groupby, islice
 
 from adapter_store.catalog import Catalog
-from adapter_store.errors import (
-    AdapterNotFound,
-    FilesRemoved,
-    SourceUnavailable,
-    StoreCorrupt,
-)
+from adapter_store.errors import AdapterNotFound, FilesRemoved, SourceUnavailable, StoreCorrupt
 from adapter_store.manifest import AdapterManifest
 from adapter_store.names import (
     AdapterRecord,
@@ -36,6 +32,7 @@ from adapter_store.object_store import ObjectStore
 from adapter_store.record_log import Entry, LogBroken, Record, RecordLog, encode, log_key
 
 SNAPSHOT_EVERY = 256  # records
+LISTING_PAUSES_S = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0)  # for a record that is there to be listed
 _log = logging.getLogger(__name__)
 
 
@@ -248,12 +245,19 @@ class Registry:
                 return
             raw = encode(record | {"previous": head})
             written = self._records.append(number, raw)
-            self.refresh()
-            if self._catalog.num_records < number:
-                raise SourceUnavailable(f"the store has record {number} but does not list it")
+            self._refresh_to(number)
             if written:
                 self._check_written(number, raw)
                 return
+
+    def _refresh_to(self, number: int) -> None:
+        """Refresh until this record is read, which is there: a listing may lag behind a write."""
+        for pause_s in (*LISTING_PAUSES_S, 0):
+            self.refresh()
+            if self._catalog.num_records >= number:
+                return
+            time.sleep(pause_s)
+        raise SourceUnavailable(f"the store has record {number} but does not list it")
 
     def _check_written(self, number: int, raw: bytes) -> None:
         if number <= self._num_skipped:
