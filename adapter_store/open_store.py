@@ -19,19 +19,24 @@ def endpoint_from(environment: Mapping[str, str], root: str) -> str | None:
 
 
 def open_store(
-    root: str, endpoint_url: str | None = None, *, read_only: bool = False
+    root: str,
+    endpoint_url: str | None = None,
+    *,
+    read_only: bool = False,
+    is_impatient: bool = False,
 ) -> ObjectStore:
     """Open the store at a root such as `file:///srv/adapters` or `s3://bucket/prefix`.
 
     `endpoint_url` is for S3 alone. `read_only` leaves out the test of conditional writes, which
-    writes. Raises SourceUnavailable.
+    writes. `is_impatient` gives a request up early: for reads that are repeated soon anyway.
+    Raises SourceUnavailable.
     """
     url = urlsplit(root)
     if url.scheme == "s3":
         # Imported here because boto3 is slow to import and file stores do not need it.
         from adapter_store.s3_store import open_s3
 
-        return open_s3(root, endpoint_url, read_only=read_only)
+        return open_s3(root, endpoint_url, read_only=read_only, is_impatient=is_impatient)
     if url.scheme != "file":
         raise SourceUnavailable(f"root {root!r} must begin with file:/// or s3://")
     if url.netloc or not url.path.startswith("/"):

@@ -58,14 +58,15 @@ class LogBroken(Exception):
 class RecordLog:
     """The log and the snapshots in one object store. Holds no state."""
 
-    def __init__(self, store: ObjectStore) -> None:
+    def __init__(self, store: ObjectStore, reader: ObjectStore | None = None) -> None:
         self._store = store
+        self._reader = reader or store
 
     # ---- records -------------------------------------------------------------------------------
 
     def keys_after(self, number: int) -> Sequence[str]:
         """List the keys of the records after this one."""
-        return self._store.list("log/", start_after=log_key(number))
+        return self._reader.list("log/", start_after=log_key(number))
 
     def read(
         self, keys: Sequence[str], number: int, head: str | None
@@ -114,7 +115,7 @@ class RecordLog:
 
     def _read(self, keys: Sequence[str]) -> Sequence[bytes]:
         try:
-            return self._store.get_many(keys)
+            return self._reader.get_many(keys)
         except ObjectNotFound as error:  # removed after it was listed
             raise LogBroken(str(error)) from error
 
@@ -122,7 +123,7 @@ class RecordLog:
 
     def snapshots(self) -> Sequence[int]:
         """List the numbers of the records after which there is a snapshot, the newest first."""
-        keys = self._store.list("snapshots/")
+        keys = self._reader.list("snapshots/")
         numbers = [number_of(key) for key in keys]
         return sorted((number for number in numbers if number is not None), reverse=True)
 
@@ -138,7 +139,7 @@ class RecordLog:
         Raises ObjectNotFound.
         """
         key = snapshot_key(number)
-        raw = self._store.get(key)
+        raw = self._reader.get(key)
         try:
             catalog = Catalog.from_data(json.loads(gzip.decompress(raw)))
             if catalog.num_records != number:

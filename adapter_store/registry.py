@@ -43,8 +43,14 @@ class Registry:
     `refresh` and all writes may raise SourceUnavailable; `refresh` and the writes StoreCorrupt too.
     """
 
-    def __init__(self, store: ObjectStore, wall_clock: Callable[[], float]) -> None:
-        self._records = RecordLog(store)
+    def __init__(
+        self,
+        store: ObjectStore,
+        wall_clock: Callable[[], float],
+        reader: ObjectStore | None = None,
+    ) -> None:
+        """Open the log in `store`; `reader` is the same store, for reading what others write."""
+        self._records = RecordLog(store, reader)
         self._wall_clock = wall_clock
         self._refreshing = threading.Lock()  # held over I/O
         self._lock = threading.Lock()  # held over memory only

@@ -29,6 +29,9 @@ from adapter_store.errors import SourceUnavailable
 CONNECT_TIMEOUT_S = 3.0
 READ_TIMEOUT_S = 20.0  # between two packets
 MAX_ATTEMPTS = 3
+# For reads that are repeated soon anyway: while one hangs, nothing newer is read.
+IMPATIENT_TIMEOUT_S = 3.0
+IMPATIENT_ATTEMPTS = 2
 MAX_CONNECTIONS = 64  # kept open
 
 Answer = Mapping[str, Any]  # what boto3 returns
@@ -55,7 +58,9 @@ class S3Error(SourceUnavailable):
 class S3Client:
     """Sends requests to one bucket. Thread-safe."""
 
-    def __init__(self, bucket: str, endpoint_url: str | None) -> None:
+    def __init__(
+        self, bucket: str, endpoint_url: str | None, *, is_impatient: bool = False
+    ) -> None:
         self.bucket = bucket
         self._endpoint_url = endpoint_url
         if endpoint_url is not None:
@@ -63,7 +68,7 @@ class S3Client:
         self.where = f"bucket {bucket} at {endpoint_url or 'the endpoint of AWS'}"
         with self.errors("connect to"):
             try:
-                self.boto3_client = _connect(endpoint_url)
+                self.boto3_client = _connect(endpoint_url, **_patience(is_impatient))
             except ValueError as error:  # boto3's error for a malformed endpoint
                 raise SourceUnavailable(f"cannot connect to {self.where}: {error}") from error
         found: str = self.boto3_client.meta.endpoint_url
@@ -77,7 +82,7 @@ class S3Client:
 
     def presigned_put_if_absent(self, key: str) -> str:
         """Make a URL for one PUT, with If-None-Match: *, of any body."""
-        signer: Any = _connect(self._endpoint_url, signature_version="s3v4")
+        signer: Any = _connect(self._endpoint_url, signature_version="s3v4", **_patience(False))
         request = {"Bucket": self.bucket, "Key": key, "IfNoneMatch": "*"}
         return str(signer.generate_presigned_url("put_object", Params=request, ExpiresIn=60))
 
@@ -103,12 +108,17 @@ class S3Client:
             raise self.error(doing, _reason(last)) from error
 
 
+def _patience(is_impatient: bool) -> dict[str, Any]:
+    timeout_s = min(IMPATIENT_TIMEOUT_S, READ_TIMEOUT_S) if is_impatient else READ_TIMEOUT_S
+    attempts = min(IMPATIENT_ATTEMPTS, MAX_ATTEMPTS) if is_impatient else MAX_ATTEMPTS
+    retries = {"mode": "standard", "total_max_attempts": attempts}
+    return {"read_timeout": timeout_s, "retries": retries}
+
+
 def _connect(endpoint_url: str | None, **more: Any) -> Any:
     config = Config(
         **more,
         connect_timeout=CONNECT_TIMEOUT_S,
-        read_timeout=READ_TIMEOUT_S,
-        retries={"mode": "standard", "total_max_attempts": MAX_ATTEMPTS},
         max_pool_connections=MAX_CONNECTIONS,
         s3={"addressing_style": "path" if endpoint_url else "auto"},
         # Not all servers support the newer checksums, and the manifests hold a SHA-256.

@@ -28,7 +28,13 @@ _log = logging.getLogger(__name__)
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,62}")
 
 
-def open_s3(root: str, endpoint_url: str | None = None, *, read_only: bool = False) -> "S3Store":
+def open_s3(
+    root: str,
+    endpoint_url: str | None = None,
+    *,
+    read_only: bool = False,
+    is_impatient: bool = False,
+) -> "S3Store":
     """Open the store at s3://bucket/prefix; without an endpoint, boto3 chooses one.
 
     Raises SourceUnavailable, also if the server does not honour conditional writes, which only a
@@ -49,7 +55,7 @@ def open_s3(root: str, endpoint_url: str | None = None, *, read_only: bool = Fal
         raise SourceUnavailable(
             f"root {root!r} must be s3://bucket or s3://bucket/prefix: {error}"
         ) from error
-    return S3Store(url.netloc, prefix, endpoint_url, read_only=read_only)
+    return S3Store(url.netloc, prefix, endpoint_url, read_only=read_only, is_impatient=is_impatient)
 
 
 class S3Store:
@@ -67,9 +73,10 @@ class S3Store:
         endpoint_url: str | None = None,
         *,
         read_only: bool = False,
+        is_impatient: bool = False,
     ) -> None:
         self._prefix = f"{check_key(prefix)}/" if prefix else ""
-        self._client = S3Client(bucket, endpoint_url)
+        self._client = S3Client(bucket, endpoint_url, is_impatient=is_impatient)
         if not read_only:
             self.check_writes()
 

@@ -78,7 +78,9 @@ class AdapterStore:
         self._objects = open_store(root, endpoint_url, read_only=read_only)
         self._blobs = Blobs(self._objects)
         self._cache = DiskCache(disk_path, disk_bytes)
-        self._registry = Registry(self._objects, wall_clock)
+        # A read of the log that hangs keeps names at what they meant, so it is given up early.
+        self._log_reader = open_store(root, endpoint_url, read_only=True, is_impatient=True)
+        self._registry = Registry(self._objects, wall_clock, self._log_reader)
         self._collector = Collector(self._objects, self._registry)
         self._scratch = disk_path / ".bases"
         self._interval_s = refresh_interval_s

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import wait
 from contextlib import closing
@@ -787,6 +788,46 @@ def test_a_server_that_hangs_stops_only_what_is_not_cached(
     reader._next_miss_s = 0.0
     with pytest.raises(AdapterNotFound):
         reader.resolve("public", "unheard-of")
+
+
+def test_a_name_changes_soon_after_a_read_of_the_log_has_hung(
+    root: Root,
+    swift: Swift,
+    base_folder: Path,
+    peft_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A connection that hangs for good must not hold back what could be read after it."""
+    is_hanging, is_over = threading.Event(), threading.Event()
+
+    def hang(request: Request, forward: Forward) -> Reply | None:
+        if not is_hanging.is_set():
+            return forward()
+        is_over.wait(60)
+        return None
+
+    writer = AdapterStore(root.url, tmp_path / "w", 2**30, endpoint_url=swift.endpoint_url)
+    base = writer.register_base(base_folder)
+    writer.publish(peft_folder, "public", "name", base)
+    second = changed(peft_folder, tmp_path / "second", {"lora_alpha": 3})
+    with Forwarder(swift.endpoint_url, hang) as forwarder:
+        url = forwarder.endpoint_url
+        reader = AdapterStore(root.url, tmp_path / "r", 2**30, endpoint_url=url, read_only=True)
+        is_hanging.set()
+        reader._next_refresh_s = 0.0
+        with monkeypatch.context() as patch:
+            patch.setattr(store_module, "PATIENCE_S", 0.5)
+            assert reader.resolve("public", "name").version == 1, "what was known"
+        is_hanging.clear()  # for new connections
+        writer.publish(second, "public", "name", base)
+        hung = reader._last_refresh
+        start_s = time.monotonic()
+        assert wait([hung], timeout=60).done
+        assert time.monotonic() - start_s < s3_client_module.READ_TIMEOUT_S / 2
+        reader._next_refresh_s = 0.0
+        assert reader.resolve("public", "name").version == 2
+        is_over.set()
 
 
 def test_a_download_that_is_cut_leaves_nothing_and_may_be_tried_again(

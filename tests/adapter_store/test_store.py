@@ -210,6 +210,7 @@ def test_resolving_a_known_name_needs_no_request(
 
     for method in ("list", "get", "get_many", "get_range", "size"):
         monkeypatch.setattr(store._objects, method, forbidden)
+        monkeypatch.setattr(store._log_reader, method, forbidden)
     assert {store.resolve("public", "sql") for _ in range(1000)} == {ref}
 
 
@@ -278,7 +279,7 @@ def test_known_names_resolve_while_the_store_is_down(
     def down(*_: object, **__: object) -> None:
         raise SourceUnavailable("no route to the store")
 
-    monkeypatch.setattr(reader._objects, "list", down)
+    monkeypatch.setattr(reader._log_reader, "list", down)
     clock.now_s += 10
     assert reader.resolve("public", "sql") == ref
     assert "no route to the store" in caplog.text
