@@ -104,9 +104,11 @@ class GrammarCompiler:
     # ==== the thread ====
 
     def _run(self) -> None:
-        while not self._is_closed:
+        while True:
             try:
-                with self._changed:
+                with self._changed:  # `close` sees every process that is started
+                    if self._is_closed:
+                        return None
                     link = self._link = self._start()
                 try:
                     link.wait_for_table()
@@ -125,7 +127,6 @@ class GrammarCompiler:
                     return self._refuse_all(Verdict(refusal, is_lasting=False))
                 with self._changed:
                     self._changed.wait_for(lambda: self._is_closed, RESTART_BACKOFF_S)
-        return None
 
     def _work(self, link: GrammarLink) -> None:
         """Compile until closed. Raises ChannelLost."""

@@ -477,6 +477,16 @@ def test_the_largest_seed_has_choices_after_it() -> None:
     assert seeds == [2**63 - 1, -(2**63)], "as the sampler counts: modulo 2**64"
 
 
+def test_a_request_with_a_grammar_takes_it_along_with_the_tokens_so_far() -> None:
+    """Elsewhere its matcher is told these tokens before it allows the next one."""
+    resumable = ResumableRequest(submit(n=2, ignore_eos=False, grammar="g"), lambda item: None)
+    attempt = resumable.first_attempt()
+    resumable.take_tokens(attempt, ("r", 1, [9, 8]))
+    rests = [rest.submit.request for rest in resumable.next_attempts(attempt, 1, ())]
+    assert [rest.sampling.grammar for rest in rests] == ["g", "g"]
+    assert [rest.output_token_ids for rest in rests] == [[], [9, 8]]
+
+
 def test_nothing_is_delivered_after_a_choice_has_ended() -> None:
     heard: list[Item] = []
     resumable = ResumableRequest(submit(), heard.append)
