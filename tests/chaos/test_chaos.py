@@ -18,8 +18,9 @@ def test_a_case_is_the_same_each_time_and_unlike_its_neighbours() -> None:
 
 
 def test_the_cases_hold_every_kind_of_change() -> None:
-    found = Counter(c for number in range(3000) for c in grammar(False).case(0, number).changes)
-    assert len(found) > 25 and min(found.values()) > 5
+    made = grammar(False)
+    found = Counter(c for number in range(1000) for c in made.case(0, number).changes)
+    assert len(found) > 25 and min(found.values()) > 1
 
 
 CASE = Case(0, "POST", b"/v1/completions", (), b"")

@@ -470,7 +470,7 @@ def test_a_real_engine_that_is_stopped_is_noticed_and_started_again(
     async def scenario() -> None:
         client = EngineClient(config, scene.on_frame)
         await client.start()
-        client.submit(GenerateRequest("stuck", [5], greedy(200)))
+        client.submit(GenerateRequest("stuck", [5], greedy(250)))
         await until(lambda: scene.num_tokens("stuck") > 2)
         assert client.pid is not None
         first = client.pid
