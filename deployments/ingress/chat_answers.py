@@ -41,6 +41,14 @@ class ChatAnswers:
                 "tool_choice",
                 "unsupported_field",
             )
+        if request.callable_tools and request.constraint is not None:
+            path = request.constraint.path
+            raise invalid(
+                f"{path}: not allowed together with tools, which it would rule out: send "
+                "tool_choice 'none' where the answer must match.",
+                path,
+                "unsupported_field",
+            )
 
     def messages(self) -> list[dict[str, Any]]:
         fills_content = self.syntax.style.fills_content
@@ -83,8 +91,13 @@ class ChatAnswers:
         head: ReplyHead,
         new_id: Callable[[], str],
     ) -> tuple[MakeChoice, ChatReply] | None:
-        """Make what parses answers to a prompt, whose text this is. None if they are text alone."""
+        """Make what parses answers to a prompt, whose text this is. None if they are text alone.
+
+        So is an answer that must match a grammar: it has no reasoning and no calls.
+        """
         request, syntax = self.request, self.syntax
+        if request.constraint is not None:
+            return None
         make_parser = self._parser_maker(text)
         if make_parser is None:
             return None

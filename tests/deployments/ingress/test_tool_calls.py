@@ -507,6 +507,32 @@ def test_a_prompt_may_open_the_reasoning(stream: bool) -> None:
     in_server(test, saying("Hm, and so.</think>Yes."), template)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_of_a_schema_is_content_where_the_prompt_opens_the_reasoning(
+    stream: bool,
+) -> None:
+    template = template_of("hermes") + "{% if add_generation_prompt %}<think>\n{% endif %}</think>"
+    template = template.replace("</think>", "{# </think> #}")
+
+    async def test(server: Server) -> None:
+        fields = {"tools": [], "response_format": {"type": "json_object"}, "stream": stream}
+        message = message_of(await ask(server, **fields))
+        assert message["content"] == "{}" and not message.get("reasoning_content")
+
+    in_server(test, saying("{}"), template)
+
+
+def test_what_an_answer_must_match_and_tools_exclude_each_other() -> None:
+    async def test(server: Server) -> None:
+        wanted = {"response_format": {"type": "json_object"}}
+        answer = await ask(server, **wanted)
+        assert answer.status == 400 and answer.json["error"]["param"] == "response_format"
+        assert "not allowed together with tools" in answer.json["error"]["message"]
+        assert (await ask(server, **wanted, tool_choice="none")).status == 200
+
+    in_server(test, saying("{}"))
+
+
 def test_reasoning_is_accepted_back() -> None:
     template = THINKS + template_of("hermes").replace(
         "<|assistant|>\n", "<|assistant|>{{ m.reasoning_content or '' }}|{{ m.thinking or '' }}|", 1
