@@ -59,6 +59,7 @@ def test_during_an_outage_local_adapters_keep_serving_and_others_are_503(
             with monkeypatch.context() as outage:
                 for name in OPERATIONS:
                     outage.setattr(store._objects, name, refuse)
+                    outage.setattr(store._log_reader, name, refuse)
                 for model in ("base", "here", "mine", "mine@1", "public/here", "base:here"):
                     assert (await post(server, model))[0] == 200, model
                 for model in ("away", "acme/away@1", "never-heard-of"):
