@@ -93,4 +93,4 @@ def test_the_longest_schemas_cost_little() -> None:
         assert len(json.dumps(schema)) < 2**18
         began = time.thread_time()
         assert find_fault(schema) is None
-        assert time.thread_time() - began < 3, "quadratic work would take minutes"
+        assert time.thread_time() - began < 3, "0.64 s were seen on a slow host"
