@@ -6,6 +6,7 @@ is accepted and ignored; an unknown one is refused by name. Knows nothing of tex
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import cached_property
 from typing import Annotated, Any, Literal, cast
 
 from pydantic import Field, model_validator
@@ -106,7 +107,7 @@ class OpenAIRequest(Model):
             raise ValueError(f"ignore_eos: not allowed together with {self.constraint.path}")
         return self
 
-    @property
+    @cached_property
     def constraint(self) -> Constraint | None:
         """What the answer must match. Raises ValueError."""
         return read_constraint(

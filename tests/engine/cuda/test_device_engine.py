@@ -90,27 +90,33 @@ def on_device(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> MakeEngine:
     def make(uses_graphs: bool = True, **changes: int) -> Engine:
         seqs, tokens = changes.get("max_num_seqs", 16), changes.get("max_num_batched_tokens", 64)
         limits = StepLimits(seqs, tokens, 128, changes.get("block_size", 4))
-
-        def runner(
-            forward: TorchForward, host_adapter: Callable[[str], PackedAdapter]
-        ) -> DeviceRunner:
-            return make_plain(
-                forward._decoder,
-                host_adapter,
-                uses_graphs=uses_graphs,
-                device=LateCopies(),
-                limits=limits,
-                arena_bytes=changes.get("memory_bytes", 2**22),
-            )
-
-        with monkeypatch.context() as patch:
-            patch.setattr("engine.backends.torch.load.SyncRunner", runner)
-            patch.setattr("tests.engine.support.driver.Engine", DeviceEngine)
-            return make_engine(
-                tiny.folder, **{"memory_bytes": 2**22, "max_model_len": 128, **changes}
-            )
+        settings = {"memory_bytes": 2**22, "max_model_len": 128, **changes}
+        with late_device(monkeypatch, limits, settings["memory_bytes"], uses_graphs):
+            return make_engine(tiny.folder, **settings)
 
     return make
+
+
+@contextmanager
+def late_device(
+    monkeypatch: pytest.MonkeyPatch, limits: StepLimits, arena_bytes: int, uses_graphs: bool
+) -> Iterator[None]:
+    """Let engines that are made in the block run on a DeviceRunner with late copies."""
+
+    def runner(forward: TorchForward, host_adapter: Callable[[str], PackedAdapter]) -> DeviceRunner:
+        return make_plain(
+            forward._decoder,
+            host_adapter,
+            uses_graphs=uses_graphs,
+            device=LateCopies(),
+            limits=limits,
+            arena_bytes=arena_bytes,
+        )
+
+    with monkeypatch.context() as patch:
+        patch.setattr("engine.backends.torch.load.SyncRunner", runner)
+        patch.setattr("tests.engine.support.driver.Engine", DeviceEngine)
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -5,17 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from engine.backends.cuda.adapter_copies import PackedAdapter
 from engine.backends.cuda.forward import StepLimits
-from engine.backends.cuda.runner import DeviceRunner
-from engine.backends.torch.forward import TorchForward
 from engine.engine import Engine
 from engine.messages import AdapterFolder
-from tests.engine.cuda.test_device_engine import DeviceEngine, LateCopies
+from tests.engine.cuda.test_device_engine import late_device
 from tests.engine.grammar.test_grammar_engine import mixed
 from tests.engine.support.driver import make_engine, texts, write_mixed_adapters
 from tests.engine.support.grammars import run_all
-from tests.engine.support.plain_device import make_plain
 
 MAX_MODEL_LEN = 512
 
@@ -28,21 +24,8 @@ def adapters(byte_folder: Path, tmp_path: Path) -> list[AdapterFolder]:
 @pytest.fixture
 def on_device(byte_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], Engine]:
     def make(uses_graphs: bool) -> Engine:
-        def runner(
-            forward: TorchForward, host_adapter: Callable[[str], PackedAdapter]
-        ) -> DeviceRunner:
-            return make_plain(
-                forward._decoder,
-                host_adapter,
-                uses_graphs=uses_graphs,
-                device=LateCopies(),
-                limits=StepLimits(16, 64, MAX_MODEL_LEN, 4),
-                arena_bytes=2**23,
-            )
-
-        with monkeypatch.context() as patch:
-            patch.setattr("engine.backends.torch.load.SyncRunner", runner)
-            patch.setattr("tests.engine.support.driver.Engine", DeviceEngine)
+        limits = StepLimits(16, 64, MAX_MODEL_LEN, 4)
+        with late_device(monkeypatch, limits, 2**23, uses_graphs):
             return make_engine(byte_folder, memory_bytes=2**23, max_model_len=MAX_MODEL_LEN)
 
     return make
