@@ -9,18 +9,16 @@ the same number of tokens. Its grammar is compiled by the warm-up.
 import argparse
 import signal
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from tests.bench.environment import append_row, header, median_and_range
-from tests.bench.load import Summary
+from tests.bench.environment import append_row, comparison, header, in_turns, median_and_range
 from tests.bench.models import SHAPES, make_adapters, make_model
-from tests.bench.server import MODEL, publish, serving, write_config
-from tests.bench.serving_bench import MIB, Served, serve
-from tests.bench.workload import TRAFFIC, Job, Workload, lengths
+from tests.bench.server import MODEL, engine_settings, publish, serving, write_config
+from tests.bench.serving_bench import Served, serve, workload_of
+from tests.bench.workload import TRAFFIC, Job, lengths
 
 RECORD = {
     "type": "object",
@@ -36,20 +34,21 @@ RECORD = {
 SCHEMA = {"type": "array", "items": RECORD, "minItems": 500}
 STRUCTURED: dict[str, Any] = {"ignore_eos": False, "structured_outputs": {"json": SCHEMA}}
 
+# name, digits of a median, function that reads it
+FIGURES: tuple[tuple[str, int, Callable[[Served], float]], ...] = (
+    ("tokens/s", 1, lambda served: served.summary.tokens_per_s),
+    ("TTFT p50 ms", 2, lambda served: 1e3 * served.summary.ttft_p50_s),
+    ("TPOT p50 ms", 2, lambda served: 1e3 * served.summary.tpot_p50_s),
+    ("ITL p99 ms", 2, lambda served: 1e3 * served.summary.itl_p99_s),
+)
+
 
 def main() -> int:
     options = _parse()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # the server must end too
     shape = SHAPES[options.shape]
     source, folders = make_model(shape), make_adapters(shape, options.adapters)
-    engine = {
-        "device": "auto",
-        "max_num_seqs": options.concurrency,
-        "max_model_len": 2048,
-        "memory_bytes": options.memory_mib * MIB,
-        "enable_prefix_caching": False,  # rounds repeat their prompts
-        "num_threads": torch.get_num_threads(),
-    }
+    engine = engine_settings(options.concurrency, options.memory_mib)
     with tempfile.TemporaryDirectory(prefix="bench-") as scratch:
         config = write_config(Path(scratch), source, engine)
         names = [MODEL, *publish(Path(scratch), source, folders)]
@@ -63,62 +62,37 @@ def measure(
     options: argparse.Namespace, url: str, pid: int, names: Sequence[str]
 ) -> list[tuple[Served, Served]]:
     """Run both kinds in turns; return pairs of (plain, structured)."""
-    jobs = _workload(options).jobs()
+    jobs = workload_of(options).jobs()
     short = [Job(job.prompt_token_ids, 2, job.adapter) for job in jobs]
+
+    def run(jobs: Sequence[Job], clients: int, more: Mapping[str, Any]) -> Served:
+        return serve(url, pid, names, jobs, clients, more=more)
+
     for more in ({}, STRUCTURED):
-        serve(url, pid, names, short, 8, more=more)
-    rounds: list[tuple[Served, Served]] = []
-    for number in range(options.rounds):
-        kinds = [{}, STRUCTURED] if number % 2 else [STRUCTURED, {}]
-        served = [serve(url, pid, names, jobs, options.concurrency, more=more) for more in kinds]
-        plain, structured = served if number % 2 else reversed(served)
-        rounds.append((plain, structured))
-    return rounds
+        run(short, 8, more)
+    plain, structured = (partial(run, jobs, options.concurrency, m) for m in ({}, STRUCTURED))
+    return [in_turns(number, plain, structured) for number in range(options.rounds)]
 
 
 # ==== rows ====
 
 
-def _workload(options: argparse.Namespace) -> Workload:
-    return Workload(
-        options.traffic,
-        options.requests,
-        options.adapters,
-        options.prompt,
-        options.output,
-        SHAPES[options.shape].vocab_size,
-        options.seed,
-    )
-
-
 def _conditions(options: argparse.Namespace) -> str:
     return (
-        f"{header(options.seed)} | grammar | {options.shape} | {options.traffic}, "
-        f"{options.concurrency} clients, {options.requests} requests, prompt {options.prompt}, "
-        f"output {options.output}, {options.adapters} adapters, {options.rounds} rounds"
+        f"{header(options.seed)} | grammar, A plain, B structured | {options.shape} | "
+        f"{options.traffic}, {options.concurrency} clients, {options.requests} requests, "
+        f"prompt {options.prompt}, output {options.output}, {options.adapters} adapters, "
+        f"{options.rounds} rounds"
     )
 
 
 def _row(rounds: Sequence[tuple[Served, Served]]) -> str:
-    pairs = [(plain.summary, structured.summary) for plain, structured in rounds]
-    parts = [
-        _compared("tokens/s", "tokens_per_s", pairs, 1.0),
-        _compared("TTFT p50 ms", "ttft_p50_s", pairs, 1e3),
-        _compared("TPOT p50 ms", "tpot_p50_s", pairs, 1e3),
-        _compared("ITL p99 ms", "itl_p99_s", pairs, 1e3),
+    figures = [
+        f"{name} {comparison([(read(a), read(b)) for a, b in rounds], digits)}"
+        for name, digits, read in FIGURES
     ]
     others = median_and_range([each.others for pair in rounds for each in pair], 2)
-    return " | ".join([*parts, f"others {others} cores"])
-
-
-def _compared(label: str, name: str, pairs: Sequence[tuple[Summary, Summary]], scale: float) -> str:
-    plain = [scale * getattr(a, name) for a, _ in pairs]
-    structured = [scale * getattr(b, name) for _, b in pairs]
-    ratios = [b / a for a, b in zip(plain, structured, strict=True)]
-    return (
-        f"{label} plain {median_and_range(plain)}, structured {median_and_range(structured)}, "
-        f"ratio {median_and_range(ratios, 3)}"
-    )
+    return " | ".join([*figures, f"others {others} cores"])
 
 
 def _parse() -> argparse.Namespace:

@@ -17,8 +17,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import torch
-
 from tests.bench.environment import (
     append_row,
     commit,
@@ -32,12 +30,13 @@ from tests.bench.server import (
     GROUPS,
     MODEL,
     command_of_make,
+    engine_settings,
     groups_of_processes,
     publish,
     serving,
     write_config,
 )
-from tests.bench.serving_bench import MIB, Served, serve
+from tests.bench.serving_bench import Served, serve
 from tests.bench.workload import TRAFFIC, Job, Workload, lengths
 
 # name, digits of a median, function that reads it
@@ -99,14 +98,7 @@ def main() -> int:
 def _sides(options: argparse.Namespace, scratch: Path) -> tuple[Side, Side]:
     shape = SHAPES[options.shape]
     source, folders = make_model(shape), make_adapters(shape, options.adapters)
-    engine = {
-        "device": "auto",
-        "max_num_seqs": max(options.clients),
-        "max_model_len": 2048,
-        "memory_bytes": options.memory_mib * MIB,
-        "enable_prefix_caching": False,  # rounds repeat their prompts
-        "num_threads": torch.get_num_threads(),
-    }
+    engine = engine_settings(max(options.clients), options.memory_mib)
 
     def side(name: str, checkout: Path, command: str | None) -> Side:
         folder = scratch / name

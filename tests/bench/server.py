@@ -15,15 +15,30 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from adapter_store.store import AdapterStore
 from tests.bench.environment import ROOT
 
 MODEL = "bench"
 TENANT = "public"
 SERVE = f"{sys.executable} -m reef serve --config {{config}} --port {{port}}"
+MIB = 2**20
 START_TIMEOUT_S = 300.0
 END_TIMEOUT_S = 60.0
 GROUPS = ("engine", "replica", "ingress", "haproxy", "ray")
+
+
+def engine_settings(max_num_seqs: int, memory_mib: int) -> dict[str, Any]:
+    """Return the settings of an engine that is measured."""
+    return {
+        "device": "auto",
+        "max_num_seqs": max_num_seqs,
+        "max_model_len": 2048,
+        "memory_bytes": memory_mib * MIB,
+        "enable_prefix_caching": False,  # rounds repeat their prompts
+        "num_threads": torch.get_num_threads(),
+    }
 
 
 def write_config(scratch: Path, source: Path, engine: dict[str, Any], replicas: int = 1) -> Path:

@@ -18,8 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from engine.config import EngineConfig
 from tests.bench.engine_driver import Run, ThroughProcess
 from tests.bench.environment import (
@@ -34,14 +32,13 @@ from tests.bench.models import SHAPES, make_adapters, make_model
 from tests.bench.server import (
     GROUPS,
     MODEL,
+    engine_settings,
     groups_of_processes,
     publish,
     serving,
     write_config,
 )
 from tests.bench.workload import TRAFFIC, Job, Workload, lengths
-
-MIB = 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,14 +53,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # the server must end too
     shape = SHAPES[options.shape]
     source, folders = make_model(shape), make_adapters(shape, options.adapters)
-    engine = {
-        "device": "auto",
-        "max_num_seqs": max(options.concurrency),
-        "max_model_len": 2048,
-        "memory_bytes": options.memory_mib * MIB,
-        "enable_prefix_caching": False,  # rounds repeat their prompts
-        "num_threads": torch.get_num_threads(),
-    }
+    engine = engine_settings(max(options.concurrency), options.memory_mib)
     with tempfile.TemporaryDirectory(prefix="bench-") as scratch:
         config = write_config(Path(scratch), source, engine, options.replicas)
         names = [MODEL, *publish(Path(scratch), source, folders)]
@@ -82,7 +72,7 @@ def main() -> int:
 def measure(
     options: argparse.Namespace, url: str, pid: int, names: Sequence[str], own: ThroughProcess
 ) -> dict[int, list[tuple[Served, Run]]]:
-    jobs = _workload(options).jobs()
+    jobs = workload_of(options).jobs()
     short = [Job(job.prompt_token_ids, 2, job.adapter) for job in jobs]
     serve(url, pid, names, short, 8)  # warm up: fetch and read the adapters, touch the memory
     own.run([short], 8)
@@ -126,7 +116,8 @@ def serve(
 # ==== rows ====
 
 
-def _workload(options: argparse.Namespace) -> Workload:
+def workload_of(options: argparse.Namespace) -> Workload:
+    """Return the requests that a benchmark's options ask for."""
     return Workload(
         options.traffic,
         options.requests,
