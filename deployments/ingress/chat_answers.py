@@ -5,8 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from deployments.ingress.api.openai import ChatCompletionRequest
-from deployments.ingress.api.openai_replies import ChatReply, ReplyHead
-from deployments.ingress.api.parsed_chat_reply import ParsedChatReply
 from deployments.ingress.choice import Choice
 from deployments.ingress.http_errors import ApiError, invalid
 from deployments.ingress.parsed_choice import ParsedChoice
@@ -83,14 +81,9 @@ class ChatAnswers:
             yield message.content or ""
             yield from message.arguments
 
-    def parsed(
-        self,
-        text: str,
-        vocabulary: Vocabulary,
-        prompt: list[int],
-        head: ReplyHead,
-        new_id: Callable[[], str],
-    ) -> tuple[MakeChoice, ChatReply] | None:
+    def choice_maker(
+        self, text: str, vocabulary: Vocabulary, prompt: list[int]
+    ) -> MakeChoice | None:
         """Make what parses answers to a prompt, whose text this is. None if they are text alone.
 
         So is an answer that must match a grammar: it has no reasoning and no calls.
@@ -113,10 +106,7 @@ class ChatAnswers:
                 request.min_tokens or 0,
             )
 
-        new_call_id = self._call_id_maker(new_id)
-        shows = request.include_reasoning is not False
-        n = request.num_choices
-        return make_choice, ParsedChatReply(head, vocabulary, [prompt], n, new_call_id, shows)
+        return make_choice
 
     def _parser_maker(self, prompt: str) -> Callable[[], Parser] | None:
         request, syntax = self.request, self.syntax
@@ -129,7 +119,7 @@ class ChatAnswers:
         one_call = request.parallel_tool_calls is False
         return lambda: syntax.parser(schemas, is_inside, one_call)
 
-    def _call_id_maker(self, new_id: Callable[[], str]) -> Callable[[], str]:
+    def call_id_maker(self, new_id: Callable[[], str]) -> Callable[[], str]:
         """Choose how calls are named, such that the template takes the names back."""
         if self.syntax.style.has_short_ids:
             return lambda: new_id()[:SHORT_ID].rjust(SHORT_ID, "0")

@@ -13,9 +13,10 @@ from deployments.fleet.ray_connection import RayConnection
 from deployments.ingress.adapter_templates import AdapterTemplates
 from deployments.ingress.asgi import Api
 from deployments.ingress.browser_guard import BrowserGuard
+from deployments.ingress.ingress import Ingress
 from deployments.ingress.metrics import Metrics
 from deployments.ingress.model_resolver import Models, ServedModel
-from deployments.ingress.routes import Ingress, build_api
+from deployments.ingress.routes import build_api
 from deployments.ingress.tenant_limiter import TenantLimiter
 from deployments.loopback_grpc import keep_grpc_on_loopback
 from deployments.serve_logging import log_to_serves_file

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from deployments.fleet.protocol import Submit
-from deployments.ingress.api.openai_replies import DONE, Reply, Usage
+from deployments.ingress.api.openai_replies import Reply, Usage
 from deployments.ingress.choice import Choice
 from deployments.ingress.http_errors import from_engine
 from deployments.ingress.metrics import Gaps, Metrics
@@ -222,8 +222,7 @@ class Generation:
             if choice.finish_reason is not None:
                 chunks.append(reply.closing(choice))
         if not self.is_open:
-            chunks.append(reply.usage(self.usage()) if self._plan.include_usage else b"")
-            chunks.append(DONE)
+            chunks.append(reply.ending(self.usage() if self._plan.include_usage else None))
         events = chunks[0] if len(chunks) == 1 else b"".join(chunks)
         if events:
             self._written_s = self._read_s

@@ -16,13 +16,14 @@ from deployments.ingress.api.openai import (
     OpenAIRequest,
 )
 from deployments.ingress.api.openai_fields import short
-from deployments.ingress.api.openai_replies import ChatReply, CompletionReply, ReplyHead
+from deployments.ingress.api.openai_replies import ReplyHead
 from deployments.ingress.chat_answers import ChatAnswers, MakeChoice
 from deployments.ingress.choice import Choice, TokenEntry
 from deployments.ingress.generation import Plan
 from deployments.ingress.http_errors import invalid, too_many_answers
 from deployments.ingress.model_resolver import Target
 from deployments.ingress.prompt_texts import check_length, encode_texts, prompt_too_long
+from deployments.ingress.reply_form import OPENAI_CHAT, OPENAI_COMPLETION, ReplyForm, ReplyParts
 from deployments.ingress.structured.constraint import Grammar
 from deployments.ingress.structured.plan import grammar_headers, plan_grammar
 from deployments.text.chat_template import TemplateRefused
@@ -46,6 +47,7 @@ async def plan_chat(
     split_special_tokens: bool = False,
     own_template: ChatRenderer | None = None,
     is_lenient: bool = False,
+    form: ReplyForm = OPENAI_CHAT,
 ) -> Plan:
     """Plan a chat with the base's template, or with `own_template`, the adapter's."""
     vocabulary = target.model.vocabulary
@@ -60,22 +62,27 @@ async def plan_chat(
     add_special = request.add_special_tokens is True
     [prompt] = await encode_texts(vocabulary, {"messages": pieces}, add_special, info.max_model_len)
     grammar = await plan_grammar(request.constraint, is_lenient)
-    head = _head(request, f"chatcmpl-{origin.new_id()}", origin)
+    head = _head(request, form.id_prefix + origin.new_id(), origin)
     submits = _submits(
         request, target, info, [prompt], ["messages"], head.reply_id, origin, grammar
     )
-    parsed = answers.parsed("".join(pieces), vocabulary, prompt, head, origin.new_id)
-    make_choice, reply = parsed or (
-        _choice_maker(request, vocabulary, [prompt], [""], False),
-        ChatReply(head, vocabulary, [prompt], request.num_choices),
+    parsed = answers.choice_maker("".join(pieces), vocabulary, prompt)
+    parts = ReplyParts(
+        head,
+        vocabulary,
+        [prompt],
+        request.num_choices,
+        answers.call_id_maker(origin.new_id),
+        is_parsed=parsed is not None,
+        shows_reasoning=request.include_reasoning is not False,
     )
     return Plan(
         request.model,
         target,
         submits,
         request.num_choices,
-        make_choice,
-        reply,
+        parsed or _choice_maker(request, vocabulary, [prompt], [""], False),
+        form.make(parts),
         request.include_usage,
         headers=grammar_headers(grammar),
     )
@@ -105,7 +112,11 @@ async def _chat_pieces(
 
 
 async def plan_completion(
-    request: CompletionRequest, target: Target, origin: Origin, is_lenient: bool = False
+    request: CompletionRequest,
+    target: Target,
+    origin: Origin,
+    is_lenient: bool = False,
+    form: ReplyForm = OPENAI_COMPLETION,
 ) -> Plan:
     vocabulary = target.model.vocabulary
     info = _engine_info(target)
@@ -113,7 +124,7 @@ async def plan_completion(
     paths = ["prompt" if one else f"prompt[{at}]" for at in range(len(request.prompt))]
     prompts = await _prompts(request, paths, vocabulary, info)
     grammar = await plan_grammar(request.constraint, is_lenient)
-    head = _head(request, f"cmpl-{origin.new_id()}", origin)
+    head = _head(request, form.id_prefix + origin.new_id(), origin)
     submits = _submits(request, target, info, prompts, paths, head.reply_id, origin, grammar)
     openings = [""] * len(prompts)
     if request.echo:
@@ -125,7 +136,7 @@ async def plan_completion(
         submits,
         request.num_choices,
         _choice_maker(request, vocabulary, prompts, openings, bool(request.echo)),
-        CompletionReply(head, vocabulary, prompts, request.num_choices),
+        form.make(ReplyParts(head, vocabulary, prompts, request.num_choices, origin.new_id)),
         request.include_usage,
         is_prompt_only=request.max_tokens == 0,
         headers=grammar_headers(grammar),

@@ -4,12 +4,12 @@ Starlette's own streaming costs a task group and several awaits per chunk; this 
 """
 
 import asyncio
-from collections.abc import Mapping
 from typing import cast
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from deployments.ingress.error_form import OPENAI_ERRORS, ErrorForm
 from deployments.ingress.generation import Generation, Plan
 from deployments.ingress.http_errors import ApiError, as_api_error
 from deployments.ingress.metrics import Metrics
@@ -25,8 +25,8 @@ _EVENT_STREAM = (
 
 
 class ErrorResponse(Response):
-    def __init__(self, error: ApiError) -> None:
-        super().__init__(error.body(), error.status, error.headers(), "application/json")
+    def __init__(self, error: ApiError, form: ErrorForm = OPENAI_ERRORS) -> None:
+        super().__init__(form.body(error), form.status(error), error.headers(), "application/json")
 
 
 class GenerationResponse(Response):
@@ -37,9 +37,16 @@ class GenerationResponse(Response):
     """
 
     def __init__(
-        self, plan: Plan, stream: bool, metrics: Metrics, route: str, keep_alive_s: float = 0.0
+        self,
+        plan: Plan,
+        stream: bool,
+        metrics: Metrics,
+        route: str,
+        keep_alive_s: float = 0.0,
+        errors: ErrorForm = OPENAI_ERRORS,
     ) -> None:
         super().__init__()
+        self._errors = errors
         self._keep_alive_s = keep_alive_s
         self._plan = plan
         self._stream = stream
@@ -80,7 +87,7 @@ class GenerationResponse(Response):
                 if self._stream:
                     with KeepAlive(generation, self._keep_alive_s) as keep_alive:
                         await generation.start()
-                        return await _send_events(generation, keep_alive, send, self._plan.headers)
+                        return await self._send_events(generation, keep_alive, send)
                 await generation.start()
                 response = Response(
                     await generation.whole(), 200, self._plan.headers, "application/json"
@@ -88,9 +95,31 @@ class GenerationResponse(Response):
             finally:
                 generation.close()
         except Exception as error:
-            response = ErrorResponse(as_api_error(error, "a generation"))
+            response = ErrorResponse(as_api_error(error, "a generation"), self._errors)
         await response(scope, receive, send)
         return response.status_code
+
+    async def _send_events(
+        self, generation: Generation, keep_alive: "KeepAlive", send: Send
+    ) -> int:
+        """Send an event stream. An error in it is its last event, in place of the usual one."""
+        status = 200
+        # A list of its own: middleware appends to it.
+        more = ((name.encode(), value.encode()) for name, value in self._plan.headers.items())
+        headers = [*_EVENT_STREAM, *more]
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+        try:
+            events = generation.first_events() or keep_alive.take()
+            while generation.is_open:
+                if events:
+                    await send({"type": "http.response.body", "body": events, "more_body": True})
+                events = await generation.next_events() or keep_alive.take()
+        except Exception as error:
+            failure = as_api_error(error, "a generation")
+            status = self._errors.status(failure)
+            events = self._errors.event(failure)
+        await send({"type": "http.response.body", "body": events, "more_body": False})
+        return status
 
 
 class KeepAlive:
@@ -128,29 +157,6 @@ class KeepAlive:
         if self._is_due:
             self._generation.wake()
         self._wait(rest_s)
-
-
-async def _send_events(
-    generation: Generation, keep_alive: KeepAlive, send: Send, more_headers: Mapping[str, str]
-) -> int:
-    """Send an event stream. An error in it is its last event, instead of [DONE]."""
-    status = 200
-    # A list of its own: middleware appends to it.
-    more = ((name.encode(), value.encode()) for name, value in more_headers.items())
-    headers = [*_EVENT_STREAM, *more]
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    try:
-        events = generation.first_events() or keep_alive.take()
-        while generation.is_open:
-            if events:
-                await send({"type": "http.response.body", "body": events, "more_body": True})
-            events = await generation.next_events() or keep_alive.take()
-    except Exception as error:
-        failure = as_api_error(error, "a generation")
-        status = failure.status
-        events = b"data: " + failure.body() + b"\n\n"
-    await send({"type": "http.response.body", "body": events, "more_body": False})
-    return status
 
 
 async def _disconnect(receive: Receive) -> None:

@@ -95,8 +95,11 @@ class Reply:
         document["stop_reason"] = choice.stop_reason
         return self._chunk(document, len(choice.token_ids))
 
-    def usage(self, usage: Usage) -> bytes:
-        return event({**self._chunk_head, "choices": [], "usage": usage.document()})
+    def ending(self, usage: Usage | None) -> bytes:
+        """Write what follows the last choice, with the usage if it was asked for."""
+        if usage is None:
+            return DONE
+        return event({**self._chunk_head, "choices": [], "usage": usage.document()}) + DONE
 
     def whole(self, choices: Sequence[Choice], texts: Sequence[str], usage: Usage) -> bytes:
         documents = [self._whole_choice(c, t) for c, t in zip(choices, texts, strict=True)]

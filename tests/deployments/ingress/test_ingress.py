@@ -11,7 +11,7 @@ import pytest
 from tokenizers import processors
 
 from deployments.config_sections import IngressSection
-from deployments.ingress import prompt_texts, routes
+from deployments.ingress import endpoint, prompt_texts
 from deployments.text.vocabulary import Vocabulary
 from engine.messages import ErrorKind, GenerateRequest, RequestError, RequestOutput
 from engine.scheduler.request import SamplingDefaults
@@ -610,7 +610,7 @@ class Dawdler(Client):
 
 
 def test_a_body_that_does_not_arrive_is_408(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(routes, "BODY_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(endpoint, "BODY_TIMEOUT_S", 0.05)
 
     async def test(server: Server) -> None:
         client = Dawdler(server.api, "POST", COMPLETIONS, b"{")

@@ -21,9 +21,10 @@ from deployments.fleet.protocol import Hello
 from deployments.ingress import model_resolver
 from deployments.ingress.adapter_templates import AdapterTemplates
 from deployments.ingress.http_errors import ApiError
+from deployments.ingress.ingress import Ingress
 from deployments.ingress.metrics import Metrics
 from deployments.ingress.model_resolver import ListedAdapter, Models, ServedModel, Target
-from deployments.ingress.routes import Ingress, build_api
+from deployments.ingress.routes import build_api
 from deployments.ingress.tenant_limiter import TenantLimiter
 from deployments.tenants.tenant import Tenant
 from deployments.tenants.tenants import Everybody

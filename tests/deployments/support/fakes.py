@@ -24,10 +24,11 @@ from deployments.fleet.engine_link import EngineLink
 from deployments.fleet.timing import Timing
 from deployments.ingress.adapter_templates import AdapterTemplates
 from deployments.ingress.asgi import Api
+from deployments.ingress.ingress import Ingress
 from deployments.ingress.metrics import Metrics
 from deployments.ingress.model_resolver import Models, ServedModel
 from deployments.ingress.planning import Origin
-from deployments.ingress.routes import Ingress, build_api
+from deployments.ingress.routes import build_api
 from deployments.ingress.tenant_limiter import TenantLimiter
 from deployments.replica.replica import EngineReplica, ReplicaSettings
 from deployments.tenants.tenants import Everybody, Tenants

@@ -1,0 +1,66 @@
+"""Endpoint: one route as an ASGI application."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from contextlib import ExitStack
+
+from starlette.requests import ClientDisconnect
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from deployments.ingress.error_form import OPENAI_ERRORS, ErrorForm
+from deployments.ingress.http_errors import ApiError, as_api_error, body_too_large, body_too_slow
+from deployments.ingress.metrics import Metrics
+from deployments.ingress.streaming import CLIENT_GONE, ErrorResponse, GenerationResponse
+
+Handler = Callable[[HttpRequest, ExitStack], Awaitable[Response]]
+BODY_TIMEOUT_S = 60.0
+
+
+class Endpoint:
+    """Errors become answers, and every answer is counted under the path.
+
+    What a handler enters into `held` is exited once the answer is sent or the client is gone.
+    """
+
+    def __init__(
+        self, path: str, handler: Handler, metrics: Metrics, errors: ErrorForm = OPENAI_ERRORS
+    ) -> None:
+        self._path = path
+        self._handler = handler
+        self._metrics = metrics
+        self._errors = errors
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with ExitStack() as held:
+            response = await self._respond(HttpRequest(scope, receive), held)
+            await response(scope, receive, send)
+
+    async def _respond(self, http_request: HttpRequest, held: ExitStack) -> Response:
+        try:
+            response = await self._handler(http_request, held)
+        except ClientDisconnect:
+            gone = ApiError(CLIENT_GONE, "The client went away.")
+            response = ErrorResponse(gone, self._errors)
+        except Exception as error:
+            response = ErrorResponse(as_api_error(error, self._path), self._errors)
+        if not isinstance(response, GenerationResponse):  # that one counts itself, at its end
+            self._metrics.count_answer(self._path, response.status_code)
+        return response
+
+
+async def read_body(http_request: HttpRequest, max_bytes: int) -> bytes:
+    """Read the body. Stops at the limits, whatever length the client announced."""
+    chunks: list[bytes] = []
+    num_bytes = 0
+    try:
+        async with asyncio.timeout(BODY_TIMEOUT_S):
+            async for chunk in http_request.stream():
+                num_bytes += len(chunk)
+                if num_bytes > max_bytes:
+                    raise body_too_large(max_bytes)
+                chunks.append(chunk)
+    except TimeoutError:
+        raise body_too_slow(BODY_TIMEOUT_S) from None
+    return b"".join(chunks)

@@ -1,0 +1,138 @@
+"""Ingress: what the routes of one ingress replica work with, whichever API they belong to.
+
+Every surface hands its requests to `answer_chat` or `answer_completion`, so limits, names and plans
+are the same for all. No Ray here.
+"""
+
+import secrets
+import time
+from collections.abc import Awaitable, Callable, Generator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
+from starlette.routing import Route
+
+from deployments.config_sections import IngressSection
+from deployments.ingress.adapter_templates import AdapterTemplates, ChatRenderer
+from deployments.ingress.api.json_body import decode_json
+from deployments.ingress.api.openai import ChatCompletionRequest, CompletionRequest, OpenAIRequest
+from deployments.ingress.endpoint import Endpoint, Handler, read_body
+from deployments.ingress.error_form import OPENAI_ERRORS, ErrorForm
+from deployments.ingress.generation import Plan
+from deployments.ingress.metrics import Metrics
+from deployments.ingress.model_resolver import Models, Target
+from deployments.ingress.planning import Origin, plan_chat, plan_completion
+from deployments.ingress.reply_form import OPENAI_CHAT, OPENAI_COMPLETION, ReplyForm
+from deployments.ingress.streaming import GenerationResponse
+from deployments.ingress.tenant_limiter import Place, TenantLimiter
+from deployments.tenants.tenant import Tenant
+from deployments.tenants.tenants import Tenants
+
+TenantHandler = Callable[[HttpRequest, Tenant, Place], Awaitable[Response]]
+
+
+def system_origin() -> Origin:
+    return Origin(
+        new_id=lambda: secrets.token_hex(12),
+        new_seed=lambda: secrets.randbits(63),
+        now=time.time,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Surface:
+    """What an answer's writer needs to know of the API that it belongs to."""
+
+    route: str  # that the metrics name
+    form: ReplyForm
+    errors: ErrorForm = OPENAI_ERRORS
+
+
+CHAT = Surface("/v1/chat/completions", OPENAI_CHAT)
+COMPLETIONS = Surface("/v1/completions", OPENAI_COMPLETION)
+
+
+@dataclass(frozen=True, slots=True)
+class Ingress:
+    models: Models
+    templates: AdapterTemplates
+    tenants: Tenants
+    limiter: TenantLimiter
+    metrics: Metrics
+    settings: IngressSection
+    created: int  # when this ingress began to serve, for the model cards
+    origin: Origin = field(default_factory=system_origin)
+
+    # ---- routes --------------------------------------------------------------------------
+
+    def route(
+        self, method: str, path: str, handler: Handler, errors: ErrorForm = OPENAI_ERRORS
+    ) -> Route:
+        return Route(path, Endpoint(path, handler, self.metrics, errors), methods=[method])
+
+    def tenant_route(
+        self, method: str, path: str, handler: TenantHandler, errors: ErrorForm = OPENAI_ERRORS
+    ) -> Route:
+        """Make a route whose handler is given the tenant that asks, and its place in the limits."""
+
+        async def handle(http_request: HttpRequest, held: ExitStack) -> Response:
+            tenant, place = held.enter_context(self._tenant_of(http_request))
+            return await handler(http_request, tenant, place)
+
+        return self.route(method, path, handle, errors)
+
+    @contextmanager
+    def _tenant_of(self, http_request: HttpRequest) -> Generator[tuple[Tenant, Place]]:
+        """Count a request as its tenant's while it runs. Raises KeyRefused or ApiError."""
+        tenant = self.tenants.identify(http_request.headers.get("authorization"))
+        with self.limiter.inside(tenant.name, tenant.limits) as place:
+            yield tenant, place
+
+    async def document(self, http_request: HttpRequest) -> object:
+        """Read the body. Raises ApiError."""
+        return decode_json(await read_body(http_request, self.settings.max_body_bytes))
+
+    # ---- generation ----------------------------------------------------------------------
+
+    async def answer_chat(
+        self, request: ChatCompletionRequest, tenant: Tenant, place: Place, surface: Surface = CHAT
+    ) -> GenerationResponse:
+        place.hold(request.num_answers)
+        target = await self.models.resolve(tenant, request.model)
+        plan = await plan_chat(
+            request,
+            target,
+            self.origin,
+            self.settings.split_special_tokens is True,
+            await self.own_template(target),
+            self.settings.lenient_schemas,
+            surface.form,
+        )
+        return self._answer(plan, request, surface)
+
+    async def own_template(self, target: Target) -> ChatRenderer | None:
+        """Find the adapter's template where the base has none. Raises AdapterStoreError."""
+        if target.adapter_ref is None or target.model.vocabulary.has_template:
+            return None
+        return await self.templates.find(target.adapter_ref)
+
+    async def answer_completion(
+        self,
+        request: CompletionRequest,
+        tenant: Tenant,
+        place: Place,
+        surface: Surface = COMPLETIONS,
+    ) -> GenerationResponse:
+        place.hold(request.num_answers)
+        target = await self.models.resolve(tenant, request.model)
+        is_lenient = self.settings.lenient_schemas
+        plan = await plan_completion(request, target, self.origin, is_lenient, surface.form)
+        return self._answer(plan, request, surface)
+
+    def _answer(self, plan: Plan, request: OpenAIRequest, surface: Surface) -> GenerationResponse:
+        keep_alive_s = self.settings.keep_alive_s
+        return GenerationResponse(
+            plan, bool(request.stream), self.metrics, surface.route, keep_alive_s, surface.errors
+        )

@@ -1,0 +1,74 @@
+"""The lists of models and their cards."""
+
+import json
+from typing import Any
+
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
+from starlette.routing import Route
+
+from deployments.ingress.api.model_cards import adapter_card, base_card, model_list
+from deployments.ingress.http_errors import invalid
+from deployments.ingress.ingress import Ingress
+from deployments.ingress.model_resolver import MAX_LISTED, ServedModel
+from deployments.ingress.tenant_limiter import Place
+from deployments.tenants.tenant import Tenant
+
+
+def model_routes(ingress: Ingress) -> list[Route]:
+    async def list_models(http_request: HttpRequest, tenant: Tenant, place: Place) -> Response:
+        return _json(await _model_list(ingress, tenant, *page_asked_for(http_request)))
+
+    async def show_model(http_request: HttpRequest, tenant: Tenant, place: Place) -> Response:
+        return _json(await _card(ingress, tenant, http_request.path_params["model_id"]))
+
+    return [
+        ingress.tenant_route("GET", "/v1/models", list_models),
+        ingress.tenant_route("GET", "/v1/models/{model_id:path}", show_model),
+    ]
+
+
+async def _model_list(
+    ingress: Ingress, tenant: Tenant, after: str | None, limit: int
+) -> dict[str, Any]:
+    models = ingress.models
+    bases = list(models.by_id)
+    if after in bases:
+        bases, after = bases[bases.index(after) + 1 :], None
+    elif after is not None:
+        bases = []
+    cards = [_base_card(ingress, models.by_id[model_id]) for model_id in bases]
+    # One more than is shown says whether there are more.
+    wanted = max(0, limit + 1 - len(cards))
+    for listed in await models.list_adapters(tenant, after, wanted):
+        record = listed.record
+        created = int(record.published_s)
+        cards.append(adapter_card(listed.id, listed.parent, record.digest, created))
+    return model_list(cards[:limit], has_more=len(cards) > limit)
+
+
+async def _card(ingress: Ingress, tenant: Tenant, name: str) -> dict[str, Any]:
+    target = await ingress.models.resolve(tenant, name)
+    if target.adapter_ref is None:
+        return _base_card(ingress, target.model)
+    created = int(await ingress.models.published_s(target.adapter_ref))
+    return adapter_card(name, target.model.id, target.adapter_ref.digest, created)
+
+
+def _base_card(ingress: Ingress, model: ServedModel) -> dict[str, Any]:
+    hello = model.link.hello
+    max_model_len = None if hello is None else hello.engine.max_model_len
+    return base_card(model.id, ingress.created, max_model_len)
+
+
+def page_asked_for(http_request: HttpRequest) -> tuple[str | None, int]:
+    """Read the id after which a list is to begin, and how long it may be. Raises ApiError."""
+    given = http_request.query_params.get("limit", str(MAX_LISTED))
+    limit = int(given) if given.isascii() and given.isdigit() and len(given) < 10 else 0
+    if not 1 <= limit <= MAX_LISTED:
+        raise invalid(f"limit must be in [1, {MAX_LISTED}], not {given[:20]!r}", "limit")
+    return http_request.query_params.get("after"), limit
+
+
+def _json(document: dict[str, Any]) -> Response:
+    return Response(json.dumps(document, ensure_ascii=False), media_type="application/json")

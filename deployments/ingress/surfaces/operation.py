@@ -1,0 +1,42 @@
+"""What operators ask: health and metrics."""
+
+from contextlib import ExitStack
+
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
+from starlette.routing import Route
+
+from deployments.ingress.engine_metrics import LinkFigures
+from deployments.ingress.health import health_of
+from deployments.ingress.http_errors import model_not_found
+from deployments.ingress.ingress import Ingress
+from deployments.ingress.metrics import CONTENT_TYPE
+
+
+def operation_routes(ingress: Ingress) -> list[Route]:
+    models = ingress.models
+
+    async def health(http_request: HttpRequest, held: ExitStack) -> Response:
+        """Answer 200 while any model can answer, and name the state of each."""
+        return health_of(list(models.by_id), models.outages)
+
+    async def model_health(http_request: HttpRequest, held: ExitStack) -> Response:
+        model_id = http_request.path_params["model_id"]
+        model = models.by_id.get(model_id)
+        if model is None:
+            raise model_not_found(model_id)
+        outage = model.outage
+        return health_of([model_id], {} if outage is None else {model_id: outage})
+
+    async def metrics(http_request: HttpRequest, held: ExitStack) -> Response:
+        ingress.tenants.check_metrics(http_request.headers.get("authorization"))
+        served = models.by_id.values()
+        stats = {model.id: await model.link.refresh_stats() for model in served}
+        links = {m.id: LinkFigures(m.link.num_live, m.link.num_held) for m in served}
+        return Response(await ingress.metrics.render(stats, links), media_type=CONTENT_TYPE)
+
+    return [
+        ingress.route("GET", "/health", health),
+        ingress.route("GET", "/health/{model_id:path}", model_health),
+        ingress.route("GET", "/metrics", metrics),
+    ]
