@@ -1,6 +1,7 @@
 """The faults of a storm: each is begun, lasts, and ends when all has recovered."""
 
 import asyncio
+import json
 import os
 import signal
 import time
@@ -12,10 +13,11 @@ from dataclasses import dataclass, field
 from random import Random
 
 from tests.adapter_store.forwarder import Fault, Forwarder
-from tests.chaos.case import Case
+from tests.chaos.case import JSON, Case, complete
 from tests.chaos.exchange import exchange, problem
 from tests.chaos.server import Server
 from tests.chaos.store_faults import cutting, failing, hanging, refusing, slow
+from tests.chaos.world import MODEL
 from tests.deployments.support.processes import command
 
 RECOVERY_S = 120.0
@@ -25,6 +27,8 @@ STORE_S = 10.0
 HOSTILE_S = 10.0
 NUM_HOSTILE = 3  # at a time
 NUM_ENGINES = NUM_INGRESSES = 2
+CHOICE = {"model": MODEL, "prompt": "x", "structured_outputs": {"choice": ["yes"]}}
+CHOOSING = complete(Case(0, "POST", b"/v1/completions", (JSON,), json.dumps(CHOICE).encode()), [])
 
 
 @dataclass
@@ -49,6 +53,22 @@ class Target:
         os.kill(pid, signal.SIGKILL)
         while command(pid):  # its memory is freed first, which takes a moment
             await asyncio.sleep(0.02)
+
+    async def kill_grammars(self) -> None:
+        """End one of an engine's processes for grammars, and wait until it has them again."""
+        await self.kill("grammar")
+        deadline_s = time.monotonic() + RECOVERY_S
+        while not await self._all_choose():
+            if time.monotonic() > deadline_s:
+                self.problems.append("no structured output after its process was killed")
+                return
+            await asyncio.sleep(0.2)
+
+    async def _all_choose(self) -> bool:
+        """Whether engines, one of which was hit, hold some answers to a list of texts."""
+        asked = [exchange(self.server.port, CHOOSING) for _ in range(4 * NUM_ENGINES)]
+        answers = await asyncio.gather(*asked)
+        return all(answer.status == 200 and b'"yes"' in answer.body for answer in answers)
 
     async def stop_briefly(self) -> None:
         pid = self.one_of("engine")
@@ -142,6 +162,7 @@ class Target:
 Action = Callable[[Target], Awaitable[None]]
 FAULTS: dict[str, Action] = {
     "engine is killed": lambda target: target.kill("engine"),
+    "grammars are killed": lambda target: target.kill_grammars(),
     "engine is stopped 2 s": lambda target: target.stop_briefly(),
     "engine is stopped": lambda target: target.stop_for_good(),
     "replica is killed": lambda target: target.kill("replica"),

@@ -18,7 +18,7 @@ from adapter_store.file_lock import FileLock
 from deployments.local.ray_head import free_port
 from tests.bench.environment import ROOT
 from tests.bench.server import groups_of_processes
-from tests.deployments.support.processes import listening
+from tests.deployments.support.processes import command, listening
 
 START_TIMEOUT_S = 180.0
 END_TIMEOUT_S = 60.0
@@ -54,9 +54,14 @@ class Server:
     # ---- processes -----------------------------------------------------------------------
 
     def look(self) -> dict[str, list[int]]:
-        """Find the processes by group, and remember them. Groups are those of the benchmarks."""
+        """Find the processes by group, and remember them.
+
+        Groups are those of the benchmarks, and what is beside an engine for grammars.
+        """
         groups: dict[str, list[int]] = {}
         for pid, group in sorted(groups_of_processes(self.process.pid).items()):
+            if "engine.grammar" in command(pid):
+                group = "grammar"
             groups.setdefault(group, []).append(pid)
             with suppress(psutil.NoSuchProcess):
                 self.seen[psutil.Process(pid)] = group
@@ -168,13 +173,13 @@ def running(
     """Yield a server that is healthy; end it with the block. Raises RuntimeError for leftovers."""
     disk_path.mkdir(parents=True, exist_ok=True)
     port = free_port()
-    command = [sys.executable, "-m", "reef", "serve", "--config", str(config)]
-    command += ["--port", str(port)]
+    serve = [sys.executable, "-m", "reef", "serve", "--config", str(config)]
+    serve += ["--port", str(port)]
     if small_disk_bytes is not None:
-        command = [*UNSHARE, str(small_disk_bytes), str(disk_path), *command]
+        serve = [*UNSHARE, str(small_disk_bytes), str(disk_path), *serve]
     with log.open("wb") as output:
         process = subprocess.Popen(
-            command,
+            serve,
             cwd=ROOT,
             env={**os.environ, **(environment or {})},
             stdout=output,
