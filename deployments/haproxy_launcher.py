@@ -35,6 +35,11 @@ _HEADER_RULES = (
     "http-request del-header x-request-id if { req.fhdr_cnt(x-request-id) gt 1 }",
     "http-request del-header x-request-id unless "
     "{ req.fhdr(x-request-id) -m reg ^[A-Za-z0-9._:/+=-]{1,128}$ }",
+    "http-request set-header x-request-id %[uuid] unless { req.hdr(x-request-id) -m found }",
+    # HAProxy's own answers have it too.
+    "http-request set-var(txn.request_id) req.hdr(x-request-id)",
+    "http-after-response set-header x-request-id %[var(txn.request_id)] "
+    "if { var(txn.request_id) -m found } !{ res.hdr(x-request-id) -m found }",
 )
 # Ray's server would call a method that it has not heard of invalid HTTP, in plain text.
 _METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE")

@@ -53,7 +53,7 @@ class IngressDeployment:
         keep_what_is_loaded()
 
     def __serve_build_asgi_app__(self) -> Api:
-        return build_api(self._ingress, self._guard)
+        return build_api(self._ingress, self._guard, sends_request_id=False)
 
 
 def _open_model(

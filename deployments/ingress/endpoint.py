@@ -1,6 +1,5 @@
 """Endpoint: one route as an ASGI application."""
 
-import asyncio
 from collections.abc import Awaitable, Callable
 from contextlib import ExitStack
 
@@ -10,12 +9,12 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from deployments.ingress.error_form import OPENAI_ERRORS, ErrorForm
-from deployments.ingress.http_errors import ApiError, as_api_error, body_too_large, body_too_slow
+from deployments.ingress.http_errors import ApiError, as_api_error
 from deployments.ingress.metrics import Metrics
+from deployments.ingress.request_id import request_id
 from deployments.ingress.streaming import CLIENT_GONE, ErrorResponse, GenerationResponse
 
 Handler = Callable[[HttpRequest, ExitStack], Awaitable[Response]]
-BODY_TIMEOUT_S = 60.0
 
 
 class Endpoint:
@@ -44,23 +43,8 @@ class Endpoint:
             gone = ApiError(CLIENT_GONE, "The client went away.")
             response = ErrorResponse(gone, self._errors)
         except Exception as error:
-            response = ErrorResponse(as_api_error(error, self._path), self._errors)
+            what = f"{self._path}, request {request_id(http_request.scope)},"
+            response = ErrorResponse(as_api_error(error, what), self._errors)
         if not isinstance(response, GenerationResponse):  # that one counts itself, at its end
             self._metrics.count_answer(self._path, response.status_code)
         return response
-
-
-async def read_body(http_request: HttpRequest, max_bytes: int) -> bytes:
-    """Read the body. Stops at the limits, whatever length the client announced."""
-    chunks: list[bytes] = []
-    num_bytes = 0
-    try:
-        async with asyncio.timeout(BODY_TIMEOUT_S):
-            async for chunk in http_request.stream():
-                num_bytes += len(chunk)
-                if num_bytes > max_bytes:
-                    raise body_too_large(max_bytes)
-                chunks.append(chunk)
-    except TimeoutError:
-        raise body_too_slow(BODY_TIMEOUT_S) from None
-    return b"".join(chunks)

@@ -33,6 +33,7 @@ class ApiError(Exception):
     retry_after_s: int | None = None
     authenticate: str | None = None  # which credentials are wanted
     allow: str | None = None  # which methods there are
+    accept_encoding: str | None = None  # which encodings a body may have
 
     def __str__(self) -> str:
         return self.message
@@ -46,7 +47,12 @@ class ApiError(Exception):
 
     def headers(self) -> dict[str, str]:
         after = None if self.retry_after_s is None else str(self.retry_after_s)
-        named = {"retry-after": after, "www-authenticate": self.authenticate, "allow": self.allow}
+        named = {
+            "retry-after": after,
+            "www-authenticate": self.authenticate,
+            "allow": self.allow,
+            "accept-encoding": self.accept_encoding,
+        }
         return {name: value for name, value in named.items() if value is not None}
 
 
@@ -86,6 +92,15 @@ def misdirected(host: str) -> ApiError:
 def not_json() -> ApiError:
     message = "The Content-Type must be application/json."
     return ApiError(415, message, code="unsupported_media_type")
+
+
+def unknown_encoding(name: str) -> ApiError:
+    return ApiError(
+        415,
+        f"The Content-Encoding {name[:80]!r} is not supported: send the body as it is, or as gzip.",
+        code="unsupported_media_type",
+        accept_encoding="gzip",
+    )
 
 
 def bad_key(message: str) -> ApiError:

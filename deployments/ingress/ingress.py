@@ -12,24 +12,27 @@ from dataclasses import dataclass, field
 
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
-from starlette.routing import Route
 
 from deployments.config_sections import IngressSection
 from deployments.ingress.adapter_templates import AdapterTemplates, ChatRenderer
 from deployments.ingress.api.json_body import decode_json
 from deployments.ingress.api.openai import ChatCompletionRequest, CompletionRequest, OpenAIRequest
-from deployments.ingress.endpoint import Endpoint, Handler, read_body
+from deployments.ingress.api_route import ApiRoute, RouteDoc
+from deployments.ingress.base_paths import base_of, set_model
+from deployments.ingress.endpoint import Endpoint, Handler
 from deployments.ingress.error_form import OPENAI_ERRORS, ErrorForm
 from deployments.ingress.generation import Plan
 from deployments.ingress.metrics import Metrics
 from deployments.ingress.model_resolver import Models, Target
 from deployments.ingress.planning import Origin, plan_chat, plan_completion
 from deployments.ingress.reply_form import OPENAI_CHAT, OPENAI_COMPLETION, ReplyForm
+from deployments.ingress.request_body import read_body
 from deployments.ingress.streaming import GenerationResponse
 from deployments.ingress.tenant_limiter import Place, TenantLimiter
 from deployments.tenants.tenant import Tenant
 from deployments.tenants.tenants import Tenants
 
+NO_DOC = RouteDoc()
 TenantHandler = Callable[[HttpRequest, Tenant, Place], Awaitable[Response]]
 
 
@@ -68,20 +71,32 @@ class Ingress:
     # ---- routes --------------------------------------------------------------------------
 
     def route(
-        self, method: str, path: str, handler: Handler, errors: ErrorForm = OPENAI_ERRORS
-    ) -> Route:
-        return Route(path, Endpoint(path, handler, self.metrics, errors), methods=[method])
+        self,
+        method: str,
+        path: str,
+        handler: Handler,
+        errors: ErrorForm = OPENAI_ERRORS,
+        doc: RouteDoc = NO_DOC,
+        needs_key: bool = False,
+    ) -> ApiRoute:
+        endpoint = Endpoint(path, handler, self.metrics, errors)
+        return ApiRoute(method, path, endpoint, doc, errors, needs_key)
 
     def tenant_route(
-        self, method: str, path: str, handler: TenantHandler, errors: ErrorForm = OPENAI_ERRORS
-    ) -> Route:
+        self,
+        method: str,
+        path: str,
+        handler: TenantHandler,
+        errors: ErrorForm = OPENAI_ERRORS,
+        doc: RouteDoc = NO_DOC,
+    ) -> ApiRoute:
         """Make a route whose handler is given the tenant that asks, and its place in the limits."""
 
         async def handle(http_request: HttpRequest, held: ExitStack) -> Response:
             tenant, place = held.enter_context(self._tenant_of(http_request))
             return await handler(http_request, tenant, place)
 
-        return self.route(method, path, handle, errors)
+        return self.route(method, path, handle, errors, doc, needs_key=True)
 
     @contextmanager
     def _tenant_of(self, http_request: HttpRequest) -> Generator[tuple[Tenant, Place]]:
@@ -91,8 +106,10 @@ class Ingress:
             yield tenant, place
 
     async def document(self, http_request: HttpRequest) -> object:
-        """Read the body. Raises ApiError."""
-        return decode_json(await read_body(http_request, self.settings.max_body_bytes))
+        """Read the body. Below a base's path its `model` is of that base. Raises ApiError."""
+        document = decode_json(await read_body(http_request, self.settings.max_body_bytes))
+        set_model(document, base_of(http_request.scope))
+        return document
 
     # ---- generation ----------------------------------------------------------------------
 

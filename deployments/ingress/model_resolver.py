@@ -18,7 +18,7 @@ from typing import Protocol
 
 from adapter_store.errors import AdapterNotFound, AdapterStoreError, InvalidName
 from adapter_store.names import AdapterRecord, AdapterRef
-from deployments.fleet.engine_link import EngineLink
+from deployments.fleet.engine_link import EngineLink, ModelNotReady
 from deployments.ingress.http_errors import (
     invalid,
     model_not_found,
@@ -29,6 +29,7 @@ from deployments.ingress.model_names import parse_model_name
 from deployments.tenants.tenant import Tenant
 from deployments.text.answer_syntax import PLAIN, AnswerSyntax
 from deployments.text.vocabulary import Vocabulary
+from engine.messages import EngineInfo
 
 MAX_LISTED = 1000
 NAMES_AT_ONCE = 100
@@ -76,6 +77,14 @@ class Target:
     model: ServedModel
     adapter_ref: AdapterRef | None
     tenant: str
+
+    @property
+    def engine(self) -> EngineInfo:
+        """The facts about the model's engine. Raises ModelNotReady before its first start."""
+        hello = self.model.link.hello
+        if hello is None:
+            raise ModelNotReady
+        return hello.engine
 
     @property
     def label(self) -> str:
@@ -177,14 +186,19 @@ class Models:
     # ---- all names -----------------------------------------------------------------------
 
     async def list_adapters(
-        self, tenant: Tenant, after: str | None = None, limit: int = MAX_LISTED
+        self,
+        tenant: Tenant,
+        after: str | None = None,
+        limit: int = MAX_LISTED,
+        base: str | None = None,
     ) -> Sequence[ListedAdapter]:
         """List the newest live versions that a tenant may use, one per adapter and started base.
 
-        At most `limit` of them, from the one on that follows the id `after`. Raises ApiError.
+        At most `limit` of them, from the one on that follows the id `after`; with a base those of
+        it alone. Raises ApiError.
         """
         try:
-            return await asyncio.to_thread(self._list, tenant, after, limit)
+            return await asyncio.to_thread(self._list, tenant, after, limit, base)
         except AdapterStoreError as error:
             raise store_unavailable(error) from error
 
@@ -201,7 +215,9 @@ class Models:
                 return record.published_s
         raise model_not_found(ref.name)  # retired a moment ago
 
-    def _list(self, tenant: Tenant, after: str | None, limit: int) -> Sequence[ListedAdapter]:
+    def _list(
+        self, tenant: Tenant, after: str | None, limit: int, base: str | None
+    ) -> Sequence[ListedAdapter]:
         namespaces = tenant.namespaces
         first_name = ""
         if after is not None:
@@ -210,7 +226,8 @@ class Models:
         found = self._walk(tenant, namespaces, first_name)
         if after is not None:
             found = _behind(found, namespaces[0], first_name, after)
-        return list(islice(found, limit))
+        wanted = (listed for listed in found if base in (None, listed.parent))
+        return list(islice(wanted, limit))
 
     def _place_of(self, tenant: Tenant, listed_id: str) -> tuple[str, str]:
         """Find the namespace and name of an id that was listed, also of one retired since."""

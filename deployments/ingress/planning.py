@@ -7,7 +7,6 @@ range.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from deployments.fleet.engine_link import ModelNotReady
 from deployments.fleet.protocol import Submit
 from deployments.ingress.adapter_templates import ChatRenderer
 from deployments.ingress.api.openai import (
@@ -18,15 +17,15 @@ from deployments.ingress.api.openai import (
 from deployments.ingress.api.openai_fields import short
 from deployments.ingress.api.openai_replies import ReplyHead
 from deployments.ingress.chat_answers import ChatAnswers, MakeChoice
+from deployments.ingress.chat_prompt import encode_chat
 from deployments.ingress.choice import Choice, TokenEntry
 from deployments.ingress.generation import Plan
 from deployments.ingress.http_errors import invalid, too_many_answers
 from deployments.ingress.model_resolver import Target
-from deployments.ingress.prompt_texts import check_length, encode_texts, prompt_too_long
+from deployments.ingress.prompt_texts import encode_texts, prompt_too_long
 from deployments.ingress.reply_form import OPENAI_CHAT, OPENAI_COMPLETION, ReplyForm, ReplyParts
 from deployments.ingress.structured.constraint import Grammar
 from deployments.ingress.structured.plan import grammar_headers, plan_grammar
-from deployments.text.chat_template import TemplateRefused
 from deployments.text.vocabulary import Vocabulary
 from engine.messages import EngineInfo, GenerateRequest, RequestOutput, TokenLogprobs
 
@@ -51,22 +50,15 @@ async def plan_chat(
 ) -> Plan:
     """Plan a chat with the base's template, or with `own_template`, the adapter's."""
     vocabulary = target.model.vocabulary
-    info = _engine_info(target)
+    info = target.engine
     answers = ChatAnswers(request, target.model.syntax)
-    answers.check()
-    check_length(vocabulary, "messages", answers.texts(), info.max_model_len)
-    try:
-        pieces = await _chat_pieces(answers, vocabulary, split_special_tokens, own_template)
-    except TemplateRefused as error:
-        raise invalid(str(error), "messages") from None
-    add_special = request.add_special_tokens is True
-    [prompt] = await encode_texts(vocabulary, {"messages": pieces}, add_special, info.max_model_len)
+    text, prompt = await encode_chat(answers, target, split_special_tokens, own_template)
     grammar = await plan_grammar(request.constraint, is_lenient)
     head = _head(request, form.id_prefix + origin.new_id(), origin)
     submits = _submits(
         request, target, info, [prompt], ["messages"], head.reply_id, origin, grammar
     )
-    parsed = answers.choice_maker("".join(pieces), vocabulary, prompt)
+    parsed = answers.choice_maker(text, vocabulary, prompt)
     parts = ReplyParts(
         head,
         vocabulary,
@@ -88,29 +80,6 @@ async def plan_chat(
     )
 
 
-async def _chat_pieces(
-    answers: ChatAnswers,
-    vocabulary: Vocabulary,
-    split_special_tokens: bool,
-    own_template: ChatRenderer | None,
-) -> list[str]:
-    request = answers.request
-    continue_final = request.continue_final_message is True
-    messages, extra = vocabulary.mark_chat(
-        answers.messages(),
-        answers.variables(),
-        split_special_tokens,
-        continue_final,
-    )
-    opens_answer = request.add_generation_prompt is not False and not continue_final
-    if own_template is None:
-        text = vocabulary.render(messages, opens_answer, extra)
-    else:
-        tokens = vocabulary.special_tokens
-        text = await own_template.render(messages, opens_answer, extra, tokens)
-    return vocabulary.cut_chat(text, continue_final)
-
-
 async def plan_completion(
     request: CompletionRequest,
     target: Target,
@@ -119,7 +88,7 @@ async def plan_completion(
     form: ReplyForm = OPENAI_COMPLETION,
 ) -> Plan:
     vocabulary = target.model.vocabulary
-    info = _engine_info(target)
+    info = target.engine
     one = len(request.prompt) == 1
     paths = ["prompt" if one else f"prompt[{at}]" for at in range(len(request.prompt))]
     prompts = await _prompts(request, paths, vocabulary, info)
@@ -141,13 +110,6 @@ async def plan_completion(
         is_prompt_only=request.max_tokens == 0,
         headers=grammar_headers(grammar),
     )
-
-
-def _engine_info(target: Target) -> EngineInfo:
-    hello = target.model.link.hello
-    if hello is None:
-        raise ModelNotReady
-    return hello.engine
 
 
 async def _prompts(
@@ -190,12 +152,12 @@ def _submits(
     """Make one submit per prompt, each with another seed unless the client gave one."""
     if request.num_answers > target.model.max_answers:
         raise too_many_answers(request.num_answers, target.model.max_answers)
-    _check_token_ids("stop_token_ids", request.stop_token_ids or (), info.vocab_size)
-    _check_token_ids("logit_bias", list(request.logit_bias or ()), info.vocab_size)
+    check_token_ids("stop_token_ids", request.stop_token_ids or (), info.vocab_size)
+    check_token_ids("logit_bias", list(request.logit_bias or ()), info.vocab_size)
     submits: list[Submit] = []
     for at, (prompt, path) in enumerate(zip(prompts, paths, strict=True)):
         max_tokens = _max_tokens(request, path, len(prompt), info.max_model_len)
-        _check_token_ids(path, prompt, info.vocab_size)
+        check_token_ids(path, prompt, info.vocab_size)
         sampling = request.sampling(max_tokens, origin.new_seed(), info.sampling_defaults)
         if grammar is not None:
             sampling = replace(sampling, grammar=grammar.text)
@@ -211,7 +173,8 @@ def _submits(
     return submits
 
 
-def _check_token_ids(path: str, token_ids: Sequence[int], vocab_size: int) -> None:
+def check_token_ids(path: str, token_ids: Sequence[int], vocab_size: int) -> None:
+    """Refuse ids that the model has not. Raises ApiError."""
     for token_id in (min(token_ids, default=0), max(token_ids, default=0)):
         if not 0 <= token_id < vocab_size:
             message = f"{path}: token id {short(token_id)} is outside 0..{vocab_size - 1}."

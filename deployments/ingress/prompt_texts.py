@@ -6,12 +6,14 @@ encoded at once, long ones in a thread of a small pool, where the encoder runs w
 
 import asyncio
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 from deployments.ingress.http_errors import ApiError, invalid
 from deployments.text.vocabulary import TooManyTokens, Vocabulary
 
+T = TypeVar("T")
 LONG_TEXT = 4000  # characters of all texts of a request; more are encoded in a thread
 
 # One core is left to the event loop.
@@ -57,6 +59,13 @@ async def encode_texts(
         except TooManyTokens as error:
             raise prompt_too_long(path, error.num_tokens, limit) from None
     return prompts
+
+
+async def in_thread(work: Callable[[], T], num_tokens: int) -> T:
+    """Do work that takes longer the more tokens there are: with few at once, else in a thread."""
+    if num_tokens <= LONG_TEXT:
+        return work()
+    return await asyncio.get_running_loop().run_in_executor(_threads, work)
 
 
 def check_length(vocabulary: Vocabulary, path: str, texts: Iterable[str], limit: int) -> None:

@@ -8,32 +8,48 @@ from starlette.responses import Response
 from starlette.types import Scope
 
 from deployments.ingress.asgi import Api
+from deployments.ingress.base_paths import BasePaths, route_path
 from deployments.ingress.browser_guard import BrowserGuard
+from deployments.ingress.error_form import OPENAI_ERRORS
 from deployments.ingress.http_errors import ApiError
 from deployments.ingress.ingress import Ingress
 from deployments.ingress.streaming import ErrorResponse
 from deployments.ingress.surfaces.models import model_routes
 from deployments.ingress.surfaces.openai import openai_routes
 from deployments.ingress.surfaces.operation import operation_routes
+from deployments.ingress.surfaces.tokens import token_routes
 
-SURFACES = (openai_routes, model_routes, operation_routes)
+SURFACES = (openai_routes, token_routes, model_routes, operation_routes)
 
 
-def build_api(ingress: Ingress, guard: BrowserGuard | None = None) -> Api:
+def build_api(
+    ingress: Ingress, guard: BrowserGuard | None = None, sends_request_id: bool = True
+) -> Api:
+    routes = [route for surface in SURFACES for route in surface(ingress)]
+    forms = {route.path: route.errors for route in routes}
+    bases = BasePaths(ingress.models.by_id)
+
     def no_route(scope: Scope, methods: Sequence[str]) -> Response:
+        path = HttpRequest(scope).url.path
+        allow = ", ".join(sorted({*methods, "OPTIONS"})) if methods else None
+        if allow is not None and scope["method"] == "OPTIONS":
+            ingress.metrics.count_answer("none", 204)
+            return Response(status_code=204, headers={"allow": allow})
         status = 405 if methods else 404
-        ingress.metrics.count_answer("none", status)
-        what = f"{scope['method']} {HttpRequest(scope).url.path}"
-        message = f"{HTTPStatus(status).phrase}: {what}"
-        return ErrorResponse(ApiError(status, message, allow=", ".join(methods) or None))
+        message = f"{HTTPStatus(status).phrase}: {scope['method']} {path}"
+        error = ApiError(status, message, allow=allow)
+        stranger = None if methods else bases.stranger(path)
+        return answer(error if stranger is None else stranger, path)
 
     def refuse(scope: Scope) -> Response | None:
         refusal = None if guard is None else guard.refusal(scope)
-        if refusal is None:
-            return None
-        ingress.metrics.count_answer("none", refusal.status)
-        return ErrorResponse(refusal)
+        return None if refusal is None else answer(refusal, scope["path"])
 
-    routes = [route for surface in SURFACES for route in surface(ingress)]
+    def answer(error: ApiError, path: str) -> Response:
+        ingress.metrics.count_answer("none", error.status)
+        return ErrorResponse(error, forms.get(route_path(path), OPENAI_ERRORS))
+
     origins = ingress.settings.cors_origins or ()
-    return Api(routes, no_route, origins, None if guard is None else refuse)
+    return Api(
+        routes, no_route, origins, None if guard is None else refuse, bases, sends_request_id
+    )

@@ -13,6 +13,7 @@ from deployments.ingress.error_form import OPENAI_ERRORS, ErrorForm
 from deployments.ingress.generation import Generation, Plan
 from deployments.ingress.http_errors import ApiError, as_api_error
 from deployments.ingress.metrics import Metrics
+from deployments.ingress.request_id import request_id
 
 CLIENT_GONE = 499  # only the metrics show it
 
@@ -87,7 +88,7 @@ class GenerationResponse(Response):
                 if self._stream:
                     with KeepAlive(generation, self._keep_alive_s) as keep_alive:
                         await generation.start()
-                        return await self._send_events(generation, keep_alive, send)
+                        return await self._send_events(generation, keep_alive, scope, send)
                 await generation.start()
                 response = Response(
                     await generation.whole(), 200, self._plan.headers, "application/json"
@@ -95,12 +96,12 @@ class GenerationResponse(Response):
             finally:
                 generation.close()
         except Exception as error:
-            response = ErrorResponse(as_api_error(error, "a generation"), self._errors)
+            response = ErrorResponse(as_api_error(error, _what(scope)), self._errors)
         await response(scope, receive, send)
         return response.status_code
 
     async def _send_events(
-        self, generation: Generation, keep_alive: "KeepAlive", send: Send
+        self, generation: Generation, keep_alive: "KeepAlive", scope: Scope, send: Send
     ) -> int:
         """Send an event stream. An error in it is its last event, in place of the usual one."""
         status = 200
@@ -115,7 +116,7 @@ class GenerationResponse(Response):
                     await send({"type": "http.response.body", "body": events, "more_body": True})
                 events = await generation.next_events() or keep_alive.take()
         except Exception as error:
-            failure = as_api_error(error, "a generation")
+            failure = as_api_error(error, _what(scope))
             status = self._errors.status(failure)
             events = self._errors.event(failure)
         await send({"type": "http.response.body", "body": events, "more_body": False})
@@ -157,6 +158,10 @@ class KeepAlive:
         if self._is_due:
             self._generation.wake()
         self._wait(rest_s)
+
+
+def _what(scope: Scope) -> str:
+    return f"the generation of request {request_id(scope)}"
 
 
 async def _disconnect(receive: Receive) -> None:

@@ -248,6 +248,10 @@ class Vocabulary:
             return bytes([int(token[3:5], 16)])
         return token.replace("\u2581", " ").encode()
 
+    def token(self, token_id: int) -> str:
+        """Look up a token as the vocabulary spells it; "" for a row that no token uses."""
+        return self._tokenizer.id_to_token(token_id) or ""
+
     def token_text(self, token_id: int) -> str:
         return self.token_bytes(token_id).decode("utf-8", "replace")
 

@@ -5,9 +5,10 @@ from typing import Any
 
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
-from starlette.routing import Route
 
 from deployments.ingress.api.model_cards import adapter_card, base_card, model_list
+from deployments.ingress.api_route import ApiRoute
+from deployments.ingress.base_paths import base_of, name_within
 from deployments.ingress.http_errors import invalid
 from deployments.ingress.ingress import Ingress
 from deployments.ingress.model_resolver import MAX_LISTED, ServedModel
@@ -15,12 +16,14 @@ from deployments.ingress.tenant_limiter import Place
 from deployments.tenants.tenant import Tenant
 
 
-def model_routes(ingress: Ingress) -> list[Route]:
+def model_routes(ingress: Ingress) -> list[ApiRoute]:
     async def list_models(http_request: HttpRequest, tenant: Tenant, place: Place) -> Response:
-        return _json(await _model_list(ingress, tenant, *page_asked_for(http_request)))
+        base = base_of(http_request.scope)
+        return _json(await _model_list(ingress, tenant, base, *page_asked_for(http_request)))
 
     async def show_model(http_request: HttpRequest, tenant: Tenant, place: Place) -> Response:
-        return _json(await _card(ingress, tenant, http_request.path_params["model_id"]))
+        name = name_within(base_of(http_request.scope), http_request.path_params["model_id"])
+        return _json(await _card(ingress, tenant, name))
 
     return [
         ingress.tenant_route("GET", "/v1/models", list_models),
@@ -29,10 +32,11 @@ def model_routes(ingress: Ingress) -> list[Route]:
 
 
 async def _model_list(
-    ingress: Ingress, tenant: Tenant, after: str | None, limit: int
+    ingress: Ingress, tenant: Tenant, base: str | None, after: str | None, limit: int
 ) -> dict[str, Any]:
+    """List all models, or those of one base."""
     models = ingress.models
-    bases = list(models.by_id)
+    bases = list(models.by_id) if base is None else [base]
     if after in bases:
         bases, after = bases[bases.index(after) + 1 :], None
     elif after is not None:
@@ -40,7 +44,7 @@ async def _model_list(
     cards = [_base_card(ingress, models.by_id[model_id]) for model_id in bases]
     # One more than is shown says whether there are more.
     wanted = max(0, limit + 1 - len(cards))
-    for listed in await models.list_adapters(tenant, after, wanted):
+    for listed in await models.list_adapters(tenant, after, wanted, base):
         record = listed.record
         created = int(record.published_s)
         cards.append(adapter_card(listed.id, listed.parent, record.digest, created))

@@ -2,16 +2,16 @@
 
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
-from starlette.routing import Route
 
 from deployments.ingress.api.openai import ChatCompletionRequest, CompletionRequest
 from deployments.ingress.api.openai_fields import parse_request
+from deployments.ingress.api_route import ApiRoute
 from deployments.ingress.ingress import CHAT, COMPLETIONS, Ingress
 from deployments.ingress.tenant_limiter import Place
 from deployments.tenants.tenant import Tenant
 
 
-def openai_routes(ingress: Ingress) -> list[Route]:
+def openai_routes(ingress: Ingress) -> list[ApiRoute]:
     async def chat(http_request: HttpRequest, tenant: Tenant, place: Place) -> Response:
         request = parse_request(ChatCompletionRequest, await ingress.document(http_request))
         return await ingress.answer_chat(request, tenant, place)

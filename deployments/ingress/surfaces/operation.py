@@ -4,8 +4,8 @@ from contextlib import ExitStack
 
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
-from starlette.routing import Route
 
+from deployments.ingress.api_route import ApiRoute
 from deployments.ingress.engine_metrics import LinkFigures
 from deployments.ingress.health import health_of
 from deployments.ingress.http_errors import model_not_found
@@ -13,7 +13,7 @@ from deployments.ingress.ingress import Ingress
 from deployments.ingress.metrics import CONTENT_TYPE
 
 
-def operation_routes(ingress: Ingress) -> list[Route]:
+def operation_routes(ingress: Ingress) -> list[ApiRoute]:
     models = ingress.models
 
     async def health(http_request: HttpRequest, held: ExitStack) -> Response:

@@ -11,7 +11,7 @@ import pytest
 from tokenizers import processors
 
 from deployments.config_sections import IngressSection
-from deployments.ingress import endpoint, prompt_texts
+from deployments.ingress import prompt_texts, request_body
 from deployments.text.vocabulary import Vocabulary
 from engine.messages import ErrorKind, GenerateRequest, RequestError, RequestOutput
 from engine.scheduler.request import SamplingDefaults
@@ -610,7 +610,7 @@ class Dawdler(Client):
 
 
 def test_a_body_that_does_not_arrive_is_408(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(endpoint, "BODY_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(request_body, "BODY_TIMEOUT_S", 0.05)
 
     async def test(server: Server) -> None:
         client = Dawdler(server.api, "POST", COMPLETIONS, b"{")
@@ -641,7 +641,7 @@ def test_a_path_may_end_in_a_slash() -> None:
 
 @pytest.mark.parametrize(
     ("method", "path", "allow"),
-    [("GET", CHAT, "POST"), ("POST", "/v1/models", "GET, HEAD"), ("OPTIONS", CHAT, "POST")],
+    [("GET", CHAT, "OPTIONS, POST"), ("POST", "/v1/models", "GET, HEAD, OPTIONS")],
 )
 def test_a_wrong_method_is_told_the_right_ones(method: str, path: str, allow: str) -> None:
     async def test(server: Server) -> None:

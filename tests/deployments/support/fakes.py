@@ -347,6 +347,7 @@ async def serving(
     clock_ns: Callable[[], int] = time.monotonic_ns,
     max_adapter_series: int = 200,
     ingress_settings: IngressSection | None = None,
+    base_id: str = "base",
 ) -> AsyncIterator[Server]:
     """The clock, if given, is the link's and the replica's."""
     engine = engine or FakeEngine()
@@ -372,10 +373,10 @@ async def serving(
     )
     link = EngineLink(connection, "ingress", timing)
     link.start()
-    metrics = Metrics(max_adapter_series, ["base"])
+    metrics = Metrics(max_adapter_series, [base_id])
     vocabulary = vocabulary or byte_vocabulary()
-    syntax = find_syntax(vocabulary, "base")
-    served = ServedModel("base", vocabulary, link, max_requests, syntax=syntax)
+    syntax = find_syntax(vocabulary, base_id)
+    served = ServedModel(base_id, vocabulary, link, max_requests, syntax=syntax)
     numbers = iter(range(10**6))
     origin = Origin(lambda: str(next(numbers)), lambda: 1000 + next(numbers), lambda: 1e9)
     limiter = TenantLimiter(metrics, clock_ns)
