@@ -373,7 +373,10 @@ print(num_removed)
 
 @pytest.mark.parametrize(
     ("root", "num_steps"),
-    [("file", 60), pytest.param("s3", 60, marks=pytest.mark.slow)],
+    [
+        ("file", 60),
+        pytest.param("s3", 60, marks=[pytest.mark.slow, pytest.mark.timeout(1200)]),
+    ],
     indirect=["root"],
 )
 def test_processes_that_publish_beside_collectors_lose_nothing(
