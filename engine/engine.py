@@ -16,6 +16,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from engine.announcer import SILENT, Announcer
 from engine.backends.load import load_model
 from engine.backends.needs import arena_bytes
@@ -39,7 +42,7 @@ from engine.messages import (
     TokenLogprobs,
 )
 from engine.scheduler.adapter_slots import AdapterSlots
-from engine.scheduler.batch import ScheduledBatch
+from engine.scheduler.batch import ScheduledBatch, ScheduledRequest
 from engine.scheduler.block_manager import BlockManager
 from engine.scheduler.limits import SchedulerLimits
 from engine.scheduler.memory import MemoryBudget
@@ -93,6 +96,7 @@ class Engine:
         self._failed_loads: set[str] = set()  # digests whose last load was in a step that failed
         self._outputs: list[RequestOutput] = []  # in chronological order
         self._prompt_logprobs: dict[tuple[str, int], dict[int, TokenLogprobs]] = {}
+        self._pooled: dict[tuple[str, int], NDArray[np.float64]] = {}  # sums over earlier chunks
         self._num_steps = self._num_prompt = self._num_cached = self._num_outputs = 0
         self._step_s = self._last_update_s = 0.0
 
@@ -124,6 +128,7 @@ class Engine:
             device=str(s.device),
             dtype=str(s.dtype).removeprefix("torch."),
             weight_bytes=self.model.weight_bytes,
+            hidden_size=s.spec.hidden_size,
             kernels=self.model.kernels,
             sampling_defaults=self._sampling_defaults(),
             grammar_refusal=self._grammar_refusal(),
@@ -301,6 +306,8 @@ class Engine:
             if row.prompt_logprobs:
                 known = self._prompt_logprobs.setdefault(request.key, {})
                 known.update(enumerate(row.prompt_logprobs, scheduled.start + 1))
+            if row.pooled is not None:
+                self._add_pooled(request, scheduled, row.pooled)
             if row.error is not None:
                 ended = self.scheduler.end_with_error(scheduled)
                 self._end(ended, RequestError(ErrorKind.ENGINE_ERROR, row.error))
@@ -323,6 +330,7 @@ class Engine:
             finish_reason=request.finish_reason.value if request.finish_reason else None,
             stop_token_id=progress.stop_token_id,
             metrics=_metrics(request, now) if _has_metrics(request, count) else None,
+            embedding=self._take_embedding(request),
         )
         if request.finish_reason:
             if request.index == 0:  # the choices share one prompt
@@ -337,12 +345,28 @@ class Engine:
             return None
         return [None, *(known[i] for i in range(1, request.num_prompt_tokens))]
 
+    def _add_pooled(
+        self, request: Request, scheduled: ScheduledRequest, pooled: NDArray[np.float64]
+    ) -> None:
+        """Add a chunk's sum. One at position 0 begins anew: the request may have been preempted."""
+        before = self._pooled.get(request.key) if scheduled.start else None
+        self._pooled[request.key] = pooled if before is None else before + pooled
+
+    def _take_embedding(self, request: Request) -> bytes | None:
+        pooled = self._pooled.pop(request.key, None)
+        if pooled is None:
+            return None
+        if request.sampling.pooling == "mean":
+            pooled = pooled / request.num_prompt_tokens
+        return pooled.astype("<f4").tobytes()
+
     def _end(self, requests: Iterable[Request], error: RequestError | None) -> None:
         """Release what dropped requests hold outside the scheduler, and report their end."""
         reason = FinishReason.ERROR if error else FinishReason.ABORT
         now = self._clock()
         for request in requests:
             self._prompt_logprobs.pop(request.key, None)
+            self._pooled.pop(request.key, None)
             self._release(request)
             self._outputs.append(
                 RequestOutput(

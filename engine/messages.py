@@ -95,6 +95,8 @@ class RequestOutput:
     `stop_token_id` is the token that ended the choice, and also the last of `token_ids`.
     `prompt_logprobs`, if requested, come with the first output; the entry of the first prompt
     token is None. `metrics` come with the first output of choice 0, and with each choice's last.
+    `embedding` is the pooled hidden state [hidden_size] after the last norm, float32 in
+    little-endian order, not normalised: it comes with the only output of a request with pooling.
     """
 
     request_id: str
@@ -106,6 +108,7 @@ class RequestOutput:
     stop_token_id: int | None = None
     error: RequestError | None = None
     metrics: RequestMetrics | None = None
+    embedding: bytes | None = None
 
 
 # (request_id, index, token_ids) for an output without other fields, as nearly all are: a tuple
@@ -123,6 +126,7 @@ def to_item(output: RequestOutput) -> Item:
         and output.prompt_logprobs is None
         and output.error is None
         and output.metrics is None
+        and output.embedding is None
     )
     return (output.request_id, output.index, output.token_ids) if is_plain else output
 
@@ -140,6 +144,7 @@ class EngineInfo:
     dtype: str
     kernels: str  # native-avx512, native-avx2, torch or triton
     weight_bytes: int
+    hidden_size: int = 0  # of an embedding
     sampling_defaults: SamplingDefaults = NO_DEFAULTS  # which the ingress applies
     grammar_refusal: str = ""  # why no request may have a grammar; empty if it may
     load_s: float = 0.0  # from the start of the process; measured by its client

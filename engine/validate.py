@@ -13,7 +13,9 @@ def validate(request: GenerateRequest, info: EngineInfo) -> None:
     num_prompt, num_resumed = len(request.prompt_token_ids), len(request.output_token_ids)
     if not num_prompt:
         raise InvalidRequest("the prompt is empty; at least one token is needed")
-    if num_prompt + num_resumed >= info.max_model_len:
+    if request.sampling.pooling is not None:
+        _check_pooling(request, info)
+    elif num_prompt + num_resumed >= info.max_model_len:
         raise InvalidRequest(
             f"the prompt has {num_prompt + num_resumed} tokens, and the context of "
             f"{info.max_model_len} tokens must hold it and at least one token more"
@@ -32,6 +34,19 @@ def validate(request: GenerateRequest, info: EngineInfo) -> None:
         raise InvalidRequest(
             f"{num_resumed} tokens are there already, of max_tokens={request.sampling.max_tokens}"
         )
+
+
+def _check_pooling(request: GenerateRequest, info: EngineInfo) -> None:
+    """Check a request that samples nothing: its prompt may fill the context."""
+    num_prompt, sampling = len(request.prompt_token_ids), request.sampling
+    if num_prompt > info.max_model_len:
+        raise InvalidRequest(
+            f"the prompt has {num_prompt} tokens, and the context holds {info.max_model_len}"
+        )
+    if request.n != 1 or request.output_token_ids:
+        raise InvalidRequest("a request with pooling has one choice, and no output")
+    if sampling.grammar is not None or sampling.prompt_logprobs is not None:
+        raise InvalidRequest("a request with pooling has neither a grammar nor prompt_logprobs")
 
 
 def _check_grammar(request: GenerateRequest, info: EngineInfo) -> None:

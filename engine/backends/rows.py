@@ -3,6 +3,9 @@
 from array import array
 from collections.abc import Sequence
 
+import torch
+from torch import Tensor
+
 from engine.scheduler.batch import ScheduledRequest
 
 LOGITS_ROWS = 32  # rows of [*, V] logits that are in memory at once for prompt logprobs
@@ -49,5 +52,12 @@ def wanted_rows(
             rows += range(start, end)
         elif request.samples:
             rows.append(end - 1)
+        elif request.pooled is not None:
+            rows += range(start + request.pooled[0], start + request.pooled[1])
         spans.append((first, len(rows)))
     return rows, spans
+
+
+def pooled_sum(hidden: Tensor) -> Tensor:
+    """Add rows [M, E] up; in float64, so that cutting a prompt in chunks does not show."""
+    return hidden.sum(0, dtype=torch.float64)

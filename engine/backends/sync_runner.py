@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from engine.backends.row_outputs import row_outputs
-from engine.backends.rows import LOGITS_ROWS, wanted_rows
+from engine.backends.rows import LOGITS_ROWS, pooled_sum, wanted_rows
 from engine.backends.runner import FinishedStep, RowOutput, TokenMasks
 from engine.backends.sampler import NotFinite, Picker, SampledToken, sample, target_logprobs
 from engine.messages import TokenLogprobs
@@ -73,6 +73,11 @@ class SyncRunner:
             [token.token_id if isinstance(token, SampledToken) else None for token in sampled],
             [_token_logprobs(token) for token in sampled],
             self._score_prompts(batch.requests, hidden, spans),
+            [
+                pooled_sum(hidden[start:end]).cpu().numpy()
+                for request, (start, end) in zip(batch.requests, spans, strict=True)
+                if request.pooled
+            ],
         )
 
     def _move(self, batch: ScheduledBatch) -> None:

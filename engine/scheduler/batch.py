@@ -37,6 +37,7 @@ class ScheduledRequest(NamedTuple):
     prompt_targets: list[int] | None = None  # token after each row, if their logprobs are asked for
     life: int = 0  # number of the request's admission that this row belongs to; unique
     biases: TokenBiases | None = None  # of `sampling`, as arrays
+    pooled: tuple[int, int] | None = None  # first and end of the rows whose sum is asked for
 
     @property
     def end(self) -> int:

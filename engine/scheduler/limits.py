@@ -26,7 +26,9 @@ class SchedulerLimits:
         return None
 
     def is_ending(self, request: Request) -> bool:
-        """Whether a pending token is the last one for any value it may have."""
+        """Whether a pending token is the last one for any value it may have, or none follows."""
+        if request.sampling.pooling is not None:
+            return request.num_computed_tokens == request.num_prompt_tokens
         pending = request.num_pending_tokens
         return pending > 0 and (
             len(request.output_token_ids) + pending >= request.sampling.max_tokens

@@ -16,6 +16,7 @@ MAX_LOGPROBS = 20
 MAX_STOP_TOKEN_IDS = 128
 MAX_LOGIT_BIASES = 1024
 MAX_GRAMMAR_BYTES = 2**18
+POOLINGS = ("mean", "last", "cls")
 MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY = 0.01, 100.0  # keep float32 logits finite
 
 
@@ -40,6 +41,9 @@ class FinishReason(StrEnum):
 class SamplingParams:
     """Parameters of sampling. temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 are off.
 
+    With `pooling` nothing is sampled: the request ends with its prompt, whose hidden states are
+    pooled.
+
     `seed` is always present: the ingress draws one if the client gave none, so that the request
     can be resumed on another replica with the same tokens.
     """
@@ -60,9 +64,12 @@ class SamplingParams:
     logprobs: int | None = None  # None: off; k: of the chosen token and the top k
     prompt_logprobs: int | None = None
     grammar: str | None = None  # what the output must match, in llguidance's own format
+    pooling: str | None = None  # one of POOLINGS
 
     def __post_init__(self) -> None:
         _check_grammar(self.grammar)
+        if self.pooling is not None and self.pooling not in POOLINGS:
+            raise InvalidRequest(f"pooling must be one of {POOLINGS}, not {self.pooling!r}")
         _check_length("stop_token_ids", len(self.stop_token_ids), MAX_STOP_TOKEN_IDS)
         _check_length("logit_bias", len(self.logit_bias), MAX_LOGIT_BIASES)
         _check("max_tokens", self.max_tokens, 1, 2**31 - 1)

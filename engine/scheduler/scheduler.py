@@ -100,6 +100,8 @@ class Scheduler:
         """Why memory can never hold the request at its full length; empty if it can."""
         most = request.num_prompt_tokens + request.sampling.max_tokens
         num_tokens = min(most, self.limits.max_model_len) - 1  # the last one is not computed
+        if request.sampling.pooling is not None:
+            num_tokens = request.num_prompt_tokens
         lacking = self.memory.lacking_bytes(num_tokens, request.adapter_digest)
         if lacking is None:
             return ""
@@ -175,6 +177,9 @@ class Scheduler:
             request.num_pending_tokens -= scheduled.samples
             if token_ids:
                 progress.append(self._append(request, token_ids))
+            elif _is_pooled(request, scheduled):
+                self._finish(request, FinishReason.STOP)
+                progress.append(Progress(request, []))
         return progress
 
     def fail(self, batch: ScheduledBatch) -> list[Request]:
@@ -421,3 +426,8 @@ class Scheduler:
         request.num_published_blocks = request.life = 0
         if request.adapter_digest:
             self.adapters.release(request.adapter_digest)
+
+
+def _is_pooled(request: Request, scheduled: ScheduledRequest) -> bool:
+    """Whether this row has computed the last token that a pooling request needs."""
+    return request.sampling.pooling is not None and scheduled.end == request.num_prompt_tokens

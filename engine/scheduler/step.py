@@ -48,7 +48,7 @@ def _take(request: Request, count: int, adapters: AdapterSlots) -> ScheduledRequ
     sampling, adapter_digest = request.sampling, request.scope.adapter_digest
     pending = request.num_pending_tokens
     num_outputs = len(request.output_token_ids) + pending
-    samples = end == request.num_tokens + pending
+    samples = end == request.num_tokens + pending and sampling.pooling is None
     request.num_pending_tokens += samples
     history = None
     if sampling.uses_penalties:
@@ -71,6 +71,7 @@ def _take(request: Request, count: int, adapters: AdapterSlots) -> ScheduledRequ
         prompt_targets=_prompt_targets(request, start, end),
         life=request.life,
         biases=request.rules.biases,
+        pooled=_pooled_rows(sampling.pooling, start, end, request.num_prompt_tokens),
     )
 
 
@@ -79,3 +80,16 @@ def _prompt_targets(request: Request, start: int, end: int) -> list[int] | None:
     if request.sampling.prompt_logprobs is None or start >= request.num_prompt_tokens - 1:
         return None
     return request.token_ids(start + 1, min(end + 1, request.num_prompt_tokens))
+
+
+def _pooled_rows(
+    pooling: str | None, start: int, end: int, num_prompt: int
+) -> tuple[int, int] | None:
+    """Choose the rows of positions [start, end) that are pooled; None if there are none."""
+    if pooling is None:
+        return None
+    first, stop = {"mean": (start, end), "cls": (0, 1), "last": (num_prompt - 1, num_prompt)}[
+        pooling
+    ]
+    first, stop = max(first, start), min(stop, end)
+    return (first - start, stop - start) if first < stop else None

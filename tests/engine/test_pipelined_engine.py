@@ -3,12 +3,13 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from engine.engine import Engine
 from engine.messages import ErrorKind, GenerateRequest
-from engine.scheduler.request import SamplingParams
+from engine.scheduler.request import POOLINGS, SamplingParams
 from tests.engine.support.driver import (
     Result,
     finish,
@@ -66,6 +67,10 @@ def diverse_requests() -> list[GenerateRequest]:
         GenerateRequest(
             "resumed", prompt_of(6, 7), SamplingParams(seed=9, **hot), output_token_ids=[5, 6, 7]
         ),
+        *(
+            GenerateRequest(pooling, prompt_of(37, 8 + i), SamplingParams(pooling=pooling))
+            for i, pooling in enumerate(POOLINGS)
+        ),
     ]
 
 
@@ -79,6 +84,7 @@ def assert_same(found: Answers, expected: Answers) -> None:
         assert found[key].token_ids == result.token_ids
         assert _end(found[key]) == _end(result)
         assert _logprobs(found[key]) == pytest.approx(_logprobs(result), abs=1e-4)
+        assert _embedding(found[key]) == pytest.approx(_embedding(result), abs=1e-4)
 
 
 def _end(result: Result) -> tuple[object, ...]:
@@ -86,6 +92,11 @@ def _end(result: Result) -> tuple[object, ...]:
     assert last is not None and last.metrics is not None
     num_tokens = (last.metrics.num_prompt_tokens, last.metrics.num_output_tokens)
     return last.finish_reason, last.stop_token_id, last.error, *num_tokens
+
+
+def _embedding(result: Result) -> list[float]:
+    embedding = result.last.embedding if result.last else None
+    return [] if embedding is None else np.frombuffer(embedding, "<f4").tolist()
 
 
 def _logprobs(result: Result) -> list[float]:

@@ -20,7 +20,7 @@ from engine.backends.cuda.packed_copies import Arrival, Download, Upload
 from engine.backends.cuda.sampler import DeviceSampler, Sampled, read_scores, scored
 from engine.backends.cuda.streams import Device
 from engine.backends.row_outputs import row_outputs
-from engine.backends.rows import LOGITS_ROWS, wanted_rows
+from engine.backends.rows import LOGITS_ROWS, pooled_sum, wanted_rows
 from engine.backends.runner import (
     FinishedStep,
     RowOutput,
@@ -91,7 +91,12 @@ class DeviceRunner:
         sampled = self._sample([requests[i] for i in chosen], sample_rows, output, allowed)
         prompts = self._score_prompts(requests, spans, output.hidden)
         self._sampled = {request_key(requests[i]): place for place, i in enumerate(chosen)}
-        tensors = [sampled.tokens, sampled.is_finite, sampled.scores, *prompts]
+        pooled = [  # words, as all that is downloaded
+            pooled_sum(output.hidden[start:end]).view(torch.int32)
+            for r, (start, end) in zip(requests, spans, strict=True)
+            if r.pooled
+        ]
+        tensors = [sampled.tokens, sampled.is_finite, sampled.scores, *prompts, *pooled]
         return _Launched(batch, self._download.send(tensors))
 
     def _sample(
@@ -150,14 +155,17 @@ class _Launched:
     arrival: Arrival
 
     def result(self) -> list[RowOutput]:
-        tokens, is_finite, scores, *prompts = self.arrival.read()
+        tokens, is_finite, scores, *more = self.arrival.read()
         requests = self.batch.requests
+        scored = [r for r in requests if r.prompt_targets]
+        prompts, pooled = more[: len(scored)], more[len(scored) :]
         found = zip(tokens.tolist(), is_finite.tolist(), strict=True)
         return row_outputs(
             requests,
             [token_id if fine else None for token_id, fine in found],
             _logprobs([r.sampling.logprobs for r in requests if r.samples], scores),
-            _prompt_logprobs([r for r in requests if r.prompt_targets], prompts),
+            _prompt_logprobs(scored, prompts),
+            [words.numpy().view(np.float64) for words in pooled],
         )
 
 

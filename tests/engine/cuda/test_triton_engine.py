@@ -27,6 +27,7 @@ from tests.engine.support.driver import (
     write_adapter,
     write_mixed_adapters,
 )
+from tests.engine.support.pooling import assert_close, pooled, vector_of, vectors
 from tests.engine.support.tiny import MODEL_TYPES, Tiny
 
 MakeTiny = Callable[..., Tiny]
@@ -74,12 +75,18 @@ def by_torch(tiny: Tiny, requests: list[GenerateRequest], **changes: Any) -> Tex
 def test_a_mixed_batch_in_little_memory_gives_the_text_of_torch(
     tiny: Tiny, adapters: list[AdapterFolder]
 ) -> None:
-    requests = mixed(adapters, 3)[:5]
+    pooling = [pooled("mean", 23, adapters[0]), pooled("cls", 5), pooled("last", 4, adapters[1])]
+    requests = [*mixed(adapters, 3)[:5], *pooling]
     engine = triton_engine(
         tiny.folder, max_num_seqs=4, max_model_len=96, memory_bytes=18 * BLOCK_BYTES
     )
-    assert texts(run(engine, requests)) == by_torch(tiny, requests)
+    results = run(engine, requests)
+    assert texts(results) == by_torch(tiny, requests)
     assert engine.runner.pipeline_depth == 1
+    assert_close(
+        {r.request_id: vector_of(results[r.request_id, 0].last) for r in pooling},
+        vectors(make_engine(tiny.folder, device="cpu"), pooling),
+    )
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -23,6 +24,7 @@ from tests.engine.support.driver import (
     texts,
     write_mixed_adapters,
 )
+from tests.engine.support.pooling import all_of, expected, vectors
 from tests.engine.support.tiny import MODEL_TYPES, Tiny
 
 VARIANTS = [
@@ -93,6 +95,37 @@ def test_preemption_changes_no_bit(tiny: Tiny, adapters: list[AdapterFolder]) ->
     run(small, mixed(adapters, 1))  # so that all adapters are there, and all requests run at once
     assert texts(run(small, mixed(adapters, 40))) == expected
     assert small.stats.total_preemptions > 0
+
+
+def test_neither_chunks_nor_batch_mates_change_a_bit_of_a_pooled_vector(
+    tiny: Tiny, adapters: list[AdapterFolder]
+) -> None:
+    requests = all_of(adapters)
+    alone: dict[str, bytes] = {}
+    for request in requests:
+        engine = native_engine(tiny.folder, enable_prefix_caching=False)
+        alone |= {name: v.tobytes() for name, v in vectors(engine, [request]).items()}
+    for variant in VARIANTS[1:4]:
+        engine = native_engine(tiny.folder, **variant)
+        found = vectors(engine, [*mixed(adapters), *requests])
+        assert {name: v.tobytes() for name, v in found.items()} == alone, variant
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_pooled_vectors_of_every_family_are_as_accurate_as_torchs_bfloat16(
+    model_type: str, tiny_model: Callable[..., Tiny]
+) -> None:
+    tiny = tiny_model(model_type)
+    requests = all_of()
+
+    def error(engine: Engine) -> float:
+        found = vectors(engine, requests)
+        errors = [found[r.request_id] - expected(tiny.reference, r) for r in requests]
+        return float(np.sqrt(np.mean(np.square(errors))))
+
+    native = error(native_engine(tiny.folder))
+    by_torch = error(make_engine(tiny.folder, dtype="bfloat16", kernels="torch"))
+    assert native < 1.25 * by_torch + 1e-3, (native, by_torch)
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)

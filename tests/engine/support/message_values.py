@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from engine import config
 from engine.config import EngineConfig
-from engine.scheduler.request import SamplingParams
+from engine.scheduler.request import POOLINGS, SamplingParams
 
 INTS = st.integers(-(2**63), 2**63 - 1)
 PAIRS = st.tuples(st.integers(0, 2**31 - 1), st.floats(-100, 100))
@@ -21,6 +21,7 @@ KNOWN: dict[Any, st.SearchStrategy[Any]] = {
     float: st.floats(allow_nan=False),
     str: st.text(max_size=20),
     bool: st.booleans(),
+    bytes: st.binary(max_size=20),
     type(None): st.none(),
     SamplingParams: st.builds(
         SamplingParams,
@@ -34,6 +35,7 @@ KNOWN: dict[Any, st.SearchStrategy[Any]] = {
         stop_token_ids=st.lists(INTS, max_size=3).map(tuple),
         ignore_eos=st.booleans(),
         logprobs=st.none() | st.integers(0, 20),
+        pooling=st.none() | st.sampled_from(POOLINGS),
     ),
     EngineConfig: st.builds(
         EngineConfig,
