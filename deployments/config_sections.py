@@ -157,6 +157,20 @@ class ReplicasSection(Section):
         return self.min if self.max is None else self.max
 
 
+class EmbeddingsSection(Section):
+    pooling: Literal["auto", "off", "mean", "last", "cls"] = key(
+        "auto",
+        "how `/v1/embeddings` makes one vector of a text's hidden states: their `mean`, the `last` "
+        "token's or the first one's (`cls`); `auto` does as the folder's modules.json says, which "
+        "sentence-transformers writes, and without one refuses such requests, as `off` does",
+    )
+    normalize: bool | None = key(
+        None,
+        "whether vectors have the length 1",
+        unset="as modules.json says, else true",
+    )
+
+
 class ModelSection(Section):
     id: str = Field(pattern=r"^[^\s@]{1,256}$", description="the base model's name in the API")
     source: str = Field(description="a Hugging Face folder")
@@ -192,6 +206,7 @@ class ModelSection(Section):
         "what stands around the model's reasoning: `auto` finds it in the chat template, `none` "
         "leaves reasoning in the answer, a name from [the list](api.md#reasoning) is those tags",
     )
+    embeddings: EmbeddingsSection = EmbeddingsSection()
     engine: EngineSection = EngineSection()
     replicas: ReplicasSection = ReplicasSection()
 

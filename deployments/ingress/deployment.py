@@ -22,6 +22,7 @@ from deployments.loopback_grpc import keep_grpc_on_loopback
 from deployments.serve_logging import log_to_serves_file
 from deployments.tenants.tenants import open_tenants
 from deployments.text.answer_syntax import find_syntax
+from deployments.text.embedding_use import find_embedding_use
 from deployments.text.vocabulary import Vocabulary
 from engine.gc_freeze import keep_what_is_loaded
 
@@ -64,4 +65,7 @@ def _open_model(
     link.start()
     most = model.replicas.most
     syntax = find_syntax(vocabulary, model.id, model.tool_format, model.reasoning_format)
-    return ServedModel(model.id, vocabulary, link, config.max_answers(model) * most, syntax)
+    wanted = model.embeddings
+    embeddings = find_embedding_use(Path(model.source), wanted.pooling, wanted.normalize)
+    num = config.max_answers(model) * most
+    return ServedModel(model.id, vocabulary, link, num, syntax, embeddings)

@@ -12,7 +12,7 @@ from deployments.ingress.error_form import OPENAI_ERRORS, ErrorForm
 from deployments.ingress.http_errors import ApiError, as_api_error
 from deployments.ingress.metrics import Metrics
 from deployments.ingress.request_id import request_id
-from deployments.ingress.streaming import CLIENT_GONE, ErrorResponse, GenerationResponse
+from deployments.ingress.streaming import CLIENT_GONE, EngineResponse, ErrorResponse
 
 Handler = Callable[[HttpRequest, ExitStack], Awaitable[Response]]
 
@@ -45,6 +45,6 @@ class Endpoint:
         except Exception as error:
             what = f"{self._path}, request {request_id(http_request.scope)},"
             response = ErrorResponse(as_api_error(error, what), self._errors)
-        if not isinstance(response, GenerationResponse):  # that one counts itself, at its end
+        if not isinstance(response, EngineResponse):  # that one counts itself, at its end
             self._metrics.count_answer(self._path, response.status_code)
         return response

@@ -15,10 +15,12 @@ from starlette.responses import Response
 
 from deployments.config_sections import IngressSection
 from deployments.ingress.adapter_templates import AdapterTemplates, ChatRenderer
+from deployments.ingress.api.embeddings import EmbeddingForm, EmbeddingRequest
 from deployments.ingress.api.json_body import decode_json
 from deployments.ingress.api.openai import ChatCompletionRequest, CompletionRequest, OpenAIRequest
 from deployments.ingress.api_route import ApiRoute, RouteDoc
 from deployments.ingress.base_paths import base_of, set_model
+from deployments.ingress.embedding import AT_ONCE, EmbeddingResponse, Form, plan_embeddings
 from deployments.ingress.endpoint import Endpoint, Handler
 from deployments.ingress.error_form import OPENAI_ERRORS, ErrorForm
 from deployments.ingress.generation import Plan
@@ -55,6 +57,7 @@ class Surface:
 
 CHAT = Surface("/v1/chat/completions", OPENAI_CHAT)
 COMPLETIONS = Surface("/v1/completions", OPENAI_COMPLETION)
+EMBEDDINGS = "/v1/embeddings"
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +150,24 @@ class Ingress:
         is_lenient = self.settings.lenient_schemas
         plan = await plan_completion(request, target, self.origin, is_lenient, surface.form)
         return self._answer(plan, request, surface)
+
+    async def answer_embeddings(
+        self,
+        request: EmbeddingRequest,
+        tenant: Tenant,
+        place: Place,
+        route: str = EMBEDDINGS,
+        form: Form | None = None,
+        errors: ErrorForm = OPENAI_ERRORS,
+    ) -> EmbeddingResponse:
+        """Answer with vectors; of many texts, a few at a time count as the tenant's answers."""
+        most = tenant.limits.max_concurrent_requests or AT_ONCE
+        at_once = min(len(request.input), AT_ONCE, most)
+        place.hold(at_once)
+        target = await self.models.resolve(tenant, request.model)
+        form = form or EmbeddingForm(request)
+        plan = await plan_embeddings(request, target, self.origin, at_once, form)
+        return EmbeddingResponse(plan, self.metrics, route, errors)
 
     def _answer(self, plan: Plan, request: OpenAIRequest, surface: Surface) -> GenerationResponse:
         keep_alive_s = self.settings.keep_alive_s

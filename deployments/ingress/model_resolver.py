@@ -28,6 +28,7 @@ from deployments.ingress.http_errors import (
 from deployments.ingress.model_names import parse_model_name
 from deployments.tenants.tenant import Tenant
 from deployments.text.answer_syntax import PLAIN, AnswerSyntax
+from deployments.text.embedding_use import NO_EMBEDDINGS, EmbeddingUse
 from deployments.text.vocabulary import Vocabulary
 from engine.messages import EngineInfo
 
@@ -63,6 +64,7 @@ class ServedModel:
     link: EngineLink
     max_answers: int
     syntax: AnswerSyntax = PLAIN
+    embeddings: EmbeddingUse = NO_EMBEDDINGS
 
     @property
     def outage(self) -> str | None:

@@ -31,33 +31,52 @@ def prompt_too_long(path: str, num_tokens: int, limit: int) -> ApiError:
     )
 
 
+def text_too_long(path: str, num_tokens: int, limit: int) -> ApiError:
+    return invalid(
+        f"The text has {num_tokens} tokens, and the model's context holds {limit}. "
+        "truncate_prompt_tokens keeps the last ones of a longer text.",
+        path,
+        "context_length_exceeded",
+    )
+
+
 async def encode_texts(
     vocabulary: Vocabulary,
     texts: Mapping[str, Sequence[str]],
     add_special_tokens: bool,
     limit: int,
+    keep_last: int | None = None,
+    too_long: Callable[[str, int, int], ApiError] = prompt_too_long,
 ) -> list[list[int]]:
     """Encode texts by their paths in the request, each in pieces and of `limit` tokens at most.
 
-    Raises ApiError; that a text leaves no room for an answer is left to the caller.
+    With `keep_last`, so many tokens of each text are kept, and it may be longer. Raises ApiError;
+    that a text leaves no room for an answer is left to the caller.
     """
     num_characters = 0
     for path, pieces in texts.items():
         check_length(vocabulary, path, pieces, limit)
         num_characters += sum(map(len, pieces))
-    if num_characters <= LONG_TEXT and all(len(pieces) == 1 for pieces in texts.values()):
+    is_short = num_characters <= LONG_TEXT and keep_last is None
+    if is_short and all(len(pieces) == 1 for pieces in texts.values()):
         return [vocabulary.encode(text, add_special_tokens) for [text] in texts.values()]
+    most, keeps_last = limit if keep_last is None else keep_last, keep_last is not None
     loop = asyncio.get_running_loop()
     prompts: list[list[int]] = []
     for path, pieces in texts.items():
         try:
             prompts.append(
                 await loop.run_in_executor(
-                    _threads, vocabulary.encode_pieces, pieces, add_special_tokens, limit
+                    _threads,
+                    vocabulary.encode_pieces,
+                    pieces,
+                    add_special_tokens,
+                    most,
+                    keeps_last,
                 )
             )
         except TooManyTokens as error:
-            raise prompt_too_long(path, error.num_tokens, limit) from None
+            raise too_long(path, error.num_tokens, limit) from None
     return prompts
 
 

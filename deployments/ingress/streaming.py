@@ -30,27 +30,15 @@ class ErrorResponse(Response):
         super().__init__(form.body(error), form.status(error), error.headers(), "application/json")
 
 
-class GenerationResponse(Response):
-    """Runs a plan and sends its answer.
+class EngineResponse(Response):
+    """Has an engine work for an answer, sends it and counts it.
 
-    If the client goes away meanwhile the generation is closed at once, whether the server cancels
+    If the client goes away meanwhile the work is cancelled at once, whether the server cancels
     this call or only reports it through `receive`.
     """
 
-    def __init__(
-        self,
-        plan: Plan,
-        stream: bool,
-        metrics: Metrics,
-        route: str,
-        keep_alive_s: float = 0.0,
-        errors: ErrorForm = OPENAI_ERRORS,
-    ) -> None:
+    def __init__(self, metrics: Metrics, route: str) -> None:
         super().__init__()
-        self._errors = errors
-        self._keep_alive_s = keep_alive_s
-        self._plan = plan
-        self._stream = stream
         self._metrics = metrics
         self._route = route
 
@@ -82,6 +70,28 @@ class GenerationResponse(Response):
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> int:
         """Send everything. Returns the status."""
+        raise NotImplementedError
+
+
+class GenerationResponse(EngineResponse):
+    """Runs a plan and sends its answer."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        stream: bool,
+        metrics: Metrics,
+        route: str,
+        keep_alive_s: float = 0.0,
+        errors: ErrorForm = OPENAI_ERRORS,
+    ) -> None:
+        super().__init__(metrics, route)
+        self._errors = errors
+        self._keep_alive_s = keep_alive_s
+        self._plan = plan
+        self._stream = stream
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> int:
         try:
             generation = Generation(self._plan, self._metrics)
             try:

@@ -113,13 +113,18 @@ class Vocabulary:
         return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
 
     def encode_pieces(
-        self, pieces: Sequence[str], add_special_tokens: bool, most: int
+        self,
+        pieces: Sequence[str],
+        add_special_tokens: bool,
+        most: int,
+        keeps_last: bool = False,
     ) -> list[int]:
         """Encode a text that is cut in pieces, no token across two of them, without the GIL.
 
-        Raises TooManyTokens.
+        Of a text with more than `most` tokens, `keeps_last` keeps the last ones and the special
+        tokens that were added around it, as transformers does. Else it raises TooManyTokens.
         """
-        if len(pieces) > most:
+        if len(pieces) > most and not keeps_last:
             raise TooManyTokens(len(pieces))  # at least
         is_one = len(pieces) == 1
         encoded = self._tokenizer.encode_batch_fast(
@@ -128,9 +133,9 @@ class Vocabulary:
         whole = encoded[0] if is_one else Encoding.merge(encoded, growing_offsets=False)
         if not is_one and add_special_tokens:
             whole = self._tokenizer.post_process(whole, None, True)
-        if len(whole) > most:
+        if len(whole) > most and not keeps_last:
             raise TooManyTokens(len(whole))
-        return whole.ids
+        return whole.ids if len(whole) <= most else _last_ids(whole, most)
 
     @property
     def has_template(self) -> bool:
@@ -279,6 +284,18 @@ class Vocabulary:
             return False
         token = self._tokenizer.id_to_token(token_id)
         return token is not None and len(token) == 6 and token.startswith("<0x")
+
+
+def _last_ids(encoding: Encoding, most: int) -> list[int]:
+    """Keep the last ids of a text, and those that were added before and behind it."""
+    ids, is_added = encoding.ids, encoding.special_tokens_mask
+    start, end = 0, len(ids)
+    while start < end and is_added[start]:
+        start += 1
+    while end > start and is_added[end - 1]:
+        end -= 1
+    num_kept = max(0, most - start - (len(ids) - end))
+    return [*ids[:start], *ids[end - num_kept : end], *ids[end:]][-most:]
 
 
 class _Lookup:

@@ -65,6 +65,31 @@ def check_completions(client: OpenAI, adapter: str) -> None:
     assert stopped.choices[0].finish_reason == "stop"
 
 
+def check_embeddings(client: OpenAI, base: str, adapter: str) -> None:
+    texts = ["one", "two and three", "one"]
+    found = {}
+    for model in (base, adapter):
+        whole = client.embeddings.create(model=model, input=texts)  # the client asks for base64
+        assert [item.index for item in whole.data] == [0, 1, 2]
+        assert whole.usage.prompt_tokens == whole.usage.total_tokens > 0
+        found[model] = [item.embedding for item in whole.data]
+        as_numbers = client.embeddings.create(model=model, input=texts, encoding_format="float")
+        for vector, item in zip(found[model], as_numbers.data, strict=True):
+            assert max(abs(a - b) for a, b in zip(vector, item.embedding, strict=True)) < 1e-6
+            assert abs(sum(value * value for value in vector) - 1) < 1e-5
+        assert max(abs(a - b) for a, b in zip(found[model][0], found[model][2], strict=True)) < 1e-5
+        short = client.embeddings.create(model=model, input="one", dimensions=8).data[0].embedding
+        assert len(short) == 8 and abs(sum(value * value for value in short) - 1) < 1e-5
+        assert short[0] * found[model][0][0] > 0
+    assert found[base] != found[adapter], "the adapter must change the vectors"
+    try:
+        client.embeddings.create(model=base, input="one", dimensions=10**6)
+    except openai.BadRequestError as caught:
+        assert caught.param == "dimensions", caught
+    else:
+        raise AssertionError("more dimensions than there are were accepted")
+
+
 class Answer(BaseModel):
     is_good: bool
     count: Literal[1, 22, 333]
@@ -136,6 +161,7 @@ def main() -> None:
         check_chat(client, base, adapter)
         check_options(client, base)
         check_completions(client, adapter)
+        check_embeddings(client, base, adapter)
         check_structured(client, base, adapter)
         check_models_and_errors(client, base, adapter)
     asyncio.run(check_async(url, base, adapter))

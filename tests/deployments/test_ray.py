@@ -123,7 +123,14 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
 def configuration() -> dict[str, Any]:
     engine = {"device": "cpu", "memory_bytes": "64MiB", "num_threads": 1}
     args = {
-        "models": [{"id": "tiny", "source": "base", "engine": engine}],
+        "models": [
+            {
+                "id": "tiny",
+                "source": "base",
+                "engine": engine,
+                "embeddings": {"pooling": "mean"},
+            }
+        ],
         "adapters": {"root": "file://store", "disk_path": "cache"},
     }
     entry = {"name": "reef", "import_path": "deployments.app:build_app", "args": args}

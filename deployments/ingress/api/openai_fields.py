@@ -28,6 +28,7 @@ MAX_FIELDS = 256  # of one object
 MAX_STOPS = 16
 MAX_BIAS = 100.0
 MAX_PROMPTS = 128
+MAX_INPUTS = 2048  # of embeddings; OpenAI's own limit
 MAX_PROMPT_TOKENS = 2**20  # token ids of all prompts of one request
 MAX_MESSAGE = 400  # characters of an error's message
 
@@ -82,15 +83,15 @@ def _stops(value: object) -> object:
     return stops
 
 
-def _prompts(value: object) -> object:
+def _prompts(value: object, most: int = MAX_PROMPTS) -> object:
     """Read text, texts, token ids or lists of them, as a list of texts or of token id lists."""
     if isinstance(value, str):
         return [value]
     if not isinstance(value, list) or not value:
         raise ValueError("must be text, token ids, or a non-empty list of either")
     prompts = [value] if type(value[0]) is int else value
-    if len(prompts) > MAX_PROMPTS:
-        raise ValueError(f"must have at most {MAX_PROMPTS} prompts, not {len(prompts)}")
+    if len(prompts) > most:
+        raise ValueError(f"must have at most {most} prompts, not {len(prompts)}")
     if all(isinstance(prompt, str) for prompt in prompts):
         return prompts
     if all(isinstance(prompt, list) for prompt in prompts):
@@ -132,6 +133,11 @@ Number = Annotated[float, BeforeValidator(_finite)]
 Stops = Annotated[list[str], SkipValidation, BeforeValidator(_stops)]
 StopTokenIds = Annotated[list[int], Field(fail_fast=True, max_length=MAX_STOP_TOKEN_IDS)]
 Prompts = Annotated[list[str] | list[Ids], SkipValidation, BeforeValidator(_prompts)]
+Inputs = Annotated[
+    list[str] | list[Ids],
+    SkipValidation,
+    BeforeValidator(lambda value: _prompts(value, MAX_INPUTS)),
+]
 Biases = Annotated[dict[int, float], SkipValidation, BeforeValidator(_token_biases)]
 Nothing = Annotated[None, BeforeValidator(_nothing)]  # a field that is not supported
 

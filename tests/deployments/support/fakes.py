@@ -6,6 +6,7 @@ stops when paused and dies on request.
 
 import asyncio
 import json
+import struct
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -33,6 +34,7 @@ from deployments.ingress.tenant_limiter import TenantLimiter
 from deployments.replica.replica import EngineReplica, ReplicaSettings
 from deployments.tenants.tenants import Everybody, Tenants
 from deployments.text.answer_syntax import find_syntax
+from deployments.text.embedding_use import NO_EMBEDDINGS, EmbeddingUse
 from deployments.text.vocabulary import Vocabulary
 from engine.client import EngineUnavailable
 from engine.messages import (
@@ -61,6 +63,7 @@ INFO = EngineInfo(
     dtype="float32",
     kernels="torch",
     weight_bytes=1,
+    hidden_size=4,
 )
 
 
@@ -199,6 +202,9 @@ class FakeEngine:
             self.on_frame(outputs)
 
     def _advance(self, live: Live) -> list[RequestOutput]:
+        if live.request.sampling.pooling is not None:
+            del self._live[live.request.request_id]
+            return [self._pooled(live)]
         outputs = [self._output(live, index) for index in list(live.answers)]
         live.num_sent += 1
         if not live.answers:
@@ -226,6 +232,20 @@ class FakeEngine:
             finish_reason=reason,
             stop_token_id=stop,
             metrics=self._metrics(live) if reason is not None or is_first else None,
+        )
+
+    def _pooled(self, live: Live) -> RequestOutput:
+        """Make a vector of the prompt's length, its first and last token and the adapter's name."""
+        request = live.request
+        ids, folder = request.prompt_token_ids, request.adapter_folder
+        values = (len(ids), ids[0], ids[-1], 0 if folder is None else len(folder.digest))
+        return RequestOutput(
+            request.request_id,
+            0,
+            [],
+            finish_reason="stop",
+            metrics=self._metrics(live),
+            embedding=struct.pack("<4f", *values),
         )
 
     def _metrics(self, live: Live) -> RequestMetrics:
@@ -348,6 +368,7 @@ async def serving(
     max_adapter_series: int = 200,
     ingress_settings: IngressSection | None = None,
     base_id: str = "base",
+    embeddings: EmbeddingUse = NO_EMBEDDINGS,
 ) -> AsyncIterator[Server]:
     """The clock, if given, is the link's and the replica's."""
     engine = engine or FakeEngine()
@@ -376,7 +397,7 @@ async def serving(
     metrics = Metrics(max_adapter_series, [base_id])
     vocabulary = vocabulary or byte_vocabulary()
     syntax = find_syntax(vocabulary, base_id)
-    served = ServedModel(base_id, vocabulary, link, max_requests, syntax=syntax)
+    served = ServedModel(base_id, vocabulary, link, max_requests, syntax, embeddings)
     numbers = iter(range(10**6))
     origin = Origin(lambda: str(next(numbers)), lambda: 1000 + next(numbers), lambda: 1e9)
     limiter = TenantLimiter(metrics, clock_ns)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from deployments.text.chat_template import ChatTemplate, TemplateRefused
@@ -156,3 +157,20 @@ def test_variables_of_the_client_do_not_replace_the_messages() -> None:
 def test_no_token_is_longer_than_the_longest() -> None:
     vocabulary = byte_vocabulary()
     assert vocabulary.longest_token == len("<eos>")
+
+
+def test_truncation_keeps_added_tokens_as_transformers_does() -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.post_processor = TemplateProcessing(
+        single="<eos> $A <pad>", special_tokens=[("<eos>", 256), ("<pad>", 257)]
+    )
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>", truncation_side="left"
+    )
+    expected = {
+        most: wrapped("abcdef <eos>gh", truncation=True, max_length=most).input_ids
+        for most in (3, 5, 9, 40)
+    }
+    vocabulary = Vocabulary(tokenizer, {}, None)
+    for most, ids in expected.items():
+        assert vocabulary.encode_pieces(["abcdef <eos>gh"], True, most, keeps_last=True) == ids
