@@ -29,6 +29,7 @@ KNOWN_SHAPES = {
     2: "a53f52ad4c5ee1f2",
     3: "c96d66cf2230ccbc",
     4: "6cb2cf61c71aa420",
+    5: "968af4ea4f9ad4a6",
 }
 
 
