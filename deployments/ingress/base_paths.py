@@ -25,8 +25,8 @@ class BasePaths:
     def split(self, path: str) -> tuple[str, str] | None:
         """Return a base and the rest of the path; None if the path begins with no base."""
         for prefix in self._prefixes:
-            if path.startswith(f"{prefix}/"):
-                return prefix[1:], path[len(prefix) :]
+            if path == prefix or path.startswith(f"{prefix}/"):
+                return prefix[1:], path[len(prefix) :] or "/"
         return None
 
     def stranger(self, path: str) -> ApiError | None:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from deployments.fleet.protocol import Submit
-from deployments.ingress.api.openai_replies import Reply, Usage
+from deployments.ingress.api.openai_replies import Reply, Times, Usage
 from deployments.ingress.choice import Choice
 from deployments.ingress.http_errors import from_engine
 from deployments.ingress.metrics import Gaps, Metrics
@@ -55,6 +55,7 @@ class Generation:
         self._first: NewTexts = {}
         self._has_opened = False
         self._arrival_s = self._read_s = self._written_s = clock()
+        self._queue_s = 0.0
         self._gaps = Gaps()
         self._first_s: dict[int, float] = {}
         self._last_s: dict[int, float] = {}
@@ -98,6 +99,19 @@ class Generation:
         choices = [self._choices[index] for index in range(self._num_choices)]
         joined = ["".join(parts.get(choice.index, ())) for choice in choices]
         return self._plan.reply.whole(choices, joined, self.usage())
+
+    def headers(self) -> dict[str, str]:
+        """List the headers of the answer that are known before it is."""
+        return {**self._plan.headers, **self._plan.reply.headers(self._plan.target.model.id)}
+
+    def headers_of_whole(self) -> dict[str, str]:
+        """List all headers of an answer that has been written as one document."""
+        return {**self.headers(), **self._plan.reply.headers_of_whole(self.usage(), self._times())}
+
+    def _times(self) -> Times:
+        arrival_s = self._arrival_s
+        first_s, last_s = min(self._first_s.values()), max(self._last_s.values())
+        return Times(first_s - arrival_s, last_s - arrival_s, self._queue_s)
 
     def usage(self) -> Usage:
         prompts = [submit.request.prompt_token_ids for submit in self._plan.submits]
@@ -185,6 +199,7 @@ class Generation:
         metrics = output.metrics
         if metrics is not None and output.request_id not in self._num_cached:
             self._num_cached[output.request_id] = metrics.num_cached_tokens
+            self._queue_s = max(self._queue_s, metrics.queue_s)
             self._metrics.observe_queue(self._plan.target.label, metrics.queue_s)
 
     def _stop_in_engine(self, choice: Choice) -> None:

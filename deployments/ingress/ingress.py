@@ -96,15 +96,16 @@ class Ingress:
         """Make a route whose handler is given the tenant that asks, and its place in the limits."""
 
         async def handle(http_request: HttpRequest, held: ExitStack) -> Response:
-            tenant, place = held.enter_context(self._tenant_of(http_request))
+            authorization = http_request.headers.get("authorization")
+            tenant, place = held.enter_context(self.tenant_of(authorization))
             return await handler(http_request, tenant, place)
 
         return self.route(method, path, handle, errors, doc, needs_key=True)
 
     @contextmanager
-    def _tenant_of(self, http_request: HttpRequest) -> Generator[tuple[Tenant, Place]]:
+    def tenant_of(self, authorization: str | None) -> Generator[tuple[Tenant, Place]]:
         """Count a request as its tenant's while it runs. Raises KeyRefused or ApiError."""
-        tenant = self.tenants.identify(http_request.headers.get("authorization"))
+        tenant = self.tenants.identify(authorization)
         with self.limiter.inside(tenant.name, tenant.limits) as place:
             yield tenant, place
 

@@ -14,12 +14,13 @@ from deployments.ingress.error_form import OPENAI_ERRORS
 from deployments.ingress.http_errors import ApiError
 from deployments.ingress.ingress import Ingress
 from deployments.ingress.streaming import ErrorResponse
+from deployments.ingress.surfaces.lorax import lorax_routes
 from deployments.ingress.surfaces.models import model_routes
 from deployments.ingress.surfaces.openai import openai_routes
 from deployments.ingress.surfaces.operation import operation_routes
 from deployments.ingress.surfaces.tokens import token_routes
 
-SURFACES = (openai_routes, token_routes, model_routes, operation_routes)
+SURFACES = (openai_routes, lorax_routes, token_routes, model_routes, operation_routes)
 
 
 def build_api(

@@ -100,9 +100,8 @@ class GenerationResponse(EngineResponse):
                         await generation.start()
                         return await self._send_events(generation, keep_alive, scope, send)
                 await generation.start()
-                response = Response(
-                    await generation.whole(), 200, self._plan.headers, "application/json"
-                )
+                body = await generation.whole()
+                response = Response(body, 200, generation.headers_of_whole(), "application/json")
             finally:
                 generation.close()
         except Exception as error:
@@ -116,7 +115,7 @@ class GenerationResponse(EngineResponse):
         """Send an event stream. An error in it is its last event, in place of the usual one."""
         status = 200
         # A list of its own: middleware appends to it.
-        more = ((name.encode(), value.encode()) for name, value in self._plan.headers.items())
+        more = ((name.encode(), value.encode()) for name, value in generation.headers().items())
         headers = [*_EVENT_STREAM, *more]
         await send({"type": "http.response.start", "status": status, "headers": headers})
         try:

@@ -112,6 +112,14 @@ class Vocabulary:
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
 
+    def spans(self, text: str, add_special_tokens: bool) -> list[dict[str, int | str]]:
+        """Encode a text: ids, tokens as the vocabulary spells them, and their characters."""
+        encoded = self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        tokens = zip(encoded.ids, encoded.tokens, encoded.offsets, strict=True)
+        return [
+            {"id": i, "text": t, "start": start, "stop": stop} for i, t, (start, stop) in tokens
+        ]
+
     def encode_pieces(
         self,
         pieces: Sequence[str],

@@ -167,10 +167,11 @@ def test_headers_of_strangers_reach_neither_the_model_nor_ray(
     connection.close()
 
 
-def test_the_official_client_is_served(server: Running) -> None:
+@pytest.mark.parametrize("client", ["openai", "lorax"])
+def test_the_official_clients_are_served(server: Running, client: str) -> None:
     if not CLIENTS.exists():
         pytest.skip(f"{CLIENTS} is missing: `make test` makes it")
-    script = ROOT / "tests" / "clients" / "openai_client.py"
+    script = ROOT / "tests" / "clients" / f"{client}_client.py"
     url = f"http://127.0.0.1:{server.port}"
     result = subprocess.run(
         [CLIENTS, script, url, "tiny", "red"], capture_output=True, text=True, check=False

@@ -276,7 +276,7 @@ class CompletionRequest(OpenAIRequest):
         return self.num_choices * len(self.prompt)
 
     @property
-    def wanted_max_tokens(self) -> int:
+    def wanted_max_tokens(self) -> int | None:
         return DEFAULT_COMPLETION_TOKENS if self.max_tokens is None else self.max_tokens
 
     @property

@@ -5,7 +5,7 @@ request, because chunks are written for every token of every stream.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from json.encoder import encode_basestring
 from typing import Any
@@ -37,6 +37,15 @@ class Usage:
     def document(self) -> dict[str, Any]:
         cached = {"cached_tokens": self.num_cached_tokens}
         return {**self.counts(), "prompt_tokens_details": cached}
+
+
+@dataclass(frozen=True, slots=True)
+class Times:
+    """Seconds of a whole answer, as the ingress sees them; the first two from its arrival on."""
+
+    ttft_s: float
+    e2e_s: float
+    queue_s: float  # in the engine
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +85,14 @@ class Reply:
         self._chunk_head = head.document(self.chunk_object)
         self._is_plain = not (head.has_logprobs or head.has_token_ids or head.has_usage_so_far)
         self._frames: dict[int, tuple[bytes, bytes]] = {}
+
+    def headers(self, base: str) -> Mapping[str, str]:
+        """List headers of the answer that are known before it. `base`: the base model's id."""
+        return {}
+
+    def headers_of_whole(self, usage: Usage, times: Times) -> Mapping[str, str]:
+        """List further headers of an answer that is no stream, after `whole`."""
+        return {}
 
     def opening(self, index: int) -> bytes:
         """Write what is sent for a choice before its first text."""

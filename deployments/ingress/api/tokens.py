@@ -1,6 +1,6 @@
 """Parse and answer vLLM's /tokenize and /detokenize. Knows nothing of text and tokens."""
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import msgspec
 from pydantic import BaseModel, Field
@@ -26,6 +26,14 @@ class TokenizeChatRequest(ChatCompletionRequest):
     return_token_strs: bool | None = None
 
 
+class TokenizeInputsRequest(Model):
+    """LoRAX's."""
+
+    model: str
+    inputs: str
+    add_special_tokens: bool | None = None
+
+
 class DetokenizeRequest(Model):
     model: str
     tokens: TokenIds
@@ -42,5 +50,5 @@ class DetokenizeAnswer(BaseModel):
     prompt: str
 
 
-def write(fields: dict[str, Any]) -> bytes:
+def write(fields: object) -> bytes:
     return msgspec.json.encode(fields)

@@ -1,4 +1,4 @@
-"""vLLM's /tokenize and /detokenize: text to the model's token ids and back."""
+"""vLLM's /tokenize and /detokenize: text to the model's token ids and back; LoRAX's /tokenize."""
 
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
@@ -9,6 +9,7 @@ from deployments.ingress.api.tokens import (
     DetokenizeRequest,
     TokenizeAnswer,
     TokenizeChatRequest,
+    TokenizeInputsRequest,
     TokenizeRequest,
     write,
 )
@@ -20,13 +21,13 @@ from deployments.ingress.http_errors import invalid
 from deployments.ingress.ingress import Ingress
 from deployments.ingress.model_resolver import Target
 from deployments.ingress.planning import check_token_ids
-from deployments.ingress.prompt_texts import encode_texts, in_thread, prompt_too_long
+from deployments.ingress.prompt_texts import check_length, encode_texts, in_thread, prompt_too_long
 from deployments.ingress.tenant_limiter import Place
 from deployments.tenants.tenant import Tenant
 
 TOKENIZE = RouteDoc(
     "The token ids of a text, or of the prompt that a chat becomes.",
-    (TokenizeRequest, TokenizeChatRequest),
+    (TokenizeRequest, TokenizeChatRequest, TokenizeInputsRequest),
     TokenizeAnswer,
 )
 DETOKENIZE = RouteDoc("The text of token ids.", DetokenizeRequest, DetokenizeAnswer)
@@ -38,6 +39,9 @@ def token_routes(ingress: Ingress) -> list[ApiRoute]:
         if "messages" in as_fields(document):
             request = parse_request(TokenizeChatRequest, document)
             return await _tokenize_chat(ingress, request, tenant)
+        if "inputs" in as_fields(document):
+            request = parse_request(TokenizeInputsRequest, document)
+            return await _tokenize_inputs(ingress, request, tenant)
         return await _tokenize(ingress, parse_request(TokenizeRequest, document), tenant)
 
     async def detokenize(http_request: HttpRequest, tenant: Tenant, place: Place) -> Response:
@@ -77,6 +81,20 @@ async def _tokenize_chat(
     template = await ingress.own_template(target)
     _, token_ids = await encode_chat(answers, target, split, template)
     return await _tokens(target, "messages", token_ids, request.return_token_strs is True)
+
+
+async def _tokenize_inputs(
+    ingress: Ingress, request: TokenizeInputsRequest, tenant: Tenant
+) -> Response:
+    """Answer LoRAX's form: a list of tokens, each with its first character and the one after."""
+    target = await ingress.models.resolve(tenant, request.model)
+    vocabulary, limit = target.model.vocabulary, target.engine.max_model_len
+    check_length(vocabulary, "inputs", [request.inputs], limit)
+
+    def body() -> bytes:
+        return write(vocabulary.spans(request.inputs, request.add_special_tokens is not False))
+
+    return Response(await in_thread(body, len(request.inputs)), media_type=JSON)
 
 
 async def _tokens(target: Target, path: str, token_ids: list[int], with_texts: bool) -> Response:

@@ -1,0 +1,191 @@
+"""Parse LoRAX's requests, and translate them into completions.
+
+A prompt is taken as it is, without a chat template. Without `do_sample`, and without a temperature,
+top_k or top_p that say otherwise, an answer is greedy, whatever the model's folder suggests.
+"""
+
+from dataclasses import replace
+from typing import Annotated, Any, Literal, cast
+
+from pydantic import BaseModel, BeforeValidator, Field, model_validator
+
+from deployments.ingress.api.openai import CompletionRequest
+from deployments.ingress.api.openai_fields import Model, Nothing, Number, Stops, parse_request
+from deployments.ingress.base_paths import as_fields, name_within
+from deployments.ingress.http_errors import invalid
+from engine.scheduler.request import (
+    MAX_LOGPROBS,
+    NO_DEFAULTS,
+    SamplingDefaults,
+    SamplingParams,
+)
+from engine.validate import MAX_CHOICES
+
+Source = Literal["local", "s3", "hub", "pbase"]
+OWN_SOURCES = ("local", "s3")
+NUM_SEEDS = 2**64
+
+
+def _no_stops(value: object) -> object:
+    return None if value == [] else value
+
+
+def _off(value: object) -> object:
+    if value is True:
+        raise ValueError("is not supported")
+    return value
+
+
+Off = Annotated[bool | None, BeforeValidator(_off)]
+
+
+class LoraxParameters(Model):
+    """Fields are LoRAX's; null is the same as to leave one out."""
+
+    adapter_id: str | None = None
+    adapter_source: Source | None = None
+    merged_adapters: Nothing = None
+    api_token: str | None = None  # a key, for clients that send no header
+    best_of: int | None = Field(None, ge=1, le=MAX_CHOICES)
+    temperature: Number | None = Field(None, ge=0.0, le=100.0)
+    repetition_penalty: Number | None = None
+    frequency_penalty: Number | None = None
+    presence_penalty: Number | None = None
+    top_k: int | None = Field(None, ge=1)
+    top_p: Number | None = Field(None, gt=0.0, le=1.0)
+    typical_p: Number | None = None
+    do_sample: bool | None = None
+    max_new_tokens: int | None = Field(None, ge=1)
+    ignore_eos_token: bool | None = None
+    return_full_text: bool | None = None
+    stop: Annotated[Stops | None, BeforeValidator(_no_stops)] = None
+    truncate: Nothing = None
+    watermark: Off = None
+    details: bool | None = None
+    decoder_input_details: bool | None = None
+    return_k_alternatives: int | None = Field(None, ge=1, le=MAX_LOGPROBS)
+    apply_chat_template: Off = None
+    seed: int | None = Field(None, ge=0, lt=NUM_SEEDS)
+    response_format: dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def _fields_that_belong_together(self) -> "LoraxParameters":
+        if self.typical_p not in (None, 1.0):
+            raise ValueError("typical_p: is not supported unless it is 1, use top_p or min_p")
+        if self.adapter_id and self.adapter_source not in (None, *OWN_SOURCES):
+            raise ValueError(
+                f"adapter_source: must be 'local' or 's3', not {self.adapter_source!r}: adapters "
+                "are served from the adapter store, publish it there"
+            )
+        if self.num_answers > 1 and not self.is_sampled:
+            raise ValueError("best_of: all answers would be alike without do_sample")
+        return self
+
+    @property
+    def num_answers(self) -> int:
+        return self.best_of or 1
+
+    @property
+    def is_sampled(self) -> bool:
+        if self.temperature == 0.0:
+            return False
+        has_filter = self.top_k is not None or self.top_p not in (None, 1.0)
+        return bool(self.do_sample) or has_filter or self.temperature not in (None, 1.0)
+
+    @property
+    def wants_details(self) -> bool:
+        return bool(self.details or self.decoder_input_details)
+
+
+class LoraxRequest(Model):
+    model: str | None = None  # of a path below a base's id
+    inputs: str = Field(min_length=1)
+    parameters: LoraxParameters | None = None
+    stream: bool | None = None
+
+    @model_validator(mode="after")
+    def _fields_that_belong_together(self) -> "LoraxRequest":
+        if self.stream and self.asked.num_answers > 1:
+            raise ValueError("parameters.best_of: must be 1 in a stream")
+        if self.stream and self.asked.decoder_input_details:
+            raise ValueError("parameters.decoder_input_details: not allowed in a stream")
+        return self
+
+    def model_name(self, base: str) -> str:
+        """Name the adapter or base that is asked for. `base` is that of requests without one."""
+        if not self.asked.adapter_id:
+            return self.model or base
+        return name_within(self.model, self.asked.adapter_id)
+
+    @property
+    def asked(self) -> LoraxParameters:
+        return self.parameters or LoraxParameters.model_validate({})
+
+
+class LoraxAnswer(BaseModel):
+    generated_text: str
+    details: dict[str, Any] | None = None
+
+
+class LoraxCompletion(CompletionRequest):
+    """A completion that may be as long as the context; `echo` asks for the prompt's tokens."""
+
+    @property
+    def wanted_max_tokens(self) -> int | None:
+        return self.max_tokens
+
+    @property
+    def wanted_prompt_logprobs(self) -> int | None:
+        return 0 if self.echo else None
+
+    def sampling(
+        self, max_tokens: int, seed: int, defaults: SamplingDefaults = NO_DEFAULTS
+    ) -> SamplingParams:
+        """Use the given seed whatever it is: -1 is one of them."""
+        sampling = super().sampling(max_tokens, seed, defaults)
+        return sampling if self.seed is None else replace(sampling, seed=self.seed)
+
+
+def parse_lorax(document: object, stream: bool | None) -> LoraxRequest:
+    """Check a body. `stream` is what the route gives; None if the body may choose.
+
+    Raises ApiError.
+    """
+    if stream is not None and isinstance(document, dict):
+        fields = as_fields(cast(object, document))
+        if fields.get("stream") not in (None, stream):
+            where = "/generate" if stream else "/generate_stream"
+            raise invalid(f"stream: must be {str(stream).lower()} here, or ask {where}.", "stream")
+        document = {**fields, "stream": stream}
+    return parse_request(LoraxRequest, document)
+
+
+def as_completion(request: LoraxRequest, base: str, seed: int) -> LoraxCompletion:
+    """Translate a request, with the seed to use. Raises ApiError."""
+    asked = request.asked
+    penalty = asked.repetition_penalty
+    has_tokens = bool(request.stream) or asked.wants_details or asked.num_answers > 1
+    return parse_request(
+        LoraxCompletion,
+        {
+            "model": request.model_name(base),
+            "prompt": request.inputs,
+            "max_tokens": asked.max_new_tokens,
+            "n": asked.num_answers,
+            "stream": request.stream,
+            "stop": asked.stop,
+            "include_stop_str_in_output": True,
+            "temperature": (asked.temperature or 1.0) if asked.is_sampled else 0.0,
+            "top_k": asked.top_k or 0,
+            "top_p": asked.top_p or 1.0,
+            "min_p": 0.0,
+            "repetition_penalty": 1.0 if penalty is None else penalty,
+            "presence_penalty": asked.presence_penalty or 0.0,
+            "frequency_penalty": asked.frequency_penalty or 0.0,
+            "seed": seed if seed < NUM_SEEDS // 2 else seed - NUM_SEEDS,
+            "ignore_eos": asked.ignore_eos_token,
+            "logprobs": (asked.return_k_alternatives or 0) if has_tokens else None,
+            "echo": asked.decoder_input_details,
+            "response_format": asked.response_format,
+        },
+    )
