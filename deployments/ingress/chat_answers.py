@@ -8,6 +8,8 @@ from deployments.ingress.api.openai import ChatCompletionRequest
 from deployments.ingress.choice import Choice
 from deployments.ingress.http_errors import ApiError, invalid
 from deployments.ingress.parsed_choice import ParsedChoice
+from deployments.ingress.structured.calls import CallableTool, ForcedCalls
+from deployments.ingress.structured.constraint import Constraint
 from deployments.text.answer_syntax import AnswerSyntax, Parser
 from deployments.text.vocabulary import Vocabulary
 from engine.messages import RequestOutput
@@ -33,12 +35,6 @@ class ChatAnswers:
             for at, message in enumerate(request.messages):
                 if message.uses_tools:
                     raise _no_tools(f"messages[{at}]", tools.refusal)
-        if request.tool_choice is not None and request.tool_choice.is_forced:
-            raise invalid(
-                "tool_choice: that a tool must be called is not supported: use 'auto' or 'none'.",
-                "tool_choice",
-                "unsupported_field",
-            )
         if request.callable_tools and request.constraint is not None:
             path = request.constraint.path
             raise invalid(
@@ -74,6 +70,27 @@ class ChatAnswers:
             "reasoning_effort",
             "unsupported_field",
         )
+
+    def constraint(self, prompt: str) -> Constraint | None:
+        """Find what answers to a prompt must match: what the request says, or calls."""
+        request, tools = self.request, self.syntax.tools
+        if not request.has_forced_call:
+            return request.constraint
+        assert tools.form is not None, "it was checked"
+        calls = ForcedCalls(
+            tools.form,
+            [CallableTool(tool.name, tool.schema, tool.path) for tool in request.allowed_tools],
+            self.names_call or request.parallel_tool_calls is False or tools.has_one_call,
+            self.syntax.think_tags,
+            self._begins_inside(prompt),
+            self.syntax.mark_ids,
+        )
+        return Constraint("calls", calls, "tool_choice")
+
+    @property
+    def names_call(self) -> bool:
+        choice = self.request.tool_choice
+        return choice is not None and choice.is_named
 
     def texts(self) -> Iterator[str]:
         """List the texts that the messages are made of."""
@@ -113,11 +130,15 @@ class ChatAnswers:
         schemas = {tool.name: tool.schema for tool in request.callable_tools}
         if not schemas and syntax.is_plain:
             return None
-        continues = request.continue_final_message is True
-        continued = (request.messages[-1].content or "") if continues else None
-        is_inside = syntax.begins_inside(prompt, continued)
+        is_inside = self._begins_inside(prompt)
         one_call = request.parallel_tool_calls is False
         return lambda: syntax.parser(schemas, is_inside, one_call)
+
+    def _begins_inside(self, prompt: str) -> bool:
+        """Tell whether answers to a prompt begin with reasoning that it has opened."""
+        continues = self.request.continue_final_message is True
+        continued = (self.request.messages[-1].content or "") if continues else None
+        return self.syntax.begins_inside(prompt, continued)
 
     def call_id_maker(self, new_id: Callable[[], str]) -> Callable[[], str]:
         """Choose how calls are named, such that the template takes the names back."""

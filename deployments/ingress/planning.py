@@ -53,7 +53,7 @@ async def plan_chat(
     info = target.engine
     answers = ChatAnswers(request, target.model.syntax)
     text, prompt = await encode_chat(answers, target, split_special_tokens, own_template)
-    grammar = await plan_grammar(request.constraint, is_lenient)
+    grammar = await plan_grammar(answers.constraint(text), is_lenient)
     head = _head(request, form.id_prefix + origin.new_id(), origin)
     submits = _submits(
         request, target, info, [prompt], ["messages"], head.reply_id, origin, grammar
@@ -67,6 +67,7 @@ async def plan_chat(
         answers.call_id_maker(origin.new_id),
         is_parsed=parsed is not None,
         shows_reasoning=request.include_reasoning is not False,
+        names_call=answers.names_call,
     )
     return Plan(
         request.model,

@@ -19,6 +19,7 @@ class ReplyParts:
     new_call_id: Callable[[], str]
     is_parsed: bool = False
     shows_reasoning: bool = True
+    names_call: bool = False  # the request names the tool that is called
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +38,7 @@ def _chat_reply(parts: ReplyParts) -> Reply:
         parts.n,
         parts.new_call_id,
         parts.shows_reasoning,
+        parts.names_call,
     )
 
 

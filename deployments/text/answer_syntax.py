@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from deployments.text.answer_parser import AnswerParser
@@ -42,6 +42,7 @@ class AnswerSyntax:
     tools: ToolSupport
     think_tags: ThinkTags | None = None
     shown_ids: frozenset[int] = frozenset()
+    mark_ids: Mapping[str, int] = field(default_factory=dict[str, int])  # marks that are tokens
     takes_effort: bool = False  # whether the template reads `reasoning_effort`
     takes_thinking: bool = False  # whether it reads `enable_thinking`
 
@@ -79,11 +80,13 @@ def find_syntax(
     tools = _tools(vocabulary, tool_format)
     tags = _think_tags(vocabulary, reasoning_format)
     variables = vocabulary.template_variables()
+    markers = _markers(tools.form, tags)
     _log(model_id, tools, tags)
     return AnswerSyntax(
         tools,
         tags,
-        vocabulary.special_ids_in(_markers(tools.form, tags)),
+        vocabulary.special_ids_in(markers),
+        vocabulary.added_ids_in(markers),
         "reasoning_effort" in variables,
         "enable_thinking" in variables,
     )

@@ -13,12 +13,12 @@ from collections.abc import Iterator
 from deployments.text.deltas import Delta, Reasoning
 from deployments.text.tools.bodies import checked_object
 from deployments.text.tools.call import NAME, NotACall, ToolCall
-from deployments.text.tools.scanner import Scanner
+from deployments.text.tools.scanner import Reading, Scanner
 
 MARKS = ("<|start|>", "<|channel|>", "<|constrain|>", "<|message|>", "<|end|>", "<|call|>")
 
 _MESSAGE = "<|message|>"
-_ENDS = ("<|end|>", "<|call|>", "<|return|>", "<|start|>")
+ENDS = ("<|end|>", "<|call|>", "<|return|>", "<|start|>")
 _HEADERS = ("<|channel|>", "<|start|>", "<|constrain|>", "<|message|>", "to=")
 _CHANNEL = re.compile(r"<\|channel\|>\s*(\w+)")
 _CALLED = re.compile(rf"\bto=functions\.({NAME})")
@@ -33,6 +33,7 @@ class ChannelParser:
         "_header",
         "_is_thought",
         "_one_call",
+        "_reading",
         "_scanner",
         "_state",
         "has_calls",
@@ -45,6 +46,7 @@ class ChannelParser:
         self._state = "start"
         self._header: list[str] = []
         self._body: list[str] = []  # of a call
+        self._reading: Reading[tuple[str, str]] | None = None
         self._called: str | None = None
         self._is_thought = False
         self.has_calls = False
@@ -77,13 +79,29 @@ class ChannelParser:
                     return
                 self._header.append(self._scanner.take(len(_MESSAGE)))
                 self._read_header()
-            text, end = self._scanner.take_before(*_ENDS)
+            if self._state == "call":
+                found = self._call_body()
+                if found is None:
+                    return
+                text, end = found
+            else:
+                text, end = self._scanner.take_before(*ENDS)
             yield from self._part(text, bool(end))
             if not end:
                 return
             if end != "<|start|>":
                 self._scanner.take(len(end))
             self._state, self._header = "start", []
+
+    def _call_body(self) -> tuple[str, str] | None:
+        """Read the rest of a call, and the mark behind it; None if more of it may come."""
+        self._reading = self._reading or self._scanner.value_before(ENDS)
+        try:
+            next(self._reading)
+        except StopIteration as stop:
+            self._reading = None
+            return stop.value
+        return None
 
     def _begin(self) -> bool:
         """Tell a header from text without one. Returns whether it is known."""

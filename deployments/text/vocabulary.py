@@ -276,6 +276,12 @@ class Vocabulary:
         """The texts of all tokens that were added to the vocabulary."""
         return {token.content for token in self._tokenizer.get_added_tokens_decoder().values()}
 
+    def added_ids_in(self, texts: Iterable[str]) -> dict[str, int]:
+        """Find the tokens that were added to the vocabulary and are part of one of the texts."""
+        texts = list(texts)
+        added = self._tokenizer.get_added_tokens_decoder()
+        return {t.content: i for i, t in added.items() if any(t.content in text for text in texts)}
+
     def special_ids_in(self, texts: Iterable[str]) -> frozenset[int]:
         """Find the special tokens that are part of one of the texts."""
         texts = list(texts)

@@ -30,7 +30,7 @@ from engine.grammar.limits import (
 )
 from engine.grammar.matchers import advance, new_matcher, next_mask
 from engine.grammar.messages import CheckGrammar, Verdict
-from engine.grammar.place import find_place, schema_of
+from engine.grammar.place import find_place, schemas_of
 
 NICENESS = 10  # steps that are being computed go first
 MAX_ERROR = 2000  # characters; a line is written at once
@@ -110,9 +110,6 @@ def _report(write_fd: int, error: str | None, num_bytes: int) -> None:
 
 def _place(table: LLTokenizer, grammar: str) -> str:
     """Say which part of a schema is refused. May be ended by a limit, after the first report."""
-    schema = schema_of(grammar)
-    if schema is None:
-        return ""
 
     def error_of(part: dict[str, Any]) -> str | None:
         try:
@@ -121,7 +118,10 @@ def _place(table: LLTokenizer, grammar: str) -> str:
             return str(error)
         return None
 
-    return f", at {find_place(schema, error_of) or 'the top'}"
+    for path, schema in schemas_of(grammar):
+        if error_of(schema) is not None:
+            return f", at {path + find_place(schema, error_of) or 'the top'}"
+    return ""
 
 
 def _limit() -> None:

@@ -13,14 +13,14 @@ _SINGLE = ("items", "additionalItems", "additionalProperties")
 _SHARED = ("$defs", "definitions", "x-guidance")  # by all parts
 
 
-def schema_of(grammar: str) -> dict[str, Any] | None:
-    """Take the schema out of a grammar; None if it is anything else."""
+def schemas_of(grammar: str) -> list[tuple[str, dict[str, Any]]]:
+    """List the schemas in a grammar, each with the path that it was given, if any."""
     try:
-        [part] = json.loads(grammar)["grammars"]
-        schema = part["json_schema"]
-    except (ValueError, TypeError, KeyError):
-        return None
-    return schema if isinstance(schema, dict) else None
+        parts: list[dict[str, Any]] = json.loads(grammar)["grammars"]
+        found = [(str(p.get("path", "")), p["json_schema"]) for p in parts if "json_schema" in p]
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return []
+    return [(path, schema) for path, schema in found if isinstance(schema, dict)]
 
 
 def find_place(schema: dict[str, Any], error_of: Callable[[dict[str, Any]], str | None]) -> str:

@@ -231,20 +231,35 @@ class ChatCompletionRequest(OpenAIRequest):
     def _tools_that_may_be_called(self) -> "ChatCompletionRequest":
         check_arguments(self.messages)
         choice = self.tool_choice
-        if choice is None or not choice.is_forced:
+        if choice is None:
             return self
-        names = [tool.name for tool in self.tools or ()]
-        if not names:
+        known = [tool.name for tool in self.tools or ()]
+        if choice.is_forced and not known:
             raise ValueError("tool_choice: a call is only possible with tools")
-        if choice.name is not None and choice.name not in names:
-            raise ValueError(f"tool_choice: no tool is called {choice.name!r}")
+        if choice.is_forced and self.ignore_eos:
+            raise ValueError("ignore_eos: not allowed together with a forced tool_choice")
+        for name in choice.names:
+            if name not in known:
+                raise ValueError(f"tool_choice: no tool is called {name!r}")
         return self
 
     @property
     def callable_tools(self) -> Sequence[Tool]:
-        """The tools that the model may call, and is told about."""
-        is_off = self.tool_choice is not None and self.tool_choice.mode == "none"
-        return [] if is_off else self.tools or []
+        """The tools that the model is told about: unless a call is forced, those it may call."""
+        choice = self.tool_choice
+        if choice is None or choice.is_forced:
+            return self.tools or []
+        return [] if choice.mode == "none" else self.allowed_tools
+
+    @property
+    def allowed_tools(self) -> Sequence[Tool]:
+        """The tools that may be called."""
+        names = () if self.tool_choice is None else self.tool_choice.names
+        return [tool for tool in self.tools or () if not names or tool.name in names]
+
+    @property
+    def has_forced_call(self) -> bool:
+        return self.tool_choice is not None and self.tool_choice.is_forced
 
     @property
     def wanted_max_tokens(self) -> int | None:

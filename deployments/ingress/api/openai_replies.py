@@ -108,7 +108,7 @@ class Reply:
     def closing(self, choice: Choice) -> bytes:
         """Write the last chunk of a choice: why it ended."""
         document = self._chunk_choice(choice, None)
-        document["finish_reason"] = choice.finish_reason
+        document["finish_reason"] = self._reason(choice)
         document["stop_reason"] = choice.stop_reason
         return self._chunk(document, len(choice.token_ids))
 
@@ -156,8 +156,11 @@ class Reply:
     def _end(self, choice: Choice) -> dict[str, Any]:
         logprobs = self._logprobs(choice.unsent_entries) if self._head.has_logprobs else None
         ids = {"token_ids": choice.token_ids} if self._head.has_token_ids else {}
-        ends = {"finish_reason": choice.finish_reason, "stop_reason": choice.stop_reason}
+        ends = {"finish_reason": self._reason(choice), "stop_reason": choice.stop_reason}
         return {"logprobs": logprobs, **ends, **ids}
+
+    def _reason(self, choice: Choice) -> str | None:
+        return choice.finish_reason
 
     def _prompt_of(self, index: int) -> list[int]:
         return list(self._prompts[index // self._n])

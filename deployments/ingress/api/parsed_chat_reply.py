@@ -12,7 +12,10 @@ from deployments.text.vocabulary import Vocabulary
 
 
 class ParsedChatReply(ChatReply):
-    """A call comes in two chunks: its id and name, then its arguments."""
+    """A call comes in two chunks: its id and name, then its arguments.
+
+    An answer whose call the request has named ends with `stop`, as OpenAI has it.
+    """
 
     def __init__(
         self,
@@ -22,10 +25,12 @@ class ParsedChatReply(ChatReply):
         n: int,
         new_call_id: Callable[[], str],
         shows_reasoning: bool = True,
+        names_call: bool = False,
     ) -> None:
         super().__init__(head, vocabulary, prompts, n)
         self._new_call_id = new_call_id
         self._shows_reasoning = shows_reasoning
+        self._names_call = names_call
         self._num_calls = [0] * n
 
     # ---- streams -------------------------------------------------------------------------
@@ -74,6 +79,10 @@ class ParsedChatReply(ChatReply):
         if calls:
             message["tool_calls"] = calls
         return {"index": choice.index, "message": message, **self._end(choice)}
+
+    def _reason(self, choice: Choice) -> str | None:
+        is_called = choice.finish_reason == "tool_calls"
+        return "stop" if is_called and self._names_call else choice.finish_reason
 
     def _call(self, call: ToolCall) -> dict[str, Any]:
         function = {"name": call.name, "arguments": call.arguments}

@@ -4,7 +4,7 @@
 # pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
 # pyright: reportUnknownMemberType=false
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -22,16 +22,18 @@ MAX_PATH = 300  # characters of a place that an error names
 
 _TOOL_FIELDS = ("type", "function", "cache_control")
 _FUNCTION_FIELDS = ("name", "description", "parameters", "strict")
+_MODES = {"none": "none", "auto": "auto", "required": "required", "any": "required"}
 _NO_PARAMETERS: Mapping[str, Any] = {"type": "object", "properties": {}}
 
 
 @dataclass(frozen=True, slots=True)
 class Tool:
-    """A function that the model may call. `schema` is that of its arguments."""
+    """A function that the model may call. `schema` is that of its arguments, `path` its place."""
 
     name: str
     description: str | None
     schema: Mapping[str, Any]
+    path: str
 
     def document(self) -> dict[str, Any]:
         """Write the tool for chat templates."""
@@ -42,10 +44,11 @@ class Tool:
 
 @dataclass(frozen=True, slots=True)
 class ToolChoice:
-    """`mode` is none, auto or required; with a `name` that tool alone may be called."""
+    """`mode` is none, auto or required; with `names` these tools alone may be called."""
 
     mode: str
-    name: str | None = None
+    names: Sequence[str] = ()
+    is_named: bool = False  # it names the one tool that must be called
 
     @property
     def is_forced(self) -> bool:
@@ -88,7 +91,8 @@ def _read_tool(value: object, path: str) -> Tool:
         raise _wrong(f"{path}.description", f"must be text, not {short(description)}")
     if not isinstance(strict := function.get("strict"), bool | None):
         raise _wrong(f"{path}.strict", f"must be true or false, not {short(strict)}")
-    return Tool(str(name), description, _schema(function.get("parameters"), f"{path}.parameters"))
+    path = f"{path}.parameters"
+    return Tool(str(name), description, _schema(function.get("parameters"), path), path)
 
 
 def _schema(value: object, path: str) -> Mapping[str, Any]:
@@ -124,16 +128,43 @@ def _wrong(path: str, message: str) -> ApiError:
 def _read_choice(value: object) -> ToolChoice | None:
     if value is None:
         return None
-    if value in ("none", "auto", "required"):
-        return ToolChoice(str(value))
-    if not isinstance(value, dict) or value.get("type") != "function":
-        wanted = "'none', 'auto', 'required' or an object of the type 'function'"
-        raise _wrong("tool_choice", f"must be {wanted}, not {short(value)}")
-    function = _object(value, "tool_choice", ("type", "function")).get("function")
-    name = _object(function, "tool_choice.function", ("name",)).get("name")
+    if isinstance(value, str) and value in _MODES:
+        return ToolChoice(_MODES[value])
+    kind = value.get("type") if isinstance(value, dict) else None
+    if kind == "function":
+        fields = _object(value, "tool_choice", ("type", "function"))
+        name = _chosen_name(fields, "tool_choice")
+        return ToolChoice("required", (name,), is_named=True)
+    if kind == "allowed_tools":
+        return _read_allowed(_object(value, "tool_choice", ("type", "allowed_tools")))
+    wanted = "'none', 'auto', 'required' or an object of the type 'function' or 'allowed_tools'"
+    raise _wrong("tool_choice", f"must be {wanted}, not {short(value)}")
+
+
+def _read_allowed(choice: dict[str, Any]) -> ToolChoice:
+    """Read which tools may be called, of those that the model is told about."""
+    path = "tool_choice.allowed_tools"
+    fields = _object(choice.get("allowed_tools"), path, ("mode", "tools"))
+    mode, tools = fields.get("mode", "auto"), fields.get("tools")
+    if mode not in ("auto", "required"):
+        raise _wrong(f"{path}.mode", f"must be 'auto' or 'required', not {short(mode)}")
+    if not isinstance(tools, list) or not 1 <= len(tools) <= MAX_TOOLS:
+        raise _wrong(f"{path}.tools", f"must be a list of 1 to {MAX_TOOLS} tools")
+    names: list[str] = []
+    for at, tool in enumerate(tools):
+        place = f"{path}.tools[{at}]"
+        names.append(_chosen_name(_object(tool, place, ("type", "function")), place))
+    return ToolChoice(mode, tuple(names))
+
+
+def _chosen_name(fields: dict[str, Any], path: str) -> str:
+    if fields.get("type", "function") != "function":
+        raise _wrong(f"{path}.type", f"only 'function' is supported, not {short(fields['type'])}")
+    path = f"{path}.function"
+    name = _object(fields.get("function"), path, ("name",)).get("name")
     if not is_name(name):
-        raise _wrong("tool_choice.function.name", f"must match ^{NAME}$, not be {short(name)}")
-    return ToolChoice("required", str(name))
+        raise _wrong(f"{path}.name", f"must match ^{NAME}$, not be {short(name)}")
+    return str(name)
 
 
 def _instead(field: str, use: str) -> Any:

@@ -9,18 +9,26 @@ from typing import Any, Literal
 
 import msgspec
 
+from deployments.ingress.structured.calls import CallsRefused, ForcedCalls, calls_document
+from deployments.ingress.structured.json_parts import WHITESPACE
+from deployments.ingress.structured.lark import quoted, regex
 from deployments.ingress.structured.schema import Preparation, SchemaRefused
 from engine.scheduler.request import MAX_GRAMMAR_BYTES
 
-Kind = Literal["json", "regex", "choice", "grammar"]
+Kind = Literal["json", "regex", "choice", "grammar", "calls"]
 
 MAX_CHOICES = 1024
-# Between the tokens of JSON: enough to indent, not enough for a model to go on with it for ever
-WHITESPACE = r"[ \n\r\t]{0,48}"
 
 
 class ConstraintRefused(ValueError):
-    """What is asked for is wrong or cannot be enforced; the message says where."""
+    """What is asked for is wrong or cannot be enforced; the message says where.
+
+    `path` is the field, if it is another one than the constraint's own.
+    """
+
+    def __init__(self, message: str, path: str = "") -> None:
+        super().__init__(message)
+        self.path = path
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,11 +66,12 @@ def to_grammar(constraint: Constraint, is_lenient: bool = False) -> Grammar:
 def _grammar_of(constraint: Constraint, is_lenient: bool) -> Grammar:
     if constraint.kind == "json":
         return _json_grammar(constraint.value, is_lenient)
+    if constraint.kind == "calls":
+        return _calls_grammar(constraint.value, is_lenient)
     if constraint.kind == "choice":
-        alternatives = " | ".join(_quoted(choice) for choice in constraint.value)
-        return _lark_grammar(f"start: {alternatives}")
+        return _lark_grammar(f"start: {' | '.join(map(quoted, constraint.value))}")
     if constraint.kind == "regex":
-        return _lark_grammar(f"start: /{_delimited(constraint.value)}/")
+        return _lark_grammar(f"start: {regex(constraint.value)}")
     return _lark_grammar(constraint.value)
 
 
@@ -94,20 +103,12 @@ def _lark_grammar(lark: str) -> Grammar:
     return Grammar(_dump({"grammars": [{"lark_grammar": lark}]}))
 
 
-def _quoted(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)
-
-
-def _delimited(regex: str) -> str:
-    """Escape what would end a regular expression between slashes: a slash, and the line's end."""
-    parts: list[str] = []
-    is_escaped = False
-    for character in regex:
-        if character == "/" and not is_escaped:
-            parts.append("\\")
-        is_escaped = character == "\\" and not is_escaped
-        parts.append("\\n" if character == "\n" else character)
-    return "".join(parts)
+def _calls_grammar(wanted: ForcedCalls, is_lenient: bool) -> Grammar:
+    try:
+        document, not_enforced = calls_document(wanted, is_lenient)
+    except CallsRefused as error:
+        raise ConstraintRefused(str(error), error.path) from None
+    return Grammar(_dump(document), tuple(not_enforced))
 
 
 def _dump(document: object) -> str:

@@ -23,7 +23,8 @@ async def plan_grammar(constraint: Constraint | None, is_lenient: bool) -> Gramm
     try:
         return await asyncio.to_thread(to_grammar, constraint, is_lenient)
     except ConstraintRefused as error:
-        raise invalid(f"{constraint.path}: {error}.", constraint.path) from None
+        path = error.path or constraint.path
+        raise invalid(f"{path}: {error}.", path) from None
 
 
 def grammar_headers(grammar: Grammar | None) -> dict[str, str]:

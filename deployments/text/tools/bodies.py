@@ -10,6 +10,7 @@ from typing import Any, cast
 import msgspec
 
 from deployments.text.tools.call import NAME, NotACall, ToolCall, is_name
+from deployments.text.tools.json_text import decode_json
 from deployments.text.tools.scanner import JSON, MAX_DEPTH, PYTHON, Reading, Scanner
 from deployments.text.tools.typed_values import quoted
 
@@ -107,8 +108,8 @@ def _checked_name(name: object) -> str:
 
 def _decoded(raw: bytes) -> object:
     try:
-        return msgspec.json.decode(raw)
-    except (ValueError, RecursionError):
+        return decode_json(raw)
+    except ValueError:
         raise NotACall from None
 
 
@@ -124,9 +125,7 @@ def read_bare_json(scanner: Scanner, depth: int = 0) -> Reading[str]:
             yield from scanner.literal(",")
         key = yield from _bare_key(scanner)
         yield from scanner.literal(":")
-        if key in fields:
-            raise NotACall
-        fields[key] = yield from _bare_value(scanner, depth + 1)
+        fields[key] = yield from _bare_value(scanner, depth + 1)  # the last one counts, as in JSON
     yield from scanner.literal("}")
     return as_object(fields)
 

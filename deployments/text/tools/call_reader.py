@@ -109,17 +109,19 @@ class CallReader:
             yield from scanner.space()
             if (yield from scanner.starts_with(slot.ends_with)):
                 return as_object(fields)
-            key, text, is_string = yield from self._parameter(scanner)
+            key, text, is_string = yield from self._parameter(scanner, types)
             if key in fields:
                 raise NotACall
             fields[key] = typed_value(text, types.of(key), is_string)
 
-    def _parameter(self, scanner: Scanner) -> Reading[tuple[str, str, bool | None]]:
+    def _parameter(
+        self, scanner: Scanner, types: ArgumentTypes
+    ) -> Reading[tuple[str, str, bool | None]]:
         found: dict[str, str] = {}
         is_read = False  # what follows a slot is read with it
         for part in parts_of(self._form.parameter):
             if isinstance(part, Slot):
-                yield from _parameter_slot(part, scanner, found)
+                yield from _parameter_slot(part, scanner, found, types)
             elif not (is_read and isinstance(part, Literal)):
                 yield from _plain(part, scanner)
             is_read = isinstance(part, Slot)
@@ -136,9 +138,15 @@ def _plain(part: Part, scanner: Scanner, may_end: bool = False) -> Reading[None]
         yield from scanner.literal(part.text, may_end)
 
 
-def _parameter_slot(slot: Slot, scanner: Scanner, found: dict[str, str]) -> Reading[None]:
+def _parameter_slot(
+    slot: Slot, scanner: Scanner, found: dict[str, str], types: ArgumentTypes
+) -> Reading[None]:
     """Read a part of a parameter and the literal behind it. A second `{key}` repeats the first."""
-    text = yield from scanner.until(slot.ends_with)
+    if slot.name == "value" and found.get("is_string") != "true" and types.are_nested(found["key"]):
+        text, _ = yield from scanner.value_before((slot.ends_with,))
+        yield from scanner.literal(slot.ends_with)
+    else:
+        text = yield from scanner.until(slot.ends_with)
     if slot.in_lines:
         text = text.removeprefix("\n").removesuffix("\n")
     is_other = found.get(slot.name, text) != text

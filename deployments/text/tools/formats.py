@@ -35,6 +35,8 @@ class ToolFormat:
     section: tuple[str, str] | None = None
     parameter: str = ""
     keys: tuple[str, str] = ("name", "arguments")  # of `{calls}`; `parameters` is read as well
+    in_list: bool = False  # whether `{calls}` of one answer are written as one JSON list
+    id_key: str = ""  # of an identifier in them
     has_channels: bool = False  # and no pattern: see `channels`
 
 
@@ -49,16 +51,20 @@ _DEEPSEEK = ("<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>")
 _FORMATS = (
     # JSON with name and arguments
     ToolFormat("hermes", "<tool_call>\n{calls}\n</tool_call>"),
-    ToolFormat("tool-calls", "<tool_calls>\n{calls}\n</tool_calls>"),
-    ToolFormat("nemotron-v2", "<TOOLCALL>\n{calls}\n</TOOLCALL>"),
-    ToolFormat("granite", "<|tool_call|>\n{calls}"),
+    ToolFormat("tool-calls", "<tool_calls>\n{calls}\n</tool_calls>", in_list=True),
+    ToolFormat("nemotron-v2", "<TOOLCALL>\n{calls}\n</TOOLCALL>", in_list=True),
+    ToolFormat("granite", "<|tool_call|>\n{calls}", in_list=True),
     ToolFormat("gigachat", "<|message_sep|>\nfunction call<|role_sep|>\n{calls}"),
     ToolFormat("gigachat-3.1", "<|function_call|>\n{calls}"),
     ToolFormat(
-        "cohere", "<|START_ACTION|>\n{calls}\n<|END_ACTION|>", keys=("tool_name", "parameters")
+        "cohere",
+        "<|START_ACTION|>\n{calls}\n<|END_ACTION|>",
+        keys=("tool_name", "parameters"),
+        in_list=True,
+        id_key="tool_call_id",
     ),
-    ToolFormat("mistral-nemo", "[TOOL_CALLS]\n{calls}"),
-    ToolFormat("apertus", "<|tools_prefix|>\n{keyed}\n<|tools_suffix|>"),
+    ToolFormat("mistral-nemo", "[TOOL_CALLS]\n{calls}", in_list=True, id_key="id"),
+    ToolFormat("apertus", "<|tools_prefix|>\n{keyed}\n<|tools_suffix|>", in_list=True),
     # A name, then its arguments as JSON
     ToolFormat("mistral-id", "[TOOL_CALLS]{name}[CALL_ID]{id}[ARGS]\n{arguments}"),
     ToolFormat("mistral", "[TOOL_CALLS]{name}[ARGS]\n{arguments}"),

@@ -5,7 +5,7 @@ go on with what has been added. Every character is read once, however the text i
 """
 
 import re
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -114,16 +114,48 @@ class Scanner:
 
     def until(self, marker: str) -> Reading[str]:
         """Read everything before the marker, and the marker."""
+        text, found = yield from self.before((marker,))
+        if not found:
+            raise NotACall
+        self.take(len(marker))
+        return text
+
+    def before(self, markers: Sequence[str]) -> Reading[tuple[str, str]]:
+        """Read everything before a marker. Returns it, and the marker; "" if there is none."""
         parts: list[str] = []
         while True:
-            text, is_next = self.take_before(marker)
+            text, marker = self.take_before(*markers)
             parts.append(text)
-            if is_next:
-                self.take(len(marker))
-                return "".join(parts)
-            if self.is_whole:
-                raise NotACall
+            if marker or self.is_whole:
+                return "".join(parts), marker
             yield
+
+    def value_before(self, markers: Sequence[str]) -> Reading[tuple[str, str]]:
+        """Read everything before a marker, also JSON in brackets with a marker in its strings."""
+        value = ""
+        if (yield from self.peek()) in JSON.openers:
+            value = self.take(len(self.rest) - len(self.rest.lstrip()))
+            value += yield from self._tried_brackets()
+        rest, marker = yield from self.before(markers)
+        return value + rest, marker
+
+    def _tried_brackets(self) -> Reading[str]:
+        """Read a value in brackets, or nothing if what is there is none."""
+        state, parts = _Brackets(JSON), list[str]()
+        while not state.is_done:
+            end, is_bad = state.advance(self.rest)
+            parts.append(self.take(end))
+            if is_bad or (self.is_whole and not state.is_done):
+                self._put_back("".join(parts))
+                return ""
+            if not state.is_done:
+                yield
+        return "".join(parts)
+
+    def _put_back(self, text: str) -> None:
+        read = "".join(self._read)
+        self._read = [read[: len(read) - len(text)]]
+        self.rest = text + self.rest
 
     def brackets(self, notation: Notation) -> Reading[str]:
         """Read a value in brackets to its end. Stops at a character that it cannot contain."""

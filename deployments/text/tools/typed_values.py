@@ -7,10 +7,11 @@ import json
 from collections.abc import Mapping
 from typing import Any, cast
 
-import msgspec
+from deployments.text.tools.json_text import decode_json
 
 ANY = frozenset(("string", "integer", "number", "boolean", "null", "object", "array"))
 _TEXT = frozenset(("string",))
+_NESTED = frozenset(("object", "array"))
 MAX_MEMBERS = 256  # schemas that are looked at for one value
 
 JsonObject = Mapping[str, Any]
@@ -46,6 +47,11 @@ class ArgumentTypes:
             schema = self._properties.get(name, self._others)
             self._types[name] = _types(schema, self._root)
         return self._types[name]
+
+    def are_nested(self, name: str) -> bool:
+        """Tell whether it may be an object or a list: marks in their texts end nothing."""
+        types = self.of(name)
+        return types != ANY and not types.isdisjoint(_NESTED)
 
 
 def typed_value(text: str, types: frozenset[str], is_string: bool | None = None) -> str:
@@ -116,7 +122,6 @@ def _resolve(reference: object, root: object) -> object:
 def _kind(text: str) -> str | None:
     """Name the type of a JSON text; None if it is not JSON."""
     try:
-        value: object = msgspec.json.decode(text.encode())
-    except (ValueError, RecursionError):
+        return _KINDS[type(decode_json(text))]
+    except ValueError:
         return None
-    return _KINDS[type(value)]

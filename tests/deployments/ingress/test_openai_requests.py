@@ -288,8 +288,11 @@ def calling(arguments: Any, **call: Any) -> dict[str, Any]:
             {"tools": [tool(parameters={"properties": {"a": {"type": "text"}}})]},
             "tools[0].function.parameters.properties.a.type",
         ),
-        ({"tools": [tool()], "tool_choice": "any"}, "tool_choice"),
-        ({"tools": [tool()], "tool_choice": {"type": "allowed_tools"}}, "tool_choice"),
+        ({"tools": [tool()], "tool_choice": "some"}, "tool_choice"),
+        (
+            {"tools": [tool()], "tool_choice": {"type": "allowed_tools"}},
+            "tool_choice.allowed_tools",
+        ),
         ({"tools": [tool()], "tool_choice": {"type": "function"}}, "tool_choice.function"),
         (
             {"tools": [tool()], "tool_choice": {"type": "function", "function": {"name": "g"}}},

@@ -452,18 +452,6 @@ def test_models_without_calls_refuse_tools(template: str) -> None:
     in_server(test, saying("x"), template)
 
 
-@pytest.mark.parametrize(
-    "choice", ["required", {"type": "function", "function": {"name": "stock_of"}}]
-)
-def test_calls_cannot_be_forced(choice: Any) -> None:
-    async def test(server: Server) -> None:
-        answer = await ask(server, tool_choice=choice)
-        assert (answer.status, answer.error["param"]) == (400, "tool_choice")
-        assert "'auto'" in answer.error["message"]
-
-    in_server(test, saying("x"))
-
-
 # ---- reasoning -----------------------------------------------------------------------------
 
 

@@ -157,7 +157,7 @@ def test_a_process_that_dies_is_started_again(byte_folder: Path) -> None:
     grammar = of_regex("[ab]{200}")
     run_all(engine, [request_of("first", of_choices("a"))])
     engine.add_request(request_of("lost", grammar, 300))
-    engine.add_request(request_of("plain", None))
+    engine.add_request(request_of("plain", None, 300))
     output: list[int] = []
     while len(output) < 3:
         output += [t for o in engine.step() if o.request_id == "lost" for t in o.token_ids]
