@@ -55,6 +55,12 @@ lock: | .venv/bin/python
 	.venv-clients/bin/python -m pip install --quiet --disable-pip-version-check -r $<
 	@touch $@
 
+# So does what makes up requests (`pytest -m slow`).
+.venv-schemathesis/stamp: tests/schemathesis/requirements.txt
+	$(PYTHON) -m venv .venv-schemathesis
+	.venv-schemathesis/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	@touch $@
+
 # The S3 server lives apart too.
 .venv-swift/stamp: tests/swift/requirements.txt
 	$(PYTHON) -m venv .venv-swift

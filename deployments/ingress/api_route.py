@@ -11,6 +11,7 @@ from starlette.types import ASGIApp
 from deployments.ingress.error_form import OPENAI_ERRORS, ErrorForm
 
 JSON = "application/json"
+AnswerDoc = type[BaseModel] | Mapping[str, Any] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,17 +19,18 @@ class RouteDoc:
     """What a route takes and gives.
 
     `body` may be several models, of which a request is one. `answer` is the JSON schema of a 200,
-    or the model of one. `statuses` are those of its own errors, beside what every route with the
-    same kind of key and body may answer.
+    or the model of one, or several of these. `statuses` are those of its own errors, beside what
+    every route with the same kind of key and body may answer.
     """
 
     summary: str = ""
     body: type[BaseModel] | tuple[type[BaseModel], ...] | None = None
-    answer: type[BaseModel] | Mapping[str, Any] | None = None
+    answer: "AnswerDoc | tuple[AnswerDoc, ...]" = None
     media_type: str = JSON  # of a 200
     streams: bool = False  # with `stream` a 200 is a stream of events
     statuses: Mapping[int, str] = field(default_factory=dict[int, str])
     query: Mapping[str, str] = field(default_factory=dict[str, str])  # parameters, and what for
+    needs_metrics_key: bool = False
 
 
 class ApiRoute(Route):

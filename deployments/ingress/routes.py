@@ -14,6 +14,7 @@ from deployments.ingress.error_form import OPENAI_ERRORS
 from deployments.ingress.http_errors import ApiError
 from deployments.ingress.ingress import Ingress
 from deployments.ingress.streaming import ErrorResponse
+from deployments.ingress.surfaces.document import document_routes
 from deployments.ingress.surfaces.lorax import lorax_routes
 from deployments.ingress.surfaces.models import model_routes
 from deployments.ingress.surfaces.openai import openai_routes
@@ -27,6 +28,7 @@ def build_api(
     ingress: Ingress, guard: BrowserGuard | None = None, sends_request_id: bool = True
 ) -> Api:
     routes = [route for surface in SURFACES for route in surface(ingress)]
+    routes += document_routes(ingress, lambda: routes)
     forms = {route.path: route.errors for route in routes}
     bases = BasePaths(ingress.models.by_id)
 

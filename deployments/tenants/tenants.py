@@ -29,6 +29,8 @@ class KeyRefused(Exception):
 class Tenants(Protocol):
     """Who is asking. `authorization` is the header of that name."""
 
+    asks_for_keys: bool
+
     def identify(self, authorization: str | None) -> Tenant:
         """Find the tenant that a key belongs to. Raises KeyRefused."""
         ...
@@ -53,6 +55,8 @@ def open_tenants(tenancy: TenancySection) -> Tenants:
 class Everybody:
     """The one tenant of mode open."""
 
+    asks_for_keys = False
+
     def __init__(self, limits: Limits = NO_LIMITS) -> None:
         self._tenant = Tenant(PUBLIC, limits)
 
@@ -68,6 +72,8 @@ class Everybody:
 
 class Keyring:
     """The tenants of mode keys, as of the last valid version of the keys file."""
+
+    asks_for_keys = True
 
     def __init__(self, path: Path, defaults: Limits, metrics_are_open: bool = False) -> None:
         self._path = path

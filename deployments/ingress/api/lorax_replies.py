@@ -32,6 +32,12 @@ _FIELD = re.compile(rf"\b({'|'.join(_RENAMED)})\b")
 
 
 class LoraxErrors(ErrorForm):
+    name = "LoraxError"
+
+    def schema(self) -> dict[str, Any]:
+        fields = {"error": {"type": "string"}, "error_type": {"type": "string"}}
+        return {"type": "object", "properties": fields, "required": list(fields)}
+
     def status(self, error: ApiError) -> int:
         return _STATUS.get(error.status, error.status)
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal, cast
 
 import msgspec
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
 from deployments.ingress.api.openai_fields import Model, Nothing, is_empty, short
 from deployments.ingress.http_errors import invalid
@@ -21,6 +21,14 @@ MAX_ARGUMENT_VALUES = 50_000  # objects, lists and commas in the arguments of al
 
 _PART_FIELDS = ("type", "text", "cache_control")  # a hint to caches changes no answer
 _STRING = re.compile(r'"(?:[^"\\]|\\.)*+"', re.DOTALL)
+
+
+class TextPart(BaseModel):
+    """One part of a message, as the API's document shows it."""
+
+    type: Literal["text"]
+    text: str
+    cache_control: Any = None
 
 
 def _content(value: object) -> object:
@@ -76,7 +84,9 @@ class MessageCall(Model):
 
 class Message(Model):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Annotated[str | None, BeforeValidator(_content)] = None
+    content: Annotated[
+        str | None, BeforeValidator(_content, json_schema_input_type=str | list[TextPart] | None)
+    ] = None
     name: str | None = None
     reasoning_content: str | None = None  # as in answers
     reasoning: str | None = None  # the same, as vLLM names it

@@ -129,16 +129,40 @@ def _bias(token: object, value: object) -> float:
     return float(value)
 
 
+# What the API's document says of fields that are read in several shapes
+StopsInput = (
+    Annotated[str, Field(min_length=1)]
+    | Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=MAX_STOPS)]
+)
+_SOME = Field(min_length=1)
+PromptsInput = (
+    str | Annotated[list[str], _SOME] | Annotated[Ids, _SOME] | Annotated[list[Ids], _SOME]
+)
+BiasesInput = Annotated[
+    dict[str, Annotated[float, Field(ge=-MAX_BIAS, le=MAX_BIAS)]],
+    Field(max_length=MAX_LOGIT_BIASES),
+]
+
 Number = Annotated[float, BeforeValidator(_finite)]
-Stops = Annotated[list[str], SkipValidation, BeforeValidator(_stops)]
+Stops = Annotated[
+    list[str], SkipValidation, BeforeValidator(_stops, json_schema_input_type=StopsInput)
+]
 StopTokenIds = Annotated[list[int], Field(fail_fast=True, max_length=MAX_STOP_TOKEN_IDS)]
-Prompts = Annotated[list[str] | list[Ids], SkipValidation, BeforeValidator(_prompts)]
+Prompts = Annotated[
+    list[str] | list[Ids],
+    SkipValidation,
+    BeforeValidator(_prompts, json_schema_input_type=PromptsInput),
+]
 Inputs = Annotated[
     list[str] | list[Ids],
     SkipValidation,
-    BeforeValidator(lambda value: _prompts(value, MAX_INPUTS)),
+    BeforeValidator(lambda value: _prompts(value, MAX_INPUTS), json_schema_input_type=PromptsInput),
 ]
-Biases = Annotated[dict[int, float], SkipValidation, BeforeValidator(_token_biases)]
+Biases = Annotated[
+    dict[int, float],
+    SkipValidation,
+    BeforeValidator(_token_biases, json_schema_input_type=BiasesInput),
+]
 Nothing = Annotated[None, BeforeValidator(_nothing)]  # a field that is not supported
 
 

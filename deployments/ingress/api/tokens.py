@@ -14,7 +14,7 @@ TokenIds = Annotated[list[int], Field(fail_fast=True, max_length=MAX_PROMPT_TOKE
 class TokenizeRequest(Model):
     """A text."""
 
-    model: str
+    model: str = ""
     prompt: str
     add_special_tokens: bool | None = None
     return_token_strs: bool | None = None
@@ -23,19 +23,20 @@ class TokenizeRequest(Model):
 class TokenizeChatRequest(ChatCompletionRequest):
     """A chat, as it would be sent to be answered: only what changes its prompt matters."""
 
+    model: str = ""
     return_token_strs: bool | None = None
 
 
 class TokenizeInputsRequest(Model):
     """LoRAX's."""
 
-    model: str
+    model: str = ""
     inputs: str
     add_special_tokens: bool | None = None
 
 
 class DetokenizeRequest(Model):
-    model: str
+    model: str = ""
     tokens: TokenIds
 
 

@@ -6,7 +6,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 from pydantic import BeforeValidator, SkipValidation
@@ -178,7 +178,18 @@ def _instead(field: str, use: str) -> Any:
     return BeforeValidator(refuse)
 
 
-Tools = Annotated[list[Tool] | None, SkipValidation, BeforeValidator(_read_tools)]
-Choice = Annotated[ToolChoice | None, SkipValidation, BeforeValidator(_read_choice)]
+Tools = Annotated[
+    list[Tool] | None,
+    SkipValidation,
+    BeforeValidator(_read_tools, json_schema_input_type=list[dict[str, Any]] | None),
+]
+Choice = Annotated[
+    ToolChoice | None,
+    SkipValidation,
+    BeforeValidator(
+        _read_choice,
+        json_schema_input_type=Literal["none", "auto", "required"] | dict[str, Any] | None,
+    ),
+]
 NoFunctions = Annotated[None, _instead("functions", "tools")]
 NoFunctionCall = Annotated[None, _instead("function_call", "tool_choice")]

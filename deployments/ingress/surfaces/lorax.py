@@ -19,6 +19,7 @@ from deployments.ingress.base_paths import as_fields, base_of
 from deployments.ingress.health import health_of
 from deployments.ingress.ingress import Ingress, Surface
 from deployments.ingress.model_resolver import ServedModel
+from deployments.ingress.surfaces.operation import HEALTH_DOC
 from deployments.ingress.tenant_limiter import Place
 from deployments.tenants.tenant import Tenant
 from deployments.tenants.tenants import KeyRefused
@@ -41,7 +42,6 @@ STREAM = RouteDoc(
     media_type="text/event-stream",
 )
 INFO = RouteDoc("A base model and its limits, as LoRAX describes one.", answer={"type": "object"})
-HEALTH = RouteDoc("Whether any model can answer.", answer={"type": "object"})
 
 
 def lorax_routes(ingress: Ingress, clock: Clock = time.monotonic) -> list[ApiRoute]:
@@ -72,7 +72,7 @@ def lorax_routes(ingress: Ingress, clock: Clock = time.monotonic) -> list[ApiRou
         generation("/generate_stream", True, STREAM),
         ingress.tenant_route("GET", "/info", info, LORAX_ERRORS, INFO),
         *(
-            ingress.route("GET", path, health, LORAX_ERRORS, HEALTH)
+            ingress.route("GET", path, health, doc=HEALTH_DOC)
             for path in ("/", "/ping", "/startup")
         ),
     ]

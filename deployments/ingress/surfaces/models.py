@@ -6,14 +6,25 @@ from typing import Any
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
+from deployments.ingress.api.answers import ModelCard, ModelList
 from deployments.ingress.api.model_cards import adapter_card, base_card, model_list
-from deployments.ingress.api_route import ApiRoute
+from deployments.ingress.api_route import ApiRoute, RouteDoc
 from deployments.ingress.base_paths import base_of, name_within
 from deployments.ingress.http_errors import invalid
 from deployments.ingress.ingress import Ingress
 from deployments.ingress.model_resolver import MAX_LISTED, ServedModel
 from deployments.ingress.tenant_limiter import Place
 from deployments.tenants.tenant import Tenant
+
+LIST_DOC = RouteDoc(
+    "The base models, and the adapters that the key may use.",
+    answer=ModelList,
+    query={
+        "limit": f"models on a page, at most {MAX_LISTED}",
+        "after": "an id: the page behind it",
+    },
+)
+CARD_DOC = RouteDoc("One model, under any name that means it.", answer=ModelCard)
 
 
 def model_routes(ingress: Ingress) -> list[ApiRoute]:
@@ -26,8 +37,8 @@ def model_routes(ingress: Ingress) -> list[ApiRoute]:
         return _json(await _card(ingress, tenant, name))
 
     return [
-        ingress.tenant_route("GET", "/v1/models", list_models),
-        ingress.tenant_route("GET", "/v1/models/{model_id:path}", show_model),
+        ingress.tenant_route("GET", "/v1/models", list_models, doc=LIST_DOC),
+        ingress.tenant_route("GET", "/v1/models/{model_id:path}", show_model, doc=CARD_DOC),
     ]
 
 

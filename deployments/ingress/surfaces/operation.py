@@ -5,12 +5,28 @@ from contextlib import ExitStack
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
-from deployments.ingress.api_route import ApiRoute
+from deployments.ingress.api.answers import Health
+from deployments.ingress.api_route import ApiRoute, RouteDoc
 from deployments.ingress.engine_metrics import LinkFigures
 from deployments.ingress.health import health_of
 from deployments.ingress.http_errors import model_not_found
 from deployments.ingress.ingress import Ingress
 from deployments.ingress.metrics import CONTENT_TYPE
+
+_DOWN = {503: "No model can answer now."}
+HEALTH_DOC = RouteDoc("Whether any model can answer.", answer=Health, statuses=_DOWN)
+MODEL_DOC = RouteDoc(
+    "Whether one base model can answer.",
+    answer=Health,
+    statuses={**_DOWN, 404: "No such base model."},
+)
+METRICS_DOC = RouteDoc(
+    "Figures for Prometheus.",
+    answer={"type": "string"},
+    media_type="text/plain",
+    statuses={401: "No metrics key, or one that is not valid."},
+    needs_metrics_key=True,
+)
 
 
 def operation_routes(ingress: Ingress) -> list[ApiRoute]:
@@ -36,7 +52,7 @@ def operation_routes(ingress: Ingress) -> list[ApiRoute]:
         return Response(await ingress.metrics.render(stats, links), media_type=CONTENT_TYPE)
 
     return [
-        ingress.route("GET", "/health", health),
-        ingress.route("GET", "/health/{model_id:path}", model_health),
-        ingress.route("GET", "/metrics", metrics),
+        ingress.route("GET", "/health", health, doc=HEALTH_DOC),
+        ingress.route("GET", "/health/{model_id:path}", model_health, doc=MODEL_DOC),
+        ingress.route("GET", "/metrics", metrics, doc=METRICS_DOC),
     ]

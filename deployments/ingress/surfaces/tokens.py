@@ -28,7 +28,7 @@ from deployments.tenants.tenant import Tenant
 TOKENIZE = RouteDoc(
     "The token ids of a text, or of the prompt that a chat becomes.",
     (TokenizeRequest, TokenizeChatRequest, TokenizeInputsRequest),
-    TokenizeAnswer,
+    (TokenizeAnswer, {"type": "array", "items": {"type": "object"}}),
 )
 DETOKENIZE = RouteDoc("The text of token ids.", DetokenizeRequest, DetokenizeAnswer)
 
@@ -58,7 +58,9 @@ async def _document(ingress: Ingress, http_request: HttpRequest) -> object:
     """Read the body. Its model may be left out where there is one base alone."""
     document = await ingress.document(http_request)
     base_ids = list(ingress.models.by_id)
-    if len(base_ids) == 1 and as_fields(document).get("model") in (None, ""):
+    if as_fields(document).get("model") in (None, ""):
+        if len(base_ids) > 1:
+            raise invalid(f"model is required: the base models are {', '.join(base_ids)}.", "model")
         set_model(document, base_ids[0])
     return document
 

@@ -1,0 +1,64 @@
+"""schemathesis over the API's document: it makes up requests, valid ones and others, and judges the
+answers. It runs apart, as other people's clients do."""
+
+import asyncio
+import contextlib
+import subprocess
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import uvicorn
+
+from deployments.local.ray_head import free_port
+from tests.deployments.support.fakes import Server, in_server, until
+
+PROGRAM = Path(__file__).parents[3] / ".venv-schemathesis" / "bin" / "schemathesis"
+CHECKS = (
+    "not_a_server_error",
+    "status_code_conformance",
+    "content_type_conformance",
+    "response_schema_conformance",
+    "unsupported_method",
+)
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+
+
+@contextlib.asynccontextmanager
+async def listening(server: Server) -> AsyncIterator[str]:
+    """Serve on loopback, in the test's own loop."""
+    port = free_port()
+    config = uvicorn.Config(server.api, "127.0.0.1", port, log_level="error", lifespan="off")
+    http = uvicorn.Server(config)
+    task = asyncio.create_task(http.serve())
+    await until(lambda: http.started)
+    try:
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        http.should_exit = True
+        await task
+
+
+def test_no_made_up_request_is_a_5xx_or_answered_otherwise_than_documented(tmp_path: Path) -> None:
+    assert PROGRAM.exists(), "make .venv-schemathesis/stamp"
+
+    async def test(server: Server) -> None:
+        async with listening(server) as url:
+            command = [PROGRAM, "run", f"{url}/openapi.json", "--checks", ",".join(CHECKS)]
+            options = ["--max-examples", "200", "--seed", "1", "--continue-on-failure"]
+            with (tmp_path / "out").open("wb") as out:
+                process = await asyncio.create_subprocess_exec(
+                    *command, *options, "--mode", "all", cwd=tmp_path, stdout=out, stderr=out
+                )
+                code = await process.wait()
+            assert code == 0, (tmp_path / "out").read_text()
+            assert (await server.post("/v1/completions", prompt="x")).status == 200
+
+    in_server(test)
+
+
+def test_the_version_that_is_meant_runs() -> None:
+    wanted = (Path(__file__).parents[2] / "schemathesis" / "requirements.txt").read_text()
+    found = subprocess.run([PROGRAM, "--version"], capture_output=True, text=True, check=True)
+    assert found.stdout.split()[-1] in wanted
