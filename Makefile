@@ -1,13 +1,13 @@
 # `make serve` and `make test` are all one needs. Everything lands below this folder:
-# .venv (the environment), .venv-clients (other people's clients, for tests), .venv-swift (an S3
-# server, for tests), .data (the demo).
+# .venv (the environment), .venv-clients and .venv-clients.d (other people's clients, for tests),
+# .venv-swift (an S3 server, for tests), .data (the demo).
 
 PYTHON ?= python3
 CONFIG ?= configs/dev-cpu.yaml
 PORT ?= 8000
 INSTALL = .venv/bin/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: serve test coverage chaos lint bench lock
+.PHONY: serve test coverage clients chaos lint bench lock
 
 serve: .venv/demo.stamp
 	@exec .venv/bin/reef serve --config $(CONFIG) --port $(PORT)
@@ -18,6 +18,10 @@ test: .venv/dev.stamp .venv-clients/stamp .venv-swift/stamp
 # Apart from `test`: it makes the tests a quarter slower.
 coverage: .venv/dev.stamp .venv-clients/stamp .venv-swift/stamp
 	.venv/bin/pytest --cov --cov-report=term
+
+# An environment for each client of tests/clients/*/: 1.8 GB, guidellm's torch included.
+clients: $(patsubst tests/clients/%/requirements.txt,.venv-clients.d/%/stamp,\
+	$(wildcard tests/clients/*/requirements.txt))
 
 # Hostile requests, then faults of every kind under load: about half an hour.
 chaos: .venv/dev.stamp .venv-swift/stamp
@@ -53,6 +57,12 @@ lock: | .venv/bin/python
 .venv-clients/stamp: tests/clients/requirements.txt
 	$(PYTHON) -m venv .venv-clients
 	.venv-clients/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	@touch $@
+
+.venv-clients.d/%/stamp: tests/clients/%/requirements.txt
+	@echo "installing $*"
+	@$(PYTHON) -m venv --clear $(@D)
+	@$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -r $<
 	@touch $@
 
 # So does what makes up requests (`pytest -m slow`).
