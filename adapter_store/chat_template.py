@@ -18,6 +18,7 @@ MAX_TOKEN_CHARS = 1024
 MAX_FILE_BYTES = 2**20  # more than those characters take, however they are written
 _SOURCE_FILE = "chat_template.jinja"
 _CONFIG_FILE = "tokenizer_config.json"
+TEMPLATE_FILES = (_SOURCE_FILE, _CONFIG_FILE)  # of a folder, which are read
 _TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token")
 
 

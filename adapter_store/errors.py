@@ -16,6 +16,10 @@ class AdapterNotFound(AdapterStoreError):
     """The adapter, version or alias does not exist or is retired."""
 
 
+class AdapterExists(AdapterStoreError):
+    """A name that should be new has a live version."""
+
+
 class AdapterInvalid(AdapterStoreError):
     """An upload is not an adapter that can be served; the message gives the exact reason."""
 

@@ -15,17 +15,19 @@ def publish(
     name: str,
     prepared: PreparedAdapter,
     on_bytes: OnBytes,
+    only_new: bool = False,
 ) -> AdapterRef:
     """Upload a checked adapter and append its record.
 
     The log decides whether a collection of garbage came in between: then the files are uploaded
-    again, to a place that the collector does not know. Raises InvalidName, StoreCorrupt.
+    again, to a place that the collector does not know. Raises InvalidName, StoreCorrupt, and
+    AdapterExists if the name should be new and is not.
     """
     registry.refresh()
     while True:
         place = registry.place_of(prepared.manifest.digest)
         blobs.upload(prepared, place, on_bytes)
         try:
-            return registry.publish(tenant, name, prepared.manifest, place.generation)
+            return registry.publish(tenant, name, prepared.manifest, place.generation, only_new)
         except FilesRemoved:
             continue

@@ -18,7 +18,13 @@ from contextlib import suppress
 from itertools import groupby, islice
 
 from adapter_store.catalog import Catalog
-from adapter_store.errors import AdapterNotFound, FilesRemoved, SourceUnavailable, StoreCorrupt
+from adapter_store.errors import (
+    AdapterExists,
+    AdapterNotFound,
+    FilesRemoved,
+    SourceUnavailable,
+    StoreCorrupt,
+)
 from adapter_store.manifest import AdapterManifest
 from adapter_store.names import (
     AdapterRecord,
@@ -101,17 +107,24 @@ class Registry:
             return [record for _, records in islice(by_name, num_names) for record in records]
 
     def publish(
-        self, tenant: str, name: str, manifest: AdapterManifest, generation: int = 0
+        self,
+        tenant: str,
+        name: str,
+        manifest: AdapterManifest,
+        generation: int = 0,
+        only_new: bool = False,
     ) -> AdapterRef:
         """Append the name's next version, unless the latest has this very content; return it.
 
-        `generation` says where its files were uploaded to. Raises InvalidName, and FilesRemoved if
-        they need not be there any more.
+        `generation` says where its files were uploaded to. Raises InvalidName, FilesRemoved if they
+        need not be there any more, and AdapterExists if the name should be new and is not.
         """
         check_name("tenant", tenant)
         check_name("adapter", name)
 
         def record(catalog: Catalog) -> Record | None:
+            if only_new and catalog.live_versions(tenant, name):
+                raise AdapterExists(f"{name} of tenant {tenant} exists already")
             found = catalog.find_digest(tenant, name, manifest.digest)
             if found is not None and found == catalog.latest(tenant, name, manifest.base):
                 return None

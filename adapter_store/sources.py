@@ -1,8 +1,12 @@
-"""Find the folder of an upload. This version knows folders on local disk alone."""
+"""Find the folder of an upload, on local disk, or bring it there from S3."""
 
 from pathlib import Path
 
-from adapter_store.errors import SourceUnavailable
+from adapter_store.chat_template import TEMPLATE_FILES
+from adapter_store.errors import AdapterInvalid, SourceUnavailable
+from adapter_store.manifest import WEIGHTS_NAME
+from adapter_store.open_store import open_store
+from adapter_store.peft_config import CONFIG_NAME
 
 
 def local_folder(source: str | Path) -> Path:
@@ -16,3 +20,21 @@ def local_folder(source: str | Path) -> Path:
     if not folder.is_dir():
         raise SourceUnavailable(f"source {source} is not a folder")
     return folder
+
+
+def fetch_folder(url: str, endpoint_url: str | None, folder: Path, max_bytes: int) -> None:
+    """Copy the files of an adapter from s3://bucket/prefix into a folder.
+
+    Raises SourceUnavailable, and AdapterInvalid if there is no adapter, or a larger one.
+    """
+    objects = open_store(url, endpoint_url, read_only=True)
+    sizes = {name: objects.size(name) for name in (CONFIG_NAME, WEIGHTS_NAME, *TEMPLATE_FILES)}
+    missing = [name for name in (CONFIG_NAME, WEIGHTS_NAME) if sizes[name] is None]
+    if missing:
+        raise AdapterInvalid(f"{url} has no {missing[0]}")
+    num_bytes = sum(size or 0 for size in sizes.values())
+    if num_bytes > max_bytes:
+        raise AdapterInvalid(f"{url} has {num_bytes} bytes, more than the {max_bytes} allowed")
+    for name, size in sizes.items():
+        if size is not None:
+            objects.get_file(name, folder / name)

@@ -147,20 +147,23 @@ class AdapterStore:
         name: str,
         base: str | None = None,
         on_bytes: OnBytes = _ignore,
+        *,
+        only_new: bool = False,
     ) -> AdapterRef:
         """Check a PEFT folder, store it and make it the name's next version.
 
         If the name's latest version has the same content, that one is returned. `on_bytes` is
         called with the bytes processed since its last call, perhaps from another thread; each byte
         of the weights counts three times: checked, hashed, copied. Raises InvalidName,
-        AdapterInvalid, BaseNotFound, StoreCorrupt.
+        AdapterInvalid, BaseNotFound, StoreCorrupt, and AdapterExists if the name should be new and
+        has a live version.
         """
         check_name("tenant", tenant)
         check_name("adapter", name)
         upload = local_folder(folder)
         model = self.base_model(base)
         prepared = prepare(upload, model.fingerprint, model.modules, on_bytes)
-        return publish(self._blobs, self._registry, tenant, name, prepared, on_bytes)
+        return publish(self._blobs, self._registry, tenant, name, prepared, on_bytes, only_new)
 
     @property
     def damage(self) -> str | None:

@@ -126,7 +126,10 @@ def _absolute(config: AppConfig) -> AppConfig:
     root = adapters.root
     if root.startswith("file://"):
         root = f"file://{Path(root.removeprefix('file://')).absolute()}"
-    paths = {"root": root, "disk_path": str(Path(adapters.disk_path).absolute())}
+    paths: dict[str, Any] = {"root": root, "disk_path": str(Path(adapters.disk_path).absolute())}
+    if adapters.load_from is not None:
+        places = adapters.load_from
+        paths["load_from"] = [p if "://" in p else str(Path(p).absolute()) for p in places]
     update: dict[str, Any] = {"models": models, "adapters": adapters.model_copy(update=paths)}
     if config.tenancy.keys_file is not None:
         keys_file = {"keys_file": str(Path(config.tenancy.keys_file).absolute())}
@@ -140,5 +143,12 @@ def open_adapter_store(adapters: AdaptersSection) -> AdapterStore:
         adapters.root,
         Path(adapters.disk_path),
         adapters.disk_bytes,
-        endpoint_url=adapters.endpoint_url or endpoint_from(os.environ, adapters.root),
+        endpoint_url=endpoint_of(adapters, adapters.root),
     )
+
+
+def endpoint_of(adapters: AdaptersSection, root: str = "s3://") -> str | None:
+    """Return the address of S3 for a root, if it is on S3; None is AWS's."""
+    if not root.startswith("s3://"):
+        return None
+    return adapters.endpoint_url or endpoint_from(os.environ, root)

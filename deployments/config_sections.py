@@ -230,6 +230,20 @@ class AdaptersSection(Section):
         2 * 2**30,
         "decoded adapters in memory: as many of those waited for as it holds, then idle ones",
     )
+    load_from: list[str] | None = key(
+        None,
+        "folders and `s3://bucket/prefix` below which clients may load adapters while the server "
+        "runs ([how](vllm.md#adapters)); in mode `keys` those whose keys have `may_publish`",
+        unset="nowhere",
+    )
+
+    @field_validator("load_from")
+    @classmethod
+    def _has_places(cls, value: list[str] | None) -> list[str] | None:
+        for place in value or ():
+            if not place or ("://" in place and not place.startswith("s3://")):
+                raise ValueError(f"{place!r} is neither a folder nor s3://bucket/prefix")
+        return value
 
 
 class TenancySection(Section):

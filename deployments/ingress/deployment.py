@@ -7,7 +7,9 @@ from typing import Any
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
-from deployments.config import AppConfig, ModelSection, open_adapter_store
+from adapter_store.store import AdapterStore
+from deployments.config import AppConfig, ModelSection, endpoint_of, open_adapter_store
+from deployments.config_sections import AdaptersSection
 from deployments.fleet.engine_link import EngineLink
 from deployments.fleet.ray_connection import RayConnection
 from deployments.ingress.adapter_templates import AdapterTemplates
@@ -17,6 +19,7 @@ from deployments.ingress.ingress import Ingress
 from deployments.ingress.metrics import Metrics
 from deployments.ingress.model_resolver import Models, ServedModel
 from deployments.ingress.routes import build_api
+from deployments.ingress.runtime_adapters import RuntimeAdapters
 from deployments.ingress.tenant_limiter import TenantLimiter
 from deployments.loopback_grpc import keep_grpc_on_loopback
 from deployments.serve_logging import log_to_serves_file
@@ -48,6 +51,7 @@ class IngressDeployment:
             metrics,
             config.ingress,
             int(time.time()),
+            adapters=_runtime_adapters(config.adapters, store),
         )
         hosts = config.browser_hosts
         self._guard = None if hosts is None else BrowserGuard(hosts)
@@ -55,6 +59,13 @@ class IngressDeployment:
 
     def __serve_build_asgi_app__(self) -> Api:
         return build_api(self._ingress, self._guard, sends_request_id=False)
+
+
+def _runtime_adapters(adapters: AdaptersSection, store: AdapterStore) -> RuntimeAdapters | None:
+    if not adapters.load_from:
+        return None
+    scratch, endpoint = Path(adapters.disk_path), endpoint_of(adapters)
+    return RuntimeAdapters(store, adapters.load_from, scratch, adapters.disk_bytes, endpoint)
 
 
 def _open_model(

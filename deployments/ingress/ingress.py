@@ -29,6 +29,7 @@ from deployments.ingress.model_resolver import Models, Target
 from deployments.ingress.planning import Origin, plan_chat, plan_completion
 from deployments.ingress.reply_form import OPENAI_CHAT, OPENAI_COMPLETION, ReplyForm
 from deployments.ingress.request_body import read_body
+from deployments.ingress.runtime_adapters import RuntimeAdapters
 from deployments.ingress.streaming import GenerationResponse
 from deployments.ingress.tenant_limiter import Place, TenantLimiter
 from deployments.tenants.tenant import Tenant
@@ -70,6 +71,7 @@ class Ingress:
     settings: IngressSection
     created: int  # when this ingress began to serve, for the model cards
     origin: Origin = field(default_factory=system_origin)
+    adapters: RuntimeAdapters | None = None  # which clients load
 
     # ---- routes --------------------------------------------------------------------------
 
@@ -111,9 +113,13 @@ class Ingress:
 
     async def document(self, http_request: HttpRequest) -> object:
         """Read the body. Below a base's path its `model` is of that base. Raises ApiError."""
-        document = decode_json(await read_body(http_request, self.settings.max_body_bytes))
+        document = await self.raw_document(http_request)
         set_model(document, base_of(http_request.scope))
         return document
+
+    async def raw_document(self, http_request: HttpRequest) -> object:
+        """Read a body that names no model. Raises ApiError."""
+        return decode_json(await read_body(http_request, self.settings.max_body_bytes))
 
     # ---- generation ----------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ from deployments.ingress.error_form import OPENAI_ERRORS
 from deployments.ingress.http_errors import ApiError
 from deployments.ingress.ingress import Ingress
 from deployments.ingress.streaming import ErrorResponse
+from deployments.ingress.surfaces.adapters import adapter_routes
 from deployments.ingress.surfaces.document import document_routes
 from deployments.ingress.surfaces.lorax import lorax_routes
 from deployments.ingress.surfaces.models import model_routes
@@ -21,7 +22,14 @@ from deployments.ingress.surfaces.openai import openai_routes
 from deployments.ingress.surfaces.operation import operation_routes
 from deployments.ingress.surfaces.tokens import token_routes
 
-SURFACES = (openai_routes, lorax_routes, token_routes, model_routes, operation_routes)
+SURFACES = (
+    openai_routes,
+    lorax_routes,
+    token_routes,
+    adapter_routes,
+    model_routes,
+    operation_routes,
+)
 
 
 def build_api(

@@ -8,6 +8,7 @@ API keys are never stored: the file holds only their SHA-256. It is YAML or JSON
         requests_per_minute: 600         # instead of the config's; null is no limit
         max_concurrent_requests: 32
         namespaces: [lab]                # may use lab's adapters too, as lab/<adapter>
+        may_publish: true                # may load and unload its own adapters over HTTP
     metrics_keys: [<64 hex digits>]      # these open /metrics and nothing else
 """
 
@@ -44,6 +45,7 @@ class TenantEntry(Section):
     requests_per_minute: Limit = None
     max_concurrent_requests: Limit = None
     namespaces: list[Name] = Field(default=[])
+    may_publish: bool = False
 
 
 class KeysDocument(Section):
@@ -73,7 +75,8 @@ def read_keys(path: Path, defaults: Limits) -> Keys:
     metrics = dict.fromkeys(map(bytes.fromhex, document.metrics_keys))
     holders: dict[bytes, Holder] = {}
     for name, entry in document.tenants.items():
-        tenant = Tenant(name, _limits(entry, defaults), tuple(entry.namespaces))
+        limits, namespaces = _limits(entry, defaults), tuple(entry.namespaces)
+        tenant = Tenant(name, limits, namespaces, entry.may_publish)
         for digest in map(bytes.fromhex, entry.keys):
             if digest in holders or digest in metrics:
                 raise KeysFileError(

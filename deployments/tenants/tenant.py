@@ -9,11 +9,15 @@ PUBLIC = "public"  # the namespace open to all, and the one tenant where there a
 
 @dataclass(frozen=True, slots=True)
 class Tenant:
-    """`granted` are the namespaces beyond its own and `public`."""
+    """`granted` are the namespaces beyond its own and `public`.
+
+    `may_publish`: it may bring adapters into its own namespace, and retire them.
+    """
 
     name: str
     limits: Limits = NO_LIMITS
     granted: tuple[str, ...] = ()
+    may_publish: bool = False
 
     @property
     def default_namespaces(self) -> tuple[str, ...]:

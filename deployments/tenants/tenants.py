@@ -58,7 +58,7 @@ class Everybody:
     asks_for_keys = False
 
     def __init__(self, limits: Limits = NO_LIMITS) -> None:
-        self._tenant = Tenant(PUBLIC, limits)
+        self._tenant = Tenant(PUBLIC, limits, may_publish=True)
 
     def identify(self, authorization: str | None) -> Tenant:
         return self._tenant

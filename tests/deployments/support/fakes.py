@@ -30,6 +30,7 @@ from deployments.ingress.metrics import Metrics
 from deployments.ingress.model_resolver import Models, ServedModel
 from deployments.ingress.planning import Origin
 from deployments.ingress.routes import build_api
+from deployments.ingress.runtime_adapters import RuntimeAdapters
 from deployments.ingress.tenant_limiter import TenantLimiter
 from deployments.replica.replica import EngineReplica, ReplicaSettings
 from deployments.tenants.tenants import Everybody, Tenants
@@ -368,6 +369,8 @@ async def serving(
     max_adapter_series: int = 200,
     ingress_settings: IngressSection | None = None,
     base_id: str = "base",
+    base_fingerprint: str = BASE,
+    adapters: RuntimeAdapters | None = None,
     embeddings: EmbeddingUse = NO_EMBEDDINGS,
 ) -> AsyncIterator[Server]:
     """The clock, if given, is the link's and the replica's."""
@@ -379,7 +382,7 @@ async def serving(
         engine.on_frame = on_frame
         return engine
 
-    settings = ReplicaSettings("replica", BASE, 64, max_requests)
+    settings = ReplicaSettings("replica", base_fingerprint, 64, max_requests)
     replica = EngineReplica(make_engine, store, settings, clock)
     await replica.start()
     connection = LocalFleet({"replica": replica})
@@ -405,7 +408,15 @@ async def serving(
     settings = ingress_settings or IngressSection(max_body_bytes=10_000)
     templates = AdapterTemplates(store)
     ingress = Ingress(
-        models, templates, tenants or Everybody(), limiter, metrics, settings, 10**9, origin
+        models,
+        templates,
+        tenants or Everybody(),
+        limiter,
+        metrics,
+        settings,
+        10**9,
+        origin,
+        adapters,
     )
     server = Server(engine, store, replica, connection, link, build_api(ingress), metrics, ingress)
     try:

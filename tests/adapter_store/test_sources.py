@@ -1,0 +1,33 @@
+"""Adapters that are fetched before they are published, from a folder and from a real S3 server."""
+
+from pathlib import Path
+
+import pytest
+
+from adapter_store.errors import AdapterInvalid
+from adapter_store.manifest import WEIGHTS_NAME
+from adapter_store.peft_config import CONFIG_NAME
+from adapter_store.sources import fetch_folder
+from tests.adapter_store.roots import Root
+
+FILES = {CONFIG_NAME: b"{}", WEIGHTS_NAME: b"weights", "chat_template.jinja": b"{{ x }}"}
+
+
+def test_the_files_of_an_adapter_are_fetched_and_no_others(root: Root, tmp_path: Path) -> None:
+    for name, data in {**FILES, "optimizer.pt": b"large"}.items():
+        root.open().put(f"my/adapter/{name}", data)
+    fetch_folder(f"{root.url}/my/adapter", None, tmp_path, sum(map(len, FILES.values())))
+    found = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    assert found == FILES
+
+
+def test_what_is_no_adapter_or_too_large_is_refused(file_root: Root, tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    target.mkdir()
+    for name in (CONFIG_NAME, WEIGHTS_NAME):
+        with pytest.raises(AdapterInvalid, match=f"has no {name}"):
+            fetch_folder(f"{file_root.url}/a", None, target, 100)
+        file_root.open().put(f"a/{name}", FILES[name])
+    with pytest.raises(AdapterInvalid, match="more than the 5 allowed"):
+        fetch_folder(f"{file_root.url}/a", None, target, 5)
+    assert list(target.iterdir()) == []
