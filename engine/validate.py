@@ -24,6 +24,9 @@ def validate(request: GenerateRequest, info: EngineInfo) -> None:
     _check_token_ids("output so far", request.output_token_ids, info.vocab_size)
     _check_token_ids("stop_token_ids", request.sampling.stop_token_ids, info.vocab_size)
     _check_token_ids("logit_bias", (t for t, _ in request.sampling.logit_bias), info.vocab_size)
+    for word in request.sampling.bad_words:
+        _check_token_ids("bad_words", word, info.vocab_size)
+    _check_token_ids("allowed_token_ids", request.sampling.allowed_token_ids or (), info.vocab_size)
     _check_grammar(request, info)
     _check_some_token_is_allowed(request, info)
     if not 1 <= request.n <= MAX_CHOICES:
@@ -55,6 +58,8 @@ def _check_grammar(request: GenerateRequest, info: EngineInfo) -> None:
         return
     if info.grammar_refusal:
         raise InvalidRequest(info.grammar_refusal)
+    if request.sampling.allowed_token_ids is not None:
+        raise InvalidRequest("allowed_token_ids is not possible with structured output")
     if request.sampling.ignore_eos:
         raise InvalidRequest(
             "ignore_eos=True is not possible with structured output: end tokens are how a finished "
@@ -63,14 +68,21 @@ def _check_grammar(request: GenerateRequest, info: EngineInfo) -> None:
 
 
 def _check_some_token_is_allowed(request: GenerateRequest, info: EngineInfo) -> None:
-    """Check that a token stays allowed while `min_tokens` forbids the end tokens."""
-    sampling = request.sampling
-    num_forbidden = len(sampling.end_token_ids(info.eos_token_ids))
-    if sampling.min_tokens > 1 and num_forbidden >= info.vocab_size:
-        raise InvalidRequest(
-            f"min_tokens={sampling.min_tokens} forbids all end tokens before, and they are all "
-            f"{info.vocab_size} tokens of the vocabulary; list fewer in stop_token_ids"
-        )
+    """Check that a token stays allowed, whatever the output so far is."""
+    sampling, allowed = request.sampling, request.sampling.allowed_token_ids
+    forbidden = {word[-1] for word in sampling.bad_words}
+    if sampling.min_tokens > 1:
+        forbidden |= sampling.end_token_ids(info.eos_token_ids)
+    if len(forbidden) < (info.vocab_size if allowed is None else 1):
+        return
+    rest = info.vocab_size - len(forbidden) if allowed is None else len({*allowed} - forbidden)
+    if rest > 0:
+        return
+    num = info.vocab_size if allowed is None else len({*allowed})
+    raise InvalidRequest(
+        f"min_tokens={sampling.min_tokens} forbids all end tokens before, and bad_words the last "
+        f"token of each: together all {num} tokens that are allowed; list fewer"
+    )
 
 
 def _check_token_ids(name: str, token_ids: Iterable[int], vocab_size: int) -> None:

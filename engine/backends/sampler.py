@@ -182,9 +182,15 @@ def _restrict(row: torch.Tensor, mask: TokenMask) -> None:
 def _adjust(row: torch.Tensor, request: ScheduledRequest) -> torch.Tensor:
     """Change the row in place. Returns the original values, which logprobs are computed from."""
     sampling, forbidden = request.sampling, request.forbidden_token_ids
-    if not (request.biases or request.history or forbidden):
+    allowed = request.allowed_token_ids
+    if not (request.biases or request.history or forbidden or allowed):
         return row
     original = row if sampling.logprobs is None else row.clone()
+    if allowed is not None:
+        ids = _token_ids(allowed, row.device)
+        values = row[ids]
+        row.fill_(-torch.inf)
+        row[ids] = values
     if request.biases is not None:
         ids, values = request.biases
         biases = torch.from_numpy(np.array(values, dtype=np.float32)).to(row.device)

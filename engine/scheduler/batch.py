@@ -32,11 +32,12 @@ class ScheduledRequest(NamedTuple):
     adapter_slot: int  # 0 = base model
     sampling: SamplingParams
     samples: bool  # a token is sampled from the last row's logits
-    forbidden_token_ids: "array[int]" = NO_TOKENS  # may not be sampled yet (min_tokens)
+    forbidden_token_ids: "array[int]" = NO_TOKENS  # may not be sampled
     history: tuple[list[int], list[int]] | None = None  # (prompt, output), if penalties need it
     prompt_targets: list[int] | None = None  # token after each row, if their logprobs are asked for
     life: int = 0  # number of the request's admission that this row belongs to; unique
     biases: TokenBiases | None = None  # of `sampling`, as arrays
+    allowed_token_ids: "array[int] | None" = None  # may be sampled; None: all
     pooled: tuple[int, int] | None = None  # first and end of the rows whose sum is asked for
 
     @property

@@ -14,7 +14,12 @@ class SchedulerLimits:
     eos_token_ids: tuple[int, ...] = ()
 
     def rules(self, sampling: SamplingParams) -> TokenRules:
-        return token_rules(sampling.end_token_ids(self.eos_token_ids), sampling.logit_bias)
+        return token_rules(
+            sampling.end_token_ids(self.eos_token_ids),
+            sampling.logit_bias,
+            sampling.bad_words,
+            sampling.allowed_token_ids,
+        )
 
     def end_of(self, request: Request, token_id: int) -> FinishReason | None:
         """Why the request ends with its newest token, `token_id`; None if it continues."""
@@ -38,4 +43,8 @@ class SchedulerLimits:
     def must_wait(self, request: Request) -> bool:
         """Whether a pending token must be known before the next one can be scheduled."""
         pending = request.num_pending_tokens
-        return pending > 0 and (request.sampling.grammar is not None or self.is_ending(request))
+        return pending > 0 and (
+            request.sampling.grammar is not None
+            or request.rules.needs_output
+            or self.is_ending(request)
+        )

@@ -15,6 +15,8 @@ MAX_LOGPROBS = 20
 # bound what one request can cost a step.
 MAX_STOP_TOKEN_IDS = 128
 MAX_LOGIT_BIASES = 1024
+MAX_ALLOWED_TOKEN_IDS = 1024
+MAX_BAD_WORDS, MAX_BAD_WORD_TOKENS = 256, 4096  # token sequences; tokens of all
 MAX_GRAMMAR_BYTES = 2**18
 POOLINGS = ("mean", "last", "cls")
 MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY = 0.01, 100.0  # keep float32 logits finite
@@ -65,11 +67,14 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     grammar: str | None = None  # what the output must match, in llguidance's own format
     pooling: str | None = None  # one of POOLINGS
+    bad_words: tuple[tuple[int, ...], ...] = ()  # token sequences that no output contains
+    allowed_token_ids: tuple[int, ...] | None = None  # None: all
 
     def __post_init__(self) -> None:
         _check_grammar(self.grammar)
         if self.pooling is not None and self.pooling not in POOLINGS:
             raise InvalidRequest(f"pooling must be one of {POOLINGS}, not {self.pooling!r}")
+        _check_words(self.bad_words, self.allowed_token_ids)
         _check_length("stop_token_ids", len(self.stop_token_ids), MAX_STOP_TOKEN_IDS)
         _check_length("logit_bias", len(self.logit_bias), MAX_LOGIT_BIASES)
         _check("max_tokens", self.max_tokens, 1, 2**31 - 1)
@@ -131,6 +136,20 @@ def _check_biases(logit_bias: Iterable[tuple[int, float]]) -> None:
     for token_id, bias in logit_bias:
         _check("logit_bias token id", token_id, 0, 2**31 - 1)
         _check(f"logit_bias of token {token_id}", bias, -100.0, 100.0)
+
+
+def _check_words(
+    bad_words: tuple[tuple[int, ...], ...], allowed_token_ids: tuple[int, ...] | None
+) -> None:
+    _check_length("bad_words", len(bad_words), MAX_BAD_WORDS)
+    _check_length("bad_words in tokens", sum(map(len, bad_words)), MAX_BAD_WORD_TOKENS)
+    if not all(bad_words):
+        raise InvalidRequest("bad_words must have at least one token each, not 0")
+    num_allowed = 1 if allowed_token_ids is None else len(allowed_token_ids)
+    if not 1 <= num_allowed <= MAX_ALLOWED_TOKEN_IDS:
+        raise InvalidRequest(
+            f"allowed_token_ids must have [1, {MAX_ALLOWED_TOKEN_IDS}] entries, not {num_allowed}"
+        )
 
 
 def _check_grammar(grammar: str | None) -> None:

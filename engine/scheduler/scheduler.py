@@ -6,10 +6,10 @@
 
 With a `pipeline_depth` of 1, a step may be scheduled before the previous one is updated. A
 request whose next token is still being computed is then scheduled with PENDING in its place,
-unless that token is certainly its last, or a grammar must know it first. Every admission of a
-request is a life with a number of its own; results for a life that has ended or was preempted are
-dropped. Its blocks are free at once, because executors run steps in order: what a dropped row
-writes is overwritten before any later row reads it.
+unless that token is certainly its last, or a grammar or bad words must know it first. Every
+admission of a request is a life with a number of its own; results for a life that has ended or was
+preempted are dropped. Its blocks are free at once, because executors run steps in order: what a
+dropped row writes is overwritten before any later row reads it.
 
 One step mixes decodes with chunks of prompts under `max_num_batched_tokens`. Running requests
 go first; waiting ones follow in arrival order, except that a request whose adapter is being

@@ -4,7 +4,6 @@ from engine.scheduler.adapter_slots import AdapterSlots
 from engine.scheduler.batch import PENDING, ScheduledBatch, ScheduledRequest
 from engine.scheduler.memory import MemoryChanges
 from engine.scheduler.request import Request
-from engine.scheduler.token_rules import NO_TOKENS
 
 
 class Step:
@@ -62,15 +61,14 @@ def _take(request: Request, count: int, adapters: AdapterSlots) -> ScheduledRequ
         adapter_slot=adapters.slot(adapter_digest) if adapter_digest else 0,
         sampling=sampling,
         samples=samples,
-        forbidden_token_ids=(
-            request.rules.sorted_end_token_ids
-            if num_outputs + 1 < sampling.min_tokens
-            else NO_TOKENS
+        forbidden_token_ids=request.rules.forbidden(
+            num_outputs + 1 >= sampling.min_tokens, request.output_token_ids
         ),
         history=history,
         prompt_targets=_prompt_targets(request, start, end),
         life=request.life,
         biases=request.rules.biases,
+        allowed_token_ids=request.rules.allowed_token_ids,
         pooled=_pooled_rows(sampling.pooling, start, end, request.num_prompt_tokens),
     )
 

@@ -67,6 +67,20 @@ def diverse_requests() -> list[GenerateRequest]:
         GenerateRequest(
             "resumed", prompt_of(6, 7), SamplingParams(seed=9, **hot), output_token_ids=[5, 6, 7]
         ),
+        GenerateRequest(
+            "banned",
+            prompt_of(8, 12),
+            SamplingParams(
+                bad_words=(*((i,) for i in range(99)), *((i, i + 1) for i in range(99, 250))),
+                seed=3,
+                **hot,
+            ),
+        ),
+        GenerateRequest(
+            "allowed",
+            prompt_of(8, 13),
+            SamplingParams(allowed_token_ids=(3, 9, 12), logprobs=1, seed=4, **hot),
+        ),
         *(
             GenerateRequest(pooling, prompt_of(37, 8 + i), SamplingParams(pooling=pooling))
             for i, pooling in enumerate(POOLINGS)

@@ -11,6 +11,7 @@ from engine.scheduler.request import (
     Request,
     SamplingParams,
 )
+from engine.scheduler.token_rules import token_rules
 from tests.engine.test_scheduler import make_request, make_world
 
 TOKEN_IDS = st.integers(0, 30)
@@ -67,4 +68,22 @@ def test_choices_and_steps_share_what_was_made_once() -> None:
     assert batch is not None
     for row in batch.requests:
         assert row.biases is rules.biases
-        assert row.forbidden_token_ids is rules.sorted_end_token_ids
+        assert row.forbidden_token_ids is rules.early
+
+
+WORDS = st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=4), max_size=6)
+
+
+@given(WORDS, st.lists(st.integers(0, 3), max_size=8), st.booleans())
+def test_the_last_token_of_a_bad_word_is_forbidden_behind_the_others(
+    words: list[list[int]], output: list[int], may_end: bool
+) -> None:
+    rules = token_rules(frozenset({9}), (), words)
+    expected = {w[-1] for w in words if len(w) - 1 <= len(output) and _ends_with(output, w[:-1])}
+    expected |= set() if may_end else {9}
+    assert set(rules.forbidden(may_end, output)) == expected
+    assert rules.needs_output == any(len(word) > 1 for word in words)
+
+
+def _ends_with(output: list[int], start: list[int]) -> bool:
+    return not start or output[-len(start) :] == start

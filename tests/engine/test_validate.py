@@ -45,6 +45,31 @@ def test_some_token_must_be_allowed() -> None:
     check(stop_token_ids=ALL_BUT_EOS, min_tokens=1)
     check(stop_token_ids=ALL_BUT_EOS, min_tokens=2, ignore_eos=True)
     check(stop_token_ids=ALL_BUT_EOS[1:], min_tokens=2)
+    with pytest.raises(InvalidRequest, match=r"bad_words the last token .* all 2 tokens"):
+        check(allowed_token_ids=(5, 6, 6), bad_words=((5,), (7, 6)))
+    check(allowed_token_ids=(5, 6), bad_words=((5,), (6, 7)))
+    with pytest.raises(InvalidRequest, match="all 1 tokens"):
+        check(allowed_token_ids=(99,), min_tokens=2)
+
+
+@pytest.mark.parametrize(
+    ("sampling", "message"),
+    [
+        ({"bad_words": ((100,),)}, r"bad_words: token id 100 is outside the vocabulary \[0, 99\]"),
+        ({"bad_words": ((5,), ())}, "at least one token each"),
+        ({"bad_words": ((5,),) * 257}, r"bad_words must have \[0, 256\] entries, not 257"),
+        ({"bad_words": ((5,) * 4097,)}, r"bad_words in tokens must have \[0, 4096\]"),
+        ({"allowed_token_ids": (-1,)}, "allowed_token_ids: token id -1"),
+        ({"allowed_token_ids": ()}, r"allowed_token_ids must have \[1, 1024\] entries, not 0"),
+        ({"allowed_token_ids": (5,) * 1025}, "not 1025"),
+        ({"allowed_token_ids": (5,), "grammar": "{}"}, "not possible with structured output"),
+    ],
+)
+def test_words_and_tokens_out_of_range_are_refused(
+    sampling: dict[str, object], message: str
+) -> None:
+    with pytest.raises(InvalidRequest, match=message):
+        check(**sampling)
 
 
 @pytest.mark.parametrize("penalty", [1e-300, 0.0, 0.009, 100.1, float("nan"), float("inf")])

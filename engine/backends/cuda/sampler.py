@@ -105,6 +105,10 @@ def _arrays(requests: Sequence[ScheduledRequest], vocab: int) -> dict[str, Words
     scored_rows = [i for i, r in numbered if r.sampling.logprobs is not None]
     if scored_rows:
         arrays["scored_rows"] = np.array(scored_rows, np.int32)
+    allowed = [(i, r.allowed_token_ids) for i, r in numbered if r.allowed_token_ids is not None]
+    if allowed:
+        arrays["allowed_rows"] = np.array([i for i, _ in allowed], np.int32)
+        arrays["allowed_places"] = _places(allowed)
     biases = [(i, r.biases) for i, r in numbered if r.biases is not None]
     if biases:
         arrays["bias_places"] = _places([(i, token_ids) for i, (token_ids, _) in biases])
@@ -202,8 +206,13 @@ def _restrict(logits: Tensor, rows: Tensor, masks: Tensor) -> None:
 
 
 def _adjust(logits: Tensor, there: dict[str, Tensor], last_inputs: Tensor) -> None:
-    """Apply biases, then penalties, then forbidden tokens. A token that is listed twice is written
-    twice, with the same value."""
+    """Leave the allowed tokens; apply biases, then penalties, then forbidden tokens. A token that
+    is listed twice is written twice, with the same value."""
+    if "allowed_places" in there:
+        flat, places = _flat(logits, there["allowed_places"], last_inputs)
+        values = flat[places]
+        logits.index_fill_(0, there["allowed_rows"].long(), -torch.inf)
+        flat[places] = values
     if "bias_places" in there:
         flat, places = _flat(logits, there["bias_places"], last_inputs)
         flat[places] = flat[places] + there["biases"]

@@ -76,6 +76,7 @@ def random_requests(rows: int, vocab: int, seed: int = 0) -> list[ScheduledReque
                 choice=dice.randrange(4),
                 forbidden=tuple(ids(dice.choice([0, 0, 2]))),
                 history=(ids(9), ids(dice.choice([0, 12]))) if penalties else None,
+                allowed=tuple(ids(20)) if dice.random() < 0.3 else None,
             )
         )
     return requests

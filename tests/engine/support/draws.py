@@ -14,6 +14,7 @@ def request_of(
     forbidden: tuple[int, ...] = (),
     history: tuple[list[int], list[int]] | None = None,
     last_input: int = 1,
+    allowed: tuple[int, ...] | None = None,
 ) -> ScheduledRequest:
     """Make a request that samples the token at `position`."""
     return ScheduledRequest(
@@ -28,4 +29,5 @@ def request_of(
         array(INT32, forbidden),
         history,
         biases=token_biases(sampling.logit_bias),
+        allowed_token_ids=None if allowed is None else array(INT32, allowed),
     )
