@@ -330,6 +330,11 @@ class IngressSection(Section):
         "`true` takes JSON schemas with keywords that cannot be enforced, and names these in the "
         "answer's header `x-reef-not-enforced`; otherwise they are a 400",
     )
+    request_chat_templates: bool = key(
+        False,
+        "whether a chat may bring its own `chat_template`, which is rendered in a process with "
+        "limits of time and memory; otherwise it is a 400",
+    )
     keep_alive_s: float = key(
         15.0,
         "seconds without an event after which a stream gets a comment, so that nothing between "

@@ -55,6 +55,7 @@ class TokenLogprobs:
 
     logprob: float
     top: tuple[tuple[int, float], ...]  # (token id, logprob), most likely first
+    rank: int = 0  # of a prompt's token: 1 is the likeliest
 
 
 @dataclass(frozen=True, slots=True)

@@ -75,6 +75,10 @@ class AdapterTemplates:
             raise
         return None if template is None else ChatRenderer(template, self._renderer)
 
+    def of_source(self, source: str) -> ChatRenderer:
+        """Render with a template that a request brings."""
+        return ChatRenderer(AdapterTemplate(source, {}), self._renderer)
+
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
         self._renderer.close()

@@ -48,11 +48,27 @@ class ChatAnswers:
         fills_content = self.syntax.style.fills_content
         return [message.document(fills_content) for message in self.request.messages]
 
-    def variables(self) -> dict[str, Any]:
-        """List what the template is told beside the messages. Raises ApiError."""
+    def variables(self, own_source: str | None = None) -> dict[str, Any]:
+        """List what the template is told beside the messages. Raises ApiError.
+
+        `own_source`: the template, if it is not the base's.
+        """
         tools = [tool.document() for tool in self.request.callable_tools]
         given = self.request.chat_template_kwargs or {}
-        return {**self._effort(), **given, **({"tools": tools} if tools else {})}
+        more = {"tools": tools} if tools else {}
+        return {**self._effort(), **given, **more, **self._documents(own_source)}
+
+    def _documents(self, own_source: str | None) -> Mapping[str, Any]:
+        documents, reads = self.request.documents, self.syntax.takes_documents
+        if not documents:
+            return {}
+        if not (reads if own_source is None else "documents" in own_source):
+            raise invalid(
+                "documents: this chat template does not read them: put them into a message.",
+                "documents",
+                "unsupported_field",
+            )
+        return {"documents": documents}
 
     def _effort(self) -> Mapping[str, Any]:
         effort, syntax = self.request.reasoning_effort, self.syntax

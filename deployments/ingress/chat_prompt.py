@@ -4,7 +4,7 @@ from deployments.ingress.adapter_templates import ChatRenderer
 from deployments.ingress.chat_answers import ChatAnswers
 from deployments.ingress.http_errors import invalid
 from deployments.ingress.model_resolver import Target
-from deployments.ingress.prompt_texts import check_length, encode_texts
+from deployments.ingress.prompt_texts import check_length, encode_texts, kept_tokens, prompt_room
 from deployments.text.chat_template import TemplateRefused
 from deployments.text.vocabulary import Vocabulary
 
@@ -27,7 +27,10 @@ async def encode_chat(
     except TemplateRefused as error:
         raise invalid(str(error), "messages") from None
     add_special = answers.request.add_special_tokens is True
-    [prompt] = await encode_texts(vocabulary, {"messages": pieces}, add_special, limit)
+    room = prompt_room(answers.request.wanted_max_tokens, limit)
+    keep_last = kept_tokens(answers.request.truncate_prompt_tokens, room)
+    texts = {"messages": pieces}
+    [prompt] = await encode_texts(vocabulary, texts, add_special, limit, keep_last)
     return "".join(pieces), prompt
 
 
@@ -41,7 +44,7 @@ async def _chat_pieces(
     continue_final = request.continue_final_message is True
     messages, extra = vocabulary.mark_chat(
         answers.messages(),
-        answers.variables(),
+        answers.variables(None if own_template is None else own_template.template.source),
         split_special_tokens,
         continue_final,
     )

@@ -31,11 +31,13 @@ class Choice:
         "_include_stop",
         "_min_tokens",
         "_stops",
+        "_sum_logprobs",
         "_text_length",
         "finish_reason",
         "index",
         "num_sent_tokens",
         "opening",
+        "prompt_logprobs",
         "stop_reason",
         "token_ids",
         "unsent_entries",
@@ -62,6 +64,13 @@ class Choice:
         self._include_stop = include_stop
         self._min_tokens = min_tokens
         self._text_length = len(opening)
+        self._sum_logprobs = 0.0
+        self.prompt_logprobs: Sequence[TokenLogprobs | None] | None = None
+
+    @property
+    def mean_logprob(self) -> float:
+        """The mean over all tokens, which must have come with theirs."""
+        return self._sum_logprobs / max(1, len(self.token_ids))
 
     def push(
         self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs] | None = None
@@ -107,6 +116,7 @@ class Choice:
     def _record(self, token_id: int, logprobs: TokenLogprobs | None) -> None:
         self.token_ids.append(token_id)
         if logprobs is not None:
+            self._sum_logprobs += logprobs.logprob
             self.unsent_entries.append(TokenEntry(token_id, logprobs, self._text_length))
 
     def _grow(self, text: str) -> str:

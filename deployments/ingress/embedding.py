@@ -8,7 +8,6 @@ import numpy as np
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from deployments.fleet.engine_link import ModelNotReady
 from deployments.fleet.protocol import Submit
 from deployments.ingress.api.embeddings import EmbeddingRequest, Vector
 from deployments.ingress.api.openai_fields import short
@@ -17,7 +16,7 @@ from deployments.ingress.http_errors import as_api_error, from_engine, internal,
 from deployments.ingress.metrics import Metrics
 from deployments.ingress.model_resolver import Target
 from deployments.ingress.planning import Origin, check_token_ids
-from deployments.ingress.prompt_texts import encode_texts, text_too_long
+from deployments.ingress.prompt_texts import encode_texts, kept_tokens, text_too_long
 from deployments.ingress.streaming import EngineResponse, ErrorResponse
 from engine.messages import EngineInfo, GenerateRequest, Item, RequestOutput
 from engine.scheduler.request import SamplingParams
@@ -62,13 +61,11 @@ async def plan_embeddings(
     request: EmbeddingRequest, target: Target, origin: Origin, at_once: int, form: Form
 ) -> EmbeddingPlan:
     """Check everything that can be checked without the engine. Raises ApiError, ModelNotReady."""
-    use, hello = target.model.embeddings, target.model.link.hello
+    use = target.model.embeddings
     if use.pooling is None:
         message = f"The model {target.model.id!r} is not served for embeddings: {use.refusal}."
         raise invalid(message, "model")
-    if hello is None:
-        raise ModelNotReady
-    info = hello.engine
+    info = target.engine
     dimensions = _dimensions(request, info)
     prompts = await _prompts(request, target, info)
     reply_id = f"embd-{origin.new_id()}"
@@ -116,7 +113,7 @@ def _dimensions(request: EmbeddingRequest, info: EngineInfo) -> int:
 async def _prompts(request: EmbeddingRequest, target: Target, info: EngineInfo) -> list[list[int]]:
     """Take the token ids that were given, or encode the texts, and cut them."""
     limit, one = info.max_model_len, len(request.input) == 1
-    keep_last = _kept_tokens(request.truncate_prompt_tokens, limit)
+    keep_last = kept_tokens(request.truncate_prompt_tokens, limit)
     paths = ["input" if one else f"input[{at}]" for at in range(len(request.input))]
     pairs = list(zip(paths, request.input, strict=True))
     prompts = [value[-(keep_last or 0) :] for _, value in pairs if isinstance(value, list)]
@@ -137,18 +134,6 @@ async def _prompts(request: EmbeddingRequest, target: Target, info: EngineInfo) 
             raise text_too_long(path, len(prompt), limit)
         check_token_ids(path, prompt, info.vocab_size)
     return prompts
-
-
-def _kept_tokens(wanted: int | None, limit: int) -> int | None:
-    """Settle truncate_prompt_tokens; -1 is as many as the context holds."""
-    if wanted is None or wanted == -1:
-        return None if wanted is None else limit
-    if not 1 <= wanted <= limit:
-        raise invalid(
-            f"truncate_prompt_tokens must be -1 or in [1, {limit}], not {short(wanted)}.",
-            "truncate_prompt_tokens",
-        )
-    return wanted
 
 
 class EmbeddingResponse(EngineResponse):

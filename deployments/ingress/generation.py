@@ -15,9 +15,12 @@ from deployments.ingress.choice import Choice
 from deployments.ingress.http_errors import from_engine
 from deployments.ingress.metrics import Gaps, Metrics
 from deployments.ingress.model_resolver import Target
-from engine.messages import RequestOutput
+from deployments.ingress.prompt_texts import in_thread
+from engine.messages import RequestOutput, TokenLogprobs
+from engine.scheduler.request import MAX_LOGPROBS
 
 NewTexts = dict[Choice, str]
+PromptLogprobs = Sequence[TokenLogprobs | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +36,7 @@ class Plan:
     include_usage: bool = False
     is_prompt_only: bool = False  # max_tokens 0: the engine's one token is not shown
     headers: Mapping[str, str] = field(default_factory=dict[str, str])  # of the answer
+    num_best: int | None = None  # choices of a prompt that are shown: the likeliest by token
 
 
 class Generation:
@@ -52,6 +56,7 @@ class Generation:
         self._num_cached: dict[str, int] = {}
         self._choices: dict[int, Choice] = {}
         self._num_open = plan.n * len(ids)
+        self._prompt_logprobs: dict[int, PromptLogprobs] = {}  # by prompt
         self._first: NewTexts = {}
         self._has_opened = False
         self._arrival_s = self._read_s = self._written_s = clock()
@@ -97,8 +102,17 @@ class Generation:
                 break
             texts = await self._next()
         choices = [self._choices[index] for index in range(self._num_choices)]
-        joined = ["".join(parts.get(choice.index, ())) for choice in choices]
-        return self._plan.reply.whole(choices, joined, self.usage())
+        for choice in choices:
+            choice.prompt_logprobs = self._prompt_logprobs.get(choice.index // self._plan.n)
+        pairs = [(choice, "".join(parts.get(choice.index, ()))) for choice in choices]
+        if self._plan.num_best is not None:
+            pairs = _best(pairs, self._plan.n, self._plan.num_best)
+        shown, texts_of = [choice for choice, _ in pairs], [text for _, text in pairs]
+        reply, usage = self._plan.reply, self.usage()
+        num_entries = sum(len(entries) for entries in self._prompt_logprobs.values())
+        return await in_thread(
+            lambda: reply.whole(shown, texts_of, usage), num_entries * MAX_LOGPROBS
+        )
 
     def headers(self) -> dict[str, str]:
         """List the headers of the answer that are known before it is."""
@@ -181,7 +195,10 @@ class Generation:
     def _choice_of(self, output: RequestOutput, texts: NewTexts) -> Choice:
         if output.error is not None:
             raise from_engine(output.error, self._plan.model_name)
-        choice = self._choices.get(self._first_index[output.request_id] + output.index)
+        first = self._first_index[output.request_id]
+        if output.prompt_logprobs is not None:
+            self._prompt_logprobs[first // self._plan.n] = output.prompt_logprobs
+        choice = self._choices.get(first + output.index)
         if choice is None:
             choice = self._new_choice(output.request_id, output.index, output, texts)
         return choice
@@ -242,3 +259,14 @@ class Generation:
         if events:
             self._written_s = self._read_s
         return events
+
+
+def _best(pairs: Sequence[tuple[Choice, str]], n: int, num_best: int) -> list[tuple[Choice, str]]:
+    """Keep of each prompt's n choices the likeliest by token, and number them anew."""
+    kept: list[tuple[Choice, str]] = []
+    for start in range(0, len(pairs), n):
+        ordered = sorted(pairs[start : start + n], key=lambda pair: -pair[0].mean_logprob)
+        for choice, text in ordered[:num_best]:
+            choice.index = len(kept)
+            kept.append((choice, text))
+    return kept

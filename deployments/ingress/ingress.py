@@ -24,6 +24,7 @@ from deployments.ingress.embedding import AT_ONCE, EmbeddingResponse, Form, plan
 from deployments.ingress.endpoint import Endpoint, Handler
 from deployments.ingress.error_form import OPENAI_ERRORS, ErrorForm
 from deployments.ingress.generation import Plan
+from deployments.ingress.http_errors import invalid
 from deployments.ingress.metrics import Metrics
 from deployments.ingress.model_resolver import Models, Target
 from deployments.ingress.planning import Origin, plan_chat, plan_completion
@@ -133,14 +134,28 @@ class Ingress:
             target,
             self.origin,
             self.settings.split_special_tokens is True,
-            await self.own_template(target),
+            await self.own_template(target, request),
             self.settings.lenient_schemas,
             surface.form,
         )
         return self._answer(plan, request, surface)
 
-    async def own_template(self, target: Target) -> ChatRenderer | None:
-        """Find the adapter's template where the base has none. Raises AdapterStoreError."""
+    async def own_template(
+        self, target: Target, request: ChatCompletionRequest
+    ) -> ChatRenderer | None:
+        """Find the request's template, or the adapter's where the base has none.
+
+        Raises ApiError, AdapterStoreError.
+        """
+        if request.chat_template is not None:
+            if not self.settings.request_chat_templates:
+                raise invalid(
+                    "chat_template: templates of requests are off (ingress.request_chat_templates "
+                    "in the configuration); the model's own is used without this field.",
+                    "chat_template",
+                    "unsupported_field",
+                )
+            return self.templates.of_source(request.chat_template)
         if target.adapter_ref is None or target.model.vocabulary.has_template:
             return None
         return await self.templates.find(target.adapter_ref)

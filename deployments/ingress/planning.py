@@ -6,6 +6,7 @@ range.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from deployments.fleet.protocol import Submit
 from deployments.ingress.adapter_templates import ChatRenderer
@@ -16,18 +17,20 @@ from deployments.ingress.api.openai import (
 )
 from deployments.ingress.api.openai_fields import short
 from deployments.ingress.api.openai_replies import ReplyHead
+from deployments.ingress.bad_words import TokenIds, encode_bad_words
 from deployments.ingress.chat_answers import ChatAnswers, MakeChoice
 from deployments.ingress.chat_prompt import encode_chat
 from deployments.ingress.choice import Choice, TokenEntry
 from deployments.ingress.generation import Plan
 from deployments.ingress.http_errors import invalid, too_many_answers
 from deployments.ingress.model_resolver import Target
-from deployments.ingress.prompt_texts import encode_texts, prompt_too_long
+from deployments.ingress.prompt_texts import encode_texts, kept_tokens, prompt_room, prompt_too_long
 from deployments.ingress.reply_form import OPENAI_CHAT, OPENAI_COMPLETION, ReplyForm, ReplyParts
 from deployments.ingress.structured.constraint import Grammar
 from deployments.ingress.structured.plan import grammar_headers, plan_grammar
 from deployments.text.vocabulary import Vocabulary
 from engine.messages import EngineInfo, GenerateRequest, RequestOutput, TokenLogprobs
+from engine.scheduler.request import InvalidRequest, SamplingParams
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,9 +57,11 @@ async def plan_chat(
     answers = ChatAnswers(request, target.model.syntax)
     text, prompt = await encode_chat(answers, target, split_special_tokens, own_template)
     grammar = await plan_grammar(answers.constraint(text), is_lenient)
-    head = _head(request, form.id_prefix + origin.new_id(), origin)
+    words = await encode_bad_words(vocabulary, request.bad_words or ())
+    engine_id = form.id_prefix + origin.new_id()
+    head = _head(request, form, engine_id, origin)
     submits = _submits(
-        request, target, info, [prompt], ["messages"], head.reply_id, origin, grammar
+        request, target, info, [prompt], ["messages"], engine_id, origin, grammar, words
     )
     parsed = answers.choice_maker(text, vocabulary, prompt)
     parts = ReplyParts(
@@ -94,8 +99,10 @@ async def plan_completion(
     paths = ["prompt" if one else f"prompt[{at}]" for at in range(len(request.prompt))]
     prompts = await _prompts(request, paths, vocabulary, info)
     grammar = await plan_grammar(request.constraint, is_lenient)
-    head = _head(request, form.id_prefix + origin.new_id(), origin)
-    submits = _submits(request, target, info, prompts, paths, head.reply_id, origin, grammar)
+    words = await encode_bad_words(vocabulary, request.bad_words or ())
+    engine_id = form.id_prefix + origin.new_id()
+    head = _head(request, form, engine_id, origin)
+    submits = _submits(request, target, info, prompts, paths, engine_id, origin, grammar, words)
     openings = [""] * len(prompts)
     if request.echo:
         pairs = zip(request.prompt, prompts, strict=True)
@@ -104,11 +111,12 @@ async def plan_completion(
         request.model,
         target,
         submits,
-        request.num_choices,
+        request.num_generated,
         _choice_maker(request, vocabulary, prompts, openings, bool(request.echo)),
         form.make(ReplyParts(head, vocabulary, prompts, request.num_choices, origin.new_id)),
         request.include_usage,
         is_prompt_only=request.max_tokens == 0,
+        num_best=request.num_choices if request.num_generated > request.num_choices else None,
         headers=grammar_headers(grammar),
     )
 
@@ -119,19 +127,24 @@ async def _prompts(
     """Take the token ids that were given, or encode the texts. The request has one kind alone."""
     pairs = list(zip(paths, request.prompt, strict=True))
     texts = {path: [prompt] for path, prompt in pairs if isinstance(prompt, str)}
+    room = prompt_room(request.wanted_max_tokens, info.max_model_len)
+    keep_last = kept_tokens(request.truncate_prompt_tokens, room)
     if texts:
         add_special = request.add_special_tokens is not False
-        return await encode_texts(vocabulary, texts, add_special, info.max_model_len)
-    return [prompt for _, prompt in pairs if isinstance(prompt, list)]
+        return await encode_texts(vocabulary, texts, add_special, info.max_model_len, keep_last)
+    return [prompt[-(keep_last or 0) :] for _, prompt in pairs if isinstance(prompt, list)]
 
 
-def _head(request: OpenAIRequest, reply_id: str, origin: Origin) -> ReplyHead:
+def _head(request: OpenAIRequest, form: ReplyForm, engine_id: str, origin: Origin) -> ReplyHead:
+    """A client's own id names the answer alone: the engine's must be unique."""
     return ReplyHead(
-        reply_id,
+        engine_id if request.request_id is None else form.id_prefix + request.request_id,
         int(origin.now()),
         request.model,
         has_logprobs=request.wanted_logprobs is not None,
         has_token_ids=bool(request.return_token_ids),
+        num_prompt_logprobs=request.prompt_logprobs,
+        names_token_ids=request.return_tokens_as_token_ids is True,
         has_usage_in_chunks=request.include_usage,
         has_usage_so_far=request.include_usage_so_far,
     )
@@ -146,32 +159,51 @@ def _submits(
     info: EngineInfo,
     prompts: Sequence[list[int]],
     paths: Sequence[str],
-    reply_id: str,
+    engine_id: str,
     origin: Origin,
     grammar: Grammar | None,
+    bad_words: tuple[TokenIds, ...],
 ) -> list[Submit]:
     """Make one submit per prompt, each with another seed unless the client gave one."""
     if request.num_answers > target.model.max_answers:
         raise too_many_answers(request.num_answers, target.model.max_answers)
     check_token_ids("stop_token_ids", request.stop_token_ids or (), info.vocab_size)
     check_token_ids("logit_bias", list(request.logit_bias or ()), info.vocab_size)
+    check_token_ids("allowed_token_ids", request.allowed_token_ids or (), info.vocab_size)
     submits: list[Submit] = []
     for at, (prompt, path) in enumerate(zip(prompts, paths, strict=True)):
         max_tokens = _max_tokens(request, path, len(prompt), info.max_model_len)
         check_token_ids(path, prompt, info.vocab_size)
         sampling = request.sampling(max_tokens, origin.new_seed(), info.sampling_defaults)
-        if grammar is not None:
-            sampling = replace(sampling, grammar=grammar.text)
+        sampling = _completed(sampling, request, grammar, bad_words)
         generate = GenerateRequest(
-            request_id=f"{reply_id}-{at}",
+            request_id=f"{engine_id}-{at}",
             prompt_token_ids=prompt,
             sampling=sampling,
-            n=request.num_choices,
+            n=request.num_generated,
             tenant=target.tenant,
             cache_salt=request.cache_salt or "",
         )
         submits.append(Submit(generate, target.adapter_ref))
     return submits
+
+
+def _completed(
+    sampling: SamplingParams,
+    request: OpenAIRequest,
+    grammar: Grammar | None,
+    bad_words: tuple[TokenIds, ...],
+) -> SamplingParams:
+    """Add what is not read from the request's fields alone. Raises ApiError."""
+    changes: dict[str, Any] = {"bad_words": bad_words} if bad_words else {}
+    if grammar is not None:
+        changes["grammar"] = grammar.text
+    if sampling.logprobs is None and request.num_generated > request.num_choices:
+        changes["logprobs"] = 0  # which answers are best
+    try:
+        return replace(sampling, **changes) if changes else sampling
+    except InvalidRequest as error:
+        raise invalid(str(error), str(error).split(" ", 1)[0]) from None
 
 
 def check_token_ids(path: str, token_ids: Sequence[int], vocab_size: int) -> None:
@@ -217,7 +249,7 @@ def _choice_maker(
     entries: dict[int, list[TokenEntry]] = {}  # by prompt; only its first choice brings them
 
     def make_choice(index: int, output: RequestOutput | None) -> Choice:
-        at = index // request.num_choices
+        at = index // request.num_generated
         choice = Choice(
             index,
             vocabulary.detokenizer(skip, prompts[at]),
@@ -229,7 +261,9 @@ def _choice_maker(
         if echo and request.wanted_logprobs is not None:
             if at not in entries:
                 logprobs = None if output is None else output.prompt_logprobs
-                entries[at] = _prompt_entries(vocabulary, prompts[at], logprobs, openings[at])
+                num_top = request.wanted_logprobs
+                cut = [e and TokenLogprobs(e.logprob, e.top[:num_top]) for e in logprobs or ()]
+                entries[at] = _prompt_entries(vocabulary, prompts[at], cut or None, openings[at])
             choice.unsent_entries.extend(entries[at])
         return choice
 

@@ -40,6 +40,19 @@ def text_too_long(path: str, num_tokens: int, limit: int) -> ApiError:
     )
 
 
+def prompt_room(wanted_max_tokens: int | None, limit: int) -> int:
+    """Count the tokens of the context that an answer of so many leaves to the prompt."""
+    return max(1, limit - max(1, wanted_max_tokens or 1))
+
+
+def kept_tokens(wanted: int | None, most: int) -> int | None:
+    """Settle truncate_prompt_tokens; -1 is as many as there may be. Raises ApiError."""
+    name = "truncate_prompt_tokens"
+    if wanted is not None and wanted != -1 and not 1 <= wanted <= most:
+        raise invalid(f"{name} must be -1 or in [1, {most}], not {wanted}.", name)
+    return most if wanted == -1 else wanted
+
+
 async def encode_texts(
     vocabulary: Vocabulary,
     texts: Mapping[str, Sequence[str]],

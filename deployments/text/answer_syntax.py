@@ -45,6 +45,7 @@ class AnswerSyntax:
     mark_ids: Mapping[str, int] = field(default_factory=dict[str, int])  # marks that are tokens
     takes_effort: bool = False  # whether the template reads `reasoning_effort`
     takes_thinking: bool = False  # whether it reads `enable_thinking`
+    takes_documents: bool = False  # whether it reads `documents`
 
     @property
     def is_plain(self) -> bool:
@@ -89,6 +90,7 @@ def find_syntax(
         vocabulary.added_ids_in(markers),
         "reasoning_effort" in variables,
         "enable_thinking" in variables,
+        "documents" in variables,
     )
 
 

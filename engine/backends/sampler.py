@@ -119,6 +119,12 @@ def target_logprobs(
     return [_pick(row, target, num_top) for row, target in zip(rows, targets, strict=True)]
 
 
+def target_ranks(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Return, per row of logits [M, V], how many tokens are likelier than its target, plus 1."""
+    own = logits.gather(1, targets.long()[:, None])
+    return (logits > own).sum(-1) + 1
+
+
 def _sampled(token_id: int, logits: torch.Tensor, num_top: int | None) -> SampledToken:
     if num_top is None:
         return SampledToken(token_id)

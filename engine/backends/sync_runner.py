@@ -9,7 +9,14 @@ from torch import Tensor
 from engine.backends.row_outputs import row_outputs
 from engine.backends.rows import LOGITS_ROWS, pooled_sum, wanted_rows
 from engine.backends.runner import FinishedStep, RowOutput, TokenMasks
-from engine.backends.sampler import NotFinite, Picker, SampledToken, sample, target_logprobs
+from engine.backends.sampler import (
+    NotFinite,
+    Picker,
+    SampledToken,
+    sample,
+    target_logprobs,
+    target_ranks,
+)
 from engine.messages import TokenLogprobs
 from engine.scheduler.batch import AdapterLoad, Move, ScheduledBatch, ScheduledRequest
 from engine.scheduler.request import SamplingParams
@@ -128,7 +135,11 @@ class SyncRunner:
             few = targets[i : i + LOGITS_ROWS]
             logits = self.model.logits(hidden[i : i + len(few)])
             picked = target_logprobs(logits, few, num_top)
-            entries += [TokenLogprobs(logprob, top) for logprob, top in picked]
+            ranks = target_ranks(logits, torch.tensor(few, device=logits.device)).tolist()
+            entries += [
+                TokenLogprobs(logprob, top, rank)
+                for (logprob, top), rank in zip(picked, ranks, strict=True)
+            ]
         return entries
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from deployments.ingress.api.openai_fields import Inputs, Model
+from deployments.ingress.api.openai_fields import Inputs, Model, Priority
 
 Vector = NDArray[np.float32]
 
@@ -29,7 +29,7 @@ class EmbeddingRequest(Model):
     # Accepted and ignored: they do not change the vectors.
     user: Any = None
     metadata: Any = None
-    priority: Literal[0] | None = None
+    priority: Priority = None
 
 
 class EmbeddingForm:

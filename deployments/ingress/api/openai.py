@@ -11,13 +11,20 @@ from typing import Annotated, Any, Literal, cast
 
 from pydantic import Field, model_validator
 
+from adapter_store.chat_template import MAX_TEMPLATE_CHARS
 from deployments.ingress.api.messages import Message, check_arguments
 from deployments.ingress.api.openai_fields import (
+    AllowedIds,
+    BadWords,
     Biases,
+    LengthPenalty,
     Model,
+    NoBeams,
     Nothing,
     Number,
+    Priority,
     Prompts,
+    RequestId,
     Stops,
     StopTokenIds,
 )
@@ -75,6 +82,16 @@ class OpenAIRequest(Model):
     skip_special_tokens: bool | None = None
     return_token_ids: bool | None = None
     cache_salt: str | None = Field(None, max_length=1024)
+    prompt_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    bad_words: BadWords | None = None
+    allowed_token_ids: AllowedIds | None = None
+    truncate_prompt_tokens: int | None = Field(None, ge=-1)
+    return_tokens_as_token_ids: bool | None = None
+    request_id: RequestId | None = None
+    priority: Priority = None
+    length_penalty: LengthPenalty = None
+    use_beam_search: NoBeams = None
+    spaces_between_special_tokens: bool | None = None  # only slow tokenizers have them
 
     # What the answer must match; one of them
     response_format: dict[str, Any] | None = None
@@ -107,6 +124,14 @@ class OpenAIRequest(Model):
             raise ValueError(f"ignore_eos: not allowed together with {self.constraint.path}")
         return self
 
+    @model_validator(mode="after")
+    def _extras_that_exclude_others(self) -> "OpenAIRequest":
+        if self.stream and self.prompt_logprobs is not None:
+            raise ValueError("prompt_logprobs: not allowed in a stream")
+        if self.constraint is not None and self.allowed_token_ids is not None:
+            raise ValueError(f"allowed_token_ids: not allowed with {self.constraint.path}")
+        return self
+
     @cached_property
     def constraint(self) -> Constraint | None:
         """What the answer must match. Raises ValueError."""
@@ -126,9 +151,14 @@ class OpenAIRequest(Model):
         return 1 if self.n is None else self.n
 
     @property
+    def num_generated(self) -> int:
+        """Count the answers that are generated for a prompt, of which some may be dropped."""
+        return self.num_choices
+
+    @property
     def num_answers(self) -> int:
         """Count the answers of all prompts: each is a generation of its own."""
-        return self.num_choices
+        return self.num_generated
 
     @property
     def include_usage(self) -> bool:
@@ -149,7 +179,7 @@ class OpenAIRequest(Model):
 
     @property
     def wanted_prompt_logprobs(self) -> int | None:
-        return None
+        return self.prompt_logprobs
 
     def sampling(
         self, max_tokens: int, seed: int, defaults: SamplingDefaults = NO_DEFAULTS
@@ -177,6 +207,7 @@ class OpenAIRequest(Model):
                 seed=seed if self.seed in (None, RANDOM_SEED) else self.seed,
                 logit_bias=tuple(sorted(biases.items())),
                 stop_token_ids=tuple(self.stop_token_ids or ()),
+                allowed_token_ids=_tuple_or_none(self.allowed_token_ids),
                 logprobs=self.wanted_logprobs,
                 prompt_logprobs=self.wanted_prompt_logprobs,
                 **cast(Any, {name: v for name, v in chosen.items() if v is not None}),
@@ -194,6 +225,8 @@ class ChatCompletionRequest(OpenAIRequest):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     add_special_tokens: bool | None = None
+    documents: list[dict[str, Any]] | None = None  # for templates that read them
+    chat_template: str | None = Field(None, max_length=MAX_TEMPLATE_CHARS)
 
     tools: Tools = None
     tool_choice: Choice = None
@@ -212,9 +245,10 @@ class ChatCompletionRequest(OpenAIRequest):
 
     @model_validator(mode="after")
     def _few_template_values(self) -> "ChatCompletionRequest":
-        if _num_values(self.chat_template_kwargs, MAX_TEMPLATE_VALUES) > MAX_TEMPLATE_VALUES:
-            most = MAX_TEMPLATE_VALUES
-            raise ValueError(f"chat_template_kwargs: must have at most {most} values at all depths")
+        most = MAX_TEMPLATE_VALUES
+        for name in ("chat_template_kwargs", "documents"):
+            if _num_values(getattr(self, name), most) > most:
+                raise ValueError(f"{name}: must have at most {most} values at all depths")
         return self
 
     @model_validator(mode="after")
@@ -274,21 +308,31 @@ class CompletionRequest(OpenAIRequest):
     prompt: Prompts
     echo: bool | None = None
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
-    best_of: int | None = None
+    best_of: int | None = Field(None, ge=1, le=MAX_CHOICES)
     add_special_tokens: bool | None = None
     suffix: Literal[""] | None = None
 
     @model_validator(mode="after")
     def _fields_that_belong_together(self) -> "CompletionRequest":
-        if self.best_of is not None and self.best_of != self.num_choices:
-            raise ValueError(f"best_of: must equal n ({self.num_choices}), not {self.best_of}")
+        if self.best_of is not None and self.best_of < self.num_choices:
+            raise ValueError(
+                f"best_of: must be at least n ({self.num_choices}), not {self.best_of}"
+            )
+        if self.stream and self.num_generated > self.num_choices:
+            raise ValueError(f"best_of: must equal n ({self.num_choices}) in a stream")
+        if self.echo and self.truncate_prompt_tokens is not None:
+            raise ValueError("truncate_prompt_tokens: not allowed together with echo")
         if self.max_tokens == 0 and (not self.echo or self.stream):
             raise ValueError("max_tokens: 0 is only allowed with echo and without stream")
         return self
 
     @property
+    def num_generated(self) -> int:
+        return self.num_choices if self.best_of is None else self.best_of
+
+    @property
     def num_answers(self) -> int:
-        return self.num_choices * len(self.prompt)
+        return self.num_generated * len(self.prompt)
 
     @property
     def wanted_max_tokens(self) -> int | None:
@@ -300,7 +344,12 @@ class CompletionRequest(OpenAIRequest):
 
     @property
     def wanted_prompt_logprobs(self) -> int | None:
-        return self.logprobs if self.echo else None
+        echoed = self.logprobs if self.echo else None
+        return max((k for k in (echoed, self.prompt_logprobs) if k is not None), default=None)
+
+
+def _tuple_or_none(token_ids: list[int] | None) -> tuple[int, ...] | None:
+    return None if token_ids is None else tuple(token_ids)
 
 
 def _num_values(value: object, most: int) -> int:

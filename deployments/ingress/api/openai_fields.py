@@ -9,7 +9,7 @@ refuse.
 # pyright: reportUnknownMemberType=false
 
 import math
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -22,12 +22,13 @@ from pydantic import (
 )
 
 from deployments.ingress.http_errors import ApiError, invalid
-from engine.scheduler.request import MAX_LOGIT_BIASES, MAX_STOP_TOKEN_IDS
+from engine.scheduler.request import MAX_ALLOWED_TOKEN_IDS, MAX_LOGIT_BIASES, MAX_STOP_TOKEN_IDS
 
 MAX_FIELDS = 256  # of one object
 MAX_STOPS = 16
 MAX_BIAS = 100.0
 MAX_PROMPTS = 128
+MAX_BAD_WORDS, MAX_BAD_WORD = 128, 256  # texts; characters of one
 MAX_INPUTS = 2048  # of embeddings; OpenAI's own limit
 MAX_PROMPT_TOKENS = 2**20  # token ids of all prompts of one request
 MAX_MESSAGE = 400  # characters of an error's message
@@ -63,6 +64,28 @@ def is_empty(value: object) -> bool:
 
 def _nothing(value: object) -> object:
     return None if value in ("", []) else value
+
+
+def _only(neutral: object, shape: Any, reason: str) -> BeforeValidator:
+    """Take a field that is not supported at the value that changes nothing."""
+
+    def check(value: object) -> object:
+        if value is not None and value != neutral:
+            raise ValueError(f"must be {neutral}, not {short(value)}: {reason}")
+        return value
+
+    return BeforeValidator(check, json_schema_input_type=shape)
+
+
+def _bad_words(value: object) -> object:
+    if not isinstance(value, list) or len(value) > MAX_BAD_WORDS:
+        raise ValueError(f"must be a list of at most {MAX_BAD_WORDS} texts")
+    for word in value:
+        if not isinstance(word, str) or not 1 <= len(word.strip()) <= MAX_BAD_WORD:
+            raise ValueError(
+                f"must be texts of 1 to {MAX_BAD_WORD} characters that are not all white space"
+            )
+    return value
 
 
 def _finite(value: object) -> object:
@@ -138,6 +161,10 @@ _SOME = Field(min_length=1)
 PromptsInput = (
     str | Annotated[list[str], _SOME] | Annotated[Ids, _SOME] | Annotated[list[Ids], _SOME]
 )
+BadWordsInput = Annotated[
+    list[Annotated[str, Field(max_length=MAX_BAD_WORD, pattern=r"\S")]],
+    Field(max_length=MAX_BAD_WORDS),
+]
 BiasesInput = Annotated[
     dict[str, Annotated[float, Field(ge=-MAX_BIAS, le=MAX_BIAS)]],
     Field(max_length=MAX_LOGIT_BIASES),
@@ -163,6 +190,23 @@ Biases = Annotated[
     SkipValidation,
     BeforeValidator(_token_biases, json_schema_input_type=BiasesInput),
 ]
+BadWords = Annotated[
+    list[str],
+    SkipValidation,
+    BeforeValidator(_bad_words, json_schema_input_type=BadWordsInput),
+]
+AllowedIds = Annotated[
+    list[int], Field(fail_fast=True, min_length=1, max_length=MAX_ALLOWED_TOKEN_IDS)
+]
+Priority = Annotated[
+    Any, _only(0, Literal[0] | None, "requests are served in the order in which they come")
+]
+LengthPenalty = Annotated[Any, _only(1, Literal[1] | None, "there is no beam search")]
+NoBeams = Annotated[
+    Any,
+    _only(False, Literal[False] | None, "there is no beam search; best_of takes the likeliest"),
+]
+RequestId = Annotated[str, Field(max_length=128, pattern=r"^[A-Za-z0-9._:/+=-]+$")]
 Nothing = Annotated[None, BeforeValidator(_nothing)]  # a field that is not supported
 
 

@@ -57,6 +57,8 @@ class ReplyHead:
     model: str
     has_logprobs: bool = False
     has_token_ids: bool = False
+    num_prompt_logprobs: int | None = None  # vLLM's: None for none
+    names_token_ids: bool = False  # tokens with logprobs are written as token_id:5
     has_usage_in_chunks: bool = False  # null until the last chunk
     has_usage_so_far: bool = False  # in every chunk, that of its choice
 
@@ -121,7 +123,8 @@ class Reply:
     def whole(self, choices: Sequence[Choice], texts: Sequence[str], usage: Usage) -> bytes:
         documents = [self._whole_choice(c, t) for c, t in zip(choices, texts, strict=True)]
         head = self._head.document(self.whole_object)
-        body = {**head, "choices": documents, "usage": usage.document(), **self._whole_extra()}
+        extra = self._whole_extra(choices)
+        body = {**head, "choices": documents, "usage": usage.document(), **extra}
         return _encode(body).encode()
 
     def _chunk(self, choice: dict[str, Any], num_tokens: int = 0, **more: Any) -> bytes:
@@ -171,8 +174,37 @@ class Reply:
     def _whole_choice(self, choice: Choice, text: str) -> dict[str, Any]:
         raise NotImplementedError
 
-    def _whole_extra(self) -> dict[str, Any]:
+    def _whole_extra(self, choices: Sequence[Choice]) -> dict[str, Any]:
         return {}
+
+    def _prompt_logprobs(self, choice: Choice) -> dict[str, Any]:
+        """Write the log-probabilities of the prompt, if they are wanted."""
+        num_top = self._head.num_prompt_logprobs
+        if num_top is None:
+            return {}
+        entries = choice.prompt_logprobs or [None]  # nothing precedes the only token of a prompt
+        pairs = zip(self._prompts[choice.index // self._n], entries, strict=True)
+        return {"prompt_logprobs": [self._prompt_entry(i, e, num_top) for i, e in pairs]}
+
+    def _prompt_entry(
+        self, token_id: int, entry: TokenLogprobs | None, num_top: int
+    ) -> dict[str, Any] | None:
+        """Name the token itself, then the likeliest ones."""
+        if entry is None:
+            return None
+        named = {token_id: (entry.logprob, entry.rank)}
+        for rank, (other, logprob) in enumerate(entry.top[:num_top], 1):
+            named.setdefault(other, (logprob, rank))
+        text_of = self._vocabulary.token_text
+        return {
+            str(i): {"logprob": _finite(logprob), "rank": rank, "decoded_token": text_of(i)}
+            for i, (logprob, rank) in named.items()
+        }
+
+    def _token_text(self, token_id: int) -> str:
+        if self._head.names_token_ids:
+            return f"token_id:{token_id}"
+        return self._vocabulary.token_text(token_id)
 
     def _logprobs(self, entries: Sequence[TokenEntry]) -> dict[str, Any]:
         raise NotImplementedError
@@ -197,8 +229,9 @@ class ChatReply(Reply):
         message = {"role": "assistant", "content": text, "refusal": None}
         return {"index": choice.index, "message": message, **self._end(choice)}
 
-    def _whole_extra(self) -> dict[str, Any]:
-        return {"prompt_token_ids": self._prompt_of(0)} if self._head.has_token_ids else {}
+    def _whole_extra(self, choices: Sequence[Choice]) -> dict[str, Any]:
+        ids = {"prompt_token_ids": self._prompt_of(0)} if self._head.has_token_ids else {}
+        return {**ids, **self._prompt_logprobs(choices[0])}
 
     def _logprobs(self, entries: Sequence[TokenEntry]) -> dict[str, Any]:
         return {"content": [self._entry(entry) for entry in entries], "refusal": None}
@@ -210,8 +243,11 @@ class ChatReply(Reply):
 
     def _token(self, token_id: int, logprob: float) -> dict[str, Any]:
         raw = self._vocabulary.token_bytes(token_id)
-        text = raw.decode("utf-8", "replace")
-        return {"token": text, "logprob": _finite(logprob), "bytes": list(raw)}
+        return {
+            "token": self._token_text(token_id),
+            "logprob": _finite(logprob),
+            "bytes": list(raw),
+        }
 
 
 class CompletionReply(Reply):
@@ -231,10 +267,10 @@ class CompletionReply(Reply):
         document = {"index": choice.index, "text": text, **self._end(choice)}
         if self._head.has_token_ids:
             document["prompt_token_ids"] = self._prompt_of(choice.index)
-        return document
+        return {**document, **self._prompt_logprobs(choice)}
 
     def _logprobs(self, entries: Sequence[TokenEntry]) -> dict[str, Any]:
-        text_of = self._vocabulary.token_text
+        text_of = self._token_text
         return {
             "tokens": [text_of(entry.token_id) for entry in entries],
             "token_logprobs": [_logprob(entry.logprobs) for entry in entries],
@@ -245,7 +281,7 @@ class CompletionReply(Reply):
     def _top(self, entry: TokenEntry) -> dict[str, float] | None:
         if entry.logprobs is None:
             return None
-        text_of = self._vocabulary.token_text
+        text_of = self._token_text
         top: dict[str, float] = {}
         # Two tokens may have the same text: the likelier one is named. The chosen one always is.
         for token_id, value in entry.logprobs.top:

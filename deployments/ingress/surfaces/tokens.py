@@ -80,7 +80,7 @@ async def _tokenize_chat(
     target = await ingress.models.resolve(tenant, request.model)
     split = ingress.settings.split_special_tokens is True
     answers = ChatAnswers(request, target.model.syntax)
-    template = await ingress.own_template(target)
+    template = await ingress.own_template(target, request)
     _, token_ids = await encode_chat(answers, target, split, template)
     return await _tokens(target, "messages", token_ids, request.return_token_strs is True)
 

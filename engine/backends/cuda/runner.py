@@ -6,7 +6,7 @@ it waits for the masks of grammars, which the host computes.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from engine.backends.runner import (
     TokenMask,
     TokenMasks,
 )
+from engine.backends.sampler import target_ranks
 from engine.messages import TokenLogprobs
 from engine.scheduler.batch import ScheduledBatch, ScheduledRequest
 from engine.scheduler.request import SamplingParams
@@ -140,8 +141,13 @@ class DeviceRunner:
         ]
 
     def _score(self, hidden: Tensor, targets: Tensor, num_top: int) -> Tensor:
-        parts = zip(hidden.split(LOGITS_ROWS), targets.split(LOGITS_ROWS), strict=True)
-        return torch.cat([scored(self._forward.logits(h), t, num_top) for h, t in parts])
+        """Return each target's rank, then `scored`."""
+        parts: list[Tensor] = []
+        for h, t in zip(hidden.split(LOGITS_ROWS), targets.split(LOGITS_ROWS), strict=True):
+            logits = self._forward.logits(h)
+            ranks = target_ranks(logits, t).int()[:, None]
+            parts.append(torch.cat([ranks, scored(logits, t, num_top)], 1))
+        return torch.cat(parts)
 
 
 _ALL_FILTERS = SamplingParams(top_k=1, top_p=0.5, min_p=0.1)
@@ -178,7 +184,9 @@ def _logprobs(asked: list[int | None], scores: Tensor) -> list[TokenLogprobs | N
 def _prompt_logprobs(
     requests: list[ScheduledRequest], prompts: list[Tensor]
 ) -> list[list[TokenLogprobs]]:
-    return [
-        read_scores(scores, [request.sampling.prompt_logprobs or 0] * len(scores))
-        for request, scores in zip(requests, prompts, strict=True)
-    ]
+    entries: list[list[TokenLogprobs]] = []
+    for request, scores in zip(requests, prompts, strict=True):
+        ranks: list[int] = scores[:, 0].tolist()
+        found = read_scores(scores[:, 1:], [request.sampling.prompt_logprobs or 0] * len(scores))
+        entries.append([replace(e, rank=rank) for e, rank in zip(found, ranks, strict=True)])
+    return entries

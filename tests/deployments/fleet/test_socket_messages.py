@@ -30,6 +30,7 @@ KNOWN_SHAPES = {
     3: "c96d66cf2230ccbc",
     4: "6cb2cf61c71aa420",
     5: "968af4ea4f9ad4a6",
+    6: "59493099d36a64f6",
 }
 
 
