@@ -42,9 +42,11 @@ from engine.scheduler.request import (
 from engine.validate import MAX_CHOICES
 
 MAX_MESSAGES = 2048
+MAX_DOCUMENTS = 1024
 MAX_TEMPLATE_VALUES = 10_000  # in chat_template_kwargs, at any depth
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 Modalities = Annotated[list[Literal["text"]], Field(fail_fast=True, max_length=8)]
+Documents = Annotated[list[dict[str, Any]], Field(fail_fast=True, max_length=MAX_DOCUMENTS)]
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's own default for completions
 RANDOM_SEED = -1  # as in vLLM: of clients that cannot leave the field out
 
@@ -225,7 +227,7 @@ class ChatCompletionRequest(OpenAIRequest):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     add_special_tokens: bool | None = None
-    documents: list[dict[str, Any]] | None = None  # for templates that read them
+    documents: Documents | None = None  # for templates that read them
     chat_template: str | None = Field(None, max_length=MAX_TEMPLATE_CHARS)
 
     tools: Tools = None
