@@ -25,6 +25,7 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from adapter_store.errors import AdapterTooLarge, CacheFull, StoreCorrupt
 from adapter_store.file_lock import FileLock, exclusive_lock
@@ -42,6 +43,16 @@ _log = logging.getLogger(__name__)
 
 Stamp = tuple[tuple[int, int, int], ...]  # inode, size and time of change, of each file
 Fetch = Callable[[str, Path], object]  # called with a file's name and where to write it
+Reserve = Callable[[int], Path]  # called with a size; gives the draft its final place
+Fill = Callable[[Path, Reserve], None]  # called with a draft of a folder, to put all files there
+
+
+class Building(Protocol):
+    """A folder that is still to be made."""
+
+    @property
+    def nbytes(self) -> int: ...
+    def write(self, folder: Path) -> None: ...
 
 
 @dataclass(slots=True)
@@ -121,12 +132,22 @@ class DiskCache:
         `fetch` raises; then the adapter is not on disk, although others may have been evicted for
         it.
         """
+        return self._ensure(digest, lambda draft, reserve: _fetch(digest, fetch, draft, reserve))
+
+    def ensure_built(self, digest: str, building: Building) -> Path:
+        """Return the adapter's folder, which is built on this machine if it is not there.
+
+        The building writes the manifest, too. Raises what `ensure` raises.
+        """
+        return self._ensure(digest, lambda _, reserve: building.write(reserve(building.nbytes)))
+
+    def _ensure(self, digest: str, fill: Fill) -> Path:
         folder = self._folder(digest)
         if self._is_verified(digest, folder):
             return folder
         with self._opening_lock(digest):
             if not self._is_verified(digest, folder):
-                self._open(digest, folder, fetch)
+                self._open(digest, folder, fill)
         return folder
 
     def find(self, digest: str) -> Path | None:
@@ -186,7 +207,7 @@ class DiskCache:
 
     # ---- download ------------------------------------------------------------------------------
 
-    def _open(self, digest: str, folder: Path, fetch: Fetch) -> None:
+    def _open(self, digest: str, folder: Path, fill: Fill) -> None:
         with exclusive_lock(self._locks / f"{digest}.fetch"):
             if folder.is_dir():
                 problem = self._verify(digest, folder)
@@ -197,22 +218,23 @@ class DiskCache:
                 )
                 if trash := self._discard(folder):
                     shutil.rmtree(trash, ignore_errors=True)
-            self._download(digest, folder, fetch)
+            self._make(digest, folder, fill)
 
-    def _download(self, digest: str, folder: Path, fetch: Fetch) -> None:
+    def _make(self, digest: str, folder: Path, fill: Fill) -> None:
         for leftover in self._partial.glob(
             f"{digest}.*"
         ):  # left by a crash: this process holds the lock now
             shutil.rmtree(leftover)
         draft = self._partial / f"{digest}.0"
         draft.mkdir()
+
+        def reserve(nbytes: int) -> Path:
+            nonlocal draft
+            draft = self._reserve(digest, draft, nbytes)
+            return draft
+
         try:
-            fetch(MANIFEST_NAME, draft / MANIFEST_NAME)
-            raw = (draft / MANIFEST_NAME).read_bytes()
-            manifest = parse_manifest(raw, digest)
-            draft = self._reserve(digest, draft, manifest.nbytes + len(raw))
-            for name in manifest.files:
-                fetch(name, draft / name)
+            fill(draft, reserve)
             if problem := self._verify(digest, draft):
                 raise StoreCorrupt(f"the download of {digest} is damaged: {problem}")
             self._touch(draft)
@@ -307,6 +329,16 @@ class DiskCache:
             lock = FileLock.acquire(path, wait=False)
             if lock is not None:
                 lock.release()
+
+
+def _fetch(digest: str, fetch: Fetch, draft: Path, reserve: Reserve) -> None:
+    """Fetch the manifest, and all that it lists once there is room for it."""
+    fetch(MANIFEST_NAME, draft / MANIFEST_NAME)
+    raw = (draft / MANIFEST_NAME).read_bytes()
+    manifest = parse_manifest(raw, digest)
+    draft = reserve(manifest.nbytes + len(raw))
+    for name in manifest.files:
+        fetch(name, draft / name)
 
 
 def _check_digest(digest: str) -> str:

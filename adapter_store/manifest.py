@@ -17,6 +17,7 @@ from adapter_store.chat_template import TEMPLATE_NAME, read_adapter_template
 from adapter_store.errors import AdapterInvalid, StoreCorrupt
 from adapter_store.object_store import OnBytes
 from adapter_store.peft_config import CONFIG_NAME, LoraSettings, read_settings
+from adapter_store.recipes import Recipe, parse_recipe
 from adapter_store.safetensors_file import (
     HeaderLimits,
     TensorEntry,
@@ -106,6 +107,7 @@ class AdapterManifest:
     nbytes: int  # of the files together, without the manifest
     files: Mapping[str, FileEntry]
     modules: Mapping[str, LoraModule]
+    recipe: Recipe | None = None  # of an adapter that is combined from others
 
     @property
     def target_modules(self) -> tuple[str, ...]:
@@ -114,7 +116,10 @@ class AdapterManifest:
 
     def to_json(self) -> bytes:
         """Encode the manifest for the object store; the inverse of `parse_manifest`."""
-        return json.dumps(asdict(self), indent=1, sort_keys=True).encode()
+        fields = asdict(self)
+        if self.recipe is None:
+            del fields["recipe"]
+        return json.dumps(fields, indent=1, sort_keys=True).encode()
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +168,11 @@ def prepare(
         raise AdapterInvalid(f"{weights} cannot be read: {error}") from error
     if bad is not None:
         raise AdapterInvalid(f"tensor {bad} holds a NaN or an infinity")
-    config = _canonical_config(settings, layout)
+    config = canonical_config(
+        {name: settings.lora_rank(name) for name in layout.modules},
+        {name: settings.alpha(name) for name in layout.modules},
+        settings.use_rslora,
+    )
     files = {
         CONFIG_NAME: FileEntry(len(config), hashlib.sha256(config).hexdigest()),
         WEIGHTS_NAME: FileEntry(weights.stat().st_size, sha256),
@@ -191,11 +200,15 @@ def parse_manifest(raw: bytes, digest: str) -> AdapterManifest:
             for name, entry in data.pop("files").items()
         }
         modules = {name: LoraModule(**entry) for name, entry in data.pop("modules").items()}
-        manifest = AdapterManifest(**data, files=files, modules=modules)
+        found = data.pop("recipe", None)
+        recipe = None if found is None else parse_recipe(found)
+        manifest = AdapterManifest(**data, files=files, modules=modules, recipe=recipe)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise StoreCorrupt(f"the manifest of {digest} is damaged: {error!r}") from error
     is_complete = set(files) - {TEMPLATE_NAME} == {CONFIG_NAME, WEIGHTS_NAME}
-    if not is_complete or adapter_digest(manifest.base, files) != digest:
+    base = manifest.base
+    expected = adapter_digest(base, files) if recipe is None else recipe.digest(base)
+    if not is_complete or expected != digest:
         raise StoreCorrupt(f"the manifest of {digest} describes other files")
     return manifest
 
@@ -209,16 +222,17 @@ def adapter_digest(base: str, files: Mapping[str, FileEntry]) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def _canonical_config(settings: LoraSettings, layout: LoraLayout) -> bytes:
-    """Write a PEFT configuration of the same effect; equal effects give equal bytes.
+def canonical_config(
+    ranks: Mapping[str, int], alphas: Mapping[str, float], use_rslora: bool
+) -> bytes:
+    """Write the PEFT configuration of modules with these ranks and alphas.
 
     Patterns become one entry per module that differs from the first, so neither the spelling of a
     pattern nor a training option changes the digest.
     """
-    names = sorted(layout.modules)
-    ranks = {name: settings.lora_rank(name) for name in names}
-    alphas = {name: _number(settings.alpha(name)) for name in names}
-    r, alpha = ranks[names[0]], alphas[names[0]]
+    names = sorted(ranks)
+    r, alpha = ranks[names[0]], _number(alphas[names[0]])
+    numbers = {name: _number(alphas[name]) for name in names}
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -226,10 +240,10 @@ def _canonical_config(settings: LoraSettings, layout: LoraLayout) -> bytes:
         "bias": "none",
         "r": r,
         "lora_alpha": alpha,
-        "use_rslora": settings.use_rslora,
+        "use_rslora": use_rslora,
         "target_modules": names,
         "rank_pattern": {re.escape(name): ranks[name] for name in names if ranks[name] != r},
-        "alpha_pattern": {re.escape(name): alphas[name] for name in names if alphas[name] != alpha},
+        "alpha_pattern": {re.escape(n): number for n, number in numbers.items() if number != alpha},
     }
     return json.dumps(config, indent=1, sort_keys=True).encode()
 

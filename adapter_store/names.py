@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from adapter_store.errors import InvalidName
+from adapter_store.recipes import Recipe
 
 LATEST = "latest"
 NAME_RULE = "[A-Za-z0-9][A-Za-z0-9._-]{0,95}"  # a regular expression, for other grammars to reuse
@@ -19,13 +20,17 @@ _VERSION = re.compile("[1-9][0-9]{0,17}")
 
 @dataclass(frozen=True, slots=True)
 class AdapterRef:
-    """A resolved name. Only `digest` identifies the content; the rest says how it was found."""
+    """A resolved name. Only `digest` identifies the content; the rest says how it was found.
+
+    With a `recipe` it is combined from other adapters, and is nowhere but on local disk.
+    """
 
     tenant: str
     name: str
     version: int
     digest: str
     base: str  # fingerprint
+    recipe: Recipe | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,10 +28,12 @@ from adapter_store.errors import (
 )
 from adapter_store.garbage import Collector, Garbage, OnObjects
 from adapter_store.manifest import AdapterManifest, prepare
+from adapter_store.merged_folder import MergedAdapter
 from adapter_store.names import AdapterRecord, AdapterRef, Place, check_name
 from adapter_store.object_store import OnBytes
 from adapter_store.open_store import open_store
 from adapter_store.publishing import publish
+from adapter_store.recipes import Recipe
 from adapter_store.registry import Registry
 from adapter_store.sources import local_folder
 
@@ -85,6 +87,7 @@ class AdapterStore:
         self._scratch = disk_path / ".bases"
         self._interval_s = refresh_interval_s
         self._clock = clock
+        self._merging = threading.Lock()
         self._lock = threading.Lock()  # guards the three below
         self._next_refresh_s = clock() + refresh_interval_s
         self._next_miss_s = clock()
@@ -230,14 +233,25 @@ class AdapterStore:
     def ensure_local(self, ref_or_digest: AdapterRef | str) -> Path:
         """Return the adapter's verified folder, after fetching it if need be.
 
-        It may be evicted unless it was pinned before. Raises AdapterTooLarge, CacheFull,
-        ObjectNotFound, StoreCorrupt.
+        One with a recipe is computed here from its members, which are fetched first. It may be
+        evicted unless it was pinned before. Raises AdapterTooLarge, CacheFull, ObjectNotFound,
+        StoreCorrupt; AdapterInvalid if members cannot be combined.
         """
+        if isinstance(ref_or_digest, AdapterRef) and ref_or_digest.recipe is not None:
+            return self._ensure_merged(ref_or_digest, ref_or_digest.recipe)
         digest = _digest(ref_or_digest)
         place = self._registry.place_of(digest)
         return self._cache.ensure(
             digest, lambda name, path: self._blobs.download(place, name, path)
         )
+
+    def _ensure_merged(self, ref: AdapterRef, recipe: Recipe) -> Path:
+        """Compute one adapter at a time: it takes a processor and the memory of a module."""
+        with contextlib.ExitStack() as pins:
+            folders = [pins.enter_context(self.pinned(member)) for member in recipe.members]
+            with self._merging:
+                merged = MergedAdapter(recipe, ref.base, folders)
+                return self._cache.ensure_built(ref.digest, merged)
 
     def find_local(self, ref_or_digest: AdapterRef | str) -> Path | None:
         """Return the adapter's verified folder if it is on disk; never ask the object store."""

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from adapter_store.chat_template import AdapterTemplate
 from adapter_store.errors import SourceUnavailable
 from adapter_store.names import AdapterRef
+from deployments.ingress.http_errors import invalid
 from deployments.text.bounded_renderer import BoundedRenderer
 
 KEPT = 128  # templates, or the knowledge that there is none
@@ -56,24 +57,39 @@ class AdapterTemplates:
         self._known: OrderedDict[str, asyncio.Future[AdapterTemplate | None]] = OrderedDict()
 
     async def find(self, ref: AdapterRef) -> ChatRenderer | None:
-        """Look up an adapter's template; None if it has none. Raises AdapterStoreError."""
-        known = self._known.get(ref.digest)
+        """Look up an adapter's template; None if it has none.
+
+        Of adapters that are combined, all that have one must have the same. Raises ApiError,
+        AdapterStoreError.
+        """
+        if ref.recipe is None:
+            template = await self._find(ref.digest, ref)
+        else:
+            found = [await self._find(digest, digest) for digest in ref.recipe.members]
+            known = [template for template in found if template is not None]
+            if any(template != known[0] for template in known):
+                raise invalid("The adapters have different chat templates: use /v1/completions.")
+            template = known[0] if known else None
+        return None if template is None else ChatRenderer(template, self._renderer)
+
+    async def _find(self, digest: str, ref_or_digest: AdapterRef | str) -> AdapterTemplate | None:
+        known = self._known.get(digest)
         if known is None:
             loop = asyncio.get_running_loop()
-            known = loop.run_in_executor(self._threads, self._store.chat_template, ref)
-            self._known[ref.digest] = known
-        self._known.move_to_end(ref.digest)
+            read = self._store.chat_template
+            known = loop.run_in_executor(self._threads, read, ref_or_digest)
+            self._known[digest] = known
+        self._known.move_to_end(digest)
         while len(self._known) > KEPT:
             self._known.popitem(last=False)
         try:
             async with asyncio.timeout(READ_S):
-                template = await asyncio.shield(known)
+                return await asyncio.shield(known)
         except TimeoutError:
-            raise SourceUnavailable(f"the template of {ref.digest} is not read yet") from None
+            raise SourceUnavailable(f"the template of {digest} is not read yet") from None
         except Exception:
-            self._known.pop(ref.digest, None)
+            self._known.pop(digest, None)
             raise
-        return None if template is None else ChatRenderer(template, self._renderer)
 
     def of_source(self, source: str) -> ChatRenderer:
         """Render with a template that a request brings."""

@@ -128,7 +128,7 @@ class Ingress:
         self, request: ChatCompletionRequest, tenant: Tenant, place: Place, surface: Surface = CHAT
     ) -> GenerationResponse:
         place.hold(request.num_answers)
-        target = await self.models.resolve(tenant, request.model)
+        target = await self._target(tenant, request)
         plan = await plan_chat(
             request,
             target,
@@ -168,7 +168,7 @@ class Ingress:
         surface: Surface = COMPLETIONS,
     ) -> GenerationResponse:
         place.hold(request.num_answers)
-        target = await self.models.resolve(tenant, request.model)
+        target = await self._target(tenant, request)
         is_lenient = self.settings.lenient_schemas
         plan = await plan_completion(request, target, self.origin, is_lenient, surface.form)
         return self._answer(plan, request, surface)
@@ -190,6 +190,12 @@ class Ingress:
         form = form or EmbeddingForm(request)
         plan = await plan_embeddings(request, target, self.origin, at_once, form)
         return EmbeddingResponse(plan, self.metrics, route, errors)
+
+    async def _target(self, tenant: Tenant, request: OpenAIRequest) -> Target:
+        wanted = request.adapter_set
+        if wanted is not None:
+            return await self.models.resolve_set(tenant, wanted)
+        return await self.models.resolve(tenant, request.model)
 
     def _answer(self, plan: Plan, request: OpenAIRequest, surface: Surface) -> GenerationResponse:
         keep_alive_s = self.settings.keep_alive_s

@@ -16,16 +16,19 @@ from dataclasses import dataclass
 from itertools import groupby, islice
 from typing import Protocol
 
-from adapter_store.errors import AdapterNotFound, AdapterStoreError, InvalidName
+from adapter_store.errors import AdapterInvalid, AdapterNotFound, AdapterStoreError, InvalidName
 from adapter_store.names import AdapterRecord, AdapterRef
+from adapter_store.recipes import MAX_MEMBERS, make_recipe
 from deployments.fleet.engine_link import EngineLink, ModelNotReady
+from deployments.ingress.base_paths import name_within
 from deployments.ingress.http_errors import (
+    ApiError,
     invalid,
     model_not_found,
     models_not_ready,
     store_unavailable,
 )
-from deployments.ingress.model_names import parse_model_name
+from deployments.ingress.model_names import AdapterSet, parse_adapter_set, parse_model_name
 from deployments.tenants.tenant import Tenant
 from deployments.text.answer_syntax import PLAIN, AnswerSyntax
 from deployments.text.embedding_use import NO_EMBEDDINGS, EmbeddingUse
@@ -33,6 +36,7 @@ from deployments.text.vocabulary import Vocabulary
 from engine.messages import EngineInfo
 
 MAX_LISTED = 1000
+COMBINED = "combined"  # no adapter's label: theirs have a slash
 NAMES_AT_ONCE = 100
 
 Resolve = Callable[[Sequence[tuple[str, str | None]], str], AdapterRef | None]
@@ -90,8 +94,13 @@ class Target:
 
     @property
     def label(self) -> str:
-        """The name in metrics. There are as many as versions exist, however clients spell them."""
+        """The name in metrics. There are as many as versions exist, however clients spell them.
+
+        All combinations of adapters share one, because clients may make any number of them.
+        """
         ref = self.adapter_ref
+        if ref is not None and ref.recipe is not None:
+            return f"{self.model.id}:{COMBINED}"
         return self.model.id if ref is None else f"{ref.tenant}/{ref.name}@{ref.version}"
 
 
@@ -124,7 +133,10 @@ class Models:
         """Find what the tenant means by a name. Raises ApiError."""
         name = parse_model_name(text, list(self.by_id))
         if name is None:
-            raise model_not_found(text)
+            wanted = parse_adapter_set(text, list(self.by_id))
+            if wanted is None:
+                raise model_not_found(text)
+            return await self.resolve_set(tenant, wanted)
         if name.adapter_name is None:
             assert name.base is not None, "a name is a base, an adapter or both"
             return Target(self.by_id[name.base], None, tenant.name)
@@ -148,6 +160,48 @@ class Models:
         except AdapterStoreError as error:
             raise store_unavailable(error) from error
         return Target(self._model_of(text, ref, bases), ref, tenant.name)
+
+    async def resolve_set(self, tenant: Tenant, wanted: AdapterSet) -> Target:
+        """Find the members of a set, all of one base: an adapter of their own. Raises ApiError."""
+        if wanted.base is not None and wanted.base not in self.by_id:
+            raise invalid(
+                f"model must be a base model beside a list of adapters, not {wanted.base[:200]!r}.",
+                "model",
+            )
+        if len(wanted.members) > MAX_MEMBERS:
+            raise invalid(
+                f"A set has at most {MAX_MEMBERS} adapters, not {len(wanted.members)}.", "model"
+            )
+        base, refs = wanted.base, list[AdapterRef]()
+        for name, _ in wanted.members:
+            member = await self._member(tenant, name, base)
+            assert member.adapter_ref is not None
+            refs.append(member.adapter_ref)
+            base = member.model.id
+        assert base is not None, "a set has members"
+        weights = [weight for _, weight in wanted.members]
+        digests = [ref.digest for ref in refs]
+        try:
+            recipe = make_recipe(
+                digests, weights, wanted.method, wanted.density, wanted.majority_sign
+            )
+        except AdapterInvalid as error:
+            raise invalid(f"The adapters cannot be combined: {error}.", "model") from None
+        fingerprint = refs[0].base
+        digest = recipe.digest(fingerprint)
+        ref = AdapterRef(tenant.name, wanted.text, 0, digest, fingerprint, recipe)
+        return Target(self.by_id[base], ref, tenant.name)
+
+    async def _member(self, tenant: Tenant, name: str, base: str | None) -> Target:
+        """Find one adapter of a set. Errors call it as the client does."""
+        try:
+            member = await self.resolve(tenant, name_within(base, name))
+        except ApiError as error:
+            raise (model_not_found(name) if error.status == 404 else error) from None
+        ref = member.adapter_ref
+        if ref is None or ref.recipe is not None:
+            raise invalid(f"{name[:200]!r} is not one adapter: it cannot be in a set.", "model")
+        return member
 
     def _find(
         self,

@@ -16,7 +16,12 @@ from lorax.types import FinishReason
 
 PROMPT = "Hello!"
 GREEDY = {"max_new_tokens": 12, "ignore_eos_token": True}
-SCHEMA = {"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"]}
+SCHEMA = {
+    "type": "object",
+    "properties": {"a": {"type": "boolean"}},
+    "required": ["a"],
+    "additionalProperties": False,
+}
 
 
 def check_generate(client: Client, base: str, adapter: str) -> None:

@@ -9,10 +9,12 @@ from typing import Annotated, Any, Literal, cast
 
 from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
+from adapter_store.recipes import MAX_MEMBERS, MajoritySign
 from deployments.ingress.api.openai import CompletionRequest
-from deployments.ingress.api.openai_fields import Model, Nothing, Number, Stops, parse_request
+from deployments.ingress.api.openai_fields import Model, Number, Stops, parse_request
 from deployments.ingress.base_paths import as_fields, name_within
 from deployments.ingress.http_errors import invalid
+from deployments.ingress.model_names import AdapterSet
 from engine.scheduler.request import (
     MAX_LOGPROBS,
     NO_DEFAULTS,
@@ -22,6 +24,7 @@ from engine.scheduler.request import (
 from engine.validate import MAX_CHOICES
 
 Source = Literal["local", "s3", "hub", "pbase"]
+Strategy = Literal["linear", "ties", "dare_linear", "dare_ties"]
 OWN_SOURCES = ("local", "s3")
 NUM_SEEDS = 2**64
 
@@ -39,12 +42,37 @@ def _off(value: object) -> object:
 Off = Annotated[bool | None, BeforeValidator(_off)]
 
 
+class MergedAdapters(Model):
+    """Adapters that are merged into one. `density` is of the strategies that prune."""
+
+    ids: list[str] = Field(min_length=1, max_length=MAX_MEMBERS)
+    weights: list[Number] = Field(max_length=MAX_MEMBERS)
+    merge_strategy: Strategy | None = None
+    density: Number | None = Field(None, ge=0.0, le=1.0)
+    majority_sign_method: MajoritySign | None = None
+
+    @model_validator(mode="after")
+    def _fields_that_belong_together(self) -> "MergedAdapters":
+        if len(self.ids) != len(self.weights):
+            raise ValueError(f"must have as many weights as ids, {len(self.ids)}")
+        return self
+
+    def as_set(self, base: str | None) -> AdapterSet:
+        return AdapterSet(
+            list(zip(self.ids, self.weights, strict=True)),
+            base,
+            self.merge_strategy or "linear",
+            self.density or 0.0,
+            self.majority_sign_method or "total",
+        )
+
+
 class LoraxParameters(Model):
     """Fields are LoRAX's; null is the same as to leave one out."""
 
     adapter_id: str | None = None
     adapter_source: Source | None = None
-    merged_adapters: Nothing = None
+    merged_adapters: MergedAdapters | None = None
     api_token: str | None = None  # a key, for clients that send no header
     best_of: int | None = Field(None, ge=1, le=MAX_CHOICES)
     temperature: Number | None = Field(None, ge=0.0, le=100.0)
@@ -59,7 +87,7 @@ class LoraxParameters(Model):
     ignore_eos_token: bool | None = None
     return_full_text: bool | None = None
     stop: Annotated[Stops | None, BeforeValidator(_no_stops)] = None
-    truncate: Nothing = None
+    truncate: int | None = Field(None, ge=1)
     watermark: Off = None
     details: bool | None = None
     decoder_input_details: bool | None = None
@@ -72,7 +100,9 @@ class LoraxParameters(Model):
     def _fields_that_belong_together(self) -> "LoraxParameters":
         if self.typical_p not in (None, 1.0):
             raise ValueError("typical_p: is not supported unless it is 1, use top_p or min_p")
-        if self.adapter_id and self.adapter_source not in (None, *OWN_SOURCES):
+        if self.adapter_id and self.merged_adapters is not None:
+            raise ValueError("merged_adapters: not allowed together with adapter_id")
+        if self.adapter_ids and self.adapter_source not in (None, *OWN_SOURCES):
             raise ValueError(
                 f"adapter_source: must be 'local' or 's3', not {self.adapter_source!r}: adapters "
                 "are served from the adapter store, publish it there"
@@ -80,6 +110,12 @@ class LoraxParameters(Model):
         if self.num_answers > 1 and not self.is_sampled:
             raise ValueError("best_of: all answers would be alike without do_sample")
         return self
+
+    @property
+    def adapter_ids(self) -> list[str]:
+        if self.merged_adapters is not None:
+            return self.merged_adapters.ids
+        return [self.adapter_id] if self.adapter_id else []
 
     @property
     def num_answers(self) -> int:
@@ -111,8 +147,15 @@ class LoraxRequest(Model):
             raise ValueError("parameters.decoder_input_details: not allowed in a stream")
         return self
 
+    @property
+    def adapter_set(self) -> AdapterSet | None:
+        merged = self.asked.merged_adapters
+        return None if merged is None else merged.as_set(self.model)
+
     def model_name(self, base: str) -> str:
         """Name the adapter or base that is asked for. `base` is that of requests without one."""
+        if self.adapter_set is not None:
+            return self.adapter_set.text
         if not self.asked.adapter_id:
             return self.model or base
         return name_within(self.model, self.asked.adapter_id)
@@ -128,15 +171,17 @@ class LoraxAnswer(BaseModel):
 
 
 class LoraxCompletion(CompletionRequest):
-    """A completion that may be as long as the context; `echo` asks for the prompt's tokens."""
+    """A completion that may be as long as the context."""
+
+    merged: AdapterSet | None = None
+
+    @property
+    def adapter_set(self) -> AdapterSet | None:
+        return self.merged
 
     @property
     def wanted_max_tokens(self) -> int | None:
         return self.max_tokens
-
-    @property
-    def wanted_prompt_logprobs(self) -> int | None:
-        return 0 if self.echo else None
 
     def sampling(
         self, max_tokens: int, seed: int, defaults: SamplingDefaults = NO_DEFAULTS
@@ -169,7 +214,9 @@ def as_completion(request: LoraxRequest, base: str, seed: int) -> LoraxCompletio
         LoraxCompletion,
         {
             "model": request.model_name(base),
+            "merged": request.adapter_set,
             "prompt": request.inputs,
+            "truncate_prompt_tokens": asked.truncate,
             "max_tokens": asked.max_new_tokens,
             "n": asked.num_answers,
             "stream": request.stream,
@@ -185,7 +232,7 @@ def as_completion(request: LoraxRequest, base: str, seed: int) -> LoraxCompletio
             "seed": seed if seed < NUM_SEEDS // 2 else seed - NUM_SEEDS,
             "ignore_eos": asked.ignore_eos_token,
             "logprobs": (asked.return_k_alternatives or 0) if has_tokens else None,
-            "echo": asked.decoder_input_details,
+            "prompt_logprobs": 0 if asked.decoder_input_details else None,
             "response_format": asked.response_format,
         },
     )

@@ -17,6 +17,7 @@ from deployments.ingress.error_form import ErrorForm
 from deployments.ingress.http_errors import ApiError
 from deployments.ingress.reply_form import ReplyForm, ReplyParts
 from deployments.text.detokenizer import Detokenizer
+from engine.messages import TokenLogprobs
 
 _STATUS = {400: 422, 500: 424}
 _TYPES = {
@@ -27,7 +28,11 @@ _TYPES = {
     503: "unavailable",
 }
 # What fields of completions are called here.
-_RENAMED = {"max_tokens": "max_new_tokens", "ignore_eos": "ignore_eos_token"}
+_RENAMED = {
+    "max_tokens": "max_new_tokens",
+    "ignore_eos": "ignore_eos_token",
+    "truncate_prompt_tokens": "truncate",
+}
 _FIELD = re.compile(rf"\b({'|'.join(_RENAMED)})\b")
 
 
@@ -80,19 +85,20 @@ class LoraxReply(Reply):
         self._detokenizers: dict[int, Detokenizer] = {}
         self._text = ""  # of the only choice of a stream
         self._best: Choice | None = None
+        self._prompt_logprobs: Sequence[TokenLogprobs | None] | None = None
 
     # ---- headers -------------------------------------------------------------------------
 
     def headers(self, base: str) -> Mapping[str, str]:
-        adapter = self._asked.adapter_id
+        adapter = ",".join(self._asked.adapter_ids)
         headers = {
             "x-compute-characters": str(len(self._request.request.inputs)),
             "x-model-id": quote(base, safe="/:"),
         }
-        if adapter in (None, "", base):
+        if adapter in ("", base):
             return headers
         source = self._asked.adapter_source or "local"
-        return {**headers, "x-adapter-id": quote(adapter, safe="/:@"), "x-adapter-source": source}
+        return {**headers, "x-adapter-id": quote(adapter, safe="/:@,+"), "x-adapter-source": source}
 
     def headers_of_whole(self, usage: Usage, times: Times) -> Mapping[str, str]:
         """List LoRAX's figures: counts of tokens, and times in milliseconds."""
@@ -164,8 +170,8 @@ class LoraxReply(Reply):
 
     def whole(self, choices: Sequence[Choice], texts: Sequence[str], usage: Usage) -> bytes:
         """Write the likeliest answer per token, with all others in its details."""
-        opening = choices[0].opening  # the echoed prompt, which was asked for its tokens
-        pairs = [(c, t.removeprefix(opening)) for c, t in zip(choices, texts, strict=True)]
+        self._prompt_logprobs = choices[0].prompt_logprobs
+        pairs = list(zip(choices, texts, strict=True))
         best = max(pairs, key=lambda pair: self._mean_logprob(pair[0])) if pairs[1:] else pairs[0]
         self._best = best[0]
         document: dict[str, Any] = {"generated_text": self._request.prefix + best[1]}
@@ -184,25 +190,28 @@ class LoraxReply(Reply):
         return {**sequence, "prompt_tokens": len(prompt), "skipped_tokens": 0}
 
     def _sequence(self, choice: Choice, text: str) -> dict[str, Any]:
-        prefill, entries = self._split(choice)
         return {
             "generated_text": self._request.prefix + text,
             "finish_reason": _finish_reason(choice),
             "generated_tokens": len(choice.token_ids),
             "seed": self._seed_of(choice),
-            "prefill": [self._prefill_token(entry) for entry in prefill],
-            "tokens": self._tokens(choice, entries, is_end=True),
+            "prefill": self._prefill(self._prompt_of(choice.index)),
+            "tokens": self._tokens(choice, choice.unsent_entries, is_end=True),
         }
 
-    def _split(self, choice: Choice) -> tuple[list[TokenEntry], list[TokenEntry]]:
-        """Split what is known of tokens into the prompt's and the answer's."""
-        entries = choice.unsent_entries
-        num = len(self._prompt_of(choice.index)) if self._asked.decoder_input_details else 0
-        return entries[:num], entries[num:]
+    def _prefill(self, prompt: Sequence[int]) -> list[dict[str, Any]]:
+        """Describe the prompt's tokens, if they were asked for."""
+        if not self._asked.decoder_input_details:
+            return []
+        logprobs = self._prompt_logprobs or [None] * len(prompt)  # nothing precedes an only token
+        text_of = self._vocabulary.token_text
+        return [
+            {"id": token_id, "text": text_of(token_id), "logprob": _logprob(entry)}
+            for token_id, entry in zip(prompt, logprobs, strict=True)
+        ]
 
     def _mean_logprob(self, choice: Choice) -> float:
-        _, entries = self._split(choice)
-        values = [_logprob(entry) or 0.0 for entry in entries]
+        values = [_logprob(entry.logprobs) or 0.0 for entry in choice.unsent_entries]
         return sum(values) / max(1, len(values))
 
     # ---- tokens --------------------------------------------------------------------------
@@ -225,7 +234,7 @@ class LoraxReply(Reply):
         token: dict[str, Any] = {
             "id": entry.token_id,
             "text": text,
-            "logprob": _logprob(entry),
+            "logprob": _logprob(entry.logprobs),
             "special": self._vocabulary.is_special(entry.token_id),
         }
         if self._asked.return_k_alternatives is not None and entry.logprobs is not None:
@@ -235,10 +244,6 @@ class LoraxReply(Reply):
                 for token_id, logprob in entry.logprobs.top
             ]
         return {**token, "skipped": False}
-
-    def _prefill_token(self, entry: TokenEntry) -> dict[str, Any]:
-        text = self._vocabulary.token_text(entry.token_id)
-        return {"id": entry.token_id, "text": text, "logprob": _logprob(entry)}
 
     def _seed_of(self, choice: Choice) -> int | None:
         return (self._request.seed + choice.index) % NUM_SEEDS if self._asked.is_sampled else None
@@ -250,8 +255,8 @@ def _finish_reason(choice: Choice) -> str:
     return "stop_sequence" if isinstance(choice.stop_reason, str) else "eos_token"
 
 
-def _logprob(entry: TokenEntry) -> float | None:
-    return None if entry.logprobs is None else _finite(entry.logprobs.logprob)
+def _logprob(logprobs: TokenLogprobs | None) -> float | None:
+    return None if logprobs is None else _finite(logprobs.logprob)
 
 
 def _finite(logprob: float) -> float:

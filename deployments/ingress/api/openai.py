@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, cast
 from pydantic import Field, model_validator
 
 from adapter_store.chat_template import MAX_TEMPLATE_CHARS
+from adapter_store.recipes import MAX_MEMBERS, MAX_WEIGHT
 from deployments.ingress.api.messages import Message, check_arguments
 from deployments.ingress.api.openai_fields import (
     AllowedIds,
@@ -31,6 +32,7 @@ from deployments.ingress.api.openai_fields import (
 from deployments.ingress.api.structured_fields import read_constraint
 from deployments.ingress.api.tools import Choice, NoFunctionCall, NoFunctions, Tool, Tools
 from deployments.ingress.http_errors import invalid
+from deployments.ingress.model_names import AdapterSet
 from deployments.ingress.structured.constraint import Constraint
 from engine.scheduler.request import (
     MAX_LOGPROBS,
@@ -57,10 +59,21 @@ class StreamOptions(Model):
     include_obfuscation: bool | None = None  # ignored: nothing is padded
 
 
+class WeightedAdapter(Model):
+    model: str
+    weight: Number = Field(ge=-MAX_WEIGHT, le=MAX_WEIGHT)
+
+
+Adapters = Annotated[
+    list[WeightedAdapter], Field(fail_fast=True, min_length=1, max_length=MAX_MEMBERS)
+]
+
+
 class OpenAIRequest(Model):
     """The fields that chats and completions share."""
 
     model: str
+    adapters: Adapters | None = None  # ours: a weighted set of them, on the base `model`
     max_tokens: int | None = None
     n: int | None = Field(None, ge=1, le=MAX_CHOICES)
     stream: bool | None = None
@@ -147,6 +160,13 @@ class OpenAIRequest(Model):
                 "grammar": self.guided_grammar,
             },
         )
+
+    @property
+    def adapter_set(self) -> AdapterSet | None:
+        """The adapters to combine, if they are not what `model` names."""
+        if self.adapters is None:
+            return None
+        return AdapterSet([(each.model, each.weight) for each in self.adapters], self.model)
 
     @property
     def num_choices(self) -> int:

@@ -66,8 +66,10 @@ async def _card(ingress: Ingress, tenant: Tenant, name: str) -> dict[str, Any]:
     target = await ingress.models.resolve(tenant, name)
     if target.adapter_ref is None:
         return _base_card(ingress, target.model)
-    created = int(await ingress.models.published_s(target.adapter_ref))
-    return adapter_card(name, target.model.id, target.adapter_ref.digest, created)
+    ref = target.adapter_ref
+    is_stored = ref.recipe is None
+    created = int(await ingress.models.published_s(ref)) if is_stored else ingress.created
+    return adapter_card(name, target.model.id, ref.digest, created)
 
 
 def _base_card(ingress: Ingress, model: ServedModel) -> dict[str, Any]:

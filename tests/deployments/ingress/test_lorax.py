@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from adapter_store.recipes import make_recipe
 from deployments.policy.admission import NO_LIMITS
 from deployments.tenants.tenants import Keyring
 from engine.messages import ErrorKind, GenerateRequest, RequestError, RequestOutput
@@ -22,6 +23,7 @@ from tests.deployments.support.fakes import (
 from tests.deployments.support.keys import ACME, keys_file
 
 SEED_DRAWN = 1000
+BOTH = {"ids": ["red", "blue"], "weights": [0.7, 0.3]}
 
 
 def saying(*texts: str) -> FakeEngine:
@@ -231,10 +233,51 @@ def test_an_adapter_answers_under_all_its_names(adapter_id: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("more", "recipe"),
+    [
+        ({}, ("linear",)),
+        ({"density": 0.5, "majority_sign_method": "frequency"}, ("linear",)),
+        ({"merge_strategy": "ties", "density": 0.5}, ("ties", 0.5, "total")),
+        ({"merge_strategy": "dare_linear", "density": 0.2}, ("dare_linear", 0.2)),
+        (
+            {"merge_strategy": "dare_ties", "density": 1, "majority_sign_method": "frequency"},
+            ("dare_ties", 1.0, "frequency"),
+        ),
+    ],
+)
+def test_merged_adapters_are_one_adapter_of_their_own(
+    more: dict[str, Any], recipe: tuple[Any, ...]
+) -> None:
+    async def test(server: Server) -> None:
+        expected = make_recipe(["red-digest", "blue-digest"], [0.7, 0.3], *recipe).digest(BASE)
+        for path in ("/", "/base"):
+            answer = await ask(server, path, merged_adapters={**BOTH, **more})
+            assert answer.status == 200, answer.body
+            assert answer.headers["x-adapter-id"] == "red,blue"
+            folder = server.engine.requests[-1].adapter_folder
+            assert folder is not None and folder.digest == expected
+        unknown = {"ids": ["red", "nobody"], "weights": [1, 1]}
+        answer = await ask(server, merged_adapters=unknown)
+        assert answer.status == 404 and "'nobody'" in answer.json["error"]
+
+    in_server(test)
+
+
+@pytest.mark.parametrize(
     ("parameters", "named"),
     [
         ({"adapter_id": "red", "adapter_source": "hub"}, "adapter_source"),
         ({"adapter_source": "elsewhere"}, "adapter_source"),
+        ({"merged_adapters": {"ids": ["red"], "weights": [1]}, "adapter_id": "blue"}, "adapter_id"),
+        ({"merged_adapters": {"ids": [], "weights": []}}, "merged_adapters.ids"),
+        ({"merged_adapters": {"ids": ["red"], "weights": []}}, "merged_adapters"),
+        ({"merged_adapters": {"ids": ["red"] * 9, "weights": [1] * 9}}, "merged_adapters.ids"),
+        ({"merged_adapters": {"ids": ["red"], "weights": [101]}}, "101"),
+        ({"merged_adapters": {**BOTH, "merge_strategy": "mean"}}, "merge_strategy"),
+        ({"merged_adapters": {**BOTH, "merge_strategy": "ties"}}, "density"),
+        ({"merged_adapters": {**BOTH, "merge_strategy": "ties", "density": 2}}, "density"),
+        ({"merged_adapters": {**BOTH, "majority_sign_method": "x"}}, "majority_sign_method"),
+        ({"merged_adapters": BOTH, "adapter_source": "hub"}, "adapter_source"),
         ({"typical_p": 0.5}, "typical_p"),
         ({"watermark": True}, "watermark"),
         ({"apply_chat_template": True}, "apply_chat_template"),
@@ -345,6 +388,20 @@ def test_what_fails_in_the_engine_is_an_error_before_and_inside_a_stream(
         answer = await ask(server, "/generate_stream")
         assert answer.status == 200
         assert events(answer)[-1]["error_type"] == error_type
+
+    in_server(test)
+
+
+def test_truncate_keeps_the_last_tokens_of_the_prompt() -> None:
+    async def test(server: Server) -> None:
+        long = "x" * 500 + "abc"
+        answer = await ask(server, inputs=long, truncate=2, decoder_input_details=True)
+        [document] = answer.json
+        assert document["generated_text"] == "BC"
+        assert [t["text"] for t in document["details"]["prefill"]] == ["b", "c"]
+        assert answer.headers["x-prompt-tokens"] == "2"
+        assert (await ask(server, truncate=0)).status == 422
+        assert (await ask(server, inputs=long, truncate=400)).status == 422
 
     in_server(test)
 

@@ -277,7 +277,7 @@ class FakeStore:
         self.pins: dict[str, int] = {}
         self.distrusted: list[str] = []
         self.fetched: list[str] = []
-        self.templates: dict[str, AdapterTemplate | Exception] = {}  # by name
+        self.templates: dict[str, AdapterTemplate | Exception] = {}  # by name or digest
         self.templates_read: list[str] = []
         self.fetch: Callable[[AdapterRef], None] = lambda ref: None
 
@@ -302,9 +302,10 @@ class FakeStore:
             if ref.name >= first_name
         ][:num_names]
 
-    def chat_template(self, ref: AdapterRef) -> AdapterTemplate | None:
-        self.templates_read.append(ref.name)
-        found = self.templates.get(ref.name)
+    def chat_template(self, ref: AdapterRef | str) -> AdapterTemplate | None:
+        name = ref if isinstance(ref, str) else ref.name
+        self.templates_read.append(name)
+        found = self.templates.get(name)
         if isinstance(found, Exception):
             raise found
         return found

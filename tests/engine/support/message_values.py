@@ -3,7 +3,7 @@
 import types
 from dataclasses import fields, is_dataclass
 from enum import Enum
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import msgspec
 from hypothesis import strategies as st
@@ -60,6 +60,8 @@ def values(hint: Any) -> st.SearchStrategy[Any]:
         return st.lists(values(arguments[0]), max_size=3).map(tuple)
     if origin is tuple:
         return st.tuples(*map(values, arguments))
+    if origin is Literal:
+        return st.sampled_from(arguments)
     if issubclass(hint, Enum):
         return st.sampled_from(hint)
     return st.builds(hint, **{name: values(each) for name, each in hints_of(hint).items()})
