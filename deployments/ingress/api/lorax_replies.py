@@ -85,7 +85,7 @@ class LoraxReply(Reply):
         self._detokenizers: dict[int, Detokenizer] = {}
         self._text = ""  # of the only choice of a stream
         self._best: Choice | None = None
-        self._prompt_logprobs: Sequence[TokenLogprobs | None] | None = None
+        self._prefill_logprobs: Sequence[TokenLogprobs | None] | None = None
 
     # ---- headers -------------------------------------------------------------------------
 
@@ -170,7 +170,7 @@ class LoraxReply(Reply):
 
     def whole(self, choices: Sequence[Choice], texts: Sequence[str], usage: Usage) -> bytes:
         """Write the likeliest answer per token, with all others in its details."""
-        self._prompt_logprobs = choices[0].prompt_logprobs
+        self._prefill_logprobs = choices[0].prompt_logprobs
         pairs = list(zip(choices, texts, strict=True))
         best = max(pairs, key=lambda pair: self._mean_logprob(pair[0])) if pairs[1:] else pairs[0]
         self._best = best[0]
@@ -203,7 +203,7 @@ class LoraxReply(Reply):
         """Describe the prompt's tokens, if they were asked for."""
         if not self._asked.decoder_input_details:
             return []
-        logprobs = self._prompt_logprobs or [None] * len(prompt)  # nothing precedes an only token
+        logprobs = self._prefill_logprobs or [None] * len(prompt)  # nothing precedes an only token
         text_of = self._vocabulary.token_text
         return [
             {"id": token_id, "text": text_of(token_id), "logprob": _logprob(entry)}
