@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from adapter_store.errors import AdapterStoreError
 from adapter_store.manifest import LoraModule, read_lora_layout
 from engine.messages import AdapterFolder
+from engine.model.checkpoint import PREFIX
 from engine.model.decoder import LoraSite
 from engine.model.layers import LoraSlice
 
@@ -71,10 +72,16 @@ def load_lora(
     try:
         layout = read_lora_layout(folder)
         with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
-            loaded = _load_sites(dict(layout.modules), sites, file, dtype)
+            modules = {_whole_name(name): module for name, module in layout.modules.items()}
+            loaded = _load_sites(modules, sites, file, dtype)
     except (AdapterStoreError, SafetensorError, OSError) as error:
         raise AdapterUnreadable(f"adapter {adapter_folder.digest}: {error}") from error
     return LoraWeights(adapter_folder.digest, loaded, sum(s.nbytes for s in loaded.values()))
+
+
+def _whole_name(module: str) -> str:
+    """Name a module as the decoder does, also one of a model without an output layer."""
+    return f"{PREFIX}{module}" if module.startswith("layers.") else module
 
 
 def _load_sites(

@@ -2,6 +2,9 @@
 
 Files are memory-mapped: a tensor's pages are read when it is used, and the operating system may
 drop them. Does not interpret the tensors. Every error names the file and the tensor.
+
+Files of a model that was saved without its output layer, as those of embedding models are, name
+their tensors without `model.` in front; here they have it.
 """
 
 import json
@@ -15,6 +18,7 @@ from torch import Tensor
 
 from engine.model.spec import ModelError
 
+PREFIX, BARE_EMBEDDING = "model.", "embed_tokens.weight"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -24,6 +28,7 @@ class Checkpoint:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._paths: dict[str, Path] = {}
+        self._prefix = ""  # of the names here, which those in the files lack
         self._files: dict[Path, safe_open] = {}
         self._opened = ExitStack()
 
@@ -32,6 +37,9 @@ class Checkpoint:
             for path in _weight_files(self.folder):
                 self._open(path, opened)
             self._opened = opened.pop_all()
+        if BARE_EMBEDDING in self._paths:
+            self._prefix = PREFIX
+            self._paths = {f"{PREFIX}{key}": path for key, path in self._paths.items()}
         return self
 
     def __exit__(
@@ -44,7 +52,7 @@ class Checkpoint:
 
     @property
     def keys(self) -> list[str]:
-        """Names of all tensors that the files hold, in the files' order."""
+        """Names of all tensors, in the files' order."""
         return list(self._paths)
 
     def __contains__(self, key: str) -> bool:
@@ -71,12 +79,12 @@ class Checkpoint:
         return self.tensor(key, (tensor.numel(),), (dtype,), "its meaning")
 
     def error(self, key: str, text: str) -> ModelError:
-        return ModelError(f"{self._paths[key]}: {key} {text}")
+        return ModelError(f"{self._paths[key]}: {key.removeprefix(self._prefix)} {text}")
 
     def any_shape(self, key: str) -> Tensor:
         path = self._paths[key]
         try:
-            return self._files[path].get_tensor(key)
+            return self._files[path].get_tensor(key.removeprefix(self._prefix))
         except (OSError, SafetensorError) as error:
             raise ModelError(f"{path} cannot be read: {error}") from error
 

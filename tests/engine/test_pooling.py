@@ -1,12 +1,15 @@
 """Tests pooled hidden states against transformers and peft, beside running generations."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoModel
 
 from engine.messages import AdapterFolder, GenerateRequest
 from engine.scheduler.request import POOLINGS, InvalidRequest, SamplingParams
@@ -190,3 +193,29 @@ def test_states_that_are_not_finite_end_that_request_alone(tmp_path: Path) -> No
     assert last is not None and last.error is not None
     assert last.error.message == "the model gave hidden states that are not finite"
     assert vector_of(results["good", 0].last).shape == (64,)
+
+
+def test_a_model_without_an_output_layer_and_its_adapter_equal_peft(tmp_path: Path) -> None:
+    """As those of sentence-transformers are saved: no name begins with `model.`."""
+    write_tiny(tmp_path / "whole", "qwen3", tie_word_embeddings=True)
+    model = AutoModel.from_pretrained(tmp_path / "whole", dtype=torch.float32)
+    model.save_pretrained(tmp_path / "bare")
+    config = json.loads((tmp_path / "whole/config.json").read_text())
+    (tmp_path / "bare/config.json").write_text(json.dumps(config))
+    keys = load_file(tmp_path / "bare/model.safetensors")
+    assert "embed_tokens.weight" in keys and not any(key.startswith("model.") for key in keys)
+    request = pooled("last", 23)
+    engine = make_engine(tmp_path / "bare")
+    [plain] = vectors(engine, [request]).values()
+    with torch.inference_mode():
+        hidden = model(torch.tensor([request.prompt_token_ids])).last_hidden_state[0, -1]
+    torch.testing.assert_close(torch.tensor(plain), hidden, atol=1e-4, rtol=1e-4)
+    lora = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    tuned = get_peft_model(model, lora)
+    tuned.save_pretrained(tmp_path / "adapter")
+    folder = AdapterFolder("digest", str(tmp_path / "adapter"))
+    [found] = vectors(engine, [replace(request, adapter_folder=folder)]).values()
+    with torch.inference_mode():
+        hidden = tuned(torch.tensor([request.prompt_token_ids])).last_hidden_state[0, -1]
+    torch.testing.assert_close(torch.tensor(found), hidden, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(torch.tensor(plain), hidden, atol=1e-2)
