@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from lorax import AsyncClient, Client
 from lorax.errors import NotFoundError, ValidationError
-from lorax.types import FinishReason
+from lorax.types import FinishReason, MergedAdapters
 
 PROMPT = "Hello!"
 GREEDY = {"max_new_tokens": 12, "ignore_eos_token": True}
@@ -70,6 +70,26 @@ def check_stream(client: Client, adapter: str) -> None:
     assert last.details.generated_tokens == 12
 
 
+def check_combined(client: Client, adapter: str) -> None:
+    def text(**asked: object) -> str:
+        return client.generate(PROMPT, **asked, **GREEDY).generated_text
+
+    def merged(weights: list[float], **how: object) -> str:
+        ids = [adapter] * len(weights)
+        return text(merged_adapters=MergedAdapters(ids=ids, weights=weights, **how))
+
+    alone = text(adapter_id=adapter)
+    assert (
+        text(adapter_id=f"{adapter}:1") == text(adapter_id=f"{adapter}:0.5+{adapter}:0.5") == alone
+    )
+    assert text(adapter_id=f"{adapter}:0") == text() == merged([0.0, 0.0], density=0.0)
+    # The same one twice: its A and its B have each the root of a quarter, twice.
+    assert merged([0.25, 0.25], merge_strategy="linear", density=0.0) == alone
+    for strategy in ("ties", "dare_linear", "dare_ties"):
+        how = {"merge_strategy": strategy, "density": 0.5, "majority_sign_method": "frequency"}
+        assert merged([0.9, 0.8], **how) == merged([0.8, 0.9], **how)
+
+
 def check_errors(client: Client, adapter: str) -> None:
     calls: list[tuple[Callable[[], object], type[Exception]]] = [
         (lambda: client.generate(PROMPT, adapter_id="nobody"), NotFoundError),
@@ -78,6 +98,15 @@ def check_errors(client: Client, adapter: str) -> None:
         (
             lambda: client.generate(PROMPT, adapter_id=adapter, adapter_source="hub"),
             ValidationError,
+        ),
+        (
+            lambda: client.generate(
+                PROMPT,
+                merged_adapters=MergedAdapters(
+                    ids=[adapter, "nobody"], weights=[1.0, 1.0], density=0.0
+                ),
+            ),
+            NotFoundError,
         ),
     ]
     for call, error in calls:
@@ -114,6 +143,7 @@ def main() -> None:
     check_generate(client, base, adapter)
     check_options(client, adapter)
     check_stream(client, adapter)
+    check_combined(client, adapter)
     check_errors(client, adapter)
     asyncio.run(check_async(url, adapter))
 

@@ -10,8 +10,9 @@ from typing import Annotated, Any, Literal, cast
 from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
 from adapter_store.recipes import MAX_MEMBERS, MajoritySign
+from deployments.ingress.api.embeddings import EmbeddingRequest
 from deployments.ingress.api.openai import CompletionRequest
-from deployments.ingress.api.openai_fields import Model, Number, Stops, parse_request
+from deployments.ingress.api.openai_fields import Model, Nothing, Number, Stops, parse_request
 from deployments.ingress.base_paths import as_fields, name_within
 from deployments.ingress.http_errors import invalid
 from deployments.ingress.model_names import AdapterSet
@@ -40,6 +41,15 @@ def _off(value: object) -> object:
 
 
 Off = Annotated[bool | None, BeforeValidator(_off)]
+
+
+def check_source(source: Source | None) -> None:
+    """Refuse adapters from elsewhere. Raises ValueError."""
+    if source not in (None, *OWN_SOURCES):
+        raise ValueError(
+            f"adapter_source: must be 'local' or 's3', not {source!r}: adapters are served from "
+            "the adapter store, publish it there"
+        )
 
 
 class MergedAdapters(Model):
@@ -102,11 +112,8 @@ class LoraxParameters(Model):
             raise ValueError("typical_p: is not supported unless it is 1, use top_p or min_p")
         if self.adapter_id and self.merged_adapters is not None:
             raise ValueError("merged_adapters: not allowed together with adapter_id")
-        if self.adapter_ids and self.adapter_source not in (None, *OWN_SOURCES):
-            raise ValueError(
-                f"adapter_source: must be 'local' or 's3', not {self.adapter_source!r}: adapters "
-                "are served from the adapter store, publish it there"
-            )
+        if self.adapter_ids:
+            check_source(self.adapter_source)
         if self.num_answers > 1 and not self.is_sampled:
             raise ValueError("best_of: all answers would be alike without do_sample")
         return self
@@ -163,6 +170,36 @@ class LoraxRequest(Model):
     @property
     def asked(self) -> LoraxParameters:
         return self.parameters or LoraxParameters.model_validate({})
+
+
+class LoraxEmbedParameters(Model):
+    adapter_id: str | None = None
+    adapter_source: Source | None = None
+    merged_adapters: Nothing = None
+    api_token: str | None = None
+
+    @model_validator(mode="after")
+    def _own_source(self) -> "LoraxEmbedParameters":
+        if self.adapter_id:
+            check_source(self.adapter_source)
+        return self
+
+
+class LoraxEmbedRequest(Model):
+    model: str | None = None  # of a path below a base's id
+    inputs: str = Field(min_length=1)
+    parameters: LoraxEmbedParameters | None = None
+    stream: Literal[False] | None = None
+
+    def as_embedding(self, base: str) -> EmbeddingRequest:
+        """Translate a request. `base` is that of requests without a model. Raises ApiError."""
+        adapter_id = None if self.parameters is None else self.parameters.adapter_id
+        name = name_within(self.model, adapter_id) if adapter_id else self.model or base
+        return parse_request(EmbeddingRequest, {"model": name, "input": self.inputs})
+
+
+class LoraxVector(BaseModel):
+    embeddings: list[float]
 
 
 class LoraxAnswer(BaseModel):

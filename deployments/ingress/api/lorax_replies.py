@@ -10,6 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
 
+import msgspec
+
+from deployments.ingress.api.embeddings import EmbeddingForm, Vector
 from deployments.ingress.api.lorax import NUM_SEEDS, LoraxRequest
 from deployments.ingress.api.openai_replies import LOWEST_LOGPROB, Reply, Times, Usage, event
 from deployments.ingress.choice import Choice, TokenEntry
@@ -247,6 +250,16 @@ class LoraxReply(Reply):
 
     def _seed_of(self, choice: Choice) -> int | None:
         return (self._request.seed + choice.index) % NUM_SEEDS if self._asked.is_sampled else None
+
+
+class LoraxEmbeddingForm(EmbeddingForm):
+    """Writes the vector of the only text."""
+
+    def whole(self, reply_id: str, created: int, parts: Sequence[bytes], num_tokens: int) -> bytes:
+        return b'{"embeddings":%b}' % parts[0]
+
+    def part(self, index: int, vector: Vector) -> bytes:
+        return msgspec.json.encode(vector.tolist())
 
 
 def _finish_reason(choice: Choice) -> str:

@@ -11,9 +11,16 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from deployments.fleet.engine_link import ModelNotReady
-from deployments.ingress.api.lorax import LoraxAnswer, LoraxRequest, as_completion, parse_lorax
-from deployments.ingress.api.lorax_replies import LORAX_ERRORS, Asked
-from deployments.ingress.api.openai_fields import MAX_STOPS
+from deployments.ingress.api.lorax import (
+    LoraxAnswer,
+    LoraxEmbedRequest,
+    LoraxRequest,
+    LoraxVector,
+    as_completion,
+    parse_lorax,
+)
+from deployments.ingress.api.lorax_replies import LORAX_ERRORS, Asked, LoraxEmbeddingForm
+from deployments.ingress.api.openai_fields import MAX_STOPS, parse_request
 from deployments.ingress.api_route import ApiRoute, RouteDoc
 from deployments.ingress.base_paths import as_fields, base_of
 from deployments.ingress.health import health_of
@@ -41,6 +48,7 @@ STREAM = RouteDoc(
     LoraxRequest,
     media_type="text/event-stream",
 )
+EMBED = RouteDoc("LoRAX's vector of a text.", LoraxEmbedRequest, LoraxVector)
 INFO = RouteDoc("A base model and its limits, as LoRAX describes one.", answer={"type": "object"})
 
 
@@ -59,6 +67,12 @@ def lorax_routes(ingress: Ingress, clock: Clock = time.monotonic) -> list[ApiRou
 
         return ingress.route("POST", path, generate, LORAX_ERRORS, doc, needs_key=True)
 
+    async def embed(http_request: HttpRequest, held: ExitStack) -> Response:
+        document, tenant, place = await _identified(ingress, http_request, held)
+        request = parse_request(LoraxEmbedRequest, document).as_embedding(_base(ingress).id)
+        form = LoraxEmbeddingForm(request)
+        return await ingress.answer_embeddings(request, tenant, place, "/embed", form, LORAX_ERRORS)
+
     async def info(http_request: HttpRequest, tenant: Tenant, place: Place) -> Response:
         return _json(_describe(_base(ingress, base_of(http_request.scope))))
 
@@ -70,6 +84,7 @@ def lorax_routes(ingress: Ingress, clock: Clock = time.monotonic) -> list[ApiRou
         generation("/invocations", None, LISTED),
         generation("/generate", False, WHOLE),
         generation("/generate_stream", True, STREAM),
+        ingress.route("POST", "/embed", embed, LORAX_ERRORS, EMBED, needs_key=True),
         ingress.tenant_route("GET", "/info", info, LORAX_ERRORS, INFO),
         *(
             ingress.route("GET", path, health, doc=HEALTH_DOC)

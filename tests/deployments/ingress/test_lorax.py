@@ -9,6 +9,7 @@ import pytest
 from adapter_store.recipes import make_recipe
 from deployments.policy.admission import NO_LIMITS
 from deployments.tenants.tenants import Keyring
+from deployments.text.embedding_use import EmbeddingUse
 from engine.messages import ErrorKind, GenerateRequest, RequestError, RequestOutput
 from tests.deployments.support.fakes import (
     BASE,
@@ -416,6 +417,27 @@ def test_a_seed_of_64_bits_is_used_and_repeated() -> None:
     in_server(test)
 
 
+def test_embed_gives_the_vector_of_an_embedding() -> None:
+    async def test(server: Server) -> None:
+        for adapter_id, model in ((None, "base"), ("red", "red")):
+            expected = await server.post("/v1/embeddings", model=model, input="hi")
+            body = {"inputs": "hi", "parameters": {"adapter_id": adapter_id}, "stream": False}
+            for path in ("/embed", "/base/embed"):
+                answer = await server.call("POST", path, body)
+                assert answer.json == {"embeddings": expected.json["data"][0]["embedding"]}
+        for parameters, status in (
+            ({"adapter_id": "nobody"}, 404),
+            ({"adapter_id": "red", "adapter_source": "pbase"}, 422),
+            ({"merged_adapters": BOTH}, 422),
+        ):
+            body = {"inputs": "hi", "parameters": parameters}
+            answer = await server.call("POST", "/embed", body)
+            assert answer.status == status and "error_type" in answer.json
+        assert (await server.call("POST", "/embed", {"inputs": ""})).status == 422
+
+    in_server(test, embeddings=EmbeddingUse("mean"))
+
+
 def test_tokenize_lists_ids_and_their_characters() -> None:
     async def test(server: Server) -> None:
         answer = await server.call("POST", "/tokenize", {"inputs": "a b"})
@@ -471,6 +493,8 @@ def test_a_key_may_come_as_api_token_where_no_header_does(tmp_path: Path) -> Non
         assert (await call(server.api, "POST", "/", body, key)).status == 200
         body = json.dumps({"inputs": "x", "parameters": {"api_token": key}}).encode()
         assert (await call(server.api, "POST", "/", body, "wrong")).status == 401
+        body = json.dumps({"inputs": "x", "parameters": {"api_token": key}}).encode()
+        assert (await call(server.api, "POST", "/embed", body)).status != 401
         for raw in (b"[]", b'{"parameters": 1}', b'{"parameters": {"api_token": 1}}'):
             assert (await call(server.api, "POST", "/", raw)).status == 401
 
