@@ -313,6 +313,10 @@ class IngressSection(Section):
         "they came; all others share the label `other`",
         ge=0,
     )
+    vllm_metrics: bool = key(
+        True,
+        "`/metrics` has [vLLM's names](vllm.md#metrics), too, which dashboards and gateways read",
+    )
     cors_origins: list[str] | None = key(
         None,
         "a list of origins (`https://app.example`) whose pages may use the API from a browser; "

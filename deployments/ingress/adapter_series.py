@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 OTHER = "other"
+SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+TOKEN_SECONDS = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5)
 IDLE_S = 3600.0
 
 
@@ -21,6 +23,7 @@ class Family:
     name: str
     help: str
     bounds: tuple[float, ...] = ()
+    label: str = "adapter"
 
     def head(self) -> str:
         if not self.bounds:
@@ -29,7 +32,7 @@ class Family:
         return f"# HELP {self.name} {self.help}\n# TYPE {self.name} histogram\n"
 
     def lines(self, adapter: str, figures: "Figures") -> str:
-        label = f'adapter="{_escape(adapter)}"'
+        label = f'{self.label}="{_escape(adapter)}"'
         if not self.bounds:
             return f"{self.name}_total{{{label}}} {figures.sum}\n"
         total, parts = 0, list[str]()

@@ -39,7 +39,8 @@ class IngressDeployment:
         keep_grpc_on_loopback()
         models = [_open_model(config, model, engines[model.id]) for model in config.models]
         base_ids = [model.id for model in config.models]
-        metrics = Metrics(config.ingress.max_adapter_series, base_ids)
+        settings = config.ingress
+        metrics = Metrics(settings.max_adapter_series, base_ids, settings.vllm_metrics)
         store = open_adapter_store(config.adapters)
         tenants = open_tenants(config.tenancy)
         tenants.start()
@@ -79,4 +80,5 @@ def _open_model(
     wanted = model.embeddings
     embeddings = find_embedding_use(Path(model.source), wanted.pooling, wanted.normalize)
     num = config.max_answers(model) * most
-    return ServedModel(model.id, vocabulary, link, num, syntax, embeddings)
+    adapters = model.engine.max_num_seqs * most
+    return ServedModel(model.id, vocabulary, link, num, syntax, embeddings, adapters)

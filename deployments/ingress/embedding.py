@@ -185,6 +185,7 @@ class EmbeddingResponse(EngineResponse):
         label, num_prompt = plan.target.label, len(submit.request.prompt_token_ids)
         num_cached = 0 if metrics is None else metrics.num_cached_tokens
         self._metrics.count_tokens(label, num_prompt, num_cached, 0)
+        self._metrics.vllm.count_tokens(plan.target.model.id, num_prompt, 0)
         if metrics is not None:
             self._metrics.observe_queue(label, metrics.queue_s)
         return plan.vector(output.embedding)

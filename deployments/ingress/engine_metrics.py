@@ -57,13 +57,16 @@ REQUESTS = {
 
 @dataclass(frozen=True, slots=True)
 class LinkFigures:
-    """Figures of one ingress' requests at the replicas of one model.
+    """Figures of one ingress' requests at the replicas of one model, and facts about these.
 
-    The two are equal but for what is on its way; where they stay apart, one side has lost some.
+    The first two are equal but for what is on its way; where they stay apart, one side has lost
+    some.
     """
 
     num_open: int
     num_held: int
+    block_size: int = 0  # 0 before the first start
+    max_adapters: int = 0  # in one batch of each replica together
 
 
 class EngineCollector(Collector):

@@ -16,6 +16,7 @@ from deployments.ingress.http_errors import from_engine
 from deployments.ingress.metrics import Gaps, Metrics
 from deployments.ingress.model_resolver import Target
 from deployments.ingress.prompt_texts import in_thread
+from deployments.ingress.vllm_metrics import LiveRequest
 from engine.messages import RequestOutput, TokenLogprobs
 from engine.scheduler.request import MAX_LOGPROBS
 
@@ -60,6 +61,7 @@ class Generation:
         self._first: NewTexts = {}
         self._has_opened = False
         self._arrival_s = self._read_s = self._written_s = clock()
+        self._live = _count_live(plan, metrics)
         self._queue_s = 0.0
         self._gaps = Gaps()
         self._first_s: dict[int, float] = {}
@@ -142,9 +144,13 @@ class Generation:
         self._link.release(self._queue)
         usage, label = self.usage(), self._plan.target.label
         self._metrics.observe_gaps(label, self._gaps)
-        self._metrics.count_tokens(
-            label, self._num_read_tokens(), usage.num_cached_tokens, usage.num_output_tokens
-        )
+        num_read, num_output = self._num_read_tokens(), usage.num_output_tokens
+        self._metrics.count_tokens(label, num_read, usage.num_cached_tokens, num_output)
+        self._live.end()
+        model, vllm = self._plan.target.model.id, self._metrics.vllm
+        vllm.observe_gaps(model, self._gaps.counts, self._gaps.sum_s)
+        vllm.count_tokens(model, num_read, num_output)
+        vllm.count_aborted(model, self._num_open)
 
     def _num_read_tokens(self) -> int:
         """Count the tokens of prompts that brought an answer or its beginning."""
@@ -218,6 +224,7 @@ class Generation:
             self._num_cached[output.request_id] = metrics.num_cached_tokens
             self._queue_s = max(self._queue_s, metrics.queue_s)
             self._metrics.observe_queue(self._plan.target.label, metrics.queue_s)
+            self._metrics.vllm.observe_queue(self._plan.target.model.id, metrics.queue_s)
 
     def _stop_in_engine(self, choice: Choice) -> None:
         """Abort a choice that has ended here, at a stop string, unless it has ended there too."""
@@ -228,17 +235,17 @@ class Generation:
         last = self._last_s.get(choice.index)
         if last is None:
             self._first_s[choice.index] = now
+            self._live.begin()
         else:
             self._gaps.observe(now - last)
         self._last_s[choice.index] = now
         if choice.finish_reason is not None:
             self._num_open -= 1
-            first = self._first_s[choice.index]
-            self._metrics.observe_choice(
-                self._plan.target.label,
-                ttft_s=first - self._arrival_s,
-                e2e_s=now - self._arrival_s,
-                num_tokens=len(choice.token_ids),
+            ttft_s, e2e_s = self._first_s[choice.index] - self._arrival_s, now - self._arrival_s
+            num_tokens, target = len(choice.token_ids), self._plan.target
+            self._metrics.observe_choice(target.label, ttft_s, e2e_s, num_tokens)
+            self._metrics.vllm.observe_choice(
+                target.model.id, ttft_s, e2e_s, num_tokens, choice.finish_reason
             )
 
     def _write(self, texts: NewTexts) -> bytes:
@@ -270,3 +277,9 @@ def _best(pairs: Sequence[tuple[Choice, str]], n: int, num_best: int) -> list[tu
             choice.index = len(kept)
             kept.append((choice, text))
     return kept
+
+
+def _count_live(plan: Plan, metrics: Metrics) -> LiveRequest:
+    ref = plan.target.adapter_ref
+    name, digest = (None, None) if ref is None else (plan.model_name, ref.digest)
+    return metrics.vllm.arrive(plan.target.model.id, name, digest)

@@ -7,17 +7,22 @@ counts its own gaps and hands them over at its end.
 import asyncio
 import time
 from bisect import bisect_left
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, generate_latest
 
-from deployments.ingress.adapter_series import OTHER, AdapterSeries, Family
+from deployments.ingress.adapter_series import (
+    OTHER,
+    SECONDS,
+    TOKEN_SECONDS,
+    AdapterSeries,
+    Family,
+)
 from deployments.ingress.engine_metrics import EngineCollector, LinkFigures
+from deployments.ingress.vllm_metrics import VllmSeries
 from engine.messages import EngineStats
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
-TOKEN_SECONDS = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5)
 SLICE_S = 0.002  # how long a scrape keeps the event loop at a time
 
 QUEUE = "reef_request_queue_seconds"
@@ -58,10 +63,16 @@ class Metrics:
     """`adapter` labels are `tenant/name@version`, or the id of a base model.
 
     Of `max_adapter_series` adapters the series have labels of their own, all others share one. As
-    many tenants have labels of their own among the refusals.
+    many tenants have labels of their own among the refusals. `vllm` has the same under vLLM's
+    names, and by base model; `shows_vllm` says whether a scrape has them.
     """
 
-    def __init__(self, max_adapter_series: int, base_ids: Iterable[str] = ()) -> None:
+    def __init__(
+        self, max_adapter_series: int, base_ids: Iterable[str] = (), shows_vllm: bool = True
+    ) -> None:
+        base_ids = list(base_ids)
+        self.vllm = VllmSeries(max_adapter_series, base_ids)
+        self._shows_vllm = shows_vllm
         self._adapters = AdapterSeries(FAMILIES, max_adapter_series, base_ids)
         self._max_tenants = max_adapter_series
         self._tenants: set[str] = set()
@@ -112,7 +123,7 @@ class Metrics:
         parts = [generate_latest(self._registry)]
         texts: list[str] = []
         began_s = time.perf_counter()
-        for text in self._adapters.parts():
+        for text in self._parts():
             texts.append(text)
             if time.perf_counter() - began_s > SLICE_S:
                 parts.append("".join(texts).encode())
@@ -120,3 +131,8 @@ class Metrics:
                 await asyncio.sleep(0)
                 began_s = time.perf_counter()
         return b"".join([*parts, "".join(texts).encode()])
+
+    def _parts(self) -> Iterator[str]:
+        yield from self._adapters.parts()
+        if self._shows_vllm:
+            yield from self.vllm.parts(self._engines.stats, self._engines.links)

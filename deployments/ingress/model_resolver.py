@@ -60,7 +60,8 @@ class AdapterNames(Protocol):
 class ServedModel:
     """One base model: its id, its vocabulary and its engine.
 
-    `max_answers` is how many answers all its replicas together may run or queue.
+    `max_answers` is how many answers all its replicas together may run or queue, and `max_adapters`
+    how many adapters may be in their batches.
     """
 
     id: str
@@ -69,6 +70,7 @@ class ServedModel:
     max_answers: int
     syntax: AnswerSyntax = PLAIN
     embeddings: EmbeddingUse = NO_EMBEDDINGS
+    max_adapters: int = 0
 
     @property
     def outage(self) -> str | None:

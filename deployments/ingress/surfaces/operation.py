@@ -12,6 +12,7 @@ from deployments.ingress.health import health_of
 from deployments.ingress.http_errors import model_not_found
 from deployments.ingress.ingress import Ingress
 from deployments.ingress.metrics import CONTENT_TYPE
+from deployments.ingress.model_resolver import ServedModel
 
 _DOWN = {503: "No model can answer now."}
 HEALTH_DOC = RouteDoc("Whether any model can answer.", answer=Health, statuses=_DOWN)
@@ -48,7 +49,7 @@ def operation_routes(ingress: Ingress) -> list[ApiRoute]:
         ingress.tenants.check_metrics(http_request.headers.get("authorization"))
         served = models.by_id.values()
         stats = {model.id: await model.link.refresh_stats() for model in served}
-        links = {m.id: LinkFigures(m.link.num_live, m.link.num_held) for m in served}
+        links = {model.id: _figures(model) for model in served}
         return Response(await ingress.metrics.render(stats, links), media_type=CONTENT_TYPE)
 
     return [
@@ -56,3 +57,9 @@ def operation_routes(ingress: Ingress) -> list[ApiRoute]:
         ingress.route("GET", "/health/{model_id:path}", model_health, doc=MODEL_DOC),
         ingress.route("GET", "/metrics", metrics, doc=METRICS_DOC),
     ]
+
+
+def _figures(model: ServedModel) -> LinkFigures:
+    link = model.link
+    block_size = 0 if link.hello is None else link.hello.engine.block_size
+    return LinkFigures(link.num_live, link.num_held, block_size, model.max_adapters)

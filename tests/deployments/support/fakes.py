@@ -398,15 +398,15 @@ async def serving(
     )
     link = EngineLink(connection, "ingress", timing)
     link.start()
-    metrics = Metrics(max_adapter_series, [base_id])
+    settings = ingress_settings or IngressSection(max_body_bytes=10_000)
+    metrics = Metrics(max_adapter_series, [base_id], settings.vllm_metrics)
     vocabulary = vocabulary or byte_vocabulary()
     syntax = find_syntax(vocabulary, base_id)
-    served = ServedModel(base_id, vocabulary, link, max_requests, syntax, embeddings)
+    served = ServedModel(base_id, vocabulary, link, max_requests, syntax, embeddings, 64)
     numbers = iter(range(10**6))
     origin = Origin(lambda: str(next(numbers)), lambda: 1000 + next(numbers), lambda: 1e9)
     limiter = TenantLimiter(metrics, clock_ns)
     models = Models([served], store)
-    settings = ingress_settings or IngressSection(max_body_bytes=10_000)
     templates = AdapterTemplates(store)
     ingress = Ingress(
         models,
