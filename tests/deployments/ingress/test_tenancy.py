@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from deployments.ingress.api_route import ApiRoute
 from deployments.policy.admission import SECOND_NS, Limits
 from deployments.tenants.tenants import Everybody, Keyring
 from tests.deployments.support.fakes import (
@@ -54,6 +55,18 @@ def test_every_tenant_route_is_401_without_a_valid_key(
         assert f'reef_requests_total{{route="{COMPLETIONS}",status="401"}} 1.0' in metrics
         for secret in (key, ACME, digest(ACME)):
             assert not secret or (secret not in metrics and secret not in caplog.text)
+
+    in_server(test, tenants=limited(tmp_path))
+
+
+def test_every_route_says_truly_whether_it_needs_a_key(tmp_path: Path) -> None:
+    async def test(server: Server) -> None:
+        for route in server.api.routes:
+            assert isinstance(route, ApiRoute)
+            path = route.path.replace("{model_id:path}", "red")
+            answer = await server.call(route.method, path, {})
+            needs_key = route.needs_key or route.doc.needs_metrics_key
+            assert (answer.status == 401) == needs_key, (route.method, path)
 
     in_server(test, tenants=limited(tmp_path))
 
