@@ -44,7 +44,6 @@ class Acme(Everybody):
 def test_during_an_outage_local_adapters_keep_serving_and_others_are_503(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tests.deployments.support.fakes.BASE", BASE)
     store = store_with(tmp_path, "public/here", "acme/mine", "acme/away")
     engine = FakeEngine(lambda request: [*encode("ok"), 256])
 
@@ -53,7 +52,8 @@ def test_during_an_outage_local_adapters_keep_serving_and_others_are_503(
         return answer.status, answer.headers
 
     async def run() -> None:
-        async with serving(engine, store, tenants=Acme()) as server:  # type: ignore[arg-type]
+        how = {"tenants": Acme(), "base_fingerprint": BASE}
+        async with serving(engine, store, **how) as server:  # type: ignore[arg-type]
             for model in ("here", "mine"):
                 assert (await post(server, model))[0] == 200
             with monkeypatch.context() as outage:
