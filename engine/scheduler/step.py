@@ -69,7 +69,11 @@ def _take(request: Request, count: int, adapters: AdapterSlots) -> ScheduledRequ
         life=request.life,
         biases=request.rules.biases,
         allowed_token_ids=request.rules.allowed_token_ids,
-        pooled=_pooled_rows(sampling.pooling, start, end, request.num_prompt_tokens),
+        pooled=(
+            None
+            if sampling.pooling is None
+            else _pooled_rows(sampling.pooling, start, end, request.num_prompt_tokens)
+        ),
     )
 
 
@@ -80,14 +84,8 @@ def _prompt_targets(request: Request, start: int, end: int) -> list[int] | None:
     return request.token_ids(start + 1, min(end + 1, request.num_prompt_tokens))
 
 
-def _pooled_rows(
-    pooling: str | None, start: int, end: int, num_prompt: int
-) -> tuple[int, int] | None:
+def _pooled_rows(pooling: str, start: int, end: int, num_prompt: int) -> tuple[int, int] | None:
     """Choose the rows of positions [start, end) that are pooled; None if there are none."""
-    if pooling is None:
-        return None
-    first, stop = {"mean": (start, end), "cls": (0, 1), "last": (num_prompt - 1, num_prompt)}[
-        pooling
-    ]
-    first, stop = max(first, start), min(stop, end)
+    wanted = {"mean": (start, end), "cls": (0, 1), "last": (num_prompt - 1, num_prompt)}
+    first, stop = max(wanted[pooling][0], start), min(wanted[pooling][1], end)
     return (first - start, stop - start) if first < stop else None

@@ -59,6 +59,17 @@ def check_completions(client: OpenAI, adapter: str) -> None:
     stream = client.completions.create(model=adapter, prompt="one", stream=True, **GREEDY)
     text = "".join(chunk.choices[0].text for chunk in stream)
     assert "one" + text == whole.choices[0].text
+    extra = {**GREEDY["extra_body"], "bad_words": [text[0]], "prompt_logprobs": 1}
+    changed = client.completions.create(
+        model=adapter, prompt="one", **{**GREEDY, "extra_body": extra}
+    )
+    assert text[0] not in changed.choices[0].text
+    scored = changed.choices[0].prompt_logprobs
+    assert scored[0] is None and len(scored) == 3
+    best = client.completions.create(
+        model=adapter, prompt="one", n=2, best_of=5, max_tokens=4, seed=1
+    )
+    assert len(best.choices) == 2 and best.usage.completion_tokens > 8
     stop = text[4]
     stopped = client.completions.create(model=adapter, prompt="one", stop=stop, **GREEDY)
     assert stopped.choices[0].text == text[: text.index(stop)]

@@ -82,8 +82,11 @@ def diverse_requests() -> list[GenerateRequest]:
             SamplingParams(allowed_token_ids=(3, 9, 12), logprobs=1, seed=4, **hot),
         ),
         *(
-            GenerateRequest(pooling, prompt_of(37, 8 + i), SamplingParams(pooling=pooling))
-            for i, pooling in enumerate(POOLINGS)
+            GenerateRequest(
+                f"{pooling}{length}", prompt_of(length, 8), SamplingParams(pooling=pooling)
+            )
+            for pooling in POOLINGS
+            for length in (1, 33, 37)
         ),
     ]
 
