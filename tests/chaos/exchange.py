@@ -114,12 +114,22 @@ def problem(case: Case, answer: Answer) -> str | None:
 
 
 def _is_error(answer: Answer) -> bool:
+    """Whether it is an error as one of the APIs has them."""
     try:
-        error = json.loads(answer.body)["error"]
+        document = json.loads(answer.body)
+        fields = set(document)
+        if fields == {"success", "error_message", "loaded_adapters"}:  # SGLang's
+            message = document["error_message"]
+        elif fields == {"error", "error_type"}:  # LoRAX's
+            message = document["error"]
+        else:
+            error = document["error"]
+            is_ours = set(error) == {"message", "type", "param", "code"}
+            message = error["message"] if is_ours else None
     except (ValueError, KeyError, TypeError):
         return False
     is_json = answer.content_type.startswith("application/json")
-    return is_json and set(error) == {"message", "type", "param", "code"} and bool(error["message"])
+    return is_json and isinstance(message, str) and bool(message)
 
 
 def _stream_problem(body: bytes) -> str | None:

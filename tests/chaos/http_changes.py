@@ -99,6 +99,8 @@ def _route(rng: Random, case: Case) -> Case:
                 b"//v1//models",
             ),
             *(b"/v1/embeddings", b"/v1/responses", b"/docs", b"/openapi.json", b"/-/nothing"),
+            *(b"/tokenize", b"/detokenize", b"/generate", b"/generate_stream", b"/info"),
+            *(b"/v1/load_lora_adapter", b"/unload_lora_adapter", b"/nobody/v1/completions"),
             *(b"/v1/models/" + b"a" * 3000, b"/" + b"b/" * 500, b"/%", b"/%zz", b"/metrics"),
         )
     )
