@@ -56,7 +56,7 @@ async def plan_chat(
     info = target.engine
     answers = ChatAnswers(request, target.model.syntax)
     text, prompt = await encode_chat(answers, target, split_special_tokens, own_template)
-    grammar = await plan_grammar(answers.constraint(text), is_lenient)
+    grammar = await plan_grammar(answers.constraint(text), is_lenient, vocabulary.added_ids_in)
     words = await encode_bad_words(vocabulary, request.bad_words or ())
     engine_id = form.id_prefix + origin.new_id()
     head = _head(request, form, engine_id, origin)
@@ -98,7 +98,7 @@ async def plan_completion(
     one = len(request.prompt) == 1
     paths = ["prompt" if one else f"prompt[{at}]" for at in range(len(request.prompt))]
     prompts = await _prompts(request, paths, vocabulary, info)
-    grammar = await plan_grammar(request.constraint, is_lenient)
+    grammar = await plan_grammar(request.constraint, is_lenient, vocabulary.added_ids_in)
     words = await encode_bad_words(vocabulary, request.bad_words or ())
     engine_id = form.id_prefix + origin.new_id()
     head = _head(request, form, engine_id, origin)

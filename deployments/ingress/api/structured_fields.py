@@ -11,15 +11,15 @@ from deployments.ingress.api.openai_fields import is_empty
 from deployments.ingress.structured.constraint import MAX_CHOICES, Constraint, Kind
 
 ANY_OBJECT = {"type": "object"}
-KINDS: tuple[Kind, ...] = ("json", "regex", "choice", "grammar")
+KINDS: tuple[Kind, ...] = ("json", "regex", "choice", "grammar", "structural_tag")
 
 _FORMAT_FIELDS = {"type", "json_schema", "schema"}
+_TAG_FIELDS = {"type", "structures", "triggers", "format"}
 _SCHEMA_FIELDS = {"name", "description", "schema", "strict"}
 # vLLM's, that would change the answer
 _OPTIONS = (
     "disable_additional_properties",
     "disable_any_whitespace",
-    "structural_tag",
     "whitespace_pattern",
 )
 # vLLM's choice of a library, which has no effect here
@@ -45,6 +45,9 @@ def read_constraint(
 def _of_response_format(given: Mapping[str, Any]) -> list[Constraint]:
     path = "response_format"
     kind = given.get("type") if given else "text"
+    if kind == "structural_tag":
+        _refuse_unknown(given, _TAG_FIELDS, path)
+        return [Constraint(kind, given, path)]
     _refuse_unknown(given, _FORMAT_FIELDS, path)
     if kind == "text":
         return []
@@ -53,7 +56,9 @@ def _of_response_format(given: Mapping[str, Any]) -> list[Constraint]:
         return [Constraint("json", ANY_OBJECT if schema is None else schema, path)]
     if kind == "json_schema":
         return [_of_json_schema(given.get("json_schema"), f"{path}.json_schema")]
-    raise ValueError(f"{path}.type: must be 'text', 'json_object' or 'json_schema'")
+    raise ValueError(
+        f"{path}.type: must be 'text', 'json_object', 'json_schema' or 'structural_tag'"
+    )
 
 
 def _of_json_schema(given: object, path: str) -> Constraint:
@@ -86,6 +91,9 @@ def _checked(kind: Kind, value: Any, path: str) -> Constraint:
     if kind == "json":
         if not isinstance(value, dict | bool | str):
             raise ValueError(f"{path}: must be a JSON schema")
+    elif kind == "structural_tag":
+        if not isinstance(value, dict | str):
+            raise ValueError(f"{path}: must be a structural tag: an object, or its JSON")
     elif not isinstance(value, str) or not value:
         raise ValueError(f"{path}: must be a non-empty string")
     return Constraint(kind, value, path)

@@ -4,8 +4,9 @@ The format is JSON; its parts are a JSON schema or a grammar in llguidance's dia
 """
 
 import json
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import msgspec
 
@@ -13,9 +14,10 @@ from deployments.ingress.structured.calls import CallsRefused, ForcedCalls, call
 from deployments.ingress.structured.json_parts import WHITESPACE
 from deployments.ingress.structured.lark import quoted, regex
 from deployments.ingress.structured.schema import Preparation, SchemaRefused
+from deployments.ingress.structured.structural_tag import Part, TagRefused, TokenIds, tag_document
 from engine.scheduler.request import MAX_GRAMMAR_BYTES
 
-Kind = Literal["json", "regex", "choice", "grammar", "calls"]
+Kind = Literal["json", "regex", "choice", "grammar", "structural_tag", "calls"]
 
 MAX_CHOICES = 1024
 
@@ -46,10 +48,16 @@ class Grammar:
     not_enforced: tuple[str, ...] = ()
 
 
-def to_grammar(constraint: Constraint, is_lenient: bool = False) -> Grammar:
-    """Raises ConstraintRefused."""
+def _no_tokens(texts: Iterable[str]) -> Mapping[str, int]:
+    return {}
+
+
+def to_grammar(
+    constraint: Constraint, is_lenient: bool = False, ids_in: TokenIds = _no_tokens
+) -> Grammar:
+    """`ids_in` finds tokens that are parts of texts. Raises ConstraintRefused."""
     try:
-        grammar = _grammar_of(constraint, is_lenient)
+        grammar = _grammar_of(constraint, is_lenient, ids_in)
         num_bytes = len(grammar.text.encode())
     except RecursionError:
         raise ConstraintRefused("it is nested too deeply") from None
@@ -63,9 +71,11 @@ def to_grammar(constraint: Constraint, is_lenient: bool = False) -> Grammar:
     return grammar
 
 
-def _grammar_of(constraint: Constraint, is_lenient: bool) -> Grammar:
+def _grammar_of(constraint: Constraint, is_lenient: bool, ids_in: TokenIds) -> Grammar:
     if constraint.kind == "json":
         return _json_grammar(constraint.value, is_lenient)
+    if constraint.kind == "structural_tag":
+        return _tag_grammar(constraint, is_lenient, ids_in)
     if constraint.kind == "calls":
         return _calls_grammar(constraint.value, is_lenient)
     if constraint.kind == "choice":
@@ -101,6 +111,18 @@ def _parsed(text: str) -> object:
 
 def _lark_grammar(lark: str) -> Grammar:
     return Grammar(_dump({"grammars": [{"lark_grammar": lark}]}))
+
+
+def _tag_grammar(constraint: Constraint, is_lenient: bool, ids_in: TokenIds) -> Grammar:
+    tag = constraint.value
+    tag = _parsed(tag) if isinstance(tag, str) else tag
+    if not isinstance(tag, dict):
+        raise ConstraintRefused("it must be an object")
+    try:
+        document, not_enforced = tag_document(cast(Part, tag), constraint.path, ids_in, is_lenient)
+    except TagRefused as error:
+        raise ConstraintRefused(str(error), error.path) from None
+    return Grammar(_dump(document), tuple(not_enforced))
 
 
 def _calls_grammar(wanted: ForcedCalls, is_lenient: bool) -> Grammar:

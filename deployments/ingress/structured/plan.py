@@ -11,17 +11,20 @@ from deployments.ingress.structured.constraint import (
     Grammar,
     to_grammar,
 )
+from deployments.ingress.structured.structural_tag import TokenIds
 
 NOT_ENFORCED = "x-reef-not-enforced"
 MAX_HEADER = 2048
 
 
-async def plan_grammar(constraint: Constraint | None, is_lenient: bool) -> Grammar | None:
+async def plan_grammar(
+    constraint: Constraint | None, is_lenient: bool, ids_in: TokenIds
+) -> Grammar | None:
     """Raises ApiError, with the field and the place in it."""
     if constraint is None:
         return None
     try:
-        return await asyncio.to_thread(to_grammar, constraint, is_lenient)
+        return await asyncio.to_thread(to_grammar, constraint, is_lenient, ids_in)
     except ConstraintRefused as error:
         path = error.path or constraint.path
         raise invalid(f"{path}: {error}.", path) from None

@@ -1,10 +1,12 @@
 """What an answer must match, from a request's fields to the grammar that the engine gets."""
 
 import json
+from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 import pytest
-from llguidance import LLMatcher
+from llguidance import LLMatcher, LLTokenizer
 
 from deployments.config_sections import IngressSection
 from deployments.ingress.structured.constraint import (
@@ -15,10 +17,19 @@ from deployments.ingress.structured.constraint import (
 )
 from deployments.ingress.structured.keywords import ENFORCED, FORMATS, NOT_ENFORCED
 from deployments.ingress.structured.schema import MAX_DEPTH, MAX_SCHEMAS, Preparation, SchemaRefused
-from tests.deployments.support.fakes import Server, in_server
+from tests.deployments.support.fakes import EOS, Server, byte_tokenizer, in_server
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+TAG = {
+    "type": "structural_tag",
+    "structures": [
+        {"begin": "<f=a>", "schema": {"type": "integer"}, "end": "</f>"},
+        {"begin": "<f=b>", "schema": {"type": "null"}, "end": "</f>"},
+        {"begin": "[B]", "schema": {"type": "boolean"}, "end": ""},
+    ],
+    "triggers": ["<f=", "["],
+}
 LENIENT = IngressSection(max_body_bytes=100_000, lenient_schemas=True)
 
 
@@ -140,7 +151,36 @@ def test_what_asks_for_nothing_is_no_grammar(fields: dict[str, Any]) -> None:
             "structured_outputs",
             "exactly one of",
         ),
-        ({"structured_outputs": {"structural_tag": "x"}}, None, "not supported"),
+        ({"structured_outputs": {"structural_tag": "x"}}, None, "not JSON"),
+        ({"structured_outputs": {"structural_tag": "[]"}}, None, "must be an object"),
+        ({"structured_outputs": {"whitespace_pattern": "x"}}, None, "not supported"),
+        ({"response_format": {**TAG, "colour": 1}}, "response_format.colour", "not known"),
+        (
+            {"response_format": {**TAG, "triggers": []}},
+            "response_format.triggers",
+            "1 to 256 strings",
+        ),
+        (
+            {"response_format": {**TAG, "triggers": ["<x"]}},
+            "response_format.tags[0].begin",
+            "begins with no trigger",
+        ),
+        (
+            {"structured_outputs": {"structural_tag": {"format": {"type": "qwen_xml"}}}},
+            "structured_outputs.structural_tag.format.type",
+            "not 'qwen_xml'",
+        ),
+        (
+            {
+                "structured_outputs": {
+                    "structural_tag": {
+                        "format": {"type": "json_schema", "json_schema": {"not": {}}}
+                    }
+                }
+            },
+            "structured_outputs.structural_tag.format.json_schema",
+            "not at the top cannot be enforced",
+        ),
         ({"structured_outputs": {"choice": []}}, "structured_outputs.choice", "1 to 1024"),
         ({"guided_choice": ["a", ""]}, "guided_choice", "non-empty strings"),
         ({"guided_choice": ["a"] * 1025}, "guided_choice", "1 to 1024"),
@@ -188,6 +228,106 @@ def test_a_lenient_server_says_what_it_does_not_enforce(stream: bool) -> None:
         assert parts_of(request.sampling.grammar)["json_schema"]["x-guidance"]["coerce_one_of"]
 
     in_server(test, ingress_settings=LENIENT)
+
+
+# ---- structural tags ----
+
+
+def tagged(tag: Any, ids: Mapping[str, int] | None = None) -> str:
+    return to_grammar(Constraint("structural_tag", tag, "tag"), False, lambda texts: ids or {}).text
+
+
+def allows(grammar: str, text: str, token: int = 0) -> bool:
+    """Tell whether the text may be a whole answer; a NUL in it stands for the token."""
+    matcher = LLMatcher(byte_table(), grammar, log_level=0)
+    assert not matcher.is_error(), matcher.get_error()
+    tokens = [token if byte == 0 else byte for byte in text.encode()]
+    return all(matcher.consume_token(i) for i in tokens) and bool(
+        matcher.compute_bitmask()[EOS // 8] >> EOS % 8 & 1
+    )
+
+
+@cache
+def byte_table() -> LLTokenizer:
+    return LLTokenizer(byte_tokenizer().to_str(), eos_token=EOS)
+
+
+@pytest.mark.parametrize(
+    ("text", "fits"),
+    [
+        ("", True),
+        ("no tag < f=a", True),
+        ("so: <f=a>12</f> and <f=b>null</f>[B]true. <", True),
+        ("<f=a>x</f>", False),
+        ("<f=b>12</f>", False),
+        ("<f=c>1</f>", False),
+        ("<f=a>12", False),
+        ("a [", False),
+    ],
+)
+def test_tags_hold_what_stands_behind_a_trigger(text: str, fits: bool) -> None:
+    assert allows(tagged(TAG), text) is fits
+    assert allows(tagged(json.dumps(TAG)), text) is fits
+
+
+TEXT_TAG = {"type": "tag", "begin": "<a>", "content": {"type": "any_text"}, "end": "</a>"}
+INTEGER = {"type": "json_schema", "json_schema": {"type": "integer"}}
+NUMBER_TAG = {"type": "tag", "begin": "<n>", "content": INTEGER, "end": "</n>"}
+
+
+@pytest.mark.parametrize(
+    ("part", "right", "wrong"),
+    [
+        ({"type": "const_string", "value": 'a"'}, ['a"'], ["", 'a""']),
+        ({"type": "regex", "pattern": "a/+"}, ["a/", "a//"], ["a"]),
+        (TEXT_TAG, ["<a></a>", "<a>x<</a>"], ["<a>", "<a></a></a>", "x<a></a>"]),
+        (
+            {"type": "sequence", "elements": [NUMBER_TAG, TEXT_TAG]},
+            ["<n>1</n><a></a>"],
+            ["<n>1</n>"],
+        ),
+        (
+            {"type": "or", "elements": [NUMBER_TAG, TEXT_TAG]},
+            ["<n>1</n>", "<a></a>"],
+            ["<n></n>", ""],
+        ),
+        (
+            {"type": "tags_with_separator", "tags": [NUMBER_TAG, TEXT_TAG], "separator": ", "},
+            ["", "<n>1</n>", "<n>1</n>, <a></a>"],
+            [", ", "<n>1</n>, ", "<n>1</n><a></a>"],
+        ),
+        (
+            {
+                "type": "triggered_tags",
+                "triggers": ["<n"],
+                "tags": [NUMBER_TAG],
+                "at_least_one": True,
+            },
+            ["<n>1</n>", "x<n>1</n><<n>1</n>y"],
+            ["", "x"],
+        ),
+        (
+            {
+                "type": "triggered_tags",
+                "triggers": ["<"],
+                "tags": [NUMBER_TAG],
+                "stop_after_first": True,
+            },
+            ["x<n>1</n>", "x"],
+            ["<n>1</n>x", "<"],
+        ),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_formats_are_made_of_parts(part: Any, right: list[str], wrong: list[str]) -> None:
+    grammar = tagged({"type": "structural_tag", "format": part})
+    assert [allows(grammar, text) for text in right] == [True] * len(right)
+    assert [allows(grammar, text) for text in wrong] == [False] * len(wrong)
+
+
+def test_marks_of_tags_are_tokens_where_the_vocabulary_has_them() -> None:
+    grammar = tagged({"format": NUMBER_TAG}, {"<n>": EOS + 1})
+    assert allows(grammar, "\0" + "1</n>", EOS + 1) and not allows(grammar, "<n>1</n>")
 
 
 # ---- schemas ----
