@@ -5,7 +5,6 @@ tokenizer_config.json and chat_template.jinja of the model's folder, and config.
 transformers would make of them.
 """
 
-import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -23,6 +22,7 @@ from deployments.text.auto_tokenizer import describe_difference
 from deployments.text.chat_template import ChatTemplate, TemplateRefused
 from deployments.text.control_tokens import CUT, END, ControlTokens, without_marks
 from deployments.text.detokenizer import ByteLevelDetokenizer, Detokenizer, WindowDetokenizer
+from deployments.text.token_bytes import TokenBytes
 
 PREFIX_TOKENS = 6  # more than the bytes of one character
 
@@ -61,12 +61,8 @@ class Vocabulary:
         self._control_tokens = ControlTokens(text for text in special_texts if text)
         self.special_tokens = dict(special)
         self._template = None if template is None else ChatTemplate(template, special)
-        decoders = _decoder_types(json.loads(tokenizer.to_str()).get("decoder"))
-        self._is_byte_level = decoders == ["ByteLevel"]
-        self._has_byte_tokens = "ByteFallback" in decoders
-        self._longest_token = self._measure_longest_token()
+        self._token_bytes = TokenBytes(tokenizer)
         self._hidden: dict[frozenset[int], frozenset[int]] = {}  # by those that are shown
-        self._bytes: dict[frozenset[int], dict[int, bytes]] = {}  # by those that are hidden
 
     @classmethod
     def load(
@@ -96,18 +92,7 @@ class Vocabulary:
     @property
     def longest_token(self) -> int | None:
         """The most bytes of text that one token stands for; None if there is no such bound."""
-        return self._longest_token
-
-    def _measure_longest_token(self) -> int | None:
-        added = self._tokenizer.get_added_tokens_decoder().values()
-        own = self._tokenizer.get_vocab(with_added_tokens=False)
-        if self._is_byte_level:
-            lengths = map(len, own)  # a character for each byte
-        elif self._has_byte_tokens:
-            lengths = (len(token.encode()) for token in own)
-        else:
-            return None  # an unknown token may stand for a text of any length
-        return max((*lengths, *(len(token.content.encode()) for token in added)), default=None)
+        return self._token_bytes.longest
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
@@ -226,12 +211,11 @@ class Vocabulary:
         `shown_ids` are special tokens that are not skipped.
         """
         hidden = self._hidden_ids(shown_ids) if skip_special_tokens else _NO_IDS
-        if self._is_byte_level:
-            table = self._bytes.setdefault(hidden, {})
-            return ByteLevelDetokenizer(_Lookup(self, table, hidden))
+        if self._token_bytes.are_all_bytes:
+            return ByteLevelDetokenizer(self._token_bytes.lookup(hidden))
         return WindowDetokenizer(
             lambda ids: self.decode(ids, False),
-            self._is_byte,
+            self._token_bytes.is_byte,
             lambda i: i not in hidden and self._tokenizer.id_to_token(i) is not None,
             self._prompt_end(prompt_token_ids),
         )
@@ -240,26 +224,13 @@ class Vocabulary:
         """Cut the last tokens off a prompt, not in the middle of a character of byte tokens."""
         start = max(0, len(prompt_token_ids) - PREFIX_TOKENS)
         least = max(0, start - PREFIX_TOKENS)
-        while start > least and self._continues_character(prompt_token_ids[start]):
+        while start > least and self._token_bytes.continues_character(prompt_token_ids[start]):
             start -= 1
         return prompt_token_ids[start:]
 
-    def _continues_character(self, token_id: int) -> bool:
-        return self._is_byte(token_id) and self.token_bytes(token_id)[0] & 0xC0 == 0x80
-
     def token_bytes(self, token_id: int) -> bytes:
         """Look up what one token stands for by itself."""
-        token = self._tokenizer.id_to_token(token_id)
-        if token is None:
-            return b""  # a row of the embedding that no token uses
-        if self._is_byte_level:
-            try:
-                return bytes(_BYTE_OF[character] for character in token)
-            except KeyError:  # an added token is its own text
-                return token.encode()
-        if self._is_byte(token_id):
-            return bytes([int(token[3:5], 16)])
-        return token.replace("\u2581", " ").encode()
+        return self._token_bytes.of(token_id)
 
     def token(self, token_id: int) -> str:
         """Look up a token as the vocabulary spells it; "" for a row that no token uses."""
@@ -293,11 +264,15 @@ class Vocabulary:
             self._hidden[shown_ids] = frozenset(self._special_ids - shown_ids)
         return self._hidden[shown_ids]
 
-    def _is_byte(self, token_id: int) -> bool:
-        if not self._has_byte_tokens:
-            return False
-        token = self._tokenizer.id_to_token(token_id)
-        return token is not None and len(token) == 6 and token.startswith("<0x")
+
+def _warn_of_difference(folder: Path, tokenizer: Tokenizer) -> None:
+    difference = describe_difference(folder, tokenizer)
+    if difference is not None:
+        logger.warning(
+            "%s. Prompts are encoded as the file says. `models[].tokenizer: transformers` encodes "
+            "them as transformers does, for adapters trained with that; `file` ends this warning",
+            difference,
+        )
 
 
 def _last_ids(encoding: Encoding, most: int) -> list[int]:
@@ -310,56 +285,3 @@ def _last_ids(encoding: Encoding, most: int) -> list[int]:
         end -= 1
     num_kept = max(0, most - start - (len(ids) - end))
     return [*ids[:start], *ids[end - num_kept : end], *ids[end:]][-most:]
-
-
-class _Lookup:
-    """Maps token ids to bytes, kept per vocabulary: one dictionary look-up per token."""
-
-    __slots__ = ("_hidden", "_table", "_vocabulary")
-
-    def __init__(
-        self, vocabulary: Vocabulary, table: dict[int, bytes], hidden: frozenset[int]
-    ) -> None:
-        self._vocabulary = vocabulary
-        self._table = table
-        self._hidden = hidden
-
-    def __call__(self, token_id: int) -> bytes:
-        found = self._table.get(token_id)
-        if found is None:
-            is_hidden = token_id in self._hidden
-            found = b"" if is_hidden else self._vocabulary.token_bytes(token_id)
-            self._table[token_id] = found
-        return found
-
-
-def _warn_of_difference(folder: Path, tokenizer: Tokenizer) -> None:
-    difference = describe_difference(folder, tokenizer)
-    if difference is not None:
-        logger.warning(
-            "%s. Prompts are encoded as the file says. `models[].tokenizer: transformers` encodes "
-            "them as transformers does, for adapters trained with that; `file` ends this warning",
-            difference,
-        )
-
-
-def _byte_alphabet() -> dict[str, int]:
-    """List the characters that stand for the 256 bytes in byte-level vocabularies.
-
-    Printable bytes stand for themselves; the others, in order, for the characters from 256 on.
-    """
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    alphabet = {chr(byte): byte for byte in printable}
-    return alphabet | {chr(256 + n): byte for n, byte in enumerate(others)}
-
-
-_BYTE_OF = _byte_alphabet()
-
-
-def _decoder_types(decoder: Mapping[str, Any] | None) -> list[str]:
-    if decoder is None:
-        return []
-    if decoder["type"] == "Sequence":
-        return [name for part in decoder["decoders"] for name in _decoder_types(part)]
-    return [decoder["type"]]
