@@ -135,6 +135,51 @@ def check_structured(client: OpenAI, base: str, adapter: str) -> None:
         raise AssertionError("a schema that cannot be enforced was accepted")
 
 
+class Weather(BaseModel):
+    """Tell the weather."""
+
+    city: Literal["Bern", "Oslo"]
+    days: list[Literal[1, 7]] = Field(max_length=2)
+
+
+class Clock(BaseModel):
+    """Tell the time."""
+
+    is_utc: bool
+
+
+def check_tools(client: OpenAI, base: str, adapter: str) -> None:
+    tools = [openai.pydantic_function_tool(Weather), openai.pydantic_function_tool(Clock)]
+    named = {"type": "function", "function": {"name": "Weather"}}
+    for model in (base, adapter):
+        given = {"model": model, "tools": tools, "max_tokens": 400, "seed": 5}
+        answer = client.chat.completions.parse(messages=MESSAGES, tool_choice=named, **given)
+        [choice] = answer.choices
+        assert choice.finish_reason == "stop" and choice.message.content is None
+        [call] = choice.message.tool_calls
+        assert isinstance(call.function.parsed_arguments, Weather)
+        results = [{"role": "tool", "tool_call_id": call.id, "content": "rain"}]
+        again = client.chat.completions.create(
+            messages=[*MESSAGES, choice.message, *results],
+            **{**given, "max_tokens": 5},
+        )
+        assert again.usage.prompt_tokens > answer.usage.prompt_tokens
+        check_streamed_call(client, given)
+
+
+def check_streamed_call(client: OpenAI, given: dict) -> None:
+    with client.chat.completions.stream(
+        messages=MESSAGES, tool_choice="required", parallel_tool_calls=False, **given
+    ) as stream:
+        kinds = [event.type for event in stream]
+        [choice] = stream.get_final_completion().choices
+    assert "tool_calls.function.arguments.delta" in kinds
+    assert "tool_calls.function.arguments.done" in kinds
+    [call] = choice.message.tool_calls
+    assert isinstance(call.function.parsed_arguments, Weather | Clock)
+    assert choice.finish_reason == "tool_calls"
+
+
 def check_models_and_errors(client: OpenAI, base: str, adapter: str) -> None:
     parents = {model.id: model.parent for model in client.models.list()}
     assert parents[base] is None and parents[adapter] == base
@@ -174,6 +219,7 @@ def main() -> None:
         check_completions(client, adapter)
         check_embeddings(client, base, adapter)
         check_structured(client, base, adapter)
+        check_tools(client, base, adapter)
         check_models_and_errors(client, base, adapter)
     asyncio.run(check_async(url, base, adapter))
 

@@ -58,6 +58,7 @@ def _part_text(part: object) -> str:
 class CalledFunction(Model):
     name: Annotated[str, Field(pattern=f"^{NAME}$")]
     arguments: str = "{}"
+    parsed_arguments: Any = None  # what OpenAI's client made of them, and sends back with them
 
     def document(self) -> dict[str, Any]:
         """Write the call for chat templates, which take an object where the API has its text."""
@@ -99,6 +100,7 @@ class Message(Model):
     audio: Nothing = None
     annotations: Any = None
     id: Any = None
+    parsed: Any = None  # what OpenAI's client made of the content, and sends back with it
 
     @model_validator(mode="after")
     def _fields_of_the_role(self) -> "Message":

@@ -369,9 +369,14 @@ def test_the_template_is_given_tools_and_earlier_calls() -> None:
                 {
                     "id": "call_1",
                     "type": "function",
-                    "function": {"name": "stock_of", "arguments": ARGUMENTS},
+                    "function": {
+                        "name": "stock_of",
+                        "arguments": ARGUMENTS,
+                        "parsed_arguments": {"n": 3},
+                    },
                 }
             ],
+            "parsed": {"n": 3},
         },
         {"role": "tool", "tool_call_id": "call_1", "content": [{"type": "text", "text": "17"}]},
     ]

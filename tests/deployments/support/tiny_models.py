@@ -13,7 +13,10 @@ from tests.deployments.support.fakes import byte_tokenizer
 from tests.engine.support.tiny import write_tiny
 
 TEMPLATE = (
-    "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+    "{{ bos_token }}{% if tools %}[tools]{{ tools | tojson }}{% endif %}"
+    "{% for m in messages %}[{{ m.role }}]{{ m.content or '' }}"
+    "{% for c in m.tool_calls or () %}<tool_call>{{ c.function | tojson }}</tool_call>{% endfor %}"
+    "{% endfor %}"
     "{% if add_generation_prompt %}[assistant]{% endif %}"
 )
 
