@@ -11,11 +11,24 @@ from adapter_store.chat_template import AdapterTemplate
 from adapter_store.errors import SourceUnavailable
 from adapter_store.names import AdapterRef
 from deployments.ingress.http_errors import invalid
+from deployments.ingress.model_resolver import Target
+from deployments.text.answer_syntax import AnswerSyntax, syntax_of
 from deployments.text.bounded_renderer import BoundedRenderer
+from deployments.text.vocabulary import Vocabulary
 
 KEPT = 128  # templates, or the knowledge that there is none
 READ_S = 10.0  # for the store, which reads two small objects
 NUM_READERS = 4
+
+
+async def syntax_for(target: Target, own_template: "ChatRenderer | None") -> AnswerSyntax:
+    """Find what answers look like: the base's template says it, or the adapter's own.
+
+    One that comes with a request changes the prompt, not how the model has learned to answer.
+    """
+    if own_template is None or own_template.is_of_request:
+        return target.model.syntax
+    return await own_template.syntax(target.model.vocabulary, target.model.syntax)
 
 
 class TemplateSource(Protocol):
@@ -24,12 +37,21 @@ class TemplateSource(Protocol):
     def chat_template(self, ref_or_digest: AdapterRef | str) -> AdapterTemplate | None: ...
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class ChatRenderer:
     """Renders chats with one adapter's template."""
 
     template: AdapterTemplate
     renderer: BoundedRenderer
+    is_of_request: bool = False
+    _syntax: AnswerSyntax | None = None
+
+    async def syntax(self, vocabulary: Vocabulary, base: AnswerSyntax) -> AnswerSyntax:
+        """Find what answers look like with this template; the base says what is configured."""
+        if self._syntax is None:
+            probed = await self.renderer.probe(self._with_tokens(vocabulary.special_tokens))
+            self._syntax = syntax_of(probed, vocabulary, *base.configured)
+        return self._syntax
 
     async def render(
         self,
@@ -42,9 +64,12 @@ class ChatRenderer:
 
         Raises TemplateRefused.
         """
-        tokens = {**base_tokens, **self.template.special_tokens}
-        template = AdapterTemplate(self.template.source, tokens)
+        template = self._with_tokens(base_tokens)
         return await self.renderer.render(template, messages, add_generation_prompt, extra)
+
+    def _with_tokens(self, base_tokens: Mapping[str, str]) -> AdapterTemplate:
+        tokens = {**base_tokens, **self.template.special_tokens}
+        return AdapterTemplate(self.template.source, tokens)
 
 
 class AdapterTemplates:
@@ -54,7 +79,7 @@ class AdapterTemplates:
         self._store = store
         self._renderer = renderer or BoundedRenderer()
         self._threads = ThreadPoolExecutor(NUM_READERS, "template-reader")
-        self._known: OrderedDict[str, asyncio.Future[AdapterTemplate | None]] = OrderedDict()
+        self._known: OrderedDict[str, asyncio.Future[ChatRenderer | None]] = OrderedDict()
 
     async def find(self, ref: AdapterRef) -> ChatRenderer | None:
         """Look up an adapter's template; None if it has none.
@@ -63,21 +88,18 @@ class AdapterTemplates:
         AdapterStoreError.
         """
         if ref.recipe is None:
-            template = await self._find(ref.digest, ref)
-        else:
-            found = [await self._find(digest, digest) for digest in ref.recipe.members]
-            known = [template for template in found if template is not None]
-            if any(template != known[0] for template in known):
-                raise invalid("The adapters have different chat templates: use /v1/completions.")
-            template = known[0] if known else None
-        return None if template is None else ChatRenderer(template, self._renderer)
+            return await self._find(ref.digest, ref)
+        found = [await self._find(digest, digest) for digest in ref.recipe.members]
+        known = [renderer for renderer in found if renderer is not None]
+        if any(renderer.template != known[0].template for renderer in known):
+            raise invalid("The adapters have different chat templates: use /v1/completions.")
+        return known[0] if known else None
 
-    async def _find(self, digest: str, ref_or_digest: AdapterRef | str) -> AdapterTemplate | None:
+    async def _find(self, digest: str, ref_or_digest: AdapterRef | str) -> ChatRenderer | None:
         known = self._known.get(digest)
         if known is None:
             loop = asyncio.get_running_loop()
-            read = self._store.chat_template
-            known = loop.run_in_executor(self._threads, read, ref_or_digest)
+            known = loop.run_in_executor(self._threads, self._read, ref_or_digest)
             self._known[digest] = known
         self._known.move_to_end(digest)
         while len(self._known) > KEPT:
@@ -91,9 +113,13 @@ class AdapterTemplates:
             self._known.pop(digest, None)
             raise
 
+    def _read(self, ref_or_digest: AdapterRef | str) -> ChatRenderer | None:
+        template = self._store.chat_template(ref_or_digest)
+        return None if template is None else ChatRenderer(template, self._renderer)
+
     def of_source(self, source: str) -> ChatRenderer:
         """Render with a template that a request brings."""
-        return ChatRenderer(AdapterTemplate(source, {}), self._renderer)
+        return ChatRenderer(AdapterTemplate(source, {}), self._renderer, is_of_request=True)
 
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from deployments.fleet.protocol import Submit
-from deployments.ingress.adapter_templates import ChatRenderer
+from deployments.ingress.adapter_templates import ChatRenderer, syntax_for
 from deployments.ingress.api.openai import (
     ChatCompletionRequest,
     CompletionRequest,
@@ -54,7 +54,7 @@ async def plan_chat(
     """Plan a chat with the base's template, or with `own_template`, the adapter's."""
     vocabulary = target.model.vocabulary
     info = target.engine
-    answers = ChatAnswers(request, target.model.syntax)
+    answers = ChatAnswers(request, await syntax_for(target, own_template))
     text, prompt = await encode_chat(answers, target, split_special_tokens, own_template)
     grammar = await plan_grammar(answers.constraint(text), is_lenient, vocabulary.added_ids_in)
     words = await encode_bad_words(vocabulary, request.bad_words or ())

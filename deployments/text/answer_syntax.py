@@ -1,9 +1,9 @@
 """AnswerSyntax: what a model's answers hold beside text, found when the model is loaded."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 from deployments.text.answer_parser import AnswerParser
 from deployments.text.channels import MARKS, ChannelParser
@@ -46,6 +46,7 @@ class AnswerSyntax:
     takes_effort: bool = False  # whether the template reads `reasoning_effort`
     takes_thinking: bool = False  # whether it reads `enable_thinking`
     takes_documents: bool = False  # whether it reads `documents`
+    configured: tuple[str, str] = (AUTO, AUTO)  # the formats of tools and of reasoning
 
     @property
     def is_plain(self) -> bool:
@@ -71,6 +72,16 @@ class AnswerSyntax:
         return self.think_tags is not None and is_reasoning(self.think_tags, prompt, continued)
 
 
+@dataclass(frozen=True, slots=True)
+class ProbedTemplate:
+    """A chat template, how it calls tools, and the variables that it reads."""
+
+    source: str
+    tools: ToolSupport
+    variables: frozenset[str] = frozenset()
+
+
+_NO_TEMPLATE = ToolSupport(None, refusal="its base has no chat template")
 PLAIN = AnswerSyntax(ToolSupport(None, refusal="the model's chat template was not looked at"))
 
 
@@ -78,44 +89,42 @@ def find_syntax(
     vocabulary: Vocabulary, model_id: str, tool_format: str = AUTO, reasoning_format: str = AUTO
 ) -> AnswerSyntax:
     """Look for formats in the model's template, or take those that are named."""
-    tools = _tools(vocabulary, tool_format)
-    tags = _think_tags(vocabulary, reasoning_format)
-    variables = vocabulary.template_variables()
+    source = vocabulary.template_source
+    found = probe_tools(vocabulary.render) if source else _NO_TEMPLATE
+    probed = ProbedTemplate(source, found, frozenset(vocabulary.template_variables()))
+    syntax = syntax_of(probed, vocabulary, tool_format, reasoning_format)
+    _log(model_id, syntax.tools, syntax.think_tags)
+    return syntax
+
+
+def syntax_of(
+    probed: ProbedTemplate, vocabulary: Vocabulary, tool_format: str, reasoning_format: str
+) -> AnswerSyntax:
+    """Put together what a template says and what the configuration names."""
+    tools = _tools(probed.tools, tool_format)
+    if reasoning_format == AUTO:
+        tags = find_think_tags(probed.source, vocabulary.added_texts)
+    else:
+        tags = THINK_TAGS.get(reasoning_format)
     markers = _markers(tools.form, tags)
-    _log(model_id, tools, tags)
     return AnswerSyntax(
         tools,
         tags,
         vocabulary.special_ids_in(markers),
         vocabulary.added_ids_in(markers),
-        "reasoning_effort" in variables,
-        "enable_thinking" in variables,
-        "documents" in variables,
+        "reasoning_effort" in probed.variables,
+        "enable_thinking" in probed.variables,
+        "documents" in probed.variables,
+        (tool_format, reasoning_format),
     )
 
 
-def _tools(vocabulary: Vocabulary, tool_format: str) -> ToolSupport:
+def _tools(found: ToolSupport, tool_format: str) -> ToolSupport:
     if tool_format == NONE:
         return ToolSupport(None, refusal="the configuration switches them off")
-    has_template = bool(vocabulary.template_source)
-    if not has_template and tool_format == AUTO:
-        return ToolSupport(None, refusal="its base has no chat template")
-
-    def render(
-        messages: Sequence[Mapping[str, Any]], opens_answer: bool, extra: Mapping[str, Any]
-    ) -> str:
-        return vocabulary.render(messages, opens_answer, extra)
-
-    found = probe_tools(render) if has_template else ToolSupport(None)
     if tool_format == AUTO:
         return found
     return ToolSupport(FORMATS[tool_format], found.style, found.has_one_call)
-
-
-def _think_tags(vocabulary: Vocabulary, reasoning_format: str) -> ThinkTags | None:
-    if reasoning_format == AUTO:
-        return find_think_tags(vocabulary.template_source, vocabulary.added_texts)
-    return THINK_TAGS.get(reasoning_format)
 
 
 def _markers(form: ToolFormat | None, tags: ThinkTags | None) -> list[str]:

@@ -17,7 +17,10 @@ from contextlib import suppress
 from typing import IO, Any, cast
 
 from adapter_store.chat_template import AdapterTemplate
+from deployments.text.answer_syntax import ProbedTemplate
 from deployments.text.chat_template import TemplateRefused
+from deployments.text.tools.formats import FORMATS
+from deployments.text.tools.probe import CallStyle, ToolSupport
 
 PROGRAM = (sys.executable, "-m", "deployments.text.render_process")
 NUM_PROCESSES = 2
@@ -52,13 +55,32 @@ class BoundedRenderer:
             raise TemplateRefused(answer["refused"])
         return answer["text"]
 
+    async def probe(self, template: AdapterTemplate) -> ProbedTemplate:
+        """Find how the template calls tools. One that cannot be used calls none."""
+        question = {
+            "source": template.source,
+            "special_tokens": dict(template.special_tokens),
+            "is_probe": True,
+        }
+        loop = asyncio.get_running_loop()
+        found = await loop.run_in_executor(self._threads, self._ask, question)
+        if "refused" in found:
+            return ProbedTemplate(template.source, ToolSupport(None, refusal=found["refused"]))
+        tools = ToolSupport(
+            None if found["form"] is None else FORMATS[found["form"]],
+            CallStyle(**found["style"]),
+            found["has_one_call"],
+            found["refusal"],
+        )
+        return ProbedTemplate(template.source, tools, frozenset(found["variables"]))
+
     def close(self) -> None:
         """Wait for what is being rendered, and end the processes."""
         self._threads.shutdown(cancel_futures=True)
         while self._idle:
             self._idle.pop().end()
 
-    def _ask(self, chat: Mapping[str, Any]) -> dict[str, str]:
+    def _ask(self, chat: Mapping[str, Any]) -> dict[str, Any]:
         process = self._idle.pop() if self._idle else _RenderProcess()
         answer = process.ask(json.dumps(chat).encode() + b"\n", WALL_S)
         if answer is None:

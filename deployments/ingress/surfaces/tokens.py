@@ -3,6 +3,7 @@
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
+from deployments.ingress.adapter_templates import syntax_for
 from deployments.ingress.api.openai_fields import parse_request
 from deployments.ingress.api.tokens import (
     DetokenizeAnswer,
@@ -79,8 +80,8 @@ async def _tokenize_chat(
 ) -> Response:
     target = await ingress.models.resolve(tenant, request.model)
     split = ingress.settings.split_special_tokens is True
-    answers = ChatAnswers(request, target.model.syntax)
     template = await ingress.own_template(target, request)
+    answers = ChatAnswers(request, await syntax_for(target, template))
     _, token_ids = await encode_chat(answers, target, split, template)
     return await _tokens(target, "messages", token_ids, request.return_token_strs is True)
 

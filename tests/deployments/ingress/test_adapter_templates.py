@@ -3,6 +3,7 @@
 import asyncio
 import threading
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +13,18 @@ from adapter_store.errors import SourceUnavailable, StoreCorrupt
 from adapter_store.names import AdapterRef
 from deployments.ingress import adapter_templates
 from deployments.ingress.adapter_templates import AdapterTemplates
-from tests.deployments.support.fakes import FakeStore, Server, byte_vocabulary, encode, in_server
+from engine.messages import GenerateRequest
+from tests.deployments.support.fakes import (
+    EOS,
+    INFO,
+    FakeEngine,
+    FakeStore,
+    Server,
+    byte_vocabulary,
+    encode,
+    in_server,
+)
+from tests.deployments.support.tool_templates import chat_without_calls, template_of
 
 CHAT = "/v1/chat/completions"
 TEMPLATE = AdapterTemplate(
@@ -79,6 +91,56 @@ def test_a_final_message_is_continued_with_an_adapters_template() -> None:
         assert (await server.post(CHAT, **fields)).status == 200
         prompt = server.engine.requests[-1].prompt_token_ids
         assert prompt == [*encode("(hi"), 256, *encode(")(yes, ")]
+
+    in_bare_server(test, "own")
+
+
+TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
+
+
+def test_tools_are_called_as_the_adapters_template_writes_calls() -> None:
+    said = {
+        "hermes": '<tool_call>{"name": "f", "arguments": {}}</tool_call>',
+        "glm": "<think>Hm.</think><tool_call>f</tool_call>",
+    }
+
+    def answer(request: GenerateRequest) -> list[int]:
+        adapter = request.adapter_folder
+        assert adapter is not None
+        return [*encode(said[adapter.digest.removesuffix("-digest")]), EOS]
+
+    engine = FakeEngine(answer)
+    engine.info = replace(INFO, max_model_len=4096)
+
+    async def test(server: Server) -> None:
+        for name in said:
+            source = ("{# </think> #}" if name == "glm" else "") + template_of(name)
+            server.store.templates[name] = AdapterTemplate(source, {})
+            for choice in ("auto", "required"):
+                fields = chat(model=name, tools=TOOLS, tool_choice=choice, max_tokens=200)
+                answered = await server.post(CHAT, **fields)
+                assert answered.status == 200, answered.body
+                message = answered.json["choices"][0]["message"]
+                assert [c["function"]["name"] for c in message["tool_calls"]] == ["f"]
+                assert message.get("reasoning") == ("Hm." if name == "glm" else None)
+                grammar = server.engine.requests[-1].sampling.grammar
+                assert (grammar is not None) is (choice == "required")
+
+    in_server(
+        test, engine=engine, store=FakeStore(*said), vocabulary=byte_vocabulary(template=None)
+    )
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [(chat_without_calls(), "writes no calls"), ("{% endless %}", "cannot be used")],
+)
+def test_a_template_of_an_adapter_that_calls_no_tools_says_why(source: str, reason: str) -> None:
+    async def test(server: Server) -> None:
+        server.store.templates["own"] = AdapterTemplate(source, {})
+        answer = await server.post(CHAT, **chat(model="own", tools=TOOLS))
+        assert (answer.status, answer.error["param"]) == (400, "tools")
+        assert reason in answer.error["message"]
 
     in_bare_server(test, "own")
 
