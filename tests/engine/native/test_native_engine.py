@@ -101,18 +101,16 @@ def test_neither_chunks_nor_batch_mates_change_a_bit_of_a_pooled_vector(
     tiny: Tiny, adapters: list[AdapterFolder]
 ) -> None:
     requests = all_of(adapters)
-    alone: dict[str, bytes] = {}
-    for request in requests:
-        engine = native_engine(tiny.folder, enable_prefix_caching=False)
-        alone |= {name: v.tobytes() for name, v in vectors(engine, [request]).items()}
-    for variant in VARIANTS[1:4]:
+    one_by_one = native_engine(tiny.folder, enable_prefix_caching=False, max_num_seqs=1)
+    alone = {name: v.tobytes() for name, v in vectors(one_by_one, requests).items()}
+    for variant in VARIANTS[1:3]:
         engine = native_engine(tiny.folder, **variant)
         found = vectors(engine, [*mixed(adapters), *requests])
         assert {name: v.tobytes() for name, v in found.items()} == alone, variant
 
 
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
-def test_pooled_vectors_of_every_family_are_as_accurate_as_torchs_bfloat16(
+@pytest.mark.parametrize("model_type", ["llama", "gemma2"])
+def test_pooled_vectors_are_as_accurate_as_torchs_bfloat16(
     model_type: str, tiny_model: Callable[..., Tiny]
 ) -> None:
     tiny = tiny_model(model_type)
