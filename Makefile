@@ -19,7 +19,7 @@ test: .venv/dev.stamp .venv-clients/stamp .venv-swift/stamp
 coverage: .venv/dev.stamp .venv-clients/stamp .venv-swift/stamp
 	.venv/bin/pytest --cov --cov-report=term
 
-# An environment for each client of tests/clients/*/: 1.8 GB, guidellm's torch included.
+# An environment for each client of tests/clients/*/: 2.5 GB, guidellm's torch included.
 clients: $(patsubst tests/clients/%/requirements.txt,.venv-clients.d/%/stamp,\
 	$(wildcard tests/clients/*/requirements.txt))
 
