@@ -123,7 +123,7 @@ def _responses(route: ApiRoute, schemas: _Schemas) -> Document:
     answer = answers[0] if len(answers) == 1 else {"anyOf": answers}
     content: Document = {doc.media_type: {"schema": answer}}
     if doc.streams:
-        content[EVENTS] = {"schema": {"type": "string"}}
+        content[EVENTS] = {"schema": {}}  # of one event; those of a stream differ
     headers = {"x-request-id": {"$ref": "#/components/headers/x-request-id"}}
     responses: Document = {
         "200": {"description": "The answer.", "headers": headers, "content": content}

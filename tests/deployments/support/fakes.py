@@ -215,7 +215,8 @@ class FakeEngine:
     def _output(self, live: Live, index: int) -> RequestOutput:
         request, at = live.request, live.num_sent
         sampling = request.sampling
-        token_id = live.answers[index][at]
+        answer = live.answers[index]
+        token_id = answer[min(at, len(answer) - 1)]  # its end again and again, if it is ignored
         reason, stop = None, None
         if token_id == EOS and not sampling.ignore_eos:
             reason, stop = "stop", EOS
