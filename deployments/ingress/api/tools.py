@@ -188,7 +188,7 @@ Choice = Annotated[
     SkipValidation,
     BeforeValidator(
         _read_choice,
-        json_schema_input_type=Literal["none", "auto", "required"] | dict[str, Any] | None,
+        json_schema_input_type=Literal["none", "auto", "required", "any"] | dict[str, Any] | None,
     ),
 ]
 NoFunctions = Annotated[None, _instead("functions", "tools")]
