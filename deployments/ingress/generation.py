@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from deployments.fleet.protocol import Submit
-from deployments.ingress.api.openai_replies import Reply, Times, Usage
+from deployments.ingress.api.reply import Reply, Times, Usage
 from deployments.ingress.choice import Choice
 from deployments.ingress.http_errors import from_engine
 from deployments.ingress.metrics import Gaps, Metrics
@@ -254,6 +254,7 @@ class Generation:
         chunks: list[bytes] = []
         if not self._has_opened and texts:
             self._has_opened = True
+            chunks.append(reply.begin(self.usage()))
             chunks.extend(map(reply.opening, range(self._num_choices)))
         for choice, text in texts.items():
             if text:

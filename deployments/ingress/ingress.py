@@ -14,12 +14,14 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from deployments.config_sections import IngressSection
-from deployments.ingress.adapter_templates import AdapterTemplates, ChatRenderer
+from deployments.ingress.adapter_templates import AdapterTemplates, ChatRenderer, syntax_for
 from deployments.ingress.api.embeddings import EmbeddingForm, EmbeddingRequest
 from deployments.ingress.api.json_body import decode_json
 from deployments.ingress.api.openai import ChatCompletionRequest, CompletionRequest, OpenAIRequest
 from deployments.ingress.api_route import ApiRoute, RouteDoc
 from deployments.ingress.base_paths import base_of, set_model
+from deployments.ingress.chat_answers import ChatAnswers
+from deployments.ingress.chat_prompt import encode_chat
 from deployments.ingress.embedding import AT_ONCE, EmbeddingResponse, Form, plan_embeddings
 from deployments.ingress.endpoint import Endpoint, Handler
 from deployments.ingress.error_form import OPENAI_ERRORS, ErrorForm
@@ -31,7 +33,7 @@ from deployments.ingress.planning import Origin, plan_chat, plan_completion
 from deployments.ingress.reply_form import OPENAI_CHAT, OPENAI_COMPLETION, ReplyForm
 from deployments.ingress.request_body import read_body
 from deployments.ingress.runtime_adapters import RuntimeAdapters
-from deployments.ingress.streaming import GenerationResponse
+from deployments.ingress.streaming import COMMENT, GenerationResponse
 from deployments.ingress.tenant_limiter import Place, TenantLimiter
 from deployments.tenants.tenant import Tenant
 from deployments.tenants.tenants import Tenants
@@ -55,6 +57,7 @@ class Surface:
     route: str  # that the metrics name
     form: ReplyForm
     errors: ErrorForm = OPENAI_ERRORS
+    keep_alive: bytes = COMMENT  # what a stream without news is kept open with
 
 
 CHAT = Surface("/v1/chat/completions", OPENAI_CHAT)
@@ -95,20 +98,28 @@ class Ingress:
         handler: TenantHandler,
         errors: ErrorForm = OPENAI_ERRORS,
         doc: RouteDoc = NO_DOC,
+        takes_api_key: bool = False,
     ) -> ApiRoute:
-        """Make a route whose handler is given the tenant that asks, and its place in the limits."""
+        """Make a route whose handler is given the tenant that asks, and its place in the limits.
+
+        `takes_api_key`: the key may be in the header x-api-key as well.
+        """
 
         async def handle(http_request: HttpRequest, held: ExitStack) -> Response:
-            authorization = http_request.headers.get("authorization")
-            tenant, place = held.enter_context(self.tenant_of(authorization))
+            headers = http_request.headers
+            api_key = headers.get("x-api-key") if takes_api_key else None
+            whose = self.tenant_of(headers.get("authorization"), api_key)
+            tenant, place = held.enter_context(whose)
             return await handler(http_request, tenant, place)
 
         return self.route(method, path, handle, errors, doc, needs_key=True)
 
     @contextmanager
-    def tenant_of(self, authorization: str | None) -> Generator[tuple[Tenant, Place]]:
+    def tenant_of(
+        self, authorization: str | None, api_key: str | None = None
+    ) -> Generator[tuple[Tenant, Place]]:
         """Count a request as its tenant's while it runs. Raises KeyRefused or ApiError."""
-        tenant = self.tenants.identify(authorization)
+        tenant = self.tenants.identify(authorization, api_key)
         with self.limiter.inside(tenant.name, tenant.limits) as place:
             yield tenant, place
 
@@ -139,6 +150,16 @@ class Ingress:
             surface.form,
         )
         return self._answer(plan, request, surface)
+
+    async def encode_chat(
+        self, request: ChatCompletionRequest, tenant: Tenant
+    ) -> tuple[Target, list[int]]:
+        """Make the token ids of a chat's prompt, for which no engine is asked. Raises ApiError."""
+        target = await self.models.resolve(tenant, request.model)
+        template = await self.own_template(target, request)
+        answers = ChatAnswers(request, await syntax_for(target, template))
+        splits = self.settings.split_special_tokens is True
+        return target, (await encode_chat(answers, target, splits, template))[1]
 
     async def own_template(
         self, target: Target, request: ChatCompletionRequest
@@ -198,7 +219,12 @@ class Ingress:
         return await self.models.resolve(tenant, request.model)
 
     def _answer(self, plan: Plan, request: OpenAIRequest, surface: Surface) -> GenerationResponse:
-        keep_alive_s = self.settings.keep_alive_s
         return GenerationResponse(
-            plan, bool(request.stream), self.metrics, surface.route, keep_alive_s, surface.errors
+            plan,
+            bool(request.stream),
+            self.metrics,
+            surface.route,
+            self.settings.keep_alive_s,
+            surface.errors,
+            surface.keep_alive,
         )

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from deployments.ingress.choice import Choice
 from deployments.text.answer_syntax import Parser
-from deployments.text.deltas import Delta
+from deployments.text.deltas import Delta, Reasoning
 from deployments.text.detokenizer import Detokenizer
 from engine.messages import RequestOutput, TokenLogprobs
 
@@ -12,10 +12,11 @@ from engine.messages import RequestOutput, TokenLogprobs
 class ParsedChoice(Choice):
     """What the parser makes of the text gathers in deltas until a reply takes them.
 
-    Stop strings are looked for in the text, before it is parsed.
+    Stop strings are looked for in the text, before it is parsed. A token counts as the kind of
+    delta that it completes, so tags count for what follows them.
     """
 
-    __slots__ = ("_deltas", "_parser")
+    __slots__ = ("_deltas", "_num_attributed", "_parser", "num_reasoning_tokens")
 
     def __init__(
         self,
@@ -29,6 +30,8 @@ class ParsedChoice(Choice):
         super().__init__(index, detokenizer, stops, include_stop, min_tokens)
         self._parser = parser
         self._deltas: list[Delta] = []
+        self._num_attributed = 0  # tokens whose kind is known
+        self.num_reasoning_tokens = 0
 
     def take_deltas(self) -> list[Delta]:
         deltas, self._deltas = self._deltas, []
@@ -54,10 +57,18 @@ class ParsedChoice(Choice):
     def _parse(self, text: str) -> None:
         parser = self._parser
         if text:
-            self._deltas += parser.push(text)
+            self._take(parser.push(text))
         if self.finish_reason is not None:
-            self._deltas += parser.flush()
+            self._take(parser.flush())
             if parser.has_calls and self.finish_reason == "stop":
                 self.finish_reason = "tool_calls"
         elif parser.is_done:
             self.finish_reason = "tool_calls"
+
+    def _take(self, deltas: list[Delta]) -> None:
+        if not deltas:
+            return
+        self._deltas += deltas
+        if isinstance(deltas[-1], Reasoning):
+            self.num_reasoning_tokens += len(self.token_ids) - self._num_attributed
+        self._num_attributed = len(self.token_ids)

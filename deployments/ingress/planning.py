@@ -225,6 +225,8 @@ def _max_tokens(request: OpenAIRequest, path: str, num_prompt: int, limit: int) 
         return limit - num_prompt
     if wanted < 0 or (wanted == 0 and isinstance(request, ChatCompletionRequest)):
         raise invalid(f"max_tokens must be at least 1, not {wanted}.", "max_tokens")
+    if num_prompt + wanted > limit and request.is_cut_at_context:
+        return limit - num_prompt
     if num_prompt + wanted > limit:
         raise invalid(
             f"The prompt has {num_prompt} tokens and max_tokens is {wanted}: together more than "

@@ -3,8 +3,9 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from deployments.ingress.api.openai_replies import ChatReply, CompletionReply, Reply, ReplyHead
+from deployments.ingress.api.openai_replies import ChatReply, CompletionReply, ReplyHead
 from deployments.ingress.api.parsed_chat_reply import ParsedChatReply
+from deployments.ingress.api.reply import Reply
 from deployments.text.vocabulary import Vocabulary
 
 

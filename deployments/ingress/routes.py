@@ -15,6 +15,7 @@ from deployments.ingress.http_errors import ApiError
 from deployments.ingress.ingress import Ingress
 from deployments.ingress.streaming import ErrorResponse
 from deployments.ingress.surfaces.adapters import adapter_routes
+from deployments.ingress.surfaces.anthropic import anthropic_routes
 from deployments.ingress.surfaces.document import document_routes
 from deployments.ingress.surfaces.lorax import lorax_routes
 from deployments.ingress.surfaces.models import model_routes
@@ -24,6 +25,7 @@ from deployments.ingress.surfaces.tokens import token_routes
 
 SURFACES = (
     openai_routes,
+    anthropic_routes,
     lorax_routes,
     token_routes,
     adapter_routes,

@@ -17,7 +17,7 @@ from deployments.ingress.request_id import request_id
 
 CLIENT_GONE = 499  # only the metrics show it
 
-_COMMENT = b": keep-alive\n\n"
+COMMENT = b": keep-alive\n\n"
 _EVENT_STREAM = (
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
@@ -84,10 +84,12 @@ class GenerationResponse(EngineResponse):
         route: str,
         keep_alive_s: float = 0.0,
         errors: ErrorForm = OPENAI_ERRORS,
+        keep_alive: bytes = COMMENT,
     ) -> None:
         super().__init__(metrics, route)
         self._errors = errors
         self._keep_alive_s = keep_alive_s
+        self._keep_alive = keep_alive
         self._plan = plan
         self._stream = stream
 
@@ -96,7 +98,7 @@ class GenerationResponse(EngineResponse):
             generation = Generation(self._plan, self._metrics)
             try:
                 if self._stream:
-                    with KeepAlive(generation, self._keep_alive_s) as keep_alive:
+                    with KeepAlive(generation, self._keep_alive_s, self._keep_alive) as keep_alive:
                         await generation.start()
                         return await self._send_events(generation, keep_alive, scope, send)
                 await generation.start()
@@ -138,9 +140,10 @@ class KeepAlive:
     One timer per stream, none per token.
     """
 
-    def __init__(self, generation: Generation, period_s: float) -> None:
+    def __init__(self, generation: Generation, period_s: float, news: bytes = COMMENT) -> None:
         self._generation = generation
         self._period_s = period_s
+        self._news = news
         self._timer: asyncio.TimerHandle | None = None
         self._is_due = False
 
@@ -154,9 +157,9 @@ class KeepAlive:
             self._timer.cancel()
 
     def take(self) -> bytes:
-        """Return a comment if one is due, else nothing."""
+        """Return what keeps the stream open if it is due, else nothing."""
         is_due, self._is_due = self._is_due, False
-        return _COMMENT if is_due else b""
+        return self._news if is_due else b""
 
     def _wait(self, seconds: float) -> None:
         self._timer = asyncio.get_running_loop().call_later(seconds, self._look)

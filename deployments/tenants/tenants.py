@@ -27,12 +27,12 @@ class KeyRefused(Exception):
 
 
 class Tenants(Protocol):
-    """Who is asking. `authorization` is the header of that name."""
+    """Who is asking. `authorization` and `api_key` are the headers that may hold a key."""
 
     asks_for_keys: bool
 
-    def identify(self, authorization: str | None) -> Tenant:
-        """Find the tenant that a key belongs to. Raises KeyRefused."""
+    def identify(self, authorization: str | None, api_key: str | None = None) -> Tenant:
+        """Find the tenant that a key belongs to; two keys must be the same. Raises KeyRefused."""
         ...
 
     def check_metrics(self, authorization: str | None) -> None:
@@ -60,7 +60,7 @@ class Everybody:
     def __init__(self, limits: Limits = NO_LIMITS) -> None:
         self._tenant = Tenant(PUBLIC, limits, may_publish=True)
 
-    def identify(self, authorization: str | None) -> Tenant:
+    def identify(self, authorization: str | None, api_key: str | None = None) -> Tenant:
         return self._tenant
 
     def check_metrics(self, authorization: str | None) -> None:
@@ -83,8 +83,8 @@ class Keyring:
         self._keys = read_keys(path, defaults)
         self._task: asyncio.Task[None] | None = None
 
-    def identify(self, authorization: str | None) -> Tenant:
-        digest = hash_key(_bearer_key(authorization))
+    def identify(self, authorization: str | None, api_key: str | None = None) -> Tenant:
+        digest = hash_key(_only_key(authorization, api_key))
         holder = self._keys.holders.get(digest)
         if holder is None or not hmac.compare_digest(holder.digest, digest):
             raise KeyRefused("The API key is not valid.")
@@ -132,6 +132,15 @@ def _stamp(path: Path) -> tuple[int, int, int] | None:
     except OSError:
         return None
     return stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+
+def _only_key(authorization: str | None, api_key: str | None) -> str:
+    """Take the key from where it is. Two that differ may be of two tenants: neither is taken."""
+    if not api_key:
+        return _bearer_key(authorization)
+    if authorization is not None and _bearer_key(authorization) != api_key:
+        raise KeyRefused("Authorization and x-api-key hold different keys: send one of them.")
+    return api_key
 
 
 def _bearer_key(authorization: str | None) -> str:

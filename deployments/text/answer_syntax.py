@@ -55,6 +55,10 @@ class AnswerSyntax:
         return self.think_tags is None and not (form and form.has_channels)
 
     @property
+    def can_reason(self) -> bool:
+        return self.takes_effort or self.takes_thinking or not self.is_plain
+
+    @property
     def style(self) -> CallStyle:
         return self.tools.style
 

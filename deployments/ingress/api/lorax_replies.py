@@ -14,7 +14,8 @@ import msgspec
 
 from deployments.ingress.api.embeddings import EmbeddingForm, Vector
 from deployments.ingress.api.lorax import NUM_SEEDS, LoraxRequest
-from deployments.ingress.api.openai_replies import LOWEST_LOGPROB, Reply, Times, Usage, event
+from deployments.ingress.api.openai_replies import LOWEST_LOGPROB, OpenAIReply, event
+from deployments.ingress.api.reply import Times, Usage
 from deployments.ingress.choice import Choice, TokenEntry
 from deployments.ingress.error_form import ErrorForm
 from deployments.ingress.http_errors import ApiError
@@ -77,7 +78,7 @@ class Asked:
         return ReplyForm("lorax-", lambda parts: LoraxReply(parts, self))
 
 
-class LoraxReply(Reply):
+class LoraxReply(OpenAIReply):
     chunk_object = whole_object = "generation"
 
     def __init__(self, parts: ReplyParts, asked: Asked) -> None:

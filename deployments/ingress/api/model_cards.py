@@ -1,5 +1,7 @@
 """Write the bodies of /v1/models: base models and, below them, adapters."""
 
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from typing import Any
 
 OWNER = "reef"
@@ -20,6 +22,28 @@ def model_list(cards: list[dict[str, Any]], has_more: bool) -> dict[str, Any]:
     """Make a page of the list, with the fields that OpenAI's pages have."""
     ends = {"first_id": cards[0]["id"], "last_id": cards[-1]["id"]} if cards else {}
     return {"object": "list", "data": cards, "has_more": has_more, **ends}
+
+
+def anthropic_card(card: Mapping[str, Any]) -> dict[str, Any]:
+    """Describe a model as Anthropic's API does."""
+    created = datetime.fromtimestamp(card["created"], UTC)
+    limit = card.get("max_model_len")
+    return {
+        "type": "model",
+        "id": card["id"],
+        "display_name": card["id"],
+        "created_at": created.isoformat().replace("+00:00", "Z"),
+        "lifecycle": "active",
+        "max_input_tokens": limit,
+        "max_tokens": limit,
+    }
+
+
+def anthropic_list(page: Mapping[str, Any]) -> dict[str, Any]:
+    """Make the same page of the list as Anthropic's API does."""
+    cards: Sequence[Mapping[str, Any]] = page["data"]
+    ends = {name: page.get(name) for name in ("first_id", "last_id")}
+    return {"data": list(map(anthropic_card, cards)), "has_more": page["has_more"], **ends}
 
 
 def _card(model_id: str, created: int, root: str, parent: str | None) -> dict[str, Any]:

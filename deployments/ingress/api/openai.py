@@ -196,6 +196,11 @@ class OpenAIRequest(Model):
         return self.max_tokens
 
     @property
+    def is_cut_at_context(self) -> bool:
+        """Whether an answer may be shorter than max_tokens where the context leaves less."""
+        return False
+
+    @property
     def wanted_logprobs(self) -> int | None:
         raise NotImplementedError
 

@@ -5,11 +5,12 @@ request, because chunks are written for every token of every stream.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from json.encoder import encode_basestring
 from typing import Any
 
+from deployments.ingress.api.reply import Reply, Usage
 from deployments.ingress.choice import Choice, TokenEntry
 from deployments.text.vocabulary import Vocabulary
 from engine.messages import TokenLogprobs
@@ -19,33 +20,6 @@ LOWEST_LOGPROB = -9999.0  # JSON has no infinity
 
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 _encode_text = encode_basestring  # what _encode comes to for a string, in C
-
-
-@dataclass(frozen=True, slots=True)
-class Usage:
-    num_prompt_tokens: int
-    num_cached_tokens: int
-    num_output_tokens: int
-
-    def counts(self) -> dict[str, Any]:
-        return {
-            "prompt_tokens": self.num_prompt_tokens,
-            "completion_tokens": self.num_output_tokens,
-            "total_tokens": self.num_prompt_tokens + self.num_output_tokens,
-        }
-
-    def document(self) -> dict[str, Any]:
-        cached = {"cached_tokens": self.num_cached_tokens}
-        return {**self.counts(), "prompt_tokens_details": cached}
-
-
-@dataclass(frozen=True, slots=True)
-class Times:
-    """Seconds of a whole answer, as the ingress sees them; the first two from its arrival on."""
-
-    ttft_s: float
-    e2e_s: float
-    queue_s: float  # in the engine
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +45,7 @@ def event(document: object) -> bytes:
     return f"data: {_encode(document)}\n\n".encode()
 
 
-class Reply:
+class OpenAIReply(Reply):
     """Writes the parts that chats and completions share. A subclass writes the choices."""
 
     chunk_object: str
@@ -88,34 +62,19 @@ class Reply:
         self._is_plain = not (head.has_logprobs or head.has_token_ids or head.has_usage_so_far)
         self._frames: dict[int, tuple[bytes, bytes]] = {}
 
-    def headers(self, base: str) -> Mapping[str, str]:
-        """List headers of the answer that are known before it. `base`: the base model's id."""
-        return {}
-
-    def headers_of_whole(self, usage: Usage, times: Times) -> Mapping[str, str]:
-        """List further headers of an answer that is no stream, after `whole`."""
-        return {}
-
-    def opening(self, index: int) -> bytes:
-        """Write what is sent for a choice before its first text."""
-        raise NotImplementedError
-
     def text(self, choice: Choice, text: str) -> bytes:
-        """Write a chunk with new text."""
         if self._is_plain:
             frame = self._frames.get(choice.index) or self._frame(choice.index)
             return b"".join((frame[0], _encode_text(text).encode(), frame[1]))
         return self._chunk(self._chunk_choice(choice, text), len(choice.token_ids))
 
     def closing(self, choice: Choice) -> bytes:
-        """Write the last chunk of a choice: why it ended."""
         document = self._chunk_choice(choice, None)
         document["finish_reason"] = self._reason(choice)
         document["stop_reason"] = choice.stop_reason
         return self._chunk(document, len(choice.token_ids))
 
     def ending(self, usage: Usage | None) -> bytes:
-        """Write what follows the last choice, with the usage if it was asked for."""
         if usage is None:
             return DONE
         return event({**self._chunk_head, "choices": [], "usage": usage.document()}) + DONE
@@ -210,7 +169,7 @@ class Reply:
         raise NotImplementedError
 
 
-class ChatReply(Reply):
+class ChatReply(OpenAIReply):
     chunk_object = "chat.completion.chunk"
     whole_object = "chat.completion"
 
@@ -250,7 +209,7 @@ class ChatReply(Reply):
         }
 
 
-class CompletionReply(Reply):
+class CompletionReply(OpenAIReply):
     chunk_object = "text_completion"
     whole_object = "text_completion"
 

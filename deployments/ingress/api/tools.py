@@ -12,13 +12,13 @@ import msgspec
 from pydantic import BeforeValidator, SkipValidation
 
 from deployments.ingress.api.json_schema import find_fault
+from deployments.ingress.api.objects import read_object, wrong
 from deployments.ingress.api.openai_fields import is_empty, short
-from deployments.ingress.http_errors import ApiError, invalid
+from deployments.ingress.http_errors import invalid
 from deployments.text.tools.call import NAME, is_name
 
 MAX_TOOLS = 128
 MAX_TOOL_BYTES = 256 * 1024  # of all tools, as JSON
-MAX_PATH = 300  # characters of a place that an error names
 
 _TOOL_FIELDS = ("type", "function", "cache_control")
 _FUNCTION_FIELDS = ("name", "description", "parameters", "strict")
@@ -74,23 +74,23 @@ def _read_tools(value: object) -> list[Tool] | None:
     names = [tool.name for tool in tools]
     for at, name in enumerate(names):
         if name in names[:at]:
-            raise _wrong(f"tools[{at}].function.name", f"{name!r} is the name of two tools")
+            raise wrong(f"tools[{at}].function.name", f"{name!r} is the name of two tools")
     return tools
 
 
 def _read_tool(value: object, path: str) -> Tool:
-    fields = _object(value, path, _TOOL_FIELDS)
+    fields = read_object(value, path, _TOOL_FIELDS)
     if fields.get("type", "function") != "function":
-        raise _wrong(f"{path}.type", f"only 'function' is supported, not {short(fields['type'])}")
+        raise wrong(f"{path}.type", f"only 'function' is supported, not {short(fields['type'])}")
     path = f"{path}.function"
-    function = _object(fields.get("function"), path, _FUNCTION_FIELDS)
+    function = read_object(fields.get("function"), path, _FUNCTION_FIELDS)
     name, description = function.get("name"), function.get("description")
     if not is_name(name):
-        raise _wrong(f"{path}.name", f"must match ^{NAME}$, not be {short(name)}")
+        raise wrong(f"{path}.name", f"must match ^{NAME}$, not be {short(name)}")
     if not isinstance(description, str | None):
-        raise _wrong(f"{path}.description", f"must be text, not {short(description)}")
+        raise wrong(f"{path}.description", f"must be text, not {short(description)}")
     if not isinstance(strict := function.get("strict"), bool | None):
-        raise _wrong(f"{path}.strict", f"must be true or false, not {short(strict)}")
+        raise wrong(f"{path}.strict", f"must be true or false, not {short(strict)}")
     path = f"{path}.parameters"
     return Tool(str(name), description, _schema(function.get("parameters"), path), path)
 
@@ -100,26 +100,10 @@ def _schema(value: object, path: str) -> Mapping[str, Any]:
         return _NO_PARAMETERS
     fault = find_fault(value)
     if fault is not None:
-        raise _wrong(path + fault[0], fault[1])
+        raise wrong(path + fault[0], fault[1])
     if not isinstance(value, dict) or value.get("type", "object") != "object":
-        raise _wrong(path, "must be the schema of an object")
+        raise wrong(path, "must be the schema of an object")
     return value
-
-
-def _object(value: object, path: str, known: tuple[str, ...]) -> dict[str, Any]:
-    """Take the known fields of an object. Others must be empty."""
-    if not isinstance(value, dict):
-        raise _wrong(path, f"must be an object, not {short(value)}")
-    for name, setting in value.items():
-        if name not in known and not is_empty(setting):
-            field = f"{path}.{name[:80]}"
-            raise invalid(f"Unknown field: {field}.", field, "unknown_field")
-    return value
-
-
-def _wrong(path: str, message: str) -> ApiError:
-    path = path if len(path) <= MAX_PATH else f"{path[:MAX_PATH]}..."
-    return invalid(f"{path}: {message}.", path)
 
 
 # ---- which of them -------------------------------------------------------------------------
@@ -132,38 +116,38 @@ def _read_choice(value: object) -> ToolChoice | None:
         return ToolChoice(_MODES[value])
     kind = value.get("type") if isinstance(value, dict) else None
     if kind == "function":
-        fields = _object(value, "tool_choice", ("type", "function"))
+        fields = read_object(value, "tool_choice", ("type", "function"))
         name = _chosen_name(fields, "tool_choice")
         return ToolChoice("required", (name,), is_named=True)
     if kind == "allowed_tools":
-        return _read_allowed(_object(value, "tool_choice", ("type", "allowed_tools")))
+        return _read_allowed(read_object(value, "tool_choice", ("type", "allowed_tools")))
     wanted = "'none', 'auto', 'required' or an object of the type 'function' or 'allowed_tools'"
-    raise _wrong("tool_choice", f"must be {wanted}, not {short(value)}")
+    raise wrong("tool_choice", f"must be {wanted}, not {short(value)}")
 
 
 def _read_allowed(choice: dict[str, Any]) -> ToolChoice:
     """Read which tools may be called, of those that the model is told about."""
     path = "tool_choice.allowed_tools"
-    fields = _object(choice.get("allowed_tools"), path, ("mode", "tools"))
+    fields = read_object(choice.get("allowed_tools"), path, ("mode", "tools"))
     mode, tools = fields.get("mode", "auto"), fields.get("tools")
     if mode not in ("auto", "required"):
-        raise _wrong(f"{path}.mode", f"must be 'auto' or 'required', not {short(mode)}")
+        raise wrong(f"{path}.mode", f"must be 'auto' or 'required', not {short(mode)}")
     if not isinstance(tools, list) or not 1 <= len(tools) <= MAX_TOOLS:
-        raise _wrong(f"{path}.tools", f"must be a list of 1 to {MAX_TOOLS} tools")
+        raise wrong(f"{path}.tools", f"must be a list of 1 to {MAX_TOOLS} tools")
     names: list[str] = []
     for at, tool in enumerate(tools):
         place = f"{path}.tools[{at}]"
-        names.append(_chosen_name(_object(tool, place, ("type", "function")), place))
+        names.append(_chosen_name(read_object(tool, place, ("type", "function")), place))
     return ToolChoice(mode, tuple(names))
 
 
 def _chosen_name(fields: dict[str, Any], path: str) -> str:
     if fields.get("type", "function") != "function":
-        raise _wrong(f"{path}.type", f"only 'function' is supported, not {short(fields['type'])}")
+        raise wrong(f"{path}.type", f"only 'function' is supported, not {short(fields['type'])}")
     path = f"{path}.function"
-    name = _object(fields.get("function"), path, ("name",)).get("name")
+    name = read_object(fields.get("function"), path, ("name",)).get("name")
     if not is_name(name):
-        raise _wrong(f"{path}.name", f"must match ^{NAME}$, not be {short(name)}")
+        raise wrong(f"{path}.name", f"must match ^{NAME}$, not be {short(name)}")
     return str(name)
 
 

@@ -3,43 +3,89 @@
 import json
 from typing import Any
 
+from starlette.datastructures import Headers
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from deployments.ingress.api.answers import ModelCard, ModelList
-from deployments.ingress.api.model_cards import adapter_card, base_card, model_list
+from deployments.ingress.api.anthropic_answers import AnthropicModel, AnthropicModels
+from deployments.ingress.api.anthropic_errors import ANTHROPIC_ERRORS
+from deployments.ingress.api.model_cards import (
+    adapter_card,
+    anthropic_card,
+    anthropic_list,
+    base_card,
+    model_list,
+)
 from deployments.ingress.api_route import ApiRoute, RouteDoc
 from deployments.ingress.base_paths import base_of, name_within
 from deployments.ingress.http_errors import invalid
-from deployments.ingress.ingress import Ingress
+from deployments.ingress.ingress import Ingress, TenantHandler
 from deployments.ingress.model_resolver import MAX_LISTED, ServedModel
 from deployments.ingress.tenant_limiter import Place
 from deployments.tenants.tenant import Tenant
 
 LIST_DOC = RouteDoc(
     "The base models, and the adapters that the key may use.",
-    answer=ModelList,
+    answer=(ModelList, AnthropicModels),
     query={
         "limit": f"models on a page, at most {MAX_LISTED}",
         "after": "an id: the page behind it",
+        "after_id": "the same for clients of Anthropic's API",
     },
 )
-CARD_DOC = RouteDoc("One model, under any name that means it.", answer=ModelCard)
+CARD_DOC = RouteDoc("One model, under any name that means it.", answer=(ModelCard, AnthropicModel))
 
 
 def model_routes(ingress: Ingress) -> list[ApiRoute]:
-    async def list_models(http_request: HttpRequest, tenant: Tenant, place: Place) -> Response:
+    async def page(http_request: HttpRequest, tenant: Tenant, after: str) -> dict[str, Any]:
         base = base_of(http_request.scope)
-        return _json(await _model_list(ingress, tenant, base, *page_asked_for(http_request)))
+        return await _model_list(ingress, tenant, base, *page_asked_for(http_request, after))
+
+    async def card(http_request: HttpRequest, tenant: Tenant) -> dict[str, Any]:
+        name = name_within(base_of(http_request.scope), http_request.path_params["model_id"])
+        return await _card(ingress, tenant, name)
+
+    async def list_models(http_request: HttpRequest, tenant: Tenant, place: Place) -> Response:
+        return _json(await page(http_request, tenant, "after"))
+
+    async def list_for_anthropic(
+        http_request: HttpRequest, tenant: Tenant, place: Place
+    ) -> Response:
+        return _json(anthropic_list(await page(http_request, tenant, "after_id")))
 
     async def show_model(http_request: HttpRequest, tenant: Tenant, place: Place) -> Response:
-        name = name_within(base_of(http_request.scope), http_request.path_params["model_id"])
-        return _json(await _card(ingress, tenant, name))
+        return _json(await card(http_request, tenant))
+
+    async def show_for_anthropic(
+        http_request: HttpRequest, tenant: Tenant, place: Place
+    ) -> Response:
+        return _json(anthropic_card(await card(http_request, tenant)))
+
+    def route(path: str, doc: RouteDoc, ours: TenantHandler, theirs: TenantHandler) -> ApiRoute:
+        route = ingress.tenant_route("GET", path, ours, doc=doc)
+        form = ANTHROPIC_ERRORS
+        other = ingress.tenant_route("GET", path, theirs, form, takes_api_key=True)
+        route.app = _ByVersion(route.app, other.app)
+        return route
 
     return [
-        ingress.tenant_route("GET", "/v1/models", list_models, doc=LIST_DOC),
-        ingress.tenant_route("GET", "/v1/models/{model_id:path}", show_model, doc=CARD_DOC),
+        route("/v1/models", LIST_DOC, list_models, list_for_anthropic),
+        route("/v1/models/{model_id:path}", CARD_DOC, show_model, show_for_anthropic),
     ]
+
+
+class _ByVersion:
+    """Answers clients of Anthropic's API, which name its version, in its form."""
+
+    def __init__(self, ours: ASGIApp, theirs: ASGIApp) -> None:
+        self._ours = ours
+        self._theirs = theirs
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        is_theirs = "anthropic-version" in Headers(scope=scope)
+        await (self._theirs if is_theirs else self._ours)(scope, receive, send)
 
 
 async def _model_list(
@@ -78,13 +124,18 @@ def _base_card(ingress: Ingress, model: ServedModel) -> dict[str, Any]:
     return base_card(model.id, ingress.created, max_model_len)
 
 
-def page_asked_for(http_request: HttpRequest) -> tuple[str | None, int]:
-    """Read the id after which a list is to begin, and how long it may be. Raises ApiError."""
+def page_asked_for(http_request: HttpRequest, after: str = "after") -> tuple[str | None, int]:
+    """Read the id behind which a list is to begin, and how long it may be. Raises ApiError.
+
+    `after` is the name of the parameter with the id.
+    """
+    if "before_id" in http_request.query_params:
+        raise invalid(f"before_id is not supported: lists are read with {after}.", "before_id")
     given = http_request.query_params.get("limit", str(MAX_LISTED))
     limit = int(given) if given.isascii() and given.isdigit() and len(given) < 10 else 0
     if not 1 <= limit <= MAX_LISTED:
         raise invalid(f"limit must be in [1, {MAX_LISTED}], not {given[:20]!r}", "limit")
-    return http_request.query_params.get("after"), limit
+    return http_request.query_params.get(after), limit
 
 
 def _json(document: dict[str, Any]) -> Response:

@@ -3,7 +3,6 @@
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
-from deployments.ingress.adapter_templates import syntax_for
 from deployments.ingress.api.openai_fields import parse_request
 from deployments.ingress.api.tokens import (
     DetokenizeAnswer,
@@ -16,8 +15,6 @@ from deployments.ingress.api.tokens import (
 )
 from deployments.ingress.api_route import JSON, ApiRoute, RouteDoc
 from deployments.ingress.base_paths import as_fields, set_model
-from deployments.ingress.chat_answers import ChatAnswers
-from deployments.ingress.chat_prompt import encode_chat
 from deployments.ingress.http_errors import invalid
 from deployments.ingress.ingress import Ingress
 from deployments.ingress.model_resolver import Target
@@ -78,11 +75,7 @@ async def _tokenize(ingress: Ingress, request: TokenizeRequest, tenant: Tenant) 
 async def _tokenize_chat(
     ingress: Ingress, request: TokenizeChatRequest, tenant: Tenant
 ) -> Response:
-    target = await ingress.models.resolve(tenant, request.model)
-    split = ingress.settings.split_special_tokens is True
-    template = await ingress.own_template(target, request)
-    answers = ChatAnswers(request, await syntax_for(target, template))
-    _, token_ids = await encode_chat(answers, target, split, template)
+    target, token_ids = await ingress.encode_chat(request, tenant)
     return await _tokens(target, "messages", token_ids, request.return_token_strs is True)
 
 
