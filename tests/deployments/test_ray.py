@@ -167,7 +167,7 @@ def test_headers_of_strangers_reach_neither_the_model_nor_ray(
     connection.close()
 
 
-@pytest.mark.parametrize("client", ["openai", "lorax"])
+@pytest.mark.parametrize("client", ["openai", "anthropic", "lorax"])
 def test_the_official_clients_are_served(server: Running, client: str) -> None:
     if not CLIENTS.exists():
         pytest.skip(f"{CLIENTS} is missing: `make test` makes it")

@@ -4,6 +4,7 @@ import msgspec
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
+from deployments.ingress.adapter_templates import syntax_for
 from deployments.ingress.api.anthropic import MessagesRequest, PromptRequest
 from deployments.ingress.api.anthropic_answers import AnthropicMessage, TokenCount
 from deployments.ingress.api.anthropic_errors import ANTHROPIC_ERRORS, OVERLOADED
@@ -53,7 +54,8 @@ async def _check_thinking(ingress: Ingress, request: PromptRequest, tenant: Tena
     if not request.wants_thinking:
         return
     target = await ingress.models.resolve(tenant, request.model)
-    if not target.model.syntax.can_reason:
+    template = await ingress.own_template(target, request.chat())
+    if not (await syntax_for(target, template)).can_reason:
         raise invalid(
             "thinking.type: this model does not think: its chat template has no tags for it. "
             "Leave thinking out, or send 'adaptive'.",

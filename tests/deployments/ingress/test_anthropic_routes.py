@@ -23,6 +23,7 @@ from tests.deployments.support.fakes import (
     in_server,
 )
 from tests.deployments.support.keys import ACME, UMBRELLA, bearer, keys_file
+from tests.deployments.support.loopback import listening, run_client
 
 MESSAGES, COUNT = "/v1/messages", "/v1/messages/count_tokens"
 BODY = {"model": "base", "max_tokens": 9, "messages": [{"role": "user", "content": "SAY:Yes."}]}
@@ -244,3 +245,11 @@ def test_the_paths_of_a_base_are_anthropics_too() -> None:
         assert answer.status == 200 and answer.json["model"] == "base"
 
     in_server(test, **chatting())
+
+
+def test_the_official_client_reads_blocks_and_their_streams() -> None:
+    async def test(server: Server) -> None:
+        async with listening(server.api) as url:
+            await run_client("anthropic_client.py", url)
+
+    in_server(test, **chatting(engine=dictated(dies_at="DIE"), patience_s=0.05))

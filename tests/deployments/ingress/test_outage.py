@@ -37,7 +37,7 @@ def refuse(*arguments: object, **options: object) -> Any:
 class Acme(Everybody):
     """Everybody is the tenant acme, who has namespaces of its own to look into first."""
 
-    def identify(self, authorization: str | None) -> Tenant:
+    def identify(self, authorization: str | None, api_key: str | None = None) -> Tenant:
         return Tenant("acme", Limits())
 
 

@@ -29,8 +29,24 @@ def say(request: GenerateRequest) -> list[int]:
     return [*encode(prompt.rpartition(SAY)[2].partition(END)[0]), EOS]
 
 
-def dictated() -> FakeEngine:
-    engine = FakeEngine(say)
+class Mortal(FakeEngine):
+    """Dies at the end of an answer that has a certain word in it."""
+
+    def __init__(self, word: str) -> None:
+        super().__init__(say)
+        self._word = word
+
+    def step(self) -> None:
+        super().step()
+        for request in self.requests[-1:]:
+            answer = bytes(say(request)[:-1]).decode()
+            live = self._live.get(request.request_id)
+            if live is not None and self._word in answer[: live.num_sent]:
+                self.die()
+
+
+def dictated(dies_at: str | None = None) -> FakeEngine:
+    engine = FakeEngine(say) if dies_at is None else Mortal(dies_at)
     engine.info = replace(INFO, max_model_len=8192, vocab_size=300)
     return engine
 
