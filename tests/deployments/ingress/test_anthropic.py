@@ -397,6 +397,22 @@ def test_one_call_alone_may_be_asked_for() -> None:
     in_server(test)
 
 
+@pytest.mark.parametrize("choice", [{"type": "any"}, {"type": "tool", "name": "stock_of"}])
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_call_may_be_asked_for(choice: Any, stream: bool) -> None:
+    async def test(server: Server) -> None:
+        said = f"SAY:{CALL}"
+        message = message_of(
+            await ask(server, said, tools=TOOLS, tool_choice=choice, stream=stream)
+        )
+        assert [block["type"] for block in message["content"]] == ["tool_use"]
+        assert message["content"][0]["input"] == ARGUMENTS
+        assert message["stop_reason"] == "tool_use"
+        assert server.engine.requests[-1].sampling.grammar is not None
+
+    in_server(test)
+
+
 HABITS = {
     "metadata": {"user_id": "me"},
     "service_tier": "auto",
