@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Iterable, Sequence
-from http import HTTPStatus
 from typing import Any
 
 from pydantic import BaseModel
@@ -147,4 +146,4 @@ def _errors(route: ApiRoute) -> dict[int, str]:
 
 def written_status(form: ErrorForm, status: int) -> int:
     """Return the status that a form writes for one of ours."""
-    return form.status(ApiError(status, HTTPStatus(status).phrase))
+    return form.status(ApiError(status, ""))
