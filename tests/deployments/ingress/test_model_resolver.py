@@ -20,6 +20,7 @@ from deployments.config_sections import IngressSection
 from deployments.fleet.protocol import Hello
 from deployments.ingress import model_resolver
 from deployments.ingress.adapter_templates import AdapterTemplates
+from deployments.ingress.base_paths import name_within
 from deployments.ingress.http_errors import ApiError
 from deployments.ingress.ingress import Ingress
 from deployments.ingress.metrics import Metrics
@@ -372,6 +373,22 @@ def test_pages_put_together_are_the_whole_list(
             assert len(page) <= limit
             listed.extend(page)
     assert listed == whole
+
+
+@settings(deadline=None, max_examples=60)
+@given(PUBLISHED, st.sampled_from([("large", "small"), ("base", "acme/a")]), st.integers(1, 5))
+def test_the_list_of_one_base_is_its_part_of_the_whole_and_means_the_same_there(
+    published: list[tuple[str, str, str]], ids: tuple[str, str], limit: int
+) -> None:
+    at = models(CatalogStore(*published), **dict(zip(ids, (LARGE, SMALL), strict=True)))
+    whole = asyncio.run(at.list_adapters(ACME))
+    for base in ids:
+        listed = asyncio.run(at.list_adapters(ACME, None, limit, base))
+        assert listed == [card for card in whole if card.parent == base][:limit]
+        for card in listed:
+            target = resolve(at, name_within(base, card.id))
+            assert target.model.id == base and target.adapter_ref is not None
+            assert target.adapter_ref.digest == card.record.digest
 
 
 def test_a_page_goes_on_behind_an_adapter_that_was_retired_meanwhile() -> None:
