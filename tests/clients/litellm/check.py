@@ -3,6 +3,7 @@
 check.py <url> <base model> <adapter>
 """
 
+import asyncio
 import json
 import os
 import secrets
@@ -102,6 +103,29 @@ def check_embeddings(at: dict[str, str], base: str, adapter: str) -> None:
     assert len(vectors[0]) == len(vectors[1]) > 1 and vectors[0] != vectors[1]
 
 
+async def check_messages(url: str, base: str, adapter: str) -> None:
+    """Anthropic's interface: of Reef, and of LiteLLM in front of chat completions."""
+    for provider, address in (("anthropic", url), ("hosted_vllm", f"{url}/v1")):
+        texts = {}
+        for model in (base, adapter):
+            at = {"model": f"{provider}/{model}", "api_base": address, "api_key": "none"}
+            asked = {"messages": MESSAGES, "max_tokens": 12, "temperature": 0, **at}
+            whole = await litellm.anthropic.messages.acreate(**asked)
+            assert whole["role"] == "assistant" and whole["usage"]["output_tokens"] > 0, whole
+            texts[model] = "".join(block["text"] for block in whole["content"])
+            stream = await litellm.anthropic.messages.acreate(stream=True, **asked)
+            assert text_of([chunk async for chunk in stream]) == texts[model]
+        assert texts[base] != texts[adapter], texts
+
+
+def text_of(chunks: list[bytes]) -> str:
+    lines = b"".join(chunks).decode().splitlines()
+    events = [json.loads(line.removeprefix("data:")) for line in lines if line.startswith("data:")]
+    assert events[-1]["type"] == "message_stop", events
+    deltas = [event["delta"] for event in events if event["type"] == "content_block_delta"]
+    return "".join(delta["text"] for delta in deltas)
+
+
 # ---- the proxy -----------------------------------------------------------------------------
 
 
@@ -168,6 +192,7 @@ def main() -> None:
     with proxy(key, at, base, adapter) as proxied:
         check_proxy(proxied, key, base, adapter)
     check_embeddings(at, base, adapter)
+    asyncio.run(check_messages(url, base, adapter))
 
 
 if __name__ == "__main__":
