@@ -21,10 +21,12 @@ from deployments.ingress.surfaces.lorax import lorax_routes
 from deployments.ingress.surfaces.models import model_routes
 from deployments.ingress.surfaces.openai import openai_routes
 from deployments.ingress.surfaces.operation import operation_routes
+from deployments.ingress.surfaces.responses import responses_routes
 from deployments.ingress.surfaces.tokens import token_routes
 
 SURFACES = (
     openai_routes,
+    responses_routes,
     anthropic_routes,
     lorax_routes,
     token_routes,
