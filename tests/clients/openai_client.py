@@ -180,6 +180,24 @@ def check_streamed_call(client: OpenAI, given: dict) -> None:
     assert choice.finish_reason == "tool_calls"
 
 
+def check_responses(client: OpenAI, base: str, adapter: str) -> None:
+    fields = {"input": "Hello!", "temperature": 0, "max_output_tokens": 12}
+    texts = set()
+    for model in (base, adapter):
+        whole = client.responses.create(model=model, **fields)
+        assert whole.model == model and whole.usage.output_tokens <= 12
+        with client.responses.stream(model=model, **fields) as stream:
+            *_, last = stream
+        assert last.type == f"response.{whole.status}"
+        assert last.response.output_text == whole.output_text
+        texts.add(whole.output_text)
+        parsed = client.responses.parse(
+            model=model, input="Hello!", text_format=Answer, max_output_tokens=200, temperature=0
+        )
+        assert isinstance(parsed.output_parsed, Answer)
+    assert len(texts) == 2, "the adapter must change what is said"
+
+
 def check_models_and_errors(client: OpenAI, base: str, adapter: str) -> None:
     parents = {model.id: model.parent for model in client.models.list()}
     assert parents[base] is None and parents[adapter] == base
@@ -220,6 +238,7 @@ def main() -> None:
         check_embeddings(client, base, adapter)
         check_structured(client, base, adapter)
         check_tools(client, base, adapter)
+        check_responses(client, base, adapter)
         check_models_and_errors(client, base, adapter)
     asyncio.run(check_async(url, base, adapter))
 
