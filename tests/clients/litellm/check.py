@@ -95,6 +95,17 @@ def check_structured(at: dict[str, str], prefix: str, model: str) -> None:
         assert json.loads(function.arguments)["city"] in ("Rome", "Oslo"), answer
 
 
+def check_responses(at: dict[str, str], model: str) -> None:
+    asked = {"model": f"openai/{model}", "input": "Hello!", "temperature": 0, **at}
+    asked |= {"max_output_tokens": 16}
+    whole = litellm.responses(**asked)
+    assert 0 < whole.usage.output_tokens <= 16
+    events = list(litellm.responses(stream=True, **asked))
+    deltas = [e.delta for e in events if e.type == "response.output_text.delta"]
+    assert "".join(deltas) == whole.output[0].content[0].text
+    assert events[-1].type in ("response.completed", "response.incomplete")
+
+
 def check_embeddings(at: dict[str, str], base: str, adapter: str) -> None:
     vectors = [
         litellm.embedding(model=f"openai/{model}", input=["one", "two"], **at).data[0]["embedding"]
@@ -192,6 +203,8 @@ def main() -> None:
     with proxy(key, at, base, adapter) as proxied:
         check_proxy(proxied, key, base, adapter)
     check_embeddings(at, base, adapter)
+    for model in (base, adapter):
+        check_responses(at, model)
     asyncio.run(check_messages(url, base, adapter))
 
 

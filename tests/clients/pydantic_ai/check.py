@@ -1,4 +1,4 @@
-"""pydantic-ai's agents against a running server.
+"""pydantic-ai's agents against a running server, by way of chat and of responses.
 
 check.py <url> <base model> <adapter>
 """
@@ -9,7 +9,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic_ai import Agent, NativeOutput, ToolOutput
-from pydantic_ai.models.openai import OpenAIChatModel
+from pydantic_ai.models.openai import OpenAIChatModel, OpenAIResponsesModel
 from pydantic_ai.providers.openai import OpenAIProvider
 
 ENDLESS = {"extra_body": {"ignore_eos": True}}
@@ -75,8 +75,8 @@ async def check_tools(kind: type, provider: OpenAIProvider, model: str) -> None:
 async def main() -> None:
     url, base, adapter = f"{sys.argv[1]}/v1", *sys.argv[2:]
     provider = OpenAIProvider(base_url=url, api_key="none")
-    for kind in (OpenAIChatModel,):
-        await check_text(kind, provider, base, adapter)
+    await check_text(OpenAIChatModel, provider, base, adapter)
+    for kind in (OpenAIChatModel, OpenAIResponsesModel):
         for model in (base, adapter):
             await check_outputs(kind, provider, model)
             await check_tools(kind, provider, model)
