@@ -17,7 +17,8 @@ from deployments.config_sections import IngressSection
 from deployments.ingress.adapter_templates import AdapterTemplates, ChatRenderer, syntax_for
 from deployments.ingress.api.embeddings import EmbeddingForm, EmbeddingRequest
 from deployments.ingress.api.json_body import decode_json
-from deployments.ingress.api.openai import ChatCompletionRequest, CompletionRequest, OpenAIRequest
+from deployments.ingress.api.openai import ChatCompletionRequest, CompletionRequest
+from deployments.ingress.api.openai_request import OpenAIRequest
 from deployments.ingress.api_route import ApiRoute, RouteDoc
 from deployments.ingress.base_paths import base_of, set_model
 from deployments.ingress.chat_answers import ChatAnswers

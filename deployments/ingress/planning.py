@@ -10,13 +10,10 @@ from typing import Any
 
 from deployments.fleet.protocol import Submit
 from deployments.ingress.adapter_templates import ChatRenderer, syntax_for
-from deployments.ingress.api.openai import (
-    ChatCompletionRequest,
-    CompletionRequest,
-    OpenAIRequest,
-)
+from deployments.ingress.api.openai import ChatCompletionRequest, CompletionRequest
 from deployments.ingress.api.openai_fields import short
 from deployments.ingress.api.openai_replies import ReplyHead
+from deployments.ingress.api.openai_request import OpenAIRequest
 from deployments.ingress.bad_words import TokenIds, encode_bad_words
 from deployments.ingress.chat_answers import ChatAnswers, MakeChoice
 from deployments.ingress.chat_prompt import encode_chat
