@@ -24,6 +24,10 @@ async def encode_chat(
     check_length(vocabulary, "messages", answers.texts(), limit)
     try:
         pieces = await _chat_pieces(answers, vocabulary, split_special_tokens, own_template)
+    except RecursionError:
+        raise invalid(
+            "messages: what they or the template's variables hold is nested too deeply.", "messages"
+        ) from None
     except TemplateRefused as error:
         raise invalid(str(error), "messages") from None
     add_special = answers.request.add_special_tokens is True
@@ -42,8 +46,12 @@ async def _chat_pieces(
 ) -> list[str]:
     request = answers.request
     continue_final = request.continue_final_message is True
+    documents = answers.messages()
+    if continue_final and "content" not in documents[-1]:
+        path = f"messages[{len(documents) - 1}]"
+        raise invalid(f"{path}: a message of calls alone cannot be continued.", path)
     messages, extra = vocabulary.mark_chat(
-        answers.messages(),
+        documents,
         answers.variables(None if own_template is None else own_template.template.source),
         split_special_tokens,
         continue_final,

@@ -564,3 +564,26 @@ def test_efforts_are_given_to_templates_that_read_them() -> None:
     in_server(with_effort, saying("x"), reads)
     in_server(with_switch, saying("x"), thinks)
     in_server(without, saying("x"))
+
+
+def test_arguments_that_are_nested_too_deeply_are_refused() -> None:
+    async def test(server: Server) -> None:
+        depth = 900
+        function = {"name": "stock_of", "arguments": '{"a":' * depth + "0" + "}" * depth}
+        calls = [{"id": "a", "type": "function", "function": function}]
+        result = {"role": "tool", "tool_call_id": "a", "content": "1"}
+        messages = [USER, {"role": "assistant", "tool_calls": calls}, result]
+        answer = await ask(server, messages=messages)
+        assert answer.status == 400 and "nested too deeply" in answer.error["message"]
+
+    in_server(test, saying("x"))
+
+
+def test_a_message_of_calls_alone_cannot_be_continued() -> None:
+    async def test(server: Server) -> None:
+        calls = [{"id": "a", "type": "function", "function": {"name": "stock_of"}}]
+        messages = [USER, {"role": "assistant", "tool_calls": calls}]
+        answer = await ask(server, messages=messages, continue_final_message=True)
+        assert answer.status == 400 and answer.error["param"] == "messages[1]"
+
+    in_server(test, saying("x"))
