@@ -8,6 +8,7 @@ import uuid
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from stat import S_ISDIR
 from typing import BinaryIO
 
 from adapter_store.errors import AccessDenied, ObjectNotFound, SourceUnavailable, StoreCorrupt
@@ -216,10 +217,9 @@ def _make_folder(folder: Path) -> None:
     """Make a folder unless it is there; FileNotFoundError if it was there and has just gone."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-    except FileExistsError as error:
-        if folder.exists():
+    except FileExistsError as error:  # or another one has removed it, and perhaps made it again
+        if not S_ISDIR(folder.stat().st_mode):
             raise SourceUnavailable(f"cannot write to {folder}: it is no folder") from error
-        raise FileNotFoundError(folder) from error
 
 
 def _flush_folder(folder: Path) -> None:
