@@ -129,7 +129,7 @@ class GenerationResponse(EngineResponse):
         except Exception as error:
             failure = as_api_error(error, _what(scope))
             status = self._errors.status(failure)
-            events = self._errors.event(failure)
+            events = self._plan.reply.failing(failure, self._errors)
         await send({"type": "http.response.body", "body": events, "more_body": False})
         return status
 

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from deployments.ingress.choice import Choice
+from deployments.ingress.error_form import ErrorForm
+from deployments.ingress.http_errors import ApiError
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +69,10 @@ class Reply:
     def ending(self, usage: Usage | None) -> bytes:
         """Write what follows the last choice, with the usage if it was asked for."""
         raise NotImplementedError
+
+    def failing(self, error: ApiError, form: ErrorForm) -> bytes:
+        """Write the end of a stream that an error ends, wherever it stands."""
+        return form.event(error)
 
     def whole(self, choices: Sequence[Choice], texts: Sequence[str], usage: Usage) -> bytes:
         raise NotImplementedError

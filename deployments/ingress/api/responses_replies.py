@@ -17,17 +17,6 @@ from deployments.text.tools.call import ToolCall
 Item = dict[str, Any]
 
 
-class ResponsesErrors(ErrorForm):
-    """OpenAI's bodies; in a stream an event of its own."""
-
-    def event(self, error: ApiError) -> bytes:
-        fields = {"code": error.code, "message": error.message, "param": error.param}
-        return _event("error", {**fields, "sequence_number": 0})
-
-
-RESPONSES_ERRORS = ResponsesErrors()
-
-
 class ResponsesReply(BlockReply):
     """`echoed` are the fields of the request that an answer repeats."""
 
@@ -62,6 +51,14 @@ class ResponsesReply(BlockReply):
         status = _status(self._ended)
         response = self._response(self._items, status, usage, self._ended)
         return self._event(f"response.{status}", response=response)
+
+    def failing(self, error: ApiError, form: ErrorForm) -> bytes:
+        """Write the error, which clients raise, and the response that has failed."""
+        fields = {"code": error.code, "message": error.message, "param": error.param}
+        said = self._event("error", **fields)
+        response = self._response(self._items, "failed", None, None)
+        response["error"] = {"code": "server_error", "message": error.message}
+        return said + self._event("response.failed", response=response)
 
     def _start(self, kind: Kind) -> bytes:
         self._text = []

@@ -8,7 +8,7 @@ from starlette.responses import Response
 from deployments.ingress.api.openai_fields import parse_request
 from deployments.ingress.api.own_names import own_names
 from deployments.ingress.api.responses import ResponsesRequest
-from deployments.ingress.api.responses_replies import RESPONSES_ERRORS, ResponsesReply
+from deployments.ingress.api.responses_replies import ResponsesReply
 from deployments.ingress.api_route import ApiRoute, RouteDoc
 from deployments.ingress.ingress import Ingress, Surface
 from deployments.ingress.reply_form import ReplyForm, ReplyParts
@@ -27,14 +27,14 @@ def responses_routes(ingress: Ingress) -> list[ApiRoute]:
             surface = _surface(request, document)
             return await ingress.answer_chat(request.chat(), tenant, place, surface)
 
-    return [ingress.tenant_route("POST", RESPONSES, create, RESPONSES_ERRORS, doc=DOC)]
+    return [ingress.tenant_route("POST", RESPONSES, create, doc=DOC)]
 
 
 def _surface(request: ResponsesRequest, document: Any) -> Surface:
     def make(parts: ReplyParts) -> ResponsesReply:
         return ResponsesReply(parts.head, parts.new_call_id, _echoed(request, document))
 
-    return Surface(RESPONSES, ReplyForm("resp_", make), RESPONSES_ERRORS)
+    return Surface(RESPONSES, ReplyForm("resp_", make))
 
 
 def _echoed(request: ResponsesRequest, document: Any) -> dict[str, Any]:

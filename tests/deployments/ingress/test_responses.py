@@ -22,10 +22,10 @@ TOOL = {"type": "function", "name": "stock_of", "parameters": {"type": "object"}
 CALLED = {"type": "function_call", "call_id": "a", "name": "f", "arguments": "{}"}
 
 
-def in_server(test: Callable[[Server], Awaitable[None]]) -> None:
+def in_server(test: Callable[[Server], Awaitable[None]], **more: Any) -> None:
     async def run() -> None:
-        vocabulary = byte_vocabulary(THINKING)
-        async with serving(dictated(), vocabulary=vocabulary, ingress_settings=SETTINGS) as server:
+        settings = {"vocabulary": byte_vocabulary(THINKING), "ingress_settings": SETTINGS}
+        async with serving(more.pop("engine", dictated()), **settings, **more) as server:
             await test(server)
 
     asyncio.run(run())
@@ -64,6 +64,19 @@ def test_a_stream_ends_with_the_whole_response(said: str) -> None:
         assert streamed == whole and whole["store"] is False
 
     in_server(test)
+
+
+def test_an_error_in_a_stream_is_followed_by_the_response_that_failed() -> None:
+    async def test(server: Server) -> None:
+        events = named_events(await ask(server, "SAY:abcDIE", stream=True))
+        *begun, (name, error), (last, failed) = events
+        assert (name, last) == ("error", "response.failed")
+        assert [data["sequence_number"] for _, data in events] == list(range(len(events)))
+        response = failed["response"]
+        assert response["status"] == "failed" and response["id"] == begun[0][1]["response"]["id"]
+        assert response["error"] == {"code": "server_error", "message": error["message"]}
+
+    in_server(test, engine=dictated(dies_at="DIE"), patience_s=0.05)
 
 
 def test_items_become_the_templates_messages() -> None:
