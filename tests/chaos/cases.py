@@ -5,6 +5,7 @@ its bytes, of the HTTP around it.
 """
 
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from random import Random
 
@@ -12,8 +13,10 @@ from tests.chaos.case import JSON, Case, Header, complete
 from tests.chaos.document_changes import BYTES, DOCUMENTS
 from tests.chaos.documents import as_json, valid
 from tests.chaos.http_changes import HTTP
+from tests.chaos.surface_documents import surface_document
 
 STRANGERS = ("", "nobody", "tiny@1", "red@99", "red@", "@", "tiny:", ":red", "other:red", "a b")
+SHARE_OF_SURFACES = 0.4  # other than chats and completions
 SHARE_OF_BYTES = 0.1
 SHARE_OF_HTTP = 0.2
 
@@ -27,7 +30,12 @@ class Grammar:
 
     def case(self, seed: int, number: int) -> Case:
         rng = Random(f"{seed}/{number}")
-        path, document = valid(rng, [*self.models] * 4 + [*STRANGERS])
+        models = [*self.models] * 4 + [*STRANGERS]
+        if rng.random() < SHARE_OF_SURFACES:
+            path, document = surface_document(rng, rng.choice(models))
+        else:
+            path, document = valid(rng, models)
+        document = deepcopy(document)  # parts of it are those of other bodies, too
         changes: list[str] = []
         for _ in range(rng.choice((0, 0, 0, 1, 1, 2))):
             name, change = rng.choice(DOCUMENTS)

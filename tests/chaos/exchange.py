@@ -122,6 +122,8 @@ def _is_error(answer: Answer) -> bool:
             message = document["error_message"]
         elif fields == {"error", "error_type"}:  # LoRAX's
             message = document["error"]
+        elif fields == {"type", "error"}:  # Anthropic's
+            message = document["error"]["message"]
         else:
             error = document["error"]
             is_ours = set(error) == {"message", "type", "param", "code"}
@@ -136,14 +138,41 @@ def _stream_problem(body: bytes) -> str | None:
     *events, last = body.split(b"\n\n")
     if last or not events:
         return "the stream ends amid an event"
-    documents = [event.removeprefix(b"data: ") for event in events if not event.startswith(b":")]
-    for document in documents[:-1]:
-        if "error" in json.loads(document):
-            return f"an error before the end: {document[:200]!r}"
-    if documents[-1] == b"[DONE]":
+    parts = [_data(event) for event in events if not event.startswith(b":")]
+    *before, end = parts
+    if any(_error_of(part) for part in before[:-1]):
+        return "an error before the end"
+    failed = _error_of(end) or (_error_of(before[-1]) if before else None)
+    if failed is not None:
+        kind = failed if isinstance(failed, str) else failed["type"]
+        is_fault = kind in FAULTS
+        return f"an error event: {events[-1][:200]!r}" if is_fault else None
+    is_end = end == b"[DONE]" or _is_last(json.loads(end))
+    return None if is_end else "the stream has no end"
+
+
+FAULTS = ("server_error", "api_error", "internal_error", "incomplete_generation")
+LAST = ("message_stop", "response.completed", "response.incomplete")
+
+
+def _data(event: bytes) -> bytes:
+    """Return what an event carries, whether it has a name or not."""
+    return (
+        event.rpartition(b"data:")[2].strip() if event.startswith(b"event:") else event[5:].strip()
+    )
+
+
+def _error_of(part: bytes) -> Any:
+    """Return the error that an event tells, in the form of its API."""
+    if part == b"[DONE]":
         return None
-    error = json.loads(documents[-1]).get("error")
-    if error is None:
-        return "the stream has no end"
-    is_fault = error["type"] == "server_error"
-    return f"an error event: {documents[-1][:200]!r}" if is_fault else None
+    document = json.loads(part)
+    if document.get("type") == "error" and "error" not in document:
+        return document["code"]  # of responses
+    if "error_type" in document:
+        return document["error_type"]
+    return document.get("error")
+
+
+def _is_last(document: dict[str, Any]) -> bool:
+    return document.get("type") in LAST or document.get("generated_text") is not None

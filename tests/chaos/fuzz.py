@@ -89,7 +89,15 @@ def served(folder: Path, with_tenants: bool) -> Iterator[Server]:
         "max_model_len": MAX_MODEL_LEN,
     }
     args: dict[str, object] = {
-        "models": [{"id": MODEL, "source": str(base), "dtype": "bfloat16", "engine": engine}],
+        "models": [
+            {
+                "id": MODEL,
+                "source": str(base),
+                "dtype": "bfloat16",
+                "engine": engine,
+                "embeddings": {"pooling": "last"},
+            }
+        ],
         "adapters": {"root": f"file://{folder}/store", "disk_path": str(folder / "disk")},
         "tenancy": _tenancy(folder) if with_tenants else {},
     }
