@@ -48,6 +48,12 @@ def masks_of(allowed: dict[int, set[int]], vocab: int) -> dict[int, TokenMask]:
     return {i: mask_of(token_ids, vocab) for i, token_ids in allowed.items()}
 
 
+def without_lists(num: int, vocab: int, seed: int) -> list[ScheduledRequest]:
+    """Draw requests; the engine refuses a list of allowed tokens beside a grammar."""
+    requests = random_requests(num, vocab, seed)
+    return [request._replace(allowed_token_ids=None) for request in requests]
+
+
 def lifted(requests: list[ScheduledRequest], allowed: dict[int, set[int]]) -> None:
     """Drop the forbidden tokens of a row that allows no others."""
     for i, token_ids in allowed.items():
@@ -61,7 +67,7 @@ def lifted(requests: list[ScheduledRequest], allowed: dict[int, set[int]]) -> No
 @pytest.mark.parametrize("picker", ["torch", "native"])
 def test_masked_rows_are_sampled_as_from_logits_without_the_others(vocab: int, picker: str) -> None:
     for seed in range(3):
-        requests, logits = random_requests(ROWS, vocab, seed), random_rows(ROWS, vocab, seed)
+        requests, logits = without_lists(ROWS, vocab, seed), random_rows(ROWS, vocab, seed)
         allowed = random_sets(vocab, seed)
         chosen: Picker | None = NativePicker(Context(threads=1)) if picker == "native" else None
         found = sample(requests, logits.clone(), chosen, masks_of(allowed, vocab))
@@ -76,7 +82,7 @@ def test_masked_rows_are_sampled_as_from_logits_without_the_others(vocab: int, p
 @pytest.mark.parametrize("vocab", [5, 33, 258, 1501])
 def test_the_device_masks_rows_like_the_host(vocab: int) -> None:
     for seed in range(3):
-        requests, logits = random_requests(ROWS, vocab, seed), random_rows(ROWS, vocab, seed)
+        requests, logits = without_lists(ROWS, vocab, seed), random_rows(ROWS, vocab, seed)
         masks = masks_of(random_sets(vocab, seed), vocab)
         expected = sample(requests, logits.clone(), None, masks)
         sampled = DeviceSampler(HostDevice()).sample(

@@ -57,6 +57,7 @@ def test_a_read_only_folder_falls_back_to_the_users_cache(
     assert ensure_library() == path and path.stat().st_mtime_ns == made, "compiled once"
 
 
+@pytest.mark.slow  # it compiles everything
 def test_a_wheel_brings_the_library_and_its_sources(tmp_path: Path) -> None:
     _need_a_compiler()
     shutil.copytree(
