@@ -327,9 +327,14 @@ def test_adapters_and_kv_blocks_share_one_memory(
     names = ["everything", "rslora", "large", "patterns"] * 3
     requests = [request_for(f"r{i}", adapters[n], 3 + 4 * i, 24) for i, n in enumerate(names)]
     expected = {k: r.token_ids for k, r in run(make_engine(tiny.folder), requests).items()}
-    tight = make_engine(tiny.folder, memory_bytes=2**19, max_model_len=128)
-    assert {k: r.token_ids for k, r in run(tight, requests).items()} == expected
-    assert tight.stats.total_preemptions > 0
+    num_preemptions = 0
+    for _ in range(10):  # whether there is need for one depends on when adapters arrive
+        tight = make_engine(tiny.folder, memory_bytes=2**19, max_model_len=128)
+        assert {k: r.token_ids for k, r in run(tight, requests).items()} == expected
+        num_preemptions += tight.stats.total_preemptions
+        if num_preemptions:
+            break
+    assert num_preemptions > 0
     assert len(tight.stats.resident_adapters) < 4
 
 
