@@ -14,7 +14,13 @@ import msgspec
 
 from deployments.ingress.api.embeddings import EmbeddingForm, Vector
 from deployments.ingress.api.lorax import NUM_SEEDS, LoraxRequest
-from deployments.ingress.api.openai_replies import LOWEST_LOGPROB, OpenAIReply, event
+from deployments.ingress.api.openai_replies import (
+    OpenAIReply,
+    encode_json,
+    event,
+    finite,
+    finite_logprob,
+)
 from deployments.ingress.api.reply import Times, Usage
 from deployments.ingress.choice import Choice, TokenEntry
 from deployments.ingress.error_form import ErrorForm
@@ -142,17 +148,12 @@ class LoraxReply(OpenAIReply):
         num = len(choice.unsent_entries) - num_kept
         entries, choice.unsent_entries[:] = choice.unsent_entries[:num], choice.unsent_entries[num:]
         tokens = self._tokens(choice, entries)
-        return b"".join(
-            event({"token": t, "generated_text": None, "details": None}) for t in tokens
-        )
+        return b"".join(map(_token_event, tokens))
 
     def closing(self, choice: Choice) -> bytes:
         """Write the events of the tokens that are left; with the last one, how it ended."""
         before = choice.unsent_entries[:-1]
-        events = [
-            event({"token": t, "generated_text": None, "details": None})
-            for t in self._tokens(choice, before)
-        ]
+        events = [_token_event(token) for token in self._tokens(choice, before)]
         [token] = self._tokens(choice, choice.unsent_entries[-1:], is_end=True)
         details = None
         if self._asked.details:
@@ -176,7 +177,7 @@ class LoraxReply(OpenAIReply):
         """Write the likeliest answer per token, with all others in its details."""
         self._prefill_logprobs = choices[0].prompt_logprobs
         pairs = list(zip(choices, texts, strict=True))
-        best = max(pairs, key=lambda pair: self._mean_logprob(pair[0])) if pairs[1:] else pairs[0]
+        best = max(pairs, key=lambda pair: pair[0].mean_logprob) if pairs[1:] else pairs[0]
         self._best = best[0]
         document: dict[str, Any] = {"generated_text": self._request.prefix + best[1]}
         if self._asked.wants_details:
@@ -185,7 +186,7 @@ class LoraxReply(OpenAIReply):
                 others = [pair for pair in pairs if pair is not best]
                 sequences = [self._sequence(*pair) for pair in others]
                 document["details"]["best_of_sequences"] = sequences
-        return _encode([document] if self._request.is_listed else document)
+        return encode_json([document] if self._request.is_listed else document).encode()
 
     def _details(self, choice: Choice, text: str) -> dict[str, Any]:
         sequence = self._sequence(choice, text)
@@ -210,13 +211,9 @@ class LoraxReply(OpenAIReply):
         logprobs = self._prefill_logprobs or [None] * len(prompt)  # nothing precedes an only token
         text_of = self._vocabulary.token_text
         return [
-            {"id": token_id, "text": text_of(token_id), "logprob": _logprob(entry)}
+            {"id": token_id, "text": text_of(token_id), "logprob": finite_logprob(entry)}
             for token_id, entry in zip(prompt, logprobs, strict=True)
         ]
-
-    def _mean_logprob(self, choice: Choice) -> float:
-        values = [_logprob(entry.logprobs) or 0.0 for entry in choice.unsent_entries]
-        return sum(values) / max(1, len(values))
 
     # ---- tokens --------------------------------------------------------------------------
 
@@ -238,13 +235,13 @@ class LoraxReply(OpenAIReply):
         token: dict[str, Any] = {
             "id": entry.token_id,
             "text": text,
-            "logprob": _logprob(entry.logprobs),
+            "logprob": finite_logprob(entry.logprobs),
             "special": self._vocabulary.is_special(entry.token_id),
         }
         if self._asked.return_k_alternatives is not None and entry.logprobs is not None:
             text_of = self._vocabulary.token_text
             token["alternative_tokens"] = [
-                {"id": token_id, "text": text_of(token_id), "logprob": _finite(logprob)}
+                {"id": token_id, "text": text_of(token_id), "logprob": finite(logprob)}
                 for token_id, logprob in entry.logprobs.top
             ]
         return {**token, "skipped": False}
@@ -269,13 +266,6 @@ def _finish_reason(choice: Choice) -> str:
     return "stop_sequence" if isinstance(choice.stop_reason, str) else "eos_token"
 
 
-def _logprob(logprobs: TokenLogprobs | None) -> float | None:
-    return None if logprobs is None else _finite(logprobs.logprob)
-
-
-def _finite(logprob: float) -> float:
-    return max(logprob, LOWEST_LOGPROB)
-
-
-def _encode(document: object) -> bytes:
-    return json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode()
+def _token_event(token: dict[str, Any]) -> bytes:
+    """Write an event that is not the last."""
+    return event({"token": token, "generated_text": None, "details": None})

@@ -18,8 +18,8 @@ from engine.messages import TokenLogprobs
 DONE = b"data: [DONE]\n\n"
 LOWEST_LOGPROB = -9999.0  # JSON has no infinity
 
-_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
-_encode_text = encode_basestring  # what _encode comes to for a string, in C
+encode_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+_encode_text = encode_basestring  # what encode_json comes to for a string, in C
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,7 @@ class ReplyHead:
 
 
 def event(document: object) -> bytes:
-    return f"data: {_encode(document)}\n\n".encode()
+    return f"data: {encode_json(document)}\n\n".encode()
 
 
 class OpenAIReply(Reply):
@@ -84,7 +84,7 @@ class OpenAIReply(Reply):
         head = self._head.document(self.whole_object)
         extra = self._whole_extra(choices)
         body = {**head, "choices": documents, "usage": usage.document(), **extra}
-        return _encode(body).encode()
+        return encode_json(body).encode()
 
     def _chunk(self, choice: dict[str, Any], num_tokens: int = 0, **more: Any) -> bytes:
         """Write a chunk of one choice, which has so many tokens by now."""
@@ -101,7 +101,7 @@ class OpenAIReply(Reply):
         """Encode what comes before and after the text in a plain chunk of this choice."""
         mark = "\x00"
         chunk = self._chunk(self._bare_choice(index, mark)).decode()
-        before, after = chunk.split(_encode(mark))
+        before, after = chunk.split(encode_json(mark))
         frame = self._frames[index] = (before.encode(), after.encode())
         return frame
 
@@ -156,7 +156,7 @@ class OpenAIReply(Reply):
             named.setdefault(other, (logprob, rank))
         text_of = self._vocabulary.token_text
         return {
-            str(i): {"logprob": _finite(logprob), "rank": rank, "decoded_token": text_of(i)}
+            str(i): {"logprob": finite(logprob), "rank": rank, "decoded_token": text_of(i)}
             for i, (logprob, rank) in named.items()
         }
 
@@ -204,7 +204,7 @@ class ChatReply(OpenAIReply):
         raw = self._vocabulary.token_bytes(token_id)
         return {
             "token": self._token_text(token_id),
-            "logprob": _finite(logprob),
+            "logprob": finite(logprob),
             "bytes": list(raw),
         }
 
@@ -232,7 +232,7 @@ class CompletionReply(OpenAIReply):
         text_of = self._token_text
         return {
             "tokens": [text_of(entry.token_id) for entry in entries],
-            "token_logprobs": [_logprob(entry.logprobs) for entry in entries],
+            "token_logprobs": [finite_logprob(entry.logprobs) for entry in entries],
             "top_logprobs": [self._top(entry) for entry in entries],
             "text_offset": [entry.text_offset for entry in entries],
         }
@@ -244,14 +244,15 @@ class CompletionReply(OpenAIReply):
         top: dict[str, float] = {}
         # Two tokens may have the same text: the likelier one is named. The chosen one always is.
         for token_id, value in entry.logprobs.top:
-            top.setdefault(text_of(token_id), _finite(value))
-        top.setdefault(text_of(entry.token_id), _finite(entry.logprobs.logprob))
+            top.setdefault(text_of(token_id), finite(value))
+        top.setdefault(text_of(entry.token_id), finite(entry.logprobs.logprob))
         return top
 
 
-def _logprob(logprobs: TokenLogprobs | None) -> float | None:
-    return None if logprobs is None else _finite(logprobs.logprob)
+def finite_logprob(logprobs: TokenLogprobs | None) -> float | None:
+    return None if logprobs is None else finite(logprobs.logprob)
 
 
-def _finite(logprob: float) -> float:
+def finite(logprob: float) -> float:
+    """Write a logprob that JSON can hold."""
     return max(logprob, LOWEST_LOGPROB)
