@@ -25,6 +25,7 @@ from tests.engine.support.driver import (
     prompt_of,
     run,
     write_adapter,
+    write_adapters,
 )
 from tests.engine.support.tiny import Tiny, write_tiny
 
@@ -50,11 +51,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
 
 @pytest.fixture(scope="module")
 def adapters(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> dict[str, AdapterFolder]:
-    root = tmp_path_factory.mktemp("adapters")
-    return {
-        name: write_adapter(tiny.folder, root / name, seed, **config)
-        for seed, (name, config) in enumerate(CONFIGS.items())
-    }
+    return write_adapters(tiny.folder, tmp_path_factory.mktemp("adapters"), CONFIGS)
 
 
 def peft_model(tiny: Tiny, adapter: AdapterFolder | None) -> torch.nn.Module:

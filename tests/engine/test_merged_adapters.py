@@ -18,7 +18,7 @@ from adapter_store.merged_folder import MergedAdapter
 from adapter_store.merging import random_mask
 from adapter_store.recipes import Recipe, make_recipe
 from engine.messages import AdapterFolder, GenerateRequest
-from tests.engine.support.driver import greedy, make_engine, prompt_of, run, write_adapter
+from tests.engine.support.driver import greedy, make_engine, prompt_of, run, write_adapters
 from tests.engine.support.tiny import Tiny, write_tiny
 
 BASE = "b" * 64
@@ -39,11 +39,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
 
 @pytest.fixture(scope="module")
 def adapters(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> dict[str, AdapterFolder]:
-    root = tmp_path_factory.mktemp("adapters")
-    return {
-        name: write_adapter(tiny.folder, root / name, seed, **config)
-        for seed, (name, config) in enumerate(CONFIGS.items())
-    }
+    return write_adapters(tiny.folder, tmp_path_factory.mktemp("adapters"), CONFIGS)
 
 
 def combine(recipe: Recipe, adapters: dict[str, AdapterFolder], folder: Path) -> AdapterFolder:

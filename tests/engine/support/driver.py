@@ -1,7 +1,7 @@
 """Runs an Engine until all requests end, collects results, and makes PEFT folders."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -96,6 +96,16 @@ def write_adapter(base: Path, folder: Path, seed: int = 0, **config: Any) -> Ada
                 parameter.copy_(noise * 0.7 * parameter.shape[1] ** -0.5)
     model.save_pretrained(folder)
     return AdapterFolder(f"digest-of-{folder.name}", str(folder))
+
+
+def write_adapters(
+    base: Path, folder: Path, configs: Mapping[str, Mapping[str, Any]]
+) -> dict[str, AdapterFolder]:
+    """Write an adapter for each config below `folder`, each from a seed of its own."""
+    return {
+        name: write_adapter(base, folder / name, seed, **config)
+        for seed, (name, config) in enumerate(configs.items())
+    }
 
 
 def write_mixed_adapters(base: Path, folder: Path) -> list[AdapterFolder]:
