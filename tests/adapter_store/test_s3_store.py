@@ -562,9 +562,17 @@ def test_a_file_that_changes_while_it_is_uploaded_leaves_nothing(
 def test_an_upload_that_fails_midway_leaves_nothing(
     direct: S3Store, root: Root, swift: Swift, tmp_path: Path
 ) -> None:
+    others = threading.Semaphore(0)  # parts that have arrived; Swift makes an abort wait for them
+
     def refuse_the_second_part(request: Request, forward: Forward) -> Reply:
-        is_second = "partNumber=2&" in f"{request.path}&"
-        return Reply(403, {"content-length": "0"}) if is_second else forward()
+        if "partNumber=2&" in f"{request.path}&":
+            for _ in range(len(LARGE) // PART_BYTES):
+                others.acquire()
+            return Reply(403, {"content-length": "0"})
+        reply = forward()
+        if "partNumber=" in request.path:
+            others.release()
+        return reply
 
     with (
         Forwarder(swift.endpoint_url, refuse_the_second_part) as forwarder,
