@@ -29,6 +29,7 @@ from engine.grammar.grammars import Grammars, refusal_of_model
 from engine.grammar.link import Tokens
 from engine.grammar.masks import StepMasks
 from engine.lora.host_cache import HostAdapter, HostCache, Loaded
+from engine.lora.kinds import check_kinds
 from engine.lora.weights import AdapterLoadError, AdapterUnreadable, load_lora
 from engine.messages import (
     AdapterFolder,
@@ -404,7 +405,9 @@ class Engine:
     def _load_adapter(self, adapter_folder: AdapterFolder) -> HostAdapter:
         """Load and pack an adapter; called in the host cache's threads."""
         s = self.settled
-        packed = self.model.pack_adapter(load_lora(adapter_folder, self.model.lora_sites, s.dtype))
+        weights = load_lora(adapter_folder, self.model.lora_sites, s.dtype)
+        check_kinds(weights, s.spec.vocab_size, self.model.kinds, self.model.kernels)
+        packed = self.model.pack_adapter(weights)
         most, name = self.config.adapter_memory_bytes, "adapter_memory_bytes"
         if most is None:
             most, name = s.memory_bytes, "memory_bytes"

@@ -9,6 +9,7 @@ from engine.announcer import Announcer
 from engine.backends.runner import Runner
 from engine.config import EngineConfig
 from engine.lora.host_cache import HostAdapter
+from engine.lora.kinds import Kind
 from engine.lora.weights import LoraWeights
 from engine.model.decoder import Decoder
 from engine.model.layers import Build, LoraSite
@@ -24,6 +25,7 @@ class LoadedModel:
     weight_bytes: int
     kernels: str  # one of native-avx512, native-avx2, triton or torch
     max_adapters: int | None = None  # on the device at a time
+    kinds: frozenset[Kind] = frozenset()  # what of adapters is computed beside their factors
 
 
 def read_decoder(

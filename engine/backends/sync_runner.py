@@ -19,7 +19,6 @@ from engine.backends.sampler import (
 )
 from engine.messages import TokenLogprobs
 from engine.scheduler.batch import AdapterLoad, Move, ScheduledBatch, ScheduledRequest
-from engine.scheduler.request import SamplingParams
 
 
 class ForwardPass(Protocol):
@@ -40,8 +39,12 @@ class ForwardPass(Protocol):
         which stay valid until the next call."""
         ...
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Compute logits: hidden [M, E] -> [M, V] in float32."""
+    def logits(self, hidden: Tensor, adapter_slots: Sequence[int]) -> Tensor:
+        """Compute logits: hidden [M, E], each row with its adapter -> [M, V] in float32.
+
+        V is the base's, or that of the row's adapter with most token ids; where a row's own adapter
+        has no such id, its logit is -inf.
+        """
         ...
 
     @property
@@ -107,7 +110,7 @@ class SyncRunner:
             return []
         last = [spans[i][1] - 1 for i in chosen]
         rows = hidden if last == list(range(len(hidden))) else hidden[torch.tensor(last)]
-        logits = self.model.logits(rows)
+        logits = self.model.logits(rows, [requests[i].adapter_slot for i in chosen])
         allowed = None if masks is None else masks.wait()
         if allowed:
             allowed = {at: allowed[i] for at, i in enumerate(chosen) if i in allowed}
@@ -121,19 +124,17 @@ class SyncRunner:
     ) -> list[list[TokenLogprobs]]:
         """Compute log-probabilities for the prompt targets of each request that has any."""
         return [
-            self._score(hidden[start:end], request.prompt_targets, request.sampling)
+            self._score(hidden[start:end], request)
             for request, (start, end) in zip(requests, spans, strict=True)
             if request.prompt_targets
         ]
 
-    def _score(
-        self, hidden: Tensor, targets: list[int], sampling: SamplingParams
-    ) -> list[TokenLogprobs]:
-        num_top = sampling.prompt_logprobs or 0
+    def _score(self, hidden: Tensor, request: ScheduledRequest) -> list[TokenLogprobs]:
+        targets, num_top = request.prompt_targets or [], request.sampling.prompt_logprobs or 0
         entries: list[TokenLogprobs] = []
         for i in range(0, len(targets), LOGITS_ROWS):
             few = targets[i : i + LOGITS_ROWS]
-            logits = self.model.logits(hidden[i : i + len(few)])
+            logits = self.model.logits(hidden[i : i + len(few)], [request.adapter_slot] * len(few))
             picked = target_logprobs(logits, few, num_top)
             ranks = target_ranks(logits, torch.tensor(few, device=logits.device)).tolist()
             entries += [

@@ -5,8 +5,8 @@ Modules that read the same input (q, k, v; gate, up) share one site and its A. I
 backend needs another layout, its `pack_adapter` makes it.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from adapter_store.errors import AdapterStoreError
 from adapter_store.manifest import LoraModule, read_lora_layout
+from engine.lora.overlay import Overlay
 from engine.messages import AdapterFolder
 from engine.model.checkpoint import PREFIX
 from engine.model.decoder import LoraSite
@@ -33,18 +34,29 @@ class AdapterUnreadable(Exception):
 
 @dataclass(frozen=True, slots=True)
 class SiteWeights:
-    """A site's factors: rows [r0, r1) of `a` and their B give output columns [out0, out1)."""
+    """What an adapter makes of a site's output y: y * scale + shift + (x A^T) B.
+
+    Rows [r0, r1) of `a` and their B give output columns [out0, out1). `scale` and `shift` are
+    float32 over all outputs of the site, 1 and 0 where the adapter has none. A site may have them
+    and no factors: then `a` is [0, in].
+    """
 
     a: torch.Tensor  # [R, in]
     expands: tuple[Expand, ...]
+    scale: torch.Tensor | None = None  # [out]; None: 1 everywhere
+    shift: torch.Tensor | None = None  # [out]; None: 0 everywhere
 
     def to(self, device: torch.device) -> "SiteWeights":
         expands = tuple((*e[:4], e[4].to(device, non_blocking=True)) for e in self.expands)
-        return SiteWeights(self.a.to(device, non_blocking=True), expands)
+        scale, shift = (
+            None if t is None else t.to(device, non_blocking=True) for t in (self.scale, self.shift)
+        )
+        return SiteWeights(self.a.to(device, non_blocking=True), expands, scale, shift)
 
     @property
     def nbytes(self) -> int:
-        return self.a.nbytes + sum(b.nbytes for *_, b in self.expands)
+        affine = sum(t.nbytes for t in (self.scale, self.shift) if t is not None)
+        return self.a.nbytes + sum(b.nbytes for *_, b in self.expands) + affine
 
 
 Sites = dict[Site, SiteWeights]
@@ -52,16 +64,29 @@ Sites = dict[Site, SiteWeights]
 
 @dataclass(frozen=True, slots=True)
 class LoraWeights:
-    """One adapter, each site at its own rank; sites that it does not target are absent."""
+    """One adapter, each site at its own rank; what it does not change is absent.
+
+    `norms` are whole weights, by the module's name (model.layers.0.input_layernorm), in the form
+    that RmsNorm keeps: with the model's offset added, in float32 if there is one.
+    """
 
     digest: str
     sites: Sites
     nbytes: int
+    norms: Mapping[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor])
+    embedding: Overlay | None = None
+    head: Overlay | None = None
 
     def to(self, device: torch.device) -> "LoraWeights":
         if device.type == "cpu":
             return self
-        return replace(self, sites={k: s.to(device) for k, s in self.sites.items()})
+        return replace(
+            self,
+            sites={key: site.to(device) for key, site in self.sites.items()},
+            norms={name: norm.to(device) for name, norm in self.norms.items()},
+            embedding=None if self.embedding is None else self.embedding.to(device),
+            head=None if self.head is None else self.head.to(device),
+        )
 
 
 def load_lora(

@@ -1,6 +1,7 @@
 """Tests the engine against transformers, and for independence of batch mates."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 from engine.backends.runner import DeviceLost
+from engine.lora.weights import LoraWeights
 from engine.messages import AdapterFolder, ErrorKind, GenerateRequest
 from engine.scheduler.request import InvalidRequest, SamplingParams
 from tests.engine.support.driver import (
@@ -301,7 +303,8 @@ def test_a_device_that_is_lost_while_an_adapter_is_read_is_noticed(
 
     engine.model = replace(engine.model, pack_adapter=fail)
     monkeypatch.setattr(torch.cuda, "synchronize", fail)
-    monkeypatch.setattr("engine.engine.load_lora", lambda *_, **__: None)
+    nothing = LoraWeights("d" * 64, {}, 0)
+    monkeypatch.setattr("engine.engine.load_lora", lambda *_, **__: nothing)
     adapter = AdapterFolder("d" * 64, "/nowhere")
     engine.add_request(GenerateRequest("lost", prompt_of(9), greedy(9), adapter_folder=adapter))
     with pytest.raises(DeviceLost, match="cuda is lost"):
@@ -323,8 +326,8 @@ def test_logits_that_are_not_finite_end_only_their_own_request(tiny: Tiny) -> No
     engine = make_engine(tiny.folder)
     logits = engine.runner.model.logits
 
-    def poisoned(hidden: torch.Tensor) -> torch.Tensor:
-        values = logits(hidden)
+    def poisoned(hidden: torch.Tensor, adapter_slots: Sequence[int]) -> torch.Tensor:
+        values = logits(hidden, adapter_slots)
         values[0] = torch.nan
         return values
 

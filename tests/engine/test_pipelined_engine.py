@@ -1,6 +1,6 @@
 """Tests the engine's step loop with pipelining: answers equal those without."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -255,10 +255,10 @@ def test_logits_that_are_not_finite_end_only_their_own_request(ahead: MakeEngine
     engine = ahead()
     logits, num_calls = late(engine).model.logits, 0
 
-    def poisoned(hidden: torch.Tensor) -> torch.Tensor:
+    def poisoned(hidden: torch.Tensor, adapter_slots: Sequence[int]) -> torch.Tensor:
         nonlocal num_calls
         num_calls += 1
-        values = logits(hidden)
+        values = logits(hidden, adapter_slots)
         if num_calls == 2:
             values[0] = torch.nan
         return values

@@ -56,7 +56,7 @@ class NativeForward:
         arrays = self._step(batch, output_rows)
         return self._decoder.program.profile(arrays.step)
 
-    def logits(self, hidden: Tensor) -> Tensor:
+    def logits(self, hidden: Tensor, adapter_slots: Sequence[int]) -> Tensor:
         return self._decoder.logits(hidden)
 
     def _step(self, batch: ScheduledBatch, output_rows: list[int]) -> StepArrays:

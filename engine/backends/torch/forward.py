@@ -40,5 +40,5 @@ class TorchForward:
         hidden = self._decoder(inputs, self._kv_cache)
         return hidden[torch.tensor(output_rows, dtype=torch.long, device=self.device)]
 
-    def logits(self, hidden: Tensor) -> Tensor:
+    def logits(self, hidden: Tensor, adapter_slots: Sequence[int]) -> Tensor:
         return self._decoder.logits(hidden)
