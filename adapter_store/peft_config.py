@@ -7,20 +7,18 @@ value: an adapter is served as PEFT would run it, or not at all.
 
 import json
 import math
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 from adapter_store.errors import AdapterInvalid
+from adapter_store.patterns import Budget, Pattern, compile_pattern
 from adapter_store.safetensors_file import unique_keys
 
 CONFIG_NAME = "adapter_config.json"
 MAX_CONFIG_BYTES = 4 * 2**20
 MAX_LORA_RANK = 1024
 MAX_LORA_ALPHA = 1e6
-MAX_PATTERN_CHARS = 4096
-MAX_QUANTIFIERS = 5  # per pattern: matching time grows with (length of a name) ** quantifiers
 
 # Read below: together with the tensors they define the mathematics.
 UNDERSTOOD_KEYS = (
@@ -64,23 +62,23 @@ NEUTRAL_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 class Targets:
     """Select the modules that PEFT would wrap."""
 
-    modules: re.Pattern[str] | frozenset[str]  # a pattern of whole names, or suffixes of names
-    excluded: re.Pattern[str] | frozenset[str]
+    modules: Pattern | frozenset[str]  # a pattern of whole names, or suffixes of names
+    excluded: Pattern | frozenset[str]
     layers: frozenset[int]  # empty: all of them
-    layer_patterns: tuple[re.Pattern[str], ...]
+    layer_patterns: tuple[Pattern, ...]
 
     def include(self, module: str) -> bool:
         """Check whether PEFT would wrap the module of this name."""
         if _names(self.excluded, module):
             return False
-        if isinstance(self.modules, re.Pattern) or not self.layers or module in self.modules:
+        if isinstance(self.modules, Pattern) or not self.layers or module in self.modules:
             return _names(self.modules, module)
         return _names(self.modules, module) and self._layer(module) in self.layers
 
     def _layer(self, module: str) -> int | None:
         for pattern in self.layer_patterns:
-            if match := pattern.match(module):
-                return int(match["layer"]) if match["layer"] else None
+            if (layer := pattern.group(module, "idx")) is not None:
+                return int(layer) if layer else None
         return None
 
 
@@ -91,8 +89,8 @@ class LoraSettings:
     r: int
     lora_alpha: float
     use_rslora: bool
-    rank_pattern: tuple[tuple[re.Pattern[str], int], ...]
-    alpha_pattern: tuple[tuple[re.Pattern[str], float], ...]
+    rank_pattern: tuple[tuple[Pattern, int], ...]
+    alpha_pattern: tuple[tuple[Pattern, float], ...]
     targets: Targets
 
     def lora_rank(self, module: str) -> int:
@@ -131,6 +129,7 @@ def read_settings(folder: Path) -> LoraSettings:
 
 def _settings(config: dict[str, Any]) -> LoraSettings:
     _refuse_unserved(config)
+    budget = Budget()
     rank_pattern: dict[str, Any] = _mapping(config, "rank_pattern")
     alpha_pattern: dict[str, Any] = _mapping(config, "alpha_pattern")
     return LoraSettings(
@@ -138,14 +137,14 @@ def _settings(config: dict[str, Any]) -> LoraSettings:
         lora_alpha=_alpha("lora_alpha", config.get("lora_alpha", 8)),
         use_rslora=_flag(config, "use_rslora"),
         rank_pattern=tuple(
-            (_suffix("rank_pattern", key), _rank(f"rank_pattern[{key!r}]", value))
+            (_suffix("rank_pattern", key, budget), _rank(f"rank_pattern[{key!r}]", value))
             for key, value in rank_pattern.items()
         ),
         alpha_pattern=tuple(
-            (_suffix("alpha_pattern", key), _alpha(f"alpha_pattern[{key!r}]", value))
+            (_suffix("alpha_pattern", key, budget), _alpha(f"alpha_pattern[{key!r}]", value))
             for key, value in alpha_pattern.items()
         ),
-        targets=_targets(config),
+        targets=_targets(config, budget),
     )
 
 
@@ -176,21 +175,22 @@ def _refuse_unserved(config: dict[str, Any]) -> None:
             )
 
 
-def _targets(config: dict[str, Any]) -> Targets:
+def _targets(config: dict[str, Any], budget: Budget) -> Targets:
     modules, layers = config.get("target_modules"), _layers(config.get("layers_to_transform"))
     if modules is None:
         raise AdapterInvalid("target_modules is missing: name the modules that the adapter changes")
     if isinstance(modules, str) and layers:
         raise AdapterInvalid(f"layers_to_transform={layers} needs target_modules to be a list")
     layer_patterns = [
-        _compile("layers_pattern", pattern, rf"(?:^|.*?\.){pattern}\.(?P<layer>\d+)\.")
+        _layer_pattern(pattern, rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\.", budget)
         for pattern in _listed(config.get("layers_pattern") or [])
     ]
     return Targets(
-        modules=_module_names("target_modules", modules),
-        excluded=_module_names("exclude_modules", config.get("exclude_modules") or []),
+        modules=_module_names("target_modules", modules, budget),
+        excluded=_module_names("exclude_modules", config.get("exclude_modules") or [], budget),
         layers=frozenset(layers),
-        layer_patterns=tuple(layer_patterns) or (re.compile(r".*?\.[^.]*\.(?P<layer>\d+)\."),),
+        layer_patterns=tuple(layer_patterns)
+        or (_layer_pattern("", r".*?\.[^.]*\.(?P<idx>\d+)\.", budget),),
     )
 
 
@@ -201,10 +201,14 @@ def _layers(value: Any) -> list[int]:
     return layers
 
 
-def _module_names(key: str, value: Any) -> re.Pattern[str] | frozenset[str]:
+def _layer_pattern(pattern: Any, expression: str, budget: Budget) -> Pattern:
+    return compile_pattern("layers_pattern", pattern, budget, expression)
+
+
+def _module_names(key: str, value: Any, budget: Budget) -> Pattern | frozenset[str]:
     if isinstance(value, str):
         all_linear = key == "target_modules" and value.lower() == "all-linear"
-        return _compile(key, value, ".*" if all_linear else value)
+        return compile_pattern(key, ".*" if all_linear else value, budget)
     if not all(isinstance(name, str) for name in _listed(value)):
         raise AdapterInvalid(f"{key}={value!r} must be a list of module names or one pattern")
     return frozenset(_listed(value))
@@ -214,34 +218,17 @@ def _listed(value: Any) -> list[Any]:
     return cast("list[Any]", value) if isinstance(value, list) else [value]
 
 
-def _names(names: re.Pattern[str] | frozenset[str], module: str) -> bool:
+def _names(names: Pattern | frozenset[str], module: str) -> bool:
     """Match as PEFT does: a pattern the whole name, a listed name all of it or its last parts."""
-    if isinstance(names, re.Pattern):
-        return names.fullmatch(module) is not None
+    if isinstance(names, Pattern):
+        return names.fullmatch(module)
     parts = module.split(".")
     return any(".".join(parts[start:]) in names for start in range(len(parts)))
 
 
-def _suffix(key: str, pattern: str) -> re.Pattern[str]:
+def _suffix(key: str, pattern: str, budget: Budget) -> Pattern:
     """Compile a key of rank_pattern or alpha_pattern, which PEFT matches with the end of a name."""
-    return _compile(key, pattern, rf"(.*\.)?({pattern})$")
-
-
-def _compile(key: str, pattern: Any, expression: str) -> re.Pattern[str]:
-    """Compile an untrusted pattern; AdapterInvalid if matching it could take very long."""
-    if not isinstance(pattern, str) or len(pattern) > MAX_PATTERN_CHARS:
-        raise AdapterInvalid(f"{key}: a pattern must be at most {MAX_PATTERN_CHARS} characters")
-    bare = re.sub(r"\\.", "", pattern)
-    num_quantifiers = len(re.findall(r"[*+{]|(?<![(*+?}])\?", bare))
-    if re.search(r"\)[*+{]", bare) or num_quantifiers > MAX_QUANTIFIERS:
-        raise AdapterInvalid(
-            f"{key}: {pattern!r} is too complex: it must repeat no group and have at most "
-            f"{MAX_QUANTIFIERS} of * + ? {{"
-        )
-    try:
-        return re.compile(expression)
-    except (re.error, RecursionError) as error:
-        raise AdapterInvalid(f"{key}: {pattern!r} is not a valid pattern: {error}") from error
+    return compile_pattern(key, pattern, budget, rf"(.*\.)?({pattern})$")
 
 
 def _mapping(config: dict[str, Any], key: str) -> dict[str, Any]:
