@@ -45,6 +45,7 @@ class DeviceAdapterBank:
         self._num_processors = num_processors or launch.num_processors(arena.device)
         self._extents: dict[int, tuple[AdapterExtent, int]] = {}  # by slot, with its offset
         self._ranks = np.zeros((len(self._table.kinds), max_slots + 1), np.int32)
+        self._affine = np.zeros(self._ranks.shape, np.bool_)
         self._last_plan: tuple[Words, Words] | None = None  # the rows' slots and their work list
         self._allocate([self._shape(rows) for rows in self.row_capacities])
 
@@ -86,6 +87,7 @@ class DeviceAdapterBank:
         self._table.check(extent)
         _write(self._memory.table[slot], self._table.records(offset_bytes, extent))
         self._ranks[:, slot] = self._table.ranks(extent)
+        self._affine[:, slot] = self._table.affine(extent)
         self._extents[slot] = extent, offset_bytes
 
     def move(self, slot: int, offset_bytes: int) -> None:
@@ -136,7 +138,7 @@ class DeviceAdapterBank:
             raise ValueError(
                 f"a batch with {len(used)} adapters; at most {self._max_adapters} are allowed"
             )
-        words = build_words(self._shape(slots.size), slots, self._ranks)
+        words = build_words(self._shape(slots.size), slots, self._ranks, self._affine)
         self._last_plan = slots.copy(), words
         return words
 
@@ -200,7 +202,7 @@ class TritonLora:
         self._memory, self._words, self._planes = memory, words, planes.unbind()
 
     def add(self, layer: int, site: str, x: Tensor, y: Tensor) -> None:
-        """Add each row's adapter in place: y [N, out] += x [N, in] @ A^T @ (scaling * B)."""
+        """Apply each row's adapter to y [N, out] in place, as SiteWeights says, for x [N, in]."""
         self.shrink(layer, site, x)
         self.expand(layer, site, y)
 
@@ -214,7 +216,7 @@ class TritonLora:
         lora.shrink(launch, self._memory, self._words, self._planes[number % 2], number, x)
 
     def expand(self, layer: int, site: str, y: Tensor) -> None:
-        """Compute the second half: y += the planes @ B."""
+        """Compute the second half: y = y * scale + shift + the planes @ B."""
         number = self._table.number[layer, site]
         launch = self._launches[self._table.kind_of[number]]
         lora.expand(launch, self._memory, self._words, self._planes[number % 2], number, y)

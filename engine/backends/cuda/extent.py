@@ -1,13 +1,14 @@
 """Packs an adapter into an extent: one piece of memory, which is copied and moved as a whole.
 
-    [ A of the first site | B of its first slice | of its second | ... | A of the next site | ... ]
+    [ A of the first site | B of its first slice | of its second | ... | scale | shift |
+      A of the next site | ... ]
 
 A is [R, in], with the ranks of the site's slices one after another; B of a slice is rank-major
 [r, out_j] and includes the scaling. No rank is padded: rows of both are as wide as the layer, so
-that wide loads are possible at any rank. Every piece starts at a multiple of UNIT_BYTES.
+that wide loads are possible at any rank. Scale and shift are float32 [out] of the whole site, where
+the adapter has them. Every piece starts at a multiple of UNIT_BYTES.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -36,6 +37,9 @@ class SiteExtent:
     lora_rank: int  # sum over the slices
     in_features: int
     slices: tuple[SliceExtent, ...]
+    out_features: int | None = None  # of scale and shift
+    scale_bytes: int | None = None  # None: it has none
+    shift_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,27 +47,14 @@ class AdapterExtent:
     """The layout of an adapter, in bytes from the start of its extent."""
 
     digest: str
-    dtype: torch.dtype
+    dtype: torch.dtype  # of all but scales and shifts
     sites: dict[Site, SiteExtent]
     nbytes: int  # a multiple of UNIT_BYTES
 
 
 def extent_of(weights: LoraWeights) -> AdapterExtent:
     """Lay out the sites in the order of `weights`. Raises ValueError if a B is not [r, out]."""
-    sites: dict[Site, SiteExtent] = {}
-    dtypes: set[torch.dtype] = set()
-    end = 0
-    for key, site in weights.sites.items():
-        _check_shapes(weights.digest, site)
-        sites[key] = _site_extent(site, end)
-        end += sum(_whole_units(piece.nbytes) for piece in _pieces(site))
-        dtypes |= {piece.dtype for piece in _pieces(site)}
-    if len(dtypes) != 1:
-        raise ValueError(
-            f"adapter {weights.digest}: factors are {sorted(map(str, dtypes)) or 'missing'}; "
-            "only factors of one dtype are allowed"
-        )
-    return AdapterExtent(weights.digest, dtypes.pop(), sites, end)
+    return _lay_out(weights, _Pieces())
 
 
 def extent_nbytes(weights: LoraWeights) -> int:
@@ -76,18 +67,15 @@ def pack_extent(weights: LoraWeights, buffer: Tensor) -> AdapterExtent:
 
     The buffer's address must be a multiple of 16.
     """
-    extent = extent_of(weights)
+    pieces = _Pieces()
+    extent = _lay_out(weights, pieces)
     if buffer.dtype != torch.uint8 or buffer.ndim != 1 or buffer.numel() < extent.nbytes:
         raise ValueError(
             f"adapter {weights.digest}: a buffer {buffer.dtype} {list(buffer.shape)}; "
             f"only uint8 [>= {extent.nbytes}] is allowed"
         )
-    start = 0
-    for site in weights.sites.values():
-        for piece in _pieces(site):
-            space = buffer[start : start + piece.nbytes]
-            space.view(piece.dtype).view(piece.shape).copy_(piece)
-            start += _whole_units(piece.nbytes)
+    for start, piece in pieces.placed:
+        buffer[start : start + piece.nbytes].view(piece.dtype).view(piece.shape).copy_(piece)
     return extent
 
 
@@ -106,29 +94,62 @@ def move_bytes(arena: Tensor, source: int, destination: int, nbytes: int, scratc
         arena[destination + start : destination + start + piece.numel()].copy_(piece)
 
 
-def _check_shapes(digest: str, site: SiteWeights) -> None:
+class _Pieces:
+    """Tensors one after another, each with its first byte."""
+
+    def __init__(self) -> None:
+        self.placed: list[tuple[int, Tensor]] = []
+        self.nbytes = 0
+
+    def put(self, piece: Tensor) -> int:
+        start = self.nbytes
+        self.placed.append((start, piece))
+        self.nbytes += -(-piece.nbytes // UNIT_BYTES) * UNIT_BYTES
+        return start
+
+
+def _lay_out(weights: LoraWeights, pieces: _Pieces) -> AdapterExtent:
+    sites: dict[Site, SiteExtent] = {}
+    dtypes: set[torch.dtype] = set()
+    for key, site in weights.sites.items():
+        _check_site(weights.digest, site)
+        sites[key] = _lay_out_site(site, pieces)
+        dtypes |= {site.a.dtype, *(b.dtype for *_, b in site.expands)}
+    if len(dtypes) != 1:
+        raise ValueError(
+            f"adapter {weights.digest}: factors are {sorted(map(str, dtypes)) or 'missing'}; "
+            "only factors of one dtype are allowed"
+        )
+    return AdapterExtent(weights.digest, dtypes.pop(), sites, pieces.nbytes)
+
+
+def _lay_out_site(site: SiteWeights, pieces: _Pieces) -> SiteExtent:
+    a_bytes = pieces.put(site.a)
+    slices = tuple(
+        SliceExtent(r0, r1, out0, out1, pieces.put(b)) for r0, r1, out0, out1, b in site.expands
+    )
+    affine = [piece for piece in (site.scale, site.shift) if piece is not None]
+    return SiteExtent(
+        a_bytes=a_bytes,
+        lora_rank=site.a.shape[0],
+        in_features=site.a.shape[1],
+        slices=slices,
+        out_features=len(affine[0]) if affine else None,
+        scale_bytes=None if site.scale is None else pieces.put(site.scale),
+        shift_bytes=None if site.shift is None else pieces.put(site.shift),
+    )
+
+
+def _check_site(digest: str, site: SiteWeights) -> None:
     for r0, r1, out0, out1, b in site.expands:
         if b.shape != (r1 - r0, out1 - out0):
             raise ValueError(
                 f"adapter {digest}: B {tuple(b.shape)}; only rank-major "
                 f"{(r1 - r0, out1 - out0)} is allowed"
             )
-
-
-def _site_extent(site: SiteWeights, start: int) -> SiteExtent:
-    end = start + _whole_units(site.a.nbytes)
-    slices: list[SliceExtent] = []
-    for r0, r1, out0, out1, b in site.expands:
-        slices.append(SliceExtent(r0, r1, out0, out1, end))
-        end += _whole_units(b.nbytes)
-    return SiteExtent(start, site.a.shape[0], site.a.shape[1], tuple(slices))
-
-
-def _pieces(site: SiteWeights) -> Iterator[Tensor]:
-    yield site.a
-    for *_, b in site.expands:
-        yield b
-
-
-def _whole_units(nbytes: int) -> int:
-    return -(-nbytes // UNIT_BYTES) * UNIT_BYTES
+    affine = [piece for piece in (site.scale, site.shift) if piece is not None]
+    if len({piece.shape for piece in affine}) > 1 or any(p.dtype != torch.float32 for p in affine):
+        found = ", ".join(f"{piece.dtype} {list(piece.shape)}" for piece in affine)
+        raise ValueError(
+            f"adapter {digest}: scale and shift are {found}; only float32 of one size is allowed"
+        )

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.backends.cuda.extent import UNIT_BYTES, AdapterExtent, SiteExtent
-from engine.backends.cuda.triton.lora_work import SiteKind
+from engine.backends.cuda.triton.lora_work import SiteKind, record_words
 from engine.model.layers import LoraSite
 
 
@@ -24,7 +24,7 @@ class SiteTable:
 
     @property
     def record_words(self) -> int:
-        return 2 + 2 * self.max_slices
+        return record_words(self.max_slices)
 
     def check(self, extent: AdapterExtent) -> None:
         """Raise ValueError if an adapter does not fit the sites."""
@@ -54,6 +54,14 @@ class SiteTable:
             found[kind] = max(found[kind], site.lora_rank)
         return found
 
+    def affine(self, extent: AdapterExtent) -> list[bool]:
+        """Return, for each kind, whether the adapter scales or shifts outputs at any of its
+        sites."""
+        found = [False] * len(self.kinds)
+        for key, site in extent.sites.items():
+            found[self.kind_of[self.number[key]]] |= site.out_features is not None
+        return found
+
 
 def _kind(site: LoraSite) -> SiteKind:
     return SiteKind(site.in_features, tuple(part.out_features for part in site.slices))
@@ -66,12 +74,15 @@ def _misfit(site: SiteExtent, kind: SiteKind, max_lora_rank: int) -> str:
     unknown = {(part.out0, part.out1) for part in site.slices} - columns
     if unknown:
         return f"slices of {kind.out_features} outputs, and none of columns {min(unknown)}"
-    rank = max(part.r1 - part.r0 for part in site.slices)
+    if site.out_features not in (None, sum(kind.out_features)):
+        return f"scales or shifts of {site.out_features} outputs, not {sum(kind.out_features)}"
+    rank = max((part.r1 - part.r0 for part in site.slices), default=0)
     return f"lora_rank {rank}; at most {max_lora_rank} is allowed" if rank > max_lora_rank else ""
 
 
 def _record(site: SiteExtent, widths: tuple[int, ...], max_slices: int) -> list[int]:
-    """List the offsets, in units, of A and of each slice's B, then 0 and each slice's end rank."""
+    """List the offsets, in units, of A and of each slice's B, then 0 and each slice's end rank,
+    then 1 + the offsets of scale and shift, 0 for none."""
     parts = {part.out0: part for part in site.slices}
     units, ends = [0] * max_slices, [0]
     for i, out0 in enumerate(accumulate(widths[:-1], initial=0)):
@@ -80,4 +91,9 @@ def _record(site: SiteExtent, widths: tuple[int, ...], max_slices: int) -> list[
         ends.append(part.r1 if part else ends[-1])
     assert ends == sorted(ends) and ends[-1] == site.lora_rank, "slices are out of order"
     ends += [ends[-1]] * (max_slices - len(widths))
-    return [site.a_bytes // UNIT_BYTES, *units, *ends]
+    affine = [_one_based(start) for start in (site.scale_bytes, site.shift_bytes)]
+    return [site.a_bytes // UNIT_BYTES, *units, *ends, *affine]
+
+
+def _one_based(start: int | None) -> int:
+    return 0 if start is None else 1 + start // UNIT_BYTES

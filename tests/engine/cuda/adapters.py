@@ -2,7 +2,7 @@
 
 import os
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -28,14 +28,21 @@ def make_sites(layers: int, **shapes: tuple[int, tuple[int, ...]]) -> tuple[Lora
 
 
 def make_adapter(
-    sites: Sequence[LoraSite], ranks: Ranks, dtype: torch.dtype, seed: int = 0
+    sites: Sequence[LoraSite],
+    ranks: Ranks,
+    dtype: torch.dtype,
+    seed: int = 0,
+    *,
+    scales: Collection[str] = (),
+    shifts: Collection[str] = (),
 ) -> LoraWeights:
-    """Make an adapter of these ranks; sites that `ranks` does not name are not targeted."""
+    """Make an adapter of these ranks, scales and shifts; sites without any are not targeted."""
     generator = torch.Generator().manual_seed(seed)
     loaded: dict[Site, SiteWeights] = {}
     for site in sites:
-        of_slices = ranks.get(site.site, ())
-        if not any(of_slices):
+        of_slices = ranks.get(site.site, (0,) * len(site.slices))
+        has_scale, has_shift = site.site in scales, site.site in shifts
+        if not any(of_slices) and not has_scale and not has_shift:
             continue
         a = torch.randn(sum(of_slices), site.in_features, generator=generator)
         expands: list[tuple[int, int, int, int, Tensor]] = []
@@ -47,7 +54,10 @@ def make_adapter(
                 expands.append((r0, r1, out0, out1, (b / rank**0.5).to(dtype)))
             r0, out0 = r1, out1
         a = (a / site.in_features**0.5).to(dtype)
-        loaded[site.layer, site.site] = SiteWeights(a, tuple(expands))
+        affine = torch.randn(2, site.out_features, generator=generator)
+        loaded[site.layer, site.site] = SiteWeights(
+            a, tuple(expands), affine[0] if has_scale else None, affine[1] if has_shift else None
+        )
     return LoraWeights(f"digest-{seed}", loaded, sum(s.nbytes for s in loaded.values()))
 
 
@@ -110,12 +120,20 @@ def launched(bank: DeviceAdapterBank, slots: Sequence[int]) -> TritonLora:
 def expected(
     adapters: Mapping[int, LoraWeights], slots: Sequence[int], key: Site, x: Tensor, y: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return y with each row's adapter added, in float32, and the sum of absolute products."""
-    result, size = y.float(), y.float().abs()
+    """Return y with each row's adapter applied, in float32, and the sum of absolute products."""
+    result, size = y.float().clone(), y.float().abs()
     sites = {slot: weights.to(DEVICE).sites.get(key) for slot, weights in adapters.items()}
     for row, slot in enumerate(slots):
         site = sites[slot] if slot else None
-        for r0, r1, out0, out1, b in site.expands if site else ():
+        if site is None:
+            continue
+        if site.scale is not None:
+            result[row] *= site.scale
+            size[row] *= site.scale.abs()
+        if site.shift is not None:
+            result[row] += site.shift
+            size[row] += site.shift.abs()
+        for r0, r1, out0, out1, b in site.expands:
             a, wide = site.a[r0:r1].float(), x[row].float()
             result[row, out0:out1] += (a @ wide) @ b.float()
             size[row, out0:out1] += (a.abs() @ wide.abs()) @ b.float().abs()

@@ -13,7 +13,7 @@ KINDS = (
     SiteKind(14336, (4096,)),
 )
 QKV, _, GATE_UP, DOWN = range(4)
-DIVISIBLE = ("planes", "arena", "table", "words")
+DIVISIBLE = ("planes", "arena", "floats", "table", "words")
 
 
 def shape(max_rows: int) -> WorkShape:
@@ -38,7 +38,7 @@ def shrink_case(name: str, kind: int, max_rows: int, max_registers: int) -> AotC
             **dict.fromkeys(constants, "constexpr"),
         },
         constants=constants,
-        divisible=("x", "x_stride", *DIVISIBLE),
+        divisible=("x", "x_stride", *DIVISIBLE[:2], *DIVISIBLE[3:]),
         num_warps=work.tiles.shrink.warps,
         num_stages=work.tiles.shrink.stages,
         max_registers=max_registers,
@@ -55,6 +55,7 @@ def expand_case(name: str, kind: int, max_rows: int, max_registers: int) -> AotC
         signature={
             "planes": "*fp32",
             "arena": "*bf16",
+            "floats": "*fp32",
             "y": "*bf16",
             "table": "*i32",
             "words": "*i32",

@@ -342,6 +342,9 @@ def test_adapters_of_another_model_dtype_or_rank_are_refused() -> None:
     ):
         longer = make_adapter(make_sites(1, o=(64, (80,))), {"o": (8,)}, F32)
         bank.place(1, 0, extent_of(longer))
+    with pytest.raises(ValueError, match="has scales or shifts of 80 outputs, not 64"):
+        shifted = make_adapter(make_sites(1, o=(64, (80,))), {}, F32, shifts={"o"})
+        bank.place(1, 0, extent_of(shifted))
 
 
 def test_batches_beyond_the_limits_are_refused() -> None:

@@ -19,7 +19,8 @@ from engine.lora.weights import LoraWeights, SiteWeights
 
 
 def make_weights(dtype: torch.dtype = torch.bfloat16) -> LoraWeights:
-    """Make two sites: one with an odd rank and a missing slice, one of rank 1, few columns."""
+    """Make three sites: one with an odd rank and a missing slice, one of rank 1, few columns, and
+    one that is only scaled and shifted."""
 
     def random_values(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator).to(dtype)
@@ -28,7 +29,8 @@ def make_weights(dtype: torch.dtype = torch.bfloat16) -> LoraWeights:
     qkv = ((0, 5, 0, 64, random_values(5, 64)), (5, 8, 96, 128, random_values(3, 32)))
     down = ((0, 1, 0, 8, random_values(1, 8)),)
     sites = {
-        (0, "qkv"): SiteWeights(random_values(8, 48), qkv),
+        (0, "qkv"): SiteWeights(random_values(8, 48), qkv, shift=random_values(128).float()),
+        (1, "o"): SiteWeights(torch.empty(0, 48, dtype=dtype), (), *torch.rand(2, 72)),
         (3, "down"): SiteWeights(random_values(1, 24), down),
     }
     return LoraWeights("d", sites, sum(s.nbytes for s in sites.values()))
@@ -53,6 +55,10 @@ def test_every_factor_is_where_the_extent_says(dtype: torch.dtype) -> None:
         for part, (r0, r1, out0, out1, b) in zip(place.slices, site.expands, strict=True):
             assert (part.r0, part.r1, part.out0, part.out1) == (r0, r1, out0, out1)
             assert torch.equal(read(buffer, part.b_bytes, dtype, r1 - r0, out1 - out0), b)
+        for start, piece in ((place.scale_bytes, site.scale), (place.shift_bytes, site.shift)):
+            assert (start is None) == (piece is None)
+            if start is not None and piece is not None:
+                assert torch.equal(read(buffer, start, torch.float32, len(piece)), piece)
     assert not buffer[extent.nbytes :].any()
 
 
@@ -65,6 +71,9 @@ def test_pieces_are_aligned_and_do_not_overlap() -> None:
         spans.append((place.a_bytes, place.a_bytes + site.a.nbytes))
         for part, (*_, b) in zip(place.slices, site.expands, strict=True):
             spans.append((part.b_bytes, part.b_bytes + b.nbytes))
+        for start, piece in ((place.scale_bytes, site.scale), (place.shift_bytes, site.shift)):
+            if start is not None and piece is not None:
+                spans.append((start, start + piece.nbytes))
     assert spans == sorted(spans)
     assert all(start % UNIT_BYTES == 0 for start, _ in spans)
     assert all(end <= start for (_, end), (start, _) in pairwise(spans))
@@ -93,6 +102,9 @@ def test_other_layouts_and_mixed_dtypes_are_refused() -> None:
     }
     with pytest.raises(ValueError, match=r"only rank-major \(\d+, \d+\) is allowed"):
         extent_of(replace(weights, sites=turned))
+    narrow = replace(weights.sites[1, "o"], shift=torch.zeros(71))
+    with pytest.raises(ValueError, match=r"float32 \[72\], torch.float32 \[71\]; only float32 of"):
+        extent_of(replace(weights, sites={(1, "o"): narrow}))
     other = make_weights(torch.float32).sites[3, "down"]
     mixed = replace(weights, sites={**weights.sites, (3, "down"): other})
     with pytest.raises(ValueError, match=r"torch.bfloat16.*torch.float32"):

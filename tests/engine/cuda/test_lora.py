@@ -29,11 +29,19 @@ RANKS = {
     3: {"down": (32,)},
     4: {"qkv": (0, 17, 0)},
     5: {"qkv": (32, 32, 32)},
+    6: {"down": (4,)},
 }
+SCALES = {4: {"qkv"}, 5: {"qkv", "down"}}  # of "down" without any factors
+SHIFTS = {3: {"qkv"}, 4: {"qkv"}}
 
 
 def make_adapters(dtype: torch.dtype) -> dict[int, LoraWeights]:
-    return {slot: make_adapter(SITES, ranks, dtype, seed=slot) for slot, ranks in RANKS.items()}
+    return {
+        slot: make_adapter(
+            SITES, ranks, dtype, slot, scales=SCALES.get(slot, ()), shifts=SHIFTS.get(slot, ())
+        )
+        for slot, ranks in RANKS.items()
+    }
 
 
 def loaded_bank(adapters: dict[int, LoraWeights], **changes: int) -> DeviceAdapterBank:

@@ -1,16 +1,19 @@
 """Multi-LoRA: applies to every row of a batch its own adapter at its own rank, in two kernels.
 
     shrink  planes [P, positions, R] = x [N, in] @ A^T   in float32, a plane per part of the inputs
-    expand  y [N, out] += (sum of planes) @ B            slice by slice, in place
+    expand  y [N, out] = y * scale + shift + (sum of planes) @ B     slice by slice, in place
 
-A is [R, in], the ranks of all slices (q, k, v; gate, up) stacked, B of a slice is [r, out_j].
-Both lie in one arena, at multiples of UNIT_BYTES. The table holds their places:
+A is [R, in], the ranks of all slices (q, k, v; gate, up) stacked, B of a slice is [r, out_j]. Scale
+and shift are float32 [out], each only if the adapter has it at this site. One program of expand
+computes all ranks of its columns, so each value of y is scaled once.
 
-    table  int32 [slots, 1 + sites, record]
+All lie in one arena, at multiples of UNIT_BYTES. The table holds their places:
+
+    table  int32 [slots, records, record]
            record 0          start of the adapter's extent in units, rest unused
            record 1 + site   offsets in units from there: of A (1 word), of each slice's B (S words,
                              S = most slices of any site); then 0, and the end of each slice's
-                             ranks (S words)
+                             ranks (S words); then 1 + offset of scale and of shift, 0 for none
 
 Grids are constant and everything that changes is read from device memory: the words of a plan
 (`lora_work`) and the table. No atomics: a row's result depends on that row, its adapter and the
@@ -48,7 +51,12 @@ class LoraMemory:
     """Memory that the kernels read besides a batch's own rows; its addresses never change."""
 
     arena: Tensor  # [elements], in the adapters' dtype
-    table: Tensor  # int32 [slots, 1 + sites, record]
+    table: Tensor  # int32 [slots, records, record]
+
+    @property
+    def floats(self) -> Tensor:
+        """The arena in float32."""
+        return self.arena.view(torch.float32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,10 +106,12 @@ def shrink(
 def expand(
     launch: KindLaunch, memory: LoraMemory, words: Tensor, planes: Tensor, site: int, y: Tensor
 ) -> None:
-    """Compute y [N, out] += (sum of planes) @ B in place; y has adjacent columns."""
+    """Compute y [N, out] = y * scale + shift + (sum of planes) @ B in place; y has adjacent
+    columns."""
     _expand_kernel[(launch.expand_programs,)](
         planes,
         memory.arena,
+        memory.floats,
         y,
         memory.table,
         words,
@@ -139,6 +149,7 @@ def expand_constants(
         **_constants(shape, kind_index, max_slices, dtype),
         "LISTED_AT": lora_work.LISTED_AT,
         "NUM_LISTED": lora_work.NUM_LISTED,
+        "FLOAT_UNIT": UNIT_BYTES // torch.float32.itemsize,
         "TILES": len(column_tiles(kind, tiles.expand_columns)),
         "ALIGNMENT": in_16_bytes if is_aligned else 1,
         "BLOCK_R": tiles.expand.ranks,
@@ -156,6 +167,7 @@ def _constants(
         "ROWS_AT": lora_work.ROWS_AT,
         "SEGMENT_WORDS": lora_work.SEGMENT_WORDS,
         "SLICES": max_slices,
+        "RECORD": lora_work.record_words(max_slices),
         "UNIT": UNIT_BYTES // dtype.itemsize,
         "PLANES": shape.num_planes(kind),
         "PLANE_ROWS": shape.max_rows,
@@ -180,6 +192,7 @@ def _shrink_kernel(
     ROWS_AT: tl.constexpr,
     SEGMENT_WORDS: tl.constexpr,
     SLICES: tl.constexpr,
+    RECORD: tl.constexpr,
     UNIT: tl.constexpr,
     PLANES: tl.constexpr,
     PLANE_ROWS: tl.constexpr,
@@ -196,7 +209,6 @@ def _shrink_kernel(
     BLOCK_K: tl.constexpr,
 ):
     PER_PLANE: tl.constexpr = (IN + PLANES * BLOCK_K - 1) // (PLANES * BLOCK_K) * BLOCK_K
-    RECORD: tl.constexpr = 2 + 2 * SLICES
     header = words + HEADER_AT
     rows_at = tl.load(header + ROWS_AT)
     blocks_at = tl.load(header + BLOCKS_AT)
@@ -211,7 +223,7 @@ def _shrink_kernel(
         end = tl.load(segment + 1)
         extent = table + tl.load(segment + 2).to(tl.int64) * table_stride
         record = extent + (1 + site) * RECORD
-        rank = tl.load(record + RECORD - 1)
+        rank = tl.load(record + 1 + 2 * SLICES)
         r = (block % MAX_BLOCKS) * BLOCK_R + tl.arange(0, BLOCK_R)
         if (block % MAX_BLOCKS) * BLOCK_R < rank:
             a = arena + (tl.load(extent) + tl.load(record)).to(tl.int64) * UNIT
@@ -244,6 +256,7 @@ def _shrink_kernel(
 def _expand_kernel(
     planes,
     arena,
+    floats,
     y,
     table,
     words,
@@ -256,6 +269,7 @@ def _expand_kernel(
     ROWS_AT: tl.constexpr,
     SEGMENT_WORDS: tl.constexpr,
     SLICES: tl.constexpr,
+    RECORD: tl.constexpr,
     UNIT: tl.constexpr,
     PLANES: tl.constexpr,
     PLANE_ROWS: tl.constexpr,
@@ -264,12 +278,12 @@ def _expand_kernel(
     UPCAST: tl.constexpr,
     LISTED_AT: tl.constexpr,
     NUM_LISTED: tl.constexpr,
+    FLOAT_UNIT: tl.constexpr,
     TILES: tl.constexpr,
     ALIGNMENT: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    RECORD: tl.constexpr = 2 + 2 * SLICES
     header = words + HEADER_AT
     rows_at = tl.load(header + ROWS_AT)
     listed_at = tl.load(header + LISTED_AT)
@@ -287,7 +301,9 @@ def _expand_kernel(
         record = extent + (1 + site) * RECORD
         rank0 = tl.load(record + 1 + SLICES + slice_index)
         rank = tl.load(record + 2 + SLICES + slice_index) - rank0
-        if rank > 0:
+        scale_at = tl.load(record + 2 + 2 * SLICES).to(tl.int64)
+        shift_at = tl.load(record + 3 + 2 * SLICES).to(tl.int64)
+        if rank + scale_at + shift_at > 0:
             b = arena + (tl.load(extent) + tl.load(record + 1 + slice_index)).to(tl.int64) * UNIT
             position = start + tl.arange(0, BLOCK_M)
             row = tl.load(words + rows_at + position, mask=position < end, other=0)
@@ -313,5 +329,13 @@ def _expand_kernel(
                     h_cast = h_cast.to(tl.float32)
                     factors = factors.to(tl.float32)
                 total = tl.dot(h_cast, factors, total, input_precision="ieee")
-            after = before.to(tl.float32) + total
+            wide = before.to(tl.float32)
+            if scale_at + shift_at > 0:
+                affine = floats + (tl.load(extent).to(tl.int64) - 1) * FLOAT_UNIT + y_column0 + n
+                scale_end = tl.where(scale_at > 0, width - column0, 0)
+                shift_end = tl.where(shift_at > 0, width - column0, 0)
+                scale = tl.load(affine + scale_at * FLOAT_UNIT, mask=n < scale_end, other=1.0)
+                shift = tl.load(affine + shift_at * FLOAT_UNIT, mask=n < shift_end, other=0.0)
+                wide = wide * scale[None, :] + shift[None, :]
+            after = wide + total
             tl.store(y_tile, after.to(y.dtype.element_ty), mask=y_mask)

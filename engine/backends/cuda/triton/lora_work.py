@@ -11,7 +11,7 @@ All lists are one int32 array, the words of a plan:
     segments   SEGMENT_WORDS each: first and last + 1 position in rows, adapter slot
     rows       row of the batch at each position
     blocks     segment * MAX_BLOCKS + block, kind by kind
-    listed     segments that have at least one block, kind by kind
+    listed     segments whose adapter has anything at sites of a kind, kind by kind
 
     x [rows, in] --shrink--> planes [P, positions, R] float32 --expand--> y [rows, out] += ...
 
@@ -123,23 +123,33 @@ class WorkShape:
         return len(self.kinds) * HEADER_WORDS + num_rows + segments * per_segment
 
 
+def record_words(max_slices: int) -> int:
+    """Return the words of a site's record in the kernels' table."""
+    return 4 + 2 * max_slices
+
+
 def rounded_rows(num_rows: int) -> int:
     """Round up to one of few sizes, so that kernels can be compiled for all of them beforehand."""
     return max(DECODE_ROWS, 1 << (num_rows - 1).bit_length())
 
 
 def build_words(
-    shape: WorkShape, row_slots: Sequence[int] | NDArray[np.int32], ranks: NDArray[np.int32]
+    shape: WorkShape,
+    row_slots: Sequence[int] | NDArray[np.int32],
+    ranks: NDArray[np.int32],
+    affine: NDArray[np.bool_] | None = None,
 ) -> Words:
     """Build the words of a batch whose row i has the adapter in slot `row_slots[i]`, 0 for none.
 
-    `ranks` [kinds, slots] is the largest sum of slice ranks of a slot at any site of a kind.
+    `ranks` [kinds, slots] is the largest sum of slice ranks of a slot at any site of a kind;
+    `affine` [kinds, slots]: if it has a scale or a shift at any of them, None: none has.
     """
     rows, segments = _segments(np.asarray(row_slots, np.int32), shape.tiles.segment_rows)
     num_blocks = -(-ranks[:, segments[:, 2]] // shape.tiles.shrink.ranks)  # [kinds, segments]
     owner, block = _spread(num_blocks.reshape(-1))
     blocks = owner % max(len(segments), 1) * MAX_BLOCKS + block
-    listed_kind, listed = num_blocks.nonzero()
+    is_listed = num_blocks > 0 if affine is None else (num_blocks > 0) | affine[:, segments[:, 2]]
+    listed_kind, listed = is_listed.nonzero()
 
     header = np.zeros((len(shape.kinds), HEADER_WORDS), np.int32)
     totals, num_listed = num_blocks.sum(1), np.bincount(listed_kind, minlength=len(header))
