@@ -72,6 +72,14 @@ class Choice:
         """The mean over all tokens, which must have come with theirs."""
         return self._sum_logprobs / max(1, len(self.token_ids))
 
+    def take_text_entries(self, num_characters: int) -> list[TokenEntry]:
+        """Take the tokens of so many characters of text that are shown next, without the end's."""
+        entries = self.unsent_entries[:]
+        self.unsent_entries.clear()
+        while self.finish_reason and entries and entries[-1].text_offset >= self._text_length:
+            entries.pop()
+        return entries
+
     def push(
         self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs] | None = None
     ) -> str:

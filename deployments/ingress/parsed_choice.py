@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from deployments.ingress.choice import Choice
+from deployments.ingress.choice import Choice, TokenEntry
+from deployments.ingress.text_tokens import TextTokens
 from deployments.text.answer_syntax import Parser
 from deployments.text.deltas import Delta, Reasoning
 from deployments.text.detokenizer import Detokenizer
@@ -16,7 +17,7 @@ class ParsedChoice(Choice):
     delta that it completes, so tags count for what follows them.
     """
 
-    __slots__ = ("_deltas", "_num_attributed", "_parser", "num_reasoning_tokens")
+    __slots__ = ("_deltas", "_num_attributed", "_parser", "_text_tokens", "num_reasoning_tokens")
 
     def __init__(
         self,
@@ -31,11 +32,15 @@ class ParsedChoice(Choice):
         self._parser = parser
         self._deltas: list[Delta] = []
         self._num_attributed = 0  # tokens whose kind is known
+        self._text_tokens = TextTokens()
         self.num_reasoning_tokens = 0
 
     def take_deltas(self) -> list[Delta]:
         deltas, self._deltas = self._deltas, []
         return deltas
+
+    def take_text_entries(self, num_characters: int) -> list[TokenEntry]:
+        return self._text_tokens.take(num_characters)
 
     def push(
         self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs] | None = None
@@ -45,6 +50,8 @@ class ParsedChoice(Choice):
             if self.finish_reason is not None:
                 break  # the rest comes after the end and is not billed
             text = super().push((token_id,), None if logprobs is None else (logprobs[at],))
+            if logprobs is not None:
+                self._text_tokens.add(self.unsent_entries[-1], text)
             self._parse(text)
             shown += text
         return shown
@@ -69,6 +76,7 @@ class ParsedChoice(Choice):
         if not deltas:
             return
         self._deltas += deltas
+        self._text_tokens.attribute(deltas)
         if isinstance(deltas[-1], Reasoning):
             self.num_reasoning_tokens += len(self.token_ids) - self._num_attributed
         self._num_attributed = len(self.token_ids)

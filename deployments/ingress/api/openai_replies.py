@@ -5,7 +5,7 @@ request, because chunks are written for every token of every stream.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from json.encoder import encode_basestring
 from typing import Any
@@ -193,20 +193,25 @@ class ChatReply(OpenAIReply):
         return {**ids, **self._prompt_logprobs(choices[0])}
 
     def _logprobs(self, entries: Sequence[TokenEntry]) -> dict[str, Any]:
-        return {"content": [self._entry(entry) for entry in entries], "refusal": None}
+        write = TokenWriter(self._token_text, self._vocabulary.token_bytes)
+        return {"content": [write.entry(entry) for entry in entries], "refusal": None}
 
-    def _entry(self, entry: TokenEntry) -> dict[str, Any]:
+
+@dataclass(frozen=True, slots=True)
+class TokenWriter:
+    """Writes a token with its log probability, as chats and responses have it."""
+
+    text_of: Callable[[int], str]
+    bytes_of: Callable[[int], bytes]
+
+    def entry(self, entry: TokenEntry) -> dict[str, Any]:
         assert entry.logprobs is not None, "chats have no prompt logprobs"
-        top = [self._token(token_id, value) for token_id, value in entry.logprobs.top]
-        return {**self._token(entry.token_id, entry.logprobs.logprob), "top_logprobs": top}
+        top = [self.token(token_id, value) for token_id, value in entry.logprobs.top]
+        return {**self.token(entry.token_id, entry.logprobs.logprob), "top_logprobs": top}
 
-    def _token(self, token_id: int, logprob: float) -> dict[str, Any]:
-        raw = self._vocabulary.token_bytes(token_id)
-        return {
-            "token": self._token_text(token_id),
-            "logprob": finite(logprob),
-            "bytes": list(raw),
-        }
+    def token(self, token_id: int, logprob: float) -> dict[str, Any]:
+        raw = list(self.bytes_of(token_id))
+        return {"token": self.text_of(token_id), "logprob": finite(logprob), "bytes": raw}
 
 
 class CompletionReply(OpenAIReply):

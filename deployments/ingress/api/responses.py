@@ -5,12 +5,15 @@
 
 from typing import Annotated, Any, Literal, cast
 
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, Field, StringConstraints, model_validator
 
 from deployments.ingress.api.objects import read_object, unsupported, wrong
 from deployments.ingress.api.openai import ChatCompletionRequest, Effort
 from deployments.ingress.api.openai_fields import Model, Nothing, Number, parse_request, short
-from deployments.ingress.api.responses_input import Input, input_names
+from deployments.ingress.api.responses_input import Input, input_names, without_oldest_turns
+from engine.scheduler.request import MAX_LOGPROBS
+
+LOGPROBS = "message.output_text.logprobs"
 
 _NAMES = {
     "max_tokens": "max_output_tokens",
@@ -20,6 +23,7 @@ _NAMES = {
     "tool_choice.function": "tool_choice",
     "tool_choice.allowed_tools": "tool_choice",
 }
+_CHOICES = ("none", "auto", "required")
 _TOOL = ("type", "name", "description", "parameters", "strict")
 
 
@@ -43,6 +47,8 @@ def _tool(value: object, path: str) -> dict[str, Any]:
 
 def _read_choice(value: object) -> Any:
     """Nest a choice as chats do."""
+    if isinstance(value, str) and value not in _CHOICES:
+        raise wrong("tool_choice", f"must be one of {', '.join(_CHOICES)}, not {short(value)}")
     if not isinstance(value, dict):
         return value
     kind = value.get("type")
@@ -76,12 +82,29 @@ def _read_format(value: object) -> Any:
     return {"type": "json_schema", "json_schema": fields}
 
 
-def _include(value: object) -> None:
-    """Take what asks for nothing: reasoning is never encrypted, and there are no other tools."""
-    known = ("reasoning.encrypted_content",)
+# Log probabilities, and what only those have that is never there: encrypted reasoning, images and
+# the results of tools that run in the server.
+_INCLUDABLE = (
+    LOGPROBS,
+    "reasoning.encrypted_content",
+    "file_search_call.results",
+    "web_search_call.results",
+    "web_search_call.action.sources",
+    "message.input_image.image_url",
+    "computer_call_output.output.image_url",
+    "code_interpreter_call.outputs",
+)
+
+
+def _read_include(value: object) -> object:
     for at, each in enumerate(cast(list[Any], value) if isinstance(value, list) else []):
-        if each not in known:
+        if each not in _INCLUDABLE:
             raise unsupported(f"include[{at}]", f"{short(each)} is not supported")
+    return value
+
+
+Key = Annotated[str, StringConstraints(max_length=64)]
+Value = Annotated[str, StringConstraints(max_length=512)]
 
 
 class Text(Model):
@@ -125,7 +148,9 @@ class ResponsesRequest(Model):
     parallel_tool_calls: bool | None = None
     text: Text | None = None
     reasoning: Reasoning | None = None
-    metadata: dict[str, Any] | None = None
+    include: Annotated[list[str] | None, BeforeValidator(_read_include)] = None
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    truncation: Literal["disabled", "auto"] | None = None
 
     # Extras of vLLM's
     top_k: int | None = None
@@ -134,28 +159,42 @@ class ResponsesRequest(Model):
     seed: int | None = None
     cache_salt: str | None = None
 
-    # Accepted and ignored: they do not change the tokens.
-    user: Any = None
+    # Accepted and ignored: they do not change the tokens. Answers repeat those that have a type.
+    metadata: Annotated[dict[Key, Value], Field(max_length=16)] | None = None
+    user: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    max_tool_calls: int | None = None  # of tools that run in the server: there are none
     store: Any = None  # nothing is stored: answers say so
     service_tier: Any = None
-    safety_identifier: Any = None
-    prompt_cache_key: Any = None
     prompt_cache_retention: Any = None
     prompt_cache_options: Any = None
-    max_tool_calls: Any = None  # of tools that run in the server: there are none
 
     # Refused unless they ask for what happens anyway.
-    include: Annotated[None, BeforeValidator(_include, json_schema_input_type=list[str] | None)] = (
-        None
-    )
-    truncation: Literal["disabled"] | None = None
     background: Literal[False] | None = None
     previous_response_id: Nothing = None
     conversation: Nothing = None
     prompt: Nothing = None
     context_management: Nothing = None
-    top_logprobs: Literal[0] | None = None
     moderation: Nothing = None
+
+    @model_validator(mode="after")
+    def _top_logprobs_are_included(self) -> "ResponsesRequest":
+        if self.top_logprobs and not self.wants_logprobs:
+            raise ValueError(f"top_logprobs: only allowed when include has {LOGPROBS!r}")
+        return self
+
+    @property
+    def wants_logprobs(self) -> bool:
+        return LOGPROBS in (self.include or ())
+
+    @property
+    def num_turns(self) -> int:
+        """Count the turns of the input, each of which begins with a user's message."""
+        return sum(message.begins_turn for message in self.input)
+
+    def without_oldest(self, num_turns: int) -> "ResponsesRequest":
+        return self.model_copy(update={"input": without_oldest_turns(self.input, num_turns)})
 
     def chat(self) -> ChatCompletionRequest:
         """Translate into a chat. Raises ApiError, with a chat's names of fields."""
@@ -180,4 +219,6 @@ class ResponsesRequest(Model):
             "response_format": None if self.text is None else self.text.format,
             "reasoning_effort": None if self.reasoning is None else self.reasoning.effort,
             "stream_options": {"include_usage": True} if self.stream else None,
+            "logprobs": True if self.wants_logprobs else None,
+            "top_logprobs": self.top_logprobs if self.wants_logprobs else None,
         }

@@ -34,6 +34,15 @@ class InputMessage:
     path: str
     call_paths: list[str] = field(default_factory=list[str])
 
+    @property
+    def begins_turn(self) -> bool:
+        return self.document["role"] == "user"
+
+    @property
+    def stays(self) -> bool:
+        """Whether it steers the whole conversation."""
+        return self.document["role"] in ("system", "developer")
+
 
 def _read_input(value: object) -> list[InputMessage]:
     """Translate the input. Raises ApiError with the place of the first fault."""
@@ -143,6 +152,23 @@ def _part(value: object, path: str) -> str:
         raise unsupported(f"{path}.type", f"only text is supported, not {short(kind)}")
     known = ("type", "text", "annotations", "logprobs", "parsed", "prompt_cache_breakpoint")
     return read_text(read_object(value, path, known), "text", path)
+
+
+def without_oldest_turns(messages: Sequence[InputMessage], num_turns: int) -> list[InputMessage]:
+    """Drop what stands before a turn but for system messages, and results of calls in it."""
+    begun = 0
+    kept: list[InputMessage] = []
+    ids: set[str] = set()
+    for message in messages:
+        begun += message.begins_turn
+        is_result = message.document["role"] == "tool"
+        if not message.stays and begun <= num_turns:
+            continue
+        if is_result and message.document["tool_call_id"] not in ids:
+            continue
+        ids |= {call["id"] for call in message.document.get("tool_calls", ())}
+        kept.append(message)
+    return kept
 
 
 def input_names(messages: Sequence[InputMessage], offset: int) -> dict[str, str]:

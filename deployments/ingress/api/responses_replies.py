@@ -6,7 +6,7 @@ from typing import Any
 import msgspec
 
 from deployments.ingress.api.block_reply import BlockReply, Kind, num_reasoning_tokens
-from deployments.ingress.api.openai_replies import ReplyHead
+from deployments.ingress.api.openai_replies import ReplyHead, TokenWriter
 from deployments.ingress.api.reply import Usage
 from deployments.ingress.choice import Choice
 from deployments.ingress.error_form import ErrorForm
@@ -18,18 +18,27 @@ Item = dict[str, Any]
 
 
 class ResponsesReply(BlockReply):
-    """`echoed` are the fields of the request that an answer repeats."""
+    """`echoed` are the fields of the request that an answer repeats.
+
+    `tokens` writes log probabilities; those of the open item's text gather until it ends.
+    """
 
     def __init__(
-        self, head: ReplyHead, new_call_id: Callable[[], str], echoed: dict[str, Any]
+        self,
+        head: ReplyHead,
+        new_call_id: Callable[[], str],
+        echoed: dict[str, Any],
+        tokens: TokenWriter,
     ) -> None:
         super().__init__()
         self._head = head
+        self._tokens = tokens
         self._new_call_id = new_call_id
         self._echoed = echoed
         self._number = 0
         self._items: list[Item] = []  # that have ended
         self._text: list[str] = []  # of the open item
+        self._logprobs: list[Item] = []  # of its tokens
         self._ended: Choice | None = None
 
     # ---- streams -------------------------------------------------------------------------
@@ -53,7 +62,7 @@ class ResponsesReply(BlockReply):
         return self._event(f"response.{status}", response=response)
 
     def failing(self, error: ApiError, form: ErrorForm) -> bytes:
-        """Write the error, which clients raise, and the response that has failed."""
+        """Write the error, and the response that has failed."""
         fields = {"code": error.code, "message": error.message, "param": error.param}
         said = self._event("error", **fields)
         response = self._response(self._items, "failed", None, None)
@@ -61,7 +70,7 @@ class ResponsesReply(BlockReply):
         return said + self._event("response.failed", response=response)
 
     def _start(self, kind: Kind) -> bytes:
-        self._text = []
+        self._text, self._logprobs = [], []
         item = self._item(kind, None)
         added = self._event("response.output_item.added", output_index=len(self._items), item=item)
         part = _part(kind, "")
@@ -69,17 +78,20 @@ class ResponsesReply(BlockReply):
 
     def _grow(self, kind: Kind, text: str, choice: Choice) -> bytes:
         self._text.append(text)
-        more = {"logprobs": list[Any]()} if kind == "text" else {}
+        new = self._logprobs_of(text, choice) if kind == "text" else []
+        self._logprobs += new
+        more = {"logprobs": _without_bytes(new)} if kind == "text" else {}
         return self._event(f"{_prefix(kind)}.delta", **self._place(kind), delta=text, **more)
 
     def _end(self, kind: Kind) -> bytes:
-        text = "".join(self._text)
-        more = {"logprobs": list[Any]()} if kind == "text" else {}
+        text, logprobs = "".join(self._text), self._logprobs
+        more = {"logprobs": _without_bytes(logprobs)} if kind == "text" else {}
         place = self._place(kind)
-        item = self._item(kind, text, self._ended)
+        item = self._item(kind, text, self._ended, logprobs)
+        [part] = item["content"]
         events = (
             self._event(f"{_prefix(kind)}.done", **place, text=text, **more),
-            self._event("response.content_part.done", **place, part=_part(kind, text)),
+            self._event("response.content_part.done", **place, part=part),
             self._event("response.output_item.done", output_index=place["output_index"], item=item),
         )
         self._items.append(item)
@@ -115,16 +127,16 @@ class ResponsesReply(BlockReply):
         [choice], [text] = choices, texts
         *begun, last = self._blocks(choice, text) or [""]
         for block in begun:
-            self._items.append(self._block(block))
-        self._items.append(self._block(last, choice))
+            self._items.append(self._block(block, choice))
+        self._items.append(self._block(last, choice, choice))
         return msgspec.json.encode(self._response(self._items, _status(choice), usage, choice))
 
-    def _block(self, block: Delta, ended: Choice | None = None) -> Item:
+    def _block(self, block: Delta, choice: Choice, ended: Choice | None = None) -> Item:
         if isinstance(block, ToolCall):
             return self._call_item(block)
         if isinstance(block, Reasoning):
             return self._item("reasoning", block.text, ended)
-        return self._item("text", block, ended)
+        return self._item("text", block, ended, self._logprobs_of(block, choice))
 
     # ---- both ----------------------------------------------------------------------------
 
@@ -150,11 +162,22 @@ class ResponsesReply(BlockReply):
         prefix = "msg" if kind == "text" else "rs"
         return f"{prefix}_{self._head.reply_id.removeprefix('resp_')}_{index}"
 
-    def _item(self, kind: Kind, text: str | None, ended: Choice | None = None) -> Item:
+    def _logprobs_of(self, text: str, choice: Choice) -> list[Item]:
+        if not self._head.has_logprobs:
+            return []
+        return [self._tokens.entry(entry) for entry in choice.take_text_entries(len(text))]
+
+    def _item(
+        self,
+        kind: Kind,
+        text: str | None,
+        ended: Choice | None = None,
+        logprobs: Sequence[Item] = (),
+    ) -> Item:
         """Write an item; without text one that begins. Only the last one may be cut off."""
         is_cut = ended is not None and ended.finish_reason == "length"
         status = "in_progress" if text is None else "incomplete" if is_cut else "completed"
-        content = [] if text is None else [_part(kind, text)]
+        content = [] if text is None else [_part(kind, text, logprobs)]
         head = {"id": self._id(kind, len(self._items)), "status": status, "content": content}
         if kind == "text":
             return {"type": "message", "role": "assistant", **head}
@@ -167,10 +190,24 @@ class ResponsesReply(BlockReply):
         return {"type": "function_call", "status": "completed", **fields, **said}
 
 
-def _part(kind: Kind, text: str) -> dict[str, Any]:
+def _part(kind: Kind, text: str, logprobs: Sequence[Item] = ()) -> dict[str, Any]:
     if kind == "reasoning":
         return {"type": "reasoning_text", "text": text}
-    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+    return {"type": "output_text", "text": text, "annotations": [], "logprobs": logprobs}
+
+
+def _without_bytes(logprobs: Sequence[Item]) -> list[Item]:
+    """Write log probabilities as events have them."""
+    return [
+        {
+            "token": each["token"],
+            "logprob": each["logprob"],
+            "top_logprobs": [
+                {"token": top["token"], "logprob": top["logprob"]} for top in each["top_logprobs"]
+            ],
+        }
+        for each in logprobs
+    ]
 
 
 def _prefix(kind: Kind) -> str:

@@ -2,10 +2,12 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from deployments.ingress.api.responses_answers import ResponseAnswer
 from tests.deployments.support.dictated import (
     CALL,
     SETTINGS,
@@ -55,6 +57,7 @@ def test_a_stream_ends_with_the_whole_response(said: str) -> None:
         assert [data["sequence_number"] for _, data in events] == list(range(len(events)))
         done = [data["item"] for name, data in events if name == "response.output_item.done"]
         streamed = events[-1][1]["response"]
+        assert ResponseAnswer.model_validate(whole, strict=True).model_extra == {}
         assert streamed["output"] == done
         for response in (whole, streamed):
             response.pop("id")
@@ -134,8 +137,11 @@ def test_items_become_the_templates_messages() -> None:
         ({"previous_response_id": "x"}, "previous_response_id is not supported"),
         ({"conversation": "x"}, "conversation is not supported"),
         ({"background": True}, "background: "),
-        ({"truncation": "auto"}, "truncation: "),
-        ({"include": ["message.output_text.logprobs"]}, "include[0]: "),
+        ({"truncation": "oldest"}, "truncation: "),
+        ({"include": ["message.output_text.entropy"]}, "include[0]: "),
+        ({"top_logprobs": 2}, "top_logprobs: only allowed when include has"),
+        ({"metadata": {"a": 1}}, "metadata.a: "),
+        ({"tool_choice": "any"}, "tool_choice: must be one of none, auto, required"),
         ({"n": 2}, "Unknown field: n"),
     ],
 )
@@ -145,5 +151,58 @@ def test_what_is_wrong_is_named(fields: dict[str, Any], named: str) -> None:
         assert answer.status == 400, answer.body
         assert answer.error["message"].startswith(named), answer.body
         assert server.engine.requests == []
+
+    in_server(test)
+
+
+def said(role: str, text: str) -> dict[str, Any]:
+    return {"role": role, "content": text}
+
+
+RESULT = {"type": "function_call_output", "call_id": "a", "output": "3"}
+LONG = "x" * 2500
+TURNS: list[Any] = [
+    said("developer", "Be kind."),
+    said("assistant", "Hello."),
+    said("user", LONG),
+    CALLED,
+    said("user", f"{LONG}2"),
+    RESULT,  # of a call in the turn before
+    said("assistant", "See."),
+    said("user", f"{LONG}3"),
+    said("user", "SAY:x"),
+]
+
+
+@pytest.mark.parametrize(
+    ("max_model_len", "kept"),
+    [
+        (8192, TURNS),
+        (6000, [TURNS[0], TURNS[4], *TURNS[6:]]),
+        (3500, [TURNS[0], *TURNS[7:]]),
+        (1000, [TURNS[0], TURNS[8]]),
+    ],
+)
+def test_truncation_drops_as_few_of_the_oldest_turns_as_it_can(
+    max_model_len: int, kept: list[Any]
+) -> None:
+    async def test(server: Server) -> None:
+        asked = {"tools": [TOOL], "max_output_tokens": 100}
+        answer = await ask(server, TURNS, truncation="auto", **asked)
+        assert (answer.status, answer.json["truncation"]) == (200, "auto")
+        assert (await ask(server, kept, **asked)).status == 200
+        first, second = map(prompt_of, server.engine.requests)
+        assert first == second
+
+    engine = dictated()
+    engine.info = replace(engine.info, max_model_len=max_model_len)
+    in_server(test, engine=engine)
+
+
+def test_a_last_turn_that_is_too_long_is_refused() -> None:
+    async def test(server: Server) -> None:
+        turns = [*TURNS, said("user", 3 * LONG)]
+        answer = await ask(server, turns, truncation="auto", max_output_tokens=1000)
+        assert (answer.status, answer.error["code"]) == (400, "context_length_exceeded")
 
     in_server(test)
