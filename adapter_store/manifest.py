@@ -25,6 +25,8 @@ from adapter_store.safetensors_file import (
     hash_file,
     read_header,
 )
+from adapter_store.tensor_causes import cause_of, refuse_broken
+from adapter_store.wrapped_names import configured_name, plain_name, whole_name, without_prefix
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 MANIFEST_NAME = "manifest.json"
@@ -33,9 +35,7 @@ WEIGHT_DTYPES = ("F32", "F16", "BF16")
 # where a large one would stop all streams.
 HEADER_LIMITS = HeaderLimits(header_bytes=2 * 2**20, metadata_chars=64 * 2**10)
 _DIGEST = re.compile(r"[0-9a-f]{64}")
-_PREFIX = "base_model.model."
 _LORA_TENSOR = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight")
-_COMPILED = "_orig_mod."  # what torch.compile puts into the names of a module that it wraps
 _SAVED_EMBEDDINGS = (
     "; PEFT saves it after the vocabulary was resized, and if target_modules or modules_to_save "
     "name it. If it was not trained, save the adapter again with save_embedding_layers=False; if "
@@ -145,7 +145,7 @@ def read_lora_layout(folder: Path) -> LoraLayout:
 
     Raises AdapterInvalid, with the module and the reason, if the two do not fit each other.
     """
-    return _layout(read_settings(folder), _read_tensors(folder))
+    return _layout(*_read(folder))
 
 
 def prepare(
@@ -156,7 +156,7 @@ def prepare(
     `base_modules` maps each module of the base to (out_features, in_features). Reads the weights
     twice; `on_bytes` is called with the bytes read since its last call. Raises AdapterInvalid.
     """
-    settings, tensors = read_settings(folder), _read_tensors(folder)
+    settings, tensors = _read(folder)
     template = read_adapter_template(folder)
     layout = _layout(settings, tensors)
     _check_base(layout, base_modules)
@@ -253,6 +253,17 @@ def _number(value: float) -> float:
     return int(value) if value == int(value) else value
 
 
+def _read(folder: Path) -> tuple[LoraSettings, dict[str, TensorEntry]]:
+    """Read settings and tensors; the settings know the modules by their plain names."""
+    settings, tensors = read_settings(folder), _read_tensors(folder)
+    for name, tensor in tensors.items():
+        refuse_broken(name, tensor)
+    wrapped = {without_prefix(name).partition(".lora_")[0] for name in tensors}
+    renamed = [name for name in sorted(wrapped) if plain_name(name) != name]
+    names = {plain_name(name): configured_name(name, settings) for name in renamed}
+    return settings.naming(names), tensors
+
+
 def _read_tensors(folder: Path) -> dict[str, TensorEntry]:
     path = folder / WEIGHTS_NAME
     if not path.is_file():
@@ -274,8 +285,7 @@ def _read_tensors(folder: Path) -> dict[str, TensorEntry]:
 def _layout(settings: LoraSettings, tensors: Mapping[str, TensorEntry]) -> LoraLayout:
     pairs: dict[str, dict[str, str]] = {}
     for name, tensor in tensors.items():
-        wrapped, side = _parse_tensor_name(name)
-        module = _without_wrappers(wrapped, settings)
+        module, side = _parse_tensor_name(name)
         if tensor.dtype not in WEIGHT_DTYPES:
             raise AdapterInvalid(
                 f"tensor {name} has dtype {tensor.dtype}, not one of {', '.join(WEIGHT_DTYPES)}"
@@ -300,24 +310,12 @@ def _parse_tensor_name(name: str) -> tuple[str, str]:
         if part in name:
             way_out = _WAYS_OUT.get(part, "")
             raise AdapterInvalid(f"tensor {name} ({meaning}) is not served yet{way_out}")
-    match = _LORA_TENSOR.fullmatch(name.removeprefix(_PREFIX))
+    match = _LORA_TENSOR.fullmatch(plain_name(without_prefix(name)))
     if match is None:
-        raise AdapterInvalid(f"tensor {name} is neither a lora_A.weight nor a lora_B.weight")
-    return match["module"], match["side"]
-
-
-def _without_wrappers(wrapped: str, settings: LoraSettings) -> str:
-    """Drop what torch.compile has put into a module's name.
-
-    The settings must mean the same by both names, since the base that is served has the plain one.
-    """
-    name = wrapped.replace(_COMPILED, "")
-    if settings.effect(name) != settings.effect(wrapped):
         raise AdapterInvalid(
-            f"the settings for {wrapped} change if {_COMPILED}, which torch.compile has put into "
-            "its name, is left out: leave it out of the patterns too"
+            f"tensor {name} is neither a lora_A.weight nor a lora_B.weight{cause_of(name)}"
         )
-    return name
+    return match["module"], match["side"]
 
 
 def _module(
@@ -326,7 +324,7 @@ def _module(
     for side, other in ("AB", "BA"):
         if other not in pair:
             raise AdapterInvalid(f"{name} has a lora_{side} but no lora_{other}")
-    if not settings.targets.include(name):
+    if not settings.include(name):
         raise AdapterInvalid(f"{name} has weights, but target_modules does not select it")
     a, b = tensors[pair["A"]], tensors[pair["B"]]
     r = settings.lora_rank(name)
@@ -348,8 +346,9 @@ def _module(
 
 
 def _check_base(layout: LoraLayout, base_modules: Mapping[str, tuple[int, int]]) -> None:
+    known = {whole_name(plain_name(name)): shape for name, shape in base_modules.items()}
     for name, module in layout.modules.items():
-        shape = base_modules.get(name)
+        shape = known.get(whole_name(name))
         if shape is None:
             raise AdapterInvalid(f"{name} is not a module of the base that can carry an adapter")
         if shape != (module.out_features, module.in_features):

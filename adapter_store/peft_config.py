@@ -7,7 +7,8 @@ value: an adapter is served as PEFT would run it, or not at all.
 
 import json
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -92,14 +93,25 @@ class LoraSettings:
     rank_pattern: tuple[tuple[Pattern, int], ...]
     alpha_pattern: tuple[tuple[Pattern, float], ...]
     targets: Targets
+    names: Mapping[str, str] = field(default_factory=dict[str, str])  # by which patterns know them
+
+    def naming(self, names: Mapping[str, str]) -> "LoraSettings":
+        """Return the same settings for modules that its patterns know by other names."""
+        return replace(self, names=names)
+
+    def include(self, module: str) -> bool:
+        """Check whether PEFT would wrap the module of this name."""
+        return self.targets.include(self._name(module))
 
     def lora_rank(self, module: str) -> int:
         """Return the rank of the module of this name."""
-        return next((r for key, r in self.rank_pattern if key.match(module)), self.r)
+        name = self._name(module)
+        return next((r for key, r in self.rank_pattern if key.match(name)), self.r)
 
     def alpha(self, module: str) -> float:
         """Return lora_alpha for the module of this name."""
-        return next((a for key, a in self.alpha_pattern if key.match(module)), self.lora_alpha)
+        name = self._name(module)
+        return next((a for key, a in self.alpha_pattern if key.match(name)), self.lora_alpha)
 
     def scaling(self, module: str) -> float:
         """Return the factor of B A x: alpha / r, or alpha / sqrt(r) with rsLoRA."""
@@ -108,7 +120,10 @@ class LoraSettings:
 
     def effect(self, module: str) -> tuple[bool, int, float]:
         """Return all that the settings say of a module: is it wrapped, its rank, its alpha."""
-        return self.targets.include(module), self.lora_rank(module), self.alpha(module)
+        return self.include(module), self.lora_rank(module), self.alpha(module)
+
+    def _name(self, module: str) -> str:
+        return self.names.get(module, module)
 
 
 def read_settings(folder: Path) -> LoraSettings:
