@@ -7,7 +7,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +27,23 @@ _MODULE = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class BaseModel:
-    """A description of a base; `modules` maps a module's path to (out_features, in_features)."""
+    """A description of a base; `modules` maps a module's path to (out_features, in_features).
+
+    `parameters` are the shapes of its other weights and biases, by name; empty in a description
+    from before they were listed.
+    """
 
     fingerprint: str
     modules: Mapping[str, tuple[int, int]]
+    parameters: Mapping[str, tuple[int, ...]] = field(default_factory=dict[str, tuple[int, ...]])
 
     def to_json(self) -> bytes:
         """Encode the description for the object store; the inverse of `parse_base`."""
-        data = {"fingerprint": self.fingerprint, "modules": dict(self.modules)}
+        data = {
+            "fingerprint": self.fingerprint,
+            "modules": dict(self.modules),
+            "parameters": dict(self.parameters),
+        }
         return json.dumps(data, indent=1, sort_keys=True).encode()
 
 
@@ -47,13 +56,13 @@ def describe_base(model_folder: Path, cache_dir: Path, on_bytes: OnBytes) -> Bas
     try:
         config = _read_config(model_folder)
         paths = weight_files(model_folder)
-        modules = _modules(paths)
+        modules, parameters = _shapes(paths)
         hashes = _hash_files(paths, cache_dir / HASHES_NAME, on_bytes)
     except (OSError, ValueError, AttributeError) as error:
         raise BaseInvalid(f"{model_folder} is not a usable model folder: {error}") from error
     parts = {"config": config, "files": hashes}
     fingerprint = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-    return BaseModel(fingerprint, modules)
+    return BaseModel(fingerprint, modules, parameters)
 
 
 def parse_base(raw: bytes, fingerprint: str) -> BaseModel:
@@ -61,7 +70,11 @@ def parse_base(raw: bytes, fingerprint: str) -> BaseModel:
     try:
         data: dict[str, Any] = json.loads(raw)
         modules = {name: (int(out), int(in_)) for name, (out, in_) in data["modules"].items()}
-        base = BaseModel(str(data["fingerprint"]), modules)
+        parameters = {
+            str(name): tuple(int(size) for size in shape)
+            for name, shape in data.get("parameters", {}).items()
+        }
+        base = BaseModel(str(data["fingerprint"]), modules, parameters)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise StoreCorrupt(
             f"the description of base {fingerprint} is damaged: {error!r}"
@@ -92,16 +105,22 @@ def _read_config(model_folder: Path) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key not in _PROVENANCE_KEYS}
 
 
-def _modules(paths: list[Path]) -> dict[str, tuple[int, int]]:
+def _shapes(
+    paths: list[Path],
+) -> tuple[dict[str, tuple[int, int]], dict[str, tuple[int, ...]]]:
+    """Return the shapes of the modules, and of all other weights and biases."""
     modules: dict[str, tuple[int, int]] = {}
+    parameters: dict[str, tuple[int, ...]] = {}
     for path in paths:
         for name, tensor in read_header(path).items():
             match = _MODULE.fullmatch(name)
             if match and len(tensor.shape) == 2:
                 modules[match["module"]] = (tensor.shape[0], tensor.shape[1])
+            elif name.endswith((".weight", ".bias")):
+                parameters[name] = tensor.shape
     if not modules:
         raise ValueError("it has no layers.N.(self_attn|mlp).*_proj.weight matrix")
-    return dict(sorted(modules.items()))
+    return dict(sorted(modules.items())), dict(sorted(parameters.items()))
 
 
 def _hash_files(paths: list[Path], cache: Path, on_bytes: OnBytes) -> dict[str, str]:

@@ -7,12 +7,14 @@ and of its base. Knows nothing of names, versions or stores.
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from adapter_store.bases import BaseModel
 from adapter_store.chat_template import TEMPLATE_NAME, read_adapter_template
 from adapter_store.errors import AdapterInvalid, StoreCorrupt
 from adapter_store.object_store import OnBytes
@@ -26,6 +28,7 @@ from adapter_store.safetensors_file import (
     read_header,
 )
 from adapter_store.tensor_causes import cause_of, refuse_broken
+from adapter_store.tensor_names import Role, parse_tensor_name
 from adapter_store.wrapped_names import configured_name, plain_name, whole_name, without_prefix
 
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -35,7 +38,6 @@ WEIGHT_DTYPES = ("F32", "F16", "BF16")
 # where a large one would stop all streams.
 HEADER_LIMITS = HeaderLimits(header_bytes=2 * 2**20, metadata_chars=64 * 2**10)
 _DIGEST = re.compile(r"[0-9a-f]{64}")
-_LORA_TENSOR = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight")
 _SAVED_EMBEDDINGS = (
     "; PEFT saves it after the vocabulary was resized, and if target_modules or modules_to_save "
     "name it. If it was not trained, save the adapter again with save_embedding_layers=False; if "
@@ -43,15 +45,13 @@ _SAVED_EMBEDDINGS = (
 )
 _WAYS_OUT = {"embed_tokens": _SAVED_EMBEDDINGS, "lm_head": _SAVED_EMBEDDINGS}
 _UNSERVED_TENSORS = {  # part of a tensor's name: what such a tensor holds
-    "lora_magnitude_vector": "DoRA magnitudes",
     "modules_to_save": "modules that are replaced as a whole",
     "lora_embedding_": "LoRA on token embeddings",
     "trainable_tokens": "retrained token embeddings",
     "embed_tokens": "token embeddings",
     "lm_head": "an output layer",
     "lora_diag": "KaSA's diagonal of singular values",
-    ".bias": "biases",
-    ".base_layer": "weights of the base",
+    ".base_layer.weight": "weights of the base",
 }
 
 
@@ -66,13 +66,29 @@ class LoraModule:
     dtype: str  # "F32", "F16" or "BF16", of A and of B; "F32" if they differ
     lora_a: str  # tensor names in adapter_model.safetensors
     lora_b: str
+    lora_b_bias: str | None = None  # tensor [out], scaled and added with B
+    magnitude: str | None = None  # tensor [out], of DoRA: the norm of each row of W + scaling B A
+
+
+@dataclass(frozen=True, slots=True)
+class SavedTensor:
+    """A parameter of the base that the adapter replaces as a whole."""
+
+    tensor: str  # name in adapter_model.safetensors
+    shape: tuple[int, ...]
+    dtype: str
 
 
 @dataclass(frozen=True, slots=True)
 class LoraLayout:
-    """The adapted modules by their paths in the base, e.g. model.layers.0.self_attn.q_proj."""
+    """What an adapter changes, by paths in the base.
+
+    `modules` are linear layers with factors (model.layers.0.self_attn.q_proj), `replaced` are
+    parameters (model.layers.0.self_attn.q_proj.bias).
+    """
 
     modules: Mapping[str, LoraModule]
+    replaced: Mapping[str, SavedTensor] = field(default_factory=dict[str, SavedTensor])
 
     @property
     def lora_rank(self) -> int:
@@ -81,11 +97,24 @@ class LoraLayout:
 
     @property
     def num_parameters(self) -> int:
-        """The number of elements of all A and B."""
-        return sum(
-            module.lora_rank * (module.in_features + module.out_features)
+        """The number of elements of all tensors."""
+        return sum(_num_parameters(module) for module in self.modules.values()) + sum(
+            math.prod(saved.shape) for saved in self.replaced.values()
+        )
+
+    @property
+    def has_factors_alone(self) -> bool:
+        """Whether the adapter is a sum of products of A and B, and nothing else."""
+        return not self.replaced and all(
+            module.lora_b_bias is None and module.magnitude is None
             for module in self.modules.values()
         )
+
+
+def _num_parameters(module: LoraModule) -> int:
+    vectors = (module.lora_b_bias is not None) + (module.magnitude is not None)
+    inner = module.lora_rank * (module.in_features + module.out_features)
+    return inner + vectors * module.out_features
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +137,7 @@ class AdapterManifest:
     files: Mapping[str, FileEntry]
     modules: Mapping[str, LoraModule]
     recipe: Recipe | None = None  # of an adapter that is combined from others
+    replaced: Mapping[str, SavedTensor] = field(default_factory=dict[str, SavedTensor])
 
     @property
     def target_modules(self) -> tuple[str, ...]:
@@ -117,9 +147,15 @@ class AdapterManifest:
     def to_json(self) -> bytes:
         """Encode the manifest for the object store; the inverse of `parse_manifest`."""
         fields = asdict(self)
-        if self.recipe is None:
-            del fields["recipe"]
+        fields["modules"] = {name: _set_ones(m) for name, m in fields["modules"].items()}
+        for name in ("recipe", "replaced"):
+            if not fields[name]:
+                del fields[name]
         return json.dumps(fields, indent=1, sort_keys=True).encode()
+
+
+def _set_ones(fields: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if value is not None}
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,18 +184,16 @@ def read_lora_layout(folder: Path) -> LoraLayout:
     return _layout(*_read(folder))
 
 
-def prepare(
-    folder: Path, base: str, base_modules: Mapping[str, tuple[int, int]], on_bytes: OnBytes
-) -> PreparedAdapter:
+def prepare(folder: Path, base: BaseModel, on_bytes: OnBytes) -> PreparedAdapter:
     """Check an upload completely, weights included, and compute its digest.
 
-    `base_modules` maps each module of the base to (out_features, in_features). Reads the weights
-    twice; `on_bytes` is called with the bytes read since its last call. Raises AdapterInvalid.
+    Reads the weights twice; `on_bytes` is called with the bytes read since its last call. Raises
+    AdapterInvalid.
     """
     settings, tensors = _read(folder)
     template = read_adapter_template(folder)
     layout = _layout(settings, tensors)
-    _check_base(layout, base_modules)
+    _check_base(layout, base)
     weights = folder / WEIGHTS_NAME
     try:
         bad = find_not_finite(weights, tensors, on_bytes)
@@ -172,6 +206,7 @@ def prepare(
         {name: settings.lora_rank(name) for name in layout.modules},
         {name: settings.alpha(name) for name in layout.modules},
         settings.use_rslora,
+        _kind_settings(settings, layout),
     )
     files = {
         CONFIG_NAME: FileEntry(len(config), hashlib.sha256(config).hexdigest()),
@@ -180,13 +215,14 @@ def prepare(
     if template is not None:
         files[TEMPLATE_NAME] = FileEntry(len(template), hashlib.sha256(template).hexdigest())
     manifest = AdapterManifest(
-        digest=adapter_digest(base, files),
-        base=base,
+        digest=adapter_digest(base.fingerprint, files),
+        base=base.fingerprint,
         lora_rank=layout.lora_rank,
         num_parameters=layout.num_parameters,
         nbytes=sum(file.nbytes for file in files.values()),
         files=files,
         modules=layout.modules,
+        replaced=layout.replaced,
     )
     return PreparedAdapter(manifest, config, weights, template)
 
@@ -200,9 +236,15 @@ def parse_manifest(raw: bytes, digest: str) -> AdapterManifest:
             for name, entry in data.pop("files").items()
         }
         modules = {name: LoraModule(**entry) for name, entry in data.pop("modules").items()}
+        replaced = {
+            name: SavedTensor(**entry | {"shape": tuple(entry["shape"])})
+            for name, entry in data.pop("replaced", {}).items()
+        }
         found = data.pop("recipe", None)
         recipe = None if found is None else parse_recipe(found)
-        manifest = AdapterManifest(**data, files=files, modules=modules, recipe=recipe)
+        manifest = AdapterManifest(
+            **data, files=files, modules=modules, recipe=recipe, replaced=replaced
+        )
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise StoreCorrupt(f"the manifest of {digest} is damaged: {error!r}") from error
     is_complete = set(files) - {TEMPLATE_NAME} == {CONFIG_NAME, WEIGHTS_NAME}
@@ -223,12 +265,16 @@ def adapter_digest(base: str, files: Mapping[str, FileEntry]) -> str:
 
 
 def canonical_config(
-    ranks: Mapping[str, int], alphas: Mapping[str, float], use_rslora: bool
+    ranks: Mapping[str, int],
+    alphas: Mapping[str, float],
+    use_rslora: bool,
+    kinds: Mapping[str, object] | None = None,
 ) -> bytes:
     """Write the PEFT configuration of modules with these ranks and alphas.
 
     Patterns become one entry per module that differs from the first, so neither the spelling of a
-    pattern nor a training option changes the digest.
+    pattern nor a training option changes the digest. `kinds` are the keys that only some adapters
+    have.
     """
     names = sorted(ranks)
     r, alpha = ranks[names[0]], _number(alphas[names[0]])
@@ -244,6 +290,7 @@ def canonical_config(
         "target_modules": names,
         "rank_pattern": {re.escape(name): ranks[name] for name in names if ranks[name] != r},
         "alpha_pattern": {re.escape(n): number for n, number in numbers.items() if number != alpha},
+        **(kinds or {}),
     }
     return json.dumps(config, indent=1, sort_keys=True).encode()
 
@@ -283,50 +330,67 @@ def _read_tensors(folder: Path) -> dict[str, TensorEntry]:
 
 
 def _layout(settings: LoraSettings, tensors: Mapping[str, TensorEntry]) -> LoraLayout:
-    pairs: dict[str, dict[str, str]] = {}
+    found: dict[str, dict[Role, str]] = {}
     for name, tensor in tensors.items():
-        module, side = _parse_tensor_name(name)
+        module, role = _parse_tensor_name(name)
         if tensor.dtype not in WEIGHT_DTYPES:
             raise AdapterInvalid(
                 f"tensor {name} has dtype {tensor.dtype}, not one of {', '.join(WEIGHT_DTYPES)}"
             )
-        if side in pairs.setdefault(module, {}):
-            raise AdapterInvalid(f"{module} has two tensors lora_{side}: {name} is the second")
-        pairs[module][side] = name
-    if not pairs:
+        if role in found.setdefault(module, {}):
+            raise AdapterInvalid(f"{module} has two tensors {role}: {name} is the second")
+        found[module][role] = name
+    if not found:
         raise AdapterInvalid(
             f"{WEIGHTS_NAME} holds no tensor. Activation checkpointing that wraps modules (torch's "
             "checkpoint_wrapper, FSDP's option) makes PEFT save none: save the adapter again "
             "without it, e.g. after training with gradient_checkpointing instead"
         )
-    return LoraLayout(
-        {name: _module(name, pairs[name], tensors, settings) for name in sorted(pairs)}
-    )
+    replaced = {
+        f"{name}.bias": _bias(roles.pop(Role.BIAS), tensors, settings)
+        for name, roles in sorted(found.items())
+        if Role.BIAS in roles
+    }
+    modules = {
+        name: _module(name, found[name], tensors, settings) for name in sorted(found) if found[name]
+    }
+    if not modules:
+        raise AdapterInvalid(f"{WEIGHTS_NAME} holds no lora_A and lora_B of any module")
+    return LoraLayout(modules, replaced)
 
 
-def _parse_tensor_name(name: str) -> tuple[str, str]:
-    """Split base_model.model.<module>.lora_A.weight into (<module>, "A")."""
+def _bias(name: str, tensors: Mapping[str, TensorEntry], settings: LoraSettings) -> SavedTensor:
+    tensor = tensors[name]
+    if settings.bias == "none":
+        raise AdapterInvalid(f"tensor {name} is a bias, but the config has bias='none'")
+    if len(tensor.shape) != 1:
+        raise AdapterInvalid(f"tensor {name} {tensor.shape} must be a vector")
+    return SavedTensor(name, tensor.shape, tensor.dtype)
+
+
+def _parse_tensor_name(name: str) -> tuple[str, Role]:
+    """Split base_model.model.<module>.lora_A.weight into (<module>, Role.A)."""
     for part, meaning in _UNSERVED_TENSORS.items():
         if part in name:
             way_out = _WAYS_OUT.get(part, "")
             raise AdapterInvalid(f"tensor {name} ({meaning}) is not served yet{way_out}")
-    match = _LORA_TENSOR.fullmatch(plain_name(without_prefix(name)))
-    if match is None:
+    parsed = parse_tensor_name(plain_name(without_prefix(name)))
+    if parsed is None:
         raise AdapterInvalid(
             f"tensor {name} is neither a lora_A.weight nor a lora_B.weight{cause_of(name)}"
         )
-    return match["module"], match["side"]
+    return parsed
 
 
 def _module(
-    name: str, pair: Mapping[str, str], tensors: Mapping[str, TensorEntry], settings: LoraSettings
+    name: str, roles: Mapping[Role, str], tensors: Mapping[str, TensorEntry], settings: LoraSettings
 ) -> LoraModule:
-    for side, other in ("AB", "BA"):
-        if other not in pair:
-            raise AdapterInvalid(f"{name} has a lora_{side} but no lora_{other}")
+    for role in (Role.A, Role.B):
+        if role not in roles:
+            raise AdapterInvalid(f"{name} has a {min(roles)} but no {role}")
     if not settings.include(name):
         raise AdapterInvalid(f"{name} has weights, but target_modules does not select it")
-    a, b = tensors[pair["A"]], tensors[pair["B"]]
+    a, b = tensors[roles[Role.A]], tensors[roles[Role.B]]
     r = settings.lora_rank(name)
     if len(a.shape) != 2 or len(b.shape) != 2:
         raise AdapterInvalid(f"{name}: lora_A {a.shape} and lora_B {b.shape} must be matrices")
@@ -340,13 +404,49 @@ def _module(
         in_features=a.shape[1],
         out_features=b.shape[0],
         dtype=a.dtype if a.dtype == b.dtype else "F32",
-        lora_a=pair["A"],
-        lora_b=pair["B"],
+        lora_a=roles[Role.A],
+        lora_b=roles[Role.B],
+        lora_b_bias=_vector(name, Role.B_BIAS, "lora_bias", settings.lora_bias, roles, tensors),
+        magnitude=_vector(name, Role.MAGNITUDE, "use_dora", settings.use_dora, roles, tensors),
     )
 
 
-def _check_base(layout: LoraLayout, base_modules: Mapping[str, tuple[int, int]]) -> None:
-    known = {whole_name(plain_name(name)): shape for name, shape in base_modules.items()}
+def _vector(
+    module: str,
+    role: Role,
+    key: str,
+    is_wanted: bool,
+    roles: Mapping[Role, str],
+    tensors: Mapping[str, TensorEntry],
+) -> str | None:
+    """Name a vector [out] that the config's `key` asks for, or None if it does not."""
+    name = roles.get(role)
+    if is_wanted != (name is not None):
+        has = "no " if name is None else ""
+        raise AdapterInvalid(f"{module} has {has}{role}, but the config has {key}={is_wanted}")
+    out_features = tensors[roles[Role.B]].shape[0]
+    if name is not None and tensors[name].shape != (out_features,):
+        raise AdapterInvalid(
+            f"{module}: {role} {tensors[name].shape} does not have the {out_features} outputs of "
+            "lora_B"
+        )
+    return name
+
+
+def _kind_settings(settings: LoraSettings, layout: LoraLayout) -> dict[str, object]:
+    """List the keys of what goes beyond A and B."""
+    keys: dict[str, object] = {}
+    if settings.use_dora:
+        keys["use_dora"] = True
+    if settings.lora_bias:
+        keys["lora_bias"] = True
+    if layout.replaced:
+        keys["bias"] = "all"
+    return keys
+
+
+def _check_base(layout: LoraLayout, base: BaseModel) -> None:
+    known = {whole_name(plain_name(name)): shape for name, shape in base.modules.items()}
     for name, module in layout.modules.items():
         shape = known.get(whole_name(name))
         if shape is None:
@@ -356,3 +456,10 @@ def _check_base(layout: LoraLayout, base_modules: Mapping[str, tuple[int, int]])
                 f"{name} is {shape[0]} x {shape[1]} in the base, but the adapter was made for "
                 f"{module.out_features} x {module.in_features}"
             )
+    parameters = {whole_name(plain_name(name)): shape for name, shape in base.parameters.items()}
+    for name, saved in layout.replaced.items() if parameters else ():
+        found = parameters.get(whole_name(name))
+        if found is None:
+            raise AdapterInvalid(f"{saved.tensor} replaces {name}, which the base does not have")
+        if found != saved.shape:
+            raise AdapterInvalid(f"{saved.tensor} is {saved.shape}; {name} of the base is {found}")

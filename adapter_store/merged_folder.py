@@ -142,7 +142,13 @@ def _open(folder: Path, weight: float, key: str) -> _Member:
         tensors = read_header(path, HEADER_LIMITS)
     except ValueError as error:
         raise AdapterInvalid(f"{path.name} is not a valid safetensors file: {error}") from error
-    return _Member(path, tensors, read_lora_layout(folder).modules, weight, key)
+    layout = read_lora_layout(folder)
+    if not layout.has_factors_alone:
+        raise AdapterInvalid(
+            f"adapter {key.partition(' ')[2]} cannot be combined with others: it has more than "
+            "lora_A and lora_B (DoRA, biases)"
+        )
+    return _Member(path, tensors, layout.modules, weight, key)
 
 
 def _factors(member: _Member, name: str) -> Factors:

@@ -25,8 +25,9 @@ MAX_LORA_ALPHA = 1e6
 UNDERSTOOD_KEYS = (
     *("peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora"),
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
-    "init_lora_weights",
+    *("init_lora_weights", "use_dora", "lora_bias", "bias"),
 )
+BIASES = ("none", "all", "lora_only")
 # Ignored: they describe training or provenance, or are options of a key that is refused.
 IGNORED_KEYS = (
     *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
@@ -36,10 +37,7 @@ IGNORED_KEYS = (
 )
 # Refused unless neutral: the only value that is served, and what any other one means.
 NEUTRAL_VALUES: dict[str, tuple[object, str]] = {
-    "bias": ("none", "trained biases of the base"),
-    "lora_bias": (False, "biases added to lora_B"),
     "fan_in_fan_out": (False, "transposed weights"),
-    "use_dora": (False, "DoRA magnitudes"),
     "use_qalora": (False, "QALoRA's pooled inputs"),
     "use_bdlora": (None, "block-diagonal LoRA"),
     "modules_to_save": (None, "modules that are replaced as a whole"),
@@ -93,6 +91,9 @@ class LoraSettings:
     rank_pattern: tuple[tuple[Pattern, int], ...]
     alpha_pattern: tuple[tuple[Pattern, float], ...]
     targets: Targets
+    use_dora: bool = False
+    lora_bias: bool = False
+    bias: str = "none"  # which biases of the base were trained: one of BIASES
     names: Mapping[str, str] = field(default_factory=dict[str, str])  # by which patterns know them
 
     def naming(self, names: Mapping[str, str]) -> "LoraSettings":
@@ -145,6 +146,12 @@ def read_settings(folder: Path) -> LoraSettings:
 def _settings(config: dict[str, Any]) -> LoraSettings:
     _refuse_unserved(config)
     budget = Budget()
+    use_dora, lora_bias = _flag(config, "use_dora"), _flag(config, "lora_bias")
+    if use_dora and lora_bias:
+        raise AdapterInvalid("use_dora=True with lora_bias=True is not served: PEFT refuses it too")
+    bias = config.get("bias") or "none"
+    if bias not in BIASES:
+        raise AdapterInvalid(f"bias={bias!r} must be one of {', '.join(BIASES)}")
     rank_pattern: dict[str, Any] = _mapping(config, "rank_pattern")
     alpha_pattern: dict[str, Any] = _mapping(config, "alpha_pattern")
     return LoraSettings(
@@ -160,6 +167,9 @@ def _settings(config: dict[str, Any]) -> LoraSettings:
             for key, value in alpha_pattern.items()
         ),
         targets=_targets(config, budget),
+        use_dora=use_dora,
+        lora_bias=lora_bias,
+        bias=bias,
     )
 
 

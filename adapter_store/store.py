@@ -165,7 +165,7 @@ class AdapterStore:
         check_name("adapter", name)
         upload = local_folder(folder)
         model = self.base_model(base)
-        prepared = prepare(upload, model.fingerprint, model.modules, on_bytes)
+        prepared = prepare(upload, model, on_bytes)
         return publish(self._blobs, self._registry, tenant, name, prepared, on_bytes, only_new)
 
     @property

@@ -30,7 +30,8 @@ from engine.grammar.link import Tokens
 from engine.grammar.masks import StepMasks
 from engine.lora.host_cache import HostAdapter, HostCache, Loaded
 from engine.lora.kinds import check_kinds
-from engine.lora.weights import AdapterLoadError, AdapterUnreadable, load_lora
+from engine.lora.load import load_lora
+from engine.lora.weights import AdapterLoadError, AdapterUnreadable
 from engine.messages import (
     AdapterFolder,
     EngineInfo,
@@ -42,6 +43,7 @@ from engine.messages import (
     RequestOutput,
     TokenLogprobs,
 )
+from engine.model.base_weights import BaseWeights
 from engine.scheduler.adapter_slots import AdapterSlots
 from engine.scheduler.batch import ScheduledBatch, ScheduledRequest
 from engine.scheduler.block_manager import BlockManager
@@ -402,10 +404,14 @@ class Engine:
 
     # ==== adapters ====
 
+    def _open_base(self) -> BaseWeights:
+        config = self.config
+        return BaseWeights(Path(config.source), config.quantization, self.settled.dtype)
+
     def _load_adapter(self, adapter_folder: AdapterFolder) -> HostAdapter:
         """Load and pack an adapter; called in the host cache's threads."""
         s = self.settled
-        weights = load_lora(adapter_folder, self.model.lora_sites, s.dtype)
+        weights = load_lora(adapter_folder, self.model.lora_sites, s.dtype, self._open_base)
         check_kinds(weights, s.spec.vocab_size, self.model.kinds, self.model.kernels)
         packed = self.model.pack_adapter(weights)
         most, name = self.config.adapter_memory_bytes, "adapter_memory_bytes"

@@ -45,7 +45,7 @@ def load_decoder(
     decoder = Decoder(spec, build, max_model_len)
     check_quantizable(quantization, decoder.lora_sites)
     with Checkpoint(folder) as checkpoint:
-        reader = _Reader(checkpoint, scheme, quantization, build.device)
+        reader = Reader(checkpoint, scheme, quantization, build.device)
         parts = list(decoder.parts())
         reader.check_keys(parts, spec.tied_embeddings)
         for part in announcer.through(parts, "reading weights", "tensor"):
@@ -71,7 +71,7 @@ def weight_bytes(decoder: Decoder, dtype: torch.dtype) -> int:
     )
 
 
-class _Reader:
+class Reader:
     """Reads parts' weights in the form that the decoder keeps."""
 
     def __init__(
@@ -100,17 +100,23 @@ class _Reader:
             raise ModelError(f"{folder} lacks {missing[0]} ({len(missing)} weights are missing)")
 
     def read(self, part: Part) -> Tensor | QuantizedWeight:
-        if part.module is not None and self._packed_keys(part.module):
+        if part.module is not None:
+            return self.linear(part.module, *part.shape)
+        return self._checkpoint.tensor(part.key, part.shape, FLOATS, "the config")
+
+    def linear(self, module: str, out_features: int, in_features: int) -> Tensor | QuantizedWeight:
+        """Read the weight of a linear layer."""
+        if self._packed_keys(module):
             assert self._scheme is not None
-            out_features, in_features = part.shape
-            return self._scheme.read(self._checkpoint, part.module, out_features, in_features)
-        tensor = self._checkpoint.tensor(part.key, part.shape, FLOATS, "the config")
-        if part.module is None or self._quantize is None:
+            return self._scheme.read(self._checkpoint, module, out_features, in_features)
+        key = f"{module}.weight"
+        tensor = self._checkpoint.tensor(key, (out_features, in_features), FLOATS, "the config")
+        if self._quantize is None:
             return tensor
         try:
             return self._quantize(tensor.to(self._device))  # a GPU quantizes much faster
         except NotFiniteWeight as error:
-            raise self._checkpoint.error(part.key, str(error)) from None
+            raise self._checkpoint.error(key, str(error)) from None
 
     def _keys_of(self, part: Part) -> list[str]:
         packed = [] if part.module is None else self._packed_keys(part.module)

@@ -46,7 +46,7 @@ def peft_folder(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 @pytest.fixture
 def check(base: BaseModel) -> Callable[[Path], PreparedAdapter]:
     """Run all checks of publishing."""
-    return lambda folder: prepare(folder, base.fingerprint, base.modules, lambda _: None)
+    return lambda folder: prepare(folder, base, lambda _: None)
 
 
 @pytest.fixture(autouse=True)

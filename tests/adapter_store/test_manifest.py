@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from safetensors.torch import load_file as load_torch
 from safetensors.torch import save_file as save_torch
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
+from adapter_store.bases import describe_base
 from adapter_store.errors import AdapterInvalid, StoreCorrupt
 from adapter_store.manifest import (
     CONFIG_NAME,
@@ -54,6 +55,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     "one layer": {"layers_to_transform": [1], "layers_pattern": "layers"},
     "a pattern of targets": {"target_modules": r".*layers\.0\..*(q|up)_proj"},
+    "dora": {"use_dora": True, "r": 3},
     "exclusions": {"target_modules": ALL, "exclude_modules": ["layers.0.mlp.up_proj", "o_proj"]},
 }
 
@@ -89,7 +91,9 @@ def test_peft_computes_the_same_from_the_rewritten_config(
         torch.testing.assert_close(
             reloaded(token_ids).logits, model(token_ids).logits, rtol=0, atol=0
         )
-    assert check(tmp_path / "adapter").manifest == prepared.manifest
+    manifest = prepared.manifest
+    assert check(tmp_path / "adapter").manifest == manifest
+    assert parse_manifest(manifest.to_json(), manifest.digest) == manifest
 
 
 @pytest.mark.parametrize("prefix", ["", PREFIX])
@@ -266,8 +270,9 @@ def test_truncated_weights_are_refused(peft_folder: Path, tmp_path: Path, check:
 @pytest.mark.parametrize(
     ("extra", "reasons"),
     [
-        (f"{PREFIX}{Q0}.lora_magnitude_vector", ["DoRA", Q0]),
-        (f"{PREFIX}{Q0}.lora_B.bias", ["biases", Q0]),
+        (f"{PREFIX}{Q0}.lora_magnitude_vector", [Q0, "lora_magnitude_vector", "use_dora=False"]),
+        (f"{PREFIX}{Q0}.lora_B.bias", [Q0, "lora_B.bias", "lora_bias=False"]),
+        (f"{PREFIX}{Q0}.base_layer.bias", [Q0, "bias='none'"]),
         (f"{PREFIX}lm_head.lora_A.weight", ["lm_head", "output layer"]),
         (f"{PREFIX}lm_head.weight", ["lm_head", "output layer", "save_embedding_layers=False"]),
         (f"{PREFIX}model.embed_tokens.lora_embedding_A", ["embed_tokens", "embeddings"]),
@@ -286,6 +291,46 @@ def test_a_tensor_that_cannot_be_served_is_named(
     zeros = np.zeros((4, 32), np.float32)
     folder = changed(peft_folder, tmp_path / "a", tensors=lambda t: t | {extra: zeros})
     refused(check, folder, *reasons)
+
+
+@pytest.mark.parametrize(
+    ("config", "extra", "reasons"),
+    [
+        ({"use_dora": True}, {}, ["no lora_magnitude_vector", "use_dora=True"]),
+        ({"lora_bias": True}, {}, ["no lora_B.bias", "lora_bias=True"]),
+        ({"bias": "all"}, {f"{Q0}.bias": (32,)}, [f"{Q0}.bias", "the base does not have"]),
+        ({"bias": "all"}, {f"{Q0}.bias": (32, 1)}, [f"{Q0}.bias", "(32, 1)", "a vector"]),
+    ],
+)
+def test_vectors_that_do_not_fit_the_config_or_the_base_are_refused(
+    config: dict[str, object],
+    extra: dict[str, tuple[int, ...]],
+    reasons: list[str],
+    peft_folder: Path,
+    tmp_path: Path,
+    check: Check,
+) -> None:
+    vectors = {PREFIX + name: np.zeros(shape, np.float32) for name, shape in extra.items()}
+    folder = changed(peft_folder, tmp_path / "a", config, lambda t: t | vectors)
+    refused(check, folder, *reasons)
+
+
+def test_norms_of_rows_and_biases_are_part_of_manifest_and_digest(
+    base_folder: Path, tmp_path: Path
+) -> None:
+    """With a base that has biases, which are replaced."""
+    write_peft(tmp_path / "a", base_folder, use_dora=True)
+    bias = {f"{PREFIX}{Q0}.base_layer.bias": np.ones(32, np.float32)}
+    folder = changed(tmp_path / "a", tmp_path / "b", {"bias": "lora_only"}, lambda t: t | bias)
+    base = describe_base(base_folder, tmp_path, lambda _: None)
+    biased = replace(base, parameters={**base.parameters, f"{Q0}.bias": (32,)})
+    both = (tmp_path / "a", folder)
+    plain, manifest = (prepare(each, biased, lambda _: None).manifest for each in both)
+    assert manifest.modules[Q0].magnitude == f"{PREFIX}{Q0}.lora_magnitude_vector"
+    assert manifest.replaced[f"{Q0}.bias"].shape == (32,)
+    assert manifest.num_parameters == plain.num_parameters + 32
+    assert manifest.digest != plain.digest
+    assert parse_manifest(manifest.to_json(), manifest.digest) == manifest
 
 
 @pytest.mark.parametrize(("missing", "side"), [(A0, "lora_A"), (B0, "lora_B")])
@@ -440,7 +485,7 @@ def test_one_bit_of_the_weights_changes_the_digest(
 def test_another_base_of_the_same_shape_changes_the_digest(
     peft_folder: Path, base: Any, check: Check
 ) -> None:
-    other = prepare(peft_folder, "0" * 64, base.modules, lambda _: None)
+    other = prepare(peft_folder, replace(base, fingerprint="0" * 64), lambda _: None)
     assert other.manifest.digest != check(peft_folder).manifest.digest
 
 
@@ -482,4 +527,6 @@ def test_the_engine_reads_a_layout_without_reading_a_tensor(tmp_path: Path) -> N
         "dtype": "F32",
         "lora_a": A0,
         "lora_b": B0,
+        "lora_b_bias": None,
+        "magnitude": None,
     }

@@ -48,10 +48,7 @@ def test_every_neutral_value_is_the_default_of_peft() -> None:
 
 
 ACTIVE: dict[str, Any] = {
-    "bias": "lora_only",
-    "lora_bias": True,
     "fan_in_fan_out": True,
-    "use_dora": True,
     "use_qalora": True,
     "use_bdlora": {"nblocks": 2},
     "modules_to_save": ["score"],
@@ -100,6 +97,9 @@ def test_a_key_that_changes_the_mathematics_is_refused_by_name(key: str, tmp_pat
         ({"layers_to_transform": ["1"]}, "layers_to_transform="),
         ({"layers_pattern": 3, "layers_to_transform": 1}, "layers_pattern"),
         ({"use_rslora": "yes"}, "use_rslora='yes'"),
+        ({"use_dora": 1}, "use_dora=1"),
+        ({"bias": "some"}, "bias='some' must be one of none, all, lora_only"),
+        ({"use_dora": True, "lora_bias": True}, "use_dora=True with lora_bias=True"),
         ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights='pissa_niter_4'"),
         ({"init_lora_weights": "olora"}, "init_lora_weights='olora'"),
         ({"init_lora_weights": "loftq"}, "init_lora_weights='loftq'"),

@@ -1,6 +1,7 @@
 """Adapters keep their meaning whatever wrapped the model that was trained; what cannot is named."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +130,7 @@ def test_a_base_may_have_wrapped_names_too(base: BaseModel, folder: Path, check:
     modules = {
         name.replace("model.", "language_model.model."): s for name, s in base.modules.items()
     }
-    prepared = prepare(folder, base.fingerprint, modules, lambda _: None)
+    prepared = prepare(folder, replace(base, modules=modules), lambda _: None)
     assert prepared.manifest == check(folder).manifest
 
 

@@ -12,7 +12,8 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from engine.lora.weights import AdapterLoadError, load_lora
+from engine.lora.load import load_lora
+from engine.lora.weights import AdapterLoadError
 from engine.messages import AdapterFolder, ErrorKind, GenerateRequest, RequestOutput
 from engine.scheduler.extents import extent_size
 from engine.scheduler.request import InvalidRequest
@@ -273,7 +274,7 @@ def test_an_adapter_of_another_base_is_refused(tiny: Tiny, tmp_path: Path) -> No
     other = write_tiny(tmp_path / "base", "llama", hidden_size=32)
     adapter = write_adapter(other.folder, tmp_path / "adapter")
     sites = make_engine(tiny.folder).model.lora_sites
-    with pytest.raises(AdapterLoadError, match="do not fit a layer of 64 inputs"):
+    with pytest.raises(AdapterLoadError, match="of the base asks for \\(8, 64\\)"):
         load_lora(adapter, sites, torch.float32)
 
 

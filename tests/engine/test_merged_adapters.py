@@ -13,12 +13,14 @@ from peft.utils import merge_utils
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM
 
+from adapter_store.errors import AdapterInvalid
 from adapter_store.manifest import WEIGHTS_NAME, read_lora_layout
 from adapter_store.merged_folder import MergedAdapter
 from adapter_store.merging import random_mask
 from adapter_store.recipes import Recipe, make_recipe
 from engine.messages import AdapterFolder, GenerateRequest
 from tests.engine.support.driver import greedy, make_engine, prompt_of, run, write_adapters
+from tests.engine.support.kinds import write_kind
 from tests.engine.support.tiny import Tiny, write_tiny
 
 BASE = "b" * 64
@@ -168,3 +170,9 @@ def test_pefts_factor_for_rslora_is_what_the_tests_take_away(
     model.base_model.add_weighted_adapter(["m0"], [1.0], "merged", combination_type="linear")
     layers = [m for m in model.modules() if isinstance(m, LoraLayer)]
     assert {layer.scaling["merged"] for layer in layers} == {math.sqrt(4)}
+
+
+def test_an_adapter_that_is_more_than_a_and_b_is_not_combined(tiny: Tiny, tmp_path: Path) -> None:
+    dora = write_kind(tiny.folder, tmp_path / "dora", use_dora=True)
+    with pytest.raises(AdapterInvalid, match=rf"{dora.digest} cannot be combined"):
+        combine(make_recipe([dora.digest], [0.5]), {"dora": dora}, tmp_path / "merged")

@@ -10,7 +10,7 @@ from safetensors import safe_open
 
 from engine.backends.kv_cache import allocate_kv_cache
 from engine.backends.torch.ops import torch_build
-from engine.lora.weights import load_lora
+from engine.lora.load import load_lora
 from engine.messages import AdapterFolder
 from engine.model.loader import load_decoder
 from engine.plan.picture import memory_shares

@@ -7,6 +7,9 @@ There are two ways to compute a linear layer, chosen by how many consecutive row
                                       h = x A_cat^T, h = 0 where row and column differ in adapter,
                                       y += h B_cat
 
+Before that, rows of adapters that scale or shift a layer's outputs are multiplied and moved, all
+others by 1 and 0.
+
 The second needs the same few ops for any number of adapters, which matters most on a CPU.
 Excluded columns are overwritten with zero, never multiplied by it: a product that overflowed in
 one tenant's columns must not become NaN in another's row.
@@ -34,6 +37,15 @@ class _StackedSite:
     columns: torch.Tensor  # [R] slot of each column
     layout: tuple[tuple[int, int, int], ...]  # (slot, first column, end); masks depend on it
     expands: tuple[tuple[int, int, int, int, torch.Tensor], ...]  # (r0, r1, out0, out1, B [r, out])
+    affine: "_StackedAffine | None"  # None: no active adapter scales or shifts
+
+
+@dataclass(frozen=True, slots=True)
+class _StackedAffine:
+    """Scales and shifts [1 + adapters, out]: of row 0, which is no adapter's, 1 and 0."""
+
+    scale: torch.Tensor
+    shift: torch.Tensor
 
 
 class AdapterBank:
@@ -96,9 +108,10 @@ class MixedAdapters:
         self._stack = stack
         self._active = active
         self._masks: dict[tuple[tuple[int, int, int], ...], torch.Tensor] = {}
+        self._row_indices: torch.Tensor | None = None  # of stacked rows among the active adapters
 
     def add(self, layer: int, site: str, x: torch.Tensor, y: torch.Tensor) -> None:
-        """Add each row's adapter in place: y [N, out] += x [N, in] @ A^T @ (scaling * B)."""
+        """Apply each row's adapter in place: y [N, out] = y * scale + shift + (x [N, in] A^T) B."""
         for start, end, weights in self._segments:
             own = weights.sites.get((layer, site))
             if own is not None:
@@ -112,11 +125,20 @@ class MixedAdapters:
         stacked = self._stack[key]
         if stacked is None:
             return
+        if stacked.affine is not None:
+            self._apply_affine(stacked.affine, y)
         h = x @ stacked.a.T
         if not self._is_shared:
             h.masked_fill_(self._mask(stacked), 0)
         for r0, r1, out0, out1, b in stacked.expands:
             y[:, out0:out1].addmm_(h[:, r0:r1], b)
+
+    def _apply_affine(self, affine: _StackedAffine, y: torch.Tensor) -> None:
+        if self._row_indices is None:
+            slots = torch.tensor([0, *(slot for slot, _ in self._active)], device=y.device)
+            self._row_indices = torch.searchsorted(slots, self._row_slots)
+        rows = self._row_indices
+        y.copy_(torch.addcmul(affine.shift[rows], y.float(), affine.scale[rows]))
 
     def _mask(self, stacked: _StackedSite) -> torch.Tensor:
         """Make [rows, R], True for another adapter's columns; most sites share one layout."""
@@ -127,9 +149,15 @@ class MixedAdapters:
 
 
 def _add_segment(own: SiteWeights, x: torch.Tensor, y: torch.Tensor) -> None:
+    if own.scale is not None or own.shift is not None:
+        y.copy_(y.float() * _or(own.scale, 1.0) + _or(own.shift, 0.0))
     h = x @ own.a.T
     for r0, r1, out0, out1, b in own.expands:
         y[:, out0:out1].addmm_(h[:, r0:r1], b)
+
+
+def _or(vector: torch.Tensor | None, neutral: float) -> torch.Tensor | float:
+    return neutral if vector is None else vector
 
 
 def _split(
@@ -173,8 +201,24 @@ def _stack_site(
         expands.append((start, total, out0, out1, torch.cat(bs)))
     columns = [slot for slot, c0, c1 in layout for _ in range(c1 - c0)]
     return _StackedSite(
-        a=torch.cat(rows),
+        a=torch.cat(rows) if rows else parts[0][1].a[:0],
         columns=torch.tensor(columns, device=device),
         layout=tuple(layout),
         expands=tuple(expands),
+        affine=_stack_affine([w.sites.get(key) for _, w in active]),
     )
+
+
+def _stack_affine(sites: list[SiteWeights | None]) -> _StackedAffine | None:
+    """Stack scales and shifts in the order of the adapters; None if none has any."""
+    found = [t for site in sites if site for t in (site.scale, site.shift) if t is not None]
+    if not found:
+        return None
+    shape = 1 + len(sites), len(found[0])
+    scale, shift = found[0].new_ones(shape), found[0].new_zeros(shape)
+    for i, site in enumerate(sites, 1):
+        if site is not None and site.scale is not None:
+            scale[i] = site.scale
+        if site is not None and site.shift is not None:
+            shift[i] = site.shift
+    return _StackedAffine(scale, shift)

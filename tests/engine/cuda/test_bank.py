@@ -12,7 +12,8 @@ from engine.backends.cuda.bank import DeviceAdapterBank
 from engine.backends.cuda.extent import UNIT_BYTES, extent_nbytes, extent_of
 from engine.backends.torch.bank import AdapterBank
 from engine.backends.torch.ops import torch_build
-from engine.lora.weights import LoraWeights, load_lora
+from engine.lora.load import load_lora
+from engine.lora.weights import LoraWeights
 from engine.model.loader import load_decoder
 from engine.scheduler.batch import ScheduledBatch, ScheduledRequest
 from engine.scheduler.request import SamplingParams

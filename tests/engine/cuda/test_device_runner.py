@@ -12,7 +12,8 @@ from engine.backends.cuda.inputs import StepInputs
 from engine.backends.cuda.streams import HostDevice
 from engine.backends.sampler import target_logprobs
 from engine.backends.torch.ops import torch_build
-from engine.lora.weights import LoraWeights, load_lora
+from engine.lora.load import load_lora
+from engine.lora.weights import LoraWeights
 from engine.model.decoder import Decoder
 from engine.model.inputs import LoraBatch
 from engine.model.loader import load_decoder

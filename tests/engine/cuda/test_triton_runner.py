@@ -19,7 +19,8 @@ from engine.backends.cuda.runner import DeviceRunner
 from engine.backends.cuda.streams import HostDevice
 from engine.backends.cuda.weight_ops import cuda_build
 from engine.backends.torch.ops import torch_build
-from engine.lora.weights import AdapterLoadError, LoraWeights, load_lora
+from engine.lora.load import load_lora
+from engine.lora.weights import AdapterLoadError, LoraWeights
 from engine.model.decoder import Decoder
 from engine.model.layers import Build
 from engine.model.loader import load_decoder

@@ -24,7 +24,7 @@ from engine.backends.cuda.triton import weight_only
 from engine.backends.cuda.triton.crossovers import Choice, Shape, unmeasured
 from engine.backends.cuda.triton.packed_weight import PackedWeight
 from engine.backends.cuda.weight_ops import cuda_build
-from engine.lora.weights import load_lora
+from engine.lora.load import load_lora
 from engine.model.loader import load_decoder
 from engine.scheduler.batch import ScheduledBatch, ScheduledRequest
 from engine.scheduler.request import SamplingParams

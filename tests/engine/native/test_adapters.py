@@ -19,7 +19,8 @@ from engine.backends.native.bank import NativeAdapter, NativeAdapterBank, Native
 from engine.backends.native.library import Context
 from engine.backends.native.panels import PanelWeights, pack_adapter
 from engine.backends.torch.ops import torch_build
-from engine.lora.weights import AdapterLoadError, load_lora
+from engine.lora.load import load_lora
+from engine.lora.weights import AdapterLoadError
 from engine.messages import AdapterFolder
 from engine.model.layers import LoraSite
 from engine.model.loader import load_decoder

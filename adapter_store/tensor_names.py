@@ -1,0 +1,36 @@
+"""Read the names that PEFT gives to an adapter's tensors: of which module, and what of it.
+
+Knows no config and no shapes. A name that fits no pattern is another's, and is refused elsewhere.
+"""
+
+import re
+from enum import StrEnum
+
+
+class Role(StrEnum):
+    """What a tensor is of its module; the value is how PEFT calls it."""
+
+    A = "lora_A"
+    B = "lora_B"
+    B_BIAS = "lora_B.bias"  # added behind B, and scaled like it
+    MAGNITUDE = "lora_magnitude_vector"  # of DoRA: the norm of each row of the weight
+    BIAS = "bias"  # the base's own, trained
+
+
+# Saved by a library before 0.5 or by one's own code, a name may still have the adapter's own
+_PATTERNS = {
+    Role.A: r"\.lora_A(?:\.default)?\.weight",
+    Role.B: r"\.lora_B(?:\.default)?\.weight",
+    Role.B_BIAS: r"\.lora_B(?:\.default)?\.bias",
+    Role.MAGNITUDE: r"\.lora_magnitude_vector(?:\.default)?(?:\.weight)?",
+    Role.BIAS: r"(?:\.base_layer)?\.bias",
+}
+_NAMES = {role: re.compile(rf"(?P<module>[^.].*?){end}") for role, end in _PATTERNS.items()}
+
+
+def parse_tensor_name(name: str) -> tuple[str, Role] | None:
+    """Split <module>.lora_A.weight into (<module>, Role.A); None if unknown."""
+    for role, pattern in _NAMES.items():
+        if match := pattern.fullmatch(name):
+            return match["module"], role
+    return None

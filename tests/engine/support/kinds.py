@@ -1,0 +1,49 @@
+"""Writes adapters of every kind that PEFT trains, with random values in all that is trained."""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils.warning import PeftWarning
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from engine.messages import AdapterFolder
+
+
+def load_plain(base: Path) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(
+        base, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Ignore what peft warns of: merging, which is not done, and shapes, where it is mistaken."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", PeftWarning)
+        yield
+
+
+def write_kind(base: Path, folder: Path, seed: int = 0, **config: Any) -> AdapterFolder:
+    """Train by adding noise; large enough that leaving out one tensor changes the logits."""
+    settings: dict[str, Any] = {"r": 4, "target_modules": ["q_proj", "o_proj", "up_proj"]}
+    with quiet(), torch.no_grad():
+        model = get_peft_model(load_plain(base), LoraConfig(**settings | config))
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
+        model.save_pretrained(folder)
+    return AdapterFolder(f"digest-of-{folder.name}", str(folder))
+
+
+def load_with_peft(base: Path, adapter: AdapterFolder | None) -> torch.nn.Module:
+    model = load_plain(base)
+    if adapter is None:
+        return model
+    with quiet():
+        return PeftModel.from_pretrained(model, adapter.path).eval()
