@@ -19,16 +19,17 @@ from engine.scheduler.batch import ScheduledBatch
 
 # structs.ReefLoraSite and LoraSlice, packed: a new adapter's table is made between two steps, and
 # assigning fields one by one takes ctypes twice as long
-_SITE, _SLICE = Struct("PPii"), Struct("iiiiP")
+_SITE, _SLICE = Struct("PPii"), Struct("iiiiPPP")
 assert _SITE.size == c.sizeof(structs.ReefLoraSite) and _SLICE.size == c.sizeof(
     structs.ReefLoraSlice
 )
 
 
 class NativeAdapter:
-    """One adapter's ReefLoraSite[len(keys)]; sites that it does not target have a null A.
+    """One adapter's ReefLoraSite[len(keys)]; sites that it does not change have no slices.
 
-    Needs bfloat16 factors. Raises ValueError for others, and for a site that is not among `keys`.
+    Needs bfloat16 factors, and scales and shifts in float32. Raises ValueError for others, and for
+    a site that is not among `keys`.
     """
 
     def __init__(self, weights: PanelWeights, keys: Sequence[Site]) -> None:
@@ -52,7 +53,8 @@ class NativeAdapter:
     def _fill(self, number: int, site: SiteWeights, first: int) -> None:
         _check(self.weights.digest, site)
         for i, (r0, r1, out0, out1, b) in enumerate(site.expands, first):
-            _SLICE.pack_into(self._slices, i * _SLICE.size, r0, r1, out0, out1, b.data_ptr())
+            pointers = b.data_ptr(), _column(site.scale, out0), _column(site.shift, out0)
+            _SLICE.pack_into(self._slices, i * _SLICE.size, r0, r1, out0, out1, *pointers)
         slices = c.addressof(self._slices) + first * _SLICE.size
         shape = site.a.shape[0], len(site.expands)
         _SITE.pack_into(self._sites, number * _SITE.size, site.a.data_ptr(), slices, *shape)
@@ -127,10 +129,20 @@ def _rows_by_slot(batch: ScheduledBatch) -> dict[int, list[int]]:
     return by_slot
 
 
+def _column(affine: torch.Tensor | None, column: int) -> int:
+    return 0 if affine is None else affine.data_ptr() + 4 * column
+
+
 def _check(digest: str, site: SiteWeights) -> None:
     for tensor in (site.a, *(b for *_, b in site.expands)):
         if tensor.dtype != torch.bfloat16 or not tensor.is_contiguous():
             raise ValueError(
                 f"adapter {digest}: factors are {tensor.dtype}, contiguous: "
                 f"{tensor.is_contiguous()}; only contiguous bfloat16 is allowed"
+            )
+    for affine in (site.scale, site.shift):
+        if affine is not None and (affine.dtype != torch.float32 or not affine.is_contiguous()):
+            raise ValueError(
+                f"adapter {digest}: a scale or shift is {affine.dtype}, contiguous: "
+                f"{affine.is_contiguous()}; only contiguous float32 is allowed"
             )

@@ -1,7 +1,8 @@
 """Packs adapters for the native kernels, with B in panels of columns.
 
 A panel of B is [ceil(r / 2), 32, 2]: neighbouring ranks of neighbouring columns side by side,
-padded with zeros. Large adapters have their own huge pages, in the order in which a step reads.
+padded with zeros. Columns that are scaled or shifted without factors have a B of rank 0. Large
+adapters have their own huge pages, in the order in which a step reads.
 """
 
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.backends.native.memory import ALIGNMENT, separate_bytes
-from engine.lora.weights import LoraWeights, Sites, SiteWeights
+from engine.lora.weights import Expand, LoraWeights, Sites, SiteWeights
 
 PANEL = 32
 LARGE = 4 * 2**20  # bytes; adapters of at least this size have their own huge pages
@@ -49,15 +50,40 @@ def pack_adapter(weights: LoraWeights) -> PanelWeights:
 
 
 def _sizes(site: SiteWeights) -> Iterator[int]:
-    """Yield the bytes of A and of each packed B."""
+    """Yield the bytes of A, of each packed B, and of scale and shift."""
     yield site.a.nbytes
     for *_, b in site.expands:
         yield prod(_panels(b)) * PANEL * 2 * b.itemsize
+    yield from (affine.nbytes for affine in (site.scale, site.shift) if affine is not None)
 
 
 def _packed(site: SiteWeights, spaces: Iterator[Tensor]) -> SiteWeights:
     a = next(spaces).view(site.a.dtype).view(site.a.shape).copy_(site.a)
-    return SiteWeights(a, tuple((*e[:4], _in_panels(e[4], next(spaces))) for e in site.expands))
+    expands = [(*e[:4], _in_panels(e[4], next(spaces))) for e in site.expands]
+    scale, shift = (
+        None if affine is None else next(spaces).view(torch.float32).copy_(affine)
+        for affine in (site.scale, site.shift)
+    )
+    return SiteWeights(a, (*expands, *_without_factors(site)), scale, shift)
+
+
+def _without_factors(site: SiteWeights) -> Iterator[Expand]:
+    """Yield the columns between those of the factors that are scaled or shifted."""
+    affine = next((t for t in (site.scale, site.shift) if t is not None), None)
+    if affine is None:
+        return
+    start, rank = 0, len(site.a)
+    spans = sorted((out0, out1) for _, _, out0, out1, _ in site.expands)
+    for out0, out1 in [*spans, (len(affine), len(affine))]:
+        if start < out0 and _changes(site, slice(start, out0)):
+            b = torch.empty(-(-(out0 - start) // PANEL), 0, PANEL, 2, dtype=site.a.dtype)
+            yield rank, rank, start, out0, b
+        start = out1
+
+
+def _changes(site: SiteWeights, columns: slice) -> bool:
+    scaled = site.scale is not None and bool((site.scale[columns] != 1).any())
+    return scaled or (site.shift is not None and bool(site.shift[columns].any()))
 
 
 def _in_panels(b: Tensor, space: Tensor) -> Tensor:

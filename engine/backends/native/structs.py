@@ -42,7 +42,15 @@ class ReefLinearArgs(c.Structure):
 
 
 class ReefLoraSlice(c.Structure):
-    _fields_ = [("r0", i32), ("r1", i32), ("out0", i32), ("out1", i32), ("b", pointer)]
+    _fields_ = [
+        ("r0", i32),
+        ("r1", i32),
+        ("out0", i32),
+        ("out1", i32),
+        ("b", pointer),
+        ("scale", pointer),
+        ("shift", pointer),
+    ]
 
 
 class ReefLoraSite(c.Structure):
@@ -79,6 +87,7 @@ class ReefLoraArgs(c.Structure):
         ("h", pointer),
         ("h_stride", i64),
         ("threads", i32),
+        ("y_is_float", i32),
     ]
 
 

@@ -45,21 +45,24 @@ struct ReefLinearArgs {
     void* scratch;  // linear_scratch_bytes(linear, rows); 64-byte aligned
 };
 
-// ==== LoRA: y[row] += B_s (A_s x[row]) for the adapter s of each row ====
+// ==== LoRA: y[row] = scale_s y[row] + shift_s + B_s (A_s x[row]) for the adapter s of each row
+// ====
 
 // Describes one module of a fused site, such as q of qkv. Its scaling is folded into b.
 struct ReefLoraSlice {
-    int32_t r0, r1;      // its rows of a
+    int32_t r0, r1;      // its rows of a; equal: it has no factors, and b is not read
     int32_t out0, out1;  // its columns of y
     const uint16_t* b;   // [panel of 32 columns][pair of ranks][32][2], padded with zeros
+    const float* scale;  // [out1 - out0]; null: ones
+    const float* shift;  // [out1 - out0]; null: zeros
 };
 
 // Describes one adapter at one linear layer.
 struct ReefLoraSite {
-    const uint16_t* a;  // [lora_rank, in]; null: the adapter does not change this layer
+    const uint16_t* a;  // [lora_rank, in]
     const ReefLoraSlice* slices;
-    int32_t lora_rank;  // rows of a, all slices together
-    int32_t num_slices;
+    int32_t lora_rank;   // rows of a, all slices together
+    int32_t num_slices;  // 0: the adapter does not change this layer
 };
 
 // Describes the rows of a batch that share an adapter.
@@ -81,11 +84,12 @@ struct ReefLoraArgs {
     int32_t in_features;
     const uint16_t* x;
     int64_t x_stride;
-    uint16_t* y;
+    void* y;  // bf16, or float where y_is_float
     int64_t y_stride;
     uint16_t* h;  // [rows listed in batch, h_stride]: A x in bf16; h_stride even
     int64_t h_stride;
     int32_t threads;  // of the pool; set by the functions that run the kernels
+    int32_t y_is_float;
 };
 
 // ==== Attention over paged KV ====

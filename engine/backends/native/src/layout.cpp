@@ -94,11 +94,12 @@ std::string describe_structs() {
     STRUCT(Linear, format, in_features, out_features, group_size, packed, scales, zeros, bias,
            input_order);
     STRUCT(LinearArgs, linear, x, x_stride, y, y_stride, rows, y_is_float, scratch);
-    STRUCT(LoraSlice, r0, r1, out0, out1, b);
+    STRUCT(LoraSlice, r0, r1, out0, out1, b, scale, shift);
     STRUCT(LoraSite, a, slices, lora_rank, num_slices);
     STRUCT(LoraSegment, sites, start, end);
     STRUCT(LoraBatch, segments, rows, num_segments, max_lora_rank);
-    STRUCT(LoraArgs, batch, site, in_features, x, x_stride, y, y_stride, h, h_stride, threads);
+    STRUCT(LoraArgs, batch, site, in_features, x, x_stride, y, y_stride, h, h_stride, threads,
+           y_is_float);
     STRUCT(KvLayer, base, block_bytes, format, block_size, kv_heads, head_dim);
     STRUCT(Requests, num_requests, table_stride, row_starts, context_lens, block_tables);
     STRUCT(StoreArgs, kv, qkv, qkv_stride, cos, sin, positions, slot_mapping, rows, heads,

@@ -1,9 +1,11 @@
-// Applies LoRA to a mixed batch: shrinks h = A x, then expands y += h B, for each adapter's rows.
+// Applies LoRA to a mixed batch: shrinks h = A x, then expands y = scale y + shift + h B, for each
+// adapter's rows.
 //
 //     shrink   h[i][r] = sum over k of a[r][k] x[row i][k]       both factors contiguous along k:
 //              tiles of 4 rows x 4 ranks, one accumulator vector each, added up across lanes at
 //              the end and rounded to bf16
-//     expand   y[row i][c] += sum over pairs p of h[i][2p, 2p+1] . b[p][c][0, 1]
+//     expand   y[row i][c] = scale[c] y[row i][c] + shift[c]
+//                            + sum over pairs p of h[i][2p, 2p+1] . b[p][c][0, 1]
 //              tiles of 8 rows x 32 columns, a lane per column; the sum begins at zero, and y is
 //              rounded once
 //
@@ -25,6 +27,7 @@ namespace {
 constexpr int kBlockRows = 32;  // rows of a segment in one piece of work
 constexpr int kLanes = 16;
 constexpr int kAhead = 2048;        // bytes to prefetch ahead
+constexpr int kAffineAhead = 128;   // columns whose scale and shift to prefetch ahead
 constexpr int kTogether = 1 << 14;  // bytes of B that all rows multiply before the next ones
 #if defined(__AVX512BF16__)
 constexpr int kShrinkRows = 4, kTileRanks = 4, kExpandRows = 8;
@@ -50,7 +53,7 @@ inline void for_each_work(const ReefLoraArgs& args, Body body) {
     for (int i = 0; i < args.batch->num_segments; ++i) {
         const ReefLoraSegment& segment = args.batch->segments[i];
         const ReefLoraSite& site = segment.sites[args.site];
-        if (!site.a || !site.num_slices) continue;
+        if (!site.num_slices) continue;
         for (int row = segment.start; row < segment.end; row += kBlockRows)
             body(Work{&site, row, std::min(segment.end, row + kBlockRows)});
     }
@@ -239,23 +242,50 @@ void shrink_chunk(const void* pointer, int chunk) {
 
 // ==== Expand ====
 
-// Adds the sums to y, rounded once. Subnormal results may become zero, as they do in the products.
-inline void add_to(bf16* y, F16 sums) {
+// Writes y, rounded once. Subnormal results may become zero, as they do in the products.
+inline void put(bf16* y, F16 value) {
 #if defined(__AVX512BF16__)
-    const __m256bh rounded = _mm512_cvtneps_pbh((load(y) + sums).v);
+    const __m256bh rounded = _mm512_cvtneps_pbh(value.v);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(y), (__m256i)rounded);
 #else
-    store(y, load(y) + sums);
+    store(y, value);
 #endif
 }
 
-// Adds lanes [begin, end) of the sums to y, and leaves its other lanes as they are.
-inline void add_to(bf16* y, F16 sums, int begin, int end) {
+inline void put(float* y, F16 value) { store(y, value); }
+
+// Holds the scale and shift of 16 columns, or nothing.
+struct Affine {
+    bool is_any;
+    F16 scale, shift;
+
+    // Reads those of the slice's columns from `column` on, of which `left` are in the slice.
+    static Affine read(const ReefLoraSlice& slice, int column, int left) {
+        if (!(slice.scale || slice.shift) || left <= 0) return {false, zero(), zero()};
+        const auto some = [&](const float* p) {
+            return left >= kLanes ? load(p + column) : load(p + column, left);
+        };
+        return {true, slice.scale ? some(slice.scale) : set1(1.f),
+                slice.shift ? some(slice.shift) : zero()};
+    }
+
+    F16 operator()(F16 y) const { return is_any ? fma(y, scale, shift) : y; }
+};
+
+template <class Out>
+inline void add_to(Out* y, const Affine& affine, F16 sums) {
+    put(y, affine(load(y)) + sums);
+}
+
+// Computes lanes [begin, end) of y alone, and leaves its other lanes as they are.
+template <class Out>
+inline void add_to(Out* y, const Affine& affine, F16 sums, int begin, int end) {
     if (begin >= end) return;
-    bf16 some[kLanes] = {};
-    std::memcpy(some + begin, y + begin, 2 * static_cast<size_t>(end - begin));
-    add_to(some, sums);
-    std::memcpy(y + begin, some + begin, 2 * static_cast<size_t>(end - begin));
+    const size_t bytes = sizeof(Out) * static_cast<size_t>(end - begin);
+    Out some[kLanes] = {};
+    std::memcpy(some + begin, y + begin, bytes);
+    add_to(some, affine, sums);
+    std::memcpy(y + begin, some + begin, bytes);
 }
 
 // Describes columns [begin, end) of a slice.
@@ -265,9 +295,15 @@ struct Columns {
     int begin, end;
 
     int ranks() const { return slice->r1 - slice->r0; }
+    int width() const { return slice->out1 - slice->out0; }
     // B is [panel][pair][32][2].
     int64_t panel_size() const { return int64_t{64} * ((ranks() + 1) / 2); }
     const bf16* at(int panel) const { return slice->b + panel * panel_size(); }
+    // The bytes that a panel of columns reads besides y.
+    int64_t panel_bytes() const {
+        const int affine = (slice->scale != nullptr) + (slice->shift != nullptr);
+        return 2 * panel_size() + int64_t{4} * reef::kPanel * affine;
+    }
     int first_panel() const { return begin / reef::kPanel; }
     int last_panel() const { return ceil_div(end, reef::kPanel); }
 };
@@ -310,54 +346,72 @@ inline void add_pairs(F16 (&sums)[kRows][2], const bf16* const* h, const Panel& 
     add(factors, pairs);
 }
 
+// Prefetches the scale and shift of a panel that is read later.
+inline void fetch_affine_soon(const ReefLoraSlice& slice, int column) {
+    for (const float* values : {slice.scale, slice.shift}) {
+        if (!values) continue;
+        fetch_soon(values + column);
+        fetch_soon(values + column + kLanes);
+    }
+}
+
 // Computes panels [first, last) of `columns`, for kRows rows of the batch's list from i on.
-template <int kRows>
+template <class Out, int kRows>
 void expand_tile(const ReefLoraArgs& args, const Columns& columns, int first, int last, int i,
                  const bf16* next) {
-    bf16* y[kRows];
+    const ReefLoraSlice& slice = *columns.slice;
+    Out* y[kRows];
     const bf16* h[kRows];
     for (int j = 0; j < kRows; ++j) {
-        y[j] = args.y + args.batch->rows[i + j] * args.y_stride + columns.slice->out0;
-        h[j] = args.h + (i + j) * args.h_stride + columns.slice->r0;
+        y[j] = static_cast<Out*>(args.y) + args.batch->rows[i + j] * args.y_stride + slice.out0;
+        h[j] = args.h + (i + j) * args.h_stride + slice.r0;
     }
-    const bf16* turn = columns.at(columns.last_panel());
     for (int p = first; p < last; ++p) {
-        const bf16* b = columns.at(p);
+        const int column = p * reef::kPanel;
         F16 sums[kRows][2];
         for (auto& row : sums) row[0] = row[1] = zero();
-        add_pairs(sums, h, Panel{b, b + kAhead / 2, turn, next - turn, columns.ranks()});
-        const int column = p * reef::kPanel;
+        if (columns.ranks()) {
+            const bf16 *b = columns.at(p), *turn = columns.at(columns.last_panel());
+            const int64_t jump = next ? next - turn : 0;
+            add_pairs(sums, h, Panel{b, b + kAhead / 2, turn, jump, columns.ranks()});
+        }
+        fetch_affine_soon(slice, std::min(column + kAffineAhead, columns.width() - 1));
         const int begin = std::max(columns.begin - column, 0);
         const int end = std::min(columns.end - column, int{reef::kPanel});
+        const Affine low = Affine::read(slice, column, columns.width() - column);
+        const Affine high = Affine::read(slice, column + kLanes, columns.width() - column - kLanes);
         for (int row = 0; row < kRows; ++row) {
-            bf16* out = y[row] + column;
+            Out* out = y[row] + column;
             if (end - begin == reef::kPanel) {
-                add_to(out, sums[row][0]);
-                add_to(out + kLanes, sums[row][1]);
+                add_to(out, low, sums[row][0]);
+                add_to(out + kLanes, high, sums[row][1]);
             } else {
-                add_to(out, sums[row][0], begin, std::min(end, kLanes));
-                add_to(out + kLanes, sums[row][1], std::max(begin - kLanes, 0), end - kLanes);
+                add_to(out, low, sums[row][0], begin, std::min(end, kLanes));
+                add_to(out + kLanes, high, sums[row][1], std::max(begin - kLanes, 0), end - kLanes);
             }
         }
     }
 }
 
-template <int kRows = kExpandRows>
+template <class Out, int kRows = kExpandRows>
 void expand_panels(const ReefLoraArgs& args, const Columns& columns, int first, int last, int i,
                    const bf16* next) {
     const int end = columns.work.row1;
-    for (; i + kRows <= end; i += kRows) expand_tile<kRows>(args, columns, first, last, i, next);
-    if constexpr (kRows > 1) expand_panels<kRows / 2>(args, columns, first, last, i, next);
+    for (; i + kRows <= end; i += kRows)
+        expand_tile<Out, kRows>(args, columns, first, last, i, next);
+    if constexpr (kRows > 1) expand_panels<Out, kRows / 2>(args, columns, first, last, i, next);
 }
 
 // Computes all panels of `columns` for all rows of the work, and prefetches `next`, which is read
-// after these columns.
+// after these columns, if it is not null.
 void expand_columns(const ReefLoraArgs& args, const Columns& columns, const bf16* next) {
-    const int64_t together = std::max<int64_t>(kTogether / (2 * columns.panel_size()), 1);
+    const int64_t together = std::max<int64_t>(kTogether / columns.panel_bytes(), 1);
     const int end = columns.last_panel();
     for (int panel = columns.first_panel(); panel < end;) {
         const int last = static_cast<int>(std::min<int64_t>(panel + together, end));
-        expand_panels(args, columns, panel, last, columns.work.row0, next);
+        if (args.y_is_float)
+            expand_panels<float>(args, columns, panel, last, columns.work.row0, next);
+        else expand_panels<bf16>(args, columns, panel, last, columns.work.row0, next);
         panel = last;
     }
 }
@@ -367,13 +421,14 @@ void for_each_slice(const ReefLoraArgs& args, Body body) {
     for_each_work(args, [&](const Work& work) {
         for (int s = 0; s < work.site->num_slices; ++s) {
             const ReefLoraSlice& slice = work.site->slices[s];
-            body(Columns{work, &slice, 0, slice.out1 - slice.out0});
+            if (slice.r0 < slice.r1 || slice.scale || slice.shift)
+                body(Columns{work, &slice, 0, slice.out1 - slice.out0});
         }
     });
 }
 
 int64_t cost_of_panel(const Columns& columns) {
-    return std::max<int64_t>(1, cost_of_byte(columns.work) * columns.panel_size() * 2);
+    return cost_of_byte(columns.work) * columns.panel_bytes();
 }
 
 int64_t expand_cost(const ReefLoraArgs& args) {
@@ -406,10 +461,11 @@ void expand_chunk(const void* pointer, int chunk) {
     Columns columns{};  // computed only once the columns after them are known, to prefetch those
     for_columns_between(args, cost * chunk / chunks, cost * (chunk + 1) / chunks,
                         [&](const Columns& next) {
-        if (columns.slice) expand_columns(args, columns, next.at(next.first_panel()));
+        const bf16* following = next.ranks() ? next.at(next.first_panel()) : nullptr;
+        if (columns.slice) expand_columns(args, columns, following);
         columns = next;
     });
-    if (columns.slice) expand_columns(args, columns, columns.at(columns.last_panel()));
+    if (columns.slice) expand_columns(args, columns, nullptr);
 }
 
 }  // namespace
