@@ -221,7 +221,10 @@ class Head(nn.Module):
         self._build = build
 
     def forward(self, hidden: Tensor) -> Tensor:
-        logits = self.multiply(hidden)
+        return self.finish(self.multiply(hidden))
+
+    def finish(self, logits: Tensor) -> Tensor:
+        """Scale and cap logits in place."""
         return self.cap(logits if self.scale == 1.0 else logits.mul_(self.scale))
 
     def load(self, tensor: Tensor) -> None:

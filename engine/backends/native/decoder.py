@@ -4,6 +4,7 @@ Reads the modules of a loaded Decoder and records what their `forward` methods w
 nothing about the model, so a family that the Decoder can express needs no code here.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,8 +12,11 @@ from torch import Tensor, nn
 
 from engine.backends.native import structs
 from engine.backends.native.library import Context
-from engine.backends.native.linear import NativeLinear
+from engine.backends.native.linear import NativeHead, NativeLinear
+from engine.backends.native.overlay_kernels import OverlayKernels, Rows, hide_absent_ids
+from engine.backends.native.overlays import Embedding, Head
 from engine.backends.native.program import Buffer, Delta, Norm, Program
+from engine.backends.native.step import StepArrays
 from engine.model.decoder import Attention, Decoder, DecoderLayer, HeadNorms
 from engine.model.layers import Linear, RmsNorm, Scale
 from engine.model.rotary import RotaryTable
@@ -22,6 +26,7 @@ class NativeDecoder:
     """Computes with the weights and KV cache that it was made from: `run(step)`, then `hidden(n)`.
 
     `kv_layers` says where each layer's blocks are; `capacity` bounds the rows of a step.
+    `norm_names` lists the norms by their numbers.
     """
 
     def __init__(
@@ -33,7 +38,9 @@ class NativeDecoder:
         capacity: int,
     ) -> None:
         spec = decoder.spec
-        self._head = decoder.head
+        self._head, self._vocab_size = decoder.head, spec.vocab_size
+        self._overlays = OverlayKernels(context)
+        self.norm_names: list[str] = []
         self.program = program = Program(context, capacity)
         self._buffers = buffers = _Buffers.make(program, decoder)
         self._sites = {(s.layer, s.site): i for i, s in enumerate(decoder.lora_sites)}
@@ -41,8 +48,8 @@ class NativeDecoder:
             RotaryTable(rotary, max_model_len, torch.float32, torch.device("cpu"))
             for rotary in dict.fromkeys(spec.rotaries)
         ]
-        embedding = decoder.embedding
-        program.embed(embedding.weight, buffers.x, float(embedding.scale))
+        embedding, self._embedding_scale = decoder.embedding, float(decoder.embedding.scale)
+        program.embed(embedding.weight, buffers.x, self._embedding_scale)
         pending: Delta | None = None
         for layer, kv in zip(decoder.layers, kv_layers, strict=True):
             assert isinstance(layer, DecoderLayer)
@@ -50,15 +57,37 @@ class NativeDecoder:
             pending = self._layer(layer, kv, buffers, pending, is_last)
             if is_last:
                 buffers = buffers.of_outputs()
-        program.norm(buffers.x, _norm(decoder.norm), buffers.normed, pending)
+        program.norm(buffers.x, self._norm(decoder.norm), buffers.normed, pending)
+
+    def run(self, arrays: StepArrays, changes: Sequence[tuple[Embedding, Rows]] = ()) -> None:
+        """Run a step; `changes` are those that adapters make to the embedding, with their rows."""
+        if not changes:
+            return self.program.run(arrays.step)
+        shared = torch.frombuffer(arrays.token_ids, dtype=torch.int32)
+        token_ids = shared.long()
+        shared[shared >= self._vocab_size] = 0  # the base has no such row: an adapter's replaces it
+        self.program.run(arrays.step, end=1)
+        x = self._buffers.x.rows[: len(token_ids)]
+        self._overlays.embed(changes, token_ids, x, self._embedding_scale)
+        self.program.run(arrays.step, begin=1)
 
     def hidden(self, num_outputs: int) -> Tensor:
         """Return [num_outputs, E] of the last step, valid until the next step."""
         return self._buffers.of_outputs().normed.rows[:num_outputs]
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Compute logits: hidden [M, E] -> [M, V] in float32."""
-        return self._head(hidden)
+    def logits(self, hidden: Tensor, changes: Sequence[tuple[Head, Rows]] = ()) -> Tensor:
+        """Compute logits: hidden [M, E] -> [M, V] in float32; `changes` are those that adapters
+        make to the output layer, with their rows of hidden."""
+        if not changes:
+            return self._head(hidden)
+        multiply = self._head.multiply
+        assert isinstance(multiply, NativeHead)
+        width = max(self._vocab_size, *(head.vocab_size for head, _ in changes))
+        logits = multiply(hidden, width)
+        self._overlays.head(changes, hidden, logits)
+        self._head.finish(logits)
+        hide_absent_ids(logits, changes, self._vocab_size)
+        return logits
 
     def _layer(
         self,
@@ -69,7 +98,7 @@ class NativeDecoder:
         is_last: bool,
     ) -> Delta:
         program = self.program
-        program.norm(buffers.x, _norm(layer.enter_attention), buffers.normed, pending)
+        program.norm(buffers.x, self._norm(layer.enter_attention), buffers.normed, pending)
         self._attend(layer.attention, kv, buffers)
         if is_last:  # the other rows' hidden states are not needed
             outputs = buffers.of_outputs()
@@ -78,7 +107,7 @@ class NativeDecoder:
             buffers = outputs
         self._linear(layer.attention.o, buffers.attended, buffers.delta)
         pending = self._leave(layer.leave_attention, buffers.delta)
-        program.norm(buffers.x, _norm(layer.enter_mlp), buffers.normed, pending)
+        program.norm(buffers.x, self._norm(layer.enter_mlp), buffers.normed, pending)
         self._linear(layer.mlp.gate_up, buffers.normed, buffers.gate_up)
         program.gate(buffers.gate_up, buffers.gated, layer.mlp.activation)
         self._linear(layer.mlp.down, buffers.gated, buffers.delta)
@@ -91,8 +120,8 @@ class NativeDecoder:
         self._linear(attention.qkv, buffers.normed, buffers.qkv)
         norms = attention.norm_heads
         if isinstance(norms, HeadNorms):
-            program.norm(q, _norm(norms.q_norm), q, groups=heads)
-            program.norm(k, _norm(norms.k_norm), k, groups=kv_heads)
+            program.norm(q, self._norm(norms.q_norm), q, groups=heads)
+            program.norm(k, self._norm(norms.k_norm), k, groups=kv_heads)
         rotation = self._rotations[attention.rotary_index]
         program.store(kv, buffers.qkv, heads, rotation.cos, rotation.sin)
         program.attention(
@@ -109,9 +138,14 @@ class NativeDecoder:
         site = self._sites[linear.layer, linear.site]
         self.program.linear(x, linear.matrices(NativeLinear), out, site)
 
+    def _norm(self, module: nn.Module) -> Norm:
+        assert isinstance(module, RmsNorm), f"a layer begins with {type(module).__name__}"
+        self.norm_names.append(module.key.removesuffix(".weight"))
+        return Norm(module.weight, module.eps, len(self.norm_names) - 1)
+
     def _leave(self, leave: nn.Module, delta: Buffer) -> Delta:
         if isinstance(leave, RmsNorm):
-            self.program.norm(delta, _norm(leave), delta)
+            self.program.norm(delta, self._norm(leave), delta)
         return Delta(delta, leave.scale if isinstance(leave, Scale) else 1.0)
 
 
@@ -158,8 +192,3 @@ class _Buffers:
             output_x=self.output_x,
             output_attended=self.output_attended,
         )
-
-
-def _norm(module: nn.Module) -> Norm:
-    assert isinstance(module, RmsNorm), f"a layer begins with {type(module).__name__}"
-    return Norm(module.weight, module.eps)

@@ -32,8 +32,9 @@ class NativeForward:
         self._kv_cache = kv_layout.allocate(num_blocks, num_layers)
         self._block_size = kv_layout.block_size
         kv_layers = [kv_layout.layer(self._kv_cache, i) for i in range(num_layers)]
-        self._bank = NativeAdapterBank([(s.layer, s.site) for s in decoder.lora_sites])
         self._decoder = NativeDecoder(decoder, context, kv_layers, max_model_len, max_rows)
+        keys = [(s.layer, s.site) for s in decoder.lora_sites]
+        self._bank = NativeAdapterBank(keys, self._decoder.norm_names)
         self.picker = NativePicker(context)
 
     def load_adapter(self, load: AdapterLoad, packed: PanelWeights) -> None:
@@ -48,16 +49,17 @@ class NativeForward:
 
     def hidden(self, batch: ScheduledBatch, output_rows: list[int]) -> Tensor:
         arrays = self._step(batch, output_rows)
-        self._decoder.program.run(arrays.step)
+        self._decoder.run(arrays, self._bank.embeddings(batch))
         return self._decoder.hidden(len(output_rows))
 
     def profile(self, batch: ScheduledBatch, output_rows: list[int]) -> dict[str, float]:
-        """Run the batch like `hidden` and return the seconds of each kind of operation."""
+        """Run the batch like `hidden` and return the seconds of each kind of operation; changes of
+        the embedding are left out."""
         arrays = self._step(batch, output_rows)
         return self._decoder.program.profile(arrays.step)
 
     def logits(self, hidden: Tensor, adapter_slots: Sequence[int]) -> Tensor:
-        return self._decoder.logits(hidden)
+        return self._decoder.logits(hidden, self._bank.heads(adapter_slots))
 
     def _step(self, batch: ScheduledBatch, output_rows: list[int]) -> StepArrays:
         arrays = StepArrays(batch.requests, output_rows, self._block_size)
@@ -65,4 +67,7 @@ class NativeForward:
         if lora is not None:
             is_all = len(output_rows) == arrays.step.rows
             arrays.use(lora, lora if is_all else self._bank.batch(batch, output_rows))
+        norms = self._bank.norms(batch, output_rows)
+        if norms is not None:
+            arrays.use_norms(*norms)
         return arrays

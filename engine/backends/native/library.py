@@ -73,6 +73,7 @@ def _load() -> c.CDLL:
 FUNCTIONS: dict[str, type[c.Structure]] = {
     "linear": structs.ReefLinearArgs,
     "lora": structs.ReefLoraArgs,
+    "lora_expand": structs.ReefLoraArgs,
     "store": structs.ReefStoreArgs,
     "attention": structs.ReefAttentionArgs,
     "embed": structs.ReefEmbedArgs,

@@ -122,14 +122,17 @@ class NativeHead:
 
     def __init__(self, context: Context, weight: Tensor) -> None:
         self._linear = NativeLinear(context, weight)
-        self._logits = torch.empty(0, self._linear.out_features)
+        self._cells = torch.empty(0)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        if len(x) > len(self._logits):
-            cells = separate_bytes(4 * len(x) * self._linear.out_features).view(torch.float32)
-            width = self._linear.out_features
-            self._logits = cells[: len(x) * width].view(len(x), width)
-        return self._linear.into(x, self._logits[: len(x)])
+    def __call__(self, x: Tensor, width: int | None = None) -> Tensor:
+        """Multiply. With `width`, return [N, width], whose columns from `out` on are undefined."""
+        out = self._linear.out_features
+        width = out if width is None else width
+        if len(x) * width > len(self._cells):
+            self._cells = separate_bytes(4 * len(x) * width).view(torch.float32)
+        logits = self._cells[: len(x) * width].view(len(x), width)
+        self._linear.into(x, logits[:, :out])
+        return logits
 
 
 PACKERS: dict[str, Packer] = {  # by QuantizedWeight.format; "bf16" for a plain tensor

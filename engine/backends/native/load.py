@@ -14,6 +14,7 @@ from engine.backends.native.panels import pack_adapter
 from engine.backends.native.weight_ops import native_build
 from engine.backends.sync_runner import SyncRunner
 from engine.config import EngineConfig
+from engine.lora.kinds import ALL_KINDS
 from engine.model.loader import weight_bytes
 from engine.settle import Settled
 
@@ -39,6 +40,7 @@ def load_native(
         lora_sites=decoder.lora_sites,
         weight_bytes=weight_bytes(decoder, s.dtype),
         kernels=f"native-{context.isa}",
+        kinds=ALL_KINDS,
     )
 
 

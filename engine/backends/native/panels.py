@@ -1,23 +1,19 @@
 """Packs adapters for the native kernels, with B in panels of columns.
 
-A panel of B is [ceil(r / 2), 32, 2]: neighbouring ranks of neighbouring columns side by side,
-padded with zeros. Columns that are scaled or shifted without factors have a B of rank 0. Large
-adapters have their own huge pages, in the order in which a step reads.
+Columns that are scaled or shifted without factors have a B of rank 0. Large adapters have their own
+huge pages, in the order in which a step reads.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from math import prod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from engine.backends.native.memory import ALIGNMENT, separate_bytes
+from engine.backends.native.overlays import Embedding, Head, pack_embedding, pack_head
+from engine.backends.native.panel_layout import LARGE, PANEL, in_panels, panel_bytes
 from engine.lora.weights import Expand, LoraWeights, Sites, SiteWeights
-
-PANEL = 32
-LARGE = 4 * 2**20  # bytes; adapters of at least this size have their own huge pages
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +23,9 @@ class PanelWeights:
     digest: str
     sites: Sites
     nbytes: int  # in memory, padding included
+    norms: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])  # [width] in float32
+    embedding: Embedding | None = None
+    head: Head | None = None
 
     def __post_init__(self) -> None:
         for *_, b in (expand for site in self.sites.values() for expand in site.expands):
@@ -38,28 +37,39 @@ class PanelWeights:
 
 def pack_adapter(weights: LoraWeights) -> PanelWeights:
     """Pack factors of 2 bytes; called in the host cache's threads. The weights are not kept."""
-    sizes = [size for site in weights.sites.values() for size in _sizes(site)]
+    sites, nbytes = _pack_sites(weights.sites)
+    norms = {name: norm.float().contiguous() for name, norm in weights.norms.items()}
+    digest, embedding, head = weights.digest, weights.embedding, weights.head
+    packed_embedding = None if embedding is None else pack_embedding(digest, embedding)
+    packed_head = None if head is None else pack_head(digest, head)
+    nbytes += sum(norm.nbytes for norm in norms.values())
+    nbytes += sum(o.nbytes for o in (packed_embedding, packed_head) if o is not None)
+    return PanelWeights(digest, sites, nbytes, norms, packed_embedding, packed_head)
+
+
+def _pack_sites(sites: Sites) -> tuple[Sites, int]:
+    """Pack all sites; return their bytes too."""
+    sizes = [size for site in sites.values() for size in _sizes(site)]
     nbytes = sum(sizes)
     if nbytes < LARGE:
         spaces = (torch.empty(size, dtype=torch.uint8) for size in sizes)
     else:
         block = separate_bytes(sum(map(_aligned, sizes)))
         nbytes, spaces = block.nbytes, _cut(block, sizes)
-    sites = {key: _packed(site, spaces) for key, site in weights.sites.items()}
-    return PanelWeights(weights.digest, sites, nbytes)
+    return {key: _packed(site, spaces) for key, site in sites.items()}, nbytes
 
 
 def _sizes(site: SiteWeights) -> Iterator[int]:
     """Yield the bytes of A, of each packed B, and of scale and shift."""
     yield site.a.nbytes
     for *_, b in site.expands:
-        yield prod(_panels(b)) * PANEL * 2 * b.itemsize
+        yield panel_bytes(b)
     yield from (affine.nbytes for affine in (site.scale, site.shift) if affine is not None)
 
 
 def _packed(site: SiteWeights, spaces: Iterator[Tensor]) -> SiteWeights:
     a = next(spaces).view(site.a.dtype).view(site.a.shape).copy_(site.a)
-    expands = [(*e[:4], _in_panels(e[4], next(spaces))) for e in site.expands]
+    expands = [(*e[:4], in_panels(e[4], next(spaces))) for e in site.expands]
     scale, shift = (
         None if affine is None else next(spaces).view(torch.float32).copy_(affine)
         for affine in (site.scale, site.shift)
@@ -68,47 +78,24 @@ def _packed(site: SiteWeights, spaces: Iterator[Tensor]) -> SiteWeights:
 
 
 def _without_factors(site: SiteWeights) -> Iterator[Expand]:
-    """Yield the columns between those of the factors that are scaled or shifted."""
-    affine = next((t for t in (site.scale, site.shift) if t is not None), None)
+    """Yield the columns between those of the factors, from the first to the last changed one."""
+    affine = site.shift if site.scale is None else site.scale
     if affine is None:
         return
-    start, rank = 0, len(site.a)
+    changed = torch.zeros(len(affine), dtype=torch.bool)
+    if site.scale is not None:
+        changed |= site.scale != 1
+    if site.shift is not None:
+        changed |= site.shift != 0
+    start, rank, end = 0, len(site.a), len(changed)
     spans = sorted((out0, out1) for _, _, out0, out1, _ in site.expands)
-    for out0, out1 in [*spans, (len(affine), len(affine))]:
-        if start < out0 and _changes(site, slice(start, out0)):
-            b = torch.empty(-(-(out0 - start) // PANEL), 0, PANEL, 2, dtype=site.a.dtype)
-            yield rank, rank, start, out0, b
+    for out0, out1 in [*spans, (end, end)]:
+        columns = (changed[start:out0].nonzero().view(-1) + start).tolist()
+        if columns:
+            first, last = columns[0], columns[-1] + 1
+            b = torch.empty(-(-(last - first) // PANEL), 0, PANEL, 2, dtype=site.a.dtype)
+            yield rank, rank, first, last, b
         start = out1
-
-
-def _changes(site: SiteWeights, columns: slice) -> bool:
-    scaled = site.scale is not None and bool((site.scale[columns] != 1).any())
-    return scaled or (site.shift is not None and bool(site.shift[columns].any()))
-
-
-def _in_panels(b: Tensor, space: Tensor) -> Tensor:
-    """Write B [r, out] as panels to this memory.
-
-    Moves words that hold two ranks each, which torch does faster than single values.
-    """
-    num_panels, num_pairs = _panels(b)
-    halves = _padded(b).view(torch.uint16)
-    words = halves[1::2].int().bitwise_left_shift_(16).bitwise_or_(halves[::2].int())
-    by_panel = words.view(num_pairs, num_panels, PANEL).transpose(0, 1)
-    space.view(torch.int32).view(by_panel.shape).copy_(by_panel)
-    return space.view(b.dtype).view(*by_panel.shape, 2)
-
-
-def _padded(b: Tensor) -> Tensor:
-    ranks, width = b.shape
-    is_whole = ranks % 2 == 0 and width % PANEL == 0
-    return b if is_whole else F.pad(b, (0, -width % PANEL, 0, ranks % 2))
-
-
-def _panels(b: Tensor) -> tuple[int, int]:
-    """Return the number of panels of B [r, out], and of pairs of ranks in each."""
-    ranks, width = b.shape
-    return -(-width // PANEL), -(-ranks // 2)
 
 
 def _cut(block: Tensor, sizes: list[int]) -> Iterator[Tensor]:

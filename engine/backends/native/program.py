@@ -43,10 +43,12 @@ class Buffer:
 
 @dataclass(frozen=True, slots=True)
 class Norm:
-    """Computes x / rms(x) * weight; weight [width] in float32."""
+    """Computes x / rms(x) * weight; weight [width] in float32, unless the row's adapter has another
+    one for the norm of this number."""
 
     weight: Tensor
     eps: float
+    number: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +116,7 @@ class Program:
             eps=norm.eps,
             width=x.width // groups,
             groups=groups,
+            norm=norm.number,
         )
         self._add("norm", args, x, out)
 
@@ -220,14 +223,16 @@ class Program:
 
     # ==== running ====
 
-    def run(self, step: structs.ReefStep) -> None:
-        """Run all operations on one step, which must fit the capacity."""
+    def run(self, step: structs.ReefStep, begin: int = 0, end: int | None = None) -> None:
+        """Run operations [begin, end) on one step, which must fit the capacity; by default all."""
         assert 0 < step.rows <= self.capacity and step.num_outputs <= self.capacity
         if self._recorded is None:
             self._recorded = self._finish()
         if step.lora or step.output_lora:
             self._make_room_for_lora(step)
-        self._run(self._context.handle, self._recorded, len(self._ops), c.byref(step))
+        first = c.addressof(self._recorded) + begin * c.sizeof(structs.ReefOp)
+        count = (len(self._ops) if end is None else end) - begin
+        self._run(self._context.handle, first, count, c.byref(step))
 
     def profile(self, step: structs.ReefStep) -> dict[str, float]:
         """Run the step and return the seconds that each kind of operation took."""

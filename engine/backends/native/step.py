@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from itertools import accumulate
 
 from engine.backends.native import structs
-from engine.backends.native.bank import NativeLoraBatch
+from engine.backends.native.site_table import NativeLoraBatch
 from engine.backends.rows import padded_block_tables, row_numbers
 from engine.scheduler.batch import ScheduledRequest
 
@@ -22,12 +22,13 @@ class StepArrays:
     ) -> None:
         numbers = row_numbers(requests, block_size)
         token_ids, positions, slots = (array("i", values) for values in numbers)
+        self.token_ids = token_ids  # read when the step runs
         tables, table_stride = padded_block_tables(requests, "i")
         row_starts = array("i", [0, *accumulate(len(r.token_ids) for r in requests)])
         context_lens = array("i", [r.end for r in requests])
         outputs = array("i", output_rows)
         self._keep = (token_ids, positions, slots, tables, row_starts, context_lens, outputs)
-        self._adapters: tuple[NativeLoraBatch | None, ...] = ()
+        self._adapters: tuple[object, ...] = ()
         self.step = structs.ReefStep(
             rows=len(token_ids),
             num_outputs=len(outputs),
@@ -46,10 +47,15 @@ class StepArrays:
 
     def use(self, lora: NativeLoraBatch, output_lora: NativeLoraBatch | None) -> None:
         """Set the adapters of all rows, and of the output rows if those have any."""
-        self._adapters = (lora, output_lora)
+        self._adapters += (lora, output_lora)
         self.step.lora = c.pointer(lora.struct)
         if output_lora is not None:
             self.step.output_lora = c.pointer(output_lora.struct)
+
+    def use_norms(self, rows: "array[int]", output_rows: "array[int]") -> None:
+        """Set the address of each row's ReefNormWeights, or 0, of all rows and the output rows."""
+        self._adapters += (rows, output_rows)
+        self.step.norms, self.step.output_norms = address(rows), address(output_rows)
 
 
 def address(values: "array[int]") -> int:

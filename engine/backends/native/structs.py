@@ -168,6 +168,8 @@ class ReefNormArgs(c.Structure):
         ("rows", i32),
         ("width", i32),
         ("groups", i32),
+        ("norm", i32),
+        ("replaced", pointer),
     ]
 
 
@@ -290,6 +292,8 @@ class ReefStep(c.Structure):
         ("output_lora", c.POINTER(ReefLoraBatch)),
         ("lora_h", pointer),
         ("lora_h_stride", i64),
+        ("norms", pointer),
+        ("output_norms", pointer),
         ("nanoseconds", pointer),
     ]
 

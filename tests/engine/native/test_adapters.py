@@ -15,9 +15,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from engine.backends.native import panels, structs
-from engine.backends.native.bank import NativeAdapter, NativeAdapterBank, NativeLoraBatch
+from engine.backends.native.bank import NativeAdapter, NativeAdapterBank
 from engine.backends.native.library import Context
 from engine.backends.native.panels import PanelWeights, pack_adapter
+from engine.backends.native.site_table import NativeLoraBatch
 from engine.backends.torch.ops import torch_build
 from engine.lora.load import load_lora
 from engine.lora.weights import AdapterLoadError
@@ -187,9 +188,9 @@ def test_factors_that_are_not_finite_once_scaled_are_refused(
 
 def test_untargeted_sites_have_no_factors(model: Model) -> None:
     native = NativeAdapter(model.weights("attention"), model.keys)
-    touched = [native.sites[i].a is not None for i in range(len(model.keys))]
+    touched = [native.table.pointer[i].a is not None for i in range(len(model.keys))]
     assert touched == [site == "qkv" for _, site in model.keys]
-    assert native.lora_rank == 8  # q's and v's
+    assert native.table.lora_rank == 8  # q's and v's
 
 
 def test_only_panels_in_bfloat16_are_accepted(model: Model) -> None:

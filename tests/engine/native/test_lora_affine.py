@@ -79,7 +79,9 @@ def add(context: Context, of_row: Sequence[int], x: Tensor, y: Tensor) -> Tensor
     for index in sorted(set(of_row) - {-1}):
         start = len(rows)
         rows += [row for row, i in enumerate(of_row) if i == index]
-        segments.append(structs.ReefLoraSegment(ADAPTERS[index].native.sites, start, len(rows)))
+        segments.append(
+            structs.ReefLoraSegment(ADAPTERS[index].native.table.pointer, start, len(rows))
+        )
     listed = torch.tensor(rows, dtype=torch.int32)
     h = torch.full((max(1, len(rows)), 66), NAN).bfloat16()
     batch = structs.ReefLoraBatch(

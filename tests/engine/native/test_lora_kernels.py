@@ -125,12 +125,12 @@ def add(
     start = 0
     for segment, index, own in zip(segments, active, listed, strict=True):
         segment.sites, segment.start, segment.end = (
-            adapters[index].native.sites,
+            adapters[index].native.table.pointer,
             start,
             start + len(own),
         )
         start += len(own)
-    rank = max((adapters[i].native.lora_rank for i in active), default=0)
+    rank = max((adapters[i].native.table.lora_rank for i in active), default=0)
     h = torch.full((max(1, start), rank + 2 + rank % 2), NAN).bfloat16()
     batch = structs.ReefLoraBatch(segments, rows.data_ptr(), len(active), rank)
     context.function("lora", structs.ReefLoraArgs)(

@@ -96,12 +96,17 @@ float sum_of_squares(const bf16* x, int width) {
     return sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
 }
 
-void norm_vector(const bf16* x, bf16* y, const ReefNormArgs& a) {
+const float* weight_of_row(const ReefNormArgs& a, int row) {
+    const ReefNormWeights weights = a.replaced ? a.replaced[row] : nullptr;
+    return weights && weights[a.norm] ? weights[a.norm] : a.weight;
+}
+
+void norm_vector(const bf16* x, const float* weight, bf16* y, const ReefNormArgs& a) {
     const float mean = sum_of_squares(x, a.width) / static_cast<float>(a.width);
     const F16 inverse = set1(1.f / std::sqrt(mean + a.eps));
     for_vectors(0, a.width, [&](int c, int n) {
         const F16 scaled = load_upto(x + c, n) * inverse;
-        store_upto(y + c, scaled * load_upto(a.weight + c, n), n);
+        store_upto(y + c, scaled * load_upto(weight + c, n), n);
     });
 }
 
@@ -114,7 +119,8 @@ void norm_run(const void* args, int run) {
         if (a.delta) add_delta(x, a.delta + row * a.delta_stride, set1(a.delta_scale), row_width);
         if (!a.y) continue;
         bf16* y = a.y + row * a.y_stride;
-        for (int c = 0; c < row_width; c += a.width) norm_vector(x + c, y + c, a);
+        const float* weight = weight_of_row(a, row);
+        for (int c = 0; c < row_width; c += a.width) norm_vector(x + c, weight, y + c, a);
     }
 }
 

@@ -45,8 +45,7 @@ struct ReefLinearArgs {
     void* scratch;  // linear_scratch_bytes(linear, rows); 64-byte aligned
 };
 
-// ==== LoRA: y[row] = scale_s y[row] + shift_s + B_s (A_s x[row]) for the adapter s of each row
-// ====
+// ==== LoRA: y = scale y + shift + B (A x) in each row, with those of its adapter ====
 
 // Describes one module of a fused site, such as q of qkv. Its scaling is folded into b.
 struct ReefLoraSlice {
@@ -156,6 +155,10 @@ struct ReefEmbedArgs {
     int32_t rows, width;
 };
 
+// Lists the weights with which an adapter replaces those of norms, by the norm's number; null:
+// that norm is the base's.
+typedef const float* const* ReefNormWeights;
+
 // Computes x += delta * delta_scale where there is a delta, then y = x / rms(x) * weight.
 struct ReefNormArgs {
     uint16_t* x;  // rounded to bf16 after the addition; the norm reads the rounded x
@@ -164,10 +167,12 @@ struct ReefNormArgs {
     int64_t delta_stride;
     uint16_t* y;  // null: only the addition
     int64_t y_stride;
-    const float* weight;  // [width]
+    const float* weight;  // [width], of rows whose adapter has none
     float delta_scale, eps;
     int32_t rows, width;
     int32_t groups;  // each row is this many neighbouring vectors of `width`, one norm each
+    int32_t norm;    // its number
+    const ReefNormWeights* replaced;  // [rows] of each row's adapter or null; null: no row's
 };
 
 // Computes y [rows, width] = activation(x[:, :width]) * x[:, width:].

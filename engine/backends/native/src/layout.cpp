@@ -29,7 +29,7 @@ void add_field(std::string* text, const char* name, const char* kind, size_t byt
 #define FIELD(T, name) \
     add_field(&text, #name, kind_of<decltype(T::name)>(), sizeof(T::name), offsetof(T, name));
 
-// FIELDS(T, a, b) expands to FIELD(T, a) FIELD(T, b), for up to 12 fields.
+// FIELDS(T, a, b) expands to FIELD(T, a) FIELD(T, b), for up to 14 fields.
 #define FIELDS_1(T, name) FIELD(T, name)
 #define FIELDS_2(T, name, ...) FIELD(T, name) FIELDS_1(T, __VA_ARGS__)
 #define FIELDS_3(T, name, ...) FIELD(T, name) FIELDS_2(T, __VA_ARGS__)
@@ -42,10 +42,13 @@ void add_field(std::string* text, const char* name, const char* kind, size_t byt
 #define FIELDS_10(T, name, ...) FIELD(T, name) FIELDS_9(T, __VA_ARGS__)
 #define FIELDS_11(T, name, ...) FIELD(T, name) FIELDS_10(T, __VA_ARGS__)
 #define FIELDS_12(T, name, ...) FIELD(T, name) FIELDS_11(T, __VA_ARGS__)
-#define THIRTEENTH(_1, _2, _3, _4, _5, _6, _7, _8, _9, _10, _11, _12, macro, ...) macro
-#define FIELDS(T, ...)                                                                     \
-    THIRTEENTH(__VA_ARGS__, FIELDS_12, FIELDS_11, FIELDS_10, FIELDS_9, FIELDS_8, FIELDS_7, \
-               FIELDS_6, FIELDS_5, FIELDS_4, FIELDS_3, FIELDS_2, FIELDS_1, )(T, __VA_ARGS__)
+#define FIELDS_13(T, name, ...) FIELD(T, name) FIELDS_12(T, __VA_ARGS__)
+#define FIELDS_14(T, name, ...) FIELD(T, name) FIELDS_13(T, __VA_ARGS__)
+#define FIFTEENTH(_1, _2, _3, _4, _5, _6, _7, _8, _9, _10, _11, _12, _13, _14, macro, ...) macro
+#define FIELDS(T, ...)                                                                          \
+    FIFTEENTH(__VA_ARGS__, FIELDS_14, FIELDS_13, FIELDS_12, FIELDS_11, FIELDS_10, FIELDS_9,     \
+              FIELDS_8, FIELDS_7, FIELDS_6, FIELDS_5, FIELDS_4, FIELDS_3, FIELDS_2, FIELDS_1, ) \
+    (T, __VA_ARGS__)
 
 #define LINE(T, name, ...)                        \
     text += name " " + std::to_string(sizeof(T)); \
@@ -108,7 +111,7 @@ std::string describe_structs() {
            soft_cap);
     STRUCT(EmbedArgs, table, token_ids, x, x_stride, scale, rows, width);
     STRUCT(NormArgs, x, x_stride, delta, delta_stride, y, y_stride, weight, delta_scale, eps, rows,
-           width, groups);
+           width, groups, norm, replaced);
     STRUCT(GateArgs, x, x_stride, y, y_stride, rows, width, activation);
     STRUCT(GatherArgs, x, x_stride, rows_of_x, y, y_stride, rows, width);
     STRUCT(GreedyArgs, logits, logits_stride, token_ids, highest, rows, vocab);
@@ -119,7 +122,7 @@ std::string describe_structs() {
     UNION(OpArgs, embed, norm, linear, store, attention, gate, gather);
     STRUCT(Op, kind, lora_site, on_outputs, lora, args);
     STRUCT(Step, rows, num_outputs, token_ids, positions, slot_mapping, output_rows, requests, lora,
-           output_lora, lora_h, lora_h_stride, nanoseconds);
+           output_lora, lora_h, lora_h_stride, norms, output_norms, nanoseconds);
     return text;
 }
 

@@ -21,6 +21,7 @@ public:
                 return context_.run(context_.kernels.embed, &op.args.embed);
             case REEF_OP_NORM:
                 op.args.norm.rows = rows;
+                op.args.norm.replaced = op.on_outputs ? step_.output_norms : step_.norms;
                 return context_.run(context_.kernels.norm, &op.args.norm);
             case REEF_OP_LINEAR: op.args.linear.rows = rows; return linear(op);
             case REEF_OP_STORE:

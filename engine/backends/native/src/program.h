@@ -49,6 +49,8 @@ struct ReefStep {
     const ReefLoraBatch* output_lora;  // the same for the output rows, numbered from 0
     uint16_t* lora_h;                  // [rows, lora_h_stride]: results of the adapters' shrink
     int64_t lora_h_stride;
+    const ReefNormWeights* norms;         // [rows] of each row's adapter; null: no row's has any
+    const ReefNormWeights* output_norms;  // [num_outputs], the same for the output rows
     int64_t* nanoseconds;  // null, or [num_ops] to which each operation's time is added
 };
 

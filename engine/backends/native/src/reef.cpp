@@ -37,6 +37,13 @@ void reef_lora(ReefContext* context, const ReefLoraArgs* args) {
     context->pool.run(tasks, 2);
 }
 
+// Expands what args->h already holds.
+void reef_lora_expand(ReefContext* context, const ReefLoraArgs* args) {
+    ReefLoraArgs all = *args;
+    all.threads = context->pool.threads();
+    context->run(context->kernels.lora_expand, &all);
+}
+
 void reef_store(ReefContext* context, const ReefStoreArgs* args) {
     context->run(context->kernels.store, args);
 }
