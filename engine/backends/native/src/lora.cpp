@@ -254,37 +254,52 @@ inline void put(bf16* y, F16 value) {
 
 inline void put(float* y, F16 value) { store(y, value); }
 
-// Holds the scale and shift of 16 columns, or nothing.
+// Holds the scale and shift of 16 columns.
 struct Affine {
-    bool is_any;
     F16 scale, shift;
 
     // Reads those of the slice's columns from `column` on, of which `left` are in the slice.
     static Affine read(const ReefLoraSlice& slice, int column, int left) {
-        if (!(slice.scale || slice.shift) || left <= 0) return {false, zero(), zero()};
+        if (left <= 0) return {zero(), zero()};
         const auto some = [&](const float* p) {
             return left >= kLanes ? load(p + column) : load(p + column, left);
         };
-        return {true, slice.scale ? some(slice.scale) : set1(1.f),
+        return {slice.scale ? some(slice.scale) : set1(1.f),
                 slice.shift ? some(slice.shift) : zero()};
     }
 
-    F16 operator()(F16 y) const { return is_any ? fma(y, scale, shift) : y; }
+    // Prefetches a panel that is read later.
+    static void fetch_soon(const ReefLoraSlice& slice, int column) {
+        for (const float* values : {slice.scale, slice.shift}) {
+            if (!values) continue;
+            REEF_ISA::fetch_soon(values + column);
+            REEF_ISA::fetch_soon(values + column + kLanes);
+        }
+    }
+
+    F16 operator()(F16 y) const { return fma(y, scale, shift); }
 };
 
-template <class Out>
-inline void add_to(Out* y, const Affine& affine, F16 sums) {
-    put(y, affine(load(y)) + sums);
+// Stands for the scale and shift of a slice that has neither.
+struct Unchanged {
+    static Unchanged read(const ReefLoraSlice&, int, int) { return {}; }
+    static void fetch_soon(const ReefLoraSlice&, int) {}
+    F16 operator()(F16 y) const { return y; }
+};
+
+template <class Out, class Change>
+inline void add_to(Out* y, const Change& change, F16 sums) {
+    put(y, change(load(y)) + sums);
 }
 
 // Computes lanes [begin, end) of y alone, and leaves its other lanes as they are.
-template <class Out>
-inline void add_to(Out* y, const Affine& affine, F16 sums, int begin, int end) {
+template <class Out, class Change>
+inline void add_to(Out* y, const Change& change, F16 sums, int begin, int end) {
     if (begin >= end) return;
     const size_t bytes = sizeof(Out) * static_cast<size_t>(end - begin);
     Out some[kLanes] = {};
     std::memcpy(some + begin, y + begin, bytes);
-    add_to(some, affine, sums);
+    add_to(some, change, sums);
     std::memcpy(y + begin, some + begin, bytes);
 }
 
@@ -346,17 +361,8 @@ inline void add_pairs(F16 (&sums)[kRows][2], const bf16* const* h, const Panel& 
     add(factors, pairs);
 }
 
-// Prefetches the scale and shift of a panel that is read later.
-inline void fetch_affine_soon(const ReefLoraSlice& slice, int column) {
-    for (const float* values : {slice.scale, slice.shift}) {
-        if (!values) continue;
-        fetch_soon(values + column);
-        fetch_soon(values + column + kLanes);
-    }
-}
-
 // Computes panels [first, last) of `columns`, for kRows rows of the batch's list from i on.
-template <class Out, int kRows>
+template <class Out, class Change, int kRows>
 void expand_tile(const ReefLoraArgs& args, const Columns& columns, int first, int last, int i,
                  const bf16* next) {
     const ReefLoraSlice& slice = *columns.slice;
@@ -375,11 +381,11 @@ void expand_tile(const ReefLoraArgs& args, const Columns& columns, int first, in
             const int64_t jump = next ? next - turn : 0;
             add_pairs(sums, h, Panel{b, b + kAhead / 2, turn, jump, columns.ranks()});
         }
-        fetch_affine_soon(slice, std::min(column + kAffineAhead, columns.width() - 1));
+        Change::fetch_soon(slice, std::min(column + kAffineAhead, columns.width() - 1));
         const int begin = std::max(columns.begin - column, 0);
         const int end = std::min(columns.end - column, int{reef::kPanel});
-        const Affine low = Affine::read(slice, column, columns.width() - column);
-        const Affine high = Affine::read(slice, column + kLanes, columns.width() - column - kLanes);
+        const Change low = Change::read(slice, column, columns.width() - column);
+        const Change high = Change::read(slice, column + kLanes, columns.width() - column - kLanes);
         for (int row = 0; row < kRows; ++row) {
             Out* out = y[row] + column;
             if (end - begin == reef::kPanel) {
@@ -393,25 +399,33 @@ void expand_tile(const ReefLoraArgs& args, const Columns& columns, int first, in
     }
 }
 
-template <class Out, int kRows = kExpandRows>
+template <class Out, class Change, int kRows = kExpandRows>
 void expand_panels(const ReefLoraArgs& args, const Columns& columns, int first, int last, int i,
                    const bf16* next) {
     const int end = columns.work.row1;
     for (; i + kRows <= end; i += kRows)
-        expand_tile<Out, kRows>(args, columns, first, last, i, next);
-    if constexpr (kRows > 1) expand_panels<Out, kRows / 2>(args, columns, first, last, i, next);
+        expand_tile<Out, Change, kRows>(args, columns, first, last, i, next);
+    if constexpr (kRows > 1)
+        expand_panels<Out, Change, kRows / 2>(args, columns, first, last, i, next);
+}
+
+// Returns the function for this type of y and this slice.
+auto expand_of(const ReefLoraArgs& args, const ReefLoraSlice& slice) {
+    const bool is_changed = slice.scale || slice.shift;
+    if (args.y_is_float)
+        return is_changed ? expand_panels<float, Affine> : expand_panels<float, Unchanged>;
+    return is_changed ? expand_panels<bf16, Affine> : expand_panels<bf16, Unchanged>;
 }
 
 // Computes all panels of `columns` for all rows of the work, and prefetches `next`, which is read
 // after these columns, if it is not null.
 void expand_columns(const ReefLoraArgs& args, const Columns& columns, const bf16* next) {
     const int64_t together = std::max<int64_t>(kTogether / columns.panel_bytes(), 1);
+    const auto expand = expand_of(args, *columns.slice);
     const int end = columns.last_panel();
     for (int panel = columns.first_panel(); panel < end;) {
         const int last = static_cast<int>(std::min<int64_t>(panel + together, end));
-        if (args.y_is_float)
-            expand_panels<float>(args, columns, panel, last, columns.work.row0, next);
-        else expand_panels<bf16>(args, columns, panel, last, columns.work.row0, next);
+        expand(args, columns, panel, last, columns.work.row0, next);
         panel = last;
     }
 }
