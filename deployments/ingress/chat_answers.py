@@ -9,7 +9,8 @@ from deployments.ingress.choice import Choice
 from deployments.ingress.http_errors import ApiError, invalid
 from deployments.ingress.parsed_choice import ParsedChoice
 from deployments.ingress.structured.calls import CallableTool, ForcedCalls
-from deployments.ingress.structured.constraint import Constraint
+from deployments.ingress.structured.constraint import Constraint, Framed
+from deployments.ingress.structured.thought import Thought
 from deployments.text.answer_syntax import AnswerSyntax, Parser
 from deployments.text.vocabulary import Vocabulary
 from engine.messages import RequestOutput
@@ -36,13 +37,22 @@ class ChatAnswers:
                 if message.uses_tools:
                     raise _no_tools(f"messages[{at}]", tools.refusal)
         if request.callable_tools and request.constraint is not None:
-            path = request.constraint.path
-            raise invalid(
-                f"{path}: not allowed together with tools, which it would rule out: send "
-                "tool_choice 'none' where the answer must match.",
-                path,
-                "unsupported_field",
-            )
+            self._check_both(request.constraint)
+
+    def _check_both(self, constraint: Constraint) -> None:
+        """Refuse what excludes calls, unless the answer can be told from them."""
+        if self.request.has_forced_call:
+            reason = "a forced tool_choice, after which there is no other answer"
+        elif constraint.kind != "json":
+            reason = "tools, from whose calls only JSON can be told"
+        elif not self.syntax.marks_calls:
+            reason = "tools, whose calls are JSON without marks with this model"
+        else:
+            return
+        message = f"{constraint.path}: not allowed together with {reason}: send tool_choice 'none' "
+        raise invalid(
+            message + "where the answer must match.", constraint.path, "unsupported_field"
+        )
 
     def messages(self) -> list[dict[str, Any]]:
         fills_content = self.syntax.style.fills_content
@@ -89,19 +99,47 @@ class ChatAnswers:
 
     def constraint(self, prompt: str) -> Constraint | None:
         """Find what answers to a prompt must match: what the request says, or calls."""
+        request, thought = self.request, self._thought(prompt)
+        if request.has_forced_call:
+            return Constraint("calls", self._calls(thought), "tool_choice")
+        answer = request.constraint
+        if answer is None or not self._is_framed(answer, thought):
+            return answer
+        calls = self._calls(thought) if request.callable_tools else None
+        return Constraint("framed", Framed(answer, thought, calls), answer.path)
+
+    def _calls(self, thought: Thought) -> ForcedCalls:
         request, tools = self.request, self.syntax.tools
-        if not request.has_forced_call:
-            return request.constraint
         assert tools.form is not None, "it was checked"
-        calls = ForcedCalls(
+        return ForcedCalls(
             tools.form,
             [CallableTool(tool.name, tool.schema, tool.path) for tool in request.allowed_tools],
             self.names_call or request.parallel_tool_calls is False or tools.has_one_call,
-            self.syntax.think_tags,
-            self._begins_inside(prompt),
-            self.syntax.mark_ids,
+            thought,
         )
-        return Constraint("calls", calls, "tool_choice")
+
+    def _thought(self, prompt: str) -> Thought:
+        """Find how answers to a prompt may begin."""
+        syntax, form = self.syntax, self.syntax.tools.form
+        continues = self.request.continue_final_message is True
+        return Thought(
+            syntax.think_tags,
+            self._begins_inside(prompt),
+            not continues and not syntax.has_reasoned(prompt),
+            form is not None and form.has_channels,
+            syntax.mark_ids,
+        )
+
+    def _is_framed(self, answer: Constraint, thought: Thought) -> bool:
+        """Tell whether an answer of a grammar may be something else, too.
+
+        A grammar in which the reasoning's end is written is one of the whole answer.
+        """
+        if self.request.callable_tools:
+            return True
+        tags = self.syntax.think_tags
+        has_end = tags is not None and answer.kind != "json" and tags.closing in str(answer.value)
+        return thought.is_possible and not has_end
 
     @property
     def names_call(self) -> bool:
@@ -119,10 +157,11 @@ class ChatAnswers:
     ) -> MakeChoice | None:
         """Make what parses answers to a prompt, whose text this is. None if they are text alone.
 
-        So is an answer that must match a grammar: it has no reasoning and no calls.
+        So is an answer of a grammar that leaves no room for reasoning and calls.
         """
         request, syntax = self.request, self.syntax
-        if request.constraint is not None:
+        answer = request.constraint
+        if answer is not None and not self._is_framed(answer, self._thought(text)):
             return None
         make_parser = self._parser_maker(text)
         if make_parser is None:
@@ -148,7 +187,8 @@ class ChatAnswers:
             return None
         is_inside = self._begins_inside(prompt)
         one_call = request.parallel_tool_calls is False
-        return lambda: syntax.parser(schemas, is_inside, one_call)
+        no_text = request.constraint is not None
+        return lambda: syntax.parser(schemas, is_inside, one_call, no_text)
 
     def _begins_inside(self, prompt: str) -> bool:
         """Tell whether answers to a prompt begin with reasoning that it has opened."""

@@ -55,6 +55,12 @@ class AnswerSyntax:
         return self.think_tags is None and not (form and form.has_channels)
 
     @property
+    def marks_calls(self) -> bool:
+        """Tell whether an answer's beginning says if it is a call."""
+        form = self.tools.form
+        return form is not None and (form.has_channels or bool(form.opening))
+
+    @property
     def can_reason(self) -> bool:
         return self.takes_effort or self.takes_thinking or not self.is_plain
 
@@ -62,15 +68,24 @@ class AnswerSyntax:
     def style(self) -> CallStyle:
         return self.tools.style
 
-    def parser(self, schemas: Schemas, is_inside: bool, one_call: bool) -> Parser:
-        """Make a parser for one answer. Without schemas it looks for no calls."""
+    def parser(
+        self, schemas: Schemas, is_inside: bool, one_call: bool, no_text: bool = False
+    ) -> Parser:
+        """Make a parser for one answer. Without schemas it looks for no calls.
+
+        `no_text`: the answer is either calls or text, and its beginning tells which.
+        """
         tags, form = self.think_tags, self.tools.form
         one_call = one_call or self.tools.has_one_call
         if form and form.has_channels:
             return ChannelParser(one_call)
         splitter = ReasoningSplitter(tags, is_inside) if tags else None
-        calls = CallParser(form, schemas) if form and schemas else None
+        calls = CallParser(form, schemas, no_text) if form and schemas else None
         return AnswerParser(splitter, calls, one_call)
+
+    def has_reasoned(self, prompt: str) -> bool:
+        """Tell whether a prompt ends behind reasoning, so that answers have none."""
+        return self.think_tags is not None and prompt.rstrip().endswith(self.think_tags.closing)
 
     def begins_inside(self, prompt: str, continued: str | None) -> bool:
         return self.think_tags is not None and is_reasoning(self.think_tags, prompt, continued)

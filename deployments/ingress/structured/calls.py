@@ -1,6 +1,6 @@
 """Write the grammar of an answer that must be calls, in the format that the model writes them in.
 
-A model that reasons may do so first: its prompt may have begun with it already. White space is
+Something else may be allowed in their stead. A model that reasons may do so first. White space is
 free where the format's reader takes any.
 """
 
@@ -9,12 +9,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from deployments.ingress.structured.json_parts import JsonParts
-from deployments.ingress.structured.lark import ANY_TEXT, SPACE, Lark, any_of, quoted
+from deployments.ingress.structured.lark import SPACE, Lark, any_of, quoted
 from deployments.ingress.structured.notations import BareJson, Python
 from deployments.ingress.structured.parameters import parameters
 from deployments.ingress.structured.schema import Preparation, SchemaRefused
-from deployments.text.channels import ENDS
-from deployments.text.reasoning import ThinkTags
+from deployments.ingress.structured.thought import NO_THOUGHT, Thought
 from deployments.text.tools.formats import ToolFormat
 from deployments.text.tools.pattern import Literal, Slot, Space, parts_of
 
@@ -35,14 +34,12 @@ class CallableTool:
 
 @dataclass(frozen=True, slots=True)
 class ForcedCalls:
-    """One of these tools must be called. `mark_ids` are the format's marks that are tokens."""
+    """One of these tools must be called."""
 
     form: ToolFormat
     tools: Sequence[CallableTool]
     one_call: bool
-    think_tags: ThinkTags | None
-    begins_inside: bool  # the prompt has opened the reasoning
-    mark_ids: Mapping[str, int]
+    thought: Thought = NO_THOUGHT
 
 
 class CallsRefused(ValueError):
@@ -53,10 +50,15 @@ class CallsRefused(ValueError):
         self.path = path
 
 
-def calls_document(wanted: ForcedCalls, is_lenient: bool) -> tuple[dict[str, Any], list[str]]:
-    """Return llguidance's document, and what is not enforced. Raises CallsRefused."""
+def calls_document(
+    wanted: ForcedCalls, is_lenient: bool, otherwise: str = ""
+) -> tuple[dict[str, Any], list[str]]:
+    """Return llguidance's document, and what is not enforced. Raises CallsRefused.
+
+    `otherwise`: the grammar that an answer without calls must match, if there may be one.
+    """
     writer = _Writer(wanted, is_lenient)
-    start = writer.start()
+    start = writer.start(otherwise)
     grammars = [{"lark_grammar": writer.lark.text(start)}, *writer.parts.documents]
     return {"grammars": grammars}, writer.not_enforced + writer.parts.not_enforced
 
@@ -70,21 +72,23 @@ class _Writer:
     not_enforced: list[str] = field(default_factory=list[str])
 
     def __post_init__(self) -> None:
-        self.lark = Lark(self.wanted.mark_ids)
+        self.lark = Lark(self.wanted.thought.mark_ids)
         self.parts = JsonParts(self.is_lenient)
 
-    def start(self) -> str:
-        wanted = self.wanted
-        tools = [(tool, self._prepared(tool)) for tool in wanted.tools]
-        if wanted.form.has_channels:
-            return self._channels(tools)
+    def start(self, otherwise: str) -> str:
+        thought, form = self.wanted.thought, self.wanted.form
+        tools = [(tool, self._prepared(tool)) for tool in self.wanted.tools]
+        answers = [self._channels(tools) if form.has_channels else self._section(tools)]
+        if otherwise:
+            answers.append(thought.answer(self.lark, otherwise))
+        return f"{thought.before(self.lark)} {any_of(answers)}"
+
+    def _section(self, tools: Sequence[tuple[CallableTool, dict[str, Any]]]) -> str:
         calls = self._calls(tools)
-        section = wanted.form.section
-        if section is not None:
-            opening, closing = map(self.lark.marks, section)
-            calls = f"{opening} {calls} {SPACE} {closing}"
-            return f"{self._thought()} {SPACE} {calls}"
-        return f"{self._thought()} {calls}"
+        if self.wanted.form.section is None:
+            return calls
+        opening, closing = map(self.lark.marks, self.wanted.form.section)
+        return f"{SPACE} {opening} {calls} {SPACE} {closing}"
 
     def _prepared(self, tool: CallableTool) -> dict[str, Any]:
         preparation = Preparation(self.is_lenient)
@@ -95,15 +99,6 @@ class _Writer:
         self.not_enforced += (f"{tool.path}: {each}" for each in preparation.not_enforced)
         assert isinstance(prepared, dict), "it was checked to be the schema of an object"
         return {**prepared, "type": "object"}
-
-    def _thought(self) -> str:
-        tags = self.wanted.think_tags
-        if tags is None:
-            return ""
-        closed = self.lark.until(ANY_TEXT, tags.closing)
-        if self.wanted.begins_inside:
-            return closed
-        return f"({SPACE} {self.lark.marks(tags.opening)} {closed})?"
 
     # ---- calls between marks ---------------------------------------------------------------
 
@@ -197,12 +192,8 @@ class _Writer:
     # ---- channels --------------------------------------------------------------------------
 
     def _channels(self, tools: Sequence[tuple[CallableTool, dict[str, Any]]]) -> str:
-        """Write reasoning, and one call: a second one would follow the mark that ends an answer."""
-        marks = self.lark.marks
-        thought = self.lark.until(ANY_TEXT, "<|end|>", *ENDS)
-        analysis = f"{marks('<|channel|>analysis<|message|>')} {thought}"
-        call = any_of([self._channel_call(tool, schema) for tool, schema in tools])
-        return f"({analysis} {marks('<|start|>assistant')})? {call}"
+        """Write one call: a second one would follow the mark that ends an answer."""
+        return any_of([self._channel_call(tool, schema) for tool, schema in tools])
 
     def _channel_call(self, tool: CallableTool, schema: dict[str, Any]) -> str:
         to, json_text = f" to=functions.{tool.name}", self.parts.add(schema, tool.path)

@@ -12,14 +12,16 @@ import msgspec
 
 from deployments.ingress.structured.calls import CallsRefused, ForcedCalls, calls_document
 from deployments.ingress.structured.json_parts import WHITESPACE
-from deployments.ingress.structured.lark import quoted, regex
+from deployments.ingress.structured.lark import Lark, quoted, regex
 from deployments.ingress.structured.schema import Preparation, SchemaRefused
 from deployments.ingress.structured.structural_tag import Part, TagRefused, TokenIds, tag_document
+from deployments.ingress.structured.thought import Thought
 from engine.scheduler.request import MAX_GRAMMAR_BYTES
 
-Kind = Literal["json", "regex", "choice", "grammar", "structural_tag", "calls"]
+Kind = Literal["json", "regex", "choice", "grammar", "structural_tag", "calls", "framed"]
 
 MAX_CHOICES = 1024
+_ANSWER = "answer"  # the name of a grammar that others refer to
 
 
 class ConstraintRefused(ValueError):
@@ -38,6 +40,15 @@ class Constraint:
     kind: Kind
     value: Any
     path: str  # the field that it came in
+
+
+@dataclass(frozen=True, slots=True)
+class Framed:
+    """What an answer must match behind its reasoning, and calls that may stand there instead."""
+
+    answer: Constraint
+    thought: Thought
+    calls: ForcedCalls | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +89,8 @@ def _grammar_of(constraint: Constraint, is_lenient: bool, ids_in: TokenIds) -> G
         return _tag_grammar(constraint, is_lenient, ids_in)
     if constraint.kind == "calls":
         return _calls_grammar(constraint.value, is_lenient)
+    if constraint.kind == "framed":
+        return _framed_grammar(constraint.value, is_lenient, ids_in)
     if constraint.kind == "choice":
         return _lark_grammar(f"start: {' | '.join(map(quoted, constraint.value))}")
     if constraint.kind == "regex":
@@ -125,9 +138,26 @@ def _tag_grammar(constraint: Constraint, is_lenient: bool, ids_in: TokenIds) -> 
     return Grammar(_dump(document), tuple(not_enforced))
 
 
-def _calls_grammar(wanted: ForcedCalls, is_lenient: bool) -> Grammar:
+def _framed_grammar(framed: Framed, is_lenient: bool, ids_in: TokenIds) -> Grammar:
+    answer = _grammar_of(framed.answer, is_lenient, ids_in)
+    first, *more = json.loads(answer.text)["grammars"]
+    frame = _frame(framed, is_lenient)
+    grammars = [*json.loads(frame.text)["grammars"], {"name": _ANSWER, **first}, *more]
+    return Grammar(_dump({"grammars": grammars}), frame.not_enforced + answer.not_enforced)
+
+
+def _frame(framed: Framed, is_lenient: bool) -> Grammar:
+    """Write what stands around an answer."""
+    if framed.calls is not None:
+        return _calls_grammar(framed.calls, is_lenient, f"@{_ANSWER}")
+    lark = Lark(framed.thought.mark_ids)
+    answer = framed.thought.answer(lark, f"@{_ANSWER}")
+    return _lark_grammar(lark.text(f"{framed.thought.before(lark)} {answer}"))
+
+
+def _calls_grammar(wanted: ForcedCalls, is_lenient: bool, otherwise: str = "") -> Grammar:
     try:
-        document, not_enforced = calls_document(wanted, is_lenient)
+        document, not_enforced = calls_document(wanted, is_lenient, otherwise)
     except CallsRefused as error:
         raise ConstraintRefused(str(error), error.path) from None
     return Grammar(_dump(document), tuple(not_enforced))

@@ -15,16 +15,30 @@ Piece = str | ToolCall
 
 
 class CallParser:
-    """White space around calls is dropped if no text follows them: templates write their own."""
+    """White space around calls is dropped if no text follows them: templates write their own.
 
-    __slots__ = ("_has_calls", "_may_begin", "_reader", "_reading", "_scanner", "_space")
+    `no_text`: an answer that begins with text has no calls, and what looks like one is text.
+    """
 
-    def __init__(self, form: ToolFormat, schemas: Schemas) -> None:
+    __slots__ = (
+        "_has_calls",
+        "_is_text",
+        "_may_begin",
+        "_no_text",
+        "_reader",
+        "_reading",
+        "_scanner",
+        "_space",
+    )
+
+    def __init__(self, form: ToolFormat, schemas: Schemas, no_text: bool = False) -> None:
         self._reader = CallReader(form, schemas)
         self._scanner = Scanner()
         self._reading: Generator[ToolCall | None] | None = None
         self._may_begin = True
         self._has_calls = False
+        self._no_text = no_text
+        self._is_text = False
         self._space = ""  # held back: a call may follow it
 
     def push(self, text: str) -> list[Piece]:
@@ -62,6 +76,9 @@ class CallParser:
         scanner = self._scanner
         if self._reader.opening:
             text, is_next = scanner.take_before(self._reader.opening)
+            self._is_text = self._is_text or (self._no_text and bool(text.strip()))
+            if self._is_text:
+                text, is_next = text + scanner.take(len(scanner.rest)), ""
             scanner.take_read()
             return text, is_next
         text = scanner.take(self._num_before_bare())

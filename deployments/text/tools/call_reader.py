@@ -15,7 +15,7 @@ from deployments.text.tools.bodies import (
 )
 from deployments.text.tools.call import NotACall, ToolCall
 from deployments.text.tools.formats import ToolFormat
-from deployments.text.tools.pattern import Literal, Part, Slot, Space, opening_of, parts_of
+from deployments.text.tools.pattern import Literal, Part, Slot, Space, parts_of
 from deployments.text.tools.scanner import Reading, Scanner
 from deployments.text.tools.typed_values import ArgumentTypes, typed_value
 
@@ -35,7 +35,7 @@ class CallReader:
         # Brackets end by themselves: what closes a call behind them may be missing at the end.
         has_own_end = "{parameters}" not in form.call
         self._first_needless = last_slot + (1 if has_own_end else 2)
-        self.opening = form.section[0] if form.section else opening_of(form.call)
+        self.opening = form.opening
 
     def read(self, scanner: Scanner) -> Generator[ToolCall | None]:
         """Read one call, or a section of them. Yields None where the text ends for now.

@@ -19,6 +19,8 @@ A new model needs a line here only if none of these patterns fits it.
 
 from dataclasses import dataclass
 
+from deployments.text.tools.pattern import opening_of
+
 AUTO, NONE = "auto", "none"  # where a name may be given: what is found, and no format
 
 
@@ -38,6 +40,13 @@ class ToolFormat:
     in_list: bool = False  # whether `{calls}` of one answer are written as one JSON list
     id_key: str = ""  # of an identifier in them
     has_channels: bool = False  # and no pattern: see `channels`
+
+    @property
+    def opening(self) -> str:
+        """What calls begin with; "" where nothing marks them."""
+        if self.has_channels:
+            return ""
+        return self.section[0] if self.section else opening_of(self.call)
 
 
 _GLM_PARAMETER = "<arg_key>{key}</arg_key>\n<arg_value>{value}</arg_value>"

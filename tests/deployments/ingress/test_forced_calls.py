@@ -15,7 +15,13 @@ from tokenizers import AddedToken, Tokenizer
 
 from deployments.config_sections import IngressSection
 from deployments.ingress.structured.calls import CallableTool, ForcedCalls
-from deployments.ingress.structured.constraint import Constraint, ConstraintRefused, to_grammar
+from deployments.ingress.structured.constraint import (
+    Constraint,
+    ConstraintRefused,
+    Framed,
+    to_grammar,
+)
+from deployments.ingress.structured.thought import Thought
 from deployments.text.answer_syntax import AnswerSyntax, find_syntax
 from deployments.text.deltas import Reasoning
 from deployments.text.tools.call import ToolCall
@@ -158,21 +164,31 @@ def check_walk(
     is_inside = syntax.think_tags is not None and dice.random() < 0.5
     one_call = syntax.tools.has_one_call or dice.random() < 0.5
     tools = dice.sample(CALLABLE, dice.randint(1, len(CALLABLE)))
-    forced = ForcedCalls(
-        syntax.tools.form, tools, one_call, syntax.think_tags, is_inside, syntax.mark_ids
-    )
+    channels = syntax.tools.form.has_channels
+    thought = Thought(syntax.think_tags, is_inside, True, channels, syntax.mark_ids)
+    forced = ForcedCalls(syntax.tools.form, tools, one_call, thought)
+    may_answer = syntax.marks_calls and dice.random() < 0.5
     marks = literals_of(syntax.tools.form.call + syntax.tools.form.parameter)
     marks += [*(syntax.tools.form.section or ()), "</think>", '<|"|>', "<|end|>", "</parameter>"]
     ends = [vocabulary.encode(text, False) for text in (*marks, '"', "}", "]", '"', "}", "]")]
-    grammar = to_grammar(Constraint("calls", forced, "tool_choice")).text
+    wanted = Constraint("calls", forced, "tool_choice")
+    if may_answer:
+        answer = Constraint("json", RICH, "response_format")
+        wanted = Constraint("framed", Framed(answer, thought, forced), "response_format")
+    grammar = to_grammar(wanted).text
     drawn = walk(table, grammar, ends, dice)
     if drawn is None:
         return False
     detokenizer = vocabulary.detokenizer(True, (), syntax.shown_ids)
     text = detokenizer.push(drawn) + detokenizer.flush()
-    parser = syntax.parser(SCHEMAS, is_inside, one_call)
-    deltas = parser.push(text) + parser.flush()
+    parser = syntax.parser(SCHEMAS, is_inside, one_call, may_answer)
+    cut = dice.randint(0, len(text))
+    deltas = parser.push(text[:cut]) + parser.push(text[cut:]) + parser.flush()
     calls = [delta for delta in deltas if isinstance(delta, ToolCall)]
+    if may_answer and not calls:
+        said = "".join(delta for delta in deltas if isinstance(delta, str))
+        jsonschema.validate(json.loads(said), RICH)
+        return True
     assert calls and all(isinstance(d, ToolCall | Reasoning) for d in deltas), (text, deltas)
     assert not one_call or len(calls) == 1
     for call in calls:
@@ -192,10 +208,67 @@ def test_many_walks_are_read_back_as_valid_calls(name: str, folder: Path) -> Non
     check_walks(folder, name, 300)
 
 
+STRUCTURAL = {
+    "format": {
+        "type": "triggered_tags",
+        "triggers": ["<n"],
+        "tags": [
+            {
+                "type": "tag",
+                "begin": "<n>",
+                "content": {"type": "json_schema", "json_schema": {"type": "integer"}},
+                "end": "</n>",
+            }
+        ],
+    }
+}
+
+
+@pytest.mark.parametrize("name", ["hermes", "gpt-oss"])
+@pytest.mark.parametrize("are_tokens", [False, True])
+@pytest.mark.parametrize(
+    ("answer", "pattern"),
+    [
+        (Constraint("json", {"type": "integer"}, "r"), "-?(0|[1-9][0-9]*)"),
+        (Constraint("choice", ["a<", "</b>"], "r"), "a<|</b>"),
+        (Constraint("regex", "[<>/a-c]{1,9}", "r"), "[<>/a-c]{1,9}"),
+        (Constraint("grammar", "start: x+\nx: /[ab]/", "r"), "[ab]+"),
+        (Constraint("structural_tag", STRUCTURAL, "r"), "((?!<n).)*(<n>-?[0-9]+</n>((?!<n).)*)*"),
+    ],
+    ids=lambda value: getattr(value, "kind", ""),
+)
+def test_reasoning_comes_before_an_answer_of_any_grammar(
+    name: str, are_tokens: bool, answer: Constraint, pattern: str, folder: Path
+) -> None:
+    thinks = THINKS if name == "hermes" else ""
+    vocabulary = vocabulary_of(name, are_tokens, thinks)[0]
+    syntax = find_syntax(vocabulary, "m")
+    table = table_of(folder, name, are_tokens, thinks)
+    num_ended = 0
+    for number in range(12):
+        dice = random.Random(number)
+        is_inside = name == "hermes" and number % 2 == 1
+        thought = Thought(syntax.think_tags, is_inside, True, name == "gpt-oss", syntax.mark_ids)
+        grammar = to_grammar(Constraint("framed", Framed(answer, thought), "r")).text
+        closing = [vocabulary.encode(text, False) for text in ("</think>", "<|end|>", "</n>")]
+        drawn = walk(table, grammar, closing, dice)
+        if drawn is None:
+            continue
+        num_ended += 1
+        detokenizer = vocabulary.detokenizer(True, (), syntax.shown_ids)
+        text = detokenizer.push(drawn) + detokenizer.flush()
+        parser = syntax.parser({}, is_inside, False, True)
+        deltas = parser.push(text) + parser.flush()
+        said = "".join(delta for delta in deltas if isinstance(delta, str))
+        assert re.fullmatch(pattern, said, re.DOTALL), (text, deltas)
+        assert not is_inside or "</think>" in text
+    assert num_ended > 8
+
+
 def grammar_of(name: str, **properties: Any) -> str:
     schema = {"type": "object", "properties": properties}
     tools = [CallableTool("f", schema, "tools[0].function.parameters")]
-    forced = ForcedCalls(FORMATS[name], tools, False, None, False, {})
+    forced = ForcedCalls(FORMATS[name], tools, False)
     return to_grammar(Constraint("calls", forced, "tool_choice")).text
 
 
@@ -341,9 +414,77 @@ def test_what_a_lenient_server_does_not_enforce_is_named() -> None:
 )
 def test_formats_that_texts_are_not_held_to_are_listed(name: str, listed: bool) -> None:
     schema = {"type": "object", "properties": {"a": {"type": "string", "format": "date"}}}
-    forced = ForcedCalls(FORMATS[name], [CallableTool("f", schema, "t")], True, None, False, {})
+    forced = ForcedCalls(FORMATS[name], [CallableTool("f", schema, "t")], True)
     grammar = to_grammar(Constraint("calls", forced, "tool_choice"))
     assert grammar.not_enforced == (("format at t/properties/a",) if listed else ())
+
+
+JSON_FORMAT = {"response_format": {"type": "json_object"}}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_beside_tools_an_answer_is_either_calls_or_json(stream: bool) -> None:
+    said = json.dumps({"not a call": CALL})
+
+    async def test(server: Server) -> None:
+        fields = {**JSON_FORMAT, "stream": stream}
+        answers = [await ask(server, seed=seed, **fields) for seed in (3, 4, 5)]
+        assert [ends(answer) for answer in answers] == [["stop"], ["tool_calls"], ["stop"]]
+        first, second, third = map(message_of, answers)
+        assert (first["content"], third["content"]) == (said, said)
+        assert called(second) == [("stock_of", ARGUMENTS)] * 2 and not second["content"]
+        assert third["reasoning"] == "Hm."
+        grammar = json.loads(server.engine.requests[-1].sampling.grammar or "")
+        assert {"answer", "json_0", "json_1"} <= {g.get("name") for g in grammar["grammars"]}
+
+    engine = saying(said, f"{CALL}\n{CALL}", f"<think>Hm.</think>\n{said}")
+    in_server(test, engine, THINKS + template_of("hermes"))
+
+
+@pytest.mark.parametrize(
+    ("template", "fields", "reason"),
+    [
+        ("hermes", {"guided_regex": "a"}, "from whose calls only JSON can be told"),
+        ("llama-3", JSON_FORMAT, "whose calls are JSON without marks"),
+        ("hermes", {**JSON_FORMAT, "tool_choice": "required"}, "a forced tool_choice"),
+    ],
+)
+def test_what_cannot_be_told_from_calls_is_refused_beside_tools(
+    template: str, fields: dict[str, Any], reason: str
+) -> None:
+    async def test(server: Server) -> None:
+        answer = await ask(server, **fields)
+        path = "guided_regex" if "guided_regex" in fields else "response_format"
+        assert (answer.status, answer.error["param"]) == (400, path)
+        assert reason in answer.error["message"]
+        none = await ask(server, **{**fields, "tool_choice": "none"})
+        assert none.status == 200
+
+    in_server(test, saying("{}"), template_of(template))
+
+
+@pytest.mark.parametrize(
+    ("ending", "fields", "has_room"),
+    [
+        ("", {}, True),
+        ("<think>", {}, True),
+        ("<think>\n\n</think>\n\n", {}, False),
+        ("", {"continue_final_message": True}, False),
+        ("", {"response_format": None, "guided_regex": "(<think>a+</think>)?b"}, False),
+    ],
+    ids=str,
+)
+def test_answers_of_a_grammar_have_room_for_reasoning_unless_it_has_been(
+    ending: str, fields: dict[str, Any], has_room: bool
+) -> None:
+    template = "{% if add_generation_prompt %}" + ending + "{% endif %}"
+
+    async def test(server: Server) -> None:
+        assert (await ask(server, **{"tools": [], **JSON_FORMAT, **fields})).status == 200
+        grammar = json.loads(server.engine.requests[-1].sampling.grammar or "")
+        assert (grammar["grammars"][-1].get("name") == "answer") is has_room
+
+    in_server(test, saying("{}"), THINKS + template_of("hermes") + template)
 
 
 @pytest.mark.parametrize("opens", [False, True])
