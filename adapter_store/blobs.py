@@ -21,10 +21,10 @@ from adapter_store.chat_template import (
     parse_adapter_template,
 )
 from adapter_store.errors import ObjectNotFound, SourceUnavailable, StoreCorrupt
+from adapter_store.layout import WEIGHTS_NAME
 from adapter_store.manifest import (
     CONFIG_NAME,
     MANIFEST_NAME,
-    WEIGHTS_NAME,
     AdapterManifest,
     PreparedAdapter,
     parse_manifest,

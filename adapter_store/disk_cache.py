@@ -29,10 +29,10 @@ from typing import Protocol
 
 from adapter_store.errors import AdapterTooLarge, CacheFull, StoreCorrupt
 from adapter_store.file_lock import FileLock, exclusive_lock
+from adapter_store.layout import WEIGHTS_NAME
 from adapter_store.manifest import (
     CONFIG_NAME,
     MANIFEST_NAME,
-    WEIGHTS_NAME,
     AdapterManifest,
     is_digest,
     parse_manifest,

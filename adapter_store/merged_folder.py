@@ -14,16 +14,13 @@ from pathlib import Path
 import numpy as np
 
 from adapter_store.errors import AdapterInvalid
+from adapter_store.layout import HEADER_LIMITS, WEIGHTS_NAME, LoraModule, read_lora_layout
 from adapter_store.manifest import (
     CONFIG_NAME,
-    HEADER_LIMITS,
     MANIFEST_NAME,
-    WEIGHTS_NAME,
     AdapterManifest,
     FileEntry,
-    LoraModule,
     canonical_config,
-    read_lora_layout,
 )
 from adapter_store.merging import Factors, Matrix, merge_factors
 from adapter_store.peft_config import MAX_LORA_RANK

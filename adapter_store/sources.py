@@ -4,7 +4,7 @@ from pathlib import Path
 
 from adapter_store.chat_template import TEMPLATE_FILES
 from adapter_store.errors import AdapterInvalid, SourceUnavailable
-from adapter_store.manifest import WEIGHTS_NAME
+from adapter_store.layout import WEIGHTS_NAME
 from adapter_store.open_store import open_store
 from adapter_store.peft_config import CONFIG_NAME
 

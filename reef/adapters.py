@@ -28,7 +28,7 @@ tenant_option = click.option(
 def publish(store: "AdapterStore", folder: str, name: str, base: str | None, tenant: str) -> None:
     """Store a PEFT FOLDER as a name's next version."""
     from adapter_store.bases import CONFIG_NAME
-    from adapter_store.manifest import WEIGHTS_NAME
+    from adapter_store.layout import WEIGHTS_NAME
 
     base_folder = None
     if base is not None and (Path(base) / CONFIG_NAME).is_file():

@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 OURS = ("engine", "adapter_store", "deployments", "reef")
 
-MANIFEST = ("adapter_store.manifest", "adapter_store.errors")
+MANIFEST = ("adapter_store.layout", "adapter_store.errors")
 # What every backend may import: nothing of another backend
 SHARED = (
     "engine.announcer",

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from adapter_store.errors import AdapterStoreError
-from adapter_store.manifest import WEIGHTS_NAME, read_lora_layout
+from adapter_store.layout import WEIGHTS_NAME, read_lora_layout
 from engine.lora.sites import load_sites
 from engine.lora.source import OpenBase, Source
 from engine.lora.weights import AdapterUnreadable, LoraWeights

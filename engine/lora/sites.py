@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from adapter_store.manifest import LoraLayout, LoraModule, SavedTensor
+from adapter_store.layout import LoraLayout, LoraModule, SavedTensor
 from engine.lora.affine import SliceVectors, dora_scale, slice_shift
 from engine.lora.source import Source
 from engine.lora.weights import AdapterLoadError, Expand, Sites, SiteWeights

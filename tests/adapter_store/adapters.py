@@ -12,7 +12,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.numpy import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from adapter_store.manifest import CONFIG_NAME, WEIGHTS_NAME
+from adapter_store.layout import WEIGHTS_NAME
+from adapter_store.manifest import CONFIG_NAME
 
 PREFIX = "base_model.model."
 

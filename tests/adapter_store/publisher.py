@@ -5,7 +5,8 @@ from pathlib import Path
 
 from adapter_store.blobs import Blobs
 from adapter_store.garbage import Collector, Garbage
-from adapter_store.manifest import CONFIG_NAME, WEIGHTS_NAME, PreparedAdapter
+from adapter_store.layout import WEIGHTS_NAME
+from adapter_store.manifest import CONFIG_NAME, PreparedAdapter
 from adapter_store.names import AdapterRef, Place
 from adapter_store.object_store import ObjectStore
 from adapter_store.publishing import publish

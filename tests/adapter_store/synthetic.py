@@ -4,13 +4,12 @@ import hashlib
 
 import numpy as np
 
+from adapter_store.layout import WEIGHTS_NAME, LoraModule
 from adapter_store.manifest import (
     CONFIG_NAME,
     MANIFEST_NAME,
-    WEIGHTS_NAME,
     AdapterManifest,
     FileEntry,
-    LoraModule,
     adapter_digest,
 )
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from adapter_store.manifest import WEIGHTS_NAME
+from adapter_store.layout import WEIGHTS_NAME
 from adapter_store.open_store import open_store
 from reef.__main__ import main
 from tests.adapter_store.adapters import changed

@@ -19,7 +19,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_stat
 from adapter_store.disk_cache import DiskCache
 from adapter_store.errors import AdapterTooLarge, CacheFull, SourceUnavailable, StoreCorrupt
 from adapter_store.file_lock import FileLock
-from adapter_store.manifest import CONFIG_NAME, MANIFEST_NAME, WEIGHTS_NAME
+from adapter_store.layout import WEIGHTS_NAME
+from adapter_store.manifest import CONFIG_NAME, MANIFEST_NAME
 from tests.adapter_store.synthetic import synthetic
 
 

@@ -11,7 +11,8 @@ import pytest
 from adapter_store import registry as registry_module
 from adapter_store.blobs import Blobs, file_key
 from adapter_store.errors import AdapterNotFound, SourceUnavailable, StoreCorrupt
-from adapter_store.manifest import MANIFEST_NAME, WEIGHTS_NAME
+from adapter_store.layout import WEIGHTS_NAME
+from adapter_store.manifest import MANIFEST_NAME
 from adapter_store.names import Place
 from adapter_store.record_log import log_key, snapshot_key
 from adapter_store.registry import Registry

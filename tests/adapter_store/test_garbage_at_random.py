@@ -14,7 +14,7 @@ import pytest
 from adapter_store import registry as registry_module
 from adapter_store.blobs import file_key
 from adapter_store.errors import SourceUnavailable
-from adapter_store.manifest import WEIGHTS_NAME
+from adapter_store.layout import WEIGHTS_NAME
 from adapter_store.names import Place
 from tests.adapter_store.memory_store import Memory, MemoryStore
 from tests.adapter_store.publisher import Publisher, prepare_synthetic, served

@@ -17,14 +17,8 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 
 from adapter_store.bases import describe_base
 from adapter_store.errors import AdapterInvalid, StoreCorrupt
-from adapter_store.manifest import (
-    CONFIG_NAME,
-    WEIGHTS_NAME,
-    PreparedAdapter,
-    parse_manifest,
-    prepare,
-    read_lora_layout,
-)
+from adapter_store.layout import WEIGHTS_NAME, read_lora_layout
+from adapter_store.manifest import CONFIG_NAME, PreparedAdapter, parse_manifest, prepare
 from tests.adapter_store.adapters import PREFIX, changed, load_base, write_peft
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")

@@ -11,7 +11,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from adapter_store.errors import AdapterInvalid
-from adapter_store.manifest import CONFIG_NAME, MANIFEST_NAME, WEIGHTS_NAME, PreparedAdapter
+from adapter_store.layout import WEIGHTS_NAME
+from adapter_store.manifest import CONFIG_NAME, MANIFEST_NAME, PreparedAdapter
 from adapter_store.merging import keep_largest, random_mask
 from adapter_store.names import AdapterRef
 from adapter_store.recipes import Recipe, make_recipe

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from adapter_store.errors import AdapterInvalid
-from adapter_store.manifest import WEIGHTS_NAME
+from adapter_store.layout import WEIGHTS_NAME
 from adapter_store.peft_config import CONFIG_NAME
 from adapter_store.sources import fetch_folder
 from tests.adapter_store.roots import Root

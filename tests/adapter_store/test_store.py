@@ -21,7 +21,8 @@ from adapter_store.errors import (
     SourceUnavailable,
     StoreCorrupt,
 )
-from adapter_store.manifest import CONFIG_NAME, MANIFEST_NAME, WEIGHTS_NAME, read_lora_layout
+from adapter_store.layout import WEIGHTS_NAME, read_lora_layout
+from adapter_store.manifest import CONFIG_NAME, MANIFEST_NAME
 from adapter_store.store import MISS_INTERVAL_S, AdapterStore
 from tests.adapter_store.adapters import changed, write_base
 from tests.adapter_store.roots import Root

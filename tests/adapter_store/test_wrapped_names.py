@@ -12,7 +12,8 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 
 from adapter_store.bases import BaseModel
 from adapter_store.errors import AdapterInvalid
-from adapter_store.manifest import CONFIG_NAME, PreparedAdapter, prepare, read_lora_layout
+from adapter_store.layout import read_lora_layout
+from adapter_store.manifest import CONFIG_NAME, PreparedAdapter, prepare
 from adapter_store.wrapped_names import plain_name, without_prefix
 from tests.adapter_store.adapters import PREFIX, changed, write_peft
 

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM
 
 from adapter_store.errors import AdapterInvalid
-from adapter_store.manifest import WEIGHTS_NAME, read_lora_layout
+from adapter_store.layout import WEIGHTS_NAME, read_lora_layout
 from adapter_store.merged_folder import MergedAdapter
 from adapter_store.merging import random_mask
 from adapter_store.recipes import Recipe, make_recipe

@@ -1,0 +1,241 @@
+"""Read what an adapter changes: modules with factors, their ranks and scalings, from two headers.
+
+The engine needs `read_lora_layout` alone. No tensor is read.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from adapter_store.errors import AdapterInvalid
+from adapter_store.peft_config import LoraSettings, read_settings
+from adapter_store.safetensors_file import HeaderLimits, TensorEntry, read_header
+from adapter_store.tensor_causes import cause_of, refuse_broken
+from adapter_store.tensor_names import Role, parse_tensor_name
+from adapter_store.wrapped_names import configured_name, plain_name, without_prefix
+
+WEIGHTS_NAME = "adapter_model.safetensors"
+WEIGHT_DTYPES = ("F32", "F16", "BF16")
+# A hundred layers of seven modules have a header of 0.2 MiB. It is parsed in the engine's process,
+# where a large one would stop all streams.
+HEADER_LIMITS = HeaderLimits(header_bytes=2 * 2**20, metadata_chars=64 * 2**10)
+_SAVED_EMBEDDINGS = (
+    "; PEFT saves it after the vocabulary was resized, and if target_modules or modules_to_save "
+    "name it. If it was not trained, save the adapter again with save_embedding_layers=False; if "
+    "it was, merge the adapter (merge_and_unload) and serve the result as a base"
+)
+_WAYS_OUT = {"embed_tokens": _SAVED_EMBEDDINGS, "lm_head": _SAVED_EMBEDDINGS}
+_UNSERVED_TENSORS = {  # part of a tensor's name: what such a tensor holds
+    "modules_to_save": "modules that are replaced as a whole",
+    "lora_embedding_": "LoRA on token embeddings",
+    "trainable_tokens": "retrained token embeddings",
+    "embed_tokens": "token embeddings",
+    "lm_head": "an output layer",
+    "lora_diag": "KaSA's diagonal of singular values",
+    ".base_layer.weight": "weights of the base",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class LoraModule:
+    """One adapted linear layer: y += scaling * (x @ A^T) @ B^T, A [R, in] and B [out, R]."""
+
+    lora_rank: int
+    scaling: float
+    in_features: int
+    out_features: int
+    dtype: str  # "F32", "F16" or "BF16", of A and of B; "F32" if they differ
+    lora_a: str  # tensor names in adapter_model.safetensors
+    lora_b: str
+    lora_b_bias: str | None = None  # tensor [out], scaled and added with B
+    magnitude: str | None = None  # tensor [out], of DoRA: the norm of each row of W + scaling B A
+
+
+@dataclass(frozen=True, slots=True)
+class SavedTensor:
+    """A parameter of the base that the adapter replaces as a whole."""
+
+    tensor: str  # name in adapter_model.safetensors
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True)
+class LoraLayout:
+    """What an adapter changes, by paths in the base.
+
+    `modules` are linear layers with factors (model.layers.0.self_attn.q_proj), `replaced` are
+    parameters (model.layers.0.self_attn.q_proj.bias).
+    """
+
+    modules: Mapping[str, LoraModule]
+    replaced: Mapping[str, SavedTensor] = field(default_factory=dict[str, SavedTensor])
+
+    @property
+    def lora_rank(self) -> int:
+        """The rank of the widest module."""
+        return max(module.lora_rank for module in self.modules.values())
+
+    @property
+    def num_parameters(self) -> int:
+        """The number of elements of all tensors."""
+        return sum(_num_parameters(module) for module in self.modules.values()) + sum(
+            math.prod(saved.shape) for saved in self.replaced.values()
+        )
+
+    @property
+    def has_factors_alone(self) -> bool:
+        """Whether the adapter is a sum of products of A and B, and nothing else."""
+        return not self.replaced and all(
+            module.lora_b_bias is None and module.magnitude is None
+            for module in self.modules.values()
+        )
+
+
+def _num_parameters(module: LoraModule) -> int:
+    vectors = (module.lora_b_bias is not None) + (module.magnitude is not None)
+    inner = module.lora_rank * (module.in_features + module.out_features)
+    return inner + vectors * module.out_features
+
+
+def read_lora_layout(folder: Path) -> LoraLayout:
+    """Read an adapter's layout from its config and the header of its weights, without a tensor.
+
+    Raises AdapterInvalid, with the module and the reason, if the two do not fit each other.
+    """
+    return layout_of(*read_adapter(folder))
+
+
+def read_adapter(folder: Path) -> tuple[LoraSettings, dict[str, TensorEntry]]:
+    """Read settings and tensors; the settings know the modules by their plain names."""
+    settings, tensors = read_settings(folder), _read_tensors(folder)
+    for name, tensor in tensors.items():
+        refuse_broken(name, tensor)
+    wrapped = {without_prefix(name).partition(".lora_")[0] for name in tensors}
+    renamed = [name for name in sorted(wrapped) if plain_name(name) != name]
+    names = {plain_name(name): configured_name(name, settings) for name in renamed}
+    return settings.naming(names), tensors
+
+
+def _read_tensors(folder: Path) -> dict[str, TensorEntry]:
+    path = folder / WEIGHTS_NAME
+    if not path.is_file():
+        pickles = sorted(
+            file.name for file in folder.glob("*") if file.suffix in (".bin", ".pt", ".pth", ".pkl")
+        )
+        if pickles:
+            raise AdapterInvalid(
+                f"{pickles[0]} is a pickle file, which can run code when it is opened; "
+                f"save the adapter as {WEIGHTS_NAME}"
+            )
+        raise AdapterInvalid(f"{folder} has no {WEIGHTS_NAME}")
+    try:
+        return read_header(path, HEADER_LIMITS)
+    except (OSError, ValueError) as error:
+        raise AdapterInvalid(f"{path} is not a valid safetensors file: {error}") from error
+
+
+def layout_of(settings: LoraSettings, tensors: Mapping[str, TensorEntry]) -> LoraLayout:
+    """Fit settings and tensors together. Raises AdapterInvalid."""
+    found: dict[str, dict[Role, str]] = {}
+    for name, tensor in tensors.items():
+        module, role = _parse_tensor_name(name)
+        if tensor.dtype not in WEIGHT_DTYPES:
+            raise AdapterInvalid(
+                f"tensor {name} has dtype {tensor.dtype}, not one of {', '.join(WEIGHT_DTYPES)}"
+            )
+        if role in found.setdefault(module, {}):
+            raise AdapterInvalid(f"{module} has two tensors {role}: {name} is the second")
+        found[module][role] = name
+    if not found:
+        raise AdapterInvalid(
+            f"{WEIGHTS_NAME} holds no tensor. Activation checkpointing that wraps modules (torch's "
+            "checkpoint_wrapper, FSDP's option) makes PEFT save none: save the adapter again "
+            "without it, e.g. after training with gradient_checkpointing instead"
+        )
+    replaced = {
+        f"{name}.bias": _bias(roles.pop(Role.BIAS), tensors, settings)
+        for name, roles in sorted(found.items())
+        if Role.BIAS in roles
+    }
+    modules = {
+        name: _module(name, found[name], tensors, settings) for name in sorted(found) if found[name]
+    }
+    if not modules:
+        raise AdapterInvalid(f"{WEIGHTS_NAME} holds no lora_A and lora_B of any module")
+    return LoraLayout(modules, replaced)
+
+
+def _bias(name: str, tensors: Mapping[str, TensorEntry], settings: LoraSettings) -> SavedTensor:
+    tensor = tensors[name]
+    if settings.bias == "none":
+        raise AdapterInvalid(f"tensor {name} is a bias, but the config has bias='none'")
+    if len(tensor.shape) != 1:
+        raise AdapterInvalid(f"tensor {name} {tensor.shape} must be a vector")
+    return SavedTensor(name, tensor.shape, tensor.dtype)
+
+
+def _parse_tensor_name(name: str) -> tuple[str, Role]:
+    """Split base_model.model.<module>.lora_A.weight into (<module>, Role.A)."""
+    for part, meaning in _UNSERVED_TENSORS.items():
+        if part in name:
+            way_out = _WAYS_OUT.get(part, "")
+            raise AdapterInvalid(f"tensor {name} ({meaning}) is not served yet{way_out}")
+    parsed = parse_tensor_name(plain_name(without_prefix(name)))
+    if parsed is None:
+        raise AdapterInvalid(
+            f"tensor {name} is neither a lora_A.weight nor a lora_B.weight{cause_of(name)}"
+        )
+    return parsed
+
+
+def _module(
+    name: str, roles: Mapping[Role, str], tensors: Mapping[str, TensorEntry], settings: LoraSettings
+) -> LoraModule:
+    for role in (Role.A, Role.B):
+        if role not in roles:
+            raise AdapterInvalid(f"{name} has a {min(roles)} but no {role}")
+    if not settings.include(name):
+        raise AdapterInvalid(f"{name} has weights, but target_modules does not select it")
+    a, b = tensors[roles[Role.A]], tensors[roles[Role.B]]
+    r = settings.lora_rank(name)
+    if len(a.shape) != 2 or len(b.shape) != 2:
+        raise AdapterInvalid(f"{name}: lora_A {a.shape} and lora_B {b.shape} must be matrices")
+    if a.shape[0] != r or b.shape[1] != r:
+        raise AdapterInvalid(
+            f"{name}: lora_A {a.shape} and lora_B {b.shape} do not have the config's rank {r}"
+        )
+    return LoraModule(
+        lora_rank=r,
+        scaling=settings.scaling(name),
+        in_features=a.shape[1],
+        out_features=b.shape[0],
+        dtype=a.dtype if a.dtype == b.dtype else "F32",
+        lora_a=roles[Role.A],
+        lora_b=roles[Role.B],
+        lora_b_bias=_vector(name, Role.B_BIAS, "lora_bias", settings.lora_bias, roles, tensors),
+        magnitude=_vector(name, Role.MAGNITUDE, "use_dora", settings.use_dora, roles, tensors),
+    )
+
+
+def _vector(
+    module: str,
+    role: Role,
+    key: str,
+    is_wanted: bool,
+    roles: Mapping[Role, str],
+    tensors: Mapping[str, TensorEntry],
+) -> str | None:
+    """Name a vector [out] that the config's `key` asks for, or None if it does not."""
+    name = roles.get(role)
+    if is_wanted != (name is not None):
+        has = "no " if name is None else ""
+        raise AdapterInvalid(f"{module} has {has}{role}, but the config has {key}={is_wanted}")
+    out_features = tensors[roles[Role.B]].shape[0]
+    if name is not None and tensors[name].shape != (out_features,):
+        raise AdapterInvalid(
+            f"{module}: {role} {tensors[name].shape} does not have the {out_features} outputs of "
+            "lora_B"
+        )
+    return name
