@@ -71,6 +71,7 @@ class LoraLayout:
 
     modules: Mapping[str, LoraModule]
     replaced: Mapping[str, SavedTensor] = field(default_factory=dict[str, SavedTensor])
+    invocation_token_ids: tuple[int, ...] = ()  # of an aLoRA: it acts from their last place on
 
     @property
     def lora_rank(self) -> int:
@@ -164,7 +165,12 @@ def layout_of(settings: LoraSettings, tensors: Mapping[str, TensorEntry]) -> Lor
     }
     if not modules:
         raise AdapterInvalid(f"{WEIGHTS_NAME} holds no lora_A and lora_B of any module")
-    return LoraLayout(modules, replaced)
+    if replaced and settings.invocation_token_ids:
+        raise AdapterInvalid(
+            f"{next(iter(replaced))} is replaced, which would also act before the "
+            "alora_invocation_tokens; what is there must be the base model's alone"
+        )
+    return LoraLayout(modules, replaced, settings.invocation_token_ids)
 
 
 def _bias(name: str, tensors: Mapping[str, TensorEntry], settings: LoraSettings) -> SavedTensor:

@@ -218,6 +218,8 @@ def _kind_settings(settings: LoraSettings, layout: LoraLayout) -> dict[str, obje
         keys["lora_bias"] = True
     if layout.replaced:
         keys["bias"] = "all"
+    if settings.invocation_token_ids:
+        keys["alora_invocation_tokens"] = list(settings.invocation_token_ids)
     return keys
 
 

@@ -145,6 +145,11 @@ def _open(folder: Path, weight: float, key: str) -> _Member:
             f"adapter {key.partition(' ')[2]} cannot be combined with others: it has more than "
             "lora_A and lora_B (DoRA, biases)"
         )
+    if layout.invocation_token_ids:
+        raise AdapterInvalid(
+            f"adapter {key.rpartition(' ')[2]} is an activated LoRA (alora_invocation_tokens), "
+            "which cannot be weighted or combined with others; ask for it by its name alone"
+        )
     return _Member(path, tensors, layout.modules, weight, key)
 
 

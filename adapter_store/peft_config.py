@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
+from adapter_store.alora_config import read_invocation
 from adapter_store.errors import AdapterInvalid
 from adapter_store.patterns import Budget, Pattern, compile_pattern
 from adapter_store.safetensors_file import unique_keys
@@ -25,7 +26,7 @@ MAX_LORA_ALPHA = 1e6
 UNDERSTOOD_KEYS = (
     *("peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora"),
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
-    *("init_lora_weights", "use_dora", "lora_bias", "bias"),
+    *("init_lora_weights", "use_dora", "lora_bias", "bias", "alora_invocation_tokens"),
 )
 BIASES = ("none", "all", "lora_only")
 # Ignored: they describe training or provenance, or are options of a key that is refused.
@@ -44,7 +45,6 @@ NEUTRAL_VALUES: dict[str, tuple[object, str]] = {
     "trainable_token_indices": (None, "retrained token embeddings"),
     "target_parameters": (None, "LoRA on bare parameters"),
     "layer_replication": (None, "layers that are stacked anew"),
-    "alora_invocation_tokens": (None, "activated LoRA"),
     "arrow_config": (None, "Arrow routing between adapters"),
     "kasa_config": (None, "KaSA's diagonal of singular values"),
     "monteclora_config": (None, "Monte Carlo noise on the weights"),
@@ -94,6 +94,7 @@ class LoraSettings:
     use_dora: bool = False
     lora_bias: bool = False
     bias: str = "none"  # which biases of the base were trained: one of BIASES
+    invocation_token_ids: tuple[int, ...] = ()  # of an aLoRA: it acts from their last place on
     names: Mapping[str, str] = field(default_factory=dict[str, str])  # by which patterns know them
 
     def naming(self, names: Mapping[str, str]) -> "LoraSettings":
@@ -170,6 +171,7 @@ def _settings(config: dict[str, Any]) -> LoraSettings:
         use_dora=use_dora,
         lora_bias=lora_bias,
         bias=bias,
+        invocation_token_ids=read_invocation(config),
     )
 
 

@@ -31,7 +31,7 @@ from engine.grammar.masks import StepMasks
 from engine.lora.host_cache import HostAdapter, HostCache, Loaded
 from engine.lora.kinds import check_kinds
 from engine.lora.load import load_lora
-from engine.lora.weights import AdapterLoadError, AdapterUnreadable
+from engine.lora.weights import AdapterLoadError, AdapterUnreadable, LoraWeights
 from engine.messages import (
     AdapterFolder,
     EngineInfo,
@@ -96,6 +96,8 @@ class Engine:
         self.scheduler = self._make_scheduler()
         self.is_idle = True  # the last step found nothing to run or to wait for
         self._in_flight: deque[_InFlight] = deque()  # oldest first
+        # Invocation tokens of aLoRAs that are being loaded, written by the host cache's threads
+        self._invocations: dict[str, tuple[int, ...]] = {}
         self._failed_loads: set[str] = set()  # digests whose last load was in a step that failed
         self._outputs: list[RequestOutput] = []  # in chronological order
         self._prompt_logprobs: dict[tuple[str, int], dict[int, TokenLogprobs]] = {}
@@ -413,6 +415,7 @@ class Engine:
         s = self.settled
         weights = load_lora(adapter_folder, self.model.lora_sites, s.dtype, self._open_base)
         check_kinds(weights, s.spec.vocab_size, self.model.kinds, self.model.kernels)
+        self._check_invocation(weights)
         packed = self.model.pack_adapter(weights)
         most, name = self.config.adapter_memory_bytes, "adapter_memory_bytes"
         if most is None:
@@ -422,7 +425,17 @@ class Engine:
                 f"adapter {adapter_folder.digest} needs {packed.nbytes} bytes on the device; "
                 f"{name} is {most}"
             )
+        if weights.invocation_token_ids:
+            self._invocations[weights.digest] = weights.invocation_token_ids
         return packed
+
+    def _check_invocation(self, weights: LoraWeights) -> None:
+        for token_id in weights.invocation_token_ids:
+            if token_id >= self.info.vocab_size:
+                raise AdapterLoadError(
+                    f"alora_invocation_tokens: token id {token_id} is outside the vocabulary "
+                    f"[0, {self.info.vocab_size - 1}], so the adapter could never act"
+                )
 
     def _poll_adapters(self) -> None:
         for digest in self.runner.arrived():
@@ -440,7 +453,8 @@ class Engine:
             self.scheduler.adapters.set_absent(digest)
 
     def _set_ready(self, digest: str, nbytes: int) -> None:
-        self.scheduler.adapters.set_ready(digest, nbytes)
+        invocation = self._invocations.pop(digest, ())
+        self.scheduler.adapters.set_ready(digest, nbytes, invocation)
         for request in self.scheduler.end_too_large(digest):
             text = self.scheduler.refusal(request)
             self._end([request], RequestError(ErrorKind.INVALID_REQUEST, text))

@@ -132,9 +132,11 @@ class SyncRunner:
     def _score(self, hidden: Tensor, request: ScheduledRequest) -> list[TokenLogprobs]:
         targets, num_top = request.prompt_targets or [], request.sampling.prompt_logprobs or 0
         entries: list[TokenLogprobs] = []
+        slots = request.row_slots
         for i in range(0, len(targets), LOGITS_ROWS):
             few = targets[i : i + LOGITS_ROWS]
-            logits = self.model.logits(hidden[i : i + len(few)], [request.adapter_slot] * len(few))
+            end = i + len(few)
+            logits = self.model.logits(hidden[i:end], slots[i:end])
             picked = target_logprobs(logits, few, num_top)
             ranks = target_ranks(logits, torch.tensor(few, device=logits.device)).tolist()
             entries += [

@@ -40,4 +40,9 @@ def load_lora(
             loaded = load_sites(layout, sites, source)
     except (AdapterStoreError, SafetensorError, OSError) as error:
         raise AdapterUnreadable(f"adapter {adapter_folder.digest}: {error}") from error
-    return LoraWeights(adapter_folder.digest, loaded, sum(s.nbytes for s in loaded.values()))
+    return LoraWeights(
+        adapter_folder.digest,
+        loaded,
+        sum(s.nbytes for s in loaded.values()),
+        invocation_token_ids=layout.invocation_token_ids,
+    )

@@ -63,6 +63,7 @@ class LoraWeights:
     norms: Mapping[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor])
     embedding: Overlay | None = None
     head: Overlay | None = None
+    invocation_token_ids: tuple[int, ...] = ()  # of an aLoRA: it acts from their last place on
 
     def to(self, device: torch.device) -> "LoraWeights":
         if device.type == "cpu":

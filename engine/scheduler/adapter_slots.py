@@ -13,12 +13,18 @@ Slot 0 is the base model and is never assigned. `MemoryBudget` decides where ada
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
+
+
+class _Ready(NamedTuple):
+    nbytes: int
+    invocation_token_ids: tuple[int, ...]
 
 
 @dataclass(slots=True)
 class _Placed:
     slot: int
-    nbytes: int
+    ready: _Ready
     load: int  # number of the load in progress; 0: loaded
     pins: int = 0
 
@@ -33,7 +39,7 @@ class AdapterSlots:
     def __init__(self, *, loads_are_immediate: bool = True) -> None:
         self.loads_are_immediate = loads_are_immediate
         self.step = 0
-        self._ready: dict[str, int] = {}
+        self._ready: dict[str, _Ready] = {}
         self._placed: dict[str, _Placed] = {}
         self._idle: OrderedDict[str, int] = OrderedDict()  # step of last use, oldest first
         self._free_slots: list[int] = []
@@ -60,9 +66,15 @@ class AdapterSlots:
 
     # ==== what the host has ====
 
-    def set_ready(self, digest: str, nbytes: int) -> None:
-        """Note that host memory holds the weights, until `set_absent`."""
-        self._ready[digest] = nbytes
+    def set_ready(
+        self, digest: str, nbytes: int, invocation_token_ids: tuple[int, ...] = ()
+    ) -> None:
+        """Note that host memory holds the weights, until `set_absent`.
+
+        With `invocation_token_ids` the adapter acts from the last place on where the prompt has
+        them.
+        """
+        self._ready[digest] = _Ready(nbytes, invocation_token_ids)
 
     def set_absent(self, digest: str) -> None:
         """Note that host memory dropped the weights; a resident copy stays usable."""
@@ -76,8 +88,18 @@ class AdapterSlots:
 
     def nbytes(self, digest: str) -> int | None:
         """Size in bytes; None until `set_ready`."""
+        known = self._known(digest)
+        return known.nbytes if known else None
+
+    def invocation_token_ids(self, digest: str) -> tuple[int, ...]:
+        """What switches a ready adapter on; empty if it acts on all tokens."""
+        known = self._known(digest)
+        assert known is not None, f"adapter {digest} is not ready"
+        return known.invocation_token_ids
+
+    def _known(self, digest: str) -> _Ready | None:
         entry = self._placed.get(digest)
-        return entry.nbytes if entry else self._ready.get(digest)
+        return entry.ready if entry else self._ready.get(digest)
 
     # ==== what the device has ====
 

@@ -29,7 +29,7 @@ class ScheduledRequest(NamedTuple):
     token_ids: list[int]
     start: int
     block_table: tuple[int, ...]  # covers start + len(token_ids) positions
-    adapter_slot: int  # 0 = base model
+    adapter_slot: int  # of the rows from `num_base_rows` on; 0 = base model
     sampling: SamplingParams
     samples: bool  # a token is sampled from the last row's logits
     forbidden_token_ids: "array[int]" = NO_TOKENS  # may not be sampled
@@ -39,10 +39,17 @@ class ScheduledRequest(NamedTuple):
     biases: TokenBiases | None = None  # of `sampling`, as arrays
     allowed_token_ids: "array[int] | None" = None  # may be sampled; None: all
     pooled: tuple[int, int] | None = None  # first and end of the rows whose sum is asked for
+    num_base_rows: int = 0  # leading rows that are the base model's, although the rest has a slot
 
     @property
     def end(self) -> int:
         return self.start + len(self.token_ids)
+
+    @property
+    def row_slots(self) -> list[int]:
+        """The adapter slot of each row; 0 = base model."""
+        num_base = self.num_base_rows
+        return [0] * num_base + [self.adapter_slot] * (len(self.token_ids) - num_base)
 
 
 class BlockCopy(NamedTuple):

@@ -12,8 +12,9 @@ once published, so a shared or published block is copied before it is written.
 Cached and held blocks are all below `limit`; memory above it may belong to adapters. The lowest
 free block is taken first, which keeps blocks away from that end.
 
-The hash of a block covers all tokens before it and starts at the request's CacheScope, so equal
-hashes mean equal KV: same tenant scope, salt and adapter digest, same tokens.
+The hash of a block covers all tokens before it and starts at the request's tenant and salt. The
+adapter enters it with the block in which it begins to act, together with that position. So equal
+hashes mean equal KV: equal tokens in one scope, each computed with the same adapter or none.
 """
 
 import hashlib
@@ -26,17 +27,25 @@ from engine.scheduler.batch import BlockCopy
 from engine.scheduler.request import CacheScope
 
 
-def scope_hash(scope: CacheScope) -> bytes:
-    """Root of a chain. Every field is length-prefixed, so no two scopes serialize alike."""
-    h = hashlib.blake2b(digest_size=16)
-    for field in (scope.tenant, scope.salt, scope.adapter_digest):
-        raw = field.encode()
-        h.update(len(raw).to_bytes(8, "little") + raw)
-    return h.digest()
+def root_hash(scope: CacheScope) -> bytes:
+    """Root of a chain, without the adapter. Its fields are length-prefixed, so that no two
+    scopes serialize alike."""
+    parts = [field.encode() for field in (scope.tenant, scope.salt)]
+    return _hash(b"root", b"".join(len(part).to_bytes(8, "little") + part for part in parts))
+
+
+def adapter_hash(previous: bytes, adapter_digest: str, start: int) -> bytes:
+    """Link of a chain before the block that holds `start`, where the adapter begins to act."""
+    return _hash(b"adapter", previous + start.to_bytes(8, "little") + adapter_digest.encode())
 
 
 def block_hash(previous: bytes, token_ids: Sequence[int]) -> bytes:
-    return hashlib.blake2b(previous + array("q", token_ids).tobytes(), digest_size=16).digest()
+    return _hash(b"block", previous + array("q", token_ids).tobytes())
+
+
+def _hash(kind: bytes, content: bytes) -> bytes:
+    """Hash 16 bytes; equal contents of different kinds have different hashes."""
+    return hashlib.blake2b(content, digest_size=16, person=kind).digest()
 
 
 class BlockManager:

@@ -3,7 +3,7 @@
 BlockManager owns the blocks; the hashes of a request's blocks are computed only here.
 """
 
-from engine.scheduler.block_manager import BlockManager, block_hash, scope_hash
+from engine.scheduler.block_manager import BlockManager, adapter_hash, block_hash, root_hash
 from engine.scheduler.request import Request, SamplingParams
 
 
@@ -39,9 +39,16 @@ def publish_blocks(blocks: BlockManager, request: Request, num_computed: int) ->
 
 
 def _hashes(blocks: BlockManager, request: Request, num_blocks: int) -> list[bytes]:
-    """Hashes of the request's first full blocks; the chain is kept and extended as needed."""
+    """Hashes of the request's first full blocks; the chain is kept and extended as needed.
+
+    Blocks before the one in which the adapter begins to act have the hashes of the base model's.
+    """
     known, size = request.block_hashes, blocks.block_size
+    start, scope = request.adapter_start, request.scope
+    assert start is not None, "the hashes depend on where the adapter begins to act"
     for i in range(len(known), num_blocks):
-        previous = known[-1] if known else scope_hash(request.scope)
+        previous = known[-1] if known else root_hash(scope)
+        if i == start // size:
+            previous = adapter_hash(previous, scope.adapter_digest, start)
         known.append(block_hash(previous, request.token_ids(i * size, (i + 1) * size)))
     return known[:num_blocks]

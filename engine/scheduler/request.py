@@ -170,7 +170,8 @@ def _check_length(name: str, length: int, most: int) -> None:
 
 @dataclass(frozen=True, slots=True)
 class CacheScope:
-    """Which requests may share a KV block: the root of every block hash, fields length-tagged."""
+    """Which requests may share a KV block: those of one tenant and salt, and as far as its adapter
+    acts, of one adapter."""
 
     tenant: str = ""
     salt: str = ""
@@ -206,6 +207,7 @@ class Request:
     life: int = 0  # a new number with every admission; 0 unless RUNNING
     num_cached_tokens: int | None = None  # of the prompt, at the first choice's first admission
     num_published_blocks: int = 0
+    adapter_start: int | None = None  # position; set by the scheduler, once the adapter is known
     awaited_load: int = 0  # number of the first adapter load that it waited for
     awaits_grammar: bool = False  # not admitted before its grammar is compiled; set by the engine
     finish_reason: FinishReason | None = None
@@ -232,6 +234,11 @@ class Request:
     def num_remaining_tokens(self) -> int:
         """Tokens, known or pending, that have not been scheduled."""
         return self.num_tokens + self.num_pending_tokens - self.num_computed_tokens
+
+    def num_base_rows(self, count: int) -> int:
+        """How many of the next `count` tokens are computed without the adapter: the first ones."""
+        assert self.adapter_start is not None
+        return min(max(self.adapter_start - self.num_computed_tokens, 0), count)
 
     def token_ids(self, start: int, end: int) -> list[int]:
         """Tokens [start, end) of prompt and output as one sequence, without pending ones."""

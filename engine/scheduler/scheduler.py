@@ -22,6 +22,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from engine.scheduler.activation import NEVER, adapter_start
 from engine.scheduler.batch import ScheduledBatch, ScheduledRequest
 from engine.scheduler.limits import SchedulerLimits
 from engine.scheduler.memory import MemoryBudget
@@ -269,11 +270,24 @@ class Scheduler:
                 continue
             if request.adapter_digest and not self.adapters.is_ready(request.adapter_digest):
                 continue  # its weights are being fetched; later requests need not wait
+            self._set_adapter_start(request)
             is_loading = self.adapters.awaited_load(request.adapter_digest) > 0
             if not is_loading and self._admit(request, step):
                 continue
             if not self._is_passed_over(request, step):
                 return  # room comes when running requests end; overtaking would starve this one
+
+    def _set_adapter_start(self, request: Request) -> None:
+        """Find where the adapter begins to act, once: in the prompt alone, as in PEFT's generate,
+        so that no token that is generated later moves it."""
+        if request.adapter_start is not None:
+            return
+        digest, start = request.adapter_digest, NEVER
+        if digest:
+            invocation = self.adapters.invocation_token_ids(digest)
+            start = adapter_start(request.prompt_token_ids, invocation)
+        for choice in (request, *request.forks):
+            choice.adapter_start = start
 
     def _is_passed_over(self, request: Request, step: Step) -> bool:
         """Whether later requests may overtake it while its adapter is copied to the device.

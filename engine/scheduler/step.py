@@ -42,9 +42,11 @@ class Step:
 
 def _take(request: Request, count: int, adapters: AdapterSlots) -> ScheduledRequest:
     """Take the request's next `count` tokens into the step."""
+    num_base_rows = request.num_base_rows(count)
+    has_adapter = num_base_rows < count
     start = request.num_computed_tokens
     end = request.num_computed_tokens = start + count
-    sampling, adapter_digest = request.sampling, request.scope.adapter_digest
+    sampling = request.sampling
     pending = request.num_pending_tokens
     num_outputs = len(request.output_token_ids) + pending
     samples = end == request.num_tokens + pending and sampling.pooling is None
@@ -58,7 +60,7 @@ def _take(request: Request, count: int, adapters: AdapterSlots) -> ScheduledRequ
         token_ids=[PENDING] if pending else request.token_ids(start, end),
         start=start,
         block_table=tuple(request.block_table),
-        adapter_slot=adapters.slot(adapter_digest) if adapter_digest else 0,
+        adapter_slot=adapters.slot(request.adapter_digest) if has_adapter else 0,
         sampling=sampling,
         samples=samples,
         forbidden_token_ids=request.rules.forbidden(
@@ -74,6 +76,7 @@ def _take(request: Request, count: int, adapters: AdapterSlots) -> ScheduledRequ
             if sampling.pooling is None
             else _pooled_rows(sampling.pooling, start, end, request.num_prompt_tokens)
         ),
+        num_base_rows=num_base_rows if has_adapter else 0,
     )
 
 

@@ -438,6 +438,7 @@ NOISE = {
     "alpha_pattern": {"layers.1.self_attn.v_proj": 8.0},
     "lora_alpha": 8.0,
     "modules_to_save": [],
+    "alora_invocation_tokens": [],
     "some_future_option": None,
 }
 
@@ -455,6 +456,7 @@ EFFECTS: dict[str, dict[str, Any]] = {
     "lora_alpha": {"lora_alpha": 9},
     "use_rslora": {"use_rslora": True},
     "alpha_pattern": {"alpha_pattern": {"layers.1.self_attn.v_proj": 9}},
+    "alora_invocation_tokens": {"alora_invocation_tokens": [5, 6]},
 }
 
 

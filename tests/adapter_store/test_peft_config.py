@@ -12,6 +12,7 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 
+from adapter_store.alora_config import WITHOUT_ALORA
 from adapter_store.errors import AdapterInvalid
 from adapter_store.peft_config import (
     CONFIG_NAME,
@@ -55,7 +56,6 @@ ACTIVE: dict[str, Any] = {
     "trainable_token_indices": [1],
     "target_parameters": ["experts.gate_up_proj"],
     "layer_replication": [[0, 2], [1, 2]],
-    "alora_invocation_tokens": [5],
     "arrow_config": {"top_k": 1},
     "kasa_config": {},
     "monteclora_config": {"num_samples": 8},
@@ -104,6 +104,18 @@ def test_a_key_that_changes_the_mathematics_is_refused_by_name(key: str, tmp_pat
         ({"init_lora_weights": "olora"}, "init_lora_weights='olora'"),
         ({"init_lora_weights": "loftq"}, "init_lora_weights='loftq'"),
         ({"quantum_lora": True}, "quantum_lora=True is not a key"),
+        (
+            {"alora_invocation_tokens": 5},
+            "alora_invocation_tokens=5 must be a list of at most 1024",
+        ),
+        ({"alora_invocation_tokens": "ab"}, "alora_invocation_tokens='ab' must be a list"),
+        (
+            {"alora_invocation_tokens": [5] * 1025},
+            r"=\[5, 5.*\.\.\. must be a list of at most 1024",
+        ),
+        ({"alora_invocation_tokens": [5, -1]}, "alora_invocation_tokens: -1 is no token id"),
+        ({"alora_invocation_tokens": [True]}, "alora_invocation_tokens: True is no token id"),
+        ({"alora_invocation_tokens": [2**31]}, "2147483648 is no token id"),
     ],
 )
 def test_a_value_out_of_range_is_refused_with_its_key(
@@ -111,6 +123,23 @@ def test_a_value_out_of_range_is_refused_with_its_key(
 ) -> None:
     with pytest.raises(AdapterInvalid, match=reason):
         settings_of(tmp_path, **changes)
+
+
+@pytest.mark.parametrize("key", WITHOUT_ALORA)
+def test_what_would_act_before_the_invocation_is_refused_with_alora(
+    key: str, tmp_path: Path
+) -> None:
+    value = "all" if key == "bias" else True
+    with pytest.raises(AdapterInvalid, match=key):
+        settings_of(tmp_path, **{"alora_invocation_tokens": [5], key: value})
+
+
+@pytest.mark.parametrize(("value", "tokens"), [([5, 6], (5, 6)), ([], ()), (None, ())])
+def test_invocation_tokens_are_read_and_an_empty_list_is_none(
+    value: list[int] | None, tokens: tuple[int, ...], tmp_path: Path
+) -> None:
+    settings = settings_of(tmp_path, alora_invocation_tokens=value)
+    assert settings.invocation_token_ids == tokens
 
 
 def test_an_unknown_key_without_a_value_is_harmless(tmp_path: Path) -> None:

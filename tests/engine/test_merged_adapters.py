@@ -176,3 +176,11 @@ def test_an_adapter_that_is_more_than_a_and_b_is_not_combined(tiny: Tiny, tmp_pa
     dora = write_kind(tiny.folder, tmp_path / "dora", use_dora=True)
     with pytest.raises(AdapterInvalid, match=rf"{dora.digest} cannot be combined"):
         combine(make_recipe([dora.digest], [0.5]), {"dora": dora}, tmp_path / "merged")
+
+
+def test_an_activated_adapter_is_not_combined(tiny: Tiny, tmp_path: Path) -> None:
+    config = {"r": 4, "alora_invocation_tokens": [5], "task_type": "CAUSAL_LM"}
+    activated = write_adapters(tiny.folder, tmp_path, {"activated": config})
+    recipe = make_recipe([activated["activated"].digest], [0.5])
+    with pytest.raises(AdapterInvalid, match="digest-of-activated is an activated LoRA"):
+        combine(recipe, activated, tmp_path / "merged")

@@ -43,7 +43,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
 
 @pytest.fixture(scope="module")
 def adapters(tmp_path_factory: pytest.TempPathFactory, tiny: Tiny) -> list[AdapterFolder]:
-    return write_mixed_adapters(tiny.folder, tmp_path_factory.mktemp("adapters"))
+    mixed = write_mixed_adapters(tiny.folder, tmp_path_factory.mktemp("adapters"))
+    return mixed[:3]  # peft does not merge the last one, which acts on a part of its tokens
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)

@@ -30,6 +30,8 @@ from tests.engine.support.fake_device import (
 )
 
 ADAPTERS = {"x": 900, "y": 1500, "z": 2600}  # bytes; a block of 4 tokens has 640
+ALORAS = {"v": (1,), "w": (2, 0)}  # what switches them on
+ALL_ADAPTERS = {**ADAPTERS, "v": 700, "w": 1000}
 
 
 @dataclass
@@ -97,8 +99,8 @@ def make_world(
 ) -> World:
     adapters = AdapterSlots(loads_are_immediate=loads_are_immediate)
     if ready:
-        for digest, nbytes in ADAPTERS.items():
-            adapters.set_ready(digest, nbytes)
+        for digest, nbytes in ALL_ADAPTERS.items():
+            adapters.set_ready(digest, nbytes, ALORAS.get(digest, ()))
     limits = SchedulerLimits(max_num_seqs, budget, max_model_len or num_blocks * block_size)
     blocks = BlockManager(num_blocks, block_size, prefix_caching=prefix_caching)
     memory_bytes = num_blocks * block_bytes(block_size)
@@ -142,7 +144,17 @@ def expected_of(request: Request) -> list[int]:
         sampling.max_tokens,
         sampling.stop_token_ids,
         sampling.min_tokens,
+        start_of(request),
     )
+
+
+def start_of(request: Request) -> int:
+    """Find where its adapter begins to act, by trying all places."""
+    prompt, wanted = list(request.prompt_token_ids), ALORAS.get(request.adapter_digest)
+    if wanted is None:
+        return 0
+    places = [i for i in range(len(prompt)) if prompt[i : i + len(wanted)] == list(wanted)]
+    return max(places, default=10**6)
 
 
 def assert_expected(request: Request) -> None:
@@ -171,7 +183,7 @@ class Traffic(RuleBasedStateMachine):
     @rule(
         common=st.integers(0, 16),
         tail=st.lists(st.integers(0, 1), min_size=1, max_size=6),
-        adapter_digest=st.sampled_from(["", *ADAPTERS]),
+        adapter_digest=st.sampled_from(["", *ALL_ADAPTERS]),
         max_tokens=st.integers(1, 20),
         n=st.integers(1, 3),
         tenant=st.sampled_from(["s", "t"]),
@@ -216,12 +228,13 @@ class Traffic(RuleBasedStateMachine):
         new.output_token_ids = whole[: min(num_resumed, len(whole) - 1)]
         self._add(new)
 
-    @rule(adapter=st.sampled_from(sorted(ADAPTERS)))
+    @rule(adapter=st.sampled_from(sorted(ALL_ADAPTERS)))
     def adapter_becomes_ready(self, adapter: str) -> None:
-        self.world.scheduler.adapters.set_ready(adapter, ADAPTERS[adapter])
+        invocation = ALORAS.get(adapter, ())
+        self.world.scheduler.adapters.set_ready(adapter, ALL_ADAPTERS[adapter], invocation)
         self._end(self.world.scheduler.end_too_large(adapter))
 
-    @rule(adapter=st.sampled_from(sorted(ADAPTERS)))
+    @rule(adapter=st.sampled_from(sorted(ALL_ADAPTERS)))
     def the_host_drops_an_adapter(self, adapter: str) -> None:
         self.world.scheduler.adapters.set_absent(adapter)
 
@@ -257,7 +270,7 @@ class Traffic(RuleBasedStateMachine):
         self.world.scheduler.check_integrity()
 
     def teardown(self) -> None:
-        for adapter in ADAPTERS:
+        for adapter in ALL_ADAPTERS:
             self.adapter_becomes_ready(adapter)
         self._end(self.world.run())
         assert self.ended.keys() == set(self.added), "a request ended without an answer"

@@ -292,4 +292,9 @@ def _row_slots(requests: Sequence[ScheduledRequest], num_rows: int) -> Numbers:
     counts = [len(r.token_ids) for r in requests]
     slots = np.zeros(num_rows, np.int32)
     slots[: sum(counts)] = np.repeat([r.adapter_slot for r in requests], counts)
+    row = 0
+    for request, count in zip(requests, counts, strict=True):
+        if request.num_base_rows:
+            slots[row : row + request.num_base_rows] = 0
+        row += count
     return slots

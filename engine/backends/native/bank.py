@@ -117,7 +117,7 @@ def rows_by_slot(slots: Iterable[int]) -> dict[int, list[int]]:
 
 
 def _slots(batch: ScheduledBatch) -> list[int]:
-    return [r.adapter_slot for r in batch.requests for _ in r.token_ids]
+    return [slot for r in batch.requests for slot in r.row_slots]
 
 
 def _rows_by_slot(batch: ScheduledBatch) -> dict[int, list[int]]:
@@ -126,7 +126,8 @@ def _rows_by_slot(batch: ScheduledBatch) -> dict[int, list[int]]:
     for request in batch.requests:
         end = row + len(request.token_ids)
         if request.adapter_slot:
-            by_slot.setdefault(request.adapter_slot, []).extend(range(row, end))
+            first = row + request.num_base_rows
+            by_slot.setdefault(request.adapter_slot, []).extend(range(first, end))
         row = end
     return by_slot
 

@@ -170,9 +170,9 @@ def _split(
     for request in requests:  # short ones come first
         count = len(request.token_ids)
         if count < SEGMENT_ROWS:
-            row_slots += [request.adapter_slot] * count
+            row_slots += request.row_slots
         elif request.adapter_slot:
-            segments.append((row, row + count, request.adapter_slot))
+            segments.append((row + request.num_base_rows, row + count, request.adapter_slot))
         row += count
     return segments, len(row_slots), row_slots
 

@@ -142,6 +142,7 @@ def test_greedy_text_of_every_family_is_that_of_transformers(
 @gpu
 def test_each_adapters_text_is_that_of_peft(tiny: Tiny, adapters: list[AdapterFolder]) -> None:
     prompt = prompt_of(20)
+    adapters = adapters[:3]  # peft does not merge the last one, which acts on a part of its tokens
     requests = [
         GenerateRequest(a.digest, prompt, greedy(24), adapter_folder=a)
         for a in adapters

@@ -1,6 +1,7 @@
 """Tests the engine on native kernels: accuracy, and independence of batch mates."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
 
 from engine.backends.native import load
 from engine.backends.native.build import BuildError
@@ -131,20 +134,34 @@ def test_logits_of_every_family_are_as_accurate_as_torchs_bfloat16(
     model_type: str, tiny_model: Callable[..., Tiny]
 ) -> None:
     tiny = tiny_model(model_type)
-    prompt = prompt_of(40)
-    request = GenerateRequest("r", prompt, greedy(1, prompt_logprobs=1))
+    request = GenerateRequest("r", prompt_of(40), greedy(1, prompt_logprobs=1))
+    assert_as_accurate_as_torch(tiny.folder, request, tiny.reference)
+
+
+def test_logits_of_an_adapter_that_acts_from_the_middle_on_are_as_accurate(
+    tiny: Tiny, adapters: list[AdapterFolder]
+) -> None:
+    request = next(r for r in mixed(adapters) if r.adapter_folder == adapters[3])
+    request = replace(request, sampling=greedy(1, prompt_logprobs=1))
+    base = AutoModelForCausalLM.from_pretrained(tiny.folder, dtype=torch.float32)
+    peft = PeftModel.from_pretrained(base, adapters[3].path).eval()
+    assert_as_accurate_as_torch(tiny.folder, request, peft)
+
+
+def assert_as_accurate_as_torch(folder: Path, request: GenerateRequest, reference: Any) -> None:
+    prompt = request.prompt_token_ids
     with torch.inference_mode():
-        logits = tiny.reference(torch.tensor([prompt])).logits[0].float()
-    exact = logits.log_softmax(-1)[torch.arange(39), prompt[1:]]
+        logits = reference(input_ids=torch.tensor([prompt])).logits[0].float()
+    exact = logits.log_softmax(-1)[torch.arange(len(prompt) - 1), prompt[1:]]
 
     def error(engine: Engine) -> float:
-        last = run(engine, [request])["r", 0].last
+        last = run(engine, [request])[request.request_id, 0].last
         assert last is not None and last.prompt_logprobs is not None
         got = torch.tensor([entry.logprob for entry in last.prompt_logprobs[1:] if entry])
         return float((got - exact).square().mean().sqrt())
 
-    native = error(native_engine(tiny.folder))
-    by_torch = error(make_engine(tiny.folder, dtype="bfloat16", kernels="torch"))
+    native = error(native_engine(folder))
+    by_torch = error(make_engine(folder, dtype="bfloat16", kernels="torch"))
     assert native < 1.25 * by_torch + 1e-3, (native, by_torch)
 
 

@@ -109,11 +109,14 @@ def write_adapters(
 
 
 def write_mixed_adapters(base: Path, folder: Path) -> list[AdapterFolder]:
-    """Write adapters: an odd rank, different ranks within one, one on two modules alone."""
+    """Write adapters: an odd rank, different ranks within one, one on two modules alone, and one
+    that acts from the middle of its prompt in `mixed_requests` on."""
+    alora = {"alora_invocation_tokens": prompt_of(30, seed=30)[17:19], "task_type": "CAUSAL_LM"}
     shapes: list[dict[str, Any]] = [
         {"r": 3},
         {"r": 8, "rank_pattern": {"q_proj": 5, "down_proj": 16}},
         {"r": 16, "target_modules": ["v_proj", "up_proj"]},
+        {"r": 6, **alora},
     ]
     return [write_adapter(base, folder / f"a{i}", seed=i, **s) for i, s in enumerate(shapes)]
 

@@ -1,4 +1,4 @@
-"""FakeDevice: stores in every KV slot the adapter and all tokens up to there.
+"""FakeDevice: stores in every KV slot all tokens up to there, each with its adapter.
 
 The next token is a function of that memory, so a scheduler that shares, copies, evicts or
 preempts wrongly gives other tokens than `expected_output`.
@@ -22,10 +22,11 @@ def block_bytes(block_size: int) -> int:
     return (block_size + 1) * CELL
 
 
-def next_token(
-    adapter: str, token_ids: Sequence[int], salt: int, forbidden: Sequence[int] = ()
-) -> int:
-    raw = repr((adapter, tuple(token_ids), salt)).encode()
+Known = tuple[tuple[int, str], ...]  # tokens, each with the digest of its adapter
+
+
+def next_token(known: Known, salt: int, forbidden: Sequence[int] = ()) -> int:
+    raw = repr((known, salt)).encode()
     token_id = int.from_bytes(hashlib.md5(raw).digest()[:4], "little") % VOCAB
     while token_id in forbidden:
         token_id = (token_id + 1) % VOCAB
@@ -39,11 +40,13 @@ def expected_output(
     max_tokens: int,
     stop: Sequence[int] = (),
     min_tokens: int = 0,
+    adapter_start: int = 0,
 ) -> list[int]:
     tokens, length = list(prompt), len(prompt)
     while len(tokens) < length + max_tokens:
         forbidden = stop if len(tokens) + 1 < length + min_tokens else ()
-        tokens.append(next_token(adapter, tokens, salt, forbidden))
+        known = tuple((t, adapter if i >= adapter_start else "") for i, t in enumerate(tokens))
+        tokens.append(next_token(known, salt, forbidden))
         if tokens[-1] in stop and len(tokens) >= length + min_tokens:
             break
     return tokens[length:]
@@ -121,20 +124,20 @@ class FakeDevice:
         if GARBAGE in new_ids or Garbage() in (adapter, *read):
             self._spoil(request)
             return [GARBAGE] if request.samples else []
-        known: tuple[int, ...] = ()
+        known: Known = ()
         for position, content in enumerate(read):  # as attention reads it
             assert isinstance(content, tuple)
-            owner, known = content
-            assert owner == adapter and len(known) == position + 1
-        for position, token_id in enumerate(new_ids, request.start):
-            known = (*known, token_id)
-            arena.write(*self._slot(request, position), (adapter, known))
+            known = content
+            assert len(known) == position + 1
+        for row, token_id in enumerate(new_ids):
+            known = (*known, (token_id, str(adapter) if row >= request.num_base_rows else ""))
+            arena.write(*self._slot(request, request.start + row), known)
         for position in range(request.end):
             content = arena.read(*self._slot(request, position))
-            assert content == (adapter, known[: position + 1])
-        self._check_history(request, known)
+            assert content == known[: position + 1]
+        self._check_history(request, tuple(token_id for token_id, _ in known))
         salt = request.sampling.seed + request.choice
-        token_id = next_token(str(adapter), known, salt, request.forbidden_token_ids)
+        token_id = next_token(known, salt, request.forbidden_token_ids)
         return [token_id] if request.samples else []
 
     def _resolved(self, request: ScheduledRequest) -> list[int]:
