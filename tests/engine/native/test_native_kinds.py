@@ -107,8 +107,8 @@ def answers(results: dict[tuple[str, int], Result], index: int) -> dict[str, obj
     for (name, _), result in results.items():
         number, _, length = name.partition("-")
         if int(number) == index:
-            assert result.last is not None and result.last.error is None, result.last
-            found[length] = result.token_ids, result.logprobs, result.last.prompt_logprobs
+            assert result.first is not None and result.first.error is None, result.first
+            found[length] = result.token_ids, result.logprobs, result.first.prompt_logprobs
     return found
 
 

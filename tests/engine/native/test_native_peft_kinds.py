@@ -1,0 +1,90 @@
+"""Tests adapters that are more than A and B on native kernels against peft, in mixed batches."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from engine.backends.native import load
+from engine.backends.native.library import Context
+from engine.messages import AdapterFolder, GenerateRequest
+from tests.engine.support.driver import Result, greedy, make_engine, prompt_of, run
+from tests.engine.support.kinds import load_with_peft, write_kind
+from tests.engine.support.tiny import write_tiny
+from tests.engine.test_kinds_against_peft import KINDS
+
+Results = dict[tuple[str, int], Result]
+
+
+class Case:
+    """A base, an adapter of each kind, and requests for all of them."""
+
+    def __init__(self, folder: Path, kinds: dict[str, dict[str, Any]], **base: Any) -> None:
+        self.base = write_tiny(folder / "base", **base).folder
+        self.adapters: dict[str, AdapterFolder | None] = {
+            name: write_kind(self.base, folder / name, seed, **config)
+            for seed, (name, config) in enumerate(kinds.items())
+        }
+        self.adapters["base"] = None
+        self.requests = [
+            GenerateRequest(
+                name,
+                prompt_of(20 + 5 * i, seed=i),
+                greedy(20, logprobs=1, prompt_logprobs=0),
+                adapter_folder=adapter,
+            )
+            for i, (name, adapter) in enumerate(self.adapters.items())
+        ]
+
+    def run(self, times: int = 1, **changes: Any) -> Results:
+        engine = make_engine(self.base, dtype="bfloat16", block_size=16, **changes)
+        assert engine.info.kernels.startswith(("native-", changes.get("kernels", "native-")))
+        for _ in range(times):
+            results = run(engine, self.requests)
+        return results
+
+    @torch.inference_mode()
+    def error(self, results: Results, name: str) -> float:
+        """Return the root of the mean square error of the prompt's log probabilities."""
+        (request,) = (r for r in self.requests if r.request_id == name)
+        prompt, first = request.prompt_token_ids, results[name, 0].first
+        assert first is not None and first.prompt_logprobs is not None, first
+        model = load_with_peft(self.base, self.adapters[name])
+        exact = model(torch.tensor([prompt])).logits[0].log_softmax(-1)
+        wanted = exact[torch.arange(len(prompt) - 1), prompt[1:]]
+        found = torch.tensor([entry.logprob for entry in first.prompt_logprobs[1:] if entry])
+        return float((found - wanted).square().mean().sqrt())
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    return Case(tmp_path_factory.mktemp("kinds"), KINDS, model_type="qwen2")
+
+
+@pytest.fixture(scope="module")
+def by_torch(case: Case) -> Results:
+    return case.run(kernels="torch")
+
+
+@pytest.fixture(autouse=True)
+def only_this_isa(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(load, "Context", partial(Context, isa))
+
+
+def test_each_kind_is_as_accurate_as_torchs_bfloat16(case: Case, by_torch: Results) -> None:
+    results = case.run()
+    for name in case.adapters:
+        native, torchs = case.error(results, name), case.error(by_torch, name)
+        assert native < 1.25 * torchs + 1e-3, (name, native, torchs)
+
+
+def test_no_kinds_bits_depend_on_batch_mates_steps_or_the_prefix_cache(case: Case) -> None:
+    wanted = answers(case.run(max_num_seqs=1, enable_prefix_caching=False))
+    assert answers(case.run(times=2)) == wanted
+    assert answers(case.run(times=2, max_num_batched_tokens=16)) == wanted
+
+
+def answers(results: Results) -> dict[tuple[str, int], object]:
+    return {key: (result.token_ids, result.logprobs) for key, result in results.items()}
