@@ -100,6 +100,11 @@ class EngineSection(Section):
         "where the folder has a tokenizer.json, a process beside the engine holds answers to JSON "
         "schemas, regular expressions and grammars; `off` does without, and refuses such requests",
     )
+    adapter_proof: str = key(
+        "auto",
+        "before an adapter's first answer a probe must show that it acts as its weights say, or "
+        "its requests are refused; `off` trusts what was loaded",
+    )
 
 
 class AutoscalingSection(Section):

@@ -15,6 +15,7 @@ ACTIVATIONS = ("bf16", "int8")
 KV_DTYPES = ("auto", "int8")
 GENERATION_CONFIGS = ("auto", "none")
 STRUCTURED_OUTPUTS = ("auto", "off")
+ADAPTER_PROOFS = ("auto", "off")
 
 
 class ConfigError(ValueError):
@@ -51,6 +52,7 @@ class EngineConfig:
     generation_config: str = "auto"  # auto: its sampling defaults are the requests'; none: not
     max_silence_s: float = 120.0  # without news of a start or a compilation the process is killed
     structured_output: str = "auto"  # auto: where the folder has a tokenizer.json
+    adapter_proof: str = "auto"  # auto: no adapter answers before a probe has shown its effect
 
     def __post_init__(self) -> None:
         _one_of("dtype", self.dtype, DTYPES)
@@ -63,6 +65,7 @@ class EngineConfig:
         _one_of("kv_dtype", self.kv_dtype, KV_DTYPES)
         _one_of("generation_config", self.generation_config, GENERATION_CONFIGS)
         _one_of("structured_output", self.structured_output, STRUCTURED_OUTPUTS)
+        _one_of("adapter_proof", self.adapter_proof, ADAPTER_PROOFS)
         _between("max_num_seqs", self.max_num_seqs, 1, 4096)
         if self.max_num_batched_tokens is not None:
             _between("max_num_batched_tokens", self.max_num_batched_tokens, 1, 2**20)

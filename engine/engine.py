@@ -44,6 +44,9 @@ from engine.messages import (
     TokenLogprobs,
 )
 from engine.model.base_weights import BaseWeights
+from engine.proof.probe import is_probe
+from engine.proof.proofs import Proofs
+from engine.proof.verdict import Proof
 from engine.scheduler.adapter_slots import AdapterSlots
 from engine.scheduler.batch import ScheduledBatch, ScheduledRequest
 from engine.scheduler.block_manager import BlockManager
@@ -53,6 +56,7 @@ from engine.scheduler.request import (
     NO_DEFAULTS,
     CacheScope,
     FinishReason,
+    InvalidRequest,
     Request,
     SamplingDefaults,
 )
@@ -91,6 +95,7 @@ class Engine:
         self.grammars = self._open_grammars(wake)
         self.model = load_model(config, self.settled, announcer=announcer)
         self.info = self._describe()
+        self.proofs = self._make_proofs()
         self.host = HostCache(config.host_adapter_bytes, self._load_adapter, wake)
         self.runner: Runner = self.model.make_runner(self.host.get)
         self.scheduler = self._make_scheduler()
@@ -144,6 +149,12 @@ class Engine:
             return NO_DEFAULTS
         return read_sampling_defaults(Path(self.config.source))
 
+    def _make_proofs(self) -> Proofs | None:
+        if self.config.adapter_proof == "off":
+            return None
+        s = self.settled
+        return Proofs(self.model.decoder, s.dtype, s.max_model_len, self._clock)
+
     def _make_scheduler(self) -> Scheduler:
         s, seqs = self.settled, self.config.max_num_seqs
         limits = SchedulerLimits(
@@ -193,6 +204,8 @@ class Engine:
         if adapter_folder:
             for _ in range(request.n):
                 self.host.want(adapter_folder)
+            if self.proofs is not None and not is_probe(request.request_id):
+                self._await_proof(self.proofs, first, adapter_folder)
 
     def _want_grammar(self, first: Request) -> None:
         grammar, choices = first.sampling.grammar, [first, *first.forks]
@@ -225,6 +238,8 @@ class Engine:
         while len(self._in_flight) > num_kept:
             self._collect(self._in_flight.popleft())
         outputs, self._outputs = self._outputs, []
+        if self.proofs is not None:
+            outputs = self._advance_proofs(self.proofs, outputs)
         return outputs
 
     def _launch(self) -> int:
@@ -325,7 +340,8 @@ class Engine:
 
     def _output(self, progress: Progress, row: RowOutput, now: float) -> RequestOutput:
         request, count = progress.request, len(progress.token_ids)
-        self._num_outputs += count
+        is_counted = not is_probe(request.request_id)
+        self._num_outputs += count * is_counted
         output = RequestOutput(
             request.request_id,
             request.index,
@@ -338,7 +354,7 @@ class Engine:
             embedding=self._take_embedding(request),
         )
         if request.finish_reason:
-            if request.index == 0:  # the choices share one prompt
+            if request.index == 0 and is_counted:  # the choices share one prompt
                 self._num_prompt += request.num_prompt_tokens
                 self._num_cached += request.num_cached_tokens or 0
             self._release(request)
@@ -427,6 +443,8 @@ class Engine:
             )
         if weights.invocation_token_ids:
             self._invocations[weights.digest] = weights.invocation_token_ids
+        if self.proofs is not None:
+            self.proofs.keep(adapter_folder, weights)
         return packed
 
     def _check_invocation(self, weights: LoraWeights) -> None:
@@ -449,8 +467,7 @@ class Engine:
             if error.kind == ErrorKind.ENGINE_ERROR:
                 check_device(self.settled.device)  # its driver pins host memory for packing
             self._end(self.scheduler.end_adapter_with_error(loaded.digest), error)
-        for digest in self.host.advance(self.scheduler.adapters.is_in_use):
-            self.scheduler.adapters.set_absent(digest)
+        self._set_absent(self.host.advance(self.scheduler.adapters.is_in_use))
 
     def _set_ready(self, digest: str, nbytes: int) -> None:
         invocation = self._invocations.pop(digest, ())
@@ -458,14 +475,73 @@ class Engine:
         for request in self.scheduler.end_too_large(digest):
             text = self.scheduler.refusal(request)
             self._end([request], RequestError(ErrorKind.INVALID_REQUEST, text))
+        if self.proofs is not None:
+            self._probe(self.proofs, digest)
+
+    def _set_absent(self, digests: list[str]) -> None:
+        for digest in digests:
+            self.scheduler.adapters.set_absent(digest)
+        if self.proofs is not None and digests:
+            self.proofs.forget(digests)
 
     def _release(self, request: Request) -> None:
         """Let go of the adapter and the grammar of a request that has ended."""
         if request.sampling.grammar is not None and self.grammars is not None:
             self.grammars.release(request.sampling.grammar)
         if request.adapter_digest:
-            for digest in self.host.release(request.adapter_digest):
-                self.scheduler.adapters.set_absent(digest)
+            self._set_absent(self.host.release(request.adapter_digest))
+
+    # ==== proofs ====
+
+    def _await_proof(self, proofs: Proofs, first: Request, adapter_folder: AdapterFolder) -> None:
+        digest = adapter_folder.digest
+        if refusal := proofs.refusal(digest):
+            self._refuse_adapter(digest, refusal)
+        elif not proofs.is_proven(digest):
+            for choice in [first, *first.forks]:
+                choice.awaits_proof = True
+            self._probe(proofs, digest)
+
+    def _probe(self, proofs: Proofs, digest: str) -> None:
+        """Start the proof of an adapter that is loaded, unless it has been."""
+        for probe in proofs.start(digest):
+            try:
+                self.add_request(probe)
+            except InvalidRequest as error:  # memory that small holds no prompt of a client either
+                proofs.give_up(probe.request_id)
+                log.warning("adapter %s is served without proof: %s", digest, error)
+                self.scheduler.set_adapter_proven(digest)
+
+    def _advance_proofs(self, proofs: Proofs, outputs: list[RequestOutput]) -> list[RequestOutput]:
+        """Take what belongs to probes from the outputs, and compute a part of what they await."""
+        outputs, broken = proofs.take(outputs)
+        for probe in broken:
+            self._end(self.scheduler.end_adapter_with_error(probe.digest), probe.error)
+        while proofs.has_work:
+            self.is_idle = False
+            proof = proofs.advance()
+            if proof is not None:
+                self._conclude(proof)
+            if self.scheduler.running:
+                break
+        outputs += self._outputs
+        self._outputs = []
+        return outputs
+
+    def _conclude(self, proof: Proof) -> None:
+        if proof.failure:
+            log.error("%s", proof.failure)
+            self._refuse_adapter(proof.digest, proof.failure)
+            self.scheduler.discard_adapter(proof.digest)
+            self._set_absent(self.host.discard(proof.digest))
+            return
+        if proof.warning:
+            log.warning("%s", proof.warning)
+        self.scheduler.set_adapter_proven(proof.digest)
+
+    def _refuse_adapter(self, digest: str, reason: str) -> None:
+        error = RequestError(ErrorKind.ADAPTER_INVALID, reason)
+        self._end(self.scheduler.end_adapter_with_error(digest), error)
 
 
 def _has_metrics(request: Request, num_new: int) -> bool:

@@ -21,11 +21,15 @@ from engine.settle import Settled
 class LoadedModel:
     make_runner: Callable[[Callable[[str], Any]], Runner]  # given HostAdapters by digest
     pack_adapter: Callable[[LoraWeights], HostAdapter]  # may run in any thread
-    lora_sites: tuple[LoraSite, ...]
+    decoder: Decoder
     weight_bytes: int
     kernels: str  # one of native-avx512, native-avx2, triton or torch
     max_adapters: int | None = None  # on the device at a time
     kinds: frozenset[Kind] = frozenset()  # what of adapters is computed beside their factors
+
+    @property
+    def lora_sites(self) -> tuple[LoraSite, ...]:
+        return self.decoder.lora_sites
 
 
 def read_decoder(

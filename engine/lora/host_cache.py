@@ -98,6 +98,15 @@ class HostCache:
             self._forget(digest)
         return self._drop_idle(0)
 
+    def discard(self, digest: str) -> list[str]:
+        """Drop a loaded adapter that no request wants, so that its files are read again."""
+        entry = self._entries.get(digest)
+        if digest not in self._loaded or entry is None or entry.wanted:
+            return []
+        del self._loaded[digest], self._entries[digest]
+        self._used_bytes -= entry.nbytes or 0
+        return [digest]
+
     # ==== loads ====
 
     def advance(self, is_in_use: Callable[[str], bool]) -> list[str]:

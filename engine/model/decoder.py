@@ -33,7 +33,7 @@ class Decoder(nn.Module):
 
     def __init__(self, spec: ModelSpec, build: Build, max_model_len: int) -> None:
         super().__init__()
-        self.spec = spec
+        self.spec, self.build = spec, build
         rotaries = list(dict.fromkeys(spec.rotaries))
         self.embedding = Embedding(
             build,

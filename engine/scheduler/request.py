@@ -210,6 +210,7 @@ class Request:
     adapter_start: int | None = None  # position; set by the scheduler, once the adapter is known
     awaited_load: int = 0  # number of the first adapter load that it waited for
     awaits_grammar: bool = False  # not admitted before its grammar is compiled; set by the engine
+    awaits_proof: bool = False  # not admitted before its adapter is proven; set by the engine
     finish_reason: FinishReason | None = None
     first_scheduled_s: float | None = None  # kept when the request is preempted
 

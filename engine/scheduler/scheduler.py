@@ -13,9 +13,9 @@ dropped row writes is overwritten before any later row reads it.
 
 One step mixes decodes with chunks of prompts under `max_num_batched_tokens`. Running requests
 go first; waiting ones follow in arrival order, except that a request whose adapter is being
-loaded, or whose grammar is being compiled, is passed over. When memory runs out, the request
-admitted last loses its blocks and is computed again later (preemption by recompute). Time enters
-only through `now`.
+loaded or proven, or whose grammar is being compiled, is passed over. When memory runs out, the
+request admitted last loses its blocks and is computed again later (preemption by recompute). Time
+enters only through `now`.
 """
 
 from collections import deque
@@ -116,6 +116,16 @@ class Scheduler:
         """End every request of an adapter that will never be ready."""
         ended = [r for r in self._by_key.values() if r.adapter_digest == digest]
         return self._finish_all(ended, FinishReason.ERROR)
+
+    def set_adapter_proven(self, digest: str) -> None:
+        """Let requests with this adapter be admitted."""
+        for request in self._by_key.values():
+            if request.adapter_digest == digest:
+                request.awaits_proof = False
+
+    def discard_adapter(self, digest: str) -> None:
+        """Take an adapter that no request uses from the device."""
+        self.memory.discard(digest, self._tables())
 
     def set_grammar_ready(self, grammar: str) -> None:
         """Let requests with this grammar be admitted."""
@@ -266,7 +276,7 @@ class Scheduler:
         for request in list(self.waiting):
             if not step.budget or len(self.running) + step.num_promised >= self.limits.max_num_seqs:
                 return
-            if request.awaits_grammar:
+            if request.awaits_grammar or request.awaits_proof:
                 continue
             if request.adapter_digest and not self.adapters.is_ready(request.adapter_digest):
                 continue  # its weights are being fetched; later requests need not wait

@@ -50,7 +50,7 @@ def load_triton(config: EngineConfig, s: Settled, *, announcer: Announcer) -> Lo
     return LoadedModel(
         make_runner=make_runner,
         pack_adapter=adapter_packer(device, decoder, MAX_LORA_RANK),
-        lora_sites=decoder.lora_sites,
+        decoder=decoder,
         weight_bytes=weight_bytes(decoder, s.dtype),
         kernels="triton",
         max_adapters=MAX_ADAPTERS,

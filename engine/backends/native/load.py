@@ -37,7 +37,7 @@ def load_native(
     return LoadedModel(
         make_runner=partial(SyncRunner, forward),
         pack_adapter=pack_adapter,
-        lora_sites=decoder.lora_sites,
+        decoder=decoder,
         weight_bytes=weight_bytes(decoder, s.dtype),
         kernels=f"native-{context.isa}",
         kinds=ALL_KINDS,

@@ -22,7 +22,7 @@ def load_torch(config: EngineConfig, s: Settled, *, announcer: Announcer) -> Loa
     return LoadedModel(
         make_runner=partial(SyncRunner, TorchForward(decoder, kv_cache, config.block_size)),
         pack_adapter=_as_it_is,
-        lora_sites=decoder.lora_sites,
+        decoder=decoder,
         weight_bytes=weight_bytes(decoder, s.dtype),
         kernels="torch",
         kinds=frozenset({Kind.AFFINE}),

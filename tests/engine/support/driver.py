@@ -1,7 +1,7 @@
 """Runs an Engine until all requests end, collects results, and makes PEFT folders."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,9 @@ class Result:
         self.last = output
 
 
-def make_engine(folder: Path, **changes: Any) -> Engine:
+def make_engine(
+    folder: Path, *, clock: Callable[[], float] = time.monotonic, **changes: Any
+) -> Engine:
     defaults: dict[str, Any] = {
         "memory_bytes": 2**24,
         "max_num_batched_tokens": 64,
@@ -44,7 +46,7 @@ def make_engine(folder: Path, **changes: Any) -> Engine:
         "block_size": 4,
         "device": "cpu",
     }
-    return Engine(EngineConfig(str(folder), **{**defaults, **changes}))
+    return Engine(EngineConfig(str(folder), **{**defaults, **changes}), clock=clock)
 
 
 def run(engine: Engine, requests: Sequence[GenerateRequest]) -> dict[tuple[str, int], Result]:
@@ -93,7 +95,7 @@ def write_adapter(base: Path, folder: Path, seed: int = 0, **config: Any) -> Ada
         for name, parameter in model.named_parameters():
             if "lora_" in name:
                 noise = torch.randn(parameter.shape, generator=generator)
-                parameter.copy_(noise * 0.7 * parameter.shape[1] ** -0.5)
+                parameter.copy_(noise * 0.7 * parameter.shape[-1] ** -0.5)
     model.save_pretrained(folder)
     return AdapterFolder(f"digest-of-{folder.name}", str(folder))
 

@@ -1,0 +1,1 @@
+"""Proves that an adapter acts as its weights say, before a request is answered with it."""

@@ -1,0 +1,198 @@
+"""Proofs: what is known of each adapter's effect, and the probes that are on their way.
+
+    loaded -> a probe runs as a request among the others -> its reference is computed -> a verdict
+
+An engine holds back an adapter's requests until the verdict. The reference runs a layer at a time,
+between steps, so that nobody waits for it longer than for a small step.
+"""
+
+import logging
+from collections import deque
+from collections.abc import Callable, Generator, Iterable
+from dataclasses import dataclass, field
+
+import torch
+
+from engine.lora.weights import LoraWeights
+from engine.messages import AdapterFolder, GenerateRequest, RequestError, RequestOutput
+from engine.model.decoder import Decoder
+from engine.proof.probe import acting_from, is_probe, probe_prompt, probe_request, take_logprobs
+from engine.proof.reference import Expected, expect
+from engine.proof.verdict import FLOOR, Proof, difference, judge
+
+RETRY_S = 60.0  # a refused adapter may be proven anew after this time
+BASE = ""  # its "digest": the base is probed once, for the noise of its own logprobs
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class _Probe:
+    digest: str
+    prompt: list[int]
+    outputs: list[RequestOutput] = field(default_factory=list[RequestOutput])
+    served: list[float] = field(default_factory=list[float])
+    reference: Generator[None, None, Expected] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Broken:
+    """A probe that ended without an answer, for a reason that says nothing of the adapter."""
+
+    digest: str
+    error: RequestError
+
+
+class Proofs:
+    """Used by the engine's thread alone, but for `keep`."""
+
+    def __init__(
+        self, decoder: Decoder, dtype: torch.dtype, max_model_len: int, clock: Callable[[], float]
+    ) -> None:
+        self._decoder = decoder
+        self._floor = FLOOR[str(dtype).removeprefix("torch.")]
+        self._max_model_len = max_model_len
+        self._clock = clock
+        self._noise: float | None = None
+        self._proven: dict[str, Proof] = {}
+        self._refused: dict[str, tuple[Proof, float]] = {}  # with the time
+        self._loaded: dict[str, tuple[AdapterFolder, LoraWeights]] = {}  # and not proven
+        self._probes: dict[str, _Probe] = {}  # by request id, until their outputs have ended
+        self._due: deque[_Probe] = deque()  # ended; their references are to be computed
+
+    def keep(self, adapter_folder: AdapterFolder, weights: LoraWeights) -> None:
+        """Keep an adapter's weights, as they were read, until it is proven. Thread-safe."""
+        if weights.digest not in self._proven:
+            self._loaded[weights.digest] = adapter_folder, weights
+
+    def forget(self, digests: Iterable[str]) -> None:
+        """Let go of adapters that are no longer in memory, unless they are being proven."""
+        busy = {p.digest for p in (*self._probes.values(), *self._due)}
+        for digest in digests:
+            if digest not in busy:
+                self._loaded.pop(digest, None)
+
+    def is_proven(self, digest: str) -> bool:
+        return digest in self._proven
+
+    def find(self, digest: str) -> Proof | None:
+        """Return the verdict on an adapter that may be served."""
+        return self._proven.get(digest)
+
+    def refusal(self, digest: str) -> str:
+        """Why requests of the adapter end at once; empty if they do not."""
+        proof, since = self._refused.get(digest, (None, 0.0))
+        if proof is None or self._clock() >= since + RETRY_S:
+            return ""
+        return proof.failure
+
+    # ==== probes ====
+
+    def start(self, digest: str) -> list[GenerateRequest]:
+        """Return the requests that prove a loaded adapter; none if they are on their way."""
+        known = [p.digest for p in (*self._probes.values(), *self._due)]
+        if digest not in self._loaded or digest in known:
+            return []
+        requests = [self._probe(digest, *self._loaded[digest])]
+        if self._noise is None and BASE not in known:
+            requests.insert(0, self._probe(BASE, None, None))
+        return requests
+
+    def give_up(self, request_id: str) -> None:
+        """Forget a probe that cannot run: its adapter counts as proven."""
+        digest = self._probes.pop(request_id).digest
+        self._loaded.pop(digest, None)
+        self._proven[digest] = Proof(digest, 0.0, 0.0, 0.0, warning="there is no room for a probe")
+
+    def _probe(
+        self, digest: str, adapter_folder: AdapterFolder | None, weights: LoraWeights | None
+    ) -> GenerateRequest:
+        vocab_size = self._decoder.spec.vocab_size
+        prompt = probe_prompt(weights, vocab_size)[: self._max_model_len - 1]
+        request = probe_request(digest, prompt, adapter_folder, self._max_model_len)
+        self._probes[request.request_id] = _Probe(digest, prompt)
+        return request
+
+    def take(self, outputs: list[RequestOutput]) -> tuple[list[RequestOutput], list[Broken]]:
+        """Return the outputs of clients' requests, and the probes that broke."""
+        broken: list[Broken] = []
+        if not self._probes:
+            return outputs, broken
+        for output in outputs:
+            probe = self._probes.get(output.request_id)
+            if probe is None:
+                continue
+            probe.outputs.append(output)
+            if output.finish_reason is not None:
+                del self._probes[output.request_id]
+                if output.error is not None:
+                    broken += self._break(probe, output.error)
+                else:
+                    self._finish(probe)
+        return [output for output in outputs if not is_probe(output.request_id)], broken
+
+    def _break(self, probe: _Probe, error: RequestError) -> list[Broken]:
+        """Return what ends with the probe: without the base's, no adapter can be judged."""
+        digests = [probe.digest]
+        if probe.digest == BASE:
+            digests = [due.digest for due in self._due]
+            self._due.clear()
+        return [Broken(digest, error) for digest in digests]
+
+    def _finish(self, probe: _Probe) -> None:
+        sampled, probe.served = take_logprobs(probe.outputs)
+        nothing = LoraWeights(BASE, {}, 0)
+        weights = nothing if probe.digest == BASE else self._loaded[probe.digest][1]
+        start = acting_from(weights, probe.prompt)
+        probe.reference = expect(self._decoder, weights, [*probe.prompt, *sampled], start)
+        self._due.appendleft(probe) if probe.digest == BASE else self._due.append(probe)
+
+    # ==== references ====
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `advance` would do anything."""
+        return bool(self._due) and (self._noise is not None or self._due[0].digest == BASE)
+
+    def advance(self) -> Proof | None:
+        """Compute a layer of the oldest reference; return the verdict if that was the last one."""
+        if not self.has_work:
+            return None
+        probe = self._due[0]
+        assert probe.reference is not None
+        try:
+            next(probe.reference)
+        except StopIteration as end:
+            self._due.popleft()
+            return self._judge(probe, *end.value)
+        return None
+
+    def _judge(self, probe: _Probe, base: list[float], adapted: list[float]) -> Proof | None:
+        if probe.digest == BASE:
+            self._noise = difference(probe.served, base)
+            log.debug("the base's own noise: %.3g", self._noise)
+            return None
+        _, weights = self._loaded.pop(probe.digest)
+        proof = judge(
+            probe.digest,
+            probe.served,
+            base,
+            adapted,
+            floor=self._floor,
+            noise=self._noise or 0.0,
+            is_zero=_is_zero(weights),
+        )
+        if proof.failure:
+            self._refused[probe.digest] = proof, self._clock()
+        else:
+            self._proven[probe.digest] = proof
+        return proof
+
+
+def _is_zero(weights: LoraWeights) -> bool:
+    """Check that an adapter, by its weights alone, adds nothing."""
+    if weights.norms or weights.embedding is not None or weights.head is not None:
+        return False
+    sites = weights.sites.values()
+    has_affine = any(site.scale is not None or site.shift is not None for site in sites)
+    return not has_affine and not any(b.any() for site in sites for *_, b in site.expands)

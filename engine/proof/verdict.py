@@ -1,0 +1,62 @@
+"""Judge a probe: is what was served the adapter's effect, within the noise of the base?"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+# Of logprobs: what rounding may make of the same sum in another order, and of the effect itself
+FLOOR = {"float32": 1e-3, "float16": 0.02, "bfloat16": 0.05}
+NOISE_FACTOR = 4.0
+EFFECT_FACTOR = 0.15
+
+
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """What a probe has shown of an adapter; differences are the largest of any token's logprob."""
+
+    digest: str
+    effect: float  # between the base and the adapter, as its weights say
+    error: float  # between that and what was served
+    margin: float  # the largest error that passes
+    failure: str = ""  # why the adapter may not be served; empty if it may
+    warning: str = ""
+
+
+def difference(a: Sequence[float], b: Sequence[float]) -> float:
+    """Return the largest difference, infinity if one is not finite."""
+    differences = [abs(x - y) for x, y in zip(a, b, strict=True)]
+    return max(differences) if all(map(math.isfinite, differences)) else math.inf
+
+
+def judge(
+    digest: str,
+    served: Sequence[float],
+    base: Sequence[float],
+    adapted: Sequence[float],
+    *,
+    floor: float,
+    noise: float,
+    is_zero: bool,
+) -> Proof:
+    """Compare the logprobs that were served with those of the references.
+
+    `noise` is the difference of the same kind for the base alone; `is_zero`: the adapter's weights
+    add nothing by themselves.
+    """
+    effect, error = difference(adapted, base), difference(served, adapted)
+    margin = floor + NOISE_FACTOR * noise + EFFECT_FACTOR * effect
+    failure = warning = ""
+    if not error <= margin:
+        failure = (
+            f"adapter {digest} does not act as its weights say: a probe's logprobs differ by "
+            f"{error:.3g} from those of the merged weights, of which at most {margin:.3g} can be "
+            f"rounding; its whole effect is {effect:.3g}"
+        )
+    elif is_zero:
+        warning = f"adapter {digest} changes nothing: every B is zero"
+    elif effect <= margin:
+        warning = (
+            f"adapter {digest} hardly changes anything: a probe's logprobs by {effect:.3g}, "
+            f"which rounding could hide (up to {margin:.3g})"
+        )
+    return Proof(digest, effect, error, margin, failure, warning)
