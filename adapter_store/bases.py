@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from adapter_store.base_text import NO_TEXT, BaseText, base_text_of, describe_text
 from adapter_store.errors import BaseInvalid, StoreCorrupt
 from adapter_store.object_store import OnBytes
 from adapter_store.safetensors_file import hash_file, read_header
@@ -36,6 +37,7 @@ class BaseModel:
     fingerprint: str
     modules: Mapping[str, tuple[int, int]]
     parameters: Mapping[str, tuple[int, ...]] = field(default_factory=dict[str, tuple[int, ...]])
+    text: BaseText = NO_TEXT
 
     def to_json(self) -> bytes:
         """Encode the description for the object store; the inverse of `parse_base`."""
@@ -43,6 +45,7 @@ class BaseModel:
             "fingerprint": self.fingerprint,
             "modules": dict(self.modules),
             "parameters": dict(self.parameters),
+            "text": self.text.to_data(),
         }
         return json.dumps(data, indent=1, sort_keys=True).encode()
 
@@ -62,7 +65,8 @@ def describe_base(model_folder: Path, cache_dir: Path, on_bytes: OnBytes) -> Bas
         raise BaseInvalid(f"{model_folder} is not a usable model folder: {error}") from error
     parts = {"config": config, "files": hashes}
     fingerprint = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-    return BaseModel(fingerprint, modules, parameters)
+    text = describe_text(model_folder, _vocab_size(config))
+    return BaseModel(fingerprint, modules, parameters, text)
 
 
 def parse_base(raw: bytes, fingerprint: str) -> BaseModel:
@@ -74,7 +78,8 @@ def parse_base(raw: bytes, fingerprint: str) -> BaseModel:
             str(name): tuple(int(size) for size in shape)
             for name, shape in data.get("parameters", {}).items()
         }
-        base = BaseModel(str(data["fingerprint"]), modules, parameters)
+        text = base_text_of(data.get("text") or {})
+        base = BaseModel(str(data["fingerprint"]), modules, parameters, text)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise StoreCorrupt(
             f"the description of base {fingerprint} is damaged: {error!r}"
@@ -103,6 +108,11 @@ def weight_files(model_folder: Path) -> list[Path]:
 def _read_config(model_folder: Path) -> dict[str, Any]:
     config: dict[str, Any] = json.loads((model_folder / CONFIG_NAME).read_bytes())
     return {key: value for key, value in config.items() if key not in _PROVENANCE_KEYS}
+
+
+def _vocab_size(config: Mapping[str, Any]) -> int:
+    size = config.get("vocab_size")
+    return size if type(size) is int and size > 0 else 0
 
 
 def _shapes(

@@ -14,12 +14,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
-from adapter_store.chat_template import (
-    MAX_FILE_BYTES,
-    TEMPLATE_NAME,
-    AdapterTemplate,
-    parse_adapter_template,
-)
 from adapter_store.errors import ObjectNotFound, SourceUnavailable, StoreCorrupt
 from adapter_store.layout import WEIGHTS_NAME
 from adapter_store.manifest import (
@@ -31,9 +25,10 @@ from adapter_store.manifest import (
 )
 from adapter_store.names import Place
 from adapter_store.object_store import CHUNK_BYTES, ObjectStore, OnBytes
+from adapter_store.own_files import MAX_OWN_BYTES, OWN_NAMES, OwnFiles, parse_own_files
 
 BLOBS = "blobs/"
-_FILES = (CONFIG_NAME, MANIFEST_NAME, TEMPLATE_NAME, WEIGHTS_NAME)
+_FILES = (CONFIG_NAME, MANIFEST_NAME, WEIGHTS_NAME, *OWN_NAMES)
 _NAMES = "|".join(re.escape(name) for name in _FILES)
 _KEY = re.compile(rf"{BLOBS}([0-9a-f]{{64}})(?:\.([1-9][0-9]{{0,17}}))?/(?:{_NAMES})")
 
@@ -59,8 +54,8 @@ class Blobs:
         # The weights first: what takes long leaves nothing behind that would look old meanwhile.
         self._objects.put_file(file_key(place, weights.name), weights, sha256, on_bytes)
         self._objects.put(file_key(place, CONFIG_NAME), prepared.config)
-        if prepared.template is not None:
-            self._objects.put(file_key(place, TEMPLATE_NAME), prepared.template)
+        for name, content in prepared.own_files.items():
+            self._objects.put(file_key(place, name), content)
         self._objects.put_if_absent(file_key(place, MANIFEST_NAME), manifest.to_json())
 
     def download(self, place: Place, name: str, path: Path) -> None:
@@ -77,19 +72,21 @@ class Blobs:
         """Read an adapter's manifest, as `download` does. Raises ObjectNotFound, StoreCorrupt."""
         return parse_manifest(self._read(place, MANIFEST_NAME, self._objects.get), place.digest)
 
-    def chat_template(self, place: Place) -> AdapterTemplate | None:
-        """Read an adapter's own chat template, as `download` does; None if it has none.
+    def own_files(self, place: Place) -> OwnFiles:
+        """Read what an adapter brings beside its weights, as `download` does.
 
         Raises ObjectNotFound, StoreCorrupt.
         """
-        entry = self.manifest(place).files.get(TEMPLATE_NAME)
-        if entry is None:
-            return None
-        raw = self._read(place, TEMPLATE_NAME, self._first_bytes)
-        if hashlib.sha256(raw).hexdigest() != entry.sha256:
-            key = file_key(place, TEMPLATE_NAME)
-            raise StoreCorrupt(f"{key} does not have the sha256 {entry.sha256}")
-        return parse_adapter_template(raw, place.digest)
+        entries = self.manifest(place).files
+        names = [name for name in OWN_NAMES if name in entries]
+        found = {name: self._checked(place, name, entries[name].sha256) for name in names}
+        return parse_own_files(found, place.digest)
+
+    def _checked(self, place: Place, name: str, sha256: str) -> bytes:
+        raw = self._read(place, name, self._first_bytes)
+        if hashlib.sha256(raw).hexdigest() != sha256:
+            raise StoreCorrupt(f"{file_key(place, name)} does not have the sha256 {sha256}")
+        return raw
 
     def problems(self, place: Place, on_bytes: OnBytes) -> Generator[str, None, None]:
         """Hash an adapter's files; yield one sentence for each that is missing or damaged."""
@@ -117,7 +114,7 @@ class Blobs:
         return has_manifest and sizes == expected
 
     def _first_bytes(self, key: str) -> bytes:
-        return self._objects.get_range(key, 0, MAX_FILE_BYTES)
+        return self._objects.get_range(key, 0, MAX_OWN_BYTES)
 
     def _read(self, place: Place, name: str, read: Callable[[str], T]) -> T:
         """Read a file from its place, or if it is not there from another of its digest."""

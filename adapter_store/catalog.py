@@ -30,6 +30,7 @@ class Version:
     is_retired: bool = False
     generation: int = 0  # of its files
     retired_by: int = 0  # number of the record
+    own_files: list[str] | None = None  # beside the weights; None if it is not known
 
     @property
     def place(self) -> Place:
@@ -66,6 +67,7 @@ class Catalog:
         self._adapters: dict[tuple[str, str], AdapterHistory] = {}
         self._names: dict[str, list[str]] = {}  # by tenant, sorted
         self._live: dict[str, list[int]] = {}  # digest: generations, one for each live version
+        self._own_files: dict[str, list[str]] = {}  # by digest, where they are known
 
     # ---- reading -------------------------------------------------------------------------------
 
@@ -156,6 +158,11 @@ class Catalog:
         """
         return Place(digest, max(self._live.get(digest, [self.generation])))
 
+    def own_files_of(self, digest: str) -> tuple[str, ...] | None:
+        """List the files that an adapter brings beside its weights; None if it is not known."""
+        found = self._own_files.get(digest)
+        return None if found is None else tuple(found)
+
     def is_live_at(self, place: Place) -> bool:
         """Check that a live version has its files in this place."""
         return place.generation in self._live.get(place.digest, ())
@@ -223,20 +230,27 @@ class Catalog:
             nbytes=int(record["nbytes"]),
             published_s=float(record["published_s"]),
             generation=int(record.get("generation", 0)),
+            own_files=record.get("own_files"),
         )
         if record["version"] != self.num_versions(*key) + 1:
             raise ValueError(f"version {record['version']} does not follow")
         if key not in self._adapters:
             self._add(*key, AdapterHistory())
         self._adapters[key].versions.append(version)
+        self._note_own_files(version)
         self._live.setdefault(version.digest, []).append(version.generation)
 
     def _add(self, tenant: str, name: str, history: AdapterHistory) -> None:
         self._adapters[tenant, name] = history
         insort(self._names.setdefault(tenant, []), name)
         for version in history.versions:
+            self._note_own_files(version)
             if not version.is_retired:
                 self._live.setdefault(version.digest, []).append(version.generation)
+
+    def _note_own_files(self, version: Version) -> None:
+        if version.own_files is not None:
+            self._own_files[version.digest] = version.own_files
 
     def _alias(self, record: Mapping[str, Any]) -> None:
         history = self._adapters[record["tenant"], record["name"]]

@@ -1,8 +1,8 @@
 """Describe an adapter: the modules it changes, their ranks and scalings, and its digest.
 
-`prepare` checks an upload completely and computes its
-identity: the digest of its weights, of the settings that matter, of its chat template if it has one
-and of its base. Knows nothing of names, versions or stores.
+`prepare` checks an upload completely and computes its identity: the digest of its weights, of the
+settings that matter, of what it brings beside them (a chat template, a tokenizer, generation
+settings) and of its base. Knows nothing of names, versions or stores.
 """
 
 import hashlib
@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from adapter_store.bases import BaseModel
-from adapter_store.chat_template import TEMPLATE_NAME, read_adapter_template
 from adapter_store.errors import AdapterInvalid, StoreCorrupt
 from adapter_store.layout import (
     WEIGHTS_NAME,
@@ -25,6 +24,7 @@ from adapter_store.layout import (
     read_adapter,
 )
 from adapter_store.object_store import OnBytes
+from adapter_store.own_files import OWN_NAMES, read_own_files
 from adapter_store.peft_config import CONFIG_NAME, LoraSettings
 from adapter_store.recipes import Recipe, parse_recipe
 from adapter_store.safetensors_file import find_not_finite, hash_file
@@ -79,13 +79,13 @@ def _set_ones(fields: dict[str, Any]) -> dict[str, Any]:
 class PreparedAdapter:
     """A checked upload, ready to be stored; `config` is rewritten, `weights` are the upload's.
 
-    `template` is the content of TEMPLATE_NAME, if the folder has a chat template.
+    `own_files` are the contents of what it brings beside the weights, by the names of OWN_NAMES.
     """
 
     manifest: AdapterManifest
     config: bytes
     weights: Path
-    template: bytes | None = None
+    own_files: Mapping[str, bytes] = field(default_factory=dict[str, bytes])
 
 
 def is_digest(text: str) -> bool:
@@ -100,9 +100,9 @@ def prepare(folder: Path, base: BaseModel, on_bytes: OnBytes) -> PreparedAdapter
     AdapterInvalid.
     """
     settings, tensors = read_adapter(folder)
-    template = read_adapter_template(folder)
     layout = layout_of(settings, tensors)
     _check_base(layout, base)
+    own_files = read_own_files(folder, base.text)
     weights = folder / WEIGHTS_NAME
     try:
         bad = find_not_finite(weights, tensors, on_bytes)
@@ -121,8 +121,8 @@ def prepare(folder: Path, base: BaseModel, on_bytes: OnBytes) -> PreparedAdapter
         CONFIG_NAME: FileEntry(len(config), hashlib.sha256(config).hexdigest()),
         WEIGHTS_NAME: FileEntry(weights.stat().st_size, sha256),
     }
-    if template is not None:
-        files[TEMPLATE_NAME] = FileEntry(len(template), hashlib.sha256(template).hexdigest())
+    for name, content in own_files.items():
+        files[name] = FileEntry(len(content), hashlib.sha256(content).hexdigest())
     manifest = AdapterManifest(
         digest=adapter_digest(base.fingerprint, files),
         base=base.fingerprint,
@@ -133,7 +133,7 @@ def prepare(folder: Path, base: BaseModel, on_bytes: OnBytes) -> PreparedAdapter
         modules=layout.modules,
         replaced=layout.replaced,
     )
-    return PreparedAdapter(manifest, config, weights, template)
+    return PreparedAdapter(manifest, config, weights, own_files)
 
 
 def parse_manifest(raw: bytes, digest: str) -> AdapterManifest:
@@ -156,7 +156,7 @@ def parse_manifest(raw: bytes, digest: str) -> AdapterManifest:
         )
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise StoreCorrupt(f"the manifest of {digest} is damaged: {error!r}") from error
-    is_complete = set(files) - {TEMPLATE_NAME} == {CONFIG_NAME, WEIGHTS_NAME}
+    is_complete = set(files) - {*OWN_NAMES} == {CONFIG_NAME, WEIGHTS_NAME}
     base = manifest.base
     expected = adapter_digest(base, files) if recipe is None else recipe.digest(base)
     if not is_complete or expected != digest:

@@ -35,6 +35,7 @@ from adapter_store.names import (
     split_name,
 )
 from adapter_store.object_store import ObjectStore
+from adapter_store.own_files import OWN_NAMES
 from adapter_store.record_log import Entry, LogBroken, Record, RecordLog, encode, log_key
 
 SNAPSHOT_EVERY = 256  # records
@@ -122,6 +123,8 @@ class Registry:
         check_name("tenant", tenant)
         check_name("adapter", name)
 
+        own_files = [name for name in OWN_NAMES if name in manifest.files]
+
         def record(catalog: Catalog) -> Record | None:
             if only_new and catalog.live_versions(tenant, name):
                 raise AdapterExists(f"{name} of tenant {tenant} exists already")
@@ -141,6 +144,7 @@ class Registry:
                 "nbytes": manifest.nbytes,
                 "published_s": self._wall_clock(),
                 "generation": generation,
+                "own_files": own_files,
             }
 
         self._append(record)
@@ -194,6 +198,11 @@ class Registry:
         """Return where files with this digest are, or where an upload has to put them."""
         with self._lock:
             return self._catalog.place_of(digest)
+
+    def own_files_of(self, digest: str) -> tuple[str, ...] | None:
+        """List the files that an adapter brings beside its weights; None if it is not known."""
+        with self._lock:
+            return self._catalog.own_files_of(digest)
 
     def is_live_at(self, place: Place) -> bool:
         """Check that a live version has its files in this place."""

@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from adapter_store.chat_template import TEMPLATE_FILES
 from adapter_store.errors import AdapterInvalid, SourceUnavailable
 from adapter_store.layout import WEIGHTS_NAME
 from adapter_store.open_store import open_store
+from adapter_store.own_files import UPLOADED_FILES
 from adapter_store.peft_config import CONFIG_NAME
 
 
@@ -28,7 +28,7 @@ def fetch_folder(url: str, endpoint_url: str | None, folder: Path, max_bytes: in
     Raises SourceUnavailable, and AdapterInvalid if there is no adapter, or a larger one.
     """
     objects = open_store(url, endpoint_url, read_only=True)
-    sizes = {name: objects.size(name) for name in (CONFIG_NAME, WEIGHTS_NAME, *TEMPLATE_FILES)}
+    sizes = {name: objects.size(name) for name in (CONFIG_NAME, WEIGHTS_NAME, *UPLOADED_FILES)}
     missing = [name for name in (CONFIG_NAME, WEIGHTS_NAME) if sizes[name] is None]
     if missing:
         raise AdapterInvalid(f"{url} has no {missing[0]}")

@@ -15,7 +15,6 @@ from urllib.parse import unquote, urlsplit
 
 from adapter_store.bases import BaseModel, describe_base, parse_base
 from adapter_store.blobs import Blobs
-from adapter_store.chat_template import AdapterTemplate
 from adapter_store.disk_cache import DiskCache
 from adapter_store.errors import (
     AccessDenied,
@@ -32,6 +31,7 @@ from adapter_store.merged_folder import MergedAdapter
 from adapter_store.names import AdapterRecord, AdapterRef, Place, check_name
 from adapter_store.object_store import OnBytes
 from adapter_store.open_store import open_store
+from adapter_store.own_files import NO_OWN_FILES, OwnFiles
 from adapter_store.publishing import publish
 from adapter_store.recipes import Recipe
 from adapter_store.registry import Registry
@@ -106,10 +106,8 @@ class AdapterStore:
         to publish for the base, not to serve it.
         """
         base = describe_base(Path(model_folder), self._scratch, on_bytes)
-        key = f"bases/{base.fingerprint}.json"
         try:
-            if self._objects.size(key) is None:
-                self._objects.put_if_absent(key, base.to_json())
+            self._store_base(base)
         except AccessDenied as error:
             if required:
                 raise
@@ -120,6 +118,14 @@ class AdapterStore:
                 error,
             )
         return base.fingerprint
+
+    def _store_base(self, base: BaseModel) -> None:
+        """Write a description unless it is there. Of two text sides, the latest counts."""
+        key, described = f"bases/{base.fingerprint}.json", base.to_json()
+        if self._objects.size(key) is None:
+            self._objects.put_if_absent(key, described)
+        if self._objects.get(key) != described:
+            self._objects.put(key, described)
 
     def bases(self) -> tuple[str, ...]:
         """List the fingerprints of all known bases."""
@@ -289,12 +295,18 @@ class AdapterStore:
         """
         return self._blobs.manifest(self._registry.place_of(_digest(ref_or_digest)))
 
-    def chat_template(self, ref_or_digest: AdapterRef | str) -> AdapterTemplate | None:
-        """Read the adapter's own chat template from the object store; None if it has none.
+    def is_bare(self, ref_or_digest: AdapterRef | str) -> bool:
+        """Tell from memory whether the adapter brings nothing beside its weights."""
+        return self._registry.own_files_of(_digest(ref_or_digest)) == ()
+
+    def own_files(self, ref_or_digest: AdapterRef | str) -> OwnFiles:
+        """Read what the adapter brings beside its weights from the object store.
 
         Raises ObjectNotFound, StoreCorrupt.
         """
-        return self._blobs.chat_template(self._registry.place_of(_digest(ref_or_digest)))
+        if self.is_bare(ref_or_digest):
+            return NO_OWN_FILES
+        return self._blobs.own_files(self._registry.place_of(_digest(ref_or_digest)))
 
     def verify(self, records: Iterable[AdapterRecord], on_bytes: OnBytes = _ignore) -> list[str]:
         """Hash the stored files of these adapters; return one sentence for each problem.

@@ -3,14 +3,15 @@
 `reef config-keys` prints the descriptions for docs/configuration.md.
 """
 
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
-    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -33,6 +34,11 @@ def key(default: Any, text: str, *, unset: str = "", **bounds: Any) -> Any:
 
 
 Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(ge=0)]
+# A tenant's and an adapter's name, with wildcards, and a version
+ADAPTER_PATTERN = (
+    r"^([A-Za-z0-9*?][A-Za-z0-9._*?-]{0,95}/)?[A-Za-z0-9*?][A-Za-z0-9._*?-]{0,95}"
+    r"(@([1-9][0-9]{0,17}|\*))?$"
+)
 Limit = Annotated[int, Field(ge=1)] | None
 
 
@@ -162,6 +168,16 @@ class ReplicasSection(Section):
         return self.min if self.max is None else self.max
 
 
+def _known_format(value: str, names: Iterable[str]) -> str:
+    if value not in (AUTO, NONE, *names):
+        raise ValueError(f"must be {AUTO}, {NONE} or one of {', '.join(sorted(names))}")
+    return value
+
+
+def _known_tool_format(value: str) -> str:
+    return _known_format(value, FORMATS)
+
+
 class EmbeddingsSection(Section):
     pooling: Literal["auto", "off", "mean", "last", "cls"] = key(
         "auto",
@@ -173,6 +189,21 @@ class EmbeddingsSection(Section):
         None,
         "whether vectors have the length 1",
         unset="as modules.json says, else true",
+    )
+
+
+ToolFormat = Annotated[str, AfterValidator(_known_tool_format)]
+
+
+class AdapterToolFormat(Section):
+    adapter: str = Field(
+        pattern=ADAPTER_PATTERN,
+        description="which adapters: `name` or `tenant/name`, perhaps with `@version`; `*` and `?` "
+        "stand for any letters. The first entry that fits counts",
+    )
+    tool_format: ToolFormat = Field(
+        description="how they write calls, as in `models[].tool_format`; `auto` finds it in their "
+        "own chat template, or the base's"
     )
 
 
@@ -201,11 +232,12 @@ class ModelSection(Section):
         "`auto` takes temperature, top_p, top_k, min_p and repetition_penalty that a request "
         "leaves out from the folder's generation_config.json; `none` ignores them",
     )
-    tool_format: str = key(
+    tool_format: ToolFormat = key(
         "auto",
         "how the model writes calls of tools: `auto` finds it by rendering a call with the chat "
         "template, `none` refuses tools, and a name from [the list](api.md#tools) is that format",
     )
+    adapter_tool_formats: list[AdapterToolFormat] = []
     reasoning_format: str = key(
         "auto",
         "what stands around the model's reasoning: `auto` finds it in the chat template, `none` "
@@ -215,13 +247,10 @@ class ModelSection(Section):
     engine: EngineSection = EngineSection()
     replicas: ReplicasSection = ReplicasSection()
 
-    @field_validator("tool_format", "reasoning_format")
+    @field_validator("reasoning_format")
     @classmethod
-    def _known_format(cls, value: str, info: ValidationInfo) -> str:
-        names = FORMATS if info.field_name == "tool_format" else THINK_TAGS
-        if value not in (AUTO, NONE, *names):
-            raise ValueError(f"must be {AUTO}, {NONE} or one of {', '.join(sorted(names))}")
-        return value
+    def _known_tags(cls, value: str) -> str:
+        return _known_format(value, THINK_TAGS)
 
 
 class AdaptersSection(Section):

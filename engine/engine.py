@@ -24,7 +24,11 @@ from engine.backends.load import load_model
 from engine.backends.needs import arena_bytes
 from engine.backends.runner import FailedStep, RowOutput, Runner, StepHandle, check_device
 from engine.config import EngineConfig
-from engine.generation_config import read_eos_token_ids, read_sampling_defaults
+from engine.generation_config import (
+    read_eos_token_ids,
+    read_named_eos_token_ids,
+    read_sampling_defaults,
+)
 from engine.grammar.grammars import Grammars, refusal_of_model
 from engine.grammar.link import Tokens
 from engine.grammar.masks import StepMasks
@@ -123,9 +127,11 @@ class Engine:
         return refusal_of_model(Path(self.config.source), is_wanted, self._eos_token_ids())
 
     def _eos_token_ids(self) -> tuple[int, ...]:
+        return self._within_vocabulary(read_eos_token_ids)
+
+    def _within_vocabulary(self, read: Callable[[Path], tuple[int, ...]]) -> tuple[int, ...]:
         vocab = range(self.settled.spec.vocab_size)
-        eos = read_eos_token_ids(Path(self.config.source))
-        return tuple(token_id for token_id in eos if token_id in vocab)
+        return tuple(i for i in read(Path(self.config.source)) if i in vocab)
 
     def _describe(self) -> EngineInfo:
         s = self.settled
@@ -135,6 +141,7 @@ class Engine:
             num_blocks=s.num_blocks,
             block_size=self.config.block_size,
             eos_token_ids=self._eos_token_ids(),
+            named_eos_token_ids=self._within_vocabulary(read_named_eos_token_ids),
             device=str(s.device),
             dtype=str(s.dtype).removeprefix("torch."),
             weight_bytes=self.model.weight_bytes,

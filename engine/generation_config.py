@@ -18,6 +18,11 @@ GENERATION = "generation_config.json"
 
 def read_eos_token_ids(folder: Path) -> tuple[int, ...]:
     """Read the tokens that end a text, each once. Raises ModelError."""
+    return tuple(dict.fromkeys((*read_named_eos_token_ids(folder), *_tokenizer_eos(folder))))
+
+
+def read_named_eos_token_ids(folder: Path) -> tuple[int, ...]:
+    """Read those of generation_config.json, or else of config.json. Raises ModelError."""
     for name in (GENERATION, "config.json"):
         found = _read(folder / name).get("eos_token_id")
         if found is not None:
@@ -25,7 +30,7 @@ def read_eos_token_ids(folder: Path) -> tuple[int, ...]:
     named = found if isinstance(found, list) else [] if found is None else [found]
     if not all(type(token_id) is int for token_id in named):
         raise ModelError(f"{folder / name}: eos_token_id={found!r} is no token id or list of them")
-    return tuple(dict.fromkeys((*named, *_tokenizer_eos(folder))))
+    return tuple(dict.fromkeys(named))
 
 
 def read_sampling_defaults(folder: Path) -> SamplingDefaults:

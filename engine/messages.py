@@ -146,6 +146,7 @@ class EngineInfo:
     kernels: str  # native-avx512, native-avx2, torch or triton
     weight_bytes: int
     hidden_size: int = 0  # of an embedding
+    named_eos_token_ids: tuple[int, ...] = ()  # of eos_token_ids, without the tokenizer's own
     sampling_defaults: SamplingDefaults = NO_DEFAULTS  # which the ingress applies
     grammar_refusal: str = ""  # why no request may have a grammar; empty if it may
     load_s: float = 0.0  # from the start of the process; measured by its client

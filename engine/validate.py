@@ -23,6 +23,7 @@ def validate(request: GenerateRequest, info: EngineInfo) -> None:
     _check_token_ids("prompt", request.prompt_token_ids, info.vocab_size)
     _check_token_ids("output so far", request.output_token_ids, info.vocab_size)
     _check_token_ids("stop_token_ids", request.sampling.stop_token_ids, info.vocab_size)
+    _check_token_ids("eos_token_ids", request.sampling.eos_token_ids or (), info.vocab_size)
     _check_token_ids("logit_bias", (t for t, _ in request.sampling.logit_bias), info.vocab_size)
     for word in request.sampling.bad_words:
         _check_token_ids("bad_words", word, info.vocab_size)

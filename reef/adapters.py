@@ -12,6 +12,7 @@ from reef.progress import progress
 from reef.store_options import DEFAULT_TENANT, with_store, with_store_to_read
 
 if TYPE_CHECKING:
+    from adapter_store.own_files import OwnFiles
     from adapter_store.store import AdapterStore
 
 tenant_option = click.option(
@@ -30,35 +31,24 @@ def publish(store: "AdapterStore", folder: str, name: str, base: str | None, ten
     from adapter_store.bases import CONFIG_NAME
     from adapter_store.layout import WEIGHTS_NAME
 
-    base_folder = None
     if base is not None and (Path(base) / CONFIG_NAME).is_file():
-        base_folder = Path(base)
-        base = _register(store, base_folder)
+        base = _register(store, Path(base))
     weights = Path(folder) / WEIGHTS_NAME
     num_bytes = weights.stat().st_size if weights.is_file() else 0
     with progress("checking and copying", 3 * num_bytes) as on_bytes:
         ref = store.publish(folder, tenant, name, base, on_bytes)
     click.echo(f"published {ref.tenant}/{ref.name}@{ref.version} as {ref.digest}")
-    _note_template(Path(folder), base_folder)
+    _note_own_files(store.own_files(ref))
 
 
-def _note_template(folder: Path, base_folder: Path | None) -> None:
-    """Say on stderr whether chats will use the folder's own chat template, if it has one."""
-    if not _has_template(folder):
-        return
-    if base_folder is None:
-        when = "is used for chats where the base has none"
-    elif _has_template(base_folder):
-        when = "is not used: the base has one of its own"
-    else:
-        when = "is used for chats, since the base has none"
-    click.echo(f"note: the chat template of {folder} {when}", err=True)
-
-
-def _has_template(folder: Path) -> bool:
-    from adapter_store.chat_template import read_tokenizer_config, template_source
-
-    return template_source(folder, read_tokenizer_config(folder)) is not None
+def _note_own_files(own: "OwnFiles") -> None:
+    """Say on stderr what will be used that the folder brings beside the weights."""
+    if own.template is not None:
+        click.echo("note: its own chat template is used for chats", err=True)
+    if own.tokenizer is not None:
+        click.echo("note: its own tokenizer is used, which is not the base's", err=True)
+    if own.generation is not None:
+        click.echo("note: its own generation_config.json is used", err=True)
 
 
 def _register(store: "AdapterStore", model_folder: Path) -> str:

@@ -1,9 +1,9 @@
 """Turn a chat's messages into its prompt: render them with a template, then encode the text."""
 
-from deployments.ingress.adapter_templates import ChatRenderer
 from deployments.ingress.chat_answers import ChatAnswers
 from deployments.ingress.http_errors import invalid
 from deployments.ingress.model_resolver import Target
+from deployments.ingress.own_text import ChatRenderer
 from deployments.ingress.prompt_texts import check_length, encode_texts, kept_tokens, prompt_room
 from deployments.text.chat_template import TemplateRefused
 from deployments.text.vocabulary import Vocabulary
@@ -19,7 +19,7 @@ async def encode_chat(
 
     The base's template is used, or `own_template`, the adapter's.
     """
-    vocabulary, limit = target.model.vocabulary, target.engine.max_model_len
+    vocabulary, limit = target.vocabulary, target.engine.max_model_len
     answers.check()
     check_length(vocabulary, "messages", answers.texts(), limit)
     try:

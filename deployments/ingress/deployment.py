@@ -12,7 +12,7 @@ from deployments.config import AppConfig, ModelSection, endpoint_of, open_adapte
 from deployments.config_sections import AdaptersSection
 from deployments.fleet.engine_link import EngineLink
 from deployments.fleet.ray_connection import RayConnection
-from deployments.ingress.adapter_templates import AdapterTemplates
+from deployments.ingress.adapter_texts import AdapterTexts
 from deployments.ingress.asgi import Api
 from deployments.ingress.browser_guard import BrowserGuard
 from deployments.ingress.ingress import Ingress
@@ -21,6 +21,7 @@ from deployments.ingress.model_resolver import Models, ServedModel
 from deployments.ingress.routes import build_api
 from deployments.ingress.runtime_adapters import RuntimeAdapters
 from deployments.ingress.tenant_limiter import TenantLimiter
+from deployments.ingress.tool_format_rules import ToolFormatRule
 from deployments.loopback_grpc import keep_grpc_on_loopback
 from deployments.serve_logging import log_to_serves_file
 from deployments.tenants.tenants import open_tenants
@@ -46,7 +47,7 @@ class IngressDeployment:
         tenants.start()
         self._ingress = Ingress(
             Models(models, store),
-            AdapterTemplates(store),
+            AdapterTexts(store),
             tenants,
             TenantLimiter(metrics),
             metrics,
@@ -81,4 +82,14 @@ def _open_model(
     embeddings = find_embedding_use(Path(model.source), wanted.pooling, wanted.normalize)
     num = config.max_answers(model) * most
     adapters = model.engine.max_num_seqs * most
-    return ServedModel(model.id, vocabulary, link, num, syntax, embeddings, adapters)
+    return ServedModel(
+        model.id,
+        vocabulary,
+        link,
+        num,
+        syntax,
+        embeddings,
+        adapters,
+        model.generation_config != "none",
+        [ToolFormatRule(rule.adapter, rule.tool_format) for rule in model.adapter_tool_formats],
+    )

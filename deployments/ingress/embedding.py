@@ -120,7 +120,7 @@ async def _prompts(request: EmbeddingRequest, target: Target, info: EngineInfo) 
     texts = {path: [value] for path, value in pairs if isinstance(value, str)}
     if texts:
         prompts = await encode_texts(
-            target.model.vocabulary,
+            target.vocabulary,
             texts,
             request.add_special_tokens is not False,
             limit,

@@ -14,7 +14,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from deployments.config_sections import IngressSection
-from deployments.ingress.adapter_templates import AdapterTemplates, ChatRenderer, syntax_for
+from deployments.ingress.adapter_texts import AdapterTexts
 from deployments.ingress.api.embeddings import EmbeddingForm, EmbeddingRequest
 from deployments.ingress.api.json_body import decode_json
 from deployments.ingress.api.openai import ChatCompletionRequest, CompletionRequest
@@ -30,6 +30,7 @@ from deployments.ingress.generation import Plan
 from deployments.ingress.http_errors import invalid
 from deployments.ingress.metrics import Metrics
 from deployments.ingress.model_resolver import Models, Target
+from deployments.ingress.own_text import ChatRenderer
 from deployments.ingress.planning import Origin, plan_chat, plan_completion
 from deployments.ingress.reply_form import OPENAI_CHAT, OPENAI_COMPLETION, ReplyForm
 from deployments.ingress.request_body import read_body
@@ -69,7 +70,7 @@ EMBEDDINGS = "/v1/embeddings"
 @dataclass(frozen=True, slots=True)
 class Ingress:
     models: Models
-    templates: AdapterTemplates
+    texts: AdapterTexts
     tenants: Tenants
     limiter: TenantLimiter
     metrics: Metrics
@@ -146,7 +147,7 @@ class Ingress:
             target,
             self.origin,
             self.settings.split_special_tokens is True,
-            await self.own_template(target, request),
+            self.own_template(target, request),
             self.settings.lenient_schemas,
             surface.form,
         )
@@ -156,19 +157,14 @@ class Ingress:
         self, request: ChatCompletionRequest, tenant: Tenant
     ) -> tuple[Target, list[int]]:
         """Make the token ids of a chat's prompt, for which no engine is asked. Raises ApiError."""
-        target = await self.models.resolve(tenant, request.model)
-        template = await self.own_template(target, request)
-        answers = ChatAnswers(request, await syntax_for(target, template))
+        target = await self.target(tenant, request.model)
+        template = self.own_template(target, request)
+        answers = ChatAnswers(request, await target.syntax())
         splits = self.settings.split_special_tokens is True
         return target, (await encode_chat(answers, target, splits, template))[1]
 
-    async def own_template(
-        self, target: Target, request: ChatCompletionRequest
-    ) -> ChatRenderer | None:
-        """Find the request's template, or the adapter's where the base has none.
-
-        Raises ApiError, AdapterStoreError.
-        """
+    def own_template(self, target: Target, request: ChatCompletionRequest) -> ChatRenderer | None:
+        """Find the request's template, or the adapter's; None for the base's. Raises ApiError."""
         if request.chat_template is not None:
             if not self.settings.request_chat_templates:
                 raise invalid(
@@ -177,10 +173,11 @@ class Ingress:
                     "chat_template",
                     "unsupported_field",
                 )
-            return self.templates.of_source(request.chat_template)
-        if target.adapter_ref is None or target.model.vocabulary.has_template:
-            return None
-        return await self.templates.find(target.adapter_ref)
+            return self.texts.of_source(request.chat_template)
+        templates = target.own.templates
+        if len(templates) > 1:
+            raise invalid("The adapters have different chat templates: use /v1/completions.")
+        return templates[0] if templates else None
 
     async def answer_completion(
         self,
@@ -208,16 +205,23 @@ class Ingress:
         most = tenant.limits.max_concurrent_requests or AT_ONCE
         at_once = min(len(request.input), AT_ONCE, most)
         place.hold(at_once)
-        target = await self.models.resolve(tenant, request.model)
+        target = await self.target(tenant, request.model)
         form = form or EmbeddingForm(request)
         plan = await plan_embeddings(request, target, self.origin, at_once, form)
         return EmbeddingResponse(plan, self.metrics, route, errors)
 
     async def _target(self, tenant: Tenant, request: OpenAIRequest) -> Target:
         wanted = request.adapter_set
-        if wanted is not None:
-            return await self.models.resolve_set(tenant, wanted)
-        return await self.models.resolve(tenant, request.model)
+        if wanted is None:
+            return await self.target(tenant, request.model)
+        return await self.texts.equip(await self.models.resolve_set(tenant, wanted))
+
+    async def target(self, tenant: Tenant, name: str) -> Target:
+        """Find what a name means, with all that the adapter brings.
+
+        Raises ApiError, AdapterStoreError.
+        """
+        return await self.texts.equip(await self.models.resolve(tenant, name))
 
     def _answer(self, plan: Plan, request: OpenAIRequest, surface: Surface) -> GenerationResponse:
         return GenerationResponse(

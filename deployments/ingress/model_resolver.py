@@ -14,7 +14,7 @@ import asyncio
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby, islice
-from typing import Protocol
+from typing import Any, Protocol, cast
 
 from adapter_store.errors import AdapterInvalid, AdapterNotFound, AdapterStoreError, InvalidName
 from adapter_store.names import AdapterRecord, AdapterRef
@@ -29,11 +29,14 @@ from deployments.ingress.http_errors import (
     store_unavailable,
 )
 from deployments.ingress.model_names import AdapterSet, parse_adapter_set, parse_model_name
+from deployments.ingress.own_text import NOTHING_OWN, OwnText
+from deployments.ingress.tool_format_rules import ToolFormatRule
 from deployments.tenants.tenant import Tenant
 from deployments.text.answer_syntax import PLAIN, AnswerSyntax
 from deployments.text.embedding_use import NO_EMBEDDINGS, EmbeddingUse
 from deployments.text.vocabulary import Vocabulary
 from engine.messages import EngineInfo
+from engine.scheduler.request import NO_DEFAULTS, SamplingDefaults
 
 MAX_LISTED = 1000
 COMBINED = "combined"  # no adapter's label: theirs have a slash
@@ -71,6 +74,8 @@ class ServedModel:
     syntax: AnswerSyntax = PLAIN
     embeddings: EmbeddingUse = NO_EMBEDDINGS
     max_adapters: int = 0
+    has_sampling_defaults: bool = True  # whether generation_config.json's are used
+    tool_formats: Sequence[ToolFormatRule] = ()  # of adapters; the first that fits counts
 
     @property
     def outage(self) -> str | None:
@@ -85,6 +90,43 @@ class Target:
     model: ServedModel
     adapter_ref: AdapterRef | None
     tenant: str
+    own: OwnText = NOTHING_OWN  # what the adapter brings beside its weights, once it is read
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """The adapter's own, or else the base's."""
+        return self.own.vocabulary or self.model.vocabulary
+
+    @property
+    def sampling_defaults(self) -> SamplingDefaults:
+        """What holds for parameters that a request leaves out. Raises ModelNotReady."""
+        generation = self.own.generation
+        if generation is None:
+            return self.engine.sampling_defaults
+        if not self.model.has_sampling_defaults:
+            return NO_DEFAULTS
+        return SamplingDefaults(**cast(Any, generation.sampling))
+
+    @property
+    def own_end_tokens(self) -> tuple[int, ...] | None:
+        """The adapter's own end tokens; None if they are the base's. Raises ModelNotReady.
+
+        As if its files lay in the base's folder: what its generation_config.json does not name is
+        the base's, and its tokenizer's end token counts in place of the base's.
+        """
+        own, base, generation = self.own, self.model.vocabulary, self.own.generation
+        named = None if generation is None else generation.eos_token_ids
+        if named is None and own.vocabulary is None:
+            return None
+        if named is None:
+            theirs = self.engine.named_eos_token_ids
+            named = tuple(i for i in theirs if self.vocabulary.token(i) == base.token(i))
+        end = self.vocabulary.end_token_id
+        return tuple(dict.fromkeys((*named, *(() if end is None else (end,)))))
+
+    async def syntax(self) -> AnswerSyntax:
+        """Find what answers look like. A template that a request brings changes nothing in that."""
+        return await self.own.syntax(self.model.syntax, self.model.vocabulary)
 
     @property
     def engine(self) -> EngineInfo:

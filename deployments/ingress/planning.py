@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from deployments.fleet.protocol import Submit
-from deployments.ingress.adapter_templates import ChatRenderer, syntax_for
 from deployments.ingress.api.openai import ChatCompletionRequest, CompletionRequest
 from deployments.ingress.api.openai_fields import short
 from deployments.ingress.api.openai_replies import ReplyHead
@@ -21,9 +20,10 @@ from deployments.ingress.choice import Choice, TokenEntry
 from deployments.ingress.generation import Plan
 from deployments.ingress.http_errors import invalid, too_many_answers
 from deployments.ingress.model_resolver import Target
+from deployments.ingress.own_text import ChatRenderer
 from deployments.ingress.prompt_texts import encode_texts, kept_tokens, prompt_room, prompt_too_long
 from deployments.ingress.reply_form import OPENAI_CHAT, OPENAI_COMPLETION, ReplyForm, ReplyParts
-from deployments.ingress.structured.constraint import Grammar
+from deployments.ingress.structured.constraint import Constraint, Grammar
 from deployments.ingress.structured.plan import grammar_headers, plan_grammar
 from deployments.text.vocabulary import Vocabulary
 from engine.messages import EngineInfo, GenerateRequest, RequestOutput, TokenLogprobs
@@ -48,12 +48,12 @@ async def plan_chat(
     is_lenient: bool = False,
     form: ReplyForm = OPENAI_CHAT,
 ) -> Plan:
-    """Plan a chat with the base's template, or with `own_template`, the adapter's."""
-    vocabulary = target.model.vocabulary
+    """Plan a chat with the base's template, or with `own_template`."""
+    vocabulary = target.vocabulary
     info = target.engine
-    answers = ChatAnswers(request, await syntax_for(target, own_template))
+    answers = ChatAnswers(request, await target.syntax())
     text, prompt = await encode_chat(answers, target, split_special_tokens, own_template)
-    grammar = await plan_grammar(answers.constraint(text), is_lenient, vocabulary.added_ids_in)
+    grammar = await _plan_grammar(target, answers.constraint(text), is_lenient)
     words = await encode_bad_words(vocabulary, request.bad_words or ())
     engine_id = form.id_prefix + origin.new_id()
     head = _head(request, form, engine_id, origin)
@@ -90,12 +90,12 @@ async def plan_completion(
     is_lenient: bool = False,
     form: ReplyForm = OPENAI_COMPLETION,
 ) -> Plan:
-    vocabulary = target.model.vocabulary
+    vocabulary = target.vocabulary
     info = target.engine
     one = len(request.prompt) == 1
     paths = ["prompt" if one else f"prompt[{at}]" for at in range(len(request.prompt))]
     prompts = await _prompts(request, paths, vocabulary, info)
-    grammar = await plan_grammar(request.constraint, is_lenient, vocabulary.added_ids_in)
+    grammar = await _plan_grammar(target, request.constraint, is_lenient)
     words = await encode_bad_words(vocabulary, request.bad_words or ())
     engine_id = form.id_prefix + origin.new_id()
     head = _head(request, form, engine_id, origin)
@@ -116,6 +116,20 @@ async def plan_completion(
         num_best=request.num_choices if request.num_generated > request.num_choices else None,
         headers=grammar_headers(grammar),
     )
+
+
+async def _plan_grammar(
+    target: Target, constraint: Constraint | None, is_lenient: bool
+) -> Grammar | None:
+    """Plan what answers must match. The engine knows the base's tokens alone. Raises ApiError."""
+    if constraint is not None and not target.own.extends_base:
+        raise invalid(
+            f"{constraint.path}: structured output is not possible with this adapter: in its own "
+            "tokenizer, tokens of the base have become others.",
+            constraint.path,
+            "unsupported_field",
+        )
+    return await plan_grammar(constraint, is_lenient, target.vocabulary.added_ids_in)
 
 
 async def _prompts(
@@ -171,8 +185,8 @@ def _submits(
     for at, (prompt, path) in enumerate(zip(prompts, paths, strict=True)):
         max_tokens = _max_tokens(request, path, len(prompt), info.max_model_len)
         check_token_ids(path, prompt, info.vocab_size)
-        sampling = request.sampling(max_tokens, origin.new_seed(), info.sampling_defaults)
-        sampling = _completed(sampling, request, grammar, bad_words)
+        sampling = request.sampling(max_tokens, origin.new_seed(), target.sampling_defaults)
+        sampling = _completed(sampling, request, grammar, bad_words, target)
         generate = GenerateRequest(
             request_id=f"{engine_id}-{at}",
             prompt_token_ids=prompt,
@@ -190,9 +204,15 @@ def _completed(
     request: OpenAIRequest,
     grammar: Grammar | None,
     bad_words: tuple[TokenIds, ...],
+    target: Target,
 ) -> SamplingParams:
     """Add what is not read from the request's fields alone. Raises ApiError."""
     changes: dict[str, Any] = {"bad_words": bad_words} if bad_words else {}
+    own_ends = target.own_end_tokens
+    if own_ends is not None:
+        # Where a grammar's text may end, it lets the base's end tokens follow alone.
+        base_ends = () if grammar is None else target.engine.eos_token_ids
+        changes["eos_token_ids"] = tuple(dict.fromkeys((*own_ends, *base_ends)))
     if grammar is not None:
         changes["grammar"] = grammar.text
     if sampling.logprobs is None and request.num_generated > request.num_choices:

@@ -47,6 +47,7 @@ class AnswerSyntax:
     takes_thinking: bool = False  # whether it reads `enable_thinking`
     takes_documents: bool = False  # whether it reads `documents`
     configured: tuple[str, str] = (AUTO, AUTO)  # the formats of tools and of reasoning
+    probed: "ProbedTemplate | None" = None  # that it was found in
 
     @property
     def is_plain(self) -> bool:
@@ -86,6 +87,12 @@ class AnswerSyntax:
     def has_reasoned(self, prompt: str) -> bool:
         """Tell whether a prompt ends behind reasoning, so that answers have none."""
         return self.think_tags is not None and prompt.rstrip().endswith(self.think_tags.closing)
+
+    def for_adapter(self, vocabulary: Vocabulary, tool_format: str | None) -> "AnswerSyntax":
+        """Look again for an adapter that has the same template."""
+        probed = self.probed or ProbedTemplate(vocabulary.template_source, self.tools)
+        tools, reasoning = self.configured
+        return syntax_of(probed, vocabulary, tool_format or tools, reasoning)
 
     def begins_inside(self, prompt: str, continued: str | None) -> bool:
         return self.think_tags is not None and is_reasoning(self.think_tags, prompt, continued)
@@ -135,6 +142,7 @@ def syntax_of(
         "enable_thinking" in probed.variables,
         "documents" in probed.variables,
         (tool_format, reasoning_format),
+        probed,
     )
 
 

@@ -18,6 +18,7 @@ from tokenizers.normalizers import NFC, Normalizer, Replace
 from tokenizers.pre_tokenizers import ByteLevel, Metaspace, PreTokenizer, Sequence, Split
 
 from adapter_store.chat_template import read_tokenizer_config
+from adapter_store.tokenizer_steps import QWEN2_WORDS
 
 _CLASS_OF_TYPE = {
     "gemma2": "GemmaTokenizer",
@@ -30,10 +31,6 @@ _TYPES_OF_ONE_CLASS = ("qwen2",)  # whatever class the folder names
 _CLASSES_READ_FROM_FILE = ("PreTrainedTokenizer", "PythonBackend", "TokenizersBackend")
 _BYTE_LEVEL = '"ByteLevel"'
 
-_QWEN2_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 # Options of the model that change how ordinary text is cut, as far as they are not off.
 _OPTIONS = ("byte_fallback", "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges")
 
@@ -87,7 +84,7 @@ def _build(name: str, config: Mapping[str, Any]) -> _Build | None:
     if name == "GPT2Tokenizer":
         return _Build(None, ByteLevel(add_prefix_space=bool(spaced)))
     if name == "Qwen2Tokenizer":
-        words = Split(Regex(_QWEN2_WORDS), "isolated")
+        words = Split(Regex(QWEN2_WORDS), "isolated")
         rest = ByteLevel(add_prefix_space=bool(spaced), use_regex=False)
         return _Build(NFC(), Sequence([words, rest]))
     if name == "GemmaTokenizer":

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 from tokenizers import Tokenizer
 
@@ -10,16 +10,24 @@ from tokenizers import Tokenizer
 class TokenBytes:
     """Vocabularies are of bytes (a character stands for each), of texts, or of texts and bytes.
 
-    `longest` is the most bytes that a token stands for; None if there is no such bound.
+    `longest` is the most bytes that a token stands for; None if there is no such bound. With a
+    `base`, whose tokenizer has the same model, that is not measured again if it is read alike.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, base: "TokenBytes | None" = None) -> None:
         self._tokenizer = tokenizer
-        decoders = _decoder_types(json.loads(tokenizer.to_str()).get("decoder"))
+        decoder: Any = cast(Any, tokenizer).decoder  # its own types are incomplete
+        decoders = _decoder_types(None if decoder is None else json.loads(decoder.__getstate__()))
         self.are_all_bytes = decoders == ["ByteLevel"]
         self._has_byte_tokens = "ByteFallback" in decoders
+        is_alike = base is not None and base.kind == self.kind
+        self._longest_own = base._longest_own if base and is_alike else self._measure_own()
         self.longest = self._measure_longest()
         self._tables: dict[frozenset[int], dict[int, bytes]] = {}  # by those that are hidden
+
+    @property
+    def kind(self) -> tuple[bool, bool]:
+        return self.are_all_bytes, self._has_byte_tokens
 
     def of(self, token_id: int) -> bytes:
         token = self._tokenizer.id_to_token(token_id)
@@ -48,16 +56,22 @@ class TokenBytes:
         """Make a look-up of tokens, of which some stand for nothing."""
         return _Lookup(self, self._tables.setdefault(hidden, {}), hidden)
 
-    def _measure_longest(self) -> int | None:
-        added = self._tokenizer.get_added_tokens_decoder().values()
+    def _measure_own(self) -> int | None:
+        """Measure the tokens of the model, all in one pass."""
         own = self._tokenizer.get_vocab(with_added_tokens=False)
         if self.are_all_bytes:
-            lengths = map(len, own)  # a character for each byte
-        elif self._has_byte_tokens:
-            lengths = (len(token.encode()) for token in own)
-        else:
-            return None  # an unknown token may stand for a text of any length
-        return max((*lengths, *(len(token.content.encode()) for token in added)), default=None)
+            return max(map(len, own), default=None)  # a character for each byte
+        if self._has_byte_tokens:
+            return max((len(token.encode()) for token in own), default=None)
+        return None  # an unknown token may stand for a text of any length
+
+    def _measure_longest(self) -> int | None:
+        if not self.are_all_bytes and not self._has_byte_tokens:
+            return None
+        added = self._tokenizer.get_added_tokens_decoder().values()
+        lengths = [len(token.content.encode()) for token in added]
+        own = self._longest_own
+        return max((*lengths, *([] if own is None else [own])), default=None)
 
 
 class _Lookup:

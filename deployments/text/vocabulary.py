@@ -17,11 +17,14 @@ from adapter_store.chat_template import (
     special_tokens,
     template_source,
 )
+from adapter_store.own_tokenizer import KEPT_NAMES, OwnTokenizer
+from adapter_store.tokenizer_file import TokenizerRefused, read_tokenizer_file
 from deployments.text.ask_transformers import ask_transformers
 from deployments.text.auto_tokenizer import describe_difference
 from deployments.text.chat_template import ChatTemplate, TemplateRefused
 from deployments.text.control_tokens import CUT, END, ControlTokens, without_marks
 from deployments.text.detokenizer import ByteLevelDetokenizer, Detokenizer, WindowDetokenizer
+from deployments.text.own_vocabulary import on_model_of
 from deployments.text.token_bytes import TokenBytes
 
 PREFIX_TOKENS = 6  # more than the bytes of one character
@@ -47,9 +50,16 @@ class Vocabulary:
     """Immutable after loading; safe to use from several threads."""
 
     def __init__(
-        self, tokenizer: Tokenizer, special: Mapping[str, str], template: str | None
+        self,
+        tokenizer: Tokenizer,
+        special: Mapping[str, str],
+        template: str | ChatTemplate | None,
+        token_bytes: TokenBytes | None = None,
     ) -> None:
+        """`special` are texts by names that templates know."""
         self._tokenizer = tokenizer
+        self._file: Path | None = None
+        self._with_model: Tokenizer | None = tokenizer  # which has the file's own model
         # Only clients may cut long prompts.
         tokenizer.no_truncation()
         tokenizer.no_padding()
@@ -60,8 +70,8 @@ class Vocabulary:
         special_texts = (tokenizer.id_to_token(i) for i in self._special_ids)
         self._control_tokens = ControlTokens(text for text in special_texts if text)
         self.special_tokens = dict(special)
-        self._template = None if template is None else ChatTemplate(template, special)
-        self._token_bytes = TokenBytes(tokenizer)
+        self._template = ChatTemplate(template, special) if isinstance(template, str) else template
+        self._token_bytes = token_bytes or TokenBytes(tokenizer)
         self._hidden: dict[frozenset[int], frozenset[int]] = {}  # by those that are shown
 
     @classmethod
@@ -85,7 +95,45 @@ class Vocabulary:
         config = read_tokenizer_config(folder)
         # Not part of tokenizer.json, nor of what transformers writes.
         tokenizer.encode_special_tokens = config.get("split_special_tokens") is True
-        return cls(tokenizer, special_tokens(config), template_source(folder, config))
+        found = cls(tokenizer, special_tokens(config), template_source(folder, config))
+        found._file = path
+        if source == "transformers":
+            found._with_model = None
+        return found
+
+    def with_own(self, own: OwnTokenizer) -> "Vocabulary":
+        """Make the vocabulary of an adapter that brings its own tokenizer, on the same model.
+
+        Compares the models by reading this vocabulary's file once more, in another process; takes
+        seconds the first time. Raises TokenizerRefused, OSError.
+        """
+        if self._file is None or read_tokenizer_file(self._file).model_sha256 != own.model_sha256:
+            raise TokenizerRefused("it was made for another tokenizer than its base has now")
+        self._with_model = self._with_model or Tokenizer.from_file(str(self._file))
+        tokenizer = on_model_of(self._with_model, own)
+        special = {n: t for n, t in self.special_tokens.items() if n not in KEPT_NAMES}
+        special |= own.special_tokens
+        template = self._template
+        if template is not None and special != self.special_tokens:
+            template = template.source
+        token_bytes = TokenBytes(tokenizer, self._token_bytes)
+        return Vocabulary(tokenizer, special, template, token_bytes)
+
+    def extends(self, base: "Vocabulary") -> bool:
+        """Tell whether all tokens of a base are here what they are there, and shown as there.
+
+        Both have the same model, so that added tokens alone can differ.
+        """
+        theirs = base._tokenizer.get_added_tokens_decoder()
+        if any(self.token(i) != token.content for i, token in theirs.items()):
+            return False
+        return all(base.is_special(i) for i in self._special_ids if base.token(i))
+
+    @property
+    def end_token_id(self) -> int | None:
+        """The token that is named eos_token."""
+        text = self.special_tokens.get("eos_token")
+        return None if text is None else self._tokenizer.token_to_id(text)
 
     # ---- text to ids ---------------------------------------------------------------------
 

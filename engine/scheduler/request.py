@@ -63,6 +63,7 @@ class SamplingParams:
     seed: int = 0
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    eos_token_ids: tuple[int, ...] | None = None  # the adapter's own; None: the model's
     logprobs: int | None = None  # None: off; k: of the chosen token and the top k
     prompt_logprobs: int | None = None
     grammar: str | None = None  # what the output must match, in llguidance's own format
@@ -76,6 +77,7 @@ class SamplingParams:
             raise InvalidRequest(f"pooling must be one of {POOLINGS}, not {self.pooling!r}")
         _check_words(self.bad_words, self.allowed_token_ids)
         _check_length("stop_token_ids", len(self.stop_token_ids), MAX_STOP_TOKEN_IDS)
+        _check_length("eos_token_ids", len(self.eos_token_ids or ()), MAX_STOP_TOKEN_IDS)
         _check_length("logit_bias", len(self.logit_bias), MAX_LOGIT_BIASES)
         _check("max_tokens", self.max_tokens, 1, 2**31 - 1)
         _check("min_tokens", self.min_tokens, 0, self.max_tokens)
@@ -99,7 +101,8 @@ class SamplingParams:
 
     def end_token_ids(self, eos_token_ids: Iterable[int]) -> frozenset[int]:
         """Token ids that end the request once it has `min_tokens`, of a model with these."""
-        eos = () if self.ignore_eos else eos_token_ids
+        own = eos_token_ids if self.eos_token_ids is None else self.eos_token_ids
+        eos = () if self.ignore_eos else own
         return frozenset((*eos, *self.stop_token_ids))
 
     @property

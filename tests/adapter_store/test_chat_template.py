@@ -15,6 +15,7 @@ from adapter_store.chat_template import (
 )
 from adapter_store.errors import AdapterInvalid, ObjectNotFound, StoreCorrupt
 from adapter_store.manifest import PreparedAdapter
+from adapter_store.own_files import NO_OWN_FILES
 from adapter_store.store import AdapterStore
 from tests.adapter_store.adapters import changed
 from tests.adapter_store.roots import Root
@@ -47,7 +48,7 @@ def test_a_template_comes_back_as_it_was(
     folder = with_files(peft_folder, tmp_path / "own", SOURCE, bos_token="<s>", eos_token=eos)
     ref = store.publish(folder, "public", "own")
     tokens = {"bos_token": "<s>", "eos_token": "</s>"}
-    assert new_store().chat_template(ref) == AdapterTemplate(SOURCE, tokens)
+    assert new_store().own_files(ref).template == AdapterTemplate(SOURCE, tokens)
     assert store.verify(store.list()) == []
     names = {path.name for path in new_store().ensure_local(ref).iterdir()}
     assert TEMPLATE_NAME in names
@@ -57,7 +58,7 @@ def test_an_adapter_without_one_has_none_and_its_digest_stays(
     store: AdapterStore, peft_folder: Path, tmp_path: Path
 ) -> None:
     plain = store.publish(peft_folder, "public", "plain")
-    assert store.chat_template(plain) is None
+    assert store.own_files(plain) == NO_OWN_FILES
     tokens_alone = with_files(peft_folder, tmp_path / "tokens", None, eos_token="</s>")
     assert store.publish(tokens_alone, "public", "plain") == plain
 
@@ -114,7 +115,7 @@ def test_the_longest_template_is_kept_whole(
 ) -> None:
     source = "\U0001f600" * MAX_TEMPLATE_CHARS
     ref = store.publish(with_files(peft_folder, tmp_path / "own", source), "public", "own")
-    assert store.chat_template(ref) == AdapterTemplate(source, {})
+    assert store.own_files(ref).template == AdapterTemplate(source, {})
 
 
 def test_a_damaged_template_is_not_used_and_verify_names_it(
@@ -124,8 +125,8 @@ def test_a_damaged_template_is_not_used_and_verify_names_it(
     key = f"blobs/{ref.digest}/{TEMPLATE_NAME}"
     root.open().put(key, b'{"source": "other", "special_tokens": {}}')
     with pytest.raises(StoreCorrupt, match=TEMPLATE_NAME):
-        store.chat_template(ref)
+        store.own_files(ref)
     assert [TEMPLATE_NAME in problem for problem in store.verify(store.list())] == [True]
     root.remove(key)
     with pytest.raises(ObjectNotFound):
-        store.chat_template(ref)
+        store.own_files(ref)

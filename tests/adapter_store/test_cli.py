@@ -218,22 +218,23 @@ def test_a_root_that_is_not_served_is_an_error(
     assert error.count("\n") == 1
 
 
-def test_publishing_says_whether_the_folders_chat_template_is_used(
+def test_publishing_says_what_of_the_folder_is_used_beside_the_weights(
     run: Run, base_folder: Path, peft_folder: Path, tmp_path: Path
 ) -> None:
     folder = changed(peft_folder, tmp_path / "own")
     (folder / "chat_template.jinja").write_text("{{ messages }}")
     base = Path(shutil.copytree(base_folder, tmp_path / "base"))
 
-    def note(*base_option: object) -> str:
-        code, _, errors = run("publish", folder, "--name", "own", *base_option)
+    def notes() -> str:
+        code, _, errors = run("publish", folder, "--name", "own", "--base", base)
         assert code == 0
         return errors
 
-    assert "is used for chats, since the base has none" in note("--base", base)
-    assert "is used for chats where the base has none" in note()
+    assert "note: its own chat template is used" in notes()
+    (folder / "generation_config.json").write_text("{}")
+    assert "note: its own generation_config.json is used" in notes()
     (base / "chat_template.jinja").write_text("{{ messages }}")
-    assert "is not used: the base has one of its own" in note("--base", base)
+    assert "chat template" not in notes()  # it is the base's
 
 
 # ---- gc ----------------------------------------------------------------------------------------

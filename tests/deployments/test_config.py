@@ -13,6 +13,10 @@ from engine.config import ConfigError
 MODEL: dict[str, Any] = {"id": "demo", "source": "somewhere"}
 
 
+def with_format(entry: dict[str, str]) -> dict[str, Any]:
+    return {"models": [{**MODEL, "adapter_tool_formats": [entry]}]}
+
+
 def test_a_minimal_configuration_has_defaults_and_absolute_paths(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -35,6 +39,27 @@ def test_a_minimal_configuration_has_defaults_and_absolute_paths(
         ({"models": [{**MODEL, "replicas": {"min": 3, "max": 2}}]}, "models.0.replicas: "),
         ({"models": [{**MODEL, "replicas": {"drain_s": -1.0}}]}, "models.0.replicas.drain_s"),
         ({"models": [{**MODEL, "id": "a@b"}]}, "models.0.id"),
+        ({"models": [{**MODEL, "tool_format": "x"}]}, "models.0.tool_format: Value error, must be"),
+        (
+            {
+                "models": [
+                    {**MODEL, "adapter_tool_formats": [{"adapter": "sql", "tool_format": "x"}]}
+                ]
+            },
+            "models.0.adapter_tool_formats.0.tool_format: Value error, must be auto, none or one",
+        ),
+        (
+            {
+                "models": [
+                    {**MODEL, "adapter_tool_formats": [{"adapter": "a b", "tool_format": "glm"}]}
+                ]
+            },
+            "models.0.adapter_tool_formats.0.adapter: ",
+        ),
+        (
+            with_format({"adapter": "sql"}),
+            "models.0.adapter_tool_formats.0.tool_format: Field required",
+        ),
         ({"models": []}, "models"),
         ({}, "models"),
         ({"models": [MODEL, MODEL]}, "distinct"),

@@ -316,7 +316,7 @@ def test_tokens_outside_the_vocabulary_end_nothing_and_are_never_forbidden(tmp_p
     config = {"eos_token_id": [-1, 5, tiny.reference.config.vocab_size]}
     (tiny.folder / "generation_config.json").write_text(json.dumps(config))
     engine = make_engine(tiny.folder)
-    assert engine.info.eos_token_ids == (5,)
+    assert engine.info.eos_token_ids == engine.info.named_eos_token_ids == (5,)
     params = SamplingParams(max_tokens=4, min_tokens=3, temperature=0)
     last = run(engine, [GenerateRequest("r", prompt_of(5), params)])["r", 0].last
     assert last is not None and last.error is None

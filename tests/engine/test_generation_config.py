@@ -7,7 +7,11 @@ from typing import Any
 import pytest
 from transformers import GenerationConfig
 
-from engine.generation_config import read_eos_token_ids, read_sampling_defaults
+from engine.generation_config import (
+    read_eos_token_ids,
+    read_named_eos_token_ids,
+    read_sampling_defaults,
+)
 from engine.model.spec import ModelError
 from engine.scheduler.request import SamplingDefaults
 
@@ -46,6 +50,7 @@ def test_the_tokenizers_end_token_ends_a_text_too(
     if tokenizer is not None:
         write(tmp_path, "tokenizer", tokenizer)
     assert read_eos_token_ids(tmp_path) == (2, 9)
+    assert read_named_eos_token_ids(tmp_path) == (2,)
     write(tmp_path, "generation_config", {"eos_token_id": [9, 7]})
     assert read_eos_token_ids(tmp_path) == (9, 7)
 

@@ -20,6 +20,7 @@ PARAMS = st.builds(
     max_tokens=st.just(50),
     min_tokens=st.integers(0, 20),
     ignore_eos=st.booleans(),
+    eos_token_ids=st.none() | st.lists(TOKEN_IDS, max_size=3).map(tuple),
     stop_token_ids=st.lists(TOKEN_IDS, max_size=9).map(tuple),
     logit_bias=st.lists(st.tuples(TOKEN_IDS, st.floats(-100, 100)), max_size=9).map(tuple),
 )
@@ -28,7 +29,9 @@ LIMITS = SchedulerLimits(8, 16, 64, eos_token_ids=(2, 7))
 
 def stop_reason(sampling: SamplingParams, num_outputs: int, token_id: int) -> FinishReason | None:
     """Find the reason by looking through the lists."""
-    ends = [*sampling.stop_token_ids, *([] if sampling.ignore_eos else LIMITS.eos_token_ids)]
+    own = sampling.eos_token_ids
+    eos = LIMITS.eos_token_ids if own is None else own
+    ends = [*sampling.stop_token_ids, *([] if sampling.ignore_eos else eos)]
     if num_outputs >= sampling.min_tokens and any(token_id == end for end in ends):
         return FinishReason.STOP
     return FinishReason.LENGTH if num_outputs >= sampling.max_tokens else None

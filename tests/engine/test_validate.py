@@ -55,6 +55,8 @@ def test_some_token_must_be_allowed() -> None:
 @pytest.mark.parametrize(
     ("sampling", "message"),
     [
+        ({"eos_token_ids": (100,)}, "eos_token_ids: token id 100 is outside"),
+        ({"eos_token_ids": (5,) * 129}, r"eos_token_ids must have \[0, 128\] entries, not 129"),
         ({"bad_words": ((100,),)}, r"bad_words: token id 100 is outside the vocabulary \[0, 99\]"),
         ({"bad_words": ((5,), ())}, "at least one token each"),
         ({"bad_words": ((5,),) * 257}, r"bad_words must have \[0, 256\] entries, not 257"),

@@ -4,7 +4,6 @@ import msgspec
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
-from deployments.ingress.adapter_templates import syntax_for
 from deployments.ingress.api.anthropic import MessagesRequest, PromptRequest
 from deployments.ingress.api.anthropic_answers import AnthropicMessage, TokenCount
 from deployments.ingress.api.anthropic_errors import ANTHROPIC_ERRORS, OVERLOADED
@@ -53,9 +52,8 @@ async def _check_thinking(ingress: Ingress, request: PromptRequest, tenant: Tena
     """Refuse reasoning that is asked for where the model has none. Raises ApiError."""
     if not request.wants_thinking:
         return
-    target = await ingress.models.resolve(tenant, request.model)
-    template = await ingress.own_template(target, request.chat())
-    if not (await syntax_for(target, template)).can_reason:
+    target = await ingress.target(tenant, request.model)
+    if not (await target.syntax()).can_reason:
         raise invalid(
             "thinking.type: this model does not think: its chat template has no tags for it. "
             "Leave thinking out, or send 'adaptive'.",

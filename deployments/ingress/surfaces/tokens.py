@@ -64,11 +64,11 @@ async def _document(ingress: Ingress, http_request: HttpRequest) -> object:
 
 
 async def _tokenize(ingress: Ingress, request: TokenizeRequest, tenant: Tenant) -> Response:
-    target = await ingress.models.resolve(tenant, request.model)
+    target = await ingress.target(tenant, request.model)
     limit = target.engine.max_model_len
     add_special = request.add_special_tokens is not False
     texts = {"prompt": [request.prompt]}
-    [token_ids] = await encode_texts(target.model.vocabulary, texts, add_special, limit)
+    [token_ids] = await encode_texts(target.vocabulary, texts, add_special, limit)
     return await _tokens(target, "prompt", token_ids, request.return_token_strs is True)
 
 
@@ -83,8 +83,8 @@ async def _tokenize_inputs(
     ingress: Ingress, request: TokenizeInputsRequest, tenant: Tenant
 ) -> Response:
     """Answer LoRAX's form: a list of tokens, each with its first character and the one after."""
-    target = await ingress.models.resolve(tenant, request.model)
-    vocabulary, limit = target.model.vocabulary, target.engine.max_model_len
+    target = await ingress.target(tenant, request.model)
+    vocabulary, limit = target.vocabulary, target.engine.max_model_len
     check_length(vocabulary, "inputs", [request.inputs], limit)
 
     def body() -> bytes:
@@ -94,7 +94,7 @@ async def _tokenize_inputs(
 
 
 async def _tokens(target: Target, path: str, token_ids: list[int], with_texts: bool) -> Response:
-    vocabulary, limit = target.model.vocabulary, target.engine.max_model_len
+    vocabulary, limit = target.vocabulary, target.engine.max_model_len
     if len(token_ids) > limit:
         raise prompt_too_long(path, len(token_ids), limit)
 
@@ -107,7 +107,7 @@ async def _tokens(target: Target, path: str, token_ids: list[int], with_texts: b
 
 
 async def _detokenize(ingress: Ingress, request: DetokenizeRequest, tenant: Tenant) -> Response:
-    target = await ingress.models.resolve(tenant, request.model)
+    target = await ingress.target(tenant, request.model)
     limit, token_ids = target.engine.max_model_len, request.tokens
     if len(token_ids) > limit:
         raise invalid(
@@ -116,6 +116,6 @@ async def _detokenize(ingress: Ingress, request: DetokenizeRequest, tenant: Tena
     check_token_ids("tokens", token_ids, target.engine.vocab_size)
 
     def body() -> bytes:
-        return write({"prompt": target.model.vocabulary.decode(token_ids, False)})
+        return write({"prompt": target.vocabulary.decode(token_ids, False)})
 
     return Response(await in_thread(body, len(token_ids)), media_type=JSON)

@@ -32,6 +32,7 @@ KNOWN_SHAPES = {
     5: "968af4ea4f9ad4a6",
     6: "59493099d36a64f6",
     7: "41304643d6fb09bf",
+    8: "fd501eb8b071ab65",  # end tokens of adapters
 }
 
 

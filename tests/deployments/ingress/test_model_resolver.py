@@ -19,7 +19,7 @@ from adapter_store.names import AdapterRecord, AdapterRef
 from deployments.config_sections import IngressSection
 from deployments.fleet.protocol import Hello
 from deployments.ingress import model_resolver
-from deployments.ingress.adapter_templates import AdapterTemplates
+from deployments.ingress.adapter_texts import AdapterTexts
 from deployments.ingress.base_paths import name_within
 from deployments.ingress.http_errors import ApiError
 from deployments.ingress.ingress import Ingress
@@ -457,10 +457,10 @@ def health(path: str, **bases: str | None) -> Answered:
     async def ask() -> Answered:
         metrics = Metrics(200)
         store = CatalogStore()
-        templates = AdapterTemplates(store)  # type: ignore[arg-type]
+        texts = AdapterTexts(store)  # type: ignore[arg-type]
         served = models(store, **bases)
         ingress = Ingress(
-            served, templates, Everybody(), TenantLimiter(metrics), metrics, IngressSection(), 10**9
+            served, texts, Everybody(), TenantLimiter(metrics), metrics, IngressSection(), 10**9
         )
         return await call(build_api(ingress), "GET", path, b"")
 

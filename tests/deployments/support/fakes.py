@@ -20,10 +20,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from adapter_store.chat_template import AdapterTemplate
 from adapter_store.errors import AdapterNotFound
 from adapter_store.names import AdapterRecord, AdapterRef
+from adapter_store.own_files import NO_OWN_FILES, OwnFiles
 from deployments.config_sections import IngressSection
 from deployments.fleet.engine_link import EngineLink
 from deployments.fleet.timing import Timing
-from deployments.ingress.adapter_templates import AdapterTemplates
+from deployments.ingress.adapter_texts import AdapterTexts
 from deployments.ingress.asgi import Api
 from deployments.ingress.ingress import Ingress
 from deployments.ingress.metrics import Metrics
@@ -218,8 +219,8 @@ class FakeEngine:
         answer = live.answers[index]
         token_id = answer[min(at, len(answer) - 1)]  # its end again and again, if it is ignored
         reason, stop = None, None
-        if token_id == EOS and not sampling.ignore_eos:
-            reason, stop = "stop", EOS
+        if token_id in sampling.end_token_ids((EOS,)):
+            reason, stop = "stop", token_id
         elif at + 1 == sampling.max_tokens:
             reason = "length"
         if reason is not None:
@@ -279,7 +280,8 @@ class FakeStore:
         self.distrusted: list[str] = []
         self.fetched: list[str] = []
         self.templates: dict[str, AdapterTemplate | Exception] = {}  # by name or digest
-        self.templates_read: list[str] = []
+        self.brought: dict[str, OwnFiles] = {}  # beside the templates, by name or digest
+        self.own_files_read: list[str] = []
         self.fetch: Callable[[AdapterRef], None] = lambda ref: None
 
     def resolve(self, tenant: str, full_name: str, base: str | None = None) -> AdapterRef:
@@ -303,13 +305,16 @@ class FakeStore:
             if ref.name >= first_name
         ][:num_names]
 
-    def chat_template(self, ref: AdapterRef | str) -> AdapterTemplate | None:
+    def is_bare(self, ref: AdapterRef | str) -> bool:
+        return False
+
+    def own_files(self, ref: AdapterRef | str) -> OwnFiles:
         name = ref if isinstance(ref, str) else ref.name
-        self.templates_read.append(name)
+        self.own_files_read.append(name)
         found = self.templates.get(name)
         if isinstance(found, Exception):
             raise found
-        return found
+        return replace(self.brought.get(name, NO_OWN_FILES), template=found)
 
     def find_local(self, ref: AdapterRef) -> Path | None:
         return None
@@ -408,10 +413,10 @@ async def serving(
     origin = Origin(lambda: str(next(numbers)), lambda: 1000 + next(numbers), lambda: 1e9)
     limiter = TenantLimiter(metrics, clock_ns)
     models = Models([served], store)
-    templates = AdapterTemplates(store)
+    texts = AdapterTexts(store)
     ingress = Ingress(
         models,
-        templates,
+        texts,
         tenants or Everybody(),
         limiter,
         metrics,
@@ -427,7 +432,7 @@ async def serving(
     finally:
         await link.close()
         await replica.close()
-        templates.close()
+        texts.close()
 
 
 def in_server(test: Callable[[Server], Awaitable[None]], **how: Any) -> None:

@@ -1,4 +1,4 @@
-"""Chats with an adapter's own template, where the base has none."""
+"""What adapters bring beside their weights: chat templates, tokenizers, generation settings."""
 
 import asyncio
 import threading
@@ -11,8 +11,11 @@ import pytest
 from adapter_store.chat_template import AdapterTemplate
 from adapter_store.errors import SourceUnavailable, StoreCorrupt
 from adapter_store.names import AdapterRef
-from deployments.ingress import adapter_templates
-from deployments.ingress.adapter_templates import AdapterTemplates
+from adapter_store.own_files import OwnFiles
+from deployments.ingress import adapter_texts
+from deployments.ingress.adapter_texts import AdapterTexts
+from deployments.ingress.model_resolver import ServedModel, Target
+from deployments.tenants.tenants import Everybody
 from engine.messages import GenerateRequest
 from tests.deployments.support.fakes import (
     EOS,
@@ -24,8 +27,10 @@ from tests.deployments.support.fakes import (
     encode,
     in_server,
 )
+from tests.deployments.support.fakes import TEMPLATE as BASE_TEMPLATE
 from tests.deployments.support.tool_templates import chat_without_calls, template_of
 
+NO_LINK: Any = None
 CHAT = "/v1/chat/completions"
 TEMPLATE = AdapterTemplate(
     "{% for m in messages %}({{ m.content }}{{ eos_token }}){% endfor %}", {}
@@ -49,7 +54,7 @@ def test_an_adapters_template_is_used_where_the_base_has_none() -> None:
             assert answer.status == 200
         prompt = server.engine.requests[-1].prompt_token_ids
         assert prompt == [*encode("(hi"), 256, *encode(")")]  # the base's eos_token
-        assert server.store.templates_read == ["own"]
+        assert server.store.own_files_read == ["own"]
 
     in_bare_server(test, "own")
 
@@ -63,12 +68,23 @@ def test_tokens_that_the_adapter_names_win() -> None:
     in_bare_server(test, "own")
 
 
-def test_the_bases_template_wins() -> None:
+def test_an_adapters_template_wins_over_the_bases() -> None:
     async def test(server: Server) -> None:
         server.store.templates["own"] = TEMPLATE
         await server.post(CHAT, **chat(model="own"))
+        prompt = server.engine.requests[-1].prompt_token_ids
+        assert prompt == [*encode("(hi"), 256, *encode(")")]
+
+    in_server(test, store=FakeStore("own"))
+
+
+def test_a_template_that_is_the_bases_is_rendered_as_the_bases() -> None:
+    async def test(server: Server) -> None:
+        server.store.templates["own"] = AdapterTemplate(BASE_TEMPLATE, {"pad_token": "[PAD]"})
+        await server.post(CHAT, **chat(model="own"))
         assert server.engine.requests[-1].prompt_token_ids == encode("user:hi;")
-        assert server.store.templates_read == []
+        target = await server.ingress.target(Everybody().identify(None, None), "own")
+        assert target.own.templates == ()
 
     in_server(test, store=FakeStore("own"))
 
@@ -170,50 +186,55 @@ def test_a_store_that_cannot_be_read_is_a_503_and_asked_again(error: Exception) 
 def test_a_store_that_is_silent_is_not_waited_for_for_ever(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(adapter_templates, "READ_S", 0.05)
+    monkeypatch.setattr(adapter_texts, "READ_S", 0.05)
     store, answered = FakeStore("own"), threading.Event()
-    ref = store.refs["own"]
+    target = Target(ServedModel("base", byte_vocabulary(), NO_LINK, 1), store.refs["own"], "public")
 
     class SilentStore:
         num_calls = 0
 
-        def chat_template(self, ref_or_digest: AdapterRef | str) -> AdapterTemplate:
+        def is_bare(self, ref_or_digest: AdapterRef | str) -> bool:
+            return False
+
+        def own_files(self, ref_or_digest: AdapterRef | str) -> OwnFiles:
             self.num_calls += 1
             answered.wait(60)
-            return TEMPLATE
+            return OwnFiles(TEMPLATE)
 
     async def run() -> None:
         silent = SilentStore()
-        templates = AdapterTemplates(silent)
+        texts = AdapterTexts(silent)
         try:
             for _ in range(2):
                 with pytest.raises(SourceUnavailable):
-                    await templates.find(ref)
+                    await texts.equip(target)
             answered.set()
             while True:
                 try:
-                    found = await templates.find(ref)
+                    found = await texts.equip(target)
                     break
                 except SourceUnavailable:
                     await asyncio.sleep(0.01)
-            assert found is not None and found.template == TEMPLATE
+            assert found.own.templates[0].template == TEMPLATE
             assert silent.num_calls == 1
         finally:
             answered.set()
-            templates.close()
+            texts.close()
 
     asyncio.run(run())
 
 
 def test_templates_that_were_not_used_for_long_are_forgotten() -> None:
-    names = [f"a{n}" for n in range(adapter_templates.KEPT + 1)]
+    names = [f"a{n}" for n in range(adapter_texts.KEPT + 1)]
+    model = ServedModel("base", byte_vocabulary(), NO_LINK, 1)
     store = FakeStore(*names)
 
     async def run() -> None:
-        templates = AdapterTemplates(store)
+        texts = AdapterTexts(store)
         for name in [*names, names[-1], names[0]]:
-            assert await templates.find(store.refs[name]) is None
-        templates.close()
+            target = Target(model, store.refs[name], "public")
+            assert (await texts.equip(target)).own.templates == ()
+        texts.close()
 
     asyncio.run(run())
-    assert store.templates_read == [*names, names[0]]
+    assert store.own_files_read == [*names, names[0]]
