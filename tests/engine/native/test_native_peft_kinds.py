@@ -31,7 +31,7 @@ class Case:
         self.requests = [
             GenerateRequest(
                 name,
-                prompt_of(20 + 5 * i, seed=i),
+                prompt_of(90 + 5 * i, seed=i),
                 greedy(20, logprobs=1, prompt_logprobs=0),
                 adapter_folder=adapter,
             )
@@ -74,10 +74,12 @@ def only_this_isa(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_each_kind_is_as_accurate_as_torchs_bfloat16(case: Case, by_torch: Results) -> None:
+    """Over all kinds; of one, the roundings of a hundred tokens make more of a difference."""
     results = case.run()
-    for name in case.adapters:
-        native, torchs = case.error(results, name), case.error(by_torch, name)
-        assert native < 1.25 * torchs + 1e-3, (name, native, torchs)
+    native = torch.tensor([case.error(results, name) for name in case.adapters])
+    torchs = torch.tensor([case.error(by_torch, name) for name in case.adapters])
+    assert native.norm() < 1.25 * torchs.norm() + 1e-3
+    assert (native < 2 * torchs + 1e-3).all(), (native, torchs)
 
 
 def test_no_kinds_bits_depend_on_batch_mates_steps_or_the_prefix_cache(case: Case) -> None:
