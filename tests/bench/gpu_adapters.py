@@ -8,6 +8,7 @@ import torch
 
 from engine.backends.cuda.bank import DeviceAdapterBank, TritonLora
 from engine.backends.cuda.extent import extent_nbytes, pack_extent
+from engine.backends.cuda.places import ModelPlaces
 from engine.lora.weights import LoraWeights
 from engine.model.layers import LoraSite, LoraSlice
 from tests.bench.gpu_clock import Work, graphs_s
@@ -152,7 +153,7 @@ class OurLora:
         arena = torch.zeros(sum(sizes), dtype=torch.uint8, device=setting.device)
         bank = DeviceAdapterBank(
             arena,
-            self.sites,
+            ModelPlaces(self.sites),
             dtype,
             max_slots=len(sizes),
             max_rows=rows,
@@ -170,7 +171,7 @@ class OurLora:
     def _work(self, slots: list[int]) -> Work:
         """Make a call whose plan's words stay on the device, in separate memory."""
         plan = self._bank.plan(slots)
-        words = torch.from_numpy(plan.words.copy()).to(self._bank.arena.device)
+        words = torch.from_numpy(plan.copy()).to(self._bank.arena.device)
         return partial(self._add, self._bank.batch(len(slots), words))
 
     def _add(self, lora: TritonLora) -> None:

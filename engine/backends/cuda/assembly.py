@@ -20,6 +20,8 @@ from engine.backends.cuda.flashinfer import (
 )
 from engine.backends.cuda.forward import DeviceForward, StepLimits
 from engine.backends.cuda.graphs import GraphFigures
+from engine.backends.cuda.head import with_head_site
+from engine.backends.cuda.places import places_of
 from engine.backends.cuda.positions import prefill_tile_tokens
 from engine.backends.cuda.runner import DeviceRunner
 from engine.backends.cuda.site_table import SiteTable
@@ -77,7 +79,7 @@ def make_triton_runner(
     )
     bank = DeviceAdapterBank(
         arena,
-        decoder.lora_sites,
+        places_of(decoder),
         dtype,
         max_slots=adapters.max_slots,
         max_rows=limits.max_num_batched_tokens,
@@ -114,9 +116,10 @@ def adapter_packer(
 
     It raises AdapterLoadError if an adapter does not fit the sites.
     """
-    table = SiteTable(decoder.lora_sites, max_lora_rank)
+    table = SiteTable(places_of(decoder), max_lora_rank)
 
     def pack(weights: LoraWeights) -> PackedAdapter:
+        weights = with_head_site(weights, decoder.spec.vocab_size)
         try:
             table.check(extent_of(weights))
         except ValueError as error:

@@ -14,11 +14,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.backends.cuda.extent import UNIT_BYTES, AdapterExtent, move_bytes
+from engine.backends.cuda.head import WIDTH_STEP, HeadBatch, head_batch, to_device
+from engine.backends.cuda.places import HEAD, ModelPlaces
 from engine.backends.cuda.site_table import SiteTable
 from engine.backends.cuda.triton import launch, lora
 from engine.backends.cuda.triton.lora import KindLaunch, LoraMemory
 from engine.backends.cuda.triton.lora_work import Words, WorkShape, build_words, rounded_rows
-from engine.model.layers import LoraSite
+from engine.backends.cuda.triton.own import OwnWeights
 
 MOVE_BYTES = 4 * 2**20  # per copy, if an adapter is moved by less than its size
 
@@ -29,7 +31,7 @@ class DeviceAdapterBank:
     def __init__(
         self,
         arena: Tensor,
-        sites: Sequence[LoraSite],
+        places: ModelPlaces,
         dtype: torch.dtype,
         *,
         max_slots: int,
@@ -39,24 +41,23 @@ class DeviceAdapterBank:
         num_processors: int | None = None,  # None: those of the device
     ) -> None:
         self.arena = arena
-        self._sites, self._table = tuple(sites), SiteTable(sites, max_lora_rank)
+        self._places = places
+        self._sites, self._table = tuple(places.sites), SiteTable(places, max_lora_rank)
         self._dtype, self._max_slots, self._max_rows = dtype, max_slots, max_rows
         self._max_adapters = min(max_adapters or max_slots, max_slots)
         self._num_processors = num_processors or launch.num_processors(arena.device)
         self._extents: dict[int, tuple[AdapterExtent, int]] = {}  # by slot, with its offset
         self._ranks = np.zeros((len(self._table.kinds), max_slots + 1), np.int32)
         self._affine = np.zeros(self._ranks.shape, np.bool_)
+        self._owns = np.zeros(max_slots + 1, np.bool_)  # norms or an embedding
         self._last_plan: tuple[Words, Words] | None = None  # the rows' slots and their work list
         self._allocate([self._shape(rows) for rows in self.row_capacities])
 
     def _allocate(self, shapes: list[WorkShape]) -> None:
-        device, sites = self.arena.device, 1 + len(self._sites)
-        table = self._max_slots + 1, sites, self._table.record_words
-        whole = self.arena.numel() // UNIT_BYTES * UNIT_BYTES
-        self._memory = LoraMemory(
-            self.arena[:whole].view(self._dtype),
-            torch.zeros(table, dtype=torch.int32, device=device),
-        )
+        device = self.arena.device
+        shape = self._max_slots + 1, self._table.num_records, self._table.record_words
+        table = torch.zeros(shape, dtype=torch.int32, device=device)
+        self._memory = LoraMemory.of(self.arena, self._dtype, table)
         plane_words = max(shape.plane_words for shape in shapes)
         self._planes = torch.empty(2, plane_words, device=device)  # by parity of the site
         self._scratch = torch.empty(
@@ -79,7 +80,7 @@ class DeviceAdapterBank:
         """
         self._check_slot(slot, is_placed=False)
         self._check_place(offset_bytes, extent)
-        if extent.dtype != self._dtype:
+        if extent.dtype not in (self._dtype, None):
             raise ValueError(
                 f"adapter {extent.digest}: factors are {extent.dtype}; "
                 f"only {self._dtype} is allowed"
@@ -88,6 +89,7 @@ class DeviceAdapterBank:
         _write(self._memory.table[slot], self._table.records(offset_bytes, extent))
         self._ranks[:, slot] = self._table.ranks(extent)
         self._affine[:, slot] = self._table.affine(extent)
+        self._owns[slot] = bool(extent.norms) or extent.embedding is not None
         self._extents[slot] = extent, offset_bytes
 
     def move(self, slot: int, offset_bytes: int) -> None:
@@ -138,7 +140,8 @@ class DeviceAdapterBank:
             raise ValueError(
                 f"a batch with {len(used)} adapters; at most {self._max_adapters} are allowed"
             )
-        words = build_words(self._shape(slots.size), slots, self._ranks, self._affine)
+        shape = self._shape(slots.size)
+        words = build_words(shape, slots, self._ranks, self._affine, self._owns)
         self._last_plan = slots.copy(), words
         return words
 
@@ -151,6 +154,17 @@ class DeviceAdapterBank:
         launches = self._launches[self._shape(num_rows).max_rows]
         return TritonLora(self._table, launches, self._memory, words, self._planes)
 
+    def head(self, row_slots: Sequence[int]) -> HeadBatch | None:
+        """Return what the adapters of these rows change of their logits, None for nothing."""
+        slots = np.asarray(row_slots, np.int32)
+        used = [self._extents[slot][0] for slot in set(slots.tolist()) - {0}]
+        if all(extent.head is None for extent in used):
+            return None
+        lora = None
+        if any(HEAD in extent.sites for extent in used):
+            lora = self.batch(slots.size, to_device(self.plan(row_slots), self.arena.device))
+        return head_batch(slots, self._extents, self.arena, self._places.vocab_size, lora)
+
     def warm_up(self) -> None:
         """Compile every kernel that a batch may need, without changing any result."""
         num_words = self.max_words(self._max_rows)
@@ -160,7 +174,12 @@ class DeviceAdapterBank:
             for number, kind in enumerate(self._table.kinds):
                 site = self._sites[self._table.kind_of.index(number)]
                 x = self._memory.arena.new_zeros(1, kind.in_features)
-                y = self._memory.arena.new_zeros(1, sum(kind.out_features))
+                width = sum(kind.out_features)
+                y = self._memory.arena.new_zeros(1, width)
+                if (site.layer, site.site) == HEAD:
+                    wide = -(-width // WIDTH_STEP) * WIDTH_STEP
+                    lora.add(*HEAD, x, torch.zeros(1, wide, device=x.device)[:, :width])
+                    y = y.float()
                 lora.add(site.layer, site.site, x, y)
 
     def _shape(self, num_rows: int) -> WorkShape:
@@ -200,6 +219,9 @@ class TritonLora:
     ) -> None:
         self._table, self._launches = table, launches
         self._memory, self._words, self._planes = memory, words, planes.unbind()
+        self.own_weights = None
+        if table.norms_at:
+            self.own_weights = OwnWeights(memory, words, table.norms_at, table.embedding_at)
 
     def add(self, layer: int, site: str, x: Tensor, y: Tensor) -> None:
         """Apply each row's adapter to y [N, out] in place, as SiteWeights says, for x [N, in]."""

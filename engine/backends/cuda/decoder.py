@@ -11,6 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from engine.backends.cuda.head import HeadBatch
 from engine.backends.cuda.inputs import StepInputs
 from engine.backends.cuda.layer import (
     AddNorm,
@@ -20,6 +21,8 @@ from engine.backends.cuda.layer import (
     PagedAttentionInto,
     Rows,
 )
+from engine.backends.cuda.triton.embed import embed
+from engine.backends.cuda.triton.own import OwnWeights, own_weights
 from engine.model.decoder import Decoder, DecoderLayer
 from engine.model.inputs import LoraBatch
 from engine.model.rotary import RotaryTable
@@ -42,7 +45,7 @@ class FusedDecoder:
         beside: Beside | None = None,
     ) -> None:
         self._embedding = decoder.embedding
-        self._is_scaled = float(decoder.embedding.scale) != 1.0
+        self._scale = float(decoder.embedding.scale)
         self._head = decoder.head
         tables = _tables(decoder)
         self._layers: list[FusedLayer] = []
@@ -73,7 +76,7 @@ class FusedDecoder:
         """
         b = self._buffers.first(len(inputs.token_ids))
         output_rows = inputs.output_rows if len(out) < len(inputs.token_ids) else None
-        self._embed(inputs.token_ids, b.x)
+        self._embed(inputs.token_ids, b.x, own_weights(lora))
         for layer in self._layers[:-1]:
             layer.attend(b, inputs, lora)
             layer.transform(b, lora)
@@ -83,18 +86,22 @@ class FusedDecoder:
             b, lora, output_rows = self._cut(b, output_rows), output_lora, None
         last.transform(b, lora)
         if output_rows is None:
-            self._norm(b.x, b.delta, Rows(out, None))
+            self._norm(b.x, b.delta, Rows(out, None), own_weights(lora))
             return out
-        self._norm(b.x, b.delta, Rows(b.normed.wide, None))
+        self._norm(b.x, b.delta, Rows(b.normed.wide, None), own_weights(lora))
         return torch.index_select(b.normed.wide, 0, output_rows, out=out)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Compute logits: hidden [M, E] -> [M, V] in float32."""
-        return self._head(hidden)
+    def logits(self, hidden: Tensor, head: HeadBatch | None = None) -> Tensor:
+        """Compute logits: hidden [M, E] -> [M, V] in float32; V may be larger with `head`."""
+        return self._head(hidden) if head is None else head.logits(hidden, self._head)
 
-    def _embed(self, token_ids: Tensor, x: Tensor) -> None:
-        torch.index_select(self._embedding.weight, 0, token_ids, out=x)
-        if self._is_scaled:
+    def _embed(self, token_ids: Tensor, x: Tensor, own: OwnWeights | None) -> None:
+        weight = self._embedding.weight
+        if own is not None:
+            embed(token_ids, weight, self._scale, own, x)
+            return
+        torch.index_select(weight, 0, token_ids, out=x)
+        if self._scale != 1.0:
             x.mul_(self._embedding.scale)
 
     def _cut(self, b: Buffers, rows: Tensor) -> Buffers:

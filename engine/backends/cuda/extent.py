@@ -1,19 +1,20 @@
 """Packs an adapter into an extent: one piece of memory, which is copied and moved as a whole.
 
     [ A of the first site | B of its first slice | of its second | ... | scale | shift |
-      A of the next site | ... ]
+      A of the next site | ... | norms | ids, rows and factors of the embedding | of the head ]
 
 A is [R, in], with the ranks of the site's slices one after another; B of a slice is rank-major
 [r, out_j] and includes the scaling. No rank is padded: rows of both are as wide as the layer, so
 that wide loads are possible at any rank. Scale and shift are float32 [out] of the whole site, where
-the adapter has them. Every piece starts at a multiple of UNIT_BYTES.
+the adapter has them. Norms are float32, ids int64. Every piece starts at a multiple of UNIT_BYTES.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from engine.lora.overlay import Overlay
 from engine.lora.weights import LoraWeights, Site, SiteWeights
 from engine.scheduler.extents import EXTENT_ALIGNMENT
 
@@ -43,17 +44,43 @@ class SiteExtent:
 
 
 @dataclass(frozen=True, slots=True)
+class NormExtent:
+    weight_bytes: int
+    width: int
+
+
+@dataclass(frozen=True, slots=True)
+class OverlayExtent:
+    """Changed rows of a matrix, and its factors A [.., r] and B [r, E] if lora_rank is not 0."""
+
+    num_ids: int
+    ids_bytes: int
+    rows_bytes: int
+    lora_rank: int
+    a_bytes: int
+    b_bytes: int
+    vocab_size: int
+    hidden_size: int
+
+
+@dataclass(frozen=True, slots=True)
 class AdapterExtent:
     """The layout of an adapter, in bytes from the start of its extent."""
 
     digest: str
-    dtype: torch.dtype  # of all but scales and shifts
+    dtype: torch.dtype | None  # of factors and rows; None: there are none
     sites: dict[Site, SiteExtent]
     nbytes: int  # a multiple of UNIT_BYTES
+    norms: dict[str, NormExtent] = field(default_factory=dict[str, NormExtent])
+    embedding: OverlayExtent | None = None
+    head: OverlayExtent | None = None
 
 
 def extent_of(weights: LoraWeights) -> AdapterExtent:
-    """Lay out the sites in the order of `weights`. Raises ValueError if a B is not [r, out]."""
+    """Lay out the sites in the order of `weights`. Raises ValueError if a B is not [r, out].
+
+    Factors of the output layer must be those of a site (`head.with_head_site`).
+    """
     return _lay_out(weights, _Pieces())
 
 
@@ -109,18 +136,51 @@ class _Pieces:
 
 
 def _lay_out(weights: LoraWeights, pieces: _Pieces) -> AdapterExtent:
+    assert weights.head is None or weights.head.factors is None
     sites: dict[Site, SiteExtent] = {}
-    dtypes: set[torch.dtype] = set()
     for key, site in weights.sites.items():
         _check_site(weights.digest, site)
         sites[key] = _lay_out_site(site, pieces)
-        dtypes |= {site.a.dtype, *(b.dtype for *_, b in site.expands)}
-    if len(dtypes) != 1:
+    norms = {
+        name: NormExtent(pieces.put(norm.float()), len(norm))
+        for name, norm in weights.norms.items()
+    }
+    embedding = None if weights.embedding is None else _lay_out_overlay(weights.embedding, pieces)
+    head = None if weights.head is None else _lay_out_overlay(weights.head, pieces)
+    dtype = _dtype_of(weights)
+    return AdapterExtent(weights.digest, dtype, sites, pieces.nbytes, norms, embedding, head)
+
+
+def _dtype_of(weights: LoraWeights) -> torch.dtype | None:
+    dtypes = {site.a.dtype for site in weights.sites.values()}
+    dtypes |= {b.dtype for site in weights.sites.values() for *_, b in site.expands}
+    for overlay in (weights.embedding, weights.head):
+        if overlay is not None:
+            dtypes |= {overlay.rows.dtype, *(factor.dtype for factor in overlay.factors or ())}
+    if len(dtypes) > 1 or not (dtypes or weights.norms):
         raise ValueError(
             f"adapter {weights.digest}: factors are {sorted(map(str, dtypes)) or 'missing'}; "
             "only factors of one dtype are allowed"
         )
-    return AdapterExtent(weights.digest, dtypes.pop(), sites, pieces.nbytes)
+    return next(iter(dtypes), None)
+
+
+def _lay_out_overlay(overlay: Overlay, pieces: _Pieces) -> OverlayExtent:
+    a_bytes = b_bytes = lora_rank = 0
+    ids_bytes, rows_bytes = pieces.put(overlay.ids), pieces.put(overlay.rows)
+    if overlay.factors is not None:
+        a, b = overlay.factors
+        a_bytes, b_bytes, lora_rank = pieces.put(a), pieces.put(b), len(b)
+    return OverlayExtent(
+        num_ids=len(overlay.ids),
+        ids_bytes=ids_bytes,
+        rows_bytes=rows_bytes,
+        lora_rank=lora_rank,
+        a_bytes=a_bytes,
+        b_bytes=b_bytes,
+        vocab_size=overlay.vocab_size,
+        hidden_size=overlay.rows.shape[1],
+    )
 
 
 def _lay_out_site(site: SiteWeights, pieces: _Pieces) -> SiteExtent:

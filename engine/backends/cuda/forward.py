@@ -15,6 +15,7 @@ from torch import Tensor
 
 from engine.announcer import SILENT, Announcer
 from engine.backends.cuda.graphs import GraphFigures, GraphRunner, graph_sizes
+from engine.backends.cuda.head import HeadBatch
 from engine.backends.cuda.inputs import (
     InputBuffers,
     RequestKey,
@@ -56,8 +57,9 @@ class StepModel(Protocol):
         """
         ...
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Compute logits: hidden [M, E] -> [M, V] in float32, which the caller may change."""
+    def logits(self, hidden: Tensor, head: HeadBatch | None = None) -> Tensor:
+        """Compute logits: hidden [M, E] -> [M, V] in float32, which the caller may change; with
+        the output layers of adapters if there is a `head`."""
         ...
 
 
@@ -74,6 +76,10 @@ class LoraPlanner(Protocol):
 
     def batch(self, num_rows: int, words: Tensor) -> LoraBatch:
         """Make the batch of the plan that is in `words` when a kernel runs, of `num_rows` rows."""
+        ...
+
+    def head(self, row_slots: Sequence[int]) -> HeadBatch | None:
+        """Return what these rows' adapters change of the output layer, None for nothing."""
         ...
 
 
@@ -191,8 +197,10 @@ class DeviceForward:
             hidden = hidden.index_select(0, inputs.output_rows[: len(output_rows)])
         return ForwardOutput(hidden, inputs)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        return self._model.logits(hidden)
+    def logits(self, hidden: Tensor, adapter_slots: Sequence[int]) -> Tensor:
+        """Compute logits [M, V] of rows [M, E] with these adapters; -inf where an id is another
+        adapter's alone."""
+        return self._model.logits(hidden, self._lora.head(adapter_slots))
 
     # ==== eager steps ====
 

@@ -8,10 +8,12 @@ from torch import Tensor, nn
 
 from engine.backends.cuda.fp8 import Fp8Linear
 from engine.backends.cuda.inputs import StepInputs
+from engine.backends.cuda.places import norm_name
 from engine.backends.cuda.positions import DevicePositions
 from engine.backends.cuda.triton.fp8_rows import quantize_rows
 from engine.backends.cuda.triton.gate import gate
 from engine.backends.cuda.triton.norm import add_rms_norm
+from engine.backends.cuda.triton.own import OwnWeights, own_weights
 from engine.backends.cuda.triton.rotary import rotate_and_store
 from engine.backends.cuda.weight_ops import DeviceLinear
 from engine.model.decoder import Attention, Decoder, DecoderLayer, HeadNorms
@@ -144,16 +146,17 @@ class FusedLayer:
         )
 
     def attend(self, b: Buffers, inputs: StepInputs, lora: LoraBatch | None) -> None:
-        self.enter_attention(b.x, b.delta, b.normed)
+        own = own_weights(lora)
+        self.enter_attention(b.x, b.delta, b.normed, own)
         self.qkv(b.normed, b.qkv, lora)
-        self.attention(b.qkv, inputs, b.attended.wide)
+        self.attention(b.qkv, inputs, b.attended.wide, own)
 
     def transform(self, b: Buffers, lora: LoraBatch | None) -> None:
         """Compute everything after attention, for any rows."""
         if b.attended.rounded is not None:
             quantize_rows(b.attended.wide, b.attended.rounded)
         self.o(b.attended, b.delta, lora)
-        self.enter_mlp(b.x, b.delta, b.normed)
+        self.enter_mlp(b.x, b.delta, b.normed, own_weights(lora))
         self.gate_up(b.normed, b.gate_up, lora)
         gate(b.gate_up, b.gated.wide, self.activation, rounded=b.gated.rounded)
         self.down(b.gated, b.delta, lora)
@@ -168,6 +171,7 @@ class AddNorm:
     adds: bool
     scale: float
     leave: Tensor | None
+    names: tuple[str, str | None]  # of the norm, and of the one that `leave` belongs to
 
     @staticmethod
     def of(norm: nn.Module, pending: nn.Module | None) -> "AddNorm":
@@ -179,9 +183,10 @@ class AddNorm:
             adds=pending is not None,
             scale=pending.scale if isinstance(pending, Scale) else 1.0,
             leave=pending.weight if isinstance(pending, RmsNorm) else None,
+            names=(norm_name(norm), norm_name(pending) if isinstance(pending, RmsNorm) else None),
         )
 
-    def __call__(self, x: Tensor, delta: Tensor, out: Rows) -> None:
+    def __call__(self, x: Tensor, delta: Tensor, out: Rows, own: OwnWeights | None) -> None:
         add_rms_norm(
             x,
             delta if self.adds else None,
@@ -191,6 +196,8 @@ class AddNorm:
             scale=self.scale,
             leave=self.leave,
             rounded=out.rounded,
+            own=own,
+            names=self.names,
         )
 
 
@@ -201,6 +208,7 @@ class _Attention:
     kv_layer: Tensor
     table: RotaryTable
     norms: HeadNorms | None
+    names: tuple[str, str] | None  # of these norms
     num_heads: int
     scale: float
     window: int | None
@@ -214,11 +222,12 @@ class _Attention:
         kv_layer: Tensor,
         paged_attention: PagedAttentionInto,
     ) -> "_Attention":
-        norms = attention.norm_heads
+        norms = attention.norm_heads if isinstance(attention.norm_heads, HeadNorms) else None
         return _Attention(
             kv_layer=kv_layer,
             table=table,
-            norms=norms if isinstance(norms, HeadNorms) else None,
+            norms=norms,
+            names=norms and (norm_name(norms.q_norm), norm_name(norms.k_norm)),
             num_heads=attention.num_heads,
             scale=attention.scale,
             window=attention.window,
@@ -226,7 +235,9 @@ class _Attention:
             paged_attention=paged_attention,
         )
 
-    def __call__(self, qkv: Tensor, inputs: StepInputs, out: Tensor) -> None:
+    def __call__(
+        self, qkv: Tensor, inputs: StepInputs, out: Tensor, own: OwnWeights | None
+    ) -> None:
         norms = self.norms
         rotate_and_store(
             qkv,
@@ -238,6 +249,8 @@ class _Attention:
             q_norm=None if norms is None else norms.q_norm.weight,
             k_norm=None if norms is None else norms.k_norm.weight,
             eps=0.0 if norms is None else norms.q_norm.eps,
+            own=own,
+            names=self.names,
         )
         shape = (len(qkv), self.num_heads, self.kv_layer.shape[-1])
         self.paged_attention(

@@ -15,14 +15,13 @@ from engine.backends.cuda.weight_ops import cuda_build
 from engine.backends.loaded import LoadedModel, read_decoder
 from engine.backends.runner import Runner
 from engine.config import EngineConfig
-from engine.lora.kinds import Kind
+from engine.lora.kinds import ALL_KINDS
 from engine.model.loader import weight_bytes
 from engine.model.reference import GATED_ACTIVATIONS
 from engine.settle import Settled
 
-MAX_ADAPTERS = 4096  # on the device at a time: their tables take five KiB each for an 8B model
+MAX_ADAPTERS = 4096  # on the device at a time: their tables take six KiB each for an 8B model
 MAX_LORA_RANK = 256  # per module: size of a batch's intermediate results
-KINDS = frozenset({Kind.AFFINE})
 
 
 def load_triton(config: EngineConfig, s: Settled, *, announcer: Announcer) -> LoadedModel:
@@ -54,7 +53,7 @@ def load_triton(config: EngineConfig, s: Settled, *, announcer: Announcer) -> Lo
         weight_bytes=weight_bytes(decoder, s.dtype),
         kernels="triton",
         max_adapters=MAX_ADAPTERS,
-        kinds=KINDS,
+        kinds=ALL_KINDS,
     )
 
 

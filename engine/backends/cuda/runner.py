@@ -15,6 +15,7 @@ from torch import Tensor
 from engine.backends.cuda.adapter_copies import AdapterCopies
 from engine.backends.cuda.draw import Draw, draw
 from engine.backends.cuda.forward import DeviceForward, ForwardOutput
+from engine.backends.cuda.head import WIDTH_STEP
 from engine.backends.cuda.inputs import RequestKey, request_key
 from engine.backends.cuda.packed_copies import Arrival, Download, Upload
 from engine.backends.cuda.sampler import DeviceSampler, Sampled, read_scores, scored
@@ -67,10 +68,12 @@ class DeviceRunner:
     @torch.inference_mode()
     def warm_up(self) -> None:
         """Compile the kernels of eager steps and of sampling, before the first real step."""
-        logits = self._forward.logits(self._forward.warm_up())
+        logits = self._forward.logits(self._forward.warm_up(), [0])
         request = ScheduledRequest("", 0, [0], 0, (), 0, _ALL_FILTERS, samples=True)
         token_ids = torch.zeros(1, dtype=torch.int32, device=logits.device)
-        self._sampler.sample([request], logits, token_ids)
+        wide = -(-logits.shape[1] // WIDTH_STEP) * WIDTH_STEP
+        for width in {logits.shape[1], wide}:
+            self._sampler.sample([request], logits.new_zeros(1, width), token_ids)
         self._device.synchronize()
 
     def arrived(self) -> Sequence[str]:
@@ -118,7 +121,7 @@ class DeviceRunner:
         last_inputs = inputs.token_ids
         if any(r.history is not None for r in requests):
             last_inputs = last_inputs.index_select(0, inputs.output_rows.index_select(0, places))
-        logits = self._forward.logits(hidden)
+        logits = self._forward.logits(hidden, [r.adapter_slot for r in requests])
         sampled = self._sampler.sample(requests, logits, last_inputs, allowed)
         self._forward.sampled[: len(rows)].copy_(sampled.tokens)
         return sampled
@@ -136,15 +139,16 @@ class DeviceRunner:
             return []
         targets = self._targets.send([np.array(r.prompt_targets, np.int32) for r, _ in asking])
         return [
-            self._score(hidden[start : start + len(t)], t, r.sampling.prompt_logprobs or 0)
+            self._score(hidden[start : start + len(t)], t, r)
             for (r, start), t in zip(asking, targets, strict=True)
         ]
 
-    def _score(self, hidden: Tensor, targets: Tensor, num_top: int) -> Tensor:
+    def _score(self, hidden: Tensor, targets: Tensor, request: ScheduledRequest) -> Tensor:
         """Return each target's rank, then `scored`."""
         parts: list[Tensor] = []
+        num_top = request.sampling.prompt_logprobs or 0
         for h, t in zip(hidden.split(LOGITS_ROWS), targets.split(LOGITS_ROWS), strict=True):
-            logits = self._forward.logits(h)
+            logits = self._forward.logits(h, [request.adapter_slot] * len(h))
             ranks = target_ranks(logits, t).int()[:, None]
             parts.append(torch.cat([ranks, scored(logits, t, num_top)], 1))
         return torch.cat(parts)

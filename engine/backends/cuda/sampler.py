@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from engine.backends.cuda.draw import Draw, Draws, draw, noise_keys
@@ -197,9 +198,11 @@ def _draws(there: dict[str, Tensor], requests: Sequence[ScheduledRequest]) -> Dr
 
 
 def _restrict(logits: Tensor, rows: Tensor, masks: Tensor) -> None:
-    """Set the logits of tokens without a bit in masks [R, W] to -inf, in these rows [R]."""
+    """Set the logits of tokens without a bit in masks [R, W] to -inf, in these rows [R]. An id that
+    only an adapter has is in no mask."""
     bits = (masks[:, :, None] >> torch.arange(32, dtype=torch.int32, device=masks.device)) & 1
     is_masked = bits.view(len(rows), -1)[:, : logits.shape[1]] == 0
+    is_masked = F.pad(is_masked, (0, logits.shape[1] - is_masked.shape[1]), value=True)
     logits.index_copy_(
         0, rows.long(), logits.index_select(0, rows).masked_fill_(is_masked, -torch.inf)
     )

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from engine.backends.cuda.bank import DeviceAdapterBank, TritonLora
 from engine.backends.cuda.extent import UNIT_BYTES, extent_nbytes, pack_extent
+from engine.backends.cuda.places import ModelPlaces
 from engine.lora.weights import LoraWeights, Site, SiteWeights
 from engine.model.layers import LoraSite, LoraSlice
 
@@ -74,7 +75,7 @@ def row_slots(kind: str, num_slots: int, count: int, *, seed: int = 0) -> list[i
 
 
 def make_bank(
-    sites: Sequence[LoraSite],
+    places: ModelPlaces | Sequence[LoraSite],
     dtype: torch.dtype,
     *,
     arena_bytes: int = 2**22,
@@ -86,7 +87,7 @@ def make_bank(
     """Make a bank whose memory holds random bytes and NaN, which must not matter."""
     bank = DeviceAdapterBank(
         torch.randint(0, 256, (arena_bytes,), dtype=torch.uint8, device=DEVICE),
-        sites,
+        places if isinstance(places, ModelPlaces) else ModelPlaces(places),
         dtype,
         max_slots=max_slots,
         max_rows=max_rows,

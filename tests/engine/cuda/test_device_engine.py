@@ -185,7 +185,7 @@ def test_running_out_of_memory_ends_only_requests_of_that_step(
         engine.step()
     model = engine.runner._forward._model  # type: ignore[attr-defined]
 
-    def out_of_memory(_: Tensor) -> Tensor:
+    def out_of_memory(hidden: Tensor, head: None) -> Tensor:
         raise torch.OutOfMemoryError("no room for logits")
 
     with monkeypatch.context() as patch:

@@ -161,10 +161,10 @@ def test_running_out_of_memory_ends_only_that_step(decoder: Decoder) -> None:
     model = runner._forward._model
     logits, failing = model.logits, True
 
-    def out_of_memory(hidden: Tensor) -> Tensor:
+    def out_of_memory(hidden: Tensor, head: None) -> Tensor:
         if failing:
             raise torch.OutOfMemoryError("no room for logits")
-        return logits(hidden)
+        return logits(hidden, head)
 
     model.logits = out_of_memory  # type: ignore[method-assign]
     generations = generations_of([greedy(5)] * 2, [0, 0])

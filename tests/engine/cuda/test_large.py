@@ -13,6 +13,7 @@ from torch import Tensor
 
 from engine.backends.cuda.bank import DeviceAdapterBank
 from engine.backends.cuda.extent import UNIT_BYTES, extent_nbytes
+from engine.backends.cuda.places import ModelPlaces
 from engine.backends.cuda.triton.attention_decode import decode_scratch_numel, paged_decode
 from engine.backends.cuda.triton.attention_prefill import paged_prefill, prefill_scratch_numel
 from engine.backends.cuda.triton.crossovers import GemmTiles
@@ -144,7 +145,12 @@ def test_adapters_and_their_moves_beyond_32_bit_offsets() -> None:
     weights = make_adapter(sites, {"qkv": (3, 8, 5)}, dtype)
     nbytes, arena_bytes = extent_nbytes(weights), 2**33
     bank = DeviceAdapterBank(
-        space(torch.uint8, arena_bytes), sites, dtype, max_slots=2, max_rows=4, num_processors=1
+        space(torch.uint8, arena_bytes),
+        ModelPlaces(sites),
+        dtype,
+        max_slots=2,
+        max_rows=4,
+        num_processors=1,
     )
     x, y = torch.randn(3, 64, dtype=dtype), torch.randn(3, 64, dtype=dtype)
 

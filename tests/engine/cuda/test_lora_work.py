@@ -110,7 +110,10 @@ def test_the_longest_lists_have_exactly_the_largest_size(rows: int, max_adapters
     slots = [*range(1, adapters + 1), *[1] * (rows - adapters)]
     ranks = np.zeros((len(KINDS), NUM_SLOTS + 1), np.int32)
     ranks[:, 1:] = [[shape.plane_width(kind)] for kind in KINDS]
-    assert build_words(shape, slots, ranks).size == shape.max_words(rows)
+    owns = np.ones(NUM_SLOTS + 1, np.bool_)
+    words = build_words(shape, slots, ranks, owns=owns)
+    assert words.size == shape.max_words(rows)
+    assert words[words[lora_work.SLOTS_AT] :].tolist() == slots
 
 
 def test_a_batch_without_adapters_has_no_work() -> None:
@@ -118,6 +121,8 @@ def test_a_batch_without_adapters_has_no_work() -> None:
     words = build_words(shape, [0, 0, 0, 0], random_ranks(0))
     header = words.reshape(len(KINDS), HEADER_WORDS)
     assert not header[:, [lora_work.NUM_ITEMS, lora_work.NUM_LISTED]].any()
+    nobody = np.arange(NUM_SLOTS + 1) == 3
+    assert not build_words(shape, [1, 2, 0], random_ranks(0), owns=nobody)[lora_work.SLOTS_AT]
     assert build_words(shape, [], random_ranks(0)).tolist() == words.tolist()
 
 

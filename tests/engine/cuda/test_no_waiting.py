@@ -73,6 +73,9 @@ class Bank:
         assert words.device == META
         return words
 
+    def head(self, row_slots: Any) -> None:
+        return None
+
 
 class Model:
     def __init__(self) -> None:
@@ -83,7 +86,7 @@ class Model:
         is_cut = len(out) < len(x)
         return out.copy_(x.index_select(0, inputs.output_rows) if is_cut else x)
 
-    def logits(self, hidden: Tensor) -> Tensor:
+    def logits(self, hidden: Tensor, head: Any = None) -> Tensor:
         return (hidden @ self.embedding.T).float()
 
 

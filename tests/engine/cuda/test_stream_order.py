@@ -75,6 +75,9 @@ class Bank:
     def batch(self, num_rows: int, words: Tensor) -> LoraBatch:
         return Words(words)
 
+    def head(self, row_slots: Sequence[int]) -> None:
+        return None
+
 
 @dataclass(frozen=True)
 class Words:
@@ -122,7 +125,7 @@ class Model:
         device.use("norm", [rows, *wanted], [out])
         return out
 
-    def logits(self, hidden: Tensor) -> Tensor:
+    def logits(self, hidden: Tensor, head: Any = None) -> Tensor:
         return hidden @ self.head
 
     def _extents(self, words: Tensor) -> list[Tensor]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from engine.backends.cuda.adapter_copies import AdapterCopies, PackedAdapter, pack_adapter
 from engine.backends.cuda.extent import UNIT_BYTES, AdapterExtent, move_bytes
 from engine.backends.cuda.forward import DeviceForward, Numbers, StepLimits
+from engine.backends.cuda.head import HeadBatch
 from engine.backends.cuda.inputs import StepInputs
 from engine.backends.cuda.runner import DeviceRunner
 from engine.backends.cuda.streams import Device, HostDevice
@@ -56,6 +57,9 @@ class PlainBank:
         assert len(words) == num_rows
         return PlainLora(self, words)
 
+    def head(self, row_slots: Sequence[int]) -> None:
+        return None
+
 
 @dataclass(frozen=True)
 class PlainLora:
@@ -77,6 +81,7 @@ class PlainLora:
                 y[row, s.out0 : s.out1] += h[s.r0 : s.r1] @ b
 
     def _tensor(self, extent: AdapterExtent, start: int, rows: int, columns: int) -> Tensor:
+        assert extent.dtype is not None
         nbytes = rows * columns * extent.dtype.itemsize
         return self.bank.arena[start : start + nbytes].view(extent.dtype).view(rows, columns)
 
@@ -123,7 +128,7 @@ class PlainModel:
             assert torch.equal(output_lora.row_slots, lora.row_slots[output_rows.long()])
         return out.copy_(hidden[output_rows.long()])
 
-    def logits(self, hidden: Tensor) -> Tensor:
+    def logits(self, hidden: Tensor, head: HeadBatch | None = None) -> Tensor:
         return self.decoder.logits(hidden)
 
 

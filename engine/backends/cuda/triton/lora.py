@@ -14,6 +14,8 @@ All lie in one arena, at multiples of UNIT_BYTES. The table holds their places:
            record 1 + site   offsets in units from there: of A (1 word), of each slice's B (S words,
                              S = most slices of any site); then 0, and the end of each slice's
                              ranks (S words); then 1 + offset of scale and of shift, 0 for none
+           next record       of the embedding, read by `embed`
+           other records     1 + offset of each norm, read by `own`, 0 for none
 
 Grids are constant and everything that changes is read from device memory: the words of a plan
 (`lora_work`) and the table. No atomics: a row's result depends on that row, its adapter and the
@@ -51,12 +53,16 @@ class LoraMemory:
     """Memory that the kernels read besides a batch's own rows; its addresses never change."""
 
     arena: Tensor  # [elements], in the adapters' dtype
+    floats: Tensor  # the same memory in float32
+    longs: Tensor  # the same in int64
     table: Tensor  # int32 [slots, records, record]
 
-    @property
-    def floats(self) -> Tensor:
-        """The arena in float32."""
-        return self.arena.view(torch.float32)
+    @staticmethod
+    def of(arena: Tensor, dtype: torch.dtype, table: Tensor) -> "LoraMemory":
+        """Make views of `arena`, uint8, in whole units."""
+        whole = arena[: arena.numel() // UNIT_BYTES * UNIT_BYTES]
+        views = whole.view(dtype), whole.view(torch.float32), whole.view(torch.int64)
+        return LoraMemory(*views, table)
 
 
 @dataclass(frozen=True, slots=True)

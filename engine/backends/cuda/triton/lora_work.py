@@ -7,11 +7,13 @@ any adapters. A list is only as long as the work: nothing is padded to the large
 
 All lists are one int32 array, the words of a plan:
 
-    header     HEADER_WORDS per kind of site: the fields below; zeros mean no work
+    header     HEADER_WORDS per kind of site: the fields below; zeros mean no work. SLOTS_AT is that
+               of all kinds, and 0 if no row's adapter has norms or an embedding of its own
     segments   SEGMENT_WORDS each: first and last + 1 position in rows, adapter slot
     rows       row of the batch at each position
     blocks     segment * MAX_BLOCKS + block, kind by kind
     listed     segments whose adapter has anything at sites of a kind, kind by kind
+    slots      adapter slot of each row of the batch, if SLOTS_AT is not 0
 
     x [rows, in] --shrink--> planes [P, positions, R] float32 --expand--> y [rows, out] += ...
 
@@ -27,7 +29,9 @@ from numpy.typing import NDArray
 
 HEADER_WORDS = 8  # per kind of site
 ROWS_AT, BLOCKS_AT, NUM_ITEMS, ITEMS_PER_BLOCK, PLANES_PER_ITEM, LISTED_AT, NUM_LISTED = range(7)
+SLOTS_AT = 7
 SEGMENT_WORDS = 4
+EMBEDDING_WORDS = 6  # of a slot's part of the table
 MAX_BLOCKS = 256  # per segment and site
 
 DECODE_ROWS = 256  # up to this many rows, each may have its own adapter: segments are short
@@ -120,7 +124,7 @@ class WorkShape:
         segments = adapters + (num_rows - adapters) // self.tiles.segment_rows
         blocks = [-(-self.plane_width(kind) // self.tiles.shrink.ranks) for kind in self.kinds]
         per_segment = SEGMENT_WORDS + sum(blocks) + len(blocks)
-        return len(self.kinds) * HEADER_WORDS + num_rows + segments * per_segment
+        return len(self.kinds) * HEADER_WORDS + 2 * num_rows + segments * per_segment
 
 
 def record_words(max_slices: int) -> int:
@@ -138,13 +142,16 @@ def build_words(
     row_slots: Sequence[int] | NDArray[np.int32],
     ranks: NDArray[np.int32],
     affine: NDArray[np.bool_] | None = None,
+    owns: NDArray[np.bool_] | None = None,
 ) -> Words:
     """Build the words of a batch whose row i has the adapter in slot `row_slots[i]`, 0 for none.
 
     `ranks` [kinds, slots] is the largest sum of slice ranks of a slot at any site of a kind;
-    `affine` [kinds, slots]: if it has a scale or a shift at any of them, None: none has.
+    `affine` [kinds, slots]: if it has a scale or a shift at any of them; `owns` [slots]: if it has
+    norms or an embedding of its own. None: no adapter has.
     """
-    rows, segments = _segments(np.asarray(row_slots, np.int32), shape.tiles.segment_rows)
+    slots = np.asarray(row_slots, np.int32)
+    rows, segments = _segments(slots, shape.tiles.segment_rows)
     num_blocks = -(-ranks[:, segments[:, 2]] // shape.tiles.shrink.ranks)  # [kinds, segments]
     owner, block = _spread(num_blocks.reshape(-1))
     blocks = owner % max(len(segments), 1) * MAX_BLOCKS + block
@@ -162,7 +169,10 @@ def build_words(
     header[:, PLANES_PER_ITEM] = per_item
     header[:, LISTED_AT] = rows_at + rows.size + blocks.size + num_listed.cumsum() - num_listed
     header[:, NUM_LISTED] = num_listed
-    parts = header.reshape(-1), segments.reshape(-1), rows, blocks, listed
+    parts = [header.reshape(-1), segments.reshape(-1), rows, blocks, listed]
+    if owns is not None and owns[segments[:, 2]].any():
+        header[:, SLOTS_AT] = sum(part.size for part in parts)
+        parts.append(slots)
     return np.concatenate(parts, dtype=np.int32, casting="same_kind")
 
 

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from engine.backends.cuda.triton.launch import power_of_two
+from engine.backends.cuda.triton.own import OwnWeights, own_arguments, own_weight
 
 TILE_VALUES = 512  # per program: two 16-byte loads per thread of a warp in two-byte types
 
@@ -22,6 +23,12 @@ def turn(
     cos_ptr,
     sin_ptr,
     norm_ptr,  # None: heads are not normalised
+    table_ptr,  # None: no row has an adapter
+    floats_ptr,
+    words_ptr,
+    table_stride,
+    place,
+    row,
     heads,
     inside,
     eps,
@@ -51,12 +58,19 @@ def turn(
             squares += tl.sum(rest * rest, 1)
         inverse = tl.rsqrt(squares / DIM + eps)[:, None]
         weight = tl.load(norm_ptr + column, mask=turned, other=0.0).to(tl.float32)
+        more = tl.load(norm_ptr + HALF + column, mask=turned, other=0.0).to(tl.float32)
+        if table_ptr is not None:
+            own = (table_ptr, floats_ptr, words_ptr, table_stride, place, row)
+            weight = own_weight(weight, *own, column, turned)
+            more = own_weight(more, *own, HALF + column, turned)
         first = (first * inverse * weight[None, :]).to(dtype).to(tl.float32)
-        weight = tl.load(norm_ptr + HALF + column, mask=turned, other=0.0).to(tl.float32)
-        second = (second * inverse * weight[None, :]).to(dtype).to(tl.float32)
+        second = (second * inverse * more[None, :]).to(dtype).to(tl.float32)
         if ROTARY_DIM < DIM:
-            weight = tl.load(norm_ptr + rest_column, mask=kept, other=0.0).to(tl.float32)
-            rest = rest * inverse * weight[None, :]
+            last = tl.load(norm_ptr + rest_column, mask=kept, other=0.0).to(tl.float32)
+            if table_ptr is not None:
+                own = (table_ptr, floats_ptr, words_ptr, table_stride, place, row)
+                last = own_weight(last, *own, rest_column, kept)
+            rest = rest * inverse * last[None, :]
     cos = tl.load(cos_ptr + column, mask=turned, other=0.0).to(tl.float32)[None, :]
     sin = tl.load(sin_ptr + HALF + column, mask=turned, other=0.0).to(tl.float32)[None, :]
     to_type: tl.constexpr = to_ptr.dtype.element_ty
@@ -66,7 +80,7 @@ def turn(
         tl.store(to_ptr + rest_at, rest.to(to_type), mask=rest_mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_stride", "q_place", "k_place"])
 def rotate_and_store_kernel(
     qkv_ptr,
     cos_ptr,
@@ -76,10 +90,16 @@ def rotate_and_store_kernel(
     kv_ptr,
     q_norm_ptr,
     k_norm_ptr,
+    table_ptr,
+    floats_ptr,
+    words_ptr,
     qkv_stride,
     block_stride,
     value_stride,
     slot_stride,
+    table_stride,
+    q_place,
+    k_place,
     eps,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
@@ -109,6 +129,12 @@ def rotate_and_store_kernel(
             cos_ptr,
             sin_ptr,
             q_norm_ptr,
+            table_ptr,
+            floats_ptr,
+            words_ptr,
+            table_stride,
+            q_place,
+            row,
             heads,
             heads < HEADS,
             eps,
@@ -130,6 +156,12 @@ def rotate_and_store_kernel(
                     cos_ptr,
                     sin_ptr,
                     k_norm_ptr,
+                    table_ptr,
+                    floats_ptr,
+                    words_ptr,
+                    table_stride,
+                    k_place,
+                    row,
                     heads,
                     heads < KV_HEADS,
                     eps,
@@ -158,6 +190,8 @@ def rotate_and_store(
     q_norm: torch.Tensor | None = None,
     k_norm: torch.Tensor | None = None,
     eps: float = 0.0,
+    own: OwnWeights | None = None,
+    names: tuple[str, str] | None = None,
 ) -> None:
     """Rotate queries of qkv [N, (H + 2 H_kv) D] in place; write keys and values to the cache.
 
@@ -165,13 +199,16 @@ def rotate_and_store(
     are RotaryTable's, in float32; dimensions of a head from R on are not rotated. positions and
     slot_mapping [N] are int32 or int64; a row whose slot is -1 writes nothing to kv_layer
     [blocks, 2, block_size, H_kv, D], whose last two dimensions are contiguous. With q_norm and
-    k_norm [D], heads are first divided by their rms, multiplied by these and rounded.
+    k_norm [D], heads are first divided by their rms, multiplied by these and rounded. `own`:
+    adapters of the rows, which may have weights of their own; `names` of the two norms, as an
+    adapter names them.
     """
     _, _, block_size, kv_heads, dim = kv_layer.shape
     num_heads, rotary_dim = qkv.shape[1] // dim - 2 * kv_heads, cos.shape[1]
     assert kv_layer.stride(3) == dim and kv_layer.stride(4) == 1
     assert cos.is_contiguous() and sin.is_contiguous()
     tiles, constants = head_tiles(num_heads, kv_heads, dim, rotary_dim, block_size)
+    table, floats, words, *numbers = own_arguments(own if names else None, *names or (None, None))
     if len(qkv):
         rotate_and_store_kernel[(len(qkv), tiles)](
             qkv,
@@ -182,10 +219,14 @@ def rotate_and_store(
             kv_layer,
             q_norm,
             k_norm,
+            table,
+            floats,
+            words,
             qkv.stride(0),
             kv_layer.stride(0),
             kv_layer.stride(1),
             kv_layer.stride(2),
+            *numbers,
             eps,
             **constants,
             num_warps=1,
