@@ -147,8 +147,11 @@ class DeviceRunner:
         """Return each target's rank, then `scored`."""
         parts: list[Tensor] = []
         num_top = request.sampling.prompt_logprobs or 0
-        for h, t in zip(hidden.split(LOGITS_ROWS), targets.split(LOGITS_ROWS), strict=True):
-            logits = self._forward.logits(h, [request.adapter_slot] * len(h))
+        slots = request.row_slots
+        for i in range(0, len(targets), LOGITS_ROWS):
+            t = targets[i : i + LOGITS_ROWS]
+            end = i + len(t)
+            logits = self._forward.logits(hidden[i:end], slots[i:end])
             ranks = target_ranks(logits, t).int()[:, None]
             parts.append(torch.cat([ranks, scored(logits, t, num_top)], 1))
         return torch.cat(parts)
