@@ -199,6 +199,7 @@ class Engine:
                 request.sampling,
                 now,
                 scope=scope,
+                priority=request.priority,
                 index=i,
                 output_token_ids=list(request.output_token_ids),
                 num_resumed_tokens=len(request.output_token_ids),

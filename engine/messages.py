@@ -37,7 +37,10 @@ class AdapterFolder:
 
 @dataclass(frozen=True, slots=True)
 class GenerateRequest:
-    """A generation with n choices. With `output_token_ids`, it resumes after them (n = 1)."""
+    """A generation with n choices. With `output_token_ids`, it resumes after them (n = 1).
+
+    Of a tenant's requests that wait, those of a lower `priority` go first.
+    """
 
     request_id: str
     prompt_token_ids: list[int]
@@ -47,6 +50,7 @@ class GenerateRequest:
     tenant: str = ""
     cache_salt: str = ""
     output_token_ids: list[int] = field(default_factory=list[int])
+    priority: int = 0
 
 
 @dataclass(frozen=True, slots=True)

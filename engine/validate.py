@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 from engine.messages import EngineInfo, GenerateRequest
-from engine.scheduler.request import InvalidRequest
+from engine.scheduler.request import MAX_PRIORITY, InvalidRequest
 
 MAX_CHOICES = 128
 
@@ -32,6 +32,10 @@ def validate(request: GenerateRequest, info: EngineInfo) -> None:
     _check_some_token_is_allowed(request, info)
     if not 1 <= request.n <= MAX_CHOICES:
         raise InvalidRequest(f"n must be in [1, {MAX_CHOICES}], not {request.n}")
+    if not -MAX_PRIORITY <= request.priority <= MAX_PRIORITY:
+        raise InvalidRequest(
+            f"priority must be in [{-MAX_PRIORITY}, {MAX_PRIORITY}], not {request.priority}"
+        )
     if num_resumed and request.n != 1:
         raise InvalidRequest(f"a resumed request has one choice, not n={request.n}")
     if num_resumed >= request.sampling.max_tokens:

@@ -78,6 +78,7 @@ async def plan_embeddings(
                 sampling=sampling,
                 tenant=target.tenant,
                 cache_salt=request.cache_salt or "",
+                priority=request.priority or 0,
             ),
             target.adapter_ref,
         )

@@ -194,6 +194,7 @@ def _submits(
             n=request.num_generated,
             tenant=target.tenant,
             cache_salt=request.cache_salt or "",
+            priority=request.priority or 0,
         )
         submits.append(Submit(generate, target.adapter_ref))
     return submits

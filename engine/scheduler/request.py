@@ -18,6 +18,7 @@ MAX_LOGIT_BIASES = 1024
 MAX_ALLOWED_TOKEN_IDS = 1024
 MAX_BAD_WORDS, MAX_BAD_WORD_TOKENS = 256, 4096  # token sequences; tokens of all
 MAX_GRAMMAR_BYTES = 2**18
+MAX_PRIORITY = 2**31 - 1  # in both directions
 POOLINGS = ("mean", "last", "cls")
 MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY = 0.01, 100.0  # keep float32 logits finite
 
@@ -197,6 +198,7 @@ class Request:
     arrival_s: float
     scope: CacheScope = CacheScope()
     rules: TokenRules = NO_RULES  # set by the scheduler, the same for all choices
+    priority: int = 0  # lower ones go first among those of its tenant that wait
     index: int = 0  # choice index: seed + index is its random stream
     output_token_ids: list[int] = field(default_factory=list[int])
     num_resumed_tokens: int = 0  # leading output_token_ids that came with the request

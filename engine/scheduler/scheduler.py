@@ -12,8 +12,8 @@ preempted are dropped. Its blocks are free at once, because executors run steps 
 dropped row writes is overwritten before any later row reads it.
 
 One step mixes decodes with chunks of prompts under `max_num_batched_tokens`. Running requests
-go first; waiting ones follow in arrival order, except that a request whose adapter is being
-loaded or proven, or whose grammar is being compiled, is passed over. When memory runs out, the
+go first; waiting ones follow in the order of `waiting`, except that a request whose adapter is
+being loaded or proven, or whose grammar is being compiled, is passed over. When memory runs out, the
 request admitted last loses its blocks and is computed again later (preemption by recompute). Time
 enters only through `now`.
 """
@@ -29,6 +29,7 @@ from engine.scheduler.memory import MemoryBudget
 from engine.scheduler.prefix_cache import find_cached_blocks, publish_blocks
 from engine.scheduler.request import FinishReason, InvalidRequest, Request, RequestStatus
 from engine.scheduler.step import Step
+from engine.scheduler.waiting import enqueue
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +74,7 @@ class Scheduler:
             r.rules = rules
             assert r.key not in self._by_key, f"request {r.key} was added twice"
             self._by_key[r.key] = r
-        self.waiting.append(request)
+        enqueue(self.waiting, request)
 
     def abort(self, request_id: str, index: int | None = None) -> list[Request]:
         """End a choice of the request, or all; their blocks and pins are free on return."""

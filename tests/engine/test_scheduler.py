@@ -119,6 +119,7 @@ def make_request(
     n: int = 1,
     stop: tuple[int, ...] = (),
     tenant: str = "",
+    priority: int = 0,
     **sampling_changes: float | str,
 ) -> Request:
     sampling = SamplingParams(
@@ -129,7 +130,8 @@ def make_request(
     )
     scope = CacheScope(tenant=tenant, adapter_digest=adapter_digest)
     first, *forks = [
-        Request(request_id, prompt, sampling, 0.0, scope=scope, index=i) for i in range(n)
+        Request(request_id, prompt, sampling, 0.0, scope=scope, priority=priority, index=i)
+        for i in range(n)
     ]
     first.forks = forks
     return first
@@ -189,6 +191,7 @@ class Traffic(RuleBasedStateMachine):
         tenant=st.sampled_from(["s", "t"]),
         min_tokens=st.sampled_from([0, 0, 5]),
         penalty=st.sampled_from([0.0, 0.0, 0.5]),
+        priority=st.sampled_from([0, 0, 1, -1]),
     )
     def add(
         self,
@@ -200,6 +203,7 @@ class Traffic(RuleBasedStateMachine):
         tenant: str,
         min_tokens: int,
         penalty: float,
+        priority: int,
     ) -> None:
         number = len(self.added)
         request = make_request(
@@ -211,6 +215,7 @@ class Traffic(RuleBasedStateMachine):
             seed=number,
             stop=(3, 4, 5, 6),
             tenant=tenant,
+            priority=priority,
             min_tokens=min(min_tokens, max_tokens),
             presence_penalty=penalty,
         )
@@ -575,3 +580,27 @@ def test_requests_of_a_grammar_that_is_refused_end_and_others_stay() -> None:
     assert requests[0].finish_reason == FinishReason.ERROR
     world.scheduler.set_grammar_ready("b")
     assert world.run() == [requests[1]]
+
+
+# ---- priorities ----
+
+
+@pytest.mark.parametrize(
+    ("queued", "order"),
+    [
+        ("s0 s0 t0", "s0 s0 t0"),
+        ("s0 s1 s0 s-1", "s-1 s0 s0 s1"),
+        ("s2 t0 s1 t-1 s1", "s1 t-1 s1 t0 s2"),  # each tenant's own places
+        ("t0 t0 s-9", "t0 t0 s-9"),
+    ],
+)
+def test_priorities_order_the_requests_of_a_tenant(queued: str, order: str) -> None:
+    world = make_world(max_num_seqs=1)
+    for at, name in enumerate(queued.split()):
+        request = make_request(f"{name} {at}", [1], tenant=name[0], priority=int(name[1:]))
+        world.scheduler.add(request)
+    ended = [request.request_id.split() for request in world.run()]
+    assert " ".join(name for name, _ in ended) == order
+    for name in set(queued.split()):
+        numbers = [int(number) for other, number in ended if other == name]
+        assert numbers == sorted(numbers), "equal ones go in the order in which they came"

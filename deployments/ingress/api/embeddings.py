@@ -29,7 +29,7 @@ class EmbeddingRequest(Model):
     # Accepted and ignored: they do not change the vectors.
     user: Any = None
     metadata: Any = None
-    priority: Priority = None
+    priority: Priority | None = None
 
 
 class EmbeddingForm:

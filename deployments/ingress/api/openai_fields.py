@@ -22,7 +22,12 @@ from pydantic import (
 )
 
 from deployments.ingress.http_errors import ApiError, invalid
-from engine.scheduler.request import MAX_ALLOWED_TOKEN_IDS, MAX_LOGIT_BIASES, MAX_STOP_TOKEN_IDS
+from engine.scheduler.request import (
+    MAX_ALLOWED_TOKEN_IDS,
+    MAX_LOGIT_BIASES,
+    MAX_PRIORITY,
+    MAX_STOP_TOKEN_IDS,
+)
 
 MAX_FIELDS = 256  # of one object
 MAX_STOPS = 16
@@ -198,9 +203,7 @@ BadWords = Annotated[
 AllowedIds = Annotated[
     list[int], Field(fail_fast=True, min_length=1, max_length=MAX_ALLOWED_TOKEN_IDS)
 ]
-Priority = Annotated[
-    Any, _only(0, Literal[0] | None, "requests are served in the order in which they come")
-]
+Priority = Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)]
 LengthPenalty = Annotated[Any, _only(1, Literal[1] | None, "there is no beam search")]
 NoBeams = Annotated[
     Any,

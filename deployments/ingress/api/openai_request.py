@@ -91,7 +91,7 @@ class OpenAIRequest(Model):
     truncate_prompt_tokens: int | None = Field(None, ge=-1)
     return_tokens_as_token_ids: bool | None = None
     request_id: RequestId | None = None
-    priority: Priority = None
+    priority: Priority | None = None  # lower ones go first among the tenant's that wait
     length_penalty: LengthPenalty = None
     use_beam_search: NoBeams = None
     spaces_between_special_tokens: bool | None = None  # only slow tokenizers have them

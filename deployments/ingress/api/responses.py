@@ -9,7 +9,14 @@ from pydantic import BeforeValidator, Field, StringConstraints, model_validator
 
 from deployments.ingress.api.objects import read_object, unsupported, wrong
 from deployments.ingress.api.openai import ChatCompletionRequest, Effort
-from deployments.ingress.api.openai_fields import Model, Nothing, Number, parse_request, short
+from deployments.ingress.api.openai_fields import (
+    Model,
+    Nothing,
+    Number,
+    Priority,
+    parse_request,
+    short,
+)
 from deployments.ingress.api.responses_input import Input, input_names, without_oldest_turns
 from engine.scheduler.request import MAX_LOGPROBS
 
@@ -158,6 +165,7 @@ class ResponsesRequest(Model):
     repetition_penalty: Number | None = None
     seed: int | None = None
     cache_salt: str | None = None
+    priority: Priority | None = None
 
     # Accepted and ignored: they do not change the tokens. Answers repeat those that have a type.
     metadata: Annotated[dict[Key, Value], Field(max_length=16)] | None = None
@@ -210,7 +218,7 @@ class ResponsesRequest(Model):
     def _fields(self) -> dict[str, Any]:
         system = [{"role": "system", "content": self.instructions}] if self.instructions else []
         same = ("model", "temperature", "top_p", "stream", "tool_choice", "parallel_tool_calls")
-        extras = ("top_k", "min_p", "repetition_penalty", "seed", "cache_salt")
+        extras = ("top_k", "min_p", "repetition_penalty", "seed", "cache_salt", "priority")
         return {
             **{name: getattr(self, name) for name in (*same, *extras)},
             "messages": [*system, *(message.document for message in self.input)],

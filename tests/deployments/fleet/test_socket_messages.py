@@ -33,6 +33,7 @@ KNOWN_SHAPES = {
     6: "59493099d36a64f6",
     7: "41304643d6fb09bf",
     8: "fd501eb8b071ab65",  # end tokens of adapters
+    9: "6506a097920400ff",  # priorities
 }
 
 

@@ -116,8 +116,9 @@ def test_an_answer_holds_no_bad_word_and_allowed_tokens_alone(folder: Path) -> N
 def test_fields_reach_the_engine(path: str) -> None:
     async def test(server: Server) -> None:
         await ask(
-            server, path, bad_words=["ab", " ab", "c"], allowed_token_ids=[65, 66], priority=0
+            server, path, bad_words=["ab", " ab", "c"], allowed_token_ids=[65, 66], priority=-3
         )
+        assert server.engine.requests[0].priority == -3
         sampling = server.engine.requests[0].sampling
         assert sampling.bad_words == ((97, 98), (99,))
         assert sampling.allowed_token_ids == (65, 66)
@@ -170,7 +171,7 @@ def test_a_requests_own_id_names_the_answer_and_nothing_in_the_engine(path: str)
 @pytest.mark.parametrize(
     "fields",
     [
-        {"priority": 0, "length_penalty": 1.0, "use_beam_search": False},
+        {"priority": None, "length_penalty": 1.0, "use_beam_search": False},
         {"spaces_between_special_tokens": False},
         {"prompt_logprobs": None, "bad_words": None, "best_of": None, "documents": None},
     ],
@@ -190,7 +191,7 @@ def test_what_changes_nothing_is_accepted(path: str, fields: dict[str, Any]) -> 
         ({"prompt_logprobs": -1}, "prompt_logprobs", "greater than or equal to 0"),
         ({"prompt_logprobs": 21}, "prompt_logprobs", "less than or equal to 20"),
         ({"prompt_logprobs": 1, "stream": True}, "prompt_logprobs", "not allowed in a stream"),
-        ({"priority": 3}, "priority", "must be 0, not 3: requests are served in the order"),
+        ({"priority": 2**31}, "priority", "less than or equal to 2147483647"),
         ({"length_penalty": 0.5}, "length_penalty", "must be 1, not 0.5: there is no beam"),
         ({"use_beam_search": True}, "use_beam_search", "must be False, not True"),
         ({"bad_words": ["a", " "]}, "bad_words", "texts of 1 to 256 characters"),
