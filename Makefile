@@ -7,7 +7,7 @@ CONFIG ?= configs/dev-cpu.yaml
 PORT ?= 8000
 INSTALL = .venv/bin/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: serve test coverage clients chaos lint bench lock
+.PHONY: serve test coverage slow clients chaos lint bench lock
 
 serve: .venv/demo.stamp
 	@exec .venv/bin/reef serve --config $(CONFIG) --port $(PORT)
@@ -18,6 +18,10 @@ test: .venv/dev.stamp .venv-clients/stamp .venv-swift/stamp
 # Apart from `test`: it makes the tests a quarter slower.
 coverage: .venv/dev.stamp .venv-clients/stamp .venv-swift/stamp
 	.venv/bin/pytest --cov --cov-report=term
+
+# What `test` leaves out: every client, made-up requests, sanitizers, long walks.
+slow: .venv/dev.stamp .venv-clients/stamp .venv-swift/stamp .venv-schemathesis/stamp clients
+	.venv/bin/pytest -m slow
 
 # An environment for each client of tests/clients/*/: 2.5 GB, guidellm's torch included.
 clients: $(patsubst tests/clients/%/requirements.txt,.venv-clients.d/%/stamp,\
@@ -65,7 +69,7 @@ lock: | .venv/bin/python
 	@$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -r $<
 	@touch $@
 
-# So does what makes up requests (`pytest -m slow`).
+# So does what makes up requests.
 .venv-schemathesis/stamp: tests/schemathesis/requirements.txt
 	$(PYTHON) -m venv .venv-schemathesis
 	.venv-schemathesis/bin/python -m pip install --quiet --disable-pip-version-check -r $<

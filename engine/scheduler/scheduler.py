@@ -13,9 +13,9 @@ dropped row writes is overwritten before any later row reads it.
 
 One step mixes decodes with chunks of prompts under `max_num_batched_tokens`. Running requests
 go first; waiting ones follow in the order of `waiting`, except that a request whose adapter is
-being loaded or proven, or whose grammar is being compiled, is passed over. When memory runs out, the
-request admitted last loses its blocks and is computed again later (preemption by recompute). Time
-enters only through `now`.
+being loaded or proven, or whose grammar is being compiled, is passed over. When memory runs out,
+the request admitted last loses its blocks and is computed again later (preemption by recompute).
+Time enters only through `now`.
 """
 
 from collections import deque

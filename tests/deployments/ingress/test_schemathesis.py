@@ -41,7 +41,7 @@ async def listening(server: Server) -> AsyncIterator[str]:
 
 
 def test_no_made_up_request_is_a_5xx_or_answered_otherwise_than_documented(tmp_path: Path) -> None:
-    assert PROGRAM.exists(), "make .venv-schemathesis/stamp"
+    assert PROGRAM.exists(), "`make slow` makes its environment"
 
     async def test() -> None:
         # An engine that goes on behind the end, for those that ask it to.
