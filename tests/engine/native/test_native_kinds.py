@@ -38,7 +38,8 @@ def only_this_isa(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def native_engine(folder: Path, **changes: Any) -> Engine:
-    engine = make_engine(folder, dtype="bfloat16", block_size=16, num_threads=2, **changes)
+    defaults = {"dtype": "bfloat16", "block_size": 16, "num_threads": 2, "adapter_proof": "off"}
+    engine = make_engine(folder, **{**defaults, **changes})
     assert engine.info.kernels.startswith("native-")
     return engine
 
