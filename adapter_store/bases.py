@@ -105,6 +105,11 @@ def weight_files(model_folder: Path) -> list[Path]:
     return [model_folder / name for name in names]
 
 
+def is_module_weight(tensor: str) -> bool:
+    """Check whether a tensor of a model is the weight of a module that adapters may change."""
+    return _MODULE.fullmatch(tensor) is not None
+
+
 def _read_config(model_folder: Path) -> dict[str, Any]:
     config: dict[str, Any] = json.loads((model_folder / CONFIG_NAME).read_bytes())
     return {key: value for key, value in config.items() if key not in _PROVENANCE_KEYS}

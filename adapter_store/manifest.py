@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from adapter_store.bases import BaseModel
+from adapter_store.conversion.record import ConversionRecord, parse_record
 from adapter_store.errors import AdapterInvalid, StoreCorrupt
 from adapter_store.layout import (
     WEIGHTS_NAME,
@@ -28,6 +29,7 @@ from adapter_store.own_files import OWN_NAMES, read_own_files
 from adapter_store.peft_config import CONFIG_NAME, LoraSettings
 from adapter_store.recipes import Recipe, parse_recipe
 from adapter_store.safetensors_file import find_not_finite, hash_file
+from adapter_store.tensor_causes import unknown_module
 from adapter_store.wrapped_names import plain_name, whole_name
 
 MANIFEST_NAME = "manifest.json"
@@ -55,6 +57,7 @@ class AdapterManifest:
     modules: Mapping[str, LoraModule]
     recipe: Recipe | None = None  # of an adapter that is combined from others
     replaced: Mapping[str, SavedTensor] = field(default_factory=dict[str, SavedTensor])
+    conversion: ConversionRecord | None = None  # of an upload that was no PEFT LoRA folder
 
     @property
     def target_modules(self) -> tuple[str, ...]:
@@ -65,7 +68,7 @@ class AdapterManifest:
         """Encode the manifest for the object store; the inverse of `parse_manifest`."""
         fields = asdict(self)
         fields["modules"] = {name: _set_ones(m) for name, m in fields["modules"].items()}
-        for name in ("recipe", "replaced"):
+        for name in ("recipe", "replaced", "conversion"):
             if not fields[name]:
                 del fields[name]
         return json.dumps(fields, indent=1, sort_keys=True).encode()
@@ -93,11 +96,16 @@ def is_digest(text: str) -> bool:
     return _DIGEST.fullmatch(text) is not None
 
 
-def prepare(folder: Path, base: BaseModel, on_bytes: OnBytes) -> PreparedAdapter:
+def prepare(
+    folder: Path,
+    base: BaseModel,
+    on_bytes: OnBytes,
+    conversion: ConversionRecord | None = None,
+) -> PreparedAdapter:
     """Check an upload completely, weights included, and compute its digest.
 
-    Reads the weights twice; `on_bytes` is called with the bytes read since its last call. Raises
-    AdapterInvalid.
+    Reads the weights twice; `on_bytes` is called with the bytes read since its last call. A record
+    of the folder's conversion is kept in the manifest. Raises AdapterInvalid.
     """
     settings, tensors = read_adapter(folder)
     layout = layout_of(settings, tensors)
@@ -132,6 +140,7 @@ def prepare(folder: Path, base: BaseModel, on_bytes: OnBytes) -> PreparedAdapter
         files=files,
         modules=layout.modules,
         replaced=layout.replaced,
+        conversion=conversion,
     )
     return PreparedAdapter(manifest, config, weights, own_files)
 
@@ -151,8 +160,14 @@ def parse_manifest(raw: bytes, digest: str) -> AdapterManifest:
         }
         found = data.pop("recipe", None)
         recipe = None if found is None else parse_recipe(found)
+        origin = data.pop("conversion", None)
         manifest = AdapterManifest(
-            **data, files=files, modules=modules, recipe=recipe, replaced=replaced
+            **data,
+            files=files,
+            modules=modules,
+            recipe=recipe,
+            replaced=replaced,
+            conversion=None if origin is None else parse_record(origin),
         )
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise StoreCorrupt(f"the manifest of {digest} is damaged: {error!r}") from error
@@ -228,7 +243,7 @@ def _check_base(layout: LoraLayout, base: BaseModel) -> None:
     for name, module in layout.modules.items():
         shape = known.get(whole_name(name))
         if shape is None:
-            raise AdapterInvalid(f"{name} is not a module of the base that can carry an adapter")
+            raise AdapterInvalid(unknown_module(name, base.modules))
         if shape != (module.out_features, module.in_features):
             raise AdapterInvalid(
                 f"{name} is {shape[0]} x {shape[1]} in the base, but the adapter was made for "

@@ -130,6 +130,11 @@ class LoraSettings:
 
 def read_settings(folder: Path) -> LoraSettings:
     """Read the settings of an adapter folder; AdapterInvalid with the key, value and reason."""
+    return settings_of(read_config(folder))
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Read the configuration as it is written. Raises AdapterInvalid."""
     path = folder / CONFIG_NAME
     try:
         if path.stat().st_size > MAX_CONFIG_BYTES:
@@ -141,16 +146,18 @@ def read_settings(folder: Path) -> LoraSettings:
         raise AdapterInvalid(f"{path} cannot be read: {error}") from error
     if not isinstance(config, dict):
         raise AdapterInvalid(f"{path} is not a JSON object")
-    return _settings(cast("dict[str, Any]", config))
+    return cast("dict[str, Any]", config)
 
 
-def _settings(config: dict[str, Any]) -> LoraSettings:
+def settings_of(config: dict[str, Any]) -> LoraSettings:
+    """Read the settings of a configuration; AdapterInvalid with the key, value and reason."""
     _refuse_unserved(config)
     budget = Budget()
     use_dora, lora_bias = _flag(config, "use_dora"), _flag(config, "lora_bias")
     if use_dora and lora_bias:
         raise AdapterInvalid("use_dora=True with lora_bias=True is not served: PEFT refuses it too")
-    bias = config.get("bias") or "none"
+    bias = config.get("bias", "none")
+    bias = "none" if bias is None else bias
     if bias not in BIASES:
         raise AdapterInvalid(f"bias={bias!r} must be one of {', '.join(BIASES)}")
     rank_pattern: dict[str, Any] = _mapping(config, "rank_pattern")
@@ -178,17 +185,21 @@ def _settings(config: dict[str, Any]) -> LoraSettings:
 def _refuse_unserved(config: dict[str, Any]) -> None:
     if "peft_type" not in config and "lora_parameters" in config:
         raise AdapterInvalid(
-            f"{CONFIG_NAME} with lora_parameters is MLX's, which is not served; convert the "
-            "adapter to PEFT: each lora_a transposed is a lora_A.weight, each lora_b transposed a "
-            "lora_B.weight, and lora_alpha is scale * rank"
+            f"{CONFIG_NAME} with lora_parameters is MLX's, which is not served as it stands; "
+            "publish it with --convert, or make a PEFT folder: each lora_a transposed is a "
+            "lora_A.weight, each lora_b transposed a lora_B.weight, and lora_alpha is scale * rank"
         )
     if config.get("peft_type") != "LORA":
-        raise AdapterInvalid(f"peft_type={config.get('peft_type')!r} is not served, only 'LORA'")
+        raise AdapterInvalid(
+            f"peft_type={config.get('peft_type')!r} is not served, only 'LORA'; --convert makes "
+            "LoRA of what changes weights"
+        )
     init = config.get("init_lora_weights", True)
     if init not in NEUTRAL_INITS:
         raise AdapterInvalid(
             f"init_lora_weights={init!r} also changed the base's weights; save the adapter with "
-            "PEFT's path_initial_model_for_weight_conversion"
+            "PEFT's path_initial_model_for_weight_conversion, or publish it with --convert and "
+            "--initial-adapter"
         )
     for key, value in config.items():
         if key in NEUTRAL_VALUES:
@@ -206,6 +217,9 @@ def _targets(config: dict[str, Any], budget: Budget) -> Targets:
     modules, layers = config.get("target_modules"), _layers(config.get("layers_to_transform"))
     if modules is None:
         raise AdapterInvalid("target_modules is missing: name the modules that the adapter changes")
+    if config.get("layers_pattern") and config.get("layers_to_transform") is None:
+        pattern = config["layers_pattern"]
+        raise AdapterInvalid(f"layers_pattern={pattern!r} needs layers_to_transform, as in PEFT")
     if isinstance(modules, str) and layers:
         raise AdapterInvalid(f"layers_to_transform={layers} needs target_modules to be a list")
     layer_patterns = [
@@ -259,7 +273,9 @@ def _suffix(key: str, pattern: str, budget: Budget) -> Pattern:
 
 
 def _mapping(config: dict[str, Any], key: str) -> dict[str, Any]:
-    value: Any = config.get(key) or {}
+    value: Any = config.get(key)
+    if value is None:
+        return {}
     if not isinstance(value, dict):
         raise AdapterInvalid(f"{key}={value!r} must map module names to numbers")
     return cast("dict[str, Any]", value)

@@ -147,7 +147,9 @@ def _parse_json(raw: bytes) -> dict[str, Any]:
 
 
 def _check_limits(header: dict[str, Any], limits: HeaderLimits) -> None:
-    metadata = header.get("__metadata__", {})
+    metadata = header.get("__metadata__")
+    if metadata is None:  # MLX writes null
+        metadata = {}
     if not isinstance(metadata, dict):
         raise ValueError("its __metadata__ is not a JSON object")
     num_chars = 0

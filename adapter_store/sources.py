@@ -10,14 +10,17 @@ from adapter_store.peft_config import CONFIG_NAME
 
 
 def local_folder(source: str | Path) -> Path:
-    """Return the folder of an upload; SourceUnavailable if it is remote or does not exist."""
+    """Return the folder of an upload, or its one file if that is llama.cpp's.
+
+    Raises SourceUnavailable if it is remote or does not exist.
+    """
     scheme, separator, _ = str(source).partition("://")
     if separator:
         raise SourceUnavailable(
             f"source {source}: {scheme}:// is not supported in this version, use a local folder"
         )
     folder = Path(source)
-    if not folder.is_dir():
+    if not folder.is_dir() and not (folder.is_file() and folder.suffix == ".gguf"):
         raise SourceUnavailable(f"source {source} is not a folder")
     return folder
 

@@ -15,6 +15,8 @@ from urllib.parse import unquote, urlsplit
 
 from adapter_store.bases import BaseModel, describe_base, parse_base
 from adapter_store.blobs import Blobs
+from adapter_store.conversion.options import ConversionOptions
+from adapter_store.conversion.upload import converted_upload
 from adapter_store.disk_cache import DiskCache
 from adapter_store.errors import (
     AccessDenied,
@@ -85,6 +87,7 @@ class AdapterStore:
         self._registry = Registry(self._objects, wall_clock, self._log_reader)
         self._collector = Collector(self._objects, self._registry)
         self._scratch = disk_path / ".bases"
+        self._uploads = disk_path / ".uploads"
         self._interval_s = refresh_interval_s
         self._clock = clock
         self._merging = threading.Lock()
@@ -158,8 +161,12 @@ class AdapterStore:
         on_bytes: OnBytes = _ignore,
         *,
         only_new: bool = False,
+        conversion: ConversionOptions | None = None,
     ) -> AdapterRef:
         """Check a PEFT folder, store it and make it the name's next version.
+
+        With `conversion`, the folder may hold what other trainers and methods write; then
+        `on_bytes` counts its bytes once more.
 
         If the name's latest version has the same content, that one is returned. `on_bytes` is
         called with the bytes processed since its last call, perhaps from another thread; each byte
@@ -171,8 +178,9 @@ class AdapterStore:
         check_name("adapter", name)
         upload = local_folder(folder)
         model = self.base_model(base)
-        prepared = prepare(upload, model, on_bytes)
-        return publish(self._blobs, self._registry, tenant, name, prepared, on_bytes, only_new)
+        with converted_upload(upload, model, conversion, self._uploads, on_bytes) as ready:
+            prepared = prepare(ready.folder, model, on_bytes, ready.record)
+            return publish(self._blobs, self._registry, tenant, name, prepared, on_bytes, only_new)
 
     @property
     def damage(self) -> str | None:

@@ -4,10 +4,17 @@ Each success prints one line on stdout.
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
 import click
 
+from reef.convert_options import (
+    ConvertFlags,
+    conversion_options,
+    convert_options,
+    note_conversion,
+    upload_bytes,
+)
 from reef.progress import progress
 from reef.store_options import DEFAULT_TENANT, with_store, with_store_to_read
 
@@ -25,19 +32,34 @@ tenant_option = click.option(
 @click.option("--name", required=True, help="The adapter's name.")
 @click.option("--base", help="A model folder, or the first digits of a fingerprint.")
 @tenant_option
+@convert_options
 @with_store
-def publish(store: "AdapterStore", folder: str, name: str, base: str | None, tenant: str) -> None:
-    """Store a PEFT FOLDER as a name's next version."""
-    from adapter_store.bases import CONFIG_NAME
-    from adapter_store.layout import WEIGHTS_NAME
+def publish(
+    store: "AdapterStore",
+    folder: str,
+    name: str,
+    base: str | None,
+    tenant: str,
+    **conversion: Unpack[ConvertFlags],
+) -> None:
+    """Store a PEFT FOLDER as a name's next version.
 
+    With --convert, FOLDER may also hold an adapter of MLX or llama.cpp, of another method of PEFT,
+    or a model that was trained as a whole.
+    """
+    from adapter_store.bases import CONFIG_NAME
+
+    base_folder = None
     if base is not None and (Path(base) / CONFIG_NAME).is_file():
-        base = _register(store, Path(base))
-    weights = Path(folder) / WEIGHTS_NAME
-    num_bytes = weights.stat().st_size if weights.is_file() else 0
+        base_folder = Path(base)
+        base = _register(store, base_folder)
+    options = conversion_options(base_folder, **conversion)
+    num_bytes = upload_bytes(Path(folder))
     with progress("checking and copying", 3 * num_bytes) as on_bytes:
-        ref = store.publish(folder, tenant, name, base, on_bytes)
+        ref = store.publish(folder, tenant, name, base, on_bytes, conversion=options)
     click.echo(f"published {ref.tenant}/{ref.name}@{ref.version} as {ref.digest}")
+    if options is not None:
+        note_conversion(store.manifest(ref))
     _note_own_files(store.own_files(ref))
 
 

@@ -414,7 +414,7 @@ def test_a_module_that_the_base_lacks_is_named(
         return {name.replace("layers.1.", "layers.7."): t for name, t in tensors.items()}
 
     folder = changed(peft_folder, tmp_path / "a", tensors=deeper)
-    refused(check, folder, "model.layers.7.self_attn.q_proj", "not a module of the base")
+    refused(check, folder, "model.layers.7.self_attn.q_proj", "the base has 2 layers")
 
 
 def test_a_module_that_the_config_does_not_target_is_refused(

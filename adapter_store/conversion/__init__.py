@@ -1,0 +1,1 @@
+"""Turn what other trainers and methods write into PEFT LoRA folders."""

@@ -1,0 +1,104 @@
+"""Convert an upload into a PEFT LoRA folder, one module at a time."""
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from adapter_store.conversion.base_weights import base_weights
+from adapter_store.conversion.change import Factors, Source
+from adapter_store.conversion.fine_tune import FineTune, is_model
+from adapter_store.conversion.folder_writer import FolderWriter
+from adapter_store.conversion.gguf_upload import GgufUpload
+from adapter_store.conversion.low_rank import low_rank
+from adapter_store.conversion.mlx import MlxUpload, is_mlx
+from adapter_store.conversion.options import DEFAULT_RANK, EXACT_RANK, ConversionOptions
+from adapter_store.conversion.peft_upload import PeftUpload
+from adapter_store.conversion.record import ConversionRecord
+from adapter_store.conversion.subtracted_init import SubtractedInit, changes_base
+from adapter_store.errors import AdapterInvalid
+from adapter_store.object_store import OnBytes
+from adapter_store.own_files import UPLOADED_FILES
+from adapter_store.peft_config import CONFIG_NAME, read_config
+from adapter_store.tensor_causes import unknown_module
+from adapter_store.wrapped_names import plain_name, whole_name
+
+
+def open_upload(folder: Path, options: ConversionOptions) -> Source | None:
+    """Find out what form an upload has; None if it is a PEFT LoRA folder. Raises AdapterInvalid.
+
+    The upload is a folder, or one file of llama.cpp's.
+    """
+    if (gguf := _gguf_file(folder)) is not None:
+        return GgufUpload(gguf, options.base_folder)
+    if is_model(folder):
+        return FineTune(folder, options.base_folder)
+    config = read_config(folder)
+    if is_mlx(config):
+        return MlxUpload(folder, config)
+    if config.get("peft_type") == "LORA":
+        changed = changes_base(config)
+        return SubtractedInit(folder, config, options.initial_folder) if changed else None
+    return PeftUpload(folder, config, base_weights(options.base_folder))
+
+
+def convert(
+    source: Source,
+    base_modules: Mapping[str, tuple[int, int]],
+    options: ConversionOptions,
+    folder: Path,
+    on_bytes: OnBytes,
+) -> ConversionRecord:
+    """Write what a source is as a PEFT LoRA folder; return what of it is not exact.
+
+    `on_bytes` is called with the bytes of the source converted since its last call. Raises
+    AdapterInvalid if a module does not fit the base or its residual is too large.
+    """
+    shapes = {whole_name(plain_name(name)): shape for name, shape in base_modules.items()}
+    residuals: dict[str, float] = {}
+    with FolderWriter(folder, list(source.modules)) as writer:
+        for module, nbytes in source.modules.items():
+            shape = shapes.get(whole_name(module))
+            if shape is None:
+                raise AdapterInvalid(unknown_module(module, base_modules))
+            factors, residual = _factors(source, module, shape, options)
+            if residual:
+                residuals[module] = residual
+            writer.add(module, factors)
+            on_bytes(nbytes)
+        writer.finish()
+    return ConversionRecord(source.name, residuals)
+
+
+def _gguf_file(upload: Path) -> Path | None:
+    if upload.is_file():
+        return upload if upload.suffix == ".gguf" else None
+    files = sorted(upload.glob("*.gguf"))
+    if not files or (upload / CONFIG_NAME).exists():
+        return None
+    if len(files) > 1:
+        raise AdapterInvalid(f"{upload} has {len(files)} GGUF files: name one of them")
+    return files[0]
+
+
+def copy_own_files(source: Path, target: Path) -> None:
+    """Keep what is read beside the weights."""
+    for name in UPLOADED_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+
+
+def _factors(
+    source: Source, module: str, shape: tuple[int, int], options: ConversionOptions
+) -> tuple[Factors, float]:
+    change = source.change(module, shape)
+    if isinstance(change, Factors):
+        return change, 0.0
+    limits = options.lora_rank or DEFAULT_RANK, options.lora_rank or EXACT_RANK
+    product, residual = low_rank(change, *limits)
+    if residual > options.max_residual:
+        raise AdapterInvalid(
+            f"{module}: factors of rank {product.a.shape[0]} miss {residual:.3g} of the change "
+            f"(relative Frobenius norm), and {options.max_residual:g} is allowed: convert it with "
+            "a higher rank, or allow more with --max-residual"
+        )
+    return Factors(product.a, product.b, ("F32", "F32"), 1.0), residual
