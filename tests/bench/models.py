@@ -95,9 +95,14 @@ def write_config(shape: Shape, folder: Path) -> None:
     _write_json(folder / "config.json", _model_config(shape))
 
 
-def make_adapters(shape: Shape, count: int, ranks: Sequence[int] = RANKS) -> list[Path]:
-    """Return PEFT folders with all seven linear modules, with these ranks in turn."""
-    return [_make_adapter(shape, i, ranks[i % len(ranks)]) for i in range(count)]
+def make_adapters(
+    shape: Shape, count: int, ranks: Sequence[int] = RANKS, invocation: Sequence[int] = ()
+) -> list[Path]:
+    """Return PEFT folders with all seven linear modules, with these ranks in turn.
+
+    With `invocation` they are aLoRAs of the same weights, which these tokens switch on.
+    """
+    return [_make_adapter(shape, i, ranks[i % len(ranks)], invocation) for i in range(count)]
 
 
 # ==== a model ====
@@ -150,13 +155,17 @@ def _ones(size: int) -> torch.Tensor:
 # ==== an adapter ====
 
 
-def _make_adapter(shape: Shape, index: int, lora_rank: int) -> Path:
-    folder = CACHE / shape.name / "adapters" / f"a{index:04d}-r{lora_rank}"
+def _make_adapter(shape: Shape, index: int, lora_rank: int, invocation: Sequence[int]) -> Path:
+    kind = "-".join(["", "alora", *map(str, invocation)]) if invocation else ""
+    folder = CACHE / shape.name / "adapters" / f"a{index:04d}-r{lora_rank}{kind}"
     if not folder.exists():
         with _written_whole(folder) as partial:
             tensors = _adapter_tensors(shape, lora_rank, seed=1000 + index)
             save_file(tensors, partial / "adapter_model.safetensors", {"format": "pt"})
-            _write_json(partial / "adapter_config.json", _adapter_config(shape, lora_rank))
+            config = _adapter_config(shape, lora_rank)
+            if invocation:
+                config["alora_invocation_tokens"] = list(invocation)
+            _write_json(partial / "adapter_config.json", config)
     return folder
 
 
