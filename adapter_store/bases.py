@@ -14,6 +14,7 @@ from typing import Any
 from adapter_store.base_text import NO_TEXT, BaseText, base_text_of, describe_text
 from adapter_store.errors import BaseInvalid, StoreCorrupt
 from adapter_store.object_store import OnBytes
+from adapter_store.packed_shapes import packed_shapes
 from adapter_store.safetensors_file import hash_file, read_header
 
 CONFIG_NAME = "config.json"
@@ -124,15 +125,18 @@ def _shapes(
     paths: list[Path],
 ) -> tuple[dict[str, tuple[int, int]], dict[str, tuple[int, ...]]]:
     """Return the shapes of the modules, and of all other weights and biases."""
-    modules: dict[str, tuple[int, int]] = {}
+    tensors = {name: (path, t) for path in paths for name, t in read_header(path).items()}
+    packed = packed_shapes(tensors)
+    modules = {name: shape for name, shape in packed.items() if is_module_weight(f"{name}.weight")}
     parameters: dict[str, tuple[int, ...]] = {}
-    for path in paths:
-        for name, tensor in read_header(path).items():
-            match = _MODULE.fullmatch(name)
-            if match and len(tensor.shape) == 2:
-                modules[match["module"]] = (tensor.shape[0], tensor.shape[1])
-            elif name.endswith((".weight", ".bias")):
-                parameters[name] = tensor.shape
+    for name, (_, tensor) in tensors.items():
+        match = _MODULE.fullmatch(name)
+        if match and match["module"] in packed:
+            continue
+        if match and len(tensor.shape) == 2:
+            modules[match["module"]] = (tensor.shape[0], tensor.shape[1])
+        elif name.endswith((".weight", ".bias")):
+            parameters[name] = tensor.shape
     if not modules:
         raise ValueError("it has no layers.N.(self_attn|mlp).*_proj.weight matrix")
     return dict(sorted(modules.items())), dict(sorted(parameters.items()))

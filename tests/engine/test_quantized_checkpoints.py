@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from adapter_store.bases import describe_base
 from engine import sizes as arithmetic
 from engine.backends.needs import arena_bytes
 from engine.backends.torch.ops import torch_build
@@ -181,6 +182,14 @@ def test_a_bitsandbytes_checkpoint_is_served_as_its_dequantized_model(
 ) -> None:
     folder = make_bnb(kind)
     assert_same_model(folder, with_weights(dense.folder, bnb_weights(folder)))
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8", "mixed"])
+def test_adapters_may_be_published_for_a_bitsandbytes_checkpoint(
+    kind: str, make_bnb: MakeBnb, dense: Tiny, tmp_path: Path
+) -> None:
+    expected = describe_base(dense.folder, tmp_path, lambda _: None)
+    assert describe_base(make_bnb(kind), tmp_path, lambda _: None).modules == expected.modules
 
 
 @pytest.mark.parametrize("blocksize", [32, 128])
@@ -364,6 +373,15 @@ def test_gptq_and_awq_weights_follow_their_format(
         torch.testing.assert_close(found, weight, rtol=0.0, atol=0.0)
         original = linears(dense.reference)[name].weight
         assert (weight - original).abs().mean() < 0.2 * original.abs().mean()
+
+
+@pytest.mark.parametrize("kind", ["gptq", "awq"])
+def test_adapters_may_be_published_for_a_gptq_or_awq_checkpoint(
+    kind: str, make_written: MakeWritten, dense: Tiny, tmp_path: Path
+) -> None:
+    expected = describe_base(dense.folder, tmp_path, lambda _: None)
+    found = describe_base(make_written(kind).folder, tmp_path, lambda _: None)
+    assert found.modules == expected.modules
 
 
 @pytest.mark.parametrize("kind", ["gptq", "gptq_v2", "awq"])
