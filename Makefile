@@ -13,7 +13,7 @@ serve: .venv/demo.stamp
 	@exec .venv/bin/reef serve --config $(CONFIG) --port $(PORT)
 
 test: .venv/dev.stamp .venv-clients/stamp .venv-swift/stamp
-	.venv/bin/pytest
+	.venv/bin/pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
 # Apart from `test`: it makes the tests a quarter slower.
 coverage: .venv/dev.stamp .venv-clients/stamp .venv-swift/stamp

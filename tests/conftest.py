@@ -34,3 +34,15 @@ def pytest_timeout_set_timer() -> Generator[None, object, object]:
     if seconds:
         signal.setitimer(signal.ITIMER_REAL, seconds, ALARM_AGAIN_S)
     return result
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Group tests for workers (`-n 2`): a file's in one, those that start Ray in one, and first.
+
+    Two clusters at once would be too much for two cores, and last they would leave a core idle.
+    """
+    items.sort(key=lambda item: item.get_closest_marker("ray") is None)
+    for item in items:
+        group = "ray" if item.get_closest_marker("ray") else str(item.path)
+        item.add_marker(pytest.mark.xdist_group(group))

@@ -55,10 +55,9 @@ GATED_ACTIVATIONS = {
 
 def store_kv(k: Tensor, v: Tensor, kv_layer: Tensor, slot_mapping: Tensor) -> None:
     block_size = kv_layer.shape[2]
-    for i, slot in enumerate(slot_mapping.tolist()):
-        block, offset = divmod(slot, block_size)
-        kv_layer[block, 0, offset] = k[i]
-        kv_layer[block, 1, offset] = v[i]
+    blocks, offsets = slot_mapping // block_size, slot_mapping % block_size
+    kv_layer[blocks, 0, offsets] = k
+    kv_layer[blocks, 1, offsets] = v
 
 
 def paged_attention(
@@ -74,11 +73,10 @@ def paged_attention(
     for i, context_len in enumerate(attention.context_lens):
         start, end = attention.cu_seqlens_q[i], attention.cu_seqlens_q[i + 1]
         k, v = _gather(kv_layer, attention.block_tables[i], context_len)
-        for row in range(start, end):
-            last = context_len - (end - row)  # this query's position
-            first = 0 if window is None else max(0, last - window + 1)
-            keys, values = k[first : last + 1], v[first : last + 1]
-            out[row] = _attend(q[row].float(), keys, values, scale, soft_cap)
+        places = torch.arange(context_len, device=q.device)
+        behind = places[start - end :, None] - places  # how far a key lies behind a query
+        is_seen = (behind >= 0) & (behind < (window or context_len))
+        out[start:end] = _attend(q[start:end].float(), k, v, is_seen, scale, soft_cap)
     return out
 
 
@@ -89,14 +87,20 @@ def _gather(kv_layer: Tensor, block_table: Tensor, length: int) -> tuple[Tensor,
     return blocks[:, 0].flatten(0, 1)[:length], blocks[:, 1].flatten(0, 1)[:length]
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, soft_cap: float | None) -> Tensor:
-    """Attend q [H, D] to k and v [L, H_kv, D] -> [H, D]; H / H_kv adjacent heads share keys."""
-    group = q.shape[0] // k.shape[1]
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, is_seen: Tensor, scale: float, soft_cap: float | None
+) -> Tensor:
+    """Attend q [N, H, D] to those of k and v [L, H_kv, D] that it sees [N, L] -> [N, H, D].
+
+    H / H_kv adjacent heads share keys.
+    """
+    group = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-    scores = torch.einsum("hd,lhd->hl", q, k) * scale
+    scores = torch.einsum("nhd,lhd->hnl", q, k) * scale
     if soft_cap is not None:
         scores = soft_cap * torch.tanh(scores / soft_cap)
-    return torch.einsum("hl,lhd->hd", scores.softmax(-1), v)
+    weights = scores.masked_fill(~is_seen, -torch.inf).softmax(-1)
+    return torch.einsum("hnl,lhd->nhd", weights, v)
 
 
 WEIGHT_OPS = WeightOps(pack_linear, float_head(pack_linear))

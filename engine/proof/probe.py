@@ -11,7 +11,7 @@ from engine.messages import AdapterFolder, GenerateRequest, RequestOutput
 from engine.scheduler.request import SamplingParams
 
 PREFIX = "\0probe "  # no client's request id holds a NUL
-NUM_PROMPT, NUM_OUTPUTS = 8, 3
+NUM_PROMPT, NUM_OUTPUTS = 8, 2
 NUM_OWN = 3  # tokens of the prompt whose rows the adapter replaces, if it does
 
 

@@ -71,7 +71,7 @@ def test_an_adapter_that_acts_is_proven_once(
     assert proof.effect > 5 * proof.margin / 2 and proof.error < proof.margin / 2
     steps = engine.stats.total_steps
     run(engine, [ask("again", adapter)])
-    assert engine.stats.total_steps == steps + 6
+    assert engine.stats.total_steps == steps + 6  # a step for each token
     assert engine.stats.total_output_tokens == 18
 
 

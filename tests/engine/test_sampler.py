@@ -96,7 +96,7 @@ def test_skipping_hopeless_tokens_changes_no_draw(seed: int, position: int, scal
         ({"top_p": 0.999}, TopPLogitsWarper(0.999)),
         ({"min_p": 0.1}, MinPLogitsWarper(0.1)),
     ],
-    ids=str,
+    ids=["top_k", "top_p", "high top_p", "min_p"],
 )
 @pytest.mark.parametrize("scale", [0.1, 3.0])
 def test_filters_exclude_what_transformers_excludes(

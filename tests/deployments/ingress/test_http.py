@@ -123,6 +123,7 @@ def test_another_encoding_is_415_and_says_which_there_is(encoding: str) -> None:
         (gzip.compress(BODY) * 2, "behind the end"),
         (gzip.compress(BODY)[:-8] + bytes(8), "not gzip"),  # the checksum
     ],
+    ids=range(7),
 )
 def test_what_is_no_gzip_is_400(raw: bytes, says: str) -> None:
     async def test(server: Server) -> None:
