@@ -130,6 +130,10 @@ class AdapterStore:
         if self._objects.get(key) != described:
             self._objects.put(key, described)
 
+    def fingerprint(self, model_folder: Path, on_bytes: OnBytes = _ignore) -> str:
+        """Hash a model folder; write nothing to the object store. Raises BaseInvalid."""
+        return describe_base(Path(model_folder), self._scratch, on_bytes).fingerprint
+
     def bases(self) -> tuple[str, ...]:
         """List the fingerprints of all known bases."""
         keys = self._objects.list("bases/")

@@ -11,6 +11,7 @@ from reef.demo import check
 from reef.gc import gc
 from reef.keys import new_key
 from reef.plan import plan
+from reef.prove import prove
 from reef.serve import serve
 from reef.verify import verify
 
@@ -21,7 +22,7 @@ def reef() -> None:
     """Serve LoRA adapters of one base model, and manage the store that they come from."""
 
 
-for command in (serve, publish, list_, alias, retire, verify, gc):
+for command in (serve, publish, list_, alias, retire, prove, verify, gc):
     reef.add_command(command)
 for command in (new_key, config_keys, plan, check, bench, completion):
     reef.add_command(command)

@@ -18,7 +18,7 @@ from engine.messages import AdapterFolder, GenerateRequest, RequestError, Reques
 from engine.model.decoder import Decoder
 from engine.proof.probe import acting_from, is_probe, probe_prompt, probe_request, take_logprobs
 from engine.proof.reference import Expected, expect
-from engine.proof.verdict import FLOOR, Proof, difference, judge
+from engine.proof.verdict import FLOOR, MAX_NOISE, Proof, difference, judge
 
 RETRY_S = 60.0  # a refused adapter may be proven anew after this time
 BASE = ""  # its "digest": the base is probed once, for the noise of its own logprobs
@@ -170,7 +170,8 @@ class Proofs:
     def _judge(self, probe: _Probe, base: list[float], adapted: list[float]) -> Proof | None:
         if probe.digest == BASE:
             self._noise = difference(probe.served, base)
-            log.debug("the base's own noise: %.3g", self._noise)
+            if self._noise > MAX_NOISE:
+                log.error("the base's own probe differs by %.3g from its reference", self._noise)
             return None
         _, weights = self._loaded.pop(probe.digest)
         proof = judge(

@@ -1,0 +1,36 @@
+"""Proves one adapter in this process, with an engine for nothing else."""
+
+import time
+
+from engine.config import EngineConfig
+from engine.engine import Engine
+from engine.messages import AdapterFolder, GenerateRequest
+from engine.proof.verdict import Proof
+from engine.scheduler.request import SamplingParams
+
+PAUSE_S = 0.001  # while the adapter is being read
+
+
+def prove_alone(config: EngineConfig, adapter_folder: AdapterFolder) -> Proof:
+    """Load the base and the adapter, and return the verdict on the adapter.
+
+    Its `failure` also tells of an adapter that cannot be loaded. Raises ConfigError, ModelError.
+    """
+    engine = Engine(config)
+    assert engine.proofs is not None, "adapter_proof is off"
+    try:
+        sampling = SamplingParams(max_tokens=1, temperature=0.0)
+        engine.add_request(GenerateRequest("", [0], sampling, adapter_folder=adapter_folder))
+        outputs = engine.step()
+        while not outputs:
+            if engine.is_idle:
+                time.sleep(PAUSE_S)
+            outputs = engine.step()
+        error = outputs[0].error
+    finally:
+        engine.close()
+    proof = engine.proofs.find(adapter_folder.digest)
+    if proof is None:
+        reason = "the request ended without a verdict" if error is None else error.message
+        return Proof(adapter_folder.digest, 0.0, 0.0, 0.0, failure=reason)
+    return proof

@@ -1,0 +1,71 @@
+"""`reef prove`: the verdict of the engine, with real bases, adapters and a store."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from engine.proof import proofs
+from reef.__main__ import main
+from tests.engine.support.driver import write_adapter
+from tests.engine.support.tiny import write_tiny
+
+Prove = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folders = [tmp_path_factory.mktemp(f"base{i}") for i in range(2)]
+    return [write_tiny(folders[0], "qwen2").folder, write_tiny(folders[1], "llama").folder]
+
+
+@pytest.fixture(scope="module")
+def options(bases: list[Path], tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Publish an adapter that acts and one of zeros."""
+    folder = tmp_path_factory.mktemp("store")
+    options = ["--root", f"file://{folder}/root", "--cache", str(folder / "cache")]
+    for name, alpha in (("acts", 16), ("zeros", 0)):
+        upload = write_adapter(bases[0], folder / name, lora_alpha=alpha).path
+        assert main(["publish", upload, "--name", name, "--base", str(bases[0]), *options]) == 0
+    return options
+
+
+@pytest.fixture
+def prove(options: list[str], capsys: pytest.CaptureFixture[str]) -> Prove:
+    def call(name: str, model: Path, *more: str) -> tuple[int, str, str]:
+        code = main(["prove", name, "--model", str(model), *more, *options])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+@pytest.mark.parametrize("quantization", ["none", "int8"])
+def test_an_adapter_that_acts_is_proven(prove: Prove, bases: list[Path], quantization: str) -> None:
+    code, out, err = prove("acts@1", bases[0], "--quantization", quantization)
+    assert (code, err) == (0, "")
+    assert out.startswith("public/acts@1 changes the logprobs of a probe by up to ")
+
+
+def test_one_that_changes_nothing_is_a_warning(prove: Prove, bases: list[Path]) -> None:
+    code, out, err = prove("zeros", bases[0])
+    assert code == 0 and "every B is zero" in err and "by up to 0;" in out
+
+
+def test_one_that_a_server_would_refuse_ends_with_its_reason(
+    prove: Prove, bases: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(proofs, "take_logprobs", lambda _: ([1, 2], [-1.0] * 9))
+    code, out, err = prove("acts", bases[0])
+    assert (code, out) == (1, "") and "does not act as its weights say" in err
+
+
+def test_another_base_an_unknown_name_and_a_bad_format_are_refused(
+    prove: Prove, bases: list[Path]
+) -> None:
+    code, _, err = prove("acts", bases[1])
+    assert code != 0 and "public/acts@1 was made for base " in err
+    code, _, err = prove("absent", bases[0])
+    assert code != 0 and "absent" in err
+    code, _, err = prove("acts", bases[0], "--quantization", "int3")
+    assert code != 0 and "quantization='int3' is not one of none, int8" in err
