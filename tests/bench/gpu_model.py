@@ -72,8 +72,8 @@ def random_quantized(
     return QuantizedWeight(quantization, codes, scales, group)
 
 
-def digest_of(lora_rank: int) -> str:
-    return f"rank-{lora_rank}"
+def digest_of(lora_rank: int, kind: str = "plain") -> str:
+    return f"{kind}-{lora_rank}"
 
 
 def random_adapter(

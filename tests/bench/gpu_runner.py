@@ -7,7 +7,7 @@ and each is launched before the tokens of the previous one have been read, as in
 import gc
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 
 import torch
@@ -19,6 +19,7 @@ from engine.backends.cuda.runner import DeviceRunner
 from engine.backends.cuda.streams import CudaDevice, Device, HostDevice
 from engine.backends.cuda.weight_ops import cuda_build
 from engine.backends.runner import StepHandle
+from engine.lora.weights import LoraWeights
 from engine.model.decoder import Decoder
 from engine.model.loader import weight_bytes
 from engine.model.spec import kv_bytes_per_token
@@ -28,12 +29,13 @@ from tests.bench.gpu_model import digest_of, random_adapter, random_decoder
 from tests.bench.gpu_setting import BLOCK_SIZE, Setting, decode_requests
 from tests.engine.support.fp8 import dequantized_mm
 
-RANK = 16
+RANK, PLAIN = 16, "plain"
 WARM_STEPS = 3  # at the start of every run of steps, not counted
 NOISE_BYTES = 2**30  # bytes written at a time
 SLEEP_CYCLES = 40_000_000  # some 20 ms: far longer than the host needs for a launch
 
 Launch = Callable[[ScheduledBatch], StepHandle]
+Change = Callable[[LoraWeights, str, Decoder], LoraWeights]  # a plain adapter, to one of this kind
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +60,10 @@ def sizes_of(setting: Setting) -> Sizes:
 class Bench:
     """Holds the model, the arena, and adapters of any rank in pinned host memory."""
 
-    def __init__(self, setting: Setting, quantization: str) -> None:
-        self.setting, self.sizes = setting, sizes_of(setting)
+    def __init__(
+        self, setting: Setting, quantization: str, change: Change = lambda weights, *_: weights
+    ) -> None:
+        self.setting, self.sizes, self._change = setting, sizes_of(setting), change
         on_cpu = setting.device.type == "cpu"
         self.device: Device = HostDevice() if on_cpu else CudaDevice(setting.device)
         build = cuda_build(
@@ -68,16 +72,18 @@ class Bench:
         self.decoder: Decoder = random_decoder(setting.shape, build, quantization, seed=0)
         self.arena = torch.empty(self.sizes.arena_bytes, dtype=torch.uint8, device=setting.device)
         _fill_with_noise(self.arena, setting.dtype)
-        self._adapters: dict[int, PackedAdapter] = {}
+        self._adapters: dict[str, PackedAdapter] = {}
         wake(setting.device)
 
-    def adapter(self, lora_rank: int) -> PackedAdapter:
-        """Return an adapter of this rank; all of a rank share these bytes, copied to each slot."""
-        if lora_rank not in self._adapters:
+    def adapter(self, lora_rank: int, kind: str = PLAIN) -> PackedAdapter:
+        """Return an adapter of this rank; all alike share these bytes, copied to each slot."""
+        digest = digest_of(lora_rank, kind)
+        if digest not in self._adapters:
             sites, device = self.decoder.lora_sites, self.setting.device
             weights = random_adapter(sites, lora_rank, self.setting.dtype, device)
-            self._adapters[lora_rank] = pack_adapter(weights, self.device)
-        return self._adapters[lora_rank]
+            weights = replace(self._change(weights, kind, self.decoder), digest=digest)
+            self._adapters[digest] = pack_adapter(weights, self.device)
+        return self._adapters[digest]
 
     def lane(
         self, max_rows: int, *, max_slots: int | None = None, side_stream: bool = False
@@ -89,7 +95,7 @@ class Bench:
             self.arena,
             StepLimits(max_rows, self.sizes.chunk, self.sizes.max_model_len, BLOCK_SIZE),
             AdapterLimits(max_slots or 2 * max_rows, 256),
-            lambda digest: self.adapter(int(digest.rpartition("-")[2])),
+            self._adapters.__getitem__,
             uses_graphs=True,
             lora_side_stream=side_stream,
         )
@@ -123,13 +129,14 @@ class Lane:
     def runner(self) -> DeviceRunner:
         return self.made.runner
 
-    def load(self, ranks: Sequence[int]) -> None:
+    def load(self, ranks: Sequence[int], kinds: Sequence[str] = ()) -> None:
         """Load adapters of these ranks to slots 1, 2, ..., from the arena's high end down."""
         end, loads = self.bench.arena.numel(), list[AdapterLoad]()
-        for slot, lora_rank in enumerate(ranks, 1):
-            nbytes = self.bench.adapter(lora_rank).nbytes
+        named = zip(ranks, kinds or [PLAIN] * len(ranks), strict=True)
+        for slot, (lora_rank, kind) in enumerate(named, 1):
+            nbytes = self.bench.adapter(lora_rank, kind).nbytes
             end -= nbytes
-            loads.append(AdapterLoad(slot, digest_of(lora_rank), end, nbytes))
+            loads.append(AdapterLoad(slot, digest_of(lora_rank, kind), end, nbytes))
         evictions = tuple(self._loaded)
         self._loaded = {load.slot: load.nbytes for load in loads}
         batch = ScheduledBatch((), adapter_evictions=evictions, adapter_loads=tuple(loads))

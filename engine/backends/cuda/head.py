@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -29,6 +30,7 @@ def with_head_site(weights: LoraWeights, vocab_size: int) -> LoraWeights:
     if head is None or head.factors is None:
         return weights
     a, b = head.factors
+    b = F.pad(b, (0, head.vocab_size - b.shape[1]))
     rows, is_new = head.rows.clone(), head.ids >= vocab_size
     added = b[:, head.ids[is_new]].float().T @ a.float()
     rows[is_new] = (rows[is_new].float() + added).to(rows.dtype)

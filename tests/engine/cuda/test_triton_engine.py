@@ -27,6 +27,7 @@ from tests.engine.support.driver import (
     write_adapter,
     write_mixed_adapters,
 )
+from tests.engine.support.kinds import write_kind
 from tests.engine.support.pooling import assert_close, pooled, vector_of, vectors
 from tests.engine.support.tiny import MODEL_TYPES, Tiny
 
@@ -52,7 +53,10 @@ def tiny(tiny_model: MakeTiny) -> Tiny:
 
 @pytest.fixture(scope="module")
 def adapters(tmp_path_factory: pytest.TempPathFactory, tiny: Tiny) -> list[AdapterFolder]:
-    return write_mixed_adapters(tiny.folder, tmp_path_factory.mktemp("adapters"))
+    """Write the usual ones, and instead of one of them DoRA with biases."""
+    folder = tmp_path_factory.mktemp("adapters")
+    dora = write_kind(tiny.folder, folder / "dora", r=5, use_dora=True, bias="all")
+    return [dora if i == 2 else a for i, a in enumerate(write_mixed_adapters(tiny.folder, folder))]
 
 
 def triton_engine(folder: Path, **changes: Any) -> Engine:
