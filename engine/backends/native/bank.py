@@ -87,8 +87,8 @@ class NativeAdapterBank:
         """Return the adapters of the batch that change embeddings, each with its rows."""
         if not self._any(self._embeddings, batch):
             return []
-        rows = _rows_by_slot(batch)
-        return [(self._embeddings[s], own) for s, own in rows.items() if s in self._embeddings]
+        rows = _rows_by_slot(batch).items()
+        return [(self._embeddings[s], own) for s, own in rows if own and s in self._embeddings]
 
     def heads(self, adapter_slots: Sequence[int]) -> list[tuple[Head, list[int]]]:
         """Return those of the rows' adapters that change the output layer, each with its rows."""
