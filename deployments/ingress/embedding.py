@@ -16,7 +16,7 @@ from deployments.ingress.http_errors import as_api_error, from_engine, internal,
 from deployments.ingress.metrics import Metrics
 from deployments.ingress.model_resolver import Target
 from deployments.ingress.planning import Origin, check_token_ids
-from deployments.ingress.prompt_texts import encode_texts, kept_tokens, text_too_long
+from deployments.ingress.prompt_texts import encode_prompts, kept_tokens, text_too_long
 from deployments.ingress.streaming import EngineResponse, ErrorResponse
 from engine.messages import EngineInfo, GenerateRequest, Item, RequestOutput
 from engine.scheduler.request import SamplingParams
@@ -114,20 +114,15 @@ def _dimensions(request: EmbeddingRequest, info: EngineInfo) -> int:
 async def _prompts(request: EmbeddingRequest, target: Target, info: EngineInfo) -> list[list[int]]:
     """Take the token ids that were given, or encode the texts, and cut them."""
     limit, one = info.max_model_len, len(request.input) == 1
-    keep_last = kept_tokens(request.truncate_prompt_tokens, limit)
     paths = ["input" if one else f"input[{at}]" for at in range(len(request.input))]
-    pairs = list(zip(paths, request.input, strict=True))
-    prompts = [value[-(keep_last or 0) :] for _, value in pairs if isinstance(value, list)]
-    texts = {path: [value] for path, value in pairs if isinstance(value, str)}
-    if texts:
-        prompts = await encode_texts(
-            target.vocabulary,
-            texts,
-            request.add_special_tokens is not False,
-            limit,
-            keep_last,
-            text_too_long,
-        )
+    prompts = await encode_prompts(
+        target.vocabulary,
+        dict(zip(paths, request.input, strict=True)),
+        request.add_special_tokens is not False,
+        limit,
+        kept_tokens(request.truncate_prompt_tokens, limit),
+        text_too_long,
+    )
     for path, prompt in zip(paths, prompts, strict=True):
         if not prompt:
             raise invalid("The text is empty: it has no tokens.", path)

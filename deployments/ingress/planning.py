@@ -21,7 +21,12 @@ from deployments.ingress.generation import Plan
 from deployments.ingress.http_errors import invalid, too_many_answers
 from deployments.ingress.model_resolver import Target
 from deployments.ingress.own_text import ChatRenderer
-from deployments.ingress.prompt_texts import encode_texts, kept_tokens, prompt_room, prompt_too_long
+from deployments.ingress.prompt_texts import (
+    encode_prompts,
+    kept_tokens,
+    prompt_room,
+    prompt_too_long,
+)
 from deployments.ingress.reply_form import OPENAI_CHAT, OPENAI_COMPLETION, ReplyForm, ReplyParts
 from deployments.ingress.structured.constraint import Constraint, Grammar
 from deployments.ingress.structured.plan import grammar_headers, plan_grammar
@@ -94,7 +99,14 @@ async def plan_completion(
     info = target.engine
     one = len(request.prompt) == 1
     paths = ["prompt" if one else f"prompt[{at}]" for at in range(len(request.prompt))]
-    prompts = await _prompts(request, paths, vocabulary, info)
+    room = prompt_room(request.wanted_max_tokens, info.max_model_len)
+    prompts = await encode_prompts(
+        vocabulary,
+        dict(zip(paths, request.prompt, strict=True)),
+        request.add_special_tokens is not False,
+        info.max_model_len,
+        kept_tokens(request.truncate_prompt_tokens, room),
+    )
     grammar = await _plan_grammar(target, request.constraint, is_lenient)
     words = await encode_bad_words(vocabulary, request.bad_words or ())
     engine_id = form.id_prefix + origin.new_id()
@@ -130,20 +142,6 @@ async def _plan_grammar(
             "unsupported_field",
         )
     return await plan_grammar(constraint, is_lenient, target.vocabulary.added_ids_in)
-
-
-async def _prompts(
-    request: CompletionRequest, paths: Sequence[str], vocabulary: Vocabulary, info: EngineInfo
-) -> list[list[int]]:
-    """Take the token ids that were given, or encode the texts. The request has one kind alone."""
-    pairs = list(zip(paths, request.prompt, strict=True))
-    texts = {path: [prompt] for path, prompt in pairs if isinstance(prompt, str)}
-    room = prompt_room(request.wanted_max_tokens, info.max_model_len)
-    keep_last = kept_tokens(request.truncate_prompt_tokens, room)
-    if texts:
-        add_special = request.add_special_tokens is not False
-        return await encode_texts(vocabulary, texts, add_special, info.max_model_len, keep_last)
-    return [prompt[-(keep_last or 0) :] for _, prompt in pairs if isinstance(prompt, list)]
 
 
 def _head(request: OpenAIRequest, form: ReplyForm, engine_id: str, origin: Origin) -> ReplyHead:

@@ -93,6 +93,24 @@ async def encode_texts(
     return prompts
 
 
+async def encode_prompts(
+    vocabulary: Vocabulary,
+    prompts: Mapping[str, str | list[int]],
+    add_special_tokens: bool,
+    limit: int,
+    keep_last: int | None = None,
+    too_long: Callable[[str, int, int], ApiError] = prompt_too_long,
+) -> list[list[int]]:
+    """Take the token ids that were given, or encode the texts: a request has one kind alone.
+
+    Prompts are by their paths; the rest is as with `encode_texts`.
+    """
+    texts = {path: [prompt] for path, prompt in prompts.items() if isinstance(prompt, str)}
+    if texts:
+        return await encode_texts(vocabulary, texts, add_special_tokens, limit, keep_last, too_long)
+    return [ids[-(keep_last or 0) :] for ids in prompts.values() if isinstance(ids, list)]
+
+
 async def in_thread(work: Callable[[], T], num_tokens: int) -> T:
     """Do work that takes longer the more tokens there are: with few at once, else in a thread."""
     if num_tokens <= LONG_TEXT:
