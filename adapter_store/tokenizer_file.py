@@ -12,7 +12,7 @@ from typing import Any
 
 MAX_FILE_BYTES = 64 * 2**20  # Gemma's, with 262,144 tokens, has 33 MB
 PROGRAM = (sys.executable, "-m", "adapter_store.tokenizer_process")
-TIMEOUT_S = 300.0
+TIMEOUT_S = 120.0
 KEPT = 16
 # A process that reads strangers' files gets no credentials.
 _PASSED_ON = ("LD_LIBRARY_PATH", "PATH", "TZ")

@@ -15,8 +15,8 @@ from typing import Any, cast
 import msgspec
 from tokenizers import Tokenizer
 
-MEMORY_BYTES = 4 * 2**30
-CPU_S = 120
+MEMORY_BYTES = 2 * 2**30
+CPU_S = 60
 STEPS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
 _NO_MODEL: dict[str, Any] = {"type": "BPE", "vocab": {}, "merges": []}
 

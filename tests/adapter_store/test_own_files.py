@@ -135,16 +135,21 @@ def set_words(words: pre_tokenizers.PreTokenizer) -> Change:
 REFUSED: list[tuple[Change | None, int, str]] = [
     (None, 2, "its model .* is not its base's"),
     (lambda t: t.add_tokens([f"<{at}>" for at in range(36)]), 1, r"token id 64 is outside 0\.\.63"),
-    (lambda t: t.add_tokens(["<" + 300 * "x"]), 1, "at most 256"),
-    (many, 1, "at most 8 are taken"),
     (set_normalizer(normalizers.Replace(Regex("(a+)+$"), "")), 1, "no limit of time and memory"),
+    (many, 1, "at most 8 are taken"),
+]
+MORE: list[tuple[Change | None, int, str]] = [
+    (lambda t: t.add_tokens(["<" + 300 * "x"]), 1, "at most 256"),
     (set_normalizer(normalizers.Replace("a", 1000 * "a")), 1, "no limit of time and memory"),
     (set_words(pre_tokenizers.Split(Regex("(x*)*y"), "isolated")), 1, "no limit of time"),
     (lambda t: setattr(t, "decoder", decoders.Metaspace()), 1, "its decoder has the steps"),
 ]
 
 
-@pytest.mark.parametrize(("change", "merges", "message"), REFUSED)
+SLOW = [pytest.param(*each, marks=pytest.mark.slow) for each in MORE]
+
+
+@pytest.mark.parametrize(("change", "merges", "message"), [*REFUSED, *SLOW])
 def test_a_tokenizer_that_cannot_be_served_is_refused(
     change: Change | None,
     merges: int,
@@ -160,18 +165,22 @@ def test_a_tokenizer_that_cannot_be_served_is_refused(
     assert "the base's is used" in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        (TOKENIZER_NAME, "{", "cannot be served"),
-        (TOKENIZER_NAME, "[]", "cannot be served"),
-        ("tokenizer_config.json", '{"eos_token": "<new>"}', "eos_token '<new>' is none"),
-        ("tokenizer_config.json", '{"extra_special_tokens": ["<new>"]}', "'<new>' is none"),
-        ("added_tokens.json", '{"<new>": 29}', "added_tokens.json '<new>' is none"),
-        ("special_tokens_map.json", '{"eos_token": "<new>"}', "eos_token '<new>' is none"),
-        ("special_tokens_map.json", "[]", "settings cannot be read"),
-    ],
-)
+CONFIG, SPECIAL = "tokenizer_config.json", "special_tokens_map.json"
+MISFITS = [
+    (TOKENIZER_NAME, "{", "cannot be served"),
+    (CONFIG, '{"eos_token": "<new>"}', "eos_token '<new>' is none"),
+    ("added_tokens.json", '{"<new>": 29}', "added_tokens.json '<new>' is none"),
+    (SPECIAL, '{"eos_token": "<new>"}', "eos_token '<new>' is none"),
+]
+MORE_MISFITS = [
+    (TOKENIZER_NAME, "[]", "cannot be served"),
+    (CONFIG, '{"extra_special_tokens": ["<new>"]}', "'<new>' is none"),
+    (SPECIAL, "[]", "settings cannot be read"),
+]
+SLOW_MISFITS = [pytest.param(*each, marks=pytest.mark.slow) for each in MORE_MISFITS]
+
+
+@pytest.mark.parametrize(("name", "content", "message"), [*MISFITS, *SLOW_MISFITS])
 def test_files_that_do_not_fit_each_other_are_refused(
     name: str, content: str, message: str, publish: Publish, own: Path
 ) -> None:

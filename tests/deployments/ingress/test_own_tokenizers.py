@@ -1,12 +1,16 @@
 """Adapters that bring their own tokenizer, generation settings or formats, through the routes."""
 
+import json
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from peft import PeftModel
 from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from adapter_store.base_text import describe_text
 from adapter_store.chat_template import AdapterTemplate
@@ -14,6 +18,7 @@ from adapter_store.generation_settings import GenerationSettings
 from adapter_store.own_files import OwnFiles
 from adapter_store.own_tokenizer import OwnTokenizer, parse_own_tokenizer, read_own_tokenizer
 from adapter_store.recipes import make_recipe
+from adapter_store.store import AdapterStore
 from deployments.ingress.tool_format_rules import ToolFormatRule
 from deployments.text.vocabulary import Vocabulary
 from engine.messages import GenerateRequest
@@ -30,7 +35,10 @@ from tests.deployments.support.fakes import (
     in_server,
 )
 from tests.deployments.support.own_tokenizers import save_tokenizer, with_tokens
+from tests.deployments.support.real_engine import FolderStore, RealEngine
+from tests.deployments.support.tiny_models import make_adapter
 from tests.deployments.support.tool_templates import template_of
+from tests.engine.support.tiny import write_tiny
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 SCHEMA = {"structured_outputs": {"json": {"type": "object"}}}
@@ -312,3 +320,46 @@ def test_patterns_name_adapters(pattern: str, fits: bool) -> None:
 
     rule = ToolFormatRule(pattern, "hermes")
     assert rule.fits(AdapterRef("lab", "sql", 7, "0" * 64, "b" * 64)) is fits
+
+
+# ---- with a real engine --------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_an_answer_is_that_of_transformers_with_the_adapters_files(tmp_path: Path) -> None:
+    """The whole way: publish the folder, serve it, compare with PEFT and AutoTokenizer on it."""
+    base, folder = tmp_path / "base", tmp_path / "adapter"
+    write_tiny(base, vocab_size=ROWS, eos_token_id=256)
+    save_tokenizer(base, byte_tokenizer())
+    make_adapter(folder, base, 4, seed=7)
+    save_tokenizer(folder, with_tokens("<|end|>", plain=("<tool>",)), {"eos_token": "<|end|>"})
+    theirs = AutoTokenizer.from_pretrained(folder)
+    ids = theirs("call <tool> now<|end|>", return_tensors="pt").input_ids
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder).eval()
+    with torch.inference_mode():
+        free = model.generate(input_ids=ids, max_new_tokens=30, do_sample=False, eos_token_id=None)
+    free = free[0, ids.shape[1] :].tolist()
+    end = free[9]  # becomes an end token
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": end}))
+    expected = free[: free.index(end)]
+
+    store = AdapterStore(f"file://{tmp_path}/store", tmp_path / "cache", 2**30)
+    store.register_base(base)
+    ref = store.publish(folder, "public", "own")
+
+    class RealStore(FolderStore):
+        def own_files(self, ref_or_digest: Any) -> OwnFiles:
+            return store.own_files(ref)
+
+    async def test(server: Server) -> None:
+        fields = {"prompt": "call <tool> now<|end|>", "temperature": 0, "max_tokens": 30}
+        answer = await server.post(COMPLETIONS, model="own", return_token_ids=True, **fields)
+        [choice] = answer.json["choices"]
+        assert server.engine.requests[-1].prompt_token_ids == ids[0].tolist()
+        assert choice["token_ids"] == [*expected, end]
+        assert choice["finish_reason"] == "stop"
+        assert choice["text"] == theirs.decode(expected, skip_special_tokens=True)
+
+    vocabulary = Vocabulary.load(base)
+    folders = RealStore(own=store.ensure_local(ref))
+    in_server(test, engine=RealEngine(base), store=folders, vocabulary=vocabulary)

@@ -54,16 +54,19 @@ def spaced() -> Tokenizer:
 
 OWN = [
     (with_tokens("<|end|>", plain=("<tool>", "<sep/>")), {"eos_token": "<|end|>"}, {}),
-    (normalized(), {"bos_token": "<|end|>"}, {}),
     (with_bos(), {"eos_token": "<eos>"}, {}),
+]
+MORE = [
+    (normalized(), {"bos_token": "<|end|>"}, {}),
     (spaced(), {}, {}),
     (byte_tokenizer(), {"eos_token": "<pad>"}, {}),
     (with_tokens("<|end|>"), {}, {"split_special_tokens": True}),
     (with_tokens(plain=("<tool>",)), {}, {"extra_special_tokens": ["<tool>"]}),
 ]
+OWN_AND_MORE = [*OWN, *(pytest.param(*each, marks=pytest.mark.slow) for each in MORE)]
 
 
-@pytest.mark.parametrize(("tokenizer", "names", "config"), OWN)
+@pytest.mark.parametrize(("tokenizer", "names", "config"), OWN_AND_MORE)
 def test_it_encodes_and_decodes_as_transformers_does(
     tokenizer: Tokenizer,
     names: dict[str, str],
