@@ -4,6 +4,7 @@ import math
 import random
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -240,3 +241,13 @@ def test_filters_keep_the_same_tokens_as_the_sampler(changes: dict[str, Any], ti
     got = on_device(requests, row.expand(40, -1).contiguous())
     expected = (kept + noise).argmax(-1).tolist()
     assert [t.token_id for t in got if isinstance(t, SampledToken)] == expected
+
+
+def test_ids_beyond_a_mask_are_not_allowed() -> None:
+    """Logits are wider than the grammars' vocabulary if an adapter of the batch has more ids."""
+    logits = torch.arange(80.0)[None].repeat(2, 1)
+    all_of_64 = np.full(2, 2**32 - 1, np.uint32)
+    requests = [request_of(SamplingParams(temperature=0.0)) for _ in range(2)]
+    last_inputs = torch.zeros(2, dtype=torch.int32)
+    sampled = DeviceSampler(HostDevice()).sample(requests, logits, last_inputs, {1: all_of_64})
+    assert sampled.tokens.tolist() == [79, 63]

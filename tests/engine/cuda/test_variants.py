@@ -7,7 +7,7 @@ so the text is random; the launches do not depend on it.
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,9 @@ from engine.backends.cuda.triton.crossovers import Choice, Shape, unmeasured
 from engine.backends.cuda.triton.packed_weight import PackedWeight
 from engine.backends.cuda.weight_ops import cuda_build
 from engine.lora.load import load_lora
+from engine.lora.overlay import Overlay
+from engine.lora.weights import LoraWeights
+from engine.model.decoder import Decoder
 from engine.model.loader import load_decoder
 from engine.scheduler.batch import ScheduledBatch, ScheduledRequest
 from engine.scheduler.request import SamplingParams
@@ -114,12 +117,24 @@ def make(
     pack = adapter_packer(device, decoder, 16)
     for seed in (1, 2):
         written = write_adapter(folder, adapters / str(seed), seed, r=4 * seed)
-        adapter = pack(load_lora(written, decoder.lora_sites, model.dtype))
+        weights = load_lora(written, decoder.lora_sites, model.dtype)
+        if seed == 2:
+            weights = with_output_layer(weights, decoder)
+        adapter = pack(weights)
         packed[adapter.extent.digest] = adapter
     loads = loads_at_the_end(packed.values(), (1, 2), ARENA_BYTES)
     runner.launch(ScheduledBatch((), adapter_loads=loads)).result()
     assert list(runner.arrived()) == list(packed)
     return runner, device
+
+
+def with_output_layer(weights: LoraWeights, decoder: Decoder) -> LoraWeights:
+    """Add factors, a row, and an id that the base does not have."""
+    matrix, vocab_size = decoder.embedding.weight, decoder.spec.vocab_size
+    factors = matrix.new_zeros(4, matrix.shape[1]), matrix.new_zeros(4, vocab_size + 1)
+    ids = torch.tensor([7, vocab_size])
+    head = Overlay(ids, matrix.new_zeros(2, matrix.shape[1]), factors, vocab_size + 1)
+    return replace(weights, head=head)
 
 
 def random_batch(dice: random.Random) -> ScheduledBatch:
