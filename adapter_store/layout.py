@@ -9,8 +9,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from adapter_store.errors import AdapterInvalid
-from adapter_store.peft_config import LoraSettings, read_settings
+from adapter_store.peft_config import EMBEDDING, HEAD, LoraSettings, read_settings
 from adapter_store.safetensors_file import HeaderLimits, TensorEntry, read_header
+from adapter_store.saved import (
+    Found,
+    SavedTensor,
+    TokenRows,
+    is_vocabulary,
+    take_saved,
+    take_token_rows,
+)
 from adapter_store.tensor_causes import cause_of, refuse_broken
 from adapter_store.tensor_names import Role, parse_tensor_name
 from adapter_store.wrapped_names import configured_name, plain_name, without_prefix
@@ -20,26 +28,17 @@ WEIGHT_DTYPES = ("F32", "F16", "BF16")
 # A hundred layers of seven modules have a header of 0.2 MiB. It is parsed in the engine's process,
 # where a large one would stop all streams.
 HEADER_LIMITS = HeaderLimits(header_bytes=2 * 2**20, metadata_chars=64 * 2**10)
-_SAVED_EMBEDDINGS = (
-    "; PEFT saves it after the vocabulary was resized, and if target_modules or modules_to_save "
-    "name it. If it was not trained, save the adapter again with save_embedding_layers=False; if "
-    "it was, merge the adapter (merge_and_unload) and serve the result as a base"
-)
-_WAYS_OUT = {"embed_tokens": _SAVED_EMBEDDINGS, "lm_head": _SAVED_EMBEDDINGS}
 _UNSERVED_TENSORS = {  # part of a tensor's name: what such a tensor holds
-    "modules_to_save": "modules that are replaced as a whole",
-    "lora_embedding_": "LoRA on token embeddings",
-    "trainable_tokens": "retrained token embeddings",
-    "embed_tokens": "token embeddings",
-    "lm_head": "an output layer",
     "lora_diag": "KaSA's diagonal of singular values",
-    ".base_layer.weight": "weights of the base",
 }
 
 
 @dataclass(frozen=True, slots=True)
 class LoraModule:
-    """One adapted linear layer: y += scaling * (x @ A^T) @ B^T, A [R, in] and B [out, R]."""
+    """One adapted linear layer: y += scaling * (x @ A^T) @ B^T, A [R, in] and B [out, R].
+
+    Of an embedding A is [R, V], with a column for each token id, which is the input.
+    """
 
     lora_rank: int
     scaling: float
@@ -53,25 +52,17 @@ class LoraModule:
 
 
 @dataclass(frozen=True, slots=True)
-class SavedTensor:
-    """A parameter of the base that the adapter replaces as a whole."""
-
-    tensor: str  # name in adapter_model.safetensors
-    shape: tuple[int, ...]
-    dtype: str
-
-
-@dataclass(frozen=True, slots=True)
 class LoraLayout:
     """What an adapter changes, by paths in the base.
 
-    `modules` are linear layers with factors (model.layers.0.self_attn.q_proj), `replaced` are
-    parameters (model.layers.0.self_attn.q_proj.bias).
+    `modules` are those with factors (model.layers.0.self_attn.q_proj, lm_head), `replaced` are
+    parameters (model.layers.0.self_attn.q_proj.bias), `token_rows` are by module.
     """
 
     modules: Mapping[str, LoraModule]
     replaced: Mapping[str, SavedTensor] = field(default_factory=dict[str, SavedTensor])
     invocation_token_ids: tuple[int, ...] = ()  # of an aLoRA: it acts from their last place on
+    token_rows: Mapping[str, TokenRows] = field(default_factory=dict[str, TokenRows])
 
     @property
     def lora_rank(self) -> int:
@@ -81,16 +72,18 @@ class LoraLayout:
     @property
     def num_parameters(self) -> int:
         """The number of elements of all tensors."""
-        return sum(_num_parameters(module) for module in self.modules.values()) + sum(
-            math.prod(saved.shape) for saved in self.replaced.values()
+        return (
+            sum(_num_parameters(module) for module in self.modules.values())
+            + sum(math.prod(saved.shape) for saved in self.replaced.values())
+            + sum(len(rows.token_ids) * rows.hidden_size for rows in self.token_rows.values())
         )
 
     @property
     def has_factors_alone(self) -> bool:
         """Whether the adapter is a sum of products of A and B, and nothing else."""
-        return not self.replaced and all(
-            module.lora_b_bias is None and module.magnitude is None
-            for module in self.modules.values()
+        return not (self.replaced or self.token_rows) and all(
+            module.lora_b_bias is None and module.magnitude is None and not is_vocabulary(name)
+            for name, module in self.modules.items()
         )
 
 
@@ -139,7 +132,7 @@ def _read_tensors(folder: Path) -> dict[str, TensorEntry]:
 
 def layout_of(settings: LoraSettings, tensors: Mapping[str, TensorEntry]) -> LoraLayout:
     """Fit settings and tensors together. Raises AdapterInvalid."""
-    found: dict[str, dict[Role, str]] = {}
+    found: Found = {}
     for name, tensor in tensors.items():
         module, role = _parse_tensor_name(name)
         if tensor.dtype not in WEIGHT_DTYPES:
@@ -155,39 +148,27 @@ def layout_of(settings: LoraSettings, tensors: Mapping[str, TensorEntry]) -> Lor
             "checkpoint_wrapper, FSDP's option) makes PEFT save none: save the adapter again "
             "without it, e.g. after training with gradient_checkpointing instead"
         )
-    replaced = {
-        f"{name}.bias": _bias(roles.pop(Role.BIAS), tensors, settings)
-        for name, roles in sorted(found.items())
-        if Role.BIAS in roles
-    }
+    replaced = take_saved(found, tensors, settings)
+    token_rows = take_token_rows(found, tensors, settings)
     modules = {
         name: _module(name, found[name], tensors, settings) for name in sorted(found) if found[name]
     }
     if not modules:
         raise AdapterInvalid(f"{WEIGHTS_NAME} holds no lora_A and lora_B of any module")
-    if replaced and settings.invocation_token_ids:
+    beyond = [*replaced, *token_rows, *(name for name in modules if is_vocabulary(name))]
+    if beyond and settings.invocation_token_ids:
         raise AdapterInvalid(
-            f"{next(iter(replaced))} is replaced, which would also act before the "
-            "alora_invocation_tokens; what is there must be the base model's alone"
+            f"{beyond[0]} is changed, which would also act before the alora_invocation_tokens; "
+            "what is there must be the base model's alone"
         )
-    return LoraLayout(modules, replaced, settings.invocation_token_ids)
-
-
-def _bias(name: str, tensors: Mapping[str, TensorEntry], settings: LoraSettings) -> SavedTensor:
-    tensor = tensors[name]
-    if settings.bias == "none":
-        raise AdapterInvalid(f"tensor {name} is a bias, but the config has bias='none'")
-    if len(tensor.shape) != 1:
-        raise AdapterInvalid(f"tensor {name} {tensor.shape} must be a vector")
-    return SavedTensor(name, tensor.shape, tensor.dtype)
+    return LoraLayout(modules, replaced, settings.invocation_token_ids, token_rows)
 
 
 def _parse_tensor_name(name: str) -> tuple[str, Role]:
     """Split base_model.model.<module>.lora_A.weight into (<module>, Role.A)."""
     for part, meaning in _UNSERVED_TENSORS.items():
         if part in name:
-            way_out = _WAYS_OUT.get(part, "")
-            raise AdapterInvalid(f"tensor {name} ({meaning}) is not served yet{way_out}")
+            raise AdapterInvalid(f"tensor {name} ({meaning}) is not served yet")
     parsed = parse_tensor_name(plain_name(without_prefix(name)))
     if parsed is None:
         raise AdapterInvalid(
@@ -199,12 +180,10 @@ def _parse_tensor_name(name: str) -> tuple[str, Role]:
 def _module(
     name: str, roles: Mapping[Role, str], tensors: Mapping[str, TensorEntry], settings: LoraSettings
 ) -> LoraModule:
-    for role in (Role.A, Role.B):
-        if role not in roles:
-            raise AdapterInvalid(f"{name} has a {min(roles)} but no {role}")
-    if not settings.include(name):
-        raise AdapterInvalid(f"{name} has weights, but target_modules does not select it")
-    a, b = tensors[roles[Role.A]], tensors[roles[Role.B]]
+    is_embedding = name.rpartition(".")[2] == EMBEDDING
+    sides = (Role.EMBEDDING_A, Role.EMBEDDING_B) if is_embedding else (Role.A, Role.B)
+    _check_roles(name, roles, sides, settings)
+    a, b = (tensors[roles[side]] for side in sides)
     r = settings.lora_rank(name)
     if len(a.shape) != 2 or len(b.shape) != 2:
         raise AdapterInvalid(f"{name}: lora_A {a.shape} and lora_B {b.shape} must be matrices")
@@ -218,11 +197,25 @@ def _module(
         in_features=a.shape[1],
         out_features=b.shape[0],
         dtype=a.dtype if a.dtype == b.dtype else "F32",
-        lora_a=roles[Role.A],
-        lora_b=roles[Role.B],
+        lora_a=roles[sides[0]],
+        lora_b=roles[sides[1]],
         lora_b_bias=_vector(name, Role.B_BIAS, "lora_bias", settings.lora_bias, roles, tensors),
         magnitude=_vector(name, Role.MAGNITUDE, "use_dora", settings.use_dora, roles, tensors),
     )
+
+
+def _check_roles(
+    module: str, roles: Mapping[Role, str], sides: tuple[Role, Role], settings: LoraSettings
+) -> None:
+    for side in sides:
+        if side not in roles:
+            raise AdapterInvalid(f"{module} has a {min(roles)} but no {side}")
+    is_tied_head = settings.ensure_weight_tying and module.rpartition(".")[2] == HEAD
+    if not settings.include(module) and not is_tied_head:
+        raise AdapterInvalid(f"{module} has weights, but target_modules does not select it")
+    if is_vocabulary(module) and (settings.use_dora or settings.lora_bias):
+        key = "use_dora" if settings.use_dora else "lora_bias"
+        raise AdapterInvalid(f"{key} is not served of {module}: leave it out of target_modules")
 
 
 def _vector(
@@ -238,7 +231,7 @@ def _vector(
     if is_wanted != (name is not None):
         has = "no " if name is None else ""
         raise AdapterInvalid(f"{module} has {has}{role}, but the config has {key}={is_wanted}")
-    out_features = tensors[roles[Role.B]].shape[0]
+    out_features = 0 if name is None else tensors[roles[Role.B]].shape[0]
     if name is not None and tensors[name].shape != (out_features,):
         raise AdapterInvalid(
             f"{module}: {role} {tensors[name].shape} does not have the {out_features} outputs of "

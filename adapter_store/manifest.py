@@ -21,6 +21,8 @@ from adapter_store.layout import (
     LoraLayout,
     LoraModule,
     SavedTensor,
+    TokenRows,
+    is_vocabulary,
     layout_of,
     read_adapter,
 )
@@ -58,6 +60,7 @@ class AdapterManifest:
     recipe: Recipe | None = None  # of an adapter that is combined from others
     replaced: Mapping[str, SavedTensor] = field(default_factory=dict[str, SavedTensor])
     conversion: ConversionRecord | None = None  # of an upload that was no PEFT LoRA folder
+    token_rows: Mapping[str, TokenRows] = field(default_factory=dict[str, TokenRows])
 
     @property
     def target_modules(self) -> tuple[str, ...]:
@@ -68,7 +71,7 @@ class AdapterManifest:
         """Encode the manifest for the object store; the inverse of `parse_manifest`."""
         fields = asdict(self)
         fields["modules"] = {name: _set_ones(m) for name, m in fields["modules"].items()}
-        for name in ("recipe", "replaced", "conversion"):
+        for name in ("recipe", "replaced", "conversion", "token_rows"):
             if not fields[name]:
                 del fields[name]
         return json.dumps(fields, indent=1, sort_keys=True).encode()
@@ -141,6 +144,7 @@ def prepare(
         modules=layout.modules,
         replaced=layout.replaced,
         conversion=conversion,
+        token_rows=layout.token_rows,
     )
     return PreparedAdapter(manifest, config, weights, own_files)
 
@@ -158,6 +162,10 @@ def parse_manifest(raw: bytes, digest: str) -> AdapterManifest:
             name: SavedTensor(**entry | {"shape": tuple(entry["shape"])})
             for name, entry in data.pop("replaced", {}).items()
         }
+        token_rows = {
+            name: TokenRows(**entry | {"token_ids": tuple(entry["token_ids"])})
+            for name, entry in data.pop("token_rows", {}).items()
+        }
         found = data.pop("recipe", None)
         recipe = None if found is None else parse_recipe(found)
         origin = data.pop("conversion", None)
@@ -168,6 +176,7 @@ def parse_manifest(raw: bytes, digest: str) -> AdapterManifest:
             recipe=recipe,
             replaced=replaced,
             conversion=None if origin is None else parse_record(origin),
+            token_rows=token_rows,
         )
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise StoreCorrupt(f"the manifest of {digest} is damaged: {error!r}") from error
@@ -231,16 +240,26 @@ def _kind_settings(settings: LoraSettings, layout: LoraLayout) -> dict[str, obje
         keys["use_dora"] = True
     if settings.lora_bias:
         keys["lora_bias"] = True
-    if layout.replaced:
+    if any(name.endswith(".bias") for name in layout.replaced):
         keys["bias"] = "all"
     if settings.invocation_token_ids:
         keys["alora_invocation_tokens"] = list(settings.invocation_token_ids)
+    copies = [name for name, saved in layout.replaced.items() if not saved.is_base]
+    names = sorted(name.removesuffix(".weight") for name in copies if name.endswith(".weight"))
+    if names:
+        keys["modules_to_save"] = names
+    if layout.token_rows:
+        keys["trainable_token_indices"] = {
+            name: list(rows.token_ids) for name, rows in sorted(layout.token_rows.items())
+        }
     return keys
 
 
 def _check_base(layout: LoraLayout, base: BaseModel) -> None:
     known = {whole_name(plain_name(name)): shape for name, shape in base.modules.items()}
     for name, module in layout.modules.items():
+        if is_vocabulary(name):
+            continue
         shape = known.get(whole_name(name))
         if shape is None:
             raise AdapterInvalid(unknown_module(name, base.modules))
@@ -249,10 +268,34 @@ def _check_base(layout: LoraLayout, base: BaseModel) -> None:
                 f"{name} is {shape[0]} x {shape[1]} in the base, but the adapter was made for "
                 f"{module.out_features} x {module.in_features}"
             )
-    parameters = {whole_name(plain_name(name)): shape for name, shape in base.parameters.items()}
-    for name, saved in layout.replaced.items() if parameters else ():
-        found = parameters.get(whole_name(name))
+    if base.parameters:
+        parameters = {whole_name(plain_name(n)): shape for n, shape in base.parameters.items()}
+        _check_parameters(layout, parameters)
+
+
+def _check_parameters(layout: LoraLayout, parameters: Mapping[str, tuple[int, ...]]) -> None:
+    embedding = parameters.get("model.embed_tokens.weight", (0, 0))
+    for name, saved in layout.replaced.items():
+        module = name.rpartition(".")[0]
+        found = embedding if is_vocabulary(module) else parameters.get(whole_name(name))
         if found is None:
             raise AdapterInvalid(f"{saved.tensor} replaces {name}, which the base does not have")
-        if found != saved.shape:
+        fits = saved.shape == found
+        if not fits:
             raise AdapterInvalid(f"{saved.tensor} is {saved.shape}; {name} of the base is {found}")
+    for name, module in layout.modules.items():
+        if is_vocabulary(name):
+            width, rows = module.in_features, module.out_features
+            if name.endswith("embed_tokens"):
+                width, rows = rows, width
+            if (rows, width) != embedding:
+                raise AdapterInvalid(
+                    f"{name} is {embedding[0]} x {embedding[1]} in the base, but the adapter was "
+                    f"made for {rows} x {width}"
+                )
+    for name, rows in layout.token_rows.items():
+        if rows.hidden_size != embedding[1]:
+            raise AdapterInvalid(
+                f"{rows.tensor} has rows of {rows.hidden_size}; {name} of the base has "
+                f"{embedding[1]}"
+            )

@@ -27,22 +27,22 @@ UNDERSTOOD_KEYS = (
     *("peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora"),
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
     *("init_lora_weights", "use_dora", "lora_bias", "bias", "alora_invocation_tokens"),
+    *("modules_to_save", "trainable_token_indices", "ensure_weight_tying"),
 )
+EMBEDDING, HEAD = "embed_tokens", "lm_head"  # the last parts of their modules' names
+MAX_TOKEN_ID = 2**24
 BIASES = ("none", "all", "lora_only")
 # Ignored: they describe training or provenance, or are options of a key that is refused.
 IGNORED_KEYS = (
     *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
     *("inference_mode", "lora_dropout", "eva_config", "corda_config", "loftq_config"),
     *("lora_ga_config", "megatron_core", "qalora_group_size", "runtime_config"),
-    "ensure_weight_tying",
 )
 # Refused unless neutral: the only value that is served, and what any other one means.
 NEUTRAL_VALUES: dict[str, tuple[object, str]] = {
     "fan_in_fan_out": (False, "transposed weights"),
     "use_qalora": (False, "QALoRA's pooled inputs"),
     "use_bdlora": (None, "block-diagonal LoRA"),
-    "modules_to_save": (None, "modules that are replaced as a whole"),
-    "trainable_token_indices": (None, "retrained token embeddings"),
     "target_parameters": (None, "LoRA on bare parameters"),
     "layer_replication": (None, "layers that are stacked anew"),
     "arrow_config": (None, "Arrow routing between adapters"),
@@ -95,6 +95,9 @@ class LoraSettings:
     lora_bias: bool = False
     bias: str = "none"  # which biases of the base were trained: one of BIASES
     invocation_token_ids: tuple[int, ...] = ()  # of an aLoRA: it acts from their last place on
+    modules_to_save: tuple[str, ...] = ()  # ends of the names of modules that are replaced
+    token_ids: Mapping[str, tuple[int, ...]] = field(default_factory=dict[str, tuple[int, ...]])
+    ensure_weight_tying: bool = False
     names: Mapping[str, str] = field(default_factory=dict[str, str])  # by which patterns know them
 
     def naming(self, names: Mapping[str, str]) -> "LoraSettings":
@@ -179,6 +182,9 @@ def settings_of(config: dict[str, Any]) -> LoraSettings:
         lora_bias=lora_bias,
         bias=bias,
         invocation_token_ids=read_invocation(config),
+        modules_to_save=_names_to_save(config),
+        token_ids=_token_ids(config.get("trainable_token_indices")),
+        ensure_weight_tying=_flag(config, "ensure_weight_tying"),
     )
 
 
@@ -298,3 +304,34 @@ def _flag(config: dict[str, Any], key: str) -> bool:
     if type(value) is not bool:
         raise AdapterInvalid(f"{key}={value!r} must be true or false")
     return value
+
+
+def _names_to_save(config: dict[str, Any]) -> tuple[str, ...]:
+    names = config.get("modules_to_save")
+    listed = [] if names is None else _listed(names)
+    if not all(isinstance(name, str) and name for name in listed):
+        raise AdapterInvalid(f"modules_to_save={names!r} must be a list of module names")
+    return tuple(listed)
+
+
+def _token_ids(value: Any) -> dict[str, tuple[int, ...]]:
+    """Read trainable_token_indices: of the embedding, or of each module that it names."""
+    by_module: dict[Any, Any] = {}
+    if isinstance(value, dict):
+        by_module = cast("dict[Any, Any]", value)
+    elif value is not None:
+        by_module = {EMBEDDING: value}
+    for module, ids in by_module.items():
+        if module.rpartition(".")[2] not in (EMBEDDING, HEAD):
+            raise AdapterInvalid(
+                f"trainable_token_indices of {module!r} are not served: only those of "
+                f"{EMBEDDING} and {HEAD}"
+            )
+        listed = _listed(ids)
+        if not all(type(i) is int and 0 <= i <= MAX_TOKEN_ID for i in listed):
+            raise AdapterInvalid(
+                f"trainable_token_indices of {module} must be whole numbers in 0..{MAX_TOKEN_ID}"
+            )
+        if len(set(listed)) < len(listed):
+            raise AdapterInvalid(f"trainable_token_indices of {module} name a token twice")
+    return {module.rpartition(".")[2]: tuple(_listed(ids)) for module, ids in by_module.items()}

@@ -15,6 +15,10 @@ class Role(StrEnum):
     B_BIAS = "lora_B.bias"  # added behind B, and scaled like it
     MAGNITUDE = "lora_magnitude_vector"  # of DoRA: the norm of each row of the weight
     BIAS = "bias"  # the base's own, trained
+    EMBEDDING_A = "lora_embedding_A"  # of token embeddings, a column for each id
+    EMBEDDING_B = "lora_embedding_B"
+    TOKENS = "trainable_tokens_delta"  # rows of some token ids, not their differences
+    WEIGHT = "weight"  # instead of the base's own
 
 
 # Saved by a library before 0.5 or by one's own code, a name may still have the adapter's own
@@ -24,6 +28,10 @@ _PATTERNS = {
     Role.B_BIAS: r"\.lora_B(?:\.default)?\.bias",
     Role.MAGNITUDE: r"\.lora_magnitude_vector(?:\.default)?(?:\.weight)?",
     Role.BIAS: r"(?:\.base_layer)?\.bias",
+    Role.EMBEDDING_A: r"\.lora_embedding_A(?:\.default)?",
+    Role.EMBEDDING_B: r"\.lora_embedding_B(?:\.default)?",
+    Role.TOKENS: r"(?:\.token_adapter)?\.trainable_tokens_delta(?:\.default)?",
+    Role.WEIGHT: r"(?:\.modules_to_save(?:\.default)?)?(?:\.base_layer)?\.weight",
 }
 _NAMES = {role: re.compile(rf"(?P<module>[^.].*?){end}") for role, end in _PATTERNS.items()}
 

@@ -64,7 +64,8 @@ def plain_name(wrapped: str) -> str:
 
 def whole_name(plain: str) -> str:
     """Name a module as a model with an output layer does, also one of a model without."""
-    return f"model.{plain}" if plain.startswith("layers.") else plain
+    is_bare = plain.startswith(("layers.", "embed_tokens", "norm."))
+    return f"model.{plain}" if is_bare else plain
 
 
 def configured_name(wrapped: str, settings: LoraSettings) -> str:

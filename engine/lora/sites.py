@@ -6,11 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from adapter_store.layout import LoraLayout, LoraModule, SavedTensor
+from adapter_store.layout import LoraModule, SavedTensor
 from engine.lora.affine import SliceVectors, dora_scale, slice_shift
 from engine.lora.source import Source
 from engine.lora.weights import AdapterLoadError, Expand, Sites, SiteWeights
-from engine.model.checkpoint import PREFIX
 from engine.model.layers import LoraSite, LoraSlice
 
 
@@ -32,10 +31,14 @@ class _Change:
         return 0 if self.module is None else self.module.lora_rank
 
 
-def load_sites(layout: LoraLayout, sites: Sequence[LoraSite], source: Source) -> Sites:
-    """Load all linear layers. Raises AdapterLoadError for a module that the base does not have."""
-    modules = {_whole_name(name): module for name, module in layout.modules.items()}
-    biases = {_whole_name(name): saved for name, saved in layout.replaced.items()}
+def load_sites(
+    modules: dict[str, LoraModule],
+    biases: dict[str, SavedTensor],
+    sites: Sequence[LoraSite],
+    source: Source,
+) -> Sites:
+    """Load the linear layers. Raises AdapterLoadError for a module that the base does not have."""
+    modules, biases = dict(modules), dict(biases)
     loaded: Sites = {}
     for site in sites:
         changes = _take_changes(site, modules, biases)
@@ -44,11 +47,6 @@ def load_sites(layout: LoraLayout, sites: Sequence[LoraSite], source: Source) ->
     for name in (*modules, *biases):
         raise AdapterLoadError(f"the base has no linear module {name!r} to adapt")
     return loaded
-
-
-def _whole_name(name: str) -> str:
-    """Name a module as the decoder does, also one of a model without an output layer."""
-    return f"{PREFIX}{name}" if name.startswith("layers.") else name
 
 
 def _take_changes(

@@ -65,6 +65,11 @@ class LoraWeights:
     head: Overlay | None = None
     invocation_token_ids: tuple[int, ...] = ()  # of an aLoRA: it acts from their last place on
 
+    @property
+    def changes_rows(self) -> bool:
+        """Whether rows differ from the base's beside linear layers and the output layer."""
+        return self.embedding is not None or bool(self.norms)
+
     def to(self, device: torch.device) -> "LoraWeights":
         if device.type == "cpu":
             return self

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from engine.model.checkpoint import Checkpoint
-from engine.model.families import read_scheme
+from engine.model.families import read_scheme, read_spec
 from engine.model.loader import FLOATS, Reader
 from engine.model.quantized_weight import QuantizedWeight, dequantize
 
@@ -27,6 +27,7 @@ class BaseWeights:
     """
 
     def __init__(self, folder: Path, quantization: str, dtype: torch.dtype) -> None:
+        self.spec = read_spec(folder, None)
         self._checkpoint = Checkpoint(folder)
         device = torch.device("cpu")  # loading threads do not disturb the steps of another
         self._reader = Reader(self._checkpoint, read_scheme(folder), quantization, device)
@@ -54,6 +55,19 @@ class BaseWeights:
                 yield dequantize(weight.rows(rows))
             else:
                 yield weight[rows].to(self._dtype).float()
+
+    def vocabulary(self, key: str) -> Tensor:
+        """Return a view of the embedding or of the output layer, as stored [V, E]."""
+        shape = self.spec.vocab_size, self.spec.hidden_size
+        return self._checkpoint.tensor(key, shape, FLOATS, "the config")
+
+    def norm_width(self, module: str) -> int | None:
+        """Return the length of a norm's weight, or None if the model has no such norm."""
+        key = f"{module}.weight"
+        if key not in self._checkpoint:
+            return None
+        tensor = self._checkpoint.any_shape(key)
+        return len(tensor) if tensor.dim() == 1 else None
 
     def bias(self, module: str, out_features: int) -> Tensor | None:
         """Return the bias [out] of a linear layer, or None if it has none."""

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from engine.model.inputs import ForwardInputs
+from engine.model.inputs import ForwardInputs, Heads, Overlays
 from engine.model.layers import (
     Build,
     Embedding,
@@ -21,6 +21,7 @@ from engine.model.layers import (
     Part,
     RmsNorm,
     Scale,
+    Unchanged,
 )
 from engine.model.rotary import RotaryTable
 from engine.model.spec import ModelSpec
@@ -54,15 +55,15 @@ class Decoder(nn.Module):
 
     def forward(self, inputs: ForwardInputs, kv_cache: Tensor) -> Tensor:
         """Return hidden states [N, E] after the last norm; writes this step's keys and values."""
-        x = self.embedding(inputs.token_ids)
+        x = self.embedding(inputs.token_ids, inputs.overlays)
         rotations = [table(inputs.positions) for table in self.rotary_tables]
         for i, layer in enumerate(self.layers):
             x = layer(x, inputs, rotations, kv_cache[:, i])
-        return self.norm(x)
+        return self.norm(x, inputs.overlays)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Return the logits [M, V] of hidden [M, E], in float32."""
-        return self.head(hidden)
+    def logits(self, hidden: Tensor, heads: Heads | None = None) -> Tensor:
+        """Return the logits [M, V] of hidden [M, E], in float32; more if `heads` have more."""
+        return self.head(hidden, heads)
 
     @property
     def lora_sites(self) -> tuple[LoraSite, ...]:
@@ -96,9 +97,10 @@ class DecoderLayer(nn.Module):
     def forward(
         self, x: Tensor, inputs: ForwardInputs, rotations: list[Rotation], kv_layer: Tensor
     ) -> Tensor:
-        attended = self.attention(self.enter_attention(x), inputs, rotations, kv_layer)
-        x = x + self.leave_attention(attended)
-        return x + self.leave_mlp(self.mlp(self.enter_mlp(x), inputs))
+        own = inputs.overlays
+        attended = self.attention(self.enter_attention(x, own), inputs, rotations, kv_layer)
+        x = x + self.leave_attention(attended, own)
+        return x + self.leave_mlp(self.mlp(self.enter_mlp(x, own), inputs), own)
 
 
 class Attention(nn.Module):
@@ -128,7 +130,7 @@ class Attention(nn.Module):
         self, x: Tensor, inputs: ForwardInputs, rotations: list[Rotation], kv_layer: Tensor
     ) -> Tensor:
         heads = self.qkv(x, inputs).view(x.shape[0], -1, self.head_dim)
-        turned = self.norm_heads(heads[:, : self.num_heads + self.num_kv_heads])
+        turned = self.norm_heads(heads[:, : self.num_heads + self.num_kv_heads], inputs.overlays)
         self.ops.apply_rotary(turned, *rotations[self.rotary_index])
         q, k = turned.split([self.num_heads, self.num_kv_heads], 1)
         v = heads[:, self.num_heads + self.num_kv_heads :]
@@ -172,12 +174,12 @@ class HeadNorms(nn.Module):
         self.q_norm = _norm(spec, build, f"{prefix}.q_norm", spec.head_dim)
         self.k_norm = _norm(spec, build, f"{prefix}.k_norm", spec.head_dim)
 
-    def forward(self, heads: Tensor) -> Tensor:
+    def forward(self, heads: Tensor, overlays: Overlays | None = None) -> Tensor:
         q, k = heads[:, : self.num_heads], heads[:, self.num_heads :]
-        return torch.cat([self.q_norm(q), self.k_norm(k)], 1)
+        return torch.cat([self.q_norm(q, overlays), self.k_norm(k, overlays)], 1)
 
 
-def _no_head_norms(heads: Tensor) -> Tensor:
+def _no_head_norms(heads: Tensor, overlays: Overlays | None = None) -> Tensor:
     return heads
 
 
@@ -197,7 +199,7 @@ def _layer_norms(spec: ModelSpec, build: Build, prefix: str) -> list[nn.Module]:
         return [enter_attention, after_attention, enter_mlp, norm("post_feedforward_layernorm")]
     # Despite its checkpoint name, this norm follows the residual addition, not the attention
     enter_mlp, scale = after_attention, spec.residual_scale
-    leave = nn.Identity() if scale == 1.0 else Scale(scale)
+    leave = Unchanged() if scale == 1.0 else Scale(scale)
     return [enter_attention, leave, enter_mlp, leave]
 
 

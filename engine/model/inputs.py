@@ -4,10 +4,13 @@ Built by `engine.backends.torch.inputs` and read by the decoder and its ops, nev
 Rows are ordered: all requests with one new token (decode) first, then the prefill chunks.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+
+ApplyWeight = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # x [N, ...] and a weight
 
 
 class LoraBatch(Protocol):
@@ -25,6 +28,32 @@ class LoraBatchInParts(LoraBatch, Protocol):
 
     def expand(self, layer: int, site: str, y: torch.Tensor) -> None:
         """Complete the site's `shrink`; must precede that of any other site."""
+        ...
+
+
+class Overlays(Protocol):
+    """What the adapters of one batch change of the embedding and of norms."""
+
+    def embed(self, token_ids: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """Look up each row's token in its adapter's matrix: token_ids [N] -> [N, E]."""
+        ...
+
+    def norm(
+        self, module: str, x: torch.Tensor, weight: torch.Tensor, apply: ApplyWeight
+    ) -> torch.Tensor:
+        """Normalise x [N, ...] by `apply`, each row with its adapter's weight or with this one."""
+        ...
+
+
+class Heads(Protocol):
+    """What the adapters of some rows change of the output layer."""
+
+    def change(self, hidden: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """Change logits [M, V] in place, or return wider ones [M, V']."""
+        ...
+
+    def forbid(self, logits: torch.Tensor, vocab_size: int) -> None:
+        """Set the logits of token ids that a row's adapter does not have to -inf."""
         ...
 
 
@@ -50,3 +79,4 @@ class ForwardInputs:
     positions: torch.Tensor  # [N] int64
     attention: AttentionInputs
     lora: LoraBatch | None  # None: no row has an adapter, and there is no LoRA cost
+    overlays: Overlays | None = None  # None: no row's adapter changes the embedding or a norm

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.model.inputs import ForwardInputs
+from engine.model.inputs import ForwardInputs, Heads, Overlays
 from engine.model.ops import TorchOps, WeightOps
 from engine.model.quantized_weight import QuantizedWeight, can_join, join
 
@@ -200,7 +200,9 @@ class Embedding(nn.Module):
         self._build = build
         self.scale = torch.tensor(scale, dtype=build.dtype, device=build.device)
 
-    def forward(self, token_ids: Tensor) -> Tensor:
+    def forward(self, token_ids: Tensor, overlays: Overlays | None = None) -> Tensor:
+        if overlays is not None:
+            return overlays.embed(token_ids, self.weight) * self.scale
         return F.embedding(token_ids, self.weight) * self.scale
 
     def parts(self) -> Iterator[Part]:
@@ -220,8 +222,14 @@ class Head(nn.Module):
         self.cap = _uncapped if soft_cap is None else _capped(soft_cap)
         self._build = build
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        return self.finish(self.multiply(hidden))
+    def forward(self, hidden: Tensor, heads: Heads | None = None) -> Tensor:
+        logits = self.multiply(hidden)
+        if heads is None:
+            return self.finish(logits)
+        vocab_size = logits.shape[1]
+        logits = self.finish(heads.change(hidden, logits))
+        heads.forbid(logits, vocab_size)  # after the cap, which would make -inf finite
+        return logits
 
     def finish(self, logits: Tensor) -> Tensor:
         """Scale and cap logits in place."""
@@ -246,8 +254,13 @@ class RmsNorm(nn.Module):
         self._dtype = torch.float32 if offset else build.dtype
         self._device = build.device
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self._normalise(x, self.weight, self.eps)
+    def forward(self, x: Tensor, overlays: Overlays | None = None) -> Tensor:
+        if overlays is None:
+            return self._apply_weight(x, self.weight)
+        return overlays.norm(self.key.removesuffix(".weight"), x, self.weight, self._apply_weight)
+
+    def _apply_weight(self, x: Tensor, weight: Tensor) -> Tensor:
+        return self._normalise(x, weight, self.eps)
 
     def parts(self) -> Iterator[Part]:
         yield Part(self.key, (self.width,), self._store)
@@ -264,8 +277,15 @@ class Scale(nn.Module):
         super().__init__()
         self.scale = scale
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, overlays: Overlays | None = None) -> Tensor:
         return x * self.scale
+
+
+class Unchanged(nn.Identity):
+    """Stands where other models have a norm or a scale."""
+
+    def forward(self, x: Tensor, overlays: Overlays | None = None) -> Tensor:
+        return x
 
 
 def _not_loaded(_: Tensor) -> Tensor:

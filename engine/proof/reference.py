@@ -12,8 +12,9 @@ from torch import Tensor
 
 from engine.lora.weights import LoraWeights, SiteWeights
 from engine.model.decoder import Decoder
-from engine.model.inputs import AttentionInputs, ForwardInputs
+from engine.model.inputs import ApplyWeight, AttentionInputs, ForwardInputs
 
+PIECE_ROWS = 4096  # of an output layer that are in float32 at a time
 # The logprob of each token after the first, by the base and by the adapter: [2, num_tokens - 1]
 Expected = list[list[float]]
 
@@ -44,6 +45,59 @@ def _adapted(weights: SiteWeights, x: Tensor, y: Tensor) -> Tensor:
     return wide
 
 
+class ReferenceOverlays:
+    """The Overlays and Heads of one adapter: of the rows from `first` on, one by one."""
+
+    def __init__(self, weights: LoraWeights, first: int) -> None:
+        self._weights = weights
+        self._first = first
+
+    def embed(self, token_ids: Tensor, weight: Tensor) -> Tensor:
+        """Look up each token [N] in the base's matrix, or in the adapter's -> [N, E]."""
+        x = weight[token_ids.clamp(max=len(weight) - 1)]
+        overlay = self._weights.embedding
+        if overlay is None:
+            return x
+        for i in range(self._first, len(token_ids)):
+            token_id = int(token_ids[i])
+            own = overlay.rows[overlay.ids == token_id]
+            wide = (own[0].to(x.device) if len(own) else x[i]).float()
+            if overlay.factors is not None:
+                a, b = (f.to(x.device).float() for f in overlay.factors)
+                wide = wide + a[token_id] @ b
+            x[i] = wide
+        return x
+
+    def norm(self, module: str, x: Tensor, weight: Tensor, apply: ApplyWeight) -> Tensor:
+        """Normalise x [N, ...], its later rows by the adapter's weight if it has one."""
+        own = self._weights.norms.get(module)
+        if own is None:
+            return apply(x, weight)
+        first = self._first
+        return torch.cat([apply(x[:first], weight), apply(x[first:], own.to(x.device))])
+
+    def change(self, hidden: Tensor, logits: Tensor) -> Tensor:
+        """Return logits [M, V] of the adapter's own output layer."""
+        overlay, first = self._weights.head, self._first
+        if overlay is None:
+            return logits
+        more = logits.new_zeros(len(logits), overlay.vocab_size - logits.shape[1])
+        logits = torch.cat([logits, more], 1)
+        wide = hidden[first:].float()
+        pieces = zip(overlay.ids.split(PIECE_ROWS), overlay.rows.split(PIECE_ROWS), strict=True)
+        for ids, rows in pieces:
+            own = rows.to(wide.device).float()
+            logits[first:, ids.to(wide.device)] = wide @ own.T
+        if overlay.factors is not None:
+            a, b = (f.to(wide.device).float() for f in overlay.factors)
+            logits[first:] += wide @ a.T @ b
+        return logits
+
+    def forbid(self, logits: Tensor, vocab_size: int) -> None:
+        """Take from the rows before the adapter acts what only it has."""
+        logits[: self._first, vocab_size:] = -torch.inf
+
+
 @torch.inference_mode()
 def expect(
     decoder: Decoder, weights: LoraWeights, token_ids: list[int], start: int | None = 0
@@ -54,18 +108,25 @@ def expect(
     """
     spec, build, count = decoder.spec, decoder.build, len(token_ids)
     first = count + (count if start is None else start)
-    inputs = _twice(token_ids, ReferenceLora(weights, first), build.device)
+    lora, overlays = ReferenceLora(weights, first), ReferenceOverlays(weights, first)
+    inputs = _twice(token_ids, lora, overlays, build.device)
     kv_layer = build.empty(2, 2, count, spec.num_kv_heads, spec.head_dim)
-    x = decoder.embedding(inputs.token_ids)
+    x = decoder.embedding(inputs.token_ids, overlays)
     rotations = [table(inputs.positions) for table in decoder.rotary_tables]
     for layer in decoder.layers:
         x = layer(x, inputs, rotations, kv_layer)
         yield
-    hidden = decoder.norm(x).view(2, count, -1)[:, :-1]
-    return [_logprobs(decoder.logits(rows), token_ids[1:]) for rows in hidden]
+    hidden = decoder.norm(x, overlays)
+    own = None if weights.head is None else ReferenceOverlays(weights, first - count)
+    return [
+        _logprobs(decoder.logits(hidden[:count])[:-1], token_ids[1:]),
+        _logprobs(decoder.logits(hidden[count:], own)[:-1], token_ids[1:]),
+    ]
 
 
-def _twice(token_ids: list[int], lora: ReferenceLora, device: torch.device) -> ForwardInputs:
+def _twice(
+    token_ids: list[int], lora: ReferenceLora, overlays: ReferenceOverlays, device: torch.device
+) -> ForwardInputs:
     """Compute all tokens for two requests at once, each in a block of that size."""
     count = len(token_ids)
     attention = AttentionInputs(
@@ -77,7 +138,7 @@ def _twice(token_ids: list[int], lora: ReferenceLora, device: torch.device) -> F
     )
     tokens = torch.tensor(2 * token_ids, device=device)
     positions = torch.arange(count, device=device).repeat(2)
-    return ForwardInputs(tokens, positions, attention, lora)
+    return ForwardInputs(tokens, positions, attention, lora, overlays)
 
 
 def _logprobs(logits: Tensor, token_ids: list[int]) -> list[float]:

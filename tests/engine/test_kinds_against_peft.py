@@ -1,5 +1,6 @@
 """Tests adapters that are more than A and B against peft, in batches with plain ones."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,22 @@ KINDS: dict[str, dict[str, Any]] = {
     "dora-and-biases": {"use_dora": True, "bias": "all", "use_rslora": True},
     "lora-bias": {"lora_bias": True, "lora_alpha": 12},
     "biases-of-targets": {"bias": "lora_only"},
+    "norms": {"modules_to_save": ["norm", "input_layernorm"], "use_rslora": True},
     "all-biases": {"bias": "all", "target_modules": ["down_proj"]},
+}
+VOCABULARY: dict[str, dict[str, Any]] = {
+    "lora-on-embedding": {"target_modules": ["embed_tokens", "q_proj"]},
+    "lora-on-head": {"target_modules": ["lm_head", "q_proj"], "lora_alpha": 16},
+    "lora-on-both": {"target_modules": ["lm_head", "embed_tokens", "q_proj"]},
+    "lora-on-tied": {"target_modules": ["embed_tokens", "v_proj"], "ensure_weight_tying": True},
+    "saved-head": {"modules_to_save": ["lm_head"]},
+    "saved-embedding": {"modules_to_save": ["embed_tokens"]},
+    "saved-and-tied": {"modules_to_save": ["lm_head"], "ensure_weight_tying": True},
+    "tokens": {"trainable_token_indices": [200, 7, 9, *range(20, 60)]},
+    "tokens-of-each": {
+        "trainable_token_indices": {"embed_tokens": [*range(3, 99)], "lm_head": [5, 4]}
+    },
+    "plain": {"use_dora": True},
 }
 Results = dict[tuple[str, int], Result]
 
@@ -55,6 +71,16 @@ class Case:
 
 
 @pytest.fixture(scope="module")
+def untied(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    return Case(tmp_path_factory.mktemp("untied"), VOCABULARY)
+
+
+@pytest.fixture(scope="module")
+def tied(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    return Case(tmp_path_factory.mktemp("tied"), VOCABULARY, tie_word_embeddings=True)
+
+
+@pytest.fixture(scope="module")
 def qwen(tmp_path_factory: pytest.TempPathFactory) -> Case:
     return Case(tmp_path_factory.mktemp("qwen"), KINDS, model_type="qwen2")
 
@@ -62,3 +88,57 @@ def qwen(tmp_path_factory: pytest.TempPathFactory) -> Case:
 @pytest.mark.parametrize("name", [*KINDS, "base"])
 def test_in_a_mixed_batch_each_kind_gives_pefts_own_logits(qwen: Case, name: str) -> None:
     qwen.check(name)
+
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "qwen3": {"model_type": "qwen3"},
+    "gemma3_text": {"model_type": "gemma3_text", "tie_word_embeddings": True},
+    "gemma2": {"model_type": "gemma2", "tie_word_embeddings": True},
+    "granite": {"model_type": "granite"},
+    "phi3": {"model_type": "phi3"},
+}
+IN_FAMILIES: dict[str, dict[str, Any]] = {
+    "dora": {"use_dora": True},
+    "norms": {"modules_to_save": ["norm"]},
+    "tokens": {"trainable_token_indices": [*range(20, 80)]},
+    "embedding": {"target_modules": ["embed_tokens"]},
+    "head": {"target_modules": ["lm_head"]},
+    "saved": {"modules_to_save": ["lm_head", "embed_tokens"]},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_scales_offsets_and_caps_of_a_family_apply_to_what_is_changed(
+    family: str, tmp_path: Path
+) -> None:
+    linear = {"target_modules": ["o_proj", "down_proj"]}
+    kinds = {name: linear | config for name, config in IN_FAMILIES.items()}
+    case = Case(tmp_path, kinds, **FAMILIES[family])
+    for name in case.adapters:
+        case.check(name)
+
+
+def test_requests_of_changed_models_survive_preemption_and_share_prefixes(
+    untied: Case,
+) -> None:
+    names = ["tokens", "lora-on-both", "plain", "saved-head"]
+    requests = [
+        replace(untied.requests[name], request_id=f"{name}-{i}", sampling=greedy(24))
+        for i in range(3)
+        for name in names
+    ]
+    roomy = make_engine(untied.base)
+    expected = {k: r.token_ids for k, r in run(roomy, requests).items()}
+    tight = make_engine(untied.base, memory_bytes=2**18, max_model_len=96)
+    assert {k: r.token_ids for k, r in run(tight, requests).items()} == expected
+    assert tight.stats.total_preemptions and roomy.stats.total_cached_tokens, tight.stats
+
+
+@pytest.mark.parametrize("name", [*VOCABULARY, "base"])
+@pytest.mark.parametrize("ties", ["untied", "tied"])
+def test_changed_embeddings_and_output_layers_are_those_of_peft(
+    ties: str, name: str, request: pytest.FixtureRequest
+) -> None:
+    case: Case = request.getfixturevalue(ties)
+    case.check(name)

@@ -16,10 +16,12 @@ one tenant's columns must not become NaN in another's row.
 """
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
+from engine.backends.torch.overlays import MixedHeads, MixedOverlays, group_rows
 from engine.lora.weights import LoraWeights, SiteWeights
 from engine.scheduler.batch import ScheduledBatch, ScheduledRequest
 
@@ -80,6 +82,22 @@ class AdapterBank:
             stack=self._stack(active),
             active=[(slot, self._weights[slot]) for slot in active],
         )
+
+    def overlays(self, batch: ScheduledBatch) -> MixedOverlays | None:
+        """Return what the batch's adapters change beside linear layers, or None."""
+        if not any(
+            r.adapter_slot and self._weights[r.adapter_slot].changes_rows for r in batch.requests
+        ):
+            return None
+        slots = [r.adapter_slot for r in batch.requests for _ in r.token_ids]
+        return MixedOverlays(group_rows(slots, self._weights, self.device))
+
+    def heads(self, adapter_slots: Sequence[int]) -> MixedHeads | None:
+        """Return the output layers of rows with these adapters, or None if all are the base's."""
+        if all(not slot or self._weights[slot].head is None for slot in adapter_slots):
+            return None
+        rows = group_rows(adapter_slots, self._weights, self.device)
+        return MixedHeads(rows, len(adapter_slots))
 
     def _stack(self, active: tuple[int, ...]) -> dict[Site, _StackedSite | None]:
         stack = self._stacks.setdefault(active, {})

@@ -36,9 +36,10 @@ class TorchForward:
         move_on_host(self._kv_cache, moves)
 
     def hidden(self, batch: ScheduledBatch, output_rows: list[int]) -> Tensor:
-        inputs = build_inputs(batch, self._block_size, self.device, self._bank.batch(batch))
+        lora, overlays = self._bank.batch(batch), self._bank.overlays(batch)
+        inputs = build_inputs(batch, self._block_size, self.device, lora, overlays)
         hidden = self._decoder(inputs, self._kv_cache)
         return hidden[torch.tensor(output_rows, dtype=torch.long, device=self.device)]
 
     def logits(self, hidden: Tensor, adapter_slots: Sequence[int]) -> Tensor:
-        return self._decoder.logits(hidden)
+        return self._decoder.logits(hidden, self._bank.heads(adapter_slots))

@@ -5,12 +5,16 @@ from itertools import accumulate
 import torch
 
 from engine.backends.rows import padded_block_tables, row_numbers
-from engine.model.inputs import AttentionInputs, ForwardInputs, LoraBatch
+from engine.model.inputs import AttentionInputs, ForwardInputs, LoraBatch, Overlays
 from engine.scheduler.batch import ScheduledBatch, ScheduledRequest
 
 
 def build_inputs(
-    batch: ScheduledBatch, block_size: int, device: torch.device, lora: LoraBatch | None
+    batch: ScheduledBatch,
+    block_size: int,
+    device: torch.device,
+    lora: LoraBatch | None,
+    overlays: Overlays | None = None,
 ) -> ForwardInputs:
     """Build the inputs in the batch's order of rows; one copy to the device for all row numbers."""
     requests = batch.requests
@@ -27,6 +31,7 @@ def build_inputs(
             slot_mapping=rows[2],
         ),
         lora=lora,
+        overlays=overlays,
     )
 
 

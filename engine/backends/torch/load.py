@@ -25,7 +25,7 @@ def load_torch(config: EngineConfig, s: Settled, *, announcer: Announcer) -> Loa
         decoder=decoder,
         weight_bytes=weight_bytes(decoder, s.dtype),
         kernels="torch",
-        kinds=frozenset({Kind.AFFINE}),
+        kinds=frozenset({Kind.AFFINE, Kind.NORMS, Kind.EMBEDDING, Kind.HEAD}),
     )
 
 

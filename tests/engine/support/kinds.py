@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.utils.warning import PeftWarning
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from engine.messages import AdapterFolder
@@ -22,9 +21,9 @@ def load_plain(base: Path) -> PreTrainedModel:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Ignore what peft warns of: merging, which is not done, and shapes, where it is mistaken."""
+    """Ignore what peft warns of: merging, which is not done, tying, and shapes where it errs."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", PeftWarning)
+        warnings.simplefilter("ignore", UserWarning)
         yield
 
 

@@ -1,0 +1,148 @@
+"""Loads what an adapter changes of the embedding and of the output layer, as Overlays.
+
+PEFT writes both into the file wherever both were trained, also if the base ties them. Two changes
+reach the output layer of a tied base without being written twice: trained rows of tokens, and a
+matrix that PEFT loads into the base's own parameter.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from adapter_store.layout import LoraModule, SavedTensor, TokenRows
+from engine.lora.overlay import Overlay
+from engine.lora.source import Source
+from engine.lora.weights import AdapterLoadError
+
+EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
+BLOCK_ROWS = 4096  # that are compared with the base's at a time
+
+
+@dataclass(frozen=True, slots=True)
+class _Change:
+    """What becomes of one of the two matrices; None: nothing."""
+
+    factors: LoraModule | None
+    whole: SavedTensor | None
+    some: TokenRows | None
+
+    @property
+    def is_empty(self) -> bool:
+        return self.factors is None and self.whole is None and self.some is None
+
+
+def load_vocabulary(
+    modules: Mapping[str, LoraModule],
+    replaced: Mapping[str, SavedTensor],
+    token_rows: Mapping[str, TokenRows],
+    source: Source,
+) -> tuple[Overlay | None, Overlay | None]:
+    """Load the overlays of the embedding and of the output layer. Raises AdapterLoadError.
+
+    The mappings have the decoder's names, and may hold other modules too.
+    """
+
+    def change_of(module: str) -> _Change:
+        whole = replaced.get(f"{module}.weight")
+        return _Change(modules.get(module), whole, token_rows.get(module))
+
+    embedding, head = change_of(EMBEDDING), change_of(HEAD)
+    if embedding.is_empty and head.is_empty:
+        return None, None
+    if source.base.spec.tied_embeddings:
+        head = _tied_head(embedding, head)
+    return _load(EMBEDDING, embedding, source), _load(HEAD, head, source)
+
+
+def _tied_head(embedding: _Change, head: _Change) -> _Change:
+    whole, some = head.whole, head.some
+    if whole is None and embedding.whole is not None and embedding.whole.is_base:
+        whole = embedding.whole
+    if some is None and embedding.some is not None:
+        if head.factors is not None or head.whole is not None:
+            raise AdapterLoadError(
+                f"{embedding.some.tensor} are rows of an embedding that is tied to the output "
+                "layer, and the output layer has changes of its own; PEFT does not run that either"
+            )
+        some = embedding.some
+    return _Change(head.factors, whole, some)
+
+
+def _load(module: str, change: _Change, source: Source) -> Overlay | None:
+    if change.is_empty:
+        return None
+    spec = source.base.spec
+    vocab_size = spec.vocab_size
+    if change.whole is not None:
+        vocab_size = max(vocab_size, change.whole.shape[0])
+    if change.some is not None:
+        vocab_size = max(vocab_size, *(i + 1 for i in change.some.token_ids))
+    if vocab_size > spec.vocab_size:
+        raise AdapterLoadError(
+            f"{module}: the adapter has {vocab_size} token ids, the base {spec.vocab_size}; more "
+            "than the base has are not served yet"
+        )
+    ids, rows = _changed_rows(module, change, source)
+    factors = _load_factors(module, change.factors, vocab_size, source)
+    if not len(ids) and factors is None:
+        return None
+    return Overlay(ids, rows, factors, vocab_size)
+
+
+def _changed_rows(module: str, change: _Change, source: Source) -> tuple[Tensor, Tensor]:
+    """Return ids [K], ascending, and rows [K, E] of what differs from the base's own."""
+    width = source.base.spec.hidden_size
+    ids = torch.empty(0, dtype=torch.long)
+    rows = torch.empty(0, width, dtype=source.dtype)
+    if change.whole is not None:
+        ids, rows = _differing(module, change.whole, source)
+    if change.some is not None:
+        wanted = torch.tensor(change.some.token_ids, dtype=torch.long)
+        shape = len(wanted), width
+        own = source.tensor(change.some.tensor, shape, module).to(source.dtype)
+        kept = ~torch.isin(ids, wanted)
+        ids, rows = torch.cat([ids[kept], wanted]), torch.cat([rows[kept], own])
+        ids, order = ids.sort()
+        rows = rows[order]
+    _check_finite(module, rows)
+    return ids, rows
+
+
+def _differing(module: str, whole: SavedTensor, source: Source) -> tuple[Tensor, Tensor]:
+    base = source.base
+    num_rows, shape = whole.shape[0], (whole.shape[0], base.spec.hidden_size)
+    if num_rows < base.spec.vocab_size:
+        raise AdapterLoadError(
+            f"{whole.tensor} has {num_rows} rows, and {module} of the base {base.spec.vocab_size}"
+        )
+    own = source.tensor(whole.tensor, shape, module)
+    theirs = base.vocabulary(f"{EMBEDDING if base.spec.tied_embeddings else module}.weight")
+    ids: list[Tensor] = []
+    for start in range(0, len(theirs), BLOCK_ROWS):
+        block = slice(start, min(start + BLOCK_ROWS, len(theirs)))
+        differs = own[block].to(source.dtype) != theirs[block].to(source.dtype)
+        ids.append(differs.any(1).nonzero().flatten() + start)
+    found = torch.cat([*ids, torch.arange(len(theirs), num_rows)])
+    return found, own[found].to(source.dtype)
+
+
+def _load_factors(
+    module: str, factors: LoraModule | None, vocab_size: int, source: Source
+) -> tuple[Tensor, Tensor] | None:
+    """Read A [V', r], B [r, E] of the embedding, or A [r, E], B [r, V'] of the output layer."""
+    if factors is None:
+        return None
+    rank, width = factors.lora_rank, source.base.spec.hidden_size
+    inner, outer = (vocab_size, width) if module == EMBEDDING else (width, vocab_size)
+    a = source.tensor(factors.lora_a, (rank, inner), module).to(source.dtype)
+    b = source.tensor(factors.lora_b, (outer, rank), module).float() * factors.scaling
+    b = b.to(source.dtype).T.contiguous()
+    _check_finite(module, b)
+    return (a.T.contiguous() if module == EMBEDDING else a), b
+
+
+def _check_finite(module: str, values: Tensor) -> None:
+    if values.numel() and not values.abs().max().isfinite():
+        raise AdapterLoadError(f"{module}: the adapter's values are not finite in {values.dtype}")
