@@ -53,7 +53,6 @@ class EngineConfig:
     max_silence_s: float = 120.0  # without news of a start or a compilation the process is killed
     structured_output: str = "auto"  # auto: where the folder has a tokenizer.json
     adapter_proof: str = "auto"  # auto: no adapter answers before a probe has shown its effect
-    enable_jump_ahead: bool = True  # tokens that a grammar leaves no choice of are not sampled
 
     def __post_init__(self) -> None:
         _one_of("dtype", self.dtype, DTYPES)

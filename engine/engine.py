@@ -12,7 +12,7 @@ with it.
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -120,8 +120,7 @@ class Engine:
             return None
         path, vocab_size = Path(self.config.source) / "tokenizer.json", self.settled.spec.vocab_size
         tokens = Tokens(str(path), vocab_size, self._eos_token_ids())
-        jumps_ahead = self.config.enable_jump_ahead
-        return Grammars(tokens, self.config.max_num_seqs, wake, jumps_ahead=jumps_ahead)
+        return Grammars(tokens, self.config.max_num_seqs, wake)
 
     def _grammar_refusal(self) -> str:
         is_wanted = self.config.structured_output == "auto"
@@ -286,7 +285,6 @@ class Engine:
             self._failed_loads -= {load.digest for load in step.batch.adapter_loads}
             if step.masks is not None:
                 self._end_unmasked(step.batch, step.masks)
-                _append_forced(rows, step.masks)
             self._update(step.batch, rows, step.start_s)
 
     def _fail_loads(self, batch: ScheduledBatch) -> list[Request]:
@@ -552,13 +550,6 @@ class Engine:
     def _refuse_adapter(self, digest: str, reason: str) -> None:
         error = RequestError(ErrorKind.ADAPTER_INVALID, reason)
         self._end(self.scheduler.end_adapter_with_error(digest), error)
-
-
-def _append_forced(rows: Sequence[RowOutput], masks: StepMasks) -> None:
-    """Add the tokens that are certain behind sampled ones to what the rows have sampled."""
-    for index, token_ids in masks.forced.items():
-        if rows[index].error is None:
-            rows[index].token_ids += token_ids
 
 
 def _has_metrics(request: Request, num_new: int) -> bool:

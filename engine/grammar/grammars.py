@@ -25,12 +25,10 @@ def refusal_of_model(folder: Path, is_wanted: bool, eos_token_ids: tuple[int, ..
 class Grammars:
     """Belongs to the step loop. `wake` is called in another thread when there is news."""
 
-    def __init__(
-        self, tokens: Tokens, num_slots: int, wake: Callable[[], None], *, jumps_ahead: bool = True
-    ) -> None:
+    def __init__(self, tokens: Tokens, num_slots: int, wake: Callable[[], None]) -> None:
         self._memory = MaskMemory.create(num_slots, tokens.vocab_size)
         self._cache = GrammarCache(lambda: GrammarLink(tokens, self._memory), wake)
-        self._masks = MaskMaker(self._cache, self._memory, jumps_ahead)
+        self._masks = MaskMaker(self._cache, self._memory)
 
     def want(self, tenant: str, grammar: str, num_requests: int) -> bool:
         """Have a grammar compiled for so many requests; False if they must wait for `poll`."""

@@ -13,7 +13,6 @@ class MaskMemory:
     def __init__(self, fd: int, num_slots: int, vocab_size: int) -> None:
         self.fd = fd
         self.num_slots = num_slots
-        self.vocab_size = vocab_size
         self.row_bytes = -(-vocab_size // 32) * 4  # whole words of 32 bits
         self.bytes = mmap.mmap(fd, num_slots * self.row_bytes)
 

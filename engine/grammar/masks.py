@@ -13,7 +13,7 @@ import numpy as np
 from engine.backends.runner import TokenMask
 from engine.grammar.cache import GrammarCache
 from engine.grammar.channel import ChannelLost
-from engine.grammar.limits import MASK_TIMEOUT_S, MAX_FORCED_TOKENS
+from engine.grammar.limits import MASK_TIMEOUT_S
 from engine.grammar.link import GrammarLink
 from engine.grammar.mask_memory import MaskMemory
 from engine.grammar.messages import MatcherStep, WantMasks
@@ -42,18 +42,15 @@ class StepMasks:
     link: GrammarLink | None = None
     slots: dict[int, int] = field(default_factory=dict[int, int])
     errors: dict[int, RequestError] = field(default_factory=dict[int, RequestError])
-    forced: dict[int, list[int]] = field(default_factory=dict[int, list[int]])
 
     def wait(self) -> Mapping[int, TokenMask]:
-        """Wait for the masks; afterwards `errors` is complete, and `forced`: for some rows, the
-        tokens that follow the sampled one because no others may."""
+        """Wait for the masks; afterwards `errors` is complete."""
         return self.read(self)
 
 
 class MaskMaker:
-    def __init__(self, cache: GrammarCache, memory: MaskMemory, jumps_ahead: bool = True) -> None:
+    def __init__(self, cache: GrammarCache, memory: MaskMemory) -> None:
         self._cache = cache
-        self._jumps_ahead = jumps_ahead
         self._rows = np.frombuffer(memory.bytes, np.uint32).reshape(memory.num_slots, -1)
         self._matchers: dict[Key, _Matcher] = {}
         self._free_slots = list(range(memory.num_slots))
@@ -97,15 +94,7 @@ class MaskMaker:
             matcher = self._matchers[request.key] = _Matcher(slot, request.life, link)
             new_ids = list(output)
         matcher.num_tokens = len(output)
-        return matcher.slot, grammar_id, new_ids, self._max_forced(request)
-
-    def _max_forced(self, request: Request) -> int:
-        """How many tokens beyond the sampled one may be appended. None if log probabilities are
-        asked for: those of the other tokens that a mask excludes are listed, too."""
-        if not self._jumps_ahead or request.sampling.logprobs is not None:
-            return 0
-        num_left = request.sampling.max_tokens - len(request.output_token_ids) - 1
-        return min(num_left, MAX_FORCED_TOKENS)
+        return matcher.slot, grammar_id, new_ids
 
     def _send(self, masks: StepMasks, wanted: WantMasks) -> None:
         assert masks.link is not None
@@ -128,7 +117,6 @@ class MaskMaker:
             if slot in reply.errors:
                 error = f"The grammar cannot be followed any further: {reply.errors[slot]}"
                 masks.errors[index] = RequestError(ErrorKind.INVALID_REQUEST, error)
-        masks.forced = {i: reply.forced[s] for i, s in masks.slots.items() if s in reply.forced}
         fine = {i: slot for i, slot in masks.slots.items() if i not in masks.errors}
         return {i: self._rows[slot] for i, slot in fine.items()}
 

@@ -2,11 +2,7 @@
 
 import os
 import threading
-import time
 from collections.abc import Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field
-from itertools import takewhile
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
@@ -76,15 +72,6 @@ def next_mask(matcher: LLMatcher, eos_token_ids: Sequence[int]) -> bytearray:
     return mask
 
 
-@dataclass(slots=True)
-class _Running:
-    """A matcher, and the tokens that it has gone on with before it was told them."""
-
-    matcher: LLMatcher
-    mask: bytearray | None = None  # of what may follow all these; None: not computed yet
-    ahead: list[int] = field(default_factory=list[int])
-
-
 class Matchers:
     """The matchers of running requests, one in each slot of `memory` that is in use."""
 
@@ -95,7 +82,7 @@ class Matchers:
         self._eos_token_ids = tuple(eos_token_ids)
         self._memory = memory
         self._kept: dict[int, LLMatcher] = {}  # by grammar_id, at their beginnings
-        self._by_slot: dict[int, _Running] = {}
+        self._by_slot: dict[int, LLMatcher] = {}
 
     def keep(self, grammar_id: int, grammar: str) -> None:
         """Compile a grammar for matchers to come; may run in any thread. Raises ValueError."""
@@ -113,57 +100,7 @@ class Matchers:
             kept = self._kept.get(grammar_id)
             if kept is None:
                 raise ValueError("the grammar is not kept any more")
-            self._by_slot[slot] = _Running(kept.deep_copy())
-        running = self._by_slot[slot]
-        self._tell(running, token_ids)
-        if running.mask is None:
-            running.mask = next_mask(running.matcher, self._eos_token_ids)
-        self._memory.write(slot, running.mask)
-
-    def _tell(self, running: _Running, token_ids: Sequence[int]) -> None:
-        """Bring a matcher to the end of its output, which has gained these tokens."""
-        ahead, running.ahead = running.ahead, []
-        pairs = zip(ahead, token_ids, strict=False)
-        num_right = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
-        num_wrong, new = len(ahead) - num_right, token_ids[num_right:]
-        if num_wrong or new:
-            running.mask = None
-        if num_wrong and not running.matcher.rollback(num_wrong):  # of a step that was not read
-            raise ValueError(running.matcher.get_error())
-        advance(running.matcher, new, self._eos_token_ids)
-
-    def go_ahead(self, slot: int, most: int, end_s: float) -> list[int]:
-        """Go on as long as one token alone may follow, by at most `most`, until this thread has
-        computed for `end_s`. Returns the tokens; the slot's memory stays as it is.
-
-        What may follow is read from each mask, one after the other, so that the tokens are those
-        that masks would leave to a sampler. What llguidance calls forced tokens need not be: it
-        splits forced text in view of the last token, which is another one after each.
-        """
-        running = self._by_slot[slot]
-        with suppress(ValueError):  # as the next `step` will say
-            while len(running.ahead) < most and time.thread_time() < end_s:
-                token_id = self._only_token(running)
-                if token_id is None:
-                    break
-                running.mask = None
-                advance(running.matcher, (token_id,), self._eos_token_ids)
-                running.ahead.append(token_id)
-                if token_id in self._eos_token_ids:
-                    break  # only more of it may follow
-                running.mask = next_mask(running.matcher, self._eos_token_ids)
-        return list(running.ahead)
-
-    def _only_token(self, running: _Running) -> int | None:
-        """Return the token of a mask with one alone that the model has. None for other masks."""
-        mask = running.mask
-        likely, *_ = running.matcher.compute_ff_tokens() or self._eos_token_ids
-        if mask is None or likely >= self._memory.vocab_size:
-            return None
-        return likely if mask == _mask_of(likely, len(mask)) else None
-
-
-def _mask_of(token_id: int, num_bytes: int) -> bytearray:
-    mask = bytearray(num_bytes)
-    mask[token_id // 8] = 1 << token_id % 8
-    return mask
+            self._by_slot[slot] = kept.deep_copy()
+        matcher = self._by_slot[slot]
+        advance(matcher, token_ids, self._eos_token_ids)
+        self._memory.write(slot, next_mask(matcher, self._eos_token_ids))

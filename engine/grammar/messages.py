@@ -5,10 +5,9 @@ Three sockets: `control` and `checks` serve one call after the other, `masks` th
 
 from engine.framing import Message
 
-# (slot, grammar_id, token_ids, max_forced): the slot's matcher goes on with these tokens; with a
-# grammar_id above 0 it is a new one, and the tokens are the whole output so far. At most so many
-# tokens are of use beyond the one that the mask is for
-MatcherStep = tuple[int, int, list[int], int]
+# (slot, grammar_id, token_ids): the slot's matcher goes on with these tokens; with a grammar_id
+# above 0 it is a new one, and the tokens are the whole output so far
+MatcherStep = tuple[int, int, list[int]]
 
 
 # ==== control ====
@@ -76,11 +75,7 @@ class WantMasks(Message):
 
 
 class MasksReady(Message):
-    """The answer to the WantMasks of this number. A slot with an error has no mask.
-
-    `forced`: the tokens behind the one that a slot's mask is for, as far as no others may follow.
-    """
+    """The answer to the WantMasks of this number. A slot with an error has no mask."""
 
     number: int
     errors: dict[int, str]
-    forced: dict[int, list[int]]

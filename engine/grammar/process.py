@@ -12,14 +12,12 @@ import signal
 import socket
 import sys
 import threading
-import time
 from contextlib import suppress
 
 import msgspec
 
 from engine.grammar.channel import Channel, ChannelLost
 from engine.grammar.checker import serve_checks
-from engine.grammar.limits import FORCED_CPU_S
 from engine.grammar.mask_memory import MaskMemory
 from engine.grammar.matchers import Matchers, build_table
 from engine.grammar.messages import (
@@ -91,23 +89,12 @@ def serve_masks(masks: Channel[WantMasks], matchers: Matchers) -> None:
         for slot in wanted.ended_slots:
             matchers.end(slot)
         errors: dict[int, str] = {}
-        for slot, grammar_id, token_ids, _ in wanted.steps:
+        for slot, grammar_id, token_ids in wanted.steps:
             try:
                 matchers.step(slot, grammar_id, token_ids)
             except ValueError as error:
                 errors[slot] = str(error)
-        masks.send(MasksReady(wanted.number, errors, _forced(wanted, errors, matchers)))
-
-
-def _forced(wanted: WantMasks, errors: dict[int, str], matchers: Matchers) -> dict[int, list[int]]:
-    """Find the tokens that are certain behind those that the masks are for."""
-    end_s = time.thread_time() + FORCED_CPU_S
-    found = {
-        slot: matchers.go_ahead(slot, 1 + max_forced, end_s)[1:]
-        for slot, _, _, max_forced in wanted.steps
-        if max_forced and slot not in errors
-    }
-    return {slot: token_ids for slot, token_ids in found.items() if token_ids}
+        masks.send(MasksReady(wanted.number, errors))
 
 
 if __name__ == "__main__":

@@ -207,7 +207,6 @@ class Request:
     status: RequestStatus = RequestStatus.WAITING
     block_table: list[int] = field(default_factory=list[int])
     block_hashes: list[bytes] = field(default_factory=list[bytes])
-    num_admitted_tokens: int = 0  # that were known at the last admission: the prefill's
     num_computed_tokens: int = 0
     num_pending_tokens: int = 0  # sampled by steps whose results have not been read
     life: int = 0  # a new number with every admission; 0 unless RUNNING

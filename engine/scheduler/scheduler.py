@@ -163,7 +163,6 @@ class Scheduler:
         self._schedule_running(step)
         if not step.lacks_blocks:
             self._schedule_waiting(step, now)
-            self._widen_decodes(step)
         changes = self.memory.take_changes()
         if not step.rows and not changes:
             return None
@@ -176,8 +175,7 @@ class Scheduler:
     def update(self, batch: ScheduledBatch, sampled: Sequence[Sequence[int]]) -> list[Progress]:
         """Take each request's sampled tokens (none for an unfinished prompt), in batch order.
 
-        A sampled token may be followed by others that are certain; they are computed in later
-        steps. Batches must be updated in the order in which they were scheduled.
+        Batches must be updated in the order in which they were scheduled.
         """
         self._num_in_flight -= 1
         progress: list[Progress] = []
@@ -246,12 +244,10 @@ class Scheduler:
         prefills: list[tuple[Request, int]] = []
         for request in self.running:
             remaining = request.num_remaining_tokens
-            if remaining > 1 and request.num_computed_tokens < request.num_admitted_tokens:
+            if remaining > 1:
                 prefills.append((request, remaining))
             elif remaining and not self.limits.must_wait(request):
                 decodes.append((request, 1))
-                if remaining > 1:
-                    step.narrow.append(request)
         for request, remaining in [*decodes, *prefills]:
             if request.status is not RequestStatus.RUNNING:
                 continue  # preempted for an earlier one
@@ -303,16 +299,6 @@ class Scheduler:
             start = adapter_start(request.prompt_token_ids, invocation)
         for choice in (request, *request.forks):
             choice.adapter_start = start
-
-    def _widen_decodes(self, step: Step) -> None:
-        """Give decodes with several known tokens what all others have left of the budget.
-
-        They come last: each has the token already that it would have if it knew no more.
-        """
-        for request in step.narrow:
-            more = min(request.num_remaining_tokens - 1, step.budget)
-            if more and step.has(request) and self._allocate(request, 1 + more):
-                step.widen(request, more)
 
     def _is_passed_over(self, request: Request, step: Step) -> bool:
         """Whether later requests may overtake it while its adapter is copied to the device.
@@ -380,7 +366,6 @@ class Scheduler:
     def _start_life(self, request: Request) -> None:
         self._num_lives += 1
         request.life = self._num_lives
-        request.num_admitted_tokens = request.num_tokens
         request.status = RequestStatus.RUNNING
         self.running.append(request)
 

@@ -15,19 +15,12 @@ class Step:
         self.lacks_blocks = False  # for a running request; then none is admitted
         self.num_promised = 0  # waiting requests whose adapter is being copied to the device
         self.promised_blocks = 0  # blocks reserved for these
-        self.narrow: list[Request] = []  # decodes that know more tokens than the one in their row
         self._keys: dict[tuple[str, int], None] = {}
 
     def add(self, request: Request, count: int) -> None:
         self.rows.append((request, count))
         self.budget -= count
         self._keys[request.key] = None
-
-    def widen(self, request: Request, more: int) -> None:
-        """Add tokens to a request's row."""
-        at = next(at for at, row in enumerate(self.rows) if row[0] is request)
-        self.rows[at] = (request, self.rows[at][1] + more)
-        self.budget -= more
 
     def has(self, request: Request) -> bool:
         return request.key in self._keys

@@ -1,13 +1,9 @@
 """Compares serving with and without structured output: the same requests, interleaved.
 
     python -m tests.bench.grammar_bench small --rounds 3 --rows rows.txt
-    python -m tests.bench.grammar_bench small --jumps --schema names      # see below
 
 The schema is a list of records that is longer than any answer, so that both kinds of requests get
 the same number of tokens. Its grammar is compiled by the warm-up.
-
-With --jumps both kinds are structured, and come from two engines of one server: one samples each
-token, the other one appends those that the grammar leaves no choice of.
 """
 
 import argparse
@@ -35,22 +31,8 @@ RECORD = {
     "required": ["name", "kind", "count", "tags"],
     "additionalProperties": False,
 }
-NAMES = (
-    "customer_identification_number",
-    "shipping_address_line_one",
-    "preferred_contact_method",
-    "date_of_last_modification",
-)
-LONG_NAMES = {
-    "type": "object",
-    "properties": {name: {"type": "string", "maxLength": 12} for name in NAMES},
-    "required": NAMES,
-    "additionalProperties": False,
-}
-ITEMS: dict[str, dict[str, Any]] = {"records": RECORD, "names": LONG_NAMES}
-SAMPLING = "sampling"  # id of the engine that samples each token
-
-Kind = tuple[str, Mapping[str, Any]]  # the base that is asked, and fields of every body
+SCHEMA = {"type": "array", "items": RECORD, "minItems": 500}
+STRUCTURED: dict[str, Any] = {"ignore_eos": False, "structured_outputs": {"json": SCHEMA}}
 
 # name, digits of a median, function that reads it
 FIGURES: tuple[tuple[str, int, Callable[[Served], float]], ...] = (
@@ -67,49 +49,37 @@ def main() -> int:
     shape = SHAPES[options.shape]
     source, folders = make_model(shape), make_adapters(shape, options.adapters)
     engine = engine_settings(options.concurrency, options.memory_mib)
-    others = {SAMPLING: {**engine, "enable_jump_ahead": False}} if options.jumps else {}
     with tempfile.TemporaryDirectory(prefix="bench-") as scratch:
-        config = write_config(Path(scratch), source, engine, others=others)
-        adapters = publish(Path(scratch), source, folders)
+        config = write_config(Path(scratch), source, engine)
+        names = [MODEL, *publish(Path(scratch), source, folders)]
         with serving(config) as (url, pid):
-            rounds = measure(options, url, pid, adapters)
+            rounds = measure(options, url, pid, names)
     append_row(options.rows, f"{_conditions(options)} | {_row(rounds)}")
     return 0
 
 
 def measure(
-    options: argparse.Namespace, url: str, pid: int, adapters: Sequence[str]
+    options: argparse.Namespace, url: str, pid: int, names: Sequence[str]
 ) -> list[tuple[Served, Served]]:
-    """Run both kinds in turns; return pairs of (A, B)."""
+    """Run both kinds in turns; return pairs of (plain, structured)."""
     jobs = workload_of(options).jobs()
     short = [Job(job.prompt_token_ids, 2, job.adapter) for job in jobs]
 
-    def run(kind: Kind, jobs: Sequence[Job], clients: int) -> Served:
-        base, more = kind
-        names = [base, *(f"{base}:{adapter}" for adapter in adapters)]
+    def run(jobs: Sequence[Job], clients: int, more: Mapping[str, Any]) -> Served:
         return serve(url, pid, names, jobs, clients, more=more)
 
-    kinds = _kinds(options)
-    for kind in kinds:
-        run(kind, short, 8)
-    a, b = (partial(run, kind, jobs, options.concurrency) for kind in kinds)
-    return [in_turns(number, a, b) for number in range(options.rounds)]
-
-
-def _kinds(options: argparse.Namespace) -> tuple[Kind, Kind]:
-    schema = {"type": "array", "items": ITEMS[options.schema], "minItems": 500}
-    structured = {"ignore_eos": False, "structured_outputs": {"json": schema}}
-    first = (SAMPLING, structured) if options.jumps else (MODEL, {})
-    return first, (MODEL, structured)
+    for more in ({}, STRUCTURED):
+        run(short, 8, more)
+    plain, structured = (partial(run, jobs, options.concurrency, m) for m in ({}, STRUCTURED))
+    return [in_turns(number, plain, structured) for number in range(options.rounds)]
 
 
 # ==== rows ====
 
 
 def _conditions(options: argparse.Namespace) -> str:
-    kinds = "A each token sampled, B jumps" if options.jumps else "A plain, B structured"
     return (
-        f"{header(options.seed)} | grammar, {kinds} | {options.schema} | {options.shape} | "
+        f"{header(options.seed)} | grammar, A plain, B structured | {options.shape} | "
         f"{options.traffic}, {options.concurrency} clients, {options.requests} requests, "
         f"prompt {options.prompt}, output {options.output}, {options.adapters} adapters, "
         f"{options.rounds} rounds"
@@ -128,8 +98,6 @@ def _row(rounds: Sequence[tuple[Served, Served]]) -> str:
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="What structured output costs.")
     parser.add_argument("shape", choices=SHAPES)
-    parser.add_argument("--schema", choices=ITEMS, default="records")
-    parser.add_argument("--jumps", action="store_true", help="what jumping ahead saves")
     parser.add_argument("--traffic", choices=TRAFFIC, default="uniform")
     parser.add_argument("--concurrency", type=int, default=16)
     parser.add_argument("--requests", type=int, default=64)

@@ -10,7 +10,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -41,23 +41,11 @@ def engine_settings(max_num_seqs: int, memory_mib: int) -> dict[str, Any]:
     }
 
 
-def write_config(
-    scratch: Path,
-    source: Path,
-    engine: dict[str, Any],
-    replicas: int = 1,
-    others: Mapping[str, dict[str, Any]] | None = None,
-) -> Path:
-    """Write the configuration, as JSON, which is valid YAML.
-
-    `others` are engines of the same model under further ids.
-    """
-    engines = {MODEL: engine, **(others or {})}
+def write_config(scratch: Path, source: Path, engine: dict[str, Any], replicas: int = 1) -> Path:
+    """Write the configuration, as JSON, which is valid YAML."""
+    model = {"id": MODEL, "source": str(source), "engine": engine, "replicas": {"min": replicas}}
     args = {
-        "models": [
-            {"id": id, "source": str(source), "engine": each, "replicas": {"min": replicas}}
-            for id, each in engines.items()
-        ],
+        "models": [model],
         "adapters": {
             "root": f"file://{scratch / 'store'}",
             "disk_path": str(scratch / "disk"),
