@@ -77,10 +77,13 @@ def by_torch(tiny: Tiny, requests: list[GenerateRequest], **changes: Any) -> Tex
 
 
 def test_a_mixed_batch_in_little_memory_gives_the_text_of_torch(
-    tiny: Tiny, adapters: list[AdapterFolder]
+    tiny: Tiny, adapters: list[AdapterFolder], tmp_path: Path
 ) -> None:
+    """One of the adapters changes the embedding, the output layer and a norm, by LoRA and whole."""
+    more = {"modules_to_save": ["norm"], "trainable_token_indices": {"embed_tokens": [5, 6, 7]}}
+    changed = write_kind(tiny.folder, tmp_path / "a", target_modules=["lm_head", "k_proj"], **more)
     pooling = [pooled("mean", 3, adapters[0])]
-    requests = [*mixed(adapters, 3)[:5], *pooling]
+    requests = [*mixed([adapters[0], changed, *adapters[2:]], 3)[:5], *pooling]
     engine = triton_engine(
         tiny.folder, max_num_seqs=4, max_model_len=96, memory_bytes=18 * BLOCK_BYTES
     )

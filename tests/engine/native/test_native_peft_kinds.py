@@ -13,8 +13,18 @@ from engine.messages import AdapterFolder, GenerateRequest
 from tests.engine.support.driver import Result, greedy, make_engine, prompt_of, run
 from tests.engine.support.kinds import load_with_peft, write_kind
 from tests.engine.support.tiny import write_tiny
-from tests.engine.test_kinds_against_peft import KINDS
+from tests.engine.test_kinds_against_peft import KINDS, VOCABULARY
 
+# One of each way to change the embedding and the output layer; in the default run, of untied ones.
+OF_VOCABULARY = {
+    name: VOCABULARY[name] for name in ("lora-on-both", "saved-head", "saved-embedding", "tokens")
+}
+CASES: dict[str, tuple[dict[str, dict[str, Any]], dict[str, Any]]] = {
+    "layers": (KINDS, {"model_type": "qwen2"}),
+    "vocabulary": (OF_VOCABULARY, {}),
+    "tied": (VOCABULARY, {"tie_word_embeddings": True}),
+}
+PARAMS = ["layers", "vocabulary", pytest.param("tied", marks=pytest.mark.slow)]
 Results = dict[tuple[str, int], Result]
 
 
@@ -58,9 +68,10 @@ class Case:
         return float((found - wanted).square().mean().sqrt())
 
 
-@pytest.fixture(scope="module")
-def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
-    return Case(tmp_path_factory.mktemp("kinds"), KINDS, model_type="qwen2")
+@pytest.fixture(scope="module", params=PARAMS)
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    kinds, base = CASES[request.param]
+    return Case(tmp_path_factory.mktemp(request.param), kinds, **base)
 
 
 @pytest.fixture(scope="module")
