@@ -37,7 +37,10 @@ _UNSERVED_TENSORS = {  # part of a tensor's name: what such a tensor holds
 class LoraModule:
     """One adapted linear layer: y += scaling * (x @ A^T) @ B^T, A [R, in] and B [out, R].
 
-    Of an embedding A is [R, V], with a column for each token id, which is the input.
+    Of an embedding A is [R, V], with a column for each token id, which is the input. What is
+    stored is less of A if `group_size` is set and the base has that many times `in_features`:
+    [R, in / group_size], QALoRA's; or blocks of one of them: A [R, in / a_blocks], B [out, R /
+    b_blocks], BD-LoRA's.
     """
 
     lora_rank: int
@@ -49,6 +52,20 @@ class LoraModule:
     lora_b: str
     lora_b_bias: str | None = None  # tensor [out], scaled and added with B
     magnitude: str | None = None  # tensor [out], of DoRA: the norm of each row of W + scaling B A
+    group_size: int | None = None
+    a_blocks: int | None = None
+    b_blocks: int | None = None
+
+    @property
+    def is_compact(self) -> bool:
+        """Whether the tensors may not have the shapes that are multiplied."""
+        return (self.group_size, self.a_blocks, self.b_blocks) != (None, None, None)
+
+    def fits(self, out_features: int, in_features: int) -> bool:
+        """Check the shape of the base's layer. A group's PEFT layer exists for GPTQ alone, so an
+        adapter of another base has groups in its config, and none in its tensors."""
+        widths = (self.in_features, self.in_features * (self.group_size or 1))
+        return out_features == self.out_features and in_features in widths
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,14 +99,19 @@ class LoraLayout:
     def has_factors_alone(self) -> bool:
         """Whether the adapter is a sum of products of A and B, and nothing else."""
         return not (self.replaced or self.token_rows) and all(
-            module.lora_b_bias is None and module.magnitude is None and not is_vocabulary(name)
+            module.lora_b_bias is None
+            and module.magnitude is None
+            and not module.is_compact
+            and not is_vocabulary(name)
             for name, module in self.modules.items()
         )
 
 
 def _num_parameters(module: LoraModule) -> int:
     vectors = (module.lora_b_bias is not None) + (module.magnitude is not None)
-    inner = module.lora_rank * (module.in_features + module.out_features)
+    inner = module.lora_rank * (
+        module.in_features // (module.a_blocks or 1) + module.out_features // (module.b_blocks or 1)
+    )
     return inner + vectors * module.out_features
 
 
@@ -187,20 +209,30 @@ def _module(
     r = settings.lora_rank(name)
     if len(a.shape) != 2 or len(b.shape) != 2:
         raise AdapterInvalid(f"{name}: lora_A {a.shape} and lora_B {b.shape} must be matrices")
-    if a.shape[0] != r or b.shape[1] != r:
+    a_blocks, b_blocks = settings.blocks(name)
+    if a.shape[0] != r or b.shape[1] * b_blocks != r:
         raise AdapterInvalid(
             f"{name}: lora_A {a.shape} and lora_B {b.shape} do not have the config's rank {r}"
+            f"{f' in {b_blocks} blocks of B' if b_blocks > 1 else ''}"
+        )
+    if r % a_blocks or b.shape[0] % b_blocks:
+        raise AdapterInvalid(
+            f"{name}: nblocks={max(a_blocks, b_blocks)} does not divide the rank {r} and the "
+            f"{b.shape[0]} outputs"
         )
     return LoraModule(
         lora_rank=r,
         scaling=settings.scaling(name),
-        in_features=a.shape[1],
+        in_features=a.shape[1] * a_blocks,
         out_features=b.shape[0],
         dtype=a.dtype if a.dtype == b.dtype else "F32",
         lora_a=roles[sides[0]],
         lora_b=roles[sides[1]],
         lora_b_bias=_vector(name, Role.B_BIAS, "lora_bias", settings.lora_bias, roles, tensors),
         magnitude=_vector(name, Role.MAGNITUDE, "use_dora", settings.use_dora, roles, tensors),
+        group_size=settings.group_size or None,
+        a_blocks=a_blocks if a_blocks > 1 else None,
+        b_blocks=b_blocks if b_blocks > 1 else None,
     )
 
 
@@ -213,9 +245,15 @@ def _check_roles(
     is_tied_head = settings.ensure_weight_tying and module.rpartition(".")[2] == HEAD
     if not settings.include(module) and not is_tied_head:
         raise AdapterInvalid(f"{module} has weights, but target_modules does not select it")
-    if is_vocabulary(module) and (settings.use_dora or settings.lora_bias):
-        key = "use_dora" if settings.use_dora else "lora_bias"
-        raise AdapterInvalid(f"{key} is not served of {module}: leave it out of target_modules")
+    of_linear_alone = {
+        "use_dora": settings.use_dora,
+        "lora_bias": settings.lora_bias,
+        "use_qalora": settings.group_size > 0,
+        "use_bdlora": settings.block_diagonal is not None,
+    }
+    for key, is_set in of_linear_alone.items():
+        if is_set and is_vocabulary(module):
+            raise AdapterInvalid(f"{key} is not served of {module}: leave it out of target_modules")
 
 
 def _vector(

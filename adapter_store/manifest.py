@@ -242,6 +242,11 @@ def _kind_settings(settings: LoraSettings, layout: LoraLayout) -> dict[str, obje
         keys["lora_bias"] = True
     if any(name.endswith(".bias") for name in layout.replaced):
         keys["bias"] = "all"
+    if settings.group_size:
+        keys |= {"use_qalora": True, "qalora_group_size": settings.group_size}
+    if settings.block_diagonal is not None:
+        names = {name: settings.name(name) for name in layout.modules}
+        keys["use_bdlora"] = settings.block_diagonal.to_config(names)
     if settings.invocation_token_ids:
         keys["alora_invocation_tokens"] = list(settings.invocation_token_ids)
     copies = [name for name, saved in layout.replaced.items() if not saved.is_base]
@@ -263,7 +268,7 @@ def _check_base(layout: LoraLayout, base: BaseModel) -> None:
         shape = known.get(whole_name(name))
         if shape is None:
             raise AdapterInvalid(unknown_module(name, base.modules))
-        if shape != (module.out_features, module.in_features):
+        if not module.fits(*shape):
             raise AdapterInvalid(
                 f"{name} is {shape[0]} x {shape[1]} in the base, but the adapter was made for "
                 f"{module.out_features} x {module.in_features}"

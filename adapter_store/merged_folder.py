@@ -143,7 +143,7 @@ def _open(folder: Path, weight: float, key: str) -> _Member:
     if not layout.has_factors_alone:
         raise AdapterInvalid(
             f"adapter {key.partition(' ')[2]} cannot be combined with others: it has more than "
-            "lora_A and lora_B (DoRA, biases)"
+            "lora_A and lora_B (DoRA, biases), or stores them in another form (QALoRA, BD-LoRA)"
         )
     if layout.invocation_token_ids:
         raise AdapterInvalid(

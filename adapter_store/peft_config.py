@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from adapter_store.alora_config import read_invocation
+from adapter_store.compact_config import BlockDiagonal, read_blocks, read_group_size
 from adapter_store.errors import AdapterInvalid
 from adapter_store.patterns import Budget, Pattern, compile_pattern
 from adapter_store.safetensors_file import unique_keys
@@ -27,7 +28,8 @@ UNDERSTOOD_KEYS = (
     *("peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora"),
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
     *("init_lora_weights", "use_dora", "lora_bias", "bias", "alora_invocation_tokens"),
-    *("modules_to_save", "trainable_token_indices", "ensure_weight_tying"),
+    *("modules_to_save", "trainable_token_indices", "ensure_weight_tying", "fan_in_fan_out"),
+    *("use_qalora", "qalora_group_size", "use_bdlora"),
 )
 EMBEDDING, HEAD = "embed_tokens", "lm_head"  # the last parts of their modules' names
 MAX_TOKEN_ID = 2**24
@@ -36,13 +38,10 @@ BIASES = ("none", "all", "lora_only")
 IGNORED_KEYS = (
     *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
     *("inference_mode", "lora_dropout", "eva_config", "corda_config", "loftq_config"),
-    *("lora_ga_config", "megatron_core", "qalora_group_size", "runtime_config"),
+    *("lora_ga_config", "megatron_core", "runtime_config"),
 )
 # Refused unless neutral: the only value that is served, and what any other one means.
 NEUTRAL_VALUES: dict[str, tuple[object, str]] = {
-    "fan_in_fan_out": (False, "transposed weights"),
-    "use_qalora": (False, "QALoRA's pooled inputs"),
-    "use_bdlora": (None, "block-diagonal LoRA"),
     "target_parameters": (None, "LoRA on bare parameters"),
     "layer_replication": (None, "layers that are stacked anew"),
     "arrow_config": (None, "Arrow routing between adapters"),
@@ -50,6 +49,17 @@ NEUTRAL_VALUES: dict[str, tuple[object, str]] = {
     "monteclora_config": (None, "Monte Carlo noise on the weights"),
     "velora_config": (None, "VeLoRA's compressed activations"),
     "megatron_config": (None, "Megatron's parallel layers"),
+}
+# What to do instead, where there is a way
+WAYS_OUT = {
+    "target_parameters": (
+        "name linear layers in target_modules, or merge the adapter (merge_and_unload) and serve "
+        "the merged model as a base"
+    ),
+    "layer_replication": (
+        "save the model with its stacked layers as a base of its own, serve that, and publish the "
+        "adapter for it without this key"
+    ),
 }
 # Accepted initialisations of training. Every other one also rewrites the base's weights, so the
 # adapter is useless without them; PEFT converts such an adapter with
@@ -98,6 +108,8 @@ class LoraSettings:
     modules_to_save: tuple[str, ...] = ()  # ends of the names of modules that are replaced
     token_ids: Mapping[str, tuple[int, ...]] = field(default_factory=dict[str, tuple[int, ...]])
     ensure_weight_tying: bool = False
+    group_size: int = 0  # of the inputs that QALoRA averages; 0: none
+    block_diagonal: BlockDiagonal | None = None  # BD-LoRA's
     names: Mapping[str, str] = field(default_factory=dict[str, str])  # by which patterns know them
 
     def naming(self, names: Mapping[str, str]) -> "LoraSettings":
@@ -106,16 +118,16 @@ class LoraSettings:
 
     def include(self, module: str) -> bool:
         """Check whether PEFT would wrap the module of this name."""
-        return self.targets.include(self._name(module))
+        return self.targets.include(self.name(module))
 
     def lora_rank(self, module: str) -> int:
         """Return the rank of the module of this name."""
-        name = self._name(module)
+        name = self.name(module)
         return next((r for key, r in self.rank_pattern if key.match(name)), self.r)
 
     def alpha(self, module: str) -> float:
         """Return lora_alpha for the module of this name."""
-        name = self._name(module)
+        name = self.name(module)
         return next((a for key, a in self.alpha_pattern if key.match(name)), self.lora_alpha)
 
     def scaling(self, module: str) -> float:
@@ -123,11 +135,18 @@ class LoraSettings:
         r = self.lora_rank(module)
         return self.alpha(module) / (math.sqrt(r) if self.use_rslora else r)
 
+    def blocks(self, module: str) -> tuple[int, int]:
+        """Return of how many blocks A and B of the module consist. Raises AdapterInvalid."""
+        if self.block_diagonal is None:
+            return 1, 1
+        return self.block_diagonal.blocks(self.name(module))
+
     def effect(self, module: str) -> tuple[bool, int, float]:
         """Return all that the settings say of a module: is it wrapped, its rank, its alpha."""
         return self.include(module), self.lora_rank(module), self.alpha(module)
 
-    def _name(self, module: str) -> str:
+    def name(self, module: str) -> str:
+        """Return the name by which patterns know the module."""
         return self.names.get(module, module)
 
 
@@ -157,6 +176,9 @@ def settings_of(config: dict[str, Any]) -> LoraSettings:
     _refuse_unserved(config)
     budget = Budget()
     use_dora, lora_bias = _flag(config, "use_dora"), _flag(config, "lora_bias")
+    _flag(
+        config, "fan_in_fan_out"
+    )  # PEFT sets it anew by the kind of each layer, so it says nothing
     if use_dora and lora_bias:
         raise AdapterInvalid("use_dora=True with lora_bias=True is not served: PEFT refuses it too")
     bias = config.get("bias", "none")
@@ -185,6 +207,8 @@ def settings_of(config: dict[str, Any]) -> LoraSettings:
         modules_to_save=_names_to_save(config),
         token_ids=_token_ids(config.get("trainable_token_indices")),
         ensure_weight_tying=_flag(config, "ensure_weight_tying"),
+        group_size=read_group_size(config),
+        block_diagonal=read_blocks(config),
     )
 
 
@@ -211,7 +235,8 @@ def _refuse_unserved(config: dict[str, Any]) -> None:
         if key in NEUTRAL_VALUES:
             neutral, meaning = NEUTRAL_VALUES[key]
             if value not in (neutral, None, []):
-                raise AdapterInvalid(f"{key}={value!r} ({meaning}) is not served yet")
+                instead = f": {WAYS_OUT[key]}" if key in WAYS_OUT else ""
+                raise AdapterInvalid(f"{key}={value!r} ({meaning}) is not served yet{instead}")
         elif key not in UNDERSTOOD_KEYS and key not in IGNORED_KEYS and value:
             raise AdapterInvalid(
                 f"{key}={value!r} is not a key of a PEFT LoRA configuration that is known here, "

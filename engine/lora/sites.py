@@ -8,6 +8,7 @@ from torch import Tensor
 
 from adapter_store.layout import LoraModule, SavedTensor
 from engine.lora.affine import SliceVectors, dora_scale, slice_shift
+from engine.lora.compact import stored_shapes, whole_factors
 from engine.lora.source import Source
 from engine.lora.weights import AdapterLoadError, Expand, Sites, SiteWeights
 from engine.model.layers import LoraSite, LoraSlice
@@ -136,8 +137,18 @@ def _shift(
 def _factors(
     module: LoraModule, part: LoraSlice, in_features: int, source: Source
 ) -> tuple[Tensor, Tensor]:
-    """Read A [r, in] and B [out, r] as stored in the file."""
+    """Read A [r, in] and B [out, r], from what the file has of them."""
     rank, asker = module.lora_rank, part.module
+    if module.is_compact:
+        if not module.fits(part.out_features, in_features):
+            raise AdapterLoadError(
+                f"{asker} of the base is {part.out_features} x {in_features}; the adapter's is "
+                f"{module.out_features} x {module.in_features}"
+            )
+        a_shape, b_shape = stored_shapes(module)
+        a = source.tensor(module.lora_a, a_shape, asker)
+        b = source.tensor(module.lora_b, b_shape, asker)
+        return whole_factors(module, a, b, in_features, source.dtype)
     a = source.tensor(module.lora_a, (rank, in_features), asker)
     return a, source.tensor(module.lora_b, (part.out_features, rank), asker)
 

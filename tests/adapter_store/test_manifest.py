@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import BdLoraConfig
 from safetensors.numpy import save_file
 from safetensors.torch import load_file as load_torch
 from safetensors.torch import save_file as save_torch
@@ -50,6 +51,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "one layer": {"layers_to_transform": [1], "layers_pattern": "layers"},
     "a pattern of targets": {"target_modules": r".*layers\.0\..*(q|up)_proj"},
     "dora": {"use_dora": True, "r": 3},
+    "blocks": {"use_bdlora": BdLoraConfig(["layers.1.self_attn.q"], ["layers.0"], 2, False)},
     "exclusions": {"target_modules": ALL, "exclude_modules": ["layers.0.mlp.up_proj", "o_proj"]},
 }
 
@@ -296,6 +298,12 @@ def test_a_tensor_that_cannot_be_served_is_named(
     ("config", "extra", "reasons"),
     [
         ({"use_dora": True}, {}, ["no lora_magnitude_vector", "use_dora=True"]),
+        ({"use_bdlora": {"nblocks": 2}}, {}, ["is in neither target_modules_bd_a nor"]),
+        (
+            {"use_bdlora": {"nblocks": 3, "target_modules_bd_b": ["_proj"]}},
+            {},
+            ["do not have the config's rank 4 in 3 blocks"],
+        ),
         ({"lora_bias": True}, {}, ["no lora_B.bias", "lora_bias=True"]),
         ({"bias": "all"}, {f"{Q0}.bias": (32,)}, [f"{Q0}.bias", "the base does not have"]),
         ({"bias": "all"}, {f"{Q0}.bias": (32, 1)}, [f"{Q0}.bias", "(32, 1)", "a vector"]),
@@ -330,6 +338,34 @@ def test_norms_of_rows_and_biases_are_part_of_manifest_and_digest(
     assert manifest.num_parameters == plain.num_parameters + 32
     assert manifest.digest != plain.digest
     assert parse_manifest(manifest.to_json(), manifest.digest) == manifest
+
+
+def test_fan_in_fan_out_is_left_out_as_peft_sets_it_anew(
+    base_folder: Path, peft_folder: Path, tmp_path: Path, check: Check
+) -> None:
+    folder = changed(peft_folder, tmp_path / "a", {"fan_in_fan_out": True})
+    with pytest.warns(UserWarning, match="Setting fan_in_fan_out to False"):
+        PeftModel.from_pretrained(load_base(base_folder), str(folder))
+    assert check(folder).manifest.digest == check(peft_folder).manifest.digest
+
+
+def test_inputs_in_groups_fit_the_base_by_their_size_which_is_in_the_digest(
+    peft_folder: Path, tmp_path: Path, check: Check
+) -> None:
+    def pooled(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return {n: t[:, :8].copy() if "lora_A" in n else t for n, t in tensors.items()}
+
+    def of_size(size: int, narrow: bool) -> Path:
+        config = {"use_qalora": True, "qalora_group_size": size}
+        target = tmp_path / f"{size}-{narrow}"
+        return changed(peft_folder, target, config, pooled if narrow else None)
+
+    manifest = check(of_size(4, narrow=True)).manifest
+    assert (manifest.modules[Q0].in_features, manifest.modules[Q0].group_size) == (8, 4)
+    assert parse_manifest(manifest.to_json(), manifest.digest) == manifest
+    refused(check, of_size(2, narrow=True), Q0, "32 x 32 in the base", "was made for 32 x 8")
+    whole = [check(of_size(size, narrow=False)).manifest.digest for size in (2, 4)]
+    assert len({*whole, check(peft_folder).manifest.digest}) == 3
 
 
 @pytest.mark.parametrize(("missing", "side"), [(A0, "lora_A"), (B0, "lora_B")])
@@ -530,4 +566,7 @@ def test_the_engine_reads_a_layout_without_reading_a_tensor(tmp_path: Path) -> N
         "lora_b": B0,
         "lora_b_bias": None,
         "magnitude": None,
+        "group_size": None,
+        "a_blocks": None,
+        "b_blocks": None,
     }

@@ -94,9 +94,9 @@ def test_publishing_reports_every_byte_three_times(store: AdapterStore, peft_fol
 def test_a_refused_upload_leaves_no_trace(
     store: AdapterStore, root: Root, peft_folder: Path, tmp_path: Path
 ) -> None:
-    bad = changed(peft_folder, tmp_path / "bad", {"use_qalora": True})
+    bad = changed(peft_folder, tmp_path / "bad", {"kasa_config": {"a": 1}})
     before = root.objects()
-    with pytest.raises(AdapterInvalid, match="use_qalora"):
+    with pytest.raises(AdapterInvalid, match="kasa_config"):
         store.publish(bad, "public", "sql")
     with pytest.raises(InvalidName):
         store.publish(peft_folder, "public", "../sql")

@@ -6,6 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from peft.tuners.lora import BdLoraConfig, Linear, LoraConfig
+from peft.tuners.lora.variants import QALoraLinearVariant
+from safetensors.torch import load_file
 
 from engine.messages import AdapterFolder, GenerateRequest
 from tests.engine.support.driver import Result, greedy, make_engine, prompt_of, run
@@ -21,6 +24,17 @@ KINDS: dict[str, dict[str, Any]] = {
     "norms": {"modules_to_save": ["norm", "input_layernorm"], "use_rslora": True},
     "all-biases": {"bias": "all", "target_modules": ["down_proj"]},
 }
+COMPACT: dict[str, dict[str, Any]] = {
+    "blocks": {
+        "r": 6,
+        "bias": "lora_only",
+        "use_bdlora": BdLoraConfig(["o_proj"], ["layers.0.self_attn.q_proj", "up_"], 2, False),
+    },
+    "groups": {"use_qalora": True, "qalora_group_size": 8, "use_rslora": True},
+    "groups-of-no-layer": {"use_qalora": True, "qalora_group_size": 8},
+    "transposed": {"fan_in_fan_out": True, "target_modules": ["embed_tokens"]},
+    "plain": {},
+}
 VOCABULARY: dict[str, dict[str, Any]] = {
     "lora-on-embedding": {"target_modules": ["embed_tokens", "q_proj"]},
     "lora-on-head": {"target_modules": ["lm_head", "q_proj"], "lora_alpha": 16},
@@ -35,6 +49,7 @@ VOCABULARY: dict[str, dict[str, Any]] = {
     },
     "plain": {"use_dora": True},
 }
+Q0 = "model.layers.0.self_attn.q_proj"
 Results = dict[tuple[str, int], Result]
 
 
@@ -142,3 +157,28 @@ def test_changed_embeddings_and_output_layers_are_those_of_peft(
 ) -> None:
     case: Case = request.getfixturevalue(ties)
     case.check(name)
+
+
+@pytest.fixture
+def pooling_peft(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let PEFT's plain layers average inputs, as its GPTQ layers do, where groups are wanted."""
+    resolve = Linear.resolve_lora_variant
+
+    def resolved(self: Linear, *, config: LoraConfig, **named: Any) -> object:
+        if config.use_qalora and config.use_rslora:
+            return QALoraLinearVariant()
+        return resolve(self, config=config, **named)
+
+    monkeypatch.setattr(Linear, "resolve_lora_variant", resolved)
+
+
+@pytest.mark.usefixtures("pooling_peft")
+def test_what_is_stored_in_groups_or_blocks_gives_pefts_own_logits(tmp_path: Path) -> None:
+    case = Case(tmp_path, COMPACT)
+    for name, shape in (("groups", (4, 8)), ("groups-of-no-layer", (4, 64)), ("blocks", (6, 64))):
+        folder = case.adapters[name]
+        assert folder is not None
+        tensors = load_file(Path(folder.path) / "adapter_model.safetensors")
+        assert tensors[f"base_model.model.{Q0}.lora_A.weight"].shape == shape
+    for name in case.adapters:
+        case.check(name)
