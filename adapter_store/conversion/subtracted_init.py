@@ -30,7 +30,7 @@ def _pair(tensors: Tensors, setting: Setting, read: ReadWeight) -> Change:
 _LORA = Method(
     ("lora_A.weight", "lora_B.weight"),
     _pair,
-    ("lora_alpha", "use_rslora", "init_lora_weights", *IGNORED_KEYS),
+    ("lora_alpha", "use_rslora", "init_lora_weights", "qalora_group_size", *IGNORED_KEYS),
 )
 
 
