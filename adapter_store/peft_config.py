@@ -57,8 +57,8 @@ WAYS_OUT = {
         "the merged model as a base"
     ),
     "layer_replication": (
-        "save the model with its stacked layers as a base of its own, serve that, and publish the "
-        "adapter for it without this key"
+        "save the model with its stacked layers, each with weights of its own, as a base, serve "
+        "that, and publish the adapter for it without this key"
     ),
 }
 # Accepted initialisations of training. Every other one also rewrites the base's weights, so the

@@ -141,7 +141,7 @@ METHODS: Mapping[str, Method] = {
         (
             *("lora_alpha", "target_r", "init_r", "tinit", "tfinal", "deltaT"),
             *("beta1", "beta2", "orth_reg_weight", "total_step", "init_lora_weights"),
-            *IGNORED_KEYS,
+            *("qalora_group_size", *IGNORED_KEYS),
         ),
     ),
     "MISS": Method(("miss_block",), _miss, ("miss_dropout", "mini_r")),
