@@ -31,6 +31,7 @@ class Version:
     generation: int = 0  # of its files
     retired_by: int = 0  # number of the record
     own_files: list[str] | None = None  # beside the weights; None if it is not known
+    vocab_size: int = 0  # rows of its own embedding; 0: it is the base's
 
     @property
     def place(self) -> Place:
@@ -90,7 +91,9 @@ class Catalog:
             raise AdapterNotFound(
                 f"{full_name!r} is an adapter of base {found.base}, not of {base}"
             )
-        return AdapterRef(tenant, name, version, found.digest, found.base)
+        return AdapterRef(
+            tenant, name, version, found.digest, found.base, vocab_size=found.vocab_size
+        )
 
     def list(self, tenant: str | None = None) -> Iterable[AdapterRecord]:
         """Yield the live versions in the order of tenant, name and version."""
@@ -231,6 +234,7 @@ class Catalog:
             published_s=float(record["published_s"]),
             generation=int(record.get("generation", 0)),
             own_files=record.get("own_files"),
+            vocab_size=int(record.get("vocab_size", 0)),
         )
         if record["version"] != self.num_versions(*key) + 1:
             raise ValueError(f"version {record['version']} does not follow")

@@ -20,7 +20,7 @@ from adapter_store.saved import (
     take_token_rows,
 )
 from adapter_store.tensor_causes import cause_of, refuse_broken
-from adapter_store.tensor_names import Role, parse_tensor_name
+from adapter_store.tensor_names import Role, is_copy, parse_tensor_name
 from adapter_store.wrapped_names import configured_name, plain_name, without_prefix
 
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -156,6 +156,8 @@ def layout_of(settings: LoraSettings, tensors: Mapping[str, TensorEntry]) -> Lor
     """Fit settings and tensors together. Raises AdapterInvalid."""
     found: Found = {}
     for name, tensor in tensors.items():
+        if is_copy(name, tensors):
+            continue
         module, role = _parse_tensor_name(name)
         if tensor.dtype not in WEIGHT_DTYPES:
             raise AdapterInvalid(

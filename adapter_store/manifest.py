@@ -31,10 +31,12 @@ from adapter_store.own_files import OWN_NAMES, read_own_files
 from adapter_store.peft_config import CONFIG_NAME, LoraSettings
 from adapter_store.recipes import Recipe, parse_recipe
 from adapter_store.safetensors_file import find_not_finite, hash_file
+from adapter_store.saved import vocab_size_of
 from adapter_store.tensor_causes import unknown_module
 from adapter_store.wrapped_names import plain_name, whole_name
 
 MANIFEST_NAME = "manifest.json"
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
@@ -66,6 +68,11 @@ class AdapterManifest:
     def target_modules(self) -> tuple[str, ...]:
         """The last parts of the modules' names, e.g. q_proj."""
         return tuple(sorted({name.rpartition(".")[2] for name in self.modules}))
+
+    @property
+    def vocab_size(self) -> int:
+        """The rows of its own embedding, which may be more than the base's; 0: the base's."""
+        return vocab_size_of(self.replaced)
 
     def to_json(self) -> bytes:
         """Encode the manifest for the object store; the inverse of `parse_manifest`."""
@@ -113,7 +120,7 @@ def prepare(
     settings, tensors = read_adapter(folder)
     layout = layout_of(settings, tensors)
     _check_base(layout, base)
-    own_files = read_own_files(folder, base.text)
+    own_files = read_own_files(folder, base.text, vocab_size_of(layout.replaced))
     weights = folder / WEIGHTS_NAME
     try:
         bad = find_not_finite(weights, tensors, on_bytes)
@@ -279,7 +286,7 @@ def _check_base(layout: LoraLayout, base: BaseModel) -> None:
 
 
 def _check_parameters(layout: LoraLayout, parameters: Mapping[str, tuple[int, ...]]) -> None:
-    embedding = parameters.get("model.embed_tokens.weight", (0, 0))
+    embedding = _own_embedding(layout, parameters)
     for name, saved in layout.replaced.items():
         module = name.rpartition(".")[0]
         found = embedding if is_vocabulary(module) else parameters.get(whole_name(name))
@@ -295,8 +302,8 @@ def _check_parameters(layout: LoraLayout, parameters: Mapping[str, tuple[int, ..
                 width, rows = rows, width
             if (rows, width) != embedding:
                 raise AdapterInvalid(
-                    f"{name} is {embedding[0]} x {embedding[1]} in the base, but the adapter was "
-                    f"made for {rows} x {width}"
+                    f"{name} has a matrix of {embedding[0]} x {embedding[1]}, but its factors are "
+                    f"for {rows} x {width}"
                 )
     for name, rows in layout.token_rows.items():
         if rows.hidden_size != embedding[1]:
@@ -304,3 +311,25 @@ def _check_parameters(layout: LoraLayout, parameters: Mapping[str, tuple[int, ..
                 f"{rows.tensor} has rows of {rows.hidden_size}; {name} of the base has "
                 f"{embedding[1]}"
             )
+        if max(rows.token_ids) >= embedding[0]:
+            raise AdapterInvalid(
+                f"{rows.tensor} has a row of token id {max(rows.token_ids)}; {name} has "
+                f"{embedding[0]} rows"
+            )
+
+
+def _own_embedding(
+    layout: LoraLayout, parameters: Mapping[str, tuple[int, ...]]
+) -> tuple[int, ...]:
+    """Return the shape that embedding and output layer have with the adapter: it may add rows."""
+    rows, width = parameters.get(_EMBEDDING, (0, 0))
+    own = vocab_size_of(layout.replaced)
+    if own <= rows:
+        return rows, width
+    for name in (_EMBEDDING, _HEAD):
+        if name in parameters and not any(whole_name(n) == name for n in layout.replaced):
+            raise AdapterInvalid(
+                f"the adapter has {own} token ids, the base {rows}, so it must bring all rows of "
+                f"{name.removesuffix('.weight')} too: save it with save_embedding_layers=True"
+            )
+    return own, width

@@ -31,6 +31,7 @@ class AdapterRef:
     digest: str
     base: str  # fingerprint
     recipe: Recipe | None = None
+    vocab_size: int = 0  # rows of its own embedding, which may be more than the base's; 0: as there
 
 
 @dataclass(frozen=True, slots=True)

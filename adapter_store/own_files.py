@@ -45,10 +45,10 @@ class OwnFiles:
 NO_OWN_FILES = OwnFiles()
 
 
-def read_own_files(folder: Path, base: BaseText, num_rows: int | None = None) -> dict[str, bytes]:
+def read_own_files(folder: Path, base: BaseText, num_rows: int = 0) -> dict[str, bytes]:
     """Write what a folder brings, by the names of OWN_NAMES; equal folders give equal bytes.
 
-    `num_rows` are those of the embedding that the adapter is served with, by default the base's.
+    `num_rows` are those of the embedding that the adapter brings; 0: it is the base's.
     Raises AdapterInvalid.
     """
     rows = num_rows or base.vocab_size

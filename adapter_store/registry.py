@@ -145,6 +145,7 @@ class Registry:
                 "published_s": self._wall_clock(),
                 "generation": generation,
                 "own_files": own_files,
+                "vocab_size": manifest.vocab_size,
             }
 
         self._append(record)
@@ -152,7 +153,14 @@ class Registry:
             version = self._catalog.find_digest(tenant, name, manifest.digest)
         if version is None:
             raise AdapterNotFound(f"{name} of tenant {tenant} was retired while it was published")
-        return AdapterRef(tenant, name, version, manifest.digest, manifest.base)
+        return AdapterRef(
+            tenant,
+            name,
+            version,
+            manifest.digest,
+            manifest.base,
+            vocab_size=manifest.vocab_size,
+        )
 
     def alias(self, tenant: str, name: str, alias: str, version: int) -> None:
         """Make name@alias mean this version from now on. Raises InvalidName, AdapterNotFound."""

@@ -45,6 +45,12 @@ def is_vocabulary(module: str) -> bool:
     return module.rpartition(".")[2] in (EMBEDDING, HEAD)
 
 
+def vocab_size_of(replaced: Mapping[str, SavedTensor]) -> int:
+    """Return the rows of the adapter's own embedding or output layer; 0 if it has the base's."""
+    own = (s.shape[0] for name, s in replaced.items() if is_vocabulary(name.rpartition(".")[0]))
+    return max(own, default=0)
+
+
 def take_saved(
     found: Found, tensors: Mapping[str, TensorEntry], settings: LoraSettings
 ) -> dict[str, SavedTensor]:
@@ -116,6 +122,9 @@ def _unserved(module: str, name: str, is_listed: bool) -> str:
 
 def _token_rows(module: str, name: str, tensor: TensorEntry, settings: LoraSettings) -> TokenRows:
     token_ids = settings.token_ids.get(module.rpartition(".")[2])
+    if token_ids is None and module.rpartition(".")[2] == HEAD:
+        # Where both are tied, PEFT writes the embedding's rows again with a resized vocabulary
+        token_ids = settings.token_ids.get(EMBEDDING)
     if token_ids is None or not is_vocabulary(module):
         raise AdapterInvalid(f"tensor {name}: trainable_token_indices does not name {module}")
     if len(tensor.shape) != 2 or tensor.shape[0] != len(token_ids):

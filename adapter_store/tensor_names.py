@@ -4,6 +4,7 @@ Knows no config and no shapes. A name that fits no pattern is another's, and is 
 """
 
 import re
+from collections.abc import Collection
 from enum import StrEnum
 
 
@@ -31,8 +32,12 @@ _PATTERNS = {
     Role.EMBEDDING_A: r"\.lora_embedding_A(?:\.default)?",
     Role.EMBEDDING_B: r"\.lora_embedding_B(?:\.default)?",
     Role.TOKENS: r"(?:\.token_adapter)?\.trainable_tokens_delta(?:\.default)?",
-    Role.WEIGHT: r"(?:\.modules_to_save(?:\.default)?)?(?:\.base_layer)?\.weight",
+    Role.WEIGHT: r"(?:\.modules_to_save(?:\.default)?|\.token_adapter)?(?:\.base_layer)?\.weight",
 }
+# Of a saved embedding or output layer, PEFT may write two more, and reads the plain name alone
+_COPY = re.compile(
+    r"(?P<module>.*(?:embed_tokens|lm_head))\.(?:modules_to_save|original_module)\.weight"
+)
 _NAMES = {role: re.compile(rf"(?P<module>[^.].*?){end}") for role, end in _PATTERNS.items()}
 
 
@@ -42,3 +47,9 @@ def parse_tensor_name(name: str) -> tuple[str, Role] | None:
         if match := pattern.fullmatch(name):
             return match["module"], role
     return None
+
+
+def is_copy(name: str, names: Collection[str]) -> bool:
+    """Check for a tensor that PEFT writes beside a module's weight and does not read again."""
+    match = _COPY.fullmatch(name)
+    return match is not None and f"{match['module']}.weight" in names

@@ -439,7 +439,7 @@ class Engine:
         s = self.settled
         weights = load_lora(adapter_folder, self.model.lora_sites, s.dtype, self._open_base)
         check_kinds(weights, s.spec.vocab_size, self.model.kinds, self.model.kernels)
-        self._check_invocation(weights)
+        self._check_token_ids(weights, adapter_folder)
         packed = self.model.pack_adapter(weights)
         most, name = self.config.adapter_memory_bytes, "adapter_memory_bytes"
         if most is None:
@@ -455,12 +455,19 @@ class Engine:
             self.proofs.keep(adapter_folder, weights)
         return packed
 
-    def _check_invocation(self, weights: LoraWeights) -> None:
+    def _check_token_ids(self, weights: LoraWeights, adapter_folder: AdapterFolder) -> None:
+        """Check that the adapter has the token ids of its requests, and those that invoke it."""
+        vocab_size = max(self.info.vocab_size, weights.vocab_size)
+        if adapter_folder.vocab_size > vocab_size:
+            raise AdapterLoadError(
+                f"adapter {adapter_folder.digest} should have {adapter_folder.vocab_size} token "
+                f"ids, and its files have {vocab_size}"
+            )
         for token_id in weights.invocation_token_ids:
-            if token_id >= self.info.vocab_size:
+            if token_id >= vocab_size:
                 raise AdapterLoadError(
                     f"alora_invocation_tokens: token id {token_id} is outside the vocabulary "
-                    f"[0, {self.info.vocab_size - 1}], so the adapter could never act"
+                    f"[0, {vocab_size - 1}], so the adapter could never act"
                 )
 
     def _poll_adapters(self) -> None:

@@ -29,10 +29,15 @@ class ErrorKind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class AdapterFolder:
-    """An adapter's identity, and the folder of its verified files."""
+    """An adapter's identity, and the folder of its verified files.
+
+    `vocab_size` are the rows of its own embedding. Token ids from the base's number on are valid
+    for its requests alone. 0: it has the base's.
+    """
 
     digest: str
     path: str
+    vocab_size: int = 0
 
 
 @dataclass(frozen=True, slots=True)

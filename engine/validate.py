@@ -20,14 +20,15 @@ def validate(request: GenerateRequest, info: EngineInfo) -> None:
             f"the prompt has {num_prompt + num_resumed} tokens, and the context of "
             f"{info.max_model_len} tokens must hold it and at least one token more"
         )
-    _check_token_ids("prompt", request.prompt_token_ids, info.vocab_size)
-    _check_token_ids("output so far", request.output_token_ids, info.vocab_size)
-    _check_token_ids("stop_token_ids", request.sampling.stop_token_ids, info.vocab_size)
-    _check_token_ids("eos_token_ids", request.sampling.eos_token_ids or (), info.vocab_size)
-    _check_token_ids("logit_bias", (t for t, _ in request.sampling.logit_bias), info.vocab_size)
+    vocab_size = _vocab_size(request, info)
+    _check_token_ids("prompt", request.prompt_token_ids, vocab_size)
+    _check_token_ids("output so far", request.output_token_ids, vocab_size)
+    _check_token_ids("stop_token_ids", request.sampling.stop_token_ids, vocab_size)
+    _check_token_ids("eos_token_ids", request.sampling.eos_token_ids or (), vocab_size)
+    _check_token_ids("logit_bias", (t for t, _ in request.sampling.logit_bias), vocab_size)
     for word in request.sampling.bad_words:
-        _check_token_ids("bad_words", word, info.vocab_size)
-    _check_token_ids("allowed_token_ids", request.sampling.allowed_token_ids or (), info.vocab_size)
+        _check_token_ids("bad_words", word, vocab_size)
+    _check_token_ids("allowed_token_ids", request.sampling.allowed_token_ids or (), vocab_size)
     _check_grammar(request, info)
     _check_some_token_is_allowed(request, info)
     if not 1 <= request.n <= MAX_CHOICES:
@@ -42,6 +43,12 @@ def validate(request: GenerateRequest, info: EngineInfo) -> None:
         raise InvalidRequest(
             f"{num_resumed} tokens are there already, of max_tokens={request.sampling.max_tokens}"
         )
+
+
+def _vocab_size(request: GenerateRequest, info: EngineInfo) -> int:
+    """Return the number of token ids that the request may use: its adapter may have more."""
+    own = 0 if request.adapter_folder is None else request.adapter_folder.vocab_size
+    return max(info.vocab_size, own)
 
 
 def _check_pooling(request: GenerateRequest, info: EngineInfo) -> None:
@@ -75,15 +82,16 @@ def _check_grammar(request: GenerateRequest, info: EngineInfo) -> None:
 def _check_some_token_is_allowed(request: GenerateRequest, info: EngineInfo) -> None:
     """Check that a token stays allowed, whatever the output so far is."""
     sampling, allowed = request.sampling, request.sampling.allowed_token_ids
+    vocab_size = _vocab_size(request, info)
     forbidden = {word[-1] for word in sampling.bad_words}
     if sampling.min_tokens > 1:
         forbidden |= sampling.end_token_ids(info.eos_token_ids)
-    if len(forbidden) < (info.vocab_size if allowed is None else 1):
+    if len(forbidden) < (vocab_size if allowed is None else 1):
         return
-    rest = info.vocab_size - len(forbidden) if allowed is None else len({*allowed} - forbidden)
+    rest = vocab_size - len(forbidden) if allowed is None else len({*allowed} - forbidden)
     if rest > 0:
         return
-    num = info.vocab_size if allowed is None else len({*allowed})
+    num = vocab_size if allowed is None else len({*allowed})
     raise InvalidRequest(
         f"min_tokens={sampling.min_tokens} forbids all end tokens before, and bad_words the last "
         f"token of each: together all {num} tokens that are allowed; list fewer"

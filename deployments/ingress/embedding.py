@@ -128,7 +128,7 @@ async def _prompts(request: EmbeddingRequest, target: Target, info: EngineInfo) 
             raise invalid("The text is empty: it has no tokens.", path)
         if len(prompt) > limit:
             raise text_too_long(path, len(prompt), limit)
-        check_token_ids(path, prompt, info.vocab_size)
+        check_token_ids(path, prompt, target.vocab_size)
     return prompts
 
 

@@ -98,6 +98,15 @@ class Target:
         return self.own.vocabulary or self.model.vocabulary
 
     @property
+    def vocab_size(self) -> int:
+        """The number of token ids, of which the adapter may have more than its base.
+
+        Raises ModelNotReady.
+        """
+        own = 0 if self.adapter_ref is None else self.adapter_ref.vocab_size
+        return max(self.engine.vocab_size, own)
+
+    @property
     def sampling_defaults(self) -> SamplingDefaults:
         """What holds for parameters that a request leaves out. Raises ModelNotReady."""
         generation = self.own.generation

@@ -176,13 +176,13 @@ def _submits(
     """Make one submit per prompt, each with another seed unless the client gave one."""
     if request.num_answers > target.model.max_answers:
         raise too_many_answers(request.num_answers, target.model.max_answers)
-    check_token_ids("stop_token_ids", request.stop_token_ids or (), info.vocab_size)
-    check_token_ids("logit_bias", list(request.logit_bias or ()), info.vocab_size)
-    check_token_ids("allowed_token_ids", request.allowed_token_ids or (), info.vocab_size)
+    check_token_ids("stop_token_ids", request.stop_token_ids or (), target.vocab_size)
+    check_token_ids("logit_bias", list(request.logit_bias or ()), target.vocab_size)
+    check_token_ids("allowed_token_ids", request.allowed_token_ids or (), target.vocab_size)
     submits: list[Submit] = []
     for at, (prompt, path) in enumerate(zip(prompts, paths, strict=True)):
         max_tokens = _max_tokens(request, path, len(prompt), info.max_model_len)
-        check_token_ids(path, prompt, info.vocab_size)
+        check_token_ids(path, prompt, target.vocab_size)
         sampling = request.sampling(max_tokens, origin.new_seed(), target.sampling_defaults)
         sampling = _completed(sampling, request, grammar, bad_words, target)
         generate = GenerateRequest(

@@ -122,7 +122,8 @@ class LiveRequests:
             self.fail(live.request.request_id, adapter_error(error))
             return
         live.fetching = None
-        self._start(replace(live.request, adapter_folder=AdapterFolder(ref.digest, str(path))))
+        folder_of_ref = AdapterFolder(ref.digest, str(path), ref.vocab_size)
+        self._start(replace(live.request, adapter_folder=folder_of_ref))
 
     def _start(self, request: GenerateRequest) -> None:
         try:

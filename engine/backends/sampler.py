@@ -174,6 +174,7 @@ def without_vain_rules(
 
 def _is_vain(request: ScheduledRequest, mask: TokenMask) -> bool:
     rest, token_ids = mask.copy(), np.array(request.forbidden_token_ids, dtype=np.int64)
+    token_ids = token_ids[token_ids < 32 * len(mask)]  # no mask allows what only an adapter has
     bits = np.left_shift(np.uint32(1), (token_ids % 32).astype(np.uint32))
     np.bitwise_and.at(rest, token_ids // 32, ~bits)
     return not rest.any()

@@ -13,6 +13,7 @@ class MaskMemory:
     def __init__(self, fd: int, num_slots: int, vocab_size: int) -> None:
         self.fd = fd
         self.num_slots = num_slots
+        self.vocab_size = vocab_size
         self.row_bytes = -(-vocab_size // 32) * 4  # whole words of 32 bits
         self.bytes = mmap.mmap(fd, num_slots * self.row_bytes)
 
@@ -23,9 +24,12 @@ class MaskMemory:
         return cls(fd, num_slots, vocab_size)
 
     def write(self, slot: int, mask: bytes | bytearray) -> None:
-        """Write a mask of any length; tokens beyond it may not be sampled."""
+        """Write a mask of any length; tokens beyond it, or the vocabulary, may not be sampled."""
         start, size = slot * self.row_bytes, self.row_bytes
-        self.bytes[start : start + size] = bytes(mask[:size].ljust(size, b"\0"))
+        row = bytearray(mask[: -(-self.vocab_size // 8)])
+        if 8 * len(row) > self.vocab_size:  # an adapter may have token ids where these bits are
+            row[-1] &= (1 << self.vocab_size % 8) - 1
+        self.bytes[start : start + size] = row.ljust(size, b"\0")
 
     def close(self) -> None:
         os.close(self.fd)  # rows that are still in use keep the mapping

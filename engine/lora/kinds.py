@@ -34,7 +34,7 @@ def kinds_of(weights: LoraWeights, vocab_size: int) -> frozenset[Kind]:
         found.add(Kind.EMBEDDING)
     if weights.head is not None:
         found.add(Kind.HEAD)
-    if any(o is not None and o.vocab_size > vocab_size for o in (weights.embedding, weights.head)):
+    if weights.vocab_size > vocab_size:
         found.add(Kind.VOCABULARY)
     return frozenset(found)
 

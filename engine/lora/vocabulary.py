@@ -53,7 +53,33 @@ def load_vocabulary(
         return None, None
     if source.base.spec.tied_embeddings:
         head = _tied_head(embedding, head)
-    return _load(EMBEDDING, embedding, source), _load(HEAD, head, source)
+    vocab_size = _vocab_size(EMBEDDING, embedding, source)
+    own_outputs = _vocab_size(HEAD, head, source)
+    if vocab_size != own_outputs:
+        raise AdapterLoadError(
+            f"with the adapter, {EMBEDDING} has {vocab_size} rows and {HEAD} {own_outputs}, but "
+            "each token id needs a row in both"
+        )
+    return (
+        _load(EMBEDDING, embedding, vocab_size, source),
+        _load(HEAD, head, vocab_size, source),
+    )
+
+
+def _vocab_size(module: str, change: _Change, source: Source) -> int:
+    """Return the rows of a matrix with its change: a whole one may add some to the base's."""
+    base, whole, some = source.base.spec.vocab_size, change.whole, change.some
+    if whole is not None and whole.shape[0] < base:
+        raise AdapterLoadError(
+            f"{whole.tensor} has {whole.shape[0]} rows, and {module} of the base {base}"
+        )
+    vocab_size = base if whole is None else whole.shape[0]
+    if some is not None and max(some.token_ids) >= vocab_size:
+        raise AdapterLoadError(
+            f"{some.tensor} has a row of token id {max(some.token_ids)}, and {module} has "
+            f"{vocab_size} rows"
+        )
+    return vocab_size
 
 
 def _tied_head(embedding: _Change, head: _Change) -> _Change:
@@ -70,20 +96,9 @@ def _tied_head(embedding: _Change, head: _Change) -> _Change:
     return _Change(head.factors, whole, some)
 
 
-def _load(module: str, change: _Change, source: Source) -> Overlay | None:
+def _load(module: str, change: _Change, vocab_size: int, source: Source) -> Overlay | None:
     if change.is_empty:
         return None
-    spec = source.base.spec
-    vocab_size = spec.vocab_size
-    if change.whole is not None:
-        vocab_size = max(vocab_size, change.whole.shape[0])
-    if change.some is not None:
-        vocab_size = max(vocab_size, *(i + 1 for i in change.some.token_ids))
-    if vocab_size > spec.vocab_size:
-        raise AdapterLoadError(
-            f"{module}: the adapter has {vocab_size} token ids, the base {spec.vocab_size}; more "
-            "than the base has are not served yet"
-        )
     ids, rows = _changed_rows(module, change, source)
     factors = _load_factors(module, change.factors, vocab_size, source)
     if not len(ids) and factors is None:
@@ -113,10 +128,6 @@ def _changed_rows(module: str, change: _Change, source: Source) -> tuple[Tensor,
 def _differing(module: str, whole: SavedTensor, source: Source) -> tuple[Tensor, Tensor]:
     base = source.base
     num_rows, shape = whole.shape[0], (whole.shape[0], base.spec.hidden_size)
-    if num_rows < base.spec.vocab_size:
-        raise AdapterLoadError(
-            f"{whole.tensor} has {num_rows} rows, and {module} of the base {base.spec.vocab_size}"
-        )
     own = source.tensor(whole.tensor, shape, module)
     theirs = base.vocabulary(f"{EMBEDDING if base.spec.tied_embeddings else module}.weight")
     ids: list[Tensor] = []

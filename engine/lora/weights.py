@@ -70,6 +70,12 @@ class LoraWeights:
         """Whether rows differ from the base's beside linear layers and the output layer."""
         return self.embedding is not None or bool(self.norms)
 
+    @property
+    def vocab_size(self) -> int:
+        """Rows of its own embedding and output layer, if it changes one of them; else 0."""
+        own = (o.vocab_size for o in (self.embedding, self.head) if o is not None)
+        return max(own, default=0)
+
     def to(self, device: torch.device) -> "LoraWeights":
         if device.type == "cpu":
             return self

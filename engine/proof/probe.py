@@ -20,7 +20,8 @@ def probe_prompt(weights: LoraWeights | None, vocab_size: int) -> list[int]:
     draw = random.Random(vocab_size)
     token_ids = [draw.randrange(vocab_size) for _ in range(NUM_PROMPT)]
     overlays = () if weights is None else (weights.embedding, weights.head)
-    own = [i for o in overlays if o is not None for i in o.ids[:NUM_OWN].tolist()]
+    changed = [o.ids.tolist() for o in overlays if o is not None]
+    own = [i for ids in changed for i in [*ids[-1:], *ids[: NUM_OWN - 1]]]  # the last may be new
     for place, token_id in zip(range(1, NUM_PROMPT, 2), dict.fromkeys(own), strict=False):
         token_ids[place] = token_id
     middle = NUM_PROMPT // 2

@@ -9,7 +9,7 @@ between steps, so that nobody waits for it longer than for a small step.
 import logging
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -108,6 +108,8 @@ class Proofs:
         self, digest: str, adapter_folder: AdapterFolder | None, weights: LoraWeights | None
     ) -> GenerateRequest:
         vocab_size = self._decoder.spec.vocab_size
+        if adapter_folder is not None and weights is not None:
+            adapter_folder = replace(adapter_folder, vocab_size=weights.vocab_size)
         prompt = probe_prompt(weights, vocab_size)[: self._max_model_len - 1]
         request = probe_request(digest, prompt, adapter_folder, self._max_model_len)
         self._probes[request.request_id] = _Probe(digest, prompt)

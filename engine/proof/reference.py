@@ -118,10 +118,12 @@ def expect(
         yield
     hidden = decoder.norm(x, overlays)
     own = None if weights.head is None else ReferenceOverlays(weights, first - count)
-    return [
-        _logprobs(decoder.logits(hidden[:count])[:-1], token_ids[1:]),
-        _logprobs(decoder.logits(hidden[count:], own)[:-1], token_ids[1:]),
-    ]
+    adapted = _logprobs(decoder.logits(hidden[count:], own)[:-1], token_ids[1:])
+    # Of a token that the base does not have, it cannot say how much the adapter changes
+    known = [min(token_id, spec.vocab_size - 1) for token_id in token_ids[1:]]
+    base = _logprobs(decoder.logits(hidden[:count])[:-1], known)
+    pairs = zip(token_ids[1:], base, adapted, strict=True)
+    return [[a if i >= spec.vocab_size else b for i, b, a in pairs], adapted]
 
 
 def _twice(

@@ -113,7 +113,7 @@ async def _detokenize(ingress: Ingress, request: DetokenizeRequest, tenant: Tena
         raise invalid(
             f"tokens: must have at most {limit} token ids, not {len(token_ids)}.", "tokens"
         )
-    check_token_ids("tokens", token_ids, target.engine.vocab_size)
+    check_token_ids("tokens", token_ids, target.vocab_size)
 
     def body() -> bytes:
         return write({"prompt": target.vocabulary.decode(token_ids, False)})

@@ -9,7 +9,7 @@ from engine.backends.sync_runner import SyncRunner
 from engine.backends.torch.forward import TorchForward
 from engine.backends.torch.ops import torch_build
 from engine.config import EngineConfig
-from engine.lora.kinds import Kind
+from engine.lora.kinds import ALL_KINDS
 from engine.lora.weights import LoraWeights
 from engine.model.loader import weight_bytes
 from engine.settle import Settled
@@ -25,7 +25,7 @@ def load_torch(config: EngineConfig, s: Settled, *, announcer: Announcer) -> Loa
         decoder=decoder,
         weight_bytes=weight_bytes(decoder, s.dtype),
         kernels="torch",
-        kinds=frozenset({Kind.AFFINE, Kind.NORMS, Kind.EMBEDDING, Kind.HEAD}),
+        kinds=ALL_KINDS,
     )
 
 

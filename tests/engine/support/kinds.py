@@ -27,22 +27,29 @@ def quiet() -> Iterator[None]:
         yield
 
 
-def write_kind(base: Path, folder: Path, seed: int = 0, **config: Any) -> AdapterFolder:
+def write_kind(
+    base: Path, folder: Path, seed: int = 0, vocab_size: int = 0, **config: Any
+) -> AdapterFolder:
     """Train by adding noise; large enough that leaving out one tensor changes the logits."""
     settings: dict[str, Any] = {"r": 4, "target_modules": ["q_proj", "o_proj", "up_proj"]}
     with quiet(), torch.no_grad():
-        model = get_peft_model(load_plain(base), LoraConfig(**settings | config))
+        plain = load_plain(base)
+        if vocab_size:
+            plain.resize_token_embeddings(vocab_size, mean_resizing=False)
+        model = get_peft_model(plain, LoraConfig(**settings | config))
         generator = torch.Generator().manual_seed(seed)
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
         model.save_pretrained(folder)
-    return AdapterFolder(f"digest-of-{folder.name}", str(folder))
+    return AdapterFolder(f"digest-of-{folder.name}", str(folder), vocab_size)
 
 
 def load_with_peft(base: Path, adapter: AdapterFolder | None) -> torch.nn.Module:
     model = load_plain(base)
     if adapter is None:
         return model
+    if adapter.vocab_size:
+        model.resize_token_embeddings(adapter.vocab_size, mean_resizing=False)
     with quiet():
         return PeftModel.from_pretrained(model, adapter.path).eval()

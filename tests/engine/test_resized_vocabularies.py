@@ -1,0 +1,140 @@
+"""Tests adapters with more token ids than their base, against peft, in batches with plain ones."""
+
+from array import array
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from engine.backends.sampler import SampledToken, sample
+from engine.engine import Engine
+from engine.grammar.mask_memory import MaskMemory
+from engine.messages import GenerateRequest
+from engine.scheduler.batch import ScheduledRequest
+from engine.scheduler.request import InvalidRequest
+from tests.engine.support.driver import Result, greedy, make_engine, prompt_of, run
+from tests.engine.support.kinds import load_with_peft, write_kind
+from tests.engine.support.tiny import VOCAB_SIZE, write_tiny
+
+NEW = 5  # token ids that only the adapter has
+LAST = VOCAB_SIZE + NEW - 1
+KINDS: dict[str, dict[str, Any]] = {
+    "saved": {"vocab_size": VOCAB_SIZE + NEW, "modules_to_save": ["embed_tokens", "lm_head"]},
+    "untrained": {"vocab_size": VOCAB_SIZE + 2},
+    "tokens": {"vocab_size": VOCAB_SIZE + 7, "trainable_token_indices": [9, VOCAB_SIZE + 6]},
+    "factors": {
+        "vocab_size": VOCAB_SIZE + NEW,
+        "target_modules": ["q_proj", "embed_tokens", "lm_head"],
+    },
+    "plain": {},
+}
+
+
+class Case:
+    def __init__(self, folder: Path, kinds: dict[str, dict[str, Any]], **base: Any) -> None:
+        self.base = write_tiny(folder / "base", **base).folder
+        self.adapters = {
+            name: write_kind(self.base, folder / name, seed, **config)
+            for seed, (name, config) in enumerate(kinds.items())
+        }
+        self.requests = [self.ask(name, i) for i, name in enumerate(self.adapters)]
+
+    def ask(self, name: str, seed: int = 0, **sampling: Any) -> GenerateRequest:
+        """Ask with the adapter's new tokens in the prompt, and for one of them as output."""
+        adapter, prompt = self.adapters[name], prompt_of(7 + 3 * seed, seed=seed)
+        if adapter.vocab_size:
+            prompt[3], last = VOCAB_SIZE, adapter.vocab_size - 1
+            prompt[-1] = last
+            sampling = {"logit_bias": ((last, 100.0),), "max_tokens": 1} | sampling
+        sampling = {"logprobs": 20, "prompt_logprobs": 3, "max_tokens": 3} | sampling
+        return GenerateRequest(name, prompt, replace(greedy(1), **sampling), adapter_folder=adapter)
+
+    @torch.inference_mode()
+    def check(self, request: GenerateRequest, result: Result) -> None:
+        """Compare all log probabilities with those of peft."""
+        adapter = request.adapter_folder
+        assert adapter is not None and result.last and result.first and result.last.error is None, (
+            result.last
+        )
+        if adapter.vocab_size:
+            assert result.token_ids == [adapter.vocab_size - 1]
+        token_ids = request.prompt_token_ids + result.token_ids
+        expected = load_with_peft(self.base, adapter)(torch.tensor([token_ids])).logits[0]
+        expected = expected.log_softmax(-1)
+        got = [*(result.first.prompt_logprobs or [])[1:], *result.logprobs]
+        assert len(got) == len(token_ids) - 1
+        for i, entry in enumerate(got):
+            assert entry is not None
+            pairs = [(token_ids[i + 1], entry.logprob), *entry.top]
+            wanted = expected[i, [token_id for token_id, _ in pairs]]
+            values = torch.tensor([value for _, value in pairs])
+            torch.testing.assert_close(values, wanted, rtol=0, atol=1e-4)
+
+
+def finish_of(engine: Engine, request: GenerateRequest) -> Result:
+    return run(engine, [request])[request.request_id, 0]
+
+
+@pytest.fixture(scope="module")
+def untied(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    return Case(tmp_path_factory.mktemp("untied"), KINDS)
+
+
+@pytest.fixture(scope="module")
+def tied(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    kinds = {name: KINDS[name] for name in ("untrained", "tokens", "plain")}
+    return Case(tmp_path_factory.mktemp("tied"), kinds, tie_word_embeddings=True)
+
+
+@pytest.mark.parametrize("ties", ["untied", "tied"])
+def test_new_token_ids_have_pefts_logits_and_other_requests_never_see_them(
+    ties: str, request: pytest.FixtureRequest
+) -> None:
+    case: Case = request.getfixturevalue(ties)
+    results = run(make_engine(case.base), case.requests)
+    for asked in case.requests:
+        case.check(asked, results[asked.request_id, 0])
+
+
+def test_validation_knows_which_adapter_has_which_token_ids(untied: Case) -> None:
+    engine = make_engine(untied.base)
+    saved = untied.ask("saved", max_tokens=2, stop_token_ids=(LAST,), bad_words=((4, LAST - 1),))
+    assert finish_of(engine, saved).token_ids == [LAST]
+    for changes in (
+        {"adapter_folder": untied.adapters["plain"]},
+        {"adapter_folder": None},
+        {"prompt_token_ids": [LAST + 1]},
+    ):
+        with pytest.raises(InvalidRequest, match=r"prompt: token id 2.* is outside"):
+            engine.add_request(replace(saved, **changes))
+
+
+def test_an_interrupted_answer_resumes_after_new_tokens(untied: Case) -> None:
+    allowed = {"allowed_token_ids": (5, 6, LAST - 1, LAST), "repetition_penalty": 1.5}
+    asked = untied.ask("saved", max_tokens=12, logit_bias=(), **allowed)
+    whole = finish_of(make_engine(untied.base), asked)
+    assert {LAST - 1, LAST} & {*whole.token_ids[:8]} and len({*whole.token_ids}) > 2, whole
+    resumed = replace(asked, output_token_ids=whole.token_ids[:8])
+    resumed = replace(resumed, sampling=replace(asked.sampling, prompt_logprobs=None))
+    assert finish_of(make_engine(untied.base), resumed).token_ids == whole.token_ids[8:]
+
+
+def test_ids_that_only_an_adapter_has_are_no_part_of_a_grammar() -> None:
+    memory = MaskMemory.create(1, 42)  # not whole words, nor whole bytes
+    memory.write(0, b"\xff" * 8)
+    bits = np.unpackbits(np.frombuffer(memory.bytes, np.uint8), bitorder="little")
+    assert bits.tolist() == [1] * 42 + [0] * 22
+    mask = np.frombuffer(memory.bytes, np.uint32)
+    forbidden = array("i", [41, 70])  # 70: an end token of the adapter's own
+    row = ScheduledRequest("r", 0, [1], 0, (0,), 1, greedy(1), True, forbidden)
+    [token] = sample([row], torch.arange(80.0)[None], allowed={0: mask})
+    assert isinstance(token, SampledToken) and token.token_id == 40
+
+
+def test_an_adapter_that_has_fewer_ids_than_its_record_says_is_refused(untied: Case) -> None:
+    wrong = replace(untied.adapters["saved"], vocab_size=LAST + 2)
+    result = finish_of(make_engine(untied.base), replace(untied.ask("saved"), adapter_folder=wrong))
+    assert result.last and result.last.error and "should have" in result.last.error.message
