@@ -29,7 +29,7 @@ from deployments.ingress.prompt_texts import (
 )
 from deployments.ingress.reply_form import OPENAI_CHAT, OPENAI_COMPLETION, ReplyForm, ReplyParts
 from deployments.ingress.structured.constraint import Constraint, Grammar
-from deployments.ingress.structured.plan import grammar_headers, plan_grammar
+from deployments.ingress.structured.plan import grammar_headers, plan_grammar, within
 from deployments.text.vocabulary import Vocabulary
 from engine.messages import EngineInfo, GenerateRequest, RequestOutput, TokenLogprobs
 from engine.scheduler.request import InvalidRequest, SamplingParams
@@ -141,7 +141,8 @@ async def _plan_grammar(
             constraint.path,
             "unsupported_field",
         )
-    return await plan_grammar(constraint, is_lenient, target.vocabulary.added_ids_in)
+    ids_in = within(target.engine.vocab_size, target.vocabulary.added_ids_in)
+    return await plan_grammar(constraint, is_lenient, ids_in)
 
 
 def _head(request: OpenAIRequest, form: ReplyForm, engine_id: str, origin: Origin) -> ReplyHead:

@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 import torch
 
+from adapter_store.store import AdapterStore
 from engine.backends.sampler import SampledToken, sample
+from engine.backends.torch import overlays
 from engine.engine import Engine
 from engine.grammar.mask_memory import MaskMemory
-from engine.messages import GenerateRequest
+from engine.messages import AdapterFolder, GenerateRequest
 from engine.scheduler.batch import ScheduledRequest
 from engine.scheduler.request import InvalidRequest
 from tests.engine.support.driver import Result, greedy, make_engine, prompt_of, run
@@ -94,9 +96,36 @@ def test_new_token_ids_have_pefts_logits_and_other_requests_never_see_them(
     ties: str, request: pytest.FixtureRequest
 ) -> None:
     case: Case = request.getfixturevalue(ties)
-    results = run(make_engine(case.base), case.requests)
+    engine = make_engine(case.base)
+    results = run(engine, case.requests)
     for asked in case.requests:
         case.check(asked, results[asked.request_id, 0])
+        assert engine.proofs and asked.adapter_folder
+        proof = engine.proofs.find(asked.adapter_folder.digest)
+        assert proof and not proof.failure and not proof.warning and proof.effect < 100, proof
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ties", ["untied", "tied"])
+def test_published_folders_are_served_as_those_of_peft(
+    ties: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    case: Case = request.getfixturevalue(ties)
+    store = AdapterStore(f"file://{tmp_path}/store", tmp_path / "cache", 2**30)
+    store.register_base(case.base)
+    for asked in case.requests:
+        assert asked.adapter_folder
+        ref = store.publish(Path(asked.adapter_folder.path), "public", asked.request_id)
+        assert ref.vocab_size == asked.adapter_folder.vocab_size
+        folder = AdapterFolder(ref.digest, str(store.ensure_local(ref)), ref.vocab_size)
+        result = finish_of(make_engine(case.base), replace(asked, adapter_folder=folder))
+        case.check(asked, result)
+
+
+def test_a_proof_needs_the_new_rows(untied: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(overlays, "_embed", lambda overlay, token_ids, x: x)
+    result = finish_of(make_engine(untied.base), untied.ask("untrained"))
+    assert result.last and result.last.error and "does not act" in result.last.error.message
 
 
 def test_validation_knows_which_adapter_has_which_token_ids(untied: Case) -> None:

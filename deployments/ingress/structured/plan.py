@@ -1,7 +1,7 @@
 """Turns a request's constraint into the grammar of its answers, beside the event loop."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from urllib.parse import quote
 
 from deployments.ingress.http_errors import invalid
@@ -28,6 +28,22 @@ async def plan_grammar(
     except ConstraintRefused as error:
         path = error.path or constraint.path
         raise invalid(f"{path}: {error}.", path) from None
+
+
+def within(vocab_size: int, ids_in: TokenIds) -> TokenIds:
+    """Refuse marks that are tokens of an adapter alone: grammars are made of its base's."""
+
+    def found_in(texts: Iterable[str]) -> Mapping[str, int]:
+        found = ids_in(texts)
+        for text, token_id in found.items():
+            if token_id >= vocab_size:
+                raise ConstraintRefused(
+                    f"{text!r} is token {token_id}, which only the adapter has, and structured "
+                    "output is made of its base's tokens"
+                )
+        return found
+
+    return found_in
 
 
 def grammar_headers(grammar: Grammar | None) -> dict[str, str]:

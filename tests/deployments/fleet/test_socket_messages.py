@@ -34,6 +34,7 @@ KNOWN_SHAPES = {
     7: "41304643d6fb09bf",
     8: "fd501eb8b071ab65",  # end tokens of adapters
     9: "6506a097920400ff",  # priorities
+    10: "124711117764beab",  # adapters with more token ids than their base
 }
 
 

@@ -1,5 +1,6 @@
 """An adapter with its own tokens and rows for them: published, served by name, next to its base."""
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -107,6 +108,14 @@ def test_ids_beyond_the_bases_are_the_adapters_alone(shelf: Shelf) -> None:
         fields = {"prompt": PROMPT, "logit_bias": {str(TOOL): 100}, "max_tokens": 9}
         answer = await server.post(COMPLETIONS, model="own", **fields, **grammar)
         assert answer.json["choices"][0]["text"] in ("yes", "no"), answer.body
+        tag = {"begin": "<tool>", "schema": {"type": "integer"}, "end": "!"}
+        tag = {"structures": [tag], "triggers": ["<tool>"]}
+        marked = {"structured_outputs": {"structural_tag": json.dumps(tag)}}
+        refused = await server.post(COMPLETIONS, model="own", **fields, **marked)
+        assert refused.status == 400 and "only the adapter has" in refused.error["message"]
+        shown = await server.post("/detokenize", model="own", tokens=[97, TOOL])
+        assert shown.json["prompt"] == "a<tool>"
+        assert (await server.post("/detokenize", model="base", tokens=[97, TOOL])).status == 400
 
     shelf.serve(test)
 

@@ -29,7 +29,7 @@ from tests.engine.support.driver import (
 )
 from tests.engine.support.kinds import write_kind
 from tests.engine.support.pooling import assert_close, pooled, vector_of, vectors
-from tests.engine.support.tiny import MODEL_TYPES, Tiny
+from tests.engine.support.tiny import MODEL_TYPES, VOCAB_SIZE, Tiny
 
 MakeTiny = Callable[..., Tiny]
 Texts = dict[tuple[str, int], list[int]]
@@ -76,11 +76,13 @@ def by_torch(tiny: Tiny, requests: list[GenerateRequest], **changes: Any) -> Tex
     return texts(run(make_engine(tiny.folder, device="cpu", **changes), requests))
 
 
+@pytest.mark.parametrize("new", [0, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_mixed_batch_in_little_memory_gives_the_text_of_torch(
-    tiny: Tiny, adapters: list[AdapterFolder], tmp_path: Path
+    tiny: Tiny, adapters: list[AdapterFolder], tmp_path: Path, new: int
 ) -> None:
-    """One of the adapters changes the embedding, the output layer and a norm, by LoRA and whole."""
-    more = {"modules_to_save": ["norm"], "trainable_token_indices": {"embed_tokens": [5, 6, 7]}}
+    """One adapter changes the embedding, the output layer and a norm, and may add token ids."""
+    more: dict[str, Any] = {"modules_to_save": ["norm"], "vocab_size": new and VOCAB_SIZE + new}
+    more["trainable_token_indices"] = {"embed_tokens": [5, 6, VOCAB_SIZE - 1 + new]}
     changed = write_kind(tiny.folder, tmp_path / "a", target_modules=["lm_head", "k_proj"], **more)
     pooling = [pooled("mean", 3, adapters[0])]
     requests = [*mixed([adapters[0], changed, *adapters[2:]], 3)[:5], *pooling]

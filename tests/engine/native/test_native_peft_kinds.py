@@ -12,13 +12,14 @@ from engine.backends.native.library import Context
 from engine.messages import AdapterFolder, GenerateRequest
 from tests.engine.support.driver import Result, greedy, make_engine, prompt_of, run
 from tests.engine.support.kinds import load_with_peft, write_kind
-from tests.engine.support.tiny import write_tiny
+from tests.engine.support.tiny import VOCAB_SIZE, write_tiny
 from tests.engine.test_kinds_against_peft import KINDS, VOCABULARY
 
+ROWS = VOCAB_SIZE + 5
 # One of each way to change the embedding and the output layer; in the default run, of untied ones.
 OF_VOCABULARY = {
     name: VOCABULARY[name] for name in ("lora-on-both", "saved-head", "saved-embedding", "tokens")
-}
+} | {"resized": {"vocab_size": ROWS, "modules_to_save": ["embed_tokens", "lm_head"]}}
 CASES: dict[str, tuple[dict[str, dict[str, Any]], dict[str, Any]]] = {
     "layers": (KINDS, {"model_type": "qwen2"}),
     "vocabulary": (OF_VOCABULARY, {}),
@@ -41,7 +42,7 @@ class Case:
         self.requests = [
             GenerateRequest(
                 name,
-                prompt_of(90 + 5 * i, seed=i),
+                [*prompt_of(89 + 5 * i, seed=i), ROWS - 1 if adapter and adapter.vocab_size else 7],
                 greedy(20, logprobs=1, prompt_logprobs=0),
                 adapter_folder=adapter,
             )
