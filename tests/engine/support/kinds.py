@@ -31,6 +31,7 @@ def write_kind(
     base: Path, folder: Path, seed: int = 0, vocab_size: int = 0, **config: Any
 ) -> AdapterFolder:
     """Train by adding noise; large enough that leaving out one tensor changes the logits."""
+    torch.manual_seed(seed)  # of A, and of rows beyond the base's
     settings: dict[str, Any] = {"r": 4, "target_modules": ["q_proj", "o_proj", "up_proj"]}
     with quiet(), torch.no_grad():
         plain = load_plain(base)
