@@ -519,19 +519,23 @@ class Engine:
 
     def _probe(self, proofs: Proofs, digest: str) -> None:
         """Start the proof of an adapter that is loaded, unless it has been."""
-        for probe in proofs.start(digest):
+        self._add_probes(proofs, proofs.start(digest))
+
+    def _add_probes(self, proofs: Proofs, probes: list[GenerateRequest]) -> None:
+        for probe in probes:
             try:
                 self.add_request(probe)
             except InvalidRequest as error:  # memory that small holds no prompt of a client either
-                proofs.give_up(probe.request_id)
+                digest = proofs.give_up(probe.request_id)
                 log.warning("adapter %s is served without proof: %s", digest, error)
                 self.scheduler.set_adapter_proven(digest)
 
     def _advance_proofs(self, proofs: Proofs, outputs: list[RequestOutput]) -> list[RequestOutput]:
         """Take what belongs to probes from the outputs, and compute a part of what they await."""
-        outputs, broken = proofs.take(outputs)
-        for probe in broken:
+        taken = proofs.take(outputs)
+        for probe in taken.broken:
             self._end(self.scheduler.end_adapter_with_error(probe.digest), probe.error)
+        self._add_probes(proofs, taken.again)
         while proofs.has_work:
             self.is_idle = False
             proof = proofs.advance()
@@ -539,8 +543,8 @@ class Engine:
                 self._conclude(proof)
             if self.scheduler.running:
                 break
-        outputs += self._outputs
-        self._outputs = []
+        self.is_idle = self.is_idle and not taken.again
+        outputs, self._outputs = [*taken.outputs, *self._outputs], []
         return outputs
 
     def _conclude(self, proof: Proof) -> None:

@@ -59,6 +59,7 @@ def take_logprobs(outputs: list[RequestOutput]) -> tuple[list[int], list[float]]
     sampled: list[float] = []
     for output in outputs:
         token_ids += output.token_ids
-        prompt += [entry.logprob for entry in output.prompt_logprobs or [] if entry is not None]
+        if not prompt:  # they come again if the request was preempted
+            prompt = [entry.logprob for entry in output.prompt_logprobs or [] if entry is not None]
         sampled += [entry.logprob for entry in output.logprobs or []]
     return token_ids, prompt + sampled

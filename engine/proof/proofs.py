@@ -14,7 +14,13 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from engine.lora.weights import LoraWeights
-from engine.messages import AdapterFolder, GenerateRequest, RequestError, RequestOutput
+from engine.messages import (
+    AdapterFolder,
+    ErrorKind,
+    GenerateRequest,
+    RequestError,
+    RequestOutput,
+)
 from engine.model.decoder import Decoder
 from engine.proof.probe import acting_from, is_probe, probe_prompt, probe_request, take_logprobs
 from engine.proof.reference import Expected, expect
@@ -43,6 +49,15 @@ class Broken:
     error: RequestError
 
 
+@dataclass(slots=True)
+class Taken:
+    """What a step's outputs were: clients' own, probes to run again, and probes that broke."""
+
+    outputs: list[RequestOutput]
+    again: list[GenerateRequest] = field(default_factory=list[GenerateRequest])
+    broken: list[Broken] = field(default_factory=list[Broken])
+
+
 class Proofs:
     """Used by the engine's thread alone, but for `keep`."""
 
@@ -58,6 +73,7 @@ class Proofs:
         self._refused: dict[str, tuple[Proof, float]] = {}  # with the time
         self._loaded: dict[str, tuple[AdapterFolder, LoraWeights]] = {}  # and not proven
         self._probes: dict[str, _Probe] = {}  # by request id, until their outputs have ended
+        self._breaks: dict[str, bool] = {}  # digests whose last probe was in a step that failed
         self._due: deque[_Probe] = deque()  # ended; their references are to be computed
 
     def keep(self, adapter_folder: AdapterFolder, weights: LoraWeights) -> None:
@@ -98,11 +114,12 @@ class Proofs:
             requests.insert(0, self._probe(BASE, None, None))
         return requests
 
-    def give_up(self, request_id: str) -> None:
-        """Forget a probe that cannot run: its adapter counts as proven."""
+    def give_up(self, request_id: str) -> str:
+        """Forget a probe that cannot run: its adapter counts as proven; return its digest."""
         digest = self._probes.pop(request_id).digest
         self._loaded.pop(digest, None)
         self._proven[digest] = Proof(digest, 0.0, 0.0, 0.0, warning="there is no room for a probe")
+        return digest
 
     def _probe(
         self, digest: str, adapter_folder: AdapterFolder | None, weights: LoraWeights | None
@@ -115,31 +132,50 @@ class Proofs:
         self._probes[request.request_id] = _Probe(digest, prompt)
         return request
 
-    def take(self, outputs: list[RequestOutput]) -> tuple[list[RequestOutput], list[Broken]]:
-        """Return the outputs of clients' requests, and the probes that broke."""
-        broken: list[Broken] = []
+    def take(self, outputs: list[RequestOutput]) -> Taken:
+        """Sort out the outputs of probes.
+
+        A probe whose step failed, perhaps by another's fault, runs again; not a second time.
+        """
+        taken = Taken([])
         if not self._probes:
-            return outputs, broken
+            return Taken(outputs)
         for output in outputs:
-            probe = self._probes.get(output.request_id)
-            if probe is None:
-                continue
-            probe.outputs.append(output)
-            if output.finish_reason is not None:
-                del self._probes[output.request_id]
-                if output.error is not None:
-                    broken += self._break(probe, output.error)
-                else:
-                    self._finish(probe)
-        return [output for output in outputs if not is_probe(output.request_id)], broken
+            if not is_probe(output.request_id):
+                taken.outputs.append(output)
+            elif output.request_id in self._probes:
+                self._take_one(output, taken)
+        return taken
+
+    def _take_one(self, output: RequestOutput, taken: Taken) -> None:
+        probe = self._probes[output.request_id]
+        probe.outputs.append(output)
+        if output.finish_reason is None:
+            return
+        del self._probes[output.request_id]
+        if output.error is None:
+            self._breaks.pop(probe.digest, None)
+            self._finish(probe)
+        elif self._may_run_again(probe.digest, output.error):
+            folder, weights = self._loaded.get(probe.digest, (None, None))
+            taken.again.append(self._probe(probe.digest, folder, weights))
+        else:
+            taken.broken += self._break(probe, output.error)
+
+    def _may_run_again(self, digest: str, error: RequestError) -> bool:
+        if error.kind != ErrorKind.ENGINE_ERROR or self._breaks.pop(digest, False):
+            return False
+        self._breaks[digest] = True
+        return digest == BASE or digest in self._loaded
 
     def _break(self, probe: _Probe, error: RequestError) -> list[Broken]:
         """Return what ends with the probe: without the base's, no adapter can be judged."""
-        digests = [probe.digest]
-        if probe.digest == BASE:
-            digests = [due.digest for due in self._due]
-            self._due.clear()
-        return [Broken(digest, error) for digest in digests]
+        if probe.digest != BASE:
+            return [Broken(probe.digest, error)]
+        others = [*self._probes.values(), *self._due]
+        self._probes.clear()
+        self._due.clear()
+        return [Broken(other.digest, error) for other in others]
 
     def _finish(self, probe: _Probe) -> None:
         sampled, probe.served = take_logprobs(probe.outputs)

@@ -267,3 +267,20 @@ def test_a_step_that_fails_under_a_probe_refuses_the_adapter_no_longer(
     assert error is not None and error.kind == ErrorKind.ENGINE_ERROR
     monkeypatch.setattr(engine.runner, "launch", launch)
     assert outputs_until_end("s").finish_reason == "length"
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_one_failed_step_under_probes_ends_nothing(
+    tiny: Tiny, adapter: AdapterFolder, failing: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine(tiny.folder)
+    launch, count = engine.runner.launch, iter(range(100))
+
+    def fail_once(*step: Any) -> Any:
+        if next(count) == failing:
+            raise RuntimeError("another's fault")
+        return launch(*step)
+
+    monkeypatch.setattr(engine.runner, "launch", fail_once)
+    assert len(run(engine, [ask("r", adapter)])["r", 0].token_ids) == 6
+    assert proof_of(engine, adapter).effect > 0
