@@ -24,6 +24,8 @@ from adapter_store.tensor_names import Role, is_copy, parse_tensor_name
 from adapter_store.wrapped_names import configured_name, plain_name, without_prefix
 
 WEIGHTS_NAME = "adapter_model.safetensors"
+# Token ids beyond the base's: with such an adapter, a whole batch has logits for them
+MAX_NEW_ROWS = 8192
 WEIGHT_DTYPES = ("F32", "F16", "BF16")
 # A hundred layers of seven modules have a header of 0.2 MiB. It is parsed in the engine's process,
 # where a large one would stop all streams.

@@ -17,6 +17,7 @@ from adapter_store.bases import BaseModel
 from adapter_store.conversion.record import ConversionRecord, parse_record
 from adapter_store.errors import AdapterInvalid, StoreCorrupt
 from adapter_store.layout import (
+    MAX_NEW_ROWS,
     WEIGHTS_NAME,
     LoraLayout,
     LoraModule,
@@ -326,6 +327,11 @@ def _own_embedding(
     own = vocab_size_of(layout.replaced)
     if own <= rows:
         return rows, width
+    if own > rows + MAX_NEW_ROWS:
+        raise AdapterInvalid(
+            f"the adapter has {own} token ids, the base {rows}; at most {MAX_NEW_ROWS} more are "
+            "served"
+        )
     for name in (_EMBEDDING, _HEAD):
         if name in parameters and not any(whole_name(n) == name for n in layout.replaced):
             raise AdapterInvalid(

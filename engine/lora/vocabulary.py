@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from adapter_store.layout import LoraModule, SavedTensor, TokenRows
+from adapter_store.layout import MAX_NEW_ROWS, LoraModule, SavedTensor, TokenRows
 from engine.lora.overlay import Overlay
 from engine.lora.source import Source
 from engine.lora.weights import AdapterLoadError
@@ -55,6 +55,11 @@ def load_vocabulary(
         head = _tied_head(embedding, head)
     vocab_size = _vocab_size(EMBEDDING, embedding, source)
     own_outputs = _vocab_size(HEAD, head, source)
+    if vocab_size > source.base.spec.vocab_size + MAX_NEW_ROWS:
+        raise AdapterLoadError(
+            f"the adapter has {vocab_size} token ids, the base {source.base.spec.vocab_size}; at "
+            f"most {MAX_NEW_ROWS} more are served"
+        )
     if vocab_size != own_outputs:
         raise AdapterLoadError(
             f"with the adapter, {EMBEDDING} has {vocab_size} rows and {HEAD} {own_outputs}, but "

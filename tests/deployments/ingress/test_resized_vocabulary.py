@@ -6,20 +6,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoTokenizer
 
 from adapter_store.errors import AdapterInvalid
 from adapter_store.names import AdapterRef
-from adapter_store.own_files import OwnFiles
+from adapter_store.own_files import NO_OWN_FILES, OwnFiles
 from adapter_store.store import AdapterStore
 from deployments.text.vocabulary import Vocabulary
-from engine.messages import AdapterFolder
+from engine.messages import AdapterFolder, GenerateRequest
 from tests.adapter_store.adapters import changed
 from tests.deployments.support.fakes import Server, byte_tokenizer, in_server
 from tests.deployments.support.own_tokenizers import save_tokenizer, with_tokens
 from tests.deployments.support.real_engine import FolderStore, RealEngine
+from tests.engine.support.driver import greedy, make_engine, run
 from tests.engine.support.kinds import load_with_peft, write_kind
 from tests.engine.support.tiny import write_tiny
 
@@ -134,6 +136,32 @@ def test_rows_must_be_there_for_every_token(
     folder = changed(shelf.folder, tmp_path / "a", config=config, tensors=tensors)
     with pytest.raises(AdapterInvalid, match=reason):
         shelf.store.publish(folder, "public", "bad")
+
+
+def test_the_number_of_new_rows_is_limited(shelf: Shelf, tmp_path: Path) -> None:
+    tall = np.zeros((END + 8193, 64), np.float32)
+
+    def enlarged(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return {n: tall if v.shape == (ROWS, 64) else v for n, v in tensors.items()}
+
+    folder = changed(shelf.folder, tmp_path / "a", tensors=enlarged)
+    with pytest.raises(AdapterInvalid, match="8451 token ids, the base 258; at most 8192 more"):
+        shelf.store.publish(folder, "public", "bad")
+    outside = AdapterFolder("tall", str(folder), END + 8193)
+    request = GenerateRequest("r", [1], greedy(1), adapter_folder=outside)
+    [result] = run(make_engine(shelf.base), [request]).values()
+    assert result.last and result.last.error and "at most 8192 more" in result.last.error.message
+
+
+def test_new_ids_without_a_tokenizer_have_no_text(shelf: Shelf) -> None:
+    async def test(server: Server) -> None:
+        server.store.own_files = lambda ref: NO_OWN_FILES
+        fields = {"prompt": [TOOL, 97], "max_tokens": 2, "echo": True, "logprobs": 1}
+        answer = await server.post(COMPLETIONS, model="own", logit_bias={str(TOOL): 100}, **fields)
+        [choice] = answer.json["choices"]
+        assert choice["text"] == "a" and choice["logprobs"]["tokens"][1] == "a", choice
+
+    shelf.serve(test)
 
 
 def test_own_tokens_need_rows(shelf: Shelf, tmp_path: Path) -> None:
