@@ -463,15 +463,17 @@ def test_a_real_engine_that_is_stopped_is_noticed_and_started_again(
     program = (process_handle.PROGRAM[0], "-m", "engine.process")
     monkeypatch.setattr(process_handle, "PROGRAM", program)
     scene = Scene(tmp_path, "serve")
+    folder = write_tiny(tmp_path, "qwen2").folder
     config = EngineConfig(
-        str(write_tiny(tmp_path, "qwen2").folder), memory_bytes=2**24, device="cpu", num_threads=1
+        str(folder), memory_bytes=2**24, device="cpu", num_threads=1, max_num_seqs=1
     )
 
     async def scenario() -> None:
         client = EngineClient(config, scene.on_frame)
         await client.start()
-        client.submit(GenerateRequest("stuck", [5], greedy(250)))
-        await until(lambda: scene.num_tokens("stuck") > 2)
+        for name in [*(f"before {i}" for i in range(40)), "stuck"]:  # seconds of work
+            client.submit(GenerateRequest(name, [5], greedy(250)))
+        await until(lambda: scene.num_tokens("before 0") > 2)
         assert client.pid is not None
         first = client.pid
         os.kill(first, signal.SIGSTOP)
