@@ -512,7 +512,7 @@ class Engine:
         digest = adapter_folder.digest
         if refusal := proofs.refusal(digest):
             self._refuse_adapter(digest, refusal)
-        elif not proofs.is_proven(digest):
+        elif proofs.find(digest) is None:
             for choice in [first, *first.forks]:
                 choice.awaits_proof = True
             self._probe(proofs, digest)

@@ -29,13 +29,6 @@ def probe_prompt(weights: LoraWeights | None, vocab_size: int) -> list[int]:
     return [*token_ids[:middle], *invocation, *token_ids[middle:]]
 
 
-def acting_from(weights: LoraWeights, prompt: list[int]) -> int | None:
-    """Return the position from which the adapter acts; None if the prompt does not invoke it."""
-    invocation = list(weights.invocation_token_ids)
-    places = range(len(prompt) - len(invocation), -1, -1) if invocation else (0,)
-    return next((i for i in places if prompt[i : i + len(invocation)] == invocation), None)
-
-
 def probe_request(
     digest: str, prompt: list[int], adapter_folder: AdapterFolder | None, max_model_len: int
 ) -> GenerateRequest:

@@ -22,9 +22,10 @@ from engine.messages import (
     RequestOutput,
 )
 from engine.model.decoder import Decoder
-from engine.proof.probe import acting_from, is_probe, probe_prompt, probe_request, take_logprobs
+from engine.proof.probe import is_probe, probe_prompt, probe_request, take_logprobs
 from engine.proof.reference import Expected, expect
 from engine.proof.verdict import FLOOR, MAX_NOISE, Proof, difference, judge
+from engine.scheduler.activation import adapter_start
 
 RETRY_S = 60.0  # a refused adapter may be proven anew after this time
 BASE = ""  # its "digest": the base is probed once, for the noise of its own logprobs
@@ -73,7 +74,7 @@ class Proofs:
         self._refused: dict[str, tuple[Proof, float]] = {}  # with the time
         self._loaded: dict[str, tuple[AdapterFolder, LoraWeights]] = {}  # and not proven
         self._probes: dict[str, _Probe] = {}  # by request id, until their outputs have ended
-        self._breaks: dict[str, bool] = {}  # digests whose last probe was in a step that failed
+        self._broken: set[str] = set()  # digests whose last probe was in a step that failed
         self._due: deque[_Probe] = deque()  # ended; their references are to be computed
 
     def keep(self, adapter_folder: AdapterFolder, weights: LoraWeights) -> None:
@@ -83,16 +84,14 @@ class Proofs:
 
     def forget(self, digests: Iterable[str]) -> None:
         """Let go of adapters that are no longer in memory, unless they are being proven."""
-        busy = {p.digest for p in (*self._probes.values(), *self._due)}
-        for digest in digests:
-            if digest not in busy:
-                self._loaded.pop(digest, None)
+        for digest in {*digests} - self._being_proven():
+            self._loaded.pop(digest, None)
 
-    def is_proven(self, digest: str) -> bool:
-        return digest in self._proven
+    def _being_proven(self) -> set[str]:
+        return {probe.digest for probe in (*self._probes.values(), *self._due)}
 
     def find(self, digest: str) -> Proof | None:
-        """Return the verdict on an adapter that may be served."""
+        """Return the verdict on an adapter that may be served; None if there is none yet."""
         return self._proven.get(digest)
 
     def refusal(self, digest: str) -> str:
@@ -106,11 +105,11 @@ class Proofs:
 
     def start(self, digest: str) -> list[GenerateRequest]:
         """Return the requests that prove a loaded adapter; none if they are on their way."""
-        known = [p.digest for p in (*self._probes.values(), *self._due)]
-        if digest not in self._loaded or digest in known:
+        busy = self._being_proven()
+        if digest not in self._loaded or digest in busy:
             return []
         requests = [self._probe(digest, *self._loaded[digest])]
-        if self._noise is None and BASE not in known:
+        if self._noise is None and BASE not in busy:
             requests.insert(0, self._probe(BASE, None, None))
         return requests
 
@@ -154,7 +153,7 @@ class Proofs:
             return
         del self._probes[output.request_id]
         if output.error is None:
-            self._breaks.pop(probe.digest, None)
+            self._broken.discard(probe.digest)
             self._finish(probe)
         elif self._may_run_again(probe.digest, output.error):
             folder, weights = self._loaded.get(probe.digest, (None, None))
@@ -163,9 +162,10 @@ class Proofs:
             taken.broken += self._break(probe, output.error)
 
     def _may_run_again(self, digest: str, error: RequestError) -> bool:
-        if error.kind != ErrorKind.ENGINE_ERROR or self._breaks.pop(digest, False):
+        if error.kind != ErrorKind.ENGINE_ERROR or digest in self._broken:
+            self._broken.discard(digest)
             return False
-        self._breaks[digest] = True
+        self._broken.add(digest)
         return digest == BASE or digest in self._loaded
 
     def _break(self, probe: _Probe, error: RequestError) -> list[Broken]:
@@ -181,7 +181,7 @@ class Proofs:
         sampled, probe.served = take_logprobs(probe.outputs)
         nothing = LoraWeights(BASE, {}, 0)
         weights = nothing if probe.digest == BASE else self._loaded[probe.digest][1]
-        start = acting_from(weights, probe.prompt)
+        start = adapter_start(probe.prompt, weights.invocation_token_ids)
         probe.reference = expect(self._decoder, weights, [*probe.prompt, *sampled], start)
         self._due.appendleft(probe) if probe.digest == BASE else self._due.append(probe)
 

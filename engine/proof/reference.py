@@ -100,14 +100,14 @@ class ReferenceOverlays:
 
 @torch.inference_mode()
 def expect(
-    decoder: Decoder, weights: LoraWeights, token_ids: list[int], start: int | None = 0
+    decoder: Decoder, weights: LoraWeights, token_ids: list[int], start: int = 0
 ) -> Generator[None, None, Expected]:
     """Compute the logprobs of the tokens, by the base and by the adapter, which acts from `start`.
 
     Yields after every layer, so that the caller can run steps between them.
     """
     spec, build, count = decoder.spec, decoder.build, len(token_ids)
-    first = count + (count if start is None else start)
+    first = count + min(start, count)
     lora, overlays = ReferenceLora(weights, first), ReferenceOverlays(weights, first)
     inputs = _twice(token_ids, lora, overlays, build.device)
     kv_layer = build.empty(2, 2, count, spec.num_kv_heads, spec.head_dim)

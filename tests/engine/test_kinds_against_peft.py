@@ -10,9 +10,9 @@ from peft.tuners.lora import BdLoraConfig, Linear, LoraConfig
 from peft.tuners.lora.variants import QALoraLinearVariant
 from safetensors.torch import load_file
 
-from engine.messages import AdapterFolder, GenerateRequest
+from engine.messages import GenerateRequest
 from tests.engine.support.driver import Result, greedy, make_engine, prompt_of, run
-from tests.engine.support.kinds import load_with_peft, write_kind
+from tests.engine.support.kinds import load_with_peft, write_kinds
 from tests.engine.support.tiny import write_tiny
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -58,11 +58,7 @@ class Case:
 
     def __init__(self, folder: Path, kinds: dict[str, dict[str, Any]], **base: Any) -> None:
         self.base = write_tiny(folder / "base", **base).folder
-        self.adapters: dict[str, AdapterFolder | None] = {
-            name: write_kind(self.base, folder / name, seed, **config)
-            for seed, (name, config) in enumerate(kinds.items())
-        }
-        self.adapters["base"] = None
+        self.adapters = write_kinds(self.base, folder, kinds)
         self.requests = {
             name: GenerateRequest(
                 name, prompt_of(6 + 5 * i, seed=i), greedy(6, logprobs=20), adapter_folder=adapter

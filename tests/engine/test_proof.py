@@ -18,9 +18,10 @@ from engine.lora.load import load_lora
 from engine.lora.weights import LoraWeights
 from engine.messages import AdapterFolder, ErrorKind, GenerateRequest, RequestOutput
 from engine.model.base_weights import BaseWeights
-from engine.proof.probe import acting_from, probe_prompt
+from engine.proof.probe import probe_prompt
 from engine.proof.reference import expect
 from engine.proof.verdict import Proof
+from engine.scheduler.activation import adapter_start
 from tests.engine.support.driver import finish, greedy, make_engine, prompt_of, run, write_adapter
 from tests.engine.support.tiny import Tiny, write_tiny
 
@@ -99,7 +100,8 @@ def test_references_are_pefts(tiny: Tiny, tmp_path: Path, kind: str) -> None:
     open_base = partial(BaseWeights, tiny.folder, "none", torch.float32)
     weights = load_lora(adapter, engine.model.lora_sites, torch.float32, open_base)
     tokens = probe_prompt(weights, 256)
-    work = expect(engine.model.decoder, weights, tokens, acting_from(weights, tokens))
+    start = adapter_start(tokens, weights.invocation_token_ids)
+    work = expect(engine.model.decoder, weights, tokens, start)
     *_, (base, adapted) = _all(work)
     model = AutoModelForCausalLM.from_pretrained(tiny.folder, dtype=torch.float32).eval()
     torch.testing.assert_close(base, _scores(model, tokens), atol=1e-4, rtol=0)

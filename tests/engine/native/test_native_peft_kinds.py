@@ -9,9 +9,9 @@ import torch
 
 from engine.backends.native import load
 from engine.backends.native.library import Context
-from engine.messages import AdapterFolder, GenerateRequest
+from engine.messages import GenerateRequest
 from tests.engine.support.driver import Result, greedy, make_engine, prompt_of, run
-from tests.engine.support.kinds import load_with_peft, write_kind
+from tests.engine.support.kinds import load_with_peft, write_kinds
 from tests.engine.support.tiny import VOCAB_SIZE, write_tiny
 from tests.engine.test_kinds_against_peft import KINDS, VOCABULARY
 
@@ -34,11 +34,7 @@ class Case:
 
     def __init__(self, folder: Path, kinds: dict[str, dict[str, Any]], **base: Any) -> None:
         self.base = write_tiny(folder / "base", **base).folder
-        self.adapters: dict[str, AdapterFolder | None] = {
-            name: write_kind(self.base, folder / name, seed, **config)
-            for seed, (name, config) in enumerate(kinds.items())
-        }
-        self.adapters["base"] = None
+        self.adapters = write_kinds(self.base, folder, kinds)
         self.requests = [
             GenerateRequest(
                 name,

@@ -1,7 +1,7 @@
 """Writes adapters of every kind that PEFT trains, with random values in all that is trained."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,17 @@ def write_kind(
                 parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
         model.save_pretrained(folder)
     return AdapterFolder(f"digest-of-{folder.name}", str(folder), vocab_size)
+
+
+def write_kinds(
+    base: Path, folder: Path, kinds: Mapping[str, Mapping[str, Any]]
+) -> dict[str, AdapterFolder | None]:
+    """Write an adapter of each kind, each from a seed of its own; "base" stands for none."""
+    written = {
+        name: write_kind(base, folder / name, seed, **config)
+        for seed, (name, config) in enumerate(kinds.items())
+    }
+    return {**written, "base": None}
 
 
 def load_with_peft(base: Path, adapter: AdapterFolder | None) -> torch.nn.Module:
