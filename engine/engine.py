@@ -544,8 +544,8 @@ class Engine:
             if self.scheduler.running:
                 break
         self.is_idle = self.is_idle and not taken.again
-        outputs, self._outputs = [*taken.outputs, *self._outputs], []
-        return outputs
+        ended, self._outputs = self._outputs, []
+        return taken.outputs + [output for output in ended if not is_probe(output.request_id)]
 
     def _conclude(self, proof: Proof) -> None:
         if proof.failure:

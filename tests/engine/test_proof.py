@@ -16,9 +16,15 @@ from transformers import AutoModelForCausalLM
 from engine.engine import Engine
 from engine.lora.load import load_lora
 from engine.lora.weights import LoraWeights
-from engine.messages import AdapterFolder, ErrorKind, GenerateRequest, RequestOutput
+from engine.messages import (
+    AdapterFolder,
+    ErrorKind,
+    GenerateRequest,
+    RequestError,
+    RequestOutput,
+)
 from engine.model.base_weights import BaseWeights
-from engine.proof.probe import probe_prompt
+from engine.proof.probe import PREFIX, probe_prompt
 from engine.proof.reference import expect
 from engine.proof.verdict import Proof
 from engine.scheduler.activation import adapter_start
@@ -286,3 +292,20 @@ def test_one_failed_step_under_probes_ends_nothing(
     monkeypatch.setattr(engine.runner, "launch", fail_once)
     assert len(run(engine, [ask("r", adapter)])["r", 0].token_ids) == 6
     assert proof_of(engine, adapter).effect > 0
+
+
+def test_nothing_of_probes_reaches_clients_if_the_bases_ends_before_the_adapters(
+    tiny: Tiny, adapter: AdapterFolder
+) -> None:
+    engine = make_engine(tiny.folder, max_num_batched_tokens=4, max_num_seqs=4)
+    engine.add_request(ask("r", adapter))
+    error = RequestError(ErrorKind.ENGINE_ERROR, "another's fault")
+    for _ in range(2):  # the second failure of the base's ends the adapter's, which is running
+        while not (ended := engine.scheduler.abort(PREFIX)):
+            assert engine.step() == []
+        engine._end(ended, error)
+    assert [r.request_id for r in engine.scheduler.running] == [f"{PREFIX}{adapter.digest}"]
+    results = finish(engine)
+    assert results.keys() == {("r", 0)}
+    last = results["r", 0].last
+    assert last is not None and last.error == error
