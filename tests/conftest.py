@@ -44,5 +44,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """
     items.sort(key=lambda item: item.get_closest_marker("ray") is None)
     for item in items:
+        refuse_unordered(item)
         group = "ray" if item.get_closest_marker("ray") else str(item.path)
         item.add_marker(pytest.mark.xdist_group(group))
+
+
+def refuse_unordered(item: pytest.Item) -> None:
+    """A set's order, and so a name made of it, differs between workers: they would not start."""
+    for name, value in getattr(getattr(item, "callspec", None), "params", {}).items():
+        if isinstance(value, set | frozenset) and str(value) in item.nodeid:
+            raise pytest.UsageError(f"{item.nodeid}: {name} is a set; write a sorted list")
