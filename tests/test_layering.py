@@ -34,7 +34,12 @@ SHARED = (
     "engine.sizes",
 )
 # What the engine knows of its backends
-SEAM = ("engine.backends.load", "engine.backends.needs", "engine.backends.runner")
+SEAM = (
+    "engine.backends.load",
+    "engine.backends.loaded",
+    "engine.backends.needs",
+    "engine.backends.runner",
+)
 
 # package: what of ours it may import; the longest matching package decides
 FLOORS = {

@@ -70,7 +70,8 @@ def _results(
 def _engine(shape: Shape, options: argparse.Namespace) -> Engine:
     engine = make_engine(shape, "none", options)
     engine.proofs = None  # which would compare these adapters with the files of plain ones
-    engine.model = replace(engine.model, pack_adapter=_packing(engine.model.pack_adapter, shape))
+    packing = _packing(engine.model.pack_adapter, shape)
+    engine.loader.model = replace(engine.model, pack_adapter=packing)
     return engine
 
 

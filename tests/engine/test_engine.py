@@ -86,8 +86,15 @@ def test_preemption_changes_no_token(tiny: Tiny, alone: dict[tuple[str, int], li
     bytes_per_token = 2 * 3 * 2 * 16 * 4
     engine = make_engine(tiny.folder, memory_bytes=72 * bytes_per_token, max_model_len=64)
     assert engine.info.num_blocks == 18
-    assert texts(run(engine, mixed_requests())) == alone
+    echo = [replace(r, sampling=replace(r.sampling, prompt_logprobs=0)) for r in mixed_requests()]
+    results = run(engine, echo)
+    assert texts(results) == alone
     assert engine.stats.total_preemptions > 0
+    for request in echo[1:]:  # the first has a prompt of one token
+        first = results[request.request_id, 0].first
+        assert first is not None and len(first.prompt_logprobs or []) == len(
+            request.prompt_token_ids
+        )
 
 
 def test_prefix_hits_change_no_token(tiny: Tiny, alone: dict[tuple[str, int], list[int]]) -> None:
@@ -301,10 +308,10 @@ def test_a_device_that_is_lost_while_an_adapter_is_read_is_noticed(
     def fail(*_: object) -> None:
         raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
 
-    engine.model = replace(engine.model, pack_adapter=fail)
+    engine.loader.model = replace(engine.model, pack_adapter=fail)
     monkeypatch.setattr(torch.cuda, "synchronize", fail)
     nothing = LoraWeights("d" * 64, {}, 0)
-    monkeypatch.setattr("engine.engine.load_lora", lambda *_, **__: nothing)
+    monkeypatch.setattr("engine.adapter_loader.load_lora", lambda *_, **__: nothing)
     adapter = AdapterFolder("d" * 64, "/nowhere")
     engine.add_request(GenerateRequest("lost", prompt_of(9), greedy(9), adapter_folder=adapter))
     with pytest.raises(DeviceLost, match="cuda is lost"):

@@ -217,7 +217,7 @@ def test_a_reused_request_id_gets_no_token_that_was_in_flight(
     (aborted,) = engine.step()
     assert aborted.finish_reason == "abort"
     assert_same(run(engine, [second]), expected)
-    assert not engine._prompt_logprobs
+    assert not engine.results.holds_parts
 
 
 def test_a_launch_that_raises_ends_its_requests_after_their_last_token(

@@ -89,7 +89,7 @@ def test_a_vector_depends_on_neither_chunks_nor_generations_beside_it(
     assert_close({r.request_id: vector_of(results[r.request_id, 0].last) for r in requests}, alone)
     kept = {key: value for key, value in texts(results).items() if key[0].startswith("g")}
     assert kept == texts(run(make_engine(tiny.folder), words))
-    assert engine.stats.num_blocks_used == 0 and not engine._pooled
+    assert engine.stats.num_blocks_used == 0 and not engine.results.holds_parts
 
 
 def test_preemption_changes_no_vector(tiny: Tiny) -> None:
@@ -167,9 +167,9 @@ def test_an_aborted_request_leaves_nothing_behind(tiny: Tiny) -> None:
     engine = make_engine(tiny.folder, max_num_batched_tokens=16)
     engine.add_request(pooled("mean", 61))
     engine.step()
-    assert engine._pooled
+    assert engine.results.holds_parts
     engine.abort("mean61")
-    assert not engine._pooled and engine.stats.num_blocks_used == 0
+    assert not engine.results.holds_parts and engine.stats.num_blocks_used == 0
     assert [o.finish_reason for o in engine.step()] == ["abort"]
     finish(engine)
 

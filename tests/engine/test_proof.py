@@ -182,7 +182,7 @@ def test_what_is_lost_after_the_reading_is_noticed(
 def _replace_packing(
     engine: Engine, monkeypatch: pytest.MonkeyPatch, pack: Callable[[LoraWeights], Any]
 ) -> None:
-    monkeypatch.setattr(engine, "model", replace(engine.model, pack_adapter=pack))
+    monkeypatch.setattr(engine.loader, "model", replace(engine.model, pack_adapter=pack))
 
 
 def test_decodes_without_the_adapter_are_noticed(
@@ -303,7 +303,7 @@ def test_nothing_of_probes_reaches_clients_if_the_bases_ends_before_the_adapters
     for _ in range(2):  # the second failure of the base's ends the adapter's, which is running
         while not (ended := engine.scheduler.abort(PREFIX)):
             assert engine.step() == []
-        engine._end(ended, error)
+        engine.end_requests(ended, error)
     assert [r.request_id for r in engine.scheduler.running] == [f"{PREFIX}{adapter.digest}"]
     results = finish(engine)
     assert results.keys() == {("r", 0)}

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,8 +20,7 @@ from engine.backends.cuda.runner import DeviceRunner
 from engine.backends.cuda.streams import Event, HostDevice
 from engine.backends.torch.forward import TorchForward
 from engine.engine import Engine
-from engine.lora.weights import LoraWeights
-from engine.messages import AdapterFolder, ErrorKind, GenerateRequest
+from engine.messages import ErrorKind, GenerateRequest
 from engine.scheduler.batch import ScheduledBatch
 from tests.engine.support.driver import greedy, make_engine, prompt_of, run, write_adapter
 from tests.engine.support.plain_device import make_plain
@@ -73,8 +73,10 @@ class LateCopies(HostDevice):
 class DeviceEngine(Engine):
     """Packs adapters in the host cache's threads, as an engine on a device does."""
 
-    def _load_adapter(self, adapter: AdapterFolder) -> LoraWeights:
-        return pack_adapter(super()._load_adapter(adapter), HostDevice())  # type: ignore[return-value]
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        load = self.host._load
+        self.host._load = lambda adapter: pack_adapter(load(adapter), HostDevice())  # type: ignore[arg-type]
 
 
 MakeEngine = Callable[..., Engine]
