@@ -4,7 +4,7 @@ BlockManager owns the blocks; the hashes of a request's blocks are computed only
 """
 
 from engine.scheduler.block_manager import BlockManager, adapter_hash, block_hash, root_hash
-from engine.scheduler.request import Request, SamplingParams
+from engine.scheduler.request import Request
 
 
 def find_cached_blocks(blocks: BlockManager, request: Request) -> list[int]:
@@ -12,14 +12,14 @@ def find_cached_blocks(blocks: BlockManager, request: Request) -> list[int]:
 
     At least one token is left to compute, since its logits give the next token.
     """
-    if not blocks.prefix_caching or _needs_all_rows(request.sampling):
+    if not blocks.prefix_caching or _needs_all_rows(request):
         return []
     return blocks.find(_hashes(blocks, request, (request.num_tokens - 1) // blocks.block_size))
 
 
-def _needs_all_rows(sampling: SamplingParams) -> bool:
+def _needs_all_rows(request: Request) -> bool:
     """Whether the hidden states of all prompt tokens are needed, or of the first one."""
-    return sampling.prompt_logprobs is not None or sampling.pooling in ("mean", "cls")
+    return request.awaits_prompt_logprobs or request.sampling.pooling in ("mean", "cls")
 
 
 def publish_blocks(blocks: BlockManager, request: Request, num_computed: int) -> None:

@@ -241,6 +241,12 @@ class Request:
         """Tokens, known or pending, that have not been scheduled."""
         return self.num_tokens + self.num_pending_tokens - self.num_computed_tokens
 
+    @property
+    def awaits_prompt_logprobs(self) -> bool:
+        """Whether they are asked for and still due: they come with the first output."""
+        has_output = len(self.output_token_ids) > self.num_resumed_tokens
+        return self.sampling.prompt_logprobs is not None and not has_output
+
     def num_base_rows(self, count: int) -> int:
         """How many of the next `count` tokens are computed without the adapter: the first ones."""
         assert self.adapter_start is not None

@@ -82,7 +82,7 @@ def _take(request: Request, count: int, adapters: AdapterSlots) -> ScheduledRequ
 
 def _prompt_targets(request: Request, start: int, end: int) -> list[int] | None:
     """Prompt tokens that follow positions [start, end), if prompt logprobs are asked for."""
-    if request.sampling.prompt_logprobs is None or start >= request.num_prompt_tokens - 1:
+    if not request.awaits_prompt_logprobs or start >= request.num_prompt_tokens - 1:
         return None
     return request.token_ids(start + 1, min(end + 1, request.num_prompt_tokens))
 

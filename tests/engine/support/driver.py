@@ -30,6 +30,7 @@ class Result:
 
     def add(self, output: RequestOutput) -> None:
         assert self.last is None or self.last.finish_reason is None, "output after the end"
+        assert self.first is None or output.prompt_logprobs is None, "they come with the first"
         self.token_ids += output.token_ids
         self.logprobs += output.logprobs or []
         self.first = self.first or output
