@@ -8,6 +8,7 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from adapter_store.store import AdapterStore
+from deployments.allocator import give_memory_back
 from deployments.config import AppConfig, ModelSection, endpoint_of, open_adapter_store
 from deployments.config_sections import AdaptersSection
 from deployments.fleet.engine_link import EngineLink
@@ -38,6 +39,7 @@ class IngressDeployment:
     def __init__(self, config: AppConfig, engines: dict[str, DeploymentHandle[Any]]) -> None:
         log_to_serves_file()
         keep_grpc_on_loopback()
+        give_memory_back()
         models = [_open_model(config, model, engines[model.id]) for model in config.models]
         base_ids = [model.id for model in config.models]
         settings = config.ingress
