@@ -95,6 +95,11 @@ class EngineSection(Section):
         "bf16",
         "`int8` multiplies nf4 weights in integers: faster prompts, a little less exact",
     )
+    output_layer: str = key(
+        "auto",
+        "`int8` stores the output layer with a scale per token id, on a CPU in bfloat16; `model` "
+        "in the model's dtype; `auto` is `int8` there if the linear layers are quantized",
+    )
     kv_dtype: str = key("auto", "the model's dtype; `int8` halves the KV cache (bfloat16 on a CPU)")
     max_silence_s: float = key(
         120.0,
@@ -218,7 +223,8 @@ class ModelSection(Section):
     quantization: str = key(
         "none",
         "`int8`, `nf4` or, on a GPU of capability 8.9 or higher, `fp8` quantizes the linear "
-        "layers as they are loaded; `none` leaves them as the checkpoint has them",
+        "layers as they are loaded; `none` leaves them as the checkpoint has them; `auto` is "
+        "`int8` for a dense model on a CPU in bfloat16, else `none`",
     )
     tokenizer: Literal["file", "transformers"] | None = key(
         None,

@@ -50,8 +50,8 @@ class AdapterLoader:
         return self._invocations.pop(digest, ())
 
     def _open_base(self) -> BaseWeights:
-        config = self._config
-        return BaseWeights(Path(config.source), config.quantization, self._settled.dtype)
+        settled = self._settled
+        return BaseWeights(Path(self._config.source), settled.quantization, settled.dtype)
 
     def _check_size(self, packed: HostAdapter, adapter_folder: AdapterFolder) -> None:
         most, name = self._config.adapter_memory_bytes, "adapter_memory_bytes"

@@ -10,9 +10,10 @@ KERNELS = ("auto", "torch", "triton")
 CUDA_GRAPHS = ("auto", "off")
 FLASHINFER = ("auto", "off")
 DEVICES = ("auto", "cpu", "cuda")
-QUANTIZATIONS = ("none", "int8", "nf4", "fp8")
+QUANTIZATIONS = ("none", "int8", "nf4", "fp8", "auto")
 ACTIVATIONS = ("bf16", "int8")
 KV_DTYPES = ("auto", "int8")
+OUTPUT_LAYERS = ("auto", "int8", "model")
 GENERATION_CONFIGS = ("auto", "none")
 STRUCTURED_OUTPUTS = ("auto", "off")
 ADAPTER_PROOFS = ("auto", "off")
@@ -32,8 +33,9 @@ class EngineConfig:
 
     source: str  # a local Hugging Face model folder
     dtype: str = "auto"  # auto: float32 stays, everything else becomes bfloat16
-    quantization: str = "none"  # of linear layers, applied while they are loaded
+    quantization: str = "none"  # of linear layers, applied while they are loaded; auto: see settle
     activations: str = "bf16"  # of linear layers in nf4; int8 weights always take int8
+    output_layer: str = "auto"  # auto: int8 beside quantized linear layers, where a CPU gains by it
     kv_dtype: str = "auto"  # auto: the model's own; int8 has a scale per position and head
     device: str = "auto"
     max_num_seqs: int = 64
@@ -62,6 +64,7 @@ class EngineConfig:
         _one_of("device", self.device, DEVICES)
         _one_of("quantization", self.quantization, QUANTIZATIONS)
         _one_of("activations", self.activations, ACTIVATIONS)
+        _one_of("output_layer", self.output_layer, OUTPUT_LAYERS)
         _one_of("kv_dtype", self.kv_dtype, KV_DTYPES)
         _one_of("generation_config", self.generation_config, GENERATION_CONFIGS)
         _one_of("structured_output", self.structured_output, STRUCTURED_OUTPUTS)

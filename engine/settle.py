@@ -3,14 +3,15 @@
 Backends know what a device can compute and hold: `settle` is given their ArenaBytes.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
 import torch
 
 from engine.config import ConfigError, EngineConfig
-from engine.model.families import read_dtype, read_scheme, read_spec
+from engine.model.families import read_scheme, read_spec
+from engine.model.formats import auto_output_layer, auto_quantization, own_dtype
 from engine.model.quantized_checkpoint import weight_format
 from engine.model.spec import ModelSpec, kv_bytes_per_token
 
@@ -24,7 +25,9 @@ class Settled:
     spec: ModelSpec
     dtype: torch.dtype
     kv_dtype: torch.dtype  # int8: with scales
+    quantization: str  # applied at load: none, int8, nf4 or fp8
     weight_format: str  # of the linear layers: none, int8, nf4, fp8 or int4
+    output_layer: str  # model: in dtype; or int8
     device: torch.device
     max_num_batched_tokens: int
     max_model_len: int
@@ -60,6 +63,8 @@ def settle(config: EngineConfig, arena_bytes: ArenaBytes) -> Settled:
     folder = Path(config.source)
     spec = read_spec(folder, config.max_model_len)
     dtype, device = _dtype(config, folder), _device(config)
+    if config.quantization == "auto":
+        config = replace(config, quantization=auto_quantization(folder, dtype, device))
     kv_dtype, form = _kv_dtype(config, dtype, device), _weight_format(config, folder)
     block_bytes = config.block_size * kv_bytes_per_token(spec, kv_dtype)
     least = _num_blocks(config.max_model_len or 2, config) * block_bytes
@@ -72,7 +77,9 @@ def settle(config: EngineConfig, arena_bytes: ArenaBytes) -> Settled:
         spec=spec,
         dtype=dtype,
         kv_dtype=kv_dtype,
+        quantization=config.quantization,
         weight_format=form,
+        output_layer=_output_layer(config, form, dtype, device),
         device=device,
         max_num_batched_tokens=rows,
         max_model_len=max_model_len,
@@ -127,7 +134,7 @@ def _dtype(config: EngineConfig, folder: Path) -> torch.dtype:
         return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[
             config.dtype
         ]
-    return torch.float32 if read_dtype(folder) == torch.float32 else torch.bfloat16
+    return own_dtype(folder)
 
 
 def _kv_dtype(config: EngineConfig, dtype: torch.dtype, device: torch.device) -> torch.dtype:
@@ -149,6 +156,19 @@ def _weight_format(config: EngineConfig, folder: Path) -> str:
             f"{'dense ones' if form == 'none' else form}; use 'bf16'"
         )
     return form
+
+
+def _output_layer(config: EngineConfig, form: str, dtype: torch.dtype, device: torch.device) -> str:
+    """Resolve auto, which is the model's own where no CPU computes."""
+    is_served = device.type == "cpu" and dtype == torch.bfloat16 and config.kernels != "triton"
+    if config.output_layer == "auto":
+        return auto_output_layer(form, dtype) if is_served else "model"
+    if config.output_layer == "int8" and not is_served:
+        raise ConfigError(
+            f"output_layer='int8' is only for bfloat16 on a CPU, not {dtype} on {device.type}"
+            f"{' with Triton' if config.kernels == 'triton' else ''}; use 'auto' or 'model'"
+        )
+    return config.output_layer
 
 
 def _device(config: EngineConfig) -> torch.device:

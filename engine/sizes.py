@@ -4,13 +4,15 @@ The decoder is built on torch's `meta` device, without memory, so that all count
 the loader's. A floor is the time that no implementation can beat, not the time of this one.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from engine.model.decoder import Decoder
-from engine.model.families import read_dtype, read_scheme, read_spec
+from engine.model.families import read_scheme, read_spec
+from engine.model.formats import auto_output_layer, own_dtype
 from engine.model.layers import Build
 from engine.model.quantize import NF4_BLOCK, check_quantizable
 from engine.model.quantized_checkpoint import weight_format
@@ -36,7 +38,8 @@ class LinearShape:
 
 @dataclass(frozen=True, slots=True)
 class WeightFormat:
-    """How linear weights are stored; all else, KV and adapters are in `dtype`."""
+    """How the weights of linear layers and the output layer are stored; all else, KV and adapters
+    are in `dtype`."""
 
     name: str
     dtype: torch.dtype
@@ -44,6 +47,7 @@ class WeightFormat:
     group_size: int | None = None  # inputs that share a scale; None: all
     is_reordered: bool = False  # each weight has an input order
     dense_modules: tuple[str, ...] = ()  # parts of the names of modules left in `dtype`
+    output_layer: str = "model"  # in `dtype`; or int8
 
     def linear_bytes(self, linear: LinearShape) -> int:
         if self.quantization == "none" or self._is_dense(linear.module):
@@ -79,6 +83,7 @@ class ModelSize:
     num_head: int
     num_other: int  # norms and biases
     form: WeightFormat  # format in which the engine serves it
+    output_layer: str = "model"  # auto, int8 or model, as it is configured
 
     @property
     def num_linear(self) -> int:
@@ -89,8 +94,13 @@ class ModelSize:
         return self.num_linear + self.num_embedding + self.num_head + self.num_other
 
 
-def read_model_size(folder: Path, quantization: str = "none") -> ModelSize:
-    """Count a model's parameters. Raises ModelError if it cannot be served so quantized."""
+def read_model_size(
+    folder: Path, quantization: str = "none", output_layer: str = "model"
+) -> ModelSize:
+    """Count a model's parameters. Raises ModelError if it cannot be served so quantized.
+
+    `output_layer` is that of the engine's configuration, on a CPU.
+    """
     spec = read_spec(folder, None)
     build = Build(WEIGHT_OPS, TORCH_OPS, torch.bfloat16, torch.device("meta"))
     decoder = Decoder(spec, build, max_model_len=1)
@@ -104,7 +114,7 @@ def read_model_size(folder: Path, quantization: str = "none") -> ModelSize:
     num_linear = sum(linear.numel for linear in linears)
     num_embedding = spec.vocab_size * spec.hidden_size
     num_head = 0 if spec.tied_embeddings else num_embedding
-    dtype = torch.float32 if read_dtype(folder) == torch.float32 else torch.bfloat16
+    dtype = own_dtype(folder)
     return ModelSize(
         spec,
         dtype,
@@ -112,22 +122,39 @@ def read_model_size(folder: Path, quantization: str = "none") -> ModelSize:
         num_embedding,
         num_head,
         total - num_linear - num_embedding - num_head,
-        _own_format(folder, quantization, dtype),
+        _own_format(folder, quantization, dtype, output_layer),
+        output_layer,
     )
 
 
-def _own_format(folder: Path, quantization: str, dtype: torch.dtype) -> WeightFormat:
-    """Return the matching one of FORMATS, else a new one."""
-    scheme = read_scheme(folder)
+def _own_format(
+    folder: Path, quantization: str, dtype: torch.dtype, output_layer: str
+) -> WeightFormat:
+    """Return the matching one of FORMATS with this output layer, else a new one."""
+    scheme, known = read_scheme(folder), _with_output_layer(FORMATS, output_layer)
     kind = weight_format(folder, scheme, quantization)
     if scheme is None:
-        alike = [form for form in FORMATS if form.quantization == kind]
+        alike = [form for form in known if form.quantization == kind]
         same = [form for form in alike if form.dtype == dtype]
-        return same[0] if same else replace(alike[0], name=f"{kind}/f32", dtype=dtype)
+        if same:
+            return same[0]
+        return replace(alike[0], name=f"{kind}/f32", dtype=dtype, output_layer="model")
     own = WeightFormat(
         kind, dtype, kind, scheme.group_size, scheme.is_reordered, scheme.dense_modules
     )
-    return own if own in FORMATS else replace(own, name="as stored")
+    (own,) = _with_output_layer((own,), output_layer)
+    return own if own in known else replace(own, name="as stored")
+
+
+def _with_output_layer(forms: Sequence[WeightFormat], output_layer: str) -> list[WeightFormat]:
+    """Resolve `output_layer` as the engine does on a CPU (engine.settle)."""
+
+    def chosen(form: WeightFormat) -> str:
+        if output_layer == "auto":
+            return auto_output_layer(form.quantization, form.dtype)
+        return output_layer if form.dtype == torch.bfloat16 else "model"
+
+    return [replace(form, output_layer=chosen(form)) for form in forms]
 
 
 # ==== bytes ====
@@ -135,12 +162,21 @@ def _own_format(folder: Path, quantization: str, dtype: torch.dtype) -> WeightFo
 
 def formats(size: ModelSize) -> tuple[WeightFormat, ...]:
     """List the formats that a plan compares: FORMATS, and the model's own if it is another."""
-    return FORMATS if size.form in FORMATS else (*FORMATS, size.form)
+    known = tuple(_with_output_layer(FORMATS, size.output_layer))
+    return known if size.form in known else (*known, size.form)
 
 
 def weight_bytes(size: ModelSize, form: WeightFormat) -> int:
-    rest = size.num_embedding + size.num_head + size.num_other
-    return sum(map(form.linear_bytes, size.linears)) + rest * form.dtype.itemsize
+    rest = size.num_embedding + size.num_other
+    linears = sum(map(form.linear_bytes, size.linears))
+    return linears + rest * form.dtype.itemsize + _head_bytes(size, form)
+
+
+def _head_bytes(size: ModelSize, form: WeightFormat) -> int:
+    """Return the bytes of the output layer; 0 if it is the embedding itself."""
+    if form.output_layer == "model":
+        return size.num_head * form.dtype.itemsize
+    return size.num_embedding + size.spec.vocab_size * SCALE_BYTES
 
 
 def kv_bytes(size: ModelSize, dtype: torch.dtype, num_tokens: int, block_size: int) -> int:
@@ -227,7 +263,7 @@ def step_floor(
     """
     form, spec = size.form, size.spec
     read = weight_bytes(size, form) + num_adapters * adapter_bytes(size, form.dtype, load.lora_rank)
-    if size.num_head:  # an untied embedding is not read whole, only a row per token
+    if _head_bytes(size, form):  # the embedding is not read whole, only a row per token
         read -= size.num_embedding * form.dtype.itemsize
     read += batch * load.context * kv_bytes_per_token(spec, load.kv_dtype or form.dtype)
     multiplied = size.num_linear + (size.num_head or size.num_embedding)

@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 
 from engine.byte_size import parse_byte_size
-from engine.config import KV_DTYPES, QUANTIZATIONS
+from engine.config import KV_DTYPES, OUTPUT_LAYERS, QUANTIZATIONS
 from reef.refusal import refusing
 
 
@@ -36,6 +36,7 @@ def rate(text: str) -> float:
 @click.option("--context", type=click.IntRange(1), default=2048, show_default=True, help="Tokens.")
 @click.option("--rank", type=click.IntRange(1), default=16, show_default=True, help="Of adapters.")
 @click.option("--quantization", type=click.Choice(QUANTIZATIONS), default="none", show_default=True)
+@click.option("--output-layer", type=click.Choice(OUTPUT_LAYERS), default="auto", show_default=True)
 @click.option("--kv-dtype", type=click.Choice(KV_DTYPES), default="auto", show_default=True)
 @click.option("--bandwidth", type=rate, help="GB/s.  [default: measured]")
 @click.option("--flops", type=rate, help="TFLOP/s.  [default: measured]")
@@ -48,6 +49,7 @@ def plan(
     context: int,
     rank: int,
     quantization: str,
+    output_layer: str,
     kv_dtype: str,
     bandwidth: float | None,
     flops: float | None,
@@ -68,6 +70,7 @@ def plan(
             context=context,
             lora_rank=rank,
             quantization=quantization,
+            output_layer=output_layer,
             kv_dtype=kv_dtype,
             bandwidth=bandwidth,
             flops=flops,

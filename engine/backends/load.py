@@ -54,7 +54,13 @@ def _open_native(config: EngineConfig, settled: Settled) -> Context | None:
             error,
         )
         return None
-    log.info("native kernels: %s, %d threads", context.isa, context.threads)
+    log.info(
+        "native kernels: %s, %d threads; linear layers: %s, output layer: %s",
+        context.isa,
+        context.threads,
+        settled.weight_format,
+        settled.output_layer,
+    )
     return context
 
 

@@ -40,6 +40,7 @@ def read_decoder(
         Path(config.source),
         build,
         max_model_len=settled.max_model_len,
-        quantization=config.quantization,
+        quantization=settled.quantization,
+        output_layer=settled.output_layer,
         announcer=announcer,
     )

@@ -69,9 +69,6 @@ class Decoder(nn.Module):
     def lora_sites(self) -> tuple[LoraSite, ...]:
         return tuple(leaf.place for leaf in self.modules() if isinstance(leaf, Linear))
 
-    def tie_head(self) -> None:
-        self.head.tie(self.embedding.weight)
-
     def parts(self) -> Iterator[Part]:
         """Yield every checkpoint tensor that the model needs, each once."""
         for leaf in self.modules():

@@ -218,6 +218,7 @@ class Head(nn.Module):
     def __init__(self, build: Build, scale: float, soft_cap: float | None) -> None:
         super().__init__()
         self.multiply: Callable[[Tensor], Tensor] = _not_loaded
+        self.quantized_bytes = 0  # of the weight; 0: it is dense
         self.scale = scale
         self.cap = _uncapped if soft_cap is None else _capped(soft_cap)
         self._build = build
@@ -235,11 +236,14 @@ class Head(nn.Module):
         """Scale and cap logits in place."""
         return self.cap(logits if self.scale == 1.0 else logits.mul_(self.scale))
 
-    def load(self, tensor: Tensor) -> None:
-        self.tie(self._build.empty(*tensor.shape).copy_(tensor))
+    def load(self, weight: Tensor | QuantizedWeight) -> None:
+        if isinstance(weight, Tensor):
+            weight = self._build.empty(*weight.shape).copy_(weight)
+        self.tie(weight)
 
-    def tie(self, weight: Tensor) -> None:
-        """Use this weight without a copy, in the model's dtype and on its device."""
+    def tie(self, weight: Tensor | QuantizedWeight) -> None:
+        """Use this weight without a copy: quantized, or in the model's dtype and on its device."""
+        self.quantized_bytes = weight.nbytes if isinstance(weight, QuantizedWeight) else 0
         self.multiply = self._build.weight_ops.pack_head(weight)
 
 

@@ -15,14 +15,14 @@ from engine.announcer import SILENT, Announcer
 from engine.model.checkpoint import Checkpoint
 from engine.model.decoder import Decoder
 from engine.model.families import read_scheme, read_spec
-from engine.model.layers import Build, Linear, Part
-from engine.model.quantize import QUANTIZERS, NotFiniteWeight, check_quantizable
+from engine.model.layers import Build, Embedding, Linear, Part
+from engine.model.quantize import QUANTIZERS, NotFiniteWeight, Quantize, check_quantizable
 from engine.model.quantized_checkpoint import Scheme, weight_format
 from engine.model.quantized_weight import QuantizedWeight
 from engine.model.spec import ModelError
 
 HEAD = "lm_head"
-TIED_HEAD = f"{HEAD}.weight"  # some checkpoints store it although their config ties it
+HEAD_KEY = f"{HEAD}.weight"  # some checkpoints store it although their config ties it
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -32,12 +32,14 @@ def load_decoder(
     *,
     max_model_len: int,
     quantization: str = "none",
+    output_layer: str = "model",
     announcer: Announcer = SILENT,
 ) -> Decoder:
     """Load the model in `folder`, ready to run. Raises ModelError if it cannot be served.
 
     `quantization` other than none is applied to the linear layers' weights as the checkpoint
-    stores them; embeddings, the output layer, norms and biases are in the build's dtype.
+    stores them; embeddings, norms and biases are in the build's dtype, and so is the output layer
+    unless `output_layer` is int8.
     """
     announcer.announce("reading weights")
     spec, scheme = read_spec(folder, max_model_len), read_scheme(folder)
@@ -45,27 +47,31 @@ def load_decoder(
     decoder = Decoder(spec, build, max_model_len)
     check_quantizable(quantization, decoder.lora_sites)
     with Checkpoint(folder) as checkpoint:
-        reader = Reader(checkpoint, scheme, quantization, build.device)
+        reader = Reader(checkpoint, scheme, quantization, build.device, output_layer)
         parts = list(decoder.parts())
         reader.check_keys(parts, spec.tied_embeddings)
         for part in announcer.through(parts, "reading weights", "tensor"):
             part.store(reader.read(part))
         if spec.tied_embeddings:
             _check_tied_head(checkpoint, decoder)
-            decoder.tie_head()
+            decoder.head.tie(reader.tied_head(decoder.embedding))
     return decoder.eval()
 
 
 def weight_bytes(decoder: Decoder, dtype: torch.dtype) -> int:
-    """Return the bytes of the weights, dense ones in `dtype`; a tied output layer counts once.
+    """Return the bytes of the weights, dense ones in `dtype`.
 
-    Quantized weights count as stored; ops without a kernel for them take more.
+    A tied output layer counts once, unless it is quantized and the embedding is not. Quantized
+    weights count as stored; ops without a kernel for them take more.
     """
     quantized: dict[str, int] = {}
     for leaf in decoder.modules():
         if isinstance(leaf, Linear):
             quantized |= leaf.quantized_bytes
-    return sum(
+    head = decoder.head.quantized_bytes
+    if head and not decoder.spec.tied_embeddings:
+        quantized[HEAD_KEY], head = head, 0
+    return head + sum(
         quantized.get(part.key, torch.Size(part.shape).numel() * dtype.itemsize)
         for part in decoder.parts()
     )
@@ -80,9 +86,11 @@ class Reader:
         scheme: Scheme | None,
         quantization: str,
         device: torch.device,
+        output_layer: str = "model",
     ) -> None:
         self._checkpoint, self._scheme, self._device = checkpoint, scheme, device
         self._quantize = QUANTIZERS.get(quantization)
+        self._quantize_head = QUANTIZERS.get(output_layer)
 
     def check_keys(self, parts: list[Part], tied: bool) -> None:
         """Check that every tensor is used, and that every part has its tensors."""
@@ -90,7 +98,7 @@ class Reader:
         modules = {part.module for part in parts if part.module is not None}
         self._check_head_is_dense()
         for key in self._checkpoint.keys:
-            if key in wanted or _is_derived(key) or (tied and key == TIED_HEAD):
+            if key in wanted or _is_derived(key) or (tied and key == HEAD_KEY):
                 continue
             if not self._is_empty_bias(key, modules):
                 raise self._checkpoint.error(key, "is not a weight of this architecture")
@@ -102,7 +110,16 @@ class Reader:
     def read(self, part: Part) -> Tensor | QuantizedWeight:
         if part.module is not None:
             return self.linear(part.module, *part.shape)
-        return self._checkpoint.tensor(part.key, part.shape, FLOATS, "the config")
+        tensor = self._checkpoint.tensor(part.key, part.shape, FLOATS, "the config")
+        if part.key == HEAD_KEY and self._quantize_head is not None:
+            return self._quantized(part.key, tensor, self._quantize_head)
+        return tensor
+
+    def tied_head(self, embedding: Embedding) -> Tensor | QuantizedWeight:
+        """Make the output layer's weight of the embedding, whose own rows stay as they are."""
+        if self._quantize_head is None:
+            return embedding.weight
+        return self._quantized(embedding.key, embedding.weight, self._quantize_head)
 
     def linear(self, module: str, out_features: int, in_features: int) -> Tensor | QuantizedWeight:
         """Read the weight of a linear layer."""
@@ -113,8 +130,11 @@ class Reader:
         tensor = self._checkpoint.tensor(key, (out_features, in_features), FLOATS, "the config")
         if self._quantize is None:
             return tensor
+        return self._quantized(key, tensor, self._quantize)
+
+    def _quantized(self, key: str, tensor: Tensor, quantize: Quantize) -> QuantizedWeight:
         try:
-            return self._quantize(tensor.to(self._device))  # a GPU quantizes much faster
+            return quantize(tensor.to(self._device))  # a GPU quantizes much faster
         except NotFiniteWeight as error:
             raise self._checkpoint.error(key, str(error)) from None
 
@@ -147,11 +167,11 @@ def _is_derived(key: str) -> bool:
 
 
 def _check_tied_head(checkpoint: Checkpoint, decoder: Decoder) -> None:
-    if TIED_HEAD not in checkpoint:
+    if HEAD_KEY not in checkpoint:
         return
     embedding = decoder.embedding.weight
-    if not torch.equal(checkpoint.any_shape(TIED_HEAD).to(embedding), embedding):
+    if not torch.equal(checkpoint.any_shape(HEAD_KEY).to(embedding), embedding):
         raise checkpoint.error(
-            TIED_HEAD,
+            HEAD_KEY,
             "differs from the embedding, but config.json says tie_word_embeddings=true",
         )

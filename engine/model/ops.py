@@ -25,9 +25,9 @@ class PackLinear(Protocol):
 
 
 class PackHead(Protocol):
-    def __call__(self, weight: Tensor) -> Multiply:
-        """Make x @ weight [out, in]^T in float32: its result is a tensor that the caller may change
-        and that the next call may overwrite."""
+    def __call__(self, weight: Tensor | QuantizedWeight) -> Multiply:
+        """Make x @ weight [out, in]^T in float32; the weight is dense or int8. The result is a
+        tensor that the caller may change and that the next call may overwrite."""
         ...
 
 
@@ -90,7 +90,7 @@ class TorchOps:
 def float_head(pack_linear: PackLinear) -> PackHead:
     """Make heads that multiply like any linear layer and then widen to float32."""
 
-    def pack(weight: Tensor) -> Multiply:
+    def pack(weight: Tensor | QuantizedWeight) -> Multiply:
         multiply = pack_linear(weight, None)
         return lambda x: multiply(x).float()
 

@@ -24,6 +24,9 @@ _LIMITS = tuple(float((torch.tensor(a) + torch.tensor(b)) / 2) for a, b in pairw
 _TINY = 1e-38  # below it, 1 / scale would overflow
 
 
+Quantize = Callable[[Tensor], QuantizedWeight]
+
+
 class NotFiniteWeight(ValueError):
     """Raised if a weight holds NaN or infinity, or is too large for float32."""
 
@@ -66,7 +69,7 @@ def quantize_fp8(weight: Tensor) -> QuantizedWeight:
     return QuantizedWeight("fp8", codes, _finite(scales), group_size=weight.shape[1])
 
 
-QUANTIZERS: dict[str, Callable[[Tensor], QuantizedWeight]] = {
+QUANTIZERS: dict[str, Quantize] = {
     "int8": quantize_int8,
     "nf4": quantize_nf4,
     "fp8": quantize_fp8,

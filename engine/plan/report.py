@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from engine.byte_size import format_byte_size
+from engine.model.formats import auto_quantization, own_dtype
 from engine.model.quantize import NF4_BLOCK
 from engine.model.spec import KV_SCALE_BYTES, ModelError, kv_bytes_per_token
 from engine.plan.machine import given_or_measured
@@ -47,6 +48,7 @@ def make_plan(
     context: int,
     lora_rank: int,
     quantization: str = "none",
+    output_layer: str = "auto",
     kv_dtype: str = "auto",
     bandwidth: float | None = None,  # GB/s
     flops: float | None = None,  # TFLOP/s
@@ -54,7 +56,12 @@ def make_plan(
     """Make the plan; measures the machine if not given. Raises ModelError or OSError."""
     cell = torch.int8 if kv_dtype == "int8" else None
     load = Load(memory_bytes, context, lora_rank, kv_dtype=cell)
-    size = read_model_size(folder, quantization)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if output_layer == "auto" and device.type != "cpu":
+        output_layer = "model"
+    if quantization == "auto":
+        quantization = auto_quantization(folder, own_dtype(folder), device)
+    size = read_model_size(folder, quantization, output_layer)
     if not context <= size.spec.max_position:
         raise ModelError(
             f"--context {context} is outside 1..{size.spec.max_position}, the positions "
@@ -98,11 +105,18 @@ def _weights(size: ModelSize) -> Iterator[str]:
         "  int8 and fp8 have a float32 scale per output row, nf4 a float32 absmax per "
         f"{NF4_BLOCK} values;"
     )
-    yield "  all leave embeddings, lm_head, norms and biases in bfloat16."
+    yield "  all leave embeddings, norms and biases in bfloat16;"
+    yield f"  {_output_layers(size)}"
     if size.form.quantization == "int4":
         group = size.form.group_size or "row"
         yield f"  as stored: 4-bit integers, a float32 scale and zero per group of {group};"
         yield f"  all else in {_name(size.dtype)}."
+
+
+def _output_layers(size: ModelSize) -> str:
+    names = [form.name for form in formats(size) if form.output_layer == "int8"]
+    small = f"; in {', '.join(names)} it is int8, a copy if it is tied" if names else ""
+    return f"lm_head is in bfloat16{small}."
 
 
 def _kv(size: ModelSize, load: Load) -> Iterator[str]:

@@ -31,7 +31,7 @@ def random_decoder(shape: Shape, build: Build, quantization: str, seed: int) -> 
     for part in decoder.parts():
         part.store(_random_weight(part, quantization, build, generator))
     if spec.tied_embeddings:
-        decoder.tie_head()
+        decoder.head.tie(decoder.embedding.weight)
     return decoder.eval()
 
 

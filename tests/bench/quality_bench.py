@@ -1,9 +1,10 @@
 """Measures the quality of each weight format: the demo's answers and perplexity, held out.
 
-    python -m tests.bench.quality_bench --demo .data/demo --formats none int8 nf4 nf4+a8 none+kv8
+    python -m tests.bench.quality_bench --demo .data/demo --formats none int8 int8+model nf4
 
-`exact` counts answers equal to the expected one. Perplexity is that of the held-out texts under the
-base, and of the expected answers under their adapters. The first format is float32, by torch: the
+`+model` and `+head8` set the output layer, `+a8` activations, `+kv8` the KV cache to int8. `exact`
+counts answers equal to the expected one. Perplexity is that of the held-out texts under the base,
+and of the expected answers under their adapters. The first format is float32, by torch: the
 reference for all others.
 """
 
@@ -24,6 +25,7 @@ from examples.demo.tokenizer import as_chat
 from tests.bench.environment import append_row, header
 
 MAX_TOKENS = 64
+OUTPUT_LAYERS = {"model": "model", "head8": "int8"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +72,7 @@ def read_questions(demo: Path, tokenizer: PreTrainedTokenizerFast) -> list[Quest
 
 
 def make_engine(base: Path, form: str) -> Engine:
-    quantization, _, extra = form.partition("+")
+    quantization, *extras = form.split("+")
     is_exact = form == "float32"
     return Engine(
         EngineConfig(
@@ -78,8 +80,9 @@ def make_engine(base: Path, form: str) -> Engine:
             device="cpu",
             dtype="float32" if is_exact else "bfloat16",
             quantization="none" if is_exact else quantization,
-            activations="int8" if extra == "a8" else "bf16",
-            kv_dtype="int8" if extra == "kv8" else "auto",
+            activations="int8" if "a8" in extras else "bf16",
+            output_layer=OUTPUT_LAYERS.get(extras[-1], "auto") if extras else "auto",
+            kv_dtype="int8" if "kv8" in extras else "auto",
             memory_bytes=256 * 2**20,
         )
     )
@@ -148,7 +151,9 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Answers and perplexity by weight format.")
     parser.add_argument("--demo", type=Path, default=Path(".data/demo"))
     parser.add_argument(
-        "--formats", nargs="+", default=["none", "int8", "nf4", "nf4+a8", "none+kv8"]
+        "--formats",
+        nargs="+",
+        default=["none", "none+head8", "int8", "int8+model", "nf4", "nf4+model"],
     )
     parser.add_argument("--rows", type=Path, help="append the rows to this file")
     return parser.parse_args()

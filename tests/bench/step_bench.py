@@ -97,15 +97,16 @@ def main() -> None:
 
 
 def make_engine(shape: Shape, form: str, options: argparse.Namespace) -> Engine:
-    quantization, _, extra = form.partition("+")
+    quantization, *extras = form.split("+")
     return Engine(
         EngineConfig(
             source=str(make_model(shape)),
             device="cpu",
             dtype="bfloat16",
             quantization=quantization,
-            activations="int8" if extra == "a8" else "bf16",
-            kv_dtype="int8" if extra == "kv8" else "auto",
+            activations="int8" if "a8" in extras else "bf16",
+            output_layer="model" if "model" in extras else "auto",
+            kv_dtype="int8" if "kv8" in extras else "auto",
             kernels=options.kernels,
             max_num_batched_tokens=options.chunk,
             max_model_len=4096,
@@ -260,7 +261,10 @@ def floor_s(case: Case, engine: Engine, shape: Shape, machine: Machine, folders:
     adapters = sum(map(_adapter_bytes, distinct))
     context = 0 if case.prefill else PROMPT
     kv = rows * context * kv_bytes_per_token(engine.settled.spec, engine.settled.kv_dtype)
-    bytes_s = (engine.info.weight_bytes + adapters + kv) / machine.bytes_per_s
+    read = engine.info.weight_bytes
+    if engine.settled.output_layer == "int8" or not shape.tied:  # the embedding is not read whole
+        read -= 2 * head
+    bytes_s = (read + adapters + kv) / machine.bytes_per_s
     flop = 2 * (rows * linear + (1 if case.prefill else rows) * head)
     flop += rows * adapters // max(len(distinct), 1)
     rate = machine.flops_per_s * (2 if case.form in ("int8", "nf4+a8") else 1)
@@ -274,7 +278,9 @@ def _adapter_bytes(folder: AdapterFolder) -> int:
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="One engine step beside its floor.")
     parser.add_argument("shape", choices=SHAPES)
-    parser.add_argument("--formats", nargs="+", default=["none"], help="none int8 nf4 nf4+a8 ...")
+    parser.add_argument(
+        "--formats", nargs="+", default=["none"], help="none int8 nf4 nf4+a8 int8+model ..."
+    )
     parser.add_argument("--batches", nargs="*", type=int, default=[1, 8, 16])
     parser.add_argument("--prefills", nargs="*", type=int, default=[])
     parser.add_argument("--adapters", nargs="+", choices=ADAPTERS, default=["base", "distinct"])

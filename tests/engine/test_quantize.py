@@ -5,10 +5,13 @@ transformers; loading must stay within its memory.
 """
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import bitsandbytes.functional as bnb
 import pytest
@@ -41,6 +44,8 @@ from engine.model.quantized_weight import (
 )
 from engine.model.spec import ModelError, kv_bytes_per_token
 from engine.settle import settle
+from engine.sizes import read_model_size
+from engine.sizes import weight_bytes as planned_bytes
 from tests.engine.support.driver import generate, make_engine, run, write_adapter
 from tests.engine.support.driver import greedy as driver_greedy
 from tests.engine.support.tiny import (
@@ -224,7 +229,7 @@ def test_dequantizing_in_chunks_gives_the_same_weight() -> None:
 
 
 def load(
-    folder: Path, quantization: str, dtype: torch.dtype = torch.float32, **options: bool
+    folder: Path, quantization: str, dtype: torch.dtype = torch.float32, **options: Any
 ) -> Decoder:
     return load_decoder(
         folder, torch_build(CPU, dtype), max_model_len=256, quantization=quantization, **options
@@ -261,6 +266,40 @@ def test_a_tied_head_stays_dense(tiny_model: MakeTiny) -> None:
     expected = reference_logits(dequantized_reference(tiny, "nf4"), prompt)
     found = logits_in_chunks(load(tiny.folder, "nf4"), prompt, 7)
     torch.testing.assert_close(found, expected, rtol=0.0, atol=2e-4)
+
+
+@pytest.mark.parametrize("is_tied", [False, True], ids=["untied", "tied"])
+def test_an_output_layer_in_int8_is_the_dequantized_one_beside_the_embeddings_own_rows(
+    is_tied: bool, tiny_model: MakeTiny
+) -> None:
+    tiny, prompt = tiny_model("llama", tie_word_embeddings=is_tied, **WIDE), random_prompt(7)
+    decoder = load(tiny.folder, "nf4", output_layer="int8")
+    oracle = dequantized_reference(tiny, "nf4")
+    head = dequantize(quantize_int8(oracle.lm_head.weight))
+    oracle.lm_head.weight = nn.Parameter(head, requires_grad=False)
+    found = logits_in_chunks(decoder, prompt, 7)
+    torch.testing.assert_close(found, reference_logits(oracle, prompt), rtol=0.0, atol=2e-4)
+    dense = weight_bytes(load(tiny.folder, "nf4"), torch.bfloat16)
+    replaced = 0 if is_tied else head.numel() * 2
+    expected = dense - replaced + head.numel() + 4 * len(head)
+    assert weight_bytes(decoder, torch.bfloat16) == expected
+    size = read_model_size(tiny.folder, "nf4", "int8")
+    form = replace(size.form, dtype=torch.bfloat16, output_layer="int8")
+    assert planned_bytes(size, form) == expected
+
+
+@pytest.mark.parametrize("is_tied", [False, True], ids=["untied", "tied"])
+def test_an_output_layer_that_is_not_finite_is_refused_by_name(
+    is_tied: bool, tiny_model: MakeTiny, tmp_path: Path
+) -> None:
+    tiny = tiny_model("llama", tie_word_embeddings=is_tied)
+    key = "model.embed_tokens.weight" if is_tied else "lm_head.weight"
+    tensors = load_file(tiny.folder / "model.safetensors")
+    tensors[key][3, 5] = torch.inf
+    save_file(tensors, tmp_path / "model.safetensors")
+    shutil.copy(tiny.folder / "config.json", tmp_path)
+    with pytest.raises(ModelError, match=rf"{key}.* not finite"):
+        load(tmp_path, "none", output_layer="int8")
 
 
 def test_an_adapter_adds_to_a_quantized_base(tiny_model: MakeTiny, tmp_path: Path) -> None:

@@ -46,7 +46,9 @@ class DenseLinear:
 class DenseHead:
     """Computes x [M, in] -> logits [M, out] in float32, summed in float32 if the device can."""
 
-    def __init__(self, weight: Tensor) -> None:
+    def __init__(self, weight: Tensor | QuantizedWeight) -> None:
+        if not isinstance(weight, Tensor):  # engine.settle refuses the configuration
+            raise TypeError(f"an output layer in {weight.format} is not computed on a GPU")
         self._weight = weight.T
 
     def __call__(self, x: Tensor) -> Tensor:

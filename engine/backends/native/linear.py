@@ -12,7 +12,7 @@ from torch import Tensor
 from engine.backends.native import structs
 from engine.backends.native.library import Context
 from engine.backends.native.memory import separate_bytes, temporary_bytes
-from engine.backends.native.pack import Packer, Weight, pack_bf16, pack_int8
+from engine.backends.native.pack import Packer, Weight, pack_bf16, pack_int8, pack_int8_wide
 from engine.backends.native.pack4 import pack_int4, pack_nf4
 from engine.model.quantized_weight import QuantizedWeight
 
@@ -24,6 +24,7 @@ class NativeLinear:
 
     `int8_activations` rounds activations to int8 per row, faster and less exact, in formats that
     support both (nf4). bf16 weights always use exact activations, int8 weights rounded ones.
+    `packer` is for another kernel than that of the weight's format.
     Raises ValueError for a weight that no kernel supports.
     """
 
@@ -34,11 +35,12 @@ class NativeLinear:
         bias: Tensor | None = None,
         *,
         int8_activations: bool = False,
+        packer: Packer | None = None,
     ) -> None:
         self.out_features, self.in_features = _shape(weight)
         if bias is not None and bias.shape != (self.out_features,):
             raise ValueError(f"bias {tuple(bias.shape)}: expected [{self.out_features}]")
-        self._weight = _packer(weight)(context, weight, int8_activations)
+        self._weight = (packer or _packer(weight))(context, weight, int8_activations)
         self._bias = None if bias is None else bias.detach().float().clone()
         self.struct = self._struct()
         self._run = context.function("linear", structs.ReefLinearArgs)
@@ -117,11 +119,13 @@ class NativeLinear:
 class NativeHead:
     """Computes logits float32 [N, out] of x bf16 [N, in]; the next call overwrites them.
 
-    The buffer is reused, as the system would zero megabytes allocated anew in every step.
+    The buffer is reused, as the system would zero megabytes allocated anew in every step. The
+    inputs of an int8 weight, which have outliers, are rounded to 16 bits, not to 8.
     """
 
-    def __init__(self, context: Context, weight: Tensor) -> None:
-        self._linear = NativeLinear(context, weight)
+    def __init__(self, context: Context, weight: Weight) -> None:
+        packer = None if isinstance(weight, Tensor) else pack_int8_wide
+        self._linear = NativeLinear(context, weight, packer=packer)
         self._cells = torch.empty(0)
 
     def __call__(self, x: Tensor, width: int | None = None) -> Tensor:

@@ -10,6 +10,7 @@ from engine.backends.native.library import Context
 from engine.model.quantized_weight import QuantizedWeight
 
 PANEL = 32  # outputs per panel: kPanel of src/linear_layout.h
+MAX_WIDE_INPUTS = 2**16  # whose products of bytes int32 holds
 
 Weight = Tensor | QuantizedWeight
 
@@ -43,11 +44,22 @@ def pack_bf16(context: Context, weight: Tensor, _: bool = False) -> PackedWeight
 
 def pack_int8(context: Context, weight: QuantizedWeight, _: bool = False) -> PackedWeight:
     """Pack as [panel][four inputs][32 outputs][4], each code plus 128; scales float32 [out]."""
+    return _pack_int8(structs.INT8, context, weight)
+
+
+def pack_int8_wide(context: Context, weight: QuantizedWeight, _: bool = False) -> PackedWeight:
+    """Pack like `pack_int8`, for the kernel that rounds activations to 16 bits instead of 8."""
+    if weight.in_features > MAX_WIDE_INPUTS:
+        raise ValueError(f"{weight.in_features} inputs: at most {MAX_WIDE_INPUTS} are summed")
+    return _pack_int8(structs.INT8_WIDE, context, weight)
+
+
+def _pack_int8(format: int, context: Context, weight: QuantizedWeight) -> PackedWeight:
     out_features, in_features = weight.codes.shape
     quads = -(-in_features // 4)
     packed = context.blocks.cut(panels_of(out_features) * quads * PANEL * 4)
-    run_pack(context, structs.INT8, weight.codes.contiguous(), packed, in_features)
-    return PackedWeight(structs.INT8, packed, weight.scales.detach().float().flatten().clone())
+    run_pack(context, format, weight.codes.contiguous(), packed, in_features)
+    return PackedWeight(format, packed, weight.scales.detach().float().flatten().clone())
 
 
 def run_pack(

@@ -6,7 +6,7 @@ The library compares them with its own when it is loaded (layout.py).
 
 import ctypes as c
 
-BF16, INT8, NF4, NF4_INT8, INT4 = range(5)  # ReefFormat
+BF16, INT8, NF4, NF4_INT8, INT4, INT8_WIDE = range(6)  # ReefFormat
 KV_BF16, KV_INT8 = range(2)  # ReefKvFormat
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2}  # ReefActivation
 
@@ -261,7 +261,14 @@ class ReefOpArgs(c.Union):
 OP_KINDS = ("embed", "norm", "linear", "store", "attention", "gate", "gather")  # ReefOpKind
 
 ENUMS = {  # by the C name without its prefix, for the comparison with the library
-    "Format": {"BF16": BF16, "INT8": INT8, "NF4": NF4, "NF4_INT8": NF4_INT8, "INT4": INT4},
+    "Format": {
+        "BF16": BF16,
+        "INT8": INT8,
+        "NF4": NF4,
+        "NF4_INT8": NF4_INT8,
+        "INT4": INT4,
+        "INT8_WIDE": INT8_WIDE,
+    },
     "KvFormat": {"BF16": KV_BF16, "INT8": KV_INT8},
     "Activation": {name.upper(): value for name, value in ACTIVATIONS.items()},
     "OpKind": {name.upper(): value for value, name in enumerate(OP_KINDS)},

@@ -17,7 +17,7 @@ def native_build(context: Context, *, int8_activations: bool) -> Build:
     def pack_linear(weight: Tensor | QuantizedWeight, bias: Tensor | None) -> NativeLinear:
         return NativeLinear(context, weight, bias, int8_activations=int8_activations)
 
-    def pack_head(weight: Tensor) -> NativeHead:
+    def pack_head(weight: Tensor | QuantizedWeight) -> NativeHead:
         return NativeHead(context, weight)
 
     weight_ops = WeightOps(pack_linear, pack_head)

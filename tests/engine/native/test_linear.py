@@ -10,7 +10,8 @@ from engine.backends.native import structs
 from engine.backends.native.library import Context
 from engine.backends.native.linear import NativeLinear
 from engine.backends.native.memory import BLOCK, Blocks, temporary_bytes
-from engine.model.quantized_weight import QuantizedWeight
+from engine.backends.native.pack import MAX_WIDE_INPUTS, pack_int8_wide
+from engine.model.quantized_weight import QuantizedWeight, dequantize
 
 SHAPES = [  # (out, in): 1 x 1, whole panels and words, and neither
     *[(1, 1), (1, 2), (3, 7), (31, 63), (32, 64), (33, 65), (64, 130)],
@@ -20,7 +21,7 @@ ROWS = [1, 2, 4, 5, 12, 13, 25, 70]
 NAN, INF = float("nan"), float("inf")
 
 
-@pytest.fixture(params=["bf16", "int8"])
+@pytest.fixture(params=["bf16", "int8", "int8_wide"])
 def format(request: pytest.FixtureRequest) -> str:
     return request.param
 
@@ -50,6 +51,38 @@ def test_int8_is_the_exact_integer_sum_scaled_once(
     for rows in ROWS:
         x = _x(rows, in_features)
         assert torch.equal(linear(x, torch.float32), _int8_oracle(x, weight, bias))
+
+
+@pytest.mark.parametrize(("out_features", "in_features"), SHAPES)
+def test_int8_by_wide_activations_is_the_sum_of_the_exact_sums_of_both_bytes(
+    context: Context, out_features: int, in_features: int
+) -> None:
+    weight, bias = _int8_weight(out_features, in_features), _random(out_features)
+    linear = NativeLinear(context, weight, bias, packer=pack_int8_wide)
+    for rows in [*ROWS, 3, 6, 7]:
+        x = _x(rows, in_features)
+        assert torch.equal(linear(x, torch.float32), _wide_oracle(x, weight, bias))
+
+
+def test_wide_activations_lose_nothing_to_an_outlier(context: Context) -> None:
+    weight, x = _int8_weight(70, 256), _x(5, 256)
+    x[:, 9] = 100
+    exact = x.double() @ dequantize(weight).double().T
+    wide = NativeLinear(context, weight, packer=pack_int8_wide)(x, torch.float32)
+    narrow = NativeLinear(context, weight)(x, torch.float32)
+    assert (wide - exact).norm() < 1e-3 * exact.norm() < (narrow - exact).norm()
+
+
+def test_wide_activations_do_not_saturate_where_every_product_is_the_largest(
+    context: Context,
+) -> None:
+    weight = QuantizedWeight(
+        "int8", torch.full((33, MAX_WIDE_INPUTS), 127).char(), torch.ones(33, 1), MAX_WIDE_INPUTS
+    )
+    x = torch.tensor([[1.0], [-1.0], [0.498]]).bfloat16().expand(-1, MAX_WIDE_INPUTS)
+    x = torch.cat([x, torch.ones(3, MAX_WIDE_INPUTS).bfloat16()])
+    y = NativeLinear(context, weight, packer=pack_int8_wide)(x, torch.float32)
+    assert torch.equal(y, _wide_oracle(x, weight, torch.zeros(33)))
 
 
 def test_int8_does_not_saturate_where_every_product_is_the_largest(context: Context) -> None:
@@ -172,7 +205,8 @@ def test_a_weight_may_be_a_view_of_another(context: Context) -> None:
 def test_the_given_tensors_are_not_kept(context: Context, format: str) -> None:
     weight = _weight(40, 64) if format == "bf16" else _int8_weight(40, 64)
     bias, x = _random(40), _x(3, 64)
-    linear = NativeLinear(context, weight, bias)
+    packer = pack_int8_wide if format == "int8_wide" else None
+    linear = NativeLinear(context, weight, bias, packer=packer)
     before = linear(x)
     for tensor in [bias, *([weight] if format == "bf16" else [weight.codes, weight.scales])]:
         tensor.zero_()
@@ -211,6 +245,9 @@ def test_unsupported_weights_are_refused_by_name(isa: str) -> None:
         NativeLinear(context, torch.zeros(0, 4).bfloat16())
     with pytest.raises(ValueError, match="weight format 'fp7': allowed are bf16, int8"):
         NativeLinear(context, QuantizedWeight("fp7", torch.zeros(4, 4), torch.ones(4, 1), 4))
+    wide = QuantizedWeight("int8", torch.zeros(1, 65537).char(), torch.ones(1, 1), 65537)
+    with pytest.raises(ValueError, match="65537 inputs: at most 65536 are summed"):
+        NativeLinear(context, wide, packer=pack_int8_wide)
     with pytest.raises(ValueError, match=r"bias \(3,\): expected \[4\]"):
         NativeLinear(context, _weight(4, 4), torch.zeros(3))
 
@@ -234,7 +271,8 @@ def _linear(
     context: Context, format: str, out_features: int, in_features: int, bias: Tensor | None = None
 ) -> NativeLinear:
     make = _weight if format == "bf16" else _int8_weight
-    return NativeLinear(context, make(out_features, in_features), bias)
+    packer = pack_int8_wide if format == "int8_wide" else None
+    return NativeLinear(context, make(out_features, in_features), bias, packer=packer)
 
 
 def _weight(out_features: int, in_features: int) -> Tensor:
@@ -266,3 +304,16 @@ def _int8_oracle(x: Tensor, weight: QuantizedWeight, bias: Tensor) -> Tensor:
     sums = (q.double() @ weight.codes.double().T).float()
     scaled = sums * weight.scales.flatten()
     return (scaled.double() * (most / 127).double() + bias.double()).float()
+
+
+def _wide_oracle(x: Tensor, weight: QuantizedWeight, bias: Tensor) -> Tensor:
+    """Compute the sums of both bytes in integers, then as the kernel does, one rounding each."""
+    most = x.float().abs().amax(1, keepdim=True)
+    q = torch.round(x.float() * (torch.tensor(127.0 * 256) / most))
+    high = torch.floor((q + 128) / 256)
+    low = q - 256 * high
+    assert high.abs().max() <= 127 and low.min() >= -128 and low.max() <= 127
+    codes = weight.codes.double().T
+    upper, lower = (high.double() @ codes).float(), (low.double() @ codes).float()
+    scaled = (256 * upper.double() + lower.double()).float() * weight.scales.flatten()
+    return (scaled.double() * (most / (127 * 256)).double() + bias.double()).float()

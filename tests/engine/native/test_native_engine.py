@@ -18,6 +18,8 @@ from engine.backends.native.library import Context
 from engine.config import ConfigError
 from engine.engine import Engine
 from engine.messages import AdapterFolder, GenerateRequest
+from engine.model.quantize import quantize_int8
+from engine.model.quantized_weight import dequantize
 from tests.engine.support.driver import (
     greedy,
     make_engine,
@@ -28,7 +30,7 @@ from tests.engine.support.driver import (
     write_mixed_adapters,
 )
 from tests.engine.support.pooling import all_of, expected, vectors
-from tests.engine.support.tiny import MODEL_TYPES, Tiny
+from tests.engine.support.tiny import MODEL_TYPES, Tiny, load_reference
 
 VARIANTS = [
     {},
@@ -138,6 +140,18 @@ def test_logits_of_every_family_are_as_accurate_as_torchs_bfloat16(
     assert_as_accurate_as_torch(tiny.folder, request, tiny.reference)
 
 
+@pytest.mark.parametrize("is_tied", [False, True], ids=["untied", "tied"])
+def test_logits_of_an_int8_output_layer_are_as_accurate_as_of_its_dequantized_weights(
+    is_tied: bool, tiny_model: Callable[..., Tiny]
+) -> None:
+    tiny = tiny_model("gemma2", tie_word_embeddings=is_tied)
+    request = GenerateRequest("r", prompt_of(40), greedy(1, prompt_logprobs=1))
+    rounded = load_reference(tiny.folder, torch.float32)
+    head = torch.nn.Parameter(dequantize(quantize_int8(rounded.lm_head.weight.bfloat16())))
+    rounded.lm_head.weight = head.requires_grad_(False)  # the embedding's rows stay as they are
+    assert_as_accurate_as_torch(tiny.folder, request, rounded, output_layer="int8")
+
+
 def test_logits_of_an_adapter_that_acts_from_the_middle_on_are_as_accurate(
     tiny: Tiny, adapters: list[AdapterFolder]
 ) -> None:
@@ -148,7 +162,9 @@ def test_logits_of_an_adapter_that_acts_from_the_middle_on_are_as_accurate(
     assert_as_accurate_as_torch(tiny.folder, request, peft)
 
 
-def assert_as_accurate_as_torch(folder: Path, request: GenerateRequest, reference: Any) -> None:
+def assert_as_accurate_as_torch(
+    folder: Path, request: GenerateRequest, reference: Any, **changes: Any
+) -> None:
     prompt = request.prompt_token_ids
     with torch.inference_mode():
         logits = reference(input_ids=torch.tensor([prompt])).logits[0].float()
@@ -160,8 +176,8 @@ def assert_as_accurate_as_torch(folder: Path, request: GenerateRequest, referenc
         got = torch.tensor([entry.logprob for entry in last.prompt_logprobs[1:] if entry])
         return float((got - exact).square().mean().sqrt())
 
-    native = error(native_engine(folder))
-    by_torch = error(make_engine(folder, dtype="bfloat16", kernels="torch"))
+    native = error(native_engine(folder, **changes))
+    by_torch = error(make_engine(folder, dtype="bfloat16", kernels="torch", **changes))
     assert native < 1.25 * by_torch + 1e-3, (native, by_torch)
 
 

@@ -20,6 +20,7 @@ ROWS = VOCAB_SIZE + 5
 OF_VOCABULARY = {
     name: VOCABULARY[name] for name in ("lora-on-both", "saved-head", "saved-embedding", "tokens")
 } | {"resized": {"vocab_size": ROWS, "modules_to_save": ["embed_tokens", "lm_head"]}}
+OF_HEAD = {name: OF_VOCABULARY[name] for name in ("lora-on-both", "saved-head", "resized")}
 CASES: dict[str, tuple[dict[str, dict[str, Any]], dict[str, Any]]] = {
     "layers": (KINDS, {"model_type": "qwen2"}),
     "vocabulary": (OF_VOCABULARY, {}),
@@ -94,6 +95,21 @@ def test_no_kinds_bits_depend_on_batch_mates_steps_or_the_prefix_cache(case: Cas
     wanted = answers(case.run(max_num_seqs=1, enable_prefix_caching=False))
     assert answers(case.run(times=2)) == wanted
     assert answers(case.run(times=2, max_num_batched_tokens=16)) == wanted
+
+
+@pytest.mark.parametrize("head", [{"tie_word_embeddings": True}, {}], ids=["tied", "untied"])
+def test_adapters_change_an_int8_output_layer_as_they_do_the_bases_own(
+    head: dict[str, Any], tmp_path: Path
+) -> None:
+    case = Case(tmp_path, OF_HEAD, **head)
+    wanted = answers(case.run(output_layer="int8", max_num_seqs=1, enable_prefix_caching=False))
+    results = case.run(times=2, output_layer="int8", max_num_batched_tokens=16)
+    assert answers(results) == wanted
+    own = case.run()
+    assert answers(own)["lora-on-both", 0] != wanted["lora-on-both", 0]
+    for name in case.adapters:
+        rounded, exact = case.error(results, name), case.error(own, name)
+        assert rounded < 2 * exact + 0.02, (name, rounded, exact)
 
 
 def answers(results: Results) -> dict[tuple[str, int], object]:

@@ -16,10 +16,11 @@ extern "C" {
 
 enum ReefFormat : int32_t {
     REEF_BF16 = 0,
-    REEF_INT8 = 1,      // weights int8 with one scale per output; activations int8 per row
-    REEF_NF4 = 2,       // 4-bit normal floats, one scale per group; activations bf16
-    REEF_NF4_INT8 = 3,  // the same weights; activations int8 per row
-    REEF_INT4 = 4,      // 4-bit integers, scale and zero point per group; activations bf16
+    REEF_INT8 = 1,       // weights int8 with one scale per output; activations int8 per row
+    REEF_NF4 = 2,        // 4-bit normal floats, one scale per group; activations bf16
+    REEF_NF4_INT8 = 3,   // the same weights; activations int8 per row
+    REEF_INT4 = 4,       // 4-bit integers, scale and zero point per group; activations bf16
+    REEF_INT8_WIDE = 5,  // REEF_INT8, and activations int16 per row
 };
 
 struct ReefLinear {

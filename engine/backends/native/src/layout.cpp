@@ -74,6 +74,7 @@ std::string describe_enums() {
     add_value(&text, "NF4", REEF_NF4);
     add_value(&text, "NF4_INT8", REEF_NF4_INT8);
     add_value(&text, "INT4", REEF_INT4);
+    add_value(&text, "INT8_WIDE", REEF_INT8_WIDE);
     text += "\nenum KvFormat";
     add_value(&text, "BF16", REEF_KV_BF16);
     add_value(&text, "INT8", REEF_KV_INT8);

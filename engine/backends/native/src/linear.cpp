@@ -11,6 +11,7 @@ reef::Task linear_prepare(const ReefLinearArgs* args, int threads) {
         case REEF_INT8: return quantize_and_tile_rows(args, threads);
         case REEF_NF4_INT8: return quantize_rows(args, threads);
         case REEF_INT4: return prepare_int4(args);
+        case REEF_INT8_WIDE: return round_wide_rows(args);
         default: return {nullptr, args, 0};
     }
 }
@@ -21,6 +22,7 @@ reef::Task linear(const ReefLinearArgs* args, int threads) {
         case REEF_NF4: return linear_nf4(args, threads);
         case REEF_NF4_INT8: return linear_nf4_int8(args, threads);
         case REEF_INT4: return linear_int4(args, threads);
+        case REEF_INT8_WIDE: return linear_int8_wide(args);
         default: return linear_bf16(args, threads);
     }
 }

@@ -28,6 +28,17 @@ struct QuantizedLayout {
           end(round_up(totals + rows * 4, 64)) {}
 };
 
+// Computes the offsets in scratch of the rows that linear_int8_wide.cpp rounds: the words of all
+// tiles, two bytes for each input, then the rows' scales and totals.
+struct WideLayout {
+    int64_t scales, totals, end;
+
+    WideLayout(int in_features, int64_t rows)
+        : scales(round_up(rows * 2 * round_up(in_features, 4), 64)),
+          totals(scales + rows * 4),
+          end(round_up(totals + rows * 8, 64)) {}
+};
+
 // Computes the offsets in scratch of what int4 prepares: x in the order of the weight's columns,
 // where they are reordered, and float [rows][groups], the sums of x over each group.
 struct Int4Layout {
@@ -47,6 +58,7 @@ inline int64_t linear_scratch_bytes(const ReefLinear& linear, int rows) {
         case REEF_NF4_INT8: return quantized;
         case REEF_NF4: return 0;
         case REEF_INT4: return Int4Layout(linear, rows).end;
+        case REEF_INT8_WIDE: return WideLayout(linear.in_features, rows).end;
         default: return rows * round_up(linear.in_features, 2) * 2;
     }
 }

@@ -70,7 +70,8 @@ int panels(const ReefPackArgs* args) { return (args->out_features + kPanel - 1) 
 
 Task pack(const ReefPackArgs* args) {
     switch (args->format) {
-        case REEF_INT8: return pack_int8(args);
+        case REEF_INT8:
+        case REEF_INT8_WIDE: return pack_int8(args);
         case REEF_NF4:
         case REEF_NF4_INT8:
         case REEF_INT4: return pack_fourbit(args);
