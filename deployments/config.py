@@ -20,7 +20,7 @@ from deployments.config_sections import (
     TenancySection,
     explain,
 )
-from engine.config import ConfigError, EngineConfig
+from engine.config import ConfigError, EngineConfig, SpeculationConfig
 
 
 class AppConfig(Section):
@@ -51,13 +51,16 @@ class AppConfig(Section):
         return self.ingress.hosts or []
 
     def engine_config(self, model: ModelSection) -> EngineConfig:
+        engine = model.engine.model_dump()
+        speculation = SpeculationConfig(**engine.pop("speculation"))
         return EngineConfig(
             source=model.source,
             dtype=model.dtype,
             quantization=model.quantization,
             generation_config=model.generation_config,
             host_adapter_bytes=self.adapters.host_bytes,
-            **model.engine.model_dump(),
+            speculation=speculation,
+            **engine,
         )
 
 

@@ -46,6 +46,18 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
+class SpeculationSection(Section):
+    """Fields and defaults equal those of SpeculationConfig, which also checks the ranges."""
+
+    method: str = key(
+        "auto",
+        "`ngram` guesses tokens from where the last ones stood before in the request's prompt and "
+        "answer, and verifies them beside the next one, which changes no token; only as far as "
+        "its guesses pay for themselves; `auto` does so on a CPU; `none` never",
+    )
+    max_draft_tokens: int = key(16, "tokens guessed for a request in one step, 1 to 64")
+
+
 class EngineSection(Section):
     """Fields and defaults equal those of EngineConfig, which also checks the ranges."""
 
@@ -111,6 +123,7 @@ class EngineSection(Section):
         "where the folder has a tokenizer.json, a process beside the engine holds answers to JSON "
         "schemas, regular expressions and grammars; `off` does without, and refuses such requests",
     )
+    speculation: SpeculationSection = SpeculationSection()
     adapter_proof: str = key(
         "auto",
         "before an adapter's first answer a probe must show that it acts as its weights say, or "

@@ -3,7 +3,7 @@
 Independent of YAML, HTTP and Ray: `deployments.config` nests it in the file that people write.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 KERNELS = ("auto", "torch", "triton")
@@ -19,8 +19,25 @@ STRUCTURED_OUTPUTS = ("auto", "off")
 ADAPTER_PROOFS = ("auto", "off")
 
 
+SPECULATIONS = ("auto", "none", "ngram")
+MAX_DRAFT_TOKENS = 64
+
+
 class ConfigError(ValueError):
     """A setting is out of range; the message names the setting, its value and the range."""
+
+
+@dataclass(frozen=True, slots=True)
+class SpeculationConfig:
+    """How tokens are guessed that one step verifies together, at most so many for each request."""
+
+    method: str = "auto"  # auto: ngram on a CPU, none on a GPU
+    max_draft_tokens: int = 16
+
+    def __post_init__(self) -> None:
+        _one_of("speculation.method", self.method, SPECULATIONS)
+        most = MAX_DRAFT_TOKENS
+        _between("speculation.max_draft_tokens", self.max_draft_tokens, 1, most)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +71,7 @@ class EngineConfig:
     generation_config: str = "auto"  # auto: its sampling defaults are the requests'; none: not
     max_silence_s: float = 120.0  # without news of a start or a compilation the process is killed
     structured_output: str = "auto"  # auto: where the folder has a tokenizer.json
+    speculation: SpeculationConfig = field(default_factory=SpeculationConfig)
     adapter_proof: str = "auto"  # auto: no adapter answers before a probe has shown its effect
 
     def __post_init__(self) -> None:

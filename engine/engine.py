@@ -21,7 +21,7 @@ from engine.announcer import SILENT, Announcer
 from engine.backends.load import load_model
 from engine.backends.needs import arena_bytes
 from engine.backends.runner import FailedStep, RowOutput, Runner, StepHandle, check_device
-from engine.config import EngineConfig
+from engine.config import ConfigError, EngineConfig
 from engine.describe import describe, eos_token_ids, grammar_refusal
 from engine.grammar.grammars import Grammars
 from engine.grammar.link import Tokens
@@ -47,6 +47,7 @@ from engine.scheduler.limits import SchedulerLimits
 from engine.scheduler.memory import MemoryBudget
 from engine.scheduler.request import CacheScope, Request
 from engine.scheduler.scheduler import Scheduler
+from engine.scheduler.speculation import NgramDrafter, Speculation
 from engine.settle import settle
 from engine.step_sizes import StepSizes
 from engine.validate import validate
@@ -113,8 +114,21 @@ class Engine:
         limits = SchedulerLimits(
             seqs, s.max_num_batched_tokens, s.max_model_len, self.info.eos_token_ids
         )
-        depth = self.runner.pipeline_depth
-        return Scheduler(limits, self._memory_budget(), pipeline_depth=depth)
+        depth, speculation = self.runner.pipeline_depth, self._make_speculation()
+        return Scheduler(
+            limits, self._memory_budget(), pipeline_depth=depth, speculation=speculation
+        )
+
+    def _make_speculation(self) -> Speculation | None:
+        wanted = self.config.speculation
+        if wanted.method == "none" or (wanted.method == "auto" and self.runner.pipeline_depth):
+            return None
+        if self.runner.pipeline_depth:
+            raise ConfigError(
+                f"speculation.method={wanted.method!r} is not possible on {self.settled.device}, "
+                f"where a step is launched before the result of the one before is known; use 'none'"
+            )
+        return Speculation(NgramDrafter(), wanted.max_draft_tokens, self.settled.max_model_len)
 
     def _memory_budget(self) -> MemoryBudget:
         config, s = self.config, self.settled
@@ -267,6 +281,9 @@ class Engine:
             total_output_tokens=self.results.num_outputs,
             total_preemptions=s.num_preemptions,
             total_step_s=self._step_s,
+            total_drafts=s.num_drafts,
+            total_drafted_tokens=s.num_drafted_tokens,
+            total_accepted_tokens=s.num_accepted_tokens,
         )
 
     def close(self) -> None:
@@ -290,8 +307,11 @@ class Engine:
         now = self._clock()
         progress = self.scheduler.update(batch, [row.token_ids for row in rows])
         self._num_steps += 1
-        self._step_s += now - max(start, self._last_update_s)  # steps in flight overlap
+        step_s = now - max(start, self._last_update_s)  # steps in flight overlap
+        self._step_s += step_s
         self._last_update_s = now
+        if self.scheduler.speculation is not None:
+            self.scheduler.speculation.observe(batch, step_s)
         for each in progress:
             self._outputs.append(self.results.output(each, by_key[each.request.key], now))
             if each.request.finish_reason:

@@ -88,13 +88,16 @@ class RequestMetrics:
     """What a choice took so far; the queue is from arrival to being scheduled.
 
     `num_cached_tokens` are the prompt's that were cached when the first choice was first admitted:
-    neither what the choices share nor what is cached after a preemption counts.
+    neither what the choices share nor what is cached after a preemption counts. Of the drafted
+    tokens that the steps verified, the accepted ones became output.
     """
 
     queue_s: float
     num_prompt_tokens: int
     num_cached_tokens: int
     num_output_tokens: int
+    num_drafted_tokens: int = 0
+    num_accepted_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,6 +181,9 @@ class EngineStats:
     total_output_tokens: int = 0
     total_preemptions: int = 0
     total_step_s: float = 0.0
+    total_drafts: int = 0
+    total_drafted_tokens: int = 0
+    total_accepted_tokens: int = 0
 
 
 # ==== from a replica to its engine process ====

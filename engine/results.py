@@ -105,4 +105,6 @@ def _metrics(request: Request, now: float) -> RequestMetrics:
         request.num_prompt_tokens,
         request.num_cached_tokens or 0,
         len(request.output_token_ids) - request.num_resumed_tokens,
+        request.num_drafted_tokens,
+        request.num_accepted_tokens,
     )

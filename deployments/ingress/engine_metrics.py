@@ -40,6 +40,14 @@ COUNTERS = {
         "Tokens of these prompts that were found in the KV cache.",
     ),
     "reef_engine_output_tokens": ("total_output_tokens", "Tokens that were generated."),
+    "reef_engine_drafted_tokens": (
+        "total_drafted_tokens",
+        "Guesses of next tokens that speculation had verified.",
+    ),
+    "reef_engine_accepted_tokens": (
+        "total_accepted_tokens",
+        "Of these, those that were right and became output.",
+    ),
 }
 SCOPE = (
     " Summed over the model's replicas, those that are gone included, as far as this ingress has"

@@ -55,6 +55,7 @@ class Generation:
         ids = [request.request_id for request in requests]
         self._first_index = {request_id: at * plan.n for at, request_id in enumerate(ids)}
         self._num_cached: dict[str, int] = {}
+        self._num_drafted = self._num_accepted = 0
         self._choices: dict[int, Choice] = {}
         self._num_open = plan.n * len(ids)
         self._prompt_logprobs: dict[int, PromptLogprobs] = {}  # by prompt
@@ -137,6 +138,8 @@ class Generation:
             num_prompt_tokens=sum(map(len, prompts)),
             num_cached_tokens=sum(self._num_cached.values()),
             num_output_tokens=0 if is_prompt_only else num_output,
+            num_drafted_tokens=self._num_drafted,
+            num_accepted_tokens=self._num_accepted,
         )
 
     def close(self) -> None:
@@ -218,8 +221,12 @@ class Generation:
         return choice
 
     def _book(self, output: RequestOutput) -> None:
-        """Record what a request's first metrics say: of its prompt, whatever the choices."""
+        """Record what a request's first metrics say of its prompt, whatever the choices, and each
+        choice's last ones of its drafts."""
         metrics = output.metrics
+        if metrics is not None and output.finish_reason is not None:
+            self._num_drafted += metrics.num_drafted_tokens
+            self._num_accepted += metrics.num_accepted_tokens
         if metrics is not None and output.request_id not in self._num_cached:
             self._num_cached[output.request_id] = metrics.num_cached_tokens
             self._queue_s = max(self._queue_s, metrics.queue_s)

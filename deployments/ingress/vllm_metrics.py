@@ -46,6 +46,9 @@ COUNTERS = {
     "vllm:num_preemptions": ("total_preemptions", "Times that a request was computed again."),
     "vllm:prefix_cache_queries": ("total_prompt_tokens", "Prompt tokens looked up in the cache."),
     "vllm:prefix_cache_hits": ("total_cached_tokens", "Prompt tokens found in the cache."),
+    "vllm:spec_decode_num_drafts": ("total_drafts", "Runs of drafted tokens."),
+    "vllm:spec_decode_num_draft_tokens": ("total_drafted_tokens", "Drafted tokens."),
+    "vllm:spec_decode_num_accepted_tokens": ("total_accepted_tokens", "Drafted tokens accepted."),
 }
 KV_USED = {
     "vllm:kv_cache_usage_perc": "Part of the KV blocks that requests hold, of 1.",

@@ -15,25 +15,22 @@ NOT_FINITE_STATES = "the model gave hidden states that are not finite"
 
 def row_outputs(
     requests: Sequence[ScheduledRequest],
-    tokens: Iterable[int | None],
-    logprobs: Iterable[TokenLogprobs | None],
+    tokens: Iterable[Sequence[int | None]],
+    logprobs: Iterable[Sequence[TokenLogprobs | None]],
     prompt_logprobs: Iterable[list[TokenLogprobs]],
     pooled: Iterable[NDArray[np.float64]] = (),
 ) -> list[RowOutput]:
     """Hand the results to the requests they belong to; all are in the order of the requests.
 
-    `tokens` and `logprobs` have an entry per request that samples: None for a token whose logits
-    are not finite, and for logprobs that were not asked for. `prompt_logprobs` has one per request
-    with prompt targets, `pooled` one per request with pooled rows.
+    `tokens` and `logprobs` have an entry per request that samples, with those of each row that a
+    token was sampled at: None for a token whose logits are not finite, and for logprobs that were
+    not asked for. `prompt_logprobs` has one per request with prompt targets, `pooled` one per
+    request with pooled rows.
     """
     outputs = [RowOutput() for _ in requests]
-    sampling = [output for output, r in zip(outputs, requests, strict=True) if r.samples]
-    for output, token_id, entry in zip(sampling, tokens, logprobs, strict=True):
-        if token_id is None:
-            output.error = NOT_FINITE
-            continue
-        output.token_ids = [token_id]
-        output.logprobs = None if entry is None else [entry]
+    sampling = [(o, r) for o, r in zip(outputs, requests, strict=True) if r.samples]
+    for (output, request), sampled, entries in zip(sampling, tokens, logprobs, strict=True):
+        _take_tokens(output, sampled[: _num_right(request, sampled)], entries)
     scored = [output for output, r in zip(outputs, requests, strict=True) if r.prompt_targets]
     for output, entries in zip(scored, prompt_logprobs, strict=True):
         output.prompt_logprobs = entries
@@ -44,3 +41,27 @@ def row_outputs(
         else:
             output.error = NOT_FINITE_STATES
     return outputs
+
+
+def _num_right(request: ScheduledRequest, sampled: Sequence[int | None]) -> int:
+    """Count the tokens up to the first that is not the guess that follows it."""
+    num_drafts = request.num_drafts
+    if not num_drafts:
+        return 1
+    drafts = request.token_ids[-num_drafts:]
+    return 1 + next((i for i in range(num_drafts) if sampled[i] != drafts[i]), num_drafts)
+
+
+def _take_tokens(
+    output: RowOutput, sampled: Sequence[int | None], logprobs: Sequence[TokenLogprobs | None]
+) -> None:
+    """Take the tokens up to one that is not finite: it fails the step in which it comes first."""
+    for token_id in sampled:
+        if token_id is None:
+            break
+        output.token_ids.append(token_id)
+    if not output.token_ids:
+        output.error = NOT_FINITE
+        return
+    entries = [entry for entry in logprobs[: len(output.token_ids)] if entry is not None]
+    output.logprobs = entries or None

@@ -51,11 +51,32 @@ def wanted_rows(
         if request.prompt_targets:
             rows += range(start, end)
         elif request.samples:
-            rows.append(end - 1)
+            rows += range(end - 1 - request.num_drafts, end)
         elif request.pooled is not None:
             rows += range(start + request.pooled[0], start + request.pooled[1])
         spans.append((first, len(rows)))
     return rows, spans
+
+
+def sampled_rows(request: ScheduledRequest) -> list[ScheduledRequest]:
+    """List, for each row that a token is sampled at, the request as if it ended there: the guesses
+    before are output, and none follow."""
+    num = request.num_drafts
+    if not num:
+        return [request]
+    output, after = request.history, request.forbidden_after_drafts
+    if output is None and not after and request.sampling.temperature == 0:
+        return [request] * (num + 1)  # what is sampled does not depend on the position
+    known = len(request.token_ids) - num
+    rows = [request._replace(token_ids=request.token_ids[:known])]
+    for i in range(1, num + 1):
+        token_ids = request.token_ids[: known + i]
+        history = None if output is None else (output[0], output[1] + token_ids[known:])
+        forbidden = after[i - 1] if after else request.forbidden_token_ids
+        rows.append(
+            request._replace(token_ids=token_ids, history=history, forbidden_token_ids=forbidden)
+        )
+    return rows
 
 
 def pooled_sum(hidden: Tensor) -> Tensor:

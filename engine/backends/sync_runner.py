@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from engine.backends.row_outputs import row_outputs
-from engine.backends.rows import LOGITS_ROWS, pooled_sum, wanted_rows
+from engine.backends.rows import LOGITS_ROWS, pooled_sum, sampled_rows, wanted_rows
 from engine.backends.runner import FinishedStep, RowOutput, TokenMasks
 from engine.backends.sampler import (
     NotFinite,
@@ -80,8 +80,11 @@ class SyncRunner:
         sampled = self._sample(batch.requests, hidden, spans, masks)
         return row_outputs(
             batch.requests,
-            [token.token_id if isinstance(token, SampledToken) else None for token in sampled],
-            [_token_logprobs(token) for token in sampled],
+            [
+                [token.token_id if isinstance(token, SampledToken) else None for token in tokens]
+                for tokens in sampled
+            ],
+            [[_token_logprobs(token) for token in tokens] for tokens in sampled],
             self._score_prompts(batch.requests, hidden, spans),
             [
                 pooled_sum(hidden[start:end]).cpu().numpy()
@@ -103,18 +106,27 @@ class SyncRunner:
         hidden: Tensor,
         spans: list[tuple[int, int]],
         masks: TokenMasks | None,
-    ) -> list[SampledToken | NotFinite]:
-        """Sample a token for each request that samples, in their order."""
+    ) -> list[list[SampledToken | NotFinite]]:
+        """Sample for each request that samples, in their order: a token before each of its guesses
+        and one after them."""
         chosen = [i for i, r in enumerate(requests) if r.samples]
         if not chosen:
             return []
-        last = [spans[i][1] - 1 for i in chosen]
-        rows = hidden if last == list(range(len(hidden))) else hidden[torch.tensor(last)]
-        logits = self.model.logits(rows, [requests[i].adapter_slot for i in chosen])
+        firsts, last, rows = list[int](), list[int](), list[ScheduledRequest]()
+        for i in chosen:
+            firsts.append(len(rows))
+            rows += sampled_rows(requests[i])
+            end = spans[i][1]
+            last += range(end - 1 - requests[i].num_drafts, end)
+        if last != list(range(len(hidden))):
+            hidden = hidden[torch.tensor(last)]
+        logits = self.model.logits(hidden, [r.adapter_slot for r in rows])
         allowed = None if masks is None else masks.wait()
         if allowed:
-            allowed = {at: allowed[i] for at, i in enumerate(chosen) if i in allowed}
-        return sample([requests[i] for i in chosen], logits, self.model.picker, allowed)
+            allowed = {at: allowed[i] for at, i in zip(firsts, chosen, strict=True) if i in allowed}
+        sampled = sample(rows, logits, self.model.picker, allowed)
+        ends = [*firsts[1:], len(rows)]
+        return [sampled[first:end] for first, end in zip(firsts, ends, strict=True)]
 
     def _score_prompts(
         self,

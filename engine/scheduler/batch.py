@@ -21,6 +21,10 @@ class ScheduledRequest(NamedTuple):
     executor inserts the token that step sampled for the same request and `life`, and treats it
     as the last output token; the output in `history` ends before it.
 
+    The last `num_drafts` of `token_ids` are guesses. A token is sampled at the row before each of
+    them and at the last row, as if the guesses up to there were output; the result is the sampled
+    tokens up to the first that is not the guess that follows. `history` ends before the guesses.
+
     A named tuple, because one is made per request and step, at a third of a dataclass's cost.
     """
 
@@ -40,6 +44,9 @@ class ScheduledRequest(NamedTuple):
     allowed_token_ids: "array[int] | None" = None  # may be sampled; None: all
     pooled: tuple[int, int] | None = None  # first and end of the rows whose sum is asked for
     num_base_rows: int = 0  # leading rows that are the base model's, although the rest has a slot
+    num_drafts: int = 0  # the last token_ids that are guesses
+    # What may not be sampled after 1, 2, ... guesses, if it is not always `forbidden_token_ids`
+    forbidden_after_drafts: "tuple[array[int], ...]" = ()
 
     @property
     def end(self) -> int:

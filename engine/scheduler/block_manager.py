@@ -111,6 +111,11 @@ class BlockManager:
         for _ in range(self.blocks_for(num_tokens) - len(table)):
             table.append(self._take())
 
+    def shrink(self, table: list[int], num_tokens: int) -> None:
+        """Drop what `table` has beyond `num_tokens`."""
+        for _ in range(len(table) - self.blocks_for(num_tokens)):
+            self._drop(table.pop())
+
     def frozen(self, table: Sequence[int], start: int, end: int) -> list[int]:
         """Indexes of blocks of `table` under positions [start, end) that are shared or known."""
         first, last = start // self.block_size, min(self.blocks_for(end), len(table))

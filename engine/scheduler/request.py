@@ -8,6 +8,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, StrEnum
 
+from engine.scheduler.acceptance import Acceptance
+from engine.scheduler.prompt_lookup import PromptLookup
 from engine.scheduler.token_rules import NO_RULES, TokenRules
 
 MAX_LOGPROBS = 20
@@ -216,6 +218,11 @@ class Request:
     awaited_load: int = 0  # number of the first adapter load that it waited for
     awaits_grammar: bool = False  # not admitted before its grammar is compiled; set by the engine
     awaits_proof: bool = False  # not admitted before its adapter is proven; set by the engine
+    lookup: PromptLookup | None = None  # of its tokens, if any were drafted from them
+    acceptance: Acceptance = field(default_factory=Acceptance)  # of its drafts
+    draft_match: int = 0  # of the draft in the current step
+    num_drafted_tokens: int = 0
+    num_accepted_tokens: int = 0  # of them, those that became output
     finish_reason: FinishReason | None = None
     first_scheduled_s: float | None = None  # kept when the request is preempted
 

@@ -28,6 +28,7 @@ from engine.scheduler.limits import SchedulerLimits
 from engine.scheduler.memory import MemoryBudget
 from engine.scheduler.prefix_cache import find_cached_blocks, publish_blocks
 from engine.scheduler.request import FinishReason, InvalidRequest, Request, RequestStatus
+from engine.scheduler.speculation import Draft, Speculation
 from engine.scheduler.step import Step
 from engine.scheduler.waiting import enqueue
 
@@ -45,17 +46,25 @@ class Scheduler:
     """Owns every unfinished request. Finished ones are returned once and forgotten."""
 
     def __init__(
-        self, limits: SchedulerLimits, memory: MemoryBudget, *, pipeline_depth: int = 0
+        self,
+        limits: SchedulerLimits,
+        memory: MemoryBudget,
+        *,
+        pipeline_depth: int = 0,
+        speculation: Speculation | None = None,
     ) -> None:
         assert pipeline_depth in (0, 1), f"pipeline_depth must be 0 or 1, not {pipeline_depth}"
+        assert speculation is None or not pipeline_depth, "drafts follow tokens that are known"
         self.limits = limits
         self.memory = memory
         self.blocks = memory.blocks
         self.adapters = memory.adapters
         self.pipeline_depth = pipeline_depth
+        self.speculation = speculation
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []  # in order of admission
-        self.num_preemptions = 0
+        self.num_preemptions = self.num_drafts = 0
+        self.num_drafted_tokens = self.num_accepted_tokens = 0
         self._by_key: dict[tuple[str, int], Request] = {}
         self._num_in_flight = 0  # scheduled batches that were neither updated nor failed
         self._num_lives = 0
@@ -160,9 +169,13 @@ class Scheduler:
         """Return the next step; None if nothing can run, or not before another update."""
         assert self._num_in_flight <= self.pipeline_depth, "an update or fail is due first"
         step = Step(self.limits.max_num_batched_tokens)
-        self._schedule_running(step)
+        decodes, prefills = self._divide_running()
+        self._schedule_running(step, decodes)
+        drafts = self._propose_drafts(step)
+        self._schedule_running(step, prefills)
         if not step.lacks_blocks:
             self._schedule_waiting(step, now)
+        self._add_drafts(step, drafts)
         changes = self.memory.take_changes()
         if not step.rows and not changes:
             return None
@@ -183,12 +196,13 @@ class Scheduler:
             request = self.owner(scheduled)
             if request is None:
                 continue
-            assert scheduled.end <= request.num_tokens, "an earlier batch has not been updated"
-            publish_blocks(self.blocks, request, scheduled.end)
-            self._start_forks(request, scheduled.end)
+            end = scheduled.end - scheduled.num_drafts
+            assert end <= request.num_tokens, "an earlier batch has not been updated"
+            publish_blocks(self.blocks, request, end)
+            self._start_forks(request, end)
             request.num_pending_tokens -= scheduled.samples
             if token_ids:
-                progress.append(self._append(request, token_ids))
+                progress.append(self._append(request, token_ids, scheduled.num_drafts))
             elif _is_pooled(request, scheduled):
                 self._finish(request, FinishReason.STOP)
                 progress.append(Progress(request, []))
@@ -239,7 +253,8 @@ class Scheduler:
 
     # ==== choosing rows ====
 
-    def _schedule_running(self, step: Step) -> None:
+    def _divide_running(self) -> tuple[list[tuple[Request, int]], list[tuple[Request, int]]]:
+        """List requests with one token to compute, and those with more, each with the number."""
         decodes: list[tuple[Request, int]] = []
         prefills: list[tuple[Request, int]] = []
         for request in self.running:
@@ -248,12 +263,33 @@ class Scheduler:
                 prefills.append((request, remaining))
             elif remaining and not self.limits.must_wait(request):
                 decodes.append((request, 1))
-        for request, remaining in [*decodes, *prefills]:
+        return decodes, prefills
+
+    def _schedule_running(self, step: Step, requests: list[tuple[Request, int]]) -> None:
+        for request, remaining in requests:
             if request.status is not RequestStatus.RUNNING:
                 continue  # preempted for an earlier one
             count = min(remaining, step.budget)
             if count and self._make_room(request, count, step):
                 step.add(request, count)
+
+    def _propose_drafts(self, step: Step) -> list[tuple[Request, Draft]]:
+        """Draft for the decodes that have been scheduled; the drafts' tokens leave the budget, of
+        which they may take half, so that prompts go on."""
+        if self.speculation is None or step.lacks_blocks:
+            return []
+        decodes = [request for request, _ in step.rows]
+        drafts = self.speculation.propose(decodes, step.budget // 2)
+        step.budget -= sum(len(draft.token_ids) for _, draft in drafts)
+        return drafts
+
+    def _add_drafts(self, step: Step, drafts: list[tuple[Request, Draft]]) -> None:
+        """Add drafts as far as there are blocks for them without preempting anyone."""
+        for request, draft in drafts:
+            if step.lacks_blocks or not self._allocate(request, 1 + len(draft.token_ids)):
+                return
+            step.drafts[request.key] = draft.token_ids
+            request.draft_match = draft.match
 
     def _make_room(self, request: Request, count: int, step: Step) -> bool:
         """Allocate blocks for `count` more tokens; preempts later requests, or this one.
@@ -416,17 +452,35 @@ class Scheduler:
 
     # ==== tokens and ends ====
 
-    def _append(self, request: Request, token_ids: Sequence[int]) -> Progress:
+    def _append(self, request: Request, token_ids: Sequence[int], num_drafts: int) -> Progress:
+        """Take new tokens up to the one that ends the request. All but the last were drafts, whose
+        KV is there; that of further drafts is overwritten."""
         gained: list[int] = []
+        reason = None
         for token_id in token_ids:
             request.output_token_ids.append(token_id)
             gained.append(token_id)
             reason = self.limits.end_of(request, token_id)
             if reason is not None:
-                self._finish(request, reason)
-                stop = token_id if reason is FinishReason.STOP else None
-                return Progress(request, gained, stop)
-        return Progress(request, gained)
+                break
+        if num_drafts:
+            self._settle_drafts(request, num_drafts, min(len(gained), len(token_ids) - 1))
+        if reason is None:
+            return Progress(request, gained)
+        self._finish(request, reason)
+        return Progress(request, gained, gained[-1] if reason is FinishReason.STOP else None)
+
+    def _settle_drafts(self, request: Request, num_drafts: int, num_accepted: int) -> None:
+        """Count what was accepted as computed, and free the blocks of the rest."""
+        self.num_drafts += 1
+        self.num_drafted_tokens += num_drafts
+        self.num_accepted_tokens += num_accepted
+        request.num_drafted_tokens += num_drafts
+        request.num_accepted_tokens += num_accepted
+        request.acceptance.record(request.draft_match, num_drafts, num_accepted)
+        request.num_computed_tokens += num_accepted
+        publish_blocks(self.blocks, request, request.num_computed_tokens)
+        self.blocks.shrink(request.block_table, request.num_tokens)
 
     def _finish_all(self, requests: list[Request], reason: FinishReason) -> list[Request]:
         for request in requests:

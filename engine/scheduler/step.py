@@ -1,5 +1,7 @@
 """Step: collects the rows of a step and turns them into a ScheduledBatch."""
 
+from array import array
+
 from engine.scheduler.adapter_slots import AdapterSlots
 from engine.scheduler.batch import PENDING, ScheduledBatch, ScheduledRequest
 from engine.scheduler.memory import MemoryChanges
@@ -15,6 +17,7 @@ class Step:
         self.lacks_blocks = False  # for a running request; then none is admitted
         self.num_promised = 0  # waiting requests whose adapter is being copied to the device
         self.promised_blocks = 0  # blocks reserved for these
+        self.drafts: dict[tuple[str, int], list[int]] = {}  # of rows; not in their counts
         self._keys: dict[tuple[str, int], None] = {}
 
     def add(self, request: Request, count: int) -> None:
@@ -27,10 +30,11 @@ class Step:
 
     def to_batch(self, adapters: AdapterSlots, changes: MemoryChanges) -> ScheduledBatch:
         """Return the step as plain data; from here on its tokens count as computed."""
-        rows = sorted(self.rows, key=lambda row: row[1])  # stable: short ones first
-        requests = tuple(_take(request, count, adapters) for request, count in rows)
+        drafts = self.drafts
+        requests = [_take(r, count, adapters, drafts.get(r.key, [])) for r, count in self.rows]
+        requests.sort(key=lambda r: len(r.token_ids))  # stable: short ones first
         return ScheduledBatch(
-            requests=requests,
+            requests=tuple(requests),
             adapter_evictions=changes.evictions,
             moves=changes.moves,
             adapter_loads=changes.loads,
@@ -40,8 +44,10 @@ class Step:
         )
 
 
-def _take(request: Request, count: int, adapters: AdapterSlots) -> ScheduledRequest:
-    """Take the request's next `count` tokens into the step."""
+def _take(
+    request: Request, count: int, adapters: AdapterSlots, drafts: list[int]
+) -> ScheduledRequest:
+    """Take the request's next `count` tokens into the step, and guesses behind them."""
     num_base_rows = request.num_base_rows(count)
     has_adapter = num_base_rows < count
     start = request.num_computed_tokens
@@ -57,7 +63,7 @@ def _take(request: Request, count: int, adapters: AdapterSlots) -> ScheduledRequ
     return ScheduledRequest(
         request_id=request.request_id,
         choice=request.index,
-        token_ids=[PENDING] if pending else request.token_ids(start, end),
+        token_ids=[PENDING] if pending else request.token_ids(start, end) + drafts,
         start=start,
         block_table=tuple(request.block_table),
         adapter_slot=adapters.slot(request.adapter_digest) if has_adapter else 0,
@@ -77,7 +83,21 @@ def _take(request: Request, count: int, adapters: AdapterSlots) -> ScheduledRequ
             else _pooled_rows(sampling.pooling, start, end, request.num_prompt_tokens)
         ),
         num_base_rows=num_base_rows if has_adapter else 0,
+        num_drafts=len(drafts),
+        forbidden_after_drafts=_forbidden_after(request, drafts) if drafts else (),
     )
+
+
+def _forbidden_after(request: Request, drafts: list[int]) -> "tuple[array[int], ...]":
+    """List what may not be sampled after 1, 2, ... guesses; empty if that is always the same."""
+    num_outputs, least = len(request.output_token_ids), request.sampling.min_tokens
+    if not request.rules.needs_output and num_outputs + 1 >= least:
+        return ()
+    output, forbidden = list(request.output_token_ids), list["array[int]"]()
+    for token_id in drafts:
+        output.append(token_id)
+        forbidden.append(request.rules.forbidden(len(output) + 1 >= least, output))
+    return tuple(forbidden)
 
 
 def _prompt_targets(request: Request, start: int, end: int) -> list[int] | None:

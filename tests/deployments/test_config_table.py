@@ -7,13 +7,18 @@ from typing import get_type_hints
 import pytest
 
 from deployments.config import AppConfig
-from deployments.config_sections import AdaptersSection, EngineSection, ModelSection
+from deployments.config_sections import (
+    AdaptersSection,
+    EngineSection,
+    ModelSection,
+    SpeculationSection,
+)
 from deployments.config_table import config_keys, config_table
-from engine.config import EngineConfig
+from engine.config import EngineConfig, SpeculationConfig
 
 CONFIGURATION = Path(__file__).parents[2] / "docs" / "configuration.md"
 OF_MODEL = {"source", "dtype", "quantization", "generation_config"}
-ELSEWHERE = OF_MODEL | {"host_adapter_bytes"}  # in other sections
+ELSEWHERE = OF_MODEL | {"host_adapter_bytes", "speculation"}  # in other sections
 
 
 def test_the_documented_table_is_this_one() -> None:
@@ -40,10 +45,17 @@ def test_a_row_has_the_key_its_default_and_its_meaning() -> None:
     assert all(any(row.startswith(beginning) for row in rows) for beginning in beginnings)
 
 
+def test_the_section_of_speculation_is_the_engines() -> None:
+    wanted = {f.name: f.default for f in fields(SpeculationConfig)}
+    assert {name: f.default for name, f in SpeculationSection.model_fields.items()} == wanted
+    assert get_type_hints(SpeculationSection).items() >= get_type_hints(SpeculationConfig).items()
+
+
 def test_the_engines_section_is_the_engines_config() -> None:
     """Field by field: names, types and defaults."""
     wanted = {f.name: f.default for f in fields(EngineConfig) if f.name not in ELSEWHERE}
-    assert {name: f.default for name, f in EngineSection.model_fields.items()} == wanted
+    shown = EngineSection.model_fields.items()
+    assert {name: f.default for name, f in shown if name != "speculation"} == wanted
     of_config, of_section = get_type_hints(EngineConfig), get_type_hints(EngineSection)
     assert all(of_section[name] == of_config[name] for name in wanted)
 

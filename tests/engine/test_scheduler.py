@@ -21,6 +21,7 @@ from engine.scheduler.request import (
     SamplingParams,
 )
 from engine.scheduler.scheduler import Scheduler
+from tests.engine.support.drafters import Seer, eager
 from tests.engine.support.fake_device import (
     DeviceError,
     FakeDevice,
@@ -96,6 +97,7 @@ def make_world(
     max_model_len: int | None = None,
     pipeline_depth: int = 0,
     loads_are_immediate: bool = True,
+    drafts: bool = False,
 ) -> World:
     adapters = AdapterSlots(loads_are_immediate=loads_are_immediate)
     if ready:
@@ -106,7 +108,9 @@ def make_world(
     memory_bytes = num_blocks * block_bytes(block_size)
     memory = MemoryBudget(memory_bytes, block_bytes(block_size), blocks, adapters)
     device = FakeDevice(block_size, memory_bytes, loads_are_immediate=loads_are_immediate)
-    return World(Scheduler(limits, memory, pipeline_depth=pipeline_depth), device)
+    speculation = eager(Seer(expected_of), max_model_len=limits.max_model_len) if drafts else None
+    scheduler = Scheduler(limits, memory, pipeline_depth=pipeline_depth, speculation=speculation)
+    return World(scheduler, device)
 
 
 def make_request(
@@ -168,6 +172,7 @@ class Traffic(RuleBasedStateMachine):
 
     pipeline_depth = 0
     loads_are_immediate = True
+    drafts = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -178,6 +183,7 @@ class Traffic(RuleBasedStateMachine):
             ready=False,
             pipeline_depth=self.pipeline_depth,
             loads_are_immediate=self.loads_are_immediate,
+            drafts=self.drafts,
         )
         self.added: list[Request] = []
         self.ended: dict[Request, FinishReason] = {}
@@ -308,10 +314,18 @@ class SlowLoads(Traffic):
     loads_are_immediate = False
 
 
+class Drafted(Traffic):
+    """Like Traffic, with guesses behind the tokens, some of which are wrong."""
+
+    drafts = True
+
+
 TestTraffic = Traffic.TestCase
+TestDrafted = Drafted.TestCase
 TestSlowLoads = SlowLoads.TestCase
 TestTraffic.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
 TestSlowLoads.settings = TestTraffic.settings
+TestDrafted.settings = TestTraffic.settings
 
 
 @pytest.mark.parametrize("budget", [3, 5, 16, 64])

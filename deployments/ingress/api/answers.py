@@ -15,11 +15,17 @@ class CachedTokens(Answer):
     cached_tokens: int
 
 
+class DraftedTokens(Answer):
+    accepted_prediction_tokens: int
+    rejected_prediction_tokens: int
+
+
 class UsageAnswer(Answer):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: CachedTokens
+    completion_tokens_details: DraftedTokens
 
 
 class ChatMessage(Answer):

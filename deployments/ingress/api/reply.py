@@ -14,6 +14,8 @@ class Usage:
     num_prompt_tokens: int
     num_cached_tokens: int
     num_output_tokens: int
+    num_drafted_tokens: int = 0  # by speculation, and verified
+    num_accepted_tokens: int = 0  # of them
 
     def counts(self) -> dict[str, Any]:
         return {
@@ -24,7 +26,14 @@ class Usage:
 
     def document(self) -> dict[str, Any]:
         cached = {"cached_tokens": self.num_cached_tokens}
-        return {**self.counts(), "prompt_tokens_details": cached}
+        return {
+            **self.counts(),
+            "prompt_tokens_details": cached,
+            "completion_tokens_details": {
+                "accepted_prediction_tokens": self.num_accepted_tokens,
+                "rejected_prediction_tokens": self.num_drafted_tokens - self.num_accepted_tokens,
+            },
+        }
 
 
 @dataclass(frozen=True, slots=True)

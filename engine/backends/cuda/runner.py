@@ -175,17 +175,17 @@ class _Launched:
         found = zip(tokens.tolist(), is_finite.tolist(), strict=True)
         return row_outputs(
             requests,
-            [token_id if fine else None for token_id, fine in found],
+            [[token_id if fine else None] for token_id, fine in found],
             _logprobs([r.sampling.logprobs for r in requests if r.samples], scores),
             _prompt_logprobs(scored, prompts),
             [words.numpy().view(np.float64) for words in pooled],
         )
 
 
-def _logprobs(asked: list[int | None], scores: Tensor) -> list[TokenLogprobs | None]:
+def _logprobs(asked: list[int | None], scores: Tensor) -> list[list[TokenLogprobs | None]]:
     """Make an entry per sampling request: `asked` alternatives each, None for no logprobs."""
     entries = iter(read_scores(scores, [count for count in asked if count is not None]))
-    return [None if count is None else next(entries) for count in asked]
+    return [[None if count is None else next(entries)] for count in asked]
 
 
 def _prompt_logprobs(

@@ -30,6 +30,8 @@ TOTALS = EngineStats(
     total_output_tokens=800,
     total_preemptions=2,
     total_step_s=1.5,
+    total_drafted_tokens=60,
+    total_accepted_tokens=40,
 )
 SERIES = {
     "reef_kv_blocks_cached": 3,
@@ -39,6 +41,8 @@ SERIES = {
     "reef_engine_output_tokens_total": 800,
     "reef_engine_preemptions_total": 2,
     "reef_engine_step_seconds_total": 1.5,
+    "reef_engine_drafted_tokens_total": 60,
+    "reef_engine_accepted_tokens_total": 40,
 }
 
 

@@ -62,6 +62,9 @@ def test_what_the_engine_reports_has_vllms_names() -> None:
             num_blocks_used=16,
             total_prompt_tokens=100,
             total_cached_tokens=40,
+            total_drafts=3,
+            total_drafted_tokens=9,
+            total_accepted_tokens=5,
             total_preemptions=2,
             resident_adapters=("red-digest", "f" * 64),
         )
@@ -74,6 +77,8 @@ def test_what_the_engine_reports_has_vllms_names() -> None:
         assert value(found, "vllm:prefix_cache_queries_total") == 100
         assert value(found, "vllm:prefix_cache_hits_total") == 40
         assert value(found, "vllm:num_preemptions_total") == 2
+        drafts = ("num_drafts", "num_draft_tokens", "num_accepted_tokens")
+        assert [value(found, f"vllm:spec_decode_{name}_total") for name in drafts] == [3, 9, 5]
         assert value(found, "vllm:num_gpu_loaded_lora_adapters") == 2
         assert value(found, "vllm:cache_config_info", block_size="16", num_gpu_blocks="64") == 1
         loaded = {

@@ -56,6 +56,19 @@ class DeviceError(Exception):
     """Raised by a step that fails."""
 
 
+def _sampled(request: ScheduledRequest, known: Known) -> list[int]:
+    """Sample before each draft, up to the first that is another one, and after the last."""
+    salt, num_known = request.sampling.seed + request.choice, request.end - request.num_drafts
+    always = request.forbidden_token_ids
+    forbidden = (always, *(request.forbidden_after_drafts or [always] * request.num_drafts))
+    sampled: list[int] = []
+    for i in range(request.num_drafts + 1):
+        sampled.append(next_token(known[: num_known + i], salt, forbidden[i]))
+        if known[num_known + i : num_known + i + 1] and known[num_known + i][0] != sampled[i]:
+            break
+    return sampled
+
+
 @dataclass(eq=False)
 class FakeStep:
     device: "FakeDevice"
@@ -135,10 +148,9 @@ class FakeDevice:
         for position in range(request.end):
             content = arena.read(*self._slot(request, position))
             assert content == known[: position + 1]
-        self._check_history(request, tuple(token_id for token_id, _ in known))
-        salt = request.sampling.seed + request.choice
-        token_id = next_token(known, salt, request.forbidden_token_ids)
-        return [token_id] if request.samples else []
+        num_known = request.end - request.num_drafts
+        self._check_history(request, tuple(token_id for token_id, _ in known[:num_known]))
+        return _sampled(request, known) if request.samples else []
 
     def _resolved(self, request: ScheduledRequest) -> list[int]:
         if PENDING not in request.token_ids:

@@ -1,0 +1,127 @@
+"""Speculation: drafts tokens that may come next, for the step to verify beside the next one.
+
+A step that computes a request's newest token can compute guesses behind it in the same pass, and
+samples a token at each of these rows as if the guesses before it were the output. As a sample
+depends on its position and what is before it alone, the guesses that the samples repeat are exactly
+the tokens that steps of one token would have given; the rest is dropped.
+
+How many guesses are worth their rows is decided for all requests of a step together: a row is worth
+its cost if the chance that it brings a token is above its price, which is what the step's time for
+one row would bring otherwise. So drafts end by themselves where they lose.
+"""
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+from engine.scheduler.batch import ScheduledBatch
+from engine.scheduler.prompt_lookup import PromptLookup
+from engine.scheduler.request import Request
+from engine.scheduler.step_cost import StepCost
+
+MAX_INDEXED_TOKENS = 2048  # that one step adds to the indexes of all requests together
+ROUNDS = 3  # of lengths and price; each round's price is at least the one before
+
+
+class Draft(NamedTuple):
+    """Tokens that may come next, and how long the match behind which they were found is."""
+
+    token_ids: list[int]
+    match: int
+
+
+class Drafter(Protocol):
+    """Guesses tokens. Called once in each step, for requests whose tokens are all known."""
+
+    def draft(self, wishes: Sequence[tuple[Request, int]]) -> list[Draft]:
+        """Return a draft of at most so many tokens for each request, perhaps empty."""
+        ...
+
+
+class NgramDrafter:
+    """Drafts from a request's own prompt and output."""
+
+    def draft(self, wishes: Sequence[tuple[Request, int]]) -> list[Draft]:
+        left, drafts = MAX_INDEXED_TOKENS, list[Draft]()
+        for request, most in wishes:
+            lookup = request.lookup = request.lookup or PromptLookup()
+            start = len(lookup)
+            end = min(request.num_tokens, start + left)
+            lookup.extend(request.token_ids(start, end))
+            left -= end - start
+            is_complete = end == request.num_tokens
+            drafts.append(Draft(*lookup.find(most)) if is_complete else Draft([], 0))
+        return drafts
+
+
+@dataclass(slots=True)
+class _Offer:
+    """A request's draft; `chances` are negative, so that they ascend."""
+
+    request: Request
+    draft: Draft
+    chances: list[float]
+    count: int = 0  # how much of it is taken
+
+    def take(self, price: float) -> float:
+        """Choose the number of tokens; return how many of them are expected to be right."""
+        self.count = bisect_right(self.chances, -price)
+        return -sum(self.chances[: self.count])
+
+
+@dataclass(slots=True)
+class Speculation:
+    """Chooses the drafts of each step: a function of its calls, and of the seconds told it."""
+
+    drafter: Drafter
+    max_draft_tokens: int
+    max_model_len: int
+    cost: StepCost = field(default_factory=StepCost)
+
+    def propose(self, requests: Sequence[Request], budget: int) -> list[tuple[Request, Draft]]:
+        """Draft for requests that decode in this step, at most `budget` tokens in all."""
+        wishes = [(r, most) for r in requests if (most := self._most(r)) > 0]
+        if not wishes or budget <= 0:
+            return []
+        drafts = zip(wishes, self.drafter.draft(wishes), strict=True)
+        offers = [_offer(request, draft) for (request, _), draft in drafts if draft.token_ids]
+        self._choose(offers, len(requests))
+        chosen: list[tuple[Request, Draft]] = []
+        for offer in offers:
+            count = min(offer.count, budget)
+            if count:
+                budget -= count
+                chosen.append((offer.request, Draft(offer.draft.token_ids[:count], offer.draft[1])))
+        return chosen
+
+    def observe(self, batch: ScheduledBatch, seconds: float) -> None:
+        """Learn from how long a step took."""
+        num_drafts = sum(r.num_drafts for r in batch.requests)
+        if batch.requests and batch.num_tokens == len(batch.requests) + num_drafts:
+            self.cost.observe(batch.num_tokens, seconds)
+
+    def _most(self, request: Request) -> int:
+        """The step brings a token by itself; drafts may bring all further ones."""
+        sampling = request.sampling
+        if sampling.grammar is not None:
+            return 0
+        left = sampling.max_tokens - len(request.output_token_ids)
+        room = self.max_model_len - request.num_tokens
+        return min(self.max_draft_tokens, left - 1, room - 1)
+
+    def _choose(self, offers: list[_Offer], num_requests: int) -> None:
+        """Choose all lengths such that tokens per second are the most (Dinkelbach 1967)."""
+        row, num_rows, num_tokens = self.cost.row, num_requests, float(num_requests)
+        for _ in range(ROUNDS):
+            price = row * num_tokens / (1 + row * num_rows)
+            num_tokens = num_requests + sum(offer.take(price) for offer in offers)
+            num_rows = num_requests + sum(offer.count for offer in offers)
+        for offer in offers:
+            if not offer.count:
+                offer.request.acceptance.decline(offer.draft.match)
+
+
+def _offer(request: Request, draft: Draft) -> _Offer:
+    chances = request.acceptance.chances(draft.match, len(draft.token_ids))
+    return _Offer(request, draft, [-chance for chance in chances])
