@@ -50,10 +50,10 @@ class SpeculationSection(Section):
     """Fields and defaults equal those of SpeculationConfig, which also checks the ranges."""
 
     method: str = key(
-        "auto",
+        "none",
         "`ngram` guesses tokens from where the last ones stood before in the request's prompt and "
         "answer, and verifies them beside the next one, which changes no token; only as far as "
-        "its guesses pay for themselves; `auto` does so on a CPU; `none` never",
+        "its guesses pay for themselves; `auto` does so on a CPU, `none` never",
     )
     max_draft_tokens: int = key(16, "tokens guessed for a request in one step, 1 to 64")
 

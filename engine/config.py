@@ -31,7 +31,7 @@ class ConfigError(ValueError):
 class SpeculationConfig:
     """How tokens are guessed that one step verifies together, at most so many for each request."""
 
-    method: str = "auto"  # auto: ngram on a CPU, none on a GPU
+    method: str = "none"  # auto: ngram on a CPU, none on a GPU
     max_draft_tokens: int = 16
 
     def __post_init__(self) -> None:

@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from engine.config import EngineConfig
+from engine.config import EngineConfig, SpeculationConfig
 from engine.engine import Engine
 from engine.messages import AdapterFolder, GenerateRequest
 from engine.scheduler.request import SamplingParams
@@ -76,7 +76,8 @@ def measure(engine: Engine, make: Make, clients: int, options: argparse.Namespac
         return tokens_per_s(engine, requests, clients)
 
     off, on = partial(run, None), partial(run, speculation)
-    off(), on()
+    off()
+    on()
     before, noise = engine.stats, NoiseMeter([os.getpid()])
     pairs = [in_turns(number, off, on) for number in range(options.rounds)]
     after, others = engine.stats, noise.read().others
@@ -204,6 +205,7 @@ def _config(source: Path, clients: int) -> EngineConfig:
         enable_prefix_caching=False,
         structured_output="off",
         adapter_proof="off",
+        speculation=SpeculationConfig("ngram"),
     )
 
 

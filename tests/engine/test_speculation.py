@@ -24,7 +24,7 @@ from tests.engine.support.driver import (
 from tests.engine.support.late_runner import LateRunner
 from tests.engine.support.tiny import Tiny
 
-OFF = SpeculationConfig("none")
+NGRAM = SpeculationConfig("ngram")
 Results = dict[tuple[str, int], Result]
 
 
@@ -98,8 +98,8 @@ def test_drafts_change_no_answer(tiny: Tiny, tmp_path: Path, form: str) -> None:
     """In too little memory for all, with chunked prompts; all at once, so that batches differ."""
     requests = diverse_requests(tiny, tmp_path)
     changes = {"max_num_batched_tokens": 32, "max_model_len": 128, "structured_output": "off"}
-    plain = make_engine(tiny.folder, speculation=OFF, **changes, **FORMS[form])
-    drafting = make_engine(tiny.folder, **changes, **FORMS[form])
+    plain = make_engine(tiny.folder, **changes, **FORMS[form])
+    drafting = make_engine(tiny.folder, speculation=NGRAM, **changes, **FORMS[form])
     expected = run(plain, requests)
     found = run_with_seer(drafting, requests, expected)
     compare(expected, found, is_exact=form != "torch")
@@ -125,9 +125,9 @@ def test_drafts_change_no_answer_of_many(tiny: Tiny, tmp_path: Path, form: str, 
         "max_model_len": 128,
         "structured_output": "off",
     }
-    plain = make_engine(tiny.folder, speculation=OFF, **changes, **FORMS[form])
+    plain = make_engine(tiny.folder, **changes, **FORMS[form])
     expected = run(plain, requests)
-    drafting = make_engine(tiny.folder, **changes, **FORMS[form])
+    drafting = make_engine(tiny.folder, speculation=NGRAM, **changes, **FORMS[form])
     is_exact = form != "torch"
     compare(expected, run(drafting, requests), is_exact=is_exact)
     compare(expected, run_with_seer(drafting, requests, expected), is_exact=is_exact)
@@ -138,9 +138,9 @@ def test_drafts_change_no_answer_of_many(tiny: Tiny, tmp_path: Path, form: str, 
 def test_a_resumed_and_an_aborted_request_draft_from_all_that_is_known(tiny: Tiny) -> None:
     """With so few tokens to choose from its answer repeats itself."""
     prompt, sampling = prompt_of(12) * 3, greedy(40, allowed_token_ids=(5, 6))
-    plain = make_engine(tiny.folder, speculation=OFF)
+    plain = make_engine(tiny.folder)
     whole = run(plain, [GenerateRequest("r", prompt, sampling)])["r", 0].token_ids
-    engine = make_engine(tiny.folder)
+    engine = make_engine(tiny.folder, speculation=NGRAM)
     assert engine.scheduler.speculation is not None
     engine.scheduler.speculation.cost.row = 0.0
     engine.add_request(GenerateRequest("gone", prompt, sampling))
@@ -159,7 +159,8 @@ def test_a_runner_that_launches_ahead_is_refused(
     tiny: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("engine.backends.torch.load.SyncRunner", LateRunner)
-    assert make_engine(tiny.folder).scheduler.speculation is None
+    auto = make_engine(tiny.folder, speculation=SpeculationConfig("auto"))
+    assert auto.scheduler.speculation is None
     with pytest.raises(ConfigError, match=r"speculation\.method=.ngram. is not"):
         make_engine(tiny.folder, speculation=SpeculationConfig("ngram"))
 
