@@ -4,13 +4,12 @@ An ingress keeps its stream by renewing a lease. Its requests go with its stream
 them is told to one callback.
 """
 
-import asyncio
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from deployments.fleet.protocol import StreamId, UnknownStream
-from engine.messages import Item
+from deployments.replica.outbox import Outbox
 
 LEASE_S = 8.0  # an ingress that says nothing for this long is gone
 
@@ -19,12 +18,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(eq=False, slots=True)
 class IngressStream:
-    """The stream to one ingress. `items` have not been sent yet."""
+    """The stream to one ingress."""
 
     id: StreamId
     renewed_s: float
-    items: list[Item] = field(default_factory=list[Item])
-    wake: asyncio.Event = field(default_factory=asyncio.Event)
+    outbox: Outbox
     is_open: bool = True
     is_attached: bool = False
     request_ids: dict[str, None] = field(default_factory=dict[str, None])
@@ -53,7 +51,7 @@ class IngressStreams:
             self.detach(stream)  # given up by the ingress, unnoticed here so far
             stream = None
         if stream is None:
-            stream = IngressStream(StreamId(ingress_id, epoch), self._clock())
+            stream = IngressStream(StreamId(ingress_id, epoch), self._clock(), Outbox(self._clock))
             self._by_ingress[ingress_id] = stream
         return stream
 
@@ -76,7 +74,8 @@ class IngressStreams:
 
     def detach(self, stream: IngressStream) -> None:
         stream.is_open = False
-        stream.wake.set()
+        stream.outbox.close()
+        stream.outbox.wake()
         if self._by_ingress.get(stream.id.ingress_id) is stream:
             del self._by_ingress[stream.id.ingress_id]
         self._on_detach(stream)
@@ -94,4 +93,4 @@ class IngressStreams:
 
     def wake_all(self) -> None:
         for stream in self._by_ingress.values():
-            stream.wake.set()
+            stream.outbox.wake()

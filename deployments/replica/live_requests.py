@@ -67,14 +67,14 @@ class LiveRequests:
             if live is None:
                 continue  # aborted while this was on its way
             stream = live.stream
-            stream.items.append(item)
+            stream.outbox.put(request_id, item)
             touched[stream] = None
             if not is_tokens and item.finish_reason is not None:
                 if item.error is not None:
                     self._repair_if_damaged(live, item.error)
                 self._finish_choice(request_id, live)
         for stream in touched:
-            stream.wake.set()
+            stream.outbox.end_step()
 
     def _repair_if_damaged(self, live: LiveRequest, error: RequestError) -> None:
         """See to the adapter's files before the ingress sends the request again."""
@@ -157,7 +157,7 @@ class LiveRequests:
         del live.stream.request_ids[request_id]
         if live.adapter_ref is not None:
             self._fetcher.release(live.adapter_ref)
-        live.stream.wake.set()  # it may have been the last one that a drain waits for
+        live.stream.outbox.wake()  # it may have been the last one that a drain waits for
 
     # ---- figures -------------------------------------------------------------------------
 

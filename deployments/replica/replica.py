@@ -121,10 +121,9 @@ class EngineReplica:
             engine = self._engine.info
             yield Hello(engine, settings.base_fingerprint, settings.replica_id, stream.id.epoch)
             while stream.is_open and not self._has_drained(stream):
-                await stream.wake.wait()
-                stream.wake.clear()
-                if stream.items:
-                    frame, stream.items = stream.items, []
+                await stream.outbox.wait()
+                frame = stream.outbox.take(len(stream.request_ids))
+                if frame:
                     yield frame
         finally:
             self._streams.detach(stream)
@@ -173,7 +172,7 @@ class EngineReplica:
             self._streams.wake_all()
 
     def _has_drained(self, stream: IngressStream) -> bool:
-        return self.is_draining and not stream.request_ids and not stream.items
+        return self.is_draining and not stream.request_ids and not stream.outbox
 
     # ---- figures -------------------------------------------------------------------------
 
