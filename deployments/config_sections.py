@@ -69,6 +69,12 @@ class EngineSection(Section):
         "chunks of what is left, and a stream waits for one chunk at a time",
         unset="128; 512 on a GPU",
     )
+    target_step_ms: float | None = key(
+        None,
+        "how long a step should take while anybody's answer is growing: prompts get pieces that "
+        "fit, of at least 16 tokens; lower it for smoother streams and later first tokens",
+        unset="2.5 times a step without prompts, at least 50",
+    )
     max_model_len: int | None = key(
         None, "longest prompt and answer together, in tokens", unset="model's, to 8192"
     )

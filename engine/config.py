@@ -57,6 +57,7 @@ class EngineConfig:
     device: str = "auto"
     max_num_seqs: int = 64
     max_num_batched_tokens: int | None = None  # None: 128, on a GPU 512
+    target_step_ms: float | None = None  # while anybody decodes. None: by the time of decoding
     max_model_len: int | None = None  # None: the model's own maximum, at most 8192
     block_size: int = 16
     memory_bytes: int | None = None  # None: 2 GiB on a CPU, all but the weights on a GPU
@@ -91,6 +92,8 @@ class EngineConfig:
         if self.max_num_batched_tokens is not None:
             _between("max_num_batched_tokens", self.max_num_batched_tokens, 1, 2**20)
             _holds_every_decode(self.max_num_batched_tokens, self.max_num_seqs)
+        if self.target_step_ms is not None:
+            _between("target_step_ms", self.target_step_ms, 1, 86_400_000)
         _between("block_size", self.block_size, 1, 1024)
         if self.memory_bytes is not None:
             _between("memory_bytes", self.memory_bytes, 2**12, 2**50)

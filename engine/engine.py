@@ -111,8 +111,13 @@ class Engine:
 
     def _make_scheduler(self) -> Scheduler:
         s, seqs = self.settled, self.config.max_num_seqs
+        target_ms = self.config.target_step_ms
         limits = SchedulerLimits(
-            seqs, s.max_num_batched_tokens, s.max_model_len, self.info.eos_token_ids
+            seqs,
+            s.max_num_batched_tokens,
+            s.max_model_len,
+            self.info.eos_token_ids,
+            target_step_s=None if target_ms is None else target_ms / 1e3,
         )
         depth, speculation = self.runner.pipeline_depth, self._make_speculation()
         return Scheduler(
@@ -309,6 +314,7 @@ class Engine:
         self._num_steps += 1
         step_s = now - max(start, self._last_update_s)  # steps in flight overlap
         self._step_s += step_s
+        self.scheduler.observe(batch, step_s)
         self._last_update_s = now
         if self.scheduler.speculation is not None:
             self.scheduler.speculation.observe(batch, step_s)

@@ -12,6 +12,7 @@ class SchedulerLimits:
     max_num_batched_tokens: int
     max_model_len: int
     eos_token_ids: tuple[int, ...] = ()
+    target_step_s: float | None = None  # with prompts, while somebody decodes; see StepBudget
 
     def rules(self, sampling: SamplingParams) -> TokenRules:
         return token_rules(

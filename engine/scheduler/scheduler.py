@@ -11,11 +11,12 @@ admission of a request is a life with a number of its own; results for a life th
 preempted are dropped. Its blocks are free at once, because executors run steps in order: what a
 dropped row writes is overwritten before any later row reads it.
 
-One step mixes decodes with chunks of prompts under `max_num_batched_tokens`. Running requests
-go first; waiting ones follow in the order of `waiting`, except that a request whose adapter is
-being loaded or proven, or whose grammar is being compiled, is passed over. When memory runs out,
-the request admitted last loses its blocks and is computed again later (preemption by recompute).
-Time enters only through `now`.
+One step mixes decodes with chunks of prompts under `max_num_batched_tokens`, and under a target
+for its time while anybody decodes (`step_budget`). Running requests go first; waiting ones follow
+in the order of `waiting`, except that a request whose adapter is being loaded or proven, or whose
+grammar is being compiled, is passed over. When memory runs out, the request admitted last loses
+its blocks and is computed again later (preemption by recompute). Time enters only through `now`
+and `observe`.
 """
 
 from collections import deque
@@ -30,6 +31,8 @@ from engine.scheduler.prefix_cache import find_cached_blocks, publish_blocks
 from engine.scheduler.request import FinishReason, InvalidRequest, Request, RequestStatus
 from engine.scheduler.speculation import Draft, Speculation
 from engine.scheduler.step import Step
+from engine.scheduler.step_budget import StepBudget
+from engine.scheduler.step_time import shape_of
 from engine.scheduler.waiting import enqueue
 
 
@@ -61,6 +64,7 @@ class Scheduler:
         self.adapters = memory.adapters
         self.pipeline_depth = pipeline_depth
         self.speculation = speculation
+        self.step_budget = StepBudget(limits.target_step_s)
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []  # in order of admission
         self.num_preemptions = self.num_drafts = 0
@@ -172,6 +176,10 @@ class Scheduler:
         decodes, prefills = self._divide_running()
         self._schedule_running(step, decodes)
         drafts = self._propose_drafts(step)
+        if len(prefills) < len(self.running):
+            drafted = {request.key: len(draft.token_ids) for request, draft in drafts}
+            rows = [(r, count + drafted.get(r.key, 0)) for r, count in step.rows]
+            step.prompt_time = self.step_budget.prompt_time(rows)
         self._schedule_running(step, prefills)
         if not step.lacks_blocks:
             self._schedule_waiting(step, now)
@@ -207,6 +215,11 @@ class Scheduler:
                 self._finish(request, FinishReason.STOP)
                 progress.append(Progress(request, []))
         return progress
+
+    def observe(self, batch: ScheduledBatch, seconds: float) -> None:
+        """Learn how long steps take from one that took `seconds`. May be left out."""
+        if seconds > 0 and not batch.moves and not batch.adapter_loads:
+            self.step_budget.cost.observe(shape_of(batch), seconds)
 
     def fail(self, batch: ScheduledBatch) -> list[Request]:
         """End the requests of a step that raised; its loads and moves cannot be relied on.
@@ -266,10 +279,10 @@ class Scheduler:
         return decodes, prefills
 
     def _schedule_running(self, step: Step, requests: list[tuple[Request, int]]) -> None:
-        for request, remaining in requests:
+        for request, _ in requests:
             if request.status is not RequestStatus.RUNNING:
                 continue  # preempted for an earlier one
-            count = min(remaining, step.budget)
+            count = 0 if step.is_full else step.piece(request)
             if count and self._make_room(request, count, step):
                 step.add(request, count)
 
@@ -311,7 +324,7 @@ class Scheduler:
 
     def _schedule_waiting(self, step: Step, now: float) -> None:
         for request in list(self.waiting):
-            if not step.budget or len(self.running) + step.num_promised >= self.limits.max_num_seqs:
+            if step.is_full or len(self.running) + step.num_promised >= self.limits.max_num_seqs:
                 return
             if request.awaits_grammar or request.awaits_proof:
                 continue
@@ -364,7 +377,7 @@ class Scheduler:
             self.blocks.free(request.block_table)
             request.num_computed_tokens = 0
             return False
-        count = min(request.num_remaining_tokens, step.budget)
+        count = step.piece(request)
         has_room = self._allocate(request, count)
         assert has_room, "what was reserved for a request is gone"
         if request.num_cached_tokens is None:

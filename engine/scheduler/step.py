@@ -6,6 +6,7 @@ from engine.scheduler.adapter_slots import AdapterSlots
 from engine.scheduler.batch import PENDING, ScheduledBatch, ScheduledRequest
 from engine.scheduler.memory import MemoryChanges
 from engine.scheduler.request import Request
+from engine.scheduler.step_budget import PromptTime
 
 
 class Step:
@@ -18,9 +19,24 @@ class Step:
         self.num_promised = 0  # waiting requests whose adapter is being copied to the device
         self.promised_blocks = 0  # blocks reserved for these
         self.drafts: dict[tuple[str, int], list[int]] = {}  # of rows; not in their counts
+        self.prompt_time: PromptTime | None = None  # None: no limit in time
         self._keys: dict[tuple[str, int], None] = {}
 
+    @property
+    def is_full(self) -> bool:
+        """Whether no piece of a prompt should be added."""
+        return not self.budget or (self.prompt_time is not None and self.prompt_time.is_over)
+
+    def piece(self, request: Request) -> int:
+        """Return how many of the request's next tokens this step may compute."""
+        most = min(request.num_remaining_tokens, self.budget)
+        if self.prompt_time is None or most <= 1:
+            return most
+        return self.prompt_time.piece(request.num_computed_tokens, most)
+
     def add(self, request: Request, count: int) -> None:
+        if self.prompt_time is not None:
+            self.prompt_time.spend(request.num_computed_tokens, count)
         self.rows.append((request, count))
         self.budget -= count
         self._keys[request.key] = None
