@@ -19,7 +19,6 @@ its blocks and is computed again later (preemption by recompute). Time enters on
 and `observe`.
 """
 
-from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -33,7 +32,7 @@ from engine.scheduler.speculation import Draft, Speculation
 from engine.scheduler.step import Step
 from engine.scheduler.step_budget import StepBudget
 from engine.scheduler.step_time import shape_of
-from engine.scheduler.waiting import enqueue
+from engine.scheduler.waiting import WaitingQueue
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +64,7 @@ class Scheduler:
         self.pipeline_depth = pipeline_depth
         self.speculation = speculation
         self.step_budget = StepBudget(limits.target_step_s)
-        self.waiting: deque[Request] = deque()
+        self.waiting = WaitingQueue()
         self.running: list[Request] = []  # in order of admission
         self.num_preemptions = self.num_drafts = 0
         self.num_drafted_tokens = self.num_accepted_tokens = 0
@@ -87,7 +86,7 @@ class Scheduler:
             r.rules = rules
             assert r.key not in self._by_key, f"request {r.key} was added twice"
             self._by_key[r.key] = r
-        enqueue(self.waiting, request)
+        self.waiting.add(request)
 
     def abort(self, request_id: str, index: int | None = None) -> list[Request]:
         """End a choice of the request, or all; their blocks and pins are free on return."""
@@ -219,7 +218,7 @@ class Scheduler:
     def observe(self, batch: ScheduledBatch, seconds: float) -> None:
         """Learn how long steps take from one that took `seconds`. May be left out."""
         if seconds > 0 and not batch.moves and not batch.adapter_loads:
-            self.step_budget.cost.observe(shape_of(batch), seconds)
+            self.step_budget.times.observe(shape_of(batch), seconds)
 
     def fail(self, batch: ScheduledBatch) -> list[Request]:
         """End the requests of a step that raised; its loads and moves cannot be relied on.
@@ -457,7 +456,7 @@ class Scheduler:
             if request.status is RequestStatus.RUNNING:
                 self.waiting.appendleft(first)
             else:
-                self.waiting[self.waiting.index(request)] = first
+                self.waiting.replace(request, first)
         elif request.status is RequestStatus.WAITING:
             for other in (*self.running, *self.waiting):
                 if request in other.forks:

@@ -7,7 +7,7 @@ rows that decode leave of the target. When nobody decodes, only the number of to
 from collections.abc import Iterable
 
 from engine.scheduler.request import Request
-from engine.scheduler.step_time import StepTime, StepShape, num_pairs
+from engine.scheduler.step_time import StepShape, StepTime, num_pairs
 
 # Without a target: a step with prompts may take this many times as long as without. Below 2.2,
 # prompts come too slowly to keep the batch full, when answers are half as long as prompts.
@@ -19,23 +19,23 @@ LEAST_PIECE = 16  # tokens of the first prompt in a step, whatever the target: i
 class PromptTime:
     """The seconds of one step that are left for prompts."""
 
-    def __init__(self, known: StepTime, seconds: float) -> None:
-        self._known = known
+    def __init__(self, times: StepTime, seconds: float) -> None:
+        self._times = times
         self._left_s = seconds
         self._is_spent = False
 
     @property
     def is_over(self) -> bool:
         """Whether no further piece of a prompt should be added to the step."""
-        return self._is_spent and self._known.piece_within(self._left_s, 0) < LEAST_PIECE
+        return self._is_spent and self._times.piece_within(self._left_s, 0) < LEAST_PIECE
 
     def piece(self, start: int, most: int) -> int:
         """Return how many of the next `most` tokens from position `start` fit."""
-        return min(most, max(LEAST_PIECE, self._known.piece_within(self._left_s, start)))
+        return min(most, max(LEAST_PIECE, self._times.piece_within(self._left_s, start)))
 
     def spend(self, start: int, count: int) -> None:
         self._is_spent = True
-        self._left_s -= self._known.seconds_added(
+        self._left_s -= self._times.seconds_added(
             StepShape(tokens=count, pairs=num_pairs(start, count))
         )
 
@@ -46,14 +46,14 @@ class StepBudget:
     def __init__(self, target_s: float | None) -> None:
         """None: the target follows the time of a step that only decodes."""
         self._target_s = target_s
-        self.cost = StepTime()
+        self.times = StepTime()
 
     def prompt_time(self, decodes: Iterable[tuple[Request, int]]) -> PromptTime | None:
         """Return the time for prompts beside these decodes; None before any step was measured."""
-        if not self.cost.is_known:
+        if not self.times.is_known:
             return None
-        decode_s = self.cost.predict(decode_shape(decodes))
-        return PromptTime(self.cost, self.target_s(decode_s) - decode_s)
+        decode_s = self.times.predict(decode_shape(decodes))
+        return PromptTime(self.times, self.target_s(decode_s) - decode_s)
 
     def target_s(self, decode_s: float) -> float:
         """Return the target for a step in which decoding alone takes `decode_s`."""

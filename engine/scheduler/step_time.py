@@ -14,7 +14,6 @@ from typing import NamedTuple
 from engine.scheduler.batch import ScheduledBatch
 
 KEPT = 0.98  # weight of a step after the next one of its kind: about the last 50 count
-SWEEPS = 1  # over the coefficients after each step; it starts where the last one ended
 SURPRISE = 2.0  # a step counts as at most this many times as long as predicted, and as short
 FOLLOWED = 0.05  # part of a step's surprise that is the whole machine's, not a coefficient's
 NUM_EARLY, THINNED = 64, 4  # later, one in 4 steps that only decode is enough
@@ -98,8 +97,7 @@ class StepTime:
             return
         row = [x * self._pace / expected for x in (1, *shape)]
         self._memories[shape.pairs > 0].add(row, ratio ** (1 - FOLLOWED))
-        for _ in range(SWEEPS):
-            self._sweep(*self._memories)
+        self._sweep(*self._memories)
 
     def piece_within(self, seconds: float, start: int) -> int:
         """Return how many tokens of a prompt, from position `start`, take at most `seconds`."""
@@ -111,7 +109,7 @@ class StepTime:
         return int(min(2 * seconds / slope, _ANY_NUMBER)) if slope else _ANY_NUMBER
 
     def _sweep(self, first: "_Memory", second: "_Memory") -> None:
-        """Minimize by one coefficient after the other."""
+        """Minimize by one coefficient after the other, from where the last step ended."""
         values = self._values
         for j, (row, other) in enumerate(zip(first.squares, second.squares, strict=True)):
             curvature = row[j] + other[j]

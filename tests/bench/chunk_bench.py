@@ -1,10 +1,11 @@
 """Measures how the size of a step affects throughput and the gaps between a stream's tokens.
 
     python -m tests.bench.chunk_bench small --tokens 64 128 256 512 --clients 8
+    python -m tests.bench.chunk_bench small --tokens 128 --targets off auto 50 --clients 16
 
 Clients in a closed loop send prompts to one engine in this process: each sends its next request as
-soon as its last one has ended. The same requests run with every `max_num_batched_tokens` in turn,
-and rows show medians over the rounds. Times are in ms.
+soon as its last one has ended. The same requests run with every `max_num_batched_tokens` and every
+`target_step_ms` in turn, and rows show medians over the rounds. Times are in ms.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import torch
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.messages import RequestOutput
+from engine.scheduler.step_budget import StepBudget
 from tests.bench.engine_driver import as_request
 from tests.bench.environment import append_row, header
 from tests.bench.load import percentile
@@ -25,6 +27,7 @@ from tests.bench.models import SHAPES, make_adapters, make_model
 from tests.bench.workload import TRAFFIC, Job, Workload, lengths
 
 MIB = 2**20
+OFF_S = 3600.0  # no step takes that long
 COLUMNS = ("tokens/s", "TTFT p50", "p99", "TPOT p50", "ITL p50", "p95", "p99", "max")
 
 
@@ -66,11 +69,12 @@ def main() -> None:
         shape.vocab_size,
         options.seed,
     ).jobs()
-    runs: dict[int, list[list[float]]] = {size: [] for size in options.tokens}
+    kinds = [(size, target) for size in options.tokens for target in options.targets]
+    runs: dict[tuple[int, str], list[list[float]]] = {kind: [] for kind in kinds}
     run(engine, adapters, jobs, options.clients)  # warm up: read the adapters, touch the memory
     for _ in range(options.rounds):
-        for size, rows in runs.items():
-            _set_step(engine, size)
+        for kind, rows in runs.items():
+            _set_step(engine, *kind)
             rows.append(run(engine, adapters, jobs, options.clients))
     append_row(
         options.rows,
@@ -78,10 +82,10 @@ def main() -> None:
         f" | {options.clients} clients, {len(jobs)} requests, prompt {options.prompt}, "
         f"output {options.output}, {options.rounds} rounds",
     )
-    for size, rows in runs.items():
+    for (size, target), rows in runs.items():
         medians = map(statistics.median, zip(*rows, strict=True))
         figures = ", ".join(f"{n} {m:.1f}" for n, m in zip(COLUMNS, medians, strict=True))
-        append_row(options.rows, f"steps of {size} tokens | {figures}")
+        append_row(options.rows, f"steps of {size} tokens, target {target} | {figures}")
 
 
 def run(engine: Engine, adapters: list[Path], jobs: list[Job], clients: int) -> list[float]:
@@ -111,10 +115,14 @@ def run(engine: Engine, adapters: list[Path], jobs: list[Job], clients: int) -> 
     return [num_tokens / wall_s, *(1e3 * s for s in milliseconds)]
 
 
-def _set_step(engine: Engine, max_num_batched_tokens: int) -> None:
-    """Set the token limit of a step; the engine was made for the largest."""
-    limits = engine.scheduler.limits
-    engine.scheduler.limits = replace(limits, max_num_batched_tokens=max_num_batched_tokens)
+def _set_step(engine: Engine, max_num_batched_tokens: int, target: str) -> None:
+    """Set the token limit of a step, for the largest of which the engine was made, and its target
+    in ms. What is known of steps' times stays."""
+    scheduler = engine.scheduler
+    scheduler.limits = replace(scheduler.limits, max_num_batched_tokens=max_num_batched_tokens)
+    target_s = {"auto": None, "off": OFF_S}.get(target) if target.isalpha() else float(target) / 1e3
+    known, scheduler.step_budget = scheduler.step_budget.times, StepBudget(target_s)
+    scheduler.step_budget.times = known
 
 
 def _config(options: argparse.Namespace, source: Path) -> EngineConfig:
@@ -136,6 +144,7 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Throughput and gaps by the size of a step.")
     parser.add_argument("shape", choices=SHAPES)
     parser.add_argument("--tokens", nargs="+", type=int, default=[64, 128, 256, 512])
+    parser.add_argument("--targets", nargs="+", default=["auto"], help="ms, auto or off")
     parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("--requests", type=int, help="(default: three for each client)")
     parser.add_argument("--traffic", choices=TRAFFIC, default="base")

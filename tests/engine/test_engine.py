@@ -1,5 +1,6 @@
 """Tests the engine against transformers, and for independence of batch mates."""
 
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import replace
@@ -80,6 +81,20 @@ def test_tokens_do_not_depend_on_batch_mates_or_chunking(
     tiny: Tiny, alone: dict[tuple[str, int], list[int]], changes: dict[str, int]
 ) -> None:
     assert texts(run(make_engine(tiny.folder, **changes), mixed_requests())) == alone
+
+
+def test_pieces_sized_by_time_change_no_token(
+    tiny: Tiny, alone: dict[tuple[str, int], list[int]]
+) -> None:
+    steps: list[int] = []
+    for target_ms in (1.0, 86_400_000.0):
+        ticks = itertools.count()
+        engine = make_engine(
+            tiny.folder, target_step_ms=target_ms, clock=lambda ticks=ticks: next(ticks) / 100
+        )
+        assert texts(run(engine, mixed_requests())) == alone
+        steps.append(engine.stats.total_steps)
+    assert steps[0] > steps[1], "10 ms a step leave no time for more than the least piece"
 
 
 def test_preemption_changes_no_token(tiny: Tiny, alone: dict[tuple[str, int], list[int]]) -> None:

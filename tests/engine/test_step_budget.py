@@ -13,7 +13,7 @@ from engine.scheduler.memory import MemoryBudget
 from engine.scheduler.request import Request, SamplingParams
 from engine.scheduler.scheduler import Scheduler
 from engine.scheduler.step_budget import AUTO_LEAST_S, AUTO_RATIO, LEAST_PIECE
-from engine.scheduler.step_time import StepCoefficients, StepTime, StepShape, shape_of
+from engine.scheduler.step_time import StepCoefficients, StepShape, StepTime, shape_of
 
 # Seconds of a step on three machines: one with a small model, a slow one, one like a GPU
 MACHINES = {
