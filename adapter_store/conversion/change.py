@@ -1,9 +1,13 @@
-"""What an adapter does to one linear layer of the base, in the forms that methods give it."""
+"""What an adapter does to one linear layer of the base, in the forms that methods give it.
 
-from collections.abc import Callable, Mapping
+And what it does to the base's other parameters: it replaces them.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import numpy.typing as npt
 
 from adapter_store.conversion.tensor_file import Matrix
@@ -42,7 +46,77 @@ class Kronecker:
     right: Matrix
 
 
-Change = Factors | Product | Kronecker | Matrix  # a matrix is the change itself, [out, in]
+@dataclass(frozen=True, slots=True)
+class Turned:
+    """The change as W T: a weight [out, in] times blocks [in / size, size, size] on the diagonal.
+
+    Products with it need not know it as a whole.
+    """
+
+    weight: Matrix
+    blocks: Matrix
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.weight.shape[0], self.weight.shape[1]
+
+    @property
+    def T(self) -> "_Transposed":
+        return _Transposed(self)
+
+    def __matmul__(self, columns: Matrix) -> Matrix:
+        """Return W (T columns)."""
+        return self.weight @ _by_blocks(self.blocks, columns)
+
+    def whole(self) -> Matrix:
+        """Return the change itself."""
+        result = np.empty_like(self.weight)
+        for at, part in self._parts():
+            result[:, at] = part
+        return result
+
+    def square(self) -> float:
+        """Return the square of its Frobenius norm."""
+        return sum(float(np.vdot(part, part)) for _, part in self._parts())
+
+    def _parts(self) -> Iterator[tuple[slice, Matrix]]:
+        size = self.blocks.shape[-1]
+        for at, block in enumerate(self.blocks):
+            columns = slice(at * size, (at + 1) * size)
+            yield columns, self.weight[:, columns] @ block
+
+
+@dataclass(frozen=True, slots=True)
+class _Transposed:
+    turned: Turned
+
+    def __matmul__(self, columns: Matrix) -> Matrix:
+        """Return T^T (W^T columns)."""
+        blocks = self.turned.blocks.transpose(0, 2, 1)
+        return _by_blocks(blocks, self.turned.weight.T @ columns)
+
+
+def _by_blocks(blocks: Matrix, columns: Matrix) -> Matrix:
+    parts = columns.reshape(len(blocks), -1, columns.shape[1])
+    return (blocks @ parts).reshape(columns.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """A parameter that the adapter replaces, bit by bit: as a whole, or the rows of some tokens.
+
+    `is_shared` says that what is tied to it changes too.
+    """
+
+    name: str  # model.norm.weight
+    dtype: str
+    shape: tuple[int, ...]
+    blocks: Iterable[npt.NDArray[Any]]  # which make up the tensor, one after the other
+    token_ids: tuple[int, ...] = ()  # of the rows; none: it is the whole
+    is_shared: bool = False
+
+
+Change = Factors | Product | Kronecker | Turned | Matrix  # a matrix is the change itself, [out, in]
 
 
 class Source(Protocol):
@@ -55,9 +129,16 @@ class Source(Protocol):
 
     @property
     def modules(self) -> Mapping[str, int]:
-        """The plain names of the modules that it changes, and the bytes that it has of each."""
+        """The plain names of the modules that it may change, and the bytes that it has of each."""
         ...
 
-    def change(self, module: str, shape: tuple[int, int]) -> Change:
-        """Read what happens to a module [out, in] of the base. Raises AdapterInvalid."""
+    def change(self, module: str, shape: tuple[int, int]) -> Change | None:
+        """Read what happens to a module [out, in] of the base, if anything.
+
+        Raises AdapterInvalid.
+        """
+        ...
+
+    def saved(self) -> Iterable[Saved]:
+        """Read what it replaces of the base, one parameter at a time. Raises AdapterInvalid."""
         ...

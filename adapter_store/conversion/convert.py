@@ -4,13 +4,16 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from adapter_store.conversion.base_weights import base_weights
-from adapter_store.conversion.change import Factors, Source
+import numpy as np
+
+from adapter_store.conversion.change import Change, Factors, Source
 from adapter_store.conversion.fine_tune import FineTune, is_model
 from adapter_store.conversion.folder_writer import FolderWriter
 from adapter_store.conversion.gguf_upload import GgufUpload
+from adapter_store.conversion.in_turn import in_turn
 from adapter_store.conversion.low_rank import low_rank
 from adapter_store.conversion.mlx import MlxUpload, is_mlx
+from adapter_store.conversion.model_weights import base_weights
 from adapter_store.conversion.options import DEFAULT_RANK, EXACT_RANK, ConversionOptions
 from adapter_store.conversion.peft_upload import PeftUpload
 from adapter_store.conversion.record import ConversionRecord
@@ -47,26 +50,47 @@ def convert(
     options: ConversionOptions,
     folder: Path,
     on_bytes: OnBytes,
+    num_threads: int = 1,
 ) -> ConversionRecord:
     """Write what a source is as a PEFT LoRA folder; return what of it is not exact.
 
-    `on_bytes` is called with the bytes of the source converted since its last call. Raises
-    AdapterInvalid if a module does not fit the base or its residual is too large.
+    `on_bytes` is called with the bytes of the source converted since its last call. So many modules
+    are in work at a time; what comes out is the same for any number. Raises AdapterInvalid if a
+    module does not fit the base or its residual is too large.
     """
     shapes = {whole_name(plain_name(name)): shape for name, shape in base_modules.items()}
     residuals: dict[str, float] = {}
-    with FolderWriter(folder, list(source.modules)) as writer:
-        for module, nbytes in source.modules.items():
+    saved = list(source.saved())
+    with FolderWriter(folder, source.modules, (each.name for each in saved)) as writer:
+
+        def work(module: str) -> tuple[str, tuple[Factors, float] | None]:
             shape = shapes.get(whole_name(module))
             if shape is None:
                 raise AdapterInvalid(unknown_module(module, base_modules))
-            factors, residual = _factors(source, module, shape, options)
-            if residual:
-                residuals[module] = residual
-            writer.add(module, factors)
-            on_bytes(nbytes)
+            return module, _factors(source.change(module, shape), module, options)
+
+        for module, done in in_turn(work, source.modules, num_threads):
+            if done is not None:
+                factors, residual = done
+                if residual:
+                    residuals[module] = residual
+                writer.add(module, factors)
+            on_bytes(source.modules[module])
+        for each in saved:
+            writer.save(each)
+        if writer.is_empty:
+            raise AdapterInvalid(f"{source.name}: it has the same weights as its base")
+        if not writer.has_factors:  # which every adapter must have
+            module = min(source.modules)
+            writer.add(module, _nothing(shapes[whole_name(module)]))
         writer.finish()
     return ConversionRecord(source.name, residuals)
+
+
+def _nothing(shape: tuple[int, int]) -> Factors:
+    out_features, in_features = shape
+    a, b = np.zeros((1, in_features), np.float32), np.zeros((out_features, 1), np.float32)
+    return Factors(a, b, ("F32", "F32"), 1.0)
 
 
 def _gguf_file(upload: Path) -> Path | None:
@@ -88,9 +112,10 @@ def copy_own_files(source: Path, target: Path) -> None:
 
 
 def _factors(
-    source: Source, module: str, shape: tuple[int, int], options: ConversionOptions
-) -> tuple[Factors, float]:
-    change = source.change(module, shape)
+    change: Change | None, module: str, options: ConversionOptions
+) -> tuple[Factors, float] | None:
+    if change is None:
+        return None
     if isinstance(change, Factors):
         return change, 0.0
     limits = options.lora_rank or DEFAULT_RANK, options.lora_rank or EXACT_RANK

@@ -1,14 +1,18 @@
 """Extract an adapter from a model that was trained as a whole, by its difference from the base."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from adapter_store.bases import CONFIG_NAME as MODEL_CONFIG_NAME
-from adapter_store.bases import INDEX_NAME, is_module_weight
+from adapter_store.bases import INDEX_NAME
 from adapter_store.bases import WEIGHTS_NAME as MODEL_WEIGHTS_NAME
-from adapter_store.conversion.base_weights import open_model
-from adapter_store.conversion.change import Change
+from adapter_store.conversion.change import Change, Saved
+from adapter_store.conversion.model_configs import check_configs
+from adapter_store.conversion.model_weights import ModelWeights
+from adapter_store.conversion.saved_rows import EMBEDDING, HEAD, vocabulary_changes
+from adapter_store.conversion.tensor_file import in_float32
 from adapter_store.errors import AdapterInvalid
 from adapter_store.peft_config import CONFIG_NAME
 
@@ -31,53 +35,41 @@ class FineTune:
                 f"{folder} is a whole model: its base must be given by its folder, "
                 "--base path/to/model"
             )
-        self._tuned, self._tuned_names = open_model(folder)
-        self._base, self._base_names = open_model(base_folder)
+        self._tuned, self._base = ModelWeights(folder), ModelWeights(base_folder)
+        check_configs(self._tuned.config, self._base.config)
         self._check_names()
-        self._check_others()
-        self.modules = {
-            name.removesuffix(".weight"): self._nbytes(name)
-            for name in sorted(self._tuned_names)
-            if is_module_weight(name) and self._differs(name)
-        }
-        if not self.modules:
-            raise AdapterInvalid(f"{folder} has the same weights as its base")
+        self.modules = {name: self._tuned.nbytes(name) for name in sorted(self._tuned.modules)}
 
-    def change(self, module: str, shape: tuple[int, int]) -> Change:
-        name = f"{module}.weight"
-        tuned = self._tuned.read(self._tuned_names[name])
-        base = self._base.read(self._base_names[name])
-        if tuned.shape != base.shape or tuned.ndim != 2:
-            raise AdapterInvalid(f"{name} is {tuned.shape}, and {base.shape} in the base")
-        return tuned - base
+    def change(self, module: str, shape: tuple[int, int]) -> Change | None:
+        tuned, base = self._tuned.weight(module), self._base.weight(module)
+        if tuned.shape != base.shape:
+            raise AdapterInvalid(f"{module} is {tuned.shape}, and {base.shape} in the base")
+        return None if np.array_equal(tuned, base) else tuned - base
+
+    def saved(self) -> Iterator[Saved]:
+        yield from vocabulary_changes(self._tuned, self._base)
+        for name in sorted(self._tuned.others):
+            if name not in (EMBEDDING, HEAD) and (change := self._vector(name)) is not None:
+                yield change
+
+    def _vector(self, name: str) -> Saved | None:
+        """Return a norm or a bias if it differs; refuse what is neither and does."""
+        (dtype, tuned), (base_dtype, base) = (
+            model.file.raw(model.others[name]) for model in (self._tuned, self._base)
+        )
+        if np.array_equal(in_float32(dtype, tuned), in_float32(base_dtype, base)):
+            return None
+        if tuned.ndim != 1 or not name.endswith((".weight", ".bias")):
+            raise AdapterInvalid(
+                f"tensor {name} {list(tuned.shape)} differs from the base's, and only linear "
+                "layers of attention and MLP, norms, biases, embeddings and the output layer may: "
+                "train with it frozen, or serve the model as a base"
+            )
+        return Saved(name, dtype, tuned.shape, iter([tuned]))
 
     def _check_names(self) -> None:
-        tied = {"lm_head.weight"}  # saved or not, where the embeddings are used as output layer
-        for ours, others, whose in (
-            (self._tuned_names, self._base_names, "the base"),
-            (self._base_names, self._tuned_names, "the model"),
-        ):
-            missing = sorted(set(ours) - set(others) - tied)
-            if missing:
-                raise AdapterInvalid(f"{whose} has no tensor {missing[0]}, and the other has")
-
-    def _check_others(self) -> None:
-        """Refuse changes of what factors cannot change: norms, embeddings, biases."""
-        for name in self._tuned_names:
-            if not is_module_weight(name) and name in self._base_names and self._differs(name):
-                raise AdapterInvalid(
-                    f"tensor {name} differs from the base's, and only the linear layers of "
-                    "attention and MLP become factors: train with it frozen, or serve the model "
-                    "as a base"
-                )
-
-    def _differs(self, name: str) -> bool:
-        mine, base = self._tuned_names[name], self._base_names[name]
-        ours, theirs = self._tuned.raw(mine), self._base.raw(base)
-        if ours[0] == theirs[0]:
-            return not np.array_equal(ours[1], theirs[1])
-        return not np.array_equal(self._tuned.read(mine), self._base.read(base))
-
-    def _nbytes(self, name: str) -> int:
-        entry = self._tuned.entries[self._tuned_names[name]][1]
-        return entry.end - entry.start
+        tied = {HEAD}  # saved or not, where the embeddings are used as output layer
+        ours, theirs = ({*m.modules, *m.others} for m in (self._tuned, self._base))
+        for missing, whose in ((ours - theirs, "the base"), (theirs - ours, "the model")):
+            if named := sorted(missing - tied):
+                raise AdapterInvalid(f"{whose} has no tensor {named[0]}, and the other has")

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from adapter_store.conversion.change import Factors
+from adapter_store.conversion.change import Factors, Saved
 from adapter_store.errors import AdapterInvalid
 
 _TENSOR = re.compile(r"blk\.(?P<layer>\d+)\.(?P<module>\w+)\.weight\.(?P<part>lora_[ab])")
@@ -62,6 +62,9 @@ class GgufUpload:
             b = _unpermuted(b, self._num_heads(module), module)
         scaling = self._alpha / a.shape[0] if self._alpha else 1.0
         return Factors(a, b, (dtype_a, dtype_b), scaling)
+
+    def saved(self) -> tuple[Saved, ...]:
+        return ()
 
     def _claim(self, tensor: Any) -> None:
         match = _TENSOR.fullmatch(str(tensor.name))

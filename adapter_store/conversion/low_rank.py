@@ -2,17 +2,20 @@
 
 import numpy as np
 
-from adapter_store.conversion.change import Kronecker, Product
+from adapter_store.conversion.change import Kronecker, Product, Turned
 from adapter_store.conversion.tensor_file import Matrix
 
 OVERSAMPLING = 16
-NUM_ITERATIONS = 2
+MAX_ITERATIONS = 4
+ENOUGH = 0.005  # a smaller part of what is missed, gained by an iteration, is the last gain
 NEGLIGIBLE = 1e-7  # of the largest singular value: what float32 cannot hold
+# Below this residual the difference of two squares has lost its digits, so it is measured
+_PRECISE = 0.01
 _SMALL = 512  # such a matrix is decomposed as it is
 
 
 def low_rank(
-    change: Matrix | Product | Kronecker, lora_rank: int, exact_rank: int | None = None
+    change: Matrix | Product | Kronecker | Turned, lora_rank: int, exact_rank: int | None = None
 ) -> tuple[Product, float]:
     """Return the best factors of at most this rank that were found, and their relative residual.
 
@@ -27,10 +30,12 @@ def low_rank(
         if 2 * change.a.shape[0] <= min(change.b.shape[0], change.a.shape[1]):
             return _reduce(change, lora_rank)
         change = change.b @ change.a
-    small = min(change.shape) <= max(_SMALL, 2 * (lora_rank + OVERSAMPLING))
-    u, s, vt = _svd(change) if small else _sketch(change, lora_rank)
+    if min(change.shape) > max(_SMALL, 2 * (lora_rank + OVERSAMPLING)):
+        return _sketch(change, lora_rank)
+    matrix = change.whole() if isinstance(change, Turned) else change
+    u, s, vt = _svd(matrix)
     factors = _truncate(u, s, vt, lora_rank)
-    return factors, _residual(change, factors)
+    return factors, _residual(matrix, factors)
 
 
 def _of_kronecker(change: Kronecker, lora_rank: int) -> tuple[Product, float]:
@@ -59,17 +64,45 @@ def _svd(matrix: Matrix) -> tuple[Matrix, Matrix, Matrix]:
     return u, s, vt
 
 
-def _sketch(matrix: Matrix, lora_rank: int) -> tuple[Matrix, Matrix, Matrix]:
-    """Find the leading singular vectors in the image of random ones (Halko et al., 2011)."""
-    size = lora_rank + OVERSAMPLING
+def _sketch(change: Matrix | Turned, lora_rank: int) -> tuple[Product, float]:
+    """Find the leading singular vectors in the image of random ones (Halko et al., 2011).
+
+    Each iteration turns the image towards them, and tells how much of the change it holds. Where
+    one gains nearly nothing there are no leading ones, or they are found.
+    """
     random = np.random.default_rng(0)  # the same factors, and digest, every time
-    basis = random.standard_normal((matrix.shape[1], size), dtype=np.float32)
-    basis = np.linalg.qr(matrix @ basis)[0]
-    for _ in range(NUM_ITERATIONS):
-        basis = np.linalg.qr(matrix.T @ basis)[0]
-        basis = np.linalg.qr(matrix @ basis)[0]
-    u, s, vt = _svd(basis.T @ matrix)
-    return basis @ u, s, vt
+    size = lora_rank + OVERSAMPLING
+    start = random.standard_normal((change.shape[1], size), dtype=np.float32)
+    total = _square(change)
+    basis = _orthonormal(change @ start)
+    rows = change.T @ basis
+    held = _square(rows)
+    for _ in range(MAX_ITERATIONS):
+        if total - held <= NEGLIGIBLE * total:
+            break
+        basis = _orthonormal(change @ _orthonormal(rows))
+        rows = change.T @ basis
+        before, held = held, _square(rows)
+        if held - before <= ENOUGH * (total - held):
+            break
+    right, triangle = np.linalg.qr(rows)
+    u, s, vt = _svd(triangle.T)
+    factors = _truncate(basis @ u, s, vt @ right.T, lora_rank)
+    missed = total - float((s[: factors.a.shape[0]].astype(np.float64) ** 2).sum())
+    if missed > _PRECISE**2 * total:
+        return factors, float(np.sqrt(missed / total))
+    return factors, _residual(change.whole() if isinstance(change, Turned) else change, factors)
+
+
+def _orthonormal(matrix: Matrix) -> Matrix:
+    return np.linalg.qr(matrix)[0]
+
+
+def _square(change: Matrix | Turned) -> float:
+    """Return the square of the Frobenius norm."""
+    if isinstance(change, Turned):
+        return change.square()
+    return sum(float(np.dot(row, row)) for row in change.reshape(len(change), -1))
 
 
 def _reduce(change: Product, lora_rank: int) -> tuple[Product, float]:

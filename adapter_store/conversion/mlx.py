@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from adapter_store.conversion.change import Factors
+from adapter_store.conversion.change import Factors, Saved
 from adapter_store.conversion.tensor_file import open_tensors
 from adapter_store.errors import AdapterInvalid
 from adapter_store.layout import HEADER_LIMITS
@@ -55,6 +55,9 @@ class MlxUpload:
             )
         magnitude = self._file.raw(parts["m"]) if "m" in parts else None
         return Factors(a.T, b.T, (dtype_a, dtype_b), self._scale, magnitude)
+
+    def saved(self) -> tuple[Saved, ...]:
+        return ()
 
     def _claim(self, name: str) -> None:
         match = _TENSOR.fullmatch(name)

@@ -21,6 +21,7 @@ class ConversionOptions:
     max_residual: float = DEFAULT_MAX_RESIDUAL  # a module with a larger one is refused
     base_folder: Path | None = None  # for methods that multiply the base's weights
     initial_folder: Path | None = None  # the adapter before its training, for PiSSA and its kin
+    limit_s: float | None = None  # a conversion that takes longer is refused
 
     def __post_init__(self) -> None:
         if self.lora_rank is not None and not 1 <= self.lora_rank <= MAX_LORA_RANK:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from adapter_store.conversion.change import BaseWeights, Change
+from adapter_store.conversion.change import BaseWeights, Change, Saved
 from adapter_store.conversion.methods import METHODS, Method
 from adapter_store.conversion.setting import Setting
 from adapter_store.conversion.tensor_file import Matrix, open_tensors
@@ -67,6 +67,9 @@ class PeftUpload:
                 f"{module}: the tensors {', '.join(sorted(self._names[module]))} do not fit each "
                 f"other, {self.name} and the module's {shape[0]} x {shape[1]}: {error}"
             ) from error
+
+    def saved(self) -> tuple[Saved, ...]:
+        return ()
 
     def _weight(self, module: str) -> Matrix:
         assert self._base is not None, "a method that reads the base's weights gets them"

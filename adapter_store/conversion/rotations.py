@@ -4,14 +4,14 @@ from typing import Any
 
 import numpy as np
 
-from adapter_store.conversion.change import Change
+from adapter_store.conversion.change import Change, Turned
 from adapter_store.conversion.setting import ReadWeight, Setting, Tensors
 from adapter_store.conversion.tensor_file import Matrix
 from adapter_store.errors import AdapterInvalid
 
 
 def oft(tensors: Tensors, setting: Setting, read: ReadWeight) -> Change:
-    """W R^T, with R made of rotations of blocks of the inputs."""
+    """W R^T, with R made of rotations of blocks of the inputs: changed by W (R - 1)^T."""
     upper = tensors["oft_R.weight"].astype(np.float64)
     weight, config = read(), setting.config
     size = int((1 + np.sqrt(1 + 8 * upper.shape[1])) / 2)
@@ -22,8 +22,10 @@ def oft(tensors: Tensors, setting: Setting, read: ReadWeight) -> Change:
         rotations = _neumann(skew, int(config.get("num_cayley_neumann_terms", 5)))
     else:
         rotations = _cayley(skew)
-    blocks = np.broadcast_to(rotations, (weight.shape[1] // size, size, size))
-    return _rotated(weight, blocks.astype(np.float32)) - weight
+    turns = (rotations.transpose(0, 2, 1) - np.eye(size)).astype(np.float32)
+    blocks = np.broadcast_to(turns, (weight.shape[1] // size, size, size))
+    _check_blocks(weight, blocks)
+    return Turned(weight, blocks)
 
 
 def boft(tensors: Tensors, setting: Setting, read: ReadWeight) -> Change:
@@ -76,11 +78,16 @@ def _cayley(skew: Any) -> Any:
 
 def _rotated(weight: Matrix, blocks: Matrix) -> Matrix:
     """W R^T for a block-diagonal R."""
+    _check_blocks(weight, blocks)
+    num_blocks, size, _ = blocks.shape
+    parts = weight.reshape(weight.shape[0], num_blocks, size).transpose(1, 0, 2)
+    turned = parts @ blocks.transpose(0, 2, 1)
+    return np.ascontiguousarray(turned.transpose(1, 0, 2)).reshape(weight.shape)
+
+
+def _check_blocks(weight: Matrix, blocks: Matrix) -> None:
     num_blocks, size, _ = blocks.shape
     if num_blocks * size != weight.shape[1]:
         raise AdapterInvalid(
             f"{num_blocks} blocks of {size} do not make the module's {weight.shape[1]} inputs"
         )
-    parts = weight.reshape(weight.shape[0], num_blocks, size).transpose(1, 0, 2)
-    turned = parts @ blocks.transpose(0, 2, 1)
-    return np.ascontiguousarray(turned.transpose(1, 0, 2)).reshape(weight.shape)

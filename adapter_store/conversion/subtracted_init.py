@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from adapter_store.conversion.change import Change, Factors
+from adapter_store.conversion.change import Change, Factors, Saved
 from adapter_store.conversion.methods import Method
 from adapter_store.conversion.peft_upload import PeftUpload
 from adapter_store.conversion.setting import ReadWeight, Setting, Tensors, check_rank
@@ -67,3 +67,6 @@ class SubtractedInit:
         a = np.concatenate([after.a, before.a])
         b = np.concatenate([after.b, -before.b], axis=1)
         return Factors(a, b, ("F32", "F32"), after.scaling)
+
+    def saved(self) -> tuple[Saved, ...]:
+        return ()

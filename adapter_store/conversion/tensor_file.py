@@ -1,6 +1,5 @@
 """Read single tensors of safetensors files as arrays, and know which file holds which."""
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,8 @@ from adapter_store.safetensors_file import HeaderLimits, TensorEntry, read_heade
 
 Matrix = npt.NDArray[np.float32]
 _VIEWS = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+_CACHED = 2**18  # numbers that are widened at a time, within a core's cache
+_CODES = {"U8": "u1", "I8": "i1", "I32": "<i4"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,27 +23,64 @@ class TensorFile:
 
     entries: Mapping[str, tuple[Path, TensorEntry]]
 
-    def raw(self, name: str) -> tuple[str, npt.NDArray[Any]]:
+    def raw(self, name: str, rows: slice | None = None) -> tuple[str, npt.NDArray[Any]]:
         """Return a tensor's dtype and its numbers bit by bit; bfloat16 as unsigned integers."""
-        path, entry = self.entries[name]
+        entry = self.entries[name][1]
         if entry.dtype not in _VIEWS:
             raise AdapterInvalid(
                 f"tensor {name} has dtype {entry.dtype}, not one of {', '.join(_VIEWS)}"
             )
+        return entry.dtype, self._load(name, _VIEWS[entry.dtype], rows)
+
+    def codes(self, name: str, dtype: str) -> npt.NDArray[Any]:
+        """Return a tensor of whole numbers. Raises ValueError if its dtype is another."""
+        found = self.entries[name][1].dtype
+        if found != dtype:
+            raise ValueError(f"tensor {name} has dtype {found}, not {dtype}")
+        return self._load(name, _CODES[dtype])
+
+    def _load(self, name: str, view: str, rows: slice | None = None) -> npt.NDArray[Any]:
+        path, entry = self.entries[name]
+        start, end, shape = entry.start, entry.end, entry.shape
+        if rows is not None:
+            row_bytes = (end - start) // shape[0]
+            start, end = start + rows.start * row_bytes, start + rows.stop * row_bytes
+            shape = (rows.stop - rows.start, *shape[1:])
         with path.open("rb") as file:
-            data = os.pread(file.fileno(), entry.end - entry.start, entry.start)
-        return entry.dtype, np.frombuffer(data, _VIEWS[entry.dtype]).reshape(entry.shape)
+            data = bytearray(end - start)
+            file.seek(start)
+            if file.readinto(data) != len(data):
+                raise AdapterInvalid(f"tensor {name} of {path.name} ends early")
+        return np.frombuffer(data, view).reshape(shape)
 
     def read(self, name: str) -> Matrix:
         """Return a tensor in float32. Raises AdapterInvalid if it is not finite."""
-        dtype, data = self.raw(name)
-        if dtype == "BF16":  # the upper half of a float32
-            result = (data.astype(np.uint32) << np.uint32(16)).view(np.float32)
-        else:
-            result = data.astype(np.float32)
-        if not np.isfinite(result).all():
-            raise AdapterInvalid(f"tensor {name} holds a NaN or an infinity")
+        entry = self.entries[name][1]
+        if not entry.shape or entry.dtype == "F32":
+            result = self.raw(name)[1]
+            if result.dtype != np.float32:
+                result = in_float32(entry.dtype, result)
+            _check_finite(name, result)
+            return result
+        result = np.empty(entry.shape, np.float32)
+        step = max(1, _CACHED // max(1, result[:1].size))
+        for start in range(0, len(result), step):
+            rows = slice(start, min(start + step, len(result)))
+            result[rows] = in_float32(*self.raw(name, rows))
+            _check_finite(name, result[rows])
         return result
+
+
+def _check_finite(name: str, values: Matrix) -> None:
+    if not np.isfinite(values).all():
+        raise AdapterInvalid(f"tensor {name} holds a NaN or an infinity")
+
+
+def in_float32(dtype: str, data: npt.NDArray[Any]) -> Matrix:
+    """Widen the numbers of a tensor."""
+    if dtype == "BF16":  # the upper half of a float32
+        return (data.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    return data.astype(np.float32, copy=False)
 
 
 def open_tensors(paths: Sequence[Path], limits: HeaderLimits | None = None) -> TensorFile:

@@ -21,6 +21,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from adapter_store.bases import describe_base
+from adapter_store.conversion.model_weights import ModelWeights
 from engine import sizes as arithmetic
 from engine.backends.needs import arena_bytes
 from engine.backends.torch.ops import torch_build
@@ -64,6 +65,11 @@ def read(folder: Path, module: str, out_features: int, in_features: int) -> Quan
     assert scheme is not None
     with Checkpoint(folder) as checkpoint:
         return scheme.read(checkpoint, module, out_features, in_features)
+
+
+def stored(folder: Path, module: str) -> torch.Tensor:
+    """Return a weight as conversions of adapters read it."""
+    return torch.from_numpy(ModelWeights(folder).weight(module))
 
 
 def linears(model: nn.Module) -> dict[str, nn.Linear]:
@@ -174,6 +180,7 @@ def test_bitsandbytes_weights_equal_the_librarys_dequantization(
         # The library multiplies by 1 / 127, here it is a division: one unit of float32
         tolerance = {"rtol": 1e-6, "atol": 0.0} if kind == "int8" else {"rtol": 0.0, "atol": 0.0}
         torch.testing.assert_close(found, weight, **tolerance)
+        torch.testing.assert_close(stored(folder, name), weight, **tolerance)
 
 
 @pytest.mark.parametrize("kind", ["nf4", "nested", "int8", "mixed"])
@@ -371,6 +378,7 @@ def test_gptq_and_awq_weights_follow_their_format(
     for name, weight in written.meant.items():
         found = dequantize(read(written.folder, name, *weight.shape))
         torch.testing.assert_close(found, weight, rtol=0.0, atol=0.0)
+        assert torch.equal(stored(written.folder, name), weight)
         original = linears(dense.reference)[name].weight
         assert (weight - original).abs().mean() < 0.2 * original.abs().mean()
 
@@ -402,6 +410,7 @@ def test_zeros_at_both_ends_of_their_range_are_read(
 
     folder = copy_changed(make_written(kind).folder, tmp_path, put)
     assert torch.equal(dequantize(read(folder, UP, 128, 64)), codes.weight)
+    assert torch.equal(stored(folder, UP), codes.weight)
 
 
 @pytest.mark.parametrize("kind", FORMATS)

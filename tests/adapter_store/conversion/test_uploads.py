@@ -1,6 +1,7 @@
 """Adapters of MLX, of llama.cpp and with a subtracted start, and whole models, become PEFT's."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from transformers import LlamaForCausalLM
 
 from adapter_store.bases import BaseModel
 from adapter_store.conversion.convert import open_upload
+from adapter_store.conversion.model_configs import check_configs
 from adapter_store.conversion.options import ConversionOptions
 from adapter_store.errors import AdapterInvalid
 from adapter_store.layout import WEIGHTS_NAME, read_lora_layout
@@ -305,13 +307,51 @@ def test_a_model_that_was_trained_as_a_whole_becomes_an_adapter(
     assert "q_proj: factors of rank 4 miss 0." in reason and "--max-residual" in reason
 
 
-@pytest.mark.parametrize("name", ["input_layernorm.weight", "embed_tokens.weight"])
-def test_a_model_whose_other_parameters_changed_is_refused(
-    name: str, base_folder: Path, base: BaseModel, tmp_path: Path
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"rms_norm_eps": 1e-5}, "rms_norm_eps=1e-05, and that of the base 1e-06"),
+        ({"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}}, "rope_theta=500000.0"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "rope=('linear'"),
+        ({"num_attention_heads": 8}, "num_attention_heads=8"),
+        ({"tie_word_embeddings": True}, "lm_head.weight differs"),
+    ],
+)
+def test_a_model_that_computes_otherwise_is_refused(
+    changes: dict[str, Any], reason: str, base_folder: Path, base: BaseModel, tmp_path: Path
 ) -> None:
-    tuned(base_folder, tmp_path / "a", "q_proj.weight", name)
-    reason = refused(tmp_path / "a", base, tmp_path, base_folder=base_folder)
-    assert name in reason and "differs from the base's" in reason
+    tuned(base_folder, tmp_path / "a", "q_proj.weight")
+    path = tmp_path / "a" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    assert reason in refused(tmp_path / "a", base, tmp_path, base_folder=base_folder)
+
+
+def test_configs_of_other_versions_of_transformers_say_the_same() -> None:
+    config = {"rope_theta": 1e4, "torch_dtype": "float16", "rope_scaling": None, "a": 1}
+    newer = {"rope_parameters": {"rope_theta": 1e4, "rope_type": "default"}, "dtype": "bfloat16"}
+    check_configs(config, newer)
+    scaling = {"factor": 8.0, "type": "llama3"}
+    newer = {"rope_parameters": {"rope_theta": 1e4, "rope_type": "llama3", "factor": 8}}
+    check_configs({"rope_theta": 1e4, "rope_scaling": scaling}, newer)
+
+
+def test_what_else_a_model_has_changed_is_refused(
+    base_folder: Path, base: BaseModel, tmp_path: Path
+) -> None:
+    """A matrix that is neither a linear layer's nor the vocabulary's, and a weight that is gone."""
+    for name, change in {
+        "model.layers.0.self_attn.rotary.weight": lambda t: t,
+        "model.norm.weight": lambda t: None,
+    }.items():
+        folders = [tmp_path / f"{side}-{name}" for side in ("base", "tuned")]
+        for at, folder in enumerate(folders):
+            shutil.copytree(base_folder, folder)
+            tensors = load_file(folder / "model.safetensors")
+            tensors.setdefault(name, np.full((2, 2), at, np.float32))
+            if at and change(tensors[name]) is None:
+                del tensors[name]
+            save_file(tensors, folder / "model.safetensors")
+        assert name in refused(folders[1], base, tmp_path, base_folder=folders[0])
 
 
 def test_a_model_without_its_base_or_without_a_change_is_refused(
@@ -321,7 +361,9 @@ def test_a_model_without_its_base_or_without_a_change_is_refused(
     reason = refused(base_folder, base, tmp_path, base_folder=base_folder)
     assert "same weights" in reason
     other = write_base(tmp_path / "other", seed=1, max_shard_size="20KB")
-    assert "embed_tokens" in refused(other, base, tmp_path, base_folder=base_folder)
+    assert "factors of rank 4 miss" in refused(
+        other, base, tmp_path, base_folder=base_folder, lora_rank=4
+    )
 
 
 # ---- other methods -----------------------------------------------------------------------------
