@@ -4,9 +4,13 @@ from pathlib import Path
 
 from adapter_store.errors import AdapterInvalid, SourceUnavailable
 from adapter_store.layout import WEIGHTS_NAME
+from adapter_store.object_store import ObjectStore
 from adapter_store.open_store import open_store
 from adapter_store.own_files import UPLOADED_FILES
 from adapter_store.peft_config import CONFIG_NAME
+
+_READ = (".safetensors", ".json", ".jinja", ".gguf")  # of what can be converted
+_MAX_FILES = 1000
 
 
 def local_folder(source: str | Path) -> Path:
@@ -25,15 +29,22 @@ def local_folder(source: str | Path) -> Path:
     return folder
 
 
-def fetch_folder(url: str, endpoint_url: str | None, folder: Path, max_bytes: int) -> None:
+def fetch_folder(
+    url: str, endpoint_url: str | None, folder: Path, max_bytes: int, any_form: bool = False
+) -> None:
     """Copy the files of an adapter from s3://bucket/prefix into a folder.
 
-    Raises SourceUnavailable, and AdapterInvalid if there is no adapter, or a larger one.
+    With `any_form`, those of what can be converted too. Raises SourceUnavailable, and
+    AdapterInvalid if there is no adapter, or a larger one.
     """
     objects = open_store(url, endpoint_url, read_only=True)
-    sizes = {name: objects.size(name) for name in (CONFIG_NAME, WEIGHTS_NAME, *UPLOADED_FILES)}
-    missing = [name for name in (CONFIG_NAME, WEIGHTS_NAME) if sizes[name] is None]
-    if missing:
+    if any_form:
+        names = _files_of_any_form(url, objects)
+    else:
+        names = [CONFIG_NAME, WEIGHTS_NAME, *UPLOADED_FILES]
+    sizes = {name: objects.size(name) for name in names}
+    missing = [name for name in (CONFIG_NAME, WEIGHTS_NAME) if sizes.get(name) is None]
+    if missing and not any_form:
         raise AdapterInvalid(f"{url} has no {missing[0]}")
     num_bytes = sum(size or 0 for size in sizes.values())
     if num_bytes > max_bytes:
@@ -41,3 +52,11 @@ def fetch_folder(url: str, endpoint_url: str | None, folder: Path, max_bytes: in
     for name, size in sizes.items():
         if size is not None:
             objects.get_file(name, folder / name)
+
+
+def _files_of_any_form(url: str, objects: ObjectStore) -> list[str]:
+    found = [name for name in objects.list("") if "/" not in name]
+    names = [name for name in found if name.endswith(_READ)]
+    if not names or len(names) > _MAX_FILES:
+        raise AdapterInvalid(f"{url} has {len(names)} files of an adapter, not 1 to {_MAX_FILES}")
+    return names

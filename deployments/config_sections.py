@@ -278,6 +278,25 @@ class ModelSection(Section):
         return _known_format(value, THINK_TAGS)
 
 
+class ConvertSection(Section):
+    """Whether what clients load may be converted; ranges are those of ConversionOptions."""
+
+    enabled: bool = key(
+        False,
+        "whether what clients load may hold other formats and methods, which are converted "
+        "([how](adapters.md#other-formats-and-methods)); else it is refused",
+    )
+    rank: int | None = key(
+        None, "the largest rank of a module", unset="64, or 256 if it is exact", ge=1, le=1024
+    )
+    max_residual: float = key(
+        0.05, "the part of a module's change that its factors may miss", ge=0.0, lt=1.0
+    )
+    limit_s: float = key(
+        300.0, "a conversion that takes longer is refused; one runs at a time", gt=0.0
+    )
+
+
 class AdaptersSection(Section):
     root: str = key("file://.data/store", "the store: `file://folder` or `s3://bucket/prefix`")
     endpoint_url: str | None = key(
@@ -295,6 +314,7 @@ class AdaptersSection(Section):
         "runs ([how](vllm.md#adapters)); in mode `keys` those whose keys have `may_publish`",
         unset="nowhere",
     )
+    convert: ConvertSection = ConvertSection()
 
     @field_validator("load_from")
     @classmethod

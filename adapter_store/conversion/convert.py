@@ -124,6 +124,6 @@ def _factors(
         raise AdapterInvalid(
             f"{module}: factors of rank {product.a.shape[0]} miss {residual:.3g} of the change "
             f"(relative Frobenius norm), and {options.max_residual:g} is allowed: convert it with "
-            "a higher rank, or allow more with --max-residual"
+            "a higher rank, or allow more with --max-residual (adapters.convert.max_residual)"
         )
     return Factors(product.a, product.b, ("F32", "F32"), 1.0), residual

@@ -15,8 +15,10 @@ from typing import Any
 from adapter_store.bases import BaseModel
 from adapter_store.conversion.options import ConversionOptions
 from adapter_store.conversion.record import ConversionRecord, parse_record
+from adapter_store.conversion.subtracted_init import changes_base
 from adapter_store.errors import AdapterInvalid
 from adapter_store.object_store import OnBytes
+from adapter_store.peft_config import CONFIG_NAME, read_config
 
 PROGRAM = (sys.executable, "-m", "adapter_store.conversion.process")
 # A process that reads strangers' files gets no credentials.
@@ -49,10 +51,21 @@ def converted_upload(
             raise AdapterInvalid(f"{upload} is no PEFT folder; --convert makes one of it")
         yield Upload(upload)
         return
+    if _is_lora(upload):
+        yield Upload(upload)
+        return
     scratch.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=scratch) as name:
         record = _convert(upload, base, options, Path(name), on_bytes)
         yield Upload(upload) if record is None else Upload(Path(name), record)
+
+
+def _is_lora(upload: Path) -> bool:
+    """Check whether there is nothing to convert, which needs no process."""
+    if not (upload / CONFIG_NAME).is_file():
+        return False
+    config = read_config(upload)
+    return config.get("peft_type") == "LORA" and not changes_base(config)
 
 
 def _convert(

@@ -7,10 +7,11 @@ from typing import Any
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
+from adapter_store.conversion.options import ConversionOptions
 from adapter_store.store import AdapterStore
 from deployments.allocator import give_memory_back
 from deployments.config import AppConfig, ModelSection, endpoint_of, open_adapter_store
-from deployments.config_sections import AdaptersSection
+from deployments.config_sections import AdaptersSection, ConvertSection
 from deployments.fleet.engine_link import EngineLink
 from deployments.fleet.ray_connection import RayConnection
 from deployments.ingress.adapter_texts import AdapterTexts
@@ -69,7 +70,20 @@ def _runtime_adapters(adapters: AdaptersSection, store: AdapterStore) -> Runtime
     if not adapters.load_from:
         return None
     scratch, endpoint = Path(adapters.disk_path), endpoint_of(adapters)
-    return RuntimeAdapters(store, adapters.load_from, scratch, adapters.disk_bytes, endpoint)
+    return RuntimeAdapters(
+        store,
+        adapters.load_from,
+        scratch,
+        adapters.disk_bytes,
+        endpoint,
+        _conversion(adapters.convert),
+    )
+
+
+def _conversion(wanted: ConvertSection) -> ConversionOptions | None:
+    if not wanted.enabled:
+        return None
+    return ConversionOptions(wanted.rank, wanted.max_residual, limit_s=wanted.limit_s)
 
 
 def _open_model(
@@ -94,4 +108,5 @@ def _open_model(
         adapters,
         model.generation_config != "none",
         [ToolFormatRule(rule.adapter, rule.tool_format) for rule in model.adapter_tool_formats],
+        Path(model.source),
     )

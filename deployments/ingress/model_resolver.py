@@ -14,6 +14,7 @@ import asyncio
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby, islice
+from pathlib import Path
 from typing import Any, Protocol, cast
 
 from adapter_store.errors import AdapterInvalid, AdapterNotFound, AdapterStoreError, InvalidName
@@ -76,6 +77,7 @@ class ServedModel:
     max_adapters: int = 0
     has_sampling_defaults: bool = True  # whether generation_config.json's are used
     tool_formats: Sequence[ToolFormatRule] = ()  # of adapters; the first that fits counts
+    folder: Path | None = None  # of its weights, for conversions of adapters
 
     @property
     def outage(self) -> str | None:

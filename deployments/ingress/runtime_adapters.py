@@ -8,10 +8,12 @@ import asyncio
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Protocol, TypeVar
 
+from adapter_store.conversion.options import ConversionOptions
 from adapter_store.errors import (
     AdapterExists,
     AdapterInvalid,
@@ -31,6 +33,14 @@ S3 = "s3://"
 T = TypeVar("T")
 
 
+@dataclass(frozen=True, slots=True)
+class LoadedBase:
+    """The base that an adapter is for: its fingerprint, and its folder here if it has one."""
+
+    fingerprint: str
+    folder: Path | None = None
+
+
 class AdapterWriter(Protocol):
     """The part of `adapter_store.store.AdapterStore` that is used here."""
 
@@ -42,6 +52,7 @@ class AdapterWriter(Protocol):
         base: str | None = None,
         *,
         only_new: bool = False,
+        conversion: ConversionOptions | None = None,
     ) -> AdapterRef: ...
     def retire(self, tenant: str, full_name: str) -> tuple[int, ...]: ...
     def refresh(self) -> None: ...
@@ -53,7 +64,8 @@ class AdapterWriter(Protocol):
 class RuntimeAdapters:
     """`roots` are folders and s3:// prefixes below which adapters may be loaded; none: it is off.
 
-    Downloads from S3 lie in `scratch` while they are published, at most `max_bytes` of each.
+    Downloads from S3 lie in `scratch` while they are published, at most `max_bytes` of each. With
+    `conversion`, what is no PEFT LoRA folder is made into one.
     """
 
     def __init__(
@@ -63,8 +75,10 @@ class RuntimeAdapters:
         scratch: Path,
         max_bytes: int,
         endpoint_url: str | None = None,
+        conversion: ConversionOptions | None = None,
     ) -> None:
         self._store = store
+        self._conversion = conversion
         self._folders = [Path(root).resolve() for root in roots if not root.startswith(S3)]
         self._prefixes = [root.rstrip("/") + "/" for root in roots if root.startswith(S3)]
         self._scratch = scratch
@@ -78,9 +92,9 @@ class RuntimeAdapters:
         return bool(self._folders or self._prefixes)
 
     async def load(
-        self, tenant: str, name: str, path: str, base: str, only_new: bool
+        self, tenant: str, name: str, path: str, base: LoadedBase, only_new: bool
     ) -> AdapterRef:
-        """Publish what lies at the path for a base, by its fingerprint, as the name's next version.
+        """Publish what lies at the path for a base as the name's next version.
 
         Raises ApiError; 409 if the name is there and it should be new.
         """
@@ -112,7 +126,9 @@ class RuntimeAdapters:
 
     # ---- in the thread -------------------------------------------------------------------
 
-    def _load(self, tenant: str, name: str, path: str, base: str, only_new: bool) -> AdapterRef:
+    def _load(
+        self, tenant: str, name: str, path: str, base: LoadedBase, only_new: bool
+    ) -> AdapterRef:
         path = path.rstrip("/") or path
         try:
             check_name("lora_name", name)
@@ -121,12 +137,12 @@ class RuntimeAdapters:
                 if self._has(tenant, name):
                     raise AdapterExists(f"{tenant} has an adapter {name}")
             if not path.startswith(S3):
-                folder = self._allowed_folder(path)
-                return self._store.publish(folder, tenant, name, base, only_new=only_new)
+                return self._publish(self._allowed_folder(path), tenant, name, base, only_new)
             self._check_prefix(path)
             with TemporaryDirectory(dir=self._scratch, prefix=".load-") as copy:
-                fetch_folder(path, self._endpoint_url, Path(copy), self._max_bytes)
-                return self._store.publish(copy, tenant, name, base, only_new=only_new)
+                any_form = self._conversion is not None
+                fetch_folder(path, self._endpoint_url, Path(copy), self._max_bytes, any_form)
+                return self._publish(Path(copy), tenant, name, base, only_new)
         except AdapterExists:
             raise name_taken(name) from None
         except InvalidName as error:
@@ -137,6 +153,16 @@ class RuntimeAdapters:
             raise invalid("The base is not in the store yet.", "base_model_name") from None
         except OSError as error:
             raise _wrong_path(path, f"it cannot be read: {error.strerror}") from None
+
+    def _publish(
+        self, folder: Path, tenant: str, name: str, base: LoadedBase, only_new: bool
+    ) -> AdapterRef:
+        conversion = self._conversion
+        if conversion is not None:
+            conversion = replace(conversion, base_folder=base.folder)
+        return self._store.publish(
+            folder, tenant, name, base.fingerprint, only_new=only_new, conversion=conversion
+        )
 
     def _unload(self, tenant: str, name: str) -> tuple[int, ...]:
         try:
@@ -163,6 +189,8 @@ class RuntimeAdapters:
         roots = [root for root in self._folders if folder.is_relative_to(root)]
         if not roots:
             raise _wrong_path(path, "it is below none of the folders that the server allows")
+        if self._conversion is not None and folder.suffix == ".gguf" and folder.is_file():
+            return folder
         if not folder.is_dir():
             raise no_adapter(path)
         with os.scandir(folder) as entries:

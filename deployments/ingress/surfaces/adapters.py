@@ -23,7 +23,7 @@ from deployments.ingress.base_paths import base_of
 from deployments.ingress.error_form import ErrorForm
 from deployments.ingress.http_errors import ApiError, invalid, model_not_found, models_not_ready
 from deployments.ingress.ingress import Ingress, TenantHandler
-from deployments.ingress.runtime_adapters import RuntimeAdapters
+from deployments.ingress.runtime_adapters import LoadedBase, RuntimeAdapters
 from deployments.ingress.tenant_limiter import Place
 from deployments.tenants.tenant import Tenant
 
@@ -40,7 +40,8 @@ def adapter_routes(ingress: Ingress) -> list[ApiRoute]:
         request = parse_request(VllmLoad, await ingress.raw_document(http_request))
         base = _base(ingress, base_of(http_request.scope) or request.base_model_name)
         only_new = request.load_inplace is not True
-        await adapters.load(tenant.name, request.lora_name, request.lora_path, base, only_new)
+        name, path = request.lora_name, request.lora_path
+        await adapters.load(tenant.name, name, path, base, only_new)
         return Response(loaded(request.lora_name), media_type=TEXT)
 
     async def unload(http_request: HttpRequest, tenant: Tenant, place: Place) -> Response:
@@ -53,7 +54,8 @@ def adapter_routes(ingress: Ingress) -> list[ApiRoute]:
         adapters = _allowed(ingress, tenant)
         request = parse_request(SglangLoad, await ingress.raw_document(http_request))
         base = _base(ingress, base_of(http_request.scope) or request.base_model_name)
-        await adapters.load(tenant.name, request.lora_name, request.lora_path, base, True)
+        name, path = request.lora_name, request.lora_path
+        await adapters.load(tenant.name, name, path, base, True)
         return await _success(adapters, tenant)
 
     async def sglang_unload(http_request: HttpRequest, tenant: Tenant, place: Place) -> Response:
@@ -89,8 +91,8 @@ def _allowed(ingress: Ingress, tenant: Tenant) -> RuntimeAdapters:
     return adapters
 
 
-def _base(ingress: Ingress, base: str | None) -> str:
-    """Return the fingerprint of the base that is meant, or of the only one. Raises ApiError."""
+def _base(ingress: Ingress, base: str | None) -> LoadedBase:
+    """Return the base that is meant, or the only one. Raises ApiError."""
     models = ingress.models.by_id
     if base is None and len(models) > 1:
         names = ", ".join(models)
@@ -100,7 +102,7 @@ def _base(ingress: Ingress, base: str | None) -> str:
         raise model_not_found(str(base))
     if model.link.hello is None:
         raise models_not_ready([model.id])
-    return model.link.hello.base_fingerprint
+    return LoadedBase(model.link.hello.base_fingerprint, model.folder)
 
 
 async def _success(adapters: RuntimeAdapters, tenant: Tenant) -> Response:

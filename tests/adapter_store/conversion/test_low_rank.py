@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from adapter_store.conversion.change import Kronecker, Product
+from adapter_store.conversion.change import Kronecker, Product, Turned
 from adapter_store.conversion.low_rank import low_rank
 
 RANDOM = np.random.default_rng(0)
@@ -23,7 +23,9 @@ def optimum(matrix: np.ndarray, lora_rank: int) -> float:
     return float(np.linalg.norm(values[lora_rank:]) / np.linalg.norm(values))
 
 
-def check(change: np.ndarray | Product | Kronecker, whole: np.ndarray, lora_rank: int) -> None:
+def check(
+    change: np.ndarray | Product | Kronecker | Turned, whole: np.ndarray, lora_rank: int
+) -> None:
     factors, residual = low_rank(change, lora_rank)
     assert factors.a.shape[0] <= lora_rank
     missed = float(np.linalg.norm(whole - factors.b @ factors.a) / np.linalg.norm(whole))
@@ -37,6 +39,24 @@ def check(change: np.ndarray | Product | Kronecker, whole: np.ndarray, lora_rank
 def test_a_large_matrix_is_sketched(lora_rank: int, power: float) -> None:
     matrix = decaying(700, 600, power)
     check(matrix, matrix, lora_rank)
+
+
+@pytest.mark.parametrize("spread", [1.0, 0.01])
+def test_turned_blocks_are_never_multiplied_out(spread: float) -> None:
+    blocks = RANDOM.standard_normal((20, 32, 32), dtype=np.float32)
+    blocks *= spread ** np.linspace(0, 1, 20, dtype=np.float32)[:, None, None]
+    turned = Turned(decaying(600, 640, 0.5), blocks)
+    whole = turned.weight @ block_diagonal(blocks)
+    np.testing.assert_allclose(turned.whole(), whole, atol=1e-5)
+    check(turned, whole, 16)
+
+
+def block_diagonal(blocks: np.ndarray) -> np.ndarray:
+    size = blocks.shape[1]
+    whole = np.zeros((len(blocks) * size,) * 2, np.float32)
+    for at, block in enumerate(blocks):
+        whole[at * size : (at + 1) * size, at * size : (at + 1) * size] = block
+    return whole
 
 
 def test_a_small_matrix_is_decomposed() -> None:

@@ -1,6 +1,7 @@
 """Adapters that clients load and unload over HTTP, with a real store in a folder."""
 
 import asyncio
+import json
 import shutil
 import warnings
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -9,8 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
+from adapter_store.conversion.options import ConversionOptions
 from adapter_store.store import AdapterStore
 from deployments.config import ConfigError, load_config
 from deployments.ingress.runtime_adapters import MAX_WAITING, RuntimeAdapters
@@ -68,9 +72,10 @@ def run(
     test: Callable[[Server], Awaitable[None]],
     tenants: Tenants | None = None,
     roots: list[str] | None = None,
+    conversion: ConversionOptions | None = None,
 ) -> None:
     async def wrapped() -> None:
-        async with replica(place, tenants, roots) as server:
+        async with replica(place, tenants, roots, conversion) as server:
             await test(server)
 
     asyncio.run(wrapped())
@@ -78,12 +83,15 @@ def run(
 
 @asynccontextmanager
 async def replica(
-    place: Place, tenants: Tenants | None = None, roots: list[str] | None = None
+    place: Place,
+    tenants: Tenants | None = None,
+    roots: list[str] | None = None,
+    conversion: ConversionOptions | None = None,
 ) -> AsyncIterator[Server]:
     """One ingress with a store object of its own, as each ingress replica has."""
     store = place.open()
     roots = [str(place.allowed)] if roots is None else roots
-    adapters = RuntimeAdapters(store, roots, place.folder / "disk", 2**30)
+    adapters = RuntimeAdapters(store, roots, place.folder / "disk", 2**30, conversion=conversion)
     how: dict[str, Any] = {"base_fingerprint": place.base, "adapters": adapters}
     async with serving(store=cast(FakeStore, store), tenants=tenants, **how) as server:
         yield server
@@ -126,6 +134,45 @@ def test_a_name_that_is_there_is_loaded_again_in_place_alone(place: Place) -> No
         assert place.open().resolve("public", "mine").version == 2
 
     run(place, test)
+
+
+def write_mlx(folder: Path) -> None:
+    """Write what mlx_lm.lora does."""
+    folder.mkdir()
+    config = {"fine_tune_type": "lora", "lora_parameters": {"scale": 2.0}}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    module = "model.layers.0.self_attn.q_proj"
+    factors = {f"{module}.lora_a": np.ones((32, 2)), f"{module}.lora_b": np.ones((2, 32))}
+    tensors = {name: factor.astype(np.float32) for name, factor in factors.items()}
+    save_file(tensors, folder / "adapters.safetensors")
+
+
+def test_other_formats_are_converted_if_the_configuration_says_so(place: Place) -> None:
+    write_mlx(place.allowed / "mlx")
+    body = {"lora_name": "m", "lora_path": place.path("mlx")}
+
+    async def off(server: Server) -> None:
+        answer = await server.call("POST", LOAD, body)
+        assert answer.status == 400 and "lora_parameters is MLX's" in answer.error["message"]
+
+    async def on(server: Server) -> None:
+        answer = await server.call("POST", LOAD, body)
+        assert answer.status == 200, answer.json
+        assert await said(server, "m") != "404"
+        taken = body | {"lora_name": "n", "lora_path": place.path("one")}  # as it is
+        assert (await server.call("POST", LOAD, taken)).status == 200
+
+    async def too_slow(server: Server) -> None:
+        answer = await server.call("POST", LOAD, body | {"lora_name": "s"})
+        assert answer.status == 400 and "than the 0.001 s allowed" in answer.error["message"]
+
+    run(place, off)
+    run(place, on, conversion=ConversionOptions())
+    store = place.open()
+    manifest = store.manifest(store.resolve("public", "m"))
+    assert manifest.conversion is not None and manifest.conversion.source == "MLX"
+    assert store.manifest(store.resolve("public", "n")).conversion is None
+    run(place, too_slow, conversion=ConversionOptions(limit_s=0.001))
 
 
 def test_sglangs_answers_say_what_is_loaded(place: Place) -> None:
