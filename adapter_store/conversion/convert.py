@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 
 from adapter_store.conversion.change import Change, Factors, Source
-from adapter_store.conversion.fine_tune import FineTune, is_model
+from adapter_store.conversion.fine_tune import is_model, open_fine_tune
 from adapter_store.conversion.folder_writer import FolderWriter
 from adapter_store.conversion.gguf_upload import GgufUpload
 from adapter_store.conversion.in_turn import in_turn
 from adapter_store.conversion.low_rank import low_rank
-from adapter_store.conversion.mlx import MlxUpload, is_mlx
+from adapter_store.conversion.mlx import is_mlx, open_mlx
 from adapter_store.conversion.model_weights import base_weights
 from adapter_store.conversion.options import DEFAULT_RANK, EXACT_RANK, ConversionOptions
 from adapter_store.conversion.peft_upload import PeftUpload
@@ -34,10 +34,10 @@ def open_upload(folder: Path, options: ConversionOptions) -> Source | None:
     if (gguf := _gguf_file(folder)) is not None:
         return GgufUpload(gguf, options.base_folder)
     if is_model(folder):
-        return FineTune(folder, options.base_folder)
+        return open_fine_tune(folder, options.base_folder)
     config = read_config(folder)
     if is_mlx(config):
-        return MlxUpload(folder, config)
+        return open_mlx(folder, config, options.base_folder)
     if config.get("peft_type") == "LORA":
         changed = changes_base(config)
         return SubtractedInit(folder, config, options.initial_folder) if changed else None

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from adapter_store.conversion.change import Factors, Saved
+from adapter_store.conversion.fine_tune import FineTune, open_trained_part
 from adapter_store.conversion.tensor_file import open_tensors
 from adapter_store.errors import AdapterInvalid
 from adapter_store.layout import HEADER_LIMITS
@@ -19,6 +20,15 @@ _PARTS = {"lora": {"lora_a", "lora_b"}, "dora": {"lora_a", "lora_b", "m"}}
 def is_mlx(config: Mapping[str, Any]) -> bool:
     """Check whether a configuration is MLX's."""
     return "peft_type" not in config and "lora_parameters" in config
+
+
+def open_mlx(
+    folder: Path, config: Mapping[str, Any], base_folder: Path | None
+) -> "MlxUpload | FineTune":
+    """Open what MLX has trained: factors, or weights as a whole. Raises AdapterInvalid."""
+    if config.get("fine_tune_type") == "full":
+        return open_trained_part("MLX", folder / MLX_WEIGHTS_NAME, base_folder)
+    return MlxUpload(folder, config)
 
 
 class MlxUpload:
@@ -80,7 +90,7 @@ def _kind(config: Mapping[str, Any]) -> str:
     kind = config.get("fine_tune_type", "lora")
     if kind not in _PARTS:
         raise AdapterInvalid(
-            f"fine_tune_type={kind!r} of MLX cannot be converted, only 'lora' and 'dora'; fuse it "
+            f"fine_tune_type={kind!r} of MLX is not known, only 'lora', 'dora' and 'full'; fuse it "
             "into its model (mlx_lm.fuse --dequantize) and publish that folder with --convert"
         )
     return str(kind)

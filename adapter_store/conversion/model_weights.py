@@ -8,7 +8,7 @@ from typing import Any, cast
 from adapter_store.bases import CONFIG_NAME, is_module_weight, weight_files
 from adapter_store.conversion.change import BaseWeights
 from adapter_store.conversion.packed_weights import packed_modules
-from adapter_store.conversion.tensor_file import Matrix, open_tensors
+from adapter_store.conversion.tensor_file import Matrix, TensorFile, open_tensors
 from adapter_store.errors import AdapterInvalid
 from adapter_store.wrapped_names import plain_name, whole_name
 
@@ -16,19 +16,15 @@ _DERIVED = ".rotary_emb.inv_freq"  # what old files store of the config
 
 
 class ModelWeights:
-    """A model's files. Raises AdapterInvalid if they cannot be read.
+    """The tensors of a model, or of a part of one.
 
     `modules` are the linear layers that adapters may change, `others` maps the names of all other
     tensors to those in `file`.
     """
 
-    def __init__(self, folder: Path) -> None:
-        try:
-            self.config: dict[str, Any] = json.loads((folder / CONFIG_NAME).read_bytes())
-            paths = weight_files(folder)
-        except (OSError, ValueError, AttributeError) as error:
-            raise AdapterInvalid(f"{folder} is not a readable model folder: {error}") from error
-        self.file = open_tensors(paths)
+    def __init__(self, config: dict[str, Any], file: TensorFile) -> None:
+        self.config = config
+        self.file = file
         self._packed = packed_modules(self.file)
         parts = {name for module in self._packed.values() for name in module.names.values()}
         dense = [name for name in self.file.entries if name not in parts]
@@ -63,6 +59,16 @@ class ModelWeights:
         return sum(entry.end - entry.start for entry in entries)
 
 
+def open_model(folder: Path) -> ModelWeights:
+    """Open a model folder. Raises AdapterInvalid."""
+    try:
+        config: dict[str, Any] = json.loads((folder / CONFIG_NAME).read_bytes())
+        paths = weight_files(folder)
+    except (OSError, ValueError, AttributeError) as error:
+        raise AdapterInvalid(f"{folder} is not a readable model folder: {error}") from error
+    return ModelWeights(config, open_tensors(paths))
+
+
 def base_weights(folder: Path | None) -> BaseWeights:
     """Return a function that reads a module's weight, [out, in] in float32."""
     opened: list[ModelWeights] = []
@@ -74,7 +80,7 @@ def base_weights(folder: Path | None) -> BaseWeights:
                 "its folder: --base path/to/model"
             )
         if not opened:
-            opened.append(ModelWeights(folder))
+            opened.append(open_model(folder))
         name = whole_name(plain_name(module))
         if name not in opened[0].modules:
             raise AdapterInvalid(f"the base has no {module}.weight")

@@ -1,6 +1,6 @@
 """Read a PEFT folder of another method than LoRA."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,9 @@ from adapter_store.conversion.tensor_file import Matrix, open_tensors
 from adapter_store.errors import AdapterInvalid
 from adapter_store.layout import HEADER_LIMITS, WEIGHTS_NAME
 from adapter_store.peft_config import LoraSettings, settings_of
+from adapter_store.saved import Found, is_vocabulary, take_saved
 from adapter_store.tensor_causes import refuse_broken
+from adapter_store.tensor_names import Role, is_copy, parse_tensor_name
 from adapter_store.wrapped_names import configured_name, plain_name, without_prefix
 
 # Keys of all methods: read through LoraSettings, or without effect on what was trained
@@ -19,8 +21,9 @@ _COMMON = (
     *("peft_type", "r", "rank_pattern", "alpha_pattern", "target_modules", "exclude_modules"),
     *("layers_to_transform", "layers_pattern", "task_type", "auto_mapping", "peft_version"),
     *("base_model_name_or_path", "revision", "inference_mode", "init_weights", "runtime_config"),
+    "modules_to_save",
 )
-_NEUTRAL = {"modules_to_save": None, "bias": "none", "fan_in_fan_out": False}
+_NEUTRAL = {"bias": "none", "fan_in_fan_out": False}
 # The methods that multiply by alpha / r, and what their alpha is called
 _SCALED = {"LORA": "lora_alpha", "LOHA": "alpha", "LOKR": "alpha"}
 _WAY_OUT = (
@@ -68,8 +71,10 @@ class PeftUpload:
                 f"other, {self.name} and the module's {shape[0]} x {shape[1]}: {error}"
             ) from error
 
-    def saved(self) -> tuple[Saved, ...]:
-        return ()
+    def saved(self) -> Iterator[Saved]:
+        for name, each in self._replaced.items():
+            blocks = (self._file.raw(tensor)[1] for tensor in [each.tensor])
+            yield Saved(name, each.dtype, each.shape, blocks, is_shared=each.is_base)
 
     def _weight(self, module: str) -> Matrix:
         assert self._base is not None, "a method that reads the base's weights gets them"
@@ -79,9 +84,14 @@ class PeftUpload:
         """Find the module of each tensor; the names by module and end."""
         found: dict[str, dict[str, str]] = {}
         names: dict[str, str] = {}
-        for name, (_, entry) in self._file.entries.items():
+        entries = {name: entry for name, (_, entry) in self._file.entries.items()}
+        whole: Found = {}
+        for name, entry in entries.items():
             refuse_broken(name, entry)
-            if name in self._method.shared:
+            if name in self._method.shared or is_copy(name, entries):
+                continue
+            if (replaced := self._whole(name)) is not None:
+                whole[replaced] = {Role.WEIGHT: name}
                 continue
             wrapped, part = self._split(name)
             module = plain_name(wrapped)
@@ -93,17 +103,28 @@ class PeftUpload:
         if missing or not found:
             what = missing[0] if missing else f"tensor of {self.name}"
             raise AdapterInvalid(f"{WEIGHTS_NAME} holds no {what}")
+        self._replaced = take_saved(whole, entries, self._settings)
         self._settings = self._settings.naming(names)
         for module in found:
             if not self._settings.include(module):
                 raise AdapterInvalid(f"{module} has weights, but target_modules does not select it")
         return dict(sorted(found.items()))
 
+    def _whole(self, name: str) -> str | None:
+        """Return the module of a tensor that replaces its weight, as modules_to_save does."""
+        parsed = parse_tensor_name(plain_name(without_prefix(name)))
+        if parsed is None or parsed[1] is not Role.WEIGHT or self._part_of(name):
+            return None
+        module = parsed[0]
+        is_listed = any(module.endswith(end) for end in self._settings.modules_to_save)
+        return module if is_listed or is_vocabulary(module) else None
+
+    def _part_of(self, name: str) -> str | None:
+        return next((part for part in self._method.tensors if name.endswith(f".{part}")), None)
+
     def _split(self, name: str) -> tuple[str, str]:
-        for part in self._method.tensors:
-            module = without_prefix(name).removesuffix(f".{part}")
-            if module != without_prefix(name):
-                return module, part
+        if part := self._part_of(name):
+            return without_prefix(name).removesuffix(f".{part}"), part
         raise AdapterInvalid(
             f"tensor {name} is none of {self.name}'s for linear layers: "
             f"{', '.join(self._method.tensors)}; {_WAY_OUT}"
@@ -151,6 +172,7 @@ def _check_keys(peft_type: str, method: Method, config: Mapping[str, Any]) -> No
 def _settings(peft_type: str, config: Mapping[str, Any]) -> LoraSettings:
     """Read ranks, alphas and targets with LoRA's rules, which are the same."""
     keys = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+    keys = (*keys, "modules_to_save")
     known: dict[str, Any] = {"peft_type": "LORA", "r": 1, "lora_alpha": 1}
     if peft_type in _SCALED:
         known |= {"r": config.get("r", 8), "lora_alpha": config.get(_SCALED[peft_type], 8)}

@@ -49,6 +49,16 @@ def vocabulary_changes(tuned: ModelWeights, base: ModelWeights) -> Iterator[Save
     yield from _change(HEAD, own, others, whole, is_shared=False)
 
 
+def trained_rows(tuned: ModelWeights, base: ModelWeights) -> Iterator[Saved]:
+    """Yield what differs of those of both matrices that a part of a model has."""
+    was_tied = _is_tied(base)
+    if HEAD in tuned.others and was_tied:
+        raise AdapterInvalid(f"{HEAD} was trained, and the base uses its embeddings in its place")
+    for name in sorted({EMBEDDING, HEAD} & tuned.others.keys()):
+        own, others = (_Rows(model, model.others[name]) for model in (tuned, base))
+        yield from _change(name, own, others, False, is_shared=was_tied)
+
+
 def _is_tied(model: ModelWeights) -> bool:
     """Check whether the embeddings are the output layer.
 

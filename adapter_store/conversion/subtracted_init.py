@@ -4,7 +4,7 @@ Training began at W - s B0 A0 plus s B0 A0. Over the base W the adapter is there
 s (B A - B0 A0): both pairs side by side, the initial one with the opposite sign.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -68,5 +68,5 @@ class SubtractedInit:
         b = np.concatenate([after.b, -before.b], axis=1)
         return Factors(a, b, ("F32", "F32"), after.scaling)
 
-    def saved(self) -> tuple[Saved, ...]:
-        return ()
+    def saved(self) -> Iterator[Saved]:
+        return self._trained.saved()

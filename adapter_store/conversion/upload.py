@@ -95,8 +95,10 @@ def _convert(
             process.stdin.close()
         answer = _follow(process, on_bytes)
     if answer is None:
-        limit = "" if options.limit_s is None else f", or than the {options.limit_s:g} s allowed"
-        raise AdapterInvalid(f"{upload.name} takes more memory to convert than there is{limit}")
+        limit = (
+            "" if options.limit_s is None else f"longer than the {options.limit_s:g} s allowed, or "
+        )
+        raise AdapterInvalid(f"{upload.name} takes {limit}more memory to convert than there is")
     if "refused" in answer:
         raise AdapterInvalid(str(answer["refused"]))
     return None if answer["record"] is None else parse_record(answer["record"])

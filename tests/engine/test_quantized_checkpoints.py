@@ -21,7 +21,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from adapter_store.bases import describe_base
-from adapter_store.conversion.model_weights import ModelWeights
+from adapter_store.conversion.model_weights import open_model
 from engine import sizes as arithmetic
 from engine.backends.needs import arena_bytes
 from engine.backends.torch.ops import torch_build
@@ -69,7 +69,7 @@ def read(folder: Path, module: str, out_features: int, in_features: int) -> Quan
 
 def stored(folder: Path, module: str) -> torch.Tensor:
     """Return a weight as conversions of adapters read it."""
-    return torch.from_numpy(ModelWeights(folder).weight(module))
+    return torch.from_numpy(open_model(folder).weight(module))
 
 
 def linears(model: nn.Module) -> dict[str, nn.Linear]:

@@ -58,7 +58,7 @@ def assert_exact(found: Deltas, expected: Deltas) -> None:
 
 def refused(folder: Path, base: BaseModel, tmp_path: Path, **options: Any) -> str:
     with pytest.raises(AdapterInvalid) as error:
-        converted(folder, tmp_path / "refused", base, **options)
+        converted(folder, tmp_path / f"refused{len([*tmp_path.iterdir()])}", base, **options)
     return str(error.value)
 
 
@@ -116,7 +116,8 @@ def test_dora_of_mlx_keeps_its_magnitudes(factors: Any, base: BaseModel, tmp_pat
 @pytest.mark.parametrize(
     ("changes", "extra", "reason"),
     [
-        ({"fine_tune_type": "full"}, {}, "fine_tune_type='full'"),
+        ({"fine_tune_type": "other"}, {}, "fine_tune_type='other'"),
+        ({"fine_tune_type": "full"}, {}, "adapters.safetensors holds whole weights"),
         ({"fine_tune_type": "dora"}, {}, "'dora' of MLX needs lora_a, lora_b, m"),
         ({"lora_parameters": {"rank": 3}}, {}, "a number as its scale"),
         ({"lora_parameters": {"scale": "20"}}, {}, "a number as its scale"),
@@ -136,6 +137,30 @@ def test_what_mlx_has_beside_lora_is_refused(
 ) -> None:
     folder = write_mlx(tmp_path / "a", mlx_tensors(factors) | extra, **changes)
     assert reason in refused(folder, base, tmp_path)
+
+
+def test_weights_that_mlx_has_trained_as_a_whole_are_compared_with_the_base(
+    base_folder: Path, base: BaseModel, tmp_path: Path
+) -> None:
+    """mlx_lm.lora --fine-tune-type full saves the last layers, and nothing of what is frozen."""
+    expected = tuned(
+        base_folder, tmp_path / "model", "1.mlp.up_proj.weight", "1.input_layernorm.weight"
+    )
+    tensors = load_file(tmp_path / "model" / "model.safetensors")
+    last = {name: tensor for name, tensor in tensors.items() if ".layers.1." in name}
+    folder = write_mlx(tmp_path / "a", last, fine_tune_type="full")
+    record, found = converted(folder, tmp_path / "b", base, base_folder=base_folder)
+    assert record.source == "MLX" and set(found) == {UP1} == set(record.residuals)
+    assert distance(found[UP1], expected[UP1]) < 1e-5
+    norm = "model.layers.1.input_layernorm.weight"
+    saved = read_lora_layout(tmp_path / "b").replaced
+    assert set(saved) == {norm}
+    kept = load_file(tmp_path / "b" / WEIGHTS_NAME)[saved[norm].tensor]
+    np.testing.assert_array_equal(kept, tensors[norm])
+    last["model.layers.1.adapter.weight"] = np.zeros((2, 2), np.float32)
+    folder = write_mlx(tmp_path / "c", last, fine_tune_type="full")
+    reason = refused(folder, base, tmp_path, base_folder=base_folder)
+    assert "the base has no tensor model.layers.1.adapter.weight" in reason
 
 
 # ---- llama.cpp ---------------------------------------------------------------------------------
@@ -373,7 +398,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "IA3": ({"peft_type": "IA3"}, "scales activations"),
     "unknown": ({"peft_type": "FOURIERFT"}, "only LOHA, LOKR, VERA"),
     "bias": ({"bias": "lora_only"}, "bias='lora_only' of LOHA"),
-    "saved": ({"modules_to_save": ["lm_head"]}, "modules_to_save="),
+    "saved": ({"modules_to_save": ["lm_head"]}, "modules_to_save names 'lm_head', but no tensor"),
     "key": ({"use_new_thing": True}, "use_new_thing=True is not a key of LOHA"),
     "rank": ({"r": -1}, "r=-1"),
     "other rank": ({"r": 3}, "rank 2, and 3 in the config"),
@@ -412,6 +437,23 @@ def test_tensors_that_do_not_fit_are_refused(
 ) -> None:
     folder = changed(loha_folder, tmp_path / "a", tensors=change)
     assert reason in refused(folder, base, tmp_path)
+
+
+def test_what_an_adapter_of_another_method_saves_as_a_whole_is_kept(
+    base_folder: Path, base: BaseModel, tmp_path: Path
+) -> None:
+    saved = ["lm_head", "model.norm"]
+    expected = train(tmp_path / "a", base_folder, "LoHa", r=2, modules_to_save=saved)
+    _, found = converted(tmp_path / "a", tmp_path / "b", base, lora_rank=48)
+    assert set(expected) - set(found) == set(saved) and len(found) == 6
+    tensors, before = load_file(tmp_path / "b" / WEIGHTS_NAME), load_base(base_folder).state_dict()
+    layout = read_lora_layout(tmp_path / "b")
+    assert not layout.token_rows and not any(s.is_base for s in layout.replaced.values())
+    for name in saved:
+        change = (
+            tensors[layout.replaced[f"{name}.weight"].tensor] - before[f"{name}.weight"].numpy()
+        )
+        np.testing.assert_allclose(change, expected[name].numpy(), atol=1e-6)
 
 
 def test_a_method_that_multiplies_weights_asks_for_the_base(
