@@ -37,6 +37,10 @@ class Product:
     b: Matrix
     a: Matrix
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.b.shape[0], self.a.shape[1]
+
 
 @dataclass(frozen=True, slots=True)
 class Kronecker:
@@ -44,6 +48,11 @@ class Kronecker:
 
     left: Matrix
     right: Matrix
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        (out1, in1), (out2, in2) = self.left.shape, self.right.shape
+        return out1 * out2, in1 * in2
 
 
 @dataclass(frozen=True, slots=True)

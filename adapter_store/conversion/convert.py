@@ -10,6 +10,7 @@ from adapter_store.conversion.change import Change, Factors, Source
 from adapter_store.conversion.fine_tune import is_model, open_fine_tune
 from adapter_store.conversion.folder_writer import FolderWriter
 from adapter_store.conversion.gguf_upload import GgufUpload
+from adapter_store.conversion.ia3 import Ia3Upload
 from adapter_store.conversion.in_turn import in_turn
 from adapter_store.conversion.low_rank import low_rank
 from adapter_store.conversion.mlx import is_mlx, open_mlx
@@ -17,6 +18,7 @@ from adapter_store.conversion.model_weights import base_weights
 from adapter_store.conversion.options import DEFAULT_RANK, EXACT_RANK, ConversionOptions
 from adapter_store.conversion.peft_upload import PeftUpload
 from adapter_store.conversion.record import ConversionRecord
+from adapter_store.conversion.saved_upload import SavedUpload, has_no_factors
 from adapter_store.conversion.subtracted_init import SubtractedInit, changes_base
 from adapter_store.errors import AdapterInvalid
 from adapter_store.object_store import OnBytes
@@ -41,6 +43,10 @@ def open_upload(folder: Path, options: ConversionOptions) -> Source | None:
     if config.get("peft_type") == "LORA":
         changed = changes_base(config)
         return SubtractedInit(folder, config, options.initial_folder) if changed else None
+    if config.get("peft_type") == "IA3":
+        return Ia3Upload(folder, config, options.base_folder)
+    if has_no_factors(config.get("peft_type")):
+        return SavedUpload(folder, config)
     return PeftUpload(folder, config, base_weights(options.base_folder))
 
 
@@ -67,7 +73,13 @@ def convert(
             shape = shapes.get(whole_name(module))
             if shape is None:
                 raise AdapterInvalid(unknown_module(module, base_modules))
-            return module, _factors(source.change(module, shape), module, options)
+            change = source.change(module, shape)
+            if change is not None and not isinstance(change, Factors) and change.shape != shape:
+                raise AdapterInvalid(
+                    f"{module} is {shape[0]} x {shape[1]} in the base, but the adapter was made "
+                    f"for {change.shape[0]} x {change.shape[1]}"
+                )
+            return module, _factors(change, module, options)
 
         for module, done in in_turn(work, source.modules, num_threads):
             if done is not None:
@@ -81,8 +93,8 @@ def convert(
         if writer.is_empty:
             raise AdapterInvalid(f"{source.name}: it has the same weights as its base")
         if not writer.has_factors:  # which every adapter must have
-            module = min(source.modules)
-            writer.add(module, _nothing(shapes[whole_name(module)]))
+            module = min(shapes)
+            writer.add(module, _nothing(shapes[module]))
         writer.finish()
     return ConversionRecord(source.name, residuals)
 

@@ -55,12 +55,8 @@ class FineTune:
         self._is_part = is_part
         self._check_names()
         self.modules = {name: tuned.nbytes(name) for name in sorted(tuned.modules)}
-        if not self.modules:  # of the base, so that an adapter of norms alone has one
-            self.modules = {min(base.modules): 0}
 
     def change(self, module: str, shape: tuple[int, int]) -> Change | None:
-        if module not in self._tuned.modules:
-            return None
         tuned, base = self._tuned.weight(module), self._base.weight(module)
         if tuned.shape != base.shape:
             raise AdapterInvalid(f"{module} is {tuned.shape}, and {base.shape} in the base")

@@ -27,7 +27,7 @@ class FolderWriter:
     def __init__(self, folder: Path, modules: Iterable[str], saved: Iterable[str]) -> None:
         self._folder = folder
         names = [*_NUM_KINDS * [*modules], *saved]
-        self._reserved = 64 + sum(len(name) + _ENTRY_BYTES for name in names)
+        self._reserved = 1024 + sum(len(name) + _ENTRY_BYTES for name in names)
         self._reserved += -self._reserved % 8
         self._entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         self._ranks: dict[str, int] = {}

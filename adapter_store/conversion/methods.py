@@ -103,6 +103,17 @@ def _hra(tensors: Tensors, setting: Setting, read: ReadWeight) -> Change:
     return Product(-read() @ left.astype(np.float32), u.T.astype(np.float32))
 
 
+def _delora(tensors: Tensors, setting: Setting, read: ReadWeight) -> Change:
+    """B A of length 1 in each rank, times lambda / r, and times the norms of W's columns."""
+    a, b = tensors["delora_A"], tensors["delora_B"]
+    lengths = (np.maximum(np.linalg.norm(m, axis=axis), 1e-4) for m, axis in ((a, 1), (b, 0)))
+    scale = tensors["delora_lambda"] / len(a) / np.prod([*lengths], axis=0)
+    norms = tensors.get("delora_w_norm")
+    if norms is None:
+        norms = np.linalg.norm(read(), axis=0)
+    return Product(b * scale.astype(np.float32), a * norms)
+
+
 def _orthogonal(u: Any) -> Any:
     """Make each vector orthogonal to those before it."""
     columns: list[Any] = []
@@ -146,6 +157,11 @@ METHODS: Mapping[str, Method] = {
     ),
     "MISS": Method(("miss_block",), _miss, ("miss_dropout", "mini_r")),
     "HIRA": Method(("hira_A", "hira_B"), _hira, ("hira_dropout",)),
+    "DELORA": Method(
+        ("delora_A", "delora_B", "delora_lambda", "delora_w_norm"),
+        _delora,
+        ("delora_lambda", "lambda_pattern", "module_dropout"),
+    ),
     "HRA": Method(("hra_u",), _hra, ("apply_GS",)),
     "OFT": Method(
         ("oft_R.weight",),

@@ -142,14 +142,9 @@ def _method_of(peft_type: str) -> Method:
     if peft_type in _PROMPTS:
         reason = "it trains prompts, not weights, so no factors of weights can hold it"
         raise AdapterInvalid(f"peft_type={peft_type!r} cannot be converted: {reason}")
-    if peft_type == "IA3":
-        raise AdapterInvalid(
-            "peft_type='IA3' cannot be converted: it scales activations by vectors, which are "
-            f"changes of full rank; {_WAY_OUT}"
-        )
     raise AdapterInvalid(
-        f"peft_type={peft_type!r} cannot be converted, only {', '.join(METHODS)} and LORA; if it "
-        f"changes weights, {_WAY_OUT}"
+        f"peft_type={peft_type!r} cannot be converted, only {', '.join(METHODS)}, IA3, LN_TUNING, "
+        f"TRAINABLE_TOKENS and LORA; if it changes weights, {_WAY_OUT}"
     )
 
 

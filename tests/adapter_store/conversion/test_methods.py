@@ -41,6 +41,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "MiSS": ("Miss", {"r": 5}),
     "MiSS, mini": ("Miss", {"r": 4, "mini_r": 4, "init_weights": "mini"}),
     "HiRA": ("Hira", {"r": 3}),
+    "DeLoRA": ("Delora", {"r": 4, "rank_pattern": {"up_proj": 3}}),
     "HRA": ("HRA", {"r": 4}),
     "HRA, orthogonal": ("HRA", {"r": 4, "apply_GS": True}),
     "OFT": ("OFT", {"oft_block_size": 8}),

@@ -395,7 +395,9 @@ def test_a_model_without_its_base_or_without_a_change_is_refused(
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "prompts": ({"peft_type": "PROMPT_TUNING"}, "trains prompts, not weights"),
-    "IA3": ({"peft_type": "IA3"}, "scales activations"),
+    "IA3": ({"peft_type": "IA3"}, "the base must be given by its folder"),
+    "norms": ({"peft_type": "LN_TUNING"}, "is none of LN_TUNING's"),
+    "tokens": ({"peft_type": "TRAINABLE_TOKENS"}, "token_indices is missing"),
     "unknown": ({"peft_type": "FOURIERFT"}, "only LOHA, LOKR, VERA"),
     "bias": ({"bias": "lora_only"}, "bias='lora_only' of LOHA"),
     "saved": ({"modules_to_save": ["lm_head"]}, "modules_to_save names 'lm_head', but no tensor"),
