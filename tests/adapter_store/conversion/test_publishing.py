@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
@@ -12,6 +13,7 @@ from adapter_store.layout import WEIGHTS_NAME
 from adapter_store.manifest import parse_manifest
 from adapter_store.store import AdapterStore
 from reef.__main__ import main
+from tests.adapter_store.adapters import changed
 from tests.adapter_store.conversion.test_methods import train
 
 
@@ -82,6 +84,21 @@ def test_wrong_options_are_refused(
 ) -> None:
     code, out, err = call(lokr_folder, *options)
     assert (code, out) == (2, "") and reason in err
+
+
+def test_a_small_file_that_stands_for_a_huge_matrix_is_refused(
+    call: Callable[..., tuple[int, str, str]], lokr_folder: Path, tmp_path: Path
+) -> None:
+    huge = np.ones((2**18, 1), np.float32)
+
+    def widen(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        name = next(name for name in tensors if name.endswith("lokr_w2"))
+        del tensors[name]
+        return tensors | {f"{name}_a": huge, f"{name}_b": np.ascontiguousarray(huge.T)}
+
+    folder = changed(lokr_folder, tmp_path / "huge", {"r": 1, "rank_pattern": {}}, widen)
+    code, out, err = call(folder, "--convert")
+    assert (code, out) == (2, "") and "needs more memory than" in err
 
 
 def test_a_peft_lora_folder_is_published_as_it_is(
