@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from transformers import PreTrainedModel
 
 from adapter_store.bases import describe_base
 from adapter_store.conversion.convert import convert, open_upload
@@ -66,7 +65,7 @@ def extract(tuned: Path, base: Path, target: Path) -> tuple[ConversionRecord, Ad
 
 
 @torch.inference_mode()
-def check(base: Path, adapter: AdapterFolder, model: PreTrainedModel, vocab_size: int) -> None:
+def check(base: Path, adapter: AdapterFolder, model: torch.nn.Module, vocab_size: int) -> None:
     """Compare log probabilities of the prompt and of greedy tokens with those of transformers."""
     prompt = [*prompt_of(8, seed=3), *SOME, vocab_size - 1, 7]
     sampling = greedy(3, logprobs=20, prompt_logprobs=20)
