@@ -101,7 +101,9 @@ class Engine:
             return None
         path, vocab_size = Path(self.config.source) / "tokenizer.json", self.settled.spec.vocab_size
         tokens = Tokens(str(path), vocab_size, eos_token_ids(self.config, self.settled))
-        return Grammars(tokens, self.config.max_num_seqs, wake)
+        speculation = self.config.speculation
+        max_drafts = 0 if speculation.method == "none" else speculation.max_draft_tokens
+        return Grammars(tokens, self.config.max_num_seqs, wake, max_drafts)
 
     def _make_gate(self) -> Gate | None:
         if self.config.adapter_proof == "off":
@@ -343,7 +345,9 @@ class Engine:
         assert self.grammars is not None
         owners = [(i, self.scheduler.owner(batch.requests[i])) for i in batch.grammar_rows]
         rows = [(i, request) for i, request in owners if request is not None]
-        return self.grammars.begin(rows, self.scheduler.running)
+        drafted = [(i, r) for i, r in enumerate(batch.requests) if r.num_drafts]
+        drafts = {i: r.token_ids[-r.num_drafts :] for i, r in drafted}
+        return self.grammars.begin(rows, self.scheduler.running, drafts)
 
     def _end_unmasked(self, batch: ScheduledBatch, masks: StepMasks) -> None:
         """End requests whose token was sampled without the mask that it needs."""

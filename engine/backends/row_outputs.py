@@ -44,12 +44,12 @@ def row_outputs(
 
 
 def _num_right(request: ScheduledRequest, sampled: Sequence[int | None]) -> int:
-    """Count the tokens up to the first that is not the guess that follows it."""
+    """Count the tokens up to the first that is not the guess that follows it, or the last."""
     num_drafts = request.num_drafts
     if not num_drafts:
         return 1
-    drafts = request.token_ids[-num_drafts:]
-    return 1 + next((i for i in range(num_drafts) if sampled[i] != drafts[i]), num_drafts)
+    drafts, last = request.token_ids[-num_drafts:], len(sampled) - 1
+    return 1 + next((i for i in range(last) if sampled[i] != drafts[i]), last)
 
 
 def _take_tokens(

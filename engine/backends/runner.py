@@ -29,7 +29,7 @@ class RowOutput:
     error: str | None = None
 
 
-# What a row may sample: token t if bit t % 32 of word t // 32 is set
+# What may be sampled: token t if bit t % 32 of word t // 32 is set
 TokenMask = NDArray[np.uint32]
 
 
@@ -37,8 +37,11 @@ class TokenMasks(Protocol):
     """The masks of a step, which are computed while the step is."""
 
     def wait(self) -> Mapping[int, TokenMask]:
-        """Wait for the masks; they are keyed by the index in the batch, and valid until the next
-        step is launched. Called at most once."""
+        """Wait for the masks [n, words]; they are keyed by the index in the batch, and valid until
+        the next step is launched. Called at most once.
+
+        n is 1, and 1 more for each of the row's guesses that may be right; those behind cannot.
+        """
         ...
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from engine.backends.row_outputs import row_outputs
 from engine.backends.rows import LOGITS_ROWS, pooled_sum, sampled_rows, wanted_rows
-from engine.backends.runner import FinishedStep, RowOutput, TokenMasks
+from engine.backends.runner import FinishedStep, RowOutput, TokenMask, TokenMasks
 from engine.backends.sampler import (
     NotFinite,
     Picker,
@@ -122,10 +122,13 @@ class SyncRunner:
             hidden = hidden[torch.tensor(last)]
         logits = self.model.logits(hidden, [r.adapter_slot for r in rows])
         allowed = None if masks is None else masks.wait()
-        if allowed:
-            allowed = {at: allowed[i] for at, i in zip(firsts, chosen, strict=True) if i in allowed}
-        sampled = sample(rows, logits, self.model.picker, allowed)
         ends = [*firsts[1:], len(rows)]
+        by_row: dict[int, TokenMask] = {}
+        for at, i in enumerate(chosen if allowed else ()):
+            if allowed and i in allowed:
+                ends[at] = firsts[at] + len(allowed[i])  # no guess behind is right
+                by_row.update(enumerate(allowed[i], firsts[at]))
+        sampled = sample(rows, logits, self.model.picker, by_row)
         return [sampled[first:end] for first, end in zip(firsts, ends, strict=True)]
 
     def _score_prompts(

@@ -1,6 +1,6 @@
 """Grammars: what an engine knows of grammars. All work on them is done in other processes."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 from engine.grammar.cache import GrammarCache
@@ -23,10 +23,15 @@ def refusal_of_model(folder: Path, is_wanted: bool, eos_token_ids: tuple[int, ..
 
 
 class Grammars:
-    """Belongs to the step loop. `wake` is called in another thread when there is news."""
+    """Belongs to the step loop. `wake` is called in another thread when there is news.
 
-    def __init__(self, tokens: Tokens, num_slots: int, wake: Callable[[], None]) -> None:
-        self._memory = MaskMemory.create(num_slots, tokens.vocab_size)
+    `num_slots` requests may run, with at most `max_drafts` drafts each.
+    """
+
+    def __init__(
+        self, tokens: Tokens, num_slots: int, wake: Callable[[], None], max_drafts: int = 0
+    ) -> None:
+        self._memory = MaskMemory.create(num_slots, tokens.vocab_size, 1 + max_drafts)
         self._cache = GrammarCache(lambda: GrammarLink(tokens, self._memory), wake)
         self._masks = MaskMaker(self._cache, self._memory)
 
@@ -51,9 +56,17 @@ class Grammars:
             kind = ErrorKind.INVALID_REQUEST if entry.verdict.is_lasting else ErrorKind.OVERLOADED
             yield entry.grammar, RequestError(kind, f"Structured output: {entry.verdict.error}")
 
-    def begin(self, rows: Iterable[tuple[int, Request]], running: Iterable[Request]) -> StepMasks:
-        """Have the masks computed of a step's rows: each an index in the batch, and its request."""
-        return self._masks.begin(rows, {r.key: r.life for r in running})
+    def begin(
+        self,
+        rows: Iterable[tuple[int, Request]],
+        running: Iterable[Request],
+        drafts: Mapping[int, list[int]],
+    ) -> StepMasks:
+        """Have the masks computed of a step's rows: each an index in the batch, and its request.
+
+        `drafts` are those of some rows, by index.
+        """
+        return self._masks.begin(rows, {r.key: r.life for r in running}, drafts)
 
     def close(self) -> None:
         self._cache.compiler.close()

@@ -102,7 +102,7 @@ class GrammarLink:
 
 def _popen(fds: Sequence[int], memory: MaskMemory) -> "subprocess.Popen[bytes]":
     return subprocess.Popen(
-        [*PROGRAM, *map(str, fds), str(memory.fd), str(memory.num_slots)],
+        [*PROGRAM, *map(str, (*fds, memory.fd, memory.num_slots, memory.num_rows))],
         pass_fds=[*fds, memory.fd],
         env={**os.environ, "RAYON_NUM_THREADS": "1"},
     )

@@ -8,24 +8,25 @@ import os
 
 
 class MaskMemory:
-    """One row per slot. Whoever has the file descriptor sees the same rows."""
+    """`num_rows` for each slot. Whoever has the file descriptor sees the same rows."""
 
-    def __init__(self, fd: int, num_slots: int, vocab_size: int) -> None:
+    def __init__(self, fd: int, num_slots: int, vocab_size: int, num_rows: int = 1) -> None:
         self.fd = fd
         self.num_slots = num_slots
+        self.num_rows = num_rows
         self.vocab_size = vocab_size
         self.row_bytes = -(-vocab_size // 32) * 4  # whole words of 32 bits
-        self.bytes = mmap.mmap(fd, num_slots * self.row_bytes)
+        self.bytes = mmap.mmap(fd, num_slots * num_rows * self.row_bytes)
 
     @classmethod
-    def create(cls, num_slots: int, vocab_size: int) -> "MaskMemory":
+    def create(cls, num_slots: int, vocab_size: int, num_rows: int = 1) -> "MaskMemory":
         fd = os.memfd_create("token masks")
-        os.ftruncate(fd, num_slots * (-(-vocab_size // 32) * 4))
-        return cls(fd, num_slots, vocab_size)
+        os.ftruncate(fd, num_slots * num_rows * (-(-vocab_size // 32) * 4))
+        return cls(fd, num_slots, vocab_size, num_rows)
 
-    def write(self, slot: int, mask: bytes | bytearray) -> None:
+    def write(self, slot: int, mask: bytes | bytearray, at: int = 0) -> None:
         """Write a mask of any length; tokens beyond it, or the vocabulary, may not be sampled."""
-        start, size = slot * self.row_bytes, self.row_bytes
+        start, size = (slot * self.num_rows + at) * self.row_bytes, self.row_bytes
         row = bytearray(mask[: -(-self.vocab_size // 8)])
         if 8 * len(row) > self.vocab_size:  # an adapter may have token ids where these bits are
             row[-1] &= (1 << self.vocab_size % 8) - 1

@@ -23,6 +23,7 @@ from engine.scheduler.request import Request
 _LOST = RequestError(ErrorKind.ENGINE_DIED, "The process that computes grammars was lost.")
 
 Key = tuple[str, int]
+NO_DRAFTS: Mapping[int, list[int]] = {}
 
 
 @dataclass(slots=True)
@@ -35,7 +36,8 @@ class _Matcher:
 
 @dataclass(slots=True, eq=False)
 class StepMasks:
-    """The masks of one step, by index in its batch. Rows with an error have none."""
+    """The masks of one step, by index in its batch: [n, words], the one of the next token and those
+    behind drafts that may be right. Rows with an error have none."""
 
     read: "Callable[[StepMasks], Mapping[int, TokenMask]]"
     number: int
@@ -51,15 +53,22 @@ class StepMasks:
 class MaskMaker:
     def __init__(self, cache: GrammarCache, memory: MaskMemory) -> None:
         self._cache = cache
-        self._rows = np.frombuffer(memory.bytes, np.uint32).reshape(memory.num_slots, -1)
+        words = np.frombuffer(memory.bytes, np.uint32)
+        self._rows = words.reshape(memory.num_slots, memory.num_rows, -1)
         self._matchers: dict[Key, _Matcher] = {}
         self._free_slots = list(range(memory.num_slots))
         self._num_steps = 0
 
-    def begin(self, rows: Iterable[tuple[int, Request]], lives: Mapping[Key, int]) -> StepMasks:
+    def begin(
+        self,
+        rows: Iterable[tuple[int, Request]],
+        lives: Mapping[Key, int],
+        drafts: Mapping[int, list[int]] = NO_DRAFTS,
+    ) -> StepMasks:
         """Ask for the next mask of each row: an index in the batch, and its request.
 
-        `lives` are those of all running requests; no other matcher is needed any more.
+        `lives` are those of all running requests; no other matcher is needed any more. Some rows
+        have `drafts`, by index.
         """
         self._num_steps += 1
         masks = StepMasks(self._read, self._num_steps)
@@ -72,7 +81,8 @@ class MaskMaker:
                 masks.errors[index] = _LOST
                 continue
             masks.link = link
-            steps.append(self._step(request, entry.grammar_id, link))
+            drafted = drafts.get(index, [])
+            steps.append(self._step(request, entry.grammar_id, link, drafted))
             masks.slots[index] = steps[-1][0]
         if masks.link is not None:
             self._send(masks, WantMasks(masks.number, steps, ended))
@@ -84,7 +94,9 @@ class MaskMaker:
         self._free_slots += ended
         return ended
 
-    def _step(self, request: Request, grammar_id: int, link: GrammarLink) -> MatcherStep:
+    def _step(
+        self, request: Request, grammar_id: int, link: GrammarLink, drafts: list[int]
+    ) -> MatcherStep:
         matcher = self._matchers.get(request.key)
         output = request.output_token_ids
         if matcher is not None and matcher.link is link:
@@ -94,7 +106,7 @@ class MaskMaker:
             matcher = self._matchers[request.key] = _Matcher(slot, request.life, link)
             new_ids = list(output)
         matcher.num_tokens = len(output)
-        return matcher.slot, grammar_id, new_ids
+        return matcher.slot, grammar_id, new_ids, drafts
 
     def _send(self, masks: StepMasks, wanted: WantMasks) -> None:
         assert masks.link is not None
@@ -118,7 +130,7 @@ class MaskMaker:
                 error = f"The grammar cannot be followed any further: {reply.errors[slot]}"
                 masks.errors[index] = RequestError(ErrorKind.INVALID_REQUEST, error)
         fine = {i: slot for i, slot in masks.slots.items() if i not in masks.errors}
-        return {i: self._rows[slot] for i, slot in fine.items()}
+        return {i: self._rows[slot][: reply.num_masks.get(slot, 1)] for i, slot in fine.items()}
 
     def _lose(self, masks: StepMasks, link: GrammarLink) -> None:
         masks.link = None

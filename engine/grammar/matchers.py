@@ -94,8 +94,11 @@ class Matchers:
     def end(self, slot: int) -> None:
         self._by_slot.pop(slot, None)
 
-    def step(self, slot: int, grammar_id: int, token_ids: Sequence[int]) -> None:
-        """Go on with a slot's matcher, or begin one, and write its next mask. Raises ValueError."""
+    def step(
+        self, slot: int, grammar_id: int, token_ids: Sequence[int], drafts: Sequence[int] = ()
+    ) -> int:
+        """Go on with a slot's matcher, or begin one; write its next mask, and those that follow its
+        drafts. Returns the number of masks. Raises ValueError."""
         if grammar_id:
             kept = self._kept.get(grammar_id)
             if kept is None:
@@ -103,4 +106,23 @@ class Matchers:
             self._by_slot[slot] = kept.deep_copy()
         matcher = self._by_slot[slot]
         advance(matcher, token_ids, self._eos_token_ids)
-        self._memory.write(slot, next_mask(matcher, self._eos_token_ids))
+        mask = next_mask(matcher, self._eos_token_ids)
+        self._memory.write(slot, mask)
+        return 1 + (self._look_ahead(slot, matcher, mask, drafts) if drafts else 0)
+
+    def _look_ahead(
+        self, slot: int, matcher: LLMatcher, mask: bytearray, drafts: Sequence[int]
+    ) -> int:
+        """Write the masks behind drafts up to one that may not follow, or ends the output."""
+        count, memory = 0, self._memory
+        for token_id in drafts[: memory.num_rows - 1]:
+            is_allowed = token_id < memory.vocab_size and mask[token_id // 8] >> token_id % 8 & 1
+            if not is_allowed or token_id in self._eos_token_ids:
+                break
+            advance(matcher, (token_id,), self._eos_token_ids)
+            count += 1
+            mask = next_mask(matcher, self._eos_token_ids)
+            memory.write(slot, mask, count)
+        if count and not matcher.rollback(count):
+            raise ValueError(matcher.get_error())
+        return count

@@ -5,9 +5,9 @@ Three sockets: `control` and `checks` serve one call after the other, `masks` th
 
 from engine.framing import Message
 
-# (slot, grammar_id, token_ids): the slot's matcher goes on with these tokens; with a grammar_id
-# above 0 it is a new one, and the tokens are the whole output so far
-MatcherStep = tuple[int, int, list[int]]
+# (slot, grammar_id, token_ids, drafts): the slot's matcher goes on with these tokens; with a
+# grammar_id above 0 it is a new one, and the tokens are the whole output so far. Drafts may follow
+MatcherStep = tuple[int, int, list[int], list[int]]
 
 
 # ==== control ====
@@ -67,7 +67,8 @@ class Verdict(Message):
 
 
 class WantMasks(Message):
-    """Go on with matchers, and write each one's next mask to the memory of its slot."""
+    """Go on with matchers, and write each one's next mask to the memory of its slot, and those that
+    follow its drafts as far as these may be right."""
 
     number: int
     steps: list[MatcherStep]
@@ -75,7 +76,11 @@ class WantMasks(Message):
 
 
 class MasksReady(Message):
-    """The answer to the WantMasks of this number. A slot with an error has no mask."""
+    """The answer to the WantMasks of this number. A slot with an error has no mask.
+
+    `num_masks` of slots with drafts: further drafts cannot be right.
+    """
 
     number: int
     errors: dict[int, str]
+    num_masks: dict[int, int]

@@ -1,6 +1,6 @@
 """Compute token masks in a process of its own, so that no grammar can hold up or end an engine.
 
-    python -m engine.grammar.process <control fd> <checks fd> <masks fd> <memory fd> <slots>
+    python -m engine.grammar.process <fds of control, checks, masks, memory> <slots> <rows of each>
 
 The process builds the tokenizer's table, which takes seconds of a whole core. Then it forks: the
 child checks grammars, while it has a single thread; the parent compiles the good ones in a second
@@ -38,7 +38,7 @@ Control = Channel[ToControl]
 
 def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Ctrl-C the engine closes the connection
-    control_fd, checks_fd, masks_fd, memory_fd, num_slots = map(int, sys.argv[1:])
+    control_fd, checks_fd, masks_fd, memory_fd, num_slots, num_rows = map(int, sys.argv[1:])
     control: Control = Channel(socket.socket(fileno=control_fd), msgspec.msgpack.Decoder(ToControl))
     checks = Channel(socket.socket(fileno=checks_fd), msgspec.msgpack.Decoder(CheckGrammar))
     masks = Channel(socket.socket(fileno=masks_fd), msgspec.msgpack.Decoder(WantMasks))
@@ -57,7 +57,7 @@ def main() -> None:
             serve_checks(checks, table, eos_token_ids)
             return
         checks.leave()
-        memory = MaskMemory(memory_fd, num_slots, start.vocab_size)
+        memory = MaskMemory(memory_fd, num_slots, start.vocab_size, num_rows)
         matchers = Matchers(table, eos_token_ids, memory)
         control.send(TableReady())
         threading.Thread(target=serve_control, args=(control, matchers), daemon=True).start()
@@ -89,12 +89,16 @@ def serve_masks(masks: Channel[WantMasks], matchers: Matchers) -> None:
         for slot in wanted.ended_slots:
             matchers.end(slot)
         errors: dict[int, str] = {}
-        for slot, grammar_id, token_ids in wanted.steps:
+        num_masks: dict[int, int] = {}
+        for slot, grammar_id, token_ids, drafts in wanted.steps:
             try:
-                matchers.step(slot, grammar_id, token_ids)
+                count = matchers.step(slot, grammar_id, token_ids, drafts)
             except ValueError as error:
                 errors[slot] = str(error)
-        masks.send(MasksReady(wanted.number, errors))
+            else:
+                if drafts:
+                    num_masks[slot] = count
+        masks.send(MasksReady(wanted.number, errors, num_masks))
 
 
 if __name__ == "__main__":

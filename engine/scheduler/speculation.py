@@ -103,10 +103,7 @@ class Speculation:
 
     def _most(self, request: Request) -> int:
         """The step brings a token by itself; drafts may bring all further ones."""
-        sampling = request.sampling
-        if sampling.grammar is not None:
-            return 0
-        left = sampling.max_tokens - len(request.output_token_ids)
+        left = request.sampling.max_tokens - len(request.output_token_ids)
         room = self.max_model_len - request.num_tokens
         return min(self.max_draft_tokens, left - 1, room - 1)
 

@@ -91,7 +91,7 @@ class DeviceRunner:
         output = self._forward.hidden(requests, rows, sample_rows, before)
         allowed = None if masks is None else masks.wait()  # the device computes meanwhile
         if allowed:
-            allowed = {at: allowed[i] for at, i in enumerate(chosen) if i in allowed}
+            allowed = {at: allowed[i][0] for at, i in enumerate(chosen) if i in allowed}
         sampled = self._sample([requests[i] for i in chosen], sample_rows, output, allowed)
         prompts = self._score_prompts(requests, spans, output.hidden)
         self._sampled = {request_key(requests[i]): place for place, i in enumerate(chosen)}

@@ -56,6 +56,7 @@ def saying(text: str | bytes) -> FakeEngine:
 
 def test_a_chat_answers_with_text_and_usage() -> None:
     async def test(server: Server) -> None:
+        server.engine.drafted = (5, 3)
         answer = await server.post(CHAT, messages=user("hi"), max_tokens=50)
         assert answer.status == 200
         choice = answer.json["choices"][0]
@@ -68,6 +69,10 @@ def test_a_chat_answers_with_text_and_usage() -> None:
             17,
         )
         assert usage["prompt_tokens_details"] == {"cached_tokens": 2}
+        assert usage["completion_tokens_details"] == {
+            "accepted_prediction_tokens": 3,
+            "rejected_prediction_tokens": 2,
+        }
 
     in_server(test)
 

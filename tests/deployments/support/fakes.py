@@ -130,6 +130,7 @@ class FakeEngine:
         self.aborted: list[str] = []
         self.aborted_choices: list[tuple[str, int]] = []
         self.num_cached = 2  # tokens of every prompt
+        self.drafted = (0, 0)  # tokens drafted and accepted, of every choice
         self.running = asyncio.Event()
         self.running.set()
         self._live: dict[str, Live] = {}
@@ -253,7 +254,8 @@ class FakeEngine:
 
     def _metrics(self, live: Live) -> RequestMetrics:
         num_prompt = len(live.request.prompt_token_ids)
-        return RequestMetrics(0.01, num_prompt, self.num_cached, 1)
+        drafted, accepted = self.drafted
+        return RequestMetrics(0.01, num_prompt, self.num_cached, 1, drafted, accepted)
 
 
 def _logprobs(token_id: int, sampling: Any) -> TokenLogprobs:

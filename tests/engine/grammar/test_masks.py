@@ -21,7 +21,7 @@ TOKENIZER = byte_tokenizer()
 BYTES = token_bytes(TOKENIZER)
 ENDS = (TOKENIZER.token_to_id(EOS), TOKENIZER.token_to_id(EOT))
 VOCAB_SIZE = TOKENIZER.get_vocab_size() + 5
-SLOTS = 4
+SLOTS, MAX_DRAFTS = 4, 2
 
 ABC = ["".join(word) for n in range(1, 4) for word in product("ab", repeat=n)]
 LANGUAGES: list[tuple[str, Sequence[str]]] = [
@@ -47,7 +47,7 @@ class Processes:
 
     def __init__(self, folder: Path) -> None:
         tokens = Tokens(str(folder / "tokenizer.json"), VOCAB_SIZE, ENDS)
-        self.memory = MaskMemory.create(SLOTS, VOCAB_SIZE)
+        self.memory = MaskMemory.create(SLOTS, VOCAB_SIZE, 1 + MAX_DRAFTS)
         self.cache = GrammarCache(lambda: GrammarLink(tokens, self.memory), lambda: None)
         self.maker = MaskMaker(self.cache, self.memory)
         self.num_lives = 0
@@ -68,6 +68,7 @@ class Processes:
         masks = self.maker.begin(enumerate(requests), {r.key: r.life for r in requests})
         rows = masks.wait()
         assert not masks.errors, masks.errors
+        assert all(len(rows[i]) == 1 for i in range(len(requests)))
         return [tokens_of(rows[i]) for i in range(len(requests))]
 
 
@@ -128,6 +129,25 @@ def test_an_output_that_breaks_the_grammar_is_an_error_of_its_row(processes: Pro
     rows = masks.wait()
     assert list(rows) == [1] and masks.errors[0].kind == ErrorKind.INVALID_REQUEST
     assert tokens_of(rows[1]) == may_follow(ABC, b"ab")
+
+
+@pytest.mark.parametrize("draft", [b"", b"a", b"ab", b"abx", b"xab", b"axb", b"abab"])
+def test_masks_behind_drafts_are_those_of_an_output_that_has_them(
+    processes: Processes, draft: bytes
+) -> None:
+    """As far as they may follow, and there are rows for them; the output goes on as it likes."""
+    request = processes.request(LANGUAGES[1][0])
+    drafts = {0: list(draft)}
+    masks = processes.maker.begin([(0, request)], {request.key: request.life}, drafts)
+    rows = masks.wait()[0]
+    expected = [may_follow(ABC, b"")]
+    for end in range(1, min(len(draft), MAX_DRAFTS) + 1):
+        if draft[end - 1] not in expected[-1]:
+            break
+        expected.append(may_follow(ABC, draft[:end]))
+    assert not masks.errors and [tokens_of(row) for row in rows] == expected
+    request.output_token_ids += b"b"
+    assert processes.masks(request) == [may_follow(ABC, b"b")]
 
 
 def test_the_reply_of_a_step_that_was_not_read_is_passed_over(processes: Processes) -> None:
