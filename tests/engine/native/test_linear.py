@@ -85,6 +85,17 @@ def test_wide_activations_do_not_saturate_where_every_product_is_the_largest(
     assert torch.equal(y, _wide_oracle(x, weight, torch.zeros(33)))
 
 
+@pytest.mark.parametrize("magnitude", [0.0, 1e-36, 5e-35, 1e-33, 1e-31, 3e38])
+def test_wide_activations_of_any_magnitude_do_not_overflow(
+    context: Context, magnitude: float
+) -> None:
+    weight = _int8_weight(40, 65)
+    x = (_x(5, 65).sign() * magnitude).bfloat16()
+    y = NativeLinear(context, weight, packer=pack_int8_wide)(x, torch.float32)
+    exact = (x.double() @ dequantize(weight).double().T).float()
+    torch.testing.assert_close(y, exact, rtol=1e-3, atol=1e-29)
+
+
 def test_int8_does_not_saturate_where_every_product_is_the_largest(context: Context) -> None:
     in_features = 16384
     codes = torch.full((40, in_features), -128, dtype=torch.int8)

@@ -28,13 +28,13 @@ struct QuantizedLayout {
           end(round_up(totals + rows * 4, 64)) {}
 };
 
-// Computes the offsets in scratch of the rows that linear_int8_wide.cpp rounds: the words of all
-// tiles, two bytes for each input, then the rows' scales and totals.
+// Computes the offsets of WideRows (linear_int8_wide.h) in scratch, and their end.
 struct WideLayout {
-    int64_t scales, totals, end;
+    int64_t stride, scales, totals, end;
 
     WideLayout(int in_features, int64_t rows)
-        : scales(round_up(rows * 2 * round_up(in_features, 4), 64)),
+        : stride(round_up(in_features, 64)),
+          scales(rows * 2 * stride),
           totals(scales + rows * 4),
           end(round_up(totals + rows * 8, 64)) {}
 };
