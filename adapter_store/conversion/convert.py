@@ -24,6 +24,7 @@ from adapter_store.errors import AdapterInvalid
 from adapter_store.object_store import OnBytes
 from adapter_store.own_files import UPLOADED_FILES
 from adapter_store.peft_config import CONFIG_NAME, read_config
+from adapter_store.saved import is_vocabulary
 from adapter_store.tensor_causes import unknown_module
 from adapter_store.wrapped_names import plain_name, whole_name
 
@@ -60,6 +61,7 @@ def convert(
 ) -> ConversionRecord:
     """Write what a source is as a PEFT LoRA folder; return what of it is not exact.
 
+    `base_modules` are [out, in] of linear layers, lm_head's [V, E] too, and the embedding's [E, V].
     `on_bytes` is called with the bytes of the source converted since its last call. So many modules
     are in work at a time; what comes out is the same for any number. Raises AdapterInvalid if a
     module does not fit the base or its residual is too large.
@@ -93,7 +95,7 @@ def convert(
         if writer.is_empty:
             raise AdapterInvalid(f"{source.name}: it has the same weights as its base")
         if not writer.has_factors:  # which every adapter must have
-            module = min(shapes)
+            module = min(name for name in shapes if not is_vocabulary(name))
             writer.add(module, _nothing(shapes[module]))
         writer.finish()
     return ConversionRecord(source.name, residuals)

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from adapter_store.conversion.change import Factors, Saved
 from adapter_store.layout import WEIGHTS_NAME
 from adapter_store.manifest import canonical_config
-from adapter_store.peft_config import CONFIG_NAME
+from adapter_store.peft_config import CONFIG_NAME, EMBEDDING
 
 _ENTRY_BYTES = 160  # of a tensor in the header, beside its name
 _NUM_KINDS = 3  # tensors that may be of one module
@@ -58,8 +58,10 @@ class FolderWriter:
         self._ranks[module] = lora_rank
         self._alphas[module] = _alpha(factors.scaling, lora_rank)
         sides = zip("AB", (factors.a, factors.b), factors.dtypes, strict=True)
+        is_embedding = module.rpartition(".")[2] == EMBEDDING
         for side, array, dtype in sides:
-            self._write(f"{module}.lora_{side}.weight", dtype, array)
+            name = f"lora_embedding_{side}" if is_embedding else f"lora_{side}.weight"
+            self._write(f"{module}.{name}", dtype, array)
         if factors.magnitude is not None:
             self._has_magnitudes = True
             self._write(f"{module}.lora_magnitude_vector", *factors.magnitude)

@@ -11,7 +11,9 @@ import numpy as np
 from adapter_store.conversion.change import Factors, Saved
 from adapter_store.errors import AdapterInvalid
 
-_TENSOR = re.compile(r"blk\.(?P<layer>\d+)\.(?P<module>\w+)\.weight\.(?P<part>lora_[ab])")
+_TENSOR = re.compile(r"(?:blk\.(?P<layer>\d+)\.)?(?P<module>\w+)\.weight\.(?P<part>lora_[ab])")
+EMBEDDING = "model.embed_tokens"
+_VOCABULARY = {"token_embd": EMBEDDING, "output": "lm_head"}
 _MODULES = {
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
@@ -56,6 +58,8 @@ class GgufUpload:
     def change(self, module: str, shape: tuple[int, int]) -> Factors:
         parts = self._tensors[module]
         (dtype_a, a), (dtype_b, b) = (_array(parts[part]) for part in ("lora_a", "lora_b"))
+        if module == EMBEDDING and a.ndim == 2:  # a row for each token
+            a = a.T
         if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
             raise AdapterInvalid(f"{module}: lora_a {a.shape} and lora_b {b.shape} do not fit")
         if self._architecture in _PERMUTED and module.endswith(("q_proj", "k_proj")):
@@ -67,17 +71,24 @@ class GgufUpload:
         return ()
 
     def _claim(self, tensor: Any) -> None:
-        match = _TENSOR.fullmatch(str(tensor.name))
-        module = _MODULES.get(match["module"]) if match else None
+        module, part = self._module(str(tensor.name))
+        self._tensors.setdefault(module, {})[part] = tensor
+
+    def _module(self, name: str) -> tuple[str, str]:
+        """Return the module of a tensor, as transformers calls it, and lora_a or lora_b."""
+        match = _TENSOR.fullmatch(name)
+        layer = match["layer"] if match else None
+        module = (
+            (_VOCABULARY if layer is None else _MODULES).get(match["module"]) if match else None
+        )
         if match is None or module is None:
             raise AdapterInvalid(
-                f"tensor {tensor.name} of {self._path.name} is no factor of a linear layer of "
-                "attention or MLP, and only those are converted"
+                f"tensor {name} of {self._path.name} is no factor of a linear layer of attention "
+                "or MLP, of the embedding or of the output layer, and only those are converted"
             )
         if self._architecture == _FUSED_GATE and module == "mlp.up_proj":
             module = "mlp.gate_up_proj"
-        parts = self._tensors.setdefault(f"model.layers.{match['layer']}.{module}", {})
-        parts[match["part"]] = tensor
+        return module if layer is None else f"model.layers.{layer}.{module}", match["part"]
 
     def _num_heads(self, module: str) -> int:
         if self._base_folder is None:

@@ -7,11 +7,14 @@ from typing import Any, cast
 
 from adapter_store.conversion.change import Factors, Saved
 from adapter_store.conversion.fine_tune import FineTune, open_trained_part
+from adapter_store.conversion.model_weights import open_model
+from adapter_store.conversion.saved_rows import is_tied
 from adapter_store.conversion.tensor_file import open_tensors
 from adapter_store.errors import AdapterInvalid
 from adapter_store.layout import HEADER_LIMITS
 from adapter_store.wrapped_names import plain_name
 
+EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 MLX_WEIGHTS_NAME = "adapters.safetensors"
 _TENSOR = re.compile(r"(?P<module>.+)\.(?P<part>lora_a|lora_b|m)")
 _PARTS = {"lora": {"lora_a", "lora_b"}, "dora": {"lora_a", "lora_b", "m"}}
@@ -28,15 +31,18 @@ def open_mlx(
     """Open what MLX has trained: factors, or weights as a whole. Raises AdapterInvalid."""
     if config.get("fine_tune_type") == "full":
         return open_trained_part("MLX", folder / MLX_WEIGHTS_NAME, base_folder)
-    return MlxUpload(folder, config)
+    return MlxUpload(folder, config, base_folder)
 
 
 class MlxUpload:
-    """A Source: A is lora_a transposed, B is lora_b transposed. Raises AdapterInvalid."""
+    """A Source: A is lora_a transposed, B is lora_b transposed. Raises AdapterInvalid.
+
+    Where a model uses its embedding as output layer, MLX changes both with the embedding's factors.
+    """
 
     name = "MLX"
 
-    def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, config: Mapping[str, Any], base_folder: Path | None) -> None:
         kind = _kind(config)
         self._scale = _scale(config)
         self._file = open_tensors([folder / MLX_WEIGHTS_NAME], HEADER_LIMITS)
@@ -51,6 +57,12 @@ class MlxUpload:
                 )
         if not self._names:
             raise AdapterInvalid(f"{MLX_WEIGHTS_NAME} holds no lora_a and lora_b")
+        if EMBEDDING in self._names and _ties(base_folder):
+            if HEAD in self._names:
+                raise AdapterInvalid(
+                    f"{HEAD} has factors, and the base has {EMBEDDING} in its place"
+                )
+            self._names[HEAD] = self._names[EMBEDDING]
         self.modules = {
             module: sum(self._nbytes(name) for name in parts.values())
             for module, parts in sorted(self._names.items())
@@ -63,6 +75,8 @@ class MlxUpload:
             raise AdapterInvalid(
                 f"{module}: lora_a {a.shape} and lora_b {b.shape} must be matrices"
             )
+        if module == HEAD and self._names.get(EMBEDDING) is parts:
+            return Factors(b, a, (dtype_b, dtype_a), self._scale)
         magnitude = self._file.raw(parts["m"]) if "m" in parts else None
         return Factors(a.T, b.T, (dtype_a, dtype_b), self._scale, magnitude)
 
@@ -84,6 +98,15 @@ class MlxUpload:
     def _nbytes(self, name: str) -> int:
         entry = self._file.entries[name][1]
         return entry.end - entry.start
+
+
+def _ties(base_folder: Path | None) -> bool:
+    if base_folder is None:
+        raise AdapterInvalid(
+            f"{EMBEDDING} has factors, which also change the output layer of a base that ties "
+            "both: name the base by its folder, --base path/to/model"
+        )
+    return is_tied(open_model(base_folder))
 
 
 def _kind(config: Mapping[str, Any]) -> str:

@@ -28,14 +28,14 @@ _COPIES = 12  # of the largest module, in float32, that a thread may have at a t
 def main() -> None:
     """Read the job, do it, and print its progress and its end."""
     job: dict[str, Any] = json.load(sys.stdin)
-    modules = {name: (out, in_) for name, (out, in_) in job["modules"].items()}
+    modules, vocabulary = _shapes(job["modules"]), _shapes(job["vocabulary"])
     num_threads = min(MAX_THREADS, len(os.sched_getaffinity(0)))
     largest = max(4 * out * in_ for out, in_ in modules.values())
     num_bytes = _LIBRARIES_BYTES + num_threads * _COPIES * largest
     resource.setrlimit(resource.RLIMIT_AS, (num_bytes, num_bytes))
     os.nice(NICENESS)
     try:
-        _say(_convert(job, modules, num_threads))
+        _say(_convert(job, modules | vocabulary, num_threads))
     except AdapterInvalid as error:
         _say({"refused": str(error)})
     except MemoryError:
@@ -60,6 +60,10 @@ def _convert(
     )
     copy_own_files(upload, folder)
     return {"record": {"source": record.source, "residuals": dict(record.residuals)}}
+
+
+def _shapes(listed: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+    return {name: (out, in_) for name, (out, in_) in listed.items()}
 
 
 def _path(name: str | None) -> Path | None:

@@ -37,20 +37,20 @@ def vocabulary_changes(tuned: ModelWeights, base: ModelWeights) -> Iterator[Save
     """
     if EMBEDDING not in base.others:
         return
-    is_tied, was_tied = _is_tied(tuned), _is_tied(base)
-    whole = was_tied and not is_tied  # by rows, one of them would reach the other
+    ties, tied = is_tied(tuned), is_tied(base)
+    whole = tied and not ties  # by rows, one of them would reach the other
     own, others = _Rows(tuned, tuned.others[EMBEDDING]), _Rows(base, base.others[EMBEDDING])
-    yield from _change(EMBEDDING, own, others, whole, is_shared=is_tied and was_tied)
-    if is_tied and was_tied:
+    yield from _change(EMBEDDING, own, others, whole, is_shared=ties and tied)
+    if ties and tied:
         return
-    own = own if is_tied else _Rows(tuned, tuned.others[HEAD])
-    others = others if was_tied else _Rows(base, base.others[HEAD])
+    own = own if ties else _Rows(tuned, tuned.others[HEAD])
+    others = others if tied else _Rows(base, base.others[HEAD])
     yield from _change(HEAD, own, others, whole, is_shared=False)
 
 
 def trained_rows(tuned: ModelWeights, base: ModelWeights) -> Iterator[Saved]:
     """Yield what differs of those of both matrices that a part of a model has."""
-    was_tied = _is_tied(base)
+    was_tied = is_tied(base)
     if HEAD in tuned.others and was_tied:
         raise AdapterInvalid(f"{HEAD} was trained, and the base uses its embeddings in its place")
     for name in sorted({EMBEDDING, HEAD} & tuned.others.keys()):
@@ -58,7 +58,7 @@ def trained_rows(tuned: ModelWeights, base: ModelWeights) -> Iterator[Saved]:
         yield from _change(name, own, others, False, is_shared=was_tied)
 
 
-def _is_tied(model: ModelWeights) -> bool:
+def is_tied(model: ModelWeights) -> bool:
     """Check whether the embeddings are the output layer.
 
     A file may hold both although the config ties them; then they must be equal.

@@ -76,6 +76,7 @@ def _convert(
         "upload": str(upload.absolute()),
         "folder": str(folder.absolute()),
         "modules": dict(base.modules),
+        "vocabulary": vocabulary_shapes(base.parameters),
         "lora_rank": options.lora_rank,
         "max_residual": options.max_residual,
         "base_folder": _absolute(options.base_folder),
@@ -129,6 +130,14 @@ def _killed(process: "subprocess.Popen[str]", limit_s: float | None) -> Generato
         raise
     finally:
         timer.cancel()
+
+
+def vocabulary_shapes(parameters: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, int]]:
+    """Return the shapes of embedding and output layer as adapters see them, also if tied."""
+    shape = parameters.get("model.embed_tokens.weight", ())
+    if len(shape) != 2:
+        return {}
+    return {"model.embed_tokens": (shape[1], shape[0]), "lm_head": (shape[0], shape[1])}
 
 
 def _absolute(path: Path | None) -> str | None:

@@ -31,3 +31,18 @@ def test_what_is_no_adapter_or_too_large_is_refused(file_root: Root, tmp_path: P
     with pytest.raises(AdapterInvalid, match="more than the 5 allowed"):
         fetch_folder(f"{file_root.url}/a", None, target, 5)
     assert list(target.iterdir()) == []
+
+
+def test_files_of_what_can_be_converted_are_fetched_too(file_root: Root, tmp_path: Path) -> None:
+    files = {"adapters.safetensors": b"MLX's", CONFIG_NAME: b"{}", "a.gguf": b"x", "t.jinja": b""}
+    store = file_root.open()
+    for name, data in {**files, "weights.npz": b"large", "old/config.json": b"{}"}.items():
+        store.put(f"a/{name}", data)
+    target = tmp_path / "target"
+    target.mkdir()
+    fetch_folder(f"{file_root.url}/a", None, target, 8, any_form=True)
+    assert {path.name: path.read_bytes() for path in target.iterdir()} == files
+    with pytest.raises(AdapterInvalid, match="more than the 7 allowed"):
+        fetch_folder(f"{file_root.url}/a", None, target, 7, any_form=True)
+    with pytest.raises(AdapterInvalid, match="0 files of an adapter"):
+        fetch_folder(f"{file_root.url}/b", None, target, 7, any_form=True)

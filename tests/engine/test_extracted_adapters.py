@@ -11,6 +11,7 @@ from adapter_store.bases import describe_base
 from adapter_store.conversion.convert import convert, open_upload
 from adapter_store.conversion.options import ConversionOptions
 from adapter_store.conversion.record import ConversionRecord
+from adapter_store.conversion.upload import vocabulary_shapes
 from adapter_store.layout import LoraLayout, read_lora_layout
 from adapter_store.manifest import prepare
 from adapter_store.peft_config import CONFIG_NAME
@@ -57,7 +58,8 @@ def extract(tuned: Path, base: Path, target: Path) -> tuple[ConversionRecord, Ad
     source = open_upload(tuned, options)
     assert source is not None
     target.mkdir()
-    record = convert(source, described.modules, options, target, lambda _: None)
+    modules = {**described.modules, **vocabulary_shapes(described.parameters)}
+    record = convert(source, modules, options, target, lambda _: None)
     prepared = prepare(target, described, lambda _: None)
     (target / CONFIG_NAME).write_bytes(prepared.config)
     size = prepared.manifest.vocab_size

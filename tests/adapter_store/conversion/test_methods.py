@@ -14,6 +14,7 @@ from adapter_store.bases import BaseModel
 from adapter_store.conversion.convert import convert, open_upload
 from adapter_store.conversion.options import ConversionOptions
 from adapter_store.conversion.record import ConversionRecord
+from adapter_store.conversion.upload import vocabulary_shapes
 from adapter_store.layout import WEIGHTS_NAME, read_lora_layout
 from adapter_store.manifest import prepare
 from adapter_store.peft_config import CONFIG_NAME
@@ -82,7 +83,8 @@ def converted(
     source = open_upload(folder, chosen)
     assert source is not None
     target.mkdir()
-    record = convert(source, base.modules, chosen, target, lambda _: None)
+    modules = {**base.modules, **vocabulary_shapes(base.parameters)}
+    record = convert(source, modules, chosen, target, lambda _: None)
     prepared = prepare(target, base, lambda _: None)
     (target / CONFIG_NAME).write_bytes(prepared.config)
     tensors = load_file(target / WEIGHTS_NAME)

@@ -252,9 +252,9 @@ def test_what_llama_cpp_has_beside_lora_is_refused(
     assert "general.architecture='bert'" in refused(path, base, tmp_path)
     path = write_gguf(tmp_path / "c.gguf", tensors, kind="control_vector")
     assert "no LoRA adapter" in refused(path, base, tmp_path)
-    extra = {"token_embd.weight.lora_a": np.zeros((3, 32), np.float32)}
+    extra = {"blk.0.attn_norm.weight.lora_a": np.zeros((3, 32), np.float32)}
     path = write_gguf(tmp_path / "d.gguf", tensors | extra, "qwen2")
-    assert "token_embd.weight.lora_a" in refused(path, base, tmp_path)
+    assert "blk.0.attn_norm.weight.lora_a" in refused(path, base, tmp_path)
     (tmp_path / "e.gguf").write_bytes(path.read_bytes()[:600])
     assert "not a readable GGUF file" in refused(tmp_path / "e.gguf", base, tmp_path)
 
