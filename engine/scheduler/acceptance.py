@@ -30,6 +30,10 @@ class Acceptance:
         self._right = [0.0] * len(CLASSES)
         self._chances = [chance for _, chance in CLASSES]
 
+    def chance(self, match: int) -> float:
+        """Return the chance of the first token behind a match of this length."""
+        return self._chances[_CLASS_OF[min(match, LONGEST)]]
+
     def chances(self, match: int, count: int) -> list[float]:
         """List, for each of `count` drafted tokens behind a match of this length, the chance that
         it and all before it are right."""

@@ -84,8 +84,7 @@ class Speculation:
         wishes = [(r, most) for r in requests if (most := self._most(r)) > 0]
         if not wishes or budget <= 0:
             return []
-        drafts = zip(wishes, self.drafter.draft(wishes), strict=True)
-        offers = [_offer(request, draft) for (request, _), draft in drafts if draft.token_ids]
+        offers = self._offers(wishes, self._price(len(requests), len(requests)))
         self._choose(offers, len(requests))
         chosen: list[tuple[Request, Draft]] = []
         for offer in offers:
@@ -107,11 +106,30 @@ class Speculation:
         room = self.max_model_len - request.num_tokens
         return min(self.max_draft_tokens, left - 1, room - 1)
 
+    def _offers(self, wishes: list[tuple[Request, int]], least: float) -> list[_Offer]:
+        """Draft for requests; drop what is below the least price, as nearly all of free text is."""
+        offers: list[_Offer] = []
+        drafts = self.drafter.draft(wishes)
+        for (request, _), draft in zip(wishes, drafts, strict=True):
+            if not draft.token_ids:
+                continue
+            if request.acceptance.chance(draft.match) < least:
+                request.acceptance.decline(draft.match)
+            else:
+                offers.append(_offer(request, draft))
+        return offers
+
+    def _price(self, num_rows: int, num_tokens: float) -> float:
+        """What a row must bring in tokens: what its time brings in this step otherwise."""
+        return self.cost.row * num_tokens / (1 + self.cost.row * num_rows)
+
     def _choose(self, offers: list[_Offer], num_requests: int) -> None:
         """Choose all lengths such that tokens per second are the most (Dinkelbach 1967)."""
-        row, num_rows, num_tokens = self.cost.row, num_requests, float(num_requests)
+        if not offers:
+            return
+        num_rows, num_tokens = num_requests, float(num_requests)
         for _ in range(ROUNDS):
-            price = row * num_tokens / (1 + row * num_rows)
+            price = self._price(num_rows, num_tokens)
             num_tokens = num_requests + sum(offer.take(price) for offer in offers)
             num_rows = num_requests + sum(offer.count for offer in offers)
         for offer in offers:

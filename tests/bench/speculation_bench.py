@@ -71,9 +71,9 @@ def measure(engine: Engine, make: Make, clients: int, options: argparse.Namespac
     speculation = engine.scheduler.speculation
     assert speculation is not None
 
-    def run(wanted: object) -> float:
+    def run(wanted: object) -> tuple[float, float]:
         engine.scheduler.speculation = wanted  # type: ignore[assignment]
-        return tokens_per_s(engine, requests, clients)
+        return run_once(engine, requests, clients)
 
     off, on = partial(run, None), partial(run, speculation)
     off()
@@ -86,14 +86,19 @@ def measure(engine: Engine, make: Make, clients: int, options: argparse.Namespac
     accepted = after.total_accepted_tokens - before.total_accepted_tokens
     share = (after.total_output_tokens - before.total_output_tokens) / 2
     return (
-        f"tokens/s {comparison(pairs, 1)} | drafted {drafted / share:.2f}, accepted "
+        f"tokens/s {comparison([(a[0], b[0]) for a, b in pairs], 1)} | tokens/CPU s "
+        f"{comparison([(a[1], b[1]) for a, b in pairs], 1)} | drafted {drafted / share:.2f}, accepted "
         f"{accepted / share:.2f} of each token | row {speculation.cost.row:.3f} of a step | "
         f"others {spread([others], 2)} cores"
     )
 
 
-def tokens_per_s(engine: Engine, requests: Sequence[GenerateRequest], clients: int) -> float:
-    queue, alive, tokens, start_s = list(requests), 0, 0, time.perf_counter()
+def run_once(
+    engine: Engine, requests: Sequence[GenerateRequest], clients: int
+) -> tuple[float, float]:
+    """Return tokens per second and per CPU second of this process."""
+    queue, alive, tokens = list(requests), 0, 0
+    start_s, start_cpu_s = time.perf_counter(), time.process_time()
     while queue or alive:
         while queue and alive < clients:
             engine.add_request(queue.pop())
@@ -103,7 +108,8 @@ def tokens_per_s(engine: Engine, requests: Sequence[GenerateRequest], clients: i
         tokens += sum(len(output.token_ids) for output in outputs)
         if engine.is_idle and alive:
             time.sleep(0.0005)  # an adapter is being read
-    return tokens / (time.perf_counter() - start_s)
+    wall_s, cpu_s = time.perf_counter() - start_s, time.process_time() - start_cpu_s
+    return tokens / wall_s, tokens / cpu_s
 
 
 # ==== requests ====
