@@ -87,8 +87,8 @@ def measure(engine: Engine, make: Make, clients: int, options: argparse.Namespac
     share = (after.total_output_tokens - before.total_output_tokens) / 2
     return (
         f"tokens/s {comparison([(a[0], b[0]) for a, b in pairs], 1)} | tokens/CPU s "
-        f"{comparison([(a[1], b[1]) for a, b in pairs], 1)} | drafted {drafted / share:.2f}, accepted "
-        f"{accepted / share:.2f} of each token | row {speculation.cost.row:.3f} of a step | "
+        f"{comparison([(a[1], b[1]) for a, b in pairs], 1)} | drafted {drafted / share:.2f}, "
+        f"accepted {accepted / share:.2f} of each token | row {speculation.cost.row:.3f} of a step | "
         f"others {spread([others], 2)} cores"
     )
 
