@@ -88,8 +88,8 @@ def measure(engine: Engine, make: Make, clients: int, options: argparse.Namespac
     return (
         f"tokens/s {comparison([(a[0], b[0]) for a, b in pairs], 1)} | tokens/CPU s "
         f"{comparison([(a[1], b[1]) for a, b in pairs], 1)} | drafted {drafted / share:.2f}, "
-        f"accepted {accepted / share:.2f} of each token | row {speculation.cost.row:.3f} of a step | "
-        f"others {spread([others], 2)} cores"
+        f"accepted {accepted / share:.2f} of each token | "
+        f"row {speculation.cost.row:.3f} of a step | others {spread([others], 2)} cores"
     )
 
 
