@@ -98,12 +98,14 @@ def test_drafts_change_no_answer(tiny: Tiny, tmp_path: Path, form: str) -> None:
     """In too little memory for all, with chunked prompts; all at once, so that batches differ."""
     requests = diverse_requests(tiny, tmp_path)
     changes = {"max_num_batched_tokens": 32, "max_model_len": 128, "structured_output": "off"}
-    plain = make_engine(tiny.folder, **changes, **FORMS[form])
-    drafting = make_engine(tiny.folder, speculation=NGRAM, **changes, **FORMS[form])
+    changes |= {**FORMS[form], "memory_bytes": 170_000}
+    plain = make_engine(tiny.folder, **changes)
+    drafting = make_engine(tiny.folder, speculation=NGRAM, **changes)
     expected = run(plain, requests)
     found = run_with_seer(drafting, requests, expected)
     compare(expected, found, is_exact=form != "torch")
     stats = drafting.stats
+    assert stats.total_preemptions > 0
     assert 0 < stats.total_accepted_tokens < stats.total_drafted_tokens
     assert stats.total_steps < 0.7 * plain.stats.total_steps
     last = found["r0", 0].last
