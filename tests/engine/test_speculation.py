@@ -107,7 +107,6 @@ def test_drafts_change_no_answer(tiny: Tiny, tmp_path: Path, form: str) -> None:
     stats = drafting.stats
     assert stats.total_preemptions > 0
     assert 0 < stats.total_accepted_tokens < stats.total_drafted_tokens
-    assert stats.total_steps < 0.7 * plain.stats.total_steps
     last = found["r0", 0].last
     assert last is not None and last.metrics is not None
     assert 0 < last.metrics.num_accepted_tokens < last.metrics.num_drafted_tokens
