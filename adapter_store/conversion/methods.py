@@ -36,7 +36,8 @@ def _loha(tensors: Tensors, setting: Setting, read: ReadWeight) -> Change:
     check_rank(setting, a1, a2)
     size = b1.shape[1] * b2.shape[1]
     if 2 * size > min(setting.shape):
-        whole: Any = (b1 @ a1) * (b2 @ a2) * np.float32(setting.scaling)
+        whole: Any = (b1 * np.float32(setting.scaling)) @ a1
+        whole *= b2 @ a2
         return whole
     b = (b1[:, :, None] * b2[:, None, :]).reshape(b1.shape[0], size)
     a = (a1[:, None, :] * a2[None, :, :]).reshape(size, a1.shape[1])
