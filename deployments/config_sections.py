@@ -111,7 +111,8 @@ class EngineSection(Section):
     num_threads: int | None = key(None, "threads of the engine on a CPU", unset="all cores")
     activations: str = key(
         "bf16",
-        "`int8` multiplies nf4 weights in integers: faster prompts, a little less exact",
+        "`int8` multiplies 4-bit weights (nf4, GPTQ, AWQ) in integers, on a CPU: faster with "
+        "several requests and in prompts, a little less exact",
     )
     output_layer: str = key(
         "auto",

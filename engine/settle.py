@@ -150,10 +150,10 @@ def _kv_dtype(config: EngineConfig, dtype: torch.dtype, device: torch.device) ->
 
 def _weight_format(config: EngineConfig, folder: Path) -> str:
     form = weight_format(folder, read_scheme(folder), config.quantization)
-    if config.activations == "int8" and form not in ("int8", "nf4"):
+    if config.activations == "int8" and form not in ("int8", "nf4", "int4"):
         raise ConfigError(
-            f"activations='int8' is only for linear layers in nf4 (int8 has them anyway), not "
-            f"{'dense ones' if form == 'none' else form}; use 'bf16'"
+            f"activations='int8' is only for linear layers in nf4 or int4 (int8 has them anyway), "
+            f"not {'dense ones' if form == 'none' else form}; use 'bf16'"
         )
     return form
 

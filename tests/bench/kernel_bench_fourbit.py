@@ -25,7 +25,7 @@ from engine.backends.native.memory import Blocks
 from engine.model.quantized_weight import QuantizedWeight
 
 SHAPES = {"qkv": (1152, 896), "o": (896, 896), "gate_up": (9728, 896), "down": (896, 4864)}
-FORMATS = ("nf4", "nf4_int8", "int4")
+FORMATS = ("nf4", "nf4_int8", "int4", "int4_int8")
 ROWS = (1, 8, 32, 128, 512)
 COPIES_BYTES = 160 * 2**20  # several times the largest cache
 SECONDS = 0.4  # per measurement
@@ -97,10 +97,10 @@ def _calls(
     """Make copies of one layer: functions of x that return the call to be timed."""
     if name == "bnb_nf4":
         return _bitsandbytes_calls(shape, group_size)
-    weight = random_weight("int4" if name == "int4" else "nf4", shape, group_size)
-    first = NativeLinear(context, weight, int8_activations=name == "nf4_int8")
+    weight, int8 = random_weight(name[:4].rstrip("_"), shape, group_size), name.endswith("_int8")
+    first = NativeLinear(context, weight, int8_activations=int8)
     copies = range(COPIES_BYTES // first.nbytes)
-    layers = [NativeLinear(context, weight, int8_activations=name == "nf4_int8") for _ in copies]
+    layers = [NativeLinear(context, weight, int8_activations=int8) for _ in copies]
     return [
         lambda x, layer=layer: _native_call(context, layer, x) for layer in layers
     ], first.nbytes

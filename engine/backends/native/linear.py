@@ -22,8 +22,9 @@ class NativeLinear:
 
     `weight` is bf16 [out, in] or quantized; `bias` is [out] of any float.
 
-    `int8_activations` rounds activations to int8 per row, faster and less exact, in formats that
-    support both (nf4). bf16 weights always use exact activations, int8 weights rounded ones.
+    `int8_activations` rounds activations to int8 per row and group, faster and less exact, in
+    formats that support both (nf4, int4). bf16 weights always use exact activations, int8 weights
+    ones rounded per row.
     `packer` is for another kernel than that of the weight's format.
     Raises ValueError for a weight that no kernel supports.
     """

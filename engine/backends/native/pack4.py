@@ -1,4 +1,4 @@
-"""Packs 4-bit weights for the native kernels: src/linear_nf4.cpp and src/linear_int4.cpp.
+"""Packs 4-bit weights for the native kernels: src/fourbit_bf16.h and src/fourbit_int8.h.
 
 Scales stay float32. The kernels hold the values of the codes in bf16 or int8, times a factor that
 keeps the rounding error small; the packed scales are divided by it.
@@ -15,12 +15,12 @@ from engine.model.quantized_weight import QuantizedWeight
 
 NF4_FACTOR = 1.4367  # for the table in bf16
 NF4_INT8_FACTOR = 124.114  # for the table in int8
-INT4_MIDDLE = 8  # the int4 kernel looks up code - 8, and receives 8 - zero
+INT4_MIDDLE = 8  # what codes count from in a weight without zero points
 GROUP_STEP = 32  # group sizes are multiples of it
-# Larger groups are split, with their scales repeated: kLargestGroup of src/fourbit.h. int8
-# activations come with sums of up to 64 inputs, so groups then have 64 or 32 inputs.
+# Larger groups are split, with their scales repeated: kLargestGroup of src/fourbit.h and
+# kLargestInt8Group of src/linear_layout.h, as int8 activations have scales of their own per group.
 LARGEST_GROUP = 256
-LARGEST_INT8_GROUP = 64
+LARGEST_INT8_GROUP = 128
 
 
 def pack_nf4(context: Context, weight: QuantizedWeight, int8_activations: bool) -> PackedWeight:
@@ -35,8 +35,8 @@ def pack_nf4(context: Context, weight: QuantizedWeight, int8_activations: bool) 
     return _pack(context, weight, structs.NF4, NF4_FACTOR)
 
 
-def pack_int4(context: Context, weight: QuantizedWeight, _: bool = False) -> PackedWeight:
-    """Pack a weight. Zeros may be any float; the kernel is equally exact for all of them.
+def pack_int4(context: Context, weight: QuantizedWeight, int8_activations: bool) -> PackedWeight:
+    """Pack a weight. Zeros may be any float; the kernels are equally exact for all of them.
 
     `group_size` must be a multiple of 32 that divides in_features, an `input_order` a permutation
     of the inputs. Raises ValueError.
@@ -44,24 +44,34 @@ def pack_int4(context: Context, weight: QuantizedWeight, _: bool = False) -> Pac
     if weight.zeros is None or weight.zeros.shape != weight.scales.shape:
         shape = None if weight.zeros is None else tuple(weight.zeros.shape)
         raise ValueError(f"zeros {shape}: expected {tuple(weight.scales.shape)}, as of scales")
-    return _pack(context, weight, structs.INT4, 1.0)
+    zeros = weight.zeros.float()
+    if not int8_activations:
+        return _pack(context, weight, structs.INT4, 1.0, INT4_MIDDLE - zeros)
+    is_symmetric = bool((zeros == INT4_MIDDLE).all())
+    return _pack(context, weight, structs.INT4_INT8, 1.0, None if is_symmetric else -zeros)
 
 
-def _pack(context: Context, weight: QuantizedWeight, format: int, factor: float) -> PackedWeight:
+def _pack(
+    context: Context,
+    weight: QuantizedWeight,
+    format: int,
+    factor: float,
+    zeros: Tensor | None = None,
+) -> PackedWeight:
     _check(weight)
-    largest = LARGEST_INT8_GROUP if format == structs.NF4_INT8 else LARGEST_GROUP
-    group_size = _packed_group_size(weight.group_size, largest)
+    is_int8 = format in (structs.NF4_INT8, structs.INT4_INT8)
+    group_size = _packed_group_size(
+        weight.group_size, LARGEST_INT8_GROUP if is_int8 else LARGEST_GROUP
+    )
     repeats = weight.group_size // group_size
     packed = context.blocks.cut(panels_of(weight.out_features) * PANEL * weight.in_features // 2)
     run_pack(context, format, weight.codes.contiguous(), packed, weight.in_features, group_size)
-    zeros, order = weight.zeros, weight.input_order
+    order = weight.input_order
     return PackedWeight(
         format,
         packed,
         scales=_by_panel(context.blocks, weight.scales.float() / factor, repeats),
-        zeros=None
-        if zeros is None
-        else _by_panel(context.blocks, INT4_MIDDLE - zeros.float(), repeats),
+        zeros=None if zeros is None else _by_panel(context.blocks, zeros, repeats),
         input_order=None if order is None else order.to(torch.int32).clone(),
         group_size=group_size,
     )

@@ -3,6 +3,8 @@
 //   y[row, out] = bias[out] + sum over groups g of scales[out, g] * dot(g)
 //   dot(g)      = sum over k in g of value(code[out, k]) * x[row, k]   (+ start(g), see the format)
 //
+// The sums of groups are added in turn (Format::add), whoever has computed them.
+//
 // Layout. A panel is 32 outputs, a step 8 neighbouring inputs. The codes of one step of a panel are
 // 128 bytes, a lane of four bytes for each output; the format defines the order of the eight codes
 // in a lane. The steps of two neighbouring groups alternate, so that both groups can be summed at
@@ -149,8 +151,8 @@ inline void add_groups(const Panel& panel, const typename Format::Values& values
                                     rows.stride, sums[g]);
     for (int g = 0; g < kGroups; ++g)
         for_sums<kRows>([&](auto row, auto half) {
-            const F16 sum = Format::to_float(sums[g][row][half]);
-            totals[row][half] = fma(sum, panel.scale(group + g, half), totals[row][half]);
+            totals[row][half] = Format::add(panel, rows, row, group + g, half, sums[g][row][half],
+                                            totals[row][half]);
         });
 }
 
@@ -224,7 +226,8 @@ void multiply_slice(const Panel& panel, const uint8_t* decoded, const typename F
         }
         for_sums<kRows>([&](auto row, auto half) {
             float* at = totals + row * kPanel + 16 * half;
-            store(at, fma(Format::to_float(sums[row][half]), panel.scale(group, half), load(at)));
+            store(at,
+                  Format::add(panel, rows, first + row, group, half, sums[row][half], load(at)));
         });
     }
 }
@@ -277,21 +280,39 @@ FewRows<Format> few_rows_of(int rows, std::integer_sequence<int, kIndex...>) {
 
 inline int ceil_div(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
 
-// Cuts a call into chunks: a block of rows, of nearly equal height, times a group of panels.
+// Cuts a call into chunks: a block of rows, of nearly equal height, times a group of panels. A row
+// takes `speed` hundredths of a nanosecond for each input of a panel.
 struct Cut {
     int panels, blocks, panels_per_chunk, chunks;
 
-    explicit Cut(const ReefLinearArgs& args)
-        : panels(reef::panels_of(*args.linear)), blocks(ceil_div(args.rows, kBlockRows)) {
+    Cut(const ReefLinearArgs& args, int block_rows, int64_t speed)
+        : panels(reef::panels_of(*args.linear)), blocks(ceil_div(args.rows, block_rows)) {
         // nanoseconds of one thread for a panel and a block: reading or multiplying, whichever is
         // longer
         const int64_t inputs = args.linear->in_features, rows = ceil_div(args.rows, blocks);
-        const int64_t cost = 1 + inputs * (20 > 9 * rows ? 20 : 9 * rows) / 30;
+        const int64_t cost = 1 + inputs * (66 > speed * rows ? 66 : speed * rows) / 100;
         const int64_t share = cost * panels * blocks / 64;
         const int64_t wanted = share < 2500 ? 2500 : share > 20000 ? 20000 : share;
         panels_per_chunk = wanted / cost < panels ? static_cast<int>(wanted / cost) : panels;
         if (panels_per_chunk < 1) panels_per_chunk = 1;
         chunks = ceil_div(panels, panels_per_chunk) * blocks;
+    }
+};
+
+// Multiplies with vector instructions.
+template <class Format>
+struct Vectors {
+    static Cut cut(const ReefLinearArgs& args) { return Cut(args, kBlockRows, 30); }
+    // Multiplies panels [panel, end) by rows [first, first + count).
+    static void run(const ReefLinearArgs& args, int first, int count, int panel, int end) {
+        const typename Format::Rows rows = Format::rows(args);
+        if (args.rows > kFewRows) {
+            for (; panel < end; ++panel) many_rows<Format>(args, rows, first, count, panel);
+        } else {
+            const auto kernel =
+                few_rows_of<Format>(count, std::make_integer_sequence<int, kFewRows>{});
+            for (; panel < end; ++panel) kernel(args, rows, panel);
+        }
     }
 };
 
@@ -306,39 +327,31 @@ int place_of(int chunk, int chunks) {
     return region * size + (region < longer ? region : longer) + turn / kRegions;
 }
 
-template <class Format>
-void run_place(const ReefLinearArgs& args, const Cut& cut, int place) {
-    const int block = place % cut.blocks;
-    const int first = static_cast<int>(int64_t{args.rows} * block / cut.blocks);
-    const int count = static_cast<int>(int64_t{args.rows} * (block + 1) / cut.blocks) - first;
-    const typename Format::Rows rows = Format::rows(args);
-    int panel = place / cut.blocks * cut.panels_per_chunk;
-    const int end =
-        panel + cut.panels_per_chunk < cut.panels ? panel + cut.panels_per_chunk : cut.panels;
-    if (args.rows > kFewRows) {
-        for (; panel < end; ++panel) many_rows<Format>(args, rows, first, count, panel);
-    } else {
-        const auto kernel = few_rows_of<Format>(count, std::make_integer_sequence<int, kFewRows>{});
-        for (; panel < end; ++panel) kernel(args, rows, panel);
-    }
-}
-
-template <class Format, int kRegions>
+template <class Kernel, int kRegions>
 void run_chunk(const void* p, int chunk) {
     const auto& args = *static_cast<const ReefLinearArgs*>(p);
-    const Cut cut(args);
-    run_place<Format>(args, cut, place_of<kRegions>(chunk, cut.chunks));
+    const Cut cut = Kernel::cut(args);
+    const int place = place_of<kRegions>(chunk, cut.chunks), block = place % cut.blocks;
+    const int first = static_cast<int>(int64_t{args.rows} * block / cut.blocks);
+    const int last = static_cast<int>(int64_t{args.rows} * (block + 1) / cut.blocks);
+    const int panel = place / cut.blocks * cut.panels_per_chunk, end = panel + cut.panels_per_chunk;
+    Kernel::run(args, first, last - first, panel, end < cut.panels ? end : cut.panels);
+}
+
+template <class Kernel>
+reef::Task task_of(const ReefLinearArgs* args, int threads) {
+    const int chunks = Kernel::cut(*args).chunks;
+    if (threads >= 16) return {run_chunk<Kernel, 16>, args, chunks};
+    if (threads >= 8) return {run_chunk<Kernel, 8>, args, chunks};
+    if (threads >= 4) return {run_chunk<Kernel, 4>, args, chunks};
+    if (threads == 3) return {run_chunk<Kernel, 3>, args, chunks};
+    if (threads == 2) return {run_chunk<Kernel, 2>, args, chunks};
+    return {run_chunk<Kernel, 1>, args, chunks};
 }
 
 template <class Format>
 reef::Task task(const ReefLinearArgs* args, int threads) {
-    const int chunks = Cut(*args).chunks;
-    if (threads >= 16) return {run_chunk<Format, 16>, args, chunks};
-    if (threads >= 8) return {run_chunk<Format, 8>, args, chunks};
-    if (threads >= 4) return {run_chunk<Format, 4>, args, chunks};
-    if (threads == 3) return {run_chunk<Format, 3>, args, chunks};
-    if (threads == 2) return {run_chunk<Format, 2>, args, chunks};
-    return {run_chunk<Format, 1>, args, chunks};
+    return task_of<Vectors<Format>>(args, threads);
 }
 
 }  // namespace fourbit

@@ -75,6 +75,7 @@ std::string describe_enums() {
     add_value(&text, "NF4_INT8", REEF_NF4_INT8);
     add_value(&text, "INT4", REEF_INT4);
     add_value(&text, "INT8_WIDE", REEF_INT8_WIDE);
+    add_value(&text, "INT4_INT8", REEF_INT4_INT8);
     text += "\nenum KvFormat";
     add_value(&text, "BF16", REEF_KV_BF16);
     add_value(&text, "INT8", REEF_KV_INT8);

@@ -9,21 +9,6 @@ namespace REEF_ISA {
 
 using reef::kPanel;
 
-// Locates the quantized activations in ReefLinearArgs::scratch, for formats that multiply integers:
-//     q       int8 [rows, stride], stride = in_features rounded up to 64, zeros behind the inputs
-//     scales  float [rows]: x = q * scale, scale = max |x| / 127
-//     sums    int32 [rows, stride / 64]: of each 64 neighbouring q
-//     totals  int32 [rows]: of all q of a row
-struct QuantizedRows {
-    int8_t* q;
-    int64_t stride;
-    float* scales;
-    int32_t* sums;
-    int32_t* totals;
-};
-QuantizedRows quantized_rows(const ReefLinearArgs* args);
-reef::Task quantize_rows(const ReefLinearArgs* args, int threads);
-
 // Return the prepare tasks. bf16 and int8 bring many rows of x into tiles (linear_tiles.h).
 reef::Task tile_bf16(const ReefLinearArgs* args, int threads);
 reef::Task quantize_and_tile_rows(const ReefLinearArgs* args, int threads);
@@ -33,8 +18,9 @@ reef::Task round_wide_rows(const ReefLinearArgs* args);
 reef::Task linear_bf16(const ReefLinearArgs* args, int threads);
 reef::Task linear_int8(const ReefLinearArgs* args, int threads);
 reef::Task linear_nf4(const ReefLinearArgs* args, int threads);
-reef::Task linear_nf4_int8(const ReefLinearArgs* args, int threads);
 reef::Task linear_int4(const ReefLinearArgs* args, int threads);
 reef::Task linear_int8_wide(const ReefLinearArgs* args);
+reef::Task linear_nf4_int8(const ReefLinearArgs* args, int threads);
+reef::Task linear_int4_int8(const ReefLinearArgs* args, int threads);
 
 }  // namespace REEF_ISA

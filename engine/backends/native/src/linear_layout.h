@@ -16,15 +16,23 @@ inline int panels_of(const ReefLinear& linear) {
     return (linear.out_features + kPanel - 1) / kPanel;
 }
 
-// Computes the offsets of the quantized rows in scratch (QuantizedRows in linear.h) and their end.
-struct QuantizedLayout {
-    int64_t stride, scales, sums, totals, end;
+constexpr int kLargestInt8Group = 128;  // of 4-bit layers with int8 activations
 
-    QuantizedLayout(int in_features, int64_t rows)
-        : stride(round_up(in_features, 64)),
+// Returns the bytes between rows of quantized activations. Were it a multiple of 1 KiB, the rows
+// that are multiplied together would compete for a few sets of the cache.
+constexpr int64_t quantized_stride(int in_features) {
+    const int64_t stride = round_up(in_features, 64);
+    return stride % 1024 == 0 ? stride + 64 : stride;
+}
+
+// Computes the offsets of QuantizedRows (quantize.h) in scratch, and their end.
+struct RowsLayout {
+    int64_t stride, scales, totals, end;
+
+    RowsLayout(int in_features, int64_t rows)
+        : stride(quantized_stride(in_features)),
           scales(rows * stride),
-          sums(scales + round_up(rows * 4, 64)),
-          totals(sums + rows * (stride / 64) * 4),
+          totals(scales + round_up(rows * 4, 64)),
           end(round_up(totals + rows * 4, 64)) {}
 };
 
@@ -37,6 +45,18 @@ struct WideLayout {
           scales(rows * 2 * stride),
           totals(scales + rows * 4),
           end(round_up(totals + rows * 8, 64)) {}
+};
+
+// Computes the offsets of QuantizedGroups in scratch, and their end.
+struct GroupsLayout {
+    int64_t stride, groups, scales, sums, end;
+
+    GroupsLayout(const ReefLinear& linear, int64_t rows)
+        : stride(quantized_stride(linear.in_features)),
+          groups(linear.in_features / linear.group_size),
+          scales(rows * stride),
+          sums(scales + round_up(rows * groups * 4, 64)),
+          end(round_up(sums + rows * groups * 4, 64)) {}
 };
 
 // Computes the offsets in scratch of what int4 prepares: x in the order of the weight's columns,
@@ -52,10 +72,12 @@ struct Int4Layout {
 // Returns the bytes of scratch of a linear layer: bf16 keeps x in tiles, int8 keeps quantized rows
 // and the same rows in tiles.
 inline int64_t linear_scratch_bytes(const ReefLinear& linear, int rows) {
-    const int64_t quantized = QuantizedLayout(linear.in_features, rows).end;
     switch (linear.format) {
-        case REEF_INT8: return quantized + rows * round_up(linear.in_features, 4);
-        case REEF_NF4_INT8: return quantized;
+        case REEF_INT8:
+            return RowsLayout(linear.in_features, rows).end +
+                   rows * round_up(linear.in_features, 4);
+        case REEF_NF4_INT8:
+        case REEF_INT4_INT8: return GroupsLayout(linear, rows).end;
         case REEF_NF4: return 0;
         case REEF_INT4: return Int4Layout(linear, rows).end;
         case REEF_INT8_WIDE: return WideLayout(linear.in_features, rows).end;

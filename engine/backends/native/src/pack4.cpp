@@ -2,7 +2,7 @@
 // steps of two neighbouring groups alternate (fourbit.h).
 //
 // The eight codes of an output and a step stay one 32-bit word, in which they are reordered
-// (fourbit_bf16.h, linear_nf4.cpp). Outputs that fill up the last panel have code 0 and scale 0.
+// (fourbit_bf16.h, fourbit_int8.h). Outputs that fill up the last panel have code 0 and scale 0.
 #include <algorithm>
 #include <cstring>
 
@@ -66,7 +66,7 @@ void pack_panel(const void* p, int panel) {
 
 Task pack_fourbit(const ReefPackArgs* args) {
     const int panels = (args->out_features + kPanel - 1) / kPanel;
-    const bool int8 = args->format == REEF_NF4_INT8;
+    const bool int8 = args->format == REEF_NF4_INT8 || args->format == REEF_INT4_INT8;
     return {int8 ? pack_panel<halves_apart> : pack_panel<neighbours_apart>, args, panels};
 }
 
