@@ -155,7 +155,7 @@ class EngineInfo:
     eos_token_ids: tuple[int, ...]
     device: str
     dtype: str
-    kernels: str  # native-avx512, native-avx2, torch or triton
+    kernels: str  # native-amx, native-avx512, native-avx2, torch or triton
     weight_bytes: int
     hidden_size: int = 0  # of an embedding
     named_eos_token_ids: tuple[int, ...] = ()  # of eos_token_ids, without the tokenizer's own

@@ -23,7 +23,7 @@ class LoadedModel:
     pack_adapter: Callable[[LoraWeights], HostAdapter]  # may run in any thread
     decoder: Decoder
     weight_bytes: int
-    kernels: str  # one of native-avx512, native-avx2, triton or torch
+    kernels: str  # one of native-amx, native-avx512, native-avx2, triton or torch
     max_adapters: int | None = None  # on the device at a time
     kinds: frozenset[Kind] = frozenset()  # what of adapters is computed beside their factors
 

@@ -19,13 +19,15 @@ SOURCES = Path(__file__).parent / "src"
 LIBRARY_FOLDER = Path(__file__).parent / "lib"
 COMPILERS = ("g++", "clang++", "c++")
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=default", "-Wall", "-Wextra", "-Werror")
+AVX512 = (
+    *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16"),
+    *("-mavx512vnni", "-mavx512vbmi", "-mavx2", "-mfma", "-mprefer-vector-width=512"),
+)
 ISAS = {
     "avx2": ("-mavx2", "-mfma"),
-    "avx512": (
-        *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16"),
-        *("-mavx512vnni", "-mavx512vbmi", "-mavx2", "-mfma", "-mprefer-vector-width=512"),
-    ),
+    "avx512": AVX512,
 }
+AMX = (*AVX512, "-mamx-tile", "-mamx-int8")  # sources amx*.cpp, which belong to avx512
 # compiled once; every other source is compiled once per instruction set
 PLAIN = ("layout.cpp", "pack.cpp", "pack4.cpp", "pool.cpp", "program.cpp", "reef.cpp")
 
@@ -55,7 +57,7 @@ def library_name() -> str:
     digest = hashlib.sha256()
     for path in sorted(SOURCES.iterdir()):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    digest.update(repr((FLAGS, ISAS)).encode())
+    digest.update(repr((FLAGS, ISAS, AMX)).encode())
     return f"libreef-{digest.hexdigest()[:16]}.so"
 
 
@@ -89,12 +91,17 @@ def _folders() -> tuple[Path, Path]:
 
 def _compilations(compiler: str, scratch: Path, extra_flags: tuple[str, ...]):
     for source in sorted(SOURCES.glob("*.cpp")):
-        isas = {"plain": ()} if source.name in PLAIN else ISAS
-        for isa, flags in isas.items():
+        for isa, flags in _isas(source).items():
             target = scratch / f"{source.stem}-{isa}.o"
             define = [f"-DREEF_ISA={isa}"] if flags else []
             command = [compiler, *FLAGS, *flags, *define, *extra_flags]
             yield target, [*command, "-c", str(source), "-o", str(target)]
+
+
+def _isas(source: Path) -> dict[str, tuple[str, ...]]:
+    if source.name in PLAIN:
+        return {"plain": ()}
+    return {"avx512": AMX} if source.name.startswith("amx") else ISAS
 
 
 def _run(command: list[str]) -> None:

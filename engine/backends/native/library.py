@@ -16,7 +16,7 @@ from engine.backends.native.memory import Blocks
 
 log = logging.getLogger(__name__)
 
-ISAS = ("none", "avx2", "avx512")  # indexed by the library's numbers for them
+ISAS = ("none", "avx2", "avx512", "amx")  # indexed by the library's numbers for them
 
 
 class Context:

@@ -4,10 +4,13 @@
 #include "pool.h"
 
 namespace avx2 { extern const reef::Kernels table; }
-namespace avx512 { extern const reef::Kernels table; }
+namespace avx512 {
+extern const reef::Kernels table;
+reef::Kernels with_amx(reef::Kernels table);
+}  // namespace avx512
 
 struct ReefContext {
-    const reef::Kernels& kernels;
+    const reef::Kernels kernels;
     reef::Pool pool;
 
     ReefContext(const reef::Kernels& table, int threads) : kernels(table), pool(threads) {}

@@ -45,7 +45,8 @@ struct Tiling {
     int blocks;  // of tiles
     int groups;  // of panels
 
-    Tiling(const ReefLinearArgs& args, int words);
+    // Kernels with other tiles multiply `speed` times as fast.
+    Tiling(const ReefLinearArgs& args, int words, int tile_rows = kTileRows, int speed = 1);
     int first_row(int tile, int rows) const { return share(tile, tiles, rows); }
     int first_tile(int block) const { return share(block, blocks, tiles); }
     // Returns the first panel of a group. Each pair of groups is longer than the pair before: the
@@ -73,15 +74,15 @@ inline int64_t groups_of(int64_t cost, int64_t most) {
     return std::max<int64_t>(std::min(cost / 24000, most) / 8 * 8, 8);
 }
 
-inline Tiling::Tiling(const ReefLinearArgs& args, int num_words)
+inline Tiling::Tiling(const ReefLinearArgs& args, int num_words, int tile_rows, int speed)
     : words(num_words), panels(reef::panels_of(*args.linear)) {
     constexpr int64_t kBlockBytes = 256 * 1024;
-    tiles = (args.rows + kTileRows - 1) / kTileRows;
-    const int64_t fitting = std::max<int64_t>(kBlockBytes / (int64_t{4} * kTileRows * words), 1);
+    tiles = (args.rows + tile_rows - 1) / tile_rows;
+    const int64_t fitting = std::max<int64_t>(kBlockBytes / (int64_t{4} * tile_rows * words), 1);
     blocks = static_cast<int>((tiles + fitting - 1) / fitting);
     // nanoseconds of one thread for a block: reading or multiplying, whichever is longer
     const int64_t reading = panels * panel_bytes() / 26;
-    const int64_t multiplying = panels * int64_t{args.rows} * words / blocks * 6 / 10;
+    const int64_t multiplying = panels * int64_t{args.rows} * words / blocks * 6 / (10 * speed);
     const int64_t wanted = groups_of(std::max(reading, multiplying), 256 / blocks);
     groups = static_cast<int>(std::min<int64_t>(panels, wanted));
 }

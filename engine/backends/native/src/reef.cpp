@@ -1,23 +1,56 @@
 // Exports the C ABI: a context, which has its threads and the kernels of one instruction set, and
 // each kernel by itself. program.cpp runs many kernels in one call.
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
 #include "context.h"
+
+namespace {
+
+bool has_avx512() {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni") &&
+           __builtin_cpu_supports("avx512vbmi");
+}
+
+// Asks the kernel for the tile registers, which it gives to a process that wants them. It refuses
+// where the processor has none, or where a thread's stack for signals is too small for them.
+bool has_amx() {
+    constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM
+    unsigned eax, ebx, ecx, edx;
+    if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return false;
+    constexpr unsigned kTile = 1u << 24, kInt8 = 1u << 25;
+    if ((edx & kTile) == 0 || (edx & kInt8) == 0) return false;
+    return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+
+int best_isa() {
+    if (has_avx512()) return has_amx() ? 3 : 2;
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? 1 : 0;
+}
+
+reef::Kernels kernels_of(int isa) {
+    if (isa == 3) return avx512::with_amx(avx512::table);
+    return isa == 2 ? avx512::table : avx2::table;
+}
+
+}  // namespace
 
 extern "C" {
 
-// Returns the best instruction set of this machine: 2 avx512 (bf16, VNNI), 1 avx2, 0 neither.
+// Returns the best instruction set of this machine: 3 amx (avx512, and tiles of int8), 2 avx512
+// (bf16, VNNI), 1 avx2, 0 none of them.
 int reef_best_isa() {
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni") &&
-        __builtin_cpu_supports("avx512vbmi"))
-        return 2;
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? 1 : 0;
+    static const int best = best_isa();
+    return best;
 }
 
 // Opens a context, or returns null where this machine lacks the instruction set.
 ReefContext* reef_open(int isa, int threads) {
     if (isa < 1 || isa > reef_best_isa() || threads < 1) return nullptr;
-    return new ReefContext(isa == 2 ? avx512::table : avx2::table, threads);
+    return new ReefContext(kernels_of(isa), threads);
 }
 
 void reef_close(ReefContext* context) { delete context; }

@@ -62,7 +62,7 @@ inline F16 power_of_two(F16 n) {  // 2^n for whole n
 inline F16 widen(__m256i a) {
     return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(a), 16))};
 }
-inline __m256i narrow(F16 a) {  // not _mm512_cvtneps_pbh: it flushes denormals to zero
+inline __m256i narrow_in_steps(F16 a) {
     const __m512i bits = _mm512_castps_si512(a.v);
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
     const __m512i rounded =
@@ -71,6 +71,11 @@ inline __m256i narrow(F16 a) {  // not _mm512_cvtneps_pbh: it flushes denormals 
     const __m512i quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x400000));
     return _mm512_cvtepi32_epi16(
         _mm512_srli_epi32(_mm512_mask_blend_epi32(is_nan, rounded, quiet), 16));
+}
+inline __m256i narrow(F16 a) {  // _mm512_cvtneps_pbh alone would flush denormals to zero
+    constexpr int kDenormal = 0x20;
+    if (__builtin_expect(_mm512_fpclass_ps_mask(a.v, kDenormal) != 0, 0)) return narrow_in_steps(a);
+    return (__m256i)_mm512_cvtneps_pbh(a.v);
 }
 inline F16 load(const bf16* p) {
     return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));

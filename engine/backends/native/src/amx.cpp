@@ -1,0 +1,39 @@
+// Selects the linear layers that are computed in AMX tiles.
+#include "linear_amx.h"
+#include "quantize.h"
+#include "table.h"
+
+namespace REEF_ISA {
+namespace {
+
+// From so many rows on tiles are faster than vector instructions.
+constexpr int kInt8Rows = 8, kFourbitRows = 20;
+
+bool uses_tiles(const ReefLinearArgs& args) {
+    switch (args.linear->format) {
+        case REEF_INT8: return args.rows >= kInt8Rows;
+        case REEF_NF4_INT8:
+        case REEF_INT4_INT8: return args.rows >= kFourbitRows;
+        default: return false;
+    }
+}
+
+reef::Task prepare(const ReefLinearArgs* args, int threads) {
+    if (!uses_tiles(*args)) return linear_prepare(args, threads);
+    return args->linear->format == REEF_INT8 ? quantize_rows(args) : quantize_groups(args);
+}
+
+reef::Task multiply(const ReefLinearArgs* args, int threads) {
+    if (!uses_tiles(*args)) return linear(args, threads);
+    return args->linear->format == REEF_INT8 ? amx_int8(args) : amx_fourbit(args, threads);
+}
+
+}  // namespace
+
+reef::Kernels with_amx(reef::Kernels table) {
+    table.linear_prepare = prepare;
+    table.linear = multiply;
+    return table;
+}
+
+}  // namespace REEF_ISA

@@ -1,0 +1,121 @@
+// Multiplies int8 weights by many rows of int8 activations (linear_int8.h), in AMX tiles.
+//
+// A tile of weights is 16 words of a panel, as they are packed; a tile of x is 64 inputs of 16
+// rows, as they are quantized. Each panel is multiplied by 32 rows at a time.
+#include "amx.h"
+#include "linear_amx.h"
+#include "linear_int8.h"
+#include "linear_tiles.h"
+
+namespace REEF_ISA {
+namespace {
+
+constexpr int kRows = 2 * kAmxRows;
+constexpr int kStepWords = kAmxDepth / 4;
+constexpr int kStepBytes = kStepWords * kPanel * 4;
+constexpr int kPanelAhead = 2 * kStepBytes;
+
+inline void prefetch(const uint8_t* step) {
+    for (int i = 0; i < kStepBytes; i += 64)
+        _mm_prefetch(reinterpret_cast<const char*>(step + i), _MM_HINT_T0);
+}
+
+template <bool kBoth>
+inline void multiply_step(const int8_t* x, int64_t stride, const uint8_t* weights) {
+    _tile_loadd(4, x, stride);
+    _tile_loadd(6, weights, kPanel * 4);
+    _tile_dpbsud(0, 4, 6);
+    _tile_loadd(7, weights + kPanel * 2, kPanel * 4);
+    _tile_dpbsud(1, 4, 7);
+    if constexpr (kBoth) {
+        _tile_loadd(5, x + kAmxRows * stride, stride);
+        _tile_dpbsud(2, 5, 6);
+        _tile_dpbsud(3, 5, 7);
+    }
+}
+
+struct AmxInt8 {
+    const ReefLinearArgs& args;
+    const QuantizedRows x;
+    const Tiling tiling;
+    AmxTiles tiles;
+
+    explicit AmxInt8(const ReefLinearArgs& all)
+        : args(all),
+          x(quantized_rows(all)),
+          tiling(all, static_cast<int>(reef::round_up(all.linear->in_features, 4) / 4), kRows, 5) {}
+
+    // Multiplies all blocks of rows [row, end) by one panel.
+    void multiply_panel(int panel, int row, int end) {
+        const auto* weights = static_cast<const uint8_t*>(args.linear->packed) +
+                              int64_t{panel} * tiling.panel_bytes();
+        const int whole = tiling.words / kStepWords * kStepWords;
+        alignas(64) uint8_t rest[kStepBytes];  // the last words: tiles must not read beyond them
+        std::memcpy(rest, weights + int64_t{whole} * kPanel * 4,
+                    static_cast<size_t>(tiling.words - whole) * kPanel * 4);
+        bool is_first = true;
+        for (; row < end; row += kRows, is_first = false) {
+            const int count = std::min(end - row, kRows);
+            tiles.shape(std::min(count, kAmxRows), std::max(count - kAmxRows, 0), kAmxDepth);
+            if (count > kAmxRows) multiply_rows<true>(weights, rest, row, is_first);
+            else multiply_rows<false>(weights, rest, row, is_first);
+            write(panel * kPanel, row, count);
+        }
+    }
+
+private:
+    alignas(64) int32_t sums_[kRows][kPanel];
+
+    // Computes sums_. The rest of `rest` is multiplied by the zeros behind the inputs of x.
+    template <bool kBoth>
+    void multiply_rows(const uint8_t* weights, const uint8_t* rest, int row, bool prefetches) {
+        const int8_t* q = x.q + row * x.stride;
+        const int steps = tiling.words / kStepWords;
+        _tile_zero(0);
+        _tile_zero(1);
+        if constexpr (kBoth) {
+            _tile_zero(2);
+            _tile_zero(3);
+        }
+        for (int step = 0; step < steps; ++step, weights += kStepBytes, q += kAmxDepth) {
+            if (prefetches) prefetch(weights + kPanelAhead);
+            multiply_step<kBoth>(q, x.stride, weights);
+        }
+        if (tiling.words % kStepWords) multiply_step<kBoth>(q, x.stride, rest);
+        _tile_stored(0, sums_[0], kPanel * 4);
+        _tile_stored(1, sums_[0] + kPanel / 2, kPanel * 4);
+        if constexpr (kBoth) {
+            _tile_stored(2, sums_[kAmxRows], kPanel * 4);
+            _tile_stored(3, sums_[kAmxRows] + kPanel / 2, kPanel * 4);
+        }
+    }
+
+    void write(int output, int row, int count) {
+        for (int half = 0; half < kPanel && output + half < args.linear->out_features;
+             half += kPanel / 2) {
+            const Int8Outputs outputs(args, output + half);
+            for (int r = 0; r < count; ++r)
+                put(args, row + r, output + half, outputs.of(x, row + r, load(sums_[r] + half)));
+        }
+    }
+};
+
+void multiply_chunk(const void* p, int chunk) {
+    const auto& args = *static_cast<const ReefLinearArgs*>(p);
+    AmxInt8 layer(args);
+    const Tiling& tiling = layer.tiling;
+    const int group = chunk / tiling.blocks, block = chunk % tiling.blocks;
+    const int row = tiling.first_tile(block) * kRows;
+    const int end = std::min(tiling.first_tile(block + 1) * kRows, args.rows);
+    for (int panel = tiling.first_panel(group); panel < tiling.first_panel(group + 1); ++panel)
+        layer.multiply_panel(panel, row, end);
+}
+
+}  // namespace
+
+reef::Task amx_int8(const ReefLinearArgs* args) {
+    const AmxInt8 layer(*args);
+    return {multiply_chunk, args, layer.tiling.groups * layer.tiling.blocks};
+}
+
+}  // namespace REEF_ISA

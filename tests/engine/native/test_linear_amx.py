@@ -1,0 +1,155 @@
+"""Tests that linear layers computed in AMX tiles have the bits of those computed by vectors.
+
+The others are tested against plain torch; here every result must equal theirs.
+"""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from engine.backends.native import structs
+from engine.backends.native.build import BuildError
+from engine.backends.native.library import Context, supported_isas
+from engine.backends.native.linear import NativeLinear
+from engine.backends.native.memory import Blocks
+from engine.model.quantized_weight import QuantizedWeight
+
+ROWS = [1, 3, 4, 5, 15, 16, 17, 31, 33, 48, 65, 131, 300]
+FORMATS = ["int8", "nf4", "int4", "int4-ordered", "int4-symmetric"]
+
+
+def _has_amx() -> bool:
+    try:
+        return "amx" in supported_isas()
+    except BuildError:
+        return False
+
+
+pytestmark = pytest.mark.skipif(not _has_amx(), reason="this machine has no AMX, or no compiler")
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.fixture(params=[1, 3], ids="{}-threads".format)
+def amx(request: pytest.FixtureRequest) -> Iterator[Context]:
+    opened = Context("amx", request.param)
+    yield opened
+    opened.close()
+
+
+@pytest.fixture(scope="module")
+def vectors() -> Iterator[Context]:
+    opened = Context("avx512", 2)
+    yield opened
+    opened.close()
+
+
+@pytest.mark.parametrize(
+    ("out_features", "in_features"),
+    [(1, 1), (3, 7), (33, 65), (64, 130), (70, 897), (129, 1026), (40, 4096), (577, 576)],
+)
+def test_int8_has_the_bits_of_the_vector_kernel(
+    amx: Context, vectors: Context, out_features: int, in_features: int
+) -> None:
+    weight, bias = _int8_weight(out_features, in_features), torch.randn(out_features)
+    _compare(NativeLinear(amx, weight, bias), NativeLinear(vectors, weight, bias), ROWS)
+
+
+@pytest.mark.parametrize("format", FORMATS[1:])
+@pytest.mark.parametrize(
+    ("out_features", "in_features", "group_size"),
+    [(1, 32, 32), (33, 224, 32), (77, 448, 64), (100, 640, 128), (31, 288, 96), (45, 2048, 512)],
+)
+def test_fourbit_has_the_bits_of_the_vector_kernel(
+    amx: Context,
+    vectors: Context,
+    format: str,
+    out_features: int,
+    in_features: int,
+    group_size: int,
+) -> None:
+    weight = _fourbit_weight(format, out_features, in_features, group_size)
+    bias = torch.randn(out_features)
+    a, b = (NativeLinear(c, weight, bias, int8_activations=True) for c in (amx, vectors))
+    _compare(a, b, ROWS)
+
+
+def test_int8_does_not_overflow_where_every_product_is_the_largest(
+    amx: Context, vectors: Context
+) -> None:
+    codes = torch.full((40, 16384), -128, dtype=torch.int8)
+    codes[1::2] = 127
+    weight = QuantizedWeight("int8", codes, torch.ones(40, 1), 16384)
+    x = torch.ones(20, 16384).bfloat16()
+    x[1::2] = -1
+    a, b = NativeLinear(amx, weight), NativeLinear(vectors, weight)
+    assert torch.equal(a(x, torch.float32), b(x, torch.float32))
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_nan_and_infinity_stay_in_their_row(amx: Context, format: str) -> None:
+    layer, x = _layer(amx, format), torch.randn(40, 192).bfloat16()
+    clean = layer(x)
+    x[1, 0], x[33, 100] = NAN, INF
+    y = layer(x)
+    assert not y[[1, 33]].isfinite().any()
+    y[[1, 33]] = clean[[1, 33]]
+    assert torch.equal(y, clean)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_nothing_is_written_outside_y_and_scratch(amx: Context, format: str) -> None:
+    layer = _layer(amx, format)
+    run = amx.function("linear", structs.ReefLinearArgs)
+    for rows in (5, 17, 40):
+        x = torch.randn(rows, 192).bfloat16()
+        y = torch.full((rows, 60), 7.0)
+        scratch_bytes = layer.scratch_bytes(rows)
+        scratch = Blocks().cut(scratch_bytes + 64).fill_(99)
+        run(layer.args(x, y[:, :41], scratch))
+        assert torch.equal(y[:, :41], layer(x, torch.float32))
+        assert (y[:, 41:] == 7).all() and (scratch[scratch_bytes:] == 99).all()
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_rows_may_be_strided_and_y_in_bfloat16(amx: Context, format: str) -> None:
+    layer, wide = _layer(amx, format), torch.randn(40, 250).bfloat16()
+    x = wide[:, 3:195]
+    assert torch.equal(layer(x), layer(x.contiguous(), torch.float32).bfloat16())
+
+
+# ==== layers ====
+
+
+def _compare(a: NativeLinear, b: NativeLinear, counts: list[int]) -> None:
+    x = torch.randn(max(counts), a.in_features).bfloat16() * torch.rand(max(counts), 1) * 10
+    x = x.bfloat16()
+    expected = b(x, torch.float32)
+    for rows in counts:
+        assert torch.equal(a(x[:rows], torch.float32), expected[:rows]), rows
+    assert torch.equal(a(x[7:40], torch.float32), expected[7:40])
+
+
+def _layer(context: Context, format: str) -> NativeLinear:
+    weight = _int8_weight(41, 192) if format == "int8" else _fourbit_weight(format, 41, 192, 64)
+    return NativeLinear(context, weight, torch.randn(41), int8_activations=True)
+
+
+def _int8_weight(out_features: int, in_features: int) -> QuantizedWeight:
+    codes = torch.randint(-128, 128, (out_features, in_features), dtype=torch.int8)
+    return QuantizedWeight("int8", codes, torch.rand(out_features, 1) + 0.01, in_features)
+
+
+def _fourbit_weight(
+    format: str, out_features: int, in_features: int, group_size: int
+) -> QuantizedWeight:
+    codes = torch.randint(0, 256, (out_features, in_features // 2), dtype=torch.uint8)
+    scales = torch.rand(out_features, in_features // group_size) + 0.5
+    zeros: Tensor | None = None
+    if format != "nf4":
+        zeros = torch.rand(scales.shape) * 16
+    if format == "int4-symmetric":
+        zeros = torch.full(scales.shape, 8.0)
+    order = torch.randperm(in_features).int() if format == "int4-ordered" else None
+    return QuantizedWeight(format.partition("-")[0], codes, scales, group_size, zeros, order)
