@@ -30,8 +30,10 @@ from deployments.room import free_room, needs_of
 
 # Ray's own limit is far above ours: requests are counted at the engine.
 MAX_ONGOING = 100_000
-# Seconds between two reports of figures to routers, and to the autoscaler.
+# Seconds between two reports of figures to routers, and to the autoscaler. A router that has no
+# choice needs them for the time of a redeploy alone.
 ROUTING_STATS_PERIOD_S = 0.5
+LONE_ROUTING_STATS_PERIOD_S = 5.0
 SCALING_STATS_PERIOD_S = 1.0
 # Extra time after a drain: last frames, slow observers, engine exit.
 STOP_MARGIN_S = 10.0
@@ -128,7 +130,9 @@ def _router_options(keep_s: float, model: ModelSection) -> dict[str, Any]:
     return {
         "request_router_class": AdapterRouter,
         "request_router_kwargs": {"keep_s": keep_s, "max_num_seqs": model.engine.max_num_seqs},
-        "request_routing_stats_period_s": ROUTING_STATS_PERIOD_S,
+        "request_routing_stats_period_s": (
+            LONE_ROUTING_STATS_PERIOD_S if model.replicas.most == 1 else ROUTING_STATS_PERIOD_S
+        ),
         "request_routing_stats_timeout_s": 5.0,
     }
 

@@ -10,13 +10,17 @@ import re
 import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
 import torch
+from ray import _raylet
+from ray._private import node as ray_node
 from ray._private import services
+from ray._private.parameter import RayParams
 from ray.serve import context, request_router
 from ray.serve._private import client, constants, haproxy, logging_utils, replica, router
 from ray.serve._private.handle_options import InitHandleOptions
@@ -26,6 +30,7 @@ from torch.nn import functional
 
 from deployments import serve_logging
 from deployments.app import FAST_PATH
+from deployments.local import lean_ray, ray_worker
 from deployments.local.ray_head import ray_environment
 
 ROOT = Path(__file__).parents[1]
@@ -54,6 +59,27 @@ def test_ray_takes_a_folder_and_an_address_of_its_own() -> None:
     source = inspect.getsource(ray.init)
     for name in ("_temp_dir", "_node_ip_address"):
         assert f'kwargs.pop("{name}"' in source, f"ray.init has lost {name}"
+
+
+def test_ray_starts_its_head_by_the_functions_that_are_replaced() -> None:
+    """That it starts without what they leave out, `tests/deployments/test_ray.py` shows."""
+    assert "ray._private.node.Node(" in inspect.getsource(ray.init)
+    api_server = parameters(ray_node.Node.start_api_server)
+    assert api_server == ["self", "include_dashboard", "raise_on_failure"]
+    for name in ("setup_worker_path", "include_log_monitor", "no_monitor"):
+        assert name in parameters(RayParams.__init__)
+    raylet = inspect.getsource(services.start_raylet)
+    assert "process_info = start_ray_process(\n        command,\n" in raylet
+    for option in (*lean_ray.AGENTS, "--session_dir", "--node_id"):
+        assert f'"{option}=' in raylet
+    known = {getattr(_raylet, name) for name in dir(_raylet) if name.endswith("_PORT_NAME")}
+    assert set(chain.from_iterable(lean_ray.AGENTS.values())) <= known
+
+
+def test_rays_own_worker_script_takes_the_words_that_ours_leaves_out() -> None:
+    source = (Path(ray.__file__).parent / "_private/workers/setup_worker.py").read_text()
+    for word in (ray_worker.LANGUAGE, ray_worker.CONTEXT):
+        assert f'"{word.partition("=")[0]}"' in source
 
 
 @pytest.fixture

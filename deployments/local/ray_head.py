@@ -22,6 +22,7 @@ from pathlib import Path
 import psutil
 
 from deployments.haproxy_launcher import BINARY_VARIABLE, write_launcher
+from deployments.local.lean_ray import lean_ray
 from deployments.local.serve_yaml import Address
 
 KILL_TIMEOUT_S = 5.0
@@ -62,7 +63,10 @@ def ray_environment(folder: Path) -> dict[str, str]:
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
         # Ray's own work while idle; the default, ten times a second, suits clusters of hundreds.
         "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.25",
-        "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "1000",
+        "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "10000",
+        # Nobody asks for Ray's own figures and events: Reef has its own, and there is no dashboard.
+        "RAY_enable_metrics_collection": "0",
+        "RAY_task_events_report_interval_ms": "0",
         # Ray's default is 15, at which two busy threads may stay on one core for seconds.
         "RAY_worker_niceness": "0",
         # Otherwise Ray replaces 127.0.0.1 by the machine's address, and listens on all interfaces.
@@ -112,16 +116,17 @@ def cluster(folder: Path, address: Address) -> Generator[None]:
 
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     try:
-        ray.init(
-            address="local",
-            num_cpus=max(2, os.cpu_count() or 1),
-            include_dashboard=False,
-            object_store_memory=OBJECT_STORE_BYTES,
-            _temp_dir=str(folder / "ray"),
-            _node_ip_address="127.0.0.1",
-            log_to_driver=False,
-            logging_level="warning",
-        )
+        with lean_ray():
+            ray.init(
+                address="local",
+                num_cpus=max(2, os.cpu_count() or 1),
+                include_dashboard=False,
+                object_store_memory=OBJECT_STORE_BYTES,
+                _temp_dir=str(folder / "ray"),
+                _node_ip_address="127.0.0.1",
+                log_to_driver=False,
+                logging_level="warning",
+            )
         end_on_signals()  # Ray installs its own handler for SIGTERM
         http_options = {"host": address.host, "port": address.port}
         serve.start(http_options=http_options, logging_config=None)

@@ -25,6 +25,7 @@ from typing import Any
 
 from deployments.config import AppConfig, check_exposure, load_config, open_adapter_store
 from deployments.installation import checkout_root
+from deployments.local.lean_ray import start_forks
 from deployments.local.ray_head import cluster, cluster_folder, end_on_signals, prepare_ray
 from deployments.local.serve_yaml import Address, read_address, read_application
 from deployments.tenants.tenants import open_tenants
@@ -65,6 +66,7 @@ def _serve(path: Path, address: Address) -> None:
         _make_demo()
     with cluster_folder() as folder, ThreadPoolExecutor(1) as executor:
         prepare_ray(folder)
+        start_forks(folder)  # before there are threads
         # Runs while Ray starts.
         published = executor.submit(_publish_demo, config) if has_demo else None
         with cluster(folder, address):
