@@ -318,8 +318,6 @@ class Engine:
         self._step_s += step_s
         self.scheduler.observe(batch, step_s)
         self._last_update_s = now
-        if self.scheduler.speculation is not None:
-            self.scheduler.speculation.observe(batch, step_s)
         for each in progress:
             self._outputs.append(self.results.output(each, by_key[each.request.key], now))
             if each.request.finish_reason:

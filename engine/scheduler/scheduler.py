@@ -291,7 +291,7 @@ class Scheduler:
         if self.speculation is None or step.lacks_blocks:
             return []
         decodes = [request for request, _ in step.rows]
-        drafts = self.speculation.propose(decodes, step.budget // 2)
+        drafts = self.speculation.propose(decodes, step.budget // 2, self.step_budget.times)
         step.budget -= sum(len(draft.token_ids) for _, draft in drafts)
         return drafts
 

@@ -12,13 +12,13 @@ one row would bring otherwise. So drafts end by themselves where they lose.
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-from engine.scheduler.batch import ScheduledBatch
 from engine.scheduler.prompt_lookup import PromptLookup
 from engine.scheduler.request import Request
-from engine.scheduler.step_cost import StepCost
+from engine.scheduler.step_budget import decode_shape
+from engine.scheduler.step_time import StepShape, StepTime
 
 MAX_INDEXED_TOKENS = 2048  # that one step adds to the indexes of all requests together
 ROUNDS = 3  # of lengths and price; each round's price is at least the one before
@@ -72,20 +72,22 @@ class _Offer:
 
 @dataclass(slots=True)
 class Speculation:
-    """Chooses the drafts of each step: a function of its calls, and of the seconds told it."""
+    """Chooses the drafts of each step."""
 
     drafter: Drafter
     max_draft_tokens: int
     max_model_len: int
-    cost: StepCost = field(default_factory=StepCost)
 
-    def propose(self, requests: Sequence[Request], budget: int) -> list[tuple[Request, Draft]]:
+    def propose(
+        self, requests: Sequence[Request], budget: int, times: StepTime
+    ) -> list[tuple[Request, Draft]]:
         """Draft for requests that decode in this step, at most `budget` tokens in all."""
         wishes = [(r, most) for r in requests if (most := self._most(r)) > 0]
         if not wishes or budget <= 0:
             return []
-        offers = self._offers(wishes, self._price(len(requests), len(requests)))
-        self._choose(offers, len(requests))
+        row = self.row_cost(requests, times)
+        offers = self._offers(wishes, row * len(requests))
+        self._choose(offers, len(requests), row)
         chosen: list[tuple[Request, Draft]] = []
         for offer in offers:
             count = min(offer.count, budget)
@@ -94,11 +96,10 @@ class Speculation:
                 chosen.append((offer.request, Draft(offer.draft.token_ids[:count], offer.draft[1])))
         return chosen
 
-    def observe(self, batch: ScheduledBatch, seconds: float) -> None:
-        """Learn from how long a step took."""
-        num_drafts = sum(r.num_drafts for r in batch.requests)
-        if batch.requests and batch.num_tokens == len(batch.requests) + num_drafts:
-            self.cost.observe(batch.num_tokens, seconds)
+    def row_cost(self, requests: Sequence[Request], times: StepTime) -> float:
+        """Return what a row more costs, as a part of a step with one row of each request."""
+        step_s = times.predict(decode_shape((request, 1) for request in requests))
+        return times.seconds_added(StepShape(1, 1)) / max(step_s, 1e-9)
 
     def _most(self, request: Request) -> int:
         """The step brings a token by itself; drafts may bring all further ones."""
@@ -119,19 +120,18 @@ class Speculation:
                 offers.append(_offer(request, draft))
         return offers
 
-    def _price(self, num_rows: int, num_tokens: float) -> float:
-        """What a row must bring in tokens: what its time brings in this step otherwise."""
-        return self.cost.row * num_tokens / (1 + self.cost.row * num_rows)
+    def _choose(self, offers: list[_Offer], num_requests: int, row: float) -> None:
+        """Choose all lengths such that tokens per second are the most (Dinkelbach 1967).
 
-    def _choose(self, offers: list[_Offer], num_requests: int) -> None:
-        """Choose all lengths such that tokens per second are the most (Dinkelbach 1967)."""
+        The price of a row is what its time brings in this step otherwise, in tokens.
+        """
         if not offers:
             return
-        num_rows, num_tokens = num_requests, float(num_requests)
+        num_drafts, num_tokens = 0, float(num_requests)
         for _ in range(ROUNDS):
-            price = self._price(num_rows, num_tokens)
+            price = row * num_tokens / (1 + row * num_drafts)
             num_tokens = num_requests + sum(offer.take(price) for offer in offers)
-            num_rows = num_requests + sum(offer.count for offer in offers)
+            num_drafts = sum(offer.count for offer in offers)
         for offer in offers:
             if not offer.count:
                 offer.request.acceptance.decline(offer.draft.match)

@@ -82,6 +82,7 @@ def measure(engine: Engine, make: Make, clients: int, options: argparse.Namespac
     pairs = [in_turns(number, off, on) for number in range(options.rounds)]
     after, others = engine.stats, noise.read().others
     engine.scheduler.speculation = speculation
+    known = engine.scheduler.step_budget.times.coefficients
     drafted = after.total_drafted_tokens - before.total_drafted_tokens
     accepted = after.total_accepted_tokens - before.total_accepted_tokens
     share = (after.total_output_tokens - before.total_output_tokens) / 2
@@ -89,7 +90,8 @@ def measure(engine: Engine, make: Make, clients: int, options: argparse.Namespac
         f"tokens/s {comparison([(a[0], b[0]) for a, b in pairs], 1)} | tokens/CPU s "
         f"{comparison([(a[1], b[1]) for a, b in pairs], 1)} | drafted {drafted / share:.2f}, "
         f"accepted {accepted / share:.2f} of each token | "
-        f"row {speculation.cost.row:.3f} of a step | others {spread([others], 2)} cores"
+        f"row {1e3 * (known.token + known.logit_row):.3f} ms, step {1e3 * known.fixed:.3f} ms "
+        f"without any | others {spread([others], 2)} cores"
     )
 
 

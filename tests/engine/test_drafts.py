@@ -7,9 +7,9 @@ import pytest
 from engine.scheduler.acceptance import Acceptance
 from engine.scheduler.prompt_lookup import MAX_MATCH, MAX_PLACES, PromptLookup
 from engine.scheduler.request import Request, SamplingParams
-from engine.scheduler.speculation import Draft, NgramDrafter, Speculation
-from engine.scheduler.step_cost import START, StepCost
-from tests.engine.support.drafters import Seer
+from engine.scheduler.speculation import Draft, NgramDrafter
+from engine.scheduler.step_time import StepTime
+from tests.engine.support.drafters import FixedCost, Seer, eager
 
 
 def brute_force(tokens: list[int], most: int) -> tuple[list[int], int]:
@@ -59,9 +59,8 @@ def test_a_long_prompt_is_indexed_over_several_steps() -> None:
 
 def test_drafts_leave_room_for_the_token_that_the_step_brings() -> None:
     def most(request: Request, max_model_len: int = 1000) -> int:
-        speculation = Speculation(Seer(lambda _: [1] * 99, 10**6), 8, max_model_len)
-        speculation.cost.row = 0.0
-        return sum(len(d.token_ids) for _, d in speculation.propose([request], 100))
+        speculation = eager(Seer(lambda _: [1] * 99, 10**6), 8, max_model_len)
+        return sum(len(d.token_ids) for _, d in speculation.propose([request], 100, StepTime()))
 
     assert most(request_of([1, 2, 3])) == 8
     assert most(request_of([1, 2, 3]), max_model_len=7) == 3
@@ -74,18 +73,17 @@ def test_drafts_leave_room_for_the_token_that_the_step_brings() -> None:
 
 def play(chance: float, row: float, num_tokens: int = 4000, num_requests: int = 1) -> float:
     """Return tokens per cost with drafts, each token of which is right with this chance, over those
-    without."""
+    without. A row costs `row` of what a step costs without any."""
     dice = random.Random(1)
-    speculation = Speculation(Seer(lambda _: [1] * 16, 10**9), 16, 10**9)
-    speculation.cost.row = row
+    speculation = FixedCost(Seer(lambda _: [1] * 16, 10**9), 16, 10**9)
+    speculation.cost = row / (1 + row * num_requests)
     requests = [request_of([1, 2, 3]) for _ in range(num_requests)]
     for request in requests:
         request.sampling = SamplingParams(max_tokens=10**9)
     cost, brought = 0.0, 0
     while brought < num_tokens:
-        drafts = speculation.propose(requests, 100)
-        num_rows = num_requests + sum(len(d.token_ids) for _, d in drafts)
-        cost += (1 + row * num_rows) / (1 + row * num_requests)
+        drafts = speculation.propose(requests, 100, StepTime())
+        cost += 1 + speculation.cost * sum(len(d.token_ids) for _, d in drafts)
         brought += num_requests
         for request, draft in drafts:
             count = len(draft.token_ids)
@@ -123,17 +121,3 @@ def test_what_has_lost_is_tried_again() -> None:
     for _ in range(400):
         acceptance.decline(4)
     assert low < 0.15 * first < 0.8 * first < acceptance.chances(4, 1)[0]
-
-
-def test_the_cost_of_a_row_is_learned_and_a_stray_step_changes_little() -> None:
-    dice, cost = random.Random(1), StepCost()
-    assert cost.row == START
-    for i in range(100):
-        num_rows = dice.randint(1, 17)
-        cost.observe(num_rows, (0.01 + 0.0005 * num_rows) * dice.uniform(0.95, 1.05))
-        if i % 30 == 20:
-            cost.observe(num_rows, 1.0)
-    assert 0.03 < cost.row < 0.08
-    for _ in range(100):
-        cost.observe(4, 0.012)
-    assert 0.03 < cost.row < 0.08, "steps of one size say nothing of it"

@@ -11,6 +11,7 @@ from engine.config import ConfigError, SpeculationConfig
 from engine.engine import Engine
 from engine.messages import GenerateRequest
 from engine.scheduler.request import Request, SamplingParams
+from engine.scheduler.speculation import NgramDrafter
 from tests.engine.support.drafters import Seer, eager
 from tests.engine.support.driver import (
     Result,
@@ -142,8 +143,7 @@ def test_a_resumed_and_an_aborted_request_draft_from_all_that_is_known(tiny: Tin
     plain = make_engine(tiny.folder)
     whole = run(plain, [GenerateRequest("r", prompt, sampling)])["r", 0].token_ids
     engine = make_engine(tiny.folder, speculation=NGRAM)
-    assert engine.scheduler.speculation is not None
-    engine.scheduler.speculation.cost.row = 0.0
+    engine.scheduler.speculation = eager(NgramDrafter(), 16)
     engine.add_request(GenerateRequest("gone", prompt, sampling))
     engine.add_request(GenerateRequest("r", prompt, sampling, output_token_ids=whole[:17]))
     outputs = [output for _ in range(3) for output in engine.step()]
