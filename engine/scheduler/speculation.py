@@ -21,6 +21,7 @@ from engine.scheduler.step_budget import decode_shape
 from engine.scheduler.step_time import StepShape, StepTime
 
 MAX_INDEXED_TOKENS = 2048  # that one step adds to the indexes of all requests together
+LEAST_PRICE = 0.05  # a row costs more on any machine; steps that others disturb may say less
 ROUNDS = 3  # of lengths and price; each round's price is at least the one before
 
 
@@ -99,7 +100,8 @@ class Speculation:
     def row_cost(self, requests: Sequence[Request], times: StepTime) -> float:
         """Return what a row more costs, as a part of a step with one row of each request."""
         step_s = times.predict(decode_shape((request, 1) for request in requests))
-        return times.seconds_added(StepShape(1, 1)) / max(step_s, 1e-9)
+        part = times.seconds_added(StepShape(1, 1)) / max(step_s, 1e-9)
+        return max(part, LEAST_PRICE / len(requests))
 
     def _most(self, request: Request) -> int:
         """The step brings a token by itself; drafts may bring all further ones."""
