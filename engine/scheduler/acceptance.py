@@ -12,7 +12,7 @@ CLASSES = ((0, 0.25), (3, 0.45), (4, 0.6), (6, 0.75), (9, 0.85), (17, 0.9))
 LONGEST = 17
 PRIOR_WEIGHT = 2.0  # tokens drafted that the chances above count for
 MEMORY = 0.95  # weight of earlier drafts beside a new one
-FADING = 0.99  # of them, with each draft that was not tried: what loses is tried again at times
+FADING = 0.997  # of them, with each draft that was not tried: what loses is tried again at times
 
 
 def _class_of(length: int) -> int:

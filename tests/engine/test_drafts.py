@@ -118,6 +118,6 @@ def test_what_has_lost_is_tried_again() -> None:
     for _ in range(20):
         acceptance.record(4, 1, 0)
     [low] = acceptance.chances(4, 1)
-    for _ in range(400):
+    for _ in range(1500):
         acceptance.decline(4)
     assert low < 0.15 * first < 0.8 * first < acceptance.chances(4, 1)[0]
