@@ -79,8 +79,8 @@ class Engine:
         self._clock = clock
         self._announcer = announcer
         self._step_sizes = StepSizes()
-        self.grammars = self._open_grammars(wake)
         self.model = load_model(config, self.settled, announcer=announcer)
+        self.grammars = self._open_grammars(wake)
         self.info = describe(config, self.settled, self.model)
         self.loader = AdapterLoader(config, self.settled, self.model, self._on_adapter_read)
         self.host = HostCache(config.host_adapter_bytes, self.loader.load, wake)
@@ -96,7 +96,11 @@ class Engine:
         self._step_s = self._last_update_s = 0.0
 
     def _open_grammars(self, wake: Callable[[], None]) -> Grammars | None:
-        """Start to build the tokenizer's table, in another process, while the model is loaded."""
+        """Start to build the tokenizer's table, in another process.
+
+        Not while the model is loaded, which needs the cores that it would take: only requests with
+        a grammar wait for the table.
+        """
         if grammar_refusal(self.config, self.settled):
             return None
         path, vocab_size = Path(self.config.source) / "tokenizer.json", self.settled.spec.vocab_size
