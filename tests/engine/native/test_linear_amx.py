@@ -14,10 +14,11 @@ from engine.backends.native.build import BuildError
 from engine.backends.native.library import Context, supported_isas
 from engine.backends.native.linear import NativeLinear
 from engine.backends.native.memory import Blocks
+from engine.backends.native.pack import Packer, pack_int8_wide
 from engine.model.quantized_weight import QuantizedWeight
 
 ROWS = [1, 3, 4, 5, 15, 16, 17, 31, 33, 48, 65, 131, 300]
-FORMATS = ["int8", "nf4", "int4", "int4-ordered", "int4-symmetric"]
+FORMATS = ["int8", "int8-wide", "nf4", "int4", "int4-ordered", "int4-symmetric"]
 
 
 def _has_amx() -> bool:
@@ -49,14 +50,16 @@ def vectors() -> Iterator[Context]:
     ("out_features", "in_features"),
     [(1, 1), (3, 7), (33, 65), (64, 130), (70, 897), (129, 1026), (40, 4096), (577, 576)],
 )
+@pytest.mark.parametrize("packer", [None, pack_int8_wide], ids=["int8", "int8-wide"])
 def test_int8_has_the_bits_of_the_vector_kernel(
-    amx: Context, vectors: Context, out_features: int, in_features: int
+    amx: Context, vectors: Context, packer: Packer | None, out_features: int, in_features: int
 ) -> None:
     weight, bias = _int8_weight(out_features, in_features), torch.randn(out_features)
-    _compare(NativeLinear(amx, weight, bias), NativeLinear(vectors, weight, bias), ROWS)
+    a, b = (NativeLinear(c, weight, bias, packer=packer) for c in (amx, vectors))
+    _compare(a, b, ROWS)
 
 
-@pytest.mark.parametrize("format", FORMATS[1:])
+@pytest.mark.parametrize("format", FORMATS[2:])
 @pytest.mark.parametrize(
     ("out_features", "in_features", "group_size"),
     [(1, 32, 32), (33, 224, 32), (77, 448, 64), (100, 640, 128), (31, 288, 96), (45, 2048, 512)],
@@ -132,8 +135,9 @@ def _compare(a: NativeLinear, b: NativeLinear, counts: list[int]) -> None:
 
 
 def _layer(context: Context, format: str) -> NativeLinear:
-    weight = _int8_weight(41, 192) if format == "int8" else _fourbit_weight(format, 41, 192, 64)
-    return NativeLinear(context, weight, torch.randn(41), int8_activations=True)
+    is_int8, packer = "int8" in format, pack_int8_wide if format == "int8-wide" else None
+    weight = _int8_weight(41, 192) if is_int8 else _fourbit_weight(format, 41, 192, 64)
+    return NativeLinear(context, weight, torch.randn(41), int8_activations=True, packer=packer)
 
 
 def _int8_weight(out_features: int, in_features: int) -> QuantizedWeight:

@@ -7,11 +7,12 @@ namespace REEF_ISA {
 namespace {
 
 // From so many rows on tiles are faster than vector instructions.
-constexpr int kInt8Rows = 8, kFourbitRows = 20;
+constexpr int kInt8Rows = 8, kWideRows = 7, kFourbitRows = 20;
 
 bool uses_tiles(const ReefLinearArgs& args) {
     switch (args.linear->format) {
         case REEF_INT8: return args.rows >= kInt8Rows;
+        case REEF_INT8_WIDE: return args.rows >= kWideRows;
         case REEF_NF4_INT8:
         case REEF_INT4_INT8: return args.rows >= kFourbitRows;
         default: return false;
@@ -20,12 +21,20 @@ bool uses_tiles(const ReefLinearArgs& args) {
 
 reef::Task prepare(const ReefLinearArgs* args, int threads) {
     if (!uses_tiles(*args)) return linear_prepare(args, threads);
-    return args->linear->format == REEF_INT8 ? quantize_rows(args) : quantize_groups(args);
+    switch (args->linear->format) {
+        case REEF_INT8: return quantize_rows(args);
+        case REEF_INT8_WIDE: return amx_round_wide_rows(args);
+        default: return quantize_groups(args);
+    }
 }
 
 reef::Task multiply(const ReefLinearArgs* args, int threads) {
     if (!uses_tiles(*args)) return linear(args, threads);
-    return args->linear->format == REEF_INT8 ? amx_int8(args) : amx_fourbit(args, threads);
+    switch (args->linear->format) {
+        case REEF_INT8: return amx_int8(args);
+        case REEF_INT8_WIDE: return amx_int8_wide(args);
+        default: return amx_fourbit(args, threads);
+    }
 }
 
 }  // namespace

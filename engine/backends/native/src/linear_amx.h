@@ -6,6 +6,8 @@
 namespace REEF_ISA {
 
 reef::Task amx_int8(const ReefLinearArgs* args);
+reef::Task amx_round_wide_rows(const ReefLinearArgs* args);
+reef::Task amx_int8_wide(const ReefLinearArgs* args);
 reef::Task amx_fourbit(const ReefLinearArgs* args, int threads);
 
 // Returns the kernels of `table`, with linear layers that use AMX where it is faster.

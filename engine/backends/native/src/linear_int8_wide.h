@@ -5,11 +5,13 @@
 // exact sums of both bytes are added once, at the end.
 #pragma once
 #include "linear_output.h"
+#include "quantize.h"
 #include "simd_int8.h"
 
 namespace REEF_ISA {
 
 constexpr float kLargestWide = 127 * 256;  // of 256 high + low
+constexpr float kTooSmallWide = 1e-32f;    // counts as zero, lest kLargestWide / x overflow
 
 // Locates the rounded rows in ReefLinearArgs::scratch.
 struct WideRows {
@@ -26,23 +28,6 @@ struct WideRows {
         totals = reinterpret_cast<int32_t*>(bytes + layout.totals);
     }
 };
-
-// Loads sixteen values from `k` on, with zeros behind the end of the row.
-inline F16 load_inputs(const bf16* x, int k, int in_features) {
-    const int left = in_features - k;
-    return left >= 16 ? load(x + k) : left > 0 ? load(x + k, left) : zero();
-}
-
-// Returns max |x|, or NaN where an x is infinite or NaN, since 0 * x is NaN then.
-inline float largest_input(const bf16* x, int in_features) {
-    F16 most = zero(), poison = zero();
-    for (int k = 0; k < in_features; k += 16) {
-        const F16 value = load_inputs(x, k, in_features);
-        most = max(most, abs(value));
-        poison = fma(value, zero(), poison);
-    }
-    return largest(most) + sum(poison);
-}
 
 // Splits sixteen whole numbers into high and low bytes, and adds these up.
 inline void split_bytes(F16 values, int8_t (&bytes)[2][16], int32_t* totals) {
@@ -62,19 +47,17 @@ inline void split_bytes(F16 values, int8_t (&bytes)[2][16], int32_t* totals) {
 template <class Place>
 void round_wide_row(const ReefLinearArgs& args, const WideRows& out, int row, int words,
                     Place place) {
-    constexpr float kTooSmall = 1e-32f;  // counts as zero, lest kLargestWide / x overflow
     const int in_features = args.linear->in_features;
     const bf16* x = args.x + row * args.x_stride;
-    const float most = largest_input(x, in_features);
-    const bool is_zero = !(most >= kTooSmall);  // or NaN
+    const float most = largest_of(x, in_features);
+    const bool is_zero = !(most >= kTooSmallWide);  // or NaN
     const F16 inverse = set1(is_zero ? 0.f : kLargestWide / most);
     int32_t* totals = out.totals + 2 * row;
     out.scales[row] = is_zero ? most * 0.f : most / kLargestWide;
     totals[0] = totals[1] = 0;
     for (int k = 0; k < words; k += 4) {
         int8_t bytes[2][16] = {};
-        if (!is_zero)
-            split_bytes(round(load_inputs(x, 4 * k, in_features) * inverse), bytes, totals);
+        if (!is_zero) split_bytes(round(load_row(x, 4 * k, in_features) * inverse), bytes, totals);
         for (int i = 0; i < 4 && k + i < words; ++i)
             for (int byte = 0; byte < 2; ++byte)
                 std::memcpy(place(k + i, byte), bytes[byte] + 4 * i, 4);

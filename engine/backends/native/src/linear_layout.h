@@ -41,7 +41,7 @@ struct WideLayout {
     int64_t stride, scales, totals, end;
 
     WideLayout(int in_features, int64_t rows)
-        : stride(round_up(in_features, 64)),
+        : stride(quantized_stride(in_features)),
           scales(rows * 2 * stride),
           totals(scales + rows * 4),
           end(round_up(totals + rows * 8, 64)) {}
