@@ -173,7 +173,7 @@ class ResumableRequest:
     def _renamed(self, request: GenerateRequest) -> Submit:
         self._num_renamed += 1
         request = replace(request, request_id=f"{self._id}~{self._num_renamed}")
-        return Submit(request, self._submit.adapter_ref)
+        return replace(self._submit, request=request)
 
     def _add(self, attempt: Attempt) -> Attempt:
         self.attempts[attempt.id] = attempt

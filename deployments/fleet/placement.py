@@ -11,6 +11,7 @@ from deployments.fleet.failover import Attempt
 from deployments.fleet.protocol import Connection, Hints, Receipt
 from deployments.fleet.stream_pool import StreamPool
 from deployments.fleet.timing import Timing
+from deployments.policy.prefix_memory import prefix_keys
 from engine.messages import ErrorKind, RequestError
 
 logger = logging.getLogger(__name__)
@@ -102,12 +103,17 @@ class Placement:
 
 def _hints(attempt: Attempt, suspects: list[str]) -> Hints:
     request, adapter_ref = attempt.submit.request, attempt.submit.adapter_ref
+    adapter_digest = "" if adapter_ref is None else adapter_ref.digest
     return Hints(
         request_id=request.request_id,
         num_prompt_tokens=len(request.prompt_token_ids) + len(request.output_token_ids),
-        adapter_digest="" if adapter_ref is None else adapter_ref.digest,
+        adapter_digest=adapter_digest,
         tenant=request.tenant,
         avoid=(*attempt.avoid, *suspects),
+        session=attempt.submit.session and f"{request.tenant}/{attempt.submit.session}",
+        prefix_keys=prefix_keys(
+            request.prompt_token_ids, request.tenant, request.cache_salt, adapter_digest
+        ),
     )
 
 

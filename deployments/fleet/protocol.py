@@ -35,6 +35,8 @@ class Hints:
     tenant: str = ""
     avoid: tuple[str, ...] = ()
     is_leaving: bool = False
+    session: str = ""  # requests of one session go to one replica if the load allows it
+    prefix_keys: tuple[int, ...] = ()  # of the prompt, as in `policy.prefix_memory`
 
 
 class StreamId(NamedTuple):
@@ -54,10 +56,14 @@ class Hello:
 
 @dataclass(frozen=True, slots=True)
 class Submit:
-    """`request.adapter_folder` is left empty: the replica fills it in."""
+    """`request.adapter_folder` is left empty: the replica fills it in.
+
+    `session` is the client's name for requests that belong together, for the router alone.
+    """
 
     request: GenerateRequest
     adapter_ref: AdapterRef | None
+    session: str = ""
 
 
 @dataclass(frozen=True, slots=True)

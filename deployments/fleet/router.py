@@ -11,13 +11,8 @@ from typing import Any
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 
 from deployments.fleet.protocol import Hints
-from deployments.policy.routing import (
-    OptimisticView,
-    ReplicaFigures,
-    RoutedRequest,
-    RoutingCosts,
-    rank,
-)
+from deployments.policy.replica_view import ReplicaFigures
+from deployments.policy.routing import RoutedRequest, Router, RoutingCosts
 
 DIGEST_CHARS = 12  # digests are cut: figures are sent to every router, twice a second
 
@@ -32,7 +27,15 @@ def to_stats(figures: ReplicaFigures) -> dict[str, Any]:
         "kv_used": round(figures.kv_used, 1),
         "device": sorted(digest[:DIGEST_CHARS] for digest in figures.device_adapters),
         "disk": sorted(digest[:DIGEST_CHARS] for digest in figures.disk_adapters),
+        "tokens_per_s": _rounded(figures.tokens_per_s),
+        "disk_load_s": _rounded(figures.disk_load_s),
+        "remote_load_s": _rounded(figures.remote_load_s),
     }
+
+
+def _rounded(figure: float) -> float:
+    """Round to one digit and a half, so that a figure that moves a little is the same figure."""
+    return float(f"{2 * figure:.1g}") / 2
 
 
 def from_stats(stats: dict[str, Any]) -> ReplicaFigures:
@@ -49,11 +52,10 @@ class AdapterRouter(RequestRouter):
     """
 
     def initialize_state(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, *, max_num_seqs: int, keep_s: float = 60.0, **costs: float
+        self, *, max_num_seqs: int, keep_s: float = 60.0
     ) -> None:
         """Called by Ray. `max_num_seqs` is the same for every replica."""
-        self._costs = RoutingCosts(**costs)
-        self._view = OptimisticView(ReplicaFigures(max_num_seqs=max_num_seqs))
+        self._router = Router(RoutingCosts(), ReplicaFigures(max_num_seqs=max_num_seqs))
         self._stats: dict[str, dict[str, Any]] = {}
         self._named: set[str] = set()
         self._leaving: dict[str, tuple[float, RunningReplica]] = {}
@@ -72,7 +74,7 @@ class AdapterRouter(RequestRouter):
             if replica_id not in running and until > now
         }
         self._named &= running | self._leaving.keys()
-        self._view.keep(running)
+        self._router.keep(running)
         self._stats = {r: stats for r, stats in self._stats.items() if r in running}
         super().update_replicas([*replicas, *(replica for _, replica in self._leaving.values())])
 
@@ -91,21 +93,27 @@ class AdapterRouter(RequestRouter):
             hints.is_leaving = hints.target in self._leaving
             return [[candidates[hints.target]]]
         running = [r for r in candidates if r not in self._leaving] or list(candidates)
-        return [[candidates[r]] for r in self._rank(running, candidates, hints)]
+        best = self._choose(running, candidates, hints)
+        others = [r for r in running if r != best]
+        ranks = [[r for r in others if (r in hints.avoid) == is_last] for is_last in (False, True)]
+        return [[candidates[best]], *([candidates[r] for r in rank] for rank in ranks if rank)]
 
-    def _rank(
-        self, ids: list[str], candidates: dict[str, RunningReplica], hints: Hints
-    ) -> list[str]:
+    def _choose(self, ids: list[str], candidates: dict[str, RunningReplica], hints: Hints) -> str:
         for replica_id in ids:
             stats = candidates[replica_id].routing_stats
             if stats and stats is not self._stats.get(replica_id):
                 self._stats[replica_id] = stats
-                self._view.report(replica_id, from_stats(stats))
+                self._router.report(replica_id, from_stats(stats))
         adapter_digest = hints.adapter_digest[:DIGEST_CHARS]
         request = RoutedRequest(
-            hints.request_id, hints.num_prompt_tokens, adapter_digest, hints.avoid
+            hints.request_id,
+            hints.num_prompt_tokens,
+            adapter_digest,
+            hints.avoid,
+            hints.session,
+            hints.prefix_keys,
         )
-        ranked = rank(ids, request, self._view, self._costs)
+        best = self._router.choose(ids, request)
         if hints.request_id:
-            self._view.sent(ranked[0], request)
-        return ranked
+            self._router.sent(best, request, time.monotonic())
+        return best

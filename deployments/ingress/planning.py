@@ -34,6 +34,8 @@ from deployments.text.vocabulary import Vocabulary
 from engine.messages import EngineInfo, GenerateRequest, RequestOutput, TokenLogprobs
 from engine.scheduler.request import InvalidRequest, SamplingParams
 
+MAX_SESSION_CHARS = 256
+
 
 @dataclass(frozen=True, slots=True)
 class Origin:
@@ -195,8 +197,14 @@ def _submits(
             cache_salt=request.cache_salt or "",
             priority=request.priority or 0,
         )
-        submits.append(Submit(generate, target.adapter_ref))
+        submits.append(Submit(generate, target.adapter_ref, _session(request)))
     return submits
+
+
+def _session(request: OpenAIRequest) -> str:
+    """OpenAI's key for requests that share a cache: they go to one replica if they can."""
+    key = request.prompt_cache_key
+    return key[:MAX_SESSION_CHARS] if isinstance(key, str) else ""
 
 
 def _completed(

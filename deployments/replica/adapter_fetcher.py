@@ -25,6 +25,7 @@ from engine.messages import ErrorKind, RequestError
 
 MAX_LOOKUPS = 8  # adapters on the disk being verified at once
 MAX_DOWNLOADS = 64  # at once; each may be slow
+SMOOTHING = 8  # loads over which a mean forgets
 DOWNLOAD_TIMEOUT_S = 300.0  # from request to arrival; one that is late goes on without waiters
 
 
@@ -54,6 +55,8 @@ class AdapterFetcher:
         self._lookups = ThreadPoolExecutor(MAX_LOOKUPS, "find-adapter")
         self._queue = DownloadQueue(MAX_DOWNLOADS)
         self._downloads: dict[str, asyncio.Future[Path]] = {}  # under way or waiting
+        self.disk_load_s = 0.0  # smoothed time to look an adapter up; 0: not measured
+        self.remote_load_s = 0.0  # the same of a download
 
     def acquire(self, ref: AdapterRef, tenant: str = "") -> asyncio.Future[Path]:
         """Future of the local folder. Shared: await it through asyncio.shield.
@@ -102,13 +105,17 @@ class AdapterFetcher:
     async def _pin_and_fetch(self, ref: AdapterRef, tenant: str) -> Path:
         """Leave a pin if and only if this returns."""
         loop = asyncio.get_running_loop()
+        began_s = loop.time()
         found = await loop.run_in_executor(self._lookups, self._pin_and_find, ref)
         if found is not None:
+            self.disk_load_s = _smoothed(self.disk_load_s, loop.time() - began_s)
             return found
         download = self._download(ref, tenant)
         try:
             async with asyncio.timeout(DOWNLOAD_TIMEOUT_S):
-                return await asyncio.shield(download)
+                folder = await asyncio.shield(download)
+            self.remote_load_s = _smoothed(self.remote_load_s, loop.time() - began_s)
+            return folder
         except TimeoutError:
             self._unpin_after(download, ref.digest, even_if_failed=True)
             raise SourceUnavailable(
@@ -154,6 +161,10 @@ class AdapterFetcher:
             unpin(fetched)
         else:
             fetched.add_done_callback(unpin)
+
+
+def _smoothed(mean_s: float, latest_s: float) -> float:
+    return latest_s if mean_s == 0.0 else mean_s + (latest_s - mean_s) / SMOOTHING
 
 
 def _has_arrived(fetched: asyncio.Future[Path]) -> bool:

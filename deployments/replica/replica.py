@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from deployments.fleet.protocol import Abort, Frame, Hello, Lease, Receipt, StreamId, Submit
 from deployments.policy.autoscaling import ReplicaLoad
-from deployments.policy.routing import ReplicaFigures
+from deployments.policy.replica_view import ReplicaFigures
 from deployments.replica.adapter_fetcher import AdapterFetcher, AdapterFiles
 from deployments.replica.engine_handle import EngineHandle
 from deployments.replica.ingress_streams import IngressStream, IngressStreams
@@ -187,6 +187,8 @@ class EngineReplica:
             kv_used=_kv_used(stats),
             device_adapters=frozenset(stats.resident_adapters),
             disk_adapters=frozenset(self._fetcher.recent(MAX_DISK_ADAPTERS)),
+            disk_load_s=self._fetcher.disk_load_s,
+            remote_load_s=self._fetcher.remote_load_s,
         )
 
     def load(self) -> ReplicaLoad:

@@ -111,7 +111,7 @@ class OpenAIRequest(Model):
     store: Any = None
     service_tier: Any = None
     safety_identifier: Any = None
-    prompt_cache_key: Any = None
+    prompt_cache_key: Any = None  # changes where a request goes
     prompt_cache_retention: Any = None
     guided_decoding_backend: Any = None
 

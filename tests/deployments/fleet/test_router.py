@@ -15,7 +15,7 @@ from ray.serve.request_router import RequestRouter
 from deployments.fleet import router
 from deployments.fleet.protocol import Hints
 from deployments.fleet.router import DIGEST_CHARS, AdapterRouter, from_stats, to_stats
-from deployments.policy.routing import ReplicaFigures
+from deployments.policy.replica_view import ReplicaFigures
 
 DIGEST = "d" * 64
 
