@@ -1,0 +1,1 @@
+"""Virtual time around the real scheduler, router and autoscaling policy."""

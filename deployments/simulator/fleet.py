@@ -1,0 +1,201 @@
+"""Fleet: replicas, the ingresses' routers in front of them, and faults, in virtual time."""
+
+from collections.abc import Callable, Iterable
+from random import Random
+
+from deployments.policy.routing import RoutedRequest, RoutingCosts
+from deployments.simulator.clock import Clock
+from deployments.simulator.config import Simulation
+from deployments.simulator.records import Record
+from deployments.simulator.replica import SimulatedReplica
+from deployments.simulator.routers import make_router
+from deployments.simulator.scaling import PERIOD_S, Scaler
+from deployments.simulator.workload import Arrival
+from engine.scheduler.request import CacheScope, Request, SamplingParams
+from engine.scheduler.scheduler import Progress
+
+REPORT_S = 0.5  # between two reports of a replica
+NOTICED_S = 0.05  # from a replica's death until its requests go elsewhere
+PROMPT_STRIDE = 2**15  # apart, so that no two prompts begin alike
+
+
+class Fleet:
+    """Owns the replicas. `records` has one entry for each request, in the order of arrival."""
+
+    def __init__(self, simulation: Simulation, clock: Clock, seed: int) -> None:
+        self._simulation, self._clock = simulation, clock
+        fleet = simulation.fleet
+        costs = RoutingCosts()
+        self._routers = [
+            make_router(fleet.router, fleet.size.max_num_seqs, costs, Random(f"{seed}/router/{i}"))
+            for i in range(fleet.ingresses)
+        ]
+        self._scaler = Scaler(fleet.scaling)
+        self.records: list[Record] = []
+        self._open: dict[str, Record] = {}
+        self._requests: dict[str, Request] = {}
+        self.replicas: dict[str, SimulatedReplica] = {}  # that take requests
+        self.leaving: dict[str, SimulatedReplica] = {}
+        self.gone: list[SimulatedReplica] = []
+        self._held: list[Request] = []  # while there is no replica
+        self._target = self._num_made = 0
+        self.replica_s = 0.0  # replicas times seconds, cold starts included
+        self._counted_s = 0.0
+        self.loads_seen: list[tuple[float, ...]] = []
+        self._scale_to(fleet.scaling.min, is_start=True)
+
+    @property
+    def num_open(self) -> int:
+        return len(self._open)
+
+    # ==== requests ====
+
+    def arrive(self, arrival: Arrival) -> None:
+        record = Record(arrival)
+        self.records.append(record)
+        request = _as_request(arrival)
+        self._open[request.request_id] = record
+        self._place(request)
+
+    def _place(self, request: Request, avoid: tuple[str, ...] = ()) -> None:
+        ids = list(self.replicas)
+        if not ids:
+            self._held.append(request)
+            return
+        record = self._open[request.request_id]
+        router = self._routers[record.arrival.number % len(self._routers)]
+        known = len(request.output_token_ids)
+        routed = RoutedRequest(
+            request.request_id,
+            request.num_prompt_tokens + known,
+            request.adapter_digest,
+            tuple(r for r in avoid if r in self.replicas),
+        )
+        chosen = router.choose(ids, routed)
+        router.sent(chosen, routed, self._clock.now_s)
+        record.replica = chosen
+        replica = self.replicas[chosen]
+        replica.submit(request, self._simulation.fleet.adapter_bytes)
+
+    def _take(self, progress: list[Progress]) -> None:
+        now_s = self._clock.now_s
+        for each in progress:
+            request = each.request
+            record = self._open[request.request_id]
+            record.take(len(each.token_ids), now_s, request)
+            if request.finish_reason is not None:
+                del self._open[request.request_id]
+
+    # ==== figures ====
+
+    def report(self) -> None:
+        """Every replica reports to every router."""
+        for replica in self.replicas.values():
+            figures = replica.figures()
+            for router in self._routers:
+                router.report(replica.replica_id, figures)
+        if self.replicas:
+            self.loads_seen.append(tuple(float(r.num_requests) for r in self.replicas.values()))
+        self._clock.after(REPORT_S, self.report)
+
+    # ==== the number of replicas ====
+
+    def scale(self) -> None:
+        """Ask the policy, and carry out what it wants."""
+        loads = [replica.load() for replica in self.replicas.values()]
+        self._scale_to(self._scaler.decide(loads, self._target, self._clock.now_s))
+        self._retire_drained()
+        self._clock.after(PERIOD_S, self.scale)
+
+    def _scale_to(self, target: int, is_start: bool = False) -> None:
+        delay_s = 0.0 if is_start else self._simulation.profile.cold_start
+        self._count()
+        for _ in range(target - self._target):
+            self._num_made += 1
+            name = f"replica-{self._num_made}"
+            self._clock.after(delay_s, lambda name=name: self._start(name))
+        for _ in range(self._target - target):
+            self._drain_one()
+        self._target = target
+
+    def _start(self, name: str) -> None:
+        simulation = self._simulation
+        replica = SimulatedReplica(
+            name, simulation.fleet.size, simulation.profile, self._clock, self._take
+        )
+        self.replicas[name] = replica
+        held, self._held = self._held, []
+        for request in held:
+            self._place(request)
+
+    def _drain_one(self) -> None:
+        """Serve stops what it likes; here the newest replica."""
+        if not self.replicas:
+            return
+        name = next(reversed(self.replicas))
+        self.leaving[name] = self.replicas.pop(name)
+        self._forget()
+
+    def _retire_drained(self) -> None:
+        for name, replica in list(self.leaving.items()):
+            if not replica.num_requests:
+                self._count()
+                self.gone.append(self.leaving.pop(name))
+
+    def kill_one(self, rng: Random) -> None:
+        """End one replica at once; its requests go on elsewhere, another replica is started."""
+        if not self.replicas:
+            return
+        name = rng.choice(list(self.replicas))
+        self._count()
+        replica = self.replicas.pop(name)
+        self.gone.append(replica)
+        self._forget()
+        for request in replica.kill():
+            again = _resumed(request)
+            self._clock.after(NOTICED_S, lambda again=again: self._place(again, (name,)))
+        self._num_made += 1
+        started = f"replica-{self._num_made}"
+        self._clock.after(self._simulation.profile.cold_start, lambda: self._start(started))
+
+    def _forget(self) -> None:
+        for router in self._routers:
+            router.keep(self.replicas)
+
+    def _count(self) -> None:
+        """Count the time of all replicas until now."""
+        now_s = self._clock.now_s
+        self.replica_s += (now_s - self._counted_s) * (self._target + len(self.leaving))
+        self._counted_s = now_s
+
+    def close(self) -> Iterable[SimulatedReplica]:
+        """Count until now; return all replicas that there were."""
+        self._count()
+        return [*self.replicas.values(), *self.leaving.values(), *self.gone]
+
+
+def _as_request(arrival: Arrival) -> Request:
+    start = arrival.number * PROMPT_STRIDE % 2**31
+    digest = f"adapter-{arrival.adapter}" if arrival.adapter >= 0 else ""
+    return Request(
+        str(arrival.number),
+        range(start, start + arrival.num_prompt_tokens),
+        SamplingParams(max_tokens=arrival.num_output_tokens, ignore_eos=True),
+        arrival.time_s,
+        scope=CacheScope(f"tenant-{arrival.tenant}", "", digest),
+    )
+
+
+def _resumed(request: Request) -> Request:
+    """The same request on another replica, after the tokens that it has."""
+    return Request(
+        request.request_id,
+        request.prompt_token_ids,
+        request.sampling,
+        request.arrival_s,
+        scope=request.scope,
+        output_token_ids=list(request.output_token_ids),
+        num_resumed_tokens=len(request.output_token_ids),
+    )
+
+

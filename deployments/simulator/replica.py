@@ -1,0 +1,186 @@
+"""SimulatedReplica: the engine's scheduler and memory, with steps that take only virtual time."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import msgspec
+
+from deployments.policy.autoscaling import ReplicaLoad
+from deployments.policy.replica_view import ReplicaFigures
+from deployments.simulator.checked import Bytes, Count
+from deployments.simulator.clock import Clock
+from deployments.simulator.profile import Profile
+from deployments.simulator.tiers import Tier
+from engine.scheduler.adapter_slots import AdapterSlots
+from engine.scheduler.batch import ScheduledBatch
+from engine.scheduler.block_manager import BlockManager
+from engine.scheduler.limits import SchedulerLimits
+from engine.scheduler.memory import MemoryBudget
+from engine.scheduler.request import Request
+from engine.scheduler.scheduler import Progress, Scheduler
+
+TOKEN = 0  # what every step samples: the simulator knows lengths, not texts
+
+
+class ReplicaSize(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """The limits of one replica's engine and of its memory for adapters."""
+
+    max_num_seqs: Count = 32
+    max_num_batched_tokens: Count = 512
+    max_model_len: Count = 4096
+    block_size: Count = 16
+    block_bytes: Bytes = 2**20
+    memory_bytes: Bytes = 4 * 2**30  # of the arena that KV blocks and adapters share
+    max_adapters: Count = 10_000  # in the arena at once
+    host_bytes: Bytes = 16 * 2**30
+    disk_bytes: Bytes = 256 * 2**30
+
+
+@dataclass(slots=True)
+class LoadCounts:
+    """How often an adapter had to be brought, by where it came from."""
+
+    remote: int = 0
+    disk: int = 0
+    host: int = 0  # into the arena
+
+
+class SimulatedReplica:
+    """Runs its steps as events of the clock. `on_progress` gets the new tokens of each step."""
+
+    def __init__(
+        self,
+        replica_id: str,
+        size: ReplicaSize,
+        profile: Profile,
+        clock: Clock,
+        on_progress: Callable[[list[Progress]], None],
+    ) -> None:
+        self.replica_id, self.size = replica_id, size
+        self._profile, self._clock, self._on_progress = profile, clock, on_progress
+        self.scheduler = make_scheduler(size)
+        self._host = Tier(size.host_bytes, self._is_wanted)
+        self._disk = Tier(size.disk_bytes, self._is_wanted)
+        self._wanted: dict[str, int] = {}  # requests by adapter
+        self._coming: set[str] = set()
+        self._is_stepping = False
+        self.is_dead = self.is_draining = False
+        self.loads = LoadCounts()
+        self.num_received = self.num_steps = 0
+        self.busy_s = 0.0
+
+    # ==== requests ====
+
+    def submit(self, request: Request, nbytes: int) -> None:
+        """Take a request, whose adapter is of this size. Raises InvalidRequest if it never fits."""
+        self.scheduler.add(request)
+        self.num_received += 1
+        digest = request.adapter_digest
+        if digest:
+            self._wanted[digest] = self._wanted.get(digest, 0) + 1
+            self._bring(digest, nbytes)
+        self._step_if_idle()
+
+    def kill(self) -> list[Request]:
+        """End the replica at once; return the requests that it had."""
+        self.is_dead = True
+        return [*self.scheduler.running, *self.scheduler.waiting]
+
+    @property
+    def num_requests(self) -> int:
+        return len(self.scheduler.running) + self.scheduler.num_waiting
+
+    def figures(self) -> ReplicaFigures:
+        """Report to routers, as a real replica does."""
+        blocks = self.scheduler.blocks
+        return ReplicaFigures(
+            num_received=self.num_received,
+            queued_tokens=self.scheduler.queued_tokens,
+            num_requests=self.num_requests,
+            max_num_seqs=self.size.max_num_seqs,
+            kv_used=blocks.num_held / max(self.scheduler.memory.num_reachable_blocks, 1),
+            device_adapters=frozenset(self.scheduler.adapters.resident),
+            disk_adapters=frozenset(self._disk),
+            tokens_per_s=1 / self._profile.step.token if self._profile.step.token else 0.0,
+            remote_load_s=self._profile.fetch_s(0),
+        )
+
+    def load(self) -> ReplicaLoad:
+        """Report to the autoscaler, as a real replica does."""
+        figures = self.figures()
+        return ReplicaLoad(figures.queued_tokens, figures.kv_used, float(figures.num_requests))
+
+    # ==== adapters ====
+
+    def _is_wanted(self, digest: str) -> bool:
+        return self._wanted.get(digest, 0) > 0
+
+    def _bring(self, digest: str, nbytes: int) -> None:
+        """Begin to bring an adapter into host memory, unless it is there or on its way."""
+        for tier in (self._disk, self._host):
+            if digest in tier:
+                tier.touch(digest)
+        if digest in self._coming or self.scheduler.adapters.is_ready(digest):
+            return
+        self._coming.add(digest)
+        delay_s = self._profile.decode_s(nbytes)
+        if digest in self._disk:
+            self.loads.disk += 1
+        else:
+            self.loads.remote += 1
+            delay_s += self._profile.fetch_s(nbytes)
+        self._clock.after(delay_s, lambda: self._arrive(digest, nbytes))
+
+    def _arrive(self, digest: str, nbytes: int) -> None:
+        if self.is_dead:
+            return
+        self._coming.discard(digest)
+        if digest not in self._disk:
+            self._disk.put(digest, nbytes)
+        for gone in self._host.put(digest, nbytes):
+            self.scheduler.adapters.set_absent(gone)
+        self.scheduler.adapters.set_ready(digest, nbytes)
+        self._step_if_idle()
+
+    # ==== steps ====
+
+    def _step_if_idle(self) -> None:
+        if self._is_stepping or self.is_dead:
+            return
+        batch = self.scheduler.schedule(self._clock.now_s)
+        if batch is None:
+            return
+        self._is_stepping = True
+        self.loads.host += len(batch.adapter_loads)
+        step_s = self._profile.step_s(batch)
+        self.busy_s += step_s
+        self.num_steps += 1
+        self._clock.after(step_s, lambda: self._end_step(batch))
+
+    def _end_step(self, batch: ScheduledBatch) -> None:
+        self._is_stepping = False
+        if self.is_dead:
+            return
+        for load in batch.adapter_loads:
+            self.scheduler.adapters.set_resident(load.digest)
+        sampled = [[TOKEN] if request.samples else [] for request in batch.requests]
+        progress = self.scheduler.update(batch, sampled)
+        for each in progress:
+            if each.request.finish_reason is not None and each.request.adapter_digest:
+                self._wanted[each.request.adapter_digest] -= 1
+        self._on_progress(progress)
+        self._step_if_idle()
+
+
+def make_scheduler(size: ReplicaSize) -> Scheduler:
+    """Return the scheduler of an engine of this size, just as the engine makes it."""
+    num_blocks = size.memory_bytes // size.block_bytes
+    memory = MemoryBudget(
+        num_blocks * size.block_bytes,
+        size.block_bytes,
+        BlockManager(num_blocks, size.block_size, prefix_caching=True),
+        AdapterSlots(loads_are_immediate=True),
+        max_adapters=size.max_adapters,
+    )
+    limits = SchedulerLimits(size.max_num_seqs, size.max_num_batched_tokens, size.max_model_len)
+    return Scheduler(limits, memory)

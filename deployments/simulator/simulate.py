@@ -1,0 +1,140 @@
+"""Runs a simulation, and sums it up."""
+
+from collections.abc import Iterator, Sequence
+from random import Random
+
+import msgspec
+
+from deployments.simulator.clock import Clock
+from deployments.simulator.config import Simulation
+from deployments.simulator.fleet import Fleet
+from deployments.simulator.records import Record
+from deployments.simulator.replica import SimulatedReplica
+from deployments.simulator.scaling import PERIOD_S
+from deployments.simulator.workload import Arrival, make_arrivals
+
+DRAIN_S = 3600.0  # after the last arrival; what is open then counts as lost
+
+
+class Summary(msgspec.Struct, frozen=True):
+    """Figures of all requests after the warm-up. Times in seconds."""
+
+    requests: int
+    finished: int
+    attained: float  # the share of requests that kept the objective
+    goodput_per_s: float  # such requests by second
+    tokens_per_s: float
+    ttft_p50_s: float
+    ttft_p90_s: float
+    ttft_p99_s: float
+    tpot_p50_s: float
+    tpot_p99_s: float
+    longest_gap_p99_s: float
+    remote_loads: int
+    disk_loads: int
+    device_loads: int
+    loads_per_request: float  # from the store or from disk, of requests with an adapter
+    max_over_mean_load: float  # mean over time of the busiest replica's requests over all's mean
+    replica_hours: float
+    preemptions: int
+    steps: int
+
+
+def simulate(
+    simulation: Simulation, seed: int = 0, arrivals: Iterator[Arrival] | None = None
+) -> tuple[Summary, list[Record]]:
+    """Run the simulation. `arrivals` replace those of its workload."""
+    clock = Clock()
+    fleet = Fleet(simulation, clock, seed)
+    if arrivals is None:
+        arrivals = make_arrivals(simulation.workload, seed, simulation.duration_s)
+    _Feeder(clock, fleet, arrivals).feed()
+    clock.at(0.0, fleet.report)
+    scaling = simulation.fleet.scaling
+    if scaling.min != scaling.max:
+        clock.at(PERIOD_S, fleet.scale)
+    _plan_faults(simulation, clock, fleet, Random(f"{seed}/faults"))
+    end_s = simulation.duration_s
+    clock.run(lambda: clock.now_s > end_s and (not fleet.num_open or clock.now_s > end_s + DRAIN_S))
+    replicas = list(fleet.close())
+    records = [r for r in fleet.records if r.arrival.time_s >= simulation.warm_up_s]
+    return summarize(simulation, records, replicas, fleet), records
+
+
+class _Feeder:
+    """Sets the next arrival once the last one has come: a million are never in memory at once."""
+
+    def __init__(self, clock: Clock, fleet: Fleet, arrivals: Iterator[Arrival]) -> None:
+        self._clock, self._fleet, self._arrivals = clock, fleet, arrivals
+
+    def feed(self) -> None:
+        arrival = next(self._arrivals, None)
+        if arrival is not None:
+            self._clock.at(arrival.time_s, lambda: self._arrive(arrival))
+
+    def _arrive(self, arrival: Arrival) -> None:
+        self._fleet.arrive(arrival)
+        self.feed()
+
+
+def _plan_faults(simulation: Simulation, clock: Clock, fleet: Fleet, rng: Random) -> None:
+    every_s = simulation.faults.kill_every_s
+    if every_s:
+        for i in range(1, int(simulation.duration_s / every_s) + 1):
+            clock.at(i * every_s, lambda: fleet.kill_one(rng))
+
+
+def summarize(
+    simulation: Simulation,
+    records: Sequence[Record],
+    replicas: Sequence[SimulatedReplica],
+    fleet: Fleet,
+) -> Summary:
+    finished = [r for r in records if r.is_finished]
+    good = [r for r in finished if _is_good(simulation, r)]
+    span_s = max(simulation.duration_s - simulation.warm_up_s, 1e-9)
+    ttft = sorted(r.ttft_s for r in records if r.ttft_s is not None)
+    tpot = sorted(r.tpot_s for r in finished if r.tpot_s is not None)
+    gaps = sorted(r.longest_gap_s for r in finished)
+    remote = sum(replica.loads.remote for replica in replicas)
+    disk = sum(replica.loads.disk for replica in replicas)
+    with_adapter = sum(r.arrival.adapter >= 0 for r in fleet.records)
+    return Summary(
+        requests=len(records),
+        finished=len(finished),
+        attained=len(good) / max(len(records), 1),
+        goodput_per_s=len(good) / span_s,
+        tokens_per_s=sum(r.num_tokens for r in records) / span_s,
+        ttft_p50_s=percentile(ttft, 0.5),
+        ttft_p90_s=percentile(ttft, 0.9),
+        ttft_p99_s=percentile(ttft, 0.99),
+        tpot_p50_s=percentile(tpot, 0.5),
+        tpot_p99_s=percentile(tpot, 0.99),
+        longest_gap_p99_s=percentile(gaps, 0.99),
+        remote_loads=remote,
+        disk_loads=disk,
+        device_loads=sum(replica.loads.host for replica in replicas),
+        loads_per_request=(remote + disk) / max(with_adapter, 1),
+        max_over_mean_load=_imbalance(fleet.loads_seen),
+        replica_hours=fleet.replica_s / 3600,
+        preemptions=sum(replica.scheduler.num_preemptions for replica in replicas),
+        steps=sum(replica.num_steps for replica in replicas),
+    )
+
+
+def percentile(ordered: Sequence[float], share: float) -> float:
+    """Return the value below which that share of them lies; 0 of none."""
+    return ordered[min(int(share * len(ordered)), len(ordered) - 1)] if ordered else 0.0
+
+
+def _is_good(simulation: Simulation, record: Record) -> bool:
+    objective = simulation.objective
+    ttft_s, tpot_s = record.ttft_s, record.tpot_s
+    return (ttft_s is not None and ttft_s <= objective.ttft_s) and (
+        tpot_s is None or tpot_s <= objective.tpot_s
+    )
+
+
+def _imbalance(loads_seen: Sequence[tuple[float, ...]]) -> float:
+    ratios = [max(loads) * len(loads) / sum(loads) for loads in loads_seen if sum(loads)]
+    return sum(ratios) / len(ratios) if ratios else 1.0
