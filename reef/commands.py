@@ -13,6 +13,7 @@ from reef.keys import new_key
 from reef.plan import plan
 from reef.prove import prove
 from reef.serve import serve
+from reef.simulate import simulate
 from reef.verify import verify
 
 
@@ -24,5 +25,5 @@ def reef() -> None:
 
 for command in (serve, publish, list_, alias, retire, prove, verify, gc):
     reef.add_command(command)
-for command in (new_key, config_keys, plan, check, bench, completion):
+for command in (new_key, config_keys, plan, simulate, check, bench, completion):
     reef.add_command(command)

@@ -59,6 +59,13 @@ def read_simulation(path: Path) -> Simulation:
     return as_simulation(document or {}, str(path))
 
 
+def with_router(simulation: Simulation, router: str) -> Simulation:
+    """Return the same simulation with another router. Raises InvalidSimulation."""
+    document = msgspec.to_builtins(simulation)
+    document["fleet"]["router"] = router
+    return as_simulation(document, "--router")
+
+
 def as_simulation(document: Any, name: str) -> Simulation:
     try:
         simulation = msgspec.convert(document, Simulation)

@@ -1,6 +1,6 @@
 """Fleet: replicas, the ingresses' routers in front of them, and faults, in virtual time."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from random import Random
 
 from deployments.policy.routing import RoutedRequest, RoutingCosts
@@ -197,5 +197,3 @@ def _resumed(request: Request) -> Request:
         output_token_ids=list(request.output_token_ids),
         num_resumed_tokens=len(request.output_token_ids),
     )
-
-

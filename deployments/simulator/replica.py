@@ -62,6 +62,7 @@ class SimulatedReplica:
         self._host = Tier(size.host_bytes, self._is_wanted)
         self._disk = Tier(size.disk_bytes, self._is_wanted)
         self._wanted: dict[str, int] = {}  # requests by adapter
+        self._sizes: dict[str, int] = {}
         self._coming: set[str] = set()
         self._is_stepping = False
         self.is_dead = self.is_draining = False
@@ -78,6 +79,7 @@ class SimulatedReplica:
         digest = request.adapter_digest
         if digest:
             self._wanted[digest] = self._wanted.get(digest, 0) + 1
+            self._sizes[digest] = nbytes
             self._bring(digest, nbytes)
         self._step_if_idle()
 
@@ -113,7 +115,7 @@ class SimulatedReplica:
     # ==== adapters ====
 
     def _is_wanted(self, digest: str) -> bool:
-        return self._wanted.get(digest, 0) > 0
+        return digest in self._wanted
 
     def _bring(self, digest: str, nbytes: int) -> None:
         """Begin to bring an adapter into host memory, unless it is there or on its way."""
@@ -142,6 +144,16 @@ class SimulatedReplica:
         self.scheduler.adapters.set_ready(digest, nbytes)
         self._step_if_idle()
 
+    def _let_go(self, digest: str) -> None:
+        self._wanted[digest] -= 1
+        if not self._wanted[digest]:
+            del self._wanted[digest]
+
+    def _bring_lost(self) -> None:
+        """Bring adapters that waiting requests want and that had been on the device alone."""
+        for digest in list(self._wanted):
+            self._bring(digest, self._sizes[digest])
+
     # ==== steps ====
 
     def _step_if_idle(self) -> None:
@@ -150,14 +162,16 @@ class SimulatedReplica:
         batch = self.scheduler.schedule(self._clock.now_s)
         if batch is None:
             return
+        if batch.adapter_evictions:
+            self._bring_lost()
         self._is_stepping = True
         self.loads.host += len(batch.adapter_loads)
         step_s = self._profile.step_s(batch)
         self.busy_s += step_s
         self.num_steps += 1
-        self._clock.after(step_s, lambda: self._end_step(batch))
+        self._clock.after(step_s, lambda: self._end_step(batch, step_s))
 
-    def _end_step(self, batch: ScheduledBatch) -> None:
+    def _end_step(self, batch: ScheduledBatch, step_s: float) -> None:
         self._is_stepping = False
         if self.is_dead:
             return
@@ -165,9 +179,10 @@ class SimulatedReplica:
             self.scheduler.adapters.set_resident(load.digest)
         sampled = [[TOKEN] if request.samples else [] for request in batch.requests]
         progress = self.scheduler.update(batch, sampled)
+        self.scheduler.observe(batch, step_s)
         for each in progress:
             if each.request.finish_reason is not None and each.request.adapter_digest:
-                self._wanted[each.request.adapter_digest] -= 1
+                self._let_go(each.request.adapter_digest)
         self._on_progress(progress)
         self._step_if_idle()
 

@@ -4,8 +4,8 @@ from collections.abc import Iterable, Sequence
 from random import Random
 from typing import Protocol
 
-from deployments.policy.replica_view import ReplicaFigures
 from deployments.policy.rendezvous import Rendezvous
+from deployments.policy.replica_view import ReplicaFigures
 from deployments.policy.routing import RoutedRequest, Router, RoutingCosts
 
 
@@ -100,12 +100,18 @@ class AtRandom(_Known):
         return self._rng.choice(replica_ids)
 
 
-ROUTERS = ("reef", "power-of-two", "multiplexed", "bounded-hash", "round-robin", "random")
+OTHERS: dict[str, type[PowerOfTwo | Multiplexed | BoundedHash | RoundRobin | AtRandom]] = {
+    "power-of-two": PowerOfTwo,
+    "multiplexed": Multiplexed,
+    "bounded-hash": BoundedHash,
+    "round-robin": RoundRobin,
+    "random": AtRandom,
+}
+ROUTERS = ("reef", *OTHERS)
 
 
 def make_router(kind: str, max_num_seqs: int, costs: RoutingCosts, rng: Random) -> Chooser:
     """Return a router of one of the kinds ROUTERS."""
     if kind == "reef":
         return Router(costs, ReplicaFigures(max_num_seqs=max_num_seqs))
-    others = dict(zip(ROUTERS[1:], (PowerOfTwo, Multiplexed, BoundedHash, RoundRobin, AtRandom)))
-    return others[kind](rng)
+    return OTHERS[kind](rng)

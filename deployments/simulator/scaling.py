@@ -29,9 +29,7 @@ class Scaling(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
 
     @property
     def targets(self) -> ScalingTargets:
-        return ScalingTargets(
-            self.queued_tokens, self.kv_used, self.num_requests, self.down_margin
-        )
+        return ScalingTargets(self.queued_tokens, self.kv_used, self.num_requests, self.down_margin)
 
 
 class Scaler:

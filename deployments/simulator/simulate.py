@@ -1,6 +1,7 @@
 """Runs a simulation, and sums it up."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from random import Random
 
 import msgspec
@@ -41,9 +42,13 @@ class Summary(msgspec.Struct, frozen=True):
 
 
 def simulate(
-    simulation: Simulation, seed: int = 0, arrivals: Iterator[Arrival] | None = None
+    simulation: Simulation,
+    seed: int = 0,
+    arrivals: Iterator[Arrival] | None = None,
+    watch: Callable[[int], object] = lambda _: None,
 ) -> tuple[Summary, list[Record]]:
-    """Run the simulation. `arrivals` replace those of its workload."""
+    """Run the simulation. `arrivals` replace those of its workload; `watch` is called with 1 for
+    each of its seconds."""
     clock = Clock()
     fleet = Fleet(simulation, clock, seed)
     if arrivals is None:
@@ -53,6 +58,8 @@ def simulate(
     scaling = simulation.fleet.scaling
     if scaling.min != scaling.max:
         clock.at(PERIOD_S, fleet.scale)
+    for second in range(1, int(simulation.duration_s) + 1):
+        clock.at(float(second), partial(watch, 1))
     _plan_faults(simulation, clock, fleet, Random(f"{seed}/faults"))
     end_s = simulation.duration_s
     clock.run(lambda: clock.now_s > end_s and (not fleet.num_open or clock.now_s > end_s + DRAIN_S))

@@ -1,7 +1,7 @@
 """Tier: which adapters one replica has in a bounded memory, least recently used first to go."""
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 
 class Tier:
@@ -15,7 +15,7 @@ class Tier:
     def __contains__(self, digest: str) -> bool:
         return digest in self._sizes
 
-    def __iter__(self):  # noqa: ANN204
+    def __iter__(self) -> Iterator[str]:
         return iter(self._sizes)
 
     def touch(self, digest: str) -> None:

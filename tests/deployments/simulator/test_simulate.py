@@ -1,0 +1,178 @@
+"""A simulated fleet: the same for one seed, nothing lost, and as good as it should be."""
+
+import json
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from deployments.simulator.config import InvalidSimulation, Simulation, as_simulation
+from deployments.simulator.routers import ROUTERS
+from deployments.simulator.simulate import simulate
+from deployments.simulator.workload import (
+    Arrival,
+    Lengths,
+    Popularity,
+    Process,
+    Workload,
+    make_arrivals,
+)
+from reef.commands import reef
+
+CONFIGS = Path(__file__).parents[3] / "configs"
+ADAPTER_BYTES = 20 * 2**20
+
+
+def fleet(duration_s: float = 20.0, **changes: Any) -> Simulation:
+    document: dict[str, Any] = {
+        "duration_s": duration_s,
+        "workload": {
+            "arrivals": {"rate": 20.0},
+            "popularity": {"adapters": 200},
+            "prompt": {"median": 60.0, "most": 200},
+            "output": {"median": 20.0, "most": 60},
+        },
+        "fleet": {
+            "scaling": {"min": 4, "max": 4},
+            "size": {"max_adapters": 8, "host_bytes": 8 * ADAPTER_BYTES, "max_num_seqs": 16},
+            "adapter_bytes": ADAPTER_BYTES,
+        },
+    }
+    for path, value in changes.items():
+        place = document
+        *parents, last = path.split("__")
+        for parent in parents:
+            place = place.setdefault(parent, {})
+        place[last] = value
+    return as_simulation(document, "test")
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_every_request_gets_all_its_tokens_and_a_seed_gives_the_same(router: str) -> None:
+    simulation = fleet(fleet__router=router)
+    summary, records = simulate(simulation, seed=3)
+    assert summary.finished == summary.requests == len(records) > 300
+    assert all(r.num_tokens == r.arrival.num_output_tokens for r in records)
+    assert simulate(simulation, seed=3)[0] == summary
+    assert simulate(simulation, seed=4)[0] != summary
+
+
+def test_replicas_that_die_lose_no_token() -> None:
+    simulation = fleet(faults__kill_every_s=2.0, profile__cold_start=3.0, fleet__ingresses=2)
+    summary, records = simulate(simulation, seed=1)
+    assert summary.finished == summary.requests > 300
+    assert all(r.num_tokens == r.arrival.num_output_tokens for r in records)
+    calm, _ = simulate(fleet(), seed=1)
+    assert summary.longest_gap_p99_s > calm.longest_gap_p99_s, "somebody noticed"
+
+
+def test_the_number_of_replicas_follows_the_load() -> None:
+    busy = fleet(
+        30.0,
+        workload__arrivals__rate=60.0,
+        fleet__scaling={"min": 1, "max": 6},
+        profile__cold_start=2.0,
+    )
+    lazy = fleet(
+        30.0,
+        workload__arrivals__rate=2.0,
+        fleet__scaling={"min": 1, "max": 6},
+        profile__cold_start=2.0,
+    )
+    (many, _), (few, _) = simulate(busy), simulate(lazy)
+    assert many.replica_hours > 2 * few.replica_hours
+    assert many.finished == many.requests and few.finished == few.requests
+
+
+def test_affinity_saves_loads_within_the_bound() -> None:
+    changes = {"workload__arrivals__rate": 60.0, "warm_up_s": 5.0}
+    ours, _ = simulate(fleet(30.0, **changes))
+    blind, _ = simulate(fleet(30.0, fleet__router="power-of-two", **changes))
+    assert ours.loads_per_request < 0.75 * blind.loads_per_request
+
+
+# ==== the workload ====
+
+
+def arrivals(workload: Workload, duration_s: float = 2000.0, seed: int = 0) -> list[Arrival]:
+    return list(make_arrivals(workload, seed, duration_s))
+
+
+@pytest.mark.parametrize("burstiness", [0.25, 1.0, 8.0])
+def test_requests_come_at_the_rate_and_as_unevenly_as_asked(burstiness: float) -> None:
+    made = arrivals(Workload(arrivals=Process(rate=5.0, burstiness=burstiness)))
+    gaps = [b.time_s - a.time_s for a, b in pairwise(made)]
+    mean = sum(gaps) / len(gaps)
+    squared = sum((gap - mean) ** 2 for gap in gaps) / len(gaps) / mean**2
+    assert mean == pytest.approx(0.2, rel=0.12)
+    assert squared == pytest.approx(burstiness, rel=0.25)
+
+
+def test_a_day_has_a_peak_and_a_trough() -> None:
+    made = arrivals(Workload(arrivals=Process(rate=10.0, day_s=400.0, swing=0.8)), 400.0)
+    first = sum(a.time_s < 200.0 for a in made)
+    assert first > 2 * (len(made) - first)
+
+
+def test_adapters_follow_zipf_drift_and_flash_crowds() -> None:
+    def counts(popularity: Popularity) -> dict[int, int]:
+        found: dict[int, int] = {}
+        for arrival in arrivals(Workload(arrivals=Process(rate=20.0), popularity=popularity), 500):
+            found[arrival.adapter] = found.get(arrival.adapter, 0) + 1
+        return found
+
+    plain = sorted(counts(Popularity(adapters=100)).values(), reverse=True)
+    assert plain[0] == pytest.approx(2 * plain[1], rel=0.25)
+    drifting = sorted(counts(Popularity(adapters=100, drift_s=10.0)).values(), reverse=True)
+    assert drifting[0] < 0.7 * plain[0]
+    crowd = counts(Popularity(adapters=100, flash_at_s=100.0, flash_s=100.0))
+    assert max(crowd.values()) > 0.08 * sum(crowd.values())
+    base = counts(Popularity(adapters=100, base_share=0.5))
+    assert base[-1] == pytest.approx(0.5 * sum(base.values()), rel=0.05)
+
+
+def test_lengths_have_their_median_and_their_most() -> None:
+    made = arrivals(Workload(prompt=Lengths(median=100.0, sigma=1.0, most=300)), 500.0)
+    lengths = sorted(a.num_prompt_tokens for a in made)
+    assert lengths[len(lengths) // 2] == pytest.approx(100, rel=0.06)
+    assert lengths[-1] == 300 and lengths[0] >= 1
+
+
+# ==== files ====
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"fleet__scaling": {"min": 3, "max": 2}}, "min is 3, above max"),
+        ({"fleet__router": "best"}, "fleet.router"),
+        ({"workload__prompt__most": 5000}, "max_model_len is 4096"),
+        ({"workload__arrivals__rate": 0}, "> 0.0"),
+        ({"workload__arrivals__ratee": 1}, "ratee"),
+    ],
+    ids=["bounds", "router", "lengths", "rate", "unknown"],
+)
+def test_what_cannot_be_simulated_is_refused_by_name(changes: dict[str, Any], told: str) -> None:
+    with pytest.raises(InvalidSimulation, match=told):
+        fleet(**changes)
+
+
+@pytest.mark.parametrize("name", ["routing", "autoscaling", "faults"])
+def test_the_command_runs_the_examples(name: str, tmp_path: Path) -> None:
+    text = (CONFIGS / f"simulate-{name}.yaml").read_text()
+    file = tmp_path / "small.yaml"
+    file.write_text(
+        text.replace("duration_s: 120", "duration_s: 4")
+        .replace("duration_s: 600", "duration_s: 4")
+        .replace("warm_up_s: 20", "warm_up_s: 1")
+    )
+    ran = CliRunner().invoke(reef, ["simulate", str(file), "--json", "--router", "reef"])
+    assert ran.exit_code == 0, ran.output
+    row = json.loads(ran.stdout.strip().splitlines()[-1])
+    assert row["router"] == "reef" and row["finished"] == row["requests"] > 50
+    table = CliRunner().invoke(
+        reef, ["simulate", str(file), "--router", "reef", "--router", "random"]
+    )
+    assert "TTFT p99" in table.stdout and "random" in table.stdout
