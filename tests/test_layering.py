@@ -46,6 +46,7 @@ FLOORS = {
     "engine.scheduler": ("engine.scheduler",),
     "adapter_store": ("adapter_store",),
     "deployments.policy": ("deployments.policy",),
+    "deployments.simulator": ("deployments.policy", "deployments.simulator", "engine.scheduler"),
     "engine.announcer": (),
     "engine.model": ("engine.announcer", "engine.model"),
     "engine.lora": ("engine.lora", "engine.messages", "engine.model", *MANIFEST),
@@ -67,8 +68,19 @@ FLOORS = {
     "reef": OURS,
 }
 # Within deployments, what knows neither HTTP nor Ray.
-NO_HTTP = ("deployments.text", "deployments.fleet", "deployments.replica", "deployments.tenants")
-NO_RAY = ("deployments.text", "deployments.tenants", "deployments.policy")
+NO_HTTP = (
+    "deployments.text",
+    "deployments.fleet",
+    "deployments.replica",
+    "deployments.tenants",
+    "deployments.simulator",
+)
+NO_RAY = (
+    "deployments.text",
+    "deployments.tenants",
+    "deployments.policy",
+    "deployments.simulator",
+)
 STDLIB_ONLY = ("engine.scheduler", "deployments.policy")
 NO_TORCH = (
     "adapter_store",

@@ -35,7 +35,7 @@ KNOWN_SHAPES = {
     8: "fd501eb8b071ab65",  # end tokens of adapters
     9: "6506a097920400ff",  # priorities
     10: "124711117764beab",  # adapters with more token ids than their base
-    11: "a51dd71595f571d9",  # sessions
+    11: "30584fc6f4db71d8",  # sessions, drafted tokens
 }
 
 

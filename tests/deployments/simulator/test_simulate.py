@@ -25,7 +25,7 @@ CONFIGS = Path(__file__).parents[3] / "configs"
 ADAPTER_BYTES = 20 * 2**20
 
 
-def fleet(duration_s: float = 20.0, **changes: Any) -> Simulation:
+def fleet(duration_s: float = 8.0, **changes: Any) -> Simulation:
     document: dict[str, Any] = {
         "duration_s": duration_s,
         "workload": {
@@ -53,7 +53,7 @@ def fleet(duration_s: float = 20.0, **changes: Any) -> Simulation:
 def test_every_request_gets_all_its_tokens_and_a_seed_gives_the_same(router: str) -> None:
     simulation = fleet(fleet__router=router)
     summary, records = simulate(simulation, seed=3)
-    assert summary.finished == summary.requests == len(records) > 300
+    assert summary.finished == summary.requests == len(records) > 120
     assert all(r.num_tokens == r.arrival.num_output_tokens for r in records)
     assert simulate(simulation, seed=3)[0] == summary
     assert simulate(simulation, seed=4)[0] != summary
@@ -62,7 +62,7 @@ def test_every_request_gets_all_its_tokens_and_a_seed_gives_the_same(router: str
 def test_replicas_that_die_lose_no_token() -> None:
     simulation = fleet(faults__kill_every_s=2.0, profile__cold_start=3.0, fleet__ingresses=2)
     summary, records = simulate(simulation, seed=1)
-    assert summary.finished == summary.requests > 300
+    assert summary.finished == summary.requests > 120
     assert all(r.num_tokens == r.arrival.num_output_tokens for r in records)
     calm, _ = simulate(fleet(), seed=1)
     assert summary.longest_gap_p99_s > calm.longest_gap_p99_s, "somebody noticed"
@@ -70,13 +70,13 @@ def test_replicas_that_die_lose_no_token() -> None:
 
 def test_the_number_of_replicas_follows_the_load() -> None:
     busy = fleet(
-        30.0,
+        15.0,
         workload__arrivals__rate=60.0,
         fleet__scaling={"min": 1, "max": 6},
         profile__cold_start=2.0,
     )
     lazy = fleet(
-        30.0,
+        15.0,
         workload__arrivals__rate=2.0,
         fleet__scaling={"min": 1, "max": 6},
         profile__cold_start=2.0,
@@ -88,8 +88,8 @@ def test_the_number_of_replicas_follows_the_load() -> None:
 
 def test_affinity_saves_loads_within_the_bound() -> None:
     changes = {"workload__arrivals__rate": 60.0, "warm_up_s": 5.0}
-    ours, _ = simulate(fleet(30.0, **changes))
-    blind, _ = simulate(fleet(30.0, fleet__router="power-of-two", **changes))
+    ours, _ = simulate(fleet(12.0, **changes))
+    blind, _ = simulate(fleet(12.0, fleet__router="power-of-two", **changes))
     assert ours.loads_per_request < 0.75 * blind.loads_per_request
 
 
