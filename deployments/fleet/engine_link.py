@@ -121,7 +121,7 @@ class EngineLink:
         """Abort what has not finished: the reader is done."""
         for request in self._requests.pop(queue):
             for attempt in list(request.attempts.values()):
-                del self._attempts[attempt.id]  # one that is being placed ends by that
+                self._forget(attempt)  # one that is being placed ends by that
                 if attempt.replica is not None:
                     attempt.replica.abort([attempt.id])
 
@@ -132,7 +132,7 @@ class EngineLink:
             return
         attempt, choice = ended
         if choice is None:
-            del self._attempts[attempt.id]
+            self._forget(attempt)
         if attempt.replica is None:
             return
         if choice is None:
@@ -149,7 +149,7 @@ class EngineLink:
     async def _place(self, attempt: Attempt) -> None:
         error = await self._placement.place(attempt)
         if error is not None:
-            del self._attempts[attempt.id]
+            self._forget(attempt)
             attempt.origin.fail(attempt, error)
             return
         early, attempt.early = attempt.early, []
@@ -159,7 +159,7 @@ class EngineLink:
     def _lose(self, attempt: Attempt, message: str, counts: bool = True) -> None:
         """Go on elsewhere with an attempt that its replica will not finish."""
         assert attempt.replica is not None, "lost before it was placed"
-        del self._attempts[attempt.id]
+        self._forget(attempt)
         num_losses = attempt.num_losses + counts
         if num_losses >= MAX_LOSSES:
             attempt.origin.fail(attempt, RequestError(ErrorKind.ENGINE_DIED, message))
@@ -200,7 +200,11 @@ class EngineLink:
             return
         attempt.origin.take_output(attempt, output)
         if attempt.num_open == 0:
-            del self._attempts[attempt.id]
+            self._forget(attempt)
+
+    def _forget(self, attempt: Attempt) -> None:
+        del self._attempts[attempt.id]
+        self._placement.note_end(attempt)
 
     def on_lease(self, stream: ReplicaStream, lease: Lease) -> None:
         self._totals.report(stream.replica_id, lease.stats)

@@ -12,7 +12,7 @@ from deployments.fleet.protocol import Connection, Hints, Receipt
 from deployments.fleet.stream_pool import StreamPool
 from deployments.fleet.timing import Timing
 from deployments.policy.prefix_memory import prefix_keys
-from engine.messages import ErrorKind, RequestError
+from engine.messages import ErrorKind, GenerateRequest, RequestError
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +33,13 @@ class Placement:
         self._streams = streams
         self._attempts = attempts
         self._timing = timing
+        self._ended: list[tuple[str, int]] = []  # what the router has not been told yet
+
+    def note_end(self, attempt: Attempt) -> None:
+        """Note that an attempt has ended: its replica has less to do than the router believes."""
+        if attempt.replica is not None:
+            num_tokens = _num_known_tokens(attempt.submit.request)
+            self._ended.append((attempt.replica.replica_id, num_tokens))
 
     async def place(self, attempt: Attempt) -> RequestError | None:
         """Find a replica, unless the attempt is given up meanwhile. Returns why there is none."""
@@ -76,7 +83,8 @@ class Placement:
 
     async def _submit(self, attempt: Attempt) -> Receipt | None:
         """Offer the attempt once. None: it is unknown whether it was accepted."""
-        hints = _hints(attempt, self._streams.suspects())
+        ended, self._ended = self._ended, []
+        hints = _hints(attempt, self._streams.suspects(), tuple(ended))
         try:
             async with asyncio.timeout(self._timing.silence_s):
                 return await self._connection.submit(
@@ -101,12 +109,16 @@ class Placement:
         self._attempts[attempt.id] = attempt
 
 
-def _hints(attempt: Attempt, suspects: list[str]) -> Hints:
+def _num_known_tokens(request: GenerateRequest) -> int:
+    return len(request.prompt_token_ids) + len(request.output_token_ids)
+
+
+def _hints(attempt: Attempt, suspects: list[str], ended: tuple[tuple[str, int], ...]) -> Hints:
     request, adapter_ref = attempt.submit.request, attempt.submit.adapter_ref
     adapter_digest = "" if adapter_ref is None else adapter_ref.digest
     return Hints(
         request_id=request.request_id,
-        num_prompt_tokens=len(request.prompt_token_ids) + len(request.output_token_ids),
+        num_prompt_tokens=_num_known_tokens(request),
         adapter_digest=adapter_digest,
         tenant=request.tenant,
         avoid=(*attempt.avoid, *suspects),
@@ -114,6 +126,7 @@ def _hints(attempt: Attempt, suspects: list[str]) -> Hints:
         prefix_keys=prefix_keys(
             request.prompt_token_ids, request.tenant, request.cache_salt, adapter_digest
         ),
+        ended=ended,
     )
 
 

@@ -37,6 +37,7 @@ class Hints:
     is_leaving: bool = False
     session: str = ""  # requests of one session go to one replica if the load allows it
     prefix_keys: tuple[int, ...] = ()  # of the prompt, as in `policy.prefix_memory`
+    ended: tuple[tuple[str, int], ...] = ()  # replica and tokens of requests that ended since
 
 
 class StreamId(NamedTuple):

@@ -104,6 +104,8 @@ class AdapterRouter(RequestRouter):
             if stats and stats is not self._stats.get(replica_id):
                 self._stats[replica_id] = stats
                 self._router.report(replica_id, from_stats(stats))
+        for replica_id, num_tokens in hints.ended:
+            self._router.ended(replica_id, num_tokens)
         adapter_digest = hints.adapter_digest[:DIGEST_CHARS]
         request = RoutedRequest(
             hints.request_id,

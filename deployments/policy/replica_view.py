@@ -96,6 +96,11 @@ class ReplicaView:
             self._sent_adapters.add(adapter_digest)
             self.device_adapters = {*self.device_adapters, adapter_digest}
 
+    def ended(self, num_tokens: int) -> None:
+        """Take back what was added for a request, or what the replica had reported of it."""
+        queued = max(self.queued_tokens - num_tokens, 0)
+        self._set_load(queued, max(self.num_requests - 1, 0))
+
     def load_s(self, adapter_digest: str) -> float:
         """Predict how long the adapter takes to be on the device."""
         if adapter_digest in self.device_adapters:

@@ -104,6 +104,12 @@ class Router:
         if request.adapter_digest:
             self._demand.add(request.adapter_digest, now)
 
+    def ended(self, replica_id: str, num_tokens: int) -> None:
+        """Note that a request of this many tokens has ended, which was sent by this router."""
+        view = self._views.get(replica_id)
+        if view is not None:
+            view.ended(num_tokens)
+
     def rank(self, replica_ids: Sequence[str], request: RoutedRequest) -> list[str]:
         """Order all replicas, best first. Those to avoid come last, rather than not at all."""
         best, avoid = self.choose(replica_ids, request), request.avoid

@@ -8,7 +8,7 @@ from deployments.simulator.clock import Clock
 from deployments.simulator.config import Simulation
 from deployments.simulator.records import Record
 from deployments.simulator.replica import SimulatedReplica
-from deployments.simulator.routers import make_router
+from deployments.simulator.routers import Chooser, make_router
 from deployments.simulator.scaling import PERIOD_S, Scaler
 from deployments.simulator.workload import Arrival
 from engine.scheduler.request import CacheScope, Request, SamplingParams
@@ -63,7 +63,7 @@ class Fleet:
             self._held.append(request)
             return
         record = self._open[request.request_id]
-        router = self._routers[record.arrival.number % len(self._routers)]
+        router = self._router_of(record)
         known = len(request.output_token_ids)
         routed = RoutedRequest(
             request.request_id,
@@ -77,6 +77,9 @@ class Fleet:
         replica = self.replicas[chosen]
         replica.submit(request, self._simulation.fleet.adapter_bytes)
 
+    def _router_of(self, record: Record) -> Chooser:
+        return self._routers[record.arrival.number % len(self._routers)]
+
     def _take(self, progress: list[Progress]) -> None:
         now_s = self._clock.now_s
         for each in progress:
@@ -85,6 +88,7 @@ class Fleet:
             record.take(len(each.token_ids), now_s, request)
             if request.finish_reason is not None:
                 del self._open[request.request_id]
+                self._router_of(record).ended(record.replica, request.num_prompt_tokens)
 
     # ==== figures ====
 

@@ -14,6 +14,7 @@ class Chooser(Protocol):
     def keep(self, replica_ids: Iterable[str]) -> None: ...
     def choose(self, replica_ids: Sequence[str], request: RoutedRequest) -> str: ...
     def sent(self, replica_id: str, request: RoutedRequest, now: float) -> None: ...
+    def ended(self, replica_id: str, num_tokens: int) -> None: ...
 
 
 class _Known:
@@ -37,6 +38,9 @@ class _Known:
     def sent(self, replica_id: str, request: RoutedRequest, now: float) -> None:
         self._sent[replica_id] = self._sent.get(replica_id, 0) + 1
         self._adapters.setdefault(replica_id, set()).add(request.adapter_digest)
+
+    def ended(self, replica_id: str, num_tokens: int) -> None:
+        self._sent[replica_id] = self._sent.get(replica_id, 0) - 1
 
     def load(self, replica_id: str) -> int:
         figures = self._figures.get(replica_id)

@@ -118,6 +118,15 @@ def test_new_figures_replace_the_optimistic_ones_and_repeated_figures_do_not() -
     assert router.figures("a").queued_tokens == 0
 
 
+def test_requests_that_have_ended_are_no_load() -> None:
+    """An adapter stays where it is though more requests are sent than run at once."""
+    router, places = router_of(**{i: figures() for i in IDS}), set[str]()
+    for n in range(50):
+        places.add(route(router, request(n, "x", 500)))
+        router.ended(*places, 500)
+    assert len(places) == 1 and router.figures(*places).num_requests == 0
+
+
 def test_a_report_from_before_does_not_hide_where_an_adapter_went() -> None:
     router = router_of(a=figures())
     router.sent("a", request(adapter_digest="x"), 0.0)
