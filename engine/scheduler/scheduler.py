@@ -178,7 +178,8 @@ class Scheduler:
         if len(prefills) < len(self.running):
             drafted = {request.key: len(draft.token_ids) for request, draft in drafts}
             rows = [(r, count + drafted.get(r.key, 0)) for r, count in step.rows]
-            step.prompt_time = self.step_budget.prompt_time(rows)
+            num_admissible = min(len(self.waiting), self.limits.max_num_seqs - len(self.running))
+            step.prompt_time = self.step_budget.prompt_time(rows, len(prefills) + num_admissible)
         self._schedule_running(step, prefills)
         if not step.lacks_blocks:
             self._schedule_waiting(step, now)

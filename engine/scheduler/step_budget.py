@@ -4,13 +4,14 @@ While somebody decodes, a step's time is everybody's gap between two tokens. Pro
 rows that decode leave of the target. When nobody decodes, only the number of tokens is limited.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from engine.scheduler.request import Request
 from engine.scheduler.step_time import StepShape, StepTime, num_pairs
 
 # Without a target: a step with prompts may take this many times as long as without. Below 2.2,
-# prompts come too slowly to keep the batch full, when answers are half as long as prompts.
+# prompts come too slowly to keep the batch full, when answers are half as long as prompts. Where
+# more requests wait for their first token than for another, it is as many times more.
 AUTO_RATIO = 2.5
 AUTO_LEAST_S = 0.05  # nobody reads faster than 20 tokens a second; shorter steps only cost more
 LEAST_PIECE = 16  # tokens of the first prompt in a step, whatever the target: it always advances
@@ -48,18 +49,24 @@ class StepBudget:
         self._target_s = target_s
         self.times = StepTime()
 
-    def prompt_time(self, decodes: Iterable[tuple[Request, int]]) -> PromptTime | None:
-        """Return the time for prompts beside these decodes; None before any step was measured."""
+    def prompt_time(
+        self, decodes: Sequence[tuple[Request, int]], num_prompts: int
+    ) -> PromptTime | None:
+        """Return the time for prompts beside these decodes; None before any step was measured.
+
+        `num_prompts`: requests that could be computed and have no token yet.
+        """
         if not self.times.is_known:
             return None
         decode_s = self.times.predict(decode_shape(decodes))
-        return PromptTime(self.times, self.target_s(decode_s) - decode_s)
+        target_s = self.target_s(decode_s, num_prompts / max(len(decodes), 1))
+        return PromptTime(self.times, target_s - decode_s)
 
-    def target_s(self, decode_s: float) -> float:
+    def target_s(self, decode_s: float, prompts_per_decode: float) -> float:
         """Return the target for a step in which decoding alone takes `decode_s`."""
         if self._target_s is not None:
             return self._target_s
-        return max(AUTO_LEAST_S, AUTO_RATIO * decode_s)
+        return max(AUTO_LEAST_S, AUTO_RATIO * decode_s * max(1.0, prompts_per_decode))
 
 
 def decode_shape(rows: Iterable[tuple[Request, int]]) -> StepShape:
