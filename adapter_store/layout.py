@@ -109,6 +109,23 @@ class LoraLayout:
         )
 
 
+def vocab_rows(
+    modules: Mapping[str, LoraModule], replaced: Mapping[str, SavedTensor]
+) -> dict[str, int]:
+    """Return the rows that embedding and output layer have, by each of the tensors that tell."""
+    rows = {
+        saved.tensor: saved.shape[0]
+        for name, saved in replaced.items()
+        if is_vocabulary(name.rpartition(".")[0])
+    }
+    for name, module in modules.items():
+        if name.rpartition(".")[2] == EMBEDDING:
+            rows[module.lora_a] = module.in_features
+        elif name.rpartition(".")[2] == HEAD:
+            rows[module.lora_b] = module.out_features
+    return rows
+
+
 def _num_parameters(module: LoraModule) -> int:
     vectors = (module.lora_b_bias is not None) + (module.magnitude is not None)
     inner = module.lora_rank * (

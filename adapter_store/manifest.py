@@ -26,13 +26,13 @@ from adapter_store.layout import (
     is_vocabulary,
     layout_of,
     read_adapter,
+    vocab_rows,
 )
 from adapter_store.object_store import OnBytes
 from adapter_store.own_files import OWN_NAMES, read_own_files
 from adapter_store.peft_config import CONFIG_NAME, LoraSettings
 from adapter_store.recipes import Recipe, parse_recipe
 from adapter_store.safetensors_file import find_not_finite, hash_file
-from adapter_store.saved import vocab_size_of
 from adapter_store.tensor_causes import unknown_module
 from adapter_store.wrapped_names import plain_name, whole_name
 
@@ -72,8 +72,8 @@ class AdapterManifest:
 
     @property
     def vocab_size(self) -> int:
-        """The rows of its own embedding, which may be more than the base's; 0: the base's."""
-        return vocab_size_of(self.replaced)
+        """The rows of its own embedding, if its files tell; 0: those of the base."""
+        return max(vocab_rows(self.modules, self.replaced).values(), default=0)
 
     def to_json(self) -> bytes:
         """Encode the manifest for the object store; the inverse of `parse_manifest`."""
@@ -121,7 +121,8 @@ def prepare(
     settings, tensors = read_adapter(folder)
     layout = layout_of(settings, tensors)
     _check_base(layout, base)
-    own_files = read_own_files(folder, base.text, vocab_size_of(layout.replaced))
+    rows = vocab_rows(layout.modules, layout.replaced).values()
+    own_files = read_own_files(folder, base.text, max(rows, default=0))
     weights = folder / WEIGHTS_NAME
     try:
         bad = find_not_finite(weights, tensors, on_bytes)
@@ -322,11 +323,20 @@ def _check_parameters(layout: LoraLayout, parameters: Mapping[str, tuple[int, ..
 def _own_embedding(
     layout: LoraLayout, parameters: Mapping[str, tuple[int, ...]]
 ) -> tuple[int, ...]:
-    """Return the shape that embedding and output layer have with the adapter: it may add rows."""
+    """Return the shape that embedding and output layer have with the adapter, which may have more
+    rows than the base, or fewer."""
     rows, width = parameters.get(_EMBEDDING, (0, 0))
-    own = vocab_size_of(layout.replaced)
+    found = vocab_rows(layout.modules, layout.replaced)
+    own = max(found.values(), default=rows)
+    for tensor, num_rows in found.items():
+        if num_rows != own:
+            longer = max(found, key=lambda name: found[name])
+            raise AdapterInvalid(
+                f"{tensor} has {num_rows} rows of token ids and {longer} {own}; embedding and "
+                "output layer must have the same"
+            )
     if own <= rows:
-        return rows, width
+        return own, width
     if own > rows + MAX_NEW_ROWS:
         raise AdapterInvalid(
             f"the adapter has {own} token ids, the base {rows}; at most {MAX_NEW_ROWS} more are "

@@ -31,7 +31,7 @@ class AdapterRef:
     digest: str
     base: str  # fingerprint
     recipe: Recipe | None = None
-    vocab_size: int = 0  # rows of its own embedding, which may be more than the base's; 0: as there
+    vocab_size: int = 0  # rows of its own embedding, more or fewer than the base's; 0: as there
 
 
 @dataclass(frozen=True, slots=True)

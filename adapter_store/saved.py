@@ -45,12 +45,6 @@ def is_vocabulary(module: str) -> bool:
     return module.rpartition(".")[2] in (EMBEDDING, HEAD)
 
 
-def vocab_size_of(replaced: Mapping[str, SavedTensor]) -> int:
-    """Return the rows of the adapter's own embedding or output layer; 0 if it has the base's."""
-    own = (s.shape[0] for name, s in replaced.items() if is_vocabulary(name.rpartition(".")[0]))
-    return max(own, default=0)
-
-
 def take_saved(
     found: Found, tensors: Mapping[str, TensorEntry], settings: LoraSettings
 ) -> dict[str, SavedTensor]:

@@ -32,7 +32,7 @@ class AdapterFolder:
     """An adapter's identity, and the folder of its verified files.
 
     `vocab_size` are the rows of its own embedding. Token ids from the base's number on are valid
-    for its requests alone. 0: it has the base's.
+    for its requests alone; if it has fewer, those that it lacks are not. 0: it has the base's.
     """
 
     digest: str

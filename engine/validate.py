@@ -46,9 +46,9 @@ def validate(request: GenerateRequest, info: EngineInfo) -> None:
 
 
 def _vocab_size(request: GenerateRequest, info: EngineInfo) -> int:
-    """Return the number of token ids that the request may use: its adapter may have more."""
+    """Return the number of token ids that the request may use: its adapter may have others."""
     own = 0 if request.adapter_folder is None else request.adapter_folder.vocab_size
-    return max(info.vocab_size, own)
+    return own or info.vocab_size
 
 
 def _check_pooling(request: GenerateRequest, info: EngineInfo) -> None:
@@ -76,6 +76,15 @@ def _check_grammar(request: GenerateRequest, info: EngineInfo) -> None:
         raise InvalidRequest(
             "ignore_eos=True is not possible with structured output: end tokens are how a finished "
             "one ends"
+        )
+    ends, vocab_size = (
+        request.sampling.end_token_ids(info.eos_token_ids),
+        _vocab_size(request, info),
+    )
+    if min(ends, default=0) >= vocab_size:
+        raise InvalidRequest(
+            f"structured output needs an end token, and the adapter has none: of its {vocab_size} "
+            f"token ids, none is {', '.join(map(str, sorted(ends)))}"
         )
 
 

@@ -101,12 +101,12 @@ class Target:
 
     @property
     def vocab_size(self) -> int:
-        """The number of token ids, of which the adapter may have more than its base.
+        """The number of token ids, of which the adapter may have more than its base, or fewer.
 
         Raises ModelNotReady.
         """
         own = 0 if self.adapter_ref is None else self.adapter_ref.vocab_size
-        return max(self.engine.vocab_size, own)
+        return own or self.engine.vocab_size
 
     @property
     def sampling_defaults(self) -> SamplingDefaults:

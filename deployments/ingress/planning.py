@@ -143,6 +143,14 @@ async def _plan_grammar(
             constraint.path,
             "unsupported_field",
         )
+    num_ids = target.model.vocabulary.num_ids
+    if constraint is not None and target.vocab_size < min(target.engine.vocab_size, num_ids):
+        raise invalid(
+            f"{constraint.path}: structured output is not possible with this adapter: it has "
+            f"{target.vocab_size} token ids, and its base's tokenizer {num_ids}.",
+            constraint.path,
+            "unsupported_field",
+        )
     ids_in = within(target.engine.vocab_size, target.vocabulary.added_ids_in)
     return await plan_grammar(constraint, is_lenient, ids_in)
 

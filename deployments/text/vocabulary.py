@@ -138,6 +138,13 @@ class Vocabulary:
     # ---- text to ids ---------------------------------------------------------------------
 
     @property
+    def num_ids(self) -> int:
+        """The least number that is above all token ids."""
+        added = self._tokenizer.get_added_tokens_decoder()
+        inner = self._tokenizer.get_vocab_size(with_added_tokens=False)
+        return max(inner, max(added, default=-1) + 1)
+
+    @property
     def longest_token(self) -> int | None:
         """The most bytes of text that one token stands for; None if there is no such bound."""
         return self._token_bytes.longest

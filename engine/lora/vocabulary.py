@@ -5,13 +5,13 @@ reach the output layer of a tied base without being written twice: trained rows 
 matrix that PEFT loads into the base's own parameter.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from adapter_store.layout import MAX_NEW_ROWS, LoraModule, SavedTensor, TokenRows
+from adapter_store.layout import MAX_NEW_ROWS, LoraModule, SavedTensor, TokenRows, vocab_rows
 from engine.lora.overlay import Overlay
 from engine.lora.source import Source
 from engine.lora.weights import AdapterLoadError
@@ -24,6 +24,7 @@ BLOCK_ROWS = 4096  # that are compared with the base's at a time
 class _Change:
     """What becomes of one of the two matrices; None: nothing."""
 
+    module: str
     factors: LoraModule | None
     whole: SavedTensor | None
     some: TokenRows | None
@@ -31,6 +32,13 @@ class _Change:
     @property
     def is_empty(self) -> bool:
         return self.factors is None and self.whole is None and self.some is None
+
+    @property
+    def num_rows(self) -> list[int]:
+        """The matrix's rows, as each tensor has them that tells."""
+        factors = {} if self.factors is None else {self.module: self.factors}
+        replaced = {} if self.whole is None else {f"{self.module}.weight": self.whole}
+        return list(vocab_rows(factors, replaced).values())
 
 
 def load_vocabulary(
@@ -46,45 +54,48 @@ def load_vocabulary(
 
     def change_of(module: str) -> _Change:
         whole = replaced.get(f"{module}.weight")
-        return _Change(modules.get(module), whole, token_rows.get(module))
+        return _Change(module, modules.get(module), whole, token_rows.get(module))
 
     embedding, head = change_of(EMBEDDING), change_of(HEAD)
     if embedding.is_empty and head.is_empty:
         return None, None
     if source.base.spec.tied_embeddings:
         head = _tied_head(embedding, head)
-    vocab_size = _vocab_size(EMBEDDING, embedding, source)
-    own_outputs = _vocab_size(HEAD, head, source)
-    if vocab_size > source.base.spec.vocab_size + MAX_NEW_ROWS:
-        raise AdapterLoadError(
-            f"the adapter has {vocab_size} token ids, the base {source.base.spec.vocab_size}; at "
-            f"most {MAX_NEW_ROWS} more are served"
-        )
-    if vocab_size != own_outputs:
-        raise AdapterLoadError(
-            f"with the adapter, {EMBEDDING} has {vocab_size} rows and {HEAD} {own_outputs}, but "
-            "each token id needs a row in both"
-        )
-    return (
-        _load(EMBEDDING, embedding, vocab_size, source),
-        _load(HEAD, head, vocab_size, source),
-    )
+    vocab_size = _vocab_size((embedding, head), source.base.spec.vocab_size)
+    return _load(embedding, vocab_size, source), _load(head, vocab_size, source)
 
 
-def _vocab_size(module: str, change: _Change, source: Source) -> int:
-    """Return the rows of a matrix with its change: a whole one may add some to the base's."""
-    base, whole, some = source.base.spec.vocab_size, change.whole, change.some
-    if whole is not None and whole.shape[0] < base:
+def _vocab_size(changes: Sequence[_Change], base: int) -> int:
+    """Return the number of token ids with the adapter, of which the base has `base`.
+
+    What the file has of a matrix tells its rows. Fewer than the base's are the first ones of it, as
+    where the base was made smaller before training. More need all rows of both matrices.
+    """
+    vocab_size = max((rows for change in changes for rows in change.num_rows), default=base)
+    if vocab_size > base + MAX_NEW_ROWS:
         raise AdapterLoadError(
-            f"{whole.tensor} has {whole.shape[0]} rows, and {module} of the base {base}"
+            f"the adapter has {vocab_size} token ids, the base {base}; at most {MAX_NEW_ROWS} more "
+            "are served"
         )
-    vocab_size = base if whole is None else whole.shape[0]
+    for change in changes:
+        _check_rows(change, vocab_size, base)
+    return vocab_size
+
+
+def _check_rows(change: _Change, vocab_size: int, base: int) -> None:
+    module, some = change.module, change.some
+    lacks_new_rows = vocab_size > base and change.whole is None
+    for rows in [base] if lacks_new_rows else change.num_rows:
+        if rows != vocab_size:
+            raise AdapterLoadError(
+                f"with the adapter, {module} has {rows} rows, and there are {vocab_size} token "
+                f"ids; each needs a row in both {EMBEDDING} and {HEAD}"
+            )
     if some is not None and max(some.token_ids) >= vocab_size:
         raise AdapterLoadError(
             f"{some.tensor} has a row of token id {max(some.token_ids)}, and {module} has "
             f"{vocab_size} rows"
         )
-    return vocab_size
 
 
 def _tied_head(embedding: _Change, head: _Change) -> _Change:
@@ -98,15 +109,14 @@ def _tied_head(embedding: _Change, head: _Change) -> _Change:
                 "layer, and the output layer has changes of its own; PEFT does not run that either"
             )
         some = embedding.some
-    return _Change(head.factors, whole, some)
+    return _Change(HEAD, head.factors, whole, some)
 
 
-def _load(module: str, change: _Change, vocab_size: int, source: Source) -> Overlay | None:
-    if change.is_empty:
-        return None
-    ids, rows = _changed_rows(module, change, source)
-    factors = _load_factors(module, change.factors, vocab_size, source)
-    if not len(ids) and factors is None:
+def _load(change: _Change, vocab_size: int, source: Source) -> Overlay | None:
+    ids, rows = _changed_rows(change.module, change, source)
+    factors = _load_factors(change.module, change.factors, vocab_size, source)
+    is_smaller_head = change.module == HEAD and vocab_size < source.base.spec.vocab_size
+    if not len(ids) and factors is None and not is_smaller_head:
         return None
     return Overlay(ids, rows, factors, vocab_size)
 
@@ -136,11 +146,12 @@ def _differing(module: str, whole: SavedTensor, source: Source) -> tuple[Tensor,
     own = source.tensor(whole.tensor, shape, module)
     theirs = base.vocabulary(f"{EMBEDDING if base.spec.tied_embeddings else module}.weight")
     ids: list[Tensor] = []
-    for start in range(0, len(theirs), BLOCK_ROWS):
-        block = slice(start, min(start + BLOCK_ROWS, len(theirs)))
+    shared = min(num_rows, len(theirs))
+    for start in range(0, shared, BLOCK_ROWS):
+        block = slice(start, min(start + BLOCK_ROWS, shared))
         differs = own[block].to(source.dtype) != theirs[block].to(source.dtype)
         ids.append(differs.any(1).nonzero().flatten() + start)
-    found = torch.cat([*ids, torch.arange(len(theirs), num_rows)])
+    found = torch.cat([*ids, torch.arange(shared, num_rows)])
     return found, own[found].to(source.dtype)
 
 

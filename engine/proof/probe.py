@@ -18,11 +18,12 @@ NUM_OWN = 3  # tokens of the prompt whose rows the adapter replaces, if it does
 def probe_prompt(weights: LoraWeights | None, vocab_size: int) -> list[int]:
     """Draw the prompt; with what the adapter has trained or is invoked by, if it has that."""
     draw = random.Random(vocab_size)
-    token_ids = [draw.randrange(vocab_size) for _ in range(NUM_PROMPT)]
+    own = vocab_size if weights is None else weights.vocab_size or vocab_size
+    token_ids = [draw.randrange(vocab_size) % own for _ in range(NUM_PROMPT)]
     overlays = () if weights is None else (weights.embedding, weights.head)
     changed = [o.ids.tolist() for o in overlays if o is not None]
-    own = [i for ids in changed for i in [*ids[-1:], *ids[: NUM_OWN - 1]]]  # the last may be new
-    for place, token_id in zip(range(1, NUM_PROMPT, 2), dict.fromkeys(own), strict=False):
+    rows = [i for ids in changed for i in [*ids[-1:], *ids[: NUM_OWN - 1]]]  # the last may be new
+    for place, token_id in zip(range(1, NUM_PROMPT, 2), dict.fromkeys(rows), strict=False):
         token_ids[place] = token_id
     middle = NUM_PROMPT // 2
     invocation = () if weights is None else weights.invocation_token_ids

@@ -81,7 +81,7 @@ class ReferenceOverlays:
         overlay, first = self._weights.head, self._first
         if overlay is None:
             return logits
-        more = logits.new_zeros(len(logits), overlay.vocab_size - logits.shape[1])
+        more = logits.new_zeros(len(logits), max(0, overlay.vocab_size - logits.shape[1]))
         logits = torch.cat([logits, more], 1)
         wide = hidden[first:].float()
         pieces = zip(overlay.ids.split(PIECE_ROWS), overlay.rows.split(PIECE_ROWS), strict=True)
@@ -90,12 +90,14 @@ class ReferenceOverlays:
             logits[first:, ids.to(wide.device)] = wide @ own.T
         if overlay.factors is not None:
             a, b = (f.to(wide.device).float() for f in overlay.factors)
-            logits[first:] += wide @ a.T @ b
+            logits[first:, : overlay.vocab_size] += wide @ a.T @ b
         return logits
 
     def forbid(self, logits: Tensor, vocab_size: int) -> None:
-        """Take from the rows before the adapter acts what only it has."""
+        """Take what only the adapter has from rows before it acts, what it lacks from others."""
         logits[: self._first, vocab_size:] = -torch.inf
+        if self._weights.head is not None:
+            logits[self._first :, self._weights.head.vocab_size :] = -torch.inf
 
 
 @torch.inference_mode()

@@ -1,5 +1,7 @@
-"""Tests adapters with more token ids than their base, against peft, in batches with plain ones."""
+"""Tests adapters with more or fewer token ids than their base, against peft, in batches with
+plain ones."""
 
+import shutil
 from array import array
 from dataclasses import replace
 from pathlib import Path
@@ -8,7 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from adapter_store.errors import AdapterInvalid
+from adapter_store.layout import WEIGHTS_NAME
 from adapter_store.store import AdapterStore
 from engine.backends.sampler import SampledToken, sample
 from engine.backends.torch import overlays
@@ -17,6 +22,7 @@ from engine.grammar.mask_memory import MaskMemory
 from engine.messages import AdapterFolder, GenerateRequest
 from engine.scheduler.batch import ScheduledRequest
 from engine.scheduler.request import InvalidRequest
+from engine.validate import validate
 from tests.engine.support.driver import Result, greedy, make_engine, prompt_of, run
 from tests.engine.support.kinds import load_with_peft, write_kind
 from tests.engine.support.tiny import VOCAB_SIZE, write_tiny
@@ -32,6 +38,9 @@ KINDS: dict[str, dict[str, Any]] = {
         "target_modules": ["q_proj", "embed_tokens", "lm_head"],
     },
     "plain": {},
+    "fewer": {"vocab_size": 200, "modules_to_save": ["embed_tokens", "lm_head"]},
+    "fewer-untrained": {"vocab_size": 190},
+    "fewer-factors": {"vocab_size": 180, "target_modules": ["embed_tokens", "lm_head"]},
 }
 
 
@@ -48,8 +57,9 @@ class Case:
         """Ask with the adapter's new tokens in the prompt, and for one of them as output."""
         adapter, prompt = self.adapters[name], prompt_of(7 + 3 * seed, seed=seed)
         if adapter.vocab_size:
-            prompt[3], last = VOCAB_SIZE, adapter.vocab_size - 1
-            prompt[-1] = last
+            last = adapter.vocab_size - 1
+            prompt = [min(token_id, last) for token_id in prompt]
+            prompt[3], prompt[-1] = min(VOCAB_SIZE, last), last
             sampling = {"logit_bias": ((last, 100.0),), "max_tokens": 1} | sampling
         sampling = {"logprobs": 20, "prompt_logprobs": 3, "max_tokens": 3} | sampling
         return GenerateRequest(name, prompt, replace(greedy(1), **sampling), adapter_folder=adapter)
@@ -87,7 +97,7 @@ def untied(tmp_path_factory: pytest.TempPathFactory) -> Case:
 
 @pytest.fixture(scope="module")
 def tied(tmp_path_factory: pytest.TempPathFactory) -> Case:
-    kinds = {name: KINDS[name] for name in ("untrained", "tokens", "plain")}
+    kinds = {name: KINDS[name] for name in ("untrained", "tokens", "plain", "fewer-untrained")}
     return Case(tmp_path_factory.mktemp("tied"), kinds, tie_word_embeddings=True)
 
 
@@ -136,6 +146,7 @@ def test_validation_knows_which_adapter_has_which_token_ids(untied: Case) -> Non
         {"adapter_folder": untied.adapters["plain"]},
         {"adapter_folder": None},
         {"prompt_token_ids": [LAST + 1]},
+        {"adapter_folder": untied.adapters["fewer"], "prompt_token_ids": [200]},
     ):
         with pytest.raises(InvalidRequest, match=r"prompt: token id 2.* is outside"):
             engine.add_request(replace(saved, **changes))
@@ -163,7 +174,35 @@ def test_ids_that_only_an_adapter_has_are_no_part_of_a_grammar() -> None:
     assert isinstance(token, SampledToken) and token.token_id == 40
 
 
-def test_an_adapter_that_has_fewer_ids_than_its_record_says_is_refused(untied: Case) -> None:
-    wrong = replace(untied.adapters["saved"], vocab_size=LAST + 2)
-    result = finish_of(make_engine(untied.base), replace(untied.ask("saved"), adapter_folder=wrong))
+@pytest.mark.parametrize(
+    ("name", "vocab_size"), [("saved", LAST + 2), ("fewer", 0), ("fewer-factors", 181)]
+)
+def test_an_adapter_that_has_fewer_ids_than_its_record_says_is_refused(
+    name: str, vocab_size: int, untied: Case
+) -> None:
+    wrong = replace(untied.adapters[name], vocab_size=vocab_size)
+    result = finish_of(make_engine(untied.base), replace(untied.ask(name), adapter_folder=wrong))
     assert result.last and result.last.error and "should have" in result.last.error.message
+
+
+def test_embedding_and_output_layer_must_have_the_same_ids(untied: Case, tmp_path: Path) -> None:
+    folder = tmp_path / "adapter"
+    shutil.copytree(untied.adapters["fewer"].path, folder)
+    tensors = load_file(folder / WEIGHTS_NAME)
+    cut = "base_model.model.lm_head.weight"
+    save_file(tensors | {cut: tensors[cut][:-9].contiguous()}, folder / WEIGHTS_NAME)
+    request = replace(untied.ask("fewer"), adapter_folder=AdapterFolder("cut", str(folder), 200))
+    result = finish_of(make_engine(untied.base), request)
+    assert result.last and result.last.error and "191 rows" in result.last.error.message
+    store = AdapterStore(f"file://{tmp_path}/store", tmp_path / "cache", 2**30)
+    store.register_base(untied.base)
+    with pytest.raises(AdapterInvalid, match=r"191 rows of token ids and .*embed_tokens.* 200"):
+        store.publish(folder, "public", "cut")
+
+
+def test_a_grammar_needs_an_end_token_that_the_adapter_has(untied: Case) -> None:
+    info = replace(make_engine(untied.base).info, grammar_refusal="")
+    asked = untied.ask("fewer", grammar='start: "a"', logit_bias=(), ignore_eos=False)
+    validate(asked, info)
+    with pytest.raises(InvalidRequest, match="none is 200, 255"):
+        validate(asked, replace(info, eos_token_ids=(200, 255)))

@@ -30,7 +30,7 @@ def with_head_site(weights: LoraWeights, vocab_size: int) -> LoraWeights:
     if head is None or head.factors is None:
         return weights
     a, b = head.factors
-    b = F.pad(b, (0, head.vocab_size - b.shape[1]))
+    b = F.pad(b, (0, max(vocab_size, head.vocab_size) - b.shape[1]))
     rows, is_new = head.rows.clone(), head.ids >= vocab_size
     added = b[:, head.ids[is_new]].float().T @ a.float()
     rows[is_new] = (rows[is_new].float() + added).to(rows.dtype)
@@ -58,13 +58,14 @@ class HeadBatch:
     lora: LoraBatch | None  # None: none has factors
     changes: tuple[_OwnRows, ...]
     widths: Tensor | None  # [M] int32, ids of each row; None: those of the base
+    min_width: int
     max_width: int
 
     def logits(self, hidden: Tensor, head: Head) -> Tensor:
-        """Compute logits [M, >= max_width] in float32; -inf where a row has no such id."""
+        """Compute logits [M, >= V, >= max_width] in float32; -inf where a row has no such id."""
         logits = head.multiply(hidden)
         vocab_size = logits.shape[1]
-        if self.widths is not None:
+        if self.max_width > vocab_size:
             more = -(-self.max_width // WIDTH_STEP) * WIDTH_STEP - vocab_size
             logits = torch.cat([logits, logits.new_zeros(len(logits), more)], 1)
         for own in self.changes:
@@ -74,8 +75,8 @@ class HeadBatch:
             self.lora.add(*HEAD, hidden, logits[:, :vocab_size])
         logits = head.finish(logits)
         if self.widths is not None:
-            ids = torch.arange(vocab_size, logits.shape[1], device=logits.device)
-            logits[:, vocab_size:].masked_fill_(ids >= self.widths[:, None], -torch.inf)
+            ids = torch.arange(self.min_width, logits.shape[1], device=logits.device)
+            logits[:, self.min_width :].masked_fill_(ids >= self.widths[:, None], -torch.inf)
         return logits
 
 
@@ -97,15 +98,15 @@ def head_batch(
         extent, start = adapters[slot]
         if extent.head is None:
             continue
-        widths[row_slots == slot] = max(vocab_size, extent.head.vocab_size)
+        widths[row_slots == slot] = extent.head.vocab_size
         if extent.head.num_ids:
             rows = to_device(np.flatnonzero(row_slots == slot), arena.device)
             changes.append(_OwnRows(rows, *_views(arena[start:], extent.head, extent.dtype)))
-    if lora is None and not changes:
+    differs = bool((widths != vocab_size).any())
+    if lora is None and not changes and not differs:
         return None
-    is_wide = bool((widths > vocab_size).any())
-    own_widths = to_device(widths, arena.device) if is_wide else None
-    return HeadBatch(lora, tuple(changes), own_widths, int(widths.max()))
+    own_widths = to_device(widths, arena.device) if differs else None
+    return HeadBatch(lora, tuple(changes), own_widths, int(widths.min()), int(widths.max()))
 
 
 def _views(

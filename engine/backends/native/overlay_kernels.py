@@ -79,14 +79,13 @@ def hide_absent_ids(
     logits: Tensor, changes: Sequence[tuple[Head, Rows]], base_vocab_size: int
 ) -> None:
     """Set to -inf, in each row of logits [M, V], the ids that its adapter, or the base, lacks."""
-    if logits.shape[1] == base_vocab_size:
-        return
     sizes = [base_vocab_size] * len(logits)
     for head, rows in changes:
         for row in rows:
             sizes[row] = head.vocab_size
     for row, size in enumerate(sizes):
-        logits[row, size:] = -torch.inf
+        if size < logits.shape[1]:
+            logits[row, size:] = -torch.inf
 
 
 def _replace(embedding: Embedding, token_ids: Tensor, at: Tensor, x: Tensor, scale: float) -> None:

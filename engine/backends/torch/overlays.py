@@ -83,11 +83,12 @@ class MixedHeads:
 
     def forbid(self, logits: Tensor, vocab_size: int) -> None:
         """Set logits of ids that a row's adapter does not have to -inf."""
-        if logits.shape[1] == vocab_size:
+        own = [(rows, a.head.vocab_size) for rows, a in self.rows if a.head is not None]
+        if logits.shape[1] == vocab_size and all(size == vocab_size for _, size in own):
             return
         ends = torch.full((self.num_rows, 1), vocab_size, device=logits.device)
-        for rows, adapter in self.rows:
-            ends[rows] = max(_width(adapter), vocab_size)
+        for rows, size in own:
+            ends[rows] = size
         logits.masked_fill_(torch.arange(logits.shape[1], device=logits.device) >= ends, -torch.inf)
 
 

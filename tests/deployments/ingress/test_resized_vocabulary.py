@@ -26,6 +26,7 @@ from tests.engine.support.kinds import load_with_peft, write_kind
 from tests.engine.support.tiny import write_tiny
 
 COMPLETIONS = "/v1/completions"
+FEWER = 200
 END, TOOL, ROWS = 258, 259, 260  # <|end|> and <tool>, of which the base has neither row nor token
 PROMPT = "call <tool> now"
 LM_HEAD = "base_model.model.lm_head"
@@ -126,7 +127,7 @@ def test_ids_beyond_the_bases_are_the_adapters_alone(shelf: Shelf) -> None:
     ("tensors", "reason"),
     [
         (lambda t: {n: v for n, v in t.items() if not n.startswith(LM_HEAD)}, "lm_head too"),
-        (lambda t: t | {f"{LM_HEAD}.weight": t[f"{LM_HEAD}.weight"][:-1]}, r"\(259, 64\)"),
+        (lambda t: t | {f"{LM_HEAD}.weight": t[f"{LM_HEAD}.weight"][:-1]}, "259 rows of"),
     ],
 )
 def test_rows_must_be_there_for_every_token(
@@ -151,6 +152,32 @@ def test_the_number_of_new_rows_is_limited(shelf: Shelf, tmp_path: Path) -> None
     request = GenerateRequest("r", [1], greedy(1), adapter_folder=outside)
     [result] = run(make_engine(shelf.base), [request]).values()
     assert result.last and result.last.error and "at most 8192 more" in result.last.error.message
+
+
+def test_an_adapter_that_lacks_some_of_the_bases_ids_is_not_asked_for_them(
+    shelf: Shelf, tmp_path: Path
+) -> None:
+    saved = {"modules_to_save": ["embed_tokens", "lm_head"]}
+    smaller = write_kind(shelf.base, tmp_path / "adapter", vocab_size=FEWER, **saved)
+    ref = shelf.store.publish(Path(smaller.path), "public", "smaller")
+    assert ref.vocab_size == FEWER
+    store = FolderStore(own=shelf.store.ensure_local(ref))
+    store.refs["own"] = replace(ref, name="own", base=store.refs["own"].base)
+
+    async def test(server: Server) -> None:
+        fields = {"max_tokens": 4, "logprobs": 5, "prompt": "abc"}
+        assert (await server.post(COMPLETIONS, model="own", **fields)).status == 200
+        for name, value in {"prompt": [FEWER], "stop_token_ids": [FEWER]}.items():
+            refused = await server.post(COMPLETIONS, model="own", **fields | {name: value})
+            assert refused.status == 400 and f"0..{FEWER - 1}" in refused.error["message"]
+            assert (await server.post(COMPLETIONS, **fields | {name: value})).status == 200
+        fields["structured_outputs"] = {"choice": ["yes", "no"]}
+        refused = await server.post(COMPLETIONS, model="own", **fields)
+        assert refused.status == 400
+        assert f"has {FEWER} token ids, and its base's tokenizer" in refused.error["message"]
+
+    vocabulary = Vocabulary.load(shelf.base)
+    in_server(test, engine=RealEngine(shelf.base), store=store, vocabulary=vocabulary)
 
 
 def test_new_ids_without_a_tokenizer_have_no_text(shelf: Shelf) -> None:

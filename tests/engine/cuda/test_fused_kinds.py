@@ -44,6 +44,7 @@ from tests.engine.support.tiny import Tiny
 MakeTiny = Callable[..., Tiny]
 F32 = torch.float32
 MORE = 3  # ids of adapter 2 that the base does not have
+FEWER = 4  # ids of the base that adapter 1 does not have
 
 
 def random_overlay(
@@ -52,7 +53,8 @@ def random_overlay(
     """Change half of the ids, those beyond the base's included, and add factors."""
     generator = torch.Generator().manual_seed(seed)
     total = vocab_size + more
-    ids = torch.cat([torch.arange(0, vocab_size, 2), torch.arange(vocab_size, total)])
+    ids = torch.arange(0, min(vocab_size, total), 2)
+    ids = torch.cat([ids, torch.arange(vocab_size, max(vocab_size, total))])
     rows = torch.randn(len(ids), width, generator=generator)
     a, b = torch.randn(total, rank, generator=generator), torch.randn(rank, width)
     factors = (b * 0.1, a.T.contiguous()) if is_head else (a * 0.1, b)
@@ -60,12 +62,12 @@ def random_overlay(
 
 
 def changed_adapters(decoder: Decoder) -> dict[int, LoraWeights]:
-    """Make one with everything but new ids, and one with all of it that targets fewer sites."""
+    """Make one that lacks some ids of the base, and one that has more."""
     vocab_size, width = decoder.embedding.shape
     norms = [leaf for leaf in decoder.modules() if isinstance(leaf, RmsNorm)]
     of_norms = [{norm_name(n): torch.rand(n.width) + 0.5 for n in norms[i::2]} for i in (0, 1)]
     made: dict[int, LoraWeights] = {}
-    for slot, norms_of, rank, more in ((1, of_norms[0], 3, 0), (2, of_norms[1], 5, MORE)):
+    for slot, norms_of, rank, more in ((1, of_norms[0], 3, -FEWER), (2, of_norms[1], 5, MORE)):
         embedding, head = (
             random_overlay(vocab_size, width, slot, rank=rank, more=more, is_head=is_head)
             for is_head in (False, True)
@@ -93,7 +95,8 @@ def changed_decoder(folder: Path, weights: LoraWeights) -> Decoder:
 
 def changed_matrix(matrix: Tensor, overlay: Overlay) -> Tensor:
     changed = matrix.new_zeros(overlay.vocab_size, matrix.shape[1])
-    changed[: len(matrix)] = matrix
+    shared = min(overlay.vocab_size, len(matrix))
+    changed[:shared] = matrix[:shared]
     changed[overlay.ids.to(DEVICE)] = overlay.rows.to(DEVICE)
     return changed
 
@@ -106,8 +109,8 @@ def bank_of(decoder: Decoder, adapters: dict[int, LoraWeights]) -> DeviceAdapter
 
 
 def with_new_ids(batch: Batch, vocab_size: int) -> Batch:
-    """Give rows of adapter 2 ids that only it has."""
-    token_ids = batch.token_ids.clone()
+    """Give rows of adapter 2 ids that only it has, and no row one that adapter 1 lacks."""
+    token_ids = batch.token_ids.clamp(max=vocab_size - FEWER - 1)
     token_ids[1], token_ids[5] = vocab_size + 1, vocab_size + MORE - 1
     return replace(batch, token_ids=token_ids)
 
@@ -134,6 +137,7 @@ def test_each_row_has_its_adapters_norms_embedding_and_output_layer(
     adapters, vocab_size = changed_adapters(decoder), decoder.spec.vocab_size
     bank, old = bank_of(decoder, adapters), batch_of(REQUESTS)
     batch = with_new_ids(old, vocab_size)
+    old = replace(old, token_ids=old.token_ids.clamp(max=vocab_size - FEWER - 1))
     counts_and_slots = [(count, slot) for count, _, slot in REQUESTS]
     slots = [slot for count, slot in counts_and_slots for _ in range(count)]
 

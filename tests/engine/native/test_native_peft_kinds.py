@@ -9,17 +9,20 @@ import torch
 
 from engine.backends.native import load
 from engine.backends.native.library import Context
-from engine.messages import GenerateRequest
+from engine.messages import AdapterFolder, GenerateRequest
 from tests.engine.support.driver import Result, greedy, make_engine, prompt_of, run
 from tests.engine.support.kinds import load_with_peft, write_kinds
 from tests.engine.support.tiny import VOCAB_SIZE, write_tiny
 from tests.engine.test_kinds_against_peft import KINDS, VOCABULARY
 
-ROWS = VOCAB_SIZE + 5
+ROWS, FEWER = VOCAB_SIZE + 5, VOCAB_SIZE - 37
 # One of each way to change the embedding and the output layer; in the default run, of untied ones.
 OF_VOCABULARY = {
     name: VOCABULARY[name] for name in ("lora-on-both", "saved-head", "saved-embedding", "tokens")
-} | {"resized": {"vocab_size": ROWS, "modules_to_save": ["embed_tokens", "lm_head"]}}
+} | {
+    "resized": {"vocab_size": ROWS, "modules_to_save": ["embed_tokens", "lm_head"]},
+    "smaller": {"vocab_size": FEWER, "target_modules": ["embed_tokens", "lm_head"]},
+}
 OF_HEAD = {name: OF_VOCABULARY[name] for name in ("lora-on-both", "saved-head", "resized")}
 CASES: dict[str, tuple[dict[str, dict[str, Any]], dict[str, Any]]] = {
     "layers": (KINDS, {"model_type": "qwen2"}),
@@ -39,7 +42,7 @@ class Case:
         self.requests = [
             GenerateRequest(
                 name,
-                [*prompt_of(89 + 5 * i, seed=i), ROWS - 1 if adapter and adapter.vocab_size else 7],
+                prompt_for(adapter, 89 + 5 * i, seed=i),
                 greedy(20, logprobs=1, prompt_logprobs=0),
                 adapter_folder=adapter,
             )
@@ -64,6 +67,14 @@ class Case:
         wanted = exact[torch.arange(len(prompt) - 1), prompt[1:]]
         found = torch.tensor([entry.logprob for entry in first.prompt_logprobs[1:] if entry])
         return float((found - wanted).square().mean().sqrt())
+
+
+def prompt_for(adapter: AdapterFolder | None, length: int, seed: int) -> list[int]:
+    """Make a prompt that ends with the last token of an adapter that has another number of them."""
+    if adapter is None or not adapter.vocab_size:
+        return [*prompt_of(length, seed=seed), 7]
+    last = adapter.vocab_size - 1
+    return [*(min(token_id, last) for token_id in prompt_of(length, seed=seed)), last]
 
 
 @pytest.fixture(scope="module", params=PARAMS)
