@@ -241,6 +241,11 @@ def _module(
             f"{name}: nblocks={max(a_blocks, b_blocks)} does not divide the rank {r} and the "
             f"{b.shape[0]} outputs"
         )
+
+    def vector(role: Role, key: str, is_wanted: bool) -> str | None:
+        _check_vector(name, role, key, is_wanted, roles, tensors, b.shape[0])
+        return roles.get(role)
+
     return LoraModule(
         lora_rank=r,
         scaling=settings.scaling(name),
@@ -249,8 +254,8 @@ def _module(
         dtype=a.dtype if a.dtype == b.dtype else "F32",
         lora_a=roles[sides[0]],
         lora_b=roles[sides[1]],
-        lora_b_bias=_vector(name, Role.B_BIAS, "lora_bias", settings.lora_bias, roles, tensors),
-        magnitude=_vector(name, Role.MAGNITUDE, "use_dora", settings.use_dora, roles, tensors),
+        lora_b_bias=vector(Role.B_BIAS, "lora_bias", settings.lora_bias),
+        magnitude=vector(Role.MAGNITUDE, "use_dora", settings.use_dora),
         group_size=settings.group_size or None,
         a_blocks=a_blocks if a_blocks > 1 else None,
         b_blocks=b_blocks if b_blocks > 1 else None,
@@ -266,9 +271,9 @@ def _check_roles(
     is_tied_head = settings.ensure_weight_tying and module.rpartition(".")[2] == HEAD
     if not settings.include(module) and not is_tied_head:
         raise AdapterInvalid(f"{module} has weights, but target_modules does not select it")
+    if settings.lora_bias and Role.EMBEDDING_B in sides:
+        raise AdapterInvalid(f"lora_bias=True is not served of {module}: PEFT refuses it too")
     of_linear_alone = {
-        "use_dora": settings.use_dora,
-        "lora_bias": settings.lora_bias,
         "use_qalora": settings.group_size > 0,
         "use_bdlora": settings.block_diagonal is not None,
     }
@@ -277,23 +282,22 @@ def _check_roles(
             raise AdapterInvalid(f"{key} is not served of {module}: leave it out of target_modules")
 
 
-def _vector(
+def _check_vector(
     module: str,
     role: Role,
     key: str,
     is_wanted: bool,
     roles: Mapping[Role, str],
     tensors: Mapping[str, TensorEntry],
-) -> str | None:
-    """Name a vector [out] that the config's `key` asks for, or None if it does not."""
+    out_features: int,
+) -> None:
+    """Check that a vector [out] is there if the config's `key` asks for it, and only then."""
     name = roles.get(role)
     if is_wanted != (name is not None):
         has = "no " if name is None else ""
         raise AdapterInvalid(f"{module} has {has}{role}, but the config has {key}={is_wanted}")
-    out_features = 0 if name is None else tensors[roles[Role.B]].shape[0]
     if name is not None and tensors[name].shape != (out_features,):
         raise AdapterInvalid(
             f"{module}: {role} {tensors[name].shape} does not have the {out_features} outputs of "
             "lora_B"
         )
-    return name

@@ -335,15 +335,18 @@ def _own_embedding(
                 f"{tensor} has {num_rows} rows of token ids and {longer} {own}; embedding and "
                 "output layer must have the same"
             )
-    if own <= rows:
+    if own == rows:
         return own, width
     if own > rows + MAX_NEW_ROWS:
         raise AdapterInvalid(
             f"the adapter has {own} token ids, the base {rows}; at most {MAX_NEW_ROWS} more are "
             "served"
         )
+    told = {whole_name(name) for name in layout.replaced}
+    if own < rows:
+        told |= {f"{whole_name(name)}.weight" for name in layout.modules}
     for name in (_EMBEDDING, _HEAD):
-        if name in parameters and not any(whole_name(n) == name for n in layout.replaced):
+        if name in parameters and name not in told:
             raise AdapterInvalid(
                 f"the adapter has {own} token ids, the base {rows}, so it must bring all rows of "
                 f"{name.removesuffix('.weight')} too: save it with save_embedding_layers=True"

@@ -9,12 +9,11 @@ b' and a bias c behind B, PEFT computes
 so that y = n y0 + (b' - n b + s c) + n s B A x, with n = 1 where there is no DoRA.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-
-from engine.model.base_weights import BaseWeights
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,13 +30,16 @@ class SliceVectors:
 
 
 def dora_scale(
-    base: BaseWeights, module: str, a: Tensor, b: Tensor, scaling: float, magnitude: Tensor
+    weight: Iterable[Tensor], a: Tensor, b: Tensor, scaling: float, magnitude: Tensor
 ) -> Tensor:
-    """Compute magnitude / ||W + scaling B A|| of each row, in float32: A [r, in], B [out, r]."""
+    """Compute magnitude / ||W + scaling B A|| of each row, in float32: A [r, in], B [out, r].
+
+    `weight` yields W in blocks of rows, in order.
+    """
     a, b = a.float(), b.float()
     norms: list[Tensor] = []
     start = 0
-    for rows in base.rows(module, b.shape[0], a.shape[1]):
+    for rows in weight:
         changed = torch.addmm(rows, b[start : start + len(rows)], a, alpha=scaling)
         norms.append(torch.linalg.vector_norm(changed, dim=1))
         start += len(rows)

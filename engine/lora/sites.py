@@ -77,8 +77,9 @@ def _load_site(site: LoraSite, changes: list[_Change], source: Source) -> SiteWe
             scaling = change.module.scaling
             factor_a, factor_b = _factors(change.module, change.part, site.in_features, source)
             if vectors.magnitude is not None:
-                name, magnitude = change.part.module, vectors.magnitude
-                scale = dora_scale(source.base, name, factor_a, factor_b, scaling, magnitude)
+                out_features, name = change.part.out_features, change.part.module
+                weight = source.base.rows(name, out_features, site.in_features)
+                scale = dora_scale(weight, factor_a, factor_b, scaling, vectors.magnitude)
             a[r0:r1] = factor_a
             b = _scaled(factor_b, source.dtype, change.module, scale).T.contiguous()
             expands.append((r0, r1, change.columns.start, change.columns.stop, b))

@@ -5,7 +5,7 @@ reach the output layer of a tied base without being written twice: trained rows 
 matrix that PEFT loads into the base's own parameter.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from adapter_store.layout import MAX_NEW_ROWS, LoraModule, SavedTensor, TokenRows, vocab_rows
 from engine.lora.overlay import Overlay
+from engine.lora.overlay_factors import check_finite, with_factors
 from engine.lora.source import Source
 from engine.lora.weights import AdapterLoadError
 
@@ -59,17 +60,19 @@ def load_vocabulary(
     embedding, head = change_of(EMBEDDING), change_of(HEAD)
     if embedding.is_empty and head.is_empty:
         return None, None
-    if source.base.spec.tied_embeddings:
+    spec = source.base.spec
+    if spec.tied_embeddings:
         head = _tied_head(embedding, head)
-    vocab_size = _vocab_size((embedding, head), source.base.spec.vocab_size)
+    vocab_size = _vocab_size((embedding, head), spec.vocab_size, spec.tied_embeddings)
     return _load(embedding, vocab_size, source), _load(head, vocab_size, source)
 
 
-def _vocab_size(changes: Sequence[_Change], base: int) -> int:
+def _vocab_size(changes: Sequence[_Change], base: int, is_tied: bool) -> int:
     """Return the number of token ids with the adapter, of which the base has `base`.
 
     What the file has of a matrix tells its rows. Fewer than the base's are the first ones of it, as
-    where the base was made smaller before training. More need all rows of both matrices.
+    where the base was made smaller before training; both matrices must tell, unless they are tied.
+    More need all rows of both.
     """
     vocab_size = max((rows for change in changes for rows in change.num_rows), default=base)
     if vocab_size > base + MAX_NEW_ROWS:
@@ -78,14 +81,16 @@ def _vocab_size(changes: Sequence[_Change], base: int) -> int:
             "are served"
         )
     for change in changes:
-        _check_rows(change, vocab_size, base)
+        _check_rows(change, vocab_size, base, is_tied)
     return vocab_size
 
 
-def _check_rows(change: _Change, vocab_size: int, base: int) -> None:
+def _check_rows(change: _Change, vocab_size: int, base: int, is_tied: bool) -> None:
     module, some = change.module, change.some
-    lacks_new_rows = vocab_size > base and change.whole is None
-    for rows in [base] if lacks_new_rows else change.num_rows:
+    is_told = is_tied or bool(change.num_rows)
+    if vocab_size > base:
+        is_told = change.whole is not None
+    for rows in change.num_rows if is_told else [base]:
         if rows != vocab_size:
             raise AdapterLoadError(
                 f"with the adapter, {module} has {rows} rows, and there are {vocab_size} token "
@@ -113,12 +118,39 @@ def _tied_head(embedding: _Change, head: _Change) -> _Change:
 
 
 def _load(change: _Change, vocab_size: int, source: Source) -> Overlay | None:
-    ids, rows = _changed_rows(change.module, change, source)
-    factors = _load_factors(change.module, change.factors, vocab_size, source)
-    is_smaller_head = change.module == HEAD and vocab_size < source.base.spec.vocab_size
-    if not len(ids) and factors is None and not is_smaller_head:
+    module, base = change.module, source.base
+    ids, rows = _changed_rows(module, change, source)
+    is_smaller_head = module == HEAD and vocab_size < base.spec.vocab_size
+    if not len(ids) and change.factors is None and not is_smaller_head:
         return None
-    return Overlay(ids, rows, factors, vocab_size)
+    overlay = Overlay(ids, rows, None, vocab_size)
+    if change.factors is None:
+        return overlay
+    if change.factors.magnitude is not None and change.some is not None:
+        raise AdapterLoadError(
+            f"{module} has DoRA and trained rows of tokens ({change.some.tensor}), which PEFT does "
+            "not run either"
+        )
+    of_embedding = module == EMBEDDING
+    return with_factors(
+        overlay, change.factors, module, of_embedding, _matrix(change, source), source
+    )
+
+
+def _matrix(change: _Change, source: Source) -> Iterator[Tensor]:
+    """Yield all rows of the matrix in float32 [n, E], as the model has them with this adapter."""
+    base, whole = source.base, change.whole
+    if whole is None:
+        matrix = base.vocabulary(_key(change.module, source))
+    else:
+        shape = whole.shape[0], base.spec.hidden_size
+        matrix = source.tensor(whole.tensor, shape, change.module)
+    for start in range(0, len(matrix), BLOCK_ROWS):
+        yield matrix[start : start + BLOCK_ROWS].to(source.dtype).float()
+
+
+def _key(module: str, source: Source) -> str:
+    return f"{EMBEDDING if source.base.spec.tied_embeddings else module}.weight"
 
 
 def _changed_rows(module: str, change: _Change, source: Source) -> tuple[Tensor, Tensor]:
@@ -136,7 +168,7 @@ def _changed_rows(module: str, change: _Change, source: Source) -> tuple[Tensor,
         ids, rows = torch.cat([ids[kept], wanted]), torch.cat([rows[kept], own])
         ids, order = ids.sort()
         rows = rows[order]
-    _check_finite(module, rows)
+    check_finite(module, rows)
     return ids, rows
 
 
@@ -144,7 +176,7 @@ def _differing(module: str, whole: SavedTensor, source: Source) -> tuple[Tensor,
     base = source.base
     num_rows, shape = whole.shape[0], (whole.shape[0], base.spec.hidden_size)
     own = source.tensor(whole.tensor, shape, module)
-    theirs = base.vocabulary(f"{EMBEDDING if base.spec.tied_embeddings else module}.weight")
+    theirs = base.vocabulary(_key(module, source))
     ids: list[Tensor] = []
     shared = min(num_rows, len(theirs))
     for start in range(0, shared, BLOCK_ROWS):
@@ -153,23 +185,3 @@ def _differing(module: str, whole: SavedTensor, source: Source) -> tuple[Tensor,
         ids.append(differs.any(1).nonzero().flatten() + start)
     found = torch.cat([*ids, torch.arange(shared, num_rows)])
     return found, own[found].to(source.dtype)
-
-
-def _load_factors(
-    module: str, factors: LoraModule | None, vocab_size: int, source: Source
-) -> tuple[Tensor, Tensor] | None:
-    """Read A [V', r], B [r, E] of the embedding, or A [r, E], B [r, V'] of the output layer."""
-    if factors is None:
-        return None
-    rank, width = factors.lora_rank, source.base.spec.hidden_size
-    inner, outer = (vocab_size, width) if module == EMBEDDING else (width, vocab_size)
-    a = source.tensor(factors.lora_a, (rank, inner), module).to(source.dtype)
-    b = source.tensor(factors.lora_b, (outer, rank), module).float() * factors.scaling
-    b = b.to(source.dtype).T.contiguous()
-    _check_finite(module, b)
-    return (a.T.contiguous() if module == EMBEDDING else a), b
-
-
-def _check_finite(module: str, values: Tensor) -> None:
-    if values.numel() and not values.abs().max().isfinite():
-        raise AdapterLoadError(f"{module}: the adapter's values are not finite in {values.dtype}")

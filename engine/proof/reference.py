@@ -62,6 +62,8 @@ class ReferenceOverlays:
             token_id = int(token_ids[i])
             own = overlay.rows[overlay.ids == token_id]
             wide = (own[0].to(x.device) if len(own) else x[i]).float()
+            if overlay.scale is not None:
+                wide = wide * overlay.scale.to(x.device)
             if overlay.factors is not None:
                 a, b = (f.to(x.device).float() for f in overlay.factors)
                 wide = wide + a[token_id] @ b
@@ -88,9 +90,14 @@ class ReferenceOverlays:
         for ids, rows in pieces:
             own = rows.to(wide.device).float()
             logits[first:, ids.to(wide.device)] = wide @ own.T
+        own = logits[first:, : overlay.vocab_size]
+        if overlay.scale is not None:
+            own *= overlay.scale.to(wide.device)
+        if overlay.shift is not None:
+            own += overlay.shift.to(wide.device)
         if overlay.factors is not None:
             a, b = (f.to(wide.device).float() for f in overlay.factors)
-            logits[first:, : overlay.vocab_size] += wide @ a.T @ b
+            own += wide @ a.T @ b
         return logits
 
     def forbid(self, logits: Tensor, vocab_size: int) -> None:

@@ -40,6 +40,14 @@ VOCABULARY: dict[str, dict[str, Any]] = {
     "lora-on-head": {"target_modules": ["lm_head", "q_proj"], "lora_alpha": 16},
     "lora-on-both": {"target_modules": ["lm_head", "embed_tokens", "q_proj"]},
     "lora-on-tied": {"target_modules": ["embed_tokens", "v_proj"], "ensure_weight_tying": True},
+    "dora-on-both": {"target_modules": ["lm_head", "embed_tokens", "q_proj"], "use_dora": True},
+    "dora-on-tied": {
+        "target_modules": ["embed_tokens"],
+        "ensure_weight_tying": True,
+        "use_dora": True,
+        "lora_alpha": 16,
+    },
+    "bias-on-head": {"target_modules": ["lm_head", "q_proj"], "lora_bias": True, "lora_alpha": 12},
     "saved-head": {"modules_to_save": ["lm_head"]},
     "saved-embedding": {"modules_to_save": ["embed_tokens"]},
     "saved-and-tied": {"modules_to_save": ["lm_head"], "ensure_weight_tying": True},
@@ -113,6 +121,7 @@ IN_FAMILIES: dict[str, dict[str, Any]] = {
     "norms": {"modules_to_save": ["norm"]},
     "tokens": {"trainable_token_indices": [*range(20, 80)]},
     "embedding": {"target_modules": ["embed_tokens"]},
+    "scaled-embedding": {"target_modules": ["embed_tokens"], "use_dora": True},
     "head": {"target_modules": ["lm_head"]},
     "saved": {"modules_to_save": ["lm_head", "embed_tokens"]},
 }

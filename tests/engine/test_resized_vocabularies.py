@@ -40,7 +40,21 @@ KINDS: dict[str, dict[str, Any]] = {
     "plain": {},
     "fewer": {"vocab_size": 200, "modules_to_save": ["embed_tokens", "lm_head"]},
     "fewer-untrained": {"vocab_size": 190},
-    "fewer-factors": {"vocab_size": 180, "target_modules": ["embed_tokens", "lm_head"]},
+    "fewer-factors": {
+        "vocab_size": 180,
+        "target_modules": ["embed_tokens", "lm_head"],
+        "use_dora": True,
+    },
+    "more-and-scaled": {
+        "vocab_size": VOCAB_SIZE + 2,
+        "target_modules": ["embed_tokens", "lm_head"],
+        "use_dora": True,
+    },
+    "more-and-shifted": {
+        "vocab_size": VOCAB_SIZE + 2,
+        "target_modules": ["lm_head"],
+        "lora_bias": True,
+    },
 }
 
 

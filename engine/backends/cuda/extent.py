@@ -1,7 +1,8 @@
 """Packs an adapter into an extent: one piece of memory, which is copied and moved as a whole.
 
     [ A of the first site | B of its first slice | of its second | ... | scale | shift |
-      A of the next site | ... | norms | ids, rows and factors of the embedding | of the head ]
+      A of the next site | ... | norms | ids, rows, factors and scale of the embedding |
+      ids and rows of the head ]
 
 A is [R, in], with the ranks of the site's slices one after another; B of a slice is rank-major
 [r, out_j] and includes the scaling. No rank is padded: rows of both are as wide as the layer, so
@@ -61,6 +62,7 @@ class OverlayExtent:
     b_bytes: int
     vocab_size: int
     hidden_size: int
+    scale_bytes: int | None = None  # of an embedding, float32 [E]; None: it has none
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,6 +182,7 @@ def _lay_out_overlay(overlay: Overlay, pieces: _Pieces) -> OverlayExtent:
         b_bytes=b_bytes,
         vocab_size=overlay.vocab_size,
         hidden_size=overlay.rows.shape[1],
+        scale_bytes=None if overlay.scale is None else pieces.put(overlay.scale),
     )
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from engine.backends.cuda.extent import AdapterExtent, OverlayExtent
 from engine.backends.cuda.places import HEAD
 from engine.backends.cuda.weight_ops import DenseHead
-from engine.lora.weights import LoraWeights, SiteWeights
+from engine.lora.weights import AdapterLoadError, LoraWeights, SiteWeights
 from engine.model.inputs import LoraBatch
 from engine.model.layers import Head
 
@@ -25,20 +25,38 @@ WIDTH_STEP = 16  # widths are multiples of it, for which kernels of sampling are
 
 
 def with_head_site(weights: LoraWeights, vocab_size: int) -> LoraWeights:
-    """Make the output layer's factors those of a site; of rows beyond the base's, add them up."""
+    """Make the output layer's factors, scale and shift those of a site; of rows beyond the base's,
+    add them up.
+
+    Raises AdapterLoadError for a shift of such rows, which have no place for it.
+    """
     head = weights.head
     if head is None or head.factors is None:
         return weights
     a, b = head.factors
-    b = F.pad(b, (0, max(vocab_size, head.vocab_size) - b.shape[1]))
     rows, is_new = head.rows.clone(), head.ids >= vocab_size
-    added = b[:, head.ids[is_new]].float().T @ a.float()
-    rows[is_new] = (rows[is_new].float() + added).to(rows.dtype)
-    site = SiteWeights(a, ((0, len(a), 0, vocab_size, b[:, :vocab_size].contiguous()),))
+    new_ids = head.ids[is_new]
+    if head.shift is not None and len(new_ids):
+        raise AdapterLoadError(
+            f"adapter {weights.digest} has lora_bias on the output layer and more token ids than "
+            "the base, which the Triton kernels do not compute together; kernels='torch' does"
+        )
+    own = rows[is_new].float()
+    if head.scale is not None:
+        own *= head.scale[new_ids, None]
+    rows[is_new] = (own + b[:, new_ids].float().T @ a.float()).to(rows.dtype)
+
+    def of_base(values: Tensor, neutral: float = 0.0) -> Tensor:
+        more = max(0, vocab_size - head.vocab_size)
+        return F.pad(values[..., :vocab_size], (0, more), value=neutral).contiguous()
+
+    scale = None if head.scale is None else of_base(head.scale, 1.0)
+    shift = None if head.shift is None else of_base(head.shift)
+    site = SiteWeights(a, ((0, len(a), 0, vocab_size, of_base(b)),), scale, shift)
     return replace(
         weights,
         sites={**weights.sites, HEAD: site},
-        head=replace(head, rows=rows, factors=None),
+        head=replace(head, rows=rows, factors=None, scale=None, shift=None),
     )
 
 

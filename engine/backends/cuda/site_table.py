@@ -23,7 +23,7 @@ class SiteTable:
         self.max_slices = max(len(kind.out_features) for kind in self.kinds)
         self.max_lora_rank = max_lora_rank
         self.embedding_at = (1 + len(sites)) * self.record_words
-        norms_at = self.embedding_at + self.record_words
+        norms_at = self.embedding_at + EMBEDDING_WORDS
         self.norms_at = {name: norms_at + i for i, name in enumerate(places.norms)}
 
     @property
@@ -32,7 +32,8 @@ class SiteTable:
 
     @property
     def num_records(self) -> int:
-        return 2 + len(self.kind_of) + -(-len(self.norms_at) // self.record_words)
+        more = EMBEDDING_WORDS + len(self.norms_at)
+        return 1 + len(self.kind_of) + -(-more // self.record_words)
 
     def check(self, extent: AdapterExtent) -> None:
         """Raise ValueError if an adapter does not fit the model."""
@@ -121,10 +122,11 @@ def _record(site: SiteExtent, widths: tuple[int, ...], max_slices: int) -> list[
 
 
 def _embedding_words(embedding: OverlayExtent) -> list[int]:
-    """List the number of ids and the rank, then the offsets of ids, rows, A and B in units."""
+    """List the number of ids and the rank, then the offsets of ids, rows, A and B in units, then
+    1 + that of the scale, 0 for none."""
     starts = embedding.ids_bytes, embedding.rows_bytes, embedding.a_bytes, embedding.b_bytes
     units = [start // UNIT_BYTES for start in starts]
-    return [embedding.num_ids, embedding.lora_rank, *units]
+    return [embedding.num_ids, embedding.lora_rank, *units, _one_based(embedding.scale_bytes)]
 
 
 def _one_based(start: int | None) -> int:

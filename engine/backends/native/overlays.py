@@ -19,18 +19,19 @@ from engine.lora.weights import SiteWeights
 
 @dataclass(frozen=True, slots=True)
 class Embedding:
-    """Replaces the vectors of `ids` by `rows`; then adds A[id] B to the vectors of all ids."""
+    """Replaces the vectors of `ids` by `rows`; then makes of all vectors x * scale + A[id] B."""
 
     ids: Tensor  # [K] int64, ascending
     rows: Tensor  # [K, E]
     a: Tensor | None  # [V', r]
-    b: SiteTable | None  # of one site, from r to E; present if `a` is
+    b: SiteTable | None  # of one site, from r to E, with the scale; present if `a` is
     nbytes: int
 
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """Replaces the logits of `ids` by those of `rows`; then adds the factors' to all V' logits."""
+    """Replaces the logits of `ids` by those of `rows`; then scales and shifts all V' logits, and
+    adds the factors'."""
 
     ids: Tensor  # [K] int64, ascending
     rows: NativeLinear | None  # from E to K; None if K is 0
@@ -48,8 +49,9 @@ def pack_embedding(digest: str, overlay: Overlay) -> Embedding:
     a, b = overlay.factors
     rank, width = b.shape
     panels = in_panels(b)
-    site = SiteWeights(b.new_empty(rank, 0), ((0, rank, 0, width, panels),))  # A is not multiplied
-    nbytes = ids.nbytes + rows.nbytes + a.nbytes + panels.nbytes
+    no_a = b.new_empty(rank, 0)  # rows of A are picked, not multiplied
+    site = SiteWeights(no_a, ((0, rank, 0, width, panels),), overlay.scale)
+    nbytes = ids.nbytes + rows.nbytes + a.nbytes + site.nbytes
     return Embedding(ids, rows, a.contiguous(), SiteTable(digest, [site]), nbytes)
 
 
@@ -65,7 +67,8 @@ def pack_head(digest: str, overlay: Overlay) -> Head:
     if overlay.factors is not None:
         a, b = overlay.factors
         rank, width = b.shape
-        site = SiteWeights(a.contiguous(), ((0, rank, 0, width, in_panels(b)),))
+        expands = ((0, rank, 0, width, in_panels(b)),)
+        site = SiteWeights(a.contiguous(), expands, overlay.scale, overlay.shift)
         factors = SiteTable(digest, [site])
         nbytes += site.nbytes
     return Head(ids, rows, factors, overlay.vocab_size, nbytes)

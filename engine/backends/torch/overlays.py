@@ -58,6 +58,8 @@ def _embed(overlay: Overlay, token_ids: Tensor, x: Tensor) -> Tensor:
         at = torch.searchsorted(overlay.ids, token_ids).clamp(max=len(overlay.ids) - 1)
         is_changed = overlay.ids[at] == token_ids
         x = torch.where(is_changed[:, None], overlay.rows[at], x)
+    if overlay.scale is not None:
+        x = (x.float() * overlay.scale).to(x.dtype)
     if overlay.factors is not None:
         a, b = overlay.factors
         x = torch.addmm(x, a[token_ids], b)
@@ -99,7 +101,12 @@ def _width(adapter: LoraWeights) -> int:
 def _head(overlay: Overlay, hidden: Tensor, logits: Tensor) -> Tensor:
     if len(overlay.ids):
         logits[:, overlay.ids] = (hidden @ overlay.rows.T).float()
+    own = logits[:, : overlay.vocab_size]
+    if overlay.scale is not None:
+        own *= overlay.scale
+    if overlay.shift is not None:
+        own += overlay.shift
     if overlay.factors is not None:
         a, b = overlay.factors
-        logits[:, : b.shape[1]] += ((hidden @ a.T) @ b).float()
+        own += ((hidden @ a.T) @ b).float()
     return logits

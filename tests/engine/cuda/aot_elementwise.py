@@ -90,6 +90,7 @@ def embed(name: str) -> AotCase:
         "weight": "*bf16",
         "out": "*bf16",
         "arena": "*bf16",
+        "floats": "*fp32",
         "longs": "*i64",
         "table": "*i32",
         "words": "*i32",

@@ -50,7 +50,7 @@ FEWER = 4  # ids of the base that adapter 1 does not have
 def random_overlay(
     vocab_size: int, width: int, seed: int, *, rank: int, more: int, is_head: bool
 ) -> Overlay:
-    """Change half of the ids, those beyond the base's included, and add factors."""
+    """Change half of the ids, those beyond the base's included, add factors, scale and shift."""
     generator = torch.Generator().manual_seed(seed)
     total = vocab_size + more
     ids = torch.arange(0, min(vocab_size, total), 2)
@@ -58,7 +58,9 @@ def random_overlay(
     rows = torch.randn(len(ids), width, generator=generator)
     a, b = torch.randn(total, rank, generator=generator), torch.randn(rank, width)
     factors = (b * 0.1, a.T.contiguous()) if is_head else (a * 0.1, b)
-    return Overlay(ids, rows, factors if rank else None, total)
+    scale = torch.rand(total if is_head else width, generator=generator) + 0.5
+    shift = torch.randn(total, generator=generator) if is_head and more < 0 else None
+    return Overlay(ids, rows, factors if rank else None, total, scale, shift)
 
 
 def changed_adapters(decoder: Decoder) -> dict[int, LoraWeights]:
@@ -84,12 +86,15 @@ def changed_decoder(folder: Path, weights: LoraWeights) -> Decoder:
         if isinstance(leaf, RmsNorm) and norm_name(leaf) in weights.norms:
             leaf.weight = weights.norms[norm_name(leaf)].to(DEVICE)
     matrix = decoder.embedding.weight
-    assert weights.embedding is not None and weights.embedding.factors is not None
-    a, b = weights.embedding.factors
-    decoder.embedding.weight = changed_matrix(matrix, weights.embedding) + (a @ b).to(DEVICE)
-    assert weights.head is not None and weights.head.factors is not None
-    a, b = weights.head.factors
-    decoder.head.tie(changed_matrix(matrix, weights.head) + (b.T @ a).to(DEVICE))
+    own, head = weights.embedding, weights.head
+    assert own is not None and own.factors is not None and own.scale is not None
+    a, b = own.factors
+    decoder.embedding.weight = changed_matrix(matrix, own) * own.scale + (a @ b).to(DEVICE)
+    assert head is not None and head.factors is not None and head.scale is not None
+    a, b = head.factors
+    decoder.head.tie(changed_matrix(matrix, head) * head.scale[:, None] + (b.T @ a).to(DEVICE))
+    multiply, shift = decoder.head.multiply, 0.0 if head.shift is None else head.shift
+    decoder.head.multiply = lambda hidden: multiply(hidden) + shift
     return decoder
 
 
@@ -189,6 +194,11 @@ def test_changes_that_do_not_fit_the_model_are_refused(tiny_model: MakeTiny) -> 
     ):
         with pytest.raises(AdapterLoadError, match=reason):
             pack(replace(weights, norms=norms))
+    tall = replace(changed_adapters(decoder)[2], norms={})
+    assert tall.head is not None
+    shifted = replace(tall.head, shift=torch.ones(tall.head.vocab_size))
+    with pytest.raises(AdapterLoadError, match="lora_bias on the output layer and more token ids"):
+        pack(replace(tall, head=shifted))
     narrow = Overlay(torch.zeros(1, dtype=torch.int64), torch.zeros(1, 63), None, 5)
     with pytest.raises(AdapterLoadError, match="vectors of 63 values; only 64 are allowed"):
         pack(replace(weights, embedding=narrow))

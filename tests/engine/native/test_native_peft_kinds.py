@@ -18,9 +18,14 @@ from tests.engine.test_kinds_against_peft import KINDS, VOCABULARY
 ROWS, FEWER = VOCAB_SIZE + 5, VOCAB_SIZE - 37
 # One of each way to change the embedding and the output layer; in the default run, of untied ones.
 OF_VOCABULARY = {
-    name: VOCABULARY[name] for name in ("lora-on-both", "saved-head", "saved-embedding", "tokens")
+    name: VOCABULARY[name]
+    for name in ("dora-on-both", "bias-on-head", "saved-head", "saved-embedding", "tokens")
 } | {
-    "resized": {"vocab_size": ROWS, "modules_to_save": ["embed_tokens", "lm_head"]},
+    "resized": {
+        "vocab_size": ROWS,
+        "target_modules": ["embed_tokens", "lm_head"],
+        "use_dora": True,
+    },
     "smaller": {"vocab_size": FEWER, "target_modules": ["embed_tokens", "lm_head"]},
 }
 OF_HEAD = {name: OF_VOCABULARY[name] for name in ("lora-on-both", "saved-head", "resized")}

@@ -1,8 +1,9 @@
 """Embeds tokens of a batch with adapters: rows of the base's matrix, or of the row's adapter.
 
-An adapter may have rows of its own, for any ids, and factors A [V, r] and B [r, E] that add A B to
-the matrix. Its record in `lora`'s table: the number of its ids and the rank, then the offsets, in
-units from the start of its extent, of ids (int64, ascending), rows, A and B.
+An adapter may have rows of its own, for any ids, a scale [E] of all rows, and factors A [V, r] and
+B [r, E] that add A B to the matrix. Its record in `lora`'s table: the number of its ids and the
+rank, then the offsets, in units from the start of its extent, of ids (int64, ascending), rows, A
+and B, and 1 + that of the scale, 0 for none.
 """
 
 import triton
@@ -10,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from engine.backends.cuda.extent import UNIT_BYTES
-from engine.backends.cuda.triton.own import SLOTS_AT, OwnWeights
+from engine.backends.cuda.triton.own import FLOAT_UNIT, SLOTS_AT, OwnWeights
 
 BLOCK, WARPS = 512, 4  # columns per program
 RANKS = 8  # rows of B that are read at once
@@ -28,6 +29,7 @@ def embed(token_ids: Tensor, weight: Tensor, scale: float, own: OwnWeights, out:
         weight,
         out,
         memory.arena,
+        memory.floats,
         memory.longs,
         memory.table,
         own.words,
@@ -50,6 +52,7 @@ def _embed_kernel(
     weight,
     out,
     arena,
+    floats,
     longs,
     table,
     words,
@@ -88,6 +91,10 @@ def _embed_kernel(
             if tl.load(ids + place_of) == token:
                 own = arena + (start + tl.load(record + 3)) * UNIT + place_of * WIDTH
                 vector = tl.load(own + column, mask=inside, other=0.0).to(tl.float32)
+        scale_at = tl.load(record + 6).to(tl.int64)
+        if scale_at > 0:
+            of_column = floats + (start + scale_at - 1) * FLOAT_UNIT
+            vector *= tl.load(of_column + column, mask=inside, other=0.0)
         rank = tl.load(record + 1)
         a = arena + (start + tl.load(record + 4)) * UNIT + token * rank
         b = arena + (start + tl.load(record + 5)) * UNIT

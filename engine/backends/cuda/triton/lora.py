@@ -14,8 +14,8 @@ All lie in one arena, at multiples of UNIT_BYTES. The table holds their places:
            record 1 + site   offsets in units from there: of A (1 word), of each slice's B (S words,
                              S = most slices of any site); then 0, and the end of each slice's
                              ranks (S words); then 1 + offset of scale and of shift, 0 for none
-           next record       of the embedding, read by `embed`
-           other records     1 + offset of each norm, read by `own`, 0 for none
+           the words behind  of the embedding (EMBEDDING_WORDS), read by `embed`; then 1 + offset
+                             of each norm, read by `own`, 0 for none
 
 Grids are constant and everything that changes is read from device memory: the words of a plan
 (`lora_work`) and the table. No atomics: a row's result depends on that row, its adapter and the

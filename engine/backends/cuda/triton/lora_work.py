@@ -31,7 +31,7 @@ HEADER_WORDS = 8  # per kind of site
 ROWS_AT, BLOCKS_AT, NUM_ITEMS, ITEMS_PER_BLOCK, PLANES_PER_ITEM, LISTED_AT, NUM_LISTED = range(7)
 SLOTS_AT = 7
 SEGMENT_WORDS = 4
-EMBEDDING_WORDS = 6  # of a slot's part of the table
+EMBEDDING_WORDS = 7  # of a slot's part of the table
 MAX_BLOCKS = 256  # per segment and site
 
 DECODE_ROWS = 256  # up to this many rows, each may have its own adapter: segments are short
