@@ -65,11 +65,12 @@ class AdapterLoader:
 
     def _check_token_ids(self, weights: LoraWeights, adapter_folder: AdapterFolder) -> None:
         """Check that the adapter has the token ids of its requests, and those that invoke it."""
-        vocab_size = max(self._settled.spec.vocab_size, weights.vocab_size)
-        if adapter_folder.vocab_size > vocab_size:
+        base = self._settled.spec.vocab_size
+        vocab_size, expected = weights.vocab_size or base, adapter_folder.vocab_size or base
+        if expected > vocab_size:
             raise AdapterLoadError(
-                f"adapter {adapter_folder.digest} should have {adapter_folder.vocab_size} token "
-                f"ids, and its files have {vocab_size}"
+                f"adapter {adapter_folder.digest} should have {expected} token ids, and its files "
+                f"have {vocab_size}"
             )
         for token_id in weights.invocation_token_ids:
             if token_id >= vocab_size:

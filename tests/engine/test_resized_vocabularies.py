@@ -53,6 +53,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "more-and-shifted": {
         "vocab_size": VOCAB_SIZE + 2,
         "target_modules": ["lm_head"],
+        "modules_to_save": ["embed_tokens"],
         "lora_bias": True,
     },
 }

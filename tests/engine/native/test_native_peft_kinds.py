@@ -28,7 +28,7 @@ OF_VOCABULARY = {
     },
     "smaller": {"vocab_size": FEWER, "target_modules": ["embed_tokens", "lm_head"]},
 }
-OF_HEAD = {name: OF_VOCABULARY[name] for name in ("lora-on-both", "saved-head", "resized")}
+OF_HEAD = {name: OF_VOCABULARY[name] for name in ("dora-on-both", "saved-head", "smaller")}
 CASES: dict[str, tuple[dict[str, dict[str, Any]], dict[str, Any]]] = {
     "layers": (KINDS, {"model_type": "qwen2"}),
     "vocabulary": (OF_VOCABULARY, {}),
@@ -122,7 +122,7 @@ def test_adapters_change_an_int8_output_layer_as_they_do_the_bases_own(
     results = case.run(times=2, output_layer="int8", max_num_batched_tokens=16)
     assert answers(results) == wanted
     own = case.run()
-    assert answers(own)["lora-on-both", 0] != wanted["lora-on-both", 0]
+    assert answers(own)["dora-on-both", 0] != wanted["dora-on-both", 0]
     for name in case.adapters:
         rounded, exact = case.error(results, name), case.error(own, name)
         assert rounded < 2 * exact + 0.02, (name, rounded, exact)
