@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from engine import engine as engine_module
+from engine import adapter_loader
 from engine.backends.native import load
 from engine.backends.native.library import Context
 from engine.engine import Engine
@@ -64,12 +64,12 @@ class Case:
 
     def adapter(self, monkeypatch: pytest.MonkeyPatch, weights: LoraWeights) -> AdapterFolder:
         """Make an adapter that loads as these weights; the plain one loads as before."""
-        read = engine_module.load_lora
+        read = adapter_loader.load_lora
 
         def loaded(folder: AdapterFolder, *rest: Any, **named: Any) -> LoraWeights:
             return weights if folder.digest == weights.digest else read(folder, *rest, **named)
 
-        monkeypatch.setattr(engine_module, "load_lora", loaded)
+        monkeypatch.setattr(adapter_loader, "load_lora", loaded)
         return AdapterFolder(weights.digest, self.plain.path)
 
 
