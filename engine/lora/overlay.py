@@ -48,6 +48,11 @@ class Overlay:
         )
 
     @property
+    def is_whole(self) -> bool:
+        """Whether nothing is left of the base's matrix."""
+        return len(self.ids) == self.vocab_size
+
+    @property
     def nbytes(self) -> int:
         """Size of all tensors in bytes."""
         others = [*(self.factors or ()), self.scale, self.shift]

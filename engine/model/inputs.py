@@ -48,8 +48,14 @@ class Overlays(Protocol):
 class Heads(Protocol):
     """What the adapters of some rows change of the output layer."""
 
-    def change(self, hidden: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        """Change logits [M, V] in place, or return wider ones [M, V']."""
+    @property
+    def are_whole(self) -> bool:
+        """Whether all rows have output layers of their own, with nothing of the base's."""
+        ...
+
+    def change(self, hidden: torch.Tensor, logits: torch.Tensor | None) -> torch.Tensor:
+        """Change the base's logits [M, V] in place, or return wider ones [M, V']. None if they are
+        whole."""
         ...
 
     def forbid(self, logits: torch.Tensor, vocab_size: int) -> None:

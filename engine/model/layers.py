@@ -224,10 +224,10 @@ class Head(nn.Module):
         self._build = build
 
     def forward(self, hidden: Tensor, heads: Heads | None = None) -> Tensor:
-        logits = self.multiply(hidden)
         if heads is None:
-            return self.finish(logits)
-        vocab_size = logits.shape[1]
+            return self.finish(self.multiply(hidden))
+        logits = None if heads.are_whole else self.multiply(hidden)
+        vocab_size = 0 if logits is None else logits.shape[1]
         logits = self.finish(heads.change(hidden, logits))
         heads.forbid(logits, vocab_size)  # after the cap, which would make -inf finite
         return logits

@@ -78,8 +78,14 @@ class ReferenceOverlays:
         first = self._first
         return torch.cat([apply(x[:first], weight), apply(x[first:], own.to(x.device))])
 
-    def change(self, hidden: Tensor, logits: Tensor) -> Tensor:
+    @property
+    def are_whole(self) -> bool:
+        """Always False: what is not needed is computed all the same."""
+        return False
+
+    def change(self, hidden: Tensor, logits: Tensor | None) -> Tensor:
         """Return logits [M, V] of the adapter's own output layer."""
+        assert logits is not None
         overlay, first = self._weights.head, self._first
         if overlay is None:
             return logits

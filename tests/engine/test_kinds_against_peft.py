@@ -155,6 +155,48 @@ def test_requests_of_changed_models_survive_preemption_and_share_prefixes(
     assert tight.stats.total_preemptions and roomy.stats.total_cached_tokens, tight.stats
 
 
+ELSEWHERE = {  # by the fixture of their base
+    "untied": ["lora-on-both", "dora-on-both", "saved-head", "tokens"],
+    "qwen": ["dora-and-biases", "norms", "lora-bias"],
+}
+
+
+@pytest.mark.parametrize("of", ["untied", pytest.param("qwen", marks=pytest.mark.slow)])
+def test_answers_that_are_aborted_go_on_elsewhere(of: str, request: pytest.FixtureRequest) -> None:
+    case: Case = request.getfixturevalue(of)
+    requests = [replace(case.requests[name], sampling=greedy(24)) for name in ELSEWHERE[of]]
+    engine = make_engine(case.base)
+    expected = {k: r.token_ids for k, r in run(engine, requests).items()}
+
+    for asked in requests:
+        engine.add_request(asked)
+    begun: dict[str, list[int]] = {asked.request_id: [] for asked in requests}
+    while min(len(token_ids) for token_ids in begun.values()) < 5:
+        for output in engine.step():
+            begun[output.request_id] += output.token_ids
+    for asked in requests:
+        engine.abort(asked.request_id)
+    assert max(len(token_ids) for token_ids in begun.values()) < 24
+
+    elsewhere = make_engine(case.base, memory_bytes=2**17, max_model_len=80)
+    resumed = [replace(r, output_token_ids=begun[r.request_id]) for r in requests]
+    for _ in range(2):  # the second time from the prefix cache
+        for (name, index), result in run(elsewhere, resumed).items():
+            assert begun[name] + result.token_ids == expected[name, index], name
+    assert elsewhere.stats.total_cached_tokens, elsewhere.stats
+
+
+def test_output_layers_of_their_own_alone_need_nothing_of_the_bases(
+    untied: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = untied.requests["saved-head"]
+    engine = make_engine(untied.base, adapter_proof="off")
+    runner: Any = engine.runner
+    monkeypatch.setattr(runner.model._decoder.head, "multiply", None)
+    [result] = run(engine, [request]).values()
+    assert result.token_ids == untied.results["saved-head", 0].token_ids
+
+
 @pytest.mark.parametrize("name", [*VOCABULARY, "base"])
 @pytest.mark.parametrize("ties", ["untied", "tied"])
 def test_changed_embeddings_and_output_layers_are_those_of_peft(

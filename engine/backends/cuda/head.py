@@ -75,14 +75,19 @@ class HeadBatch:
 
     lora: LoraBatch | None  # None: none has factors
     changes: tuple[_OwnRows, ...]
+    vocab_size: int  # V, the base's
     widths: Tensor | None  # [M] int32, ids of each row; None: those of the base
     min_width: int
     max_width: int
+    is_whole: bool  # nothing of the base's output layer is left in any row
 
     def logits(self, hidden: Tensor, head: Head) -> Tensor:
         """Compute logits [M, >= V, >= max_width] in float32; -inf where a row has no such id."""
-        logits = head.multiply(hidden)
-        vocab_size = logits.shape[1]
+        vocab_size = self.vocab_size
+        if self.is_whole:
+            logits = hidden.new_zeros(len(hidden), vocab_size, dtype=torch.float32)
+        else:
+            logits = head.multiply(hidden)
         if self.max_width > vocab_size:
             more = -(-self.max_width // WIDTH_STEP) * WIDTH_STEP - vocab_size
             logits = torch.cat([logits, logits.new_zeros(len(logits), more)], 1)
@@ -111,7 +116,7 @@ def head_batch(
     these rows if an adapter has factors.
     """
     changes: list[_OwnRows] = []
-    widths = np.full(row_slots.size, vocab_size, np.int32)
+    num_whole, widths = 0, np.full(row_slots.size, vocab_size, np.int32)
     for slot in np.unique(row_slots[row_slots > 0]).tolist():
         extent, start = adapters[slot]
         if extent.head is None:
@@ -119,12 +124,21 @@ def head_batch(
         widths[row_slots == slot] = extent.head.vocab_size
         if extent.head.num_ids:
             rows = to_device(np.flatnonzero(row_slots == slot), arena.device)
+            num_whole += len(rows) * (extent.head.num_ids == extent.head.vocab_size)
             changes.append(_OwnRows(rows, *_views(arena[start:], extent.head, extent.dtype)))
     differs = bool((widths != vocab_size).any())
     if lora is None and not changes and not differs:
         return None
     own_widths = to_device(widths, arena.device) if differs else None
-    return HeadBatch(lora, tuple(changes), own_widths, int(widths.min()), int(widths.max()))
+    return HeadBatch(
+        lora,
+        tuple(changes),
+        vocab_size,
+        own_widths,
+        int(widths.min()),
+        int(widths.max()),
+        is_whole=num_whole == row_slots.size,
+    )
 
 
 def _views(

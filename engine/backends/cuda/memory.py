@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from adapter_store.layout import MAX_NEW_ROWS
 from engine.backends.cuda.flashinfer import workspace_bytes
 from engine.config import ConfigError
 from engine.model.spec import ModelSpec
@@ -68,7 +69,8 @@ def needs(
     """
     row_bytes = _activation_width(spec) * dtype.itemsize + (_rounded_bytes(spec) if is_fp8 else 0)
     activations = max_rows * row_bytes
-    logits = 3 * max_num_seqs * spec.vocab_size * 4  # the logits, their logarithms, and a copy
+    width = spec.vocab_size + MAX_NEW_ROWS  # an adapter may have so many token ids more
+    logits = 3 * max_num_seqs * width * 4  # the logits, their logarithms, and a copy
     buffers = activations + logits + scratch
     return Needs(weights, buffers, int(RESERVE_BYTES + RESERVE_SHARE * device))
 

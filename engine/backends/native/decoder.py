@@ -83,7 +83,9 @@ class NativeDecoder:
         multiply = self._head.multiply
         assert isinstance(multiply, NativeHead)
         width = max(self._vocab_size, *(head.vocab_size for head, _ in changes))
-        logits = multiply(hidden, width)
+        num_whole = sum(len(rows) for head, rows in changes if head.is_whole)
+        is_needed = num_whole < len(hidden)  # else nothing of the base's output layer is left
+        logits = multiply(hidden, width) if is_needed else multiply.room(len(hidden), width)
         self._overlays.head(changes, hidden, logits)
         self._head.finish(logits)
         hide_absent_ids(logits, changes, self._vocab_size)

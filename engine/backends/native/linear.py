@@ -132,12 +132,15 @@ class NativeHead:
     def __call__(self, x: Tensor, width: int | None = None) -> Tensor:
         """Multiply. With `width`, return [N, width], whose columns from `out` on are undefined."""
         out = self._linear.out_features
-        width = out if width is None else width
-        if len(x) * width > len(self._cells):
-            self._cells = separate_bytes(4 * len(x) * width).view(torch.float32)
-        logits = self._cells[: len(x) * width].view(len(x), width)
+        logits = self.room(len(x), out if width is None else width)
         self._linear.into(x, logits[:, :out])
         return logits
+
+    def room(self, num_rows: int, width: int) -> Tensor:
+        """Return [num_rows, width] of the buffer, undefined."""
+        if num_rows * width > len(self._cells):
+            self._cells = separate_bytes(4 * num_rows * width).view(torch.float32)
+        return self._cells[: num_rows * width].view(num_rows, width)
 
 
 PACKERS: dict[str, Packer] = {  # by QuantizedWeight.format; "bf16" for a plain tensor

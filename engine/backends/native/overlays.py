@@ -39,6 +39,11 @@ class Head:
     vocab_size: int  # V': ids from there on are none of this adapter's
     nbytes: int
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether nothing is left of the base's output layer."""
+        return len(self.ids) == self.vocab_size
+
 
 def pack_embedding(digest: str, overlay: Overlay) -> Embedding:
     """Pack an overlay of the embedding. Raises ValueError unless it is in bfloat16."""

@@ -73,10 +73,18 @@ class MixedHeads:
     rows: Sequence[Rows]
     num_rows: int
 
-    def change(self, hidden: Tensor, logits: Tensor) -> Tensor:
-        """Change logits [M, V] float32 in place, or return wider ones."""
+    @property
+    def are_whole(self) -> bool:
+        """Whether nothing of the base's output layer is needed: a batch of replaced ones alone."""
+        own = [(rows, a.head) for rows, a in self.rows if a.head is not None and a.head.is_whole]
+        return sum(len(rows) for rows, _ in own) == self.num_rows
+
+    def change(self, hidden: Tensor, logits: Tensor | None) -> Tensor:
+        """Change logits [M, V] float32 in place, or return wider ones; None if they are whole."""
         width = max(_width(adapter) for _, adapter in self.rows)
-        if width > logits.shape[1]:
+        if logits is None:
+            logits = hidden.new_zeros(len(hidden), width, dtype=torch.float32)
+        elif width > logits.shape[1]:
             logits = F.pad(logits, (0, width - logits.shape[1]))
         for rows, adapter in self.rows:
             if adapter.head is not None:
