@@ -17,6 +17,7 @@ from adapter_store.compact_config import BlockDiagonal, read_blocks, read_group_
 from adapter_store.errors import AdapterInvalid
 from adapter_store.patterns import Budget, Pattern, compile_pattern
 from adapter_store.safetensors_file import unique_keys
+from adapter_store.targets import Targets, listed, read_targets
 
 CONFIG_NAME = "adapter_config.json"
 MAX_CONFIG_BYTES = 4 * 2**20
@@ -65,30 +66,6 @@ WAYS_OUT = {
 # adapter is useless without them; PEFT converts such an adapter with
 # save_pretrained(path_initial_model_for_weight_conversion=).
 NEUTRAL_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
-
-
-@dataclass(frozen=True, slots=True)
-class Targets:
-    """Select the modules that PEFT would wrap."""
-
-    modules: Pattern | frozenset[str]  # a pattern of whole names, or suffixes of names
-    excluded: Pattern | frozenset[str]
-    layers: frozenset[int]  # empty: all of them
-    layer_patterns: tuple[Pattern, ...]
-
-    def include(self, module: str) -> bool:
-        """Check whether PEFT would wrap the module of this name."""
-        if _names(self.excluded, module):
-            return False
-        if isinstance(self.modules, Pattern) or not self.layers or module in self.modules:
-            return _names(self.modules, module)
-        return _names(self.modules, module) and self._layer(module) in self.layers
-
-    def _layer(self, module: str) -> int | None:
-        for pattern in self.layer_patterns:
-            if (layer := pattern.group(module, "idx")) is not None:
-                return int(layer) if layer else None
-        return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,7 +176,7 @@ def settings_of(config: dict[str, Any]) -> LoraSettings:
             (_suffix("alpha_pattern", key, budget), _alpha(f"alpha_pattern[{key!r}]", value))
             for key, value in alpha_pattern.items()
         ),
-        targets=_targets(config, budget),
+        targets=read_targets(config, budget),
         use_dora=use_dora,
         lora_bias=lora_bias,
         bias=bias,
@@ -244,60 +221,6 @@ def _refuse_unserved(config: dict[str, Any]) -> None:
             )
 
 
-def _targets(config: dict[str, Any], budget: Budget) -> Targets:
-    modules, layers = config.get("target_modules"), _layers(config.get("layers_to_transform"))
-    if modules is None:
-        raise AdapterInvalid("target_modules is missing: name the modules that the adapter changes")
-    if config.get("layers_pattern") and config.get("layers_to_transform") is None:
-        pattern = config["layers_pattern"]
-        raise AdapterInvalid(f"layers_pattern={pattern!r} needs layers_to_transform, as in PEFT")
-    if isinstance(modules, str) and layers:
-        raise AdapterInvalid(f"layers_to_transform={layers} needs target_modules to be a list")
-    layer_patterns = [
-        _layer_pattern(pattern, rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\.", budget)
-        for pattern in _listed(config.get("layers_pattern") or [])
-    ]
-    return Targets(
-        modules=_module_names("target_modules", modules, budget),
-        excluded=_module_names("exclude_modules", config.get("exclude_modules") or [], budget),
-        layers=frozenset(layers),
-        layer_patterns=tuple(layer_patterns)
-        or (_layer_pattern("", r".*?\.[^.]*\.(?P<idx>\d+)\.", budget),),
-    )
-
-
-def _layers(value: Any) -> list[int]:
-    layers = [] if value is None else _listed(value)
-    if not all(type(layer) is int for layer in layers):
-        raise AdapterInvalid(f"layers_to_transform={value!r} must be whole numbers")
-    return layers
-
-
-def _layer_pattern(pattern: Any, expression: str, budget: Budget) -> Pattern:
-    return compile_pattern("layers_pattern", pattern, budget, expression)
-
-
-def _module_names(key: str, value: Any, budget: Budget) -> Pattern | frozenset[str]:
-    if isinstance(value, str):
-        all_linear = key == "target_modules" and value.lower() == "all-linear"
-        return compile_pattern(key, ".*" if all_linear else value, budget)
-    if not all(isinstance(name, str) for name in _listed(value)):
-        raise AdapterInvalid(f"{key}={value!r} must be a list of module names or one pattern")
-    return frozenset(_listed(value))
-
-
-def _listed(value: Any) -> list[Any]:
-    return cast("list[Any]", value) if isinstance(value, list) else [value]
-
-
-def _names(names: Pattern | frozenset[str], module: str) -> bool:
-    """Match as PEFT does: a pattern the whole name, a listed name all of it or its last parts."""
-    if isinstance(names, Pattern):
-        return names.fullmatch(module)
-    parts = module.split(".")
-    return any(".".join(parts[start:]) in names for start in range(len(parts)))
-
-
 def _suffix(key: str, pattern: str, budget: Budget) -> Pattern:
     """Compile a key of rank_pattern or alpha_pattern, which PEFT matches with the end of a name."""
     return compile_pattern(key, pattern, budget, rf"(.*\.)?({pattern})$")
@@ -333,10 +256,10 @@ def _flag(config: dict[str, Any], key: str) -> bool:
 
 def _names_to_save(config: dict[str, Any]) -> tuple[str, ...]:
     names = config.get("modules_to_save")
-    listed = [] if names is None else _listed(names)
-    if not all(isinstance(name, str) and name for name in listed):
+    found = [] if names is None else listed(names)
+    if not all(isinstance(name, str) and name for name in found):
         raise AdapterInvalid(f"modules_to_save={names!r} must be a list of module names")
-    return tuple(listed)
+    return tuple(found)
 
 
 def _token_ids(value: Any) -> dict[str, tuple[int, ...]]:
@@ -352,11 +275,11 @@ def _token_ids(value: Any) -> dict[str, tuple[int, ...]]:
                 f"trainable_token_indices of {module!r} are not served: only those of "
                 f"{EMBEDDING} and {HEAD}"
             )
-        listed = _listed(ids)
-        if not all(type(i) is int and 0 <= i <= MAX_TOKEN_ID for i in listed):
+        found = listed(ids)
+        if not all(type(i) is int and 0 <= i <= MAX_TOKEN_ID for i in found):
             raise AdapterInvalid(
                 f"trainable_token_indices of {module} must be whole numbers in 0..{MAX_TOKEN_ID}"
             )
-        if len(set(listed)) < len(listed):
+        if len(set(found)) < len(found):
             raise AdapterInvalid(f"trainable_token_indices of {module} name a token twice")
-    return {module.rpartition(".")[2]: tuple(_listed(ids)) for module, ids in by_module.items()}
+    return {module.rpartition(".")[2]: tuple(listed(ids)) for module, ids in by_module.items()}

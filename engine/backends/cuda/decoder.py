@@ -11,15 +11,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from engine.backends.cuda.buffers import Buffers, Rows
 from engine.backends.cuda.head import HeadBatch
 from engine.backends.cuda.inputs import StepInputs
 from engine.backends.cuda.layer import (
     AddNorm,
     Beside,
-    Buffers,
     FusedLayer,
     PagedAttentionInto,
-    Rows,
 )
 from engine.backends.cuda.triton.embed import embed
 from engine.backends.cuda.triton.own import OwnWeights, own_weights

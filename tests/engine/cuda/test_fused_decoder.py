@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 import torch
 
+from engine.backends.cuda.buffers import Rows
 from engine.backends.cuda.decoder import FusedDecoder
 from engine.backends.cuda.inputs import StepInputs
-from engine.backends.cuda.layer import Beside, Rows, _Site
+from engine.backends.cuda.layer import Beside, _Site
 from engine.backends.cuda.memory import needs
 from engine.backends.cuda.weight_ops import DenseLinear, cuda_build
 from engine.backends.torch.bank import AdapterBank
