@@ -178,7 +178,7 @@ def test_answers_that_are_aborted_go_on_elsewhere(of: str, request: pytest.Fixtu
         engine.abort(asked.request_id)
     assert max(len(token_ids) for token_ids in begun.values()) < 24
 
-    elsewhere = make_engine(case.base, memory_bytes=2**17, max_model_len=80)
+    elsewhere = make_engine(case.base, memory_bytes=2**18, max_model_len=96)
     resumed = [replace(r, output_token_ids=begun[r.request_id]) for r in requests]
     for _ in range(2):  # the second time from the prefix cache
         for (name, index), result in run(elsewhere, resumed).items():

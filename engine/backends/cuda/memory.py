@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 
-from adapter_store.layout import MAX_NEW_ROWS
 from engine.backends.cuda.flashinfer import workspace_bytes
 from engine.config import ConfigError
+from engine.lora.vocabulary import MAX_NEW_ROWS
 from engine.model.spec import ModelSpec
 from engine.settle import Demand
 from engine.sizes import FORMATS, ModelSize, read_model_size, weight_bytes
