@@ -14,6 +14,7 @@ from typing import Any
 
 from adapter_store.errors import AdapterNotFound, InvalidName, StoreCorrupt
 from adapter_store.names import LATEST, AdapterRecord, AdapterRef, Place, check_alias, split_name
+from adapter_store.verdict import Verdict
 
 _MISFITS = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, InvalidName)
 
@@ -69,6 +70,7 @@ class Catalog:
         self._names: dict[str, list[str]] = {}  # by tenant, sorted
         self._live: dict[str, list[int]] = {}  # digest: generations, one for each live version
         self._own_files: dict[str, list[str]] = {}  # by digest, where they are known
+        self._verdicts: dict[str, Verdict] = {}  # by digest, of what is live
 
     # ---- reading -------------------------------------------------------------------------------
 
@@ -129,6 +131,7 @@ class Catalog:
                 published_s=entry.published_s,
                 aliases=(LATEST, *aliases) if version == latest else tuple(aliases),
                 generation=entry.generation,
+                verdict=self._verdicts.get(entry.digest),
             )
 
     def find_digest(self, tenant: str, name: str, digest: str) -> int | None:
@@ -166,6 +169,14 @@ class Catalog:
         found = self._own_files.get(digest)
         return None if found is None else tuple(found)
 
+    def is_live(self, digest: str) -> bool:
+        """Check that any live version has this content."""
+        return digest in self._live
+
+    def verdict_of(self, digest: str) -> Verdict | None:
+        """Return what an engine has found out about this content."""
+        return self._verdicts.get(digest)
+
     def is_live_at(self, place: Place) -> bool:
         """Check that a live version has its files in this place."""
         return place.generation in self._live.get(place.digest, ())
@@ -190,6 +201,7 @@ class Catalog:
                 "alias": self._alias,
                 "retire": self._retire,
                 "collect": self._collect,
+                "verdict": self._judge,
             }[record["kind"]](record)
         except _MISFITS as error:
             raise StoreCorrupt(f"log record {number} does not make sense: {error!r}") from error
@@ -207,6 +219,7 @@ class Catalog:
             "head": self.head,
             "generation": self.generation,
             "adapters": adapters,
+            "verdicts": {d: v.to_data() for d, v in sorted(self._verdicts.items())},
         }
 
     @classmethod
@@ -222,6 +235,8 @@ class Catalog:
             versions = [Version(**version) for version in entry["versions"]]
             history = AdapterHistory(versions, dict(entry["aliases"]))
             catalog._add(entry["tenant"], entry["name"], history)
+        for digest, verdict in data.get("verdicts", {}).items():
+            catalog._verdicts[digest] = Verdict.from_data(verdict)
         return catalog
 
     def _publish(self, record: Mapping[str, Any]) -> None:
@@ -274,6 +289,12 @@ class Catalog:
             generations.remove(version.generation)
             if not generations:
                 del self._live[version.digest]
+                self._verdicts.pop(version.digest, None)
+
+    def _judge(self, record: Mapping[str, Any]) -> None:
+        """Keep the latest verdict; one on what was retired meanwhile says nothing."""
+        if record["digest"] in self._live:
+            self._verdicts[record["digest"]] = Verdict.from_data(record["verdict"])
 
     def _collect(self, record: Mapping[str, Any]) -> None:
         if record["generation"] != self.generation + 1:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from adapter_store.errors import InvalidName
 from adapter_store.recipes import Recipe
+from adapter_store.verdict import Verdict
 
 LATEST = "latest"
 NAME_RULE = "[A-Za-z0-9][A-Za-z0-9._-]{0,95}"  # a regular expression, for other grammars to reuse
@@ -48,6 +49,7 @@ class AdapterRecord:
     published_s: float  # seconds since 1970
     aliases: tuple[str, ...]  # `latest` among them
     generation: int = 0  # of its files
+    verdict: Verdict | None = None  # of the latest probe; None: no engine has proven it yet
 
 
 class Place(NamedTuple):

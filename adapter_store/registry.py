@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from itertools import groupby, islice
 
 from adapter_store.catalog import Catalog
@@ -37,6 +38,7 @@ from adapter_store.names import (
 from adapter_store.object_store import ObjectStore
 from adapter_store.own_files import OWN_NAMES
 from adapter_store.record_log import Entry, LogBroken, Record, RecordLog, encode, log_key
+from adapter_store.verdict import Verdict
 
 SNAPSHOT_EVERY = 256  # records
 LISTING_PAUSES_S = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0)  # for a record that is there to be listed
@@ -194,6 +196,29 @@ class Registry:
 
         self._append(record)
         return retired
+
+    def note(self, digest: str, verdict: Verdict) -> bool:
+        """Append a verdict on a live adapter, unless it says what the last one said.
+
+        Returns whether it is kept by now.
+        """
+        is_live = False
+
+        def record(catalog: Catalog) -> Record | None:
+            nonlocal is_live
+            is_live = catalog.is_live(digest)
+            if not is_live or verdict.says_the_same_as(catalog.verdict_of(digest)):
+                return None
+            dated = replace(verdict, proven_s=self._wall_clock())
+            return {"kind": "verdict", "digest": digest, "verdict": dated.to_data()}
+
+        self._append(record)
+        return is_live
+
+    def verdict_of(self, digest: str) -> Verdict | None:
+        """Return what an engine has found out about this content; None if nothing."""
+        with self._lock:
+            return self._catalog.verdict_of(digest)
 
     # ---- files ---------------------------------------------------------------------------------
 

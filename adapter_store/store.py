@@ -38,6 +38,7 @@ from adapter_store.publishing import publish
 from adapter_store.recipes import Recipe
 from adapter_store.registry import Registry
 from adapter_store.sources import local_folder
+from adapter_store.verdict import Verdict
 
 MISS_INTERVAL_S = 0.1  # unknown names cause at most one read of the log in this time
 PATIENCE_S = 2.0  # how long to wait for a store that does not answer
@@ -239,6 +240,20 @@ class AdapterStore:
         Their files become garbage. Raises AdapterNotFound, InvalidName, StoreCorrupt.
         """
         return self._registry.retire(tenant, full_name)
+
+    def note_verdict(self, digest: str, verdict: Verdict) -> bool:
+        """Keep what an engine has found out about an adapter, unless it was known.
+
+        Returns whether it is kept: what no live version has is not. Raises AccessDenied,
+        StoreCorrupt.
+        """
+        if verdict.says_the_same_as(self.verdict_of(digest)):
+            return True
+        return self._registry.note(digest, verdict)
+
+    def verdict_of(self, ref_or_digest: AdapterRef | str) -> Verdict | None:
+        """Tell from memory what an engine has found out about an adapter."""
+        return self._registry.verdict_of(_digest(ref_or_digest))
 
     def refresh(self) -> None:
         """Read what other processes have published, aliased or retired. Raises StoreCorrupt."""

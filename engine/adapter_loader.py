@@ -17,7 +17,7 @@ OnRead = Callable[[AdapterFolder, LoraWeights], None]
 
 
 class AdapterLoader:
-    """`on_read` is given every adapter that can be used, before it is in the host cache."""
+    """`on_read` is given every adapter as it was read, before it is packed."""
 
     def __init__(
         self, config: EngineConfig, settled: Settled, model: LoadedModel, on_read: OnRead
@@ -38,11 +38,11 @@ class AdapterLoader:
         weights = load_lora(adapter_folder, self.model.lora_sites, s.dtype, self._open_base)
         check_kinds(weights, s.spec.vocab_size, self.model.kinds, self.model.kernels)
         self._check_token_ids(weights, adapter_folder)
-        packed = self.model.pack_adapter(weights)
-        self._check_size(packed, adapter_folder)
         if weights.invocation_token_ids:
             self._invocations[weights.digest] = weights.invocation_token_ids
         self._on_read(adapter_folder, weights)
+        packed = self.model.pack_adapter(weights)
+        self._check_size(packed, adapter_folder)
         return packed
 
     def take_invocation(self, digest: str) -> tuple[int, ...]:

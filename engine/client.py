@@ -14,6 +14,7 @@ from engine.config import EngineConfig
 from engine.liveness import Liveness
 from engine.messages import (
     AbortRequest,
+    AdapterVerdict,
     AddRequest,
     EngineInfo,
     EngineStats,
@@ -35,6 +36,7 @@ GONE_TIMEOUT_S = 30.0  # for a process that was killed, before the next one coun
 log = logging.getLogger(__name__)
 
 OnFrame = Callable[[list[Item]], None]
+OnVerdict = Callable[[AdapterVerdict], None]
 
 
 def restart_delay_s(num_short: int) -> float:
@@ -49,7 +51,8 @@ class EngineUnavailable(RuntimeError):
 
 
 class EngineClient:
-    """Run one engine process. `on_frame` is called on the event loop with each step's outputs.
+    """Run one engine process. `on_frame` is called on the event loop with each step's outputs,
+    and `on_verdict` with each verdict on an adapter.
 
     Every choice of a submitted request ends with an output that has a finish_reason, whatever
     happens to the process. There are never two processes: the next one is started when the last
@@ -57,7 +60,12 @@ class EngineClient:
     """
 
     def __init__(
-        self, config: EngineConfig, on_frame: OnFrame, *, hang_timeout_s: float = 120.0
+        self,
+        config: EngineConfig,
+        on_frame: OnFrame,
+        *,
+        on_verdict: OnVerdict = lambda verdict: None,
+        hang_timeout_s: float = 120.0,
     ) -> None:
         self.config = config
         self.stats = EngineStats()
@@ -66,6 +74,7 @@ class EngineClient:
         self._last_end = ""  # why the last process that was ready has ended
         self._num_short = 0  # processes in a row that were ready for less than LASTING_S
         self._on_frame = on_frame
+        self._on_verdict = on_verdict
         self._liveness = Liveness(config.max_silence_s, hang_timeout_s)
         self._info: EngineInfo | None = None
         self._process: ProcessHandle | None = None
@@ -145,6 +154,8 @@ class EngineClient:
             if not isinstance(item, tuple) and item.finish_reason is not None:
                 self._forget(item)
         self._deliver(outputs.items)
+        for verdict in outputs.verdicts:
+            self._on_verdict(verdict)
 
     def _end_requests(self, reason: str) -> int:
         """End what the process has left unfinished; return the number of outputs."""

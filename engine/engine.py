@@ -30,6 +30,7 @@ from engine.lora.host_cache import HostCache, Loaded
 from engine.lora.weights import AdapterLoadError, AdapterUnreadable, LoraWeights
 from engine.messages import (
     AdapterFolder,
+    AdapterVerdict,
     EngineStats,
     ErrorKind,
     GenerateRequest,
@@ -86,7 +87,7 @@ class Engine:
         self.host = HostCache(config.host_adapter_bytes, self.loader.load, wake)
         self.runner: Runner = self.model.make_runner(self.host.get)
         self.scheduler = self._make_scheduler()
-        self.proofs = self._make_gate()
+        self.proofs = self._make_gate(wake)
         self.is_idle = True  # the last step found nothing to run or to wait for
         self._in_flight: deque[_InFlight] = deque()  # oldest first
         self._failed_loads: set[str] = set()  # digests whose last load was in a step that failed
@@ -109,11 +110,19 @@ class Engine:
         max_drafts = 0 if speculation.method == "none" else speculation.max_draft_tokens
         return Grammars(tokens, self.config.max_num_seqs, wake, max_drafts)
 
-    def _make_gate(self) -> Gate | None:
+    def _make_gate(self, wake: Callable[[], None]) -> Gate | None:
         if self.config.adapter_proof == "off":
             return None
         s = self.settled
-        return Gate(self, Proofs(self.model.decoder, s.dtype, s.max_model_len, self._clock))
+        proofs = Proofs(
+            self.model.decoder,
+            s.dtype,
+            s.max_model_len,
+            self._clock,
+            decodes_apart=self.runner.pipeline_depth > 0,
+            wake=wake,
+        )
+        return Gate(self, proofs)
 
     def _make_scheduler(self) -> Scheduler:
         s, seqs = self.settled, self.config.max_num_seqs
@@ -275,6 +284,10 @@ class Engine:
         self._failed_loads ^= digests.keys()
         return [r for digest in again for r in self.scheduler.end_adapter_with_error(digest)]
 
+    def take_verdicts(self) -> tuple[AdapterVerdict, ...]:
+        """Return the verdicts on adapters that were reached since the last call."""
+        return () if self.proofs is None else self.proofs.take_verdicts()
+
     @property
     def stats(self) -> EngineStats:
         s, blocks = self.scheduler, self.scheduler.blocks
@@ -374,6 +387,9 @@ class Engine:
             if error.kind == ErrorKind.ENGINE_ERROR:
                 check_device(self.settled.device)  # its driver pins host memory for packing
             self.end_requests(self.scheduler.end_adapter_with_error(loaded.digest), error)
+            self.loader.take_invocation(loaded.digest)
+            if self.proofs is not None:
+                self.proofs.forget([loaded.digest])
         self._set_absent(self.host.advance(self.scheduler.adapters.is_in_use))
 
     def _set_ready(self, digest: str, nbytes: int) -> None:

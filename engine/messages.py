@@ -164,6 +164,12 @@ class EngineInfo:
     load_s: float = 0.0  # from the start of the process; measured by its client
 
 
+def describe_engine(config: EngineConfig, info: EngineInfo) -> str:
+    """Say in a few words what computes: the base's format and the kernels."""
+    weights = info.dtype if config.quantization == "none" else config.quantization
+    return f"{weights}, {info.kernels}"
+
+
 @dataclass(frozen=True, slots=True)
 class EngineStats:
     """Current gauges and totals since the start."""
@@ -184,6 +190,22 @@ class EngineStats:
     total_drafts: int = 0
     total_drafted_tokens: int = 0
     total_accepted_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterVerdict:
+    """What a probe has shown of an adapter; differences are those of logprobs.
+
+    outcome: "proven", "no_effect" or "failed".
+    """
+
+    digest: str
+    outcome: str
+    probe: str  # SHA-256 of the probe's tokens and of the logprobs that were served
+    effect: float  # between the base and the adapter, as its weights say
+    error: float  # between that and what was served
+    margin: float  # the largest error that passes
+    reason: str = ""  # why it failed, or has no effect
 
 
 # ==== from a replica to its engine process ====
@@ -232,10 +254,14 @@ class Busy(Message):
 
 
 class StepOutputs(Message):
-    """New outputs of one step. `stats` come at most ten times a second, and after a Ping."""
+    """New outputs of one step. `stats` come at most ten times a second, and after a Ping.
+
+    `verdicts` are those on adapters that were probed since the last one.
+    """
 
     items: list[Item]
     stats: EngineStats | None = None
+    verdicts: tuple[AdapterVerdict, ...] = ()
 
 
 FromEngine = EngineReady | StartFailed | Busy | StepOutputs

@@ -196,8 +196,9 @@ class _Loop:
         stats = self._engine.stats if is_due or self._is_pinged else None
         if is_due:
             self._stats_due_s, self._stats_stale = now + STATS_PERIOD_S, False
-        if outputs or stats is not None:
-            self._connection.send(StepOutputs([to_item(o) for o in outputs], stats))
+        verdicts = self._engine.take_verdicts()
+        if outputs or stats is not None or verdicts:
+            self._connection.send(StepOutputs([to_item(o) for o in outputs], stats, verdicts))
         self._is_pinged = False
 
 

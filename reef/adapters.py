@@ -16,9 +16,11 @@ from reef.convert_options import (
     upload_bytes,
 )
 from reef.progress import progress
+from reef.prove import prove_ref
 from reef.store_options import DEFAULT_TENANT, with_store, with_store_to_read
 
 if TYPE_CHECKING:
+    from adapter_store.names import AdapterRecord
     from adapter_store.own_files import OwnFiles
     from adapter_store.store import AdapterStore
 
@@ -32,6 +34,12 @@ tenant_option = click.option(
 @click.option("--name", required=True, help="The adapter's name.")
 @click.option("--base", help="A model folder, or the first digits of a fingerprint.")
 @tenant_option
+@click.option(
+    "--prove",
+    "is_proven",
+    is_flag=True,
+    help="Prove that it acts, as `reef prove` does; --base must be a folder.",
+)
 @convert_options
 @with_store
 def publish(
@@ -40,6 +48,7 @@ def publish(
     name: str,
     base: str | None,
     tenant: str,
+    is_proven: bool,
     **conversion: Unpack[ConvertFlags],
 ) -> None:
     """Store a PEFT FOLDER as a name's next version.
@@ -53,6 +62,8 @@ def publish(
     if base is not None and (Path(base) / CONFIG_NAME).is_file():
         base_folder = Path(base)
         base = _register(store, base_folder)
+    if is_proven and base_folder is None:
+        raise click.UsageError("--prove needs the base's folder as --base")
     options = conversion_options(base_folder, **conversion)
     num_bytes = upload_bytes(Path(folder))
     with progress("checking and copying", 3 * num_bytes) as on_bytes:
@@ -61,6 +72,8 @@ def publish(
     if options is not None:
         note_conversion(store.manifest(ref))
     _note_own_files(store.own_files(ref))
+    if is_proven and base_folder is not None:
+        prove_ref(store, ref, base_folder)
 
 
 def _note_own_files(own: "OwnFiles") -> None:
@@ -89,8 +102,14 @@ def list_(store: "AdapterStore", tenant: str | None) -> None:
         click.echo(
             f"{record.tenant}/{record.name}@{record.version}  rank {record.lora_rank}  "
             f"{record.nbytes} bytes  digest {record.digest[:12]}  base {record.base[:12]}  "
-            f"{' '.join(record.aliases)}".rstrip()
+            f"{_proof_of(record)}  {' '.join(record.aliases)}".rstrip()
         )
+
+
+def _proof_of(record: "AdapterRecord") -> str:
+    """Say in a word or two whether an engine has seen the adapter act."""
+    outcome = None if record.verdict is None else record.verdict.outcome
+    return "not proven yet" if outcome is None else outcome.replace("_", " ")
 
 
 @click.command()

@@ -7,7 +7,7 @@ import click
 
 from reef.progress import progress
 from reef.refusal import refusing
-from reef.store_options import DEFAULT_TENANT, with_store_to_read
+from reef.store_options import DEFAULT_TENANT, with_store
 
 if TYPE_CHECKING:
     from adapter_store.names import AdapterRef
@@ -30,23 +30,32 @@ REFUSED = 1
     "--quantization", default="none", show_default=True, help="As in the server's config."
 )
 @click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
-@with_store_to_read
+@with_store
 def prove(store: "AdapterStore", name: str, model: Path, tenant: str, **engine: Any) -> None:
     """Prove that NAME[@VERSION|@ALIAS] acts as its weights say.
 
     A server does the same before an adapter's first answer. Here it is known before any client
-    asks. Ends with status 1 if the server would refuse the adapter.
+    asks. The verdict is stored, and shown in lists. Ends with status 1 if the server would refuse
+    the adapter.
     """
+    ref = store.resolve(tenant, name)
+    _check_base(store, ref, model)
+    prove_ref(store, ref, model, **engine)
+
+
+def prove_ref(store: "AdapterStore", ref: "AdapterRef", model: Path, **engine: Any) -> None:
+    """Prove a version, store the verdict and print it. Raises Exit if it is refused."""
+    from deployments.replica.verdict_writer import make_verdict
     from engine.config import ConfigError, EngineConfig
     from engine.messages import AdapterFolder
     from engine.model.spec import ModelError
     from engine.proof.alone import prove_alone
 
-    ref = store.resolve(tenant, name)
-    _check_base(store, ref, model)
     with refusing(ConfigError, ModelError), store.pinned(ref) as folder:
         config = EngineConfig(str(model), structured_output="off", max_model_len=64, **engine)
-        proof = prove_alone(config, AdapterFolder(ref.digest, str(folder)))
+        proof, computer = prove_alone(config, AdapterFolder(ref.digest, str(folder)))
+    if proof.probe:
+        store.note_verdict(ref.digest, make_verdict(proof.verdict, computer))
     if proof.failure:
         click.echo(f"reef: {proof.failure}", err=True)
         raise click.exceptions.Exit(REFUSED)

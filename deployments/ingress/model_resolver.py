@@ -313,8 +313,8 @@ class Models:
         except AdapterStoreError as error:
             raise store_unavailable(error) from error
 
-    async def published_s(self, ref: AdapterRef) -> float:
-        """Look up when a resolved version was published. Raises ApiError."""
+    async def record_of(self, ref: AdapterRef) -> AdapterRecord:
+        """Look up what listings show of a resolved version. Raises ApiError."""
         try:
             records = await asyncio.to_thread(
                 self._adapter_names.list_from, ref.tenant, ref.name, 1
@@ -323,7 +323,7 @@ class Models:
             raise store_unavailable(error) from error
         for record in records:
             if (record.name, record.version) == (ref.name, ref.version):
-                return record.published_s
+                return record
         raise model_not_found(ref.name)  # retired a moment ago
 
     def _list(

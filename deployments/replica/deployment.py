@@ -4,7 +4,7 @@
 # pyright: reportUnknownMemberType=false
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -30,9 +30,11 @@ from deployments.fleet.protocol import (
 from deployments.loopback_grpc import keep_grpc_on_loopback
 from deployments.replica import autoscaler
 from deployments.replica.replica import EngineReplica, ReplicaSettings
+from deployments.replica.verdict_writer import VerdictWriter
 from deployments.serve_logging import log_to_serves_file
 from engine.client import EngineClient
 from engine.gc_freeze import keep_what_is_loaded
+from engine.messages import AdapterVerdict, Item, describe_engine
 
 
 class EngineDeployment:
@@ -103,4 +105,13 @@ async def _make_replica(replica_id: str, config: AppConfig, model: ModelSection)
         config.max_answers(model),
         model.replicas.drain_s,
     )
-    return EngineReplica(lambda on_frame: EngineClient(engine_config, on_frame), store, settings)
+    writer = VerdictWriter(store)
+
+    def make_engine(on_frame: Callable[[list[Item]], None]) -> EngineClient:
+        def note(found: AdapterVerdict) -> None:
+            writer.note(found, describe_engine(engine_config, client.info))
+
+        client = EngineClient(engine_config, on_frame, on_verdict=note)
+        return client
+
+    return EngineReplica(make_engine, store, settings)

@@ -4,15 +4,15 @@ import time
 
 from engine.config import EngineConfig
 from engine.engine import Engine
-from engine.messages import AdapterFolder, GenerateRequest
+from engine.messages import AdapterFolder, GenerateRequest, describe_engine
 from engine.proof.verdict import Proof
 from engine.scheduler.request import SamplingParams
 
 PAUSE_S = 0.001  # while the adapter is being read
 
 
-def prove_alone(config: EngineConfig, adapter_folder: AdapterFolder) -> Proof:
-    """Load the base and the adapter, and return the verdict on the adapter.
+def prove_alone(config: EngineConfig, adapter_folder: AdapterFolder) -> tuple[Proof, str]:
+    """Load the base and the adapter; return the verdict on the adapter, and what computed it.
 
     Its `failure` also tells of an adapter that cannot be loaded. Raises ConfigError, ModelError.
     """
@@ -29,8 +29,8 @@ def prove_alone(config: EngineConfig, adapter_folder: AdapterFolder) -> Proof:
         error = outputs[0].error
     finally:
         engine.close()
-    proof = engine.proofs.find(adapter_folder.digest)
+    proof = engine.proofs.latest(adapter_folder.digest)
     if proof is None:
         reason = "the request ended without a verdict" if error is None else error.message
-        return Proof(adapter_folder.digest, 0.0, 0.0, 0.0, failure=reason)
-    return proof
+        proof = Proof(adapter_folder.digest, 0.0, 0.0, 0.0, failure=reason)
+    return proof, describe_engine(config, engine.info)

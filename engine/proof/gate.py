@@ -1,16 +1,26 @@
 """Gate: holds an adapter's requests back until a probe has shown that the adapter acts."""
 
 import logging
+import time
 from collections.abc import Callable, Iterable
 from typing import Protocol
 
 from engine.lora.weights import LoraWeights
-from engine.messages import AdapterFolder, ErrorKind, GenerateRequest, RequestError, RequestOutput
+from engine.messages import (
+    AdapterFolder,
+    AdapterVerdict,
+    ErrorKind,
+    GenerateRequest,
+    RequestError,
+    RequestOutput,
+)
 from engine.proof.probe import is_probe
 from engine.proof.proofs import Proofs
 from engine.proof.verdict import Proof
 from engine.scheduler.request import InvalidRequest, Request
 from engine.scheduler.scheduler import Scheduler
+
+SLICE_S = 0.008  # of a reference between two steps, at least a layer
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +47,9 @@ class Gate:
     def __init__(self, host: Host, proofs: Proofs) -> None:
         self._host = host
         self._proofs = proofs
+        self._verdicts: list[AdapterVerdict] = []
         self.find: Callable[[str], Proof | None] = proofs.find
+        self.latest: Callable[[str], Proof | None] = proofs.latest
         self.keep: Callable[[AdapterFolder, LoraWeights], None] = proofs.keep
         self.forget: Callable[[Iterable[str]], None] = proofs.forget
 
@@ -54,11 +66,13 @@ class Gate:
             self.probe(digest)
 
     def probe(self, digest: str) -> None:
-        """Start the proof of an adapter that is loaded, unless it has been."""
+        """Start the proof of an adapter that was read, and of the base, unless it has been."""
         self._add(self._proofs.start(digest))
 
     def _add(self, probes: list[GenerateRequest]) -> None:
         for probe in probes:
+            if not self._proofs.is_asking(probe.request_id):
+                continue  # its adapter was given up
             try:
                 self._host.add_request(probe)
             except InvalidRequest as error:  # memory that small holds no prompt of a client either
@@ -71,27 +85,32 @@ class Gate:
 
         Returns the outputs of clients, and whether another step is due at once.
         """
-        taken = self._proofs.take(outputs)
+        proofs = self._proofs
+        proofs.collect()
+        taken = proofs.take(outputs)
         for probe in taken.broken:
             ended = self._host.scheduler.end_adapter_with_error(probe.digest)
             self._host.end_requests(ended, probe.error)
         self._add(taken.again)
-        has_computed = self._compute()
-        return taken.outputs, has_computed or bool(taken.again)
-
-    def _compute(self) -> bool:
-        """Go on with the oldest reference, for longer if no request runs meanwhile."""
-        has_computed = False
-        while self._proofs.has_work:
-            has_computed = True
-            proof = self._proofs.advance()
-            if proof is not None:
-                self._conclude(proof)
-            if self._host.scheduler.running:
+        end = time.monotonic() + SLICE_S
+        while proofs.has_work:
+            proofs.advance()
+            if time.monotonic() > end:
                 break
-        return has_computed
+        verdicts = proofs.verdicts()
+        for proof in verdicts:
+            self._conclude(proof)
+        return taken.outputs, bool(verdicts or taken.again) or proofs.has_work
+
+    def take_verdicts(self) -> tuple[AdapterVerdict, ...]:
+        """Return the verdicts since the last call."""
+        if not self._verdicts:
+            return ()
+        verdicts, self._verdicts = self._verdicts, []
+        return tuple(verdicts)
 
     def _conclude(self, proof: Proof) -> None:
+        self._verdicts.append(proof.verdict)
         if proof.failure:
             log.error("%s", proof.failure)
             self._refuse(proof.digest, proof.failure)

@@ -1,14 +1,16 @@
 """Proofs: what is known of each adapter's effect, and the probes that are on their way.
 
-    loaded -> a probe runs as a request among the others -> its reference is computed -> a verdict
+    read -> its reference is computed, while the adapter is packed -> a verdict
+         -> loaded -> a probe runs as requests among the others   ->
 
 An engine holds back an adapter's requests until the verdict. The reference runs a layer at a time,
-between steps, so that nobody waits for it longer than for a small step.
+between steps, so that nobody waits for it longer than for a small step. What the base makes of the
+probe is computed and probed once.
 """
 
 import logging
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -22,10 +24,9 @@ from engine.messages import (
     RequestOutput,
 )
 from engine.model.decoder import Decoder
-from engine.proof.probe import is_probe, probe_prompt, probe_request, take_logprobs
+from engine.proof.probe import Probe, is_probe, make_probe, probe_requests, take_logprobs
 from engine.proof.reference import Expected, expect
-from engine.proof.verdict import FLOOR, MAX_NOISE, Proof, difference, judge
-from engine.scheduler.activation import adapter_start
+from engine.proof.verdict import FLOOR, MAX_NOISE, Proof, difference, judge, probe_digest
 
 RETRY_S = 60.0  # a refused adapter may be proven anew after this time
 BASE = ""  # its "digest": the base is probed once, for the noise of its own logprobs
@@ -33,13 +34,26 @@ BASE = ""  # its "digest": the base is probed once, for the noise of its own log
 log = logging.getLogger(__name__)
 
 
-@dataclass(slots=True)
-class _Probe:
-    digest: str
-    prompt: list[int]
-    outputs: list[RequestOutput] = field(default_factory=list[RequestOutput])
-    served: list[float] = field(default_factory=list[float])
-    reference: Generator[None, None, Expected] | None = None
+@dataclass(slots=True, eq=False)
+class _Case:
+    """An adapter that is being proven, or the base."""
+
+    weights: LoraWeights
+    adapter_folder: AdapterFolder | None
+    probe: Probe
+    reference: Generator[None, None, Expected] | None  # None once it is computed
+    expected: Expected | None = None
+    asked: dict[str, list[RequestOutput]] = field(default_factory=dict[str, list[RequestOutput]])
+    num_open: int = 0  # of the requests that were asked
+    served: list[float] = field(default_factory=list[float])  # once all of these have ended
+    has_failed: bool = False  # a request was in a step that failed, and it was asked again
+
+    @property
+    def digest(self) -> str:
+        return self.weights.digest
+
+    def forget_requests(self) -> None:
+        self.asked, self.num_open = {}, 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,39 +74,74 @@ class Taken:
 
 
 class Proofs:
-    """Used by the engine's thread alone, but for `keep`."""
+    """Used by the engine's thread alone, but for `keep`.
+
+    `decodes_apart`: decodes of this engine are computed otherwise if nothing else is in their step.
+    `wake` is called, in any thread, when there is work again.
+    """
 
     def __init__(
-        self, decoder: Decoder, dtype: torch.dtype, max_model_len: int, clock: Callable[[], float]
+        self,
+        decoder: Decoder,
+        dtype: torch.dtype,
+        max_model_len: int,
+        clock: Callable[[], float],
+        *,
+        decodes_apart: bool = False,
+        wake: Callable[[], None] = lambda: None,
     ) -> None:
         self._decoder = decoder
         self._floor = FLOOR[str(dtype).removeprefix("torch.")]
         self._max_model_len = max_model_len
         self._clock = clock
+        self._decodes_apart = decodes_apart
+        self._wake = wake
+        self._num_asked = 0
         self._noise: float | None = None
         self._proven: dict[str, Proof] = {}
         self._refused: dict[str, tuple[Proof, float]] = {}  # with the time
-        self._loaded: dict[str, tuple[AdapterFolder, LoraWeights]] = {}  # and not proven
-        self._probes: dict[str, _Probe] = {}  # by request id, until their outputs have ended
-        self._broken: set[str] = set()  # digests whose last probe was in a step that failed
-        self._due: deque[_Probe] = deque()  # ended; their references are to be computed
+        self._base = self._case(LoraWeights(BASE, {}, 0), None)
+        self._read: deque[tuple[AdapterFolder, LoraWeights]] = deque()  # to become cases
+        self._cases: dict[str, _Case] = {}  # adapters that are neither proven nor refused
+        self._asking: dict[str, _Case] = {}  # by request id, until it has ended
 
     def keep(self, adapter_folder: AdapterFolder, weights: LoraWeights) -> None:
         """Keep an adapter's weights, as they were read, until it is proven. Thread-safe."""
         if weights.digest not in self._proven:
-            self._loaded[weights.digest] = adapter_folder, weights
+            self._read.append((adapter_folder, weights))
+            self._wake()
+
+    def collect(self) -> None:
+        """Begin with the adapters that were read."""
+        while self._read:
+            folder, weights = self._read.popleft()
+            if weights.digest not in self._proven and weights.digest not in self._cases:
+                own_folder = replace(folder, vocab_size=weights.vocab_size)
+                self._cases[weights.digest] = self._case(weights, own_folder)
+
+    def _case(self, weights: LoraWeights, adapter_folder: AdapterFolder | None) -> _Case:
+        spec, length = self._decoder.spec, self._max_model_len
+        probe = make_probe(weights, spec.vocab_size, length, decodes_apart=self._decodes_apart)
+        is_own = adapter_folder is not None and probe != self._base.probe
+        tokens, start = probe.token_ids, probe.start
+        reference = expect(self._decoder, weights, tokens, start, with_base=is_own)
+        return _Case(weights, adapter_folder, probe, reference)
 
     def forget(self, digests: Iterable[str]) -> None:
         """Let go of adapters that are no longer in memory, unless they are being proven."""
-        for digest in {*digests} - self._being_proven():
-            self._loaded.pop(digest, None)
-
-    def _being_proven(self) -> set[str]:
-        return {probe.digest for probe in (*self._probes.values(), *self._due)}
+        self.collect()
+        for digest in digests:
+            case = self._cases.get(digest)
+            if case is not None and not case.asked:
+                del self._cases[digest]
 
     def find(self, digest: str) -> Proof | None:
         """Return the verdict on an adapter that may be served; None if there is none yet."""
         return self._proven.get(digest)
+
+    def latest(self, digest: str) -> Proof | None:
+        """Return the latest verdict, also one of an adapter that may not be served."""
+        return self._proven.get(digest) or self._refused.get(digest, (None, 0.0))[0]
 
     def refusal(self, digest: str) -> str:
         """Why requests of the adapter end at once; empty if they do not."""
@@ -103,33 +152,41 @@ class Proofs:
 
     # ==== probes ====
 
-    def start(self, digest: str) -> list[GenerateRequest]:
-        """Return the requests that prove a loaded adapter; none if they are on their way."""
-        busy = self._being_proven()
-        if digest not in self._loaded or digest in busy:
-            return []
-        requests = [self._probe(digest, *self._loaded[digest])]
-        if self._noise is None and BASE not in busy:
-            requests.insert(0, self._probe(BASE, None, None))
+    def start(self, digest: str = BASE) -> list[GenerateRequest]:
+        """Return the requests that prove a loaded adapter; none if they are on their way.
+
+        Those of the base come first if they have not been asked.
+        """
+        self.collect()
+        cases = [self._base] if self._noise is None else []
+        cases += [self._cases[digest]] if digest in self._cases else []
+        return [request for case in cases if not case.asked for request in self._ask(case)]
+
+    def _ask(self, case: _Case) -> list[GenerateRequest]:
+        self._num_asked += 1  # an id is not used twice: the last one's request may still run
+        name = f"{self._num_asked} {case.digest}"
+        requests = probe_requests(case.probe, name, case.adapter_folder)
+        case.asked = {request.request_id: [] for request in requests}
+        case.num_open = len(requests)
+        self._asking |= dict.fromkeys(case.asked, case)
         return requests
+
+    def is_asking(self, request_id: str) -> bool:
+        return request_id in self._asking
 
     def give_up(self, request_id: str) -> str:
         """Forget a probe that cannot run: its adapter counts as proven; return its digest."""
-        digest = self._probes.pop(request_id).digest
-        self._loaded.pop(digest, None)
-        self._proven[digest] = Proof(digest, 0.0, 0.0, 0.0, warning="there is no room for a probe")
-        return digest
+        case = self._asking[request_id]
+        self._drop(case)
+        self._cases.pop(case.digest, None)
+        warning = "there is no room for a probe"
+        self._proven[case.digest] = Proof(case.digest, 0.0, 0.0, 0.0, warning=warning)
+        return case.digest
 
-    def _probe(
-        self, digest: str, adapter_folder: AdapterFolder | None, weights: LoraWeights | None
-    ) -> GenerateRequest:
-        vocab_size = self._decoder.spec.vocab_size
-        if adapter_folder is not None and weights is not None:
-            adapter_folder = replace(adapter_folder, vocab_size=weights.vocab_size)
-        prompt = probe_prompt(weights, vocab_size)[: self._max_model_len - 1]
-        request = probe_request(digest, prompt, adapter_folder, self._max_model_len)
-        self._probes[request.request_id] = _Probe(digest, prompt)
-        return request
+    def _drop(self, case: _Case) -> None:
+        for request_id in case.asked:
+            self._asking.pop(request_id, None)
+        case.forget_requests()
 
     def take(self, outputs: list[RequestOutput]) -> Taken:
         """Sort out the outputs of probes.
@@ -137,95 +194,101 @@ class Proofs:
         A probe whose step failed, perhaps by another's fault, runs again; not a second time.
         """
         taken = Taken([])
-        if not self._probes:
+        if not self._asking:
             return Taken(outputs)
         for output in outputs:
             if not is_probe(output.request_id):
                 taken.outputs.append(output)
-            elif output.request_id in self._probes:
-                self._take_one(output, taken)
+            elif output.request_id in self._asking:
+                self._take_one(self._asking[output.request_id], output, taken)
         return taken
 
-    def _take_one(self, output: RequestOutput, taken: Taken) -> None:
-        probe = self._probes[output.request_id]
-        probe.outputs.append(output)
+    def _take_one(self, case: _Case, output: RequestOutput, taken: Taken) -> None:
+        case.asked[output.request_id].append(output)
         if output.finish_reason is None:
             return
-        del self._probes[output.request_id]
-        if output.error is None:
-            self._broken.discard(probe.digest)
-            self._finish(probe)
-        elif self._may_run_again(probe.digest, output.error):
-            folder, weights = self._loaded.get(probe.digest, (None, None))
-            taken.again.append(self._probe(probe.digest, folder, weights))
-        else:
-            taken.broken += self._break(probe, output.error)
+        del self._asking[output.request_id]
+        case.num_open -= 1
+        if output.error is not None:
+            self._drop(case)
+            if output.error.kind != ErrorKind.ENGINE_ERROR or case.has_failed:
+                taken.broken += self._break(case, output.error)
+            else:
+                case.has_failed = True
+                taken.again += self._ask(case)
+        elif not case.num_open:
+            case.has_failed = False
+            case.served = [x for part in case.asked.values() for x in take_logprobs(part)]
 
-    def _may_run_again(self, digest: str, error: RequestError) -> bool:
-        if error.kind != ErrorKind.ENGINE_ERROR or digest in self._broken:
-            self._broken.discard(digest)
-            return False
-        self._broken.add(digest)
-        return digest == BASE or digest in self._loaded
-
-    def _break(self, probe: _Probe, error: RequestError) -> list[Broken]:
+    def _break(self, case: _Case, error: RequestError) -> list[Broken]:
         """Return what ends with the probe: without the base's, no adapter can be judged."""
-        if probe.digest != BASE:
-            return [Broken(probe.digest, error)]
-        others = [*self._probes.values(), *self._due]
-        self._probes.clear()
-        self._due.clear()
-        return [Broken(other.digest, error) for other in others]
+        ended = [c for c in self._cases.values() if c.asked] if case is self._base else [case]
+        for each in (case, *ended):
+            self._drop(each)
+            each.has_failed = False
+            if error.kind != ErrorKind.ENGINE_ERROR:  # it was not loaded
+                self._cases.pop(each.digest, None)
+        return [Broken(each.digest, error) for each in ended]
 
-    def _finish(self, probe: _Probe) -> None:
-        sampled, probe.served = take_logprobs(probe.outputs)
-        nothing = LoraWeights(BASE, {}, 0)
-        weights = nothing if probe.digest == BASE else self._loaded[probe.digest][1]
-        start = adapter_start(probe.prompt, weights.invocation_token_ids)
-        probe.reference = expect(self._decoder, weights, [*probe.prompt, *sampled], start)
-        self._due.appendleft(probe) if probe.digest == BASE else self._due.append(probe)
-
-    # ==== references ====
+    # ==== references and verdicts ====
 
     @property
     def has_work(self) -> bool:
         """Whether `advance` would do anything."""
-        return bool(self._due) and (self._noise is not None or self._due[0].digest == BASE)
+        return next(self._unknown(), None) is not None
 
-    def advance(self) -> Proof | None:
-        """Compute a layer of the oldest reference; return the verdict if that was the last one."""
-        if not self.has_work:
-            return None
-        probe = self._due[0]
-        assert probe.reference is not None
+    def _unknown(self) -> Iterator[_Case]:
+        if not self._cases and not self._base.asked:
+            return
+        yield from (c for c in (self._base, *self._cases.values()) if c.reference is not None)
+
+    def advance(self) -> None:
+        """Compute a layer of the oldest reference."""
+        case = next(self._unknown(), None)
+        if case is None or case.reference is None:
+            return
         try:
-            next(probe.reference)
+            next(case.reference)
         except StopIteration as end:
-            self._due.popleft()
-            return self._judge(probe, *end.value)
-        return None
+            case.expected, case.reference = end.value, None
 
-    def _judge(self, probe: _Probe, base: list[float], adapted: list[float]) -> Proof | None:
-        if probe.digest == BASE:
-            self._noise = difference(probe.served, base)
+    def verdicts(self) -> list[Proof]:
+        """Judge the adapters of which everything is known by now."""
+        base = self._base
+        if self._noise is None and base.served and base.expected is not None:
+            self._noise = difference(base.served, _each(base.probe, base.expected.adapted))
+            base.forget_requests()
             if self._noise > MAX_NOISE:
                 log.error("the base's own probe differs by %.3g from its reference", self._noise)
-            return None
-        _, weights = self._loaded.pop(probe.digest)
+        if self._noise is None:
+            return []
+        done = [c for c in self._cases.values() if c.served and c.expected is not None]
+        return [self._judge(case, self._noise) for case in done]
+
+    def _judge(self, case: _Case, noise: float) -> Proof:
+        del self._cases[case.digest]
+        assert case.expected is not None and self._base.expected is not None
+        adapted, base = case.expected
         proof = judge(
-            probe.digest,
-            probe.served,
-            base,
-            adapted,
+            case.digest,
+            probe_digest(case.probe.token_ids, case.served),
+            case.served,
+            _each(case.probe, self._base.expected.adapted if base is None else base),
+            _each(case.probe, adapted),
             floor=self._floor,
-            noise=self._noise or 0.0,
-            is_zero=_is_zero(weights),
+            noise=noise,
+            is_zero=_is_zero(case.weights),
         )
         if proof.failure:
-            self._refused[probe.digest] = proof, self._clock()
+            self._refused[case.digest] = proof, self._clock()
         else:
-            self._proven[probe.digest] = proof
+            self._proven[case.digest] = proof
         return proof
+
+
+def _each(probe: Probe, expected: list[float]) -> list[float]:
+    """Return what each logprob of a probe's requests should be."""
+    return [*expected, *(expected[:1] if probe.decodes_first else [])]
 
 
 def _is_zero(weights: LoraWeights) -> bool:

@@ -5,7 +5,8 @@ float32, as they were read. The base's matrices are those that are served, so th
 is no reason to differ.
 """
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,8 +16,13 @@ from engine.model.decoder import Decoder
 from engine.model.inputs import ApplyWeight, AttentionInputs, ForwardInputs
 
 PIECE_ROWS = 4096  # of an output layer that are in float32 at a time
-# The logprob of each token after the first, by the base and by the adapter: [2, num_tokens - 1]
-Expected = list[list[float]]
+
+
+class Expected(NamedTuple):
+    """The logprob of each token after the first: num_tokens - 1 of them."""
+
+    adapted: list[float]
+    base: list[float] | None = None  # if it was asked for
 
 
 class ReferenceLora:
@@ -34,14 +40,14 @@ class ReferenceLora:
 
 
 def _adapted(weights: SiteWeights, x: Tensor, y: Tensor) -> Tensor:
-    wide = y.float()
+    wide, x = y.float(), x.float()
     if weights.scale is not None:
         wide = wide * weights.scale.to(y.device)
     if weights.shift is not None:
         wide = wide + weights.shift.to(y.device)
     for r0, r1, out0, out1, b in weights.expands:
         a = weights.a[r0:r1].to(y.device).float()
-        wide[:, out0:out1] += x.float() @ a.T @ b.to(y.device).float()
+        wide[:, out0:out1] += x @ a.T @ b.to(y.device).float()
     return wide
 
 
@@ -115,49 +121,65 @@ class ReferenceOverlays:
 
 @torch.inference_mode()
 def expect(
-    decoder: Decoder, weights: LoraWeights, token_ids: list[int], start: int = 0
+    decoder: Decoder,
+    weights: LoraWeights,
+    token_ids: Sequence[int],
+    start: int = 0,
+    *,
+    with_base: bool = False,
 ) -> Generator[None, None, Expected]:
-    """Compute the logprobs of the tokens, by the base and by the adapter, which acts from `start`.
+    """Compute the logprobs of the tokens by the adapter, which acts from `start`.
 
-    Yields after every layer, so that the caller can run steps between them.
+    Also by the base if that is asked for, which takes twice the work. Yields after every layer, so
+    that the caller can run steps between them.
     """
-    spec, build, count = decoder.spec, decoder.build, len(token_ids)
-    first = count + min(start, count)
-    lora, overlays = ReferenceLora(weights, first), ReferenceOverlays(weights, first)
-    inputs = _twice(token_ids, lora, overlays, build.device)
-    kv_layer = build.empty(2, 2, count, spec.num_kv_heads, spec.head_dim)
+    spec, count = decoder.spec, len(token_ids) - 1  # nothing follows the last one
+    num_base = count if with_base else 0
+    first = num_base + min(start, count)
+    lora = ReferenceLora(weights, first) if weights.sites else None
+    has_own = weights.changes_rows or weights.head is not None
+    overlays = ReferenceOverlays(weights, first) if has_own else None
+    copies = num_base // count + 1
+    inputs = _inputs(token_ids[:-1], copies, lora, overlays, decoder.build.device)
+    kv_layer = decoder.build.empty(copies, 2, count, spec.num_kv_heads, spec.head_dim)
     x = decoder.embedding(inputs.token_ids, overlays)
     rotations = [table(inputs.positions) for table in decoder.rotary_tables]
     for layer in decoder.layers:
         x = layer(x, inputs, rotations, kv_layer)
         yield
     hidden = decoder.norm(x, overlays)
-    own = None if weights.head is None else ReferenceOverlays(weights, first - count)
-    adapted = _logprobs(decoder.logits(hidden[count:], own)[:-1], token_ids[1:])
+    own = None if weights.head is None else ReferenceOverlays(weights, first - num_base)
+    adapted = _logprobs(decoder.logits(hidden[num_base:], own), token_ids[1:])
+    if not with_base:
+        return Expected(adapted)
     # Of a token that the base does not have, it cannot say how much the adapter changes
     known = [min(token_id, spec.vocab_size - 1) for token_id in token_ids[1:]]
-    base = _logprobs(decoder.logits(hidden[:count])[:-1], known)
+    base = _logprobs(decoder.logits(hidden[:count]), known)
     pairs = zip(token_ids[1:], base, adapted, strict=True)
-    return [[a if i >= spec.vocab_size else b for i, b, a in pairs], adapted]
+    return Expected(adapted, [a if i >= spec.vocab_size else b for i, b, a in pairs])
 
 
-def _twice(
-    token_ids: list[int], lora: ReferenceLora, overlays: ReferenceOverlays, device: torch.device
+def _inputs(
+    token_ids: Sequence[int],
+    copies: int,
+    lora: ReferenceLora | None,
+    overlays: ReferenceOverlays | None,
+    device: torch.device,
 ) -> ForwardInputs:
-    """Compute all tokens for two requests at once, each in a block of that size."""
+    """Compute all tokens for so many requests at once, each in a block of that size."""
     count = len(token_ids)
     attention = AttentionInputs(
         num_decodes=0,
-        cu_seqlens_q=[0, count, 2 * count],
-        context_lens=[count, count],
-        block_tables=torch.tensor([[0], [1]], device=device),
-        slot_mapping=torch.arange(2 * count, device=device),
+        cu_seqlens_q=[i * count for i in range(copies + 1)],
+        context_lens=[count] * copies,
+        block_tables=torch.arange(copies, device=device)[:, None],
+        slot_mapping=torch.arange(copies * count, device=device),
     )
-    tokens = torch.tensor(2 * token_ids, device=device)
-    positions = torch.arange(count, device=device).repeat(2)
+    tokens = torch.tensor([*token_ids] * copies, device=device)
+    positions = torch.arange(count, device=device).repeat(copies)
     return ForwardInputs(tokens, positions, attention, lora, overlays)
 
 
-def _logprobs(logits: Tensor, token_ids: list[int]) -> list[float]:
-    chosen = torch.tensor(token_ids, device=logits.device)[:, None]
+def _logprobs(logits: Tensor, token_ids: Sequence[int]) -> list[float]:
+    chosen = torch.tensor([*token_ids], device=logits.device)[:, None]
     return logits.log_softmax(-1).gather(1, chosen)[:, 0].tolist()

@@ -1,14 +1,19 @@
 """Judge a probe: is what was served the adapter's effect, within the noise of the base?"""
 
+import hashlib
 import math
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+from engine.messages import AdapterVerdict
 
 # Of logprobs: what rounding may make of the same sum in another order, and of the effect itself
 FLOOR = {"float32": 1e-3, "float16": 0.02, "bfloat16": 0.05}
 NOISE_FACTOR = 4.0
 MAX_NOISE = 0.1  # more than that is no rounding, but a fault of the base's own kernels
 EFFECT_FACTOR = 0.15
+LARGE = 1e9  # in place of differences that are not finite
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +26,32 @@ class Proof:
     margin: float  # the largest error that passes
     failure: str = ""  # why the adapter may not be served; empty if it may
     warning: str = ""
+    probe: str = ""  # SHA-256 of the probe's tokens and of what was served; empty: nothing was
+
+    @property
+    def verdict(self) -> AdapterVerdict:
+        """The same in the words of those who did not see the probe."""
+        outcome = "failed" if self.failure else "no_effect" if self.warning else "proven"
+        return AdapterVerdict(
+            self.digest,
+            outcome,
+            self.probe,
+            _finite(self.effect),
+            _finite(self.error),
+            _finite(self.margin),
+            self.failure or self.warning,
+        )
+
+
+def _finite(value: float) -> float:
+    """Bound what JSON cannot write."""
+    return value if abs(value) < LARGE else LARGE
+
+
+def probe_digest(token_ids: Sequence[int], served: Sequence[float]) -> str:
+    """Name a probe and its result: SHA-256 of the tokens and of the logprobs as float32."""
+    parts = [array("i", token_ids).tobytes(), array("f", served).tobytes()]
+    return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
 def difference(a: Sequence[float], b: Sequence[float]) -> float:
@@ -31,6 +62,7 @@ def difference(a: Sequence[float], b: Sequence[float]) -> float:
 
 def judge(
     digest: str,
+    probe: str,
     served: Sequence[float],
     base: Sequence[float],
     adapted: Sequence[float],
@@ -60,4 +92,4 @@ def judge(
             f"adapter {digest} hardly changes anything: a probe's logprobs by {effect:.3g}, "
             f"which rounding could hide (up to {margin:.3g})"
         )
-    return Proof(digest, effect, error, margin, failure, warning)
+    return Proof(digest, effect, error, margin, failure, warning, probe)

@@ -24,10 +24,9 @@ from engine.messages import (
     RequestOutput,
 )
 from engine.model.base_weights import BaseWeights
-from engine.proof.probe import PREFIX, probe_prompt
+from engine.proof.probe import is_probe, make_probe
 from engine.proof.reference import expect
 from engine.proof.verdict import Proof
-from engine.scheduler.activation import adapter_start
 from tests.engine.support.driver import finish, greedy, make_engine, prompt_of, run, write_adapter
 from tests.engine.support.tiny import Tiny, write_tiny
 
@@ -105,10 +104,10 @@ def test_references_are_pefts(tiny: Tiny, tmp_path: Path, kind: str) -> None:
     assert proof_of(engine, adapter).effect > 0.1 and not proof_of(engine, adapter).warning
     open_base = partial(BaseWeights, tiny.folder, "none", torch.float32)
     weights = load_lora(adapter, engine.model.lora_sites, torch.float32, open_base)
-    tokens = probe_prompt(weights, 256)
-    start = adapter_start(tokens, weights.invocation_token_ids)
-    work = expect(engine.model.decoder, weights, tokens, start)
-    *_, (base, adapted) = _all(work)
+    probe = make_probe(weights, 256, 64, decodes_apart=False)
+    tokens = list(probe.token_ids)
+    work = expect(engine.model.decoder, weights, tokens, probe.start, with_base=True)
+    *_, (adapted, base) = _all(work)
     model = AutoModelForCausalLM.from_pretrained(tiny.folder, dtype=torch.float32).eval()
     torch.testing.assert_close(base, _scores(model, tokens), atol=1e-4, rtol=0)
     peft = PeftModel.from_pretrained(model, adapter.path).eval()
@@ -294,17 +293,28 @@ def test_one_failed_step_under_probes_ends_nothing(
     assert proof_of(engine, adapter).effect > 0
 
 
+def fail_bases_probe(engine: Engine, error: RequestError) -> None:
+    requests = [*engine.scheduler.running, *engine.scheduler.waiting]
+    ids = [r.request_id for r in requests if not r.adapter_digest and is_probe(r.request_id)]
+    assert ids
+    for request_id in ids:
+        engine.end_requests(engine.scheduler.abort(request_id), error)
+
+
 def test_nothing_of_probes_reaches_clients_if_the_bases_ends_before_the_adapters(
     tiny: Tiny, adapter: AdapterFolder
 ) -> None:
     engine = make_engine(tiny.folder, max_num_batched_tokens=4, max_num_seqs=4)
     engine.add_request(ask("r", adapter))
     error = RequestError(ErrorKind.ENGINE_ERROR, "another's fault")
-    for _ in range(2):  # the second failure of the base's ends the adapter's, which is running
-        while not (ended := engine.scheduler.abort(PREFIX)):
-            assert engine.step() == []
-        engine.end_requests(ended, error)
-    assert [r.request_id for r in engine.scheduler.running] == [f"{PREFIX}{adapter.digest}"]
+    assert engine.step() == []  # the base's, and the adapter is being read
+    loading = engine.host._entries[adapter.digest].future
+    assert loading is not None and loading.result()
+    assert engine.step() == []
+    fail_bases_probe(engine, error)
+    assert engine.step() == []  # the base's is to run again, behind the adapter's
+    assert {r.adapter_digest for r in engine.scheduler.running} == {adapter.digest}
+    fail_bases_probe(engine, error)
     results = finish(engine)
     assert results.keys() == {("r", 0)}
     last = results["r", 0].last

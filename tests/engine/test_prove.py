@@ -41,10 +41,19 @@ def prove(options: list[str], capsys: pytest.CaptureFixture[str]) -> Prove:
 
 
 @pytest.mark.parametrize("quantization", ["none", "int8"])
-def test_an_adapter_that_acts_is_proven(prove: Prove, bases: list[Path], quantization: str) -> None:
+def test_an_adapter_that_acts_is_proven(
+    prove: Prove,
+    bases: list[Path],
+    quantization: str,
+    options: list[str],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     code, out, err = prove("acts@1", bases[0], "--quantization", quantization)
     assert (code, err) == (0, "")
     assert out.startswith("public/acts@1 changes the logprobs of a probe by up to ")
+    assert main(["list", *options]) == 0
+    acts, *_ = capsys.readouterr().out.splitlines()
+    assert acts.startswith("public/acts@1") and "  proven  latest" in acts
 
 
 def test_one_that_changes_nothing_is_a_warning(prove: Prove, bases: list[Path]) -> None:
@@ -55,7 +64,8 @@ def test_one_that_changes_nothing_is_a_warning(prove: Prove, bases: list[Path]) 
 def test_one_that_a_server_would_refuse_ends_with_its_reason(
     prove: Prove, bases: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(proofs, "take_logprobs", lambda _: ([1, 2], [-1.0] * 9))
+    read = proofs.take_logprobs
+    monkeypatch.setattr(proofs, "take_logprobs", lambda outputs: [-1.0] * len(read(outputs)))
     code, out, err = prove("acts", bases[0])
     assert (code, out) == (1, "") and "does not act as its weights say" in err
 

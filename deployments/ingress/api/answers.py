@@ -85,6 +85,19 @@ class Embeddings(Answer):
     usage: TokenCounts
 
 
+class Proof(Answer):
+    """Whether an engine has seen an adapter act; the numbers are differences of logprobs."""
+
+    status: Literal["proven", "no_effect", "failed", "not_yet"]
+    at: int | None = None
+    probe: str | None = None
+    engine: str | None = None
+    effect: float | None = None
+    error: float | None = None
+    margin: float | None = None
+    reason: str | None = None
+
+
 class ModelCard(Answer):
     """`parent` of an adapter is its base."""
 
@@ -94,6 +107,7 @@ class ModelCard(Answer):
     owned_by: str
     root: str
     parent: str | None
+    proof: Proof | None = None  # of an adapter
 
 
 class ModelList(Answer):

@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
+from adapter_store.verdict import Verdict
+
 OWNER = "reef"
 
 
@@ -13,9 +15,21 @@ def base_card(model_id: str, created: int, max_model_len: int | None) -> dict[st
     return {**card, "max_model_len": max_model_len}
 
 
-def adapter_card(model_id: str, parent: str, digest: str, created: int) -> dict[str, Any]:
+def adapter_card(
+    model_id: str, parent: str, digest: str, created: int, verdict: Verdict | None
+) -> dict[str, Any]:
     """Describe an adapter. Its `root` is the digest of its content."""
-    return _card(model_id, created, root=digest, parent=parent)
+    card = _card(model_id, created, root=digest, parent=parent)
+    return {**card, "proof": _proof(verdict)}
+
+
+def _proof(verdict: Verdict | None) -> dict[str, Any]:
+    """Say whether an engine has seen the adapter act, and what it saw."""
+    if verdict is None:
+        return {"status": "not_yet"}
+    data = verdict.to_data()
+    status, at = data.pop("outcome"), int(data.pop("proven_s"))
+    return {"status": status, "at": at, **data}
 
 
 def model_list(cards: list[dict[str, Any]], has_more: bool) -> dict[str, Any]:

@@ -104,7 +104,8 @@ async def _model_list(
     for listed in await models.list_adapters(tenant, after, wanted, base):
         record = listed.record
         created = int(record.published_s)
-        cards.append(adapter_card(listed.id, listed.parent, record.digest, created))
+        card = adapter_card(listed.id, listed.parent, record.digest, created, record.verdict)
+        cards.append(card)
     return model_list(cards[:limit], has_more=len(cards) > limit)
 
 
@@ -113,9 +114,11 @@ async def _card(ingress: Ingress, tenant: Tenant, name: str) -> dict[str, Any]:
     if target.adapter_ref is None:
         return _base_card(ingress, target.model)
     ref = target.adapter_ref
-    is_stored = ref.recipe is None
-    created = int(await ingress.models.published_s(ref)) if is_stored else ingress.created
-    return adapter_card(name, target.model.id, ref.digest, created)
+    if ref.recipe is not None:
+        return adapter_card(name, target.model.id, ref.digest, ingress.created, None)
+    record = await ingress.models.record_of(ref)
+    created = int(record.published_s)
+    return adapter_card(name, target.model.id, ref.digest, created, record.verdict)
 
 
 def _base_card(ingress: Ingress, model: ServedModel) -> dict[str, Any]:

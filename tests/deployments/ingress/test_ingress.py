@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from tokenizers import processors
 
+from adapter_store.verdict import Verdict
 from deployments.config_sections import IngressSection
 from deployments.ingress import prompt_texts, request_body
 from deployments.text.vocabulary import Vocabulary
@@ -457,6 +458,28 @@ def test_models_are_listed_with_their_parents() -> None:
             card = (await server.call("GET", f"/v1/models/{name}")).json
             assert (card["id"], card["object"]) == (name, "model")
         assert (await server.call("GET", "/v1/models/a/b/c")).status == 404
+
+    in_server(test)
+
+
+def test_models_say_whether_an_engine_has_seen_them_act() -> None:
+    async def test(server: Server) -> None:
+        verdict = Verdict("failed", "p", "int8, torch", 1.0, 0.9, 0.2, "does not act", 5.5)
+        server.store.verdicts["red"] = verdict
+        listed = (await server.call("GET", "/v1/models")).json["data"]
+        proofs = {card["id"]: card.get("proof") for card in listed}
+        assert proofs["base"] is None and proofs["blue"] == {"status": "not_yet"}
+        assert proofs["red"] == {
+            "status": "failed",
+            "at": 5,
+            "probe": "p",
+            "engine": "int8, torch",
+            "effect": 1.0,
+            "error": 0.9,
+            "margin": 0.2,
+            "reason": "does not act",
+        }
+        assert (await server.call("GET", "/v1/models/red@1")).json["proof"] == proofs["red"]
 
     in_server(test)
 

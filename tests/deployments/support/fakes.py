@@ -21,6 +21,7 @@ from adapter_store.chat_template import AdapterTemplate
 from adapter_store.errors import AdapterNotFound
 from adapter_store.names import AdapterRecord, AdapterRef
 from adapter_store.own_files import NO_OWN_FILES, OwnFiles
+from adapter_store.verdict import Verdict
 from deployments.config_sections import IngressSection
 from deployments.fleet.engine_link import EngineLink
 from deployments.fleet.timing import Timing
@@ -284,6 +285,7 @@ class FakeStore:
         self.templates: dict[str, AdapterTemplate | Exception] = {}  # by name or digest
         self.brought: dict[str, OwnFiles] = {}  # beside the templates, by name or digest
         self.own_files_read: list[str] = []
+        self.verdicts: dict[str, Verdict] = {}  # by name
         self.fetch: Callable[[AdapterRef], None] = lambda ref: None
 
     def resolve(self, tenant: str, full_name: str, base: str | None = None) -> AdapterRef:
@@ -302,7 +304,10 @@ class FakeStore:
 
     def list_from(self, tenant: str, first_name: str, num_names: int) -> Sequence[AdapterRecord]:
         return [
-            AdapterRecord("public", ref.name, 1, ref.digest, ref.base, 8, 100, 1e9, ("latest",))
+            AdapterRecord(
+                *("public", ref.name, 1, ref.digest, ref.base, 8, 100, 1e9, ("latest",)),
+                verdict=self.verdicts.get(ref.name),
+            )
             for _, ref in sorted(self.refs.items())
             if ref.name >= first_name
         ][:num_names]

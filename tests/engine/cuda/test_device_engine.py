@@ -161,7 +161,8 @@ def test_adapters_share_the_arena_with_blocks_and_take_turns(
     expected = run(make_engine(tiny.folder), requests)
     engine = on_device(memory_bytes=260_000, max_num_seqs=6)
     launched = launches_of(engine)
-    assert_same(run(engine, requests), expected)
+    for _ in range(2):  # in the first round an adapter may have all its turns as it is proven
+        assert_same(run(engine, requests), expected)
     assert sum(len(batch.adapter_loads) for batch in launched) > len(adapters)
     assert any(batch.adapter_evictions for batch in launched)
     assert any(batch.moves for batch in launched)
