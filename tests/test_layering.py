@@ -46,7 +46,12 @@ FLOORS = {
     "engine.scheduler": ("engine.scheduler",),
     "adapter_store": ("adapter_store",),
     "deployments.policy": ("deployments.policy",),
-    "deployments.simulator": ("deployments.policy", "deployments.simulator", "engine.scheduler"),
+    "deployments.simulator": (
+        "deployments.policy",
+        "deployments.simulator",
+        "deployments.strict_yaml",
+        "engine.scheduler",
+    ),
     "engine.announcer": (),
     "engine.model": ("engine.announcer", "engine.model"),
     "engine.lora": ("engine.lora", "engine.messages", "engine.model", *MANIFEST),

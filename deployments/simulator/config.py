@@ -4,13 +4,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
-import yaml
 
 from deployments.simulator.checked import Bytes, Count, Seconds
 from deployments.simulator.profile import Profile
 from deployments.simulator.replica import ReplicaSize
 from deployments.simulator.scaling import Scaling
 from deployments.simulator.workload import Workload
+from deployments.strict_yaml import YamlMistake, read_yaml
 
 
 class InvalidSimulation(ValueError):
@@ -53,8 +53,8 @@ class Simulation(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
 def read_simulation(path: Path) -> Simulation:
     """Read a file. Raises InvalidSimulation."""
     try:
-        document = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
+        document = read_yaml(path)
+    except (OSError, YamlMistake) as error:
         raise InvalidSimulation(f"{path}: {error}") from None
     return as_simulation(document or {}, str(path))
 

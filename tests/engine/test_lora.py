@@ -327,7 +327,7 @@ def test_adapters_and_kv_blocks_share_one_memory(
     expected = {k: r.token_ids for k, r in run(make_engine(tiny.folder), requests).items()}
     num_preemptions = 0
     for _ in range(10):  # whether there is need for one depends on when adapters arrive
-        tight = make_engine(tiny.folder, memory_bytes=2**19, max_model_len=128)
+        tight = make_engine(tiny.folder, memory_bytes=420_000, max_model_len=128)
         assert {k: r.token_ids for k, r in run(tight, requests).items()} == expected
         num_preemptions += tight.stats.total_preemptions
         if num_preemptions:

@@ -101,18 +101,23 @@ def test_drafts_change_no_answer(tiny: Tiny, tmp_path: Path, form: str) -> None:
     changes = {"max_num_batched_tokens": 32, "max_model_len": 128, "structured_output": "off"}
     changes |= {**FORMS[form], "memory_bytes": 170_000}
     plain = make_engine(tiny.folder, **changes)
-    drafting = make_engine(tiny.folder, speculation=NGRAM, **changes)
     expected = run(plain, requests)
-    found = run_with_seer(drafting, requests, expected)
-    compare(expected, found, is_exact=form != "torch")
-    stats = drafting.stats
-    assert stats.total_preemptions > 0
+    num_preemptions = 0
+    for _ in range(10):  # whether there is need for one depends on when adapters arrive
+        drafting = make_engine(tiny.folder, speculation=NGRAM, **changes)
+        found = run_with_seer(drafting, requests, expected)
+        compare(expected, found, is_exact=form != "torch")
+        stats = drafting.stats
+        drafting.close()
+        num_preemptions += stats.total_preemptions
+        if num_preemptions:
+            break
+    assert num_preemptions > 0
     assert 0 < stats.total_accepted_tokens < stats.total_drafted_tokens
     last = found["r0", 0].last
     assert last is not None and last.metrics is not None
     assert 0 < last.metrics.num_accepted_tokens < last.metrics.num_drafted_tokens
     plain.close()
-    drafting.close()
 
 
 @pytest.mark.slow
