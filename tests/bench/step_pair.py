@@ -49,7 +49,10 @@ class Side:
             stdout=subprocess.PIPE,
             text=True,
         )
-        self.kernels = self._answer()
+
+    def kernels(self) -> str:
+        """Wait until the models are loaded, and name what computes them; called once, first."""
+        return self._answer()
 
     def seconds(self, form: str, case: Case) -> list[float]:
         assert self._process.stdin is not None
@@ -79,6 +82,7 @@ def main() -> None:
         Side(checkout, {**settings, "formats": list(dict.fromkeys(own))})
         for checkout, own in zip((options.a, options.b), zip(*forms, strict=True), strict=True)
     ]
+    kernels = ", ".join(side.kernels() for side in sides)
     cases = [Case(*c) for c in product(forms, options.batches)]
     cases += [Case(form, 1, prefill) for form, prefill in product(forms, options.prefills)]
     pairs: dict[Case, list[tuple[float, float]]] = {case: [] for case in cases}
@@ -92,7 +96,6 @@ def main() -> None:
             rows = case.prefill or case.batch
             pairs[case].append((rows / a, rows / b))
     conditions = header(0, f"A {commit(options.a)}, B {commit(options.b)}")
-    kernels = ", ".join(side.kernels for side in sides)
     for case, measured in pairs.items():
         row = f"{conditions} | step pair | {options.shape} | {case} | {kernels} | tokens/s "
         append_row(options.rows, row + comparison(measured, 1))
