@@ -123,16 +123,17 @@ class Router:
         if request.avoid:
             views = [v for v in views if v.replica_id not in request.avoid] or views
         limits = self._limits(views)
-        if request.adapter_digest:
-            home = self._idle_home(request, limits)
+        members = self.replica_set(request.adapter_digest) if request.adapter_digest else []
+        if len(members) == 1:
+            home = self._idle_home(members[0], request, limits)
             if home is not None and home in views:
                 return home.replica_id
         fitting = [v for v in views if v.num_requests < limits[v.max_num_seqs] and not v.is_kv_full]
         fitting = fitting or [v for v in views if v.fullness < 1.0 and not v.is_kv_full] or views
-        costs = self._predict(fitting, request)
+        costs = self._predict(fitting, request, members)
         limit = min(costs) + self._costs.resolution_s
         equal = [view for view, cost in zip(fitting, costs, strict=True) if cost < limit]
-        best = equal[0] if len(equal) == 1 else self._break_tie(equal, request)
+        best = equal[0] if len(equal) == 1 else self._break_tie(equal, request, members)
         return best.replica_id
 
     def replica_set(self, adapter_digest: str) -> list[str]:
@@ -152,10 +153,12 @@ class Router:
         per_seat, least = (1 + self._costs.epsilon) * total / sum(sizes), self._costs.min_load
         return {size: min(max(math.ceil(per_seat * size), least), size) for size in set(sizes)}
 
-    def _idle_home(self, request: RoutedRequest, limits: dict[int, int]) -> ReplicaView | None:
-        """Return the adapter's first replica if it is its only one and no other can be better."""
+    def _idle_home(
+        self, replica_id: str, request: RoutedRequest, limits: dict[int, int]
+    ) -> ReplicaView | None:
+        """Return the only replica of the adapter's set if no other one can be better."""
         digest = request.adapter_digest
-        home = self._views.get(self._rendezvous.order(digest)[0])
+        home = self._views.get(replica_id)
         if (
             home is None
             or digest not in home.device_adapters
@@ -164,13 +167,15 @@ class Router:
             or home.wait_s + request.num_prompt_tokens * home.token_s > self._costs.spread_s
         ):
             return None
-        return home if len(self.replica_set(digest)) == 1 else None
+        return home
 
-    def _predict(self, views: Sequence[ReplicaView], request: RoutedRequest) -> list[float]:
+    def _predict(
+        self, views: Sequence[ReplicaView], request: RoutedRequest, members: Sequence[str]
+    ) -> list[float]:
         """Predict seconds to the first token at each replica, with what affinity adds to them."""
         tokens, digest = request.num_prompt_tokens, request.adapter_digest
         if digest:
-            spread_s, members = self._costs.spread_s, self.replica_set(digest)
+            spread_s = self._costs.spread_s
             costs = [
                 v.wait_s
                 + tokens * v.token_s
@@ -180,15 +185,19 @@ class Router:
             ]
         else:
             costs = [v.wait_s + tokens * v.token_s for v in views]
-        self._take_off(costs, views, request)
+        self._take_off(costs, views, request, members)
         return costs
 
     def _take_off(
-        self, costs: list[float], views: Sequence[ReplicaView], request: RoutedRequest
+        self,
+        costs: list[float],
+        views: Sequence[ReplicaView],
+        request: RoutedRequest,
+        members: Sequence[str],
     ) -> None:
         """Take off what the replicas have computed before, and the session's bonus."""
         cached = self._prefixes.find(request.prefix_keys) if request.prefix_keys else {}
-        sticky = self._session_home(request) if request.session else ""
+        sticky = self._session_home(request, members) if request.session else ""
         if not cached and not sticky:
             return
         for i, view in enumerate(views):
@@ -197,18 +206,19 @@ class Router:
             if view.replica_id == sticky:
                 costs[i] -= self._costs.sticky_s
 
-    def _session_home(self, request: RoutedRequest) -> str:
+    def _session_home(self, request: RoutedRequest, members: Sequence[str]) -> str:
         if not request.adapter_digest:
             return self._rendezvous.order(request.session)[0]
-        members = self.replica_set(request.adapter_digest)
         return members[rendezvous_number(request.session) % len(members)]
 
-    def _break_tie(self, views: Sequence[ReplicaView], request: RoutedRequest) -> ReplicaView:
+    def _break_tie(
+        self, views: Sequence[ReplicaView], request: RoutedRequest, members: Sequence[str]
+    ) -> ReplicaView:
         """Choose among equals as every router does: by what the requests have in common, or by
         load."""
         digest, key = request.adapter_digest, request.session
         if digest:
-            key = digest if len(self.replica_set(digest)) == 1 else ""
+            key = digest if len(members) == 1 else ""
         elif not key and request.prefix_keys:
             key = str(request.prefix_keys[0])
         if key:

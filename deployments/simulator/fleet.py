@@ -33,7 +33,6 @@ class Fleet:
         self._scaler = Scaler(fleet.scaling)
         self.records: list[Record] = []
         self._open: dict[str, Record] = {}
-        self._requests: dict[str, Request] = {}
         self.replicas: dict[str, SimulatedReplica] = {}  # that take requests
         self.leaving: dict[str, SimulatedReplica] = {}
         self.gone: list[SimulatedReplica] = []
