@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 BINARY_VARIABLE = "RAY_SERVE_HAPROXY_BINARY_PATH"
-HEADERS_TIMEOUT_S = 10
+REQUEST_TIMEOUT_S = 10  # for the head, and as much of the body as a buffer holds
 MAX_REPEATS = 1
 RETRY_AFTER_S = 2
 NOT_READY = "The server cannot take requests now: it starts, or a part of it does. Retry soon."
@@ -44,10 +44,16 @@ _HEADER_RULES = (
 # Ray's server would call a method that it has not heard of invalid HTTP, in plain text.
 _METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE")
 # A request whose ingress died before it sent a byte goes to another one, if it fits into a buffer
-# of HAProxy: nobody has seen a token of it. Once, because it may be what ended the first.
+# of HAProxy: nobody has seen a token of it. Once, because it may be what ended the first. HAProxy
+# keeps only what was whole as it was sent, and many clients send a body after its head: so it waits
+# for the body, or as much of it as a buffer holds.
 _REPEATS = "retry-on conn-failure empty-response"
 _INSERTED = {
-    "defaults": (f"timeout http-request {HEADERS_TIMEOUT_S}s", f"retries {MAX_REPEATS}"),
+    "defaults": (
+        f"timeout http-request {REQUEST_TIMEOUT_S}s",
+        f"retries {MAX_REPEATS}",
+        "option http-buffer-request",
+    ),
     "frontend http_frontend": _HEADER_RULES,
 }
 

@@ -21,7 +21,7 @@ import pytest
 from ray.serve._private.haproxy import BackendConfig, HAProxyApi, HAProxyConfig, ServerConfig
 from ray.serve.config import HTTPOptions
 
-from deployments.haproxy_launcher import HEADERS_TIMEOUT_S, strict, write_launcher
+from deployments.haproxy_launcher import REQUEST_TIMEOUT_S, strict, write_launcher
 from deployments.local.ray_head import free_port
 from tests.deployments.support.processes import listening
 
@@ -40,6 +40,10 @@ class Echo(BaseHTTPRequestHandler):
         self.send_header("content-length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["content-length"]))
+        self.do_GET()
 
     def log_message(self, format: str, *args: Any) -> None: ...
 
@@ -91,6 +95,19 @@ class Proxy:
             connection.endheaders()
             answer = connection.getresponse()
             return answer.status, json.loads(answer.read()), answer.headers
+        finally:
+            connection.close()
+
+    def post_in_parts(self, body: bytes) -> int:
+        """The status of a request whose body comes a moment after its head."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=ANSWER_S)
+        try:
+            connection.putrequest("POST", MODELS)
+            connection.putheader("content-length", str(len(body)))
+            connection.endheaders()
+            time.sleep(0.02)
+            connection.send(body)
+            return connection.getresponse().status
         finally:
             connection.close()
 
@@ -177,7 +194,7 @@ def test_a_connection_that_sends_no_whole_header_is_closed(served: Proxy) -> Non
     with socket.create_connection(("127.0.0.1", served.port), timeout=60) as connection:
         connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n")
         assert connection.recv(100).startswith(b"HTTP/1.1 408 ")
-    assert HEADERS_TIMEOUT_S - 1 < time.monotonic() - began_s < 3 * HEADERS_TIMEOUT_S
+    assert REQUEST_TIMEOUT_S - 1 < time.monotonic() - began_s < 3 * REQUEST_TIMEOUT_S
 
 
 @pytest.mark.parametrize("method", ["BREW", "get"])
@@ -240,7 +257,10 @@ def test_a_request_whose_ingress_died_before_it_answered_goes_to_another(tmp_pat
         proxy(tmp_path / "proxy", [[dead, alive]]) as both,
     ):
         assert [both.get()[0] for _ in range(6)] == [200] * 6
-    assert Dying.num_seen > 0, "it was asked"
+        num_seen = Dying.num_seen
+        assert num_seen > 0, "it was asked"
+        assert [both.post_in_parts(b"x" * 10_000) for _ in range(6)] == [200] * 6
+    assert Dying.num_seen > num_seen, "it was asked"
 
 
 def test_a_request_that_ends_every_ingress_is_repeated_once(tmp_path: Path) -> None:
