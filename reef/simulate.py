@@ -36,7 +36,7 @@ def simulate(file: Path, seed: int, routers: tuple[str, ...], as_json: bool) -> 
     summaries: list[tuple[str, Summary]] = []
     with progress("simulating", len(simulations) * int(simulation.duration_s), "s") as advance:
         for each in simulations:
-            summaries.append((each.fleet.router, run(each, seed, watch=advance)[0]))
+            summaries.append((each.fleet.router, run(each, seed, watch=advance)))
     if not as_json:
         click.echo("\n".join(report(summaries)))
         return

@@ -1,12 +1,12 @@
 """Fleet: replicas, the ingresses' routers in front of them, and faults, in virtual time."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from random import Random
 
 from deployments.policy.routing import RoutedRequest, RoutingCosts
 from deployments.simulator.clock import Clock
 from deployments.simulator.config import Simulation
-from deployments.simulator.records import Record
+from deployments.simulator.records import Record, Stretch
 from deployments.simulator.replica import SimulatedReplica
 from deployments.simulator.routers import Chooser, make_router
 from deployments.simulator.scaling import PERIOD_S, Scaler
@@ -20,10 +20,19 @@ PROMPT_STRIDE = 2**15  # apart, so that no two prompts begin alike
 
 
 class Fleet:
-    """Owns the replicas. `records` has one entry for each request, in the order of arrival."""
+    """Owns the replicas. `on_record` gets each request once it has ended."""
 
-    def __init__(self, simulation: Simulation, clock: Clock, seed: int) -> None:
-        self._simulation, self._clock = simulation, clock
+    def __init__(
+        self,
+        simulation: Simulation,
+        clock: Clock,
+        seed: int,
+        on_record: Callable[[Record], None],
+        *,
+        runs_together: bool = True,
+    ) -> None:
+        self._simulation, self._clock, self._on_record = simulation, clock, on_record
+        self._runs_together = runs_together
         fleet = simulation.fleet
         costs = RoutingCosts()
         self._routers = [
@@ -31,7 +40,7 @@ class Fleet:
             for i in range(fleet.ingresses)
         ]
         self._scaler = Scaler(fleet.scaling)
-        self.records: list[Record] = []
+        self.num_with_adapter = 0  # requests
         self._open: dict[str, Record] = {}
         self.replicas: dict[str, SimulatedReplica] = {}  # that take requests
         self.leaving: dict[str, SimulatedReplica] = {}
@@ -44,16 +53,15 @@ class Fleet:
         self._scale_to(fleet.scaling.min, is_start=True)
 
     @property
-    def num_open(self) -> int:
-        return len(self._open)
+    def open_records(self) -> Collection[Record]:
+        return self._open.values()
 
     # ==== requests ====
 
     def arrive(self, arrival: Arrival) -> None:
-        record = Record(arrival)
-        self.records.append(record)
         request = _as_request(arrival)
-        self._open[request.request_id] = record
+        self._open[request.request_id] = Record(arrival)
+        self.num_with_adapter += arrival.adapter >= 0
         self._place(request)
 
     def _place(self, request: Request, avoid: tuple[str, ...] = ()) -> None:
@@ -79,15 +87,22 @@ class Fleet:
     def _router_of(self, record: Record) -> Chooser:
         return self._routers[record.arrival.number % len(self._routers)]
 
-    def _take(self, progress: list[Progress]) -> None:
+    def on_progress(self, progress: list[Progress]) -> None:
         now_s = self._clock.now_s
         for each in progress:
             request = each.request
             record = self._open[request.request_id]
-            record.take(len(each.token_ids), now_s, request)
-            if request.finish_reason is not None:
-                del self._open[request.request_id]
-                self._router_of(record).ended(record.replica, request.num_prompt_tokens)
+            record.take(len(each.token_ids), now_s, request.num_cached_tokens)
+
+    def on_run(self, requests: Sequence[Request], stretch: Stretch) -> None:
+        for request in requests:
+            self._open[request.request_id].take_run(stretch)
+
+    def on_end(self, request: Request) -> None:
+        record = self._open.pop(request.request_id)
+        record.is_finished = True
+        self._router_of(record).ended(record.replica, request.num_prompt_tokens)
+        self._on_record(record)
 
     # ==== figures ====
 
@@ -124,7 +139,12 @@ class Fleet:
     def _start(self, name: str) -> None:
         simulation = self._simulation
         replica = SimulatedReplica(
-            name, simulation.fleet.size, simulation.profile, self._clock, self._take
+            name,
+            simulation.fleet.size,
+            simulation.profile,
+            self._clock,
+            self,
+            runs_together=self._runs_together,
         )
         self.replicas[name] = replica
         held, self._held = self._held, []

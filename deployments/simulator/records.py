@@ -1,9 +1,10 @@
-"""Record: what became of one request."""
+"""What became of the requests: a Record each while they are open, columns of numbers afterwards."""
 
-from dataclasses import dataclass
+from array import array
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 from deployments.simulator.workload import Arrival
-from engine.scheduler.request import Request
 
 
 @dataclass(slots=True)
@@ -13,21 +14,28 @@ class Record:
     arrival: Arrival
     replica: str = ""
     first_token_s: float | None = None
-    last_token_s: float | None = None
+    last_token_s: float = 0.0
     num_tokens: int = 0
     num_cached_tokens: int = 0
     longest_gap_s: float = 0.0
     is_finished: bool = False
 
-    def take(self, num_tokens: int, now_s: float, request: Request) -> None:
+    def take(self, num_tokens: int, now_s: float, num_cached_tokens: int | None) -> None:
         if self.first_token_s is None:
             self.first_token_s = now_s
-            self.num_cached_tokens = request.num_cached_tokens or 0
-        elif self.last_token_s is not None:
+            self.num_cached_tokens = num_cached_tokens or 0
+        else:
             self.longest_gap_s = max(self.longest_gap_s, now_s - self.last_token_s)
         self.last_token_s = now_s
         self.num_tokens += num_tokens
-        self.is_finished = request.finish_reason is not None
+
+    def take_run(self, ends_s: "Stretch") -> None:
+        """Take one token of each of these steps."""
+        self.longest_gap_s = max(
+            self.longest_gap_s, ends_s.first_s - self.last_token_s, ends_s.gap_s
+        )
+        self.last_token_s = ends_s.last_s
+        self.num_tokens += ends_s.count
 
     @property
     def ttft_s(self) -> float | None:
@@ -38,5 +46,54 @@ class Record:
         """Mean time of a token after the first one."""
         if not self.is_finished or self.num_tokens < 2:
             return None
-        assert self.first_token_s is not None and self.last_token_s is not None
+        assert self.first_token_s is not None
         return (self.last_token_s - self.first_token_s) / (self.num_tokens - 1)
+
+
+@dataclass(slots=True, frozen=True)
+class Stretch:
+    """Steps in a row: when the first and the last end, and the longest time between two ends."""
+
+    first_s: float
+    last_s: float
+    gap_s: float
+    count: int
+
+
+def _doubles() -> "array[float]":
+    return array("d")
+
+
+@dataclass(slots=True)
+class Outcomes:
+    """Columns over requests that count, in the order of their ends; eight bytes a number."""
+
+    begin_s: float  # requests that came before it do not count
+    is_good: Callable[[Record], bool]
+    num_requests: int = 0
+    num_finished: int = 0
+    num_good: int = 0
+    num_tokens: int = 0
+    num_prompt_tokens: int = 0
+    num_cached_tokens: int = 0
+    ttft_s: "array[float]" = field(default_factory=_doubles)
+    tpot_s: "array[float]" = field(default_factory=_doubles)
+    gap_s: "array[float]" = field(default_factory=_doubles)
+
+    def add(self, record: Record) -> None:
+        """Take a request that has ended, or that is open when the simulation is over."""
+        if record.arrival.time_s < self.begin_s:
+            return
+        self.num_requests += 1
+        self.num_tokens += record.num_tokens
+        self.num_prompt_tokens += record.arrival.num_prompt_tokens
+        self.num_cached_tokens += record.num_cached_tokens
+        if (ttft_s := record.ttft_s) is not None:
+            self.ttft_s.append(ttft_s)
+        if not record.is_finished:
+            return
+        self.num_finished += 1
+        self.num_good += self.is_good(record)
+        self.gap_s.append(record.longest_gap_s)
+        if (tpot_s := record.tpot_s) is not None:
+            self.tpot_s.append(tpot_s)

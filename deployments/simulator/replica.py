@@ -1,7 +1,8 @@
 """SimulatedReplica: the engine's scheduler and memory, with steps that take only virtual time."""
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import msgspec
 
@@ -9,8 +10,10 @@ from deployments.policy.autoscaling import ReplicaLoad
 from deployments.policy.replica_view import ReplicaFigures
 from deployments.simulator.checked import Bytes, Count
 from deployments.simulator.clock import Clock
-from deployments.simulator.profile import Profile
+from deployments.simulator.profile import Profile, work_of
+from deployments.simulator.records import Stretch
 from deployments.simulator.tiers import Tier
+from deployments.simulator.timed_run import TimedRun
 from engine.scheduler.adapter_slots import AdapterSlots
 from engine.scheduler.batch import ScheduledBatch
 from engine.scheduler.block_manager import BlockManager
@@ -45,8 +48,22 @@ class LoadCounts:
     host: int = 0  # into the arena
 
 
+class Listener(Protocol):
+    """Is told of new tokens."""
+
+    def on_progress(self, progress: list[Progress]) -> None: ...
+
+    def on_run(self, requests: Sequence[Request], stretch: Stretch) -> None:
+        """Each request has got a token, not its first one, of each of these steps."""
+        ...
+
+    def on_end(self, request: Request) -> None:
+        """Told after its last token."""
+        ...
+
+
 class SimulatedReplica:
-    """Runs its steps as events of the clock. `on_progress` gets the new tokens of each step."""
+    """Runs its steps as events of the clock."""
 
     def __init__(
         self,
@@ -54,10 +71,14 @@ class SimulatedReplica:
         size: ReplicaSize,
         profile: Profile,
         clock: Clock,
-        on_progress: Callable[[list[Progress]], None],
+        listener: Listener,
+        *,
+        runs_together: bool = True,
     ) -> None:
         self.replica_id, self.size = replica_id, size
-        self._profile, self._clock, self._on_progress = profile, clock, on_progress
+        self._profile, self._clock, self._listener = profile, clock, listener
+        self._runs_together = runs_together  # steps that only decode, in one event
+        self._run: TimedRun | None = None
         self.scheduler = make_scheduler(size)
         self._host = Tier(size.host_bytes, self._is_wanted)
         self._disk = Tier(size.disk_bytes, self._is_wanted)
@@ -68,7 +89,6 @@ class SimulatedReplica:
         self.is_dead = self.is_draining = False
         self.loads = LoadCounts()
         self.num_received = self.num_steps = 0
-        self.busy_s = 0.0
 
     # ==== requests ====
 
@@ -81,10 +101,12 @@ class SimulatedReplica:
             self._wanted[digest] = self._wanted.get(digest, 0) + 1
             self._sizes[digest] = nbytes
             self._bring(digest, nbytes)
+        self._shorten_run()
         self._step_if_idle()
 
     def kill(self) -> list[Request]:
         """End the replica at once; return the requests that it had."""
+        self._catch_up()
         self.is_dead = True
         return [*self.scheduler.running, *self.scheduler.waiting]
 
@@ -94,13 +116,13 @@ class SimulatedReplica:
 
     def figures(self) -> ReplicaFigures:
         """Report to routers, as a real replica does."""
-        blocks = self.scheduler.blocks
+        self._catch_up()
         return ReplicaFigures(
             num_received=self.num_received,
             queued_tokens=self.scheduler.queued_tokens,
             num_requests=self.num_requests,
             max_num_seqs=self.size.max_num_seqs,
-            kv_used=blocks.num_held / max(self.scheduler.memory.num_reachable_blocks, 1),
+            kv_used=self._kv_used,
             device_adapters=frozenset(self.scheduler.adapters.resident),
             disk_adapters=frozenset(self._disk),
             tokens_per_s=1 / self._profile.step.token if self._profile.step.token else 0.0,
@@ -109,8 +131,13 @@ class SimulatedReplica:
 
     def load(self) -> ReplicaLoad:
         """Report to the autoscaler, as a real replica does."""
-        figures = self.figures()
-        return ReplicaLoad(figures.queued_tokens, figures.kv_used, float(figures.num_requests))
+        self._catch_up()
+        return ReplicaLoad(self.scheduler.queued_tokens, self._kv_used, float(self.num_requests))
+
+    @property
+    def _kv_used(self) -> float:
+        scheduler = self.scheduler
+        return scheduler.blocks.num_held / max(scheduler.memory.num_reachable_blocks, 1)
 
     # ==== adapters ====
 
@@ -142,6 +169,7 @@ class SimulatedReplica:
         for gone in self._host.put(digest, nbytes):
             self.scheduler.adapters.set_absent(gone)
         self.scheduler.adapters.set_ready(digest, nbytes)
+        self._shorten_run()
         self._step_if_idle()
 
     def _let_go(self, digest: str) -> None:
@@ -159,6 +187,8 @@ class SimulatedReplica:
     def _step_if_idle(self) -> None:
         if self._is_stepping or self.is_dead:
             return
+        if self._runs_together and self._begin_run():
+            return
         batch = self.scheduler.schedule(self._clock.now_s)
         if batch is None:
             return
@@ -166,8 +196,7 @@ class SimulatedReplica:
             self._bring_lost()
         self._is_stepping = True
         self.loads.host += len(batch.adapter_loads)
-        step_s = self._profile.step_s(batch)
-        self.busy_s += step_s
+        step_s = self._profile.step_s(work_of(batch))
         self.num_steps += 1
         self._clock.after(step_s, lambda: self._end_step(batch, step_s))
 
@@ -180,10 +209,59 @@ class SimulatedReplica:
         sampled = [[TOKEN] if request.samples else [] for request in batch.requests]
         progress = self.scheduler.update(batch, sampled)
         self.scheduler.observe(batch, step_s)
-        for each in progress:
-            if each.request.finish_reason is not None and each.request.adapter_digest:
-                self._let_go(each.request.adapter_digest)
-        self._on_progress(progress)
+        self._listener.on_progress(progress)
+        self._end([each.request for each in progress])
+        self._step_if_idle()
+
+    def _end(self, requests: Sequence[Request]) -> None:
+        """Let go of those that have ended."""
+        for request in requests:
+            if request.finish_reason is not None:
+                if request.adapter_digest:
+                    self._let_go(request.adapter_digest)
+                self._listener.on_end(request)
+
+    # ==== steps that only decode, together ====
+
+    def _begin_run(self) -> bool:
+        run = self.scheduler.begin_run(TOKEN)
+        if run is None:
+            return False
+        timed = self._run = TimedRun(run, self.scheduler, self._profile, self._clock.now_s)
+        self._is_stepping = True
+        self.num_steps += 1
+        self._clock.at(timed.end_s, lambda: self._end_run(timed))
+        return True
+
+    def _catch_up(self) -> None:
+        """Have the state that the steps before now have led to."""
+        if self._run is not None and (count := self._run.num_over(self._clock.now_s)):
+            self._pass(self._run, count)
+
+    def _pass(self, timed: TimedRun, count: int) -> None:
+        """End the oldest `count` steps, and schedule as many, which are not the last ones."""
+        self.num_steps += count
+        stretch = timed.pass_steps(count)
+        self._listener.on_run(timed.run.rows, stretch)
+
+    def _shorten_run(self) -> None:
+        """After the step in progress, other requests may be in the batch."""
+        timed = self._run
+        if timed is not None and not self.scheduler.is_blocked(timed.num_left_tokens):
+            self._catch_up()
+            if timed.shorten():
+                self._clock.at(timed.end_s, lambda: self._end_run(timed))
+
+    def _end_run(self, timed: TimedRun) -> None:
+        if timed is not self._run or self._clock.now_s != timed.end_s or self.is_dead:
+            return  # it was to end later, and has ended
+        if count := timed.num_before_last:
+            self._pass(timed, count)
+        self._run, self._is_stepping = None, False
+        stretch = timed.pass_last()
+        ended = self.scheduler.end_run(timed.run)
+        self._listener.on_run(timed.run.rows, stretch)
+        self._end(ended)
         self._step_if_idle()
 
 

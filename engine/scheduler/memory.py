@@ -133,6 +133,12 @@ class MemoryBudget:
             self._follow(plan, digest, tables)
         return plan is not None
 
+    def has_ready_blocks(self, count: int) -> bool:
+        """Whether so many calls of `reserve(1)` succeed by free blocks and the oldest cached ones,
+        which are evicted without a look at adapters."""
+        missing = count - self.blocks.num_free
+        return missing <= 0 or self._are_oldest(missing)
+
     def make_private(self, table: list[int], frozen: Iterable[int]) -> None:
         """As BlockManager.make_private; the copies go into the next batch."""
         self._pending.moves += self.blocks.make_private(table, frozen)
@@ -155,9 +161,19 @@ class MemoryBudget:
         if self.adapters.loads_are_immediate:
             for load in pending.loads:
                 self.adapters.set_resident(load.digest)
-        self._step += 1
-        self.blocks.step = self.adapters.step = self._step
+        self.pass_steps(1)
         return MemoryChanges(tuple(pending.evictions), tuple(pending.moves), tuple(pending.loads))
+
+    @property
+    def has_changes(self) -> bool:
+        """Whether there are changes that precede the step scheduled next."""
+        pending = self._pending
+        return bool(pending.evictions or pending.moves or pending.loads)
+
+    def pass_steps(self, count: int) -> None:
+        """Advance the clock of uses."""
+        self._step += count
+        self.blocks.step = self.adapters.step = self._step
 
     def check_integrity(self, tables: Sequence[Sequence[int]], pins: dict[str, int]) -> None:
         """Raise AssertionError unless blocks, adapters and their places in the arena agree."""
@@ -175,12 +191,16 @@ class MemoryBudget:
 
     def _evict_oldest_blocks(self, count: int) -> bool:
         """Handle the usual case fast: evicting the oldest cached blocks suffices."""
-        oldest_idle = next((use for _, use in self.adapters.idle), self._step)
-        uses = list(islice(self.blocks.cached_uses, count))
-        if not self._is_packed or len(uses) < count or uses[-1] > oldest_idle:
+        if not self._are_oldest(count):
             return False
         self.blocks.evict(count)
         return True
+
+    def _are_oldest(self, count: int) -> bool:
+        """Whether so many cached blocks have not been used since any idle adapter."""
+        oldest_idle = next((use for _, use in self.adapters.idle), self._step)
+        uses = list(islice(self.blocks.cached_uses, count))
+        return self._is_packed and len(uses) == count and uses[-1] <= oldest_idle
 
     def _plan(self, wish: _Wish, evicted: Sequence[str] = ()) -> _Plan | None:
         """Find the fewest evictions, by last use, that grant the wish; None if none do."""

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 
 from engine.scheduler.activation import NEVER, adapter_start
 from engine.scheduler.batch import ScheduledBatch, ScheduledRequest
+from engine.scheduler.decode_run import DecodeRun, is_plain_decode, steps_possible
 from engine.scheduler.limits import SchedulerLimits
 from engine.scheduler.memory import MemoryBudget
 from engine.scheduler.prefix_cache import find_cached_blocks, publish_blocks
@@ -215,6 +216,49 @@ class Scheduler:
                 self._finish(request, FinishReason.STOP)
                 progress.append(Progress(request, []))
         return progress
+
+    def begin_run(self, token_id: int) -> DecodeRun | None:
+        """Schedule the first of some steps that only decode, and that all sample `token_id`; None
+        if the next step may be another one. Until its end, requests may be added, nothing else."""
+        rows, memory = self.running, self.memory
+        left = self.limits.max_num_batched_tokens - len(rows)
+        if not rows or left < 0 or self._num_in_flight or self.pipeline_depth or self.speculation:
+            return None
+        if memory.has_changes or not self.is_blocked(left):
+            return None
+        if not all(is_plain_decode(request, token_id) for request in rows):
+            return None
+        num_steps = steps_possible(rows, memory, self.limits.max_model_len)
+        if not num_steps:
+            return None
+        self._num_in_flight += 1
+        run = DecodeRun(list(rows), num_steps, token_id)
+        run.schedule(memory, 1)
+        return run
+
+    def is_blocked(self, budget: int) -> bool:
+        """Whether a step with so many tokens left for prompts looks at no waiting request."""
+        if not budget or len(self.running) >= self.limits.max_num_seqs:
+            return True
+        return not any(
+            not (r.awaits_grammar or r.awaits_proof)
+            and (not r.adapter_digest or self.adapters.is_ready(r.adapter_digest))
+            for r in self.waiting
+        )
+
+    def end_run(self, run: DecodeRun) -> list[Request]:
+        """Update the newest step of a run; return the requests that ended with it."""
+        self._num_in_flight -= 1
+        ended: list[Request] = []
+        for request in run.rows:
+            if not request.num_computed_tokens % self.blocks.block_size:
+                publish_blocks(self.blocks, request, request.num_computed_tokens)
+            request.num_pending_tokens = 0
+            request.output_token_ids.append(run.token_id)
+            if run.is_last and (reason := self.limits.end_of(request, run.token_id)):
+                self._finish(request, reason)
+                ended.append(request)
+        return ended
 
     def observe(self, batch: ScheduledBatch, seconds: float) -> None:
         """Learn how long steps take from one that took `seconds`. May be left out."""

@@ -9,8 +9,10 @@ import pytest
 from click.testing import CliRunner
 
 from deployments.simulator.config import InvalidSimulation, Simulation, as_simulation
+from deployments.simulator.records import Record
 from deployments.simulator.routers import ROUTERS
-from deployments.simulator.simulate import simulate
+from deployments.simulator.simulate import Summary
+from deployments.simulator.simulate import simulate as run
 from deployments.simulator.workload import (
     Arrival,
     Lengths,
@@ -49,6 +51,14 @@ def fleet(duration_s: float = 8.0, **changes: Any) -> Simulation:
     return as_simulation(document, "test")
 
 
+def simulate(
+    simulation: Simulation, seed: int = 0, *, runs_together: bool = True
+) -> tuple[Summary, list[Record]]:
+    records: list[Record] = []
+    summary = run(simulation, seed, on_record=records.append, runs_together=runs_together)
+    return summary, records
+
+
 @pytest.mark.parametrize("router", ROUTERS)
 def test_every_request_gets_all_its_tokens_and_a_seed_gives_the_same(router: str) -> None:
     simulation = fleet(fleet__router=router)
@@ -66,6 +76,23 @@ def test_replicas_that_die_lose_no_token() -> None:
     assert all(r.num_tokens == r.arrival.num_output_tokens for r in records)
     calm, _ = simulate(fleet(), seed=1)
     assert summary.longest_gap_p99_s > calm.longest_gap_p99_s, "somebody noticed"
+
+
+@pytest.mark.parametrize("memory_bytes", [2**26, 2**32], ids=["short of memory", "with room"])
+def test_steps_taken_together_are_those_taken_one_by_one(memory_bytes: int) -> None:
+    simulation = fleet(
+        workload__popularity={"adapters": 30, "base_share": 0.3},
+        workload__prompt={"median": 60.0, "most": 200},
+        fleet__size__memory_bytes=memory_bytes,
+        fleet__scaling={"min": 2, "max": 4, "num_requests": 12, "upscale_delay_s": 1},
+        fleet__ingresses=2,
+        profile__cold_start=1.0,
+        faults__kill_every_s=3.0,
+    )
+    together, records = simulate(simulation, seed=5)
+    assert together.finished > 120 and together.steps > 400
+    assert (together.preemptions > 0) == (memory_bytes == 2**26)
+    assert (together, records) == simulate(simulation, seed=5, runs_together=False)
 
 
 def test_the_number_of_replicas_follows_the_load() -> None:

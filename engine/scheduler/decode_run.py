@@ -1,0 +1,106 @@
+"""DecodeRun: steps in a row that only decode the same requests, taken together.
+
+For who computes nothing, a simulator: its time goes into rows of which nothing but numbers changes.
+The run does to requests and blocks what `schedule` and `update` would do step by step, in the same
+order; `Scheduler.begin_run` says whether the next steps are of that kind. The last step ends the
+first requests that end, or is the last one for which blocks are surely there.
+
+    begin_run()   step 1 is scheduled          advance(n)   n more are, and those before are updated
+    end_run()     the newest one is updated
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from engine.scheduler.memory import MemoryBudget
+from engine.scheduler.prefix_cache import publish_blocks
+from engine.scheduler.request import Request
+
+MOST_STEPS = 64  # more save nothing, and are predicted in vain when something comes between
+
+
+@dataclass(slots=True)
+class DecodeRun:
+    """At most `num_possible` steps of one token for each of `rows`; `num_scheduled` are scheduled.
+
+    `token_id` is what they all sample.
+    """
+
+    rows: list[Request]
+    num_possible: int
+    token_id: int
+    num_scheduled: int = field(default=0, init=False)
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the newest step may end requests."""
+        return self.num_scheduled == self.num_possible
+
+    def schedule(self, memory: MemoryBudget, count: int) -> None:
+        """Schedule `count` more steps. The caller has updated, or now updates, those before."""
+        first = self.num_scheduled == 0
+        places = self._places(memory.blocks.block_size, count)
+        for request in self.rows:
+            request.num_computed_tokens += count
+            request.num_pending_tokens = 1
+            added = count - first
+            if added:
+                request.output_token_ids += [self.token_id] * added
+        for _, is_update, row, position in places:
+            request = self.rows[row]
+            if is_update:
+                publish_blocks(memory.blocks, request, position)
+            elif memory.blocks.blocks_for(position) > len(request.block_table):
+                has_room = memory.reserve(1)
+                assert has_room, "the blocks of a run are not there"
+                memory.blocks.grow(request.block_table, position)
+        memory.pass_steps(count)
+        self.num_scheduled += count
+
+    def _places(self, block_size: int, count: int) -> list[tuple[int, bool, int, int]]:
+        """List (step, is an update, row, tokens then computed) where blocks begin or are full."""
+        places: list[tuple[int, bool, int, int]] = []
+        first = self.num_scheduled == 0
+        for row, request in enumerate(self.rows):
+            known = request.num_computed_tokens
+            begun = known + 1 + -known % block_size  # tokens computed once the next block is begun
+            while begun <= known + count:
+                places.append((begun - known, False, row, begun))
+                begun += block_size
+            full = known + -known % block_size  # the step scheduled last is updated first
+            full += block_size * (first and full == known)
+            while full < known + count:
+                places.append((full - known, True, row, full))
+                full += block_size
+        places.sort()
+        return places
+
+
+def is_plain_decode(request: Request, token_id: int) -> bool:
+    """Whether its next token needs no more than the numbers that a run keeps."""
+    sampling, num_outputs = request.sampling, len(request.output_token_ids)
+    return (
+        num_outputs > 0
+        and request.num_computed_tokens == len(request.prompt_token_ids) + num_outputs - 1
+        and request.index == 0  # with further choices, blocks are shared
+        and token_id not in request.rules.end_token_ids
+        and sampling.grammar is None
+        and sampling.pooling is None
+    )
+
+
+def steps_possible(rows: Sequence[Request], memory: MemoryBudget, max_model_len: int) -> int:
+    """Return how many steps of one token each there are until a request ends or blocks may lack."""
+    most = MOST_STEPS
+    for request in rows:
+        left = request.sampling.max_tokens - len(request.output_token_ids)
+        most = min(most, left, max_model_len - request.num_tokens)
+    size = memory.blocks.block_size
+    while most > 0 and not memory.has_ready_blocks(sum(_num_begun(r, most, size) for r in rows)):
+        most //= 2
+    return most
+
+
+def _num_begun(request: Request, count: int, block_size: int) -> int:
+    known = request.num_computed_tokens
+    return -(-(known + count) // block_size) - -(-known // block_size)
