@@ -111,9 +111,9 @@ class EngineSection(Section):
     )
     num_threads: int | None = key(None, "threads of the engine on a CPU", unset="all cores")
     activations: str = key(
-        "bf16",
-        "`int8` multiplies 4-bit weights (nf4, GPTQ, AWQ) in integers, on a CPU: faster with "
-        "several requests and in prompts, a little less exact",
+        "auto",
+        "of 4-bit weights (nf4, GPTQ, AWQ): `int8` multiplies in integers, on a CPU, with many "
+        "rows several times as fast; `bf16` is exact; `auto` is `int8` on a CPU in bfloat16",
     )
     output_layer: str = key(
         "auto",

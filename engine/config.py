@@ -11,7 +11,7 @@ CUDA_GRAPHS = ("auto", "off")
 FLASHINFER = ("auto", "off")
 DEVICES = ("auto", "cpu", "cuda")
 QUANTIZATIONS = ("none", "int8", "nf4", "fp8", "auto")
-ACTIVATIONS = ("bf16", "int8")
+ACTIVATIONS = ("auto", "bf16", "int8")
 KV_DTYPES = ("auto", "int8")
 OUTPUT_LAYERS = ("auto", "int8", "model")
 GENERATION_CONFIGS = ("auto", "none")
@@ -51,7 +51,9 @@ class EngineConfig:
     source: str  # a local Hugging Face model folder
     dtype: str = "auto"  # auto: float32 stays, everything else becomes bfloat16
     quantization: str = "none"  # of linear layers, applied while they are loaded; auto: see settle
-    activations: str = "bf16"  # of linear layers in nf4 and int4; int8 weights always take int8
+    activations: str = (
+        "auto"  # of nf4 and int4 layers; auto: int8 on a CPU. int8's always take int8
+    )
     output_layer: str = "auto"  # auto: int8 beside quantized linear layers, where a CPU gains by it
     kv_dtype: str = "auto"  # auto: the model's own; int8 has a scale per position and head
     device: str = "auto"

@@ -27,6 +27,7 @@ class Settled:
     kv_dtype: torch.dtype  # int8: with scales
     quantization: str  # applied at load: none, int8, nf4 or fp8
     weight_format: str  # of the linear layers: none, int8, nf4, fp8 or int4
+    activations: str  # of linear layers in nf4 and int4: bf16 or int8
     output_layer: str  # model: in dtype; or int8
     device: torch.device
     max_num_batched_tokens: int
@@ -79,6 +80,7 @@ def settle(config: EngineConfig, arena_bytes: ArenaBytes) -> Settled:
         kv_dtype=kv_dtype,
         quantization=config.quantization,
         weight_format=form,
+        activations=_activations(config, form, dtype, device),
         output_layer=_output_layer(config, form, dtype, device),
         device=device,
         max_num_batched_tokens=rows,
@@ -149,13 +151,27 @@ def _kv_dtype(config: EngineConfig, dtype: torch.dtype, device: torch.device) ->
 
 
 def _weight_format(config: EngineConfig, folder: Path) -> str:
-    form = weight_format(folder, read_scheme(folder), config.quantization)
-    if config.activations == "int8" and form not in ("int8", "nf4", "int4"):
+    return weight_format(folder, read_scheme(folder), config.quantization)
+
+
+def _activations(config: EngineConfig, form: str, dtype: torch.dtype, device: torch.device) -> str:
+    """Resolve auto, the same for any number of rows, lest a row depend on its batch mates."""
+    if config.activations == "int8":
+        _check_int8_activations(form, device)
+        return "int8"
+    is_auto = config.activations == "auto"
+    is_gain = form in ("nf4", "int4") and device.type == "cpu" and dtype == torch.bfloat16
+    return "int8" if is_auto and is_gain else "bf16"
+
+
+def _check_int8_activations(form: str, device: torch.device) -> None:
+    if form not in ("int8", "nf4", "int4"):
         raise ConfigError(
             f"activations='int8' is only for linear layers in nf4 or int4 (int8 has them anyway), "
-            f"not {'dense ones' if form == 'none' else form}; use 'bf16'"
+            f"not {'dense ones' if form == 'none' else form}; use 'auto'"
         )
-    return form
+    if device.type != "cpu":
+        raise ConfigError(f"activations='int8' is only for a CPU, not {device}; use 'auto'")
 
 
 def _output_layer(config: EngineConfig, form: str, dtype: torch.dtype, device: torch.device) -> str:

@@ -55,10 +55,11 @@ def _open_native(config: EngineConfig, settled: Settled) -> Context | None:
         )
         return None
     log.info(
-        "native kernels: %s, %d threads; linear layers: %s, output layer: %s",
+        "native kernels: %s, %d threads; linear layers: %s%s, output layer: %s",
         context.isa,
         context.threads,
         settled.weight_format,
+        " by int8 activations" if settled.activations == "int8" else "",
         settled.output_layer,
     )
     return context

@@ -26,7 +26,7 @@ from engine.messages import (
 from engine.model.decoder import Decoder
 from engine.proof.probe import Probe, is_probe, make_probe, probe_requests, take_logprobs
 from engine.proof.reference import Expected, expect
-from engine.proof.verdict import FLOOR, MAX_NOISE, Proof, difference, judge, probe_digest
+from engine.proof.verdict import FAULTY_NOISE, FLOOR, Proof, difference, judge, probe_digest
 
 RETRY_S = 60.0  # a refused adapter may be proven anew after this time
 BASE = ""  # its "digest": the base is probed once, for the noise of its own logprobs
@@ -258,7 +258,7 @@ class Proofs:
         if self._noise is None and base.served and base.expected is not None:
             self._noise = difference(base.served, _each(base.probe, base.expected.adapted))
             base.forget_requests()
-            if self._noise > MAX_NOISE:
+            if self._noise > FAULTY_NOISE:
                 log.error("the base's own probe differs by %.3g from its reference", self._noise)
         if self._noise is None:
             return []

@@ -11,7 +11,8 @@ from engine.messages import AdapterVerdict
 # Of logprobs: what rounding may make of the same sum in another order, and of the effect itself
 FLOOR = {"float32": 1e-3, "float16": 0.02, "bfloat16": 0.05}
 NOISE_FACTOR = 4.0
-MAX_NOISE = 0.1  # more than that is no rounding, but a fault of the base's own kernels
+MAX_NOISE = 0.1  # that an adapter may have, too
+FAULTY_NOISE = 0.3  # of the base: its kernels' fault; activations rounded to int8 have made 0.16
 EFFECT_FACTOR = 0.15
 LARGE = 1e9  # in place of differences that are not finite
 

@@ -2,10 +2,11 @@
 
     python -m tests.bench.quality_bench --demo .data/demo --formats none int8 int8+model nf4
 
-`+model` and `+head8` set the output layer, `+a8` activations, `+kv8` the KV cache to int8. `exact`
-counts answers equal to the expected one. Perplexity is that of the held-out texts under the base,
-and of the expected answers under their adapters. The first format is float32, by torch: the
-reference for all others.
+`+model` and `+head8` set the output layer, `+a8` and `+a16` activations to int8 and bf16, `+kv8`
+the KV cache to int8. `gptq` and `awq` are checkpoints made of the base, rounded to nearest in
+groups of 128. `exact` counts answers equal to the expected one. Perplexity is of the held-out texts
+under the base, and of the expected answers under their adapters. The first format is float32, by
+torch: the reference for all others.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from transformers import PreTrainedTokenizerFast
 
@@ -23,6 +25,7 @@ from engine.messages import AdapterFolder, GenerateRequest
 from engine.scheduler.request import SamplingParams
 from examples.demo.tokenizer import as_chat
 from tests.bench.environment import append_row, header
+from tests.bench.packed_base import CONFIGS, packed_base
 
 MAX_TOKENS = 64
 OUTPUT_LAYERS = {"model": "model", "head8": "int8"}
@@ -51,11 +54,12 @@ def main() -> None:
     tokenizer = PreTrainedTokenizerFast.from_pretrained(options.demo / "base")
     questions = read_questions(options.demo, tokenizer)
     append_row(options.rows, f"{header(0)} | quality of {options.demo.name}")
-    for form in ("float32", *options.formats):
-        engine = make_engine(options.demo / "base", form)
-        quality = measure(engine, options.demo, tokenizer, questions)
-        append_row(options.rows, _row(form, engine, quality))
-        engine.close()
+    with TemporaryDirectory() as scratch:
+        for form in ("float32", *options.formats):
+            engine = make_engine(options.demo / "base", form, Path(scratch) / form)
+            quality = measure(engine, options.demo, tokenizer, questions)
+            append_row(options.rows, _row(form, engine, quality))
+            engine.close()
 
 
 def read_questions(demo: Path, tokenizer: PreTrainedTokenizerFast) -> list[Question]:
@@ -71,16 +75,18 @@ def read_questions(demo: Path, tokenizer: PreTrainedTokenizerFast) -> list[Quest
     return found
 
 
-def make_engine(base: Path, form: str) -> Engine:
+def make_engine(base: Path, form: str, scratch: Path) -> Engine:
+    """Make an engine; a checkpoint that is made of the base lies in `scratch`."""
     quantization, *extras = form.split("+")
+    is_packed = quantization in CONFIGS
     is_exact = form == "float32"
     return Engine(
         EngineConfig(
-            source=str(base),
+            source=str(packed_base(base, quantization, scratch) if is_packed else base),
             device="cpu",
             dtype="float32" if is_exact else "bfloat16",
-            quantization="none" if is_exact else quantization,
-            activations="int8" if "a8" in extras else "bf16",
+            quantization="none" if is_exact or is_packed else quantization,
+            activations="int8" if "a8" in extras else "bf16" if "a16" in extras else "auto",
             output_layer=OUTPUT_LAYERS.get(extras[-1], "auto") if extras else "auto",
             kv_dtype="int8" if "kv8" in extras else "auto",
             memory_bytes=256 * 2**20,

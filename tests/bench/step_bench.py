@@ -104,7 +104,7 @@ def make_engine(shape: Shape, form: str, options: argparse.Namespace) -> Engine:
             device="cpu",
             dtype="bfloat16",
             quantization=quantization,
-            activations="int8" if "a8" in extras else "bf16",
+            activations="int8" if "a8" in extras else "bf16" if "a16" in extras else "auto",
             output_layer="model" if "model" in extras else "auto",
             kv_dtype="int8" if "kv8" in extras else "auto",
             kernels=options.kernels,
@@ -267,7 +267,8 @@ def floor_s(case: Case, engine: Engine, shape: Shape, machine: Machine, folders:
     bytes_s = (read + adapters + kv) / machine.bytes_per_s
     flop = 2 * (rows * linear + (1 if case.prefill else rows) * head)
     flop += rows * adapters // max(len(distinct), 1)
-    rate = machine.flops_per_s * (2 if case.form in ("int8", "nf4+a8") else 1)
+    is_int8 = "int8" in (engine.settled.weight_format, engine.settled.activations)
+    rate = machine.flops_per_s * (2 if is_int8 else 1)
     return max(bytes_s, flop / rate)
 
 
@@ -279,7 +280,7 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="One engine step beside its floor.")
     parser.add_argument("shape", choices=SHAPES)
     parser.add_argument(
-        "--formats", nargs="+", default=["none"], help="none int8 nf4 nf4+a8 int8+model ..."
+        "--formats", nargs="+", default=["none"], help="none int8 nf4 nf4+a16 int8+model ..."
     )
     parser.add_argument("--batches", nargs="*", type=int, default=[1, 8, 16])
     parser.add_argument("--prefills", nargs="*", type=int, default=[])

@@ -4,7 +4,7 @@
 
 Each checkout computes in a process of its own, with its own code and its own environment, and keeps
 its engines; the processes take turns, A, B, B, A, ... A format of B alone follows a colon:
-`nf4:nf4+a8` compares nf4 in A with nf4+a8 in B.
+`nf4:nf4+a16` compares nf4 in A with nf4, exact activations, in B.
 """
 
 import argparse

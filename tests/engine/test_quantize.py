@@ -464,9 +464,27 @@ def test_int8_activations_are_refused_if_no_weights_support_them(tiny_model: Mak
     folder = tiny_model("llama", **WIDE).folder
     for quantization in ("int8", "nf4"):
         settled = settle(config(folder, quantization=quantization, activations="int8"), arena_bytes)
-        assert settled.weight_format == quantization
+        assert (settled.weight_format, settled.activations) == (quantization, "int8")
     with pytest.raises(ConfigError, match=r"activations='int8' .* not dense ones"):
         settle(config(folder, activations="int8"), arena_bytes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "activations"),
+    [
+        ({"quantization": "nf4"}, "int8"),
+        ({"quantization": "nf4", "activations": "bf16"}, "bf16"),
+        ({"quantization": "nf4", "dtype": "float32"}, "bf16"),
+        ({"quantization": "none"}, "bf16"),
+    ],
+    ids=["nf4", "exact", "float32", "dense"],
+)
+def test_activations_of_four_bits_are_int8_unless_they_are_to_be_exact(
+    changes: dict[str, str], activations: str, tiny_model: MakeTiny
+) -> None:
+    folder = tiny_model("llama", **WIDE).folder
+    settled = settle(config(folder, **{"dtype": "bfloat16", **changes}), arena_bytes)
+    assert settled.activations == activations
 
 
 def test_int8_kv_gives_room_for_more_tokens(tiny_model: MakeTiny) -> None:

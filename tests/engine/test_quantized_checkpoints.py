@@ -38,6 +38,7 @@ from engine.settle import settle
 from reef.__main__ import main
 from tests.engine.support.driver import generate, make_engine, run, write_adapter
 from tests.engine.support.driver import greedy as driver_greedy
+from tests.engine.support.packed import awq_tensors, gptq_tensors, quantize
 from tests.engine.support.tiny import (
     Tiny,
     greedy,
@@ -226,61 +227,6 @@ def test_blocks_that_straddle_rows_are_refused_by_name(make_bnb: MakeBnb, tmp_pa
 
 
 # ==== GPTQ and AWQ, as their formats define them ====
-
-
-@dataclass(frozen=True, slots=True)
-class Codes:
-    """Codes with weight[o, i] = (codes[o, i] - zeros[o, groups[i]]) * scales[o, groups[i]]."""
-
-    codes: torch.Tensor  # int64 [out, in]
-    zeros: torch.Tensor  # int64 [out, G]
-    scales: torch.Tensor  # float16 [out, G]
-    groups: torch.Tensor  # int64 [in]
-
-    @property
-    def weight(self) -> torch.Tensor:
-        zeros, scales = self.zeros[:, self.groups], self.scales.float()[:, self.groups]
-        return (self.codes - zeros) * scales
-
-
-def quantize(weight: torch.Tensor, group_size: int, groups: torch.Tensor | None = None) -> Codes:
-    """Quantize to 16 steps between the smallest and the largest value of each group."""
-    if groups is None:
-        groups = torch.arange(weight.shape[1]) // group_size
-    order = groups.argsort(stable=True)
-    grouped = weight[:, order].unflatten(1, (-1, group_size))
-    low, high = grouped.amin(-1).clamp(max=0), grouped.amax(-1).clamp(min=0)
-    scales = ((high - low) / 15).half()
-    zeros = (-low / scales.float()).round().clamp(0, 15).long()
-    codes = weight / scales.float()[:, groups] + zeros[:, groups]
-    return Codes(codes.round().clamp(0, 15).long(), zeros, scales, groups)
-
-
-def pack_words(values: torch.Tensor, order: tuple[int, ...] = tuple(range(8))) -> torch.Tensor:
-    """Pack int64 [rows, n] to int32 [rows, n / 8]; nibble k of a word is value order[k]."""
-    eights = values.unflatten(1, (-1, 8))
-    words = sum(eights[..., order[k]] << 4 * k for k in range(8))
-    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
-
-
-def gptq_tensors(codes: Codes, zero_offset: int = 1) -> Tensors:
-    return {
-        "qweight": pack_words(codes.codes).T,
-        "qzeros": pack_words((codes.zeros.T - zero_offset) % 16),
-        "scales": codes.scales.T,
-        "g_idx": codes.groups.to(torch.int32),
-    }
-
-
-AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
-
-
-def awq_tensors(codes: Codes) -> Tensors:
-    return {
-        "qweight": pack_words(codes.codes.T, AWQ_ORDER),
-        "qzeros": pack_words(codes.zeros.T, AWQ_ORDER),
-        "scales": codes.scales.T,
-    }
 
 
 GPTQ_CONFIG = {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "desc_act": False}
@@ -717,12 +663,13 @@ def test_a_quantized_checkpoint_is_not_quantized_again(
         settle(EngineConfig(str(folder), quantization=quantization, device="cpu"), arena_bytes)
 
 
-def test_int8_activations_need_weights_that_support_them(
+def test_activations_of_a_four_bit_checkpoint_are_int8(
     make_bnb: MakeBnb, make_written: MakeWritten
 ) -> None:
     for folder, form in ((make_bnb("nf4"), "nf4"), (make_written("awq").folder, "int4")):
-        config = EngineConfig(str(folder), activations="int8", device="cpu")
-        assert settle(config, arena_bytes).weight_format == form
+        config = EngineConfig(str(folder), dtype="bfloat16", device="cpu")
+        settled = settle(config, arena_bytes)
+        assert (settled.weight_format, settled.activations) == (form, "int8")
 
 
 # ==== The plan ====

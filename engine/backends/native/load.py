@@ -30,7 +30,7 @@ def load_native(
 ) -> LoadedModel:
     """Read the weights and allocate the KV blocks. Raises ModelError."""
     torch.set_num_threads(1)  # torch has little to do, and its threads would slow the kernels'
-    build = native_build(context, int8_activations=config.activations == "int8")
+    build = native_build(context, int8_activations=s.activations == "int8")
     decoder = read_decoder(config, s, build, announcer)
     layout, rows = _kv_layout(config, s), s.max_num_batched_tokens
     forward = NativeForward(decoder, context, layout, s.num_blocks, s.max_model_len, rows)

@@ -45,7 +45,7 @@ FORMATS = [
     {},
     {"quantization": "int8"},
     {"quantization": "nf4"},
-    {"quantization": "nf4", "activations": "int8"},
+    {"quantization": "nf4", "activations": "bf16"},
     {"kv_dtype": "int8"},
 ]
 
