@@ -40,7 +40,7 @@ from engine.messages import (
 from engine.proof.gate import Gate
 from engine.proof.probe import is_probe
 from engine.proof.proofs import Proofs
-from engine.results import Results
+from engine.results import Results, brings_parts
 from engine.scheduler.adapter_slots import AdapterSlots
 from engine.scheduler.batch import ScheduledBatch
 from engine.scheduler.block_manager import BlockManager
@@ -318,16 +318,14 @@ class Engine:
     # ==== results of a step ====
 
     def _update(self, batch: ScheduledBatch, rows: list[RowOutput], start: float) -> None:
-        by_key: dict[tuple[str, int], RowOutput] = {}
         for scheduled, row in zip(batch.requests, rows, strict=True):
-            request = self.scheduler.owner(scheduled)
-            if request is None:
-                continue  # it has ended or was preempted since
-            by_key[request.key] = row
-            self.results.add_row(request, scheduled, row)
             if row.error is not None:
                 ended = self.scheduler.end_with_error(scheduled)
                 self.end_requests(ended, RequestError(ErrorKind.ENGINE_ERROR, row.error))
+            elif brings_parts(row):
+                request = self.scheduler.owner(scheduled)
+                if request is not None:  # it has not ended and was not preempted since
+                    self.results.add_row(request, scheduled, row)
         now = self._clock()
         progress = self.scheduler.update(batch, [row.token_ids for row in rows])
         self._num_steps += 1
@@ -336,7 +334,7 @@ class Engine:
         self.scheduler.observe(batch, step_s)
         self._last_update_s = now
         for each in progress:
-            self._outputs.append(self.results.output(each, by_key[each.request.key], now))
+            self._outputs.append(self.results.output(each, rows[each.row], now))
             if each.request.finish_reason:
                 self._release(each.request)
 
@@ -378,6 +376,8 @@ class Engine:
     def _poll_adapters(self) -> None:
         for digest in self.runner.arrived():
             self.scheduler.adapters.set_resident(digest)
+        if self.host.is_settled:
+            return
         for loaded in self.host.poll():
             if loaded.weights is not None:
                 self._set_ready(loaded.digest, loaded.weights.nbytes)

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+import msgspec
+
 from engine.config import EngineConfig
 from engine.framing import Message
 from engine.scheduler.request import NO_DEFAULTS, SamplingDefaults, SamplingParams
@@ -100,8 +102,7 @@ class RequestMetrics:
     num_accepted_tokens: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class RequestOutput:
+class RequestOutput(msgspec.Struct, frozen=True):
     """New tokens of one choice from one step. The last output of a choice has a finish_reason.
 
     finish_reason: "stop" (end-of-sequence or a stop token), "length", "abort" or "error";
@@ -110,6 +111,8 @@ class RequestOutput:
     token is None. `metrics` come with the first output of choice 0, and with each choice's last.
     `embedding` is the pooled hidden state [hidden_size] after the last norm, float32 in
     little-endian order, not normalised: it comes with the only output of a request with pooling.
+
+    A struct, because one is made per request and step, at a fifth of a frozen dataclass's cost.
     """
 
     request_id: str

@@ -117,7 +117,9 @@ def serve(connection: Connection) -> None:
         connection.send(Busy(work, patience_s))
 
     announce("importing", None)
-    from engine.engine import Engine  # imports torch
+    import torch
+
+    from engine.engine import Engine
 
     try:
         announcer = Announcer(announce, shows_bars=True)
@@ -130,7 +132,8 @@ def serve(connection: Connection) -> None:
     loop = _Loop(engine, connection)
     for message in early:
         loop.handle(message)
-    loop.run()
+    with torch.inference_mode():
+        loop.run()
     engine.close()
 
 

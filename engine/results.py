@@ -25,7 +25,7 @@ class Results:
         return bool(self._prompt_logprobs or self._pooled)
 
     def add_row(self, request: Request, scheduled: ScheduledRequest, row: RowOutput) -> None:
-        """Keep the parts that a row brings."""
+        """Keep the parts that a row brings: `brings_parts` says whether it does."""
         if row.prompt_logprobs:
             known = self._prompt_logprobs.setdefault(request.key, {})
             known.update(enumerate(row.prompt_logprobs, scheduled.start + 1))
@@ -44,6 +44,8 @@ class Results:
         request, count = progress.request, len(progress.token_ids)
         if not is_probe(request.request_id):
             self._count(request, count)
+        if _is_plain(request, row, count) and not self.holds_parts:  # nearly always
+            return RequestOutput(request.request_id, request.index, progress.token_ids)
         return RequestOutput(
             request.request_id,
             request.index,
@@ -89,6 +91,16 @@ class Results:
         if request.sampling.pooling == "mean":
             pooled = pooled / request.num_prompt_tokens
         return pooled.astype("<f4").tobytes()
+
+
+def brings_parts(row: RowOutput) -> bool:
+    return bool(row.prompt_logprobs) or row.pooled is not None
+
+
+def _is_plain(request: Request, row: RowOutput, num_new: int) -> bool:
+    """Check that the output of a request that holds no parts has nothing but tokens."""
+    num_before = len(request.output_token_ids) - request.num_resumed_tokens - num_new
+    return num_before > 0 and request.finish_reason is None and row.logprobs is None
 
 
 def _has_metrics(request: Request, num_new: int) -> bool:

@@ -24,13 +24,14 @@ def row_outputs(
 
     `tokens` and `logprobs` have an entry per request that samples, with those of each row that a
     token was sampled at: None for a token whose logits are not finite, and for logprobs that were
-    not asked for. `prompt_logprobs` has one per request with prompt targets, `pooled` one per
-    request with pooled rows.
+    not asked for, of which there may be none. `prompt_logprobs` has one per request with prompt
+    targets, `pooled` one per request with pooled rows.
     """
-    outputs = [RowOutput() for _ in requests]
+    outputs = [RowOutput([]) for _ in requests]
     sampling = [(o, r) for o, r in zip(outputs, requests, strict=True) if r.samples]
     for (output, request), sampled, entries in zip(sampling, tokens, logprobs, strict=True):
-        _take_tokens(output, sampled[: _num_right(request, sampled)], entries)
+        right = sampled[: _num_right(request, sampled)] if request.num_drafts else sampled
+        _take_tokens(output, right, entries)
     scored = [output for output, r in zip(outputs, requests, strict=True) if r.prompt_targets]
     for output, entries in zip(scored, prompt_logprobs, strict=True):
         output.prompt_logprobs = entries
@@ -45,10 +46,7 @@ def row_outputs(
 
 def _num_right(request: ScheduledRequest, sampled: Sequence[int | None]) -> int:
     """Count the tokens up to the first that is not the guess that follows it, or the last."""
-    num_drafts = request.num_drafts
-    if not num_drafts:
-        return 1
-    drafts, last = request.token_ids[-num_drafts:], len(sampled) - 1
+    drafts, last = request.token_ids[-request.num_drafts :], len(sampled) - 1
     return 1 + next((i for i in range(last) if sampled[i] != drafts[i]), last)
 
 
@@ -63,5 +61,6 @@ def _take_tokens(
     if not output.token_ids:
         output.error = NOT_FINITE
         return
-    entries = [entry for entry in logprobs[: len(output.token_ids)] if entry is not None]
-    output.logprobs = entries or None
+    if logprobs:
+        entries = [entry for entry in logprobs[: len(output.token_ids)] if entry is not None]
+        output.logprobs = entries or None

@@ -24,7 +24,7 @@ class RowOutput:
 
     token_ids: list[int] = field(default_factory=list[int])
     logprobs: list[TokenLogprobs] | None = None
-    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list[TokenLogprobs])
+    prompt_logprobs: Sequence[TokenLogprobs] = ()
     pooled: NDArray[np.float64] | None = None  # sum of the rows that were asked for [hidden_size]
     error: str | None = None
 

@@ -9,8 +9,7 @@ it was interrupted and resumed.
 import math
 from array import array
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -26,8 +25,7 @@ TOP_P_CANDIDATES = 1024  # likeliest tokens to try before the whole vocabulary i
 TOP_FOLD = 32  # logits per group; only groups with the largest maxima are searched
 
 
-@dataclass(frozen=True, slots=True)
-class SampledToken:
+class SampledToken(NamedTuple):
     """A chosen token; `logprob` and `top` are None unless the request asked for them."""
 
     token_id: int
@@ -90,7 +88,11 @@ def sample(
         requests = without_vain_rules(requests, allowed)
         for i, mask in allowed.items():
             _restrict(logits[i], mask)
-    originals = [_adjust(logits[i], request) for i, request in enumerate(requests)]
+    originals = {
+        i: _adjust(logits[i], request)
+        for i, request in enumerate(requests)
+        if _is_adjusted(request) or request.sampling.logprobs is not None
+    }
     token_ids, highest = picker.best(logits)
     drawn = [
         i
@@ -101,14 +103,15 @@ def sample(
         tokens = picker.draw(logits, drawn, requests, token_ids)
         for i, token_id in zip(drawn, tokens, strict=True):
             token_ids[i] = token_id
-    return [
-        _sampled(token_id, original, request.sampling.logprobs)
-        if math.isfinite(largest)
-        else NotFinite()
-        for token_id, original, request, largest in zip(
-            token_ids, originals, requests, highest, strict=True
-        )
+    sampled: list[SampledToken | NotFinite] = [
+        SampledToken(token_id) if math.isfinite(largest) else NotFinite()
+        for token_id, largest in zip(token_ids, highest, strict=True)
     ]
+    for i, original in originals.items():
+        num_top = requests[i].sampling.logprobs
+        if num_top is not None and math.isfinite(highest[i]):
+            sampled[i] = _with_logprobs(token_ids[i], original, num_top)
+    return sampled
 
 
 def target_logprobs(
@@ -125,9 +128,7 @@ def target_ranks(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return (logits > own).sum(-1) + 1
 
 
-def _sampled(token_id: int, logits: torch.Tensor, num_top: int | None) -> SampledToken:
-    if num_top is None:
-        return SampledToken(token_id)
+def _with_logprobs(token_id: int, logits: torch.Tensor, num_top: int) -> SampledToken:
     logprob, top = _pick(torch.log_softmax(logits, dim=-1), token_id, num_top)
     return SampledToken(token_id, logprob, top)
 
@@ -186,11 +187,16 @@ def _restrict(row: torch.Tensor, mask: TokenMask) -> None:
     row.masked_fill_(torch.from_numpy(bits == 0).to(row.device), -torch.inf)
 
 
+def _is_adjusted(request: ScheduledRequest) -> bool:
+    allowed, forbidden = request.allowed_token_ids, request.forbidden_token_ids
+    return bool(request.biases or request.history or forbidden or allowed)
+
+
 def _adjust(row: torch.Tensor, request: ScheduledRequest) -> torch.Tensor:
     """Change the row in place. Returns the original values, which logprobs are computed from."""
     sampling, forbidden = request.sampling, request.forbidden_token_ids
     allowed = request.allowed_token_ids
-    if not (request.biases or request.history or forbidden or allowed):
+    if not _is_adjusted(request):
         return row
     original = row if sampling.logprobs is None else row.clone()
     if allowed is not None:

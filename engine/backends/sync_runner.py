@@ -69,22 +69,31 @@ class SyncRunner:
     def arrived(self) -> tuple[str, ...]:
         return ()  # `launch` loads adapters itself
 
-    @torch.inference_mode()
     def execute(self, batch: ScheduledBatch, masks: TokenMasks | None = None) -> list[RowOutput]:
         """Compute the step; return one output per request of the batch, in its order."""
+        if torch.is_inference_mode_enabled():  # by the thread: to enter it takes microseconds
+            return self._execute(batch, masks)
+        with torch.inference_mode():
+            return self._execute(batch, masks)
+
+    def _execute(self, batch: ScheduledBatch, masks: TokenMasks | None) -> list[RowOutput]:
         self._move(batch)
         if not batch.requests:
             return []
         rows, spans = wanted_rows(batch.requests)
         hidden = self.model.hidden(batch, rows)
         sampled = self._sample(batch.requests, hidden, spans, masks)
+        sampling = [r.sampling for r in batch.requests if r.samples]
         return row_outputs(
             batch.requests,
             [
                 [token.token_id if isinstance(token, SampledToken) else None for token in tokens]
                 for tokens in sampled
             ],
-            [[_token_logprobs(token) for token in tokens] for tokens in sampled],
+            [
+                [] if wanted.logprobs is None else [_token_logprobs(token) for token in tokens]
+                for wanted, tokens in zip(sampling, sampled, strict=True)
+            ],
             self._score_prompts(batch.requests, hidden, spans),
             [
                 pooled_sum(hidden[start:end]).cpu().numpy()
@@ -114,11 +123,15 @@ class SyncRunner:
             return []
         firsts, last, rows = list[int](), list[int](), list[ScheduledRequest]()
         for i in chosen:
+            request, end = requests[i], spans[i][1]
             firsts.append(len(rows))
-            rows += sampled_rows(requests[i])
-            end = spans[i][1]
-            last += range(end - 1 - requests[i].num_drafts, end)
-        if last != list(range(len(hidden))):
+            if request.num_drafts:
+                rows += sampled_rows(request)
+                last += range(end - 1 - request.num_drafts, end)
+            else:
+                rows.append(request)
+                last.append(end - 1)
+        if last != list(range(hidden.shape[0])):
             hidden = hidden[torch.tensor(last)]
         logits = self.model.logits(hidden, [r.adapter_slot for r in rows])
         allowed = None if masks is None else masks.wait()

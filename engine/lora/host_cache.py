@@ -109,6 +109,11 @@ class HostCache:
 
     # ==== loads ====
 
+    @property
+    def is_settled(self) -> bool:
+        """Whether `poll` and `advance` have nothing to do until another adapter is wanted."""
+        return not (self._loading or self._queue or self._in_use)
+
     def advance(self, is_in_use: Callable[[str], bool]) -> list[str]:
         """Start the loads that are due. Returns the digests dropped to make room for them.
 

@@ -111,6 +111,11 @@ class Proofs:
             self._read.append((adapter_folder, weights))
             self._wake()
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing is being proven, nor about to be: as nearly always."""
+        return not (self._read or self._cases or self._asking or self._base.asked)
+
     def collect(self) -> None:
         """Begin with the adapters that were read."""
         while self._read:

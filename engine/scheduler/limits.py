@@ -27,7 +27,8 @@ class SchedulerLimits:
         sampling, num_outputs = request.sampling, len(request.output_token_ids)
         if num_outputs >= sampling.min_tokens and token_id in request.rules.end_token_ids:
             return FinishReason.STOP
-        if num_outputs >= sampling.max_tokens or request.num_tokens >= self.max_model_len:
+        num_tokens = len(request.prompt_token_ids) + num_outputs
+        if num_outputs >= sampling.max_tokens or num_tokens >= self.max_model_len:
             return FinishReason.LENGTH
         return None
 

@@ -246,7 +246,8 @@ class Request:
     @property
     def num_remaining_tokens(self) -> int:
         """Tokens, known or pending, that have not been scheduled."""
-        return self.num_tokens + self.num_pending_tokens - self.num_computed_tokens
+        num_known = len(self.prompt_token_ids) + len(self.output_token_ids)
+        return num_known + self.num_pending_tokens - self.num_computed_tokens
 
     @property
     def awaits_prompt_logprobs(self) -> bool:

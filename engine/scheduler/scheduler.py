@@ -20,7 +20,7 @@ and `observe`.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from engine.scheduler.activation import NEVER, adapter_start
 from engine.scheduler.batch import ScheduledBatch, ScheduledRequest
@@ -36,11 +36,14 @@ from engine.scheduler.step_time import shape_of
 from engine.scheduler.waiting import WaitingQueue
 
 
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """New tokens of one request in one step; `request.finish_reason` says whether it ended."""
+class Progress(NamedTuple):
+    """New tokens of one request in one step; `request.finish_reason` says whether it ended.
+
+    A named tuple, because one is made per request and step.
+    """
 
     request: Request
+    row: int  # index of the request in the batch
     token_ids: list[int]
     stop_token_id: int | None = None
 
@@ -176,7 +179,7 @@ class Scheduler:
         decodes, prefills = self._divide_running()
         self._schedule_running(step, decodes)
         drafts = self._propose_drafts(step)
-        if len(prefills) < len(self.running):
+        if len(prefills) < len(self.running) and (prefills or self.waiting):
             drafted = {request.key: len(draft.token_ids) for request, draft in drafts}
             rows = [(r, count + drafted.get(r.key, 0)) for r, count in step.rows]
             num_admissible = min(len(self.waiting), self.limits.max_num_seqs - len(self.running))
@@ -201,20 +204,22 @@ class Scheduler:
         """
         self._num_in_flight -= 1
         progress: list[Progress] = []
-        for scheduled, token_ids in zip(batch.requests, sampled, strict=True):
+        for row, (scheduled, token_ids) in enumerate(zip(batch.requests, sampled, strict=True)):
             request = self.owner(scheduled)
             if request is None:
                 continue
             end = scheduled.end - scheduled.num_drafts
             assert end <= request.num_tokens, "an earlier batch has not been updated"
             publish_blocks(self.blocks, request, end)
-            self._start_forks(request, end)
+            if request.forks:
+                self._start_forks(request, end)
             request.num_pending_tokens -= scheduled.samples
             if token_ids:
-                progress.append(self._append(request, token_ids, scheduled.num_drafts))
+                gained, stop = self._append(request, token_ids, scheduled.num_drafts)
+                progress.append(Progress(request, row, gained, stop))
             elif _is_pooled(request, scheduled):
                 self._finish(request, FinishReason.STOP)
-                progress.append(Progress(request, []))
+                progress.append(Progress(request, row, []))
         return progress
 
     def begin_run(self, token_id: int) -> DecodeRun | None:
@@ -262,7 +267,9 @@ class Scheduler:
 
     def observe(self, batch: ScheduledBatch, seconds: float) -> None:
         """Learn how long steps take from one that took `seconds`. May be left out."""
-        if seconds > 0 and not batch.moves and not batch.adapter_loads:
+        if seconds <= 0 or batch.moves or batch.adapter_loads:
+            return
+        if self.step_budget.times.needs(seconds):
             self.step_budget.times.observe(shape_of(batch), seconds)
 
     def fail(self, batch: ScheduledBatch) -> list[Request]:
@@ -323,10 +330,10 @@ class Scheduler:
         return decodes, prefills
 
     def _schedule_running(self, step: Step, requests: list[tuple[Request, int]]) -> None:
-        for request, _ in requests:
+        for request, num_remaining in requests:
             if request.status is not RequestStatus.RUNNING:
                 continue  # preempted for an earlier one
-            count = 0 if step.is_full else step.piece(request)
+            count = 0 if step.is_full else step.piece(request, num_remaining)
             if count and self._make_room(request, count, step):
                 step.add(request, count)
 
@@ -421,7 +428,7 @@ class Scheduler:
             self.blocks.free(request.block_table)
             request.num_computed_tokens = 0
             return False
-        count = step.piece(request)
+        count = step.piece(request, request.num_remaining_tokens)
         has_room = self._allocate(request, count)
         assert has_room, "what was reserved for a request is gone"
         if request.num_cached_tokens is None:
@@ -476,7 +483,7 @@ class Scheduler:
 
         Each recomputes the last prompt token, whose logits it needs.
         """
-        if not request.forks or num_computed < request.num_prompt_tokens:
+        if num_computed < request.num_prompt_tokens:
             return
         shared = request.block_table[: self.blocks.blocks_for(request.num_prompt_tokens)]
         for fork in request.forks:
@@ -509,9 +516,12 @@ class Scheduler:
 
     # ==== tokens and ends ====
 
-    def _append(self, request: Request, token_ids: Sequence[int], num_drafts: int) -> Progress:
-        """Take new tokens up to the one that ends the request. All but the last were drafts, whose
-        KV is there; that of further drafts is overwritten."""
+    def _append(
+        self, request: Request, token_ids: Sequence[int], num_drafts: int
+    ) -> tuple[list[int], int | None]:
+        """Take new tokens up to the one that ends the request; return them, and that one if it is a
+        stop token. All but the last were drafts, whose KV is there; that of further drafts is
+        overwritten."""
         gained: list[int] = []
         reason = None
         for token_id in token_ids:
@@ -523,9 +533,9 @@ class Scheduler:
         if num_drafts:
             self._settle_drafts(request, num_drafts, min(len(gained), len(token_ids) - 1))
         if reason is None:
-            return Progress(request, gained)
+            return gained, None
         self._finish(request, reason)
-        return Progress(request, gained, gained[-1] if reason is FinishReason.STOP else None)
+        return gained, gained[-1] if reason is FinishReason.STOP else None
 
     def _settle_drafts(self, request: Request, num_drafts: int, num_accepted: int) -> None:
         """Count what was accepted as computed, and free the blocks of the rest."""

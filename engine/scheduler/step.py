@@ -27,9 +27,9 @@ class Step:
         """Whether no piece of a prompt should be added."""
         return not self.budget or (self.prompt_time is not None and self.prompt_time.is_over)
 
-    def piece(self, request: Request) -> int:
-        """Return how many of the request's next tokens this step may compute."""
-        most = min(request.num_remaining_tokens, self.budget)
+    def piece(self, request: Request, num_remaining: int) -> int:
+        """Return how many of the request's remaining tokens this step may compute."""
+        most = min(num_remaining, self.budget)
         if self.prompt_time is None or most <= 1:
             return most
         return self.prompt_time.piece(request.num_computed_tokens, most)
@@ -39,16 +39,21 @@ class Step:
             self.prompt_time.spend(request.num_computed_tokens, count)
         self.rows.append((request, count))
         self.budget -= count
-        self._keys[request.key] = None
 
     def has(self, request: Request) -> bool:
+        for other, _ in self.rows[len(self._keys) :]:  # those added since the last call
+            self._keys[other.key] = None
         return request.key in self._keys
 
     def to_batch(self, adapters: AdapterSlots, changes: MemoryChanges) -> ScheduledBatch:
         """Return the step as plain data; from here on its tokens count as computed."""
         drafts = self.drafts
-        requests = [_take(r, count, adapters, drafts.get(r.key, [])) for r, count in self.rows]
-        requests.sort(key=lambda r: len(r.token_ids))  # stable: short ones first
+        requests = [
+            _take(r, count, adapters, drafts.get(r.key, []) if drafts else [])
+            for r, count in self.rows
+        ]
+        if drafts or any(count > 1 for _, count in self.rows):
+            requests.sort(key=lambda r: len(r.token_ids))  # stable: short ones first
         return ScheduledBatch(
             requests=tuple(requests),
             adapter_evictions=changes.evictions,
@@ -64,14 +69,15 @@ def _take(
     request: Request, count: int, adapters: AdapterSlots, drafts: list[int]
 ) -> ScheduledRequest:
     """Take the request's next `count` tokens into the step, and guesses behind them."""
-    num_base_rows = request.num_base_rows(count)
+    num_base_rows = request.num_base_rows(count) if request.scope.adapter_digest else count
     has_adapter = num_base_rows < count
     start = request.num_computed_tokens
     end = request.num_computed_tokens = start + count
     sampling = request.sampling
     pending = request.num_pending_tokens
     num_outputs = len(request.output_token_ids) + pending
-    samples = end == request.num_tokens + pending and sampling.pooling is None
+    num_tokens = len(request.prompt_token_ids) + num_outputs
+    samples = end == num_tokens and sampling.pooling is None
     request.num_pending_tokens += samples
     history = None
     if sampling.uses_penalties:
@@ -89,7 +95,9 @@ def _take(
             num_outputs + 1 >= sampling.min_tokens, request.output_token_ids
         ),
         history=history,
-        prompt_targets=_prompt_targets(request, start, end),
+        prompt_targets=(
+            None if sampling.prompt_logprobs is None else _prompt_targets(request, start, end)
+        ),
         life=request.life,
         biases=request.rules.biases,
         allowed_token_ids=request.rules.allowed_token_ids,

@@ -17,6 +17,7 @@ KEPT = 0.98  # weight of a step after the next one of its kind: about the last 5
 SURPRISE = 2.0  # a step counts as at most this many times as long as predicted, and as short
 FOLLOWED = 0.05  # part of a step's surprise that is the whole machine's, not a coefficient's
 NUM_EARLY, THINNED = 64, 4  # later, one in 4 steps that only decode is enough
+QUICK_S, QUICK_THINNED = 2e-3, 8  # and one in 8 that are so quick that learning would show in them
 PRIOR_WEIGHT = 0.01  # of a measured step
 _ANY_NUMBER, _INFINITE = 2**31 - 1, 1e9
 
@@ -64,6 +65,7 @@ class StepTime:
     def __init__(self) -> None:
         self._values = list(StepCoefficients())
         self._num_steps = 0
+        self._num_quick = 0
         self._pace = 1.0  # the machine's seconds for a second of the coefficients
         self._memories: tuple[_Memory, _Memory] | None = None  # without and with prompts
 
@@ -83,6 +85,13 @@ class StepTime:
     def seconds_added(self, shape: StepShape) -> float:
         """Return by how much this makes a step longer."""
         return self._pace * sum(c * x for c, x in zip(self._values[1:], shape, strict=True))
+
+    def needs(self, seconds: float) -> bool:
+        """Whether to observe a step that took `seconds`; asked once for each step."""
+        if seconds >= QUICK_S or self._num_steps < NUM_EARLY:
+            return True
+        self._num_quick += 1
+        return self._num_quick % QUICK_THINNED == 0
 
     def observe(self, shape: StepShape, seconds: float) -> None:
         """Learn from a step of this shape that took `seconds` > 0."""

@@ -13,7 +13,14 @@ from engine.scheduler.memory import MemoryBudget
 from engine.scheduler.request import Request, SamplingParams
 from engine.scheduler.scheduler import Scheduler
 from engine.scheduler.step_budget import AUTO_LEAST_S, AUTO_RATIO, LEAST_PIECE
-from engine.scheduler.step_time import StepCoefficients, StepShape, StepTime, shape_of
+from engine.scheduler.step_time import (
+    NUM_EARLY,
+    QUICK_S,
+    StepCoefficients,
+    StepShape,
+    StepTime,
+    shape_of,
+)
 
 # Seconds of a step on three machines: one with a small model, a slow one, one like a GPU
 MACHINES = {
@@ -193,6 +200,20 @@ def test_a_machine_that_becomes_slower_is_followed() -> None:
             cost.observe(shape, seconds_of(machine, shape))
         shape = random_shape(rng, with_prompt=True)
         assert cost.predict(shape) == pytest.approx(seconds_of(machine, shape), rel=0.1)
+
+
+def test_quick_steps_are_learned_from_one_in_eight() -> None:
+    rng, cost = random.Random(7), StepTime()
+    quick = StepCoefficients(*(c / 30 for c in MACHINES["small"]))
+    num_observed = 0
+    for _ in range(NUM_EARLY + 8 * 200):
+        shape = random_shape(rng, with_prompt=False)
+        if cost.needs(seconds_of(quick, shape)):
+            num_observed += 1
+            cost.observe(shape, seconds_of(quick, shape))
+    assert num_observed == NUM_EARLY + 200
+    assert cost.predict(shape) == pytest.approx(seconds_of(quick, shape), rel=0.1)
+    assert all(cost.needs(10 * QUICK_S) for _ in range(9))
 
 
 @pytest.mark.parametrize("start", [0, 5, 4000])

@@ -73,19 +73,20 @@ class NativeDecoder:
 
     def hidden(self, num_outputs: int) -> Tensor:
         """Return [num_outputs, E] of the last step, valid until the next step."""
-        return self._buffers.of_outputs().normed.rows[:num_outputs]
+        return self._buffers.normed.rows[:num_outputs]
 
     def logits(self, hidden: Tensor, changes: Sequence[tuple[Head, Rows]] = ()) -> Tensor:
         """Compute logits: hidden [M, E] -> [M, V] in float32; `changes` are those that adapters
         make to the output layer, with their rows of hidden."""
         if not changes:
-            return self._head(hidden)
+            return self._head.forward(hidden)  # as a call, but for hooks, which cost a microsecond
         multiply = self._head.multiply
         assert isinstance(multiply, NativeHead)
         width = max(self._vocab_size, *(head.vocab_size for head, _ in changes))
+        num_rows = hidden.shape[0]
         num_whole = sum(len(rows) for head, rows in changes if head.is_whole)
-        is_needed = num_whole < len(hidden)  # else nothing of the base's output layer is left
-        logits = multiply(hidden, width) if is_needed else multiply.room(len(hidden), width)
+        is_needed = num_whole < num_rows  # else nothing of the base's output layer is left
+        logits = multiply(hidden, width) if is_needed else multiply.room(num_rows, width)
         self._overlays.head(changes, hidden, logits)
         self._head.finish(logits)
         hide_absent_ids(logits, changes, self._vocab_size)

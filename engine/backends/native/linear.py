@@ -62,13 +62,14 @@ class NativeLinear:
         """Multiply x bf16 [N, in], last dimension contiguous; return [N, out] in `out_dtype`,
         bfloat16 or float32."""
         self._check(x, out_dtype)
-        return self.into(x, torch.empty(len(x), self.out_features, dtype=out_dtype))
+        return self.into(x, torch.empty(x.shape[0], self.out_features, dtype=out_dtype))
 
     def into(self, x: Tensor, y: Tensor) -> Tensor:
         """Write the result to y [N, out], whose last dimension is contiguous; return y."""
         self._check(x, y.dtype)
-        if len(x):
-            scratch = temporary_bytes(self.scratch_bytes(len(x)))  # lives as long as the call
+        num_rows = x.shape[0]  # len(x) takes a microsecond
+        if num_rows:
+            scratch = temporary_bytes(self.scratch_bytes(num_rows))  # lives as long as the call
             self._run(self.args(x, y, scratch))
         return y
 
@@ -83,7 +84,7 @@ class NativeLinear:
             x_stride=x.stride(0),
             y=y.data_ptr(),
             y_stride=y.stride(0),
-            rows=len(x),
+            rows=x.shape[0],
             y_is_float=y.dtype == torch.float32,
             scratch=scratch.data_ptr(),
         )
@@ -132,13 +133,13 @@ class NativeHead:
     def __call__(self, x: Tensor, width: int | None = None) -> Tensor:
         """Multiply. With `width`, return [N, width], whose columns from `out` on are undefined."""
         out = self._linear.out_features
-        logits = self.room(len(x), out if width is None else width)
-        self._linear.into(x, logits[:, :out])
+        logits = self.room(x.shape[0], out if width is None else width)
+        self._linear.into(x, logits if width is None else logits[:, :out])
         return logits
 
     def room(self, num_rows: int, width: int) -> Tensor:
         """Return [num_rows, width] of the buffer, undefined."""
-        if num_rows * width > len(self._cells):
+        if num_rows * width > self._cells.shape[0]:
             self._cells = separate_bytes(4 * num_rows * width).view(torch.float32)
         return self._cells[: num_rows * width].view(num_rows, width)
 

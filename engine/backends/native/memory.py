@@ -12,7 +12,9 @@ BLOCK = 64 * 2**20
 
 def temporary_bytes(nbytes: int) -> Tensor:
     """Allocate uint8 [nbytes], undefined, from torch's allocator: for short-lived data."""
-    return _from_multiple(torch.empty(nbytes + ALIGNMENT, dtype=torch.uint8), ALIGNMENT)[:nbytes]
+    block = torch.empty(nbytes + ALIGNMENT, dtype=torch.uint8)
+    begin = -block.data_ptr() % ALIGNMENT
+    return block[begin : begin + nbytes]
 
 
 def separate_bytes(nbytes: int) -> Tensor:

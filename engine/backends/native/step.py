@@ -4,6 +4,7 @@ import ctypes as c
 from array import array
 from collections.abc import Sequence
 from itertools import accumulate
+from operator import add
 
 from engine.backends.native import structs
 from engine.backends.native.site_table import NativeLoraBatch
@@ -24,8 +25,10 @@ class StepArrays:
         token_ids, positions, slots = (array("i", values) for values in numbers)
         self.token_ids = token_ids  # read when the step runs
         tables, table_stride = padded_block_tables(requests, "i")
-        row_starts = array("i", [0, *accumulate(len(r.token_ids) for r in requests)])
-        context_lens = array("i", [r.end for r in requests])
+        counts = [len(r.token_ids) for r in requests]
+        row_starts = array("i", [0, *accumulate(counts)])
+        starts = [r.start for r in requests]
+        context_lens = array("i", map(add, starts, counts))
         outputs = array("i", output_rows)
         self._keep = (token_ids, positions, slots, tables, row_starts, context_lens, outputs)
         self._adapters: tuple[object, ...] = ()
