@@ -88,6 +88,7 @@ class Engine:
         self.runner: Runner = self.model.make_runner(self.host.get)
         self.scheduler = self._make_scheduler()
         self.proofs = self._make_gate(wake)
+        self.last_batch: ScheduledBatch | None = None  # of the newest step; None: nothing could run
         self.is_idle = True  # the last step found nothing to run or to wait for
         self._in_flight: deque[_InFlight] = deque()  # oldest first
         self._failed_loads: set[str] = set()  # digests whose last load was in a step that failed
@@ -239,7 +240,7 @@ class Engine:
     def _launch(self) -> int:
         """Start the next step if there is one; returns how many may now stay in flight."""
         start = self._clock()
-        batch = self.scheduler.schedule(start)
+        batch = self.last_batch = self.scheduler.schedule(start)
         if batch is None:
             return 0
         news = self._step_sizes.describe_news(batch)

@@ -11,6 +11,7 @@ from reef.demo import check
 from reef.gc import gc
 from reef.keys import new_key
 from reef.plan import plan
+from reef.profile import profile
 from reef.prove import prove
 from reef.serve import serve
 from reef.simulate import simulate
@@ -25,5 +26,5 @@ def reef() -> None:
 
 for command in (serve, publish, list_, alias, retire, prove, verify, gc):
     reef.add_command(command)
-for command in (new_key, config_keys, plan, simulate, check, bench, completion):
+for command in (new_key, config_keys, plan, profile, simulate, check, bench, completion):
     reef.add_command(command)

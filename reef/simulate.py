@@ -27,8 +27,7 @@ def simulate(file: Path, seed: int, routers: tuple[str, ...], as_json: bool) -> 
 
     from deployments.simulator.config import InvalidSimulation, read_simulation, with_router
     from deployments.simulator.report import report
-    from deployments.simulator.simulate import Summary
-    from deployments.simulator.simulate import simulate as run
+    from deployments.simulator.simulate import Summary, run
 
     with refusing(InvalidSimulation):
         simulation = read_simulation(file)
@@ -36,7 +35,7 @@ def simulate(file: Path, seed: int, routers: tuple[str, ...], as_json: bool) -> 
     summaries: list[tuple[str, Summary]] = []
     with progress("simulating", len(simulations) * int(simulation.duration_s), "s") as advance:
         for each in simulations:
-            summaries.append((each.fleet.router, run(each, seed, watch=advance)))
+            summaries.append((each.fleet.router, run(each, seed, watch=advance).summary))
     if not as_json:
         click.echo("\n".join(report(summaries)))
         return

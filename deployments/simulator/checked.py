@@ -4,6 +4,11 @@ from typing import Annotated
 
 from msgspec import Meta
 
+
+class InvalidSimulation(ValueError):
+    """The file says something that cannot be simulated; the message names where and what."""
+
+
 Seconds = Annotated[float, Meta(ge=0.0, le=1e9)]
 PerSecond = Annotated[float, Meta(gt=0.0, le=1e6)]
 Share = Annotated[float, Meta(ge=0.0, le=1.0)]

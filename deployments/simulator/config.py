@@ -1,43 +1,73 @@
 """Simulation: the file that `reef simulate` reads."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 
-from deployments.simulator.checked import Bytes, Count, Seconds
-from deployments.simulator.profile import Profile
+from deployments.simulator.checked import Bytes, Count, InvalidSimulation, Positive, Seconds, Share
+from deployments.simulator.profile import Profile, StepWork
 from deployments.simulator.replica import ReplicaSize
+from deployments.simulator.routers import ROUTERS
 from deployments.simulator.scaling import Scaling
 from deployments.simulator.workload import Workload
 from deployments.strict_yaml import YamlMistake, read_yaml
-
-
-class InvalidSimulation(ValueError):
-    """The file says something that cannot be simulated; the message names where and what."""
+from engine.scheduler.step_time import StepShape
 
 
 class Faults(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """0: never. `kill_every_s` ends a replica at once, again and again."""
+    """0: never.
+
+    `kill_every_s` ends a replica at once, again and again. `reclaim_every_s` takes one back as a
+    cloud does with spot machines: from the notice on it gets nothing new, and it ends `notice_s`
+    later. In [slow_store_at_s, slow_store_at_s + slow_store_s) fetches take `slow_store_factor`
+    times as long.
+    """
 
     kill_every_s: Seconds = 0.0
+    reclaim_every_s: Seconds = 0.0
+    notice_s: Seconds = 30.0
+    slow_store_at_s: Seconds = 0.0
+    slow_store_s: Seconds = 0.0
+    slow_store_factor: Positive = 10.0
+
+    def slowness(self, now_s: float) -> float:
+        """Return by how much a fetch that begins now takes longer."""
+        is_slow = 0 <= now_s - self.slow_store_at_s < self.slow_store_s
+        return self.slow_store_factor if is_slow else 1.0
 
 
 class FleetSection(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    router: Literal[
-        "reef", "power-of-two", "multiplexed", "bounded-hash", "round-robin", "random"
-    ] = "reef"
+    router: str = "reef"  # one of ROUTERS
     ingresses: Count = 1
     size: ReplicaSize = ReplicaSize()
     scaling: Scaling = Scaling()
-    adapter_bytes: Bytes = 20 * 2**20
+    gpus: Seconds = 1.0  # of one replica
+    price_per_hour: Seconds = 0.0  # of one replica, in any currency
+    adapter_bytes: Bytes | tuple[Bytes, ...] = 20 * 2**20  # of all, or of each in turn
+
+    def __post_init__(self) -> None:
+        if self.router not in ROUTERS:
+            raise ValueError(f"router is {self.router!r}, not one of {', '.join(ROUTERS)}")
+        if not self.adapter_bytes:
+            raise ValueError("adapter_bytes must be a size or a list of sizes, not []")
+
+    @property
+    def most_adapter_bytes(self) -> int:
+        sizes = self.adapter_bytes
+        return sizes if isinstance(sizes, int) else max(sizes)
+
+    def bytes_of(self, adapter: int) -> int:
+        sizes = self.adapter_bytes
+        return sizes if isinstance(sizes, int) else sizes[adapter % len(sizes)]
 
 
 class Objective(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """What a request must keep to count as served well."""
+    """What a request must keep to count as served well, and the part of all that should."""
 
     ttft_s: Seconds = 2.0
     tpot_s: Seconds = 0.1
+    attained: Share = 0.99
 
 
 class Simulation(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
@@ -51,31 +81,72 @@ class Simulation(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
 
 
 def read_simulation(path: Path) -> Simulation:
-    """Read a file. Raises InvalidSimulation."""
+    """Read a file; a trace's path is relative to it. Raises InvalidSimulation."""
     try:
         document = read_yaml(path)
     except (OSError, YamlMistake) as error:
         raise InvalidSimulation(f"{path}: {error}") from None
-    return as_simulation(document or {}, str(path))
+    simulation = as_simulation(document or {}, str(path))
+    trace = simulation.workload.trace
+    if trace is None:
+        return simulation
+    placed = msgspec.structs.replace(trace, file=str(path.parent / trace.file))
+    workload = msgspec.structs.replace(simulation.workload, trace=placed)
+    return msgspec.structs.replace(simulation, workload=workload)
 
 
 def with_router(simulation: Simulation, router: str) -> Simulation:
     """Return the same simulation with another router. Raises InvalidSimulation."""
-    document = msgspec.to_builtins(simulation)
-    document["fleet"]["router"] = router
-    return as_simulation(document, "--router")
+    if router not in ROUTERS:
+        raise InvalidSimulation(f"--router {router!r} is not one of {', '.join(ROUTERS)}")
+    fleet = msgspec.structs.replace(simulation.fleet, router=router)
+    return msgspec.structs.replace(simulation, fleet=fleet)
 
 
 def as_simulation(document: Any, name: str) -> Simulation:
+    """Raises InvalidSimulation."""
     try:
         simulation = msgspec.convert(document, Simulation)
     except (msgspec.ValidationError, ValueError) as error:
         raise InvalidSimulation(f"{name}: {error}") from None
-    lengths = simulation.workload.prompt.most + simulation.workload.output.most
-    longest = simulation.fleet.size.max_model_len
-    if lengths > longest:
-        raise InvalidSimulation(
-            f"{name}: workload.prompt.most and workload.output.most are {lengths} tokens together; "
-            f"fleet.size.max_model_len is {longest}"
-        )
+    if mistake := impossibility(simulation):
+        raise InvalidSimulation(f"{name}: {mistake}")
     return simulation
+
+
+def impossibility(simulation: Simulation) -> str:
+    """Why this cannot be simulated or cannot be kept, with the numbers; empty if it can."""
+    size, adapter_bytes = simulation.fleet.size, simulation.fleet.most_adapter_bytes
+    longest = simulation.workload.most_tokens
+    if longest > size.max_model_len:
+        return (
+            f"workload.prompt.most, workload.prefix.tokens and workload.output.most are {longest} "
+            f"tokens together; fleet.size.max_model_len is {size.max_model_len}"
+        )
+    needed = -(-longest // size.block_size) * size.block_bytes + adapter_bytes
+    if needed > size.memory_bytes:
+        return (
+            f"the longest request and its adapter need {needed} bytes; fleet.size.memory_bytes is "
+            f"{size.memory_bytes}"
+        )
+    return _objective_below_floor(simulation)
+
+
+def _objective_below_floor(simulation: Simulation) -> str:
+    """Compare the objective with a request that is alone on a replica that has its adapter."""
+    objective, profile = simulation.objective, simulation.profile
+    prompt = max(int(simulation.workload.typical_prompt), 1)
+    ttft_s = profile.step_s(
+        StepWork(StepShape(min(prompt, simulation.fleet.size.max_num_batched_tokens), 1))
+    )
+    tpot_s = profile.step_s(StepWork(StepShape(1, 1, prompt)))
+    for name, wanted, floor in (
+        ("ttft_s", objective.ttft_s, ttft_s),
+        ("tpot_s", objective.tpot_s, tpot_s),
+    ):
+        if wanted < floor:
+            return (
+                f"objective.{name} is {wanted:g} s, below what a request alone takes by the "
+                f"profile: {floor:.4g} s with a prompt of {prompt} tokens"
+            )
+    return ""

@@ -3,10 +3,12 @@
 from collections.abc import Callable, Collection, Iterable, Sequence
 from random import Random
 
+from deployments.policy.prefix_memory import prefix_keys
 from deployments.policy.routing import RoutedRequest, RoutingCosts
 from deployments.simulator.clock import Clock
 from deployments.simulator.config import Simulation
-from deployments.simulator.records import Record, Stretch
+from deployments.simulator.prompts import make_prompt
+from deployments.simulator.records import Record, Stretch, Timeline
 from deployments.simulator.replica import SimulatedReplica
 from deployments.simulator.routers import Chooser, make_router
 from deployments.simulator.scaling import PERIOD_S, Scaler
@@ -16,7 +18,6 @@ from engine.scheduler.scheduler import Progress
 
 REPORT_S = 0.5  # between two reports of a replica
 NOTICED_S = 0.05  # from a replica's death until its requests go elsewhere
-PROMPT_STRIDE = 2**15  # apart, so that no two prompts begin alike
 
 
 class Fleet:
@@ -49,7 +50,7 @@ class Fleet:
         self._target = self._num_made = 0
         self.replica_s = 0.0  # replicas times seconds, cold starts included
         self._counted_s = 0.0
-        self.loads_seen: list[tuple[float, ...]] = []
+        self.timeline = Timeline()
         self._scale_to(fleet.scaling.min, is_start=True)
 
     @property
@@ -77,12 +78,13 @@ class Fleet:
             request.num_prompt_tokens + known,
             request.adapter_digest,
             tuple(r for r in avoid if r in self.replicas),
+            prefix_keys=_prefix_keys(request, record.arrival),
         )
         chosen = router.choose(ids, routed)
         router.sent(chosen, routed, self._clock.now_s)
         record.replica = chosen
         replica = self.replicas[chosen]
-        replica.submit(request, self._simulation.fleet.adapter_bytes)
+        replica.submit(request, self._simulation.fleet.bytes_of(record.arrival.adapter))
 
     def _router_of(self, record: Record) -> Chooser:
         return self._routers[record.arrival.number % len(self._routers)]
@@ -113,7 +115,8 @@ class Fleet:
             for router in self._routers:
                 router.report(replica.replica_id, figures)
         if self.replicas:
-            self.loads_seen.append(tuple(float(r.num_requests) for r in self.replicas.values()))
+            loads = [replica.num_requests for replica in self.replicas.values()]
+            self.timeline.add(self._clock.now_s, len(loads), loads)
         self._clock.after(REPORT_S, self.report)
 
     # ==== the number of replicas ====
@@ -145,6 +148,7 @@ class Fleet:
             self._clock,
             self,
             runs_together=self._runs_together,
+            slowness=simulation.faults.slowness,
         )
         self.replicas[name] = replica
         held, self._held = self._held, []
@@ -165,23 +169,47 @@ class Fleet:
                 self._count()
                 self.gone.append(self.leaving.pop(name))
 
+    # ==== faults ====
+
     def kill_one(self, rng: Random) -> None:
         """End one replica at once; its requests go on elsewhere, another replica is started."""
+        if self.replicas:
+            self._end(self._lose(rng))
+
+    def reclaim_one(self, rng: Random) -> None:
+        """Take one replica back: nothing new from now on, its end after the notice."""
         if not self.replicas:
             return
-        name = rng.choice(list(self.replicas))
+        replica = self._lose(rng)
+        self.leaving[replica.replica_id] = replica
+        notice_s = self._simulation.faults.notice_s
+        self._clock.after(notice_s, lambda: self._reclaim(replica.replica_id))
+
+    def _reclaim(self, name: str) -> None:
+        if name in self.leaving:
+            self._count()
+            self._end(self.leaving.pop(name))
+
+    def _lose(self, rng: Random) -> SimulatedReplica:
+        """Take a replica from those that get requests, and start another."""
         self._count()
-        replica = self.replicas.pop(name)
-        self.gone.append(replica)
+        replica = self.replicas.pop(rng.choice(list(self.replicas)))
         self._forget()
-        for request in replica.kill():
-            again = _resumed(request)
-            self._clock.after(NOTICED_S, lambda again=again: self._place(again, (name,)))
         self._num_made += 1
         started = f"replica-{self._num_made}"
         self._clock.after(self._simulation.profile.cold_start, lambda: self._start(started))
+        return replica
+
+    def _end(self, replica: SimulatedReplica) -> None:
+        self.gone.append(replica)
+        for request in replica.kill():
+            again = _resumed(request)
+            self._clock.after(
+                NOTICED_S, lambda again=again: self._place(again, (replica.replica_id,))
+            )
 
     def _forget(self) -> None:
+        """Tell the routers who is left."""
         for router in self._routers:
             router.keep(self.replicas)
 
@@ -198,15 +226,22 @@ class Fleet:
 
 
 def _as_request(arrival: Arrival) -> Request:
-    start = arrival.number * PROMPT_STRIDE % 2**31
     digest = f"adapter-{arrival.adapter}" if arrival.adapter >= 0 else ""
     return Request(
         str(arrival.number),
-        range(start, start + arrival.num_prompt_tokens),
+        make_prompt(arrival.number, arrival.num_prompt_tokens, arrival.shared),
         SamplingParams(max_tokens=arrival.num_output_tokens, ignore_eos=True),
         arrival.time_s,
-        scope=CacheScope(f"tenant-{arrival.tenant}", "", digest),
+        scope=CacheScope(arrival.tenant, "", digest),
     )
+
+
+def _prefix_keys(request: Request, arrival: Arrival) -> tuple[int, ...]:
+    """Return the keys of a prompt that others may share, as an ingress makes them."""
+    if not arrival.shared:
+        return ()
+    scope = request.scope
+    return prefix_keys(request.prompt_token_ids, scope.tenant, scope.salt, scope.adapter_digest)
 
 
 def _resumed(request: Request) -> Request:

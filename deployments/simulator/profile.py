@@ -1,25 +1,28 @@
-"""Profile: what one replica takes for what it does.
+"""Profile: what one replica takes for what it does. `reef profile` measures one.
 
-A step's time is linear in what it computes, as the engine's own estimate is; rows with adapters add
-a time each, and so does each distinct adapter.
+A step's time is linear in what it computes, as the engine's own estimate is. Adapters add a time
+for each row and for each distinct one, and more for those that are larger. Where `tokens` is given,
+the time by the number of tokens is a line through these points instead.
 """
 
+from bisect import bisect_left
+from itertools import pairwise
 from typing import NamedTuple
 
 import msgspec
 
 from deployments.simulator.checked import Seconds
-from engine.scheduler.batch import ScheduledBatch
-from engine.scheduler.decode_run import DecodeRun
-from engine.scheduler.step_time import StepShape, shape_of
+from engine.scheduler.step_time import StepShape
 
 
 class StepWork(NamedTuple):
-    """What a step computes."""
+    """What a step computes. Bytes are of adapters: of each row's, and of each distinct one."""
 
     shape: StepShape
     adapter_rows: int = 0
+    adapter_row_bytes: int = 0
     distinct_adapters: int = 0
+    distinct_bytes: int = 0
 
 
 class StepTimes(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
@@ -31,7 +34,24 @@ class StepTimes(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     position_read: Seconds = 1e-8
     pair: Seconds = 1e-8
     adapter_row: Seconds = 2e-5
+    adapter_row_byte: Seconds = 0.0
     distinct_adapter: Seconds = 2e-4
+    distinct_byte: Seconds = 0.0
+    tokens: tuple[tuple[int, Seconds], ...] = ()  # (tokens, seconds), in place of the first two
+
+    def __post_init__(self) -> None:
+        counts = [count for count, _ in self.tokens]
+        if any(a >= b for a, b in pairwise([0, *counts])) or len(counts) == 1:
+            raise ValueError(f"tokens must be two points or more that ascend from 1, not {counts}")
+
+    def of_tokens(self, tokens: int) -> float:
+        """Return the seconds of a step of so many tokens, without its other parts."""
+        points = self.tokens
+        if not points:
+            return self.fixed + self.token * tokens
+        at = min(max(bisect_left(points, (tokens, 0.0)), 1), len(points) - 1)
+        (x0, y0), (x1, y1) = points[at - 1], points[at]
+        return max(y0 + (y1 - y0) * (tokens - x0) / (x1 - x0), 0.0)
 
 
 class LoadTimes(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
@@ -52,38 +72,23 @@ class Profile(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
         """Return what a step takes."""
         times, shape = self.step, work.shape
         return (
-            times.fixed
-            + times.token * shape.tokens
+            times.of_tokens(shape.tokens)
             + times.logit_row * shape.logit_rows
             + times.position_read * shape.positions_read
             + times.pair * shape.pairs
             + times.adapter_row * work.adapter_rows
+            + times.adapter_row_byte * work.adapter_row_bytes
             + times.distinct_adapter * work.distinct_adapters
+            + times.distinct_byte * work.distinct_bytes
         )
+
+    def prompt_tokens_per_s(self, most_tokens: int) -> float:
+        """Return how fast prompts are computed in steps of so many tokens; 0: at once."""
+        seconds = self.step.of_tokens(most_tokens)
+        return most_tokens / seconds if seconds else 0.0
 
     def fetch_s(self, nbytes: int) -> float:
         return self.load.fetch + self.load.fetch_byte * nbytes
 
     def decode_s(self, nbytes: int) -> float:
         return self.load.decode + self.load.decode_byte * nbytes
-
-
-def work_of(batch: ScheduledBatch) -> StepWork:
-    rows, slots = 0, set[int]()
-    for request in batch.requests:
-        if request.adapter_slot:
-            rows += len(request.token_ids) - request.num_base_rows
-            slots.add(request.adapter_slot)
-    return StepWork(shape_of(batch), rows, len(slots))
-
-
-def work_of_run(run: DecodeRun) -> StepWork:
-    """Return what the newest scheduled step of a run computes."""
-    rows = positions = 0
-    digests: set[str] = set()
-    for request in run.rows:
-        positions += request.num_computed_tokens
-        if request.adapter_digest and (request.adapter_start or 0) < request.num_computed_tokens:
-            rows += 1
-            digests.add(request.adapter_digest)
-    return StepWork(StepShape(len(run.rows), len(run.rows), positions), rows, len(digests))

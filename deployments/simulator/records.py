@@ -1,7 +1,7 @@
 """What became of the requests: a Record each while they are open, columns of numbers afterwards."""
 
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from deployments.simulator.workload import Arrival
@@ -97,3 +97,21 @@ class Outcomes:
         self.gap_s.append(record.longest_gap_s)
         if (tpot_s := record.tpot_s) is not None:
             self.tpot_s.append(tpot_s)
+
+
+@dataclass(slots=True)
+class Timeline:
+    """Columns over time: replicas that take requests, and the requests that they have."""
+
+    time_s: "array[float]" = field(default_factory=_doubles)
+    replicas: "array[float]" = field(default_factory=_doubles)
+    requests: "array[float]" = field(default_factory=_doubles)
+    max_over_mean: "array[float]" = field(default_factory=_doubles)  # only where there are requests
+
+    def add(self, now_s: float, replicas: int, loads: Sequence[int]) -> None:
+        total = sum(loads)
+        self.time_s.append(now_s)
+        self.replicas.append(replicas)
+        self.requests.append(total)
+        if total:
+            self.max_over_mean.append(max(loads) * len(loads) / total)

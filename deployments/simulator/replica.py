@@ -1,6 +1,6 @@
 """SimulatedReplica: the engine's scheduler and memory, with steps that take only virtual time."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -10,10 +10,11 @@ from deployments.policy.autoscaling import ReplicaLoad
 from deployments.policy.replica_view import ReplicaFigures
 from deployments.simulator.checked import Bytes, Count
 from deployments.simulator.clock import Clock
-from deployments.simulator.profile import Profile, work_of
+from deployments.simulator.profile import Profile
 from deployments.simulator.records import Stretch
 from deployments.simulator.tiers import Tier
 from deployments.simulator.timed_run import TimedRun
+from deployments.simulator.work import work_of, work_of_run
 from engine.scheduler.adapter_slots import AdapterSlots
 from engine.scheduler.batch import ScheduledBatch
 from engine.scheduler.block_manager import BlockManager
@@ -74,16 +75,19 @@ class SimulatedReplica:
         listener: Listener,
         *,
         runs_together: bool = True,
+        slowness: Callable[[float], float] = lambda _: 1.0,
     ) -> None:
         self.replica_id, self.size = replica_id, size
         self._profile, self._clock, self._listener = profile, clock, listener
         self._runs_together = runs_together  # steps that only decode, in one event
+        self._slowness = slowness  # of the store, by the time
         self._run: TimedRun | None = None
         self.scheduler = make_scheduler(size)
         self._host = Tier(size.host_bytes, self._is_wanted)
         self._disk = Tier(size.disk_bytes, self._is_wanted)
         self._wanted: dict[str, int] = {}  # requests by adapter
-        self._sizes: dict[str, int] = {}
+        self._sizes: dict[str, int] = {}  # of adapters that requests have named
+        self._slot_bytes: dict[int, int] = {}
         self._coming: set[str] = set()
         self._is_stepping = False
         self.is_dead = self.is_draining = False
@@ -125,7 +129,7 @@ class SimulatedReplica:
             kv_used=self._kv_used,
             device_adapters=frozenset(self.scheduler.adapters.resident),
             disk_adapters=frozenset(self._disk),
-            tokens_per_s=1 / self._profile.step.token if self._profile.step.token else 0.0,
+            tokens_per_s=self._profile.prompt_tokens_per_s(self.size.max_num_batched_tokens),
             remote_load_s=self._profile.fetch_s(0),
         )
 
@@ -157,7 +161,7 @@ class SimulatedReplica:
             self.loads.disk += 1
         else:
             self.loads.remote += 1
-            delay_s += self._profile.fetch_s(nbytes)
+            delay_s += self._profile.fetch_s(nbytes) * self._slowness(self._clock.now_s)
         self._clock.after(delay_s, lambda: self._arrive(digest, nbytes))
 
     def _arrive(self, digest: str, nbytes: int) -> None:
@@ -196,7 +200,9 @@ class SimulatedReplica:
             self._bring_lost()
         self._is_stepping = True
         self.loads.host += len(batch.adapter_loads)
-        step_s = self._profile.step_s(work_of(batch))
+        for load in batch.adapter_loads:
+            self._slot_bytes[load.slot] = load.nbytes
+        step_s = self._profile.step_s(work_of(batch, self._slot_bytes))
         self.num_steps += 1
         self._clock.after(step_s, lambda: self._end_step(batch, step_s))
 
@@ -227,7 +233,9 @@ class SimulatedReplica:
         run = self.scheduler.begin_run(TOKEN)
         if run is None:
             return False
-        timed = self._run = TimedRun(run, self.scheduler, self._profile, self._clock.now_s)
+        work = work_of_run(run, self._sizes)
+        timed = TimedRun(run, work, self.scheduler, self._profile, self._clock.now_s)
+        self._run = timed
         self._is_stepping = True
         self.num_steps += 1
         self._clock.at(timed.end_s, lambda: self._end_run(timed))

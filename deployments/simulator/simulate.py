@@ -3,13 +3,14 @@
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from random import Random
+from typing import NamedTuple
 
 import msgspec
 
 from deployments.simulator.clock import Clock
 from deployments.simulator.config import Simulation
 from deployments.simulator.fleet import Fleet
-from deployments.simulator.records import Outcomes, Record
+from deployments.simulator.records import Outcomes, Record, Timeline
 from deployments.simulator.replica import SimulatedReplica
 from deployments.simulator.scaling import PERIOD_S
 from deployments.simulator.workload import Arrival, make_arrivals
@@ -31,24 +32,40 @@ class Summary(msgspec.Struct, frozen=True):
     tpot_p50_s: float
     tpot_p99_s: float
     longest_gap_p99_s: float
+    cached_prompt_share: float  # of prompts' tokens, found in the prefix cache
     remote_loads: int
     disk_loads: int
     device_loads: int
     loads_per_request: float  # from the store or from disk, of requests with an adapter
     max_over_mean_load: float  # mean over time of the busiest replica's requests over all's mean
     replica_hours: float
+    gpu_hours: float
+    cost: float
     preemptions: int
     steps: int
 
 
-def simulate(
+class Result(NamedTuple):
+    """A simulation's figures, and what they are made of."""
+
+    summary: Summary
+    outcomes: Outcomes
+    timeline: Timeline
+
+
+def simulate(simulation: Simulation, seed: int = 0) -> Summary:
+    """Run the simulation; return its figures."""
+    return run(simulation, seed).summary
+
+
+def run(
     simulation: Simulation,
     seed: int = 0,
     arrivals: Iterator[Arrival] | None = None,
     watch: Callable[[int], object] = lambda _: None,
     on_record: Callable[[Record], object] = lambda _: None,
     runs_together: bool = True,
-) -> Summary:
+) -> Result:
     """Run the simulation. `arrivals` replace those of its workload; `watch` is called with 1 for
     each of its seconds, `on_record` with each request once it has ended, or at the end.
 
@@ -63,7 +80,12 @@ def simulate(
 
     fleet = Fleet(simulation, clock, seed, take, runs_together=runs_together)
     if arrivals is None:
-        arrivals = make_arrivals(simulation.workload, seed, simulation.duration_s)
+        arrivals = make_arrivals(
+            simulation.workload,
+            seed,
+            simulation.duration_s,
+            simulation.fleet.size.max_model_len,
+        )
     _Feeder(clock, fleet, arrivals).feed()
     clock.at(0.0, fleet.report)
     scaling = simulation.fleet.scaling
@@ -78,7 +100,8 @@ def simulate(
     )
     for record in fleet.open_records:
         take(record)
-    return summarize(simulation, outcomes, list(fleet.close()), fleet)
+    summary = summarize(simulation, outcomes, list(fleet.close()), fleet)
+    return Result(summary, outcomes, fleet.timeline)
 
 
 class _Feeder:
@@ -98,10 +121,13 @@ class _Feeder:
 
 
 def _plan_faults(simulation: Simulation, clock: Clock, fleet: Fleet, rng: Random) -> None:
-    every_s = simulation.faults.kill_every_s
-    if every_s:
-        for i in range(1, int(simulation.duration_s / every_s) + 1):
-            clock.at(i * every_s, lambda: fleet.kill_one(rng))
+    faults = simulation.faults
+    for every_s, happens in (
+        (faults.kill_every_s, fleet.kill_one),
+        (faults.reclaim_every_s, fleet.reclaim_one),
+    ):
+        for i in range(1, int(simulation.duration_s / every_s) + 1 if every_s else 0):
+            clock.at(i * every_s, partial(happens, rng))
 
 
 def summarize(
@@ -110,6 +136,7 @@ def summarize(
     span_s = max(simulation.duration_s - simulation.warm_up_s, 1e-9)
     ttft, tpot, gaps = sorted(outcomes.ttft_s), sorted(outcomes.tpot_s), sorted(outcomes.gap_s)
     remote = sum(replica.loads.remote for replica in replicas)
+    hours = fleet.replica_s / 3600
     disk = sum(replica.loads.disk for replica in replicas)
     return Summary(
         requests=outcomes.num_requests,
@@ -123,12 +150,15 @@ def summarize(
         tpot_p50_s=percentile(tpot, 0.5),
         tpot_p99_s=percentile(tpot, 0.99),
         longest_gap_p99_s=percentile(gaps, 0.99),
+        cached_prompt_share=outcomes.num_cached_tokens / max(outcomes.num_prompt_tokens, 1),
         remote_loads=remote,
         disk_loads=disk,
         device_loads=sum(replica.loads.host for replica in replicas),
         loads_per_request=(remote + disk) / max(fleet.num_with_adapter, 1),
-        max_over_mean_load=_imbalance(fleet.loads_seen),
-        replica_hours=fleet.replica_s / 3600,
+        max_over_mean_load=_mean(fleet.timeline.max_over_mean, 1.0),
+        replica_hours=hours,
+        gpu_hours=hours * simulation.fleet.gpus,
+        cost=hours * simulation.fleet.price_per_hour,
         preemptions=sum(replica.scheduler.num_preemptions for replica in replicas),
         steps=sum(replica.num_steps for replica in replicas),
     )
@@ -139,14 +169,13 @@ def percentile(ordered: Sequence[float], share: float) -> float:
     return ordered[min(int(share * len(ordered)), len(ordered) - 1)] if ordered else 0.0
 
 
+def _mean(values: Sequence[float], default: float) -> float:
+    return sum(values) / len(values) if values else default
+
+
 def _is_good(simulation: Simulation, record: Record) -> bool:
     objective = simulation.objective
     ttft_s, tpot_s = record.ttft_s, record.tpot_s
     return (ttft_s is not None and ttft_s <= objective.ttft_s) and (
         tpot_s is None or tpot_s <= objective.tpot_s
     )
-
-
-def _imbalance(loads_seen: Sequence[tuple[float, ...]]) -> float:
-    ratios = [max(loads) * len(loads) / sum(loads) for loads in loads_seen if sum(loads)]
-    return sum(ratios) / len(ratios) if ratios else 1.0

@@ -3,7 +3,7 @@
 from bisect import bisect_left
 from itertools import pairwise
 
-from deployments.simulator.profile import Profile, StepWork, work_of_run
+from deployments.simulator.profile import Profile, StepWork
 from deployments.simulator.records import Stretch
 from engine.scheduler.decode_run import DecodeRun
 from engine.scheduler.scheduler import Scheduler
@@ -14,7 +14,12 @@ class TimedRun:
     """The newest scheduled step is in progress; those before it have ended."""
 
     def __init__(
-        self, run: DecodeRun, scheduler: Scheduler, profile: Profile, now_s: float
+        self,
+        run: DecodeRun,
+        work: StepWork,  # of the first step
+        scheduler: Scheduler,
+        profile: Profile,
+        now_s: float,
     ) -> None:
         self.run = run
         self._scheduler = scheduler
@@ -22,7 +27,6 @@ class TimedRun:
         self._shapes: list[StepShape] = []
         self._steps_s: list[float] = []
         self._ends_s: list[float] = []
-        work = work_of_run(run)
         for _ in range(run.num_possible):
             step_s = profile.step_s(work)
             now_s += step_s
@@ -81,4 +85,4 @@ def _next(work: StepWork) -> StepWork:
     """Return the work of the step after one that only decodes."""
     rows = work.shape.tokens
     shape = StepShape(rows, rows, work.shape.positions_read + rows)
-    return StepWork(shape, work.adapter_rows, work.distinct_adapters)
+    return work._replace(shape=shape)

@@ -3,13 +3,18 @@
 import math
 from bisect import bisect
 from collections.abc import Iterator
-from itertools import accumulate
+from itertools import accumulate, takewhile
 from random import Random
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 
 from deployments.simulator.checked import Count, PerSecond, Positive, Seconds, Share, Sigma
+from deployments.simulator.prompts import shared_range
+from deployments.simulator.traces import Row, Trace, read_trace
+
+MOST_PREFIX = 2**14  # tokens
+MOST_TOKENS = 2**31
 
 
 class Arrival(msgspec.Struct, frozen=True):
@@ -20,7 +25,8 @@ class Arrival(msgspec.Struct, frozen=True):
     adapter: int
     num_prompt_tokens: int
     num_output_tokens: int
-    tenant: int = 0
+    tenant: str = ""
+    shared: tuple[range, ...] = ()  # tokens with which its prompt begins, and others' too
 
 
 class Process(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
@@ -59,27 +65,82 @@ class Lengths(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     most: Count = 1024
 
 
+class Prefix(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """What comes before the drawn prompt in a share of the requests: the same tokens in all of an
+    adapter, like a system prompt."""
+
+    tokens: Annotated[int, msgspec.Meta(ge=0, le=MOST_PREFIX)] = 0
+    share: Share = 1.0
+
+
 class Workload(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     arrivals: Process = Process()
     popularity: Popularity = Popularity()
     prompt: Lengths = Lengths()
     output: Lengths = Lengths(median=100.0, most=512)
+    prefix: Prefix = Prefix()
+    trace: Trace | None = (
+        None  # in place of arrivals, lengths and prefix; and of adapters, if given
+    )
+
+    @property
+    def most_tokens(self) -> int:
+        """Tokens of the longest request; of a trace its rows are checked one by one."""
+        most = self.prefix.tokens + self.prompt.most + self.output.most
+        return most if self.trace is None else 0
+
+    @property
+    def typical_prompt(self) -> float:
+        return 1.0 if self.trace else self.prompt.median + self.prefix.tokens * self.prefix.share
 
 
-def make_arrivals(workload: Workload, seed: int, duration_s: float) -> Iterator[Arrival]:
-    """Yield the requests of `duration_s` seconds in the order of their times."""
-    times = _times(workload.arrivals, Random(f"{seed}/times"), duration_s)
+def make_arrivals(
+    workload: Workload, seed: int, duration_s: float, most_tokens: int = MOST_TOKENS
+) -> Iterator[Arrival]:
+    """Yield the requests of `duration_s` seconds in the order of their times. Raises
+    InvalidSimulation where a trace's row is wrong, or longer than `most_tokens`."""
     choose = AdapterChooser(workload.popularity, Random(f"{seed}/adapters"))
-    rng = Random(f"{seed}/lengths")
+    if workload.trace is None:
+        return _drawn(workload, choose, seed, duration_s)
+    rows = takewhile(lambda row: row.time_s < duration_s, read_trace(workload.trace, most_tokens))
+    return _recorded(rows, choose, workload.popularity.tenants)
+
+
+def _drawn(
+    workload: Workload, choose: "AdapterChooser", seed: int, duration_s: float
+) -> Iterator[Arrival]:
+    times = _times(workload.arrivals, Random(f"{seed}/times"), duration_s)
+    rng, prefix, tenants = Random(f"{seed}/lengths"), workload.prefix, workload.popularity.tenants
     for number, time_s in enumerate(times):
         adapter = choose(time_s)
+        num_prompt = draw_length(workload.prompt, rng)
+        num_output = draw_length(workload.output, rng)
+        shared: tuple[range, ...] = ()
+        if prefix.tokens and rng.random() < prefix.share:
+            shared = (shared_range(adapter + 1, prefix.tokens, MOST_PREFIX),)
+            num_prompt += prefix.tokens
+        tenant = f"tenant-{max(adapter, 0) % tenants}"
+        yield Arrival(number, time_s, adapter, num_prompt, num_output, tenant, shared)
+
+
+def _recorded(rows: Iterator[Row], choose: "AdapterChooser", tenants: int) -> Iterator[Arrival]:
+    """Number adapters by name, in the order in which they come."""
+    numbers: dict[str, int] = {"": -1}
+    for number, row in enumerate(rows):
+        if row.adapter is None:
+            adapter = choose(row.time_s)
+            tenant = f"tenant-{max(adapter, 0) % tenants}"
+        else:
+            adapter = numbers.setdefault(row.adapter, len(numbers) - 1)
+            tenant = row.tenant
         yield Arrival(
             number,
-            time_s,
+            row.time_s,
             adapter,
-            draw_length(workload.prompt, rng),
-            draw_length(workload.output, rng),
-            max(adapter, 0) % workload.popularity.tenants,
+            row.num_prompt_tokens,
+            row.num_output_tokens,
+            tenant,
+            row.shared,
         )
 
 

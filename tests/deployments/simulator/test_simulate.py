@@ -11,8 +11,7 @@ from click.testing import CliRunner
 from deployments.simulator.config import InvalidSimulation, Simulation, as_simulation
 from deployments.simulator.records import Record
 from deployments.simulator.routers import ROUTERS
-from deployments.simulator.simulate import Summary
-from deployments.simulator.simulate import simulate as run
+from deployments.simulator.simulate import Summary, run
 from deployments.simulator.workload import (
     Arrival,
     Lengths,
@@ -55,8 +54,8 @@ def simulate(
     simulation: Simulation, seed: int = 0, *, runs_together: bool = True
 ) -> tuple[Summary, list[Record]]:
     records: list[Record] = []
-    summary = run(simulation, seed, on_record=records.append, runs_together=runs_together)
-    return summary, records
+    result = run(simulation, seed, on_record=records.append, runs_together=runs_together)
+    return result.summary, records
 
 
 @pytest.mark.parametrize("router", ROUTERS)
@@ -93,6 +92,31 @@ def test_steps_taken_together_are_those_taken_one_by_one(memory_bytes: int) -> N
     assert together.finished > 120 and together.steps > 400
     assert (together.preemptions > 0) == (memory_bytes == 2**26)
     assert (together, records) == simulate(simulation, seed=5, runs_together=False)
+
+
+def test_what_is_taken_back_loses_no_token_and_costs_less_than_what_dies() -> None:
+    calm = simulate(fleet(), seed=1)[0]
+    keys = {"profile__cold_start": 1.0, "faults__reclaim_every_s": 2.0}
+    noticed, records = simulate(fleet(**keys, faults__notice_s=4.0), seed=1)
+    sudden, _ = simulate(fleet(**keys, faults__notice_s=0.0), seed=1)
+    assert noticed.finished == noticed.requests == sudden.finished > 120
+    assert all(r.num_tokens == r.arrival.num_output_tokens for r in records)
+    assert noticed.longest_gap_p99_s < sudden.longest_gap_p99_s, "requests end before the replica"
+    assert noticed.replica_hours > calm.replica_hours, "two at a time cost more"
+
+
+def test_a_slow_store_is_felt_while_it_is_slow() -> None:
+    slow = {"faults__slow_store_at_s": 2.0, "faults__slow_store_s": 3.0}
+    calm, slowed = simulate(fleet())[0], simulate(fleet(**slow, faults__slow_store_factor=20.0))[0]
+    assert slowed.ttft_p90_s > 2 * calm.ttft_p90_s
+    never = simulate(fleet(faults__slow_store_at_s=100.0, faults__slow_store_s=3.0))[0]
+    assert never == calm
+
+
+def test_hours_cost_what_the_file_says() -> None:
+    summary = simulate(fleet(fleet__gpus=2, fleet__price_per_hour=3.0))[0]
+    assert summary.gpu_hours == pytest.approx(2 * summary.replica_hours)
+    assert summary.cost == pytest.approx(3 * summary.replica_hours) and summary.cost > 0.02
 
 
 def test_the_number_of_replicas_follows_the_load() -> None:
@@ -178,12 +202,20 @@ def test_lengths_have_their_median_and_their_most() -> None:
     ("changes", "told"),
     [
         ({"fleet__scaling": {"min": 3, "max": 2}}, "min is 3, above max"),
-        ({"fleet__router": "best"}, "fleet.router"),
+        ({"fleet__router": "best"}, "router is 'best', not one of reef"),
         ({"workload__prompt__most": 5000}, "max_model_len is 4096"),
         ({"workload__arrivals__rate": 0}, "> 0.0"),
         ({"workload__arrivals__ratee": 1}, "ratee"),
+        ({"objective__ttft_s": 0.001}, "ttft_s is 0.001 s, below .* 0.017.* prompt of 60 tokens"),
+        ({"objective__tpot_s": 0.005}, "tpot_s is 0.005 s, below .* 0.0052"),
+        ({"fleet__size__memory_bytes": 2**25}, "need 38797312 bytes; .*memory_bytes is 33554432"),
+        ({"fleet__adapter_bytes": []}, "adapter_bytes"),
+        ({"profile__step__tokens": [[1, 0.1]]}, "two points"),
     ],
-    ids=["bounds", "router", "lengths", "rate", "unknown"],
+    ids=[
+        *("bounds", "router", "lengths", "rate", "unknown"),
+        *("first token", "token", "memory", "sizes", "points"),
+    ],
 )
 def test_what_cannot_be_simulated_is_refused_by_name(changes: dict[str, Any], told: str) -> None:
     with pytest.raises(InvalidSimulation, match=told):

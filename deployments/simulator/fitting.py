@@ -1,0 +1,150 @@
+"""Fits a profile's coefficients to measured steps: relative squares, no coefficient below 0.
+
+The time by tokens is a line through points at powers of two, so that where kernels change, it may
+have a bend; a small penalty on bends decides where nothing was measured. A tenth of the steps that
+the first fit misses most, which others on the machine have disturbed, are left out of the second.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deployments.simulator.profile import LoadTimes, StepTimes, StepWork
+
+Matrix = NDArray[np.float64]
+
+BENDS = 0.02  # weight of a bend between points, by the root of the number of steps
+LEFT_OUT = 0.1
+NAMES = (
+    "logit_row",
+    "position_read",
+    "pair",
+    "adapter_row",
+    "adapter_row_byte",
+    "distinct_adapter",
+    "distinct_byte",
+)
+
+
+class StepFit(NamedTuple):
+    """Coefficients, and how far they miss the steps: parts of the measured time."""
+
+    times: StepTimes
+    median_error: float
+    p90_error: float
+    bias: float  # of all steps together: predicted time over measured time, minus 1
+
+
+def fit_steps(steps: Sequence[tuple[StepWork, float]]) -> StepFit:
+    """Fit at least 50 steps of a few sizes. Raises ValueError for fewer."""
+    if len(steps) < 50:
+        raise ValueError(f"{len(steps)} steps were measured, and 50 are needed: measure for longer")
+    knots = _knots(max(work.shape.tokens for work, _ in steps))
+    features = np.array([_features(work, knots) for work, _ in steps])
+    seconds = np.array([took for _, took in steps])
+    values = _fit(features, seconds, len(knots))
+    errors = np.abs(features @ values / seconds - 1)
+    kept = errors <= np.quantile(errors, 1 - LEFT_OUT)
+    values = _fit(features[kept], seconds[kept], len(knots))
+    predicted = features @ values
+    errors = np.abs(predicted[kept] / seconds[kept] - 1)
+    return StepFit(
+        _as_times(values, knots),
+        float(np.median(errors)),
+        float(np.quantile(errors, 0.9)),
+        float(predicted[kept].sum() / seconds[kept].sum() - 1),
+    )
+
+
+def fit_reads(reads: Sequence[tuple[int, float]]) -> tuple[float, float]:
+    """Return seconds, and seconds per byte, of reads of some sizes."""
+    features = np.array([[1.0, float(nbytes)] for nbytes, _ in reads])
+    seconds = np.array([took for _, took in reads])
+    fixed, by_byte = nonnegative(features / seconds[:, None], np.ones(len(reads)))
+    return float(fixed), float(by_byte)
+
+
+def nonnegative(features: Matrix, targets: Matrix) -> Matrix:
+    """Minimize |features @ x - targets| over x >= 0 (Lawson and Hanson 1974)."""
+    scale = np.sqrt((features**2).sum(axis=0))
+    scale[scale == 0] = 1.0
+    features = features / scale
+    x = np.zeros(features.shape[1])
+    is_free = np.zeros(len(x), dtype=bool)
+    for _ in range(10 * len(x)):
+        slope = features.T @ (targets - features @ x)
+        slope[is_free] = 0.0
+        if slope.max() <= 1e-9:
+            break
+        is_free[slope.argmax()] = True
+        x = _inner(features, targets, x, is_free)
+    return x / scale
+
+
+def _inner(features: Matrix, targets: Matrix, x: Matrix, is_free: NDArray[np.bool_]) -> Matrix:
+    """Solve for the free ones; fix those that would fall below 0 at 0, one step after the other."""
+    while True:
+        wanted = np.zeros(len(x))
+        wanted[is_free] = np.linalg.lstsq(features[:, is_free], targets, rcond=None)[0]
+        below = is_free & (wanted <= 0)
+        if not below.any():
+            return wanted
+        step = (x[below] / (x[below] - wanted[below])).min()
+        x = x + step * (wanted - x)
+        is_free &= x > 1e-12
+
+
+def _knots(most: int) -> list[int]:
+    knots = [1]
+    while knots[-1] < most:
+        knots.append(knots[-1] * 2)
+    return knots if len(knots) > 1 else [1, 2]
+
+
+def _features(work: StepWork, knots: Sequence[int]) -> list[float]:
+    shape = work.shape
+    hats = np.zeros(len(knots))
+    at = min(max(int(np.searchsorted(knots, shape.tokens)), 1), len(knots) - 1)
+    part = (shape.tokens - knots[at - 1]) / (knots[at] - knots[at - 1])
+    hats[at - 1], hats[at] = 1 - part, part
+    return [
+        *hats,
+        shape.logit_rows,
+        shape.positions_read,
+        shape.pairs,
+        work.adapter_rows,
+        work.adapter_row_bytes,
+        work.distinct_adapters,
+        work.distinct_bytes,
+    ]
+
+
+def _fit(features: Matrix, seconds: Matrix, num_knots: int) -> Matrix:
+    scaled = features / seconds[:, None]
+    bends = np.zeros((max(num_knots - 2, 0), features.shape[1]))
+    weight = BENDS * len(seconds) ** 0.5 / np.median(seconds)
+    for i in range(len(bends)):  # points are twice as far apart each time
+        bends[i, i : i + 3] = np.array([2, -3, 1]) * weight
+    targets = np.concatenate([np.ones(len(seconds)), np.zeros(len(bends))])
+    return nonnegative(np.concatenate([scaled, bends]), targets)
+
+
+def _as_times(values: Matrix, knots: Sequence[int]) -> StepTimes:
+    """Write the coefficients; a step with more tokens takes no less."""
+    by_tokens = np.maximum.accumulate(values[: len(knots)])
+    points = tuple((knot, float(s)) for knot, s in zip(knots, by_tokens, strict=True))
+    rest = dict(zip(NAMES, map(float, values[len(knots) :]), strict=True))
+    return StepTimes(fixed=0.0, token=0.0, tokens=points, **rest)
+
+
+def load_times(
+    fetches: Sequence[tuple[int, float]], reads: Sequence[tuple[int, float]]
+) -> LoadTimes:
+    """Return the times of loads; without fetches, those of the defaults."""
+    decode, decode_byte = fit_reads(reads)
+    if not fetches:
+        return LoadTimes(decode=decode, decode_byte=decode_byte)
+    fetch, fetch_byte = fit_reads(fetches)
+    return LoadTimes(fetch, fetch_byte, decode, decode_byte)

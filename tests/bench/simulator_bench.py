@@ -1,0 +1,206 @@
+"""How close the simulator comes to the engine: the same requests, run by both.
+
+    python -m tests.bench.simulator_bench tiny --seconds 20
+
+Profiles this machine, draws requests at a part of what the profile can do, lets a real engine in
+this process answer them as they come, and a simulated replica in virtual time. Both get the same.
+The engine runs before and after the profile's half, so that a slower hour is seen.
+"""
+
+import argparse
+import os
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from random import Random
+
+import msgspec
+
+from deployments.simulator import simulate
+from deployments.simulator.config import FleetSection, Objective, Simulation
+from deployments.simulator.profile import Profile
+from deployments.simulator.records import Record
+from deployments.simulator.replica import ReplicaSize
+from deployments.simulator.scaling import Scaling
+from deployments.simulator.simulate import percentile
+from deployments.simulator.workload import (
+    Arrival,
+    Lengths,
+    Popularity,
+    Process,
+    Workload,
+    make_arrivals,
+)
+from engine.config import EngineConfig
+from engine.engine import Engine
+from engine.messages import AdapterFolder, GenerateRequest
+from engine.profiling.adapters import write_adapter
+from engine.profiling.measure import RANKS, measure
+from engine.scheduler.request import SamplingParams
+from reef.profiling import fit, size_of, without_fetches
+from tests.bench.environment import NoiseMeter, append_row, header
+from tests.bench.models import SHAPES, make_model
+
+
+@dataclass(slots=True)
+class Answer:
+    arrived_s: float
+    times_s: list[float] = field(default_factory=list[float])  # of each token
+
+
+def figures(answers: Sequence[Answer]) -> dict[str, float]:
+    """Return milliseconds and tokens/s of all answers."""
+    ttft = sorted(a.times_s[0] - a.arrived_s for a in answers)
+    long = [a for a in answers if len(a.times_s) > 1]
+    tpot = sorted((a.times_s[-1] - a.times_s[0]) / (len(a.times_s) - 1) for a in long)
+    last_s = max(a.times_s[-1] for a in answers)
+    return {
+        "TTFT p50 ms": 1e3 * percentile(ttft, 0.5),
+        "TTFT p99 ms": 1e3 * percentile(ttft, 0.99),
+        "TPOT p50 ms": 1e3 * percentile(tpot, 0.5),
+        "TPOT p99 ms": 1e3 * percentile(tpot, 0.99),
+        "tokens/s": sum(len(a.times_s) for a in answers) / last_s,
+    }
+
+
+def run_engine(
+    engine: Engine, arrivals: Sequence[Arrival], adapters: Sequence[AdapterFolder]
+) -> dict[str, float]:
+    """Answer requests in real time, in this thread."""
+    rng, vocab_size = Random(1), engine.settled.spec.vocab_size
+    requests = [_request(a, rng, vocab_size, adapters) for a in arrivals]
+    waiting, answers = list(zip(arrivals, requests, strict=True))[::-1], dict[str, Answer]()
+    num_open, began_s = 0, time.perf_counter()
+    while waiting or num_open:
+        now_s = time.perf_counter() - began_s
+        while waiting and waiting[-1][0].time_s <= now_s:
+            arrival, request = waiting.pop()
+            answers[request.request_id] = Answer(arrival.time_s)
+            engine.add_request(request)
+            num_open += 1
+        outputs = engine.step()
+        now_s = time.perf_counter() - began_s
+        for output in outputs:
+            if output.error is not None:
+                raise RuntimeError(output.error.message)
+            answers[output.request_id].times_s += [now_s] * len(output.token_ids)
+            num_open -= output.finish_reason is not None
+        if engine.is_idle and waiting:
+            time.sleep(min(max(waiting[-1][0].time_s - now_s, 0), 0.0002))
+    return figures(list(answers.values()))
+
+
+def _request(
+    arrival: Arrival, rng: Random, vocab_size: int, adapters: Sequence[AdapterFolder]
+) -> GenerateRequest:
+    prompt = [rng.randrange(vocab_size) for _ in range(arrival.num_prompt_tokens)]
+    sampling = SamplingParams(
+        max_tokens=arrival.num_output_tokens, temperature=0.0, ignore_eos=True
+    )
+    adapter = adapters[arrival.adapter] if arrival.adapter >= 0 else None
+    return GenerateRequest(str(arrival.number), prompt, sampling, adapter_folder=adapter)
+
+
+def run_simulator(simulation: Simulation, arrivals: Sequence[Arrival]) -> dict[str, float]:
+    """Answer them in virtual time; only first and last tokens are known."""
+    answers: list[Answer] = []
+
+    def take(record: Record) -> None:
+        assert record.first_token_s is not None and record.is_finished
+        inner = [record.first_token_s] * (record.num_tokens - 1)
+        answers.append(Answer(record.arrival.time_s, [*inner, record.last_token_s]))
+
+    simulate.run(simulation, arrivals=iter(arrivals), on_record=take)
+    return figures(answers)
+
+
+def as_simulation(
+    profile: Profile, size: ReplicaSize, sizes: Sequence[int], duration_s: float
+) -> Simulation:
+    return Simulation(
+        duration_s=duration_s,
+        fleet=FleetSection(size=size, scaling=Scaling(), adapter_bytes=tuple(sizes)),
+        profile=profile,
+        objective=Objective(1e6, 1e6),
+    )
+
+
+def capacity(simulation: Simulation, workload: Workload) -> float:
+    """Return the requests per second of a replica that always has enough of them."""
+    many = msgspec.structs.replace(workload, arrivals=Process(rate=400.0))
+    crowd = [
+        msgspec.structs.replace(arrival, time_s=0.0) for arrival in make_arrivals(many, 9, 1.0)
+    ]
+    tokens = sum(arrival.num_output_tokens for arrival in crowd)
+    return len(crowd) * run_simulator(simulation, crowd)["tokens/s"] / tokens
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("shape", choices=SHAPES)
+    parser.add_argument("--seconds", type=float, default=20.0, help="of each of the three parts")
+    parser.add_argument("--load", type=float, default=0.6, help="of what the profile can do")
+    parser.add_argument("--adapters", type=int, default=8)
+    parser.add_argument("--base-share", type=float, default=0.3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--rows", type=Path)
+    args = parser.parse_args()
+    config = EngineConfig(
+        str(make_model(SHAPES[args.shape])),
+        max_num_seqs=32,
+        max_model_len=1024,
+        memory_bytes=2**28,
+        adapter_proof="off",
+    )
+    workload = Workload(
+        popularity=Popularity(adapters=args.adapters, base_share=args.base_share),
+        prompt=Lengths(median=100.0, sigma=0.5, most=400),
+        output=Lengths(median=40.0, sigma=0.5, most=200),
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        row = run(config, workload, Path(folder), args)
+    append_row(args.rows, row)
+
+
+def run(config: EngineConfig, workload: Workload, folder: Path, args: argparse.Namespace) -> str:
+    engine = Engine(replace(config, adapter_proof="off"))
+    adapters = [
+        write_adapter(folder / f"bench{i}", engine.model.lora_sites, RANKS[i % len(RANKS)], i)
+        for i in range(args.adapters)
+    ]
+    sizes = [engine.loader.load(adapter).nbytes for adapter in adapters]
+    measured = measure(config, folder, seconds=args.seconds, seed=args.seed)
+    profile, fitted = fit(measured, [])
+    simulation = as_simulation(
+        without_fetches(profile), size_of(measured.engine), sizes, args.seconds
+    )
+    rate = args.load * capacity(simulation, workload)
+    workload = msgspec.structs.replace(workload, arrivals=Process(rate=rate))
+    arrivals = list(make_arrivals(workload, args.seed, args.seconds))
+    noise = NoiseMeter([os.getpid()])
+    runs = [run_engine(engine, arrivals, adapters) for _ in range(2)]
+    engine.close()
+    simulated = run_simulator(simulation, arrivals)
+    parts = [
+        f"{name} real {' and '.join(f'{r[name]:.2f}' for r in runs)}, simulated {value:.2f}, "
+        f"ratio {value / (sum(r[name] for r in runs) / len(runs)):.3f}"
+        for name, value in simulated.items()
+    ]
+    return " | ".join(
+        [
+            header(args.seed),
+            "simulator",
+            args.shape,
+            f"{len(arrivals)} requests, {rate:.1f} a second, {args.load:.2f} of capacity",
+            f"{len(measured.steps)} steps fitted, median error {fitted.median_error:.3f}, "
+            f"p90 {fitted.p90_error:.3f}, bias {fitted.bias:+.3f}",
+            *parts,
+            str(noise.read()),
+        ]
+    )
+
+
+if __name__ == "__main__":
+    main()
