@@ -11,6 +11,8 @@ Pure bookkeeping: no clock, no transport, no decision about where to go.
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
+from msgspec import structs
+
 from deployments.fleet.protocol import Submit
 from deployments.fleet.replica_stream import ReplicaStream
 from engine.messages import (
@@ -99,7 +101,8 @@ class ResumableRequest:
             if attempt.num_open == 0:
                 self.attempts.pop(attempt.id, None)
         metrics = self._booked(output.metrics)
-        self._deliver(replace(output, request_id=self._id, index=index, metrics=metrics))
+        known = structs.replace(output, request_id=self._id, index=index, metrics=metrics)
+        self._deliver(known)
 
     def _booked(self, metrics: RequestMetrics | None) -> RequestMetrics | None:
         """Keep what was cached at first: a later replica may have cached more, and tokens too."""

@@ -7,7 +7,9 @@ what it holds in the engine.
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+
+from msgspec import structs
 
 from deployments.fleet.protocol import Submit
 from deployments.ingress.api.reply import Reply, Times, Usage
@@ -198,7 +200,7 @@ class Generation:
         if output.finish_reason is None:
             return choice.push(output.token_ids, output.logprobs)
         if self._plan.is_prompt_only:
-            output = replace(output, token_ids=[], logprobs=None, stop_token_id=None)
+            output = structs.replace(output, token_ids=[], logprobs=None, stop_token_id=None)
         return choice.finish(output)
 
     def _choice_of(self, output: RequestOutput, texts: NewTexts) -> Choice:
