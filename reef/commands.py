@@ -15,6 +15,7 @@ from reef.profile import profile
 from reef.prove import prove
 from reef.serve import serve
 from reef.simulate import simulate
+from reef.tune import tune
 from reef.verify import verify
 
 
@@ -26,5 +27,5 @@ def reef() -> None:
 
 for command in (serve, publish, list_, alias, retire, prove, verify, gc):
     reef.add_command(command)
-for command in (new_key, config_keys, plan, profile, simulate, check, bench, completion):
+for command in (new_key, config_keys, plan, profile, simulate, tune, check, bench, completion):
     reef.add_command(command)

@@ -11,7 +11,7 @@ from deployments.simulator.prompts import make_prompt
 from deployments.simulator.records import Record, Stretch, Timeline
 from deployments.simulator.replica import SimulatedReplica
 from deployments.simulator.routers import Chooser, make_router
-from deployments.simulator.scaling import PERIOD_S, Scaler
+from deployments.simulator.scaling import PERIOD_S, make_scaler
 from deployments.simulator.workload import Arrival
 from engine.scheduler.request import CacheScope, Request, SamplingParams
 from engine.scheduler.scheduler import Progress
@@ -40,7 +40,7 @@ class Fleet:
             make_router(fleet.router, fleet.size.max_num_seqs, costs, Random(f"{seed}/router/{i}"))
             for i in range(fleet.ingresses)
         ]
-        self._scaler = Scaler(fleet.scaling)
+        self._scaler = make_scaler(fleet.scaling)
         self.num_with_adapter = 0  # requests
         self._open: dict[str, Record] = {}
         self.replicas: dict[str, SimulatedReplica] = {}  # that take requests
@@ -124,7 +124,8 @@ class Fleet:
     def scale(self) -> None:
         """Ask the policy, and carry out what it wants."""
         loads = [replica.load() for replica in self.replicas.values()]
-        self._scale_to(self._scaler.decide(loads, self._target, self._clock.now_s))
+        wanted = self._scaler.decide(loads, self._target, len(self._held), self._clock.now_s)
+        self._scale_to(wanted)
         self._retire_drained()
         self._clock.after(PERIOD_S, self.scale)
 

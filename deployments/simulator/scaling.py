@@ -7,6 +7,7 @@ import msgspec
 
 from deployments.policy.autoscaling import ReplicaLoad, ScalingTargets, wanted_replicas
 from deployments.simulator.checked import Count, Positive, Seconds, Share
+from deployments.simulator.ray_policy import RayPolicy, RayScaler
 
 PERIOD_S = 0.5  # Serve asks its policy this often
 
@@ -22,6 +23,7 @@ class Scaling(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     down_margin: Share = 0.7
     upscale_delay_s: Seconds = 2.0
     downscale_delay_s: Seconds = 60.0
+    ray: RayPolicy | None = None  # Ray Serve's own policy, in place of ours
 
     def __post_init__(self) -> None:
         if self.min > self.max:
@@ -39,10 +41,10 @@ class Scaler:
         self._scaling = scaling
         self._up_since_s = self._down_since_s = math.inf
 
-    def decide(self, loads: Sequence[ReplicaLoad], target: int, now_s: float) -> int:
+    def decide(self, loads: Sequence[ReplicaLoad], target: int, num_held: int, now_s: float) -> int:
         """Return the number of replicas to have from now on."""
         scaling = self._scaling
-        wanted = wanted_replicas(loads, target, 0.0, scaling.targets)
+        wanted = wanted_replicas(loads, target, num_held, scaling.targets)
         wanted = min(max(wanted, scaling.min), scaling.max)
         self._up_since_s = min(self._up_since_s, now_s) if wanted > target else math.inf
         self._down_since_s = min(self._down_since_s, now_s) if wanted < target else math.inf
@@ -53,3 +55,9 @@ class Scaler:
             self._down_since_s = math.inf
             return wanted
         return target
+
+
+def make_scaler(scaling: Scaling) -> Scaler | RayScaler:
+    if scaling.ray is None:
+        return Scaler(scaling)
+    return RayScaler(scaling.ray, scaling.min, scaling.max)

@@ -13,7 +13,7 @@ from tests.reef.console import ROOT, reef
 
 COMMANDS = [
     *("alias", "bench", "check", "completion", "config-keys", "gc", "list", "new-key"),
-    *("plan", "profile", "prove", "publish", "retire", "serve", "simulate", "verify"),
+    *("plan", "profile", "prove", "publish", "retire", "serve", "simulate", "tune", "verify"),
 ]
 HEAVY = {"torch", "ray", "numpy", "pydantic", "yaml", "boto3", "tqdm", "tokenizers"}
 
