@@ -73,8 +73,8 @@ class EngineSection(Section):
         None,
         "how long a step should take while anybody's answer is growing: prompts get pieces that "
         "fit, of at least 16 tokens; lower it for smoother streams and later first tokens",
-        unset="at least 50, and 2.5 times a step without prompts; more while more requests wait "
-        "for a first token than for another",
+        unset="at least 50, and 2.5 times a step without prompts; more, the more requests wait "
+        "for a first token",
     )
     max_model_len: int | None = key(
         None, "longest prompt and answer together, in tokens", unset="model's, to 8192"

@@ -12,8 +12,8 @@ from itertools import chain
 
 from engine.messages import Item
 
-PACE_S = 0.0005  # tokens wait for this long at most, for each other stream
-MAX_PACE_S = 0.008  # and for this long however many there are
+PACE_S = 0.00025  # tokens wait for this long at most, for each other stream
+MAX_PACE_S = 0.004  # and for this long however many there are
 
 
 class Outbox:

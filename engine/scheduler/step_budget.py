@@ -9,9 +9,10 @@ from collections.abc import Iterable, Sequence
 from engine.scheduler.request import Request
 from engine.scheduler.step_time import StepShape, StepTime, num_pairs
 
-# Without a target: a step with prompts may take this many times as long as without. Below 2.2,
-# prompts come too slowly to keep the batch full, when answers are half as long as prompts. Where
-# more requests wait for their first token than for another, it is as many times more.
+# Without a target: a step with prompts may take this many times as long as without, and by as much
+# again for every two requests that wait for their first token where one decodes. So prompts come
+# fast enough to keep the batch full, when answers are half as long as prompts: the more of them
+# wait, the fewer decode, and the fewer gaps a longer step makes.
 AUTO_RATIO = 2.5
 AUTO_LEAST_S = 0.05  # nobody reads faster than 20 tokens a second; shorter steps only cost more
 LEAST_PIECE = 16  # tokens of the first prompt in a step, whatever the target: it always advances
@@ -66,7 +67,7 @@ class StepBudget:
         """Return the target for a step in which decoding alone takes `decode_s`."""
         if self._target_s is not None:
             return self._target_s
-        return max(AUTO_LEAST_S, AUTO_RATIO * decode_s * max(1.0, prompts_per_decode))
+        return max(AUTO_LEAST_S, AUTO_RATIO * decode_s * (1 + prompts_per_decode / 2))
 
 
 def decode_shape(rows: Iterable[tuple[Request, int]]) -> StepShape:
