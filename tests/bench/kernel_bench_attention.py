@@ -61,7 +61,7 @@ class Case:
         return 4 * self.requests * seen * self.shape.heads * self.shape.head_dim
 
 
-DECODES = tuple(itertools.product((1, 8, 16), (256, 512, 1024, 2048)))  # requests, context
+DECODES = tuple(itertools.product((1, 8), (512, 2048, 8192)))  # requests, context
 PREFILLS = ((512, 512), (512, 1024), (512, 2048))  # new, context
 SHAPES = tuple(map(Shape.parse, ("14/2x64", "9/3x64", "32/8x64", "32/8x128")))
 

@@ -79,9 +79,12 @@ class KvLayout:
             scales = heads.float().abs().amax(-1, keepdim=True) / 127
             elements = (heads.float() / scales.clamp_min(1e-38)).round().to(torch.int8)
             parts = [scales[:, 0, :, 0], scales[:, 1, :, 0]]
-        keys = elements[:, 0].reshape(self.kv_heads, -1, RUN, self.head_dim // 2, 2)
+        keys = F.pad(elements[:, 0], (0, self._key_dim - self.head_dim))
+        if self.kv_format == structs.KV_INT8:
+            keys = (keys.int() + 128).to(torch.uint8)
+        keys = keys.reshape(self.kv_heads, -1, RUN, self._key_dim // self._group, self._group)
         values = F.pad(elements[:, 1], (0, self._padded_dim - self.head_dim))
-        values = values.reshape(self.kv_heads, self.block_size // 2, 2, self._padded_dim)
+        values = values.reshape(self.kv_heads, -1, self._group, self._padded_dim)
         parts = [keys.transpose(2, 3), values.transpose(2, 3), *parts]
         as_bytes = [p.contiguous().view(self.kv_heads, -1).view(torch.uint8) for p in parts]
         return torch.cat(as_bytes, 1).flatten()
@@ -89,15 +92,28 @@ class KvLayout:
     def unpack(self, packed: Tensor) -> Tensor:
         """Unpack uint8 [block_bytes] to float32 k and v [2, block_size, kv_heads, head_dim]."""
         parts = packed.view(self.kv_heads, -1).split(self._part_bytes(), 1)
-        dtype = torch.bfloat16 if self.kv_format == structs.KV_BF16 else torch.int8
-        keys, values = (part.contiguous().view(dtype).float() for part in parts[:2])
-        keys = keys.view(self.kv_heads, -1, self.head_dim // 2, RUN, 2).transpose(2, 3)
-        values = values.view(self.kv_heads, -1, self._padded_dim, 2).transpose(2, 3)
-        shape = (self.kv_heads, self.block_size, -1)
-        plain = torch.stack([keys.reshape(shape), values.reshape(shape)[..., : self.head_dim]])
+        if self.kv_format == structs.KV_BF16:
+            keys, values = (part.contiguous().view(torch.bfloat16).float() for part in parts[:2])
+        else:
+            keys = parts[0].contiguous().float() - 128
+            values = parts[1].contiguous().view(torch.int8).float()
+        keys = keys.view(self.kv_heads, -1, self._key_dim // self._group, RUN, self._group)
+        keys = keys.transpose(2, 3).reshape(self.kv_heads, self.block_size, -1)
+        values = values.view(self.kv_heads, -1, self._padded_dim, self._group).transpose(2, 3)
+        values = values.reshape(self.kv_heads, self.block_size, -1)
+        plain = torch.stack([keys[..., : self.head_dim], values[..., : self.head_dim]])
         if self.kv_format == structs.KV_INT8:
             plain *= torch.stack([p.contiguous().view(torch.float32) for p in parts[2:]])[..., None]
         return plain.transpose(1, 2).contiguous()
+
+    @property
+    def _group(self) -> int:
+        """Dimensions of a key, or positions of a value, that lie side by side."""
+        return 4 if self.kv_format == structs.KV_INT8 else 2
+
+    @property
+    def _key_dim(self) -> int:
+        return -(-self.head_dim // self._group) * self._group
 
     @property
     def _padded_dim(self) -> int:
@@ -105,7 +121,7 @@ class KvLayout:
 
     def _part_bytes(self) -> list[int]:
         """List the bytes of one KV head: keys, values, and the scales of both if there are any."""
-        elements = [self.block_size * self.head_dim, self.block_size * self._padded_dim]
+        elements = [self.block_size * self._key_dim, self.block_size * self._padded_dim]
         if self.kv_format == structs.KV_BF16:
             return [2 * n for n in elements]
         return [*elements, 4 * self.block_size, 4 * self.block_size]

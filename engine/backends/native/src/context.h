@@ -1,5 +1,7 @@
 // Defines ReefContext, the handle that a caller of the C ABI holds.
 #pragma once
+#include <vector>
+
 #include "kernels.h"
 #include "pool.h"
 
@@ -19,4 +21,19 @@ struct ReefContext {
     void run(reef::Task (*kernel)(const Args*, int), const Args* args) {
         pool.run(kernel(args, pool.threads()));
     }
+
+    void attend(const ReefAttentionArgs& args) {
+        reef::AttentionCall call{args};
+        const auto floats = static_cast<size_t>(kernels.attention_plan(&call, pool.threads()));
+        if (floats == 0) return run(kernels.attention, &call);
+        if (records_.size() < floats) records_.resize(floats);
+        call.records = records_.data();
+        reef::Task tasks[] = {kernels.attention_merge(&call, pool.threads()),
+                              kernels.attention(&call, pool.threads())};
+        tasks[0].waits = true;
+        pool.run(tasks, 2);
+    }
+
+private:
+    std::vector<float> records_;
 };

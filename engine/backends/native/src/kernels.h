@@ -231,6 +231,13 @@ struct ReefDrawArgs {
 
 namespace reef {
 
+// Adds to a call of attention how its work is cut; attention_plan decides.
+struct AttentionCall : ReefAttentionArgs {
+    int lanes = 0;             // heads of queries in a chunk; 0: all chunks are one
+    int spans = 1;             // of keys that are computed apart
+    float* records = nullptr;  // of these spans; null: none is computed apart
+};
+
 // Lists the kernels of one instruction set. linear_prepare must have ended before linear begins;
 // lora_shrink reads only x and may run concurrently with the linear of the same x.
 struct Kernels {
@@ -239,7 +246,11 @@ struct Kernels {
     Task (*lora_shrink)(const ReefLoraArgs*, int threads);
     Task (*lora_expand)(const ReefLoraArgs*, int threads);
     Task (*store)(const ReefStoreArgs*, int threads);
-    Task (*attention)(const ReefAttentionArgs*, int threads);
+    // Sets lanes and spans, and returns how many floats `records` needs; 0: it stays null, and
+    // attention_merge is not called.
+    int64_t (*attention_plan)(AttentionCall*, int threads);
+    Task (*attention)(const AttentionCall*, int threads);
+    Task (*attention_merge)(const AttentionCall*, int threads);
     Task (*embed)(const ReefEmbedArgs*, int threads);
     Task (*norm)(const ReefNormArgs*, int threads);
     Task (*gate)(const ReefGateArgs*, int threads);

@@ -31,7 +31,7 @@ public:
                 return context_.run(context_.kernels.store, &op.args.store);
             case REEF_OP_ATTENTION:
                 op.args.attention.requests = step_.requests;
-                return context_.run(context_.kernels.attention, &op.args.attention);
+                return context_.attend(op.args.attention);
             case REEF_OP_GATE:
                 op.args.gate.rows = rows;
                 return context_.run(context_.kernels.gate, &op.args.gate);

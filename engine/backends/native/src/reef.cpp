@@ -82,7 +82,7 @@ void reef_store(ReefContext* context, const ReefStoreArgs* args) {
 }
 
 void reef_attention(ReefContext* context, const ReefAttentionArgs* args) {
-    context->run(context->kernels.attention, args);
+    context->attend(*args);
 }
 
 void reef_embed(ReefContext* context, const ReefEmbedArgs* args) {

@@ -49,14 +49,19 @@ void rotate(bf16* x, const float* cos, const float* sin, int half) {
 
 // ==== Writing to a slot ====
 
-void write_key(const bf16* key, int head_dim, int position, bf16* keys) {
-    keys += key_offset(head_dim, position, 0);
-    for (int d = 0; d < head_dim; d += 2) std::memcpy(keys + d * kRun, key + d, 4);
+// Writes a position's key or value among those of other positions. `group` elements lie side by
+// side: dimensions of a key, positions of a value.
+template <class T>
+void write_key(const T* key, int head_dim, int position, int group, int64_t row, T* keys) {
+    T* to = keys + position / kRun * kRun * row + position % kRun * group;
+    for (int d = 0; d < head_dim; d += group, to += kRun * group)
+        std::memcpy(to, key + d, std::min(group, head_dim - d) * sizeof(T));
 }
 
-void write_value(const bf16* value, int head_dim, int position, bf16* values) {
-    values += value_offset(head_dim, position, 0);
-    for (int d = 0; d < head_dim; ++d) values[2 * d] = value[d];
+template <class T>
+void write_value(const T* value, int head_dim, int position, int group, int64_t row, T* values) {
+    T* to = values + position / group * group * row + position % group;
+    for (int d = 0; d < head_dim; ++d) to[d * group] = value[d];
 }
 
 // Returns max |x| / 127, or NaN where an x is NaN or infinite: the vector is then read as NaN.
@@ -80,17 +85,26 @@ void quantize(const bf16* x, int n, float scale, int8_t* codes) {
     }
 }
 
-void write_codes(const bf16* key, const bf16* value, int head_dim, int position, const KvHead& to) {
+void write_codes(const ReefKvLayer& kv, const bf16* key, const bf16* value, int position,
+                 const KvHead& to) {
     int8_t codes[kMaxHeadDim];
-    auto* keys = reinterpret_cast<int8_t*>(to.keys) + key_offset(head_dim, position, 0);
-    to.key_scales[position] = scale_of(key, head_dim);
-    quantize(key, head_dim, to.key_scales[position], codes);
-    for (int d = 0; d < head_dim; d += 2) std::memcpy(keys + d * kRun, codes + d, 2);
+    to.key_scales[position] = scale_of(key, kv.head_dim);
+    quantize(key, kv.head_dim, to.key_scales[position], codes);
+    uint8_t from_128[kMaxHeadDim];
+    for (int d = 0; d < kv.head_dim; ++d) from_128[d] = static_cast<uint8_t>(codes[d] + 128);
+    write_key(from_128, kv.head_dim, position, 4, key_bytes(kv), to.keys);
 
-    auto* values = reinterpret_cast<int8_t*>(to.values) + value_offset(head_dim, position, 0);
-    to.value_scales[position] = scale_of(value, head_dim);
-    quantize(value, head_dim, to.value_scales[position], codes);
-    for (int d = 0; d < head_dim; ++d) values[2 * d] = codes[d];
+    to.value_scales[position] = scale_of(value, kv.head_dim);
+    quantize(value, kv.head_dim, to.value_scales[position], codes);
+    write_value(codes, kv.head_dim, position, 4, value_bytes(kv),
+                reinterpret_cast<int8_t*>(to.values));
+}
+
+void write_bf16(const ReefKvLayer& kv, const bf16* key, const bf16* value, int position,
+                const KvHead& to) {
+    write_key(key, kv.head_dim, position, 2, key_bytes(kv) / 2, reinterpret_cast<bf16*>(to.keys));
+    write_value(value, kv.head_dim, position, 2, value_bytes(kv) / 2,
+                reinterpret_cast<bf16*>(to.values));
 }
 
 void store_row(const ReefStoreArgs& a, int row) {
@@ -106,12 +120,8 @@ void store_row(const ReefStoreArgs& a, int row) {
     const int position = a.slot_mapping[row] % a.kv.block_size;
     for (int h = 0; h < a.kv.kv_heads; ++h, k += head_dim, v += head_dim) {
         const KvHead to = kv_head(a.kv, block, h);
-        if (a.kv.format == REEF_KV_INT8) {
-            write_codes(k, v, head_dim, position, to);
-        } else {
-            write_key(k, head_dim, position, reinterpret_cast<bf16*>(to.keys));
-            write_value(v, head_dim, position, reinterpret_cast<bf16*>(to.values));
-        }
+        if (a.kv.format == REEF_KV_INT8) write_codes(a.kv, k, v, position, to);
+        else write_bf16(a.kv, k, v, position, to);
     }
 }
 
