@@ -302,6 +302,25 @@ def test_bits_do_not_depend_on_the_number_of_threads(isa: str, kv_format: int) -
     assert all(torch.equal(single[0], out) for out in single[1:])
 
 
+@pytest.mark.parametrize("kv_format", [BF16, INT8])
+def test_a_long_contexts_bits_depend_neither_on_threads_nor_on_chunking(
+    isa: str, kv_format: int
+) -> None:
+    """Contexts of several spans of 1024 keys, which several threads share where rows are few."""
+    contexts = [Context(isa, threads) for threads in (1, 2, 5)]
+    batch = make_batch(contexts[0], [Request(2100, 3)], heads=3, kv_heads=1, kv_format=kv_format)
+    exact = oracle(batch)
+    for window in (None, 1500):
+        whole = attend(contexts[0], batch, window=window)
+        expect_close(whole, exact if window is None else oracle(batch, window=window))
+        for context in contexts:
+            assert torch.equal(attend(context, batch, window=window), whole)
+            last = attend(context, batch.only(0, 1), window=window)
+            assert torch.equal(last, whole[-1:])
+    for context in contexts:
+        context.close()
+
+
 # ==== keys that a query must not see ====
 
 

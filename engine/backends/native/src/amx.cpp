@@ -1,4 +1,5 @@
-// Selects the linear layers that are computed in AMX tiles.
+// Selects the kernels that compute in AMX tiles.
+#include "attention_amx.h"
 #include "linear_amx.h"
 #include "quantize.h"
 #include "table.h"
@@ -37,11 +38,16 @@ reef::Task multiply(const ReefLinearArgs* args, int threads) {
     }
 }
 
+reef::Task attend(const reef::AttentionCall* args, int threads) {
+    return amx_attends(*args) ? amx_attention(args, threads) : attention(args, threads);
+}
+
 }  // namespace
 
 reef::Kernels with_amx(reef::Kernels table) {
     table.linear_prepare = prepare;
     table.linear = multiply;
+    table.attention = attend;
     return table;
 }
 

@@ -1,4 +1,5 @@
-// Configures the tile registers of AMX, for the files that are compiled with it (amx_*.cpp).
+// Configures the tile registers of AMX, for the files that are compiled with it (amx_*.cpp). The
+// tiles of linear layers:
 //
 //     0 1  sums of the first rows, for 16 outputs each      4  the first rows of x
 //     2 3  sums of the second rows                          5  the second rows of x
@@ -13,6 +14,24 @@ namespace REEF_ISA {
 constexpr int kAmxRows = 16;   // of a tile register
 constexpr int kAmxDepth = 64;  // bytes of a tile's row
 
+// Describes the shapes of all tile registers.
+class TileConfig {
+public:
+    void set(int tile, int count, int bytes) {  // a tile without rows is not used
+        data_.rows[tile] = static_cast<uint8_t>(count);
+        data_.row_bytes[tile] = static_cast<uint16_t>(count ? bytes : 0);
+    }
+    void load() const { _tile_loadconfig(&data_); }
+
+private:
+    struct alignas(64) Data {
+        uint8_t palette = 1, start_row = 0, reserved[14] = {};
+        uint16_t row_bytes[16] = {};
+        uint8_t rows[16] = {};
+    };
+    Data data_;
+};
+
 // Shapes the tile registers, and releases them at its end, so that the kernel need not save them.
 class AmxTiles {
 public:
@@ -25,26 +44,16 @@ public:
     void shape(int first, int second, int depth) {
         if (first == first_ && second == second_ && depth == depth_) return;
         first_ = first, second_ = second, depth_ = depth;
-        alignas(64) Config config{};
+        TileConfig config;
         for (int tile : {0, 1}) config.set(tile, first, 64);
         for (int tile : {2, 3}) config.set(tile, second, 64);
         config.set(4, first, depth);
         config.set(5, second, depth);
         for (int tile : {6, 7}) config.set(tile, depth / 4, 64);
-        _tile_loadconfig(&config);
+        config.load();
     }
 
 private:
-    struct Config {
-        uint8_t palette = 1, start_row = 0, reserved[14] = {};
-        uint16_t row_bytes[16] = {};
-        uint8_t rows[16] = {};
-
-        void set(int tile, int count, int bytes) {  // a tile without rows is not used
-            rows[tile] = static_cast<uint8_t>(count);
-            row_bytes[tile] = static_cast<uint16_t>(count ? bytes : 0);
-        }
-    };
     int first_ = -1, second_ = -1, depth_ = -1;
 };
 

@@ -68,7 +68,7 @@ int64_t attention_plan(reef::AttentionCall* args, int threads) {
 }
 
 reef::Task attention(const reef::AttentionCall* args, int) {
-    return args->kv.format == REEF_KV_INT8 ? attention_task<Int8Attention<VectorProducts>>(args)
+    return args->kv.format == REEF_KV_INT8 ? attention_task<PipelinedAttention<Int8Attention<VectorProducts>>>(args)
                                            : attention_task<Bf16Attention>(args);
 }
 

@@ -35,15 +35,17 @@ public:
         }
     }
 
+    void begin(const Tile&, int) {}
+
     // A tile that many lanes read is copied first, so that its runs lie side by side; any other
     // tile is read in place, and the next one is prefetched meanwhile.
-    void add(const Tile& found, const Tile& found_next, Runs runs, int start, Lanes* lanes) {
+    void add(const Tile& found, int start, const Tile* found_next, Lanes* lanes) {
         Bf16Tile tile = as_bf16(found);
-        const Bf16Tile next = as_bf16(found_next);
+        const Bf16Tile next = as_bf16(found_next ? *found_next : found);
         const int blocks = (work_.lanes() + kLanes - 1) / kLanes;
         if (blocks == 1)
             return kAttendLanes<true>[work_.lanes() - 1](a_, work_, tile, next, start, 0, q_, lanes);
-        copy(next, runs, &tile);
+        copy(next, Runs(work_.visible_to_any(start)), &tile);
         for (int block = 0, lane = 0; block < blocks; ++block) {  // of nearly equal size
             const int count = (work_.lanes() - lane) / (blocks - block);
             kAttendLanes<false>[count - 1](a_, work_, tile, next, start, lane, q_, lanes);

@@ -5,8 +5,9 @@
 // a tile is read from memory once per chunk. The pool starts with the last chunk: later rows belong
 // to long prefills and have the longest contexts, so the longest work starts first.
 //
-// A Kind computes: Kind(args, work) takes the queries, and add(tile, next, runs, start, lanes) adds
-// the tile at position `start`, of which some lane sees `runs`, to the lanes that see it.
+// A Kind computes: Kind(args, work) takes the queries; begin(tile, start) starts with the tile at
+// position `start`; add(tile, start, next, lanes) adds it to the lanes that see it, and may start with
+// the next tile, if there is one.
 #pragma once
 #include "attention_keys.h"
 #include "task.h"
@@ -42,48 +43,58 @@ public:
           kind_(a, work_) {}
 
     void compute_all() {
-        const int width = padded_dim(a_.kv.head_dim);
         alignas(64) float totals[kMaxLanes * kRecord], record[kRecord];
         for (int lane = 0; lane < work_.lanes(); ++lane) clear_record(totals + lane * kRecord);
-        for (int span = first_key() / kSpan; span * kSpan < end_; ++span) {
-            add_span(span);
+        add_tiles(first_key() / kTile * kTile, end_, [&] {
             for (int lane = 0; lane < work_.lanes(); ++lane) {
-                write_record(lanes_, lane, width, record);
-                merge_record(record, width, totals + lane * kRecord);
+                write_record(lanes_, lane, width(), record);
+                merge_record(record, width(), totals + lane * kRecord);
             }
-        }
+        });
         for (int lane = 0; lane < work_.lanes(); ++lane)
             finish(a_, work_, lane, totals + lane * kRecord);
     }
 
     void compute_one(int span) {
-        const int width = padded_dim(a_.kv.head_dim);
-        const bool seen = first_key() < (span + 1) * kSpan && span * kSpan < end_;
-        if (seen) add_span(span);
-        for (int lane = 0; lane < work_.lanes(); ++lane) {
-            float* record = record_of(a_, work_, lane, span);
-            if (seen) write_record(lanes_, lane, width, record);
-            else clear_record(record);
-        }
+        for (int lane = 0; lane < work_.lanes(); ++lane)
+            clear_record(record_of(a_, work_, lane, span));
+        const int start = std::max(first_key() / kTile * kTile, span * kSpan);
+        add_tiles(start, std::min(end_, (span + 1) * kSpan), [&] {
+            for (int lane = 0; lane < work_.lanes(); ++lane)
+                write_record(lanes_, lane, width(), record_of(a_, work_, lane, span));
+        });
     }
 
 private:
     int first_key() const { return work_.first_key(0); }
+    int width() const { return padded_dim(a_.kv.head_dim); }
 
-    void find(int start, Tile* tile) const {
+    // Finds the tile at position `start`, or leaves it as it is where that is no tile.
+    bool find(int start, int end, Tile* tile) const {
+        if (start >= end) return false;
         find_runs(keys_, start, Runs(work_.visible_to_any(start)), tile);
+        return true;
     }
 
-    void add_span(int span) {
-        lanes_.clear(work_.lanes(), padded_dim(a_.kv.head_dim));
-        const int end = std::min(end_, (span + 1) * kSpan);
-        int start = std::max(first_key() / kTile * kTile, span * kSpan);
-        Tile tile = {};
-        for (find(start, &tile); start < end; start += kTile) {
-            Tile next = tile;
-            if (start + kTile < end_) find(start + kTile, &next);
-            kind_.add(tile, next, Runs(work_.visible_to_any(start)), start, &lanes_);
+    // Adds the tiles of positions [start, end), and calls close() after each span.
+    template <class Close>
+    void add_tiles(int start, int end, Close close) {
+        Tile tile = {}, next = {}, later = {};
+        if (!find(start, end, &tile)) return;
+        find(start + kTile, end, &next);
+        kind_.begin(tile, start);
+        lanes_.clear(work_.lanes(), width());
+        for (; start < end; start += kTile) {
+            const int next_start = start + kTile, later_start = next_start + kTile;
+            if (find(later_start, end, &later))
+                fetch_starts(later, Runs(work_.visible_to_any(later_start)));
+            kind_.add(tile, start, next_start < end ? &next : nullptr, &lanes_);
+            if (next_start >= end || next_start % kSpan == 0) {
+                close();
+                lanes_.clear(work_.lanes(), width());
+            }
             tile = next;
+            next = later;
         }
     }
 

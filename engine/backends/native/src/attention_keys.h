@@ -1,5 +1,7 @@
 // Finds the tiles of a request in its KV blocks.
 #pragma once
+#include <initializer_list>
+
 #include "attention_lanes.h"
 
 namespace REEF_ISA {
@@ -32,6 +34,46 @@ inline void find_runs(const Keys& of, int start, Runs runs, Tile* tile) {
         tile->key_scales[r] = at.key_scales + offset;
         tile->value_scales[r] = at.value_scales + offset;
     }
+}
+
+// Prefetches a tile's values little by little, while its keys are read and something else is
+// computed.
+class ValuesAhead {
+public:
+    // Takes the runs that some lane sees of the tile at `start`, if there is a tile.
+    ValuesAhead(const ReefKvLayer& kv, const Tile* tile, int start, const Work& work)
+        : tile_(tile), lines_((kRun * value_bytes(kv) + 63) / 64), lanes_(work.lanes()) {
+        if (!tile) return;
+        const Runs runs(work.visible_to_any(start));
+        run_ = runs.first;
+        last_ = runs.last;
+        step_ = ((last_ - run_) * lines_ + lanes_ - 1) / lanes_;
+    }
+
+    // Prefetches one lane's share.
+    void fetch_share() {
+        for (int i = 0; i < step_ && run_ < last_; ++i) {
+            fetch(tile_->values[run_] + 64 * line_);
+            if (++line_ < lines_) continue;
+            line_ = 0;
+            ++run_;
+        }
+    }
+
+private:
+    const Tile* tile_;
+    const int lines_, lanes_;
+    int run_ = 0, last_ = 0, step_ = 0, line_ = 0;
+};
+
+// Prefetches the first lines of each run, from which the processor's own prefetching goes on. To
+// prefetch every line would be slower than the reading itself.
+inline void fetch_starts(const Tile& tile, Runs runs) {
+    for (int r = runs.first; r < runs.last; ++r)
+        for (const uint8_t* at : {tile.keys[r], tile.values[r]}) {
+            fetch(at);
+            fetch(at + 64);
+        }
 }
 
 }  // namespace REEF_ISA

@@ -80,43 +80,79 @@ inline B32 bf16_ones() {
     return repeat_pair(ones);
 }
 
-// Stores bits 8 to 15 and bits 0 to 7 of the integers nearest to 16 floats from 0 to 65535.
-inline void store_halves(F16 a, uint8_t* high, uint8_t* low) {
+// Stores bits 8 to 15 and bits 0 to 7 of the integers nearest to 64 floats from 0 to 65535. One
+// store for all, since a tile cannot be loaded from several smaller ones before they have ended.
+inline void store_halves(const F16* a, uint8_t* high, uint8_t* low) {
 #if defined(__AVX512BF16__)
-    const __m512i whole = _mm512_cvtps_epi32(a.v);
-    const __m128i low_bytes = _mm512_cvtepi32_epi8(whole);
-    const __m128i high_bytes = _mm512_cvtepi32_epi8(_mm512_srli_epi32(whole, 8));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(high), high_bytes);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(low), low_bytes);
+    const auto pack = [](F16 first, F16 second) {
+        return _mm512_packus_epi32(_mm512_cvtps_epi32(first.v), _mm512_cvtps_epi32(second.v));
+    };
+    const __m512i first = pack(a[0], a[1]), second = pack(a[2], a[3]);
+    const __m512i lower = _mm512_set1_epi16(255);
+    const __m512i order =  // packs take fours of each operand in turn
+        _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    const __m512i lows =
+        _mm512_packus_epi16(_mm512_and_si512(first, lower), _mm512_and_si512(second, lower));
+    const __m512i highs =
+        _mm512_packus_epi16(_mm512_srli_epi16(first, 8), _mm512_srli_epi16(second, 8));
+    _mm512_storeu_si512(low, _mm512_permutexvar_epi32(order, lows));
+    _mm512_storeu_si512(high, _mm512_permutexvar_epi32(order, highs));
 #else
-    const __m256i whole = _mm256_permute4x64_epi64(
-        _mm256_packus_epi32(_mm256_cvtps_epi32(a.lo), _mm256_cvtps_epi32(a.hi)), 0xd8);
-    const __m256i lower = _mm256_and_si256(whole, _mm256_set1_epi16(255));
-    const __m256i bytes = _mm256_permute4x64_epi64(
-        _mm256_packus_epi16(lower, _mm256_srli_epi16(whole, 8)), 0xd8);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(low), _mm256_castsi256_si128(bytes));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(high), _mm256_extracti128_si256(bytes, 1));
+    for (int r = 0; r < kRuns; ++r) {
+        const __m256i whole = _mm256_permute4x64_epi64(
+            _mm256_packus_epi32(_mm256_cvtps_epi32(a[r].lo), _mm256_cvtps_epi32(a[r].hi)), 0xd8);
+        const __m256i lower = _mm256_and_si256(whole, _mm256_set1_epi16(255));
+        const __m256i bytes = _mm256_permute4x64_epi64(
+            _mm256_packus_epi16(lower, _mm256_srli_epi16(whole, 8)), 0xd8);
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(low + r * 16), _mm256_castsi256_si128(bytes));
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(high + r * 16),
+                         _mm256_extracti128_si256(bytes, 1));
+    }
 #endif
 }
 
+// Returns 256 high + low.
 inline I16 join(const int32_t* high, const int32_t* low) {
-    return load(high) * set1(256) + load(low);
+#if defined(__AVX512BF16__)
+    return {_mm512_add_epi32(_mm512_slli_epi32(load(high).v, 8), load(low).v)};
+#else
+    const I16 a = load(high), b = load(low);
+    return {_mm256_add_epi32(_mm256_slli_epi32(a.lo, 8), b.lo),
+            _mm256_add_epi32(_mm256_slli_epi32(a.hi, 8), b.hi)};
+#endif
 }
 
-// Turns the scores of a tile, already scaled, into p, and returns 2^(m_before - m).
-inline float exponentials(F16* t, Visible seen, const ScoreRule& rule, LaneState lane) {
+// Returns the largest of 16 floats, sixteen times.
+inline F16 spread_largest(F16 a) {
+#if defined(__AVX512BF16__)
+    __m512 m = _mm512_max_ps(a.v, _mm512_shuffle_f32x4(a.v, a.v, 0x4e));
+    m = _mm512_max_ps(m, _mm512_shuffle_f32x4(m, m, 0xb1));
+    m = _mm512_max_ps(m, _mm512_permute_ps(m, 0x4e));
+    return {_mm512_max_ps(m, _mm512_permute_ps(m, 0xb1))};
+#else
+    return set1(largest(a));
+#endif
+}
+
+inline float first(F16 a) {
+#if defined(__AVX512BF16__)
+    return _mm512_cvtss_f32(a.v);
+#else
+    return _mm256_cvtss_f32(a.lo);
+#endif
+}
+
+// Caps and masks the t of a tile, and returns the highest, but at least kLowest.
+inline F16 highest_of(F16* t, Visible seen, const ScoreRule& rule) {
+    const uint64_t bits = seen.bits();
     for (int r = 0; r < kRuns; ++r) {
         if (rule.cap != 0.f) {
             const F16 tanh = set1(1.f) - set1(2.f) / (exp2(t[r]) + set1(1.f));
             t[r] = tanh * set1(rule.cap);
         }
-        t[r] = keep(t[r], seen.bits(r), set1(-INFINITY));
+        t[r] = keep(t[r], static_cast<uint16_t>(bits >> r * kRun), set1(-INFINITY));
     }
-    const float before = *lane.highest;
-    const float highest = std::max(before, largest(max(max(t[0], t[1]), max(t[2], t[3]))));
-    for (int r = 0; r < kRuns; ++r) t[r] = exp2(t[r] - set1(highest));
-    *lane.highest = highest;
-    return highest == before ? 1.f : exp2(before - highest);
+    return max(set1(kLowest), spread_largest(max(max(t[0], t[1]), max(t[2], t[3]))));
 }
 
 }  // namespace
@@ -134,42 +170,61 @@ void Lanes::clear(int lanes, int width) {
 float softmax(const float* s, Visible seen, const ScoreRule& rule, LaneState lane, bf16* p) {
     F16 t[kRuns];
     for (int r = 0; r < kRuns; ++r) t[r] = load(s + r * kRun) * set1(rule.scale);
-    const float factor = exponentials(t, seen, rule, lane);
-    F16 sums = load(lane.sums) * set1(factor);
+    const F16 before = set1(*lane.highest);
+    const F16 highest = max(before, highest_of(t, seen, rule));
+    const F16 factor = exp2(before - highest);  // without a branch, which would often be mistaken
+    F16 sums = load(lane.sums) * factor;
+    for (int r = 0; r < kRuns; ++r) t[r] = exp2(t[r] - highest);
     for (int r = 0; r < kRuns; r += 2) {
         const B32 pairs = round_pairs(t[r], t[r + 1]);
         sums = dot(pairs, bf16_ones(), sums);
         store_pairs(p + r * kRun, pairs);
     }
     store(lane.sums, sums);
-    return factor;
+    *lane.highest = first(highest);
+    return first(factor);
 }
 
-void softmax(const IntegerScores& s, const Tile& tile, Visible seen, const ScoreRule& rule,
-             LaneState lane, IntegerWeights* weights) {
-    constexpr float kMost = 65535.f, kTooSmall = 1e-33f;  // smaller weights count as zeros
+void scale_values(const Tile& tile, Visible seen, ValueScales* scales) {
+    constexpr float kTooSmall = 1e-33f;  // smaller values count as zeros
+    F16 kept[kRuns], most = zero();
+    for (int r = 0; r < kRuns; ++r) {
+        const uint16_t bits = seen.bits(r);
+        kept[r] = bits ? keep(load(tile.value_scales[r]), bits, zero()) : zero();
+        most = max(most, kept[r]);
+    }
+    scales->largest = largest(most);
+    const bool is_small = scales->largest < kTooSmall;
+    const F16 inverse = set1(is_small ? 0.f : kMostWeight / scales->largest);
+    for (int r = 0; r < kRuns; ++r) store(scales->shares + r * kRun, kept[r] * inverse);
+    scales->seen = seen;
+}
+
+void softmax(const IntegerScores& s, const Tile& tile, const ValueScales& values,
+             const ScoreRule& rule, LaneState lane, IntegerWeights* weights) {
     F16 t[kRuns] = {zero(), zero(), zero(), zero()};
     const F16 scale = set1(s.scale * rule.scale);
     for (int r = 0; r < kRuns; ++r) {
-        if (seen.bits(r) == 0) continue;
+        if (values.seen.bits(r) == 0) continue;
         const I16 whole = join(s.high + r * kRun, s.low + r * kRun) + set1(-s.offset);
         t[r] = to_float(whole) * (load(tile.key_scales[r]) * scale);
     }
-    weights->factor = exponentials(t, seen, rule, lane);
-    F16 sums = load(lane.sums) * set1(weights->factor), most = zero();
+    const F16 before = set1(*lane.highest), here = highest_of(t, values.seen, rule);
+    const F16 highest = max(before, here);
+    const F16 factor = exp2(before - highest), added = exp2(here - highest);
+    F16 sum = zero(), shares = zero();
     for (int r = 0; r < kRuns; ++r) {
-        sums = sums + t[r];
-        if (seen.bits(r) == 0) continue;
-        t[r] = keep(t[r] * load(tile.value_scales[r]), seen.bits(r), zero());
-        sums = fma(t[r], zero(), sums);  // a value that is NaN makes the lane NaN
-        most = max(most, t[r]);
+        t[r] = exp2(t[r] - here);
+        sum = sum + t[r];
+        t[r] = t[r] * load(values.shares + r * kRun);
+        shares = shares + t[r];
     }
-    store(lane.sums, sums);
-    const float highest = largest(most);
-    const F16 inverse = set1(highest > kTooSmall ? kMost / highest : 0.f);
-    for (int r = 0; r < kRuns; ++r)
-        store_halves(t[r] * inverse, weights->high + r * kRun, weights->low + r * kRun);
-    weights->scale = highest / kMost;
+    sum = fma(shares, zero(), sum);  // a value that is NaN makes the lane NaN
+    store(lane.sums, fma(load(lane.sums), factor, sum * added));
+    store_halves(t, weights->high, weights->low);
+    *lane.highest = first(highest);
+    weights->factor = first(factor);
+    weights->scale = first(added) * (values.largest / kMostWeight);
 }
 
 // ==== Sums ====
@@ -204,14 +259,16 @@ int32_t round_query(const bf16* q, int head_dim, int depth, int8_t* high, int8_t
     const F16 inverse = set1(highest > 1e-33f ? kMost / highest : 0.f);
     *scale = highest / kMost + sum(finite);
     F16 total = zero();
-    for (int d = 0; d < depth; d += 16) {
-        // a whole number of floats up to 256 * 32639 is exact, in any order
-        const F16 whole = round(part(d) * inverse);
-        total = total + whole;
-        // 256 high + low = whole: with 128 added both bytes are those of an unsigned number
-        uint8_t highs[16], lows[16];
-        store_halves(whole + set1(32768.f + 128.f), highs, lows);
-        for (int i = 0; i < 16; ++i) {
+    for (int d = 0; d < depth; d += kTile) {
+        F16 whole[kRuns];
+        for (int r = 0; r < kRuns; ++r) {
+            whole[r] = round(part(d + r * 16) * inverse);
+            total = total + whole[r];  // whole numbers up to 256 * 32639: exact, in any order
+            whole[r] = whole[r] + set1(32768.f + 128.f);  // both bytes count from 128
+        }
+        uint8_t highs[kTile], lows[kTile];
+        store_halves(whole, highs, lows);
+        for (int i = 0; i < std::min(kTile, depth - d); ++i) {
             high[d + i] = static_cast<int8_t>(highs[i] ^ 0x80);
             low[d + i] = static_cast<int8_t>(lows[i] ^ 0x80);
         }

@@ -37,6 +37,7 @@ struct Tile {
 struct Visible {
     int from, to;
     bool empty() const { return from >= to; }
+    bool operator==(Visible other) const { return from == other.from && to == other.to; }
     uint64_t bits() const {
         const uint64_t below = to < kTile ? (uint64_t{1} << to) - 1 : ~uint64_t{0};
         return empty() ? 0 : below & ~uint64_t{0} << from;
@@ -103,13 +104,24 @@ struct IntegerScores {
     int32_t offset;
     float scale;
 };
-// Holds what a lane's weights w = p * the value's scale become: w = (256 high + low) * scale.
+// Holds the scales of a tile's values: each is `largest` times a share of kMostWeight.
+struct ValueScales {
+    alignas(64) float shares[kTile];  // 0 where a value is not seen
+    float largest;
+    Visible seen;
+};
+constexpr float kMostWeight = 65535.f;
+void scale_values(const Tile& tile, Visible seen, ValueScales* scales);
+
+// Describes what a lane's weights p become: 2^(t - n) * share, rounded, where n is the tile's highest
+// t: none is too small for 16 bits that is not small beside another of its tile. o becomes
+// o * factor + (256 high + low) v * scale.
 struct IntegerWeights {
     uint8_t *high, *low;  // [kTile]
     float scale, factor;  // factor = 2^(m_before - m)
 };
-void softmax(const IntegerScores& s, const Tile& tile, Visible seen, const ScoreRule& rule,
-             LaneState lane, IntegerWeights* weights);
+void softmax(const IntegerScores& s, const Tile& tile, const ValueScales& values,
+             const ScoreRule& rule, LaneState lane, IntegerWeights* weights);
 
 // Computes o = o * factor + products.
 void add_products(const float* products, float factor, int width, float* out);

@@ -21,8 +21,9 @@ bool has_amx() {
     constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM
     unsigned eax, ebx, ecx, edx;
     if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return false;
-    constexpr unsigned kTile = 1u << 24, kInt8 = 1u << 25;
-    if ((edx & kTile) == 0 || (edx & kInt8) == 0) return false;
+    constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24, kInt8 = 1u << 25;
+    constexpr unsigned kAll = kBf16 | kTile | kInt8;
+    if ((edx & kAll) != kAll) return false;
     return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 }
 
@@ -40,7 +41,7 @@ reef::Kernels kernels_of(int isa) {
 
 extern "C" {
 
-// Returns the best instruction set of this machine: 3 amx (avx512, and tiles of int8), 2 avx512
+// Returns the best instruction set of this machine: 3 amx (avx512, and tiles of int8 and bf16), 2 avx512
 // (bf16, VNNI), 1 avx2, 0 none of them.
 int reef_best_isa() {
     static const int best = best_isa();
