@@ -1,13 +1,15 @@
-"""Measures native paged attention against torch's SDPA: decodes and prefill chunks.
+"""Measures native paged attention against the time to read its keys, and against torch's SDPA.
 
     python -m tests.bench.kernel_bench_attention [decode | prefill] [--shapes 14/2x64 ...]
-        [--threads 2] [--isa avx512] [--block-size 16] [--rounds 25] [--cold-mb 96]
+        [--contexts 8192] [--requests 1 8] [--threads 2] [--isa avx512] [--block-size 16]
+        [--rounds 25] [--cold-mb 96]
 
 SDPA gets contiguous keys in the form that suits it best: a decode's group of heads as queries of
 one kv head, a prefill's keys repeated for every head. Every call uses the next of many layers, too
 many to fit the caches, as in a step. The variants take turns round by round; a number is the
 shortest round, since other load only adds time. GB/s counts each key and value once, in bf16 or
-int8 as stored; GFLOP/s counts the keys that a query sees.
+int8 as stored; GFLOP/s counts the keys that a query sees. `floor` is the time of a decode over
+that of reading as many bytes, contiguous ones, with the same threads in the same rounds.
 """
 
 import argparse
@@ -61,8 +63,8 @@ class Case:
         return 4 * self.requests * seen * self.shape.heads * self.shape.head_dim
 
 
-DECODES = tuple(itertools.product((1, 8), (512, 2048, 8192)))  # requests, context
-PREFILLS = ((512, 512), (512, 1024), (512, 2048))  # new, context
+CONTEXTS = (256, 512, 1024, 2048)
+REQUESTS = (1, 8, 16)
 SHAPES = tuple(map(Shape.parse, ("14/2x64", "9/3x64", "32/8x64", "32/8x128")))
 
 
@@ -109,6 +111,27 @@ class Native:
 
     def calls(self) -> list[Call]:
         return [lambda args=args: self._call(args) for args in self._args]
+
+
+def read_calls(context: Context, nbytes: int, layers: int) -> list[Call]:
+    """Read `nbytes` with all threads, as rows of floats whose largest is looked for."""
+    rows = 16
+    logits = torch.zeros(layers, rows, nbytes // rows // 4)
+    ids, highest = torch.zeros(rows, dtype=torch.int32), torch.zeros(rows)
+    call = context.function("greedy", FUNCTIONS["greedy"])
+    all_args = [
+        structs.ReefGreedyArgs(
+            logits=part.data_ptr(),
+            logits_stride=part.stride(0),
+            token_ids=ids.data_ptr(),
+            highest=highest.data_ptr(),
+            rows=rows,
+            vocab=part.shape[1],
+        )
+        for part in logits
+    ]
+    kept = (logits, ids, highest)
+    return [lambda args=args, kept=kept: call(args) for args in all_args]
 
 
 def sdpa_calls(case: Case, layers: int) -> list[Call]:
@@ -162,12 +185,18 @@ def bench(context: Context, case: Case, options: argparse.Namespace) -> None:
         for name, kv_format in (("bf16", structs.KV_BF16), ("int8", structs.KV_INT8))
     }
     variants = {name: native.calls() for name, native in natives.items()}
-    micros = measure({**variants, "sdpa": sdpa_calls(case, layers)}, options.rounds)
+    variants["sdpa"] = sdpa_calls(case, layers)
+    variants["read"] = read_calls(context, 2 * case.kv_elements, layers)
+    micros = measure(variants, options.rounds)
     cells = [f"{case.shape!s:>9} {case.requests:3} x {case.new:3} of {case.context:4}"]
     for name, element in (("bf16", 2), ("int8", 1), ("sdpa", 2)):
         rate = case.kv_elements * element / micros[name] / 1e3
         cells.append(f"{micros[name]:9.1f} {rate:6.1f} {case.flop / micros[name] / 1e3:6.0f}")
-    print(" | ".join([*cells, f"{micros['sdpa'] / micros['bf16']:5.2f}x"]), flush=True)
+    cells.append(f"{micros['sdpa'] / micros['bf16']:5.2f}x")
+    scaled = (1 + 4 / case.shape.head_dim) / 2  # of int8's bytes, scales included, of bf16's
+    floors = micros["bf16"] / micros["read"], micros["int8"] / micros["read"] / scaled
+    cells.append(f"{floors[0]:5.2f} {floors[1]:5.2f}")
+    print(" | ".join(cells), flush=True)
 
 
 def main() -> None:
@@ -176,6 +205,9 @@ def main() -> None:
     )
     parser.add_argument("kind", choices=("decode", "prefill"))
     parser.add_argument("--shapes", type=Shape.parse, nargs="+", default=SHAPES)
+    parser.add_argument("--contexts", type=int, nargs="+", default=CONTEXTS)
+    parser.add_argument("--requests", type=int, nargs="+", default=REQUESTS)
+    parser.add_argument("--new", type=int, default=512, help="queries of a prefill")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--isa")
     parser.add_argument("--block-size", type=int, default=16)
@@ -187,12 +219,14 @@ def main() -> None:
     torch.manual_seed(0)
     print(f"{context.isa}, {context.threads} threads, blocks of {options.block_size}")
     print(f"{'requests x queries of keys':>27} | " + 2 * f"{'us  GB/s GFLOP/s':>23} | ", end="")
-    print(f"{'SDPA: us  GB/s GFLOP/s':>23} | SDPA / bf16")
+    print(f"{'SDPA: us  GB/s GFLOP/s':>23} | SDPA / bf16 | floor: bf16 int8")
     for shape in options.shapes:
         if options.kind == "decode":
-            cases = [Case(shape, requests, 1, length) for requests, length in DECODES]
+            both = itertools.product(options.requests, options.contexts)
+            cases = [Case(shape, requests, 1, length) for requests, length in both]
         else:
-            cases = [Case(shape, 1, new, length) for new, length in PREFILLS]
+            lengths = [length for length in options.contexts if length >= options.new]
+            cases = [Case(shape, 1, options.new, length) for length in lengths]
         for case in cases:
             bench(context, case, options)
 

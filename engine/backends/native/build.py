@@ -27,7 +27,7 @@ ISAS = {
     "avx2": ("-mavx2", "-mfma"),
     "avx512": AVX512,
 }
-AMX = (*AVX512, "-mamx-tile", "-mamx-int8", "-mamx-bf16")  # sources amx*.cpp, which belong to avx512
+AMX = (*AVX512, "-mamx-tile", "-mamx-int8", "-mamx-bf16")  # for avx512's amx*.cpp
 # compiled once; every other source is compiled once per instruction set
 PLAIN = ("layout.cpp", "pack.cpp", "pack4.cpp", "pool.cpp", "program.cpp", "reef.cpp")
 

@@ -16,8 +16,8 @@ THREADS = [2] if "REEF_TEST_QUICK" in os.environ else [1, 2, 3]
 
 
 def _isas() -> list[str]:
-    """Return those with kernels of their own: `amx` has avx512's but for some linear layers, whose
-    results test_linear_amx.py compares with avx512's."""
+    """Return all but `amx`, which has avx512's kernels and some others: test_linear_amx.py and
+    test_attention_amx.py test these."""
     try:
         return [isa for isa in supported_isas() if isa != "amx"]
     except BuildError:

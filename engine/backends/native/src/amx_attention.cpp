@@ -170,18 +170,16 @@ public:
         const Runs seen = runs(step);
         float* s = s_[step.buffer];
         int r = seen.first;
-        for (; r + 2 <= seen.last; r += 2)
-            multiply_runs<true>(q, step.tile.keys + r, s + r * kRun);
+        for (; r + 2 <= seen.last; r += 2) multiply_runs<true>(q, step.tile.keys + r, s + r * kRun);
         if (r < seen.last) multiply_runs<false>(q, step.tile.keys + r, s + r * kRun);
     }
 
     void weights(const Step& step, ValuesAhead* ahead, Lanes* lanes) {
         for (int i = 0; i < step.count; ++i) {
             const int lane = step.first + i;
-            factors_[i] = softmax(s_[step.buffer] + i * kScoreStride,
-                                  work_.visible(lane, step.start), rule_,
-                                  {lanes->highest + lane, lanes->sums + lane * 16},
-                                  p_ + i * kWeightStride);
+            factors_[i] =
+                softmax(s_[step.buffer] + i * kScoreStride, work_.visible(lane, step.start), rule_,
+                        {lanes->highest + lane, lanes->sums + lane * 16}, p_ + i * kWeightStride);
             ahead->fetch_share();
         }
     }
@@ -247,7 +245,8 @@ private:
             tile->values[r] = reinterpret_cast<const uint8_t*>(to);
             for (int pair = r * kRun / 2; pair < (r + 1) * kRun / 2; ++pair) {
                 const uint64_t bits = seen.bits() >> 2 * pair;
-                const __mmask32 mask = (bits & 1 ? 0x55555555u : 0u) | (bits & 2 ? 0xaaaaaaaau : 0u);
+                const __mmask32 mask =
+                    (bits & 1 ? 0x55555555u : 0u) | (bits & 2 ? 0xaaaaaaaau : 0u);
                 for (int d = 0; d < width_; d += 16, from += 64, to += 32) {
                     const __m512i v = _mm512_maskz_loadu_epi16(mask, from);
                     largest = _mm512_max_epu16(largest, _mm512_and_si512(v, magnitude));
@@ -293,8 +292,9 @@ private:
 bool amx_attends(const ReefAttentionArgs& args) { return args.kv.head_dim % 16 == 0; }
 
 reef::Task amx_attention(const reef::AttentionCall* args, int) {
-    return args->kv.format == REEF_KV_INT8 ? attention_task<PipelinedAttention<Int8Attention<AmxProducts>>>(args)
-                                           : attention_task<PipelinedAttention<AmxBf16Attention>>(args);
+    return args->kv.format == REEF_KV_INT8
+               ? attention_task<PipelinedAttention<Int8Attention<AmxProducts>>>(args)
+               : attention_task<PipelinedAttention<AmxBf16Attention>>(args);
 }
 
 }  // namespace REEF_ISA

@@ -1,5 +1,5 @@
-// Computes attention, softmax(q k) v, over paged KV, for decodes and prefill chunks alike: the plan,
-// and products with vector instructions.
+// Computes attention, softmax(q k) v, over paged KV, for decodes and prefill chunks alike: the
+// plan, and products with vector instructions.
 #include "attention_bf16.h"
 #include "attention_chunks.h"
 #include "attention_int8.h"
@@ -68,8 +68,9 @@ int64_t attention_plan(reef::AttentionCall* args, int threads) {
 }
 
 reef::Task attention(const reef::AttentionCall* args, int) {
-    return args->kv.format == REEF_KV_INT8 ? attention_task<PipelinedAttention<Int8Attention<VectorProducts>>>(args)
-                                           : attention_task<Bf16Attention>(args);
+    return args->kv.format == REEF_KV_INT8
+               ? attention_task<PipelinedAttention<Int8Attention<VectorProducts>>>(args)
+               : attention_task<Bf16Attention>(args);
 }
 
 reef::Task attention_merge(const reef::AttentionCall* args, int) {

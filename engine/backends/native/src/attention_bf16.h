@@ -44,7 +44,8 @@ public:
         const Bf16Tile next = as_bf16(found_next ? *found_next : found);
         const int blocks = (work_.lanes() + kLanes - 1) / kLanes;
         if (blocks == 1)
-            return kAttendLanes<true>[work_.lanes() - 1](a_, work_, tile, next, start, 0, q_, lanes);
+            return kAttendLanes<true>[work_.lanes() - 1](a_, work_, tile, next, start, 0, q_,
+                                                         lanes);
         copy(next, Runs(work_.visible_to_any(start)), &tile);
         for (int block = 0, lane = 0; block < blocks; ++block) {  // of nearly equal size
             const int count = (work_.lanes() - lane) / (blocks - block);

@@ -6,8 +6,8 @@
 // to long prefills and have the longest contexts, so the longest work starts first.
 //
 // A Kind computes: Kind(args, work) takes the queries; begin(tile, start) starts with the tile at
-// position `start`; add(tile, start, next, lanes) adds it to the lanes that see it, and may start with
-// the next tile, if there is one.
+// position `start`; add(tile, start, next, lanes) adds it to the lanes that see it, and may start
+// with the next tile, if there is one.
 #pragma once
 #include "attention_keys.h"
 #include "task.h"
@@ -27,8 +27,7 @@ inline float* record_of(const reef::AttentionCall& a, const Work& work, int lane
 inline void finish(const reef::AttentionCall& a, const Work& work, int lane, const float* total) {
     const int row = work.first_row + lane / work.heads;
     const int head = work.first_head + lane % work.heads;
-    finish_record(total, a.kv.head_dim,
-                  a.out + row * a.out_stride + int64_t{head} * a.kv.head_dim);
+    finish_record(total, a.kv.head_dim, a.out + row * a.out_stride + int64_t{head} * a.kv.head_dim);
 }
 
 template <class Kind>
@@ -145,8 +144,8 @@ void attend_chunk(const reef::AttentionCall& a, const Cut& cut, int chunk) {
         const int rows = std::min(end_row, starts[request + 1]) - row;
         if (rows == 0) continue;
         const int position = a.requests.context_lens[request] - (starts[request + 1] - row);
-        Attention<Kind> attention(a, {request, row, rows, kv_head, kv_head * group + head, heads,
-                                      position, a.window});
+        Attention<Kind> attention(
+            a, {request, row, rows, kv_head, kv_head * group + head, heads, position, a.window});
         if (a.records) attention.compute_one(span);
         else attention.compute_all();
         row += rows;

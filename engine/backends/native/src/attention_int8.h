@@ -40,8 +40,8 @@ public:
             const uint16_t* q = a.q + row * a.q_stride + int64_t{head} * a.kv.head_dim;
             const Halves<int8_t> to = queries().at(lane);
             // a key's code counts from 128
-            offset_[lane] = 128 * round_query(q, a.kv.head_dim, width_, to.high, to.low,
-                                              scale_ + lane);
+            offset_[lane] =
+                128 * round_query(q, a.kv.head_dim, width_, to.high, to.low, scale_ + lane);
         }
     }
 

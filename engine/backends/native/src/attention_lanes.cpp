@@ -1,6 +1,7 @@
 // Computes what attention does lane by lane: softmax, weighted sums, records of spans. The kernels
 // with and without AMX share this code, so that multiplications and additions are fused alike.
 #include "attention_lanes.h"
+
 #include "simd_int8.h"
 
 namespace REEF_ISA {
@@ -102,8 +103,8 @@ inline void store_halves(const F16* a, uint8_t* high, uint8_t* low) {
         const __m256i whole = _mm256_permute4x64_epi64(
             _mm256_packus_epi32(_mm256_cvtps_epi32(a[r].lo), _mm256_cvtps_epi32(a[r].hi)), 0xd8);
         const __m256i lower = _mm256_and_si256(whole, _mm256_set1_epi16(255));
-        const __m256i bytes = _mm256_permute4x64_epi64(
-            _mm256_packus_epi16(lower, _mm256_srli_epi16(whole, 8)), 0xd8);
+        const __m256i bytes =
+            _mm256_permute4x64_epi64(_mm256_packus_epi16(lower, _mm256_srli_epi16(whole, 8)), 0xd8);
         _mm_storeu_si128(reinterpret_cast<__m128i*>(low + r * 16), _mm256_castsi256_si128(bytes));
         _mm_storeu_si128(reinterpret_cast<__m128i*>(high + r * 16),
                          _mm256_extracti128_si256(bytes, 1));
@@ -234,8 +235,8 @@ void add_products(const float* products, float factor, int width, float* out) {
         store(out + d, fma(load(out + d), set1(factor), load(products + d)));
 }
 
-void add_products(const int32_t* high, const int32_t* low, const IntegerWeights& weights,
-                  int width, float* out) {
+void add_products(const int32_t* high, const int32_t* low, const IntegerWeights& weights, int width,
+                  float* out) {
     const F16 factor = set1(weights.factor), scale = set1(weights.scale);
     for (int d = 0; d < width; d += 16) {
         const F16 sum = to_float(join(high + d, low + d)) * scale;

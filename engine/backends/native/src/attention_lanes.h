@@ -49,8 +49,8 @@ struct Visible {
 struct Work {
     int request, first_row, rows;
     int kv_head, first_head, heads;
-    int position;  // of the first row's token
-    int window;    // 0: none
+    int position;                               // of the first row's token
+    int window;                                 // 0: none
     int lanes() const { return rows * heads; }  // lane = row * heads + head
 
     int first_key(int row) const {
@@ -113,8 +113,8 @@ struct ValueScales {
 constexpr float kMostWeight = 65535.f;
 void scale_values(const Tile& tile, Visible seen, ValueScales* scales);
 
-// Describes what a lane's weights p become: 2^(t - n) * share, rounded, where n is the tile's highest
-// t: none is too small for 16 bits that is not small beside another of its tile. o becomes
+// Describes what a lane's weights p become: 2^(t - n) * share, rounded, where n is the tile's
+// highest t: none is too small for 16 bits that is not small beside another of its tile. o becomes
 // o * factor + (256 high + low) v * scale.
 struct IntegerWeights {
     uint8_t *high, *low;  // [kTile]
@@ -125,8 +125,8 @@ void softmax(const IntegerScores& s, const Tile& tile, const ValueScales& values
 
 // Computes o = o * factor + products.
 void add_products(const float* products, float factor, int width, float* out);
-void add_products(const int32_t* high, const int32_t* low, const IntegerWeights& weights,
-                  int width, float* out);
+void add_products(const int32_t* high, const int32_t* low, const IntegerWeights& weights, int width,
+                  float* out);
 
 // Rounds a head's query to 16 bits: q = (256 high + low) * scale, both signed; scale is NaN where
 // q is not finite. Writes `depth` bytes each, zeros behind head_dim, and returns the sum of all

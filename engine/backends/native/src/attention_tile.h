@@ -67,8 +67,8 @@ inline void score_runs(const bf16* q, const bf16* const* keys, const bf16* const
 
 // Computes s for the runs first <= r < last, and leaves other scores as they are.
 template <int M, bool FETCH>
-void scores(const bf16* q, const Bf16Tile& tile, const Bf16Tile& next, int first, int last, int head_dim,
-            float* s) {
+void scores(const bf16* q, const Bf16Tile& tile, const Bf16Tile& next, int first, int last,
+            int head_dim, float* s) {
     constexpr int R = vectors_for(M);
     int r = first;
     for (; r + R <= last; r += R)
@@ -82,8 +82,8 @@ void scores(const bf16* q, const Bf16Tile& tile, const Bf16Tile& next, int first
 // Adds p v to o [M], over whole pairs of positions first <= pair < last, for the N vectors of
 // dimensions from number `vector` on.
 template <int M, int N, bool FETCH>
-inline void add_vectors(const bf16* p, const Bf16Tile& tile, const Bf16Tile& next, int first, int last,
-                        int width, int vector, float* out) {
+inline void add_vectors(const bf16* p, const Bf16Tile& tile, const Bf16Tile& next, int first,
+                        int last, int width, int vector, float* out) {
     F16 o[M][N];
     for (int m = 0; m < M; ++m)
         for (int n = 0; n < N; ++n) o[m][n] = load(out + m * kOutStride + (vector + n) * 16);
@@ -106,8 +106,8 @@ inline void add_vectors(const bf16* p, const Bf16Tile& tile, const Bf16Tile& nex
 }
 
 template <int M, bool FETCH>
-void add_values(const bf16* p, const Bf16Tile& tile, const Bf16Tile& next, int first, int last, int width,
-                float* out) {
+void add_values(const bf16* p, const Bf16Tile& tile, const Bf16Tile& next, int first, int last,
+                int width, float* out) {
     constexpr int N = vectors_for(M);
     int vector = 0;
     for (; (vector + N) * 16 <= width; vector += N)

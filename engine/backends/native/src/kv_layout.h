@@ -2,18 +2,19 @@
 //
 // A block holds one part per kv head, one after another, so that a head reads contiguous memory:
 //
-//     REEF_KV_BF16   keys    bf16 [block_size / 16][head_dim / 2][16 positions][2 dimensions]
-//                    values  bf16 [block_size / 2][padded_dim][2 positions]
-//     REEF_KV_INT8   keys    uint8 [block_size / 16][ceil(head_dim / 4)][16 positions][4 dimensions]
-//                    values  int8 [block_size / 4][padded_dim][4 positions]
-//                    key_scales, value_scales  float [block_size] each
+//     REEF_KV_BF16  keys    bf16 [block_size / 16][head_dim / 2][16 positions][2 dimensions]
+//                   values  bf16 [block_size / 2][padded_dim][2 positions]
+//     REEF_KV_INT8  keys    uint8 [block_size / 16][head_dim / 4][16 positions][4 dimensions]
+//                   values  int8 [block_size / 4][padded_dim][4 positions]
+//                   key_scales, value_scales  float [block_size] each
 //
 // A key is (code - 128) * scale, a value is code * scale. Attention multiplies pairs of bf16, or
 // fours of bytes of which one side is unsigned: a vector of keys is 16 positions' pair or four of
 // dimensions, to be multiplied by one pair or four of the query, and a vector of values is 16
 // dimensions' pair or four of positions, to be multiplied by one pair or four of probabilities.
 // Neither needs a shuffle. padded_dim is head_dim rounded up to 16; padding is never written, and
-// what is computed from it is dropped.
+// what is computed from it is dropped. So are the last
+// dimensions of a key whose head_dim is no multiple of 4.
 #pragma once
 #include "kernels.h"
 

@@ -41,8 +41,8 @@ reef::Kernels kernels_of(int isa) {
 
 extern "C" {
 
-// Returns the best instruction set of this machine: 3 amx (avx512, and tiles of int8 and bf16), 2 avx512
-// (bf16, VNNI), 1 avx2, 0 none of them.
+// Returns the best instruction set of this machine: 3 amx (avx512, and tiles of int8 and bf16),
+// 2 avx512 (bf16, VNNI), 1 avx2, 0 none of them.
 int reef_best_isa() {
     static const int best = best_isa();
     return best;
@@ -82,9 +82,7 @@ void reef_store(ReefContext* context, const ReefStoreArgs* args) {
     context->run(context->kernels.store, args);
 }
 
-void reef_attention(ReefContext* context, const ReefAttentionArgs* args) {
-    context->attend(*args);
-}
+void reef_attention(ReefContext* context, const ReefAttentionArgs* args) { context->attend(*args); }
 
 void reef_embed(ReefContext* context, const ReefEmbedArgs* args) {
     context->run(context->kernels.embed, args);
