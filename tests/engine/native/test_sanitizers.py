@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from engine.backends.native.build import compile_library
+from engine.backends.native.library import supported_isas
 
 FOLDER = Path(__file__).parent
 FLAGS = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
@@ -41,7 +42,8 @@ def test_kernels_pass_the_address_and_undefined_behavior_sanitizers(tmp_path: Pa
         "LD_PRELOAD": runtime,
         "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0",
     }
-    tests = [str(FOLDER / name) for name in TESTS]
+    amx = ("test_attention_amx.py",) if "amx" in supported_isas() else ()
+    tests = [str(FOLDER / name) for name in (*TESTS, *amx)]
     command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", *tests]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
