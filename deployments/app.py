@@ -10,6 +10,7 @@ import logging
 import os
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import ray
@@ -19,7 +20,7 @@ from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouter
 from ray.serve.context import _get_global_client  # pyright: ignore[reportPrivateUsage]
 
 from deployments.config import AppConfig, check_exposure, load_config
-from deployments.config_sections import ModelSection
+from deployments.config_sections import ModelSection, ReplicasSection
 from deployments.fleet.router import AdapterRouter
 from deployments.ingress.deployment import IngressDeployment
 from deployments.installation import check_one_installation
@@ -35,6 +36,7 @@ MAX_ONGOING = 100_000
 ROUTING_STATS_PERIOD_S = 0.5
 LONE_ROUTING_STATS_PERIOD_S = 5.0
 SCALING_STATS_PERIOD_S = 1.0
+SCALING_LOOK_BACK_S = 1.5  # Ray wants it above the period; the policy averages for itself
 # Extra time after a drain: last frames, slow observers, engine exit.
 STOP_MARGIN_S = 10.0
 # Time to finish answers: they cannot move to another ingress.
@@ -104,13 +106,18 @@ def engine_options(model: ModelSection, surge_percent: int) -> dict[str, Any]:
     return {
         **scale,
         "max_ongoing_requests": MAX_ONGOING,
-        "ray_actor_options": {"num_cpus": replicas.num_cpus, "num_gpus": replicas.num_gpus},
+        "ray_actor_options": _actor_options(replicas),
         "max_surge_percent": surge_percent,
         "health_check_period_s": HEALTH_CHECK_S,
         "graceful_shutdown_timeout_s": keep_s,
         "graceful_shutdown_wait_loop_s": SHUTDOWN_POLL_S,
         "request_router_config": RequestRouterConfig(**_router_options(keep_s, model)),
     }
+
+
+def _actor_options(replicas: ReplicasSection) -> dict[str, Any]:
+    options: dict[str, Any] = {"num_cpus": replicas.num_cpus, "num_gpus": replicas.num_gpus}
+    return options | ({"label_selector": dict(replicas.labels)} if replicas.labels else {})
 
 
 def surge_percents(models: Sequence[ModelSection], room: Room) -> list[int]:
@@ -138,12 +145,9 @@ def _router_options(keep_s: float, model: ModelSection) -> dict[str, Any]:
 
 
 def autoscaling_config(model: ModelSection) -> AutoscalingConfig:
+    """Return Ray's settings: the policy decides, and nothing of Ray's delays or scales it."""
     replicas, scaling = model.replicas, model.replicas.autoscaling
-    targets = {
-        "queued_tokens": scaling.target_queued_tokens,
-        "kv_used": scaling.target_kv_used,
-        "num_requests": scaling.target_requests or float(model.engine.max_num_seqs),
-    }
+    arguments = {"objective": asdict(scaling.objective), "policy": asdict(scaling.policy)}
     with warnings.catch_warnings():
         # Ray announces environment variables in its place, but 2.60 reads only this field. Its
         # default, 10 s, would hide a burst from the autoscaler for that long.
@@ -152,8 +156,11 @@ def autoscaling_config(model: ModelSection) -> AutoscalingConfig:
             min_replicas=replicas.min,
             max_replicas=replicas.most,
             metrics_interval_s=SCALING_STATS_PERIOD_S,
-            look_back_period_s=scaling.look_back_s,
-            upscale_delay_s=scaling.upscale_delay_s,
-            downscale_delay_s=scaling.downscale_delay_s,
-            policy=AutoscalingPolicy(policy_function=LoadPolicy, policy_kwargs=targets),
+            look_back_period_s=SCALING_LOOK_BACK_S,
+            upscale_delay_s=0.0,
+            downscale_delay_s=0.0,
+            downscale_to_zero_delay_s=0.0,
+            upscaling_factor=1.0,
+            downscaling_factor=1.0,
+            policy=AutoscalingPolicy(policy_function=LoadPolicy, policy_kwargs=arguments),
         )

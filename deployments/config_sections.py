@@ -18,6 +18,8 @@ from pydantic import (
 from pydantic_core import ErrorDetails
 
 from deployments.policy.admission import Limits
+from deployments.policy.autoscaling import RANGES, ScalingPolicy
+from deployments.policy.capacity import Objective
 from deployments.text.reasoning import THINK_TAGS
 from deployments.text.tools.formats import AUTO, FORMATS, NONE
 from engine.byte_size import parse_byte_size
@@ -33,12 +35,22 @@ def key(default: Any, text: str, *, unset: str = "", **bounds: Any) -> Any:
     return Field(default, description=text, json_schema_extra={"unset": unset}, **bounds)
 
 
+def _scaling_key(name: str, text: str) -> Any:
+    """Define a key of the autoscaling policy, with the policy's own default and range."""
+    known = RANGES[name]
+    return key(getattr(ScalingPolicy(), name), text, ge=known.least, le=known.most)
+
+
 Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(ge=0)]
 # A tenant's and an adapter's name, with wildcards, and a version
 ADAPTER_PATTERN = (
     r"^([A-Za-z0-9*?][A-Za-z0-9._*?-]{0,95}/)?[A-Za-z0-9*?][A-Za-z0-9._*?-]{0,95}"
     r"(@([1-9][0-9]{0,17}|\*))?$"
 )
+# Ray's grammar of label selectors
+_LABEL = r"[A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?"
+LabelName = Annotated[str, Field(pattern=rf"^([a-z0-9]([a-z0-9.-]{{0,251}}[a-z0-9])?/)?{_LABEL}$")]
+LabelValue = Annotated[str, Field(pattern=rf"^!?({_LABEL}|in\({_LABEL}(, ?{_LABEL})*\))$")]
 Limit = Annotated[int, Field(ge=1)] | None
 
 
@@ -140,19 +152,39 @@ class EngineSection(Section):
 
 
 class AutoscalingSection(Section):
-    """Chooses the number of replicas between `min` and `max` so that each has at most these loads.
+    """Chooses the number of replicas between `min` and `max`, so that the objective is kept.
 
-    The load is averaged over `look_back_s`; a decision must hold for its delay to take effect.
+    Names, defaults and ranges are those of Objective and ScalingPolicy. Without `zero_delay_s`:
+    one replica always stays, which tells the ingresses what they must know of the model.
     """
 
-    target_queued_tokens: float = key(4096.0, "prompt tokens that may wait at a replica", gt=0)
-    target_kv_used: float = key(0.8, "how full its KV cache may be, of 1", gt=0, le=1)
-    target_requests: float | None = key(
-        None, "requests that it may have", unset="`max_num_seqs`", gt=0
+    ttft_s: float = key(2.0, "the objective: seconds to a request's first token", gt=0, le=3600)
+    tpot_s: float = key(
+        0.2, "the objective: seconds for each further token; bounds a replica's seats", gt=0, le=60
     )
-    look_back_s: float = key(5.0, "seconds that the load is averaged over", gt=1.0, le=3600.0)
-    upscale_delay_s: float = key(5.0, "seconds that a decision for more must stand", ge=0)
-    downscale_delay_s: float = key(120.0, "seconds that a decision for fewer must stand", ge=0)
+    busy: float = _scaling_key("busy", "the part of a replica's tokens/s and seats to be used")
+    kv_used: float = _scaling_key("kv_used", "the part of its KV cache to be used")
+    adapters_used: float = _scaling_key(
+        "adapters_used", "the part of its room for adapters that those of requests may take"
+    )
+    drain_s: float = _scaling_key("drain_s", "seconds in which queued prompts should be computed")
+    smoothing_s: float = _scaling_key("smoothing_s", "seconds over which arrivals are averaged")
+    lookahead_s: float = _scaling_key(
+        "lookahead_s", "how far ahead rising arrivals are estimated; a replica's start"
+    )
+    up_delay_s: float = _scaling_key("up_delay_s", "seconds that a need for more must stand")
+    down_delay_s: float = _scaling_key("down_delay_s", "seconds without a need for as many")
+    down_margin: float = _scaling_key(
+        "down_margin", "fewer replicas are wanted only if they would be at most this full, of 1"
+    )
+
+    @property
+    def objective(self) -> Objective:
+        return Objective(self.ttft_s, self.tpot_s)
+
+    @property
+    def policy(self) -> ScalingPolicy:
+        return ScalingPolicy(**self.model_dump(exclude={"ttft_s", "tpot_s"}))
 
 
 class ReplicasSection(Section):
@@ -180,6 +212,13 @@ class ReplicasSection(Section):
         unset="one replica on a CPU with room for it, 0 on a GPU",
         ge=0,
         le=100,
+    )
+    labels: dict[LabelName, LabelValue] | None = key(
+        None,
+        "labels that the nodes of its replicas must have, by Ray's label selectors: "
+        "`ray.io/accelerator-type: H100`, `ray.io/market-type: '!spot'`, "
+        "`ray.io/availability-zone: in(a, b)`",
+        unset="any node",
     )
     autoscaling: AutoscalingSection = AutoscalingSection()
 

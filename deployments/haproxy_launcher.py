@@ -30,6 +30,8 @@ _RAYS_REPEATS = "retry-on conn-failure"
 _HEADER_RULES = (
     "http-request del-header x-request-timeout-seconds",
     "http-request del-header x-request-disconnect-disabled",
+    "http-request set-header x-reef-session-id %[req.hdr(x-session-id)] "
+    "if { req.hdr(x-session-id) -m found }",
     "http-request del-header ^x[-_]session[-_]id$ -m reg",
     "http-request del-header ^serve[-_]multiplexed[-_]model[-_]id$ -m reg",
     "http-request del-header x-request-id if { req.fhdr_cnt(x-request-id) gt 1 }",

@@ -291,7 +291,7 @@ class Engine:
 
     @property
     def stats(self) -> EngineStats:
-        s, blocks = self.scheduler, self.scheduler.blocks
+        s, blocks, rates = self.scheduler, self.scheduler.blocks, self.scheduler.rates
         return EngineStats(
             num_running=len(s.running),
             num_waiting=s.num_waiting,
@@ -309,6 +309,10 @@ class Engine:
             total_drafts=s.num_drafts,
             total_drafted_tokens=s.num_drafted_tokens,
             total_accepted_tokens=s.num_accepted_tokens,
+            tokens_per_s=rates.tokens_per_s,
+            step_s=rates.step_s,
+            row_s=rates.row_s,
+            adapters_used=s.adapters_used,
         )
 
     def close(self) -> None:

@@ -193,6 +193,10 @@ class EngineStats:
     total_drafts: int = 0
     total_drafted_tokens: int = 0
     total_accepted_tokens: int = 0
+    tokens_per_s: float = 0.0  # as engine.scheduler.step_rates has it, and the next two
+    step_s: float = 0.0
+    row_s: float = 0.0
+    adapters_used: float = 0.0  # of the room for adapters, by those that requests need
 
 
 @dataclass(frozen=True, slots=True)

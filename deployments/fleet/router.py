@@ -6,6 +6,7 @@ first argument, a `protocol.Hints`.
 """
 
 import time
+import uuid
 from typing import Any
 
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
@@ -30,6 +31,7 @@ def to_stats(figures: ReplicaFigures) -> dict[str, Any]:
         "tokens_per_s": _rounded(figures.tokens_per_s),
         "disk_load_s": _rounded(figures.disk_load_s),
         "remote_load_s": _rounded(figures.remote_load_s),
+        "crowding_s": _rounded(figures.crowding_s),
     }
 
 
@@ -55,7 +57,8 @@ class AdapterRouter(RequestRouter):
         self, *, max_num_seqs: int, keep_s: float = 60.0
     ) -> None:
         """Called by Ray. `max_num_seqs` is the same for every replica."""
-        self._router = Router(RoutingCosts(), ReplicaFigures(max_num_seqs=max_num_seqs))
+        unheard = ReplicaFigures(max_num_seqs=max_num_seqs)
+        self._router = Router(RoutingCosts(), unheard, uuid.uuid4().hex)
         self._stats: dict[str, dict[str, Any]] = {}
         self._named: set[str] = set()
         self._leaving: dict[str, tuple[float, RunningReplica]] = {}

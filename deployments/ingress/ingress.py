@@ -35,6 +35,7 @@ from deployments.ingress.planning import Origin, plan_chat, plan_completion
 from deployments.ingress.reply_form import OPENAI_CHAT, OPENAI_COMPLETION, ReplyForm
 from deployments.ingress.request_body import read_body
 from deployments.ingress.runtime_adapters import RuntimeAdapters
+from deployments.ingress.sessions import in_session, session_of
 from deployments.ingress.streaming import COMMENT, GenerationResponse
 from deployments.ingress.tenant_limiter import Place, TenantLimiter
 from deployments.tenants.tenant import Tenant
@@ -112,6 +113,7 @@ class Ingress:
             api_key = headers.get("x-api-key") if takes_api_key else None
             whose = self.tenant_of(headers.get("authorization"), api_key)
             tenant, place = held.enter_context(whose)
+            place.session = session_of(headers)
             return await handler(http_request, tenant, place)
 
         return self.route(method, path, handle, errors, doc, needs_key=True)
@@ -151,7 +153,7 @@ class Ingress:
             self.settings.lenient_schemas,
             surface.form,
         )
-        return self._answer(plan, request, surface)
+        return self._answer(plan, request, surface, place)
 
     async def encode_chat(
         self, request: ChatCompletionRequest, tenant: Tenant
@@ -190,7 +192,7 @@ class Ingress:
         target = await self._target(tenant, request)
         is_lenient = self.settings.lenient_schemas
         plan = await plan_completion(request, target, self.origin, is_lenient, surface.form)
-        return self._answer(plan, request, surface)
+        return self._answer(plan, request, surface, place)
 
     async def answer_embeddings(
         self,
@@ -223,9 +225,11 @@ class Ingress:
         """
         return await self.texts.equip(await self.models.resolve(tenant, name))
 
-    def _answer(self, plan: Plan, request: OpenAIRequest, surface: Surface) -> GenerationResponse:
+    def _answer(
+        self, plan: Plan, request: OpenAIRequest, surface: Surface, place: Place
+    ) -> GenerationResponse:
         return GenerationResponse(
-            plan,
+            in_session(plan, place.session),
             bool(request.stream),
             self.metrics,
             surface.route,

@@ -28,13 +28,12 @@ from deployments.ingress.prompt_texts import (
     prompt_too_long,
 )
 from deployments.ingress.reply_form import OPENAI_CHAT, OPENAI_COMPLETION, ReplyForm, ReplyParts
+from deployments.ingress.sessions import session_key
 from deployments.ingress.structured.constraint import Constraint, Grammar
 from deployments.ingress.structured.plan import grammar_headers, plan_grammar, within
 from deployments.text.vocabulary import Vocabulary
 from engine.messages import EngineInfo, GenerateRequest, RequestOutput, TokenLogprobs
 from engine.scheduler.request import InvalidRequest, SamplingParams
-
-MAX_SESSION_CHARS = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,14 +204,8 @@ def _submits(
             cache_salt=request.cache_salt or "",
             priority=request.priority or 0,
         )
-        submits.append(Submit(generate, target.adapter_ref, _session(request)))
+        submits.append(Submit(generate, target.adapter_ref, session_key(request.prompt_cache_key)))
     return submits
-
-
-def _session(request: OpenAIRequest) -> str:
-    """OpenAI's key for requests that share a cache: they go to one replica if they can."""
-    key = request.prompt_cache_key
-    return key[:MAX_SESSION_CHARS] if isinstance(key, str) else ""
 
 
 def _completed(

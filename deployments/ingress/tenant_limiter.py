@@ -75,6 +75,7 @@ class Place:
 
     def __init__(self, limiter: TenantLimiter, tenant: str) -> None:
         self.num_answers = 1
+        self.session = ""  # what the client calls the requests that belong together
         self._limiter = limiter
         self._tenant = tenant
 

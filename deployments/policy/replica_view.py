@@ -4,6 +4,8 @@ from dataclasses import dataclass, replace
 
 from deployments.policy.rendezvous import rendezvous_number
 
+NO_ROOM_S = 1e6  # puts a replica without room after all others
+
 
 @dataclass(frozen=True, slots=True)
 class ReplicaFigures:
@@ -21,6 +23,7 @@ class ReplicaFigures:
     tokens_per_s: float = 0.0  # of prompts, as its own steps have shown
     disk_load_s: float = 0.0  # of an adapter from its disk
     remote_load_s: float = 0.0  # of an adapter from the object store
+    crowding_s: float = 0.0  # by which one request makes another's answer later
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +33,7 @@ class Priors:
     tokens_per_s: float = 2000.0
     disk_load_s: float = 0.2
     remote_load_s: float = 1.0
+    crowding_s: float = 0.03
 
 
 class ReplicaView:
@@ -43,6 +47,7 @@ class ReplicaView:
         "_earlier_adapters",
         "_priors",
         "_sent_adapters",
+        "crowding_s",
         "device_adapters",
         "disk_adapters",
         "disk_load_s",
@@ -50,11 +55,13 @@ class ReplicaView:
         "is_kv_full",
         "max_num_seqs",
         "num_requests",
+        "num_sent",
         "number",
         "queued_tokens",
         "remote_load_s",
         "replica_id",
         "reported",
+        "start_s",
         "token_s",
         "wait_s",
     )
@@ -73,7 +80,7 @@ class ReplicaView:
 
     def _take(self, figures: ReplicaFigures) -> None:
         priors = self._priors
-        self.reported = figures
+        self.reported, self.num_sent = figures, 0
         self.max_num_seqs = figures.max_num_seqs
         self.is_kv_full = figures.kv_used >= 1.0
         self.device_adapters: set[str] | frozenset[str] = figures.device_adapters
@@ -82,24 +89,31 @@ class ReplicaView:
         self.disk_adapters = figures.disk_adapters
         self.disk_load_s = figures.disk_load_s or priors.disk_load_s
         self.remote_load_s = figures.remote_load_s or priors.remote_load_s
+        self.crowding_s = figures.crowding_s or priors.crowding_s
         self.token_s = 1 / (figures.tokens_per_s or priors.tokens_per_s)
         self._set_load(figures.queued_tokens, figures.num_requests)
 
-    def _set_load(self, queued_tokens: int, num_requests: int) -> None:
+    def _set_load(self, queued_tokens: float, num_requests: float) -> None:
         self.queued_tokens, self.num_requests = queued_tokens, num_requests
         self.wait_s = queued_tokens * self.token_s
         self.fullness = num_requests / self.max_num_seqs
+        # One more request waits for the queue; it delays each of the others, and they delay it.
+        self.start_s = self.wait_s + 2 * num_requests * self.crowding_s
+        if self.is_kv_full:
+            self.start_s += NO_ROOM_S
 
-    def sent(self, num_tokens: int, adapter_digest: str) -> None:
-        self._set_load(self.queued_tokens + num_tokens, self.num_requests + 1)
+    def sent(self, num_tokens: int, adapter_digest: str, times: float = 1.0) -> None:
+        """Add a request that was sent, and counts so many times."""
+        self.num_sent += 1
+        self._set_load(self.queued_tokens + times * num_tokens, self.num_requests + times)
         if adapter_digest and adapter_digest not in self.device_adapters:
             self._sent_adapters.add(adapter_digest)
             self.device_adapters = {*self.device_adapters, adapter_digest}
 
-    def ended(self, num_tokens: int) -> None:
+    def ended(self, num_tokens: int, times: float = 1.0) -> None:
         """Take back what was added for a request, or what the replica had reported of it."""
-        queued = max(self.queued_tokens - num_tokens, 0)
-        self._set_load(queued, max(self.num_requests - 1, 0))
+        queued = max(self.queued_tokens - times * num_tokens, 0.0)
+        self._set_load(queued, max(self.num_requests - times, 0.0))
 
     def load_s(self, adapter_digest: str) -> float:
         """Predict how long the adapter takes to be on the device."""
@@ -110,7 +124,7 @@ class ReplicaView:
     def figures(self) -> ReplicaFigures:
         return replace(
             self.reported,
-            queued_tokens=self.queued_tokens,
-            num_requests=self.num_requests,
+            queued_tokens=round(self.queued_tokens),
+            num_requests=round(self.num_requests),
             device_adapters=frozenset(self.device_adapters),
         )

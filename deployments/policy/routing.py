@@ -1,12 +1,14 @@
-"""Chooses a replica for a request by predicted time to first token, within a bound on load.
+"""Chooses a replica for a request by what it costs there, within a bound on load.
 
-    predicted TTFT = queued tokens / the replica's own tokens per second
-                   + the adapter's load time from the nearest tier that has it
-                   + prompt tokens that are not in its prefix cache / its tokens per second
+    cost = queued tokens / the replica's own tokens per second
+         + what one more request delays the others, and they it
+         + the adapter's load time from the nearest tier that has it, and the reload of the adapter
+           that goes for it
+         + prompt tokens that are not in its prefix cache / its tokens per second
 
 Each adapter has a set of replicas: the first ones of its rendezvous order, as many as its share of
-the traffic needs. A replica outside the set costs `spread_s` more, so that a short queue is no
-reason to copy an adapter that is seldom used, and to evict another one for it.
+the traffic needs. Where it must be loaded, a replica outside the set costs `home_s` more, so that
+routers which do not talk load it at the same ones.
 
 The bound, with figures that are true: a request is never sent to a replica that would then have
 more requests than max(ceil((1 + epsilon) * mean), min_load) or no room, while another has room. The
@@ -14,17 +16,27 @@ mean is that of all replicas with this request, in proportion to their sizes; th
 below it (Mirrokni, Thorup and Zadimoghaddam 2018). Reported figures are up to a second old, so a
 router adds what it has sent since, and a replica may be above by what other routers sent meanwhile.
 
-All that is known is kept in plain Python, and the clock is an argument.
+Where a part of the traffic comes through other routers, each takes them to do as it does: what it
+sends counts as many times as its own part goes into all, until the next report.
+
+Only few replicas are looked at closely: the one with the least to do, and the least busy ones of
+those that have the adapter, its files or the prompt's beginning. All that is known is kept in plain
+Python, and the clock is an argument.
 """
 
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 
 from deployments.policy.demand import Demand
+from deployments.policy.holders import Holders
 from deployments.policy.prefix_memory import PrefixMemory
 from deployments.policy.rendezvous import Rendezvous, rendezvous_number
 from deployments.policy.replica_view import Priors, ReplicaFigures, ReplicaView
+from deployments.policy.traffic import Traffic
+
+_START_S = attrgetter("start_s")
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +44,8 @@ class RoutingCosts:
     """Constants of the prediction."""
 
     priors: Priors = field(default_factory=Priors)
-    resolution_s: float = 0.05  # predictions closer than this count as equal
-    spread_s: float = 0.25  # added for a replica outside the adapter's set
+    evicted: float = 1.0  # reloads of others for each load: what goes is wanted again
+    home_s: float = 0.05  # added for a load outside the adapter's set
     sticky_s: float = 0.1  # taken off for the replica of the request's session
     epsilon: float = 0.25  # how far above the mean a replica's load may be
     min_load: int = 4  # requests; below this a replica's load is no reason to go elsewhere
@@ -56,19 +68,34 @@ class RoutedRequest:
     prefix_keys: tuple[int, ...] = ()
 
 
-class Router:
-    """Ranks replicas for requests, and remembers where it has sent them. Not thread-safe.
+class _Candidates:
+    """The replicas that a decision is about, and their sizes."""
 
-    A replica that has not reported yet is taken to have the figures `unheard`.
+    def __init__(self, replica_ids: Sequence[str], views: list[ReplicaView]) -> None:
+        self.replica_ids, self.views = replica_ids, views
+        self.sizes = {view.max_num_seqs for view in views}
+        self.num_seats = sum([view.max_num_seqs for view in views])
+
+
+class Router:
+    """Chooses replicas for requests, and remembers where it has sent them. Not thread-safe.
+
+    A replica that has not reported yet is taken to have the figures `unheard`. Routers of different
+    names prefer different ones among equals.
     """
 
-    def __init__(self, costs: RoutingCosts, unheard: ReplicaFigures) -> None:
+    def __init__(self, costs: RoutingCosts, unheard: ReplicaFigures, name: str = "") -> None:
         self._costs = costs
         self._unheard = unheard
         self._views: dict[str, ReplicaView] = {}
+        self._candidates = _Candidates((), [])
+        self._on_device, self._on_disk = Holders(), Holders()
         self._rendezvous = Rendezvous()
         self._prefixes = PrefixMemory()
         self._demand = Demand()
+        self._number = rendezvous_number(name)
+        self._total = 0.0  # requests at all replicas
+        self._traffic = Traffic()
 
     def report(self, replica_id: str, figures: ReplicaFigures) -> None:
         """Take a report: it replaces what was added since the last one, except adapters.
@@ -79,9 +106,12 @@ class Router:
         if view is None:
             self._add(replica_id, figures)
         elif view.reported != figures:
-            has_new_size = view.reported.max_num_seqs != figures.max_num_seqs
+            before = view.reported
+            self._traffic.heard(figures.num_received - before.num_received, view.num_sent)
             view.report(figures)
-            if has_new_size:
+            self._total = sum([each.num_requests for each in self._views.values()])
+            self._index(view)
+            if before.max_num_seqs != figures.max_num_seqs:
                 self._set_weights()
 
     def keep(self, replica_ids: Iterable[str]) -> None:
@@ -89,7 +119,10 @@ class Router:
         wanted = dict.fromkeys(replica_ids)
         gone = [replica_id for replica_id in self._views if replica_id not in wanted]
         for replica_id in gone:
-            del self._views[replica_id]
+            view = self._views.pop(replica_id)
+            self._total -= view.num_requests
+            self._on_device.forget(view)
+            self._on_disk.forget(view)
             self._prefixes.forget(replica_id)
         if gone:
             self._set_weights()
@@ -99,152 +132,157 @@ class Router:
         return self._views[replica_id].figures() if replica_id in self._views else self._unheard
 
     def sent(self, replica_id: str, request: RoutedRequest, now: float) -> None:
-        self._view(replica_id).sent(request.num_prompt_tokens, request.adapter_digest)
+        view, digest = self._view(replica_id), request.adapter_digest
+        had = view.num_requests
+        view.sent(request.num_prompt_tokens, digest, self._traffic.times)
+        self._total += view.num_requests - had
         self._prefixes.sent(replica_id, request.prefix_keys)
-        if request.adapter_digest:
-            self._demand.add(request.adapter_digest, now)
+        if digest:
+            self._demand.add(digest, now)
+            self._on_device.add(view, digest)
 
     def ended(self, replica_id: str, num_tokens: int) -> None:
         """Note that a request of this many tokens has ended, which was sent by this router."""
         view = self._views.get(replica_id)
         if view is not None:
-            view.ended(num_tokens)
-
-    def rank(self, replica_ids: Sequence[str], request: RoutedRequest) -> list[str]:
-        """Order all replicas, best first. Those to avoid come last, rather than not at all."""
-        best, avoid = self.choose(replica_ids, request), request.avoid
-        rest = [self._view(r) for r in replica_ids if r != best]
-        rest.sort(key=lambda view: (view.replica_id in avoid, view.wait_s))
-        return [best, *(view.replica_id for view in rest)]
+            had = view.num_requests
+            view.ended(num_tokens, self._traffic.times)
+            self._total += view.num_requests - had
 
     def choose(self, replica_ids: Sequence[str], request: RoutedRequest) -> str:
         """Return the best replica: one to avoid only if there is no other."""
-        views = self._known(replica_ids)
+        among = self._known(replica_ids)
         if request.avoid:
-            views = [v for v in views if v.replica_id not in request.avoid] or views
-        limits = self._limits(views)
-        members = self.replica_set(request.adapter_digest) if request.adapter_digest else []
-        if len(members) == 1:
-            home = self._idle_home(members[0], request, limits)
-            if home is not None and home in views:
-                return home.replica_id
-        fitting = [v for v in views if v.num_requests < limits[v.max_num_seqs] and not v.is_kv_full]
-        fitting = fitting or [v for v in views if v.fullness < 1.0 and not v.is_kv_full] or views
-        costs = self._predict(fitting, request, members)
-        limit = min(costs) + self._costs.resolution_s
-        equal = [view for view, cost in zip(fitting, costs, strict=True) if cost < limit]
-        best = equal[0] if len(equal) == 1 else self._break_tie(equal, request, members)
+            left = [v for v in among.views if v.replica_id not in request.avoid]
+            among = _Candidates((), left) if left else among
+        limits = self._limits(among)
+        least = _least(among.views, limits)
+        digest, keys = request.adapter_digest, request.prefix_keys
+        if not (digest or keys or request.session):
+            return least.replica_id
+        members = self.replica_set(digest) if digest else []
+        cached = self._prefixes.find(keys) if keys else {}
+        home = self._home(request, members, among.views)
+        are_all_full = least.num_requests >= limits[least.max_num_seqs]
+        best, best_cost = least, self._cost(least, request, members, cached, home)
+        for view in self._near(digest, members, cached, home, among):
+            if are_all_full or view.num_requests < limits[view.max_num_seqs]:
+                cost = self._cost(view, request, members, cached, home)
+                if cost < best_cost:
+                    best, best_cost = view, cost
         return best.replica_id
 
     def replica_set(self, adapter_digest: str) -> list[str]:
         """Return the replicas that should have an adapter, by its share of the requests."""
-        order, views = self._rendezvous.order(adapter_digest), self._views.values()
-        total = sum([view.num_requests for view in views])
-        expected = self._demand.share(adapter_digest) * total
+        order = self._rendezvous.order(adapter_digest)
+        share = self._demand.share(adapter_digest)
+        if share * len(order) < self._costs.set_share:
+            return order[:1]
+        total = self._total
         part = self._costs.set_share * max(total / max(len(order), 1), 2 * self._costs.min_load)
-        return order[: 1 + int(expected / part)]
+        return order[: 1 + int(share * total / part)]
 
     # ==== the choice ====
 
-    def _limits(self, views: Sequence[ReplicaView]) -> dict[int, int]:
+    def _limits(self, among: "_Candidates") -> dict[int, int]:
         """Return how many requests a replica may have before this one, by the size of its batch."""
-        sizes = [view.max_num_seqs for view in views]
-        total = sum([view.num_requests for view in views]) + 1
-        per_seat, least = (1 + self._costs.epsilon) * total / sum(sizes), self._costs.min_load
-        return {size: min(max(math.ceil(per_seat * size), least), size) for size in set(sizes)}
+        is_all = len(among.views) == len(self._views)
+        total = 1 + (self._total if is_all else sum([v.num_requests for v in among.views]))
+        per_seat, least = (1 + self._costs.epsilon) * total / among.num_seats, self._costs.min_load
+        return {size: min(max(math.ceil(per_seat * size), least), size) for size in among.sizes}
 
-    def _idle_home(
-        self, replica_id: str, request: RoutedRequest, limits: dict[int, int]
+    def _home(
+        self, request: RoutedRequest, members: Sequence[str], views: Sequence[ReplicaView]
     ) -> ReplicaView | None:
-        """Return the only replica of the adapter's set if no other one can be better."""
-        digest = request.adapter_digest
-        home = self._views.get(replica_id)
-        if (
-            home is None
-            or digest not in home.device_adapters
-            or home.is_kv_full
-            or home.num_requests >= limits.get(home.max_num_seqs, 0)
-            or home.wait_s + request.num_prompt_tokens * home.token_s > self._costs.spread_s
-        ):
-            return None
-        return home
+        """Return the replica that all routers prefer for the session, or the prompt's beginning."""
+        if request.session:
+            order = members or self._rendezvous.order(request.session)[:1]
+            return self._views.get(order[rendezvous_number(request.session) % len(order)])
+        if request.prefix_keys and not request.adapter_digest:
+            number = request.prefix_keys[0]
+            return min(views, key=lambda view: view.number ^ number)
+        return None
 
-    def _predict(
-        self, views: Sequence[ReplicaView], request: RoutedRequest, members: Sequence[str]
-    ) -> list[float]:
-        """Predict seconds to the first token at each replica, with what affinity adds to them."""
-        tokens, digest = request.num_prompt_tokens, request.adapter_digest
-        if digest:
-            spread_s = self._costs.spread_s
-            costs = [
-                v.wait_s
-                + tokens * v.token_s
-                + (0.0 if digest in v.device_adapters else v.load_s(digest))
-                + (0.0 if v.replica_id in members else spread_s)
-                for v in views
-            ]
-        else:
-            costs = [v.wait_s + tokens * v.token_s for v in views]
-        self._take_off(costs, views, request, members)
-        return costs
-
-    def _take_off(
+    def _near(
         self,
-        costs: list[float],
-        views: Sequence[ReplicaView],
+        digest: str,
+        members: Sequence[str],
+        cached: Iterable[str],
+        home: ReplicaView | None,
+        among: "_Candidates",
+    ) -> list[ReplicaView]:
+        """Return the candidates that may be better than the one with the least to do."""
+        known = self._views
+        near = [known[r] for r in members if r in known]
+        near += [known[r] for r in cached if r in known]
+        if home is not None:
+            near.append(home)
+        if digest:
+            near += self._on_device.of(digest)
+            on_disk = self._on_disk.of(digest)
+            if on_disk:
+                near.append(min(on_disk, key=_START_S))
+        if len(among.views) < len(known):
+            near = [view for view in near if view in among.views]
+        return near
+
+    def _cost(
+        self,
+        view: ReplicaView,
         request: RoutedRequest,
         members: Sequence[str],
-    ) -> None:
-        """Take off what the replicas have computed before, and the session's bonus."""
-        cached = self._prefixes.find(request.prefix_keys) if request.prefix_keys else {}
-        sticky = self._session_home(request, members) if request.session else ""
-        if not cached and not sticky:
-            return
-        for i, view in enumerate(views):
-            tokens = min(cached.get(view.replica_id, 0), request.num_prompt_tokens)
-            costs[i] -= tokens * view.token_s
-            if view.replica_id == sticky:
-                costs[i] -= self._costs.sticky_s
-
-    def _session_home(self, request: RoutedRequest, members: Sequence[str]) -> str:
-        if not request.adapter_digest:
-            return self._rendezvous.order(request.session)[0]
-        return members[rendezvous_number(request.session) % len(members)]
-
-    def _break_tie(
-        self, views: Sequence[ReplicaView], request: RoutedRequest, members: Sequence[str]
-    ) -> ReplicaView:
-        """Choose among equals as every router does: by what the requests have in common, or by
-        load."""
-        digest, key = request.adapter_digest, request.session
-        if digest:
-            key = digest if len(members) == 1 else ""
-        elif not key and request.prefix_keys:
-            key = str(request.prefix_keys[0])
-        if key:
-            order = self._rendezvous.order(key)
-            return min(views, key=lambda view: order.index(view.replica_id))
-        least = min([view.fullness for view in views])
-        equal = [view for view in views if view.fullness == least]
-        number = rendezvous_number(request.request_id)
-        return min(equal, key=lambda view: number ^ view.number)
+        cached: dict[str, int],
+        home: ReplicaView | None,
+    ) -> float:
+        costs, digest, replica_id = self._costs, request.adapter_digest, view.replica_id
+        tokens = request.num_prompt_tokens
+        if cached:
+            tokens -= min(cached.get(replica_id, 0), tokens)
+        cost = view.start_s + tokens * view.token_s
+        if view is home:
+            cost -= costs.sticky_s
+        if digest and digest not in view.device_adapters:
+            cost += (1 + costs.evicted) * view.load_s(digest)
+            if replica_id not in members:
+                cost += costs.home_s
+        return cost
 
     # ==== what is known ====
 
-    def _known(self, replica_ids: Sequence[str]) -> list[ReplicaView]:
-        try:
-            return [self._views[replica_id] for replica_id in replica_ids]
-        except KeyError:
-            return [self._view(replica_id) for replica_id in replica_ids]
+    def _known(self, replica_ids: Sequence[str]) -> "_Candidates":
+        """Return the views, in an order of this router's own."""
+        if replica_ids == self._candidates.replica_ids:
+            return self._candidates
+        views = [self._view(replica_id) for replica_id in replica_ids]
+        views.sort(key=lambda view: view.number ^ self._number)
+        self._candidates = _Candidates(list(replica_ids), views)
+        return self._candidates
 
     def _view(self, replica_id: str) -> ReplicaView:
         return self._views.get(replica_id) or self._add(replica_id, self._unheard)
 
     def _add(self, replica_id: str, figures: ReplicaFigures) -> ReplicaView:
         view = self._views[replica_id] = ReplicaView(replica_id, figures, self._costs.priors)
+        self._total += view.num_requests
+        self._index(view)
         self._set_weights()
         return view
+
+    def _index(self, view: ReplicaView) -> None:
+        self._on_device.set(view, view.device_adapters)
+        self._on_disk.set(view, view.disk_adapters)
 
     def _set_weights(self) -> None:
         weights = [(view.replica_id, float(view.max_num_seqs)) for view in self._views.values()]
         self._rendezvous.set_replicas(weights)
+        self._candidates = _Candidates((), [])
+
+
+def _least(views: list[ReplicaView], limits: dict[int, int]) -> ReplicaView:
+    """Return the replica with the least to do, within the bound if any is."""
+    least = min(views, key=_START_S)
+    if least.num_requests < limits[least.max_num_seqs]:
+        return least
+    with_room = [v for v in views if v.fullness < 1.0 and not v.is_kv_full]
+    within = [v for v in with_room if v.num_requests < limits[v.max_num_seqs]]
+    return min(within or with_room or views, key=_START_S)

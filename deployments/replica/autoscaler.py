@@ -1,42 +1,82 @@
 """LoadPolicy: Ray's autoscaling policy on top of `policy.autoscaling`.
 
-Ray pickles this module by value and calls it in its controller, and applies bounds and delays to
-what it returns. Ray's own count of requests is of no use here, because an ingress has one stream to
-each replica however many requests there are: all figures are reported by the replicas.
+Ray pickles this module by value and calls it in its controller. Its factors and delays are set so
+that they do nothing; its bounds are the policy's own. What is left of Ray: it goes to zero from one
+replica only, and from zero to one on its own where a call waits for a replica. Ray's count of
+requests is of no use, because an ingress has one stream to each replica however many requests there
+are: all figures are reported by the replicas.
 """
 
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import asdict, fields
 from typing import Any
 
 from ray.serve.config import AutoscalingContext
 
-from deployments.policy.autoscaling import ReplicaLoad, ScalingTargets, wanted_replicas
+from deployments.policy.autoscaling import Autoscaler, Bounds, ReplicaLoad, ScalingPolicy
+from deployments.policy.capacity import Capacity, Objective
+
+logger = logging.getLogger(__name__)
+
+FIGURES = tuple(f.name for f in fields(ReplicaLoad) if f.name != "capacity")
+CAPACITY_FIGURES = tuple(f.name for f in fields(Capacity))
 
 
 def to_stats(load: ReplicaLoad) -> dict[str, float]:
     """Write a replica's autoscaling stats."""
-    return {
-        "queued_tokens": float(load.queued_tokens),
-        "kv_used": float(load.kv_used),
-        "num_requests": float(load.num_requests),
-    }
+    figures = asdict(load)
+    capacity = figures.pop("capacity")
+    return {name: float(figure) for name, figure in (figures | capacity).items()}
 
 
 class LoadPolicy:
-    def __init__(self, **targets: float) -> None:
-        self._targets = ScalingTargets(**targets)
+    """`objective` and `policy` are the fields of Objective and ScalingPolicy."""
+
+    def __init__(
+        self,
+        objective: dict[str, float] | None = None,
+        policy: dict[str, float] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._clock = clock
+        wanted = Objective(**objective or {})
+        self._tpot_s, self._has_warned = wanted.tpot_s, False
+        self._autoscaler = Autoscaler(Bounds(), ScalingPolicy(**policy or {}), wanted)
 
     def __call__(self, ctx: AutoscalingContext) -> tuple[float, dict[str, Any]]:
-        metrics = ctx.aggregated_metrics or {}
+        """Return the number of replicas. Ray passes the bounds, which a deploy may change."""
+        most = max(ctx.capacity_adjusted_max_replicas, 1)
+        self._autoscaler.bounds = Bounds(min(ctx.capacity_adjusted_min_replicas, most), most)
+        loads, target = _loads(ctx), ctx.target_num_replicas
+        self._check(loads)
+        return self._autoscaler.decide(loads, target, 0.0, self._clock()).replicas, {}
 
-        def figure(name: str, replica: Any) -> float:
-            return metrics.get(name, {}).get(replica, 0.0)  # a new one has not reported yet
-
-        loads = [
-            ReplicaLoad(
-                figure("queued_tokens", replica),
-                figure("kv_used", replica),
-                figure("num_requests", replica),
+    def _check(self, loads: list[ReplicaLoad]) -> None:
+        """Say once if no number of replicas keeps the objective."""
+        least_s = min([load.capacity.least_tpot_s for load in loads], default=0.0)
+        if least_s > self._tpot_s and not self._has_warned:
+            self._has_warned = True
+            logger.warning(
+                "autoscaling.tpot_s is %g, but a request that is alone on a replica gets a token "
+                "every %.3g s: no number of replicas keeps the objective",
+                self._tpot_s,
+                least_s,
             )
-            for replica in ctx.running_replicas
-        ]
-        return wanted_replicas(loads, ctx.target_num_replicas, 0.0, self._targets), {}
+
+
+def _loads(ctx: AutoscalingContext) -> list[ReplicaLoad]:
+    """Read the reports; a replica that has not reported yet is left out."""
+    metrics = ctx.aggregated_metrics or {}
+    reported = metrics.get(CAPACITY_FIGURES[0], {})
+    return [
+        ReplicaLoad(
+            **{name: metrics.get(name, {}).get(replica, 0.0) for name in FIGURES},
+            capacity=Capacity(
+                **{name: metrics.get(name, {}).get(replica, 0.0) for name in CAPACITY_FIGURES}
+            ),
+        )
+        for replica in ctx.running_replicas
+        if replica in reported
+    ]

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from adapter_store.names import AdapterRef
 from deployments.fleet.protocol import Submit
+from deployments.policy.load_meter import LoadMeter
 from deployments.replica.adapter_fetcher import AdapterFetcher, adapter_error
 from deployments.replica.engine_handle import EngineHandle
 from deployments.replica.ingress_streams import IngressStream
@@ -52,6 +53,7 @@ class LiveRequests:
         self.engine = make_engine(self.on_frame)
         self.by_id: dict[str, LiveRequest] = {}
         self.num_open = 0  # choices that have not ended: they take a place in the batch
+        self.meter = LoadMeter()
         self._fetcher = fetcher
 
     # ---- outputs -------------------------------------------------------------------------
@@ -69,12 +71,22 @@ class LiveRequests:
             stream = live.stream
             stream.outbox.put(request_id, item)
             touched[stream] = None
-            if not is_tokens and item.finish_reason is not None:
-                if item.error is not None:
-                    self._repair_if_damaged(live, item.error)
-                self._finish_choice(request_id, live)
+            if not is_tokens:
+                self._note(request_id, live, item)
         for stream in touched:
             stream.outbox.end_step()
+
+    def _note(self, request_id: str, live: LiveRequest, output: RequestOutput) -> None:
+        metrics = output.metrics
+        if metrics is not None:
+            self.meter.waited(metrics.queue_s)
+        if output.finish_reason is None:
+            return
+        if metrics is not None:
+            self.meter.answered(metrics.num_output_tokens)
+        if output.error is not None:
+            self._repair_if_damaged(live, output.error)
+        self._finish_choice(request_id, live)
 
     def _repair_if_damaged(self, live: LiveRequest, error: RequestError) -> None:
         """See to the adapter's files before the ingress sends the request again."""
@@ -104,6 +116,7 @@ class LiveRequests:
         live = LiveRequest(stream, request, request.n)
         self.by_id[request.request_id] = live
         self.num_open += live.num_open
+        self.meter.received(len(request.prompt_token_ids), live.num_open)
         stream.request_ids[request.request_id] = None
         if submit.adapter_ref is None:
             self._start(request)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from deployments.fleet.protocol import Abort, Frame, Hello, Lease, Receipt, StreamId, Submit
 from deployments.policy.autoscaling import ReplicaLoad
+from deployments.policy.capacity import Capacity
 from deployments.policy.replica_view import ReplicaFigures
 from deployments.replica.adapter_fetcher import AdapterFetcher, AdapterFiles
 from deployments.replica.engine_handle import EngineHandle
@@ -187,14 +188,27 @@ class EngineReplica:
             kv_used=_kv_used(stats),
             device_adapters=frozenset(stats.resident_adapters),
             disk_adapters=frozenset(self._fetcher.recent(MAX_DISK_ADAPTERS)),
+            tokens_per_s=stats.tokens_per_s,
             disk_load_s=self._fetcher.disk_load_s,
             remote_load_s=self._fetcher.remote_load_s,
+            crowding_s=stats.row_s * self._requests.meter.mean_answer,
         )
 
     def load(self) -> ReplicaLoad:
-        """Report to the autoscaler."""
-        kv_used = _kv_used(self._engine.stats)
-        return ReplicaLoad(self._queued_tokens(), kv_used, float(self._requests.num_open))
+        """Report to the autoscaler: once in a second, as rates are since the last report."""
+        stats, arrivals = self._engine.stats, self._requests.meter.read(self._clock())
+        return ReplicaLoad(
+            queued_tokens=self._queued_tokens(),
+            kv_used=_kv_used(stats),
+            num_requests=self._requests.num_open,
+            adapters_used=stats.adapters_used,
+            prompt_tokens_per_s=arrivals.prompt_tokens_per_s,
+            output_tokens_per_s=arrivals.output_tokens_per_s,
+            wait_s=arrivals.wait_s,
+            capacity=Capacity(
+                self._settings.max_num_seqs, stats.tokens_per_s, stats.step_s, stats.row_s
+            ),
+        )
 
     def _queued_tokens(self) -> int:
         """Count the prompt tokens to be computed, in the engine and before it."""

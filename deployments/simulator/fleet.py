@@ -3,6 +3,7 @@
 from collections.abc import Callable, Collection, Iterable, Sequence
 from random import Random
 
+from deployments.policy.capacity import Objective
 from deployments.policy.prefix_memory import prefix_keys
 from deployments.policy.routing import RoutedRequest, RoutingCosts
 from deployments.simulator.clock import Clock
@@ -40,7 +41,8 @@ class Fleet:
             make_router(fleet.router, fleet.size.max_num_seqs, costs, Random(f"{seed}/router/{i}"))
             for i in range(fleet.ingresses)
         ]
-        self._scaler = make_scaler(fleet.scaling)
+        objective = Objective(simulation.objective.ttft_s, simulation.objective.tpot_s)
+        self._scaler = make_scaler(fleet.scaling, objective)
         self.num_with_adapter = 0  # requests
         self._open: dict[str, Record] = {}
         self.replicas: dict[str, SimulatedReplica] = {}  # that take requests

@@ -82,11 +82,6 @@ class Profile(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
             + times.distinct_byte * work.distinct_bytes
         )
 
-    def prompt_tokens_per_s(self, most_tokens: int) -> float:
-        """Return how fast prompts are computed in steps of so many tokens; 0: at once."""
-        seconds = self.step.of_tokens(most_tokens)
-        return most_tokens / seconds if seconds else 0.0
-
     def fetch_s(self, nbytes: int) -> float:
         return self.load.fetch + self.load.fetch_byte * nbytes
 

@@ -7,6 +7,8 @@ from typing import Protocol
 import msgspec
 
 from deployments.policy.autoscaling import ReplicaLoad
+from deployments.policy.capacity import Capacity
+from deployments.policy.load_meter import LoadMeter
 from deployments.policy.replica_view import ReplicaFigures
 from deployments.simulator.checked import Bytes, Count
 from deployments.simulator.clock import Clock
@@ -93,6 +95,8 @@ class SimulatedReplica:
         self.is_dead = self.is_draining = False
         self.loads = LoadCounts()
         self.num_received = self.num_steps = 0
+        self._adapter_bytes = 0  # of the latest one
+        self._meter = LoadMeter()
 
     # ==== requests ====
 
@@ -100,10 +104,13 @@ class SimulatedReplica:
         """Take a request, whose adapter is of this size. Raises InvalidRequest if it never fits."""
         self.scheduler.add(request)
         self.num_received += 1
+        self._meter.received(request.num_prompt_tokens)
         digest = request.adapter_digest
         if digest:
             self._wanted[digest] = self._wanted.get(digest, 0) + 1
-            self._sizes[digest] = nbytes
+            self._sizes[digest] = self._adapter_bytes = nbytes
+            self._host.touch(digest)
+            self._disk.touch(digest)
             self._bring(digest, nbytes)
         self._shorten_run()
         self._step_if_idle()
@@ -121,6 +128,7 @@ class SimulatedReplica:
     def figures(self) -> ReplicaFigures:
         """Report to routers, as a real replica does."""
         self._catch_up()
+        rates = self.scheduler.rates
         return ReplicaFigures(
             num_received=self.num_received,
             queued_tokens=self.scheduler.queued_tokens,
@@ -129,14 +137,26 @@ class SimulatedReplica:
             kv_used=self._kv_used,
             device_adapters=frozenset(self.scheduler.adapters.resident),
             disk_adapters=frozenset(self._disk),
-            tokens_per_s=self._profile.prompt_tokens_per_s(self.size.max_num_batched_tokens),
-            remote_load_s=self._profile.fetch_s(0),
+            tokens_per_s=rates.tokens_per_s,
+            disk_load_s=self._profile.decode_s(self._adapter_bytes),
+            remote_load_s=self._profile.fetch_s(self._adapter_bytes),
+            crowding_s=rates.row_s * self._meter.mean_answer,
         )
 
     def load(self) -> ReplicaLoad:
         """Report to the autoscaler, as a real replica does."""
         self._catch_up()
-        return ReplicaLoad(self.scheduler.queued_tokens, self._kv_used, float(self.num_requests))
+        arrivals = self._meter.read(self._clock.now_s)
+        return ReplicaLoad(
+            queued_tokens=self.scheduler.queued_tokens,
+            kv_used=self._kv_used,
+            num_requests=self.num_requests,
+            adapters_used=self.scheduler.adapters_used,
+            prompt_tokens_per_s=arrivals.prompt_tokens_per_s,
+            output_tokens_per_s=arrivals.output_tokens_per_s,
+            wait_s=arrivals.wait_s,
+            capacity=Capacity(self.size.max_num_seqs, *self.scheduler.rates),
+        )
 
     @property
     def _kv_used(self) -> float:
@@ -150,9 +170,6 @@ class SimulatedReplica:
 
     def _bring(self, digest: str, nbytes: int) -> None:
         """Begin to bring an adapter into host memory, unless it is there or on its way."""
-        for tier in (self._disk, self._host):
-            if digest in tier:
-                tier.touch(digest)
         if digest in self._coming or self.scheduler.adapters.is_ready(digest):
             return
         self._coming.add(digest)
@@ -215,14 +232,23 @@ class SimulatedReplica:
         sampled = [[TOKEN] if request.samples else [] for request in batch.requests]
         progress = self.scheduler.update(batch, sampled)
         self.scheduler.observe(batch, step_s)
+        for each in progress:
+            self._note_wait(each)
         self._listener.on_progress(progress)
         self._end([each.request for each in progress])
         self._step_if_idle()
+
+    def _note_wait(self, progress: Progress) -> None:
+        request = progress.request
+        num_new = len(request.output_token_ids) - request.num_resumed_tokens
+        if num_new == len(progress.token_ids) and request.first_scheduled_s is not None:
+            self._meter.waited(request.first_scheduled_s - request.arrival_s)
 
     def _end(self, requests: Sequence[Request]) -> None:
         """Let go of those that have ended."""
         for request in requests:
             if request.finish_reason is not None:
+                self._meter.answered(len(request.output_token_ids))
                 if request.adapter_digest:
                     self._let_go(request.adapter_digest)
                 self._listener.on_end(request)

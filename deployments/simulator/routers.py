@@ -117,5 +117,5 @@ ROUTERS = ("reef", *OTHERS)
 def make_router(kind: str, max_num_seqs: int, costs: RoutingCosts, rng: Random) -> Chooser:
     """Return a router of one of the kinds ROUTERS."""
     if kind == "reef":
-        return Router(costs, ReplicaFigures(max_num_seqs=max_num_seqs))
+        return Router(costs, ReplicaFigures(max_num_seqs=max_num_seqs), str(rng.random()))
     return OTHERS[kind](rng)

@@ -1,63 +1,67 @@
-"""Scaler: the number of replicas over time, by the real policy and Ray Serve's delays around it."""
+"""Scaling: the bounds and the policy of a simulated fleet, with the keys that a config has."""
 
-import math
 from collections.abc import Sequence
 
 import msgspec
 
-from deployments.policy.autoscaling import ReplicaLoad, ScalingTargets, wanted_replicas
-from deployments.simulator.checked import Count, Positive, Seconds, Share
+from deployments.policy.autoscaling import Autoscaler, Bounds, ReplicaLoad, ScalingPolicy
+from deployments.policy.capacity import Objective
 from deployments.simulator.ray_policy import RayPolicy, RayScaler
 
 PERIOD_S = 0.5  # Serve asks its policy this often
+_DEFAULT = ScalingPolicy()
+
+
+class Autoscaling(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """`replicas.autoscaling` of a config but for the objective; ScalingPolicy has the ranges."""
+
+    busy: float = _DEFAULT.busy
+    kv_used: float = _DEFAULT.kv_used
+    adapters_used: float = _DEFAULT.adapters_used
+    drain_s: float = _DEFAULT.drain_s
+    smoothing_s: float = _DEFAULT.smoothing_s
+    lookahead_s: float = _DEFAULT.lookahead_s
+    up_delay_s: float = _DEFAULT.up_delay_s
+    down_delay_s: float = _DEFAULT.down_delay_s
+    zero_delay_s: float = _DEFAULT.zero_delay_s
+    down_margin: float = _DEFAULT.down_margin
+
+    def __post_init__(self) -> None:
+        _ = self.policy  # raises what is out of its range
+
+    @property
+    def policy(self) -> ScalingPolicy:
+        return ScalingPolicy(**msgspec.structs.asdict(self))
 
 
 class Scaling(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """The bounds and the policy; with equal bounds the number stays."""
+    """With equal bounds the number of replicas stays."""
 
-    min: Count = 1
-    max: Count = 1
-    queued_tokens: Positive = 4096.0
-    kv_used: Share = 0.8
-    num_requests: Positive = 32.0
-    down_margin: Share = 0.7
-    upscale_delay_s: Seconds = 2.0
-    downscale_delay_s: Seconds = 60.0
+    min: int = 1
+    max: int = 1
+    autoscaling: Autoscaling = Autoscaling()
     ray: RayPolicy | None = None  # Ray Serve's own policy, in place of ours
 
     def __post_init__(self) -> None:
-        if self.min > self.max:
-            raise ValueError(f"min is {self.min}, above max, which is {self.max}")
+        _ = self.bounds
 
     @property
-    def targets(self) -> ScalingTargets:
-        return ScalingTargets(self.queued_tokens, self.kv_used, self.num_requests, self.down_margin)
+    def bounds(self) -> Bounds:
+        return Bounds(self.min, self.max)
 
 
 class Scaler:
-    """Decides as Serve does: a wish must last for its delay before it is carried out."""
+    """Our policy, of which only the number is asked for."""
 
-    def __init__(self, scaling: Scaling) -> None:
-        self._scaling = scaling
-        self._up_since_s = self._down_since_s = math.inf
+    def __init__(self, scaling: Scaling, objective: Objective) -> None:
+        self._autoscaler = Autoscaler(scaling.bounds, scaling.autoscaling.policy, objective)
 
     def decide(self, loads: Sequence[ReplicaLoad], target: int, num_held: int, now_s: float) -> int:
         """Return the number of replicas to have from now on."""
-        scaling = self._scaling
-        wanted = wanted_replicas(loads, target, num_held, scaling.targets)
-        wanted = min(max(wanted, scaling.min), scaling.max)
-        self._up_since_s = min(self._up_since_s, now_s) if wanted > target else math.inf
-        self._down_since_s = min(self._down_since_s, now_s) if wanted < target else math.inf
-        if now_s - self._up_since_s >= scaling.upscale_delay_s and wanted > target:
-            self._up_since_s = math.inf
-            return wanted
-        if now_s - self._down_since_s >= scaling.downscale_delay_s and wanted < target:
-            self._down_since_s = math.inf
-            return wanted
-        return target
+        return self._autoscaler.decide(loads, target, num_held, now_s).replicas
 
 
-def make_scaler(scaling: Scaling) -> Scaler | RayScaler:
+def make_scaler(scaling: Scaling, objective: Objective) -> Scaler | RayScaler:
     if scaling.ray is None:
-        return Scaler(scaling)
+        return Scaler(scaling, objective)
     return RayScaler(scaling.ray, scaling.min, scaling.max)

@@ -7,7 +7,7 @@ import msgspec
 
 from deployments.simulator.config import Simulation
 from deployments.simulator.ray_policy import RayPolicy
-from deployments.simulator.scaling import Scaling
+from deployments.simulator.scaling import Autoscaling, Scaling
 
 
 class Range(NamedTuple):
@@ -19,11 +19,10 @@ class Range(NamedTuple):
 
 
 class Space(NamedTuple):
-    """A policy's parameters. `keys` are their names in a Serve config, where they have others."""
+    """A policy's parameters, with their names in a Serve config."""
 
     name: str
     ranges: Mapping[str, Range]
-    keys: Mapping[str, str] = {}
 
     def place(self, simulation: Simulation, values: Mapping[str, float]) -> Simulation:
         """Return the simulation with this policy, and its bounds as they were."""
@@ -36,26 +35,24 @@ class Space(NamedTuple):
         bounds = Scaling(scaling.min, scaling.max)
         if self is RAY:
             return msgspec.structs.replace(bounds, ray=RayPolicy(**values))
-        return msgspec.structs.replace(bounds, **values)
+        return msgspec.structs.replace(bounds, autoscaling=Autoscaling(**values))
 
     def block(self, values: Mapping[str, float]) -> dict[str, float]:
         """Return the values as keys of a Serve config, with three digits."""
-        return {self.keys.get(name, name): float(f"{v:.3g}") for name, v in values.items()}
+        return {name: float(f"{v:.3g}") for name, v in values.items()}
 
 
 REEF = Space(
     "reef",
     {
-        "queued_tokens": Range(128.0, 32768.0, is_log=True),
-        "kv_used": Range(0.2, 1.0),
-        "num_requests": Range(1.0, 256.0, is_log=True),
-        "upscale_delay_s": Range(0.5, 60.0, is_log=True),
-        "downscale_delay_s": Range(2.0, 1200.0, is_log=True),
-    },
-    {
-        "queued_tokens": "target_queued_tokens",
-        "kv_used": "target_kv_used",
-        "num_requests": "target_requests",
+        "busy": Range(0.4, 1.0),
+        "kv_used": Range(0.5, 1.0),
+        "drain_s": Range(1.0, 60.0, is_log=True),
+        "smoothing_s": Range(1.0, 60.0, is_log=True),
+        "lookahead_s": Range(0.0, 120.0),
+        "up_delay_s": Range(0.0, 20.0),
+        "down_delay_s": Range(2.0, 1200.0, is_log=True),
+        "down_margin": Range(0.5, 1.0),
     },
 )
 RAY = Space(

@@ -1,15 +1,18 @@
-"""Tier: which adapters one replica has in a bounded memory, least recently used first to go."""
+"""Tier: which adapters one replica has in a bounded memory, and which of them go first."""
 
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
+
+from engine.scheduler.popularity import HALF_LIFE_REQUESTS, Popularity
 
 
 class Tier:
-    """Adapters and their sizes. Those in use are kept even above the bound."""
+    """Adapters and their sizes. Those in use are kept even above the bound; of the others
+    that of least worth goes first."""
 
     def __init__(self, most_bytes: int, is_in_use: Callable[[str], bool]) -> None:
         self._most_bytes, self._is_in_use = most_bytes, is_in_use
-        self._sizes: OrderedDict[str, int] = OrderedDict()
+        self._sizes: dict[str, int] = {}
+        self._popularity, self._num_used = Popularity(HALF_LIFE_REQUESTS), 0
         self._used_bytes = 0
 
     def __contains__(self, digest: str) -> bool:
@@ -19,17 +22,21 @@ class Tier:
         return iter(self._sizes)
 
     def touch(self, digest: str) -> None:
-        self._sizes.move_to_end(digest)
+        """Count a use, also of an adapter that is on its way."""
+        self._num_used += 1
+        self._popularity.use(digest, self._num_used)
 
     def put(self, digest: str, nbytes: int) -> list[str]:
         """Add an adapter; return those that had to go."""
         self._sizes[digest] = nbytes
         self._used_bytes += nbytes
         gone: list[str] = []
-        for other in list(self._sizes):
-            if self._used_bytes <= self._most_bytes:
-                break
+        if self._used_bytes <= self._most_bytes:
+            return gone
+        for other in sorted(self._sizes, key=self._popularity.worth):
             if other != digest and not self._is_in_use(other):
                 self._used_bytes -= self._sizes.pop(other)
                 gone.append(other)
+                if self._used_bytes <= self._most_bytes:
+                    break
         return gone

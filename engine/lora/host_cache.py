@@ -3,7 +3,8 @@
 Its own threads read and decode adapters, never the step loop, which only polls. Those of waiting
 requests are loaded in the order in which they were first wanted, as many as the bound allows; the
 rest wait undecoded. An adapter that running requests hold on the device is not needed here, and one
-that no request wants is kept only while there is room.
+that no request wants is kept only while there is room. Of these, that of
+least worth goes first (`scheduler.popularity`).
 """
 
 import os
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from engine.messages import AdapterFolder
+from engine.scheduler.popularity import HALF_LIFE_REQUESTS, Popularity
 
 LOADER_THREADS = 2
 
@@ -68,6 +70,7 @@ class HostCache:
         self._expected_bytes = expected_bytes or _file_bytes
         self._entries: dict[str, _Entry] = {}
         self._queue: OrderedDict[str, None] = OrderedDict()  # wanted and not loaded
+        self._popularity, self._num_wanted = Popularity(HALF_LIFE_REQUESTS), 0
         self._in_use: dict[str, None] = {}  # wanted and not loaded, but on the device
         self._loading: dict[str, None] = {}
         self._loaded: OrderedDict[str, None] = OrderedDict()  # least recently wanted first
@@ -84,6 +87,8 @@ class HostCache:
             entry = self._entries[digest] = _Entry(adapter_folder)
             self._queue[digest] = None
         entry.wanted += 1
+        self._num_wanted += 1
+        self._popularity.use(digest, self._num_wanted)
         if digest in self._loaded:
             self._loaded.move_to_end(digest)
 
@@ -211,7 +216,7 @@ class HostCache:
         dropped: list[str] = []
         if self._used_bytes + nbytes <= self.max_bytes:
             return dropped
-        for digest in [d for d in self._loaded if can_go(d)]:
+        for digest in sorted([d for d in self._loaded if can_go(d)], key=self._popularity.worth):
             entry = self._entries[digest]
             del self._loaded[digest]
             self._used_bytes -= entry.nbytes or 0

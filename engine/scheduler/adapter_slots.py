@@ -5,15 +5,17 @@ An adapter is known here once its weights are in host memory (`set_ready`). On t
 
     loading    its extent is reserved and the copy is under way; cannot be evicted
     pinned     used by running requests; cannot be evicted
-    idle       neither; evicted when its memory is needed, least recently used first
+    idle       neither; evicted when its memory is needed, that of least worth first (`popularity`)
 
 Slot 0 is the base model and is never assigned. `MemoryBudget` decides where adapters lie.
 """
 
-from collections import OrderedDict
+from bisect import bisect_left, insort
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
+
+from engine.scheduler.popularity import HALF_LIFE_STEPS, Popularity
 
 
 class _Ready(NamedTuple):
@@ -27,10 +29,11 @@ class _Placed:
     ready: _Ready
     load: int  # number of the load in progress; 0: loaded
     pins: int = 0
+    place: tuple[int, int, str] = (0, 0, "")  # among the idle ones, while it is one
 
 
 class AdapterSlots:
-    """Owns slot numbers, pins and the order of last use.
+    """Owns slot numbers, pins and the order of eviction.
 
     `loads_are_immediate`: a load completes before the step that it belongs to is computed.
     Otherwise an adapter is loading until `set_resident`. `step` dates the last uses.
@@ -41,7 +44,9 @@ class AdapterSlots:
         self.step = 0
         self._ready: dict[str, _Ready] = {}
         self._placed: dict[str, _Placed] = {}
-        self._idle: OrderedDict[str, int] = OrderedDict()  # step of last use, oldest first
+        self._popularity = Popularity(HALF_LIFE_STEPS)
+        self._idle: list[tuple[int, int, str]] = []  # worth, order of coming, digest; sorted
+        self._num_idled = 0
         self._free_slots: list[int] = []
         self._num_slots = 0
         self._num_loads = 0
@@ -52,8 +57,8 @@ class AdapterSlots:
 
     @property
     def idle(self) -> Iterator[tuple[str, int]]:
-        """Yield (digest, step of last use), least recently used first."""
-        return iter(self._idle.items())
+        """Yield (digest, worth as a step of use), that of least worth first."""
+        return ((digest, worth) for worth, _, digest in self._idle)
 
     @property
     def placed(self) -> tuple[str, ...]:
@@ -114,7 +119,8 @@ class AdapterSlots:
         return digest in self._placed and self.is_pinned(digest)
 
     def is_idle(self, digest: str) -> bool:
-        return digest in self._idle
+        entry = self._placed.get(digest)
+        return entry is not None and not entry.pins and not entry.load
 
     def is_loading(self, digest: str) -> bool:
         entry = self._placed.get(digest)
@@ -147,8 +153,9 @@ class AdapterSlots:
         entry = self._placed.get(digest)
         if entry is None or self.awaited_load(digest):
             return None
-        self._idle.pop(digest, None)
+        self._end_idle(entry)
         entry.pins += 1
+        self._popularity.use(digest, self.step)
         return entry.slot
 
     def release(self, digest: str) -> None:
@@ -161,7 +168,7 @@ class AdapterSlots:
         """Remove an unpinned adapter from the device and return the slot that it had."""
         entry = self._placed.pop(digest)
         assert not entry.pins, f"adapter {digest} is evicted while it is used"
-        self._idle.pop(digest, None)
+        self._end_idle(entry)
         self._free_slots.append(entry.slot)
         return entry.slot
 
@@ -169,14 +176,21 @@ class AdapterSlots:
         """Raise AssertionError unless slots, states and `pins` (uses per digest) all agree."""
         assert {d: e.pins for d, e in self._placed.items() if e.pins} == pins
         idle = [d for d, e in self._placed.items() if not e.pins and not e.load]
-        assert sorted(idle) == sorted(self._idle), "an adapter's state is wrong"
-        assert list(self._idle.values()) == sorted(self._idle.values()), "idle ones out of order"
+        assert sorted(idle) == sorted(d for _, _, d in self._idle), "an adapter's state is wrong"
+        assert self._idle == sorted(self._placed[digest].place for digest in idle), "out of order"
         used = [e.slot for e in self._placed.values()]
         assert sorted(used + self._free_slots) == list(range(1, self._num_slots + 1))
 
     def _set_idle_if_unused(self, digest: str, entry: _Placed) -> None:
         if not entry.pins and not entry.load:
-            self._idle[digest] = self.step
+            self._num_idled += 1
+            worth = max(self._popularity.worth(digest), self.step)
+            entry.place = (worth, self._num_idled, digest)
+            insort(self._idle, entry.place)
+
+    def _end_idle(self, entry: _Placed) -> None:
+        if not entry.pins and not entry.load:
+            del self._idle[bisect_left(self._idle, entry.place)]
 
     def _new_slot(self) -> int:
         if self._free_slots:

@@ -5,7 +5,8 @@
 
 Block i is the bytes [i * block_bytes, (i + 1) * block_bytes). Adapters have extents of their own
 size, from the high end down; KV blocks end below the lowest one. Unused content (cached blocks,
-idle adapters) stays until its memory is needed and is then evicted, least recently used first.
+idle adapters) stays until its memory is needed and is then evicted, least recently used first; an
+adapter that was used often counts as used later.
 Before that, the lowest extents are moved up into gaps.
 
 Every change is decided here and listed for the executor, which performs it in the same order.
@@ -96,6 +97,13 @@ class MemoryBudget:
         """Blocks that KV could have if every idle adapter were evicted."""
         idle = sum(self._extents.size(digest) for digest, _ in self.adapters.idle)
         return self._blocks_beside(self._extents.used_bytes - idle)
+
+    def share_of_adapters(self, digests: Iterable[str]) -> float:
+        """Return the part of the room for adapters that these take, on the device or not."""
+        sizes = [self.adapters.nbytes(digest) or 0 for digest in digests]
+        nbytes, most = sum(map(extent_size, sizes)), max(self.max_adapter_bytes, 1)
+        by_count = len(sizes) / self.max_adapters if self.max_adapters else 0.0
+        return max(nbytes / most, by_count)
 
     def lacking_bytes(self, num_tokens: int, digest: str) -> tuple[int, int] | None:
         """Bytes (needed, available) if this request can never fit, else None.

@@ -32,6 +32,7 @@ from engine.scheduler.request import FinishReason, InvalidRequest, Request, Requ
 from engine.scheduler.speculation import Draft, Speculation
 from engine.scheduler.step import Step
 from engine.scheduler.step_budget import StepBudget
+from engine.scheduler.step_rates import StepRates, step_rates
 from engine.scheduler.step_time import shape_of
 from engine.scheduler.waiting import WaitingQueue
 
@@ -169,6 +170,18 @@ class Scheduler:
     def queued_tokens(self) -> int:
         """Tokens that have not been scheduled, over all requests."""
         return sum(r.num_remaining_tokens for r in self._by_key.values())
+
+    @property
+    def rates(self) -> StepRates:
+        """What its steps can do in a second, as they have shown."""
+        return step_rates(self.step_budget.times, self.limits.max_num_batched_tokens, self.running)
+
+    @property
+    def adapters_used(self) -> float:
+        """The part of the room for adapters that those of all requests need; above 1 if it is not
+        enough. One whose size is not known yet counts as empty."""
+        digests = {r.adapter_digest for r in self._by_key.values()}
+        return self.memory.share_of_adapters(digests - {""})
 
     # ==== a step ====
 

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ray.serve.schema import RayActorOptionsSchema
 
 from deployments.app import autoscaling_config, engine_options, surge_percents
 from deployments.config import load_config
 from deployments.policy.redeploy import Room
+from deployments.replica.autoscaler import LoadPolicy
 from deployments.room import DEFAULT_MEMORY_BYTES, needs_of
 from engine.backends import needs
 from engine.config import ConfigError
@@ -24,11 +26,12 @@ def model(**replicas: Any) -> Any:
 
 
 def test_a_range_of_replicas_switches_autoscaling_on() -> None:
-    scaling = {"target_requests": 7.0, "upscale_delay_s": 1.5, "look_back_s": 3.0}
+    scaling = {"ttft_s": 1.5, "busy": 0.5}
     config = autoscaling_config(model(min=2, max=5, autoscaling=scaling))
     assert (config.min_replicas, config.max_replicas) == (2, 5)
-    assert (config.upscale_delay_s, config.look_back_period_s) == (1.5, 3.0)
-    assert config.policy.policy_kwargs["num_requests"] == 7.0
+    assert config.policy.policy_kwargs["objective"] == {"ttft_s": 1.5, "tpot_s": 0.2}
+    assert config.policy.policy_kwargs["policy"]["busy"] == 0.5
+    LoadPolicy(**config.policy.policy_kwargs)
     assert "num_replicas" not in engine_options(model(min=2, max=5), 0)
 
 
@@ -36,6 +39,25 @@ def test_a_range_of_replicas_switches_autoscaling_on() -> None:
 def test_a_fixed_number_of_replicas_leaves_autoscaling_off(replicas: dict[str, int]) -> None:
     options = engine_options(model(**replicas), 0)
     assert options["num_replicas"] == 3 and "autoscaling_config" not in options
+
+
+def test_labels_select_the_nodes_as_ray_understands_them() -> None:
+    labels = {
+        "ray.io/accelerator-type": "H100",
+        "ray.io/market-type": "!spot",
+        "zone": "in(a-1, b_2)",
+        "rack": "!in(x,y)",
+    }
+    options = engine_options(model(labels=labels), 0)["ray_actor_options"]
+    assert options["label_selector"] == labels
+    RayActorOptionsSchema.model_validate(options)
+    assert "label_selector" not in engine_options(model(), 0)["ray_actor_options"]
+
+
+@pytest.mark.parametrize("labels", [{"zone": "a b"}, {"zone": "in()"}, {"-zone": "a"}, {"z": ""}])
+def test_labels_that_ray_would_not_take_are_refused_by_name(labels: dict[str, str]) -> None:
+    with pytest.raises(ConfigError, match=f"replicas.labels.{next(iter(labels))}"):
+        model(labels=labels)
 
 
 def test_ray_waits_longer_for_a_replica_than_the_replica_for_its_requests() -> None:

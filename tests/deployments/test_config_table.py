@@ -38,7 +38,7 @@ def test_a_row_has_the_key_its_default_and_its_meaning() -> None:
         "| `models[].engine.max_num_seqs` | 64 | ",
         "| `models[].engine.enable_prefix_caching` | true | ",
         "| `models[].engine.num_threads` | all cores | ",
-        "| `models[].replicas.autoscaling.target_kv_used` | 0.8 | ",
+        "| `models[].replicas.autoscaling.kv_used` | 0.8 | ",
         "| `adapters.disk_bytes` | `10GiB` | ",
         "| `adapters.root` | `file://.data/store` | ",
     ]

@@ -169,6 +169,11 @@ def test_a_header_that_ray_would_obey_does_not_arrive(served: Proxy, name: str) 
     assert name.lower() not in found
 
 
+def test_a_session_arrives_under_a_name_that_ray_does_not_obey(served: Proxy) -> None:
+    found = served.headers_that_arrive({"X-Session-Id": "s 1"})
+    assert found["x-reef-session-id"] == "s 1" and "x-session-id" not in found
+
+
 @pytest.mark.parametrize(
     ("value", "is_kept"),
     [

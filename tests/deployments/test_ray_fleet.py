@@ -361,12 +361,7 @@ def is_serving(cluster: Cluster) -> bool:
 def test_replicas_come_with_the_load_and_go_without_it(
     cluster: Cluster, undisturbed: dict[int, Heard]
 ) -> None:
-    quick = {
-        "look_back_s": 1.5,
-        "upscale_delay_s": 0.5,
-        "downscale_delay_s": 2,
-        "target_requests": 8,
-    }
+    quick = {"busy": 0.25, "smoothing_s": 1.0, "up_delay_s": 0.5, "down_delay_s": 2.0}
     cluster.deploy(min=1, max=2, autoscaling=quick)
     assert cluster.order("running") == 1
 

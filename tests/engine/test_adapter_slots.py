@@ -1,11 +1,15 @@
 """Tests the resident adapters and their pins against a simple model."""
 
+from itertools import pairwise
+from math import log2
+
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from engine.scheduler.adapter_slots import AdapterSlots
+from engine.scheduler.popularity import HALF_LIFE_STEPS, Popularity
 
 DIGESTS = "abcde"
 
@@ -16,7 +20,9 @@ class Slots(RuleBasedStateMachine):
         self.slots = AdapterSlots(loads_are_immediate=False)
         self.pins: dict[str, int] = {}
         self.loading: list[str] = []
-        self.idle: list[str] = []  # least recently used first
+        self.idle: list[str] = []  # in the order of coming
+        self.idle_since: dict[str, int] = {}
+        self.uses: dict[str, list[int]] = {digest: [] for digest in DIGESTS}
         self.used: dict[int, str] = {}  # slots
         for i, digest in enumerate(DIGESTS):
             self.slots.set_ready(digest, i)
@@ -34,7 +40,7 @@ class Slots(RuleBasedStateMachine):
         self.slots.set_resident(digest)
         if digest in self.loading:
             self.loading.remove(digest)
-            self.idle.append(digest)
+            self._set_idle(digest)
 
     @rule(digest=st.sampled_from(DIGESTS))
     def acquire(self, digest: str) -> None:
@@ -44,6 +50,7 @@ class Slots(RuleBasedStateMachine):
         if slot is not None:
             assert self.used[slot] == digest
             self.pins[digest] = self.pins.get(digest, 0) + 1
+            self.uses[digest].append(self.slots.step)
             self.idle = [d for d in self.idle if d != digest]
 
     @precondition(lambda self: self.pins)
@@ -54,22 +61,39 @@ class Slots(RuleBasedStateMachine):
         self.pins[digest] -= 1
         if not self.pins[digest]:
             del self.pins[digest]
-            self.idle.append(digest)
+            self._set_idle(digest)
+
+    def _set_idle(self, digest: str) -> None:
+        self.idle.append(digest)
+        self.idle_since[digest] = self.slots.step
 
     @precondition(lambda self: self.idle)
     @rule()
     def evict(self) -> None:
-        slot = self.slots.evict(self.idle[0])
-        assert self.used.pop(slot) == self.idle.pop(0)
+        victim = next(digest for digest, _ in self.slots.idle)
+        self.idle.remove(victim)
+        assert self.used.pop(self.slots.evict(victim)) == victim
 
-    @rule()
-    def step(self) -> None:
-        self.slots.step += 1
+    @rule(steps=st.sampled_from([1, 7, HALF_LIFE_STEPS]))
+    def step(self, steps: int) -> None:
+        self.slots.step += steps
+
+    def _worth(self, digest: str) -> float:
+        """The last time at which one use counts as much as all uses do; not before its rest."""
+        since = self.idle_since[digest]
+        ages = [(since - use) / HALF_LIFE_STEPS for use in self.uses[digest]]
+        count = sum(2**-age for age in ages)
+        return max(since, int(since + HALF_LIFE_STEPS * log2(count))) if count else since
 
     @invariant()
     def agrees_with_the_model(self) -> None:
         self.slots.check_integrity(self.pins)
-        assert [digest for digest, _ in self.slots.idle] == self.idle
+        order = [digest for digest, _ in self.slots.idle]
+        assert sorted(order) == sorted(self.idle)
+        worths = [self._worth(digest) for digest in order]
+        assert all(a <= b + 1 for a, b in pairwise(worths)), "rounded"
+        for digest, worth in self.slots.idle:
+            assert abs(worth - self._worth(digest)) <= 1
         assert sorted(self.slots.placed) == sorted(self.used.values())
         assert sorted(self.slots.resident) == sorted({*self.idle, *self.pins})
         assert self.slots.is_any_loading == bool(self.loading)
@@ -121,3 +145,38 @@ def test_a_resident_adapter_is_ready_even_if_the_host_dropped_it() -> None:
     slots.set_resident("a")
     slots.evict("a")
     assert not slots.is_ready("a") and slots.nbytes("a") is None
+
+
+def test_one_used_often_outlives_later_ones_used_once_and_not_for_ever() -> None:
+    slots = AdapterSlots()
+    for digest in ("often", *(f"once-{n}" for n in range(200))):
+        slots.set_ready(digest, 1)
+    use(slots, *["often"] * 8)
+
+    def outlives(first: int, last: int) -> bool:
+        for n in range(first, last):
+            slots.step += HALF_LIFE_STEPS // 40
+            use(slots, f"once-{n}")
+            slots.evict(next(digest for digest, _ in slots.idle))
+        return slots.is_placed("often")
+
+    assert outlives(0, 115)
+    assert not outlives(115, 130), "eight uses count less than one after three half-lives"
+
+
+def use(slots: AdapterSlots, *digests: str) -> None:
+    for digest in digests:
+        if not slots.is_placed(digest):
+            slots.place(digest)
+            slots.set_resident(digest)
+        slots.acquire(digest)
+        slots.release(digest)
+
+
+def test_what_was_evicted_is_remembered_within_a_bound() -> None:
+    popularity = Popularity(100, max_known=10)
+    for now in range(100):
+        popularity.use("often", now)
+        popularity.use(f"once-{now}", now)
+    assert popularity.worth("often") > popularity.worth("once-99") == 99
+    assert popularity.worth("once-50") == 0 and len(popularity._worths) == 10

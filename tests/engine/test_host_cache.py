@@ -88,6 +88,17 @@ def test_the_least_recently_used_idle_adapter_is_dropped_first_and_wanted_ones_n
     assert cache.advance(unused) == ["c"], "a was wanted again after c"
 
 
+def test_one_that_is_wanted_often_outlives_a_later_one() -> None:
+    cache = make_cache(20, Loader())
+    want(cache, "a", "a", "a", "b")
+    settle(cache)
+    for digest in "aaab":
+        cache.release(digest)
+    want(cache, "c")
+    assert cache.advance(unused) == ["b"], "a was wanted three times"
+    settle(cache)
+
+
 def test_adapters_are_loaded_in_the_order_of_the_queue() -> None:
     loader = Loader()
     cache = make_cache(10, loader)

@@ -10,15 +10,17 @@ from engine.scheduler.batch import ScheduledBatch
 from engine.scheduler.block_manager import BlockManager
 from engine.scheduler.limits import SchedulerLimits
 from engine.scheduler.memory import MemoryBudget
-from engine.scheduler.request import Request, SamplingParams
+from engine.scheduler.request import CacheScope, Request, SamplingParams
 from engine.scheduler.scheduler import Scheduler
 from engine.scheduler.step_budget import AUTO_LEAST_S, AUTO_RATIO, LEAST_PIECE
+from engine.scheduler.step_rates import StepRates
 from engine.scheduler.step_time import (
     NUM_EARLY,
     QUICK_S,
     StepCoefficients,
     StepShape,
     StepTime,
+    num_pairs,
     shape_of,
 )
 
@@ -238,3 +240,33 @@ def random_shape(rng: random.Random, *, with_prompt: bool) -> StepShape:
     count, start = rng.randint(16, 112), rng.choice([0, 64, 1000])
     pairs = count * start + count * (count + 1) // 2
     return StepShape(num_decodes + count, num_decodes + 1, positions, pairs)
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+def test_rates_are_those_of_the_steps(machine: str) -> None:
+    world, rng = World(MACHINES[machine]), random.Random(1)
+    assert world.scheduler.rates == StepRates()
+    for _ in range(300):
+        add_traffic(world, rng, 12)
+        world.step()
+    rates, running = world.scheduler.rates, world.scheduler.running
+    times, num_running = MACHINES[machine], len(running)
+    positions = sum(request.num_computed_tokens for request in running)
+    rows = StepShape(num_running, num_running, positions)
+    decode_s = seconds_of(times, rows)
+    assert rates.step_s + num_running * rates.row_s == pytest.approx(decode_s, rel=0.1)
+    full = StepShape(tokens=256, pairs=num_pairs(0, 256))
+    assert rates.tokens_per_s == pytest.approx(256 / seconds_of(times, full), rel=0.1)
+
+
+def test_adapters_that_requests_need_count_by_their_bytes_and_number() -> None:
+    blocks = BlockManager(64, 16, prefix_caching=False)
+    memory = MemoryBudget(64 * 1024, 1024, blocks, AdapterSlots(), max_adapters=4)
+    scheduler = Scheduler(SchedulerLimits(16, 256, 512), memory)
+    assert scheduler.adapters_used == 0
+    for n, digest in enumerate(["", "x", "x", "y"]):
+        scope = CacheScope(adapter_digest=digest)
+        scheduler.add(Request(f"r{n}", [1], SamplingParams(max_tokens=1), 0.0, scope))
+    assert scheduler.adapters_used == 2 / 4
+    scheduler.adapters.set_ready("x", 64 * 1024)
+    assert scheduler.adapters_used == pytest.approx(1.0, rel=0.01)

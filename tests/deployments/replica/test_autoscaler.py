@@ -9,26 +9,58 @@ from typing import Any
 import pytest
 
 from deployments.policy.autoscaling import ReplicaLoad
-from deployments.replica import autoscaler
-from deployments.replica.autoscaler import LoadPolicy
+from deployments.policy.capacity import Capacity
+from deployments.replica.autoscaler import LoadPolicy, to_stats
 
 
-def context(num_requests: dict[str, float], target: int = 1) -> Any:
+def context(loads: dict[str, ReplicaLoad], target: int = 1, most: int = 9) -> Any:
+    metrics: dict[str, dict[str, float]] = {"somebody_elses": {"a": 1.0}}
+    for replica, load in loads.items():
+        for name, figure in to_stats(load).items():
+            metrics.setdefault(name, {})[replica] = figure
     return SimpleNamespace(
-        aggregated_metrics={"num_requests": num_requests, "somebody_elses": {"a": 1.0}},
+        aggregated_metrics=metrics,
         running_replicas=["a", "b"],
         target_num_replicas=target,
+        capacity_adjusted_min_replicas=1,
+        capacity_adjusted_max_replicas=most,
     )
 
 
-@pytest.mark.parametrize(("requests", "wanted"), [({}, 0), ({"a": 4.0}, 1), ({"a": 9.0}, 3)])
+def load(num_requests: float) -> ReplicaLoad:
+    return ReplicaLoad(num_requests=num_requests, capacity=Capacity(4.0))
+
+
+@pytest.mark.parametrize(
+    ("loads", "wanted"),
+    [({}, 2), ({"a": load(4)}, 2), ({"a": load(3), "b": load(9)}, 4), ({"a": load(99)}, 9)],
+    ids=["none", "one", "both", "bound"],
+)
 def test_the_policy_asks_for_what_the_reports_add_up_to(
-    requests: dict[str, float], wanted: int
+    loads: dict[str, ReplicaLoad], wanted: int
 ) -> None:
-    policy = LoadPolicy(queued_tokens=100.0, kv_used=0.5, num_requests=4.0)
-    assert policy(context(requests)) == (wanted, {})
+    policy = LoadPolicy(policy={"busy": 0.75}, clock=lambda: 0.0)
+    assert policy(context(loads, target=2)) == (wanted, {})
+
+
+def test_the_bounds_are_those_that_ray_has_now() -> None:
+    policy = LoadPolicy(clock=lambda: 0.0)
+    assert policy(context({"a": load(99)}, most=3))[0] == 3
+    assert policy(context({"a": load(99)}, most=5))[0] == 5
 
 
 def test_a_load_is_reported_as_plain_numbers() -> None:
-    stats = autoscaler.to_stats(ReplicaLoad(10, 0.5, 3))
-    assert stats == {"queued_tokens": 10.0, "kv_used": 0.5, "num_requests": 3.0}
+    stats = to_stats(ReplicaLoad(10, 0.5, 3, capacity=Capacity(8, 100.0)))
+    assert all(type(figure) is float for figure in stats.values())
+    assert (stats["queued_tokens"], stats["max_num_seqs"], stats["tokens_per_s"]) == (10, 8, 100)
+
+
+def test_an_objective_that_no_number_of_replicas_keeps_is_told_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    policy = LoadPolicy({"ttft_s": 1.0, "tpot_s": 0.01}, clock=lambda: 0.0)
+    slow = ReplicaLoad(num_requests=1, capacity=Capacity(4, 100.0, 0.02, 0.005))
+    for _ in range(3):
+        policy(context({"a": slow}))
+    assert caplog.text.count("tpot_s is 0.01, but a request that is alone") == 1
+    assert "every 0.025 s" in caplog.text

@@ -3,8 +3,9 @@
 import pytest
 
 from deployments.fleet.protocol import StreamId, Submit, UnknownStream
+from deployments.policy.capacity import Capacity
 from deployments.replica.ingress_streams import LEASE_S
-from engine.messages import ErrorKind, GenerateRequest, RequestOutput
+from engine.messages import EngineStats, ErrorKind, GenerateRequest, RequestOutput
 from engine.scheduler.request import SamplingParams
 from tests.deployments.support.fakes import Clock, Server, in_server, until
 
@@ -87,3 +88,26 @@ def test_submitting_the_same_request_twice_runs_it_once() -> None:
         assert len(server.engine.requests) == 1
 
     in_server(test)
+
+
+def test_a_replica_reports_what_its_steps_have_shown_and_what_comes_to_it() -> None:
+    clock = Clock()
+
+    async def test(server: Server) -> None:
+        replica, engine = server.replica, server.engine
+        engine.totals = EngineStats(
+            tokens_per_s=800.0, step_s=0.02, row_s=0.001, adapters_used=0.5, num_blocks_used=16
+        )
+        replica.load()
+        server.link.open([submit("a", n=2)])
+        await until(lambda: len(engine.requests) == 1 and not replica._requests.by_id)
+        clock.now_s += 2.0
+        load, figures = replica.load(), replica.figures()
+        assert (load.prompt_tokens_per_s, load.adapters_used, load.kv_used) == (1.0, 0.5, 0.25)
+        answer = replica._requests.meter.mean_answer
+        assert answer < 8 and load.output_tokens_per_s == answer
+        assert load.capacity == Capacity(64, 800.0, 0.02, 0.001)
+        assert figures.tokens_per_s == 800.0 and figures.crowding_s == 0.001 * answer
+        assert replica.load().prompt_tokens_per_s == 0, "nothing has come since"
+
+    in_server(test, clock=clock)

@@ -83,7 +83,7 @@ def test_steps_taken_together_are_those_taken_one_by_one(memory_bytes: int) -> N
         workload__popularity={"adapters": 30, "base_share": 0.3},
         workload__prompt={"median": 60.0, "most": 200},
         fleet__size__memory_bytes=memory_bytes,
-        fleet__scaling={"min": 2, "max": 4, "num_requests": 12, "upscale_delay_s": 1},
+        fleet__scaling={"min": 2, "max": 4, "autoscaling": {"busy": 0.5, "up_delay_s": 1.0}},
         fleet__ingresses=2,
         profile__cold_start=1.0,
         faults__kill_every_s=3.0,
@@ -135,6 +135,17 @@ def test_the_number_of_replicas_follows_the_load() -> None:
     (many, _), (few, _) = simulate(busy), simulate(lazy)
     assert many.replica_hours > 2 * few.replica_hours
     assert many.finished == many.requests and few.finished == few.requests
+
+
+def test_from_zero_requests_wait_for_a_start_and_all_are_answered() -> None:
+    scaling = {"min": 0, "max": 2, "autoscaling": {"zero_delay_s": 1.0, "up_delay_s": 0.0}}
+    simulation = fleet(
+        30.0, workload__arrivals__rate=0.1, fleet__scaling=scaling, profile__cold_start=0.5
+    )
+    summary, records = simulate(simulation, seed=2)
+    assert summary.finished == summary.requests > 0
+    assert all(r.ttft_s is not None and r.ttft_s > 0.5 for r in records[:1]), "it found none"
+    assert summary.replica_hours < 0.5 * 30 / 3600, "between requests there was none"
 
 
 def test_affinity_saves_loads_within_the_bound() -> None:
@@ -201,7 +212,7 @@ def test_lengths_have_their_median_and_their_most() -> None:
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"fleet__scaling": {"min": 3, "max": 2}}, "min is 3, above max"),
+        ({"fleet__scaling": {"min": 3, "max": 2}}, "min=3 must be from 0 to max=2"),
         ({"fleet__router": "best"}, "router is 'best', not one of reef"),
         ({"workload__prompt__most": 5000}, "max_model_len is 4096"),
         ({"workload__arrivals__rate": 0}, "> 0.0"),

@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from ray.serve import autoscaling_policy
 from ray.serve.config import AutoscalingConfig
 
-from deployments.policy.autoscaling import ReplicaLoad
+from deployments.policy.autoscaling import RANGES, ReplicaLoad
 from deployments.simulator.config import as_simulation
 from deployments.simulator.planning import NotEnough, adapters_for, plan_fleet, with_replicas
 from deployments.simulator.pool import Pool
@@ -163,3 +163,9 @@ def test_a_placed_policy_keeps_the_bounds() -> None:
     for space in (REEF, RAY):
         scaling = space.place(simulation, {}).fleet.scaling
         assert (scaling.min, scaling.max) == (1, 4) and (scaling.ray is None) == (space is REEF)
+
+
+def test_what_is_searched_is_what_a_policy_may_be() -> None:
+    for name, searched in REEF.ranges.items():
+        known = RANGES[name]
+        assert known.least <= searched.least < searched.most <= known.most
