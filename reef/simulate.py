@@ -21,8 +21,14 @@ from reef.refusal import refusing
 @click.option(
     "--picture", type=click.Path(path_type=Path), help="Write a .svg or .png; needs matplotlib."
 )
+@click.option("--processes", type=click.IntRange(1), help="[default: as many as processors]")
 def simulate(
-    file: Path, seed: int, routers: tuple[str, ...], as_json: bool, picture: Path | None
+    file: Path,
+    seed: int,
+    routers: tuple[str, ...],
+    as_json: bool,
+    picture: Path | None,
+    processes: int | None,
 ) -> None:
     """Simulate the fleet and the traffic that FILE describes.
 
@@ -31,15 +37,21 @@ def simulate(
     import msgspec
 
     from deployments.simulator.config import InvalidSimulation, read_simulation, with_router
+    from deployments.simulator.pool import Pool
     from deployments.simulator.report import report
     from deployments.simulator.simulate import run
 
     with refusing(InvalidSimulation):
         simulation = read_simulation(file)
         simulations = [with_router(simulation, router) for router in routers] or [simulation]
-        seconds = len(simulations) * int(simulation.duration_s)
-        with progress("simulating", seconds, "s") as advance:
-            results = [(each.fleet.router, run(each, seed, watch=advance)) for each in simulations]
+        if len(simulations) == 1:
+            with progress("simulating", int(simulation.duration_s), "s") as advance:
+                found = [run(simulations[0], seed, watch=advance)]
+        else:
+            jobs = [(each, seed) for each in simulations]
+            with progress("simulating", len(jobs), " runs") as advance, Pool(processes) as pool:
+                found = pool.results(jobs, advance)
+    results = [(each.fleet.router, r) for each, r in zip(simulations, found, strict=True)]
     if picture is not None:
         from deployments.simulator.picture import draw_runs
 

@@ -2,13 +2,21 @@
 
 import os
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from types import TracebackType
 from typing import TypeVar
 
 from deployments.simulator.config import Simulation
-from deployments.simulator.simulate import Summary, simulate
+from deployments.simulator.simulate import Result, Summary, run, simulate
+
+T = TypeVar("T")
+Job = tuple[Simulation, int]  # and its seed
+Watch = Callable[[int], object]
+
+
+def _nobody(count: int) -> None:
+    pass
 
 
 class Pool:
@@ -32,28 +40,26 @@ class Pool:
         if self._executor is not None:
             self._executor.shutdown(cancel_futures=True)
 
-    def run(
-        self,
-        jobs: Sequence[tuple[Simulation, int]],
-        watch: Callable[[int], object] = lambda _: None,
-    ) -> list[Summary]:
+    def run(self, jobs: Sequence[Job], watch: Watch = _nobody) -> list[Summary]:
         """Run each simulation with its seed; `watch` is called with 1 once one is done."""
+        return self._map(simulate, jobs, watch)
+
+    def results(self, jobs: Sequence[Job], watch: Watch = _nobody) -> list[Result]:
+        """Do the same, and return also what the figures are made of."""
+        return self._map(run, jobs, watch)
+
+    def _map(
+        self, function: Callable[[Simulation, int], T], jobs: Sequence[Job], watch: Watch
+    ) -> list[T]:
         if self._executor is None:
-            return list(_watched((simulate(*job) for job in jobs), watch))
-        futures = [self._executor.submit(simulate, *job) for job in jobs]
+            return list(_watched((function(*job) for job in jobs), watch))
+        futures = [self._executor.submit(function, *job) for job in jobs]
         for _ in _watched(as_completed(futures), watch):
             pass
-        return [_result(future) for future in futures]
+        return [future.result() for future in futures]
 
 
-def _result(future: "Future[Summary]") -> Summary:
-    return future.result()
-
-
-T = TypeVar("T")
-
-
-def _watched(items: Iterable[T], watch: Callable[[int], object]) -> Iterable[T]:
+def _watched(items: Iterable[T], watch: Watch) -> Iterable[T]:
     for item in items:
         watch(1)
         yield item

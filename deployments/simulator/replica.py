@@ -16,15 +16,18 @@ from deployments.simulator.profile import Profile
 from deployments.simulator.records import Stretch
 from deployments.simulator.tiers import Tier
 from deployments.simulator.timed_run import TimedRun
-from deployments.simulator.work import work_of, work_of_run
+from deployments.simulator.work import work_of
 from engine.scheduler.adapter_slots import AdapterSlots
 from engine.scheduler.batch import ScheduledBatch
 from engine.scheduler.block_manager import BlockManager
+from engine.scheduler.decode_run import LightBatch
 from engine.scheduler.limits import SchedulerLimits
 from engine.scheduler.memory import MemoryBudget
 from engine.scheduler.request import Request
 from engine.scheduler.scheduler import Progress, Scheduler
+from engine.scheduler.step_time import StepShape
 
+NO_BATCH = ScheduledBatch(())
 TOKEN = 0  # what every step samples: the simulator knows lengths, not texts
 
 
@@ -89,7 +92,7 @@ class SimulatedReplica:
         self._disk = Tier(size.disk_bytes, self._is_wanted)
         self._wanted: dict[str, int] = {}  # requests by adapter
         self._sizes: dict[str, int] = {}  # of adapters that requests have named
-        self._slot_bytes: dict[int, int] = {}
+        self._digests: dict[int, str] = {}  # by slot
         self._coming: set[str] = set()
         self._is_stepping = False
         self.is_dead = self.is_draining = False
@@ -210,32 +213,44 @@ class SimulatedReplica:
             return
         if self._runs_together and self._begin_run():
             return
-        batch = self.scheduler.schedule(self._clock.now_s)
+        batch = self._schedule()
         if batch is None:
             return
-        if batch.adapter_evictions:
+        changes = batch.rest
+        if changes.adapter_evictions:
             self._bring_lost()
         self._is_stepping = True
-        self.loads.host += len(batch.adapter_loads)
-        for load in batch.adapter_loads:
-            self._slot_bytes[load.slot] = load.nbytes
-        step_s = self._profile.step_s(work_of(batch, self._slot_bytes))
+        self.loads.host += len(changes.adapter_loads)
+        for load in changes.adapter_loads:
+            self._digests[load.slot] = load.digest
+        work = work_of(changes, self._digests, self._sizes, batch.decodes)
+        step_s = self._profile.step_s(work)
         self.num_steps += 1
-        self._clock.after(step_s, lambda: self._end_step(batch, step_s))
+        self._clock.after(step_s, lambda: self._end_step(batch, work.shape, step_s))
 
-    def _end_step(self, batch: ScheduledBatch, step_s: float) -> None:
+    def _schedule(self) -> LightBatch | None:
+        """Schedule a step; if every step is an event of its own, every request has its row."""
+        now_s = self._clock.now_s
+        if self._runs_together:
+            return self.scheduler.schedule_light(now_s, TOKEN)
+        batch = self.scheduler.schedule(now_s)
+        return None if batch is None else LightBatch([], batch)
+
+    def _end_step(self, batch: LightBatch, shape: StepShape, step_s: float) -> None:
         self._is_stepping = False
         if self.is_dead:
             return
-        for load in batch.adapter_loads:
+        for load in batch.rest.adapter_loads:
             self.scheduler.adapters.set_resident(load.digest)
-        sampled = [[TOKEN] if request.samples else [] for request in batch.requests]
-        progress = self.scheduler.update(batch, sampled)
-        self.scheduler.observe(batch, step_s)
+        ended, progress = self.scheduler.update_light(batch, TOKEN)
+        self.scheduler.observe_light(batch, shape, step_s)
+        if batch.decodes:
+            now_s = self._clock.now_s
+            self._listener.on_run(batch.decodes, Stretch(now_s, now_s, 0.0, 1))
         for each in progress:
             self._note_wait(each)
         self._listener.on_progress(progress)
-        self._end([each.request for each in progress])
+        self._end([*ended, *(each.request for each in progress)])
         self._step_if_idle()
 
     def _note_wait(self, progress: Progress) -> None:
@@ -259,7 +274,7 @@ class SimulatedReplica:
         run = self.scheduler.begin_run(TOKEN)
         if run is None:
             return False
-        work = work_of_run(run, self._sizes)
+        work = work_of(NO_BATCH, self._digests, self._sizes, run.rows)
         timed = TimedRun(run, work, self.scheduler, self._profile, self._clock.now_s)
         self._run = timed
         self._is_stepping = True

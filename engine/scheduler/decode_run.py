@@ -5,13 +5,17 @@ The run does to requests and blocks what `schedule` and `update` would do step b
 order; `Scheduler.begin_run` says whether the next steps are of that kind. The last step ends the
 first requests that end, or is the last one for which blocks are surely there.
 
-    begin_run()   step 1 is scheduled          advance(n)   n more are, and those before are updated
+    begin_run()   step 1 is scheduled          schedule(n)   n more are, those before are updated
     end_run()     the newest one is updated
+
+A step with prompts, too, may leave out the rows of those that decode: LightBatch.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
+from engine.scheduler.batch import ScheduledBatch
 from engine.scheduler.memory import MemoryBudget
 from engine.scheduler.prefix_cache import publish_blocks
 from engine.scheduler.request import Request
@@ -74,6 +78,13 @@ class DecodeRun:
                 full += block_size
         places.sort()
         return places
+
+
+class LightBatch(NamedTuple):
+    """A step without the rows of requests that decode: `rest` has the others, and the changes."""
+
+    decodes: list[Request]
+    rest: ScheduledBatch
 
 
 def is_plain_decode(request: Request, token_id: int) -> bool:

@@ -24,16 +24,16 @@ from typing import NamedTuple
 
 from engine.scheduler.activation import NEVER, adapter_start
 from engine.scheduler.batch import ScheduledBatch, ScheduledRequest
-from engine.scheduler.decode_run import DecodeRun, is_plain_decode, steps_possible
+from engine.scheduler.decode_run import DecodeRun, LightBatch, is_plain_decode, steps_possible
 from engine.scheduler.limits import SchedulerLimits
-from engine.scheduler.memory import MemoryBudget
+from engine.scheduler.memory import MemoryBudget, MemoryChanges
 from engine.scheduler.prefix_cache import find_cached_blocks, publish_blocks
 from engine.scheduler.request import FinishReason, InvalidRequest, Request, RequestStatus
 from engine.scheduler.speculation import Draft, Speculation
 from engine.scheduler.step import Step
 from engine.scheduler.step_budget import StepBudget
 from engine.scheduler.step_rates import StepRates, step_rates
-from engine.scheduler.step_time import shape_of
+from engine.scheduler.step_time import StepShape, shape_of
 from engine.scheduler.waiting import WaitingQueue
 
 
@@ -187,14 +187,41 @@ class Scheduler:
 
     def schedule(self, now: float) -> ScheduledBatch | None:
         """Return the next step; None if nothing can run, or not before another update."""
+        planned = self._plan_step(now, None)
+        return None if planned is None else planned[0].to_batch(self.adapters, planned[1])
+
+    def schedule_light(self, now: float, token_id: int) -> LightBatch | None:
+        """Return the same step as `schedule`, for who computes nothing: requests that decode, and
+        that all sample `token_id`, without their rows."""
+        planned = self._plan_step(now, token_id)
+        if planned is None:
+            return None
+        for request in planned[0].decodes:
+            request.num_computed_tokens += 1
+            request.num_pending_tokens = 1
+        return LightBatch(planned[0].decodes, planned[0].to_batch(self.adapters, planned[1]))
+
+    def update_light(
+        self, batch: LightBatch, token_id: int
+    ) -> tuple[list[Request], list[Progress]]:
+        """Update as `update` does; return the decodes that ended, and the progress of the rest."""
+        ended = self._append_to(batch.decodes, token_id, may_end=True)
+        sampled = [[token_id] if row.samples else [] for row in batch.rest.requests]
+        return ended, self.update(batch.rest, sampled)
+
+    def _plan_step(self, now: float, token_id: int | None) -> tuple[Step, MemoryChanges] | None:
+        """Choose the next step's rows, and make room for them. With a token's id, decodes without
+        rows where all of them can be so."""
         assert self._num_in_flight <= self.pipeline_depth, "an update or fail is due first"
         step = Step(self.limits.max_num_batched_tokens)
         decodes, prefills = self._divide_running()
-        self._schedule_running(step, decodes)
+        if token_id is None or not self._take_decodes(step, decodes, token_id):
+            self._schedule_running(step, decodes)
         drafts = self._propose_drafts(step)
         if len(prefills) < len(self.running) and (prefills or self.waiting):
             drafted = {request.key: len(draft.token_ids) for request, draft in drafts}
             rows = [(r, count + drafted.get(r.key, 0)) for r, count in step.rows]
+            rows += [(request, 1) for request in step.decodes]
             num_admissible = min(len(self.waiting), self.limits.max_num_seqs - len(self.running))
             step.prompt_time = self.step_budget.prompt_time(rows, len(prefills) + num_admissible)
         self._schedule_running(step, prefills)
@@ -202,13 +229,13 @@ class Scheduler:
             self._schedule_waiting(step, now)
         self._add_drafts(step, drafts)
         changes = self.memory.take_changes()
-        if not step.rows and not changes:
+        if not step.rows and not step.decodes and not changes:
             return None
         for request, _ in step.rows:
             if request.first_scheduled_s is None:
                 request.first_scheduled_s = now
         self._num_in_flight += 1
-        return step.to_batch(self.adapters, changes)
+        return step, changes
 
     def update(self, batch: ScheduledBatch, sampled: Sequence[Sequence[int]]) -> list[Progress]:
         """Take each request's sampled tokens (none for an unfinished prompt), in batch order.
@@ -267,13 +294,19 @@ class Scheduler:
     def end_run(self, run: DecodeRun) -> list[Request]:
         """Update the newest step of a run; return the requests that ended with it."""
         self._num_in_flight -= 1
+        return self._append_to(run.rows, run.token_id, may_end=run.is_last)
+
+    def _append_to(
+        self, requests: Sequence[Request], token_id: int, may_end: bool
+    ) -> list[Request]:
+        """Update requests that decode; return those that ended."""
         ended: list[Request] = []
-        for request in run.rows:
+        for request in requests:
             if not request.num_computed_tokens % self.blocks.block_size:
                 publish_blocks(self.blocks, request, request.num_computed_tokens)
             request.num_pending_tokens = 0
-            request.output_token_ids.append(run.token_id)
-            if run.is_last and (reason := self.limits.end_of(request, run.token_id)):
+            request.output_token_ids.append(token_id)
+            if may_end and (reason := self.limits.end_of(request, token_id)):
                 self._finish(request, reason)
                 ended.append(request)
         return ended
@@ -284,6 +317,13 @@ class Scheduler:
             return
         if self.step_budget.times.needs(seconds):
             self.step_budget.times.observe(shape_of(batch), seconds)
+
+    def observe_light(self, batch: LightBatch, shape: StepShape, seconds: float) -> None:
+        """Learn from a step of this shape."""
+        if seconds <= 0 or batch.rest.moves or batch.rest.adapter_loads:
+            return
+        if self.step_budget.times.needs(seconds):
+            self.step_budget.times.observe(shape, seconds)
 
     def fail(self, batch: ScheduledBatch) -> list[Request]:
         """End the requests of a step that raised; its loads and moves cannot be relied on.
@@ -341,6 +381,24 @@ class Scheduler:
             elif remaining and not self.limits.must_wait(request):
                 decodes.append((request, 1))
         return decodes, prefills
+
+    def _take_decodes(
+        self, step: Step, decodes: Sequence[tuple[Request, int]], token_id: int
+    ) -> bool:
+        """Take all of them without rows; False, without change, if they need more than numbers."""
+        blocks, requests = self.blocks, [request for request, _ in decodes]
+        if self.pipeline_depth or self.speculation or len(requests) > step.budget:
+            return False
+        if not all(is_plain_decode(request, token_id) for request in requests):
+            return False
+        beginning = [r for r in requests if blocks.blocks_for(r.num_tokens) > len(r.block_table)]
+        if not self.memory.has_ready_blocks(len(beginning)):
+            return False
+        for request in beginning:
+            self.memory.reserve(1)
+            blocks.grow(request.block_table, request.num_computed_tokens + 1)
+        step.take_decodes(requests)
+        return True
 
     def _schedule_running(self, step: Step, requests: list[tuple[Request, int]]) -> None:
         for request, num_remaining in requests:

@@ -15,6 +15,7 @@ class Step:
     def __init__(self, budget: int) -> None:
         self.budget = budget
         self.rows: list[tuple[Request, int]] = []
+        self.decodes: list[Request] = []  # one token each, without rows
         self.lacks_blocks = False  # for a running request; then none is admitted
         self.num_promised = 0  # waiting requests whose adapter is being copied to the device
         self.promised_blocks = 0  # blocks reserved for these
@@ -40,8 +41,15 @@ class Step:
         self.rows.append((request, count))
         self.budget -= count
 
+    def take_decodes(self, requests: list[Request]) -> None:
+        """Add requests with one token each, for which there are blocks. They have no rows."""
+        self.decodes = requests
+        self.budget -= len(requests)
+        self._keys = {request.key: None for request in requests}
+
     def has(self, request: Request) -> bool:
-        for other, _ in self.rows[len(self._keys) :]:  # those added since the last call
+        known = len(self._keys) - len(self.decodes)
+        for other, _ in self.rows[known:]:  # those added since the last call
             self._keys[other.key] = None
         return request.key in self._keys
 

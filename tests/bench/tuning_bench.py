@@ -16,11 +16,13 @@ from deployments.simulator.config import Simulation, as_simulation
 from deployments.simulator.pool import Pool
 from deployments.simulator.space import RAY, REEF
 from deployments.simulator.tuning import Outcome, Search, search
+from deployments.strict_yaml import read_yaml
 from tests.bench.environment import append_row, header
 
+FILE = Path(__file__).parents[2] / "configs" / "simulate-tuning.yaml"
 DAY_S = 600
 WORKLOADS: dict[str, dict[str, Any]] = {
-    "day": {"arrivals": {"rate": 4.0, "day_s": DAY_S, "swing": 0.9}},
+    "day": {},
     "bursts": {"arrivals": {"rate": 4.0, "burstiness": 10.0, "day_s": DAY_S, "swing": 0.5}},
     "crowd": {
         "arrivals": {"rate": 4.0, "day_s": DAY_S, "swing": 0.7},
@@ -30,23 +32,9 @@ WORKLOADS: dict[str, dict[str, Any]] = {
 
 
 def make_simulation(workload: str, attained: float) -> Simulation:
-    lengths = {
-        "prompt": {"median": 200.0, "sigma": 0.6, "most": 1024},
-        "output": {"median": 60.0, "sigma": 0.6, "most": 256},
-    }
-    document = {
-        "duration_s": DAY_S,
-        "workload": lengths | {"popularity": {"adapters": 50}} | WORKLOADS[workload],
-        "fleet": {
-            "scaling": {"min": 1, "max": 12},
-            "size": {"max_num_seqs": 8, "max_adapters": 16, "host_bytes": 16 * 20 * 2**20},
-        },
-        "profile": {
-            "cold_start": 20.0,
-            "step": {"fixed": 0.02, "token": 1e-3, "logit_row": 1e-3},
-        },
-        "objective": {"ttft_s": 3.0, "tpot_s": 0.2, "attained": attained},
-    }
+    document = read_yaml(FILE)
+    document["workload"] |= WORKLOADS[workload]
+    document["objective"]["attained"] = attained
     return as_simulation(document, workload)
 
 

@@ -61,6 +61,7 @@ def test_nothing_heavy_is_imported_before_a_command_runs(statement: str) -> None
         (["serve", "--port", "many"], "'many' is not a valid integer"),
         (["new-key"], "Name a tenant"),
         (["new-key", "a/b"], "'a/b'"),
+        (["plan"], "Name a model's folder, or --fleet FILE"),
         (["plan", "nowhere"], "nowhere/config.json"),
         (["plan", "nowhere", "--memory", "24GX"], "'24GX' is not a size in bytes"),
         (["check", "--demo", "nowhere"], "nowhere holds no demo"),

@@ -37,14 +37,15 @@ class VirtualTime:
         self.now_s = 0.0
         self.engine: Engine | None = None
         self._charged: ScheduledBatch | None = None
-        self._slot_bytes: dict[int, int] = {}
+        self._digests: dict[int, str] = {}
+        self.sizes: dict[str, int] = {}
 
     def __call__(self) -> float:
         batch = None if self.engine is None else self.engine.last_batch
         if batch is not None and batch is not self._charged:
             self._charged = batch
-            self._slot_bytes |= {load.slot: load.nbytes for load in batch.adapter_loads}
-            self.now_s += PROFILE.step_s(work_of(batch, self._slot_bytes))
+            self._digests |= {load.slot: load.digest for load in batch.adapter_loads}
+            self.now_s += PROFILE.step_s(work_of(batch, self._digests, self.sizes))
         return self.now_s
 
 
@@ -91,7 +92,7 @@ def test_the_same_arrivals_give_the_same_batches(tmp_path: Path) -> None:
     sites = engine.model.lora_sites
     adapters = [write_adapter(tmp_path / f"a{i}", sites, 4 + 4 * i, i) for i in range(5)]
     jobs = make_jobs(adapters)
-    sizes = {a.digest: engine.loader.load(a).nbytes for a in adapters}
+    sizes = time.sizes = {a.digest: engine.loader.load(a).nbytes for a in adapters}
     try:
         real = run_engine(engine, time, jobs, adapters)
     finally:

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from random import Random
 
+import pytest
 import yaml
 
 from deployments.config import load_config
@@ -17,6 +18,7 @@ ROOT = Path(__file__).parents[3]
 SCRIPT = ROOT / "examples" / "fleet" / "tune.py"
 
 
+@pytest.mark.slow
 def test_a_log_of_answers_becomes_a_tuned_config(tmp_path: Path) -> None:
     rng, names = Random(0), ("demo", "sql", "tickets")
     answers = [

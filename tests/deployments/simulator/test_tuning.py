@@ -84,6 +84,14 @@ def test_the_command_prints_a_block_to_paste_and_draws(tmp_path: Path) -> None:
     assert row["policy"] == "reef" and len(row["trials"]) == 2
 
 
+@pytest.mark.slow
+def test_processes_give_the_same_as_one() -> None:
+    simulation = as_simulation(DOCUMENT | {"duration_s": 2}, "test")
+    jobs = [(simulation, seed) for seed in range(3)]
+    with Pool(1) as one, Pool(2) as two:
+        assert one.run(jobs) == two.run(jobs)
+
+
 # ==== planning ====
 
 BUSY = DOCUMENT | {"workload": DOCUMENT["workload"] | {"arrivals": {"rate": 40.0}}}
