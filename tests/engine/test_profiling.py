@@ -2,8 +2,14 @@
 
 from pathlib import Path
 
+import pytest
+import yaml
+from click.testing import CliRunner
+
+from deployments.simulator.config import read_simulation
 from engine.config import EngineConfig
 from engine.profiling.measure import measure, num_phases
+from reef.commands import reef
 from reef.profiling import as_document, fit, size_of
 from tests.engine.support.tiny import write_tiny
 
@@ -26,3 +32,24 @@ def test_steps_with_and_without_prompts_and_adapters_are_measured(tmp_path: Path
     document = as_document(profile, size_of(measured.engine))
     assert document["fleet"]["size"]["block_bytes"] == measured.engine.block_bytes
     assert document["profile"]["step"]["tokens"][0][1] > 0
+
+
+@pytest.mark.slow
+def test_the_command_writes_what_a_simulation_reads(tmp_path: Path) -> None:
+    model = write_tiny(tmp_path / "model").folder
+    section = {"id": "tiny", "source": str(model), "engine": {"device": "cpu", "max_num_seqs": 2}}
+    store = {"root": f"file://{tmp_path / 'store'}", "disk_path": str(tmp_path / "disk")}
+    application = {
+        "name": "reef",
+        "import_path": "deployments.app:build_app",
+        "args": {"models": [section], "adapters": store},
+    }
+    config, out = tmp_path / "config.yaml", tmp_path / "profile.yaml"
+    config.write_text(yaml.safe_dump({"applications": [application]}))
+    ran = CliRunner().invoke(reef, ["profile", str(config), "--seconds", "5", "--out", str(out)])
+    assert ran.exit_code == 0, ran.output
+    text = out.read_text()
+    assert "the store holds no adapter" in text.replace("config's store", "the store")
+    assert read_simulation(out).fleet.size.max_num_seqs == 2
+    wrong = CliRunner().invoke(reef, ["profile", str(config), "--model", "large"])
+    assert wrong.exit_code == 1 and "it has tiny" in wrong.output
