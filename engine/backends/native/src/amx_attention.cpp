@@ -101,40 +101,31 @@ void multiply_values(const P* p, int64_t p_stride, const uint8_t* const* values,
 
 class AmxProducts {
 public:
-    static constexpr int kLanesAtOnce = kAmxRows;
+    static constexpr int kLanesAtOnce = kAmxRows / 2;  // of each lane high and low bytes
 
-    AmxProducts(int head_dim, int lanes) : bytes_(head_dim), tiles_(lanes, kRun) {}
+    AmxProducts(int head_dim, int lanes) : bytes_(head_dim), tiles_(2 * lanes, kRun) {}
 
-    // Sets s = q k, of which k is unsigned.
-    void keys(Halves<int8_t> q, const uint8_t* const* keys, Runs runs, Halves<int32_t> s) const {
-        for (int r = runs.first; r < runs.last; ++r) {
-            _tile_zero(0);
-            _tile_zero(1);
-            int d = 0;
-            for (; d + kAmxDepth <= bytes_; d += kAmxDepth) {
-                _tile_loadd(5, keys[r] + d * kRun, 64);
-                _tile_loadd(4, q.high + d, q.stride);
-                _tile_dpbsud(0, 4, 5);
-                _tile_loadd(4, q.low + d, q.stride);
-                _tile_dpbsud(1, 4, 5);
-            }
-            for (; d < bytes_; d += 16) {
-                _tile_loadd(7, keys[r] + d * kRun, 64);
-                _tile_loadd(6, q.high + d, q.stride);
-                _tile_dpbsud(0, 6, 7);
-                _tile_loadd(6, q.low + d, q.stride);
-                _tile_dpbsud(1, 6, 7);
-            }
-            _tile_stored(0, s.high + r * kRun, s.stride * 4);
-            _tile_stored(1, s.low + r * kRun, s.stride * 4);
+    // Sets s = q k of a run, of which k is unsigned.
+    void keys(Halves<int8_t> q, const uint8_t* keys, int run, Halves<int32_t> s) const {
+        _tile_zero(0);
+        int d = 0;
+        for (; d + kAmxDepth <= bytes_; d += kAmxDepth) {
+            _tile_loadd(4, q.rows + d, q.stride);
+            _tile_loadd(5, keys + d * kRun, 64);
+            _tile_dpbsud(0, 4, 5);
         }
+        for (; d < bytes_; d += 16) {
+            _tile_loadd(6, q.rows + d, q.stride);
+            _tile_loadd(7, keys + d * kRun, 64);
+            _tile_dpbsud(0, 6, 7);
+        }
+        _tile_stored(0, s.rows + run * kRun, s.stride * 4);
     }
 
     // Sets o = p v, of which p is unsigned.
     void values(Halves<const uint8_t> p, const uint8_t* const* values, Runs runs, int width,
                 Halves<int32_t> o) const {
-        multiply_values<Unsigned>(p.high, p.stride, values, runs, width, o.high, o.stride);
-        multiply_values<Unsigned>(p.low, p.stride, values, runs, width, o.low, o.stride);
+        multiply_values<Unsigned>(p.rows, p.stride, values, runs, width, o.rows, o.stride);
     }
 
 private:

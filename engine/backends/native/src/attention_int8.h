@@ -16,12 +16,15 @@ namespace REEF_ISA {
 constexpr int kByteStride = kMaxHeadDim + 64;  // of queries
 constexpr int kScoreStride = kTile + 16;
 
-// Holds halves of 16-bit numbers, lane by lane.
+// Holds the high and the low bytes of a group of lanes, or products with them: all high ones come
+// first, so that both are one matrix.
 template <class T>
 struct Halves {
-    T *high, *low;
+    T* rows;
     int64_t stride;
-    Halves at(int lane) const { return {high + lane * stride, low + lane * stride, stride}; }
+    int lanes;  // in use, of a group
+    T* high(int lane) const { return rows + lane * stride; }
+    T* low(int lane) const { return rows + (lanes + lane) * stride; }
 };
 
 template <class Products>
@@ -33,63 +36,68 @@ public:
         : work_(work),
           rule_(score_rule(a)),
           width_(padded_dim(a.kv.head_dim)),
+          lanes_(lanes),
           products_(a.kv.head_dim, lanes) {
         for (int lane = 0; lane < work.lanes(); ++lane) {
             const int row = work.first_row + lane / work.heads;
             const int head = work.first_head + lane % work.heads;
             const uint16_t* q = a.q + row * a.q_stride + int64_t{head} * a.kv.head_dim;
-            const Halves<int8_t> to = queries().at(lane);
+            const Halves<int8_t> group = queries(lane / lanes * lanes);
+            const int i = lane % lanes;
             // a key's code counts from 128
-            offset_[lane] =
-                128 * round_query(q, a.kv.head_dim, width_, to.high, to.low, scale_ + lane);
+            offset_[lane] = 128 * round_query(q, a.kv.head_dim, width_, group.high(i), group.low(i),
+                                              scale_ + lane);
         }
     }
 
     void keys(const Step& step) {
-        products_.keys(queries().at(step.first), step.tile.keys, runs(step), scores(step));
+        for (int r = runs(step).first; r < runs(step).last; ++r)
+            products_.keys(queries(step.first), step.tile.keys[r], r, scores(step));
     }
 
     void weights(const Step& step, ValuesAhead* ahead, Lanes* lanes) {
+        const Halves<int32_t> s = scores(step);
+        const Halves<uint8_t> p = {p_, kTile, lanes_};
         ValueScales values;
         for (int i = 0; i < step.count; ++i) {
             const int lane = step.first + i;
-            const Halves<int32_t> s = scores(step).at(i);
             const Visible seen = work_.visible(lane, step.start);
             if (i == 0 || !(seen == values.seen)) scale_values(step.tile, seen, &values);
-            weights_[i] = {p_high_ + i * kTile, p_low_ + i * kTile, 0.f, 1.f};
-            softmax({s.high, s.low, offset_[lane], scale_[lane]}, step.tile, values, rule_,
+            weights_[i] = {p.high(i), p.low(i), 0.f, 1.f};
+            softmax({s.high(i), s.low(i), offset_[lane], scale_[lane]}, step.tile, values, rule_,
                     {lanes->highest + lane, lanes->sums + lane * 16}, weights_ + i);
             ahead->fetch_share();
         }
     }
 
     void values(const Step& step, Lanes* lanes) {
-        products_.values({p_high_, p_low_, kTile}, step.tile.values, runs(step), width_,
-                         {o_high_, o_low_, kOutStride});
+        const Halves<int32_t> o = {o_, kOutStride, lanes_};
+        products_.values({p_, kTile, lanes_}, step.tile.values, runs(step), width_, o);
         for (int i = 0; i < step.count; ++i)
-            add_products(o_high_ + i * kOutStride, o_low_ + i * kOutStride, weights_[i], width_,
+            add_products(o.high(i), o.low(i), weights_[i], width_,
                          lanes->out + (step.first + i) * kOutStride);
     }
 
 private:
-    Halves<int8_t> queries() { return {q_high_, q_low_, kByteStride}; }
-    Halves<int32_t> scores(const Step& step) {
-        return {s_high_[step.buffer], s_low_[step.buffer], kScoreStride};
-    }
+    static constexpr int kRows = 2 * kLanesAtOnce;
+
     Runs runs(const Step& step) const { return Runs(work_.visible_to_any(step.start)); }
+    Halves<int8_t> queries(int first_lane) {
+        return {q_ + 2 * first_lane * kByteStride, kByteStride, lanes_};
+    }
+    Halves<int32_t> scores(const Step& step) { return {s_[step.buffer], kScoreStride, lanes_}; }
 
     const Work& work_;
     const ScoreRule rule_;
-    const int width_;
+    const int width_, lanes_;
     Products products_;
     float scale_[kMaxLanes];
     int32_t offset_[kMaxLanes];
     IntegerWeights weights_[kLanesAtOnce];
-    alignas(64) int8_t q_high_[kMaxLanes * kByteStride], q_low_[kMaxLanes * kByteStride];
-    alignas(64) int32_t s_high_[kStepBuffers][kLanesAtOnce * kScoreStride];
-    alignas(64) int32_t s_low_[kStepBuffers][kLanesAtOnce * kScoreStride];
-    alignas(64) uint8_t p_high_[kLanesAtOnce * kTile], p_low_[kLanesAtOnce * kTile];
-    alignas(64) int32_t o_high_[kLanesAtOnce * kOutStride], o_low_[kLanesAtOnce * kOutStride];
+    alignas(64) int8_t q_[2 * kMaxLanes * kByteStride];
+    alignas(64) int32_t s_[kStepBuffers][kRows * kScoreStride];
+    alignas(64) uint8_t p_[kRows * kTile];
+    alignas(64) int32_t o_[kRows * kOutStride];
 };
 
 // Computes byte products with vector instructions.
@@ -103,14 +111,11 @@ public:
 
     VectorProducts(int head_dim, int lanes) : fours_((head_dim + 3) / 4), lanes_(lanes) {}
 
-    // Sets s = q k, of which k is unsigned.
-    void keys(Halves<int8_t> q, const uint8_t* const* keys, Runs runs, Halves<int32_t> s) const {
-        const Halves<const uint8_t> bytes = {reinterpret_cast<const uint8_t*>(q.high),
-                                             reinterpret_cast<const uint8_t*>(q.low), q.stride};
-        for (int r = runs.first; r < runs.last; ++r) {
-            const auto four = [&](int i) { return keys[r] + i * 64; };
-            multiply<false>(bytes, fours_, four, {s.high + r * kRun, s.low + r * kRun, s.stride});
-        }
+    // Sets s = q k of a run, of which k is unsigned.
+    void keys(Halves<int8_t> q, const uint8_t* keys, int run, Halves<int32_t> s) const {
+        const auto* rows = reinterpret_cast<const uint8_t*>(q.rows);
+        const auto four = [&](int i) { return keys + i * 64; };
+        multiply<false>(rows, q.stride, fours_, four, s.rows + run * kRun, s.stride);
     }
 
     // Sets o = p v, of which p is unsigned.
@@ -118,35 +123,30 @@ public:
                 Halves<int32_t> o) const {
         constexpr int kFours = kRun / 4;
         const int first = runs.first * kFours;
-        const Halves<const uint8_t> seen = {p.high + first * 4, p.low + first * 4, p.stride};
         for (int d = 0; d < width; d += 16) {
             const auto four = [&](int i) {
                 return values[(first + i) / kFours] + ((first + i) % kFours * width + d) * 4;
             };
-            multiply<true>(seen, runs.last * kFours - first, four,
-                           {o.high + d, o.low + d, o.stride});
+            multiply<true>(p.rows + first * 4, p.stride, runs.last * kFours - first, four,
+                           o.rows + d, o.stride);
         }
     }
 
 private:
-    // Sets 16 sums c of a * b over fours for each lane; b(i) points to four i of 16 columns.
-    template <bool UNSIGNED, int M = kLanesAtOnce, class B>
-    void multiply(Halves<const uint8_t> a, int fours, B b, Halves<int32_t> c) const {
-        if constexpr (M > 1)
-            if (lanes_ < M) return multiply<UNSIGNED, M - 1>(a, fours, b, c);
-        I16 highs[M], lows[M];
-        for (int m = 0; m < M; ++m) highs[m] = lows[m] = set1(0);
+    // Sets 16 sums c of a * b over fours for each row; b(i) points to four i of 16 columns.
+    template <bool UNSIGNED, int M = 2 * kLanesAtOnce, class B>
+    void multiply(const uint8_t* a, int64_t stride, int fours, B b, int32_t* c,
+                  int64_t c_stride) const {
+        if constexpr (M > 2)
+            if (2 * lanes_ < M) return multiply<UNSIGNED, M - 2>(a, stride, fours, b, c, c_stride);
+        I16 sums[M];
+        for (int m = 0; m < M; ++m) sums[m] = set1(0);
         for (int i = 0; i < fours; ++i) {
             const Q64 all = load_fours(b(i));
-            for (int m = 0; m < M; ++m) {
-                highs[m] = dot<UNSIGNED>(repeat_four(a.at(m).high + i * 4), all, highs[m]);
-                lows[m] = dot<UNSIGNED>(repeat_four(a.at(m).low + i * 4), all, lows[m]);
-            }
+            for (int m = 0; m < M; ++m)
+                sums[m] = dot<UNSIGNED>(repeat_four(a + m * stride + i * 4), all, sums[m]);
         }
-        for (int m = 0; m < M; ++m) {
-            store(c.at(m).high, highs[m]);
-            store(c.at(m).low, lows[m]);
-        }
+        for (int m = 0; m < M; ++m) store(c + m * c_stride, sums[m]);
     }
 
     template <bool UNSIGNED>
