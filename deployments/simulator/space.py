@@ -23,6 +23,12 @@ class Space(NamedTuple):
 
     name: str
     ranges: Mapping[str, Range]
+    every_default: Mapping[str, float]
+
+    @property
+    def defaults(self) -> dict[str, float]:
+        """Return the values that a policy has if nobody searches."""
+        return {name: self.every_default[name] for name in self.ranges}
 
     def place(self, simulation: Simulation, values: Mapping[str, float]) -> Simulation:
         """Return the simulation with this policy, and its bounds as they were."""
@@ -54,6 +60,7 @@ REEF = Space(
         "down_delay_s": Range(2.0, 1200.0, is_log=True),
         "down_margin": Range(0.5, 1.0),
     },
+    msgspec.structs.asdict(Autoscaling()),
 )
 RAY = Space(
     "ray",
@@ -65,5 +72,6 @@ RAY = Space(
         "downscale_delay_s": Range(2.0, 1200.0, is_log=True),
         "look_back_period_s": Range(1.0, 60.0, is_log=True),
     },
+    msgspec.structs.asdict(RayPolicy()),
 )
 SPACES = {space.name: space for space in (REEF, RAY)}

@@ -78,13 +78,11 @@ def search(
     Raises ImportError without Optuna.
     """
     study = _study(seed)
+    study.enqueue_trial(space.defaults)
     wanted, most_hours = simulation.objective.attained, _most_hours(simulation)
-    defaults: Mapping[str, float] = {}
-    found: list[tuple[Mapping[str, float], Outcome]] = [
-        (defaults, _run(simulation, space, [defaults], seeds, pool, watch)[0])
-    ]
-    while len(found) <= trials:
-        asked = [study.ask() for _ in range(min(BATCH, trials + 1 - len(found)))]
+    found: list[tuple[Mapping[str, float], Outcome]] = []
+    while len(found) < trials:
+        asked = [study.ask() for _ in range(min(BATCH, trials - len(found)))]
         proposed = [_proposed(trial, space) for trial in asked]
         outcomes = _run(simulation, space, proposed, seeds, pool, watch)
         for trial, outcome in zip(asked, outcomes, strict=True):
@@ -92,13 +90,13 @@ def search(
         found += zip(proposed, outcomes, strict=True)
     winner, best = min(found, key=lambda each: each[1].score(wanted, most_hours))
     others = [HELD_OUT + seed for seed in seeds]
-    held_out, of_defaults = _run(simulation, space, [winner, defaults], others, pool, watch)
+    held_out, of_defaults = _run(simulation, space, [winner, space.defaults], others, pool, watch)
     return Search(space, found, winner, held_out, of_defaults, best.attained >= wanted)
 
 
 def num_simulations(trials: int, num_seeds: int) -> int:
     """Return how often `search` calls `watch`."""
-    return (trials + 3) * num_seeds
+    return (trials + 2) * num_seeds
 
 
 def _study(seed: int) -> Any:
