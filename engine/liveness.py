@@ -94,6 +94,11 @@ class Liveness:
         return not self.work and silence.since_ping_s is None and silence.total_s >= PING_AFTER_S
 
     @property
+    def is_waiting(self) -> bool:
+        """Whether the process is at work that it has announced, or owes an answer to a ping."""
+        return bool(self.work) or self._silence.since_ping_s is not None
+
+    @property
     def wants_usage(self) -> bool:
         return self._silence.total_s >= METER_AFTER_S
 

@@ -36,6 +36,7 @@ CLOSE_TIMEOUT_S = 5.0  # for a process to end by itself
 KILL_TIMEOUT_S = 10.0  # for the system to end a process that was killed
 LAST_WORDS_S = 1.0  # for what a process that has ended had sent before
 WATCH_PERIOD_S = 0.25
+IDLE_WATCH_PERIOD_S = 1.0  # where nothing was sent or came for a period, but pings and answers
 POLL_S = 0.01
 SPIN_COUNT = "1000"  # a few microseconds
 
@@ -66,6 +67,7 @@ class ProcessHandle(asyncio.Protocol):
         self._info: EngineInfo | None = None
         self._start_failure: str | None = None
         self._end_reason: str | None = None
+        self._is_idle = False  # since the watch last looked
         self._has_settled = asyncio.Event()  # ready, or about to end
         self._is_disconnected = asyncio.Event()
         self._is_over = asyncio.Event()
@@ -145,6 +147,7 @@ class ProcessHandle(asyncio.Protocol):
 
     def send(self, message: Message) -> None:
         if self._transport is not None and self._ending is None:
+            self._is_idle = self._is_idle and isinstance(message, Ping)
             self._transport.write(encode(message))
 
     def kill(self, reason: str) -> None:
@@ -183,6 +186,7 @@ class ProcessHandle(asyncio.Protocol):
     def _receive(self, message: FromEngine) -> None:
         if isinstance(message, StepOutputs):
             self._liveness.hear_step()
+            self._is_idle = self._is_idle and not message.items
             if not self._is_over.is_set():
                 self._on_outputs(message)
         elif isinstance(message, Busy):
@@ -201,9 +205,12 @@ class ProcessHandle(asyncio.Protocol):
     async def _watch(self) -> None:
         """Ping the process when it is silent, and kill it when it is silent for too long."""
         liveness, meter = self._liveness, UsageMeter(self.pid)
-        last_s = time.monotonic()
+        last_s, period_s = time.monotonic(), WATCH_PERIOD_S
         while self._ending is None:
-            await asyncio.sleep(WATCH_PERIOD_S)
+            self._is_idle = True
+            await asyncio.sleep(period_s)
+            is_idle = self._is_idle and not liveness.is_waiting
+            period_s = IDLE_WATCH_PERIOD_S if is_idle else WATCH_PERIOD_S
             now_s = time.monotonic()
             elapsed_s, last_s = now_s - last_s, now_s
             if liveness.wants_usage:

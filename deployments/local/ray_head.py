@@ -67,6 +67,12 @@ def ray_environment(folder: Path) -> dict[str, str]:
         # Nobody asks for Ray's own figures and events: Reef has its own, and there is no dashboard.
         "RAY_enable_metrics_collection": "0",
         "RAY_task_events_report_interval_ms": "0",
+        # What the raylet looks at ten times a second: objects, disk, memory and spare workers. None
+        # of it changes here.
+        "RAY_object_manager_timer_freq_ms": "1000",
+        "RAY_local_fs_monitor_interval_ms": "5000",
+        "RAY_raylet_check_gc_period_milliseconds": "1000",
+        "RAY_kill_idle_workers_interval_ms": "1000",
         # Ray's default is 15, at which two busy threads may stay on one core for seconds.
         "RAY_worker_niceness": "0",
         # Otherwise Ray replaces 127.0.0.1 by the machine's address, and listens on all interfaces.

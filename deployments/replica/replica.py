@@ -21,7 +21,7 @@ from deployments.replica.ingress_streams import IngressStream, IngressStreams
 from deployments.replica.live_requests import LiveRequests
 from engine.messages import EngineStats, ErrorKind, Item, RequestError
 
-CARE_PERIOD_S = 0.5
+CARE_PERIOD_S = 1.0
 MAX_DISK_ADAPTERS = 256  # of those that are reported to routers
 
 logger = logging.getLogger(__name__)

@@ -18,6 +18,7 @@ from engine import client as client_module
 from engine import process_handle
 from engine.client import EngineClient, EngineUnavailable
 from engine.config import EngineConfig
+from engine.liveness import Liveness
 from engine.messages import ErrorKind, GenerateRequest, Item, RequestOutput
 from engine.process_handle import EngineStartError
 from tests.engine.support import scripted_process as scripted
@@ -487,3 +488,23 @@ def test_a_real_engine_that_is_stopped_is_noticed_and_started_again(
         await client.close()
 
     asyncio.run(scenario())
+
+
+def test_an_idle_process_is_asked_less_often_than_one_at_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    ping = Liveness.ping
+
+    def counted(self: Liveness) -> None:
+        asked.append(1)
+        ping(self)
+
+    monkeypatch.setattr(Liveness, "ping", counted)
+
+    async def test(client: EngineClient, scene: Scene) -> None:
+        del client, scene
+        await asyncio.sleep(process_handle.WATCH_PERIOD_S * 6.5)
+
+    with_client(Scene(tmp_path, "serve"), test)
+    assert 1 <= len(asked) <= 3
