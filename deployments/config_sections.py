@@ -282,9 +282,9 @@ class ModelSection(Section):
     )
     quantization: str = key(
         "none",
-        "`int8`, `nf4` or, on a GPU of capability 8.9 or higher, `fp8` quantizes the linear "
-        "layers as they are loaded; `none` leaves them as the checkpoint has them; `auto` is "
-        "`int8` for a dense model on a CPU in bfloat16, else `none`",
+        "`int8`, `nf4`, on a CPU `int4` or, on a GPU of capability 8.9 or higher, `fp8` quantizes "
+        "the linear layers as they are loaded; `none` leaves them as the checkpoint has them; "
+        "`auto` is `int8` for a dense model on a CPU in bfloat16, else `none`",
     )
     tokenizer: Literal["file", "transformers"] | None = key(
         None,

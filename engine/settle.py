@@ -25,7 +25,7 @@ class Settled:
     spec: ModelSpec
     dtype: torch.dtype
     kv_dtype: torch.dtype  # int8: with scales
-    quantization: str  # applied at load: none, int8, nf4 or fp8
+    quantization: str  # applied at load: none, int8, nf4, int4 or fp8
     weight_format: str  # of the linear layers: none, int8, nf4, fp8 or int4
     activations: str  # of linear layers in nf4 and int4: bf16 or int8
     output_layer: str  # model: in dtype; or int8
@@ -66,7 +66,7 @@ def settle(config: EngineConfig, arena_bytes: ArenaBytes) -> Settled:
     dtype, device = _dtype(config, folder), _device(config)
     if config.quantization == "auto":
         config = replace(config, quantization=auto_quantization(folder, dtype, device))
-    kv_dtype, form = _kv_dtype(config, dtype, device), _weight_format(config, folder)
+    kv_dtype, form = _kv_dtype(config, dtype, device), _weight_format(config, folder, device)
     block_bytes = config.block_size * kv_bytes_per_token(spec, kv_dtype)
     least = _num_blocks(config.max_model_len or 2, config) * block_bytes
     rows = _max_num_batched_tokens(config, device)
@@ -150,8 +150,11 @@ def _kv_dtype(config: EngineConfig, dtype: torch.dtype, device: torch.device) ->
     return torch.int8
 
 
-def _weight_format(config: EngineConfig, folder: Path) -> str:
-    return weight_format(folder, read_scheme(folder), config.quantization)
+def _weight_format(config: EngineConfig, folder: Path, device: torch.device) -> str:
+    form = weight_format(folder, read_scheme(folder), config.quantization)
+    if config.quantization == "int4" and device.type != "cpu":
+        raise ConfigError(f"quantization='int4' is only for a CPU, not {device}; use 'nf4'")
+    return form
 
 
 def _activations(config: EngineConfig, form: str, dtype: torch.dtype, device: torch.device) -> str:

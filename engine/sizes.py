@@ -14,7 +14,7 @@ from engine.model.decoder import Decoder
 from engine.model.families import read_scheme, read_spec
 from engine.model.formats import auto_output_layer, own_dtype
 from engine.model.layers import Build
-from engine.model.quantize import NF4_BLOCK, check_quantizable
+from engine.model.quantize import INT4_BLOCK, NF4_BLOCK, check_quantizable
 from engine.model.quantized_checkpoint import weight_format
 from engine.model.quantized_weight import BYTE_FORMATS
 from engine.model.reference import TORCH_OPS, WEIGHT_OPS
@@ -45,6 +45,7 @@ class WeightFormat:
     dtype: torch.dtype
     quantization: str = "none"  # int8, nf4, fp8 or int4
     group_size: int | None = None  # inputs that share a scale; None: all
+    has_zeros: bool = False  # each group has a zero point, as a scale
     is_reordered: bool = False  # each weight has an input order
     dense_modules: tuple[str, ...] = ()  # parts of the names of modules left in `dtype`
     output_layer: str = "model"  # in `dtype`; or int8
@@ -57,7 +58,7 @@ class WeightFormat:
             return linear.numel + scales
         codes = -(-linear.numel // 2)
         order = 4 * linear.in_features if self.is_reordered and self.group_size else 0
-        return codes + scales * (2 if self.quantization == "int4" else 1) + order
+        return codes + scales * (2 if self.has_zeros else 1) + order
 
     def _is_dense(self, module: str) -> bool:
         return any(f".{name}." in f".{module}." for name in self.dense_modules)
@@ -68,6 +69,7 @@ FORMATS = (
     WeightFormat("bfloat16", torch.bfloat16),
     WeightFormat("int8", torch.bfloat16, "int8"),
     WeightFormat("nf4", torch.bfloat16, "nf4", NF4_BLOCK),
+    WeightFormat("int4", torch.bfloat16, "int4", INT4_BLOCK),
     WeightFormat("fp8", torch.bfloat16, "fp8"),
 )
 
@@ -140,7 +142,13 @@ def _own_format(
             return same[0]
         return replace(alike[0], name=f"{kind}/f32", dtype=dtype, output_layer="model")
     own = WeightFormat(
-        kind, dtype, kind, scheme.group_size, scheme.is_reordered, scheme.dense_modules
+        kind,
+        dtype,
+        kind,
+        scheme.group_size,
+        kind == "int4",
+        scheme.is_reordered,
+        scheme.dense_modules,
     )
     (own,) = _with_output_layer((own,), output_layer)
     return own if own in known else replace(own, name="as stored")

@@ -2,7 +2,8 @@
 
 Codes of int8 and nf4 equal those of bitsandbytes. int8: per output, symmetric, scale = max|w| /
 127. nf4: blocks of 64 adjacent inputs, scale = max|w|, the code whose value is nearest to w /
-scale, the lower of two that are equally near. fp8: per output, scale = max|w| / 448, the nearest
+scale, the lower of two that are equally near. int4: blocks of 64, symmetric, code - 8; the scale is
+that of three whose squared error is least. fp8: per output, scale = max|w| / 448, the nearest
 e4m3. Computed in float32 for every dtype of the weight, on the weight's device.
 """
 
@@ -14,10 +15,19 @@ from torch import Tensor
 
 from engine.model.fp8 import E4M3, MULTIPLE, quantize_rows
 from engine.model.layers import LoraSite
-from engine.model.quantized_weight import CHUNK_VALUES, NF4_VALUES, QuantizedWeight, pack_pairs
+from engine.model.quantized_weight import (
+    CHUNK_VALUES,
+    INT4_MIDDLE,
+    NF4_VALUES,
+    QuantizedWeight,
+    pack_pairs,
+)
 from engine.model.spec import ModelError
 
 NF4_BLOCK = 64
+INT4_BLOCK = 64
+# The step that a block's largest value becomes. Beyond -8 it is clamped, which most others gain by.
+INT4_STEPS = (-8.0, -8.4, -8.8)
 DEVICE_CHUNK_VALUES = 2**24  # like CHUNK_VALUES, but enough to keep a whole GPU busy
 # Midpoints between adjacent values, computed in float32 as the values themselves
 _LIMITS = tuple(float((torch.tensor(a) + torch.tensor(b)) / 2) for a, b in pairwise(NF4_VALUES))
@@ -59,6 +69,37 @@ def quantize_nf4(weight: Tensor) -> QuantizedWeight:
     return QuantizedWeight("nf4", codes, _finite(scales), group_size=NF4_BLOCK)
 
 
+def quantize_int4(weight: Tensor) -> QuantizedWeight:
+    """Quantize a weight [out, in] of any float dtype to int4; in must be a multiple of 64."""
+    num_out, num_in = weight.shape
+    codes = torch.empty(num_out, num_in // 2, dtype=torch.uint8, device=weight.device)
+    scales = torch.empty(num_out, num_in // INT4_BLOCK, device=weight.device)
+    for rows, wide in _chunks(weight):
+        steps, scale = _best_steps(wide.view(len(wide), -1, INT4_BLOCK))
+        codes[rows] = pack_pairs((steps.flatten(1) + INT4_MIDDLE).to(torch.uint8))
+        scales[rows] = scale
+    return QuantizedWeight("int4", codes, _finite(scales), group_size=INT4_BLOCK)
+
+
+def _best_steps(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the steps -8 ... 7 of blocks [..., 64], and their scales, by INT4_STEPS."""
+    largest = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True))
+    steps, scale, least = _steps(blocks, largest / INT4_STEPS[0])
+    for count in INT4_STEPS[1:]:
+        others, other_scale, error = _steps(blocks, largest / count)
+        is_better = error < least
+        steps, scale = others.where(is_better, steps), other_scale.where(is_better, scale)
+        least = error.where(is_better, least)
+    return steps, scale[..., 0]
+
+
+def _steps(blocks: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Round to steps of these scales [..., 1]; return steps, scales and the squared errors."""
+    inverse = scale.sign() / scale.abs().clamp(min=_TINY)
+    steps = (blocks * inverse).round_().clamp_(-INT4_MIDDLE, INT4_MIDDLE - 1)
+    return steps, scale, (steps * scale).sub_(blocks).square_().sum(-1, keepdim=True)
+
+
 def quantize_fp8(weight: Tensor) -> QuantizedWeight:
     """Quantize a weight [out, in] of any float dtype to fp8."""
     codes = torch.empty(weight.shape, dtype=E4M3, device=weight.device)
@@ -72,12 +113,16 @@ def quantize_fp8(weight: Tensor) -> QuantizedWeight:
 QUANTIZERS: dict[str, Quantize] = {
     "int8": quantize_int8,
     "nf4": quantize_nf4,
+    "int4": quantize_int4,
     "fp8": quantize_fp8,
 }
 
 
+BLOCKS = {"nf4": NF4_BLOCK, "int4": INT4_BLOCK}  # inputs that share a scale
+
+
 def check_quantizable(quantization: str, sites: Iterable[LoraSite]) -> None:
-    """Raise ModelError if nf4 blocks or FP8 tiles do not divide the sizes of a layer."""
+    """Raise ModelError if blocks of 4-bit codes or FP8 tiles do not divide a layer's sizes."""
     for site in sites:
         sizes = (site.in_features, site.out_features)
         if quantization == "fp8" and any(size % MULTIPLE for size in sizes):
@@ -86,10 +131,11 @@ def check_quantizable(quantization: str, sites: Iterable[LoraSite]) -> None:
                 f"inputs and {sizes[1]} outputs, which must be multiples of {MULTIPLE}; use "
                 f"'int8' or 'none'"
             )
-        if quantization == "nf4" and site.in_features % NF4_BLOCK:
+        block = BLOCKS.get(quantization)
+        if block is not None and site.in_features % block:
             raise ModelError(
-                f"quantization='nf4': {site.slices[0].module} has {site.in_features} input "
-                f"features, which must be a multiple of {NF4_BLOCK}; use 'int8' or 'none'"
+                f"quantization={quantization!r}: {site.slices[0].module} has {site.in_features} "
+                f"input features, which must be a multiple of {block}; use 'int8' or 'none'"
             )
 
 

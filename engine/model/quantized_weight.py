@@ -17,6 +17,7 @@ NF4_VALUES = (
     *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
     *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
 )
+INT4_MIDDLE = 8  # the zero of int4 codes that have no zeros of their own
 BYTE_FORMATS = ("int8", "fp8")  # one code per byte; the others have two
 CHUNK_VALUES = 2**18  # values converted to float32 at a time: about a core's cache
 
@@ -29,6 +30,7 @@ class QuantizedWeight:
     fp8:   weight = codes * scales                        codes e4m3 [out, in], scales [out, 1]
     nf4:   weight = NF4_VALUES[codes] * scales            codes uint8 [out, in / 2], scales [out, G]
     int4:  weight = (codes - zeros) * scales              codes uint8 [out, in / 2], both [out, G]
+           without zeros, symmetric: (codes - 8) * scales
 
     4-bit codes lie two in a byte, the even input in the low half. Scales and zeros are float32,
     one per output and group of `group_size` adjacent inputs, G = in / group_size. With an
@@ -64,6 +66,8 @@ class QuantizedWeight:
 def can_join(a: QuantizedWeight, b: QuantizedWeight) -> bool:
     """Whether both have equal settings and inputs, so that one matrix can hold their outputs."""
     if (a.format, a.group_size, a.in_features) != (b.format, b.group_size, b.in_features):
+        return False
+    if (a.zeros is None) != (b.zeros is None):
         return False
     if a.input_order is None or b.input_order is None:
         return a.input_order is b.input_order
@@ -123,5 +127,5 @@ def _values(weight: QuantizedWeight) -> Tensor:
         return weight.codes.float()
     codes = unpack_pairs(weight.codes)
     if weight.format == "int4":
-        return codes.float()
+        return codes.float() if weight.zeros is not None else codes.float() - INT4_MIDDLE
     return torch.tensor(NF4_VALUES, device=codes.device)[codes.long()]

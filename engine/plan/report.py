@@ -11,7 +11,7 @@ import torch
 
 from engine.byte_size import format_byte_size
 from engine.model.formats import auto_quantization, own_dtype
-from engine.model.quantize import NF4_BLOCK
+from engine.model.quantize import INT4_BLOCK, NF4_BLOCK
 from engine.model.spec import KV_SCALE_BYTES, ModelError, kv_bytes_per_token
 from engine.plan.machine import given_or_measured
 from engine.sizes import (
@@ -103,11 +103,11 @@ def _weights(size: ModelSize) -> Iterator[str]:
         yield f"  {form.name:<9} {nbytes:>16,} bytes  {format_byte_size(nbytes):>10}{own}"
     yield (
         "  int8 and fp8 have a float32 scale per output row, nf4 a float32 absmax per "
-        f"{NF4_BLOCK} values;"
+        f"{NF4_BLOCK} values, int4 a scale per {INT4_BLOCK};"
     )
     yield "  all leave embeddings, norms and biases in bfloat16;"
     yield f"  {_output_layers(size)}"
-    if size.form.quantization == "int4":
+    if size.form.has_zeros:
         group = size.form.group_size or "row"
         yield f"  as stored: 4-bit integers, a float32 scale and zero per group of {group};"
         yield f"  all else in {_name(size.dtype)}."

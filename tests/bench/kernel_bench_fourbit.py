@@ -13,6 +13,7 @@ import statistics
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.util import find_spec
 
 import torch
@@ -25,7 +26,7 @@ from engine.backends.native.memory import Blocks
 from engine.model.quantized_weight import QuantizedWeight
 
 SHAPES = {"qkv": (1152, 896), "o": (896, 896), "gate_up": (9728, 896), "down": (896, 4864)}
-FORMATS = ("nf4", "nf4_int8", "int4", "int4_int8")
+FORMATS = ("nf4", "nf4_int8", "int4", "int4_int8", "int4_int8_sym")
 ROWS = (1, 8, 32, 128, 512)
 COPIES_BYTES = 160 * 2**20  # several times the largest cache
 SECONDS = 0.4  # per measurement
@@ -39,7 +40,9 @@ def main() -> None:
     print(f"isa {context.isa}, {context.threads} threads, group size {options.group_size}")
     print(f"pure read {read:.1f} GB/s")
     for name in options.formats:
-        print(f"\n{name:9}{'rows':>5}{'ms':>9}{'GB/s':>7}{'GFLOP/s':>9}{'of read':>9}{'min ms':>9}")
+        print(
+            f"\n{name:14}{'rows':>5}{'ms':>9}{'GB/s':>7}{'GFLOP/s':>9}{'of read':>9}{'min ms':>9}"
+        )
         _print_format(context, name, options, read)
 
 
@@ -71,7 +74,7 @@ def _print_line(
 ) -> None:
     bandwidth, flops = nbytes / median / 1e9, 2 * rows * weights / median / 1e9
     print(
-        f"{layer:9}{rows:5}{median * 1e3:9.3f}{bandwidth:7.1f}{flops:9.0f}"
+        f"{layer:14}{rows:5}{median * 1e3:9.3f}{bandwidth:7.1f}{flops:9.0f}"
         f"{bandwidth / read:9.0%}{best * 1e3:9.3f}"
     )
 
@@ -97,7 +100,10 @@ def _calls(
     """Make copies of one layer: functions of x that return the call to be timed."""
     if name == "bnb_nf4":
         return _bitsandbytes_calls(shape, group_size)
-    weight, int8 = random_weight(name[:4].rstrip("_"), shape, group_size), name.endswith("_int8")
+    form, *extras = name.split("_")
+    weight, int8 = random_weight(form, shape, group_size), "int8" in extras
+    if "sym" in extras:
+        weight = replace(weight, zeros=torch.full_like(weight.scales, 8.0))
     first = NativeLinear(context, weight, int8_activations=int8)
     copies = range(COPIES_BYTES // first.nbytes)
     layers = [NativeLinear(context, weight, int8_activations=int8) for _ in copies]

@@ -31,7 +31,13 @@ from engine.model import reference
 from engine.model.decoder import Decoder
 from engine.model.layers import Linear, SideBySide
 from engine.model.loader import load_decoder, weight_bytes
-from engine.model.quantize import QUANTIZERS, quantize_fp8, quantize_int8, quantize_nf4
+from engine.model.quantize import (
+    QUANTIZERS,
+    quantize_fp8,
+    quantize_int4,
+    quantize_int8,
+    quantize_nf4,
+)
 from engine.model.quantized_weight import (
     NF4_VALUES,
     QuantizedWeight,
@@ -139,6 +145,22 @@ def test_int8_codes_are_those_of_bitsandbytes() -> None:
     assert difference.max() <= 1 and difference.float().mean() < 1e-3
 
 
+@pytest.mark.parametrize("kind", WEIGHTS)
+def test_int4_takes_the_nearest_steps_of_the_best_of_three_scales(kind: str) -> None:
+    blocks = WEIGHTS[kind].reshape(-1, 64).double()
+    largest = blocks.gather(1, blocks.abs().argmax(1, keepdim=True))
+    errors = []
+    for count in (-8, -8.4, -8.8):
+        scale = largest / count
+        steps = (blocks / scale.where(scale != 0, 1)).round().clamp(-8, 7)
+        errors.append((steps * scale - blocks).square().sum(1))
+    found = dequantize(quantize_int4(WEIGHTS[kind])).reshape(-1, 64).double()
+    error = (found - blocks).square().sum(1)
+    assert (
+        error <= torch.stack(errors).amin(0) * 1.0001 + 1e-12 * largest[:, 0] ** 2 + 1e-74
+    ).all()
+
+
 @pytest.mark.parametrize("quantization", QUANTIZERS)
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 def test_a_weight_that_is_not_finite_is_refused(quantization: str, bad: float) -> None:
@@ -172,6 +194,7 @@ KINDS = {
     "int8": quantize_int8(normal(9, 64)),
     "nf4": quantize_nf4(normal(9, 64)),
     "int4": int4(9, 64),
+    "int4 without zeros": quantize_int4(normal(9, 64)),
     "fp8": quantize_fp8(normal(9, 64)),
 }
 
@@ -320,8 +343,9 @@ def test_weight_bytes_are_those_of_codes_and_scales(
     expected = 0
     for name, parameter in tiny.reference.named_parameters():
         if "layers" in name and parameter.dim() == 2:
-            codes = parameter.numel() // 2 if quantization == "nf4" else parameter.numel()
-            scales = parameter.numel() // 64 if quantization == "nf4" else len(parameter)
+            is_short = quantization in ("nf4", "int4")
+            codes = parameter.numel() // 2 if is_short else parameter.numel()
+            scales = parameter.numel() // 64 if is_short else len(parameter)
             expected += codes + 4 * scales
         else:
             expected += 2 * parameter.numel()
@@ -345,10 +369,12 @@ def test_fused_modules_share_one_matrix(tiny_model: MakeTiny) -> None:
     assert linears and not any(isinstance(leaf.multiply, SideBySide) for leaf in linears)
 
 
-def test_nf4_is_refused_if_blocks_would_straddle_rows(tiny_model: MakeTiny) -> None:
+def test_four_bits_are_refused_if_blocks_would_straddle_rows(tiny_model: MakeTiny) -> None:
     tiny = tiny_model("llama")  # 96 inputs of down_proj
-    with pytest.raises(ModelError, match=r"layers\.0\.mlp\.down_proj has 96 .* multiple of 64"):
-        load(tiny.folder, "nf4")
+    for form in ("nf4", "int4"):
+        message = rf"'{form}': .*layers\.0\.mlp\.down_proj has 96 .* multiple of 64"
+        with pytest.raises(ModelError, match=message):
+            load(tiny.folder, form)
     load(tiny.folder, "int8")
 
 
@@ -422,7 +448,7 @@ def large_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny(folder, "llama", dtype=torch.bfloat16, **sizes).folder
 
 
-@pytest.mark.parametrize("quantization", QUANTIZERS)
+@pytest.mark.parametrize("quantization", ["int8", "int4", "fp8"])  # nf4 is like int4
 def test_loading_needs_little_more_memory_than_the_quantized_model(
     quantization: str, large_folder: Path
 ) -> None:

@@ -11,11 +11,10 @@ from engine.backends.native import structs
 from engine.backends.native.library import Context
 from engine.backends.native.memory import Blocks
 from engine.backends.native.pack import PANEL, PackedWeight, panels_of, run_pack
-from engine.model.quantized_weight import QuantizedWeight
+from engine.model.quantized_weight import INT4_MIDDLE, QuantizedWeight
 
 NF4_FACTOR = 1.4367  # for the table in bf16
 NF4_INT8_FACTOR = 124.114  # for the table in int8
-INT4_MIDDLE = 8  # what codes count from in a weight without zero points
 GROUP_STEP = 32  # group sizes are multiples of it
 # Larger groups are split, with their scales repeated: kLargestGroup of src/fourbit.h and
 # kLargestInt8Group of src/linear_layout.h, as int8 activations have scales of their own per group.
@@ -36,15 +35,20 @@ def pack_nf4(context: Context, weight: QuantizedWeight, int8_activations: bool) 
 
 
 def pack_int4(context: Context, weight: QuantizedWeight, int8_activations: bool) -> PackedWeight:
-    """Pack a weight. Zeros may be any float; the kernels are equally exact for all of them.
+    """Pack a weight. Zeros may be any float; the kernels are equally exact for all of them. Without
+    zeros, or if they are all 8, it is symmetric, and int8 activations need none.
 
     `group_size` must be a multiple of 32 that divides in_features, an `input_order` a permutation
     of the inputs. Raises ValueError.
     """
-    if weight.zeros is None or weight.zeros.shape != weight.scales.shape:
-        shape = None if weight.zeros is None else tuple(weight.zeros.shape)
-        raise ValueError(f"zeros {shape}: expected {tuple(weight.scales.shape)}, as of scales")
-    zeros = weight.zeros.float()
+    zeros = weight.zeros
+    if zeros is None:
+        zeros = torch.full_like(weight.scales, INT4_MIDDLE)
+    if zeros.shape != weight.scales.shape:
+        raise ValueError(
+            f"zeros {tuple(zeros.shape)}: expected {tuple(weight.scales.shape)}, as of scales"
+        )
+    zeros = zeros.float()
     if not int8_activations:
         return _pack(context, weight, structs.INT4, 1.0, INT4_MIDDLE - zeros)
     is_symmetric = bool((zeros == INT4_MIDDLE).all())

@@ -282,5 +282,13 @@ def test_scales_and_zeros_of_another_shape_are_refused(isa: str) -> None:
             context_of(isa, 1),
             replace(weight, scales=weight.scales[:, :1], zeros=torch.ones(32, 1)),
         )
-    with pytest.raises(ValueError, match="zeros None"):
-        NativeLinear(context_of(isa, 1), replace(weight, zeros=None))
+
+
+@pytest.mark.parametrize("case", [CASES[2], CASES[5]], ids=["bf16", "int8"])
+def test_int4_without_zeros_counts_from_eight(isa: str, case: Case) -> None:
+    weight, x = random_weight(CASES[5], 192, 40, 64), random_rows(5, 192)
+    without, eights = (
+        layer_of(context_of(isa, 1), case, replace(weight, zeros=zeros))
+        for zeros in (None, torch.full_like(weight.scales, 8.0))
+    )
+    assert torch.equal(without(x), eights(x))

@@ -90,6 +90,26 @@ def test_results_do_not_depend_on_batch_mates_chunking_or_threads(
             assert texts(run(engine, mixed(adapters))) == alone, variant
 
 
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+def test_answers_go_on_elsewhere_with_the_same_tokens(
+    tiny: Tiny, adapters: list[AdapterFolder], quantization: str
+) -> None:
+    """The output layer is int8 here, too; the replica that goes on has other threads and steps."""
+    lost = native_engine(tiny.folder, quantization=quantization)
+    assert lost.settled.output_layer == "int8"
+    whole = texts(run(lost, mixed(adapters)))
+    cuts = {request.request_id: 1 + i * 5 % 19 for i, request in enumerate(mixed(adapters))}
+    moved = [
+        replace(r, output_token_ids=whole[r.request_id, 0][: cuts[r.request_id]])
+        for r in mixed(adapters)
+    ]
+    other = native_engine(
+        tiny.folder, quantization=quantization, num_threads=1, max_num_batched_tokens=23
+    )
+    rest = texts(run(other, moved))
+    assert rest == {key: tokens[cuts[key[0]] :] for key, tokens in whole.items()}
+
+
 def test_preemption_changes_no_bit(tiny: Tiny, adapters: list[AdapterFolder]) -> None:
     roomy = native_engine(tiny.folder)
     expected = texts(run(roomy, mixed(adapters, 40)))
