@@ -30,6 +30,28 @@ class Space(NamedTuple):
         """Return the values that a policy has if nobody searches."""
         return {name: self.every_default[name] for name in self.ranges}
 
+    def quick(self, simulation: Simulation) -> dict[str, float]:
+        """Return values that follow the load at once, and look as far ahead as a start takes."""
+        start_s, seats = simulation.profile.cold_start, simulation.fleet.size.max_num_seqs
+        wanted = {
+            "busy": 0.9,
+            "kv_used": 1.0,
+            "lookahead_s": 2.5 * start_s,
+            "up_delay_s": 0.5,
+            "down_delay_s": start_s / 2,
+            "down_margin": 0.9,
+            "target_ongoing_requests": seats / 2,
+            "upscale_delay_s": 0.5,
+            "downscale_delay_s": start_s / 2,
+            "look_back_period_s": 4.0,
+        }
+        return {
+            name: min(
+                max(wanted.get(name, default), self.ranges[name].least), self.ranges[name].most
+            )
+            for name, default in self.defaults.items()
+        }
+
     def place(self, simulation: Simulation, values: Mapping[str, float]) -> Simulation:
         """Return the simulation with this policy, and its bounds as they were."""
         scaling = simulation.fleet.scaling

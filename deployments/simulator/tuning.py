@@ -2,7 +2,8 @@
 
 Trials are simulated with some seeds, and the winner with others, which no trial has seen. A trial
 that misses the objective is worse than every one that keeps it, by as much as it misses. Optuna's
-tree of Parzen estimators proposes, several trials at a time; the policy's defaults are the first.
+tree of Parzen estimators proposes, several trials at a time; the first two are the policy's
+defaults, and values that follow the load at once.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -78,7 +79,8 @@ def search(
     Raises ImportError without Optuna.
     """
     study = _study(seed)
-    study.enqueue_trial(space.defaults)
+    for known in (space.defaults, space.quick(simulation)):
+        study.enqueue_trial(known)
     wanted, most_hours = simulation.objective.attained, _most_hours(simulation)
     found: list[tuple[Mapping[str, float], Outcome]] = []
     while len(found) < trials:
