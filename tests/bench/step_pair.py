@@ -78,6 +78,7 @@ def main() -> None:
     options = _parse()
     forms = [(a, b or a) for a, _, b in (form.partition(":") for form in options.formats)]
     settings = {"shape": options.shape, "threads": options.threads, "steps": options.steps}
+    settings["prompt"] = options.prompt
     sides = [
         Side(checkout, {**settings, "formats": list(dict.fromkeys(own))})
         for checkout, own in zip((options.a, options.b), zip(*forms, strict=True), strict=True)
@@ -97,7 +98,8 @@ def main() -> None:
             pairs[case].append((rows / a, rows / b))
     conditions = header(0, f"A {commit(options.a)}, B {commit(options.b)}")
     for case, measured in pairs.items():
-        row = f"{conditions} | step pair | {options.shape} | {case} | {kernels} | tokens/s "
+        row = f"{conditions} | step pair | {options.shape} | {case} | {kernels} | "
+        row += f"prompt {options.prompt} | tokens/s "
         append_row(options.rows, row + comparison(measured, 1))
     for side in sides:
         side.close()
@@ -113,6 +115,7 @@ def serve(settings: dict[str, Any]) -> None:
     threads = settings["threads"]
     torch.set_num_threads(threads)
     shape = SHAPES[settings["shape"]]
+    step_bench.PROMPT = settings["prompt"]
     options = argparse.Namespace(kernels="auto", chunk=512, threads=threads)
     engines = {form: step_bench.make_engine(shape, form, options) for form in settings["formats"]}
     print(json.dumps(next(iter(engines.values())).info.kernels), flush=True)
@@ -131,6 +134,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--formats", nargs="+", default=["none", "int8", "nf4"])
     parser.add_argument("--batches", nargs="*", type=int, default=[1, 8])
     parser.add_argument("--prefills", nargs="*", type=int, default=[])
+    parser.add_argument("--prompt", type=int, default=128, help="tokens, at most 4000")
     parser.add_argument("--steps", type=int, default=20, help="measured per case and round")
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--threads", type=int, default=2)
