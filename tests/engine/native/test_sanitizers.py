@@ -24,6 +24,7 @@ TESTS = (
     "test_pool.py",
     "test_store.py",
 )
+AMX_TESTS = ("test_attention_amx.py", "test_linear_amx.py")
 
 
 @pytest.mark.slow
@@ -42,8 +43,9 @@ def test_kernels_pass_the_address_and_undefined_behavior_sanitizers(tmp_path: Pa
         "LD_PRELOAD": runtime,
         "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0",
     }
-    amx = ("test_attention_amx.py",) if "amx" in supported_isas() else ()
-    tests = [str(FOLDER / name) for name in (*TESTS, *amx)]
+    tests = [str(FOLDER / name) for name in TESTS]
+    if "amx" in supported_isas():
+        tests += [str(FOLDER / name) for name in AMX_TESTS]
     command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", *tests]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]

@@ -2,7 +2,8 @@
 //
 // A slice of a panel is decoded to signed bytes once for all rows. A tile product sums one group,
 // or a part of it, of 16 rows and 16 outputs; vector instructions then scale and add the group's
-// sums as the other kernels do, while the next group is multiplied.
+// sums as the other kernels do. Four groups are in tile registers at once, as a product takes long
+// until its sums can be stored.
 #include "amx.h"
 #include "fourbit_int8.h"
 #include "linear_amx.h"
@@ -14,6 +15,8 @@ namespace {
 
 constexpr int kAmxBlockRows = 128;      // that share a decoded slice
 constexpr int kSliceBytes = 32 * 1024;  // of decoded weights, in the first-level cache
+constexpr int kTogether = 4;            // groups
+constexpr int kTileSums = kAmxRows * 16;
 
 template <class Format>
 struct AmxFourbit {
@@ -42,7 +45,7 @@ private:
             decode_slice<typename Format::Signed>(panel, group, end, decoded);
             for (int row = 0; row < count; row += kAmxRows) {
                 const int height = count - row < kAmxRows ? count - row : kAmxRows;
-                tiles.shape(height, 0, depth);
+                tiles.shape(height, height, depth);
                 const auto multiply =
                     multiply_of(height, std::make_integer_sequence<int, kAmxRows>{});
                 for (int half = 0; half < 2; ++half)
@@ -63,35 +66,56 @@ private:
                          float* totals) {
         const Panel panel = all_panel;  // copies, which stores of tiles cannot change
         const Rows rows = all_rows;
-        alignas(64) int32_t sums[2][kAmxRows * 16];
+        alignas(64) int32_t sums[2][kTogether][kTileSums];
         F16 all[kRows];
         unroll<kRows>([&](auto r) { all[r] = load(totals + r * kPanel); });
         const uint8_t* x = rows.x + first * rows.stride + int64_t{group} * panel.group_size;
-        const int64_t group_bytes = int64_t{panel.group_size} * kPanel;
-        sum_group(panel.group_size, decoded, depth, x, rows.stride, sums[0]);
-        for (int g = group, slot = 0; g < end; ++g, slot ^= 1) {
-            if (g + 1 < end) {
-                decoded += group_bytes, x += panel.group_size;
-                sum_group(panel.group_size, decoded, depth, x, rows.stride, sums[slot ^ 1]);
+        const int size = panel.group_size;
+        sum_groups(size, end - group, decoded, depth, x, rows.stride, sums[0]);
+        for (int g = group, slot = 0; g < end; g += kTogether, slot ^= 1) {
+            const int left = end - g - kTogether;
+            if (left > 0) {
+                decoded += int64_t{kTogether} * size * kPanel, x += kTogether * size;
+                sum_groups(size, left, decoded, depth, x, rows.stride, sums[slot ^ 1]);
             }
-            unroll<kRows>([&](auto r) {
-                const Sum sum = (Sum)_mm512_load_si512(sums[slot] + r * 16);
-                all[r] = Format::add(panel, rows, first + r, g, half, sum, all[r]);
-            });
+            for (int i = 0; i < kTogether && g + i < end; ++i)
+                unroll<kRows>([&](auto r) {
+                    const Sum sum = (Sum)_mm512_load_si512(sums[slot][i] + r * 16);
+                    all[r] = Format::add(panel, rows, first + r, g + i, half, sum, all[r]);
+                });
         }
         unroll<kRows>([&](auto r) { store(totals + r * kPanel, all[r]); });
     }
 
-    // Stores the sums of one group, [row][16 outputs].
-    static void sum_group(int size, const uint8_t* decoded, int depth, const uint8_t* x,
-                          int64_t stride, int32_t* sums) {
+    // Stores the sums of four groups, [group][row][16 outputs]. Where fewer are left, the last one
+    // is summed again.
+    static void sum_groups(int size, int left, const uint8_t* decoded, int depth, const uint8_t* x,
+                           int64_t stride, int32_t (*sums)[kTileSums]) {
+        const int64_t x1 = left > 1 ? size : 0;
+        const int64_t x2 = left > 2 ? 2 * size : x1, x3 = left > 3 ? 3 * size : x2;
         _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
         for (int k = 0; k < size; k += depth) {
-            _tile_loadd(4, x + k, stride);
-            _tile_loadd(6, decoded + k * kPanel, kWordBytes);
+            const uint8_t *from = x + k, *weights = decoded + k * kPanel;
+            _tile_loadd(4, from, stride);
+            _tile_loadd(6, weights, kWordBytes);
             _tile_dpbssd(0, 4, 6);
+            _tile_loadd(5, from + x1, stride);
+            _tile_loadd(7, weights + x1 * kPanel, kWordBytes);
+            _tile_dpbssd(1, 5, 7);
+            _tile_loadd(4, from + x2, stride);
+            _tile_loadd(6, weights + x2 * kPanel, kWordBytes);
+            _tile_dpbssd(2, 4, 6);
+            _tile_loadd(5, from + x3, stride);
+            _tile_loadd(7, weights + x3 * kPanel, kWordBytes);
+            _tile_dpbssd(3, 5, 7);
         }
-        _tile_stored(0, sums, 64);
+        _tile_stored(0, sums[0], 64);
+        _tile_stored(1, sums[1], 64);
+        _tile_stored(2, sums[2], 64);
+        _tile_stored(3, sums[3], 64);
     }
 
     using Multiply = void (*)(const Panel&, const uint8_t*, int, const Rows&, int, int, int, int,

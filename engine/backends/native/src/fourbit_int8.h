@@ -23,16 +23,16 @@ struct Int8Format {
 
     struct Rows {
         const uint8_t* x;
-        int64_t stride, groups;
-        const float* scales;  // [row][group]
-        const int32_t* sums;  // [row][group]
+        int64_t stride, rows;
+        const float* scales;  // [group][row]
+        const int32_t* sums;  // [group][row]
 
-        float scale(int row, int group) const { return scales[row * groups + group]; }
-        int32_t sum(int row, int group) const { return sums[row * groups + group]; }
+        float scale(int row, int group) const { return scales[group * rows + row]; }
+        int32_t sum(int row, int group) const { return sums[group * rows + row]; }
     };
     static Rows rows(const ReefLinearArgs& args) {
         const QuantizedGroups x = quantized_groups(args);
-        return {reinterpret_cast<const uint8_t*>(x.q), x.stride, x.groups, x.scales, x.sums};
+        return {reinterpret_cast<const uint8_t*>(x.q), x.stride, args.rows, x.scales, x.sums};
     }
     static F16 result(const Rows&, int, F16 total) { return total; }
 
@@ -121,27 +121,33 @@ struct Int8Format {
     }
 };
 
-alignas(16) constexpr int8_t kNf4Values[16] = {
+// Decodes to signed bytes by a table, for instructions that multiply signed by signed ones.
+template <const int8_t (&kValues)[16]>
+struct SignedFormat : Int8Format {
+    using Values = Word;
+
+    static Values values() { return table(kValues); }
+    template <int kWord>
+    static Word decode(Codes codes, const Values& values) {
+        return look_up(values, codes_of<kWord>(codes));
+    }
+};
+
+alignas(16) inline constexpr int8_t kNf4Values[16] = {
     -124, -86, -65, -49, -35, -23, -11, 0, 10, 20, 31, 42, 55, 70, 90, 124,
+};
+alignas(16) inline constexpr int8_t kInt4Values[16] = {
+    -8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7,
 };
 
 struct Nf4Int8 : Int8Format {
     using Values = Word;
+    using Signed = SignedFormat<kNf4Values>;
 
     template <int kWord>
     static Word decode(Codes codes, const Values& values) {
         return look_up(values, codes_of<kWord>(codes));
     }
-    // Decodes to signed bytes, for instructions that multiply signed by signed ones.
-    struct Signed : Int8Format {
-        using Values = Word;
-
-        static Values values() { return table(kNf4Values); }
-        template <int kWord>
-        static Word decode(Codes codes, const Values& values) {
-            return look_up(values, codes_of<kWord>(codes));
-        }
-    };
 
 #if defined(__AVX512BF16__)
     static Values values() {  // plus 128
@@ -167,6 +173,7 @@ private:
 
 struct Int4Int8 : Int8Format {  // without zero points
     struct Values {};
+    using Signed = SignedFormat<kInt4Values>;
 
     static Values values() { return {}; }
     template <int kWord>
@@ -176,20 +183,6 @@ struct Int4Int8 : Int8Format {  // without zero points
     static Sum start(const Panel&, const Rows& rows, int row, int group, int) {
         return all(-8 * rows.sum(row, group));
     }
-    struct Signed : Int8Format {
-        using Values = Word;
-
-        static Values values() { return table(kValues); }
-        template <int kWord>
-        static Word decode(Codes codes, const Values& values) {
-            return look_up(values, codes_of<kWord>(codes));
-        }
-    };
-
-private:
-    alignas(16) static constexpr int8_t kValues[16] = {
-        -8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7,
-    };
 };
 
 struct Int4ZerosInt8 : Int4Int8 {

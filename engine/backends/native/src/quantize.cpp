@@ -77,8 +77,8 @@ void quantize_groups_of(const ReefLinearArgs& args, const QuantizedGroups& out, 
             from = ordered;
         }
         const Quantized done = quantize(from, size, size, out.q + row * out.stride + group * size);
-        out.scales[row * out.groups + group] = done.scale;
-        out.sums[row * out.groups + group] = done.sum;
+        out.scales[group * args.rows + row] = done.scale;
+        out.sums[group * args.rows + row] = done.sum;
     }
 }
 

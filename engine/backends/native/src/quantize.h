@@ -42,8 +42,8 @@ reef::Task quantize_rows(const ReefLinearArgs* args);
 // Locates what a 4-bit layer with int8 activations multiplies. A scale per group of the weight
 // keeps a few large activations from coarsening all others of the row.
 //     q       int8 [rows, stride], in the order of the weight's columns
-//     scales  float [rows, groups]: x = q * scale, scale = max |x| of the group / 127
-//     sums    int32 [rows, groups]: of the q of a group
+//     scales  float [groups, rows]: x = q * scale, scale = max |x| of the group / 127
+//     sums    int32 [groups, rows]: of the q of a group
 struct QuantizedGroups {
     int8_t* q;
     int64_t stride, groups;
