@@ -16,7 +16,7 @@ def auto_quantization(folder: Path, dtype: torch.dtype, device: torch.device) ->
     """Choose the fastest format whose answers are those of the model's own. Raises ModelError.
 
     On a CPU that is int8, with every instruction set: nf4 and int4 decode faster, but compute
-    prompts more slowly, and have changed perplexity by one and three percent. The choice is no
+    prompts more slowly, and have changed perplexity by one and four percent. The choice is no
     measurement, so that all replicas of a model have one format.
     """
     is_gain = device.type == "cpu" and dtype == torch.bfloat16 and read_scheme(folder) is None
