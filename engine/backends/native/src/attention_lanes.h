@@ -39,8 +39,9 @@ struct Visible {
     bool empty() const { return from >= to; }
     bool operator==(Visible other) const { return from == other.from && to == other.to; }
     uint64_t bits() const {
+        if (empty()) return 0;
         const uint64_t below = to < kTile ? (uint64_t{1} << to) - 1 : ~uint64_t{0};
-        return empty() ? 0 : below & ~uint64_t{0} << from;
+        return below & ~uint64_t{0} << from;
     }
     uint16_t bits(int run) const { return static_cast<uint16_t>(bits() >> run * kRun); }
 };
