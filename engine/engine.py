@@ -121,6 +121,7 @@ class Engine:
             s.max_model_len,
             self._clock,
             decodes_apart=self.runner.pipeline_depth > 0,
+            layers=self.model.plain_layers,
             wake=wake,
         )
         return Gate(self, proofs)
@@ -188,7 +189,7 @@ class Engine:
             for i in range(request.n)
         ]
         first.forks = forks
-        self.scheduler.add(first)
+        self.scheduler.add(first, is_next=is_probe(request.request_id))
         self._want_grammar(first)
         if adapter_folder:
             for _ in range(request.n):
@@ -288,6 +289,12 @@ class Engine:
     def take_verdicts(self) -> tuple[AdapterVerdict, ...]:
         """Return the verdicts on adapters that were reached since the last call."""
         return () if self.proofs is None else self.proofs.take_verdicts()
+
+    @property
+    def has_unfinished(self) -> bool:
+        """Whether a request has not had its last output yet."""
+        is_holding = self.proofs is not None and self.proofs.is_holding
+        return self.scheduler.has_unfinished or is_holding
 
     @property
     def stats(self) -> EngineStats:
@@ -394,7 +401,7 @@ class Engine:
             self.end_requests(self.scheduler.end_adapter_with_error(loaded.digest), error)
             self.loader.take_invocation(loaded.digest)
             if self.proofs is not None:
-                self.proofs.forget([loaded.digest])
+                self.proofs.end_load(loaded.digest, error)
         self._set_absent(self.host.advance(self.scheduler.adapters.is_in_use))
 
     def _set_ready(self, digest: str, nbytes: int) -> None:

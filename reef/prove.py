@@ -53,9 +53,9 @@ def prove_ref(store: "AdapterStore", ref: "AdapterRef", model: Path, **engine: A
 
     with refusing(ConfigError, ModelError), store.pinned(ref) as folder:
         config = EngineConfig(str(model), structured_output="off", max_model_len=64, **engine)
-        proof, computer = prove_alone(config, AdapterFolder(ref.digest, str(folder)))
-    if proof.probe:
-        store.note_verdict(ref.digest, make_verdict(proof.verdict, computer))
+        proof, verdict, computer = prove_alone(config, AdapterFolder(ref.digest, str(folder)))
+    if verdict is not None:
+        store.note_verdict(ref.digest, make_verdict(verdict, computer))
     if proof.failure:
         click.echo(f"reef: {proof.failure}", err=True)
         raise click.exceptions.Exit(REFUSED)

@@ -12,6 +12,7 @@ from engine.lora.host_cache import HostAdapter
 from engine.lora.kinds import Kind
 from engine.lora.weights import LoraWeights
 from engine.model.decoder import Decoder
+from engine.model.inputs import ComputeLayers
 from engine.model.layers import Build, LoraSite
 from engine.model.loader import load_decoder
 from engine.settle import Settled
@@ -26,6 +27,7 @@ class LoadedModel:
     kernels: str  # one of native-amx, native-avx512, native-avx2, triton or torch
     max_adapters: int | None = None  # on the device at a time
     kinds: frozenset[Kind] = frozenset()  # what of adapters is computed beside their factors
+    plain_layers: ComputeLayers | None = None  # faster than the decoder's own `forward`
 
     @property
     def lora_sites(self) -> tuple[LoraSite, ...]:

@@ -1,21 +1,27 @@
 """Proves one adapter in this process, with an engine for nothing else."""
 
 import time
+from typing import NamedTuple
 
 from engine.config import EngineConfig
 from engine.engine import Engine
-from engine.messages import AdapterFolder, GenerateRequest, describe_engine
+from engine.messages import AdapterFolder, AdapterVerdict, GenerateRequest, describe_engine
 from engine.proof.verdict import Proof
 from engine.scheduler.request import SamplingParams
 
 PAUSE_S = 0.001  # while the adapter is being read
 
 
-def prove_alone(config: EngineConfig, adapter_folder: AdapterFolder) -> tuple[Proof, str]:
-    """Load the base and the adapter; return the verdict on the adapter, and what computed it.
+class ProvenAlone(NamedTuple):
+    """What a probe has shown; its `failure` also tells of an adapter that cannot be loaded."""
 
-    Its `failure` also tells of an adapter that cannot be loaded. Raises ConfigError, ModelError.
-    """
+    proof: Proof
+    verdict: AdapterVerdict | None  # None if the adapter is not the reason of a failure
+    computer: str  # what has computed it
+
+
+def prove_alone(config: EngineConfig, adapter_folder: AdapterFolder) -> ProvenAlone:
+    """Load the base and the adapter, and probe it. Raises ConfigError, ModelError."""
     engine = Engine(config)
     assert engine.proofs is not None, "adapter_proof is off"
     try:
@@ -33,4 +39,5 @@ def prove_alone(config: EngineConfig, adapter_folder: AdapterFolder) -> tuple[Pr
     if proof is None:
         reason = "the request ended without a verdict" if error is None else error.message
         proof = Proof(adapter_folder.digest, 0.0, 0.0, 0.0, failure=reason)
-    return proof, describe_engine(config, engine.info)
+    verdict = next(iter(engine.take_verdicts()), None)
+    return ProvenAlone(proof, verdict, describe_engine(config, engine.info))

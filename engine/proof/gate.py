@@ -1,4 +1,8 @@
-"""Gate: holds an adapter's requests back until a probe has shown that the adapter acts."""
+"""Gate: nothing of an adapter leaves the engine until a probe has shown that the adapter acts.
+
+Its requests are computed beside the probe, so that they need not wait for it and then for
+themselves; their outputs wait here for the verdict.
+"""
 
 import logging
 import time
@@ -14,13 +18,14 @@ from engine.messages import (
     RequestError,
     RequestOutput,
 )
+from engine.proof.held import HeldOutputs
 from engine.proof.probe import is_probe
 from engine.proof.proofs import Proofs
 from engine.proof.verdict import Proof
 from engine.scheduler.request import InvalidRequest, Request
 from engine.scheduler.scheduler import Scheduler
 
-SLICE_S = 0.008  # of a reference between two steps, at least a layer
+SLICE_S = 0.004  # of a reference between two steps, at least a layer
 
 log = logging.getLogger(__name__)
 
@@ -47,14 +52,21 @@ class Gate:
     def __init__(self, host: Host, proofs: Proofs) -> None:
         self._host = host
         self._proofs = proofs
+        self._held = HeldOutputs()
+        self._due: list[RequestOutput] = []  # what clients get of this step
         self._verdicts: list[AdapterVerdict] = []
         self.find: Callable[[str], Proof | None] = proofs.find
         self.latest: Callable[[str], Proof | None] = proofs.latest
         self.keep: Callable[[AdapterFolder, LoraWeights], None] = proofs.keep
         self.forget: Callable[[Iterable[str]], None] = proofs.forget
 
+    @property
+    def is_holding(self) -> bool:
+        """Whether any request awaits a verdict."""
+        return self._held.is_holding
+
     def enter(self, first: Request, adapter_folder: AdapterFolder) -> None:
-        """Hold back a request (and its forks) that was added, unless its adapter is proven."""
+        """Hold back what a request that was added gets, unless its adapter is proven."""
         digest = adapter_folder.digest
         if is_probe(first.request_id):
             return
@@ -63,11 +75,21 @@ class Gate:
         elif self._proofs.find(digest) is None:
             for choice in [first, *first.forks]:
                 choice.awaits_proof = True
+            self._held.hold(first.request_id, 1 + len(first.forks), digest)
             self.probe(digest)
 
     def probe(self, digest: str) -> None:
         """Start the proof of an adapter that was read, and of the base, unless it has been."""
         self._add(self._proofs.start(digest))
+
+    def end_load(self, digest: str, error: RequestError) -> None:
+        """Take note of an adapter that could not be loaded.
+
+        What was wrong with its files on this machine is no verdict on it.
+        """
+        self._proofs.forget([digest])
+        if error.kind != ErrorKind.ADAPTER_DAMAGED:
+            self._verdicts.append(Proof(digest, 0.0, 0.0, 0.0, failure=error.message).verdict)
 
     def _add(self, probes: list[GenerateRequest]) -> None:
         for probe in probes:
@@ -78,7 +100,7 @@ class Gate:
             except InvalidRequest as error:  # memory that small holds no prompt of a client either
                 digest = self._proofs.give_up(probe.request_id)
                 log.warning("adapter %s is served without proof: %s", digest, error)
-                self._host.scheduler.set_adapter_proven(digest)
+                self._accept(digest)
 
     def step(self, outputs: list[RequestOutput]) -> tuple[list[RequestOutput], bool]:
         """Take a step's outputs, and compute a part of what verdicts await.
@@ -90,9 +112,9 @@ class Gate:
             return outputs, False
         proofs.collect()
         taken = proofs.take(outputs)
+        self._due += self._held.sort(taken.outputs)
         for probe in taken.broken:
-            ended = self._host.scheduler.end_adapter_with_error(probe.digest)
-            self._host.end_requests(ended, probe.error)
+            self._end(probe.digest, probe.error)
         self._add(taken.again)
         end = time.monotonic() + SLICE_S
         while proofs.has_work:
@@ -102,7 +124,8 @@ class Gate:
         verdicts = proofs.verdicts()
         for proof in verdicts:
             self._conclude(proof)
-        return taken.outputs, bool(verdicts or taken.again) or proofs.has_work
+        due, self._due = self._due, []
+        return due, bool(verdicts or taken.again) or proofs.has_work
 
     def take_verdicts(self) -> tuple[AdapterVerdict, ...]:
         """Return the verdicts since the last call."""
@@ -120,9 +143,16 @@ class Gate:
             return
         if proof.warning:
             log.warning("%s", proof.warning)
-        self._host.scheduler.set_adapter_proven(proof.digest)
+        self._accept(proof.digest)
+
+    def _accept(self, digest: str) -> None:
+        self._host.scheduler.set_adapter_proven(digest)
+        self._due += self._held.release(digest)
 
     def _refuse(self, digest: str, reason: str) -> None:
-        error = RequestError(ErrorKind.ADAPTER_INVALID, reason)
+        self._end(digest, RequestError(ErrorKind.ADAPTER_INVALID, reason))
+
+    def _end(self, digest: str, error: RequestError) -> None:
+        self._due += self._held.refuse(digest, error)
         ended = self._host.scheduler.end_adapter_with_error(digest)
         self._host.end_requests(ended, error)

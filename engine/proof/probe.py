@@ -14,7 +14,7 @@ from engine.scheduler.activation import adapter_start
 from engine.scheduler.request import SamplingParams
 
 PREFIX = "\0probe "  # no client's request id holds a NUL
-NUM_PROMPT, NUM_OUTPUTS = 8, 2
+NUM_PROMPT, NUM_OUTPUTS = 6, 2
 NUM_OWN = 3  # tokens of the prompt whose rows the adapter replaces, if it does
 
 

@@ -24,6 +24,7 @@ from engine.messages import (
     RequestOutput,
 )
 from engine.model.decoder import Decoder
+from engine.model.inputs import ComputeLayers
 from engine.proof.probe import Probe, is_probe, make_probe, probe_requests, take_logprobs
 from engine.proof.reference import Expected, expect
 from engine.proof.verdict import FAULTY_NOISE, FLOOR, Proof, difference, judge, probe_digest
@@ -88,9 +89,10 @@ class Proofs:
         clock: Callable[[], float],
         *,
         decodes_apart: bool = False,
+        layers: ComputeLayers | None = None,
         wake: Callable[[], None] = lambda: None,
     ) -> None:
-        self._decoder = decoder
+        self._decoder, self._layers = decoder, layers
         self._floor = FLOOR[str(dtype).removeprefix("torch.")]
         self._max_model_len = max_model_len
         self._clock = clock
@@ -129,7 +131,9 @@ class Proofs:
         probe = make_probe(weights, spec.vocab_size, length, decodes_apart=self._decodes_apart)
         is_own = adapter_folder is not None and probe != self._base.probe
         tokens, start = probe.token_ids, probe.start
-        reference = expect(self._decoder, weights, tokens, start, with_base=is_own)
+        reference = expect(
+            self._decoder, weights, tokens, start, with_base=is_own, layers=self._layers
+        )
         return _Case(weights, adapter_folder, probe, reference)
 
     def forget(self, digests: Iterable[str]) -> None:

@@ -1,7 +1,7 @@
 """Computes what a probe should give: the base's layers, with an adapter's weights in plain torch.
 
 Nothing of how a backend packs, places or batches adapters is used: the factors are multiplied in
-float32, as they were read. The base's matrices are those that are served, so that a quantized base
+float32, as they were read. The base's layers are those that are served, so that a quantized base
 is no reason to differ.
 """
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from engine.lora.weights import LoraWeights, SiteWeights
 from engine.model.decoder import Decoder
-from engine.model.inputs import ApplyWeight, AttentionInputs, ForwardInputs
+from engine.model.inputs import ApplyWeight, AttentionInputs, ComputeLayers, ForwardInputs
 
 PIECE_ROWS = 4096  # of an output layer that are in float32 at a time
 
@@ -40,14 +40,15 @@ class ReferenceLora:
 
 
 def _adapted(weights: SiteWeights, x: Tensor, y: Tensor) -> Tensor:
-    wide, x = y.float(), x.float()
+    wide = y.float()
     if weights.scale is not None:
         wide = wide * weights.scale.to(y.device)
     if weights.shift is not None:
         wide = wide + weights.shift.to(y.device)
+    if weights.expands:
+        inner = x.float() @ weights.a.to(y.device).float().T  # one product for all slices
     for r0, r1, out0, out1, b in weights.expands:
-        a = weights.a[r0:r1].to(y.device).float()
-        wide[:, out0:out1] += x @ a.T @ b.to(y.device).float()
+        wide[:, out0:out1].addmm_(inner[:, r0:r1], b.to(y.device).float())
     return wide
 
 
@@ -127,11 +128,12 @@ def expect(
     start: int = 0,
     *,
     with_base: bool = False,
+    layers: ComputeLayers | None = None,
 ) -> Generator[None, None, Expected]:
     """Compute the logprobs of the tokens by the adapter, which acts from `start`.
 
     Also by the base if that is asked for, which takes twice the work. Yields after every layer, so
-    that the caller can run steps between them.
+    that the caller can run steps between them. `layers` are used for what they can compute.
     """
     spec, count = decoder.spec, len(token_ids) - 1  # nothing follows the last one
     num_base = count if with_base else 0
@@ -140,23 +142,36 @@ def expect(
     has_own = weights.changes_rows or weights.head is not None
     overlays = ReferenceOverlays(weights, first) if has_own else None
     copies = num_base // count + 1
-    inputs = _inputs(token_ids[:-1], copies, lora, overlays, decoder.build.device)
+    known = None if layers is None or has_own else layers(token_ids[:-1], copies, lora)
+    hidden = yield from known or _hidden(decoder, token_ids[:-1], copies, lora, overlays)
+    own = None if weights.head is None else ReferenceOverlays(weights, first - num_base)
+    adapted = _logprobs(decoder.logits(hidden[num_base:], own), token_ids[1:])
+    if not with_base:
+        return Expected(adapted)
+    # Of a token that the base does not have, it cannot say how much the adapter changes
+    in_base = [min(token_id, spec.vocab_size - 1) for token_id in token_ids[1:]]
+    base = _logprobs(decoder.logits(hidden[:count]), in_base)
+    pairs = zip(token_ids[1:], base, adapted, strict=True)
+    return Expected(adapted, [a if i >= spec.vocab_size else b for i, b, a in pairs])
+
+
+def _hidden(
+    decoder: Decoder,
+    token_ids: Sequence[int],
+    copies: int,
+    lora: ReferenceLora | None,
+    overlays: ReferenceOverlays | None,
+) -> Generator[None, None, Tensor]:
+    """Compute what ComputeLayers do by the decoder's modules."""
+    spec, count = decoder.spec, len(token_ids)
+    inputs = _inputs(token_ids, copies, lora, overlays, decoder.build.device)
     kv_layer = decoder.build.empty(copies, 2, count, spec.num_kv_heads, spec.head_dim)
     x = decoder.embedding(inputs.token_ids, overlays)
     rotations = [table(inputs.positions) for table in decoder.rotary_tables]
     for layer in decoder.layers:
         x = layer(x, inputs, rotations, kv_layer)
         yield
-    hidden = decoder.norm(x, overlays)
-    own = None if weights.head is None else ReferenceOverlays(weights, first - num_base)
-    adapted = _logprobs(decoder.logits(hidden[num_base:], own), token_ids[1:])
-    if not with_base:
-        return Expected(adapted)
-    # Of a token that the base does not have, it cannot say how much the adapter changes
-    known = [min(token_id, spec.vocab_size - 1) for token_id in token_ids[1:]]
-    base = _logprobs(decoder.logits(hidden[:count]), known)
-    pairs = zip(token_ids[1:], base, adapted, strict=True)
-    return Expected(adapted, [a if i >= spec.vocab_size else b for i, b, a in pairs])
+    return decoder.norm(x, overlays)
 
 
 def _inputs(

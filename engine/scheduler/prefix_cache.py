@@ -25,9 +25,10 @@ def _needs_all_rows(request: Request) -> bool:
 def publish_blocks(blocks: BlockManager, request: Request, num_computed: int) -> None:
     """Make the full blocks of the first `num_computed` tokens findable.
 
-    These tokens must have been computed: a step in flight does not count.
+    These tokens must have been computed: a step in flight does not count. What an adapter computes
+    that is not proven yet is kept from others.
     """
-    if not blocks.prefix_caching:
+    if not blocks.prefix_caching or request.awaits_proof:
         return
     num_full = num_computed // blocks.block_size
     if num_full == request.num_published_blocks:

@@ -217,7 +217,7 @@ class Request:
     adapter_start: int | None = None  # position; set by the scheduler, once the adapter is known
     awaited_load: int = 0  # number of the first adapter load that it waited for
     awaits_grammar: bool = False  # not admitted before its grammar is compiled; set by the engine
-    awaits_proof: bool = False  # not admitted before its adapter is proven; set by the engine
+    awaits_proof: bool = False  # its adapter is not proven: its blocks are its own
     lookup: PromptLookup | None = None  # of its tokens, if any were drafted from them
     acceptance: Acceptance = field(default_factory=Acceptance)  # of its drafts
     draft_match: int = 0  # of the draft in the current step

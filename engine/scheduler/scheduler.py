@@ -13,8 +13,8 @@ dropped row writes is overwritten before any later row reads it.
 
 One step mixes decodes with chunks of prompts under `max_num_batched_tokens`, and under a target
 for its time while anybody decodes (`step_budget`). Running requests go first; waiting ones follow
-in the order of `waiting`, except that a request whose adapter is being loaded or proven, or whose
-grammar is being compiled, is passed over. When memory runs out, the request admitted last loses
+in the order of `waiting`, except that a request whose adapter is being loaded, or whose grammar is
+being compiled, is passed over. When memory runs out, the request admitted last loses
 its blocks and is computed again later (preemption by recompute). Time enters only through `now`
 and `observe`.
 """
@@ -79,8 +79,8 @@ class Scheduler:
 
     # ==== requests in and out ====
 
-    def add(self, request: Request) -> None:
-        """Queue a request (and its forks, which wait for its prompt).
+    def add(self, request: Request, *, is_next: bool = False) -> None:
+        """Queue a request (and its forks, which wait for its prompt), or put it first in the queue.
 
         Raises InvalidRequest if memory can never hold it.
         """
@@ -91,7 +91,10 @@ class Scheduler:
             r.rules = rules
             assert r.key not in self._by_key, f"request {r.key} was added twice"
             self._by_key[r.key] = r
-        self.waiting.add(request)
+        if is_next:
+            self.waiting.appendleft(request)
+        else:
+            self.waiting.add(request)
 
     def abort(self, request_id: str, index: int | None = None) -> list[Request]:
         """End a choice of the request, or all; their blocks and pins are free on return."""
@@ -136,7 +139,7 @@ class Scheduler:
         return self._finish_all(ended, FinishReason.ERROR)
 
     def set_adapter_proven(self, digest: str) -> None:
-        """Let requests with this adapter be admitted."""
+        """Let others use what requests with this adapter have computed and will compute."""
         for request in self._by_key.values():
             if request.adapter_digest == digest:
                 request.awaits_proof = False
@@ -448,8 +451,8 @@ class Scheduler:
         for request in list(self.waiting):
             if step.is_full or len(self.running) + step.num_promised >= self.limits.max_num_seqs:
                 return
-            if request.awaits_grammar or request.awaits_proof:
-                continue
+            if request.awaits_grammar or (request.awaits_proof and self.pipeline_depth):
+                continue  # on a device a probe's decode is in a step without other's prompts
             if request.adapter_digest and not self.adapters.is_ready(request.adapter_digest):
                 continue  # its weights are being fetched; later requests need not wait
             self._set_adapter_start(request)

@@ -129,7 +129,7 @@ def _run(engine: Engine, requests: list[GenerateRequest]) -> Iterator[tuple[str,
     for request in requests:
         engine.add_request(request)
     found = {r.request_id: _Output([], []) for r in requests}
-    while engine.scheduler.has_unfinished:
+    while engine.has_unfinished:
         for output in engine.step():
             assert output.error is None, output.error
             own = found[output.request_id]

@@ -1,10 +1,13 @@
 """`reef prove`: the verdict of the engine, with real bases, adapters and a store."""
 
+import gc
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from engine import adapter_loader
+from engine.lora.weights import AdapterLoadError
 from engine.proof import proofs
 from reef.__main__ import main
 from tests.engine.support.driver import write_adapter
@@ -35,6 +38,7 @@ def prove(options: list[str], capsys: pytest.CaptureFixture[str]) -> Prove:
     def call(name: str, model: Path, *more: str) -> tuple[int, str, str]:
         code = main(["prove", name, "--model", str(model), *more, *options])
         captured = capsys.readouterr()
+        gc.collect()  # an engine is a cycle of objects, and holds 2 GiB
         return code, captured.out, captured.err
 
     return call
@@ -68,6 +72,24 @@ def test_one_that_a_server_would_refuse_ends_with_its_reason(
     monkeypatch.setattr(proofs, "take_logprobs", lambda outputs: [-1.0] * len(read(outputs)))
     code, out, err = prove("acts", bases[0])
     assert (code, out) == (1, "") and "does not act as its weights say" in err
+
+
+def test_one_that_cannot_be_loaded_has_failed(
+    prove: Prove,
+    bases: list[Path],
+    options: list[str],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(*_: object) -> None:
+        raise AdapterLoadError("its A is not what this machine computes")
+
+    monkeypatch.setattr(adapter_loader, "load_lora", refuse)
+    code, _, err = prove("zeros", bases[0])
+    assert code == 1 and "its A is not what this machine computes" in err
+    assert main(["list", *options]) == 0
+    *_, zeros = capsys.readouterr().out.splitlines()
+    assert zeros.startswith("public/zeros@1") and "  failed  latest" in zeros
 
 
 def test_another_base_an_unknown_name_and_a_bad_format_are_refused(

@@ -22,11 +22,22 @@ from engine.model.layers import Linear, RmsNorm, Scale
 from engine.model.rotary import RotaryTable
 
 
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """A linear layer's place in the program: its result is in `y` before operation `end`."""
+
+    layer: int
+    site: str
+    x: Buffer
+    y: Buffer
+    end: int
+
+
 class NativeDecoder:
     """Computes with the weights and KV cache that it was made from: `run(step)`, then `hidden(n)`.
 
     `kv_layers` says where each layer's blocks are; `capacity` bounds the rows of a step.
-    `norm_names` lists the norms by their numbers.
+    `norm_names` lists the norms by their numbers, `stops` the linear layers in order.
     """
 
     def __init__(
@@ -41,6 +52,7 @@ class NativeDecoder:
         self._head, self._vocab_size = decoder.head, spec.vocab_size
         self._overlays = OverlayKernels(context)
         self.norm_names: list[str] = []
+        self.stops: list[Stop] = []
         self.program = program = Program(context, capacity)
         self._buffers = buffers = _Buffers.make(program, decoder)
         self._sites = {(s.layer, s.site): i for i, s in enumerate(decoder.lora_sites)}
@@ -140,6 +152,7 @@ class NativeDecoder:
     def _linear(self, linear: Linear, x: Buffer, out: Buffer) -> None:
         site = self._sites[linear.layer, linear.site]
         self.program.linear(x, linear.matrices(NativeLinear), out, site)
+        self.stops.append(Stop(linear.layer, linear.site, x, out, self.program.num_ops))
 
     def _norm(self, module: nn.Module) -> Norm:
         assert isinstance(module, RmsNorm), f"a layer begins with {type(module).__name__}"

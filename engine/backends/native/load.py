@@ -11,6 +11,7 @@ from engine.backends.native.forward import NativeForward
 from engine.backends.native.kv import KvLayout, check_heads, check_rotary
 from engine.backends.native.library import Context
 from engine.backends.native.panels import pack_adapter
+from engine.backends.native.plain_layers import PlainLayers
 from engine.backends.native.weight_ops import native_build
 from engine.backends.sync_runner import SyncRunner
 from engine.config import EngineConfig
@@ -41,6 +42,7 @@ def load_native(
         weight_bytes=weight_bytes(decoder, s.dtype),
         kernels=f"native-{context.isa}",
         kinds=ALL_KINDS,
+        plain_layers=PlainLayers(decoder, context),
     )
 
 

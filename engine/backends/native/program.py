@@ -85,6 +85,10 @@ class Program:
         stride += _LINE if stride % 512 == 0 else 0
         return Buffer(self._zeros(self.capacity * stride).view(self.capacity, stride)[:, :width])
 
+    @property
+    def num_ops(self) -> int:
+        return len(self._ops)
+
     # ==== recording ====
 
     def embed(self, table: Tensor, out: Buffer, scale: float) -> None:

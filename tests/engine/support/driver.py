@@ -59,7 +59,7 @@ def run(engine: Engine, requests: Sequence[GenerateRequest]) -> dict[tuple[str, 
 
 def finish(engine: Engine, max_steps: int = 20_000) -> dict[tuple[str, int], Result]:
     results: dict[tuple[str, int], Result] = {}
-    while engine.scheduler.has_unfinished:
+    while engine.has_unfinished:
         for output in engine.step():
             results.setdefault((output.request_id, output.index), Result()).add(output)
         engine.scheduler.check_integrity()
