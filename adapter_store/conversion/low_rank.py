@@ -7,7 +7,7 @@ from adapter_store.conversion.tensor_file import Matrix
 
 OVERSAMPLING = 16
 MAX_ITERATIONS = 2
-ENOUGH = 0.01  # a smaller part of what is missed, gained by an iteration, is the last gain
+ENOUGH = 0.05  # a smaller part of what is missed, gained by an iteration, is the last gain
 NEGLIGIBLE = 1e-7  # of the largest singular value: what float32 cannot hold
 # Below this residual the difference of two squares has lost its digits, so it is measured
 _PRECISE = 0.01

@@ -115,6 +115,35 @@ def _delora(tensors: Tensors, setting: Setting, read: ReadWeight) -> Change:
     return Product(b * scale.astype(np.float32), a * norms)
 
 
+def _gralora(tensors: Tensors, setting: Setting, read: ReadWeight) -> Change:
+    """A grid of blocks, each with ranks of its own: r of each row of blocks, and of each column."""
+    a, b = tensors["gralora_A"], tensors["gralora_B"]  # [k, in / k, r] and [k, r, out / k]
+    size, _, lora_rank = a.shape
+    part = lora_rank // size  # ranks of one block
+    wide_a = np.zeros((size, size, part, setting.shape[1]), np.float32)
+    wide_b = np.zeros((setting.shape[0], size, size, part), np.float32)
+    inputs, outputs = (np.split(np.arange(count), size) for count in setting.shape[::-1])
+    for i in range(size):
+        wide_a[i][..., inputs[i]] = a[i].T.reshape(size, part, -1)
+        wide_b[outputs[i], :, i] = b[i].T.reshape(-1, size, part)
+    left, right = wide_b.reshape(setting.shape[0], -1), wide_a.reshape(-1, setting.shape[1])
+    if "gralora_A_general.weight" in tensors:
+        left = np.hstack([left, tensors["gralora_B_general.weight"]])
+        right = np.vstack([right, tensors["gralora_A_general.weight"]])
+    total = lora_rank + int(setting.config.get("hybrid_r", 0))
+    scaling = float(setting.config.get("alpha", 64)) / total
+    return Product(left * np.float32(scaling), right)
+
+
+def _c3a(tensors: Tensors, setting: Setting, read: ReadWeight) -> Change:
+    """Blocks whose rows are all the same but for their turn, divided by the inputs' number."""
+    kernel = tensors["c3a_kernel"]  # [out / size, in / size, size]
+    places = np.arange(kernel.shape[2])
+    blocks = kernel[:, :, (places - places[:, None]) % len(places)]
+    whole = blocks.transpose(0, 2, 1, 3).reshape(len(kernel) * len(places), -1)
+    return np.ascontiguousarray(whole / np.float32(setting.shape[1]))
+
+
 def _orthogonal(u: Any) -> Any:
     """Make each vector orthogonal to those before it."""
     columns: list[Any] = []
@@ -164,6 +193,12 @@ METHODS: Mapping[str, Method] = {
         ("delora_lambda", "lambda_pattern", "module_dropout"),
     ),
     "HRA": Method(("hra_u",), _hra, ("apply_GS",)),
+    "GRALORA": Method(
+        ("gralora_A", "gralora_B", "gralora_A_general.weight", "gralora_B_general.weight"),
+        _gralora,
+        ("alpha", "hybrid_r", "gralora_k", "gralora_dropout"),
+    ),
+    "C3A": Method(("c3a_kernel",), _c3a, ("block_size", "block_size_pattern")),
     "OFT": Method(
         ("oft_R.weight",),
         oft,

@@ -13,9 +13,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from adapter_store.bases import describe_base
-from adapter_store.conversion.convert import convert, open_upload
-from adapter_store.conversion.options import ConversionOptions
 from adapter_store.layout import WEIGHTS_NAME, read_lora_layout
+from tests.adapter_store.training import add_noise, convert_and_check
 from tests.engine.support.tiny import write_tiny
 
 QUANTIZATIONS: dict[str, dict[str, Any]] = {
@@ -63,17 +62,11 @@ def test_a_converted_method_adds_what_pefts_layer_adds(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         adapted = get_peft_model(model, config).eval()
-    with torch.no_grad():
-        for parameter in adapted.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    add_noise(adapted, 0.1)
     adapted.save_pretrained(tmp_path / "upload")
     base = describe_base(tmp_path / "base", tmp_path, lambda _: None)
-    options = ConversionOptions(lora_rank=128, base_folder=tmp_path / "base")
-    source = open_upload(tmp_path / "upload", options)
-    assert source is not None
-    (tmp_path / "out").mkdir()
-    convert(source, base.modules, options, tmp_path / "out", lambda _: None)
+    options: dict[str, Any] = {"lora_rank": 128, "base_folder": tmp_path / "base"}
+    convert_and_check(tmp_path / "upload", tmp_path / "out", base, **options)
     tensors = load_file(tmp_path / "out" / WEIGHTS_NAME)
     modules = read_lora_layout(tmp_path / "out").modules
     assert len(modules) == 6

@@ -7,21 +7,12 @@ import pytest
 import torch
 from peft import PeftModel
 
-from adapter_store.bases import describe_base
-from adapter_store.conversion.convert import convert, open_upload
-from adapter_store.conversion.options import ConversionOptions
-from adapter_store.conversion.record import ConversionRecord
-from adapter_store.conversion.upload import vocabulary_shapes
 from adapter_store.layout import LoraLayout, read_lora_layout
-from adapter_store.manifest import prepare
-from adapter_store.peft_config import CONFIG_NAME
-from engine.messages import AdapterFolder, GenerateRequest
-from tests.engine.support.driver import greedy, make_engine, prompt_of, run
+from tests.engine.support.extracted import SOME, check, extract
 from tests.engine.support.kinds import load_plain, quiet
 from tests.engine.support.tiny import VOCAB_SIZE, write_tiny
 
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
-SOME = [2, 9, VOCAB_SIZE - 1]  # token ids
 MATRICES = ("embed_tokens", "lm_head", "norm", "bias")
 
 
@@ -49,42 +40,6 @@ def tune(
                 parameter += 0.2 * noise
     model.save_pretrained(folder)
     return model.eval()
-
-
-def extract(tuned: Path, base: Path, target: Path) -> tuple[ConversionRecord, AdapterFolder]:
-    """Convert, and check what comes out as an upload of its own."""
-    described = describe_base(base, target.parent / "hashes", lambda _: None)
-    options = ConversionOptions(lora_rank=2, base_folder=base)
-    source = open_upload(tuned, options)
-    assert source is not None
-    target.mkdir()
-    modules = {**described.modules, **vocabulary_shapes(described.parameters)}
-    record = convert(source, modules, options, target, lambda _: None)
-    prepared = prepare(target, described, lambda _: None)
-    (target / CONFIG_NAME).write_bytes(prepared.config)
-    size = prepared.manifest.vocab_size
-    return record, AdapterFolder(prepared.manifest.digest, str(target), size)
-
-
-@torch.inference_mode()
-def check(base: Path, adapter: AdapterFolder, model: torch.nn.Module, vocab_size: int) -> None:
-    """Compare log probabilities of the prompt and of greedy tokens with those of transformers."""
-    prompt = [*prompt_of(8, seed=3), *SOME, vocab_size - 1, 7]
-    sampling = greedy(3, logprobs=20, prompt_logprobs=20)
-    engine = make_engine(base)
-    result = run(engine, [GenerateRequest("r", prompt, sampling, adapter_folder=adapter)])["r", 0]
-    assert result.first and result.last and result.last.error is None, result.last
-    assert engine.proofs and (proof := engine.proofs.find(adapter.digest))
-    assert not proof.failure
-    token_ids = prompt + result.token_ids
-    expected = model(torch.tensor([token_ids])).logits[0].log_softmax(-1)
-    entries = [*(result.first.prompt_logprobs or [])[1:], *result.logprobs]
-    assert len(entries) == len(token_ids) - 1
-    for at, entry in enumerate(entries):
-        assert entry is not None
-        for token_id, value in [(token_ids[at + 1], entry.logprob), *entry.top]:
-            assert value == pytest.approx(expected[at, token_id].item(), abs=1e-4)
-    assert token_ids[-3:] == expected[-4:-1].argmax(-1).tolist()
 
 
 def shape_of(layout: LoraLayout) -> tuple[set[str], set[str], dict[str, int]]:

@@ -14,9 +14,10 @@ from adapter_store.bases import describe_base
 from adapter_store.conversion.convert import open_upload
 from adapter_store.conversion.options import ConversionOptions
 from adapter_store.errors import AdapterInvalid
+from tests.adapter_store.training import add_noise
+from tests.engine.support.extracted import check, extract
 from tests.engine.support.kinds import load_plain
 from tests.engine.support.tiny import VOCAB_SIZE, write_tiny
-from tests.engine.test_extracted_adapters import check, extract
 
 KINDS: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
     # the base, its config, the method, its config
@@ -53,10 +54,7 @@ def write(base: Path, folder: Path, method: str, **settings: Any) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = get_peft_model(load_plain(base), config)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.requires_grad:
-                    parameter.add_(torch.randn_like(parameter), alpha=0.4)
+        add_noise(model, 0.4)
         model.save_pretrained(folder)
 
 

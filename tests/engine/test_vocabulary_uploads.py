@@ -13,9 +13,10 @@ from adapter_store.conversion.options import ConversionOptions
 from adapter_store.errors import AdapterInvalid
 from adapter_store.layout import read_lora_layout
 from tests.adapter_store.conversion.test_uploads import write_gguf
+from tests.engine.support.extracted import check, extract
 from tests.engine.support.kinds import load_plain
 from tests.engine.support.tiny import SIZES, VOCAB_SIZE, write_tiny
-from tests.engine.test_extracted_adapters import EMBEDDING, HEAD, check, extract
+from tests.engine.test_extracted_adapters import EMBEDDING, HEAD
 
 RANK, HIDDEN = 3, int(SIZES["hidden_size"])
 Q = "model.layers.1.self_attn.q_proj"

@@ -4,27 +4,16 @@ import json
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
-import torch
-from peft import PeftModel, get_peft_model
-from safetensors.torch import load_file
 
 from adapter_store.bases import BaseModel
-from adapter_store.conversion.convert import convert, open_upload
-from adapter_store.conversion.options import ConversionOptions
-from adapter_store.conversion.record import ConversionRecord
-from adapter_store.conversion.upload import vocabulary_shapes
-from adapter_store.layout import WEIGHTS_NAME, read_lora_layout
-from adapter_store.manifest import prepare
 from adapter_store.peft_config import CONFIG_NAME
-from tests.adapter_store.adapters import load_base
+from tests.adapter_store.training import converted, distance, train
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Failed to load the CUDA extension"),
     pytest.mark.filterwarnings("ignore:Setting boft_n_butterfly_factor"),
 ]
-Deltas = dict[str, torch.Tensor]
 LORA_LIKE: dict[str, Any] = {
     "r": 3,
     "alpha": 5,
@@ -43,6 +32,8 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "MiSS, mini": ("Miss", {"r": 4, "mini_r": 4, "init_weights": "mini"}),
     "HiRA": ("Hira", {"r": 3}),
     "DeLoRA": ("Delora", {"r": 4, "rank_pattern": {"up_proj": 3}}),
+    "GraLoRA": ("Gralora", {"r": 4, "gralora_k": 2, "hybrid_r": 3}),
+    "C3A": ("C3A", {"block_size": 4}),
     "HRA": ("HRA", {"r": 4}),
     "HRA, orthogonal": ("HRA", {"r": 4, "apply_GS": True}),
     "OFT": ("OFT", {"oft_block_size": 8}),
@@ -52,50 +43,6 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "BOFT": ("BOFT", {"boft_block_size": 4}),
     "BOFT, butterfly": ("BOFT", {"boft_block_size": 4, "boft_n_butterfly_factor": 2}),
 }
-
-
-def train(folder: Path, base_folder: Path, kind: str, **settings: Any) -> Deltas:
-    """Save an adapter with random weights; return what it adds to each weight when merged."""
-    torch.manual_seed(0)
-    before = load_base(base_folder)
-    options = {"target_modules": ["q_proj", "v_proj", "up_proj"]} | settings
-    config = getattr(peft, f"{kind}Config")(task_type="CAUSAL_LM", **options)
-    model = get_peft_model(load_base(base_folder), config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter), alpha=0.1)
-    model.save_pretrained(folder)
-    loaded = PeftModel.from_pretrained(load_base(base_folder), str(folder))
-    after = dict(loaded.merge_and_unload().named_parameters())
-    return {
-        name.removesuffix(".weight"): (after[name] - weight).detach()
-        for name, weight in before.named_parameters()
-        if not torch.equal(after[name], weight)
-    }
-
-
-def converted(
-    folder: Path, target: Path, base: BaseModel, **options: Any
-) -> tuple[ConversionRecord, Deltas]:
-    """Convert an upload and check the result as an upload of its own; return its deltas."""
-    chosen = ConversionOptions(**options)
-    source = open_upload(folder, chosen)
-    assert source is not None
-    target.mkdir()
-    modules = {**base.modules, **vocabulary_shapes(base.parameters)}
-    record = convert(source, modules, chosen, target, lambda _: None)
-    prepared = prepare(target, base, lambda _: None)
-    (target / CONFIG_NAME).write_bytes(prepared.config)
-    tensors = load_file(target / WEIGHTS_NAME)
-    return record, {
-        name: m.scaling * tensors[m.lora_b].float() @ tensors[m.lora_a].float()
-        for name, m in read_lora_layout(target).modules.items()
-    }
-
-
-def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((found - expected).norm() / expected.norm())
 
 
 VARIANTS = {name for name in METHODS if "," in name or "without" in name} - {"BOFT, butterfly"}

@@ -22,7 +22,7 @@ from adapter_store.errors import AdapterInvalid
 from adapter_store.layout import WEIGHTS_NAME, read_lora_layout
 from adapter_store.peft_config import CONFIG_NAME
 from tests.adapter_store.adapters import changed, load_base, write_base
-from tests.adapter_store.conversion.test_methods import Deltas, converted, distance, train
+from tests.adapter_store.training import Deltas, add_noise, converted, distance, train
 
 Q0, UP1 = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj"
 K0 = "model.layers.0.self_attn.k_proj"
@@ -275,10 +275,7 @@ def test_an_adapter_with_a_subtracted_start_is_converted_as_peft_does(
     model = get_peft_model(load_base(base_folder), config)
     config.init_lora_weights = True  # as PEFT asks for, to load it again
     model.save_pretrained(tmp_path / "initial")
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    add_noise(model, 0.1)
     config.init_lora_weights = "pissa"
     model.save_pretrained(tmp_path / "trained")
     config.init_lora_weights = "pissa"

@@ -11,6 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from engine.messages import AdapterFolder
+from tests.adapter_store.training import add_noise
 
 
 def load_plain(base: Path) -> PreTrainedModel:
@@ -33,15 +34,12 @@ def write_kind(
     """Train by adding noise; large enough that leaving out one tensor changes the logits."""
     torch.manual_seed(seed)  # of A, and of rows beyond the base's
     settings: dict[str, Any] = {"r": 4, "target_modules": ["q_proj", "o_proj", "up_proj"]}
-    with quiet(), torch.no_grad():
+    with quiet():
         plain = load_plain(base)
         if vocab_size:
             plain.resize_token_embeddings(vocab_size, mean_resizing=False)
         model = get_peft_model(plain, LoraConfig(**settings | config))
-        generator = torch.Generator().manual_seed(seed)
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
+        add_noise(model, 0.2, seed)
         model.save_pretrained(folder)
     return AdapterFolder(f"digest-of-{folder.name}", str(folder), vocab_size)
 
