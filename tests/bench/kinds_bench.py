@@ -4,16 +4,21 @@
 
 Every round runs all cases in turn; ratios and differences are of medians of the same round. What is
 more than a plain adapter is made in memory, so that loading is not measured. `head` is LoRA on the
-output layer alone; its floor is reading its factors once at the bandwidth of the same rounds.
+output layer alone; its floor is reading its factors once at the bandwidth of the same rounds. A
+second row has the times to load a plain adapter and one with DoRA, from files read before.
 """
 
 import argparse
+import json
 import statistics
+import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from engine.engine import Engine
 from engine.lora.host_cache import HostAdapter
@@ -50,6 +55,40 @@ def main() -> None:
         f"{conditions} of rank {RANK} | {options.rounds} rounds of {options.steps} steps | "
         f"{engine.info.kernels} | {_results(milliseconds, bandwidths, shape, batch)}",
     )
+
+    loads = _loads(engine, Path(plain[0].path), options.rounds)
+    append_row(
+        options.rows,
+        f"{header(0)} | kinds | {shape.name} | load, rank {RANK}, all linear layers | "
+        f"{engine.info.kernels} | ms {loads}",
+    )
+
+
+def _loads(engine: Engine, plain: Path, num_rounds: int) -> str:
+    """Load a plain adapter and the same with DoRA in turn."""
+    engine.loader.model = engine.model
+    milliseconds: dict[str, list[float]] = {"plain": [], "dora": []}
+    with tempfile.TemporaryDirectory() as name:
+        _write_dora(plain, Path(name))
+        for number in range(num_rounds + 1):
+            for kind, folder in zip(milliseconds, (str(plain), name), strict=True):
+                start = time.perf_counter()
+                engine.loader.load(AdapterFolder(f"load-{kind}", folder))
+                if number:  # the first one opens the base's files
+                    milliseconds[kind].append(1e3 * (time.perf_counter() - start))
+    return ", ".join(f"{kind} {_range(values)}" for kind, values in milliseconds.items())
+
+
+def _write_dora(plain: Path, folder: Path) -> None:
+    config = json.loads((plain / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "use_dora": True}))
+    tensors = load_file(plain / "adapter_model.safetensors")
+    magnitudes = {
+        name.replace("lora_B.weight", "lora_magnitude_vector"): torch.full((len(b),), 0.6)
+        for name, b in tensors.items()
+        if name.endswith("lora_B.weight")
+    }
+    save_file(tensors | magnitudes, folder / "adapter_model.safetensors")
 
 
 def _results(
