@@ -138,9 +138,10 @@ def _gralora(tensors: Tensors, setting: Setting, read: ReadWeight) -> Change:
 def _c3a(tensors: Tensors, setting: Setting, read: ReadWeight) -> Change:
     """Blocks whose rows are all the same but for their turn, divided by the inputs' number."""
     kernel = tensors["c3a_kernel"]  # [out / size, in / size, size]
-    places = np.arange(kernel.shape[2])
-    blocks = kernel[:, :, (places - places[:, None]) % len(places)]
-    whole = blocks.transpose(0, 2, 1, 3).reshape(len(kernel) * len(places), -1)
+    size = kernel.shape[2]
+    places: Any = np.arange(size)
+    blocks: Matrix = kernel[:, :, (places - places[:, None]) % size]
+    whole = blocks.transpose(0, 2, 1, 3).reshape(len(kernel) * size, -1)
     return np.ascontiguousarray(whole / np.float32(setting.shape[1]))
 
 
