@@ -138,7 +138,7 @@ def _gralora(tensors: Tensors, setting: Setting, read: ReadWeight) -> Change:
 def _c3a(tensors: Tensors, setting: Setting, read: ReadWeight) -> Change:
     """Blocks whose rows are all the same but for their turn, divided by the inputs' number."""
     kernel = tensors["c3a_kernel"]  # [out / size, in / size, size]
-    size = kernel.shape[2]
+    size: int = kernel.shape[2]
     places: Any = np.arange(size)
     blocks: Matrix = kernel[:, :, (places - places[:, None]) % size]
     whole = blocks.transpose(0, 2, 1, 3).reshape(len(kernel) * size, -1)

@@ -108,7 +108,7 @@ class Gate:
         Returns the outputs of clients, and whether another step is due at once.
         """
         proofs = self._proofs
-        if proofs.is_idle:
+        if proofs.is_idle and not self._held.is_holding and not self._due:
             return outputs, False
         proofs.collect()
         taken = proofs.take(outputs)

@@ -49,7 +49,7 @@ def sources(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 @pytest.mark.parametrize(
-    "num_mutants", [60, pytest.param(1000, marks=pytest.mark.slow)], ids=["some", "many"]
+    "num_mutants", [100, pytest.param(1000, marks=pytest.mark.slow)], ids=["some", "many"]
 )
 def test_a_mutant_is_refused_with_a_reason_or_served_as_peft_runs_it(
     num_mutants: int, tiny: Tiny, sources: list[Path], tmp_path: Path
