@@ -149,6 +149,11 @@ class EngineSection(Section):
         "before an adapter's first answer a probe must show that it acts as its weights say, or "
         "its requests are refused; `off` trusts what was loaded",
     )
+    enable_jump_ahead: bool = key(
+        True,
+        "on a CPU, tokens of which a grammar leaves no choice are computed together, like a "
+        "prompt, and not one in each step; `false` samples each. The answers are the same",
+    )
 
 
 class AutoscalingSection(Section):

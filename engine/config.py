@@ -76,6 +76,7 @@ class EngineConfig:
     structured_output: str = "auto"  # auto: where the folder has a tokenizer.json
     speculation: SpeculationConfig = field(default_factory=SpeculationConfig)
     adapter_proof: str = "auto"  # auto: no adapter answers before a probe has shown its effect
+    enable_jump_ahead: bool = True  # on a CPU; tokens that a grammar forces are not sampled
 
     def __post_init__(self) -> None:
         _one_of("dtype", self.dtype, DTYPES)

@@ -86,6 +86,7 @@ class Engine:
         self.loader = AdapterLoader(config, self.settled, self.model, self._on_adapter_read)
         self.host = HostCache(config.host_adapter_bytes, self.loader.load, wake)
         self.runner: Runner = self.model.make_runner(self.host.get)
+        self.jumps_ahead = config.enable_jump_ahead and not self.runner.pipeline_depth
         self.scheduler = self._make_scheduler()
         self.proofs = self._make_gate(wake)
         self.last_batch: ScheduledBatch | None = None  # of the newest step; None: nothing could run
@@ -190,20 +191,23 @@ class Engine:
         ]
         first.forks = forks
         self.scheduler.add(first, is_next=is_probe(request.request_id))
-        self._want_grammar(first)
+        self._want_grammar(first, adapter_folder)
         if adapter_folder:
             for _ in range(request.n):
                 self.host.want(adapter_folder)
             if self.proofs is not None:
                 self.proofs.enter(first, adapter_folder)
 
-    def _want_grammar(self, first: Request) -> None:
+    def _want_grammar(self, first: Request, adapter_folder: AdapterFolder | None) -> None:
         grammar, choices = first.sampling.grammar, [first, *first.forks]
         if grammar is None or self.grammars is None:
             return
         is_ready = self.grammars.want(first.scope.tenant, grammar, len(choices))
+        # Grammars do not know which of the base's tokens an adapter lacks: sampling finds out
+        lacks_tokens = adapter_folder and 0 < adapter_folder.vocab_size < self.info.vocab_size
         for choice in choices:
             choice.awaits_grammar = not is_ready
+            choice.jumps_ahead = self.jumps_ahead and not lacks_tokens
 
     def abort(self, request_id: str, index: int | None = None) -> None:
         """End one choice of the request, or all; their blocks are free on return.

@@ -23,9 +23,9 @@ def row_outputs(
     """Hand the results to the requests they belong to; all are in the order of the requests.
 
     `tokens` and `logprobs` have an entry per request that samples, with those of each row that a
-    token was sampled at: None for a token whose logits are not finite, and for logprobs that were
-    not asked for, of which there may be none. `prompt_logprobs` has one per request with prompt
-    targets, `pooled` one per request with pooled rows.
+    token was sampled at, and of tokens that must follow: None for a token whose logits are not
+    finite, and for logprobs that were not asked for, of which there may be none. `prompt_logprobs`
+    has one per request with prompt targets, `pooled` one per request with pooled rows.
     """
     outputs = [RowOutput([]) for _ in requests]
     sampling = [(o, r) for o, r in zip(outputs, requests, strict=True) if r.samples]

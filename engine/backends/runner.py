@@ -44,6 +44,12 @@ class TokenMasks(Protocol):
         """
         ...
 
+    @property
+    def forced(self) -> Mapping[int, list[int]]:
+        """Of some rows without guesses, once the masks are there: the only token that the mask
+        allows, and those that must follow it."""
+        ...
+
 
 class StepHandle(Protocol):
     """Gives the results of a launched step."""

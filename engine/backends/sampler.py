@@ -122,6 +122,15 @@ def target_logprobs(
     return [_pick(row, target, num_top) for row, target in zip(rows, targets, strict=True)]
 
 
+def certain(token_id: int, num_top: int | None, vocab_size: int) -> SampledToken:
+    """Return what `sample` gives where a mask allows this token alone, whatever the logits are."""
+    if num_top is None:
+        return SampledToken(token_id)
+    row = torch.full((vocab_size,), -torch.inf)
+    row[token_id] = 0.0
+    return SampledToken(token_id, *_pick(row, token_id, num_top))
+
+
 def target_ranks(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Return, per row of logits [M, V], how many tokens are likelier than its target, plus 1."""
     own = logits.gather(1, targets.long()[:, None])

@@ -13,6 +13,7 @@ from engine.backends.sampler import (
     NotFinite,
     Picker,
     SampledToken,
+    certain,
     sample,
     target_logprobs,
     target_ranks,
@@ -117,7 +118,7 @@ class SyncRunner:
         masks: TokenMasks | None,
     ) -> list[list[SampledToken | NotFinite]]:
         """Sample for each request that samples, in their order: a token before each of its guesses
-        and one after them."""
+        and one after them. Tokens that must follow are added."""
         chosen = [i for i, r in enumerate(requests) if r.samples]
         if not chosen:
             return []
@@ -142,7 +143,13 @@ class SyncRunner:
                 ends[at] = firsts[at] + len(allowed[i])  # no guess behind is right
                 by_row.update(enumerate(allowed[i], firsts[at]))
         sampled = sample(rows, logits, self.model.picker, by_row)
-        return [sampled[first:end] for first, end in zip(firsts, ends, strict=True)]
+        tokens = [sampled[first:end] for first, end in zip(firsts, ends, strict=True)]
+        forced = None if masks is None else masks.forced
+        for at, i in enumerate(chosen if forced else ()):
+            if forced and i in forced and isinstance(tokens[at][0], SampledToken):
+                num_top, vocab_size = requests[i].sampling.logprobs, logits.shape[1]
+                tokens[at] += [certain(t, num_top, vocab_size) for t in forced[i][1:]]
+        return tokens
 
     def _score_prompts(
         self,

@@ -9,6 +9,10 @@ COMPILE_BYTES = 256 * MIB
 MASK_CPU_S = 0.05  # of the slowest mask but one
 TRIED_TOKENS = 24  # how far the trial goes
 
+# ---- of one step ----
+MAX_FORCED_TOKENS = 64  # that are appended to one output at once
+FORCED_CPU_S = 0.005  # from which on no more are looked for, in all outputs together
+
 # ---- of all ----
 MAX_IDLE_GRAMMARS = 256  # compiled ones without a request, and errors that are remembered
 MAX_IDLE_BYTES = 256 * MIB

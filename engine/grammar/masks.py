@@ -13,7 +13,7 @@ import numpy as np
 from engine.backends.runner import TokenMask
 from engine.grammar.cache import GrammarCache
 from engine.grammar.channel import ChannelLost
-from engine.grammar.limits import MASK_TIMEOUT_S
+from engine.grammar.limits import MASK_TIMEOUT_S, MAX_FORCED_TOKENS
 from engine.grammar.link import GrammarLink
 from engine.grammar.mask_memory import MaskMemory
 from engine.grammar.messages import MatcherStep, WantMasks
@@ -44,9 +44,11 @@ class StepMasks:
     link: GrammarLink | None = None
     slots: dict[int, int] = field(default_factory=dict[int, int])
     errors: dict[int, RequestError] = field(default_factory=dict[int, RequestError])
+    forced: dict[int, list[int]] = field(default_factory=dict[int, list[int]])
 
     def wait(self) -> Mapping[int, TokenMask]:
-        """Wait for the masks; afterwards `errors` is complete."""
+        """Wait for the masks; afterwards `errors` is complete, and `forced`: for some rows that
+        may sample one token alone, that one and those that must follow it."""
         return self.read(self)
 
 
@@ -106,7 +108,9 @@ class MaskMaker:
             matcher = self._matchers[request.key] = _Matcher(slot, request.life, link)
             new_ids = list(output)
         matcher.num_tokens = len(output)
-        return matcher.slot, grammar_id, new_ids, drafts
+        num_left = request.sampling.max_tokens - len(output)
+        max_forced = min(num_left, MAX_FORCED_TOKENS) if request.jumps_ahead and not drafts else 0
+        return matcher.slot, grammar_id, new_ids, drafts, max_forced
 
     def _send(self, masks: StepMasks, wanted: WantMasks) -> None:
         assert masks.link is not None
@@ -129,6 +133,7 @@ class MaskMaker:
             if slot in reply.errors:
                 error = f"The grammar cannot be followed any further: {reply.errors[slot]}"
                 masks.errors[index] = RequestError(ErrorKind.INVALID_REQUEST, error)
+        masks.forced = {i: reply.forced[s] for i, s in masks.slots.items() if s in reply.forced}
         fine = {i: slot for i, slot in masks.slots.items() if i not in masks.errors}
         return {i: self._rows[slot][: reply.num_masks.get(slot, 1)] for i, slot in fine.items()}
 

@@ -2,7 +2,11 @@
 
 import os
 import threading
+import time
 from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from itertools import takewhile
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
@@ -72,6 +76,15 @@ def next_mask(matcher: LLMatcher, eos_token_ids: Sequence[int]) -> bytearray:
     return mask
 
 
+@dataclass(slots=True)
+class _Running:
+    """A matcher, and the tokens that it has gone on with before it was told them."""
+
+    matcher: LLMatcher
+    mask: bytearray | None = None  # of what may follow all these; None: not computed yet
+    ahead: list[int] = field(default_factory=list[int])
+
+
 class Matchers:
     """The matchers of running requests, one in each slot of `memory` that is in use."""
 
@@ -82,7 +95,7 @@ class Matchers:
         self._eos_token_ids = tuple(eos_token_ids)
         self._memory = memory
         self._kept: dict[int, LLMatcher] = {}  # by grammar_id, at their beginnings
-        self._by_slot: dict[int, LLMatcher] = {}
+        self._by_slot: dict[int, _Running] = {}
 
     def keep(self, grammar_id: int, grammar: str) -> None:
         """Compile a grammar for matchers to come; may run in any thread. Raises ValueError."""
@@ -103,12 +116,49 @@ class Matchers:
             kept = self._kept.get(grammar_id)
             if kept is None:
                 raise ValueError("the grammar is not kept any more")
-            self._by_slot[slot] = kept.deep_copy()
-        matcher = self._by_slot[slot]
-        advance(matcher, token_ids, self._eos_token_ids)
-        mask = next_mask(matcher, self._eos_token_ids)
-        self._memory.write(slot, mask)
-        return 1 + (self._look_ahead(slot, matcher, mask, drafts) if drafts else 0)
+            self._by_slot[slot] = _Running(kept.deep_copy())
+        running = self._by_slot[slot]
+        self._tell(running, token_ids)
+        if running.mask is None:
+            running.mask = next_mask(running.matcher, self._eos_token_ids)
+        self._memory.write(slot, running.mask)
+        if not drafts:
+            return 1
+        return 1 + self._look_ahead(slot, running.matcher, running.mask, drafts)
+
+    def _tell(self, running: _Running, token_ids: Sequence[int]) -> None:
+        """Bring a matcher to the end of its output, which has gained these tokens."""
+        ahead, running.ahead = running.ahead, []
+        pairs = zip(ahead, token_ids, strict=False)
+        num_right = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+        num_wrong, new = len(ahead) - num_right, token_ids[num_right:]
+        if num_wrong or new:
+            running.mask = None
+        if num_wrong and not running.matcher.rollback(num_wrong):  # their step was not read
+            raise ValueError(running.matcher.get_error())
+        advance(running.matcher, new, self._eos_token_ids)
+
+    def go_ahead(self, slot: int, most: int, end_s: float) -> list[int]:
+        """Go on as long as one token alone may follow, by at most `most`, until this thread has
+        computed for `end_s`. Returns the tokens; the slot's memory stays as it is.
+
+        Each is read from a mask, so that they are what masks would leave to a sampler. What
+        llguidance calls forced tokens need not be: it splits forced text in view of the last token,
+        which is another one after each.
+        """
+        running = self._by_slot[slot]
+        with suppress(ValueError):  # the next `step` will say it
+            while len(running.ahead) < most and time.thread_time() < end_s:
+                token_id = only_token(running.mask or b"", self._memory.vocab_size)
+                if token_id is None:
+                    break
+                running.mask = None
+                advance(running.matcher, (token_id,), self._eos_token_ids)
+                running.ahead.append(token_id)
+                if token_id in self._eos_token_ids:
+                    break  # only more of it may follow
+                running.mask = next_mask(running.matcher, self._eos_token_ids)
+        return list(running.ahead)
 
     def _look_ahead(
         self, slot: int, matcher: LLMatcher, mask: bytearray, drafts: Sequence[int]
@@ -126,3 +176,12 @@ class Matchers:
         if count and not matcher.rollback(count):
             raise ValueError(matcher.get_error())
         return count
+
+
+def only_token(mask: bytes | bytearray, vocab_size: int) -> int | None:
+    """Return the token of a mask that allows one alone, if the model has it."""
+    used = mask.strip(b"\0")
+    if len(used) != 1 or used[0] & (used[0] - 1):
+        return None
+    token_id = 8 * mask.index(used) + used[0].bit_length() - 1
+    return token_id if token_id < vocab_size else None

@@ -5,9 +5,10 @@ Three sockets: `control` and `checks` serve one call after the other, `masks` th
 
 from engine.framing import Message
 
-# (slot, grammar_id, token_ids, drafts): the slot's matcher goes on with these tokens; with a
-# grammar_id above 0 it is a new one, and the tokens are the whole output so far. Drafts may follow
-MatcherStep = tuple[int, int, list[int], list[int]]
+# (slot, grammar_id, token_ids, drafts, max_forced): the slot's matcher goes on with these tokens;
+# with a grammar_id above 0 it is a new one, and the tokens are the whole output so far. Drafts may
+# follow; without any, at most `max_forced` tokens are of use that are certain to follow
+MatcherStep = tuple[int, int, list[int], list[int], int]
 
 
 # ==== control ====
@@ -78,9 +79,11 @@ class WantMasks(Message):
 class MasksReady(Message):
     """The answer to the WantMasks of this number. A slot with an error has no mask.
 
-    `num_masks` of slots with drafts: further drafts cannot be right.
+    `num_masks` of slots with drafts: further drafts cannot be right. `forced` of some slots: the
+    tokens that must follow, beginning with the only one that the mask allows.
     """
 
     number: int
     errors: dict[int, str]
     num_masks: dict[int, int]
+    forced: dict[int, list[int]]

@@ -12,12 +12,14 @@ import signal
 import socket
 import sys
 import threading
+import time
 from contextlib import suppress
 
 import msgspec
 
 from engine.grammar.channel import Channel, ChannelLost
 from engine.grammar.checker import serve_checks
+from engine.grammar.limits import FORCED_CPU_S
 from engine.grammar.mask_memory import MaskMemory
 from engine.grammar.matchers import Matchers, build_table
 from engine.grammar.messages import (
@@ -90,7 +92,7 @@ def serve_masks(masks: Channel[WantMasks], matchers: Matchers) -> None:
             matchers.end(slot)
         errors: dict[int, str] = {}
         num_masks: dict[int, int] = {}
-        for slot, grammar_id, token_ids, drafts in wanted.steps:
+        for slot, grammar_id, token_ids, drafts, _ in wanted.steps:
             try:
                 count = matchers.step(slot, grammar_id, token_ids, drafts)
             except ValueError as error:
@@ -98,7 +100,18 @@ def serve_masks(masks: Channel[WantMasks], matchers: Matchers) -> None:
             else:
                 if drafts:
                     num_masks[slot] = count
-        masks.send(MasksReady(wanted.number, errors, num_masks))
+        masks.send(MasksReady(wanted.number, errors, num_masks, _forced(wanted, errors, matchers)))
+
+
+def _forced(wanted: WantMasks, errors: dict[int, str], matchers: Matchers) -> dict[int, list[int]]:
+    """Find the tokens that are certain, of slots where there are more than the step samples."""
+    end_s = time.thread_time() + FORCED_CPU_S
+    found = {
+        slot: matchers.go_ahead(slot, max_forced, end_s)
+        for slot, _, _, _, max_forced in wanted.steps
+        if max_forced and slot not in errors
+    }
+    return {slot: token_ids for slot, token_ids in found.items() if len(token_ids) > 1}
 
 
 if __name__ == "__main__":

@@ -209,6 +209,7 @@ class Request:
     status: RequestStatus = RequestStatus.WAITING
     block_table: list[int] = field(default_factory=list[int])
     block_hashes: list[bytes] = field(default_factory=list[bytes])
+    num_admitted_tokens: int = 0  # that were known at the last admission: the prefill's
     num_computed_tokens: int = 0
     num_pending_tokens: int = 0  # sampled by steps whose results have not been read
     life: int = 0  # a new number with every admission; 0 unless RUNNING
@@ -217,6 +218,7 @@ class Request:
     adapter_start: int | None = None  # position; set by the scheduler, once the adapter is known
     awaited_load: int = 0  # number of the first adapter load that it waited for
     awaits_grammar: bool = False  # not admitted before its grammar is compiled; set by the engine
+    jumps_ahead: bool = False  # takes tokens unsampled that its grammar forces; set by the engine
     awaits_proof: bool = False  # its adapter is not proven: its blocks are its own
     lookup: PromptLookup | None = None  # of its tokens, if any were drafted from them
     acceptance: Acceptance = field(default_factory=Acceptance)  # of its drafts

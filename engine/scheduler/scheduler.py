@@ -217,16 +217,18 @@ class Scheduler:
         rows where all of them can be so."""
         assert self._num_in_flight <= self.pipeline_depth, "an update or fail is due first"
         step = Step(self.limits.max_num_batched_tokens)
-        decodes, prefills = self._divide_running()
+        decodes, prefills = self._divide_running(step)
         if token_id is None or not self._take_decodes(step, decodes, token_id):
             self._schedule_running(step, decodes)
         drafts = self._propose_drafts(step)
-        if len(prefills) < len(self.running) and (prefills or self.waiting):
+        num_admissible = min(len(self.waiting), self.limits.max_num_seqs - len(self.running))
+        num_prompts = len(prefills) + num_admissible
+        if len(prefills) < len(self.running) and (prefills or self.waiting or step.narrow):
             drafted = {request.key: len(draft.token_ids) for request, draft in drafts}
             rows = [(r, count + drafted.get(r.key, 0)) for r, count in step.rows]
             rows += [(request, 1) for request in step.decodes]
-            num_admissible = min(len(self.waiting), self.limits.max_num_seqs - len(self.running))
-            step.prompt_time = self.step_budget.prompt_time(rows, len(prefills) + num_admissible)
+            step.prompt_time = self.step_budget.prompt_time(rows, num_prompts)
+        self._widen_decodes(step, 2 if num_prompts else 1)
         self._schedule_running(step, prefills)
         if not step.lacks_blocks:
             self._schedule_waiting(step, now)
@@ -243,6 +245,7 @@ class Scheduler:
     def update(self, batch: ScheduledBatch, sampled: Sequence[Sequence[int]]) -> list[Progress]:
         """Take each request's sampled tokens (none for an unfinished prompt), in batch order.
 
+        Behind them may be others that are certain; later steps compute these.
         Batches must be updated in the order in which they were scheduled.
         """
         self._num_in_flight -= 1
@@ -373,16 +376,20 @@ class Scheduler:
 
     # ==== choosing rows ====
 
-    def _divide_running(self) -> tuple[list[tuple[Request, int]], list[tuple[Request, int]]]:
-        """List requests with one token to compute, and those with more, each with the number."""
+    def _divide_running(
+        self, step: Step
+    ) -> tuple[list[tuple[Request, int]], list[tuple[Request, int]]]:
+        """List requests that decode, and those with more to compute, each with the number."""
         decodes: list[tuple[Request, int]] = []
         prefills: list[tuple[Request, int]] = []
         for request in self.running:
             remaining = request.num_remaining_tokens
-            if remaining > 1:
+            if remaining > 1 and request.num_computed_tokens < request.num_admitted_tokens:
                 prefills.append((request, remaining))
             elif remaining and not self.limits.must_wait(request):
                 decodes.append((request, 1))
+                if remaining > 1:
+                    step.narrow.append(request)
         return decodes, prefills
 
     def _take_decodes(
@@ -403,11 +410,26 @@ class Scheduler:
         step.take_decodes(requests)
         return True
 
+    def _widen_decodes(self, step: Step, part: int) -> None:
+        """Give decodes with several known tokens more than one, without preempting anyone.
+
+        They get one of so many equal parts of what decodes leave. No time is too long if all have
+        several: these tokens are known to whoever waits for them.
+        """
+        most = 0 if step.lacks_blocks else step.budget // part
+        if step.prompt_time is not None and len(step.narrow) < len(step.rows):
+            most = min(most, step.prompt_time.share(part))
+        for request in step.narrow:
+            more = min(request.num_remaining_tokens - 1, most)
+            if more and step.has(request) and self._allocate(request, 1 + more):
+                step.widen(request, more)
+                most -= more
+
     def _schedule_running(self, step: Step, requests: list[tuple[Request, int]]) -> None:
-        for request, num_remaining in requests:
+        for request, most in requests:
             if request.status is not RequestStatus.RUNNING:
                 continue  # preempted for an earlier one
-            count = 0 if step.is_full else step.piece(request, num_remaining)
+            count = 0 if step.is_full else step.piece(request, most)
             if count and self._make_room(request, count, step):
                 step.add(request, count)
 
@@ -416,7 +438,7 @@ class Scheduler:
         which they may take half, so that prompts go on."""
         if self.speculation is None or step.lacks_blocks:
             return []
-        decodes = [request for request, _ in step.rows]
+        decodes = [request for request, _ in step.rows if request.num_remaining_tokens == 1]
         drafts = self.speculation.propose(decodes, step.budget // 2, self.step_budget.times)
         step.budget -= sum(len(draft.token_ids) for _, draft in drafts)
         return drafts
@@ -540,6 +562,7 @@ class Scheduler:
     def _start_life(self, request: Request) -> None:
         self._num_lives += 1
         request.life = self._num_lives
+        request.num_admitted_tokens = request.num_tokens
         request.status = RequestStatus.RUNNING
         self.running.append(request)
 
@@ -594,8 +617,8 @@ class Scheduler:
         self, request: Request, token_ids: Sequence[int], num_drafts: int
     ) -> tuple[list[int], int | None]:
         """Take new tokens up to the one that ends the request; return them, and that one if it is a
-        stop token. All but the last were drafts, whose KV is there; that of further drafts is
-        overwritten."""
+        stop token. With drafts, all but the last were drafts, whose KV is there; that of further
+        drafts is overwritten."""
         gained: list[int] = []
         reason = None
         for token_id in token_ids:

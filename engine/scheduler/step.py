@@ -19,6 +19,7 @@ class Step:
         self.lacks_blocks = False  # for a running request; then none is admitted
         self.num_promised = 0  # waiting requests whose adapter is being copied to the device
         self.promised_blocks = 0  # blocks reserved for these
+        self.narrow: list[Request] = []  # decodes that know more tokens than the one in their row
         self.drafts: dict[tuple[str, int], list[int]] = {}  # of rows; not in their counts
         self.prompt_time: PromptTime | None = None  # None: no limit in time
         self._keys: dict[tuple[str, int], None] = {}
@@ -46,6 +47,15 @@ class Step:
         self.decodes = requests
         self.budget -= len(requests)
         self._keys = {request.key: None for request in requests}
+
+    def widen(self, request: Request, more: int) -> None:
+        """Add tokens to a decode's row."""
+        at = next(at for at, row in enumerate(self.rows) if row[0] is request)
+        count = self.rows[at][1]
+        self.rows[at] = (request, count + more)
+        self.budget -= more
+        if self.prompt_time is not None:
+            self.prompt_time.lend(request.num_computed_tokens + count, more)
 
     def has(self, request: Request) -> bool:
         known = len(self._keys) - len(self.decodes)

@@ -37,9 +37,17 @@ class PromptTime:
 
     def spend(self, start: int, count: int) -> None:
         self._is_spent = True
+        self.lend(start, count)
+
+    def lend(self, start: int, count: int) -> None:
+        """Take the time of tokens that are no prompt's: the least piece of one still fits."""
         self._left_s -= self._times.seconds_added(
             StepShape(tokens=count, pairs=num_pairs(start, count))
         )
+
+    def share(self, part: int) -> int:
+        """Return how many tokens fit into one of so many equal parts of the time."""
+        return self._times.piece_within(self._left_s / part, 0)
 
 
 class StepBudget:

@@ -23,6 +23,7 @@ from engine.scheduler.request import (
 from engine.scheduler.scheduler import Scheduler
 from tests.engine.support.drafters import Seer, eager
 from tests.engine.support.fake_device import (
+    GARBAGE,
     DeviceError,
     FakeDevice,
     FakeStep,
@@ -30,6 +31,8 @@ from tests.engine.support.fake_device import (
     expected_output,
 )
 
+CERTAIN = "a grammar that leaves no choice of some tokens"
+NEVER_TAKEN = [GARBAGE] * 6
 ADAPTERS = {"x": 900, "y": 1500, "z": 2600}  # bytes; a block of 4 tokens has 640
 ALORAS = {"v": (1,), "w": (2, 0)}  # what switches them on
 ALL_ADAPTERS = {**ADAPTERS, "v": 700, "w": 1000}
@@ -67,8 +70,19 @@ class World:
             sampled = step.result()
         except DeviceError:
             return self.scheduler.fail(step.batch)
+        self._add_certain(step.batch, sampled)
         progress = self.scheduler.update(step.batch, sampled)
         return [p.request for p in progress if p.request.finish_reason]
+
+    def _add_certain(self, batch: ScheduledBatch, sampled: list[list[int]]) -> None:
+        """Make tokens behind a sampled one certain. Grammars know of no stop token, no limit."""
+        for scheduled, token_ids in zip(batch.requests, sampled, strict=True):
+            request = self.scheduler.owner(scheduled)
+            if request is None or request.sampling.grammar != CERTAIN or GARBAGE in token_ids:
+                continue
+            if token_ids and not scheduled.num_drafts:
+                expected = [*expected_of(request), *NEVER_TAKEN]
+                token_ids += expected[len(request.output_token_ids) + 1 :][: token_ids[0] % 6]
 
     def arrive(self) -> None:
         """Complete the oldest adapter copy in progress."""
@@ -124,7 +138,7 @@ def make_request(
     stop: tuple[int, ...] = (),
     tenant: str = "",
     priority: int = 0,
-    **sampling_changes: float | str,
+    **sampling_changes: float | str | None,
 ) -> Request:
     sampling = SamplingParams(
         max_tokens=max_tokens,
@@ -198,6 +212,7 @@ class Traffic(RuleBasedStateMachine):
         min_tokens=st.sampled_from([0, 0, 5]),
         penalty=st.sampled_from([0.0, 0.0, 0.5]),
         priority=st.sampled_from([0, 0, 1, -1]),
+        grammar=st.sampled_from([None, CERTAIN]),
     )
     def add(
         self,
@@ -210,6 +225,7 @@ class Traffic(RuleBasedStateMachine):
         min_tokens: int,
         penalty: float,
         priority: int,
+        grammar: str | None,
     ) -> None:
         number = len(self.added)
         request = make_request(
@@ -224,6 +240,7 @@ class Traffic(RuleBasedStateMachine):
             priority=priority,
             min_tokens=min(min_tokens, max_tokens),
             presence_penalty=penalty,
+            grammar=grammar,
         )
         self._add(request)
 
@@ -618,3 +635,68 @@ def test_priorities_order_the_requests_of_a_tenant(queued: str, order: str) -> N
     for name in set(queued.split()):
         numbers = [int(number) for other, number in ended if other == name]
         assert numbers == sorted(numbers), "equal ones go in the order in which they came"
+
+
+def lengths(batch: ScheduledBatch | None) -> dict[str, int]:
+    return {r.request_id: len(r.token_ids) for r in batch.requests} if batch else {}
+
+
+def add_certain(world: World, request: Request, num: int) -> None:
+    """Let the next step make so many tokens certain behind the one that it samples."""
+    batch = world.scheduler.schedule(0.0)
+    assert batch is not None
+    done = len(request.output_token_ids)
+    sampled = world.device.launch(batch).result()
+    at = [r.request_id for r in batch.requests].index(request.request_id)
+    expected = expected_of(request)
+    assert sampled[at] == [expected[done]]
+    sampled[at] = expected[done : done + 1 + num]
+    world.scheduler.update(batch, sampled)
+
+
+@pytest.mark.parametrize("pipeline_depth", [0, 1])
+def test_tokens_that_are_certain_are_computed_at_once(pipeline_depth: int) -> None:
+    world = make_world(budget=8, pipeline_depth=pipeline_depth)
+    request = make_request("r", [1, 2], max_tokens=30, grammar=CERTAIN)
+    world.scheduler.add(request)
+    add_certain(world, request, 10)
+    assert lengths(world.launch()) == {"r": 8}
+    world.collect()
+    assert len(request.output_token_ids) == 11
+    batch = world.launch()
+    assert lengths(batch) == {"r": 3} and batch is not None and batch.grammar_rows == (0,)
+    world.collect()
+    assert len(request.output_token_ids) >= 12
+    assert world.run() == [request]
+    assert_expected(request)
+
+
+def test_tokens_that_are_certain_hold_up_nobody() -> None:
+    """Beside prompts they take half of what decodes leave."""
+    world = make_world(budget=8)
+    request = make_request("r", [1, 2], max_tokens=30, grammar=CERTAIN)
+    world.scheduler.add(request)
+    add_certain(world, request, 20)
+    world.scheduler.add(make_request("long", list(range(12)), max_tokens=3))
+    assert lengths(world.launch()) == {"r": 4, "long": 4}
+    world.collect()
+    assert lengths(world.launch()) == {"r": 4, "long": 4}
+    world.collect()
+    world.scheduler.add(make_request("new", [5, 6, 7], max_tokens=1))
+    assert lengths(world.launch()) == {"r": 4, "long": 4}
+    world.collect()
+    assert lengths(world.launch()) == {"long": 1, "r": 4, "new": 3}
+    world.collect()
+    for finished in world.run():
+        assert_expected(finished)
+
+
+def test_tokens_that_are_certain_preempt_nobody() -> None:
+    world = make_world(num_blocks=8, budget=32, prefix_caching=False)
+    request = make_request("r", [1, 2], max_tokens=26, grammar=CERTAIN)
+    world.scheduler.add(request)
+    world.scheduler.add(make_request("other", list(range(20)), max_tokens=3))
+    add_certain(world, request, 20)
+    assert lengths(world.launch()) == {"r": 1, "other": 1}
+    world.collect()
+    assert world.scheduler.num_preemptions == 0

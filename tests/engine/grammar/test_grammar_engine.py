@@ -130,8 +130,9 @@ def test_outputs_match_their_schemas(expected: dict[tuple[str, int], Result]) ->
         {"max_num_seqs": 3},
         {"memory_bytes": 360_000, "max_model_len": 320},
         {"enable_prefix_caching": False, "block_size": 1},
+        {"enable_jump_ahead": False},
     ],
-    ids=["mixed", "chunked", "few at a time", "with preemptions", "no cache"],
+    ids=["mixed", "chunked", "few at a time", "with preemptions", "no cache", "one by one"],
 )
 def test_in_one_batch_each_output_is_as_by_itself(
     byte_folder: Path,

@@ -122,6 +122,25 @@ def test_a_mask_is_what_may_follow_in_the_language(processes: Processes, number:
         assert processes.masks(request) == [set(ENDS)]  # as min_tokens may want it
 
 
+def test_forced_tokens_are_those_that_the_next_masks_leave(processes: Processes) -> None:
+    """An output that does not take them is followed all the same."""
+    choices = ("an example of a name", '{"name": 12}')
+    processes.compile(of_choices(*choices))
+    for text in choices:
+        request = processes.request(of_choices(*choices), list(text[:1].encode()))
+        request.jumps_ahead = True
+        output, tails = request.output_token_ids, dict[int, list[int]]()
+        while output[-1] not in ENDS:
+            masks = processes.maker.begin([(0, request)], {request.key: request.life})
+            mask = tokens_of(masks.wait()[0])
+            assert not masks.errors and (len(mask) == 1 or not masks.forced)
+            tails[len(output)] = masks.forced.get(0, [])
+            output.append(min(mask))
+        assert b"".join(BYTES[t] for t in output[:-1]).decode() == text
+        assert all(output[at : at + len(tail)] == tail for at, tail in tails.items())
+        assert len(tails[2]) == len(output) - 2 - 1  # all but the end, of which there are two
+
+
 def test_an_output_that_breaks_the_grammar_is_an_error_of_its_row(processes: Processes) -> None:
     wrong = processes.request(LANGUAGES[1][0], list(b"abx"))
     right = processes.request(LANGUAGES[1][0], list(b"ab"))

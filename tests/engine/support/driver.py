@@ -27,6 +27,7 @@ class Result:
     logprobs: list[TokenLogprobs] = field(default_factory=list[TokenLogprobs])
     last: RequestOutput | None = None
     first: RequestOutput | None = None
+    num_outputs: int = 0
 
     def add(self, output: RequestOutput) -> None:
         assert self.last is None or self.last.finish_reason is None, "output after the end"
@@ -34,6 +35,7 @@ class Result:
         self.token_ids += output.token_ids
         self.logprobs += output.logprobs or []
         self.first = self.first or output
+        self.num_outputs += 1
         self.last = output
 
 
