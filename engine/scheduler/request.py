@@ -221,7 +221,7 @@ class Request:
     jumps_ahead: bool = False  # takes tokens unsampled that its grammar forces; set by the engine
     awaits_proof: bool = False  # its adapter is not proven: its blocks are its own
     lookup: PromptLookup | None = None  # of its tokens, if any were drafted from them
-    acceptance: Acceptance = field(default_factory=Acceptance)  # of its drafts
+    acceptance: Acceptance | None = None  # of its drafts, if there were any
     draft_match: int = 0  # of the draft in the current step
     num_drafted_tokens: int = 0
     num_accepted_tokens: int = 0  # of them, those that became output

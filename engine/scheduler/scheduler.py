@@ -641,6 +641,7 @@ class Scheduler:
         self.num_accepted_tokens += num_accepted
         request.num_drafted_tokens += num_drafts
         request.num_accepted_tokens += num_accepted
+        assert request.acceptance is not None, "drafts that nobody has proposed"
         request.acceptance.record(request.draft_match, num_drafts, num_accepted)
         request.num_computed_tokens += num_accepted
         publish_blocks(self.blocks, request, request.num_computed_tokens)

@@ -12,9 +12,10 @@ one row would bring otherwise. So drafts end by themselves where they lose.
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
+from engine.scheduler.acceptance import Acceptance, AdapterAcceptance
 from engine.scheduler.prompt_lookup import PromptLookup
 from engine.scheduler.request import Request
 from engine.scheduler.step_budget import decode_shape
@@ -62,6 +63,7 @@ class _Offer:
 
     request: Request
     draft: Draft
+    acceptance: Acceptance
     chances: list[float]
     count: int = 0  # how much of it is taken
 
@@ -78,6 +80,7 @@ class Speculation:
     drafter: Drafter
     max_draft_tokens: int
     max_model_len: int
+    _adapters: AdapterAcceptance = field(default_factory=AdapterAcceptance)
 
     def propose(
         self, requests: Sequence[Request], budget: int, times: StepTime
@@ -116,10 +119,13 @@ class Speculation:
         for (request, _), draft in zip(wishes, drafts, strict=True):
             if not draft.token_ids:
                 continue
-            if request.acceptance.chance(draft.match) < least:
-                request.acceptance.decline(draft.match)
+            if request.acceptance is None:
+                request.acceptance = self._adapters.begin(request.adapter_digest)
+            acceptance = request.acceptance
+            if acceptance.chance(draft.match) < least:
+                acceptance.decline(draft.match)
             else:
-                offers.append(_offer(request, draft))
+                offers.append(_offer(request, draft, acceptance))
         return offers
 
     def _choose(self, offers: list[_Offer], num_requests: int, row: float) -> None:
@@ -136,9 +142,9 @@ class Speculation:
             num_drafts = sum(offer.count for offer in offers)
         for offer in offers:
             if not offer.count:
-                offer.request.acceptance.decline(offer.draft.match)
+                offer.acceptance.decline(offer.draft.match)
 
 
-def _offer(request: Request, draft: Draft) -> _Offer:
-    chances = request.acceptance.chances(draft.match, len(draft.token_ids))
-    return _Offer(request, draft, [-chance for chance in chances])
+def _offer(request: Request, draft: Draft, acceptance: Acceptance) -> _Offer:
+    chances = acceptance.chances(draft.match, len(draft.token_ids))
+    return _Offer(request, draft, acceptance, [-chance for chance in chances])

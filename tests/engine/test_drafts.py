@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from engine.scheduler.acceptance import Acceptance
+from engine.scheduler.acceptance import MAX_ADAPTERS, Acceptance, AdapterAcceptance
 from engine.scheduler.prompt_lookup import MAX_MATCH, MAX_PLACES, PromptLookup
 from engine.scheduler.request import Request, SamplingParams
 from engine.scheduler.speculation import Draft, NgramDrafter
@@ -88,6 +88,7 @@ def play(chance: float, row: float, num_tokens: int = 4000, num_requests: int = 
         for request, draft in drafts:
             count = len(draft.token_ids)
             right = next((i for i in range(count) if dice.random() > chance), count)
+            assert request.acceptance is not None
             request.acceptance.record(draft.match, count, right)
             brought += right
     return brought / cost / num_requests
@@ -121,3 +122,32 @@ def test_what_has_lost_is_tried_again() -> None:
     for _ in range(1500):
         acceptance.decline(4)
     assert low < 0.15 * first < 0.8 * first < acceptance.chances(4, 1)[0]
+
+
+def test_a_request_begins_with_what_its_adapter_has_shown() -> None:
+    """What it shows itself soon counts for more."""
+    adapters = AdapterAcceptance()
+    first = Acceptance().chance(4)
+    for _ in range(60):
+        adapters.begin("copies").record(4, 1, 1)
+        adapters.begin("invents").record(4, 1, 0)
+    copying, inventing, other = (adapters.begin(d) for d in ("copies", "invents", ""))
+    assert copying.chance(4) > 0.95 and inventing.chance(4) < 0.05
+    assert other.chance(4) == first and copying.chance(17) == Acceptance().chance(17)
+    for _ in range(4):
+        copying.record(4, 1, 0)
+    assert copying.chance(4) < 0.4 < 0.9 < adapters.begin("copies").chance(4)
+
+
+def test_what_an_adapter_has_shown_is_tried_again_and_kept_for_a_bounded_number() -> None:
+    adapters = AdapterAcceptance()
+    for _ in range(100):
+        adapters.begin("").record(4, 1, 0)
+    low = adapters.begin("").chance(4)
+    request = adapters.begin("")
+    for _ in range(20_000):
+        request.decline(4)
+    assert low < 0.02 < 0.4 < adapters.begin("").chance(4)
+    for number in range(MAX_ADAPTERS):
+        adapters.begin(f"{number}").record(4, 1, 1)
+    assert adapters.begin("").chance(4) == Acceptance().chance(4)
