@@ -14,6 +14,7 @@ from adapter_store.open_store import endpoint_from
 from adapter_store.store import AdapterStore
 from deployments.config_sections import (
     AdaptersSection,
+    EngineSection,
     IngressSection,
     ModelSection,
     Section,
@@ -119,10 +120,23 @@ def _settled(config: AppConfig) -> AppConfig:
     return config.model_copy(update={"ingress": config.ingress.model_copy(update=split)})
 
 
+def _absolute_draft(engine: EngineSection) -> EngineSection:
+    speculation = engine.speculation
+    if speculation.model is None:
+        return engine
+    path = {"model": str(Path(speculation.model).absolute())}
+    return engine.model_copy(update={"speculation": speculation.model_copy(update=path)})
+
+
 def _absolute(config: AppConfig) -> AppConfig:
     """Resolve paths, which are relative to the working directory of the starting process."""
     models = [
-        model.model_copy(update={"source": str(Path(model.source).absolute())})
+        model.model_copy(
+            update={
+                "source": str(Path(model.source).absolute()),
+                "engine": _absolute_draft(model.engine),
+            }
+        )
         for model in config.models
     ]
     adapters = config.adapters

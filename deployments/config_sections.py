@@ -65,7 +65,14 @@ class SpeculationSection(Section):
         "none",
         "`ngram` guesses tokens from where the last ones stood before in the request's prompt and "
         "answer, and verifies them beside the next one, which changes no token; only as far as "
-        "its guesses pay for themselves; `auto` does so on a CPU, `none` never",
+        "its guesses pay for themselves; `draft` guesses with the smaller `model`, on a CPU; "
+        "`auto` is `ngram` on a CPU, `none` guesses never",
+    )
+    model: str | None = key(
+        None,
+        "for `draft`: the folder of a smaller model with the same tokenizer; its KV takes the part "
+        "of `memory_bytes` in which it holds as many tokens as the base's in the rest",
+        unset="none",
     )
     max_draft_tokens: int = key(16, "tokens guessed for a request in one step, 1 to 64")
 

@@ -19,7 +19,7 @@ STRUCTURED_OUTPUTS = ("auto", "off")
 ADAPTER_PROOFS = ("auto", "off")
 
 
-SPECULATIONS = ("auto", "none", "ngram")
+SPECULATIONS = ("auto", "none", "ngram", "draft")
 MAX_DRAFT_TOKENS = 64
 
 
@@ -33,11 +33,17 @@ class SpeculationConfig:
 
     method: str = "none"  # auto: ngram on a CPU, none on a GPU
     max_draft_tokens: int = 16
+    model: str | None = None  # folder of the smaller model that guesses; for `draft` alone
 
     def __post_init__(self) -> None:
         _one_of("speculation.method", self.method, SPECULATIONS)
         most = MAX_DRAFT_TOKENS
         _between("speculation.max_draft_tokens", self.max_draft_tokens, 1, most)
+        if (self.method == "draft") != (self.model is not None):
+            raise ConfigError(
+                f"speculation.model={self.model!r} with speculation.method={self.method!r}: a "
+                f"draft model is needed with 'draft', and of no use with any other method"
+            )
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from engine.adapter_loader import AdapterLoader
@@ -23,6 +23,8 @@ from engine.backends.needs import arena_bytes
 from engine.backends.runner import FailedStep, RowOutput, Runner, StepHandle, check_device
 from engine.config import ConfigError, EngineConfig
 from engine.describe import describe, eos_token_ids, grammar_refusal
+from engine.drafting.draft_model import DraftModel
+from engine.drafting.loading import load_draft, settle_draft
 from engine.grammar.grammars import Grammars
 from engine.grammar.link import Tokens
 from engine.grammar.masks import StepMasks
@@ -46,6 +48,7 @@ from engine.scheduler.batch import ScheduledBatch
 from engine.scheduler.block_manager import BlockManager
 from engine.scheduler.limits import SchedulerLimits
 from engine.scheduler.memory import MemoryBudget
+from engine.scheduler.model_speculation import ModelSpeculation
 from engine.scheduler.request import CacheScope, Request
 from engine.scheduler.scheduler import Scheduler
 from engine.scheduler.speculation import NgramDrafter, Speculation
@@ -75,14 +78,27 @@ class Engine:
         wake: Callable[[], None] = lambda: None,
         announcer: Announcer = SILENT,
     ) -> None:
-        self.config = config
         self.settled = settle(config, arena_bytes)
+        draft = None
+        if config.speculation.method == "draft":
+            draft = settle_draft(config, self.settled)
+            rest = self.settled.memory_bytes - draft[1].memory_bytes
+            config = replace(config, memory_bytes=rest)
+            self.settled = settle(config, arena_bytes)
+        self.config = config
         self._clock = clock
         self._announcer = announcer
         self._step_sizes = StepSizes()
         self.model = load_model(config, self.settled, announcer=announcer)
         self.grammars = self._open_grammars(wake)
         self.info = describe(config, self.settled, self.model)
+        self.draft_model: DraftModel | None = None
+        if draft is not None:
+            loaded = load_draft(*draft, self.settled, clock=clock, announcer=announcer)
+            self.draft_model = loaded.drafter
+            self.info = replace(
+                self.info, weight_bytes=self.info.weight_bytes + loaded.weight_bytes
+            )
         self.loader = AdapterLoader(config, self.settled, self.model, self._on_adapter_read)
         self.host = HostCache(config.host_adapter_bytes, self.loader.load, wake)
         self.runner: Runner = self.model.make_runner(self.host.get)
@@ -151,7 +167,10 @@ class Engine:
                 f"speculation.method={wanted.method!r} is not possible on {self.settled.device}, "
                 f"where a step is launched before the result of the one before is known; use 'none'"
             )
-        return Speculation(NgramDrafter(), wanted.max_draft_tokens, self.settled.max_model_len)
+        most = wanted.max_draft_tokens, self.settled.max_model_len
+        if self.draft_model is not None:
+            return ModelSpeculation(self.draft_model, *most)
+        return Speculation(NgramDrafter(), *most)
 
     def _memory_budget(self) -> MemoryBudget:
         config, s = self.config, self.settled
@@ -248,6 +267,8 @@ class Engine:
         batch = self.last_batch = self.scheduler.schedule(start)
         if batch is None:
             return 0
+        if self.draft_model is not None:
+            start += self.draft_model.take_spent_s()  # is no part of the step that was chosen
         news = self._step_sizes.describe_news(batch)
         if news is not None:  # steps of known sizes say how long the next one may take
             self._announcer.announce(news)

@@ -40,9 +40,16 @@ class Drafter(Protocol):
         """Return a draft of at most so many tokens for each request, perhaps empty."""
         ...
 
+    @property
+    def step_s(self) -> float:
+        """Seconds that guessing a token more for each request takes; 0 if that is no matter."""
+        ...
+
 
 class NgramDrafter:
     """Drafts from a request's own prompt and output."""
+
+    step_s = 0.0
 
     def draft(self, wishes: Sequence[tuple[Request, int]]) -> list[Draft]:
         left, drafts = MAX_INDEXED_TOKENS, list[Draft]()
@@ -86,11 +93,12 @@ class Speculation:
         self, requests: Sequence[Request], budget: int, times: StepTime
     ) -> list[tuple[Request, Draft]]:
         """Draft for requests that decode in this step, at most `budget` tokens in all."""
-        wishes = [(r, most) for r in requests if (most := self._most(r)) > 0]
-        if not wishes or budget <= 0:
+        if not requests or budget <= 0:
             return []
         row = self.row_cost(requests, times)
-        offers = self._offers(wishes, row * len(requests))
+        least = row * len(requests)
+        wishes = self.wishes(requests, times, least)
+        offers = self._offers(wishes, least) if wishes else []
         self._choose(offers, len(requests), row)
         chosen: list[tuple[Request, Draft]] = []
         for offer in offers:
@@ -106,7 +114,20 @@ class Speculation:
         part = times.seconds_added(StepShape(1, 1)) / max(step_s, 1e-9)
         return max(part, LEAST_PRICE / len(requests))
 
-    def _most(self, request: Request) -> int:
+    def wishes(
+        self, requests: Sequence[Request], times: StepTime, least: float
+    ) -> list[tuple[Request, int]]:
+        """List requests, each with how many tokens may be guessed; a guess whose chance is below
+        `least` is of no use."""
+        return [(r, most) for r in requests if (most := self.most(r)) > 0]
+
+    def acceptance(self, request: Request) -> Acceptance:
+        """Return a request's acceptance, which begins with its first draft."""
+        if request.acceptance is None:
+            request.acceptance = self._adapters.begin(request.adapter_digest)
+        return request.acceptance
+
+    def most(self, request: Request) -> int:
         """The step brings a token by itself; drafts may bring all further ones."""
         left = request.sampling.max_tokens - len(request.output_token_ids)
         room = self.max_model_len - request.num_tokens
@@ -119,9 +140,7 @@ class Speculation:
         for (request, _), draft in zip(wishes, drafts, strict=True):
             if not draft.token_ids:
                 continue
-            if request.acceptance is None:
-                request.acceptance = self._adapters.begin(request.adapter_digest)
-            acceptance = request.acceptance
+            acceptance = self.acceptance(request)
             if acceptance.chance(draft.match) < least:
                 acceptance.decline(draft.match)
             else:

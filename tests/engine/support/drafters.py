@@ -10,6 +10,8 @@ from engine.scheduler.step_time import StepTime
 class Seer:
     """Drafts the tokens that are expected, each `period`-th one wrong."""
 
+    step_s = 0.0
+
     def __init__(self, expected: Callable[[Request], Sequence[int]], period: int = 5) -> None:
         self._expected = expected
         self._period = period
