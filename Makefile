@@ -1,5 +1,6 @@
 # `make serve` and `make test` are all one needs. Everything lands below this folder:
 # .venv (the environment), .venv-clients and .venv-clients.d (other people's clients, for tests),
+# .venv-trainers (mlx-lm, for slow tests),
 # .venv-swift (an S3 server, for tests), .data (the demo).
 
 PYTHON ?= python3
@@ -20,7 +21,8 @@ coverage: .venv/dev.stamp .venv-clients/stamp .venv-swift/stamp
 	.venv/bin/pytest --cov --cov-report=term
 
 # What `test` leaves out: every client, made-up requests, sanitizers, long walks.
-slow: .venv/dev.stamp .venv-clients/stamp .venv-swift/stamp .venv-schemathesis/stamp clients
+slow: .venv/dev.stamp .venv-clients/stamp .venv-swift/stamp .venv-schemathesis/stamp \
+		.venv-trainers/stamp clients
 	.venv/bin/pytest -m slow
 
 # An environment for each client of tests/clients/*/: 2.5 GB, guidellm's torch included.
@@ -67,6 +69,14 @@ lock: | .venv/bin/python
 	@echo "installing $*"
 	@$(PYTHON) -m venv --clear $(@D)
 	@$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	@touch $@
+
+# So do trainers. The package mlx-cpu has some of mlx's files, which must not be the last ones.
+.venv-trainers/stamp: tests/trainers/requirements.txt
+	$(PYTHON) -m venv --clear .venv-trainers
+	.venv-trainers/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	.venv-trainers/bin/python -m pip install --quiet --disable-pip-version-check \
+		--force-reinstall --no-deps $$(grep ^mlx== $<)
 	@touch $@
 
 # So does what makes up requests.

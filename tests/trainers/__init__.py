@@ -1,0 +1,1 @@
+"""Adapters as other people's trainers really write them."""
