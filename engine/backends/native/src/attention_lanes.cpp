@@ -274,7 +274,8 @@ int32_t round_query(const bf16* q, int head_dim, int depth, int8_t* high, int8_t
             low[d + i] = static_cast<int8_t>(lows[i] ^ 0x80);
         }
     }
-    return static_cast<int32_t>(sum(total));
+    const float all = sum(total);
+    return std::isnan(all) ? 0 : static_cast<int32_t>(all);  // NaN is in the scale already
 }
 
 // ==== Records ====
