@@ -33,6 +33,7 @@ clients: $(patsubst tests/clients/%/requirements.txt,.venv-clients.d/%/stamp,\
 chaos: .venv/dev.stamp .venv-swift/stamp
 	.venv/bin/python -m tests.chaos.fuzz
 	.venv/bin/python -m tests.chaos.fuzz --tenants --count 2000
+	.venv/bin/python -m tests.chaos.deaths
 	.venv/bin/python -m tests.chaos.storm
 
 lint: .venv/dev.stamp

@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from tests.chaos import fuzz, storm
+from tests.chaos import deaths, fuzz, storm
 from tests.chaos.case import Case
 from tests.chaos.exchange import Answer, problem
 from tests.chaos.fuzz import grammar
@@ -80,3 +80,10 @@ def test_a_short_fuzz_breaks_no_promise(more: list[str]) -> None:
 @pytest.mark.timeout(600)
 def test_a_short_storm_breaks_no_promise() -> None:
     assert storm.main(["--minutes", "1", "--streams", "8"]) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.timeout(600)
+def test_a_few_deaths_change_no_token() -> None:
+    assert deaths.main(["--deaths", "5", "--streams", "6", "--kinds", "18"]) == 0
