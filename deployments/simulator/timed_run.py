@@ -75,7 +75,7 @@ class TimedRun:
         ends_s = self._ends_s[first : first + count]
         times = self._scheduler.step_budget.times
         for i in range(first, first + count):
-            if self._steps_s[i] > 0 and times.needs(self._steps_s[i]):
+            if times.needs(self._steps_s[i]):
                 times.observe(self._shapes[i], self._steps_s[i])
         gap_s = max((b - a for a, b in pairwise(ends_s)), default=0.0)
         return Stretch(ends_s[0], ends_s[-1], gap_s, count)

@@ -291,11 +291,7 @@ class Scheduler:
         """Whether a step with so many tokens left for prompts looks at no waiting request."""
         if not budget or len(self.running) >= self.limits.max_num_seqs:
             return True
-        return not any(
-            not (r.awaits_grammar or r.awaits_proof)
-            and (not r.adapter_digest or self.adapters.is_ready(r.adapter_digest))
-            for r in self.waiting
-        )
+        return all(self._is_unready(request) for request in self.waiting)
 
     def end_run(self, run: DecodeRun) -> list[Request]:
         """Update the newest step of a run; return the requests that ended with it."""
@@ -319,17 +315,17 @@ class Scheduler:
 
     def observe(self, batch: ScheduledBatch, seconds: float) -> None:
         """Learn how long steps take from one that took `seconds`. May be left out."""
-        if seconds <= 0 or batch.moves or batch.adapter_loads:
-            return
-        if self.step_budget.times.needs(seconds):
+        if self._teaches(batch, seconds):
             self.step_budget.times.observe(shape_of(batch), seconds)
 
     def observe_light(self, batch: LightBatch, shape: StepShape, seconds: float) -> None:
         """Learn from a step of this shape."""
-        if seconds <= 0 or batch.rest.moves or batch.rest.adapter_loads:
-            return
-        if self.step_budget.times.needs(seconds):
+        if self._teaches(batch.rest, seconds):
             self.step_budget.times.observe(shape, seconds)
+
+    def _teaches(self, batch: ScheduledBatch, seconds: float) -> bool:
+        is_like_others = not (batch.moves or batch.adapter_loads)
+        return is_like_others and self.step_budget.times.needs(seconds)
 
     def fail(self, batch: ScheduledBatch) -> list[Request]:
         """End the requests of a step that raised; its loads and moves cannot be relied on.
@@ -473,16 +469,21 @@ class Scheduler:
         for request in list(self.waiting):
             if step.is_full or len(self.running) + step.num_promised >= self.limits.max_num_seqs:
                 return
-            if request.awaits_grammar or (request.awaits_proof and self.pipeline_depth):
-                continue  # on a device a probe's decode is in a step without other's prompts
-            if request.adapter_digest and not self.adapters.is_ready(request.adapter_digest):
-                continue  # its weights are being fetched; later requests need not wait
+            if self._is_unready(request):
+                continue  # later requests need not wait
             self._set_adapter_start(request)
             is_loading = self.adapters.awaited_load(request.adapter_digest) > 0
             if not is_loading and self._admit(request, step):
                 continue
             if not self._is_passed_over(request, step):
                 return  # room comes when running requests end; overtaking would starve this one
+
+    def _is_unready(self, request: Request) -> bool:
+        """Whether it cannot be admitted yet, however much room there is."""
+        if request.awaits_grammar or (request.awaits_proof and self.pipeline_depth):
+            return True  # on a device a probe's decode is in a step without other's prompts
+        digest = request.adapter_digest
+        return bool(digest) and not self.adapters.is_ready(digest)  # it is being fetched
 
     def _set_adapter_start(self, request: Request) -> None:
         """Find where the adapter begins to act, once: in the prompt alone, as in PEFT's generate,

@@ -88,6 +88,8 @@ class StepTime:
 
     def needs(self, seconds: float) -> bool:
         """Whether to observe a step that took `seconds`; asked once for each step."""
+        if seconds <= 0:
+            return False
         if seconds >= QUICK_S or self._num_steps < NUM_EARLY:
             return True
         self._num_quick += 1

@@ -33,6 +33,7 @@ from tests.engine.support.fake_device import (
 
 CERTAIN = "a grammar that leaves no choice of some tokens"
 NEVER_TAKEN = [GARBAGE] * 6
+NOT_SAMPLED = 10**6  # a token id that ends nothing
 ADAPTERS = {"x": 900, "y": 1500, "z": 2600}  # bytes; a block of 4 tokens has 640
 ALORAS = {"v": (1,), "w": (2, 0)}  # what switches them on
 ALL_ADAPTERS = {**ADAPTERS, "v": 700, "w": 1000}
@@ -599,6 +600,24 @@ def test_a_request_whose_grammar_is_compiled_is_passed_over_until_it_is_ready() 
     batch = world.launch()
     assert batch is not None and [r.request_id for r in batch.requests] == ["other", "held"]
     assert batch.grammar_rows == (1,)
+
+
+@pytest.mark.parametrize(
+    ("waits_for", "is_blocked"), [("", False), ("awaits_proof", False), ("awaits_grammar", True)]
+)
+def test_steps_are_taken_together_only_if_a_step_would_admit_nobody(
+    waits_for: str, is_blocked: bool
+) -> None:
+    world = make_world()
+    world.scheduler.add(make_request("first", [1, 2, 3]))
+    world.step()
+    second = make_request("second", [4, 5], adapter_digest="x")
+    if waits_for:
+        setattr(second, waits_for, True)
+    world.scheduler.add(second)
+    assert (world.scheduler.begin_run(NOT_SAMPLED) is not None) == is_blocked
+    if not is_blocked:
+        assert lengths(world.launch()) == {"first": 1, "second": 2}
 
 
 def test_requests_of_a_grammar_that_is_refused_end_and_others_stay() -> None:
