@@ -45,6 +45,13 @@ class SpeculationConfig:
                 f"draft model is needed with 'draft', and of no use with any other method"
             )
 
+    def impossible_on(self, device: object) -> ConfigError:
+        """Return the error of a device whose steps do not wait for each other's results."""
+        return ConfigError(
+            f"speculation.method={self.method!r} is not possible on {device}, where a step is "
+            f"launched before the result of the one before is known; use 'none'"
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:

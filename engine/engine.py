@@ -21,7 +21,7 @@ from engine.announcer import SILENT, Announcer
 from engine.backends.load import load_model
 from engine.backends.needs import arena_bytes
 from engine.backends.runner import FailedStep, RowOutput, Runner, StepHandle, check_device
-from engine.config import ConfigError, EngineConfig
+from engine.config import EngineConfig
 from engine.describe import describe, eos_token_ids, grammar_refusal
 from engine.drafting.draft_model import DraftModel
 from engine.drafting.loading import load_draft, settle_draft
@@ -163,10 +163,7 @@ class Engine:
         if wanted.method == "none" or (wanted.method == "auto" and self.runner.pipeline_depth):
             return None
         if self.runner.pipeline_depth:
-            raise ConfigError(
-                f"speculation.method={wanted.method!r} is not possible on {self.settled.device}, "
-                f"where a step is launched before the result of the one before is known; use 'none'"
-            )
+            raise wanted.impossible_on(self.settled.device)
         most = wanted.max_draft_tokens, self.settled.max_model_len
         if self.draft_model is not None:
             return ModelSpeculation(self.draft_model, *most)

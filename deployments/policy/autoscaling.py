@@ -29,7 +29,8 @@ class ImpossiblePolicy(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Range:
-    """What a parameter may be. A search steps through it evenly, or through its logarithm."""
+    """What a parameter may be, both ends too. A search steps through it evenly, or through its
+    logarithm."""
 
     least: float
     most: float

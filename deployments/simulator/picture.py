@@ -1,4 +1,4 @@
-"""Draws simulations and searches. The only module here that needs matplotlib."""
+"""Draws simulations and searches."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,8 +6,8 @@ from typing import Any
 
 from deployments.simulator.config import Objective
 from deployments.simulator.simulate import Result
+from engine.figure import open_figure, save_figure
 
-SUFFIXES = (".svg", ".png")
 COLOURS = ("#2a6f97", "#e0874f", "#5b8c5a", "#8d5a97", "#b23a48", "#7a7a7a")
 
 
@@ -30,7 +30,7 @@ def draw_runs(results: Sequence[tuple[str, Result]], objective: Objective, path:
     right.set_xscale("log")
     left.set_ylim(bottom=0)
     left.legend(frameon=False, fontsize=8)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def draw_frontier(
@@ -55,7 +55,7 @@ def draw_frontier(
     axes.set_xscale("log")
     _label(axes, "part of the requests that missed the objective", "GPU-hours")
     axes.legend(frameon=False, fontsize=8)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 LEAST_MISS = 1e-4  # where nobody missed it
@@ -75,31 +75,10 @@ def _frontier(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]
 
 
 def _figure(path: Path, count: int) -> tuple[Any, Any]:
-    if path.suffix not in SUFFIXES:
-        raise OSError(f"{path}: a picture's name must end in one of {', '.join(SUFFIXES)}")
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ImportError("--picture needs matplotlib: pip install matplotlib") from error
-    matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "simulator"  # the same simulation gives the same file
-    from matplotlib import pyplot
-
-    figure: Any
-    figure, axes = pyplot.subplots(
-        1, count, figsize=(3.6 * count + 2, 3.4), layout="constrained", squeeze=False
-    )
-    return figure, axes[0]
+    return open_figure(path, "simulator", count, figsize=(3.6 * count + 2, 3.4))
 
 
 def _label(axes: Any, across: str, up: str) -> None:
     axes.set_xlabel(across)
     axes.set_ylabel(up)
     axes.spines[["top", "right"]].set_visible(False)
-
-
-def _save(figure: Any, path: Path) -> None:
-    from matplotlib import pyplot
-
-    figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
-    pyplot.close(figure)

@@ -5,17 +5,10 @@ from typing import NamedTuple
 
 import msgspec
 
+from deployments.policy.autoscaling import Range
 from deployments.simulator.config import Simulation
 from deployments.simulator.ray_policy import RayPolicy
 from deployments.simulator.scaling import Autoscaling, Scaling
-
-
-class Range(NamedTuple):
-    """Both ends belong to it. With `is_log` the search looks at ratios."""
-
-    least: float
-    most: float
-    is_log: bool = False
 
 
 class Space(NamedTuple):

@@ -23,10 +23,7 @@ def settle_draft(config: EngineConfig, base: Settled) -> tuple[EngineConfig, Set
     source = config.speculation.model
     assert source is not None
     if base.device.type != "cpu":
-        raise ConfigError(
-            f"speculation.method='draft' is not possible on {base.device}, where a step is "
-            f"launched before the result of the one before is known; use 'none'"
-        )
+        raise config.speculation.impossible_on(base.device)
     wanted = EngineConfig(
         source=source,
         dtype=str(base.dtype).removeprefix("torch."),

@@ -3,8 +3,8 @@
 Its own threads read and decode adapters, never the step loop, which only polls. Those of waiting
 requests are loaded in the order in which they were first wanted, as many as the bound allows; the
 rest wait undecoded. An adapter that running requests hold on the device is not needed here, and one
-that no request wants is kept only while there is room. Of these, that of
-least worth goes first (`scheduler.popularity`).
+that no request wants is kept only while there is room: that of least worth goes first
+(`scheduler.popularity`).
 """
 
 import os

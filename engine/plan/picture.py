@@ -1,11 +1,9 @@
-"""Draws the plan: the shares of memory, and the step floor against the batch size.
-
-The only module here that needs matplotlib.
-"""
+"""Draws the plan: the shares of memory, and the step floor against the batch size."""
 
 from pathlib import Path
 from typing import Any
 
+from engine.figure import open_figure, save_figure
 from engine.sizes import (
     Load,
     Machine,
@@ -16,7 +14,6 @@ from engine.sizes import (
     weight_bytes,
 )
 
-SUFFIXES = (".svg", ".png")
 MAX_BATCH = 128
 BAR_ADAPTERS = (0, 8, 32, 128)
 COLOURS = {"weights": "#4c5c7a", "adapters": "#e0874f", "KV cache": "#7fb3a6", "free": "#e8e8e8"}
@@ -24,22 +21,10 @@ COLOURS = {"weights": "#4c5c7a", "adapters": "#e0874f", "KV cache": "#7fb3a6", "
 
 def draw(size: ModelSize, load: Load, machine: Machine, path: Path) -> None:
     """Draw to `path`. Raises ImportError without matplotlib, OSError if it cannot be written."""
-    if path.suffix not in SUFFIXES:
-        raise OSError(f"{path}: a picture's name must end in one of {', '.join(SUFFIXES)}")
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ImportError("--picture needs matplotlib: pip install matplotlib") from error
-    matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "plan"  # the same plan gives the same file
-    from matplotlib import pyplot
-
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    figure, (left, right) = open_figure(path, "plan", 2, figsize=(10, 3.8))
     _draw_memory(left, size, load)
     _draw_floor(right, size, load, machine)
-    metadata = {"Date": None} if path.suffix == ".svg" else None
-    figure.savefig(path, dpi=150, metadata=metadata)
-    pyplot.close(figure)
+    save_figure(figure, path)
 
 
 def memory_shares(size: ModelSize, load: Load, num_adapters: int) -> dict[str, int]:
