@@ -27,7 +27,7 @@ from tqdm import tqdm
 from adapter_store.store import AdapterStore
 from tests.bench.environment import append_row, header
 from tests.chaos.server import Server, running
-from tests.chaos.stream import new_session
+from tests.chaos.stream import WHOLE, new_session
 from tests.chaos.transcript import Transcript, transcribe
 from tests.chaos.world import MODEL, write_base, write_config, write_contents
 
@@ -105,7 +105,7 @@ async def expect(server: Server, num_kinds: int) -> tuple[list[Any], list[Transc
                 plain = await transcribe(session, "/v1/completions", {**body, "stop": None})
                 body["stop"] = plain.choices[0].text[-24:-18]
         answers = [await transcribe(session, path, body) for path, body in requests]
-    wrong = [answer.end for answer in answers if answer.end != "whole"]
+    wrong = [answer.end for answer in answers if answer.end != WHOLE]
     if wrong:
         raise RuntimeError(f"before anything died: {wrong}")
     return requests, answers

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import time
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -86,13 +87,22 @@ async def listen(
     return heard
 
 
-async def _read(response: aiohttp.ClientResponse, heard: Heard) -> None:
-    heard.end = CUT
+async def events(response: aiohttp.ClientResponse) -> AsyncIterator[dict[str, Any] | None]:
+    """Yield the events of a stream as they come; None for the mark of its end."""
     async for line in response.content:
         if line.startswith(b"data: {"):
-            _take(heard, json.loads(line.removeprefix(b"data: ")))
+            yield json.loads(line.removeprefix(b"data: "))
         elif line.startswith(b"data: [DONE]"):
+            yield None
+
+
+async def _read(response: aiohttp.ClientResponse, heard: Heard) -> None:
+    heard.end = CUT
+    async for event in events(response):
+        if event is None:
             heard.end = WHOLE
+        else:
+            _take(heard, event)
 
 
 def _take(heard: Heard, event: dict[str, Any]) -> None:

@@ -2,7 +2,6 @@
 engine dies."""
 
 import asyncio
-import json
 import math
 import time
 from dataclasses import dataclass, field
@@ -10,6 +9,8 @@ from itertools import pairwise
 from typing import Any
 
 import aiohttp
+
+from tests.chaos.stream import CUT, WHOLE, events
 
 LOGPROB_TOLERANCE = 1e-4  # it may differ in its last bits: another engine, other batches
 
@@ -34,13 +35,13 @@ class Choice:
 
 @dataclass
 class Transcript:
-    """`end` is "whole", or what went wrong. `arrivals_s` has each event with new tokens."""
+    """`end` is WHOLE, or what went wrong. `arrivals_s` has each event with new tokens."""
 
     sent_s: float = field(default_factory=time.monotonic)
     choices: dict[int, Choice] = field(default_factory=dict[int, Choice])
     num_tokens: int = 0
     arrivals_s: list[float] = field(default_factory=list[float])
-    end: str = "cut"
+    end: str = CUT
     ended_s: float = 0.0
 
     def take(self, event: dict[str, Any]) -> None:
@@ -62,7 +63,7 @@ class Transcript:
 
     def difference(self, expected: "Transcript") -> str | None:
         """What is not as it was when nothing died."""
-        if self.end != "whole":
+        if self.end != WHOLE:
             return self.end
         if self.choices.keys() != expected.choices.keys():
             return f"choices {sorted(self.choices)} instead of {sorted(expected.choices)}"
@@ -106,8 +107,8 @@ async def transcribe(session: aiohttp.ClientSession, path: str, body: dict[str, 
 
 
 async def _read(response: aiohttp.ClientResponse, heard: Transcript) -> None:
-    async for line in response.content:
-        if line.startswith(b"data: {"):
-            heard.take(json.loads(line.removeprefix(b"data: ")))
-        elif line.startswith(b"data: [DONE]") and heard.end == "cut":
-            heard.end = "whole"
+    async for event in events(response):
+        if event is not None:
+            heard.take(event)
+        elif heard.end == CUT:
+            heard.end = WHOLE

@@ -8,16 +8,14 @@ import pytest
 
 from engine.config import SpeculationConfig
 from engine.engine import Engine
-from engine.messages import GenerateRequest
-from engine.scheduler.request import Request, SamplingParams
-from tests.engine.grammar.test_random_schemas import random_schema
+from engine.scheduler.request import Request
+from tests.engine.grammar.requests import random_request
 from tests.engine.support.byte_model import EOS, byte_tokenizer, write_byte_model
 from tests.engine.support.drafters import Seer, eager
-from tests.engine.support.driver import Result, make_engine, prompt_of
-from tests.engine.support.grammars import of_schema, run_all
+from tests.engine.support.driver import Result, make_engine
+from tests.engine.support.grammars import run_all
 
 END: int = byte_tokenizer().token_to_id(EOS)  # type: ignore[assignment]
-NAME = "a_name_that_is_long"
 NGRAM = SpeculationConfig("ngram", 8)
 FORMS: dict[str, dict[str, Any]] = {
     "torch": {},
@@ -40,30 +38,6 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Eng
         engine.close()
 
 
-def random_request(number: int, dice: random.Random) -> GenerateRequest:
-    """Make a request whose grammar forces long names, and that any rule may end or steer."""
-    schema = random_schema(dice)
-    if dice.random() < 0.5:
-        schema = {"type": "object", "properties": {NAME: schema}, "required": [NAME]}
-        schema["additionalProperties"] = False
-    max_tokens = dice.choice([4, 12, 25, 50])
-    rules: dict[str, Any] = {}
-    for chance, rule in (
-        (0.3, {"temperature": 0.0}),
-        (0.2, {"stop_token_ids": (ord(dice.choice("_lg,]0")),)}),
-        (0.2, {"min_tokens": dice.randint(0, max_tokens)}),
-        (0.2, {"logprobs": 2}),
-        (0.2, {"repetition_penalty": 1.3, "frequency_penalty": 0.5}),
-        (0.2, {"logit_bias": ((ord("_"), -100.0), (ord("a"), 5.0))}),
-        (0.2, {"bad_words": ((ord("_"),), tuple(b"tha"))}),
-    ):
-        rules |= rule if dice.random() < chance else {}
-    sampling = SamplingParams(
-        max_tokens=max_tokens, seed=number, grammar=of_schema(schema), **rules
-    )
-    return GenerateRequest(f"r{number}", prompt_of(3 + number % 9), sampling, n=1 + number % 2)
-
-
 def answers(results: dict[tuple[str, int], Result]) -> dict[tuple[str, int], tuple[Any, ...]]:
     """Return tokens and how they ended; errors are those of requests whose rules leave nothing."""
     found: dict[tuple[str, int], tuple[Any, ...]] = {}
@@ -76,7 +50,7 @@ def answers(results: dict[tuple[str, int], Result]) -> dict[tuple[str, int], tup
 
 def compare(plain: Engine, drafting: Engine, seed: int, num: int) -> None:
     dice = random.Random(seed)
-    requests = [random_request(number, dice) for number in range(num)]
+    requests = [random_request(number, dice, 50) for number in range(num)]
     expected = run_all(plain, requests)
 
     def known(request: Request) -> list[int]:

@@ -12,13 +12,12 @@ from engine.engine import Engine
 from engine.grammar.limits import MAX_FORCED_TOKENS
 from engine.messages import GenerateRequest
 from engine.scheduler.request import SamplingParams
-from tests.engine.grammar.test_random_schemas import random_schema
+from tests.engine.grammar.requests import random_request
 from tests.engine.support.byte_model import EOS, byte_tokenizer, write_byte_model
 from tests.engine.support.driver import Result, make_engine, prompt_of, write_mixed_adapters
 from tests.engine.support.grammars import of_choices, of_regex, of_schema, run_all
 
 END = byte_tokenizer().token_to_id(EOS)
-NAME = "a_name_that_is_long"
 Answers = dict[tuple[str, int], tuple[list[int], str | None, int | None, int, int]]
 
 
@@ -38,30 +37,6 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Eng
         engine.close()
 
 
-def random_request(number: int, dice: random.Random) -> GenerateRequest:
-    """Make a request whose grammar forces long names, and that any rule may end or steer."""
-    schema = random_schema(dice)
-    if dice.random() < 0.5:
-        schema = {"type": "object", "properties": {NAME: schema}, "required": [NAME]}
-        schema["additionalProperties"] = False
-    max_tokens = dice.choice([4, 12, 25, 60])
-    rules: dict[str, Any] = {}
-    for chance, rule in (
-        (0.3, {"temperature": 0.0}),
-        (0.2, {"stop_token_ids": (ord(dice.choice("_lg,]0")),)}),
-        (0.2, {"min_tokens": dice.randint(0, max_tokens)}),
-        (0.2, {"logprobs": 2}),
-        (0.2, {"repetition_penalty": 1.3, "frequency_penalty": 0.5}),
-        (0.2, {"logit_bias": ((ord("_"), -100.0), (ord("a"), 5.0))}),
-        (0.2, {"bad_words": ((ord("_"),), tuple(b"tha"))}),
-    ):
-        rules |= rule if dice.random() < chance else {}
-    sampling = SamplingParams(
-        max_tokens=max_tokens, seed=number, grammar=of_schema(schema), **rules
-    )
-    return GenerateRequest(f"r{number}", prompt_of(3 + number % 9), sampling, n=1 + number % 2)
-
-
 def answers(results: dict[tuple[str, int], Result]) -> Answers:
     """Return tokens, how they ended, and what is billed, all of which jumps must not change."""
     found: Answers = {}
@@ -77,7 +52,7 @@ def answers(results: dict[tuple[str, int], Result]) -> Answers:
 
 def compare(sampling: Engine, jumping: Engine, seed: int, num: int) -> None:
     dice = random.Random(seed)
-    requests = [random_request(number, dice) for number in range(num)]
+    requests = [random_request(number, dice, 60) for number in range(num)]
     expected, found = run_all(sampling, requests), run_all(jumping, requests)
     assert answers(found) == answers(expected)
     for key, result in found.items():

@@ -15,16 +15,19 @@ if "REEF_TEST_LIBRARY" in os.environ:  # a library compiled with other options
 THREADS = [2] if "REEF_TEST_QUICK" in os.environ else [1, 2, 3]
 
 
-def _isas() -> list[str]:
-    """Return all but `amx`, which has avx512's kernels and some others: test_linear_amx.py and
-    test_attention_amx.py test these."""
+def _isas() -> tuple[str, ...]:
     try:
-        return [isa for isa in supported_isas() if isa != "amx"]
+        return supported_isas()
     except BuildError:
-        return []
+        return ()
 
 
-@pytest.fixture(params=_isas() or ["none"])
+ISAS = _isas()
+
+
+# All but `amx`, which has avx512's kernels and some others: test_linear_amx.py and
+# test_attention_amx.py test these.
+@pytest.fixture(params=[isa for isa in ISAS if isa != "amx"] or ["none"])
 def isa(request: pytest.FixtureRequest) -> str:
     if request.param == "none":
         pytest.skip("this machine has no compiler, or no instruction set that the kernels need")
@@ -34,5 +37,27 @@ def isa(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(params=THREADS, ids="{}-threads".format)
 def context(request: pytest.FixtureRequest, isa: str) -> Iterator[Context]:
     opened = Context(isa, request.param)
+    yield opened
+    opened.close()
+
+
+def _need_amx() -> None:
+    if "amx" not in ISAS:
+        pytest.skip("this machine has no AMX, or no compiler")
+
+
+@pytest.fixture(params=[1, 3], ids="{}-threads".format)
+def amx(request: pytest.FixtureRequest) -> Iterator[Context]:
+    _need_amx()
+    opened = Context("amx", request.param)
+    yield opened
+    opened.close()
+
+
+@pytest.fixture(scope="module")
+def vectors() -> Iterator[Context]:
+    """Kernels that AMX is compared with."""
+    _need_amx()
+    opened = Context("avx512", 2)
     yield opened
     opened.close()

@@ -1,49 +1,24 @@
 """Tests attention in AMX tiles: over bf16 like the other kernels, over int8 for the vector kernel's
 bits."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
-from engine.backends.native.build import BuildError
-from engine.backends.native.library import Context, supported_isas
+from engine.backends.native.library import Context
 from tests.engine.native.test_attention import (
     BF16,
     INT8,
     MIXED,
     Request,
     attend,
+    check_nan_queries,
     expect_close,
     make_batch,
     oracle,
     spoil,
 )
 
-
-def _has_amx() -> bool:
-    try:
-        return "amx" in supported_isas()
-    except BuildError:
-        return False
-
-
-pytestmark = pytest.mark.skipif(not _has_amx(), reason="this machine has no AMX, or no compiler")
 LONG = [*MIXED, Request(2500, 3), Request(1100)]  # of several spans
-
-
-@pytest.fixture(params=[1, 3], ids="{}-threads".format)
-def amx(request: pytest.FixtureRequest) -> Iterator[Context]:
-    opened = Context("amx", request.param)
-    yield opened
-    opened.close()
-
-
-@pytest.fixture(scope="module")
-def vectors() -> Iterator[Context]:
-    opened = Context("avx512", 2)
-    yield opened
-    opened.close()
 
 
 @pytest.mark.parametrize("head_dim", [16, 18, 48, 64, 80, 256])
@@ -118,12 +93,4 @@ def test_int8_has_the_bits_of_the_vector_kernel(
 
 @pytest.mark.parametrize("kv_format", [BF16, INT8])
 def test_a_nan_query_affects_only_its_own_head(amx: Context, kv_format: int) -> None:
-    batch = make_batch(amx, MIXED, kv_format=kv_format)
-    before = attend(amx, batch)
-    batch.q[1, 2, 3] = torch.nan
-    batch.q[20, 0, 0] = torch.inf
-    out = attend(amx, batch)
-    changed = torch.zeros(out.shape[:2], dtype=torch.bool)
-    changed[1, 2] = changed[20, 0] = True
-    assert out[changed].isnan().all()
-    assert torch.equal(out[~changed], before[~changed])
+    check_nan_queries(amx, kv_format)

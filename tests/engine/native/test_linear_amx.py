@@ -3,15 +3,12 @@
 The others are tested against plain torch; here every result must equal theirs.
 """
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
 
 from engine.backends.native import structs
-from engine.backends.native.build import BuildError
-from engine.backends.native.library import Context, supported_isas
+from engine.backends.native.library import Context
 from engine.backends.native.linear import NativeLinear
 from engine.backends.native.memory import Blocks
 from engine.backends.native.pack import Packer, pack_int8_wide
@@ -21,29 +18,7 @@ ROWS = [1, 3, 4, 5, 15, 16, 17, 31, 33, 48, 65, 131, 300]
 FORMATS = ["int8", "int8-wide", "nf4", "int4", "int4-ordered", "int4-symmetric"]
 
 
-def _has_amx() -> bool:
-    try:
-        return "amx" in supported_isas()
-    except BuildError:
-        return False
-
-
-pytestmark = pytest.mark.skipif(not _has_amx(), reason="this machine has no AMX, or no compiler")
 NAN, INF = float("nan"), float("inf")
-
-
-@pytest.fixture(params=[1, 3], ids="{}-threads".format)
-def amx(request: pytest.FixtureRequest) -> Iterator[Context]:
-    opened = Context("amx", request.param)
-    yield opened
-    opened.close()
-
-
-@pytest.fixture(scope="module")
-def vectors() -> Iterator[Context]:
-    opened = Context("avx512", 2)
-    yield opened
-    opened.close()
 
 
 @pytest.mark.parametrize(
