@@ -52,15 +52,15 @@ def simulate(
             with progress("simulating", len(jobs), " runs") as advance, Pool(processes) as pool:
                 found = pool.results(jobs, advance)
     results = [(each.fleet.router, r) for each, r in zip(simulations, found, strict=True)]
+    summaries = [(name, result.summary) for name, result in results]
+    if as_json:
+        rows = [{"router": name, "seed": seed, **msgspec.to_builtins(s)} for name, s in summaries]
+        lines = [msgspec.json.encode(row).decode() for row in rows]
+    else:
+        lines = report(summaries)
+    click.echo("\n".join(lines))
     if picture is not None:
         from deployments.simulator.picture import draw_runs
 
         with refusing(ImportError, OSError):
             draw_runs(results, simulation.objective, picture)
-    summaries = [(name, result.summary) for name, result in results]
-    if not as_json:
-        click.echo("\n".join(report(summaries)))
-        return
-    for name, summary in summaries:
-        row = {"router": name, "seed": seed, **msgspec.to_builtins(summary)}
-        click.echo(msgspec.json.encode(row).decode())
