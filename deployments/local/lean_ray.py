@@ -50,13 +50,34 @@ def start_forks(folder: Path) -> None:
     # Ray's library reads these when it is loaded, which forks do no more. A worker without a job
     # takes that of its first task; one whose raylet has ended ends, too.
     os.environ.update({JOB_VARIABLE: NO_JOB, RAYLET_VARIABLE: str(os.getpid())})
-    for name in PRELOADED:
-        import_module(name)
+    preload()
     for variable in (JOB_VARIABLE, RAYLET_VARIABLE):
         del os.environ[variable]
     path = folder / "forks.sock"
     worker_forks.start(path)
     os.environ[SOCKET_VARIABLE] = str(path)
+
+
+def preload() -> None:
+    """Import what workers need, and leave the generator of Ray's ids as it is.
+
+    Each class of Ray Serve's draws an id when it is imported. From the first one on, all forks
+    would draw the same ids as each other: two workers that start at once then store the same
+    object, one of them dies of it, and `ray.init` never returns.
+    """
+    from ray import actor
+
+    with _replaced(actor, "ActorClassID", _ActorClassID):
+        for name in PRELOADED:
+            import_module(name)
+
+
+class _ActorClassID:
+    @staticmethod
+    def from_random() -> Any:
+        from ray import ActorClassID
+
+        return ActorClassID(os.urandom(ActorClassID.size()))
 
 
 @contextmanager

@@ -18,7 +18,7 @@ import yaml
 
 from adapter_store.store import AdapterStore
 from deployments.local.ray_head import free_port
-from tests.deployments.support.processes import assert_gone, command, descendants, listening
+from tests.deployments.support.processes import assert_gone, command, descendants, listening, stop
 from tests.deployments.support.tiny_models import make_adapter, make_base
 from tests.documents import Block, blocks
 
@@ -115,8 +115,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
         yield running
     finally:
         family = descendants(process.pid)
-        process.send_signal(signal.SIGINT)
-        assert process.wait(30) == 0
+        assert stop(process, family) == 0, log.read_text()
         assert_gone(family)
 
 

@@ -23,7 +23,7 @@ import pytest
 from adapter_store.store import AdapterStore
 from deployments.local.ray_head import free_port
 from tests.adapter_store.adapters import changed
-from tests.deployments.support.processes import assert_gone, command, descendants
+from tests.deployments.support.processes import assert_gone, command, descendants, end
 from tests.deployments.support.tiny_models import make_adapter, make_base
 from tests.deployments.test_ray import ROOT, wait_for
 
@@ -120,7 +120,10 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         yield cluster
     finally:
         family = descendants(driver.pid)
-        driver.communicate(timeout=30)
+        with driver:
+            assert driver.stdin is not None
+            driver.stdin.close()
+            assert end(driver, family) == 0, (folder / "driver.log").read_text()
         assert_gone(family)
 
 

@@ -6,7 +6,6 @@ The oracle is transformers with PEFT: greedy token ids, computed before the serv
 import http.client
 import json
 import re
-import signal
 import subprocess
 import sys
 import tempfile
@@ -27,7 +26,7 @@ from transformers import AutoModelForCausalLM
 from adapter_store.store import AdapterStore
 from deployments.local.ray_head import free_port
 from reef.__main__ import main
-from tests.deployments.support.processes import assert_gone, descendants
+from tests.deployments.support.processes import assert_gone, descendants, stop
 from tests.deployments.support.tiny_models import make_adapter, make_base
 
 pytestmark = pytest.mark.ray
@@ -118,9 +117,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
         yield Running(process, port, folder, keys, answers)
     finally:
         family = descendants(process.pid)
-        process.send_signal(signal.SIGINT)
-        process.wait(30)
-    assert process.returncode == 0
+        assert stop(process, family) == 0, log.read_text()
     assert_gone(family)
 
 

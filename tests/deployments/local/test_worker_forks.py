@@ -102,6 +102,19 @@ def test_the_server_of_forks_ends_with_its_parent(tmp_path: Path) -> None:
     assert_ends(int(ended.stdout))
 
 
+def test_forks_draw_ids_of_their_own() -> None:
+    code = (
+        "import os; from deployments.local.lean_ray import preload; preload(); import ray\n"
+        "for _ in range(3):\n"
+        "    if os.fork() == 0:\n"
+        "        print(ray.ObjectRef.from_random().hex(), flush=True)\n"
+        "        os._exit(0)\n"
+        "    os.wait()"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=True)
+    assert len(set(ended.stdout.split())) == 3
+
+
 def test_an_idle_agent_says_that_it_has_no_ports_and_ends_with_the_raylet(tmp_path: Path) -> None:
     words = [sys.executable, "-I", "-S", idle_agent.__file__, str(tmp_path), "node", "one", "two"]
     last = tmp_path / "two_node"

@@ -1,8 +1,12 @@
 """What the tests ask of other processes: command lines, open ports, and to be gone."""
 
+import os
+import signal
+import subprocess
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -28,6 +32,23 @@ def assert_gone(pids: list[int], seconds: float = 10.0) -> None:
     while left := [command(pid) for pid in pids if command(pid)]:
         assert time.monotonic() < deadline, f"processes were left behind: {left}"
         time.sleep(0.05)
+
+
+def stop(process: "subprocess.Popen[Any]", family: list[int]) -> int:
+    """Interrupt a server, and wait for it as `end` does."""
+    process.send_signal(signal.SIGINT)
+    return end(process, family)
+
+
+def end(process: "subprocess.Popen[Any]", family: list[int], seconds: float = 30.0) -> int:
+    """Wait for a process; kill it with its `family` if it does not end. Its exit status."""
+    try:
+        return process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        for pid in (process.pid, *family):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        return process.wait(10)
 
 
 def listening(pids: list[int]) -> list[tuple[str, int]]:
