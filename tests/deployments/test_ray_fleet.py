@@ -369,7 +369,7 @@ def test_replicas_come_with_the_load_and_go_without_it(
     assert cluster.order("running") == 1
 
     def until_there_are_two() -> None:
-        wait_for(lambda: cluster.order("running") == 2, 40, "a second replica")
+        wait_for(lambda: cluster.order("running") == 2, 90, "a second replica")
 
     stop = threading.Event()
 
