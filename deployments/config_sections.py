@@ -217,6 +217,14 @@ class ReplicasSection(Section):
         ge=0,
         le=3600,
     )
+    prewarm_s: float = key(
+        5.0,
+        "seconds that a new replica, once its model is loaded, may take to load the adapters that "
+        "it will be asked for before it takes requests; the rest is loaded beside them. 0 loads "
+        "none ahead",
+        ge=0,
+        le=600,
+    )
     surge_percent: int | None = key(
         None,
         "replicas that a redeploy starts before it stops old ones, in percent, rounded up; 0 stops "

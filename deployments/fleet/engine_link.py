@@ -11,6 +11,7 @@ import asyncio
 import logging
 from collections.abc import Sequence
 
+from adapter_store.names import AdapterRef
 from deployments.fleet.background_tasks import BackgroundTasks
 from deployments.fleet.batch_queue import BatchQueue
 from deployments.fleet.engine_totals import EngineTotals
@@ -21,6 +22,7 @@ from deployments.fleet.protocol import Connection, Frame, Hello, Lease, Submit
 from deployments.fleet.replica_stream import ReplicaStream
 from deployments.fleet.stream_pool import StreamPool
 from deployments.fleet.timing import Timing
+from deployments.fleet.wanted_adapters import WantedAdapters
 from engine.messages import (
     EngineStats,
     ErrorKind,
@@ -57,6 +59,7 @@ class EngineLink:
         self._attempts: dict[str, Attempt] = {}
         self._requests: dict[BatchQueue[Item], list[ResumableRequest]] = {}
         self._totals = EngineTotals()
+        self._wanted = WantedAdapters(self._timing.clock)
         self._tasks = BackgroundTasks()
         self._streams = StreamPool(connection, ingress_id, self, self._tasks, self._timing)
         self._placement = Placement(
@@ -95,6 +98,13 @@ class EngineLink:
         """Count the requests of this ingress that replicas knew in their last leases."""
         return self._streams.num_held
 
+    def adapters_for(self, newcomer: str) -> list[AdapterRef]:
+        """List what a replica that starts will be asked for, the most wanted first."""
+        streams = self._streams.greeted()
+        room = max((len(stream.stats.resident_adapters) for stream in streams), default=0)
+        ids = [stream.replica_id for stream in streams]
+        return self._wanted.of_newcomer(newcomer, ids, self.num_live, room)
+
     async def refresh_stats(self) -> EngineStats:
         """Ask all replicas for their figures. The last known ones count for those that are slow."""
         streams = self._streams.greeted()
@@ -112,6 +122,9 @@ class EngineLink:
             raise ModelNotReady
         queue: BatchQueue[Item] = BatchQueue()
         requests = [ResumableRequest(submit, queue.put) for submit in submits]
+        for submit in submits:
+            if submit.adapter_ref is not None:
+                self._wanted.add(submit.adapter_ref)
         self._requests[queue] = requests
         for request in requests:
             self._begin(request.first_attempt())

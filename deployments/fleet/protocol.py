@@ -18,6 +18,7 @@ from adapter_store.names import AdapterRef
 from engine.messages import EngineInfo, EngineStats, GenerateRequest, Item, RequestError
 
 Frame = list[Item]
+DIGEST_CHARS = 12  # of digests that routers know: all figures go to each one, twice a second
 
 
 @dataclass(slots=True)

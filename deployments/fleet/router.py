@@ -11,11 +11,9 @@ from typing import Any
 
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 
-from deployments.fleet.protocol import Hints
+from deployments.fleet.protocol import DIGEST_CHARS, Hints
 from deployments.policy.replica_view import ReplicaFigures
 from deployments.policy.routing import RoutedRequest, Router, RoutingCosts
-
-DIGEST_CHARS = 12  # digests are cut: figures are sent to every router, twice a second
 
 
 def to_stats(figures: ReplicaFigures) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from adapter_store.conversion.options import ConversionOptions
+from adapter_store.names import AdapterRef
 from adapter_store.store import AdapterStore
 from deployments.allocator import give_memory_back
 from deployments.config import AppConfig, ModelSection, endpoint_of, open_adapter_store
@@ -61,6 +62,10 @@ class IngressDeployment:
         hosts = config.browser_hosts
         self._guard = None if hosts is None else BrowserGuard(hosts)
         keep_what_is_loaded()
+
+    async def adapters_for(self, model_id: str, newcomer: str) -> list[AdapterRef]:
+        """Tell an engine replica that starts what it will be asked for."""
+        return self._ingress.models.by_id[model_id].link.adapters_for(newcomer)
 
     def __serve_build_asgi_app__(self) -> Api:
         return build_api(self._ingress, self._guard, sends_request_id=False)

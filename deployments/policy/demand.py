@@ -1,5 +1,6 @@
 """Demand: each adapter's share of the latest requests."""
 
+import heapq
 import math
 
 HALF_LIFE_S = 30.0
@@ -34,6 +35,11 @@ class Demand:
     def share(self, key: str) -> float:
         """Return the key's part of all demand, 0 to 1."""
         return self._weights.get(key, 0.0) / self._total if self._total else 0.0
+
+    def shares(self, most: int) -> list[tuple[str, float]]:
+        """Return at most so many keys and their shares, those of most demand first."""
+        top = heapq.nlargest(most, self._weights.items(), key=lambda item: item[1])
+        return [(key, weight / self._total) for key, weight in top]
 
     def _restart(self, weight: float, now: float) -> None:
         self._began_s = now

@@ -51,6 +51,13 @@ class RoutingCosts:
     min_load: int = 4  # requests; below this a replica's load is no reason to go elsewhere
     set_share: float = 0.5  # of a replica's part of all requests, for which an adapter gets one
 
+    def set_size(self, share: float, num_replicas: int, num_requests: float) -> int:
+        """Return how many replicas should have an adapter of this share of the requests."""
+        if share * num_replicas < self.set_share:
+            return 1
+        part = self.set_share * max(num_requests / max(num_replicas, 1), 2 * self.min_load)
+        return 1 + int(share * num_requests / part)
+
 
 @dataclass(frozen=True, slots=True)
 class RoutedRequest:
@@ -176,11 +183,7 @@ class Router:
         """Return the replicas that should have an adapter, by its share of the requests."""
         order = self._rendezvous.order(adapter_digest)
         share = self._demand.share(adapter_digest)
-        if share * len(order) < self._costs.set_share:
-            return order[:1]
-        total = self._total
-        part = self._costs.set_share * max(total / max(len(order), 1), 2 * self._costs.min_load)
-        return order[: 1 + int(share * total / part)]
+        return order[: self._costs.set_size(share, len(order), self._total)]
 
     # ==== the choice ====
 

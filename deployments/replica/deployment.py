@@ -1,17 +1,19 @@
 """EngineDeployment: one engine replica as a Ray Serve deployment."""
 
 # Ray's own types are incomplete.
-# pyright: reportUnknownMemberType=false
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from functools import partial
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any, cast
 
 import ray
 from ray import serve
 
+from adapter_store.names import AdapterRef
 from deployments.config import AppConfig, open_adapter_store
 from deployments.config_sections import ModelSection
 from deployments.fleet import router
@@ -36,6 +38,8 @@ from engine.client import EngineClient
 from engine.gc_freeze import keep_what_is_loaded
 from engine.messages import AdapterVerdict, Item, describe_engine
 
+ASK_S = 5.0  # for the ingresses to say which adapters will be wanted; the model loads meanwhile
+
 
 class EngineDeployment:
     """Runs once the model is loaded. If it cannot be, Ray shows the engine's own message."""
@@ -47,7 +51,7 @@ class EngineDeployment:
         self._replica = await _make_replica(self._id, config, model)
         self._sockets = DirectServer(self._replica)
         await self._sockets.listen(cast(str, ray.util.get_node_ip_address()))
-        await self._replica.start()
+        await self._replica.start(partial(_ask_ingresses, model.id, self._id))
         keep_what_is_loaded()
 
     async def submit(
@@ -93,6 +97,19 @@ class EngineDeployment:
             await self._replica.close()
 
 
+async def _ask_ingresses(model_id: str, replica_id: str) -> list[AdapterRef]:
+    """Ask every ingress what this replica will be asked for; the answers taken in turn."""
+    app = serve.get_replica_context().app_name
+    ingress: Any = serve.get_deployment_handle("Ingress", app)
+    answers = await ingress.broadcast("adapters_for", model_id, replica_id).results_async(
+        timeout_s=ASK_S, return_exceptions=True
+    )
+    lists = [answer for answer in answers if not isinstance(answer, BaseException)]
+    in_turn = chain.from_iterable(zip_longest(*lists))
+    found = {ref.digest: ref for ref in in_turn if ref is not None}
+    return list(found.values())[: max(map(len, lists), default=0)]
+
+
 async def _make_replica(replica_id: str, config: AppConfig, model: ModelSection) -> EngineReplica:
     store = await asyncio.to_thread(open_adapter_store, config.adapters)
     register = partial(store.register_base, required=False)  # read-only credentials suffice
@@ -104,6 +121,7 @@ async def _make_replica(replica_id: str, config: AppConfig, model: ModelSection)
         engine_config.max_num_seqs,
         config.max_answers(model),
         model.replicas.drain_s,
+        model.replicas.prewarm_s,
     )
     writer = VerdictWriter(store)
 

@@ -37,6 +37,7 @@ class LiveRequest:
     num_open: int  # choices that have not finished
     adapter_ref: AdapterRef | None = None
     fetching: asyncio.Task[None] | None = None  # until the adapter is there
+    is_counted: bool = True  # as part of the traffic
 
 
 class LiveRequests:
@@ -77,7 +78,7 @@ class LiveRequests:
             stream.outbox.end_step()
 
     def _note(self, request_id: str, live: LiveRequest, output: RequestOutput) -> None:
-        metrics = output.metrics
+        metrics = output.metrics if live.is_counted else None
         if metrics is not None:
             self.meter.waited(metrics.queue_s)
         if output.finish_reason is None:
@@ -111,12 +112,13 @@ class LiveRequests:
 
     # ---- the beginning -------------------------------------------------------------------
 
-    def accept(self, stream: IngressStream, submit: Submit) -> None:
+    def accept(self, stream: IngressStream, submit: Submit, is_counted: bool = True) -> None:
         request = submit.request
-        live = LiveRequest(stream, request, request.n)
+        live = LiveRequest(stream, request, request.n, is_counted=is_counted)
         self.by_id[request.request_id] = live
         self.num_open += live.num_open
-        self.meter.received(len(request.prompt_token_ids), live.num_open)
+        if is_counted:
+            self.meter.received(len(request.prompt_token_ids), live.num_open)
         stream.request_ids[request.request_id] = None
         if submit.adapter_ref is None:
             self._start(request)

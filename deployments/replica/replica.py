@@ -19,6 +19,7 @@ from deployments.replica.adapter_fetcher import AdapterFetcher, AdapterFiles
 from deployments.replica.engine_handle import EngineHandle
 from deployments.replica.ingress_streams import IngressStream, IngressStreams
 from deployments.replica.live_requests import LiveRequests
+from deployments.replica.prewarmer import AskForAdapters, Prewarmer
 from engine.messages import EngineStats, ErrorKind, Item, RequestError
 
 CARE_PERIOD_S = 1.0
@@ -34,6 +35,7 @@ class ReplicaSettings:
     max_num_seqs: int
     max_choices: int  # running and queued
     drain_s: float = 30.0  # for running requests to finish once the replica is being stopped
+    prewarm_s: float = 5.0  # for adapters that will be asked for, beyond the model's load; 0: none
 
 
 class EngineReplica:
@@ -55,13 +57,25 @@ class EngineReplica:
         self._num_received = 0
         self._draining_since_s: float | None = None
         self._caretaker: asyncio.Task[None] | None = None
+        self._prewarmer: Prewarmer | None = None
 
-    async def start(self) -> None:
-        """Wait until the model is loaded. Raises what the engine raises."""
+    async def start(self, ask: AskForAdapters | None = None) -> None:
+        """Wait until the model is loaded. Raises what the engine raises.
+
+        The adapters that `ask` answers with are loaded too, but waited for no longer than
+        `prewarm_s` beyond the model.
+        """
+        settings = self._settings
+        if ask is not None and settings.prewarm_s:
+            self._prewarmer = Prewarmer(ask, self._requests, self._fetcher)
         await self._engine.start()
         self._caretaker = asyncio.create_task(self._take_care())
+        if self._prewarmer is not None:
+            await self._prewarmer.wait(settings.prewarm_s)
 
     async def close(self) -> None:
+        if self._prewarmer is not None:
+            self._prewarmer.close()
         if self._caretaker is not None:
             self._caretaker.cancel()
         self._streams.detach_all()

@@ -4,7 +4,9 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from random import Random
 
 from deployments.policy.capacity import Objective
+from deployments.policy.demand import Demand
 from deployments.policy.prefix_memory import prefix_keys
+from deployments.policy.prewarm import adapters_to_warm
 from deployments.policy.routing import RoutedRequest, RoutingCosts
 from deployments.simulator.clock import Clock
 from deployments.simulator.config import Simulation
@@ -17,7 +19,10 @@ from deployments.simulator.workload import Arrival
 from engine.scheduler.request import CacheScope, Request, SamplingParams
 from engine.scheduler.scheduler import Progress
 
+ADAPTER = "adapter-"
 REPORT_S = 0.5  # between two reports of a replica
+PREWARM_S = 5.0  # before a replica takes requests it begins to load what it will be asked for
+DEFAULT_ROOM = 16  # adapters that the first replica loads ahead
 NOTICED_S = 0.05  # from a replica's death until its requests go elsewhere
 
 
@@ -49,6 +54,8 @@ class Fleet:
         self.leaving: dict[str, SimulatedReplica] = {}
         self.gone: list[SimulatedReplica] = []
         self._held: list[Request] = []  # while there is no replica
+        self._starting: dict[str, SimulatedReplica] = {}
+        self._demand = Demand()
         self._target = self._num_made = 0
         self.replica_s = 0.0  # replicas times seconds, cold starts included
         self._counted_s = 0.0
@@ -64,7 +71,9 @@ class Fleet:
     def arrive(self, arrival: Arrival) -> None:
         request = _as_request(arrival)
         self._open[request.request_id] = Record(arrival)
-        self.num_with_adapter += arrival.adapter >= 0
+        if arrival.adapter >= 0:
+            self.num_with_adapter += 1
+            self._demand.add(request.adapter_digest, self._clock.now_s)
         self._place(request)
 
     def _place(self, request: Request, avoid: tuple[str, ...] = ()) -> None:
@@ -137,14 +146,36 @@ class Fleet:
         for _ in range(target - self._target):
             self._num_made += 1
             name = f"replica-{self._num_made}"
-            self._clock.after(delay_s, lambda name=name: self._start(name))
+            self._start_after(delay_s, name)
         for _ in range(self._target - target):
             self._drain_one()
         self._target = target
 
+    def _start_after(self, delay_s: float, name: str) -> None:
+        ahead_s = min(delay_s, PREWARM_S)
+        self._clock.after(delay_s - ahead_s, lambda: self._load_ahead(name))
+        self._clock.after(delay_s, lambda: self._start(name))
+
+    def _load_ahead(self, name: str) -> None:
+        """Bring what a replica that starts will be asked for into its host memory."""
+        replica = self._starting[name] = self._make(name)
+        if self._simulation.fleet.router != "reef":
+            return
+        loads = [len(each.scheduler.adapters.resident) for each in self.replicas.values()]
+        shares, room = self._demand.shares(1000), max(loads, default=0) or DEFAULT_ROOM
+        for digest in adapters_to_warm(shares, self.replicas, name, len(self._open), room):
+            number = int(digest.removeprefix(ADAPTER))
+            replica.prewarm(digest, self._simulation.fleet.bytes_of(number))
+
     def _start(self, name: str) -> None:
+        self.replicas[name] = self._starting.pop(name)
+        held, self._held = self._held, []
+        for request in held:
+            self._place(request)
+
+    def _make(self, name: str) -> SimulatedReplica:
         simulation = self._simulation
-        replica = SimulatedReplica(
+        return SimulatedReplica(
             name,
             simulation.fleet.size,
             simulation.profile,
@@ -153,10 +184,6 @@ class Fleet:
             runs_together=self._runs_together,
             slowness=simulation.faults.slowness,
         )
-        self.replicas[name] = replica
-        held, self._held = self._held, []
-        for request in held:
-            self._place(request)
 
     def _drain_one(self) -> None:
         """Serve stops what it likes; here the newest replica."""
@@ -200,7 +227,7 @@ class Fleet:
         self._forget()
         self._num_made += 1
         started = f"replica-{self._num_made}"
-        self._clock.after(self._simulation.profile.cold_start, lambda: self._start(started))
+        self._start_after(self._simulation.profile.cold_start, started)
         return replica
 
     def _end(self, replica: SimulatedReplica) -> None:
@@ -229,7 +256,7 @@ class Fleet:
 
 
 def _as_request(arrival: Arrival) -> Request:
-    digest = f"adapter-{arrival.adapter}" if arrival.adapter >= 0 else ""
+    digest = f"{ADAPTER}{arrival.adapter}" if arrival.adapter >= 0 else ""
     return Request(
         str(arrival.number),
         make_prompt(arrival.number, arrival.num_prompt_tokens, arrival.shared),

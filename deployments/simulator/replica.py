@@ -118,6 +118,11 @@ class SimulatedReplica:
         self._shorten_run()
         self._step_if_idle()
 
+    def prewarm(self, digest: str, nbytes: int) -> None:
+        """Begin to bring an adapter that will be asked for."""
+        self._sizes[digest] = self._adapter_bytes = nbytes
+        self._bring(digest, nbytes)
+
     def kill(self) -> list[Request]:
         """End the replica at once; return the requests that it had."""
         self._catch_up()
