@@ -68,6 +68,21 @@ class Blobs:
         except OSError as error:
             raise SourceUnavailable(f"cannot write {path}: {error}") from error
 
+    def copy(self, source: Place, target: Place, scratch: Path) -> None:
+        """Store an adapter's files in another place of its digest, unless they are there already.
+
+        They pass through the folder `scratch`. Raises ObjectNotFound, StoreCorrupt.
+        """
+        manifest = self.manifest(source)
+        if self._is_complete(manifest, target):
+            return
+        for name, entry in manifest.files.items():
+            self.download(source, name, scratch / name)
+            key = file_key(target, name)
+            self._objects.put_file(key, scratch / name, entry.sha256, lambda _: None)
+            (scratch / name).unlink()
+        self._objects.put_if_absent(file_key(target, MANIFEST_NAME), manifest.to_json())
+
     def manifest(self, place: Place) -> AdapterManifest:
         """Read an adapter's manifest, as `download` does. Raises ObjectNotFound, StoreCorrupt."""
         return parse_manifest(self._read(place, MANIFEST_NAME, self._objects.get), place.digest)

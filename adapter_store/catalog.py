@@ -3,60 +3,23 @@
 Invariant: the state depends on the sequence of records alone, so two processes that have read the
 same records have the same state. A record that does not fit the state is refused.
 
-A `collect` record begins a generation. From then on, files that no live version has are garbage for
-good: an upload of an earlier generation is used only while a live version has it.
+A retired version may be restored, a deleted one may not. A `collect` record begins a generation.
+From then on, files that no live version has are garbage for good: an upload of an earlier
+generation is used only while a live version has it.
 """
 
 from bisect import bisect_left, insort
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from adapter_store.errors import AdapterNotFound, InvalidName, StoreCorrupt
+from adapter_store.history import AdapterHistory, Version
 from adapter_store.names import LATEST, AdapterRecord, AdapterRef, Place, check_alias, split_name
 from adapter_store.verdict import Verdict
 
 _MISFITS = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, InvalidName)
-
-
-@dataclass(slots=True)
-class Version:
-    """One published version of an adapter, live or retired."""
-
-    digest: str
-    base: str
-    lora_rank: int
-    nbytes: int  # of its files together
-    published_s: float  # seconds since 1970
-    is_retired: bool = False
-    generation: int = 0  # of its files
-    retired_by: int = 0  # number of the record
-    own_files: list[str] | None = None  # beside the weights; None if it is not known
-    vocab_size: int = 0  # rows of its own embedding; 0: it is the base's
-
-    @property
-    def place(self) -> Place:
-        """Where its files lie."""
-        return Place(self.digest, self.generation)
-
-
-@dataclass(slots=True)
-class AdapterHistory:
-    """All versions and aliases of one adapter name. Version n is versions[n - 1]."""
-
-    versions: list[Version] = field(default_factory=list[Version])
-    aliases: dict[str, int] = field(default_factory=dict[str, int])
-
-    def latest(self, base: str | None) -> int | None:
-        """Return the newest live version, of this base if one is given; None if there is none."""
-        for version in range(len(self.versions), 0, -1):
-            if self.is_live(version) and base in (None, self.versions[version - 1].base):
-                return version
-        return None
-
-    def is_live(self, version: int) -> bool:
-        """Check that a version exists and is not retired."""
-        return 1 <= version <= len(self.versions) and not self.versions[version - 1].is_retired
 
 
 class Catalog:
@@ -71,6 +34,7 @@ class Catalog:
         self._live: dict[str, list[int]] = {}  # digest: generations, one for each live version
         self._own_files: dict[str, list[str]] = {}  # by digest, where they are known
         self._verdicts: dict[str, Verdict] = {}  # by digest, of what is live
+        self._num_live: Counter[str] = Counter()  # versions, by tenant
 
     # ---- reading -------------------------------------------------------------------------------
 
@@ -102,7 +66,9 @@ class Catalog:
         for owner in sorted(self._names) if tenant is None else [tenant]:
             yield from self.list_from(owner)
 
-    def list_from(self, tenant: str, first_name: str = "") -> Iterable[AdapterRecord]:
+    def list_from(
+        self, tenant: str, first_name: str = "", with_retired: bool = False
+    ) -> Iterable[AdapterRecord]:
         """Yield a tenant's live versions by name and version, from this name on.
 
         What is not asked for costs nothing, however many adapters there are.
@@ -110,14 +76,23 @@ class Catalog:
         names = self._names.get(tenant, [])
         for position in range(bisect_left(names, first_name), len(names)):
             name = names[position]
-            yield from self._live_records(tenant, name, self._adapters[tenant, name])
+            yield from self._records(tenant, name, self._adapters[tenant, name], with_retired)
 
-    def _live_records(
-        self, tenant: str, name: str, history: AdapterHistory
+    def tenants_from(self, first: str) -> Sequence[str]:
+        """List the tenants that have ever published, from this name on."""
+        return sorted([tenant for tenant in self._names if tenant >= first])
+
+    def versions_of(self, tenant: str, name: str) -> Sequence[AdapterRecord]:
+        """List all versions of a name, retired ones included."""
+        history = self._adapters.get((tenant, name), AdapterHistory())
+        return list(self._records(tenant, name, history, with_retired=True))
+
+    def _records(
+        self, tenant: str, name: str, history: AdapterHistory, with_retired: bool
     ) -> Iterable[AdapterRecord]:
         latest = history.latest(None)
         for version, entry in enumerate(history.versions, start=1):
-            if entry.is_retired:
+            if entry.is_retired and not with_retired:
                 continue
             aliases = sorted(a for a, target in history.aliases.items() if target == version)
             yield AdapterRecord(
@@ -132,6 +107,8 @@ class Catalog:
                 aliases=(LATEST, *aliases) if version == latest else tuple(aliases),
                 generation=entry.generation,
                 verdict=self._verdicts.get(entry.digest),
+                state=entry.state,
+                published_by=entry.published_by,
             )
 
     def find_digest(self, tenant: str, name: str, digest: str) -> int | None:
@@ -149,6 +126,10 @@ class Catalog:
     def num_versions(self, tenant: str, name: str) -> int:
         """Count the versions of a name, retired ones included."""
         return len(self._adapters.get((tenant, name), AdapterHistory()).versions)
+
+    def num_live(self, tenant: str) -> int:
+        """Count the live versions of a tenant."""
+        return self._num_live[tenant]
 
     def live_versions(self, tenant: str, name: str) -> tuple[int, ...]:
         """List the live versions of a name, in order."""
@@ -200,6 +181,8 @@ class Catalog:
                 "publish": self._publish,
                 "alias": self._alias,
                 "retire": self._retire,
+                "restore": self._restore,
+                "delete": self._delete,
                 "collect": self._collect,
                 "verdict": self._judge,
             }[record["kind"]](record)
@@ -250,6 +233,7 @@ class Catalog:
             generation=int(record.get("generation", 0)),
             own_files=record.get("own_files"),
             vocab_size=int(record.get("vocab_size", 0)),
+            published_by=str(record.get("by", "")),
         )
         if record["version"] != self.num_versions(*key) + 1:
             raise ValueError(f"version {record['version']} does not follow")
@@ -257,7 +241,7 @@ class Catalog:
             self._add(*key, AdapterHistory())
         self._adapters[key].versions.append(version)
         self._note_own_files(version)
-        self._live.setdefault(version.digest, []).append(version.generation)
+        self._enliven(key[0], version)
 
     def _add(self, tenant: str, name: str, history: AdapterHistory) -> None:
         self._adapters[tenant, name] = history
@@ -265,7 +249,11 @@ class Catalog:
         for version in history.versions:
             self._note_own_files(version)
             if not version.is_retired:
-                self._live.setdefault(version.digest, []).append(version.generation)
+                self._enliven(tenant, version)
+
+    def _enliven(self, tenant: str, version: Version) -> None:
+        self._live.setdefault(version.digest, []).append(version.generation)
+        self._num_live[tenant] += 1
 
     def _note_own_files(self, version: Version) -> None:
         if version.own_files is not None:
@@ -283,13 +271,42 @@ class Catalog:
         if not all(history.is_live(number) for number in numbers):
             raise ValueError(f"not all of the versions {record['versions']} are live")
         for number in numbers:
-            version = history.versions[number - 1]
-            version.is_retired, version.retired_by = True, self.num_records + 1
-            generations = self._live[version.digest]
-            generations.remove(version.generation)
-            if not generations:
-                del self._live[version.digest]
-                self._verdicts.pop(version.digest, None)
+            self._withdraw(record["tenant"], history.versions[number - 1])
+
+    def _withdraw(self, tenant: str, version: Version) -> None:
+        version.is_retired, version.retired_by = True, self.num_records + 1
+        self._num_live[tenant] -= 1
+        generations = self._live[version.digest]
+        generations.remove(version.generation)
+        if not generations:
+            del self._live[version.digest]
+            self._verdicts.pop(version.digest, None)
+
+    def _restore(self, record: Mapping[str, Any]) -> None:
+        key = (str(record["tenant"]), str(record["name"]))
+        history = self._adapters[key]
+        number, generation = int(record["version"]), int(record["generation"])
+        version = history.versions[number - 1] if number >= 1 else None
+        if version is None or version.state != "retired":
+            raise ValueError(f"version {number} is not retired")
+        if not self.may_use(Place(version.digest, generation)):
+            raise ValueError(f"files of generation {generation} may have been removed")
+        version.is_retired, version.retired_by = False, 0
+        version.generation = generation
+        self._enliven(key[0], version)
+
+    def _delete(self, record: Mapping[str, Any]) -> None:
+        history = self._adapters[record["tenant"], record["name"]]
+        numbers: set[int] = set(record["versions"])
+        if not numbers or not all(1 <= n <= len(history.versions) for n in numbers):
+            raise ValueError(f"not all of the versions {record['versions']} were published")
+        chosen = [history.versions[number - 1] for number in sorted(numbers)]
+        if any(version.is_deleted for version in chosen):
+            raise ValueError(f"not all of the versions {record['versions']} are left")
+        for version in chosen:
+            if not version.is_retired:
+                self._withdraw(record["tenant"], version)
+            version.is_deleted = True
 
     def _judge(self, record: Mapping[str, Any]) -> None:
         """Keep the latest verdict; one on what was retired meanwhile says nothing."""

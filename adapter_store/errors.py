@@ -24,6 +24,10 @@ class AdapterInvalid(AdapterStoreError):
     """An upload is not an adapter that can be served; the message gives the exact reason."""
 
 
+class LimitExceeded(AdapterStoreError):
+    """A tenant may not have that much; the message names the limit and the value."""
+
+
 class AdapterTooLarge(AdapterStoreError):
     """An adapter is larger than the whole disk cache."""
 
@@ -57,7 +61,7 @@ class ObjectNotFound(AdapterStoreError):
 
 
 class FilesRemoved(AdapterStoreError):
-    """An upload was removed before a name pointed at it, and must be made again."""
+    """An adapter's files were removed as garbage, so they must be uploaded again."""
 
 
 class StoreCorrupt(AdapterStoreError):

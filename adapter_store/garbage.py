@@ -1,6 +1,7 @@
 """Find what an adapter store needs no more, and remove it.
 
-That is log records and snapshots that newer snapshots stand for, and the files of adapters without
+That is log records and snapshots that newer snapshots stand for (what the records say of who did
+what is kept in the audit log), and the files of adapters without
 a live version. Everything is spared for a while: by the store's clock, since it was written, and
 files also since the record that retired their last version.
 
@@ -13,6 +14,7 @@ from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from adapter_store.audit import AuditLog
 from adapter_store.blobs import BLOBS, parse_place
 from adapter_store.errors import AccessDenied
 from adapter_store.names import Place
@@ -56,6 +58,7 @@ class Collector:
     def __init__(self, objects: ObjectStore, registry: Registry) -> None:
         self._objects = objects
         self._registry = registry
+        self._audit = AuditLog(objects)
 
     def find(self, grace_s: float) -> Garbage:
         """List what is not needed, and has been there and unneeded for `grace_s`; write nothing.
@@ -81,6 +84,7 @@ class Collector:
         """
         with _named_rights():
             unused = self._still_unused(garbage)
+            self._audit.archive([each.key for each in unused.records])
             objects = unused.objects
             for start in range(0, len(objects), BATCH):
                 batch = objects[start : start + BATCH]

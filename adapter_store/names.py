@@ -7,7 +7,7 @@ content and base, `folder` its files. A bare `adapter` would be none of these, a
 
 import re
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from adapter_store.errors import InvalidName
 from adapter_store.recipes import Recipe
@@ -17,6 +17,10 @@ LATEST = "latest"
 NAME_RULE = "[A-Za-z0-9][A-Za-z0-9._-]{0,95}"  # a regular expression, for other grammars to reuse
 _NAME = re.compile(NAME_RULE)
 _VERSION = re.compile("[1-9][0-9]{0,17}")
+
+
+# A retired version may be restored while its files are there; a deleted one may not.
+State = Literal["live", "retired", "deleted"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +41,7 @@ class AdapterRef:
 
 @dataclass(frozen=True, slots=True)
 class AdapterRecord:
-    """One live version, as listings show it."""
+    """One version, as listings show it."""
 
     tenant: str
     name: str
@@ -50,6 +54,8 @@ class AdapterRecord:
     aliases: tuple[str, ...]  # `latest` among them
     generation: int = 0  # of its files
     verdict: Verdict | None = None  # of the latest probe; None: no engine has proven it yet
+    state: State = "live"
+    published_by: str = ""  # who; empty if the record does not say
 
 
 class Place(NamedTuple):

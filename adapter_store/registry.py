@@ -26,6 +26,8 @@ from adapter_store.errors import (
     SourceUnavailable,
     StoreCorrupt,
 )
+from adapter_store.life_cycle import chosen_versions, restorable
+from adapter_store.limits import NO_LIMITS, PublishLimits
 from adapter_store.manifest import AdapterManifest
 from adapter_store.names import (
     AdapterRecord,
@@ -109,6 +111,35 @@ class Registry:
             by_name = groupby(self._catalog.list_from(tenant, first_name), lambda r: r.name)
             return [record for _, records in islice(by_name, num_names) for record in records]
 
+    def list_versions(
+        self, tenant: str, first_name: str, num_names: int
+    ) -> Sequence[AdapterRecord]:
+        """List all versions, retired ones included, of the tenant's next names."""
+        with self._lock:
+            found = self._catalog.list_from(tenant, first_name, with_retired=True)
+            by_name = groupby(found, lambda record: record.name)
+            return [record for _, records in islice(by_name, num_names) for record in records]
+
+    def tenants_from(self, first: str) -> Sequence[str]:
+        """List the tenants that have ever published, from this name on."""
+        with self._lock:
+            return self._catalog.tenants_from(first)
+
+    def versions_of(self, tenant: str, name: str) -> Sequence[AdapterRecord]:
+        """List all versions of a name, retired ones included."""
+        with self._lock:
+            return self._catalog.versions_of(tenant, name)
+
+    def num_live(self, tenant: str) -> int:
+        """Count the live versions of a tenant."""
+        with self._lock:
+            return self._catalog.num_live(tenant)
+
+    @property
+    def num_records(self) -> int:
+        """The number of the last record that was read."""
+        return self._catalog.num_records
+
     def publish(
         self,
         tenant: str,
@@ -116,11 +147,14 @@ class Registry:
         manifest: AdapterManifest,
         generation: int = 0,
         only_new: bool = False,
+        by: str = "",
+        limits: PublishLimits = NO_LIMITS,
     ) -> AdapterRef:
         """Append the name's next version, unless the latest has this very content; return it.
 
-        `generation` says where its files were uploaded to. Raises InvalidName, FilesRemoved if they
-        need not be there any more, and AdapterExists if the name should be new and is not.
+        `generation` says where its files were uploaded to, `by` who publishes, as the log keeps it.
+        Raises InvalidName, LimitExceeded, FilesRemoved if the files need not be there any more, and
+        AdapterExists if the name should be new and is not.
         """
         check_name("tenant", tenant)
         check_name("adapter", name)
@@ -130,9 +164,9 @@ class Registry:
         def record(catalog: Catalog) -> Record | None:
             if only_new and catalog.live_versions(tenant, name):
                 raise AdapterExists(f"{name} of tenant {tenant} exists already")
-            found = catalog.find_digest(tenant, name, manifest.digest)
-            if found is not None and found == catalog.latest(tenant, name, manifest.base):
+            if _is_latest(catalog, tenant, name, manifest):
                 return None
+            limits.check_number(tenant, catalog.num_live(tenant))
             if not catalog.may_use(Place(manifest.digest, generation)):
                 raise FilesRemoved(f"the files of {manifest.digest} were removed as garbage")
             return {
@@ -150,7 +184,7 @@ class Registry:
                 "vocab_size": manifest.vocab_size,
             }
 
-        self._append(record)
+        self._append(record, by)
         with self._lock:
             version = self._catalog.find_digest(tenant, name, manifest.digest)
         if version is None:
@@ -164,7 +198,16 @@ class Registry:
             vocab_size=manifest.vocab_size,
         )
 
-    def alias(self, tenant: str, name: str, alias: str, version: int) -> None:
+    def check_room(
+        self, tenant: str, name: str, manifest: AdapterManifest, limits: PublishLimits
+    ) -> None:
+        """Raise LimitExceeded where `publish` would: to be asked before files are uploaded."""
+        limits.check_rank(manifest.lora_rank)
+        with self._lock:
+            if not _is_latest(self._catalog, tenant, name, manifest):
+                limits.check_number(tenant, self._catalog.num_live(tenant))
+
+    def alias(self, tenant: str, name: str, alias: str, version: int, by: str = "") -> None:
         """Make name@alias mean this version from now on. Raises InvalidName, AdapterNotFound."""
         check_alias(alias)
 
@@ -178,9 +221,9 @@ class Registry:
                 "version": ref.version,
             }
 
-        self._append(record)
+        self._append(record, by)
 
-    def retire(self, tenant: str, full_name: str) -> tuple[int, ...]:
+    def retire(self, tenant: str, full_name: str, by: str = "") -> tuple[int, ...]:
         """Withdraw name@version, or every version of a bare name; return the versions withdrawn.
 
         Raises InvalidName, AdapterNotFound.
@@ -194,8 +237,57 @@ class Registry:
             retired = (ref.version,) if "@" in full_name else catalog.live_versions(tenant, name)
             return {"kind": "retire", "tenant": tenant, "name": name, "versions": list(retired)}
 
-        self._append(record)
+        self._append(record, by)
         return retired
+
+    def restore(
+        self,
+        tenant: str,
+        name: str,
+        version: int,
+        generation: int,
+        by: str = "",
+        limits: PublishLimits = NO_LIMITS,
+    ) -> None:
+        """Make a retired version live again, with its files of this generation.
+
+        Raises InvalidName, AdapterNotFound, LimitExceeded, and FilesRemoved if the files need not
+        be there any more. A version that is live stays so.
+        """
+
+        def record(catalog: Catalog) -> Record | None:
+            found = restorable(catalog.versions_of(tenant, name), tenant, f"{name}@{version}")
+            if found.state == "live":
+                return None
+            limits.check_number(tenant, catalog.num_live(tenant))
+            if not catalog.may_use(Place(found.digest, generation)):
+                raise FilesRemoved(f"the files of {found.digest} were removed as garbage")
+            return {
+                "kind": "restore",
+                "tenant": tenant,
+                "name": name,
+                "version": version,
+                "generation": generation,
+            }
+
+        self._append(record, by)
+
+    def delete(self, tenant: str, full_name: str, by: str = "") -> tuple[int, ...]:
+        """Retire name@version, or all versions of a bare name, for good; return the versions.
+
+        Raises InvalidName, AdapterNotFound.
+        """
+        deleted: tuple[int, ...] = ()
+
+        def record(catalog: Catalog) -> Record:
+            nonlocal deleted
+            name, selector = split_name(full_name)
+            records = catalog.versions_of(tenant, name)
+            deleted = chosen_versions(records, tenant, full_name, selector)
+            return {"kind": "delete", "tenant": tenant, "name": name, "versions": list(deleted)}
+
+        self._append(record, by)
+        return deleted
 
     def note(self, digest: str, verdict: Verdict) -> bool:
         """Append a verdict on a live adapter, unless it says what the last one said.
@@ -212,7 +304,7 @@ class Registry:
             dated = replace(verdict, proven_s=self._wall_clock())
             return {"kind": "verdict", "digest": digest, "verdict": dated.to_data()}
 
-        self._append(record)
+        self._append(record, "an engine")
         return is_live
 
     def verdict_of(self, digest: str) -> Verdict | None:
@@ -253,7 +345,7 @@ class Registry:
         def record(catalog: Catalog) -> Record:
             return {"kind": "collect", "generation": catalog.generation + 1}
 
-        self._append(record)
+        self._append(record, "the collector")
 
     # ---- the log -------------------------------------------------------------------------------
 
@@ -295,8 +387,11 @@ class Registry:
         self._num_skipped = newer.num_records
         return True
 
-    def _append(self, make_record: Callable[[Catalog], Record | None]) -> None:
-        """Append the record that `make_record` derives from the newest state, unless it is None."""
+    def _append(self, make_record: Callable[[Catalog], Record | None], by: str) -> None:
+        """Append the record that `make_record` derives from the newest state, unless it is None.
+
+        `by` says in the log whose change it is.
+        """
         while True:
             self.refresh()
             with self._lock:
@@ -304,7 +399,7 @@ class Registry:
                 number, head = self._catalog.num_records + 1, self._catalog.head
             if record is None:
                 return
-            raw = encode(record | {"previous": head})
+            raw = encode(record | {"previous": head, "by": by, "at_s": self._wall_clock()})
             written = self._records.append(number, raw)
             self._refresh_to(number)
             if written:
@@ -354,3 +449,9 @@ class Registry:
             data = self._catalog.to_data()
         covering = (n for n in self._records.snapshots() if self._records.leads_to(n, data))
         return next(islice(covering, 1, None), 0)
+
+
+def _is_latest(catalog: Catalog, tenant: str, name: str, manifest: AdapterManifest) -> bool:
+    """Check that the name's latest version for this base has this very content."""
+    found = catalog.find_digest(tenant, name, manifest.digest)
+    return found is not None and found == catalog.latest(tenant, name, manifest.base)

@@ -13,6 +13,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+from adapter_store.audit import MAX_AUDITED, AuditLog, AuditPage
 from adapter_store.bases import BaseModel, describe_base, parse_base
 from adapter_store.blobs import Blobs
 from adapter_store.conversion.options import ConversionOptions
@@ -28,13 +29,14 @@ from adapter_store.errors import (
     StoreCorrupt,
 )
 from adapter_store.garbage import Collector, Garbage, OnObjects
+from adapter_store.limits import NO_LIMITS, PublishLimits
 from adapter_store.manifest import AdapterManifest, prepare
 from adapter_store.merged_folder import MergedAdapter
 from adapter_store.names import AdapterRecord, AdapterRef, Place, check_name
 from adapter_store.object_store import OnBytes
 from adapter_store.open_store import open_store
 from adapter_store.own_files import NO_OWN_FILES, OwnFiles
-from adapter_store.publishing import publish
+from adapter_store.publishing import publish, restore
 from adapter_store.recipes import Recipe
 from adapter_store.registry import Registry
 from adapter_store.sources import local_folder
@@ -42,7 +44,7 @@ from adapter_store.verdict import Verdict
 
 MISS_INTERVAL_S = 0.1  # unknown names cause at most one read of the log in this time
 PATIENCE_S = 2.0  # how long to wait for a store that does not answer
-_PREFIXES = ("log/", "bases/", "blobs/", "snapshots/", "probe/")  # all that a store holds
+_PREFIXES = ("log/", "bases/", "blobs/", "snapshots/", "audit/", "probe/")  # all that a store holds
 MIN_PREFIX = 8  # digits that the beginning of a fingerprint must have
 _log = logging.getLogger(__name__)
 
@@ -87,6 +89,7 @@ class AdapterStore:
         self._log_reader = open_store(root, endpoint_url, read_only=True, is_impatient=True)
         self._registry = Registry(self._objects, wall_clock, self._log_reader)
         self._collector = Collector(self._objects, self._registry)
+        self._audit = AuditLog(self._objects)
         self._scratch = disk_path / ".bases"
         self._uploads = disk_path / ".uploads"
         self._interval_s = refresh_interval_s
@@ -167,6 +170,8 @@ class AdapterStore:
         *,
         only_new: bool = False,
         conversion: ConversionOptions | None = None,
+        by: str = "",
+        limits: PublishLimits = NO_LIMITS,
     ) -> AdapterRef:
         """Check a PEFT folder, store it and make it the name's next version.
 
@@ -175,9 +180,9 @@ class AdapterStore:
 
         If the name's latest version has the same content, that one is returned. `on_bytes` is
         called with the bytes processed since its last call, perhaps from another thread; each byte
-        of the weights counts three times: checked, hashed, copied. Raises InvalidName,
-        AdapterInvalid, BaseNotFound, StoreCorrupt, and AdapterExists if the name should be new and
-        has a live version.
+        of the weights counts three times: checked, hashed, copied. `by` says in the log who did it.
+        Raises InvalidName, AdapterInvalid, LimitExceeded, BaseNotFound, StoreCorrupt, and
+        AdapterExists if the name should be new and has a live version.
         """
         check_name("tenant", tenant)
         check_name("adapter", name)
@@ -185,7 +190,9 @@ class AdapterStore:
         model = self.base_model(base)
         with converted_upload(upload, model, conversion, self._uploads, on_bytes) as ready:
             prepared = prepare(ready.folder, model, on_bytes, ready.record)
-            return publish(self._blobs, self._registry, tenant, name, prepared, on_bytes, only_new)
+            return publish(
+                self._blobs, self._registry, tenant, name, prepared, on_bytes, only_new, by, limits
+            )
 
     @property
     def damage(self) -> str | None:
@@ -227,19 +234,50 @@ class AdapterStore:
         except AdapterNotFound:
             return None
 
-    def alias(self, tenant: str, name: str, alias: str, version: int) -> None:
+    def alias(self, tenant: str, name: str, alias: str, version: int, by: str = "") -> None:
         """Make name@alias mean this live version from now on.
 
         Raises AdapterNotFound, InvalidName, StoreCorrupt.
         """
-        self._registry.alias(tenant, name, alias, version)
+        self._registry.alias(tenant, name, alias, version, by)
 
-    def retire(self, tenant: str, full_name: str) -> tuple[int, ...]:
+    def retire(self, tenant: str, full_name: str, by: str = "") -> tuple[int, ...]:
         """Withdraw name@version, or all versions of a bare name; return the versions.
 
         Their files become garbage. Raises AdapterNotFound, InvalidName, StoreCorrupt.
         """
-        return self._registry.retire(tenant, full_name)
+        return self._registry.retire(tenant, full_name, by)
+
+    def restore(
+        self, tenant: str, full_name: str, by: str = "", limits: PublishLimits = NO_LIMITS
+    ) -> AdapterRef:
+        """Make a retired name@version live again; return what it means then.
+
+        Raises AdapterNotFound, InvalidName, LimitExceeded, StoreCorrupt, and FilesRemoved if its
+        files were removed meanwhile.
+        """
+        check_name("tenant", tenant)
+        self._uploads.mkdir(parents=True, exist_ok=True)
+        return restore(self._blobs, self._registry, tenant, full_name, self._uploads, by, limits)
+
+    def delete(self, tenant: str, full_name: str, by: str = "") -> tuple[int, ...]:
+        """Retire for good, as `retire` does, also what is retired already.
+
+        Raises AdapterNotFound, InvalidName, StoreCorrupt.
+        """
+        return self._registry.delete(tenant, full_name, by)
+
+    def audit(
+        self, before: int | None = None, limit: int = MAX_AUDITED, tenant: str | None = None
+    ) -> AuditPage:
+        """Read who has changed what, the newest first, from before this entry on.
+
+        At most `limit` entries are looked at, of which those of one tenant may be fewer. Raises
+        ValueError for a limit that is not in [1, MAX_AUDITED].
+        """
+        self.refresh()
+        last = self._registry.num_records
+        return self._audit.read(last if before is None else min(last, before - 1), limit, tenant)
 
     def note_verdict(self, digest: str, verdict: Verdict) -> bool:
         """Keep what an engine has found out about an adapter, unless it was known.
@@ -377,6 +415,27 @@ class AdapterStore:
         """List the live versions of at most so many of a tenant's names, from this one on."""
         self._refresh_if_due()
         return self._registry.list_from(tenant, first_name, num_names)
+
+    def list_versions(
+        self, tenant: str, first_name: str, num_names: int
+    ) -> Sequence[AdapterRecord]:
+        """List all versions, retired ones included, of at most so many of a tenant's names."""
+        self._refresh_if_due()
+        return self._registry.list_versions(tenant, first_name, num_names)
+
+    def versions_of(self, tenant: str, name: str) -> Sequence[AdapterRecord]:
+        """List all versions of a name, retired ones included."""
+        self._refresh_if_due()
+        return self._registry.versions_of(tenant, name)
+
+    def tenants_from(self, first: str = "") -> Sequence[str]:
+        """List the tenants that have ever published, from this name on."""
+        self._refresh_if_due()
+        return self._registry.tenants_from(first)
+
+    def num_live(self, tenant: str) -> int:
+        """Count a tenant's live versions from memory."""
+        return self._registry.num_live(tenant)
 
     # ---- inside --------------------------------------------------------------------------------
 

@@ -1,13 +1,15 @@
-"""`reef publish`, `list`, `alias` and `retire`: manage adapters and their names.
+"""`reef publish`, `list`, `alias`, `retire`, `restore` and `delete`: adapters and their names.
 
 Each success prints one line on stdout.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Unpack
+from typing import TYPE_CHECKING, Unpack, cast
 
 import click
 
+from reef.author import author
 from reef.convert_options import (
     ConvertFlags,
     conversion_options,
@@ -20,9 +22,11 @@ from reef.prove import prove_ref
 from reef.store_options import DEFAULT_TENANT, with_store, with_store_to_read
 
 if TYPE_CHECKING:
-    from adapter_store.names import AdapterRecord
+    from adapter_store.names import AdapterRecord, State
     from adapter_store.own_files import OwnFiles
     from adapter_store.store import AdapterStore
+
+PAGE = 1000
 
 tenant_option = click.option(
     "--tenant", default=DEFAULT_TENANT, show_default=True, help="Whose adapter it is."
@@ -67,7 +71,7 @@ def publish(
     options = conversion_options(base_folder, **conversion)
     num_bytes = upload_bytes(Path(folder))
     with progress("checking and copying", 3 * num_bytes) as on_bytes:
-        ref = store.publish(folder, tenant, name, base, on_bytes, conversion=options)
+        ref = store.publish(folder, tenant, name, base, on_bytes, conversion=options, by=author())
     click.echo(f"published {ref.tenant}/{ref.name}@{ref.version} as {ref.digest}")
     if options is not None:
         note_conversion(store.manifest(ref))
@@ -93,17 +97,39 @@ def _register(store: "AdapterStore", model_folder: Path) -> str:
 
 
 @click.command(name="list")
-@click.option("--tenant", help="Only this tenant's.  [default: all]")
+@click.option("--tenant", default="", help="Only this tenant's.  [default: all]")
+@click.option("--name", default="", help="Only these names; * and ? stand for any letters.")
+@click.option("--base", default="", help="Only for this base: the first digits of a fingerprint.")
+@click.option(
+    "--state",
+    type=click.Choice(["live", "retired", "deleted", "any"]),
+    default="live",
+    show_default=True,
+    help="Only versions in this state.",
+)
 @with_store_to_read
-def list_(store: "AdapterStore", tenant: str | None) -> None:
-    """Show all live versions."""
+def list_(store: "AdapterStore", tenant: str, name: str, base: str, state: "State | str") -> None:
+    """Show versions, live ones if nothing else is asked for."""
+    from adapter_store.listing import Wanted, page_of
+
     store.check_is_store()
-    for record in store.list(tenant):
-        click.echo(
-            f"{record.tenant}/{record.name}@{record.version}  rank {record.lora_rank}  "
-            f"{record.nbytes} bytes  digest {record.digest[:12]}  base {record.base[:12]}  "
-            f"{_proof_of(record)}  {' '.join(record.aliases)}".rstrip()
-        )
+    wanted = Wanted(tenant, name, base, None if state == "any" else cast("State", state))
+    page = page_of(store, wanted, None, PAGE)
+    while True:
+        for record in page.records:
+            click.echo(_as_line(record))
+        if page.next_after is None:
+            return
+        page = page_of(store, wanted, page.next_after, PAGE)
+
+
+def _as_line(record: "AdapterRecord") -> str:
+    state = "" if record.state == "live" else f"{record.state}  "
+    return (
+        f"{record.tenant}/{record.name}@{record.version}  rank {record.lora_rank}  "
+        f"{record.nbytes} bytes  digest {record.digest[:12]}  base {record.base[:12]}  "
+        f"{state}{_proof_of(record)}  {' '.join(record.aliases)}".rstrip()
+    )
 
 
 def _proof_of(record: "AdapterRecord") -> str:
@@ -120,7 +146,7 @@ def _proof_of(record: "AdapterRecord") -> str:
 @with_store
 def alias(store: "AdapterStore", name: str, alias: str, version: int, tenant: str) -> None:
     """Make NAME@ALIAS mean a VERSION."""
-    store.alias(tenant, name, alias, version)
+    store.alias(tenant, name, alias, version, by=author())
     click.echo(f"{tenant}/{name}@{alias} is version {version}")
 
 
@@ -130,6 +156,34 @@ def alias(store: "AdapterStore", name: str, alias: str, version: int, tenant: st
 @with_store
 def retire(store: "AdapterStore", name: str, tenant: str) -> None:
     """Withdraw NAME@VERSION, or all versions of NAME."""
-    versions = store.retire(tenant, name)
+    _say("retired", tenant, name, store.retire(tenant, name, by=author()))
+
+
+@click.command()
+@click.argument("name")
+@tenant_option
+@with_store
+def restore(store: "AdapterStore", name: str, tenant: str) -> None:
+    """Bring a retired NAME@VERSION back.
+
+    That works while its files are there: `reef gc` removes them after its --grace.
+    """
+    ref = store.restore(tenant, name, by=author())
+    _say("restored", tenant, name, (ref.version,))
+
+
+@click.command()
+@click.argument("name")
+@tenant_option
+@with_store
+def delete(store: "AdapterStore", name: str, tenant: str) -> None:
+    """Withdraw NAME@VERSION, or all of NAME, for good.
+
+    What is retired already can be deleted, too. `reef gc` frees the files after its --grace.
+    """
+    _say("deleted", tenant, name, store.delete(tenant, name, by=author()))
+
+
+def _say(what: str, tenant: str, name: str, versions: Sequence[int]) -> None:
     listed = ", ".join(str(version) for version in versions)
-    click.echo(f"retired {tenant}/{name.partition('@')[0]}, version {listed}")
+    click.echo(f"{what} {tenant}/{name.partition('@')[0]}, version {listed}")

@@ -3,7 +3,8 @@
 import click
 
 from reef import __version__
-from reef.adapters import alias, list_, publish, retire
+from reef.adapters import alias, delete, list_, publish, restore, retire
+from reef.audit import audit
 from reef.bench import bench
 from reef.completion import completion
 from reef.config_keys import config_keys
@@ -25,7 +26,7 @@ def reef() -> None:
     """Serve LoRA adapters of one base model, and manage the store that they come from."""
 
 
-for command in (serve, publish, list_, alias, retire, prove, verify, gc):
+for command in (serve, publish, list_, alias, retire, restore, delete, prove, verify, gc, audit):
     reef.add_command(command)
 for command in (new_key, config_keys, plan, profile, simulate, tune, check, bench, completion):
     reef.add_command(command)

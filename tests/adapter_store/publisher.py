@@ -6,10 +6,11 @@ from pathlib import Path
 from adapter_store.blobs import Blobs
 from adapter_store.garbage import Collector, Garbage
 from adapter_store.layout import WEIGHTS_NAME
+from adapter_store.limits import NO_LIMITS, PublishLimits
 from adapter_store.manifest import CONFIG_NAME, PreparedAdapter
 from adapter_store.names import AdapterRef, Place
 from adapter_store.object_store import ObjectStore
-from adapter_store.publishing import publish
+from adapter_store.publishing import publish, restore
 from adapter_store.registry import Registry
 from tests.adapter_store.synthetic import synthetic
 
@@ -34,9 +35,14 @@ class Publisher:
         self.collector = Collector(objects, self.registry)
         self._folder = folder
 
-    def publish(self, name: str, seed: int) -> AdapterRef:
+    def publish(self, name: str, seed: int, limits: PublishLimits = NO_LIMITS) -> AdapterRef:
         prepared = prepare_synthetic(self._folder, seed)
-        return publish(self.blobs, self.registry, "t", name, prepared, lambda _: None)
+        return publish(
+            self.blobs, self.registry, "t", name, prepared, lambda _: None, limits=limits
+        )
+
+    def restore(self, full_name: str) -> AdapterRef:
+        return restore(self.blobs, self.registry, "t", full_name, self._folder)
 
     def collect(self, grace_s: float = 0) -> Garbage:
         return self.collector.remove(self.collector.find(grace_s), lambda _: None)

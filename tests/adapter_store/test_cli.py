@@ -1,6 +1,7 @@
 """The command line: one clear line on success, one sentence and an exit code on failure."""
 
 import errno
+import json
 import os
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 from adapter_store.layout import WEIGHTS_NAME
 from adapter_store.open_store import open_store
 from reef.__main__ import main
+from reef.author import author
 from tests.adapter_store.adapters import changed
 from tests.adapter_store.roots import Root
 from tests.swift.process import Swift
@@ -71,6 +73,27 @@ def test_an_adapter_is_published_aliased_verified_and_retired(
     assert run("retire", "sql@1") == (0, ["retired public/sql, version 1"], "")
     assert run("retire", "sql") == (0, ["retired public/sql, version 2"], "")
     assert run("list") == (0, [], "")
+
+
+def test_a_version_is_retired_restored_and_deleted_and_the_log_says_by_whom(
+    run: Run, base_folder: Path, peft_folder: Path
+) -> None:
+    run("publish", peft_folder, "--name", "sql", "--base", base_folder)
+    run("retire", "sql")
+    listed = run("list", "--state", "retired", "--name", "s*")[1]
+    assert len(listed) == 1 and "  retired  not proven yet" in listed[0]
+    assert run("restore", "sql@1") == (0, ["restored public/sql, version 1"], "")
+    assert len(run("list", "--base", listed[0].split()[-5])[1]) == 1
+    assert run("delete", "sql") == (0, ["deleted public/sql, version 1"], "")
+    code, lines, said = run("restore", "sql@1")
+    assert (code, lines) == (2, []) and "was deleted: publish it again" in said
+    assert [len(run("list", "--state", s)[1]) for s in ("live", "any")] == [0, 1]
+    code, lines, _ = run("audit", "--last", 3)
+    assert code == 0 and [line.split("  ")[2] for line in lines] == ["delete", "restore", "retire"]
+    assert all(line.endswith(f"  by {author()}") for line in lines)
+    (entry,) = run("audit", "--json", "--last", 1)[1]
+    assert json.loads(entry)["details"] == {"versions": [1]}
+    assert run("audit", "--tenant", "other") == (0, [], "")
 
 
 @pytest.mark.parametrize("root", ["s3"], indirect=True)

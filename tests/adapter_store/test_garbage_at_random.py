@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from adapter_store import registry as registry_module
+from adapter_store.audit import MAX_AUDITED, AuditLog
 from adapter_store.blobs import file_key
-from adapter_store.errors import SourceUnavailable
+from adapter_store.errors import AdapterNotFound, FilesRemoved, SourceUnavailable
 from adapter_store.layout import WEIGHTS_NAME
 from adapter_store.names import Place
 from tests.adapter_store.memory_store import Memory, MemoryStore
@@ -178,13 +179,16 @@ class Owner:
     random: random.Random
     versions: list[tuple[str, bool]] = field(default_factory=list[tuple[str, bool]])
     aliases: dict[str, int] = field(default_factory=dict[str, int])
+    deleted: set[int] = field(default_factory=set[int])
+    num_restored: int = 0
 
     def live(self) -> list[int]:
         return [n for n, (_, is_live) in enumerate(self.versions, start=1) if is_live]
 
     def step(self) -> None:
         seed, live = self.random.randrange(len(DIGESTS)), self.live()
-        action = self.random.choice(["publish", "publish", "share", "alias", "retire", "retire"])
+        actions = ["publish", "publish", "share", "alias", "retire", "retire", "restore", "delete"]
+        action = self.random.choice(actions)
         if action == "share":
             with unknown_outcomes():
                 self.process.publish("shared", seed)
@@ -192,6 +196,10 @@ class Owner:
             self.publish(seed)
         elif action == "alias":
             self.alias(self.random.choice(live))
+        elif action == "restore":
+            self.restore(self.random.randrange(len(self.versions)) + 1)
+        elif action == "delete":
+            self.delete(self.random.randrange(len(self.versions)) + 1)
         else:
             self.retire(self.random.choice(live))
         self.check()
@@ -214,6 +222,32 @@ class Owner:
         with unknown_outcomes() as outcome:
             self.process.registry.retire("t", f"{self.name}@{version}")
         if self.happened(outcome, version not in self.shown()):
+            self.versions[version - 1] = (self.versions[version - 1][0], False)
+
+    def restore(self, version: int) -> None:
+        full_name = f"{self.name}@{version}"
+        if version in self.deleted:
+            with pytest.raises(AdapterNotFound, match="was deleted"):
+                self.process.restore(full_name)
+            return
+        try:
+            with unknown_outcomes() as outcome:
+                self.process.restore(full_name)
+        except FilesRemoved:
+            assert version not in self.shown()
+            return
+        if self.happened(outcome, version in self.shown()):
+            self.num_restored += version not in self.live()
+            self.versions[version - 1] = (self.versions[version - 1][0], True)
+
+    def delete(self, version: int) -> None:
+        if version in self.deleted:
+            return
+        with unknown_outcomes() as outcome:
+            self.process.registry.delete("t", f"{self.name}@{version}")
+        records = self.process.registry.versions_of("t", self.name)
+        if self.happened(outcome, records[version - 1].state == "deleted"):
+            self.deleted.add(version)
             self.versions[version - 1] = (self.versions[version - 1][0], False)
 
     def happened(self, outcome: list[str], is_shown: bool) -> bool:
@@ -254,7 +288,7 @@ def unknown_outcomes() -> Generator[list[str], None, None]:
 
 
 def run_at_once(seed: int, folder: Path) -> tuple[int, int]:
-    """Run owners, collectors and readers at once; return numbers of unknown outcomes, removals."""
+    """Run owners, collectors and readers at once; return numbers of removals and restorations."""
     memory, turns = Memory(), Turns(seed)
     Publisher(MemoryStore(memory), folder).publish("anchor", 0)
     owners: list[Owner] = []
@@ -297,12 +331,16 @@ def run_at_once(seed: int, folder: Path) -> tuple[int, int]:
         for version in owner.live():
             assert found[f"{owner.name}@{version}"] == owner.versions[version - 1][0]
     assert found["anchor"] == DIGESTS[0]
-    return num_removed, len(found)
+    last = owners[0].process.registry.num_records
+    entries = AuditLog(MemoryStore(memory)).read(last, MAX_AUDITED, None).entries
+    assert [entry.number for entry in entries] == list(range(last, 0, -1)), "entries were lost"
+    return num_removed, sum(owner.num_restored for owner in owners)
 
 
 def test_processes_that_overtake_each_other_lose_nothing(tmp_path: Path) -> None:
     results = [run_at_once(seed, tmp_path) for seed in range(40)]
     assert sum(num_removed for num_removed, _ in results) > 500
+    assert sum(num_restored for _, num_restored in results) > 20
 
 
 @pytest.mark.slow

@@ -12,8 +12,9 @@ import reef as package
 from tests.reef.console import ROOT, reef
 
 COMMANDS = [
-    *("alias", "bench", "check", "completion", "config-keys", "gc", "list", "new-key"),
-    *("plan", "profile", "prove", "publish", "retire", "serve", "simulate", "tune", "verify"),
+    *("alias", "audit", "bench", "check", "completion", "config-keys", "delete", "gc", "list"),
+    *("new-key", "plan", "profile", "prove", "publish", "restore", "retire", "serve", "simulate"),
+    *("tune", "verify"),
 ]
 HEAVY = {"torch", "ray", "numpy", "pydantic", "yaml", "boto3", "tqdm", "tokenizers"}
 

@@ -1,0 +1,54 @@
+"""AdapterHistory: all that was ever published under one adapter name. No I/O, no rules."""
+
+from dataclasses import dataclass, field
+
+from adapter_store.names import Place, State
+
+
+@dataclass(slots=True)
+class Version:
+    """One published version of an adapter, live or retired."""
+
+    digest: str
+    base: str
+    lora_rank: int
+    nbytes: int  # of its files together
+    published_s: float  # seconds since 1970
+    is_retired: bool = False
+    generation: int = 0  # of its files
+    retired_by: int = 0  # number of the record
+    own_files: list[str] | None = None  # beside the weights; None if it is not known
+    vocab_size: int = 0  # rows of its own embedding; 0: it is the base's
+    is_deleted: bool = False  # retired for good
+    published_by: str = ""  # who, as the record says
+
+    @property
+    def state(self) -> State:
+        """Whether it answers, could do so again, or never will."""
+        if self.is_deleted:
+            return "deleted"
+        return "retired" if self.is_retired else "live"
+
+    @property
+    def place(self) -> Place:
+        """Where its files lie."""
+        return Place(self.digest, self.generation)
+
+
+@dataclass(slots=True)
+class AdapterHistory:
+    """All versions and aliases of one adapter name. Version n is versions[n - 1]."""
+
+    versions: list[Version] = field(default_factory=list[Version])
+    aliases: dict[str, int] = field(default_factory=dict[str, int])
+
+    def latest(self, base: str | None) -> int | None:
+        """Return the newest live version, of this base if one is given; None if there is none."""
+        for version in range(len(self.versions), 0, -1):
+            if self.is_live(version) and base in (None, self.versions[version - 1].base):
+                return version
+        return None
+
+    def is_live(self, version: int) -> bool:
+        """Check that a version exists and is not retired."""
+        return 1 <= version <= len(self.versions) and not self.versions[version - 1].is_retired

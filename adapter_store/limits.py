@@ -1,0 +1,31 @@
+"""PublishLimits: how much one tenant may publish."""
+
+from dataclasses import dataclass
+
+from adapter_store.errors import LimitExceeded
+
+
+@dataclass(frozen=True, slots=True)
+class PublishLimits:
+    """None is no limit. The number counts live versions."""
+
+    max_lora_rank: int | None = None
+    max_versions: int | None = None
+
+    def check_rank(self, lora_rank: int) -> None:
+        """Raise LimitExceeded for an adapter of a higher rank."""
+        if self.max_lora_rank is not None and lora_rank > self.max_lora_rank:
+            raise LimitExceeded(
+                f"its rank {lora_rank} is above the limit of {self.max_lora_rank} (max_lora_rank)"
+            )
+
+    def check_number(self, tenant: str, num_live: int) -> None:
+        """Raise LimitExceeded if there is no room for one version more."""
+        if self.max_versions is not None and num_live >= self.max_versions:
+            raise LimitExceeded(
+                f"tenant {tenant} has {num_live} live versions, and the limit is "
+                f"{self.max_versions} (max_adapters): retire some first"
+            )
+
+
+NO_LIMITS = PublishLimits()
