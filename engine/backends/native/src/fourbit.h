@@ -151,8 +151,8 @@ inline void add_groups(const Panel& panel, const typename Format::Values& values
                                     rows.stride, sums[g]);
     for (int g = 0; g < kGroups; ++g)
         for_sums<kRows>([&](auto row, auto half) {
-            totals[row][half] = Format::add(panel, rows, row, group + g, half, sums[g][row][half],
-                                            totals[row][half]);
+            totals[row][half] = Format::add(Format::weights(panel, group + g, half), rows, row,
+                                            group + g, sums[g][row][half], totals[row][half]);
         });
 }
 
@@ -226,8 +226,8 @@ void multiply_slice(const Panel& panel, const uint8_t* decoded, const typename F
         }
         for_sums<kRows>([&](auto row, auto half) {
             float* at = totals + row * kPanel + 16 * half;
-            store(at,
-                  Format::add(panel, rows, first + row, group, half, sums[row][half], load(at)));
+            store(at, Format::add(Format::weights(panel, group, half), rows, first + row, group,
+                                  sums[row][half], load(at)));
         });
     }
 }
@@ -331,10 +331,11 @@ template <class Kernel, int kRegions>
 void run_chunk(const void* p, int chunk) {
     const auto& args = *static_cast<const ReefLinearArgs*>(p);
     const Cut cut = Kernel::cut(args);
-    const int place = place_of<kRegions>(chunk, cut.chunks), block = place % cut.blocks;
+    const int place = place_of<kRegions>(chunk, cut.chunks), parts = cut.chunks / cut.blocks;
+    const int block = place / parts, panel = place % parts * cut.panels_per_chunk;
     const int first = static_cast<int>(int64_t{args.rows} * block / cut.blocks);
     const int last = static_cast<int>(int64_t{args.rows} * (block + 1) / cut.blocks);
-    const int panel = place / cut.blocks * cut.panels_per_chunk, end = panel + cut.panels_per_chunk;
+    const int end = panel + cut.panels_per_chunk;
     Kernel::run(args, first, last - first, panel, end < cut.panels ? end : cut.panels);
 }
 

@@ -67,9 +67,10 @@ public:
     static B32 load(const uint8_t* p) { return load_pairs(reinterpret_cast<const bf16*>(p)); }
     static B32 repeat(const uint8_t* x) { return repeat_pair(reinterpret_cast<const bf16*>(x)); }
     static F16 dot(B32 a, B32 b, F16 c) { return REEF_ISA::dot(a, b, c); }
+    static F16 weights(const Panel& panel, int group, int half) { return panel.scale(group, half); }
     template <class Rows>
-    static F16 add(const Panel& panel, const Rows&, int, int group, int half, F16 sum, F16 total) {
-        return fma(sum, panel.scale(group, half), total);
+    static F16 add(F16 scale, const Rows&, int, int, F16 sum, F16 total) {
+        return fma(sum, scale, total);
     }
 };
 

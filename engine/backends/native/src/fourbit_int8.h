@@ -112,12 +112,17 @@ struct Int8Format {
     }
 #endif
 
-    static F16 scale_of(const Panel& panel, const Rows& rows, int row, int group, int half) {
-        return panel.scale(group, half) * set1(rows.scale(row, group));
+    // Holds what belongs to sixteen outputs of a group.
+    struct Weights { F16 scale; };
+    static Weights weights(const Panel& panel, int group, int half) {
+        return {panel.scale(group, half)};
     }
-    static F16 add(const Panel& panel, const Rows& rows, int row, int group, int half, Sum sum,
+    static F16 scale_of(const Rows& rows, int row, int group, const Weights& weights) {
+        return weights.scale * set1(rows.scale(row, group));
+    }
+    static F16 add(const Weights& weights, const Rows& rows, int row, int group, Sum sum,
                    F16 total) {
-        return fma(to_float(sum), scale_of(panel, rows, row, group, half), total);
+        return fma(to_float(sum), scale_of(rows, row, group, weights), total);
     }
 };
 
@@ -188,12 +193,16 @@ struct Int4Int8 : Int8Format {  // without zero points
 struct Int4ZerosInt8 : Int4Int8 {
     using Signed = Int4ZerosInt8;  // the codes are signed bytes, too
 
+    struct Weights : Int8Format::Weights { F16 zero_point; };
+    static Weights weights(const Panel& panel, int group, int half) {
+        return {Int8Format::weights(panel, group, half), panel.zero_point(group, half)};
+    }
     static Sum start(const Panel&, const Rows&, int, int, int) { return all(0); }
-    static F16 add(const Panel& panel, const Rows& rows, int row, int group, int half, Sum sum,
+    static F16 add(const Weights& weights, const Rows& rows, int row, int group, Sum sum,
                    F16 total) {
         const F16 sum_of_x = set1(static_cast<float>(rows.sum(row, group)));
-        const F16 exact = fma(panel.zero_point(group, half), sum_of_x, to_float(sum));
-        return fma(exact, scale_of(panel, rows, row, group, half), total);
+        const F16 exact = fma(weights.zero_point, sum_of_x, to_float(sum));
+        return fma(exact, scale_of(rows, row, group, weights), total);
     }
 };
 
