@@ -166,8 +166,7 @@ class EngineSection(Section):
 class AutoscalingSection(Section):
     """Chooses the number of replicas between `min` and `max`, so that the objective is kept.
 
-    Names, defaults and ranges are those of Objective and ScalingPolicy. Without `zero_delay_s`:
-    one replica always stays, which tells the ingresses what they must know of the model.
+    Names, defaults and ranges are those of Objective and ScalingPolicy.
     """
 
     ttft_s: float = key(2.0, "the objective: seconds to a request's first token", gt=0, le=3600)
@@ -186,6 +185,9 @@ class AutoscalingSection(Section):
     )
     up_delay_s: float = _scaling_key("up_delay_s", "seconds that a need for more must stand")
     down_delay_s: float = _scaling_key("down_delay_s", "seconds without a need for as many")
+    zero_delay_s: float = _scaling_key(
+        "zero_delay_s", "with `min: 0`, seconds without a request until the last replica goes"
+    )
     down_margin: float = _scaling_key(
         "down_margin", "fewer replicas are wanted only if they would be at most this full, of 1"
     )
@@ -202,7 +204,9 @@ class AutoscalingSection(Section):
 class ReplicasSection(Section):
     """Engine replicas behind one name. With min < max, their number follows the load."""
 
-    min: int = key(1, "engine replicas at least", ge=1)
+    min: int = key(
+        1, "engine replicas at least; 0 starts the first one for the first request", ge=0
+    )
     max: int | None = key(
         None,
         "engine replicas at most; with `min` < `max` their number follows the load",
@@ -215,6 +219,13 @@ class ReplicasSection(Section):
         30.0,
         "seconds that a stopped replica's requests have to finish; then they move",
         ge=0,
+        le=3600,
+    )
+    hold_s: float = key(
+        120.0,
+        "with `min: 0`, seconds that a request may wait for the first replica, then it is a 503; "
+        "at each ingress as many wait as `ingress.max_queued_requests`",
+        gt=0,
         le=3600,
     )
     prewarm_s: float = key(
@@ -246,6 +257,8 @@ class ReplicasSection(Section):
     def _ordered(self) -> "ReplicasSection":
         if self.max is not None and self.max < self.min:
             raise ValueError(f"min={self.min} must be at most max={self.max}")
+        if self.most < 1:
+            raise ValueError("min=0 needs a max of at least 1")
         return self
 
     @property

@@ -16,6 +16,7 @@ from deployments.fleet.background_tasks import BackgroundTasks
 from deployments.fleet.batch_queue import BatchQueue
 from deployments.fleet.engine_totals import EngineTotals
 from deployments.fleet.failover import Attempt, ResumableRequest
+from deployments.fleet.held_requests import HeldRequests, ModelNotReady
 from deployments.fleet.leases import forgotten_attempts, orphans
 from deployments.fleet.placement import Placement
 from deployments.fleet.protocol import Connection, Frame, Hello, Lease, Submit
@@ -42,20 +43,24 @@ NEVER_HEARD = "no engine replica has been heard of for a while"
 logger = logging.getLogger(__name__)
 
 
-class ModelNotReady(Exception):
-    """No replica of the model has been heard of for a while."""
-
-    def __init__(self) -> None:
-        super().__init__("The model is not ready: it is being loaded or restarted. Retry soon.")
-
-
 class EngineLink:
-    """Owns the live attempts: each is looking for a replica, or at exactly one."""
+    """Owns the live attempts: each is looking for a replica, or at exactly one.
+
+    Where the deployment may be at zero replicas, requests are held until there is one, at most
+    `max_held` of them, for `timing.hold_s`; without a request none is asked for.
+    """
 
     def __init__(
-        self, connection: Connection, ingress_id: str, timing: Timing | None = None
+        self,
+        connection: Connection,
+        ingress_id: str,
+        timing: Timing | None = None,
+        max_held: int | None = None,
     ) -> None:
         self._timing = timing or Timing()
+        self.held: HeldRequests | None = None
+        if max_held is not None:
+            self.held = HeldRequests(self._timing.hold_s, max_held, self._timing.clock)
         self._attempts: dict[str, Attempt] = {}
         self._requests: dict[BatchQueue[Item], list[ResumableRequest]] = {}
         self._totals = EngineTotals()
@@ -81,7 +86,14 @@ class EngineLink:
     @property
     def outage(self) -> str | None:
         """Why no request can be answered now, in words for clients; None if one may be."""
-        return NEVER_HEARD if self.hello is None else self._streams.outage
+        if self.hello is not None:
+            return self._streams.outage
+        return NEVER_HEARD if self.held is None or self.held.is_late else None
+
+    @property
+    def is_asleep(self) -> bool:
+        """Tell whether there is no replica, and the next request will start one."""
+        return self.held is not None and self.hello is None and not self.held.is_late
 
     @property
     def stats(self) -> EngineStats:
@@ -113,12 +125,19 @@ class EngineLink:
 
     # ---- for requests --------------------------------------------------------------------
 
+    async def ready(self) -> float:
+        """Wait for a replica if there may be none; return for how long. Raises ModelNotReady."""
+        if self.held is None or self._streams.takes_requests:
+            return 0.0
+        self._tasks.start(self._streams.discover())
+        return await self.held.wait()
+
     def open(self, submits: Sequence[Submit]) -> BatchQueue[Item]:
         """Hand requests over without waiting. The caller must `release` the queue.
 
         Raises ModelNotReady.
         """
-        if self.hello is None:
+        if self.hello is None and self.held is None:
             raise ModelNotReady
         queue: BatchQueue[Item] = BatchQueue()
         requests = [ResumableRequest(submit, queue.put) for submit in submits]
@@ -232,10 +251,17 @@ class EngineLink:
         for attempt in [each for each in self._attempts.values() if each.replica is stream]:
             self._lose(attempt, "The engine replica was lost.", counts=not stream.is_draining)
 
+    def on_hello(self) -> None:
+        if self.held is not None:
+            self.held.note_replica()
+
     async def _keep_known(self) -> None:
-        """Keep a stream to some replica at any time, so that it is known what there is."""
+        """Keep a stream to some replica at any time, so that it is known what there is.
+
+        To look for one starts one, so it is done only on request where there may be none.
+        """
         while True:
-            if not self._attempts:
+            if not self._attempts and (self.held is None or self.held.is_waking):
                 await self._streams.discover()
             await asyncio.sleep(self._timing.max_retry_s / 2)
 

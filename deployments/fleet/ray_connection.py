@@ -19,6 +19,8 @@ from ray.serve.handle import DeploymentHandle
 from deployments.fleet.direct_client import IngressEndpoint, connect
 from deployments.fleet.protocol import Abort, Frame, Hello, Hints, Lease, Receipt, StreamId, Submit
 
+CHOOSE_S = 0.25  # a choice between replicas takes far less
+
 
 class RayConnection:
     """A protocol.Connection. Messages are pickled in C, not by cloudpickle."""
@@ -33,13 +35,24 @@ class RayConnection:
     async def submit(
         self, hints: Hints, ingress_id: str, epochs: Mapping[str, int], submit: Submit
     ) -> Receipt:
-        if self._sockets:
-            replica_id = await self.choose(hints)
+        replica_id = await self._choose_at_once(hints) if self._sockets else None
+        if replica_id is not None:
             socket = self._sockets.get(replica_id)
             if socket is not None:
                 return await socket.submit(epochs.get(replica_id, 0), submit)
             hints = replace(hints, target=replica_id)  # chosen, and counted, once
         return await _unary(self._submit, hints, ingress_id, epochs, submit)
+
+    async def _choose_at_once(self, hints: Hints) -> str | None:
+        """Ask the router; None if that must wait for a replica.
+
+        Ray counts a call that waits, and starts a replica for it, but not a choice that does.
+        """
+        try:
+            async with asyncio.timeout(CHOOSE_S):
+                return await self.choose(hints)
+        except TimeoutError:
+            return None
 
     async def choose(self, hints: Hints) -> str:
         """Ask the router where the call would go. No call is made, and nothing is reserved."""

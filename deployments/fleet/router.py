@@ -93,7 +93,9 @@ class AdapterRouter(RequestRouter):
             self._named.add(hints.target)
             hints.is_leaving = hints.target in self._leaving
             return [[candidates[hints.target]]]
-        running = [r for r in candidates if r not in self._leaving] or list(candidates)
+        running = [r for r in candidates if r not in self._leaving]
+        if not running:
+            return []  # wait for one: those that leave take nothing new
         best = self._choose(running, candidates, hints)
         others = [r for r in running if r != best]
         ranks = [[r for r in others if (r in hints.avoid) == is_last] for is_last in (False, True)]

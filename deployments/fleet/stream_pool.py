@@ -25,6 +25,7 @@ class StreamEvents(Protocol):
     def on_frame(self, stream: ReplicaStream, frame: Frame) -> None: ...
     def on_lease(self, stream: ReplicaStream, lease: Lease) -> None: ...
     def on_lost(self, stream: ReplicaStream) -> None: ...
+    def on_hello(self) -> None: ...
 
 
 class StreamPool:
@@ -70,6 +71,11 @@ class StreamPool:
     def num_held(self) -> int:
         """Count the requests of this ingress that replicas knew in their last leases."""
         return sum(stream.num_held for stream in self._streams.values())
+
+    @property
+    def takes_requests(self) -> bool:
+        """Tell whether there is a stream to a replica that is not being stopped."""
+        return any(not stream.is_draining for stream in self.greeted())
 
     def greeted(self) -> list[ReplicaStream]:
         return [stream for stream in self._streams.values() if stream.hello is not None]
@@ -128,7 +134,7 @@ class StreamPool:
 
     async def discover(self) -> None:
         """Run a stream to any replica until it ends, unless there is a stream already."""
-        if not self._streams:
+        if self._discovery is None and not self.takes_requests:
             stream = self._discovery = self._new_stream("")
             await self._run(stream)
 
@@ -168,6 +174,7 @@ class StreamPool:
         self._suspects.pop(stream.replica_id, None)
         if stream is self._discovery:
             self._discovery = None
+        self._events.on_hello()
 
     def _forget(self, stream: ReplicaStream) -> None:
         replica_id = stream.replica_id

@@ -15,6 +15,7 @@ class Timing:
     retry_s: float = 0.05  # before the second attempt to place a request; doubled every time
     max_retry_s: float = 1.0
     patience_s: float = 30.0  # to find a replica that takes a request
+    hold_s: float = 120.0  # for a replica of a model that has none to start
     # A request that lost its replica waits longer: so many times patience_s, or so many loads of
     # the model if that is more.
     lost_patience: float = 2.0

@@ -15,6 +15,7 @@ from deployments.config import AppConfig, ModelSection, endpoint_of, open_adapte
 from deployments.config_sections import AdaptersSection, ConvertSection
 from deployments.fleet.engine_link import EngineLink
 from deployments.fleet.ray_connection import RayConnection
+from deployments.fleet.timing import Timing
 from deployments.ingress.adapter_texts import AdapterTexts
 from deployments.ingress.asgi import Api
 from deployments.ingress.browser_guard import BrowserGuard
@@ -91,11 +92,21 @@ def _conversion(wanted: ConvertSection) -> ConversionOptions | None:
     return ConversionOptions(wanted.rank, wanted.max_residual, limit_s=wanted.limit_s)
 
 
+def _link_to(engine: DeploymentHandle[Any], config: AppConfig, model: ModelSection) -> EngineLink:
+    """Make a link to the model's replicas, of which there may be none."""
+    replica_id, replicas = serve.get_replica_context().replica_id.unique_id, model.replicas
+    if replicas.min:
+        return EngineLink(RayConnection(engine), replica_id)
+    patience_s = max(Timing().patience_s, replicas.hold_s)
+    timing = Timing(patience_s=patience_s, hold_s=replicas.hold_s)
+    return EngineLink(RayConnection(engine), replica_id, timing, config.ingress.max_queued_requests)
+
+
 def _open_model(
     config: AppConfig, model: ModelSection, engine: DeploymentHandle[Any]
 ) -> ServedModel:
     vocabulary = Vocabulary.load(Path(model.source), model.tokenizer)
-    link = EngineLink(RayConnection(engine), serve.get_replica_context().replica_id.unique_id)
+    link = _link_to(engine, config, model)
     link.start()
     most = model.replicas.most
     syntax = find_syntax(vocabulary, model.id, model.tool_format, model.reasoning_format)

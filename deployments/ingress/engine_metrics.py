@@ -60,6 +60,17 @@ REQUESTS = {
         "num_held",
         "Requests of this ingress that the replicas knew in their last reports.",
     ),
+    "reef_requests_waking": (
+        "num_waking",
+        "Requests of this ingress that wait for a first replica to start.",
+    ),
+}
+STARTS = {
+    "reef_cold_starts": (
+        "num_starts",
+        "Starts of a first replica that requests of this ingress have waited for.",
+    ),
+    "reef_cold_start_seconds": ("start_s", "Seconds from the first such request to the replica."),
 }
 
 
@@ -75,6 +86,9 @@ class LinkFigures:
     num_held: int
     block_size: int = 0  # 0 before the first start
     max_adapters: int = 0  # in one batch of each replica together
+    num_waking: int = 0  # that wait for a first replica to start
+    num_starts: int = 0  # of a first replica, as requests here have seen
+    start_s: float = 0.0  # all these starts together
 
 
 class EngineCollector(Collector):
@@ -91,14 +105,21 @@ class EngineCollector(Collector):
             yield _gauge(name, text, {m: getattr(k, field) for m, k in self.links.items()})
         yield self._resident_adapters()
         for name, (field, text) in COUNTERS.items():
-            counter = CounterMetricFamily(name, text + SCOPE, labels=["model"])
-            for model, stats in self.stats.items():
-                counter.add_metric([model], getattr(stats, field))
-            yield counter
+            values = {m: getattr(s, field) for m, s in self.stats.items()}
+            yield _counter(name, text + SCOPE, values)
+        for name, (field, text) in STARTS.items():
+            yield _counter(name, text, {m: getattr(k, field) for m, k in self.links.items()})
 
     def _resident_adapters(self) -> Metric:
         numbers = {model: len(stats.resident_adapters) for model, stats in self.stats.items()}
         return _gauge("reef_resident_adapters", "Adapters in device memory.", numbers)
+
+
+def _counter(name: str, text: str, values: Mapping[str, float]) -> Metric:
+    counter = CounterMetricFamily(name, text, labels=["model"])
+    for model, value in values.items():
+        counter.add_metric([model], value)
+    return counter
 
 
 def _gauge(name: str, text: str, values: Mapping[str, float]) -> Metric:

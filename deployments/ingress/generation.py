@@ -63,7 +63,8 @@ class Generation:
         self._prompt_logprobs: dict[int, PromptLogprobs] = {}  # by prompt
         self._first: NewTexts = {}
         self._has_opened = False
-        self._arrival_s = self._read_s = self._written_s = clock()
+        self._read_s = self._written_s = clock()
+        self._arrival_s = self._read_s - plan.target.held_s
         self._live = _count_live(plan, metrics)
         self._queue_s = 0.0
         self._gaps = Gaps()

@@ -1,16 +1,26 @@
 """Answer whether models can answer, for load balancers, probes and people."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from starlette.responses import Response
 
 from deployments.ingress.http_errors import models_not_ready
 
+ASLEEP = {"status": "asleep"}
 
-def health_of(model_ids: Sequence[str], outages: Mapping[str, str]) -> Response:
-    """Write the state of each model. 503 if none of them can answer."""
-    models = {model_id: _state(outages.get(model_id)) for model_id in model_ids}
+
+def health_of(
+    model_ids: Sequence[str], outages: Mapping[str, str], asleep: Collection[str] = ()
+) -> Response:
+    """Write the state of each model. 503 if none of them can answer.
+
+    One that is asleep has no replica and can answer, since a request starts one.
+    """
+    models = {
+        model_id: ASLEEP if model_id in asleep else _state(outages.get(model_id))
+        for model_id in model_ids
+    }
     if len(outages) < len(model_ids):
         status = "degraded" if outages else "ok"
         return _json(200, {"status": status, "models": models}, {})

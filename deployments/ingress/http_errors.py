@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from adapter_store.errors import AdapterStoreError
-from deployments.fleet.engine_link import ModelNotReady
+from deployments.fleet.held_requests import ModelNotReady
 from deployments.policy.admission import Refusal
 from deployments.tenants.tenants import KeyRefused
 from engine.messages import ErrorKind, RequestError
@@ -127,8 +127,8 @@ def overloaded(message: str) -> ApiError:
     return ApiError(429, message, "rate_limit_error", code="overloaded", retry_after_s=1)
 
 
-def unavailable(message: str) -> ApiError:
-    return ApiError(503, message, "server_error", code="unavailable", retry_after_s=2)
+def unavailable(message: str, after_s: int = 2) -> ApiError:
+    return ApiError(503, message, "server_error", code="unavailable", retry_after_s=after_s)
 
 
 def store_unavailable(error: AdapterStoreError) -> ApiError:
@@ -178,6 +178,6 @@ def as_api_error(error: Exception, what: str) -> ApiError:
     if isinstance(error, AdapterStoreError):
         return store_unavailable(error)
     if isinstance(error, ModelNotReady):
-        return unavailable(str(error))
+        return unavailable(str(error), error.retry_after_s)
     logger.error("%s failed", what, exc_info=error)
     return internal()

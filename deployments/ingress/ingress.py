@@ -8,7 +8,7 @@ import secrets
 import time
 from collections.abc import Awaitable, Callable, Generator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
@@ -216,14 +216,19 @@ class Ingress:
         wanted = request.adapter_set
         if wanted is None:
             return await self.target(tenant, request.model)
-        return await self.texts.equip(await self.models.resolve_set(tenant, wanted))
+        return await self._ready(await self.models.resolve_set(tenant, wanted))
 
     async def target(self, tenant: Tenant, name: str) -> Target:
         """Find what a name means, with all that the adapter brings.
 
-        Raises ApiError, AdapterStoreError.
+        Waits for the model's first replica, if it has none. Raises ApiError, AdapterStoreError,
+        ModelNotReady.
         """
-        return await self.texts.equip(await self.models.resolve(tenant, name))
+        return await self._ready(await self.models.resolve(tenant, name))
+
+    async def _ready(self, target: Target) -> Target:
+        held_s = target.held_s + await target.model.link.ready()
+        return await self.texts.equip(replace(target, held_s=held_s))
 
     def _answer(
         self, plan: Plan, request: OpenAIRequest, surface: Surface, place: Place

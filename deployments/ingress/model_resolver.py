@@ -20,7 +20,8 @@ from typing import Any, Protocol, cast
 from adapter_store.errors import AdapterInvalid, AdapterNotFound, AdapterStoreError, InvalidName
 from adapter_store.names import AdapterRecord, AdapterRef
 from adapter_store.recipes import MAX_MEMBERS, make_recipe
-from deployments.fleet.engine_link import EngineLink, ModelNotReady
+from deployments.fleet.engine_link import EngineLink
+from deployments.fleet.held_requests import ModelNotReady
 from deployments.ingress.base_paths import name_within
 from deployments.ingress.http_errors import (
     ApiError,
@@ -93,6 +94,7 @@ class Target:
     adapter_ref: AdapterRef | None
     tenant: str
     own: OwnText = NOTHING_OWN  # what the adapter brings beside its weights, once it is read
+    held_s: float = 0.0  # that the request has waited for the model's first replica
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -182,6 +184,11 @@ class Models:
         models = self.by_id.values()
         return {model.id: model.outage for model in models if model.outage is not None}
 
+    @property
+    def asleep(self) -> list[str]:
+        """List the models that the next request will start."""
+        return [model.id for model in self.by_id.values() if model.link.is_asleep]
+
     # ---- one name ------------------------------------------------------------------------
 
     async def resolve(self, tenant: Tenant, text: str) -> Target:
@@ -198,7 +205,9 @@ class Models:
         if name.tenant is not None and name.tenant not in tenant.namespaces:
             raise model_not_found(text)  # without a look: what is there makes no difference
         namespaces = tenant.default_namespaces if name.tenant is None else (name.tenant,)
-        bases = self._fingerprints(list(self.by_id) if name.base is None else [name.base])
+        model_ids = list(self.by_id) if name.base is None else [name.base]
+        held_s = await self._have_run(model_ids)
+        bases = self._fingerprints(model_ids)
         try:
             # A thread costs more than all the rest: it is used only if objects may have to be read.
             ref = self._find(
@@ -214,7 +223,7 @@ class Models:
             raise model_not_found(text) from None
         except AdapterStoreError as error:
             raise store_unavailable(error) from error
-        return Target(self._model_of(text, ref, bases), ref, tenant.name)
+        return Target(self._model_of(text, ref, bases), ref, tenant.name, held_s=held_s)
 
     async def resolve_set(self, tenant: Tenant, wanted: AdapterSet) -> Target:
         """Find the members of a set, all of one base: an adapter of their own. Raises ApiError."""
@@ -227,12 +236,12 @@ class Models:
             raise invalid(
                 f"A set has at most {MAX_MEMBERS} adapters, not {len(wanted.members)}.", "model"
             )
-        base, refs = wanted.base, list[AdapterRef]()
+        base, refs, held_s = wanted.base, list[AdapterRef](), 0.0
         for name, _ in wanted.members:
             member = await self._member(tenant, name, base)
             assert member.adapter_ref is not None
             refs.append(member.adapter_ref)
-            base = member.model.id
+            base, held_s = member.model.id, held_s + member.held_s
         assert base is not None, "a set has members"
         weights = [weight for _, weight in wanted.members]
         digests = [ref.digest for ref in refs]
@@ -245,7 +254,7 @@ class Models:
         fingerprint = refs[0].base
         digest = recipe.digest(fingerprint)
         ref = AdapterRef(tenant.name, wanted.text, 0, digest, fingerprint, recipe)
-        return Target(self.by_id[base], ref, tenant.name)
+        return Target(self.by_id[base], ref, tenant.name, held_s=held_s)
 
     async def _member(self, tenant: Tenant, name: str, base: str | None) -> Target:
         """Find one adapter of a set. Errors call it as the client does."""
@@ -286,6 +295,16 @@ class Models:
         if waiting:
             raise models_not_ready(waiting)
         raise model_not_found(text)
+
+    async def _have_run(self, model_ids: Sequence[str]) -> float:
+        """Start the models that have not been heard of yet, if that is left to requests.
+
+        Which adapters are theirs is known only then. Returns the seconds that it took. Raises
+        ModelNotReady.
+        """
+        bases = self._fingerprints(model_ids)
+        unknown = [self.by_id[model_id] for model_id, base in bases.items() if base is None]
+        return max(await asyncio.gather(*(model.link.ready() for model in unknown)), default=0.0)
 
     def _fingerprints(self, model_ids: Sequence[str]) -> dict[str, str | None]:
         """Map model ids to base fingerprints, the last known ones; None before the first start."""

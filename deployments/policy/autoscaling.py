@@ -139,6 +139,7 @@ class Autoscaler:
         `loads` are the reports of those that run, `num_held` the requests that no replica has.
         """
         if not loads and not num_held and target:
+            self._worked_s = now_s  # what starts has been asked for
             return Decision(self._within(target), "no report", 0.0)
         if self._began_s is None:
             self._began_s = self._worked_s = now_s

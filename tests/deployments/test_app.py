@@ -35,6 +35,14 @@ def test_a_range_of_replicas_switches_autoscaling_on() -> None:
     assert "num_replicas" not in engine_options(model(min=2, max=5), 0)
 
 
+def test_a_model_may_be_without_replicas_and_says_how_many_there_may_be() -> None:
+    config = autoscaling_config(model(min=0, max=2, autoscaling={"zero_delay_s": 7.0}))
+    assert (config.min_replicas, config.max_replicas) == (0, 2)
+    assert config.policy.policy_kwargs["policy"]["zero_delay_s"] == 7.0
+    with pytest.raises(ConfigError, match="min=0 needs a max of at least 1"):
+        model(min=0)
+
+
 @pytest.mark.parametrize("replicas", [{"min": 3}, {"min": 3, "max": 3}])
 def test_a_fixed_number_of_replicas_leaves_autoscaling_off(replicas: dict[str, int]) -> None:
     options = engine_options(model(**replicas), 0)

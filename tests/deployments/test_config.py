@@ -35,7 +35,7 @@ def test_a_minimal_configuration_has_defaults_and_absolute_paths(
         ({"models": [{**MODEL, "engine": {"memory_bytes": "2 bananas"}}]}, "'2 bananas'"),
         ({"models": [{**MODEL, "engine": {"max_num_seqs": 0}}]}, "max_num_seqs=0 is outside"),
         ({"models": [{**MODEL, "engine": {"max_num_seqs": "8"}}]}, "models.0.engine.max_num_seqs"),
-        ({"models": [{**MODEL, "replicas": {"min": 0}}]}, "models.0.replicas.min"),
+        ({"models": [{**MODEL, "replicas": {"min": -1}}]}, "models.0.replicas.min"),
         ({"models": [{**MODEL, "replicas": {"min": 3, "max": 2}}]}, "models.0.replicas: "),
         ({"models": [{**MODEL, "replicas": {"drain_s": -1.0}}]}, "models.0.replicas.drain_s"),
         ({"models": [{**MODEL, "id": "a@b"}]}, "models.0.id"),

@@ -10,7 +10,7 @@ from typing import Any
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
-from deployments.fleet.engine_link import ModelNotReady
+from deployments.fleet.held_requests import ModelNotReady
 from deployments.ingress.api.lorax import (
     LoraxAnswer,
     LoraxEmbedRequest,
@@ -77,7 +77,8 @@ def lorax_routes(ingress: Ingress, clock: Clock = time.monotonic) -> list[ApiRou
         return _json(_describe(_base(ingress, base_of(http_request.scope))))
 
     async def health(http_request: HttpRequest, held: ExitStack) -> Response:
-        return health_of(list(ingress.models.by_id), ingress.models.outages)
+        models = ingress.models
+        return health_of(list(models.by_id), models.outages, models.asleep)
 
     return [
         generation("/", None, LISTED),

@@ -35,7 +35,7 @@ def operation_routes(ingress: Ingress) -> list[ApiRoute]:
 
     async def health(http_request: HttpRequest, held: ExitStack) -> Response:
         """Answer 200 while any model can answer, and name the state of each."""
-        return health_of(list(models.by_id), models.outages)
+        return health_of(list(models.by_id), models.outages, models.asleep)
 
     async def model_health(http_request: HttpRequest, held: ExitStack) -> Response:
         model_id = http_request.path_params["model_id"]
@@ -43,7 +43,8 @@ def operation_routes(ingress: Ingress) -> list[ApiRoute]:
         if model is None:
             raise model_not_found(model_id)
         outage = model.outage
-        return health_of([model_id], {} if outage is None else {model_id: outage})
+        outages = {} if outage is None else {model_id: outage}
+        return health_of([model_id], outages, models.asleep)
 
     async def metrics(http_request: HttpRequest, held: ExitStack) -> Response:
         ingress.tenants.check_metrics(http_request.headers.get("authorization"))
@@ -62,4 +63,6 @@ def operation_routes(ingress: Ingress) -> list[ApiRoute]:
 def _figures(model: ServedModel) -> LinkFigures:
     link = model.link
     block_size = 0 if link.hello is None else link.hello.engine.block_size
-    return LinkFigures(link.num_live, link.num_held, block_size, model.max_adapters)
+    held = link.held
+    starts = (0, 0, 0.0) if held is None else (held.num, held.num_starts, held.total_start_s)
+    return LinkFigures(link.num_live, link.num_held, block_size, model.max_adapters, *starts)

@@ -93,10 +93,14 @@ class CatalogStore:
 class FakeLink:
     hello: Hello | None
     trouble: str = "no replica was heard of"
+    is_asleep: bool = False
 
     @property
     def outage(self) -> str | None:
         return self.trouble if self.hello is None else None
+
+    async def ready(self) -> float:
+        return 0.0
 
 
 def models(store: CatalogStore, **bases: str | None) -> Models:

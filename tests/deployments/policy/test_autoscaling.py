@@ -119,6 +119,16 @@ def test_to_zero_after_a_while_without_requests_and_back_for_held_ones() -> None
     assert decide_for(500, idle, 3, scaler(least=2)) == 2, "the bound is kept"
 
 
+def test_a_replica_that_comes_back_from_zero_is_not_sent_home_before_its_first_request() -> None:
+    """Serve starts it without asking the policy; its first report may be older than the request."""
+    it, idle = scaler(least=0, zero_delay_s=10.0), [load(num_requests=0)]
+    assert decide_for(20, idle, 1, it) == 0
+    assert it.decide([], 1, 0, 100.0).replicas == 1, "it starts"
+    assert it.decide(idle, 1, 0, 101.0).replicas == 1
+    assert decide_for(9, idle, 1, it, 101) == 1
+    assert decide_for(5, idle, 1, it, 110) == 0
+
+
 def test_nothing_is_decided_without_reports() -> None:
     """A controller that was started again knows of replicas before it hears from them."""
     it = scaler()

@@ -386,8 +386,11 @@ async def serving(
     base_fingerprint: str = BASE,
     adapters: RuntimeAdapters | None = None,
     embeddings: EmbeddingUse = NO_EMBEDDINGS,
+    max_held: int | None = None,
+    hold_s: float = 5.0,
 ) -> AsyncIterator[Server]:
-    """The clock, if given, is the link's and the replica's."""
+    """The clock, if given, is the link's and the replica's. With `max_held` the replica is not
+    looked for before there is a request."""
     engine = engine or FakeEngine()
     store = store or FakeStore("red", "blue")
     clock = clock or asyncio.get_running_loop().time
@@ -407,9 +410,10 @@ async def serving(
         max_retry_s=0.01,
         patience_s=patience_s,
         hello_s=hello_s,
+        hold_s=hold_s,
         clock=clock,
     )
-    link = EngineLink(connection, "ingress", timing)
+    link = EngineLink(connection, "ingress", timing, max_held)
     link.start()
     settings = ingress_settings or IngressSection(max_body_bytes=10_000)
     metrics = Metrics(max_adapter_series, [base_id], settings.vllm_metrics)
@@ -434,7 +438,7 @@ async def serving(
     )
     server = Server(engine, store, replica, connection, link, build_api(ingress), metrics, ingress)
     try:
-        await until(lambda: link.hello is not None)
+        await until(lambda: link.hello is not None or max_held is not None)
         yield server
     finally:
         await link.close()
