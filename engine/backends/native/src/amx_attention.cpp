@@ -148,12 +148,8 @@ public:
           head_dim_(a.kv.head_dim),
           width_(padded_dim(a.kv.head_dim)),
           tiles_(lanes, 2 * kRun) {
-        for (int lane = 0; lane < work.lanes(); ++lane) {
-            const int row = work.first_row + lane / work.heads;
-            const int head = work.first_head + lane % work.heads;
-            const uint16_t* q = a.q + row * a.q_stride + int64_t{head} * head_dim_;
-            std::copy_n(q, head_dim_, q_ + lane * kQueryStride);
-        }
+        for (int lane = 0; lane < work.lanes(); ++lane)
+            std::copy_n(query_of(a, work, lane), head_dim_, q_ + lane * kQueryStride);
     }
 
     void keys(const Step& step) {

@@ -27,12 +27,8 @@ constexpr decltype(&attend_lanes<1, FETCH>) kAttendLanes[] = {
 class Bf16Attention {
 public:
     Bf16Attention(const reef::AttentionCall& a, const Work& work) : a_(a), work_(work) {
-        for (int lane = 0; lane < work.lanes(); ++lane) {
-            const int row = work.first_row + lane / work.heads;
-            const int head = work.first_head + lane % work.heads;
-            const uint16_t* q = a.q + row * a.q_stride + int64_t{head} * a.kv.head_dim;
-            std::copy_n(q, a.kv.head_dim, q_ + lane * kQueryStride);
-        }
+        for (int lane = 0; lane < work.lanes(); ++lane)
+            std::copy_n(query_of(a, work, lane), a.kv.head_dim, q_ + lane * kQueryStride);
     }
 
     void begin(const Tile&, int) {}

@@ -39,9 +39,7 @@ public:
           lanes_(lanes),
           products_(a.kv.head_dim, lanes) {
         for (int lane = 0; lane < work.lanes(); ++lane) {
-            const int row = work.first_row + lane / work.heads;
-            const int head = work.first_head + lane % work.heads;
-            const uint16_t* q = a.q + row * a.q_stride + int64_t{head} * a.kv.head_dim;
+            const uint16_t* q = query_of(a, work, lane);
             const Halves<int8_t> group = queries(lane / lanes * lanes);
             const int i = lane % lanes;
             // a key's code counts from 128

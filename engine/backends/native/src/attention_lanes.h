@@ -66,6 +66,11 @@ struct Work {
     }
 };
 
+inline const uint16_t* query_of(const ReefAttentionArgs& a, const Work& work, int lane) {
+    const int row = work.first_row + lane / work.heads, head = work.first_head + lane % work.heads;
+    return a.q + row * a.q_stride + int64_t{head} * a.kv.head_dim;
+}
+
 // Describes how t is computed from s.
 struct ScoreRule {
     float scale;  // t = s * scale; with a cap, s * scale is 2 log2(e) times the argument of tanh
