@@ -21,6 +21,7 @@ from deployments.config_sections import (
     TenancySection,
     explain,
 )
+from deployments.policy.backlog import QueueLimits
 from engine.config import ConfigError, EngineConfig, SpeculationConfig
 
 
@@ -40,6 +41,9 @@ class AppConfig(Section):
     def max_answers(self, model: ModelSection) -> int:
         """Count what one engine replica may run and queue: each choice of each prompt."""
         return model.engine.max_num_seqs + self.ingress.max_queued_requests
+
+    def queue_limits(self, model: ModelSection) -> QueueLimits:
+        return QueueLimits(self.max_answers(model), self.ingress.max_wait_s)
 
     @property
     def browser_hosts(self) -> list[str] | None:

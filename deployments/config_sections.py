@@ -454,6 +454,13 @@ class IngressSection(Section):
         "`max_num_seqs`; more are a 429",
         ge=0,
     )
+    max_wait_s: float | None = key(
+        None,
+        "a request whose first token is predicted later than this, by what waits at its replica "
+        "and what that one's own steps have shown, is a 429",
+        unset="it waits",
+        gt=0,
+    )
     hosts: list[str] | None = key(
         None,
         "names besides those of loopback that the Host header may have in mode `open`, such as "

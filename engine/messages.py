@@ -71,10 +71,14 @@ class TokenLogprobs:
 
 @dataclass(frozen=True, slots=True)
 class RequestError:
-    """Error that ended a request. `message` is `encodable`, as it may quote an adapter's files."""
+    """Error that ended a request. `message` is `encodable`, as it may quote an adapter's files.
+
+    `retry_after_s` are whole seconds after which there should be room; None is not known.
+    """
 
     kind: ErrorKind
     message: str
+    retry_after_s: int | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "message", encodable(self.message))

@@ -123,8 +123,9 @@ def too_many_answers(num: int, most: int) -> ApiError:
     )
 
 
-def overloaded(message: str) -> ApiError:
-    return ApiError(429, message, "rate_limit_error", code="overloaded", retry_after_s=1)
+def overloaded(message: str, after_s: int | None = None) -> ApiError:
+    after_s = 1 if after_s is None else after_s
+    return ApiError(429, message, "rate_limit_error", code="overloaded", retry_after_s=after_s)
 
 
 def unavailable(message: str, after_s: int = 2) -> ApiError:
@@ -155,7 +156,7 @@ def from_engine(error: RequestError, model: str) -> ApiError:
     if error.kind == ErrorKind.ADAPTER_INVALID:
         return invalid(f"The adapter {model!r} cannot be served: {error.message}", "model")
     if error.kind == ErrorKind.OVERLOADED:
-        return overloaded(error.message)
+        return overloaded(error.message, error.retry_after_s)
     if error.kind in (
         ErrorKind.ENGINE_DIED,
         ErrorKind.ADAPTER_DAMAGED,

@@ -119,7 +119,7 @@ async def _make_replica(replica_id: str, config: AppConfig, model: ModelSection)
         replica_id,
         fingerprint,
         engine_config.max_num_seqs,
-        config.max_answers(model),
+        config.queue_limits(model),
         model.replicas.drain_s,
         model.replicas.prewarm_s,
     )

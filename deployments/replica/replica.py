@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from deployments.fleet.protocol import Abort, Frame, Hello, Lease, Receipt, StreamId, Submit
 from deployments.policy.autoscaling import ReplicaLoad
+from deployments.policy.backlog import Backlog, QueueLimits, overload
 from deployments.policy.capacity import Capacity
 from deployments.policy.replica_view import ReplicaFigures
 from deployments.replica.adapter_fetcher import AdapterFetcher, AdapterFiles
@@ -33,7 +34,7 @@ class ReplicaSettings:
     replica_id: str
     base_fingerprint: str
     max_num_seqs: int
-    max_choices: int  # running and queued
+    limits: QueueLimits
     drain_s: float = 30.0  # for running requests to finish once the replica is being stopped
     prewarm_s: float = 5.0  # for adapters that will be asked for, beyond the model's load; 0: none
 
@@ -113,14 +114,13 @@ class EngineReplica:
         outage = self._engine.outage
         if outage is not None:
             return RequestError(ErrorKind.ENGINE_DIED, outage)
-        num_open, limit = self._requests.num_open, self._settings.max_choices
-        if num_open + num_choices > limit:
-            message = (
-                f"{num_open} answers are running or queued; {num_choices} more would be above the "
-                f"limit of {limit}."
-            )
-            return RequestError(ErrorKind.OVERLOADED, message)
-        return None
+        limits = self._settings.limits
+        if limits.surely_allow(self._requests.num_open, num_choices):
+            return None
+        found = overload(self._capacity(), self._backlog(), limits, num_choices)
+        if found is None:
+            return None
+        return RequestError(ErrorKind.OVERLOADED, found.message, found.retry_after_s)
 
     async def attach(
         self, ingress_id: str, epochs: Mapping[str, int]
@@ -219,9 +219,21 @@ class EngineReplica:
             prompt_tokens_per_s=arrivals.prompt_tokens_per_s,
             output_tokens_per_s=arrivals.output_tokens_per_s,
             wait_s=arrivals.wait_s,
-            capacity=Capacity(
-                self._settings.max_num_seqs, stats.tokens_per_s, stats.step_s, stats.row_s
-            ),
+            capacity=self._capacity(),
+        )
+
+    def _capacity(self) -> Capacity:
+        stats = self._engine.stats
+        return Capacity(self._settings.max_num_seqs, stats.tokens_per_s, stats.step_s, stats.row_s)
+
+    def _backlog(self) -> Backlog:
+        stats = self._engine.stats
+        return Backlog(
+            num_open=self._requests.num_open,
+            num_running=stats.num_running,
+            queued_tokens=self._queued_tokens(),
+            kv_used=_kv_used(stats),
+            mean_answer=self._requests.meter.mean_answer,
         )
 
     def _queued_tokens(self) -> int:

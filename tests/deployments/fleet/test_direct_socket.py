@@ -21,6 +21,7 @@ from deployments.fleet.protocol import Submit
 from deployments.fleet.ray_connection import RayConnection
 from deployments.fleet.socket_messages import TICKET_BYTES, VERSION, Submission, greeting
 from deployments.fleet.timing import Timing
+from deployments.policy.backlog import QueueLimits
 from deployments.replica.replica import EngineReplica, ReplicaSettings
 from engine.framing import FrameDecoder, encode
 from engine.messages import GenerateRequest, Ping, RequestOutput
@@ -120,7 +121,7 @@ def in_setup(test: Callable[[Setup], Awaitable[None]], host: str = HOST) -> None
             engine.on_frame = on_frame
             return engine
 
-        settings = ReplicaSettings("replica", BASE, 64, 100)
+        settings = ReplicaSettings("replica", BASE, 64, QueueLimits(100))
         replica = EngineReplica(make_engine, FakeStore(), settings)
         await replica.start()
         server = DirectServer(replica)

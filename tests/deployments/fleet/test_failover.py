@@ -17,6 +17,7 @@ from deployments.fleet.engine_link import MAX_LOSSES, EngineLink
 from deployments.fleet.failover import ResumableRequest
 from deployments.fleet.protocol import Submit
 from deployments.fleet.timing import Timing
+from deployments.policy.backlog import QueueLimits
 from deployments.replica.replica import EngineReplica, ReplicaSettings
 from engine.messages import EngineInfo, GenerateRequest, Item, RequestOutput
 from engine.scheduler.request import SamplingParams
@@ -91,7 +92,7 @@ def replica_of(name: str, engine: FakeEngine, drain_s: float) -> EngineReplica:
         engine.on_frame = on_frame  # type: ignore[assignment]
         return engine
 
-    settings = ReplicaSettings(name, BASE, 8, 100, drain_s)
+    settings = ReplicaSettings(name, BASE, 8, QueueLimits(100), drain_s)
     return EngineReplica(make_engine, FakeStore(), settings)  # type: ignore[arg-type]
 
 
@@ -383,7 +384,7 @@ def test_a_stream_waits_for_a_model_that_takes_long_to_load_and_a_new_request_do
 def test_a_full_replica_sends_new_requests_to_the_others_before_anybody_is_refused() -> None:
     async def test(running: Fleet) -> None:
         for replica in running.connection.replicas.values():
-            replica._settings = replace(replica._settings, max_choices=1)
+            replica._settings = replace(replica._settings, limits=QueueLimits(1))
         for name in ("a", "b"):
             running.link.open([submit(name)])
         await running.until_running(2)

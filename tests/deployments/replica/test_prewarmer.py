@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 from adapter_store.errors import SourceUnavailable
 from adapter_store.names import AdapterRef
+from deployments.policy.backlog import QueueLimits
 from deployments.replica.replica import EngineReplica, ReplicaSettings
 from tests.deployments.support.fakes import BASE, FakeEngine, FakeStore, Server, in_server, until
 
@@ -21,7 +22,7 @@ def start(
 
     async def run() -> None:
         engine, files = FakeEngine(), store or FakeStore("red", "blue")
-        settings = ReplicaSettings("new", BASE, 64, 100, prewarm_s=prewarm_s)
+        settings = ReplicaSettings("new", BASE, 64, QueueLimits(100), prewarm_s=prewarm_s)
 
         def make(on_frame: Callable[..., None]) -> FakeEngine:
             engine.on_frame = on_frame

@@ -1,5 +1,7 @@
 """What a replica takes, and what it lets go of."""
 
+import asyncio
+
 import pytest
 
 from deployments.fleet.protocol import StreamId, Submit, UnknownStream
@@ -111,3 +113,20 @@ def test_a_replica_reports_what_its_steps_have_shown_and_what_comes_to_it() -> N
         assert replica.load().prompt_tokens_per_s == 0, "nothing has come since"
 
     in_server(test, clock=clock)
+
+
+def test_a_full_replica_says_when_to_come_back_by_its_own_steps() -> None:
+    async def test(server: Server) -> None:
+        server.engine.running.clear()
+        server.engine.totals = EngineStats(step_s=0.5, row_s=0.0)
+        waiting = [asyncio.create_task(server.post("/v1/completions", prompt="x")) for _ in "12"]
+        await until(lambda: len(server.engine.requests) == 2)
+        refused = await server.post("/v1/completions", prompt="x")
+        # One answer of 64 tokens, as long as none has ended, at 64 rows every half second.
+        assert (refused.status, refused.headers["retry-after"]) == (429, "1")
+        server.engine.totals = EngineStats(step_s=50.0, row_s=0.0)
+        assert (await server.post("/v1/completions", prompt="x")).headers["retry-after"] == "50"
+        server.engine.running.set()
+        assert [answer.status for answer in await asyncio.gather(*waiting)] == [200, 200]
+
+    in_server(test, max_requests=2)

@@ -34,6 +34,7 @@ from deployments.ingress.planning import Origin
 from deployments.ingress.routes import build_api
 from deployments.ingress.runtime_adapters import RuntimeAdapters
 from deployments.ingress.tenant_limiter import TenantLimiter
+from deployments.policy.backlog import QueueLimits
 from deployments.replica.replica import EngineReplica, ReplicaSettings
 from deployments.tenants.tenants import Everybody, Tenants
 from deployments.text.answer_syntax import find_syntax
@@ -399,7 +400,7 @@ async def serving(
         engine.on_frame = on_frame
         return engine
 
-    settings = ReplicaSettings("replica", base_fingerprint, 64, max_requests)
+    settings = ReplicaSettings("replica", base_fingerprint, 64, QueueLimits(max_requests))
     replica = EngineReplica(make_engine, store, settings, clock)
     await replica.start()
     connection = LocalFleet({"replica": replica})
