@@ -28,6 +28,10 @@ class LimitExceeded(AdapterStoreError):
     """A tenant may not have that much; the message names the limit and the value."""
 
 
+class NoRoom(LimitExceeded):
+    """A tenant has as many live versions as it may."""
+
+
 class AdapterTooLarge(AdapterStoreError):
     """An adapter is larger than the whole disk cache."""
 

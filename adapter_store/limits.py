@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from adapter_store.errors import LimitExceeded
+from adapter_store.errors import LimitExceeded, NoRoom
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,9 +20,9 @@ class PublishLimits:
             )
 
     def check_number(self, tenant: str, num_live: int) -> None:
-        """Raise LimitExceeded if there is no room for one version more."""
+        """Raise NoRoom if there is none for one version more."""
         if self.max_versions is not None and num_live >= self.max_versions:
-            raise LimitExceeded(
+            raise NoRoom(
                 f"tenant {tenant} has {num_live} live versions, and the limit is "
                 f"{self.max_versions} (max_adapters): retire some first"
             )

@@ -14,6 +14,7 @@ from adapter_store.open_store import endpoint_from
 from adapter_store.store import AdapterStore
 from deployments.config_sections import (
     AdaptersSection,
+    AdminSection,
     EngineSection,
     IngressSection,
     ModelSection,
@@ -30,6 +31,7 @@ class AppConfig(Section):
     adapters: AdaptersSection = AdaptersSection()
     tenancy: TenancySection = TenancySection()
     ingress: IngressSection = IngressSection()
+    admin: AdminSection = AdminSection()
 
     @model_validator(mode="after")
     def _distinct_ids(self) -> "AppConfig":
@@ -76,6 +78,8 @@ def load_config(args: dict[str, Any]) -> AppConfig:
     except ValidationError as error:
         raise ConfigError("\n".join(explain(each, "args") for each in error.errors())) from None
     _check_tenancy(config.tenancy)
+    if config.admin.enabled and config.tenancy.mode != "keys":
+        raise ConfigError("admin.enabled: only where tenancy.mode is keys, since it needs keys")
     _check_endpoint(config.adapters)
     config = _settled(_absolute(config))
     for model in config.models:

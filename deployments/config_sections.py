@@ -507,6 +507,24 @@ class IngressSection(Section):
     )
 
 
+class AdminSection(Section):
+    """The HTTP API that publishes and manages adapters, for the keys that the keys file names.
+
+    The keys file may give a tenant its own limits.
+    """
+
+    enabled: bool = key(
+        False,
+        "whether `/admin/v1` publishes and manages adapters ([how](admin.md)), for the "
+        "`publish_keys` and `admin_keys` of the keys file; needs mode `keys`",
+    )
+    max_upload_bytes: Bytes = key(2 * 2**30, "a longer upload is a 413")
+    max_lora_rank: int = key(
+        256, "an adapter with a module of a higher rank is refused", ge=1, le=1024
+    )
+    max_adapters: Limit = key(10_000, "live versions of one tenant, by this API; null is no limit")
+
+
 def explain(error: ErrorDetails, root: str, is_secret: bool = False) -> str:
     """Say what is wrong with a document, and where. A secret one's values are not repeated."""
     path = ".".join(map(str, error["loc"])) or root

@@ -31,6 +31,8 @@ class RouteDoc:
     statuses: Mapping[int, str] = field(default_factory=dict[int, str])
     query: Mapping[str, str] = field(default_factory=dict[str, str])  # parameters, and what for
     needs_metrics_key: bool = False
+    needs_admin_key: bool = False
+    upload: Mapping[str, Any] | None = None  # a body that is not JSON: schemas by media type
 
 
 class ApiRoute(Route):

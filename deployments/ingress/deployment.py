@@ -17,6 +17,7 @@ from deployments.fleet.engine_link import EngineLink
 from deployments.fleet.ray_connection import RayConnection
 from deployments.fleet.timing import Timing
 from deployments.ingress.adapter_texts import AdapterTexts
+from deployments.ingress.admin import Admin
 from deployments.ingress.asgi import Api
 from deployments.ingress.browser_guard import BrowserGuard
 from deployments.ingress.ingress import Ingress
@@ -28,7 +29,7 @@ from deployments.ingress.tenant_limiter import TenantLimiter
 from deployments.ingress.tool_format_rules import ToolFormatRule
 from deployments.loopback_grpc import keep_grpc_on_loopback
 from deployments.serve_logging import log_to_serves_file
-from deployments.tenants.tenants import open_tenants
+from deployments.tenants.tenants import Tenants, open_tenants
 from deployments.text.answer_syntax import find_syntax
 from deployments.text.embedding_use import find_embedding_use
 from deployments.text.vocabulary import Vocabulary
@@ -59,6 +60,7 @@ class IngressDeployment:
             config.ingress,
             int(time.time()),
             adapters=_runtime_adapters(config.adapters, store),
+            admin=_admin(config, store, tenants),
         )
         hosts = config.browser_hosts
         self._guard = None if hosts is None else BrowserGuard(hosts)
@@ -84,6 +86,12 @@ def _runtime_adapters(adapters: AdaptersSection, store: AdapterStore) -> Runtime
         endpoint,
         _conversion(adapters.convert),
     )
+
+
+def _admin(config: AppConfig, store: AdapterStore, tenants: Tenants) -> Admin | None:
+    if not config.admin.enabled:
+        return None
+    return Admin(store, tenants, config.admin, Path(config.adapters.disk_path) / ".uploads")
 
 
 def _conversion(wanted: ConvertSection) -> ConversionOptions | None:

@@ -13,7 +13,7 @@ from typing import Any
 from adapter_store.errors import AdapterStoreError
 from deployments.fleet.held_requests import ModelNotReady
 from deployments.policy.admission import Refusal
-from deployments.tenants.tenants import KeyRefused
+from deployments.tenants.tenants import KeyRefused, RightMissing
 from engine.messages import ErrorKind, RequestError
 
 MAX_NAME = 200  # characters of a name that an error repeats
@@ -108,6 +108,10 @@ def bad_key(message: str) -> ApiError:
     return ApiError(401, message, code="invalid_api_key", authenticate='Bearer realm="reef"')
 
 
+def forbidden(message: str) -> ApiError:
+    return ApiError(403, message, "permission_error", code="permission_denied")
+
+
 def rate_limited(refusal: Refusal) -> ApiError:
     after, what = refusal.retry_after_s, refusal.limit.replace("_", " ")
     message = f"The limit of {refusal.value} {what} is reached. Retry after {after} s."
@@ -176,6 +180,8 @@ def as_api_error(error: Exception, what: str) -> ApiError:
         return error
     if isinstance(error, KeyRefused):
         return bad_key(str(error))
+    if isinstance(error, RightMissing):
+        return forbidden(str(error))
     if isinstance(error, AdapterStoreError):
         return store_unavailable(error)
     if isinstance(error, ModelNotReady):

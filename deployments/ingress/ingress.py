@@ -15,6 +15,7 @@ from starlette.responses import Response
 
 from deployments.config_sections import IngressSection
 from deployments.ingress.adapter_texts import AdapterTexts
+from deployments.ingress.admin import Admin
 from deployments.ingress.api.embeddings import EmbeddingForm, EmbeddingRequest
 from deployments.ingress.api.json_body import decode_json
 from deployments.ingress.api.openai import ChatCompletionRequest, CompletionRequest
@@ -38,11 +39,12 @@ from deployments.ingress.runtime_adapters import RuntimeAdapters
 from deployments.ingress.sessions import in_session, session_of
 from deployments.ingress.streaming import COMMENT, GenerationResponse
 from deployments.ingress.tenant_limiter import Place, TenantLimiter
-from deployments.tenants.tenant import Tenant
+from deployments.tenants.tenant import Publisher, Tenant
 from deployments.tenants.tenants import Tenants
 
 NO_DOC = RouteDoc()
 TenantHandler = Callable[[HttpRequest, Tenant, Place], Awaitable[Response]]
+AdminHandler = Callable[[HttpRequest, Publisher], Awaitable[Response]]
 
 
 def system_origin() -> Origin:
@@ -79,6 +81,7 @@ class Ingress:
     created: int  # when this ingress began to serve, for the model cards
     origin: Origin = field(default_factory=system_origin)
     adapters: RuntimeAdapters | None = None  # which clients load
+    admin: Admin | None = None  # None: the admin API is off
 
     # ---- routes --------------------------------------------------------------------------
 
@@ -117,6 +120,15 @@ class Ingress:
             return await handler(http_request, tenant, place)
 
         return self.route(method, path, handle, errors, doc, needs_key=True)
+
+    def admin_route(self, method: str, path: str, handler: AdminHandler, doc: RouteDoc) -> ApiRoute:
+        """Make a route whose handler is given who manages adapters."""
+
+        async def handle(http_request: HttpRequest, held: ExitStack) -> Response:
+            authorization = http_request.headers.get("authorization")
+            return await handler(http_request, self.tenants.identify_publisher(authorization))
+
+        return self.route(method, path, handle, doc=replace(doc, needs_admin_key=True))
 
     @contextmanager
     def tenant_of(

@@ -15,6 +15,7 @@ from deployments.ingress.http_errors import ApiError
 from deployments.ingress.ingress import Ingress
 from deployments.ingress.streaming import ErrorResponse
 from deployments.ingress.surfaces.adapters import adapter_routes
+from deployments.ingress.surfaces.admin import admin_routes
 from deployments.ingress.surfaces.anthropic import anthropic_routes
 from deployments.ingress.surfaces.document import document_routes
 from deployments.ingress.surfaces.lorax import lorax_routes
@@ -31,6 +32,7 @@ SURFACES = (
     lorax_routes,
     token_routes,
     adapter_routes,
+    admin_routes,
     model_routes,
     operation_routes,
 )

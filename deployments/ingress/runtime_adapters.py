@@ -53,8 +53,9 @@ class AdapterWriter(Protocol):
         *,
         only_new: bool = False,
         conversion: ConversionOptions | None = None,
+        by: str = "",
     ) -> AdapterRef: ...
-    def retire(self, tenant: str, full_name: str) -> tuple[int, ...]: ...
+    def retire(self, tenant: str, full_name: str, by: str = "") -> tuple[int, ...]: ...
     def refresh(self) -> None: ...
     def list_from(
         self, tenant: str, first_name: str, num_names: int
@@ -161,13 +162,19 @@ class RuntimeAdapters:
         if conversion is not None:
             conversion = replace(conversion, base_folder=base.folder)
         return self._store.publish(
-            folder, tenant, name, base.fingerprint, only_new=only_new, conversion=conversion
+            folder,
+            tenant,
+            name,
+            base.fingerprint,
+            only_new=only_new,
+            conversion=conversion,
+            by=f"tenant {tenant}",
         )
 
     def _unload(self, tenant: str, name: str) -> tuple[int, ...]:
         try:
             check_name("lora_name", name)
-            return self._store.retire(tenant, name)
+            return self._store.retire(tenant, name, by=f"tenant {tenant}")
         except (InvalidName, AdapterNotFound):
             raise ApiError(
                 404, f"You have no adapter of your own called {name[:200]!r}.", param="lora_name"

@@ -9,7 +9,12 @@ API keys are never stored: the file holds only their SHA-256. It is YAML or JSON
         max_concurrent_requests: 32
         namespaces: [lab]                # may use lab's adapters too, as lab/<adapter>
         may_publish: true                # may load and unload its own adapters over HTTP
+        publish_keys: {ci: <64 hex>}     # these manage its adapters over /admin/v1, nothing else
+        max_upload_bytes: 500MiB         # limits of that, instead of the config's
+        max_lora_rank: 64
+        max_adapters: 100
     metrics_keys: [<64 hex digits>]      # these open /metrics and nothing else
+    admin_keys: {ann: <64 hex digits>}   # these manage all tenants' adapters over /admin/v1
 """
 
 import hashlib
@@ -17,16 +22,16 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field, ValidationError
 from pydantic_core import ErrorDetails
 
 from adapter_store.names import NAME_RULE
-from deployments.config_sections import Limit, Section, explain
+from deployments.config_sections import Bytes, Limit, Section, explain
 from deployments.policy.admission import Limits
 from deployments.strict_yaml import YamlMistake, read_yaml
-from deployments.tenants.tenant import Tenant
+from deployments.tenants.tenant import Publisher, Tenant, UploadLimits
 from engine.config import ConfigError
 
 KEY_PREFIX = "reef-"
@@ -46,11 +51,16 @@ class TenantEntry(Section):
     max_concurrent_requests: Limit = None
     namespaces: list[Name] = Field(default=[])
     may_publish: bool = False
+    publish_keys: dict[Name, Hash] = Field(default={})
+    max_upload_bytes: Bytes = 0
+    max_lora_rank: Annotated[int, Field(ge=1, le=1024)] = 1
+    max_adapters: Limit = None
 
 
 class KeysDocument(Section):
     tenants: dict[Name, TenantEntry] = Field(default={})
     metrics_keys: list[Hash] = Field(default=[])
+    admin_keys: dict[Name, Hash] = Field(default={})
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,23 +77,51 @@ class Keys:
 
     holders: Mapping[bytes, Holder]
     metrics: Sequence[bytes]
+    publishers: Mapping[bytes, Publisher]
+    upload_limits: Mapping[str, Mapping[str, Any]]  # of tenants, those that are not the config's
 
 
 def read_keys(path: Path, defaults: Limits) -> Keys:
     """Read and check a keys file. Raises KeysFileError."""
     document = parse_document(path)
     metrics = dict.fromkeys(map(bytes.fromhex, document.metrics_keys))
+    publishers = _publishers(path, document)
     holders: dict[bytes, Holder] = {}
     for name, entry in document.tenants.items():
         limits, namespaces = _limits(entry, defaults), tuple(entry.namespaces)
         tenant = Tenant(name, limits, namespaces, entry.may_publish)
         for digest in map(bytes.fromhex, entry.keys):
-            if digest in holders or digest in metrics:
-                raise KeysFileError(
-                    f"{path}: tenants.{name}.keys: {digest.hex()[:12]}... comes twice in the file"
-                )
+            if digest in holders or digest in metrics or digest in publishers:
+                raise _twice(path, f"tenants.{name}.keys", digest)
             holders[digest] = Holder(digest, tenant)
-    return Keys(holders, tuple(metrics))
+    limits = {name: _upload_limits(entry) for name, entry in document.tenants.items()}
+    return Keys(holders, tuple(metrics), publishers, limits)
+
+
+def _publishers(path: Path, document: KeysDocument) -> dict[bytes, Publisher]:
+    """Map the hashes of keys for the admin API to their holders."""
+    metrics = {*map(bytes.fromhex, document.metrics_keys)}
+    found: dict[bytes, Publisher] = {}
+    places: list[tuple[str, str | None, Mapping[str, str]]] = [
+        ("admin_keys", None, document.admin_keys)
+    ]
+    for tenant, entry in document.tenants.items():
+        places.append((f"tenants.{tenant}.publish_keys", tenant, entry.publish_keys))
+    for where, tenant, keys in places:
+        for name, digest in ((name, bytes.fromhex(text)) for name, text in keys.items()):
+            if digest in found or digest in metrics:
+                raise _twice(path, where, digest)
+            found[digest] = Publisher(name, tenant)
+    return found
+
+
+def _twice(path: Path, where: str, digest: bytes) -> KeysFileError:
+    return KeysFileError(f"{path}: {where}: {digest.hex()[:12]}... comes twice in the file")
+
+
+def _upload_limits(entry: TenantEntry) -> dict[str, Any]:
+    names = {field.name for field in fields(UploadLimits)}
+    return entry.model_dump(include=entry.model_fields_set & names)
 
 
 def _limits(entry: TenantEntry, defaults: Limits) -> Limits:

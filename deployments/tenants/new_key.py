@@ -10,6 +10,7 @@ import re
 import secrets
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,31 +24,46 @@ KEY_BYTES = 32
 NEW_FILE_MODE = 0o600
 
 
-def make_key(tenant: str | None, path: Path | None) -> str:
-    """Make a key for a tenant, or with None for /metrics. Raises KeysFileError or OSError."""
-    if tenant is not None and re.fullmatch(NAME_RULE, tenant) is None:
-        raise KeysFileError(f"tenant {tenant!r} does not match {NAME_RULE}")
+@dataclass(frozen=True, slots=True)
+class Purpose:
+    """What a key is for: a tenant's requests, and with a name its adapters; without a tenant
+    /metrics, and with a name everybody's adapters."""
+
+    tenant: str | None
+    name: str | None = None  # of who gets it, as the audit log shows it
+
+    def __str__(self) -> str:
+        if self.name is not None:
+            whose = "all tenants" if self.tenant is None else f"tenant {self.tenant}"
+            return f"the adapters of {whose}"
+        return "the metrics" if self.tenant is None else f"tenant {self.tenant}"
+
+
+def make_key(purpose: Purpose, path: Path | None) -> str:
+    """Make a key for a purpose. Raises KeysFileError or OSError."""
+    for kind, name in (("tenant", purpose.tenant), ("name", purpose.name)):
+        if name is not None and re.fullmatch(NAME_RULE, name) is None:
+            raise KeysFileError(f"{kind} {name!r} does not match {NAME_RULE}")
     key = KEY_PREFIX + secrets.token_urlsafe(KEY_BYTES)
-    _store(key, tenant, path)
+    _store(key, purpose, path)
     return key
 
 
-def _store(key: str, tenant: str | None, path: Path | None) -> None:
+def _store(key: str, purpose: Purpose, path: Path | None) -> None:
     digest = hash_key(key).hex()
-    whose = "the metrics" if tenant is None else f"tenant {tenant}"
     if path is None:
-        lines = yaml.safe_dump(_with_key({}, tenant, digest), sort_keys=False)
-        print(f"For the keys file, the hash of a key for {whose}:\n\n{lines}", file=sys.stderr)
+        lines = yaml.safe_dump(_with_key({}, purpose, digest), sort_keys=False)
+        print(f"For the keys file, the hash of a key for {purpose}:\n\n{lines}", file=sys.stderr)
         return
     path = path.resolve()  # not the link to it, but what it points to, is replaced
     lock = FileLock.acquire(path.with_name(f".{path.name}.lock"))
     assert lock is not None, "acquire waits"
     try:
         document = _read(path)
-        _replace(path, _write(_with_key(document, tenant, digest), path.suffix == ".json"))
+        _replace(path, _write(_with_key(document, purpose, digest), path.suffix == ".json"))
     finally:
         lock.release()
-    print(f"{path} has its hash for {whose}; the key is shown only here:", file=sys.stderr)
+    print(f"{path} has its hash for {purpose}; the key is shown only here:", file=sys.stderr)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -56,12 +72,17 @@ def _read(path: Path) -> dict[str, Any]:
     return parse_document(path).model_dump(exclude_unset=True)
 
 
-def _with_key(document: dict[str, Any], tenant: str | None, digest: str) -> dict[str, Any]:
-    if tenant is None:
-        document.setdefault("metrics_keys", []).append(digest)
-    else:
-        entry = document.setdefault("tenants", {}).setdefault(tenant, {})
-        entry.setdefault("keys", []).append(digest)
+def _with_key(document: dict[str, Any], purpose: Purpose, digest: str) -> dict[str, Any]:
+    entry = document
+    if purpose.tenant is not None:
+        entry = document.setdefault("tenants", {}).setdefault(purpose.tenant, {})
+    if purpose.name is None:
+        entry.setdefault("metrics_keys" if entry is document else "keys", []).append(digest)
+        return document
+    keys = entry.setdefault("admin_keys" if entry is document else "publish_keys", {})
+    if purpose.name in keys:
+        raise KeysFileError(f"there is a key of {purpose.name} for {purpose} already")
+    keys[purpose.name] = digest
     return document
 
 

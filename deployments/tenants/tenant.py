@@ -8,6 +8,31 @@ PUBLIC = "public"  # the namespace open to all, and the one tenant where there a
 
 
 @dataclass(frozen=True, slots=True)
+class UploadLimits:
+    """How much may be published for one tenant. None is no limit."""
+
+    max_upload_bytes: int
+    max_lora_rank: int
+    max_adapters: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Publisher:
+    """Who holds a key for the admin API. Without a tenant it is for all of them."""
+
+    name: str
+    tenant: str | None
+
+    @property
+    def author(self) -> str:
+        """What the store's log says of whose change it is."""
+        return f"admin {self.name}" if self.tenant is None else f"{self.tenant}/{self.name}"
+
+    def may_manage(self, tenant: str) -> bool:
+        return self.tenant in (None, tenant)
+
+
+@dataclass(frozen=True, slots=True)
 class Tenant:
     """`granted` are the namespaces beyond its own and `public`.
 

@@ -9,13 +9,14 @@ and the old keys stay.
 import asyncio
 import hmac
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
 from deployments.config_sections import TenancySection
 from deployments.policy.admission import NO_LIMITS, Limits
 from deployments.tenants.keys_file import KeysFileError, hash_key, read_keys
-from deployments.tenants.tenant import PUBLIC, Tenant
+from deployments.tenants.tenant import PUBLIC, Publisher, Tenant, UploadLimits
 
 FOLLOW_S = 1.0
 
@@ -24,6 +25,10 @@ logger = logging.getLogger(__name__)
 
 class KeyRefused(Exception):
     """No valid API key came with a request. The message repeats nothing of what did come."""
+
+
+class RightMissing(Exception):
+    """A valid key came that does not open this. The message repeats nothing of it."""
 
 
 class Tenants(Protocol):
@@ -37,6 +42,14 @@ class Tenants(Protocol):
 
     def check_metrics(self, authorization: str | None) -> None:
         """Check that /metrics may be shown. Raises KeyRefused."""
+        ...
+
+    def identify_publisher(self, authorization: str | None) -> Publisher:
+        """Find who holds a key for the admin API. Raises KeyRefused, RightMissing."""
+        ...
+
+    def upload_limits(self, tenant: str, defaults: UploadLimits) -> UploadLimits:
+        """Tell how much may be published for a tenant."""
         ...
 
     def start(self) -> None:
@@ -65,6 +78,12 @@ class Everybody:
 
     def check_metrics(self, authorization: str | None) -> None:
         return None
+
+    def identify_publisher(self, authorization: str | None) -> Publisher:
+        raise KeyRefused("This server has no keys, so nobody may use the admin API.")
+
+    def upload_limits(self, tenant: str, defaults: UploadLimits) -> UploadLimits:
+        return defaults
 
     def start(self) -> None:
         return None
@@ -96,6 +115,20 @@ class Keyring:
         digest = hash_key(_bearer_key(authorization))
         if not any(hmac.compare_digest(known, digest) for known in self._keys.metrics):
             raise KeyRefused("The key is not one of the metrics_keys.")
+
+    def identify_publisher(self, authorization: str | None) -> Publisher:
+        digest = hash_key(_bearer_key(authorization))
+        publisher = self._keys.publishers.get(digest)
+        if publisher is not None:
+            return publisher
+        if digest in self._keys.holders or digest in self._keys.metrics:
+            raise RightMissing(
+                "This key may not use the admin API: it is none of the publish_keys and admin_keys."
+            )
+        raise KeyRefused("The API key is not valid.")
+
+    def upload_limits(self, tenant: str, defaults: UploadLimits) -> UploadLimits:
+        return replace(defaults, **self._keys.upload_limits.get(tenant, {}))
 
     def start(self) -> None:
         self._task = asyncio.create_task(self._follow())

@@ -101,11 +101,12 @@ def _operation(
     if route.method == "POST":
         refs = [schemas.body(model) for model in bodies_of(route)]
         schema = refs[0] if len(refs) == 1 else {"anyOf": refs} if refs else {}
-        operation["requestBody"] = {"required": True, "content": {JSON: {"schema": schema}}}
+        content = {JSON: {"schema": schema}} if route.doc.upload is None else route.doc.upload
+        operation["requestBody"] = {"required": True, "content": dict(content)}
     if route.needs_key:
         base = {"default": base_ids[0], "enum": list(base_ids)}
         operation["servers"] = [{"url": "/"}, {"url": "/{base}", "variables": {"base": base}}]
-    if route.needs_key or route.doc.needs_metrics_key:
+    if route.needs_key or route.doc.needs_metrics_key or route.doc.needs_admin_key:
         operation["security"] = [{"key": []}] if asks_for_keys else []
     return operation
 

@@ -38,7 +38,7 @@ def adapter_routes(ingress: Ingress) -> list[ApiRoute]:
     async def load(http_request: HttpRequest, tenant: Tenant, place: Place) -> Response:
         adapters = _allowed(ingress, tenant)
         request = parse_request(VllmLoad, await ingress.raw_document(http_request))
-        base = _base(ingress, base_of(http_request.scope) or request.base_model_name)
+        base = loaded_base(ingress, base_of(http_request.scope) or request.base_model_name)
         only_new = request.load_inplace is not True
         name, path = request.lora_name, request.lora_path
         await adapters.load(tenant.name, name, path, base, only_new)
@@ -53,7 +53,7 @@ def adapter_routes(ingress: Ingress) -> list[ApiRoute]:
     async def sglang_load(http_request: HttpRequest, tenant: Tenant, place: Place) -> Response:
         adapters = _allowed(ingress, tenant)
         request = parse_request(SglangLoad, await ingress.raw_document(http_request))
-        base = _base(ingress, base_of(http_request.scope) or request.base_model_name)
+        base = loaded_base(ingress, base_of(http_request.scope) or request.base_model_name)
         name, path = request.lora_name, request.lora_path
         await adapters.load(tenant.name, name, path, base, True)
         return await _success(adapters, tenant)
@@ -91,12 +91,12 @@ def _allowed(ingress: Ingress, tenant: Tenant) -> RuntimeAdapters:
     return adapters
 
 
-def _base(ingress: Ingress, base: str | None) -> LoadedBase:
-    """Return the base that is meant, or the only one. Raises ApiError."""
+def loaded_base(ingress: Ingress, base: str | None, param: str = "base_model_name") -> LoadedBase:
+    """Return the base that is meant, or the only one; `param` named it. Raises ApiError."""
     models = ingress.models.by_id
     if base is None and len(models) > 1:
         names = ", ".join(models)
-        raise invalid(f"base_model_name is required: the bases are {names}.", "base_model_name")
+        raise invalid(f"{param} is required: the bases are {names}.", param)
     model = next(iter(models.values())) if base is None else models.get(base)
     if model is None:
         raise model_not_found(str(base))

@@ -26,6 +26,7 @@ from deployments.config_sections import IngressSection
 from deployments.fleet.engine_link import EngineLink
 from deployments.fleet.timing import Timing
 from deployments.ingress.adapter_texts import AdapterTexts
+from deployments.ingress.admin import Admin
 from deployments.ingress.asgi import Api
 from deployments.ingress.ingress import Ingress
 from deployments.ingress.metrics import Metrics
@@ -386,6 +387,7 @@ async def serving(
     base_id: str = "base",
     base_fingerprint: str = BASE,
     adapters: RuntimeAdapters | None = None,
+    admin: Admin | None = None,
     embeddings: EmbeddingUse = NO_EMBEDDINGS,
     max_held: int | None = None,
     hold_s: float = 5.0,
@@ -436,6 +438,7 @@ async def serving(
         10**9,
         origin,
         adapters,
+        admin,
     )
     server = Server(engine, store, replica, connection, link, build_api(ingress), metrics, ingress)
     try:

@@ -6,7 +6,8 @@ import pytest
 import yaml
 
 from deployments.policy.admission import Limits
-from deployments.tenants.tenants import Keyring
+from deployments.tenants.keys_file import KeysFileError
+from deployments.tenants.tenants import KeyRefused, Keyring
 from reef.__main__ import main
 from tests.deployments.support.keys import ACME, PROMETHEUS, bearer, digest, keys_file
 
@@ -69,3 +70,34 @@ def test_a_broken_file_gets_no_key(tmp_path: Path, capsys: pytest.CaptureFixture
 @pytest.mark.parametrize("arguments", [[], ["new-key"], ["new-key", "a", "--metrics"]])
 def test_a_command_with_missing_or_extra_arguments_is_refused(arguments: list[str]) -> None:
     assert main(arguments) == 2
+
+
+def test_a_key_for_the_admin_api_has_a_name_and_opens_nothing_else(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = keys_file(tmp_path)
+    made: list[str] = []
+    for arguments in (["acme", "--publish", "ci"], ["--admin", "ann"]):
+        assert main(["new-key", *arguments, "--file", str(path)]) == 0
+        made.append(capsys.readouterr().out.strip())
+        assert main(["new-key", *arguments, "--file", str(path)]) == 2
+        assert "already" in capsys.readouterr().err
+    ring = Keyring(path, DEFAULTS)
+    found = [ring.identify_publisher(bearer(key)) for key in made]
+    assert [(p.name, p.tenant) for p in found] == [("ci", "acme"), ("ann", None)]
+    for key in made:
+        with pytest.raises(KeyRefused):
+            ring.identify(bearer(key))
+    for wrong in (["--publish", "ci"], ["acme", "--admin", "x"], ["--metrics", "--admin", "x"]):
+        assert main(["new-key", *wrong]) == 2
+
+
+def test_a_hash_in_two_places_is_refused(tmp_path: Path) -> None:
+    twice = digest(ACME)
+    for more in (
+        {"admin_keys": {"ann": twice}},
+        {"admin_keys": {"ann": digest(PROMETHEUS)}},
+        {"tenants": {"acme": {"publish_keys": {"a": twice, "b": twice}}}},
+    ):
+        with pytest.raises(KeysFileError, match="comes twice in the file"):
+            Keyring(keys_file(tmp_path, **more), DEFAULTS)
