@@ -99,6 +99,12 @@ class Connection:
             self.closed = True
             return []
 
+    def close(self) -> None:
+        """Close the socket and the pipe; nothing else may be called afterwards."""
+        self._sock.close()
+        os.close(self._wake_read)
+        os.close(self._wake_write)
+
     def _flush(self) -> None:
         try:
             while self._unsent:
@@ -129,7 +135,7 @@ def serve(connection: Connection) -> None:
         raise
     keep_what_is_loaded()
     connection.send(EngineReady(engine.info))
-    loop = _Loop(engine, connection)
+    loop = Loop(engine, connection)
     for message in early:
         loop.handle(message)
     with torch.inference_mode():
@@ -149,7 +155,9 @@ def serve_or_exit(connection: Connection) -> None:
         os._exit(1)  # skip destructors: on a lost device they fail or wait for ever
 
 
-class _Loop:
+class Loop:
+    """What the process does over and over."""
+
     def __init__(self, engine: Any, connection: Connection) -> None:
         self._engine = engine
         self._connection = connection
@@ -160,12 +168,16 @@ class _Loop:
 
     def run(self) -> None:
         while not self._connection.closed:
-            for message in self._connection.receive(self._timeout_s()):
-                self.handle(message)
-            outputs = self._rejected + self._engine.step()
-            self._rejected = []
-            self._stats_stale |= bool(outputs) or not self._engine.is_idle
-            self._report(outputs)
+            self.turn()
+
+    def turn(self) -> None:
+        """Take what has arrived, step, and send what there is; waits while nothing is to do."""
+        for message in self._connection.receive(self._timeout_s()):
+            self.handle(message)
+        outputs = self._rejected + self._engine.step()
+        self._rejected = []
+        self._stats_stale |= bool(outputs) or not self._engine.is_idle
+        self._report(outputs)
 
     def handle(self, message: ToEngine) -> None:
         if isinstance(message, AddRequest):

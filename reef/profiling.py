@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
 
-from deployments.simulator.profile import LoadTimes, Profile, StepWork
+from deployments.simulator.profile import Profile, StepWork
 from deployments.simulator.replica import ReplicaSize
 
 if TYPE_CHECKING:
@@ -44,13 +44,6 @@ def as_document(profile: Profile, size: ReplicaSize) -> dict[str, Any]:
     """Return the blocks to paste: `profile` and `fleet.size`, with four digits."""
     document = {"profile": profile, "fleet": {"size": size}}
     return _rounded(msgspec.to_builtins(document))
-
-
-def without_fetches(profile: Profile) -> Profile:
-    """Return the same with adapters that are on the replica's disk already."""
-    load = profile.load
-    local = LoadTimes(0.0, 0.0, load.decode, load.decode_byte)
-    return msgspec.structs.replace(profile, load=local)
 
 
 def _rounded(value: object) -> Any:

@@ -1,8 +1,10 @@
 """Fits a profile's coefficients to measured steps: relative squares, no coefficient below 0.
 
 The time by tokens is a line through points at powers of two, so that where kernels change, it may
-have a bend; a small penalty on bends decides where nothing was measured. A tenth of the steps that
-the first fit misses most, which others on the machine have disturbed, are left out of the second.
+have a bend; a small penalty on bends decides where nothing was measured. Steps that take twice what
+the first fit predicts, or half, which others on the machine have disturbed, are left out of the
+second. It weighs steps by the times that the first predicts: by those measured, slow ones would
+count less than quick ones, and all would seem quicker than they are.
 """
 
 from collections.abc import Sequence
@@ -16,7 +18,7 @@ from deployments.simulator.profile import LoadTimes, StepTimes, StepWork
 Matrix = NDArray[np.float64]
 
 BENDS = 0.02  # weight of a bend between points, by the root of the number of steps
-LEFT_OUT = 0.1
+DISTURBED = 2.0  # times what is predicted, or one in so many
 NAMES = (
     "logit_row",
     "position_read",
@@ -25,6 +27,7 @@ NAMES = (
     "adapter_row_byte",
     "distinct_adapter",
     "distinct_byte",
+    "new_request",
 )
 
 
@@ -44,17 +47,17 @@ def fit_steps(steps: Sequence[tuple[StepWork, float]]) -> StepFit:
     knots = _knots(max(work.shape.tokens for work, _ in steps))
     features = np.array([_features(work, knots) for work, _ in steps])
     seconds = np.array([took for _, took in steps])
-    values = _fit(features, seconds, len(knots))
-    errors = np.abs(features @ values / seconds - 1)
-    kept = errors <= np.quantile(errors, 1 - LEFT_OUT)
-    values = _fit(features[kept], seconds[kept], len(knots))
+    predicted = features @ _fit(features, seconds, seconds, len(knots))
+    kept = (predicted < DISTURBED * seconds) & (seconds < DISTURBED * predicted)
+    features, seconds, predicted = features[kept], seconds[kept], predicted[kept]
+    values = _fit(features, seconds, np.maximum(predicted, seconds / 2), len(knots))
     predicted = features @ values
-    errors = np.abs(predicted[kept] / seconds[kept] - 1)
+    errors = np.abs(predicted / seconds - 1)
     return StepFit(
         _as_times(values, knots),
         float(np.median(errors)),
         float(np.quantile(errors, 0.9)),
-        float(predicted[kept].sum() / seconds[kept].sum() - 1),
+        float(predicted.sum() / seconds.sum() - 1),
     )
 
 
@@ -118,17 +121,18 @@ def _features(work: StepWork, knots: Sequence[int]) -> list[float]:
         work.adapter_row_bytes,
         work.distinct_adapters,
         work.distinct_bytes,
+        work.new_requests,
     ]
 
 
-def _fit(features: Matrix, seconds: Matrix, num_knots: int) -> Matrix:
-    scaled = features / seconds[:, None]
+def _fit(features: Matrix, seconds: Matrix, scale: Matrix, num_knots: int) -> Matrix:
+    """Minimize the squares of what is missed, in parts of `scale`."""
     bends = np.zeros((max(num_knots - 2, 0), features.shape[1]))
     weight = BENDS * len(seconds) ** 0.5 / np.median(seconds)
     for i in range(len(bends)):  # points are twice as far apart each time
         bends[i, i : i + 3] = np.array([2, -3, 1]) * weight
-    targets = np.concatenate([np.ones(len(seconds)), np.zeros(len(bends))])
-    return nonnegative(np.concatenate([scaled, bends]), targets)
+    targets = np.concatenate([seconds / scale, np.zeros(len(bends))])
+    return nonnegative(np.concatenate([features / scale[:, None], bends]), targets)
 
 
 def _as_times(values: Matrix, knots: Sequence[int]) -> StepTimes:

@@ -23,6 +23,7 @@ class StepWork(NamedTuple):
     adapter_row_bytes: int = 0
     distinct_adapters: int = 0
     distinct_bytes: int = 0
+    new_requests: int = 0  # whose first step it is
 
 
 class StepTimes(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
@@ -37,6 +38,7 @@ class StepTimes(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     adapter_row_byte: Seconds = 0.0
     distinct_adapter: Seconds = 2e-4
     distinct_byte: Seconds = 0.0
+    new_request: Seconds = 0.0
     tokens: tuple[tuple[int, Seconds], ...] = ()  # (tokens, seconds), in place of the first two
 
     def __post_init__(self) -> None:
@@ -80,6 +82,7 @@ class Profile(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
             + times.adapter_row_byte * work.adapter_row_bytes
             + times.distinct_adapter * work.distinct_adapters
             + times.distinct_byte * work.distinct_bytes
+            + times.new_request * work.new_requests
         )
 
     def fetch_s(self, nbytes: int) -> float:

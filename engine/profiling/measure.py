@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,6 +11,7 @@ from engine.engine import Engine
 from engine.messages import AdapterFolder
 from engine.profiling.adapters import write_adapter
 from engine.profiling.traffic import Phase, StepSample, Traffic
+from engine.profiling.turns import Turns
 
 RANKS = (8, 64)
 NUM_READS = 3  # of each adapter
@@ -60,23 +61,26 @@ def measure(
     Adapters of random numbers are written into `folder`, which must be empty. They are not proven.
     """
     began_s = time.perf_counter()
-    engine = Engine(replace(config, adapter_proof="off"))
-    start_s = time.perf_counter() - began_s
+    turns = Turns(config)
+    start_s, engine = time.perf_counter() - began_s, turns.engine
     try:
         adapters = [
             write_adapter(folder / f"a{i}", engine.model.lora_sites, ranks[i % len(ranks)], i)
             for i in range(num_adapters)
         ]
-        phases = list(make_phases(engine, adapters))
-        traffic = Traffic(engine, seed)
+        series = list(make_phases(engine, adapters))
+        num_phases = sum(map(len, series))
+        traffic = Traffic(turns, seed)
         _warm_up(traffic, adapters, seconds * WARM_UP)
-        for phase in phases:
-            traffic.run(phase, seconds * (1 - WARM_UP) / len(phases))
-            watch(1)
+        for phases in series:
+            for phase in phases:
+                traffic.run(phase, seconds * (1 - WARM_UP) / num_phases)
+                watch(1)
+            traffic.stop()
         reads = [_read(engine, adapter) for adapter in adapters for _ in range(NUM_READS)]
         return Measured(traffic.samples, reads, start_s, facts_of(engine))
     finally:
-        engine.close()
+        turns.close()
 
 
 def num_phases(config: EngineConfig) -> int:
@@ -84,19 +88,22 @@ def num_phases(config: EngineConfig) -> int:
     return 3 * len(_ladder(config.max_num_seqs)) + 1
 
 
-def make_phases(engine: Engine, adapters: Sequence[AdapterFolder]) -> Iterator[Phase]:
-    """Yield phases: batches of many sizes, without adapters, with one and with all; prompts alone.
+def make_phases(engine: Engine, adapters: Sequence[AdapterFolder]) -> Iterator[list[Phase]]:
+    """Yield phases that follow each other with ever more requests: without adapters, with one, with
+    all; and one of prompts alone.
 
     Prompts are short and long in turn, so that the context is known apart from the rows.
     """
     longest = min(engine.settled.max_model_len, 2048)
     short, long = max(longest // 32, 2), max(longest // 2, 4)
+    output = (short // 2 + 1, 2 * short)
     kinds: list[Sequence[AdapterFolder | None]] = [[None], [adapters[0]], [None, *adapters]]
-    for i, count in enumerate(_ladder(engine.config.max_num_seqs)):
-        most = long if i % 2 else 4 * short
-        for kind in kinds:
-            yield Phase(count, (2, most), (short // 2 + 1, 2 * short), kind)
-    yield Phase(1, (2, long), (1, 1), [None, adapters[0]])
+    for kind in kinds:
+        yield [
+            Phase(count, (2, long if i % 2 else 4 * short), output, kind)
+            for i, count in enumerate(_ladder(engine.config.max_num_seqs))
+        ]
+    yield [Phase(1, (2, long), (1, 1), [None, adapters[0]])]
 
 
 def _ladder(most: int) -> list[int]:
@@ -108,6 +115,7 @@ def _ladder(most: int) -> list[int]:
 
 def _warm_up(traffic: Traffic, adapters: Sequence[AdapterFolder], seconds: float) -> None:
     traffic.run(Phase(4, (2, 16), (2, 8), [None, *adapters]), seconds)
+    traffic.stop()
     traffic.samples.clear()
 
 

@@ -1,4 +1,4 @@
-"""Traffic: keeps an engine busy with requests of some sizes, and notes what each step took."""
+"""Traffic: keeps an engine busy with requests of some sizes, and notes what each turn took."""
 
 import random
 import time
@@ -6,21 +6,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from engine.engine import Engine
 from engine.messages import AdapterFolder, GenerateRequest
+from engine.profiling.turns import Turns
 from engine.scheduler.batch import ScheduledBatch
 from engine.scheduler.request import SamplingParams
 from engine.scheduler.step_time import StepShape, shape_of
 
 
 class StepSample(NamedTuple):
-    """What a step computed, and what it took from its beginning to the next one's."""
+    """What a step computed, and the seconds of the loop's whole turn around it."""
 
     shape: StepShape
     adapter_rows: int
     adapter_row_bytes: int
     distinct_adapters: int
     distinct_bytes: int
+    new_requests: int
     seconds: float
 
 
@@ -40,65 +41,69 @@ class Phase:
 class Traffic:
     """Runs phases on one engine. Nothing else may use it meanwhile."""
 
-    def __init__(self, engine: Engine, seed: int) -> None:
-        self._engine = engine
+    def __init__(self, turns: Turns, seed: int) -> None:
+        self._turns, self._engine = turns, turns.engine
         self._rng = random.Random(seed)
-        self._num_made = self._num_alive = 0
+        self._num_made = 0
         self._digests: dict[str, str] = {}  # by request
+        self._unseen: set[str] = set()  # requests that no step has computed anything of
         self.samples: list[StepSample] = []
 
     def run(self, phase: Phase, seconds: float) -> None:
-        """Run a phase for so long, then until its requests have ended."""
+        """Run a phase for so long; requests that have not ended go on in the next one."""
         end_s = time.perf_counter() + seconds
-        while True:
-            is_over = time.perf_counter() >= end_s
-            while not is_over and self._num_alive < phase.num_requests:
+        while time.perf_counter() < end_s:
+            while len(self._digests) < phase.num_requests:
                 self._add(phase)
-            if not self._num_alive:
-                return
-            self._step()
+            self._turn()
+
+    def stop(self) -> None:
+        """End all requests."""
+        for request_id in self._digests:
+            self._turns.abort(request_id)
+        while self._digests:
+            self._turn()
 
     def _add(self, phase: Phase) -> None:
         folder = phase.adapters[self._num_made % len(phase.adapters)]
         self._num_made += 1
-        self._num_alive += 1
         request_id = f"profile-{self._num_made}"
         self._digests[request_id] = folder.digest if folder else ""
+        self._unseen.add(request_id)
         vocab_size, rng = self._engine.settled.spec.vocab_size, self._rng
         prompt = [rng.randrange(vocab_size) for _ in range(rng.randint(*phase.prompt))]
         sampling = SamplingParams(
             max_tokens=rng.randint(*phase.output), temperature=0.0, ignore_eos=True
         )
-        self._engine.add_request(
-            GenerateRequest(request_id, prompt, sampling, adapter_folder=folder)
-        )
+        self._turns.add(GenerateRequest(request_id, prompt, sampling, adapter_folder=folder))
 
-    def _step(self) -> None:
-        began_s = time.perf_counter()
-        outputs = self._engine.step()
-        took_s = time.perf_counter() - began_s
+    def _turn(self) -> None:
+        was_idle = self._engine.is_idle  # then the turn waits, for an adapter that is read
+        news, took_s = self._turns.turn()
         batch = self._engine.last_batch
-        if batch is None:
-            time.sleep(0.0005)  # an adapter is being read
-        elif not batch.adapter_loads and not batch.moves:
-            self.samples.append(self._sample(batch, took_s))
-        for output in outputs:
-            if output.error is not None:
-                raise RuntimeError(f"a request to measure with failed: {output.error.message}")
-            if output.finish_reason is not None:
-                self._num_alive -= 1
-                del self._digests[output.request_id]
+        if batch is not None:
+            sample = self._sample(batch, took_s)
+            if not (was_idle or batch.adapter_loads or batch.moves):
+                self.samples.append(sample)
+        for request_id, _, has_ended in news:
+            if has_ended:
+                del self._digests[request_id]
+                self._unseen.discard(request_id)
 
     def _sample(self, batch: ScheduledBatch, took_s: float) -> StepSample:
-        rows = row_bytes = 0
+        rows = row_bytes = new = 0
         sizes: dict[int, int] = {}
         for request in batch.requests:
+            if request.request_id in self._unseen:
+                self._unseen.remove(request.request_id)
+                new += 1
             if request.adapter_slot:
                 digest = self._digests[request.request_id]
                 size = sizes[request.adapter_slot] = self._nbytes(digest)
                 rows += len(request.token_ids)
                 row_bytes += len(request.token_ids) * size
-        return StepSample(shape_of(batch), rows, row_bytes, len(sizes), sum(sizes.values()), took_s)
+        shape, nbytes = shape_of(batch), sum(sizes.values())
+        return StepSample(shape, rows, row_bytes, len(sizes), nbytes, new, took_s)
 
     def _nbytes(self, digest: str) -> int:
         return self._engine.scheduler.adapters.nbytes(digest) or 0

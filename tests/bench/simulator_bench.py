@@ -1,10 +1,10 @@
 """How close the simulator comes to the engine: the same requests, run by both.
 
-    python -m tests.bench.simulator_bench tiny --seconds 20
+    python -m tests.bench.simulator_bench small --seconds 20
 
-Profiles this machine, draws requests at a part of what the profile can do, lets a real engine in
-this process answer them as they come, and a simulated replica in virtual time. Both get the same.
-The engine runs before and after the profile's half, so that a slower hour is seen.
+Profiles this machine, draws requests at a part of what the profile can do, and lets the loop of a
+real engine answer them as they come, and a simulated replica in virtual time. Both get the same.
+The engine answers twice, other prompts of the same lengths, so that a slower hour is seen.
 """
 
 import argparse
@@ -12,7 +12,7 @@ import os
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 
@@ -20,7 +20,7 @@ import msgspec
 
 from deployments.simulator import simulate
 from deployments.simulator.config import FleetSection, Objective, Simulation
-from deployments.simulator.profile import Profile
+from deployments.simulator.profile import LoadTimes, Profile
 from deployments.simulator.records import Record
 from deployments.simulator.replica import ReplicaSize
 from deployments.simulator.scaling import Scaling
@@ -34,12 +34,12 @@ from deployments.simulator.workload import (
     make_arrivals,
 )
 from engine.config import EngineConfig
-from engine.engine import Engine
 from engine.messages import AdapterFolder, GenerateRequest
 from engine.profiling.adapters import write_adapter
 from engine.profiling.measure import RANKS, measure
+from engine.profiling.turns import Turns
 from engine.scheduler.request import SamplingParams
-from reef.profiling import fit, size_of, without_fetches
+from reef.profiling import fit, size_of
 from tests.bench.environment import NoiseMeter, append_row, header
 from tests.bench.models import SHAPES, make_model
 
@@ -66,30 +66,39 @@ def figures(answers: Sequence[Answer]) -> dict[str, float]:
 
 
 def run_engine(
-    engine: Engine, arrivals: Sequence[Arrival], adapters: Sequence[AdapterFolder]
+    turns: Turns, arrivals: Sequence[Arrival], adapters: Sequence[AdapterFolder], seed: int
 ) -> dict[str, float]:
-    """Answer requests in real time, in this thread."""
-    rng, vocab_size = Random(1), engine.settled.spec.vocab_size
+    """Answer requests as they come; time stands still while the clients' part is done."""
+    rng, vocab_size = Random(seed), turns.engine.settled.spec.vocab_size
     requests = [_request(a, rng, vocab_size, adapters) for a in arrivals]
     waiting, answers = list(zip(arrivals, requests, strict=True))[::-1], dict[str, Answer]()
-    num_open, began_s = 0, time.perf_counter()
+    num_open, now_s = 0, 0.0
     while waiting or num_open:
-        now_s = time.perf_counter() - began_s
+        if not num_open and (gap_s := waiting[-1][0].time_s - now_s) > 0:
+            time.sleep(gap_s)
+            now_s += gap_s
         while waiting and waiting[-1][0].time_s <= now_s:
             arrival, request = waiting.pop()
             answers[request.request_id] = Answer(arrival.time_s)
-            engine.add_request(request)
+            turns.add(request)
             num_open += 1
-        outputs = engine.step()
-        now_s = time.perf_counter() - began_s
-        for output in outputs:
-            if output.error is not None:
-                raise RuntimeError(output.error.message)
-            answers[output.request_id].times_s += [now_s] * len(output.token_ids)
-            num_open -= output.finish_reason is not None
-        if engine.is_idle and waiting:
-            time.sleep(min(max(waiting[-1][0].time_s - now_s, 0), 0.0002))
+        news, took_s = turns.turn()
+        now_s += took_s
+        for request_id, num_tokens, has_ended in news:
+            answers[request_id].times_s += [now_s] * num_tokens
+            num_open -= has_ended
     return figures(list(answers.values()))
+
+
+def warm_up(turns: Turns, adapters: Sequence[AdapterFolder]) -> None:
+    """Have all adapters on the device."""
+    for adapter in adapters:
+        sampling = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True)
+        turns.add(GenerateRequest(adapter.digest, [1, 2, 3], sampling, adapter_folder=adapter))
+    num_open = len(adapters)
+    while num_open:
+        news, _ = turns.turn()
+        num_open -= sum(has_ended for _, _, has_ended in news)
 
 
 def _request(
@@ -116,6 +125,11 @@ def run_simulator(simulation: Simulation, arrivals: Sequence[Arrival]) -> dict[s
     return figures(answers)
 
 
+def without_loads(profile: Profile) -> Profile:
+    """Return the same with adapters that have been read."""
+    return msgspec.structs.replace(profile, load=LoadTimes(0.0, 0.0, 0.0, 0.0))
+
+
 def as_simulation(
     profile: Profile, size: ReplicaSize, sizes: Sequence[int], duration_s: float
 ) -> Simulation:
@@ -140,7 +154,8 @@ def capacity(simulation: Simulation, workload: Workload) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("shape", choices=SHAPES)
-    parser.add_argument("--seconds", type=float, default=20.0, help="of each of the three parts")
+    parser.add_argument("--seconds", type=float, default=20.0, help="of each of the two runs")
+    parser.add_argument("--profile-seconds", type=float, default=40.0)
     parser.add_argument("--load", type=float, default=0.6, help="of what the profile can do")
     parser.add_argument("--adapters", type=int, default=8)
     parser.add_argument("--base-share", type=float, default=0.3)
@@ -165,23 +180,25 @@ def main() -> None:
 
 
 def run(config: EngineConfig, workload: Workload, folder: Path, args: argparse.Namespace) -> str:
-    engine = Engine(replace(config, adapter_proof="off"))
+    measured = measure(config, folder, seconds=args.profile_seconds, seed=args.seed)
+    profile, fitted = fit(measured, [])
+    turns = Turns(config)
     adapters = [
-        write_adapter(folder / f"bench{i}", engine.model.lora_sites, RANKS[i % len(RANKS)], i)
+        write_adapter(folder / f"bench{i}", turns.engine.model.lora_sites, RANKS[i % len(RANKS)], i)
         for i in range(args.adapters)
     ]
-    sizes = [engine.loader.load(adapter).nbytes for adapter in adapters]
-    measured = measure(config, folder, seconds=args.seconds, seed=args.seed)
-    profile, fitted = fit(measured, [])
+    sizes = [turns.engine.loader.load(adapter).nbytes for adapter in adapters]
     simulation = as_simulation(
-        without_fetches(profile), size_of(measured.engine), sizes, args.seconds
+        without_loads(profile), size_of(measured.engine), sizes, args.seconds
     )
     rate = args.load * capacity(simulation, workload)
     workload = msgspec.structs.replace(workload, arrivals=Process(rate=rate))
     arrivals = list(make_arrivals(workload, args.seed, args.seconds))
     noise = NoiseMeter([os.getpid()])
-    runs = [run_engine(engine, arrivals, adapters) for _ in range(2)]
-    engine.close()
+    warm_up(turns, adapters)
+    runs = [run_engine(turns, arrivals, adapters, seed) for seed in (1, 2)]
+    noise_text = str(noise.read())
+    turns.close()
     simulated = run_simulator(simulation, arrivals)
     parts = [
         f"{name} real {' and '.join(f'{r[name]:.2f}' for r in runs)}, simulated {value:.2f}, "
@@ -197,7 +214,7 @@ def run(config: EngineConfig, workload: Workload, folder: Path, args: argparse.N
             f"{len(measured.steps)} steps fitted, median error {fitted.median_error:.3f}, "
             f"p90 {fitted.p90_error:.3f}, bias {fitted.bias:+.3f}",
             *parts,
-            str(noise.read()),
+            noise_text,
         ]
     )
 

@@ -212,7 +212,7 @@ def test_the_heap_is_frozen_once_the_model_is_loaded(
         def close(self) -> None: ...
 
     monkeypatch.setattr("engine.engine.Engine", Nothing)
-    monkeypatch.setattr(process, "_Loop", Nothing)
+    monkeypatch.setattr(process, "Loop", Nothing)
     ours, theirs = socket.socketpair()
     with ours, theirs:
         ours.sendall(encode(StartEngine(EngineConfig("model"))))
