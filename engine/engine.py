@@ -58,6 +58,8 @@ from engine.validate import validate
 
 log = logging.getLogger(__name__)
 
+MAX_REPORTED_ADAPTERS = 256
+
 
 @dataclass(frozen=True, slots=True)
 class _InFlight:
@@ -329,6 +331,7 @@ class Engine:
             num_blocks_total=s.memory.num_reachable_blocks,
             queued_tokens=s.queued_tokens,
             resident_adapters=s.adapters.resident,
+            adapters_in_memory=s.adapters.in_memory(MAX_REPORTED_ADAPTERS),
             total_steps=self._num_steps,
             total_prompt_tokens=self.results.num_prompt,
             total_cached_tokens=self.results.num_cached,
@@ -424,7 +427,7 @@ class Engine:
             self.loader.take_invocation(loaded.digest)
             if self.proofs is not None:
                 self.proofs.end_load(loaded.digest, error)
-        self._set_absent(self.host.advance(self.scheduler.adapters.is_in_use))
+        self._set_absent(self.host.advance(self.scheduler.adapters))
 
     def _set_ready(self, digest: str, nbytes: int) -> None:
         invocation = self.loader.take_invocation(digest)

@@ -188,6 +188,7 @@ class EngineStats:
     num_blocks_total: int = 0  # what the adapters in use leave
     queued_tokens: int = 0
     resident_adapters: tuple[str, ...] = ()
+    adapters_in_memory: tuple[str, ...] = ()  # on the device or the host; a bounded number
     total_steps: int = 0
     total_prompt_tokens: int = 0
     total_cached_tokens: int = 0

@@ -18,7 +18,7 @@ class ReplicaFigures:
     num_requests: int = 0
     max_num_seqs: int = 1
     kv_used: float = 0.0  # 0 to 1
-    device_adapters: frozenset[str] = frozenset()
+    device_adapters: frozenset[str] = frozenset()  # in memory: they need no load
     disk_adapters: frozenset[str] = frozenset()
     tokens_per_s: float = 0.0  # of prompts, as its own steps have shown
     disk_load_s: float = 0.0  # of an adapter from its disk

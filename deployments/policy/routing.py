@@ -2,8 +2,8 @@
 
     cost = queued tokens / the replica's own tokens per second
          + what one more request delays the others, and they it
-         + the adapter's load time from the nearest tier that has it, and the reload of the adapter
-           that goes for it
+         + the adapter's load time from the nearest tier that has it, the reload of the adapter that
+           goes for it, and what a load costs the others
          + prompt tokens that are not in its prefix cache / its tokens per second
 
 Each adapter has a set of replicas: the first ones of its rendezvous order, as many as its share of
@@ -11,9 +11,10 @@ the traffic needs. Where it must be loaded, a replica outside the set costs `hom
 routers which do not talk load it at the same ones.
 
 The bound, with figures that are true: a request is never sent to a replica that would then have
-more requests than max(ceil((1 + epsilon) * mean), min_load) or no room, while another has room. The
-mean is that of all replicas with this request, in proportion to their sizes; there always is one
-below it (Mirrokni, Thorup and Zadimoghaddam 2018). Reported figures are up to a second old, so a
+more requests than max((1 + epsilon) * mean, min_load) or no room, while another has room. The mean
+is that of all replicas with this request, in proportion to their sizes; there always is one below
+it (Mirrokni, Thorup and Zadimoghaddam 2018), also in whole requests, if epsilon * min_load is 1 or
+more. Reported figures are up to a second old, so a
 router adds what it has sent since, and a replica may be above by what other routers sent meanwhile.
 
 Where a part of the traffic comes through other routers, each takes them to do as it does: what it
@@ -24,7 +25,6 @@ those that have the adapter, its files or the prompt's beginning. All that is kn
 Python, and the clock is an argument.
 """
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
@@ -45,9 +45,10 @@ class RoutingCosts:
 
     priors: Priors = field(default_factory=Priors)
     evicted: float = 1.0  # reloads of others for each load: what goes is wanted again
+    load_s: float = 0.3  # added for each load: its work delays others, in the store, too
     home_s: float = 0.05  # added for a load outside the adapter's set
     sticky_s: float = 0.1  # taken off for the replica of the request's session
-    epsilon: float = 0.25  # how far above the mean a replica's load may be
+    epsilon: float = 0.33  # how far above the mean a replica's load may be
     min_load: int = 4  # requests; below this a replica's load is no reason to go elsewhere
     set_share: float = 0.5  # of a replica's part of all requests, for which an adapter gets one
 
@@ -192,7 +193,7 @@ class Router:
         is_all = len(among.views) == len(self._views)
         total = 1 + (self._total if is_all else sum([v.num_requests for v in among.views]))
         per_seat, least = (1 + self._costs.epsilon) * total / among.num_seats, self._costs.min_load
-        return {size: min(max(math.ceil(per_seat * size), least), size) for size in among.sizes}
+        return {size: min(max(int(per_seat * size), least), size) for size in among.sizes}
 
     def _home(
         self, request: RoutedRequest, members: Sequence[str], views: Sequence[ReplicaView]
@@ -245,7 +246,7 @@ class Router:
         if view is home:
             cost -= costs.sticky_s
         if digest and digest not in view.device_adapters:
-            cost += (1 + costs.evicted) * view.load_s(digest)
+            cost += costs.load_s + (1 + costs.evicted) * view.load_s(digest)
             if replica_id not in members:
                 cost += costs.home_s
         return cost

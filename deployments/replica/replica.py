@@ -200,7 +200,7 @@ class EngineReplica:
             num_requests=self._requests.num_open,
             max_num_seqs=self._settings.max_num_seqs,
             kv_used=_kv_used(stats),
-            device_adapters=frozenset(stats.resident_adapters),
+            device_adapters=frozenset(stats.adapters_in_memory),
             disk_adapters=frozenset(self._fetcher.recent(MAX_DISK_ADAPTERS)),
             tokens_per_s=stats.tokens_per_s,
             disk_load_s=self._fetcher.disk_load_s,

@@ -12,7 +12,7 @@ from deployments.simulator.clock import Clock
 from deployments.simulator.config import Simulation
 from deployments.simulator.prompts import make_prompt
 from deployments.simulator.records import Record, Stretch, Timeline
-from deployments.simulator.replica import SimulatedReplica
+from deployments.simulator.replica import LoadCounts, SimulatedReplica
 from deployments.simulator.routers import Chooser, make_router
 from deployments.simulator.scaling import PERIOD_S, make_scaler
 from deployments.simulator.workload import Arrival
@@ -49,6 +49,7 @@ class Fleet:
         objective = Objective(simulation.objective.ttft_s, simulation.objective.tpot_s)
         self._scaler = make_scaler(fleet.scaling, objective)
         self.num_with_adapter = 0  # requests
+        self._counted = LoadCounts()  # before the loads that are reported
         self._open: dict[str, Record] = {}
         self.replicas: dict[str, SimulatedReplica] = {}  # that take requests
         self.leaving: dict[str, SimulatedReplica] = {}
@@ -118,6 +119,19 @@ class Fleet:
         self._on_record(record)
 
     # ==== figures ====
+
+    def begin_to_count(self) -> None:
+        """Report no load of an adapter before now."""
+        self._counted, self.num_with_adapter = self._all_loads(), 0
+        self.timeline.begin_to_count()
+
+    @property
+    def loads(self) -> LoadCounts:
+        return self._all_loads() - self._counted
+
+    def _all_loads(self) -> LoadCounts:
+        replicas = (*self.replicas.values(), *self.leaving.values(), *self.gone)
+        return sum((replica.loads for replica in replicas), LoadCounts())
 
     def report(self) -> None:
         """Every replica reports to every router."""

@@ -108,6 +108,10 @@ class Timeline:
     requests: "array[float]" = field(default_factory=_doubles)
     max_over_mean: "array[float]" = field(default_factory=_doubles)  # only where there are requests
 
+    def begin_to_count(self) -> None:
+        """Forget how uneven the load was before now."""
+        del self.max_over_mean[:]
+
     def add(self, now_s: float, replicas: int, loads: Sequence[int]) -> None:
         total = sum(loads)
         self.time_s.append(now_s)

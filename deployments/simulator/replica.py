@@ -28,6 +28,7 @@ from engine.scheduler.scheduler import Progress, Scheduler
 from engine.scheduler.step_time import StepShape
 
 NO_BATCH = ScheduledBatch(())
+MAX_REPORTED = 256  # adapters in memory, as an engine reports them
 TOKEN = 0  # what every step samples: the simulator knows lengths, not texts
 
 
@@ -52,6 +53,14 @@ class LoadCounts:
     remote: int = 0
     disk: int = 0
     host: int = 0  # into the arena
+
+    def __add__(self, other: "LoadCounts") -> "LoadCounts":
+        return LoadCounts(
+            self.remote + other.remote, self.disk + other.disk, self.host + other.host
+        )
+
+    def __sub__(self, other: "LoadCounts") -> "LoadCounts":
+        return self + LoadCounts(-other.remote, -other.disk, -other.host)
 
 
 class Listener(Protocol):
@@ -88,7 +97,7 @@ class SimulatedReplica:
         self._slowness = slowness  # of the store, by the time
         self._run: TimedRun | None = None
         self.scheduler = make_scheduler(size)
-        self._host = Tier(size.host_bytes, self._is_wanted)
+        self._host = Tier(size.host_bytes, self._is_wanted, self.scheduler.adapters.stays)
         self._disk = Tier(size.disk_bytes, self._is_wanted)
         self._wanted: dict[str, int] = {}  # requests by adapter
         self._sizes: dict[str, int] = {}  # of adapters that requests have named
@@ -143,7 +152,7 @@ class SimulatedReplica:
             num_requests=self.num_requests,
             max_num_seqs=self.size.max_num_seqs,
             kv_used=self._kv_used,
-            device_adapters=frozenset(self.scheduler.adapters.resident),
+            device_adapters=frozenset(self.scheduler.adapters.in_memory(MAX_REPORTED)),
             disk_adapters=frozenset(self._disk),
             tokens_per_s=rates.tokens_per_s,
             disk_load_s=self._profile.decode_s(self._adapter_bytes),
@@ -229,9 +238,15 @@ class SimulatedReplica:
         for load in changes.adapter_loads:
             self._digests[load.slot] = load.digest
         work = work_of(changes, self._digests, self._sizes, batch.decodes)
+        work = work._replace(new_requests=self._num_new(changes))
         step_s = self._profile.step_s(work)
         self.num_steps += 1
         self._clock.after(step_s, lambda: self._end_step(batch, work.shape, step_s))
+
+    def _num_new(self, batch: ScheduledBatch) -> int:
+        """Count the requests that have not been in a step before."""
+        owners, now_s = map(self.scheduler.owner, batch.requests), self._clock.now_s
+        return sum(owner is not None and owner.first_scheduled_s == now_s for owner in owners)
 
     def _schedule(self) -> LightBatch | None:
         """Schedule a step; if every step is an event of its own, every request has its row."""

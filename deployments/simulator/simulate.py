@@ -88,6 +88,7 @@ def run(
         )
     _Feeder(clock, fleet, arrivals).feed()
     clock.at(0.0, fleet.report)
+    clock.at(simulation.warm_up_s, fleet.begin_to_count)
     scaling = simulation.fleet.scaling
     if scaling.min != scaling.max:
         clock.at(PERIOD_S, fleet.scale)
@@ -135,9 +136,7 @@ def summarize(
 ) -> Summary:
     span_s = max(simulation.duration_s - simulation.warm_up_s, 1e-9)
     ttft, tpot, gaps = sorted(outcomes.ttft_s), sorted(outcomes.tpot_s), sorted(outcomes.gap_s)
-    remote = sum(replica.loads.remote for replica in replicas)
-    hours = fleet.replica_s / 3600
-    disk = sum(replica.loads.disk for replica in replicas)
+    loads, hours = fleet.loads, fleet.replica_s / 3600
     return Summary(
         requests=outcomes.num_requests,
         finished=outcomes.num_finished,
@@ -151,10 +150,10 @@ def summarize(
         tpot_p99_s=percentile(tpot, 0.99),
         longest_gap_p99_s=percentile(gaps, 0.99),
         cached_prompt_share=outcomes.num_cached_tokens / max(outcomes.num_prompt_tokens, 1),
-        remote_loads=remote,
-        disk_loads=disk,
-        device_loads=sum(replica.loads.host for replica in replicas),
-        loads_per_request=(remote + disk) / max(fleet.num_with_adapter, 1),
+        remote_loads=loads.remote,
+        disk_loads=loads.disk,
+        device_loads=loads.host,
+        loads_per_request=(loads.remote + loads.disk) / max(fleet.num_with_adapter, 1),
         max_over_mean_load=_mean(fleet.timeline.max_over_mean, 1.0),
         replica_hours=hours,
         gpu_hours=hours * simulation.fleet.gpus,

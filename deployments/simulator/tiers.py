@@ -6,11 +6,17 @@ from engine.scheduler.popularity import HALF_LIFE_REQUESTS, Popularity
 
 
 class Tier:
-    """Adapters and their sizes. Those in use are kept even above the bound; of the others
-    that of least worth goes first."""
+    """Adapters and their sizes. Those that stay in faster memory go first, even if they are in use;
+    other ones in use are kept even above the bound, and of the rest that of least worth goes
+    first."""
 
-    def __init__(self, most_bytes: int, is_in_use: Callable[[str], bool]) -> None:
-        self._most_bytes, self._is_in_use = most_bytes, is_in_use
+    def __init__(
+        self,
+        most_bytes: int,
+        is_in_use: Callable[[str], bool],
+        stays: Callable[[str], bool] = lambda _: False,
+    ) -> None:
+        self._most_bytes, self._is_in_use, self._stays = most_bytes, is_in_use, stays
         self._sizes: dict[str, int] = {}
         self._popularity, self._num_used = Popularity(HALF_LIFE_REQUESTS), 0
         self._used_bytes = 0
@@ -33,8 +39,8 @@ class Tier:
         gone: list[str] = []
         if self._used_bytes <= self._most_bytes:
             return gone
-        for other in sorted(self._sizes, key=self._popularity.worth):
-            if other != digest and not self._is_in_use(other):
+        for other in self._popularity.as_they_go(self._sizes, self._stays):
+            if other != digest and (not self._is_in_use(other) or self._stays(other)):
                 self._used_bytes -= self._sizes.pop(other)
                 gone.append(other)
                 if self._used_bytes <= self._most_bytes:

@@ -2,8 +2,8 @@
 
 Its own threads read and decode adapters, never the step loop, which only polls. Those of waiting
 requests are loaded in the order in which they were first wanted, as many as the bound allows; the
-rest wait undecoded. An adapter that running requests hold on the device is not needed here, and one
-that no request wants is kept only while there is room: that of least worth goes first
+rest wait undecoded. A copy of an adapter that stays on the device for a while goes first; one that
+no request wants is kept only while there is room, and that of least worth goes
 (`scheduler.popularity`).
 """
 
@@ -19,6 +19,13 @@ from engine.messages import AdapterFolder
 from engine.scheduler.popularity import HALF_LIFE_REQUESTS, Popularity
 
 LOADER_THREADS = 2
+
+
+class OnDevice(Protocol):
+    """What the device has, as `scheduler.adapter_slots` knows it."""
+
+    def is_loaded(self, digest: str) -> bool: ...
+    def stays(self, digest: str) -> bool: ...
 
 
 class HostAdapter(Protocol):
@@ -71,7 +78,7 @@ class HostCache:
         self._entries: dict[str, _Entry] = {}
         self._queue: OrderedDict[str, None] = OrderedDict()  # wanted and not loaded
         self._popularity, self._num_wanted = Popularity(HALF_LIFE_REQUESTS), 0
-        self._in_use: dict[str, None] = {}  # wanted and not loaded, but on the device
+        self._on_device: dict[str, None] = {}  # wanted and not loaded, but on the device
         self._loading: dict[str, None] = {}
         self._loaded: OrderedDict[str, None] = OrderedDict()  # least recently wanted first
         self._used_bytes = 0
@@ -101,7 +108,7 @@ class HostCache:
         assert entry.wanted >= 0, f"adapter {digest} was released more often than wanted"
         if not entry.wanted and entry.future is None:
             self._forget(digest)
-        return self._drop_idle(0)
+        return self._drop(0, lambda _: False)
 
     def discard(self, digest: str) -> list[str]:
         """Drop a loaded adapter that no request wants, so that its files are read again."""
@@ -117,23 +124,20 @@ class HostCache:
     @property
     def is_settled(self) -> bool:
         """Whether `poll` and `advance` have nothing to do until another adapter is wanted."""
-        return not (self._loading or self._queue or self._in_use)
+        return not (self._loading or self._queue or self._on_device)
 
-    def advance(self, is_in_use: Callable[[str], bool]) -> list[str]:
-        """Start the loads that are due. Returns the digests dropped to make room for them.
-
-        `is_in_use`: whether running requests hold the adapter on the device.
-        """
+    def advance(self, device: OnDevice) -> list[str]:
+        """Start the loads that are due. Returns the digests dropped to make room for them."""
         dropped: list[str] = []
-        for digest in [d for d in self._in_use if not is_in_use(d)]:
-            del self._in_use[digest]
+        for digest in [d for d in self._on_device if not device.is_loaded(d)]:
+            del self._on_device[digest]
             self._queue[digest] = None
             self._queue.move_to_end(digest, last=False)  # it was at the front before
         while self._queue and len(self._loading) < LOADER_THREADS:
             digest = next(iter(self._queue))
-            if is_in_use(digest):
-                self._in_use[digest] = None
-            elif self._make_room(self._expect(digest), is_in_use, dropped):
+            if device.is_loaded(digest):
+                self._on_device[digest] = None
+            elif self._make_room(self._expect(digest), device, dropped):
                 self._start(digest)
             else:
                 break
@@ -199,25 +203,23 @@ class HostCache:
             entry.nbytes = self._expected_bytes(entry.adapter_folder)
         return entry.nbytes
 
-    def _make_room(self, nbytes: int, is_in_use: Callable[[str], bool], dropped: list[str]) -> bool:
+    def _make_room(self, nbytes: int, device: OnDevice, dropped: list[str]) -> bool:
         """Drop adapters that are not needed until a load fits; a single one may have any size."""
-        dropped += self._drop_idle(nbytes)
-        from_device = self._drop(nbytes, is_in_use)
-        self._in_use |= dict.fromkeys(from_device)
-        dropped += from_device
+        gone = self._drop(nbytes, device.stays)
+        self._on_device |= {digest: None for digest in gone if digest in self._entries}
+        dropped += gone
         is_alone = not self._loaded and not self._loading
         return is_alone or self._used_bytes + nbytes <= self.max_bytes
 
-    def _drop_idle(self, nbytes: int) -> list[str]:
-        """Drop adapters that no request wants until there is room for `nbytes`."""
-        return self._drop(nbytes, lambda digest: not self._entries[digest].wanted)
-
-    def _drop(self, nbytes: int, can_go: Callable[[str], bool]) -> list[str]:
+    def _drop(self, nbytes: int, stays: Callable[[str], bool]) -> list[str]:
+        """Drop adapters that stay on the device, or that no request wants, until there is room."""
         dropped: list[str] = []
         if self._used_bytes + nbytes <= self.max_bytes:
             return dropped
-        for digest in sorted([d for d in self._loaded if can_go(d)], key=self._popularity.worth):
+        for digest in self._popularity.as_they_go(self._loaded, stays):
             entry = self._entries[digest]
+            if entry.wanted and not stays(digest):
+                continue
             del self._loaded[digest]
             self._used_bytes -= entry.nbytes or 0
             entry.future = None
@@ -231,7 +233,7 @@ class HostCache:
     def _forget(self, digest: str) -> None:
         del self._entries[digest]
         self._queue.pop(digest, None)
-        self._in_use.pop(digest, None)
+        self._on_device.pop(digest, None)
 
 
 def _file_bytes(adapter_folder: AdapterFolder) -> int:

@@ -55,6 +55,12 @@ class AdapterSlots:
     def resident(self) -> tuple[str, ...]:
         return tuple(digest for digest, entry in self._placed.items() if not entry.load)
 
+    def in_memory(self, most: int) -> tuple[str, ...]:
+        """Return at most so many adapters whose files need not be read: those on the device, and of
+        those in host memory alone the latest."""
+        found = [*self._placed, *(d for d in reversed(self._ready) if d not in self._placed)]
+        return tuple(found[:most])
+
     @property
     def idle(self) -> Iterator[tuple[str, int]]:
         """Yield (digest, worth as a step of use), that of least worth first."""
@@ -114,9 +120,20 @@ class AdapterSlots:
     def is_pinned(self, digest: str) -> bool:
         return self._placed[digest].pins > 0
 
-    def is_in_use(self, digest: str) -> bool:
-        """Whether running requests hold it on the device; the host's copy is not needed then."""
-        return digest in self._placed and self.is_pinned(digest)
+    def is_loaded(self, digest: str) -> bool:
+        """Whether it is on the device, where requests can use it."""
+        entry = self._placed.get(digest)
+        return entry is not None and not entry.load
+
+    def stays(self, digest: str) -> bool:
+        """Whether it will be on the device for a while: host memory needs no copy of it.
+
+        It is loaded, and none of the quarter that would be evicted first.
+        """
+        entry = self._placed.get(digest)
+        if entry is None or entry.load:
+            return False
+        return entry.pins > 0 or bisect_left(self._idle, entry.place) >= len(self._placed) // 4
 
     def is_idle(self, digest: str) -> bool:
         entry = self._placed.get(digest)

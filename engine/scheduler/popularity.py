@@ -7,6 +7,7 @@ as by the last use; an adapter that was used once has the time of that use.
 """
 
 from collections import OrderedDict
+from collections.abc import Callable, Iterable
 from math import exp2, log2
 
 HALF_LIFE_STEPS = 2**15  # on the device: some minutes of steady work
@@ -33,3 +34,14 @@ class Popularity:
     def worth(self, key: str) -> int:
         """Return the time of a single use that would count as much; 0 if it was never used."""
         return int(self._worths.get(key, 0.0))
+
+    def as_they_go(self, digests: Iterable[str], stays: Callable[[str], bool]) -> list[str]:
+        """Return adapters of host memory in the order in which they may go.
+
+        First those that stay on the device, of which copies are in vain, the most worthy first: it
+        is the last to leave the device. Then the others, that of least worth first.
+        """
+        ranked = [(stays(digest), self.worth(digest), digest) for digest in digests]
+        copies = sorted([each for each in ranked if each[0]], key=lambda each: -each[1])
+        others = sorted([each for each in ranked if not each[0]], key=lambda each: each[1])
+        return [digest for _, _, digest in (*copies, *others)]

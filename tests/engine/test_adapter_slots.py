@@ -97,6 +97,10 @@ class Slots(RuleBasedStateMachine):
         assert sorted(self.slots.placed) == sorted(self.used.values())
         assert sorted(self.slots.resident) == sorted({*self.idle, *self.pins})
         assert self.slots.is_any_loading == bool(self.loading)
+        loaded = {d for d in DIGESTS if self.slots.is_loaded(d)}
+        assert loaded == set(self.slots.resident)
+        going = set(order[: len(self.slots.placed) // 4])
+        assert {d for d in DIGESTS if self.slots.stays(d)} == loaded - going
 
 
 TestSlots = Slots.TestCase
@@ -145,6 +149,16 @@ def test_a_resident_adapter_is_ready_even_if_the_host_dropped_it() -> None:
     slots.set_resident("a")
     slots.evict("a")
     assert not slots.is_ready("a") and slots.nbytes("a") is None
+
+
+def test_those_in_memory_are_those_of_the_device_and_the_latest_of_the_host() -> None:
+    slots = ready("a", "b")
+    for digest in "cdef":
+        slots.set_ready(digest, 1)
+    slots.set_absent("a")
+    slots.set_absent("e")
+    assert slots.in_memory(9) == ("a", "b", "f", "d", "c")
+    assert slots.in_memory(3) == ("a", "b", "f")
 
 
 def test_one_used_often_outlives_later_ones_used_once_and_not_for_ever() -> None:

@@ -33,15 +33,27 @@ def make_cache(max_bytes: int, loader: Loader) -> HostCache:
     return HostCache(max_bytes, loader, expected_bytes=lambda adapter: 10)
 
 
-def unused(digest: str) -> bool:
-    return False
+class Device:
+    """Has some adapters, of which some stay for a while."""
+
+    def __init__(self, stays: str = "", goes: str = "") -> None:
+        self.kept, self.goes = set(stays), set(goes)
+
+    def is_loaded(self, digest: str) -> bool:
+        return digest in self.kept | self.goes
+
+    def stays(self, digest: str) -> bool:
+        return digest in self.kept
+
+
+EMPTY = Device()
 
 
 def settle(cache: HostCache) -> list[tuple[str, bool]]:
     """Load all that is due. Returns what was loaded, and whether it succeeded."""
     ended: list[tuple[str, bool]] = []
     while True:
-        cache.advance(unused)
+        cache.advance(EMPTY)
         if not cache._loading:
             return ended
         wait([entry.future for entry in cache._entries.values() if entry.future], 30)
@@ -58,7 +70,7 @@ def test_wanting_returns_before_the_load_ends_and_poll_reports_it_once() -> None
     loader.gate.clear()
     cache = make_cache(100, loader)
     want(cache, "a")
-    cache.advance(unused)
+    cache.advance(EMPTY)
     assert cache.poll() == []
     loader.gate.set()
     assert settle(cache) == [("a", True)]
@@ -78,14 +90,14 @@ def test_the_least_recently_used_idle_adapter_is_dropped_first_and_wanted_ones_n
     assert settle(cache) == [("a", True), ("b", True)]
     assert cache.used_bytes == 20 and cache.num_queued == 1, "wanted ones stay, the rest waits"
     assert cache.release("b") == []
-    assert cache.advance(unused) == ["b"]
+    assert cache.advance(EMPTY) == ["b"]
     assert settle(cache) == [("c", True)]
     want(cache, "a")
     assert cache.release("a") == cache.release("a") == cache.release("c") == []
     want(cache, "a")
     cache.release("a")
     want(cache, "d")
-    assert cache.advance(unused) == ["c"], "a was wanted again after c"
+    assert cache.advance(EMPTY) == ["c"], "a was wanted again after c"
 
 
 def test_one_that_is_wanted_often_outlives_a_later_one() -> None:
@@ -95,7 +107,7 @@ def test_one_that_is_wanted_often_outlives_a_later_one() -> None:
     for digest in "aaab":
         cache.release(digest)
     want(cache, "c")
-    assert cache.advance(unused) == ["b"], "a was wanted three times"
+    assert cache.advance(EMPTY) == ["b"], "a was wanted three times"
     settle(cache)
 
 
@@ -119,19 +131,32 @@ def test_those_that_no_request_wants_any_more_are_never_loaded() -> None:
     assert settle(cache) == [("c", True)] and loader.loaded == ["a", "c"]
 
 
-def test_one_that_running_requests_hold_on_the_device_makes_room() -> None:
+def test_one_that_stays_on_the_device_makes_room_and_comes_back_once_it_is_gone() -> None:
     cache = make_cache(10, Loader())
     want(cache, "a", "b")
     settle(cache)
-    in_use = {"a"}
-    assert cache.advance(in_use.__contains__) == ["a"]
+    assert cache.advance(Device("a")) == ["a"]
     wait([cache._entries["b"].future], 30)  # type: ignore[list-item]
     assert [loaded.digest for loaded in cache.poll()] == ["b"]
     want(cache, "c")
-    in_use.clear()  # preempted: it is the first to be loaded again
-    assert cache.advance(in_use.__contains__) == []
+    assert cache.advance(EMPTY) == [], "preempted: it is the first to be loaded again"
     cache.release("b")
     assert settle(cache) == [("a", True)]
+
+
+def test_copies_of_what_stays_on_the_device_go_before_what_is_nowhere_else() -> None:
+    cache = make_cache(40, Loader())
+    want(cache, *"aaabbcdd")
+    settle(cache)
+    for digest in "aaabbcdd":
+        cache.release(digest)
+    want(cache, "e")
+    assert cache.advance(Device("ab", "d")) == ["a"], "the most wanted one leaves the device last"
+    wait([cache._entries["e"].future], 30)  # type: ignore[list-item]
+    cache.poll()
+    want(cache, "a", "f")
+    assert cache.advance(Device("ab", "d")) == ["b"]
+    assert not cache._loading.keys() & {"a"}, "the device has it"
 
 
 def test_an_adapter_over_the_bound_is_loaded_alone() -> None:
@@ -165,7 +190,7 @@ def test_an_idle_engine_is_woken_when_a_load_ends() -> None:
     woken = threading.Event()
     cache = HostCache(20, Loader(), woken.set)
     want(cache, "a")
-    cache.advance(unused)
+    cache.advance(EMPTY)
     assert woken.wait(30)
 
 
@@ -197,6 +222,17 @@ class Queue(RuleBasedStateMachine):
         self.waiting: list[str] = []
         self.running: list[str] = []
         self.ready: set[str] = set()
+        self.device = Device()
+
+    def start(self, digest: str) -> bool:
+        """Let a waiting request run, if its adapter is in memory."""
+        if digest not in self.ready and not self.device.is_loaded(digest):
+            return False
+        self.waiting.remove(digest)
+        self.running.append(digest)
+        self.device.kept.add(digest)
+        self.device.goes.discard(digest)
+        return True
 
     @rule(digest=DIGESTS)
     def come(self, digest: str) -> None:
@@ -205,7 +241,16 @@ class Queue(RuleBasedStateMachine):
 
     @rule()
     def advance(self) -> None:
-        self.ready.difference_update(self.cache.advance(self.running.__contains__))
+        self.ready.difference_update(self.cache.advance(self.device))
+
+    @rule(data=st.data(), is_gone=st.booleans())
+    def age(self, data: st.DataObject, is_gone: bool) -> None:
+        """One that nobody runs with is to leave the device soon, or does."""
+        idle = sorted((self.device.kept | self.device.goes) - set(self.running))
+        if idle:
+            digest = data.draw(st.sampled_from(idle))
+            self.device.kept.discard(digest)
+            (self.device.goes.discard if is_gone else self.device.goes.add)(digest)
 
     @precondition(lambda self: self.pool.running)
     @rule(is_damaged=st.booleans(), number=st.integers(0, 1))
@@ -228,10 +273,7 @@ class Queue(RuleBasedStateMachine):
     @precondition(lambda self: self.waiting)
     @rule(data=st.data())
     def run(self, data: st.DataObject) -> None:
-        digest = data.draw(st.sampled_from(self.waiting))
-        if digest in self.ready or digest in self.running:
-            self.waiting.remove(digest)
-            self.running.append(digest)
+        self.start(data.draw(st.sampled_from(self.waiting)))
 
     @precondition(lambda self: self.running)
     @rule(data=st.data())
@@ -261,9 +303,8 @@ class Queue(RuleBasedStateMachine):
             self.advance()
             while self.pool.running:
                 self.end_a_load(is_damaged=False, number=0)
-            for digest in [d for d in self.waiting if d in self.ready or d in self.running]:
-                self.waiting.remove(digest)
-                self.running.append(digest)
+            for digest in self.waiting.copy():
+                self.start(digest)
             if self.running:
                 self.ready.difference_update(self.cache.release(self.running.pop()))
         assert not self.waiting and not self.running

@@ -159,6 +159,14 @@ def test_affinity_saves_loads_within_the_bound() -> None:
     assert ours.loads_per_request < 0.65 * blind.loads_per_request
 
 
+def test_loads_of_the_warm_up_are_not_reported() -> None:
+    whole, _ = simulate(fleet())
+    late, _ = simulate(fleet(warm_up_s=4.0))
+    assert 0 < late.remote_loads < whole.remote_loads / 2, "most adapters are on disk by then"
+    assert late.disk_loads <= whole.disk_loads and late.device_loads < whole.device_loads
+    assert 0 < late.loads_per_request < whole.loads_per_request
+
+
 # ==== the workload ====
 
 
