@@ -201,6 +201,7 @@ class Engine:
                 now,
                 scope=scope,
                 priority=request.priority,
+                weight=request.weight,
                 index=i,
                 output_token_ids=list(request.output_token_ids),
                 num_resumed_tokens=len(request.output_token_ids),

@@ -46,7 +46,8 @@ class AdapterFolder:
 class GenerateRequest:
     """A generation with n choices. With `output_token_ids`, it resumes after them (n = 1).
 
-    Of a tenant's requests that wait, those of a lower `priority` go first.
+    Of a tenant's requests that wait, those of a lower `priority` go first. Tenants that wait get
+    tokens in the ratio of their `weight`s.
     """
 
     request_id: str
@@ -58,6 +59,7 @@ class GenerateRequest:
     cache_salt: str = ""
     output_token_ids: list[int] = field(default_factory=list[int])
     priority: int = 0
+    weight: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)

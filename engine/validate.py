@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 
 from engine.messages import EngineInfo, GenerateRequest
+from engine.scheduler.fairness import MAX_WEIGHT, MIN_WEIGHT
 from engine.scheduler.request import MAX_PRIORITY, InvalidRequest
 
 MAX_CHOICES = 128
@@ -36,6 +37,10 @@ def validate(request: GenerateRequest, info: EngineInfo) -> None:
     if not -MAX_PRIORITY <= request.priority <= MAX_PRIORITY:
         raise InvalidRequest(
             f"priority must be in [{-MAX_PRIORITY}, {MAX_PRIORITY}], not {request.priority}"
+        )
+    if not MIN_WEIGHT <= request.weight <= MAX_WEIGHT:
+        raise InvalidRequest(
+            f"weight must be in [{MIN_WEIGHT}, {MAX_WEIGHT}], not {request.weight}"
         )
     if num_resumed and request.n != 1:
         raise InvalidRequest(f"a resumed request has one choice, not n={request.n}")

@@ -79,6 +79,7 @@ async def plan_embeddings(
                 tenant=target.tenant,
                 cache_salt=request.cache_salt or "",
                 priority=request.priority or 0,
+                weight=target.weight,
             ),
             target.adapter_ref,
         )

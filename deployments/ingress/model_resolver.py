@@ -93,6 +93,7 @@ class Target:
     model: ServedModel
     adapter_ref: AdapterRef | None
     tenant: str
+    weight: float = 1.0  # the tenant's
     own: OwnText = NOTHING_OWN  # what the adapter brings beside its weights, once it is read
     held_s: float = 0.0  # that the request has waited for the model's first replica
 
@@ -201,7 +202,7 @@ class Models:
             return await self.resolve_set(tenant, wanted)
         if name.adapter_name is None:
             assert name.base is not None, "a name is a base, an adapter or both"
-            return Target(self.by_id[name.base], None, tenant.name)
+            return Target(self.by_id[name.base], None, tenant.name, tenant.weight)
         if name.tenant is not None and name.tenant not in tenant.namespaces:
             raise model_not_found(text)  # without a look: what is there makes no difference
         namespaces = tenant.default_namespaces if name.tenant is None else (name.tenant,)
@@ -223,7 +224,9 @@ class Models:
             raise model_not_found(text) from None
         except AdapterStoreError as error:
             raise store_unavailable(error) from error
-        return Target(self._model_of(text, ref, bases), ref, tenant.name, held_s=held_s)
+        return Target(
+            self._model_of(text, ref, bases), ref, tenant.name, tenant.weight, held_s=held_s
+        )
 
     async def resolve_set(self, tenant: Tenant, wanted: AdapterSet) -> Target:
         """Find the members of a set, all of one base: an adapter of their own. Raises ApiError."""
@@ -254,7 +257,7 @@ class Models:
         fingerprint = refs[0].base
         digest = recipe.digest(fingerprint)
         ref = AdapterRef(tenant.name, wanted.text, 0, digest, fingerprint, recipe)
-        return Target(self.by_id[base], ref, tenant.name, held_s=held_s)
+        return Target(self.by_id[base], ref, tenant.name, tenant.weight, held_s=held_s)
 
     async def _member(self, tenant: Tenant, name: str, base: str | None) -> Target:
         """Find one adapter of a set. Errors call it as the client does."""

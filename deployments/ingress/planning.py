@@ -203,6 +203,7 @@ def _submits(
             tenant=target.tenant,
             cache_salt=request.cache_salt or "",
             priority=request.priority or 0,
+            weight=target.weight,
         )
         submits.append(Submit(generate, target.adapter_ref, session_key(request.prompt_cache_key)))
     return submits

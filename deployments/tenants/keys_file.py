@@ -13,6 +13,7 @@ API keys are never stored: the file holds only their SHA-256. It is YAML or JSON
         max_upload_bytes: 500MiB         # limits of that, instead of the config's
         max_lora_rank: 64
         max_adapters: 100
+        weight: 2.0                      # gets twice the tokens of a tenant with 1.0, if both wait
     metrics_keys: [<64 hex digits>]      # these open /metrics and nothing else
     admin_keys: {ann: <64 hex digits>}   # these manage all tenants' adapters over /admin/v1
 """
@@ -33,6 +34,7 @@ from deployments.policy.admission import Limits
 from deployments.strict_yaml import YamlMistake, read_yaml
 from deployments.tenants.tenant import Publisher, Tenant, UploadLimits
 from engine.config import ConfigError
+from engine.scheduler.fairness import MAX_WEIGHT, MIN_WEIGHT
 
 KEY_PREFIX = "reef-"
 
@@ -55,6 +57,7 @@ class TenantEntry(Section):
     max_upload_bytes: Bytes = 0
     max_lora_rank: Annotated[int, Field(ge=1, le=1024)] = 1
     max_adapters: Limit = None
+    weight: float = Field(default=1.0, ge=MIN_WEIGHT, le=MAX_WEIGHT)
 
 
 class KeysDocument(Section):
@@ -89,7 +92,7 @@ def read_keys(path: Path, defaults: Limits) -> Keys:
     holders: dict[bytes, Holder] = {}
     for name, entry in document.tenants.items():
         limits, namespaces = _limits(entry, defaults), tuple(entry.namespaces)
-        tenant = Tenant(name, limits, namespaces, entry.may_publish)
+        tenant = Tenant(name, limits, namespaces, entry.may_publish, entry.weight)
         for digest in map(bytes.fromhex, entry.keys):
             if digest in holders or digest in metrics or digest in publishers:
                 raise _twice(path, f"tenants.{name}.keys", digest)

@@ -37,12 +37,14 @@ class Tenant:
     """`granted` are the namespaces beyond its own and `public`.
 
     `may_publish`: it may bring adapters into its own namespace, and retire them.
+    `weight`: its share of the engines beside other tenants that wait.
     """
 
     name: str
     limits: Limits = NO_LIMITS
     granted: tuple[str, ...] = ()
     may_publish: bool = False
+    weight: float = 1.0
 
     @property
     def default_namespaces(self) -> tuple[str, ...]:

@@ -201,6 +201,7 @@ class Request:
     scope: CacheScope = CacheScope()
     rules: TokenRules = NO_RULES  # set by the scheduler, the same for all choices
     priority: int = 0  # lower ones go first among those of its tenant that wait
+    weight: float = 1.0  # its tenant's share, in comparison to others'
     index: int = 0  # choice index: seed + index is its random stream
     output_token_ids: list[int] = field(default_factory=list[int])
     num_resumed_tokens: int = 0  # leading output_token_ids that came with the request
@@ -209,6 +210,7 @@ class Request:
     status: RequestStatus = RequestStatus.WAITING
     block_table: list[int] = field(default_factory=list[int])
     block_hashes: list[bytes] = field(default_factory=list[bytes])
+    num_charged_tokens: int | None = None  # output tokens charged to its tenant; None: not begun
     num_admitted_tokens: int = 0  # that were known at the last admission: the prefill's
     num_computed_tokens: int = 0
     num_pending_tokens: int = 0  # sampled by steps whose results have not been read

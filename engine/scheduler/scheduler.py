@@ -12,23 +12,26 @@ preempted are dropped. Its blocks are free at once, because executors run steps 
 dropped row writes is overwritten before any later row reads it.
 
 One step mixes decodes with chunks of prompts under `max_num_batched_tokens`, and under a target
-for its time while anybody decodes (`step_budget`). Running requests go first; waiting ones follow
-in the order of `waiting`, except that a request whose adapter is being loaded, or whose grammar is
-being compiled, is passed over. When memory runs out, the request admitted last loses
-its blocks and is computed again later (preemption by recompute). Time enters only through `now`
-and `observe`.
+for its time while anybody decodes (`step_budget`). Running requests go first; waiting ones follow,
+those of the tenant that has been given the least before (`fairness`), except that a request whose
+adapter is being loaded, or whose grammar is being compiled, is passed over. When memory runs out,
+the request admitted last loses its blocks and is computed again later (preemption by recompute).
+Time enters only through `now` and `observe`.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from engine.scheduler.activation import NEVER, adapter_start
 from engine.scheduler.batch import ScheduledBatch, ScheduledRequest
 from engine.scheduler.decode_run import DecodeRun, LightBatch, is_plain_decode, steps_possible
+from engine.scheduler.fairness import TenantService
 from engine.scheduler.limits import SchedulerLimits
 from engine.scheduler.memory import MemoryBudget, MemoryChanges
 from engine.scheduler.prefix_cache import find_cached_blocks, publish_blocks
 from engine.scheduler.request import FinishReason, InvalidRequest, Request, RequestStatus
+from engine.scheduler.seats import may_yield, seats_to_yield
 from engine.scheduler.speculation import Draft, Speculation
 from engine.scheduler.step import Step
 from engine.scheduler.step_budget import StepBudget
@@ -70,6 +73,7 @@ class Scheduler:
         self.speculation = speculation
         self.step_budget = StepBudget(limits.target_step_s)
         self.waiting = WaitingQueue()
+        self.service = TenantService()
         self.running: list[Request] = []  # in order of admission
         self.num_preemptions = self.num_drafts = 0
         self.num_drafted_tokens = self.num_accepted_tokens = 0
@@ -80,7 +84,7 @@ class Scheduler:
     # ==== requests in and out ====
 
     def add(self, request: Request, *, is_next: bool = False) -> None:
-        """Queue a request (and its forks, which wait for its prompt), or put it first in the queue.
+        """Queue a request (and its forks, which wait for its prompt), or put it before all others.
 
         Raises InvalidRequest if memory can never hold it.
         """
@@ -92,9 +96,14 @@ class Scheduler:
             assert r.key not in self._by_key, f"request {r.key} was added twice"
             self._by_key[r.key] = r
         if is_next:
-            self.waiting.appendleft(request)
-        else:
-            self.waiting.add(request)
+            request.num_charged_tokens = 0  # it is no tenant's
+            self.waiting.add_urgent(request)
+            return
+        tenant = request.scope.tenant
+        if tenant not in self.waiting.tenants:
+            self.service.settle(self.running)
+            self.service.enter(tenant, self.waiting.tenants)
+        self.waiting.add(request)
 
     def abort(self, request_id: str, index: int | None = None) -> list[Request]:
         """End a choice of the request, or all; their blocks and pins are free on return."""
@@ -216,6 +225,7 @@ class Scheduler:
         """Choose the next step's rows, and make room for them. With a token's id, decodes without
         rows where all of them can be so."""
         assert self._num_in_flight <= self.pipeline_depth, "an update or fail is due first"
+        self._yield_seats()
         step = Step(self.limits.max_num_batched_tokens)
         decodes, prefills = self._divide_running(step)
         if token_id is None or not self._take_decodes(step, decodes, token_id):
@@ -229,9 +239,7 @@ class Scheduler:
             rows += [(request, 1) for request in step.decodes]
             step.prompt_time = self.step_budget.prompt_time(rows, num_prompts)
         self._widen_decodes(step, 2 if num_prompts else 1)
-        self._schedule_running(step, prefills)
-        if not step.lacks_blocks:
-            self._schedule_waiting(step, now)
+        self._schedule_prompts(step, prefills)
         self._add_drafts(step, drafts)
         changes = self.memory.take_changes()
         if not step.rows and not step.decodes and not changes:
@@ -289,8 +297,10 @@ class Scheduler:
 
     def is_blocked(self, budget: int) -> bool:
         """Whether a step with so many tokens left for prompts looks at no waiting request."""
-        if not budget or len(self.running) >= self.limits.max_num_seqs:
+        if not budget:
             return True
+        if len(self.running) >= self.limits.max_num_seqs:
+            return not may_yield(self.running, self.waiting.heads())
         return all(self._is_unready(request) for request in self.waiting)
 
     def end_run(self, run: DecodeRun) -> list[Request]:
@@ -371,6 +381,18 @@ class Scheduler:
         assert {r.key for r in queued} == set(self._by_key) and len(queued) == len(self._by_key)
 
     # ==== choosing rows ====
+
+    def _yield_seats(self) -> None:
+        """Take seats back for tenants that have too few of them, and were given less."""
+        num_free = self.limits.max_num_seqs - len(self.running)
+        if num_free or not may_yield(self.running, self.waiting.heads()):
+            return
+        self.service.settle(self.running)
+        ready = (
+            r for r in self.waiting.in_order(self.service.__getitem__) if not self._is_unready(r)
+        )
+        for request in seats_to_yield(self.running, ready, self.service):
+            self._preempt(request)
 
     def _divide_running(
         self, step: Step
@@ -465,8 +487,23 @@ class Scheduler:
                 return False
         return True
 
-    def _schedule_waiting(self, step: Step, now: float) -> None:
-        for request in list(self.waiting):
+    def _schedule_prompts(self, step: Step, prefills: list[tuple[Request, int]]) -> None:
+        """Go on with prompts, then begin others; where tenants differ, by what they were given."""
+        tenants = {r.scope.tenant for r, _ in prefills} | self.waiting.tenants
+        if len(tenants) > 1:
+            self.service.settle(self.running)
+        if len(tenants) > 1 and prefills:
+            prefills.sort(key=lambda row: self.service[row[0].scope.tenant])  # stable
+            self._schedule_waiting(step, self.service[prefills[0][0].scope.tenant])
+        self._schedule_running(step, prefills)
+        if not step.lacks_blocks:
+            self._schedule_waiting(step)
+
+    def _schedule_waiting(self, step: Step, below: float = math.inf) -> None:
+        """Begin requests, of tenants that were given less than `below` alone."""
+        for request in self.waiting.in_order(self.service.__getitem__):
+            if self.service[request.scope.tenant] >= below:
+                return
             if step.is_full or len(self.running) + step.num_promised >= self.limits.max_num_seqs:
                 return
             if self._is_unready(request):
@@ -563,6 +600,7 @@ class Scheduler:
     def _start_life(self, request: Request) -> None:
         self._num_lives += 1
         request.life = self._num_lives
+        self.service.begin(request)
         request.num_admitted_tokens = request.num_tokens
         request.status = RequestStatus.RUNNING
         self.running.append(request)
@@ -570,6 +608,7 @@ class Scheduler:
     def _preempt(self, request: Request) -> None:
         """Return a running request to the queue. Its pending tokens are sampled again, equally."""
         self.num_preemptions += 1
+        self.service.settle([request])
         self._release(request)
         request.status = RequestStatus.WAITING
         request.num_computed_tokens = request.num_pending_tokens = 0
@@ -657,6 +696,7 @@ class Scheduler:
     def _finish(self, request: Request, reason: FinishReason) -> None:
         """Free the request's blocks and pin, and forget it."""
         assert not request.forks, "forks must be started or ended before their first choice ends"
+        self.service.settle([request])
         if request.status is RequestStatus.RUNNING:
             self._release(request)
             self.running.remove(request)
@@ -665,6 +705,7 @@ class Scheduler:
         request.status = RequestStatus.FINISHED
         request.finish_reason = reason
         del self._by_key[request.key]
+        self.service.forget_idle(self._by_key.values())
 
     def _release(self, request: Request) -> None:
         self.blocks.free(request.block_table)

@@ -638,10 +638,10 @@ def test_requests_of_a_grammar_that_is_refused_end_and_others_stay() -> None:
 @pytest.mark.parametrize(
     ("queued", "order"),
     [
-        ("s0 s0 t0", "s0 s0 t0"),
+        ("s0 s0 t0", "s0 t0 s0"),
         ("s0 s1 s0 s-1", "s-1 s0 s0 s1"),
-        ("s2 t0 s1 t-1 s1", "s1 t-1 s1 t0 s2"),  # each tenant's own places
-        ("t0 t0 s-9", "t0 t0 s-9"),
+        ("s2 t0 s1 t-1 s1", "s1 t-1 s1 t0 s2"),  # nobody's priority delays another tenant
+        ("t0 t0 s-9", "t0 s-9 t0"),
     ],
 )
 def test_priorities_order_the_requests_of_a_tenant(queued: str, order: str) -> None:

@@ -1,6 +1,7 @@
-"""Tests the queue against a plain list under random operations."""
+"""Tests the queues against plain lists under random operations."""
 
 import random
+from collections.abc import Iterable
 
 from engine.scheduler.request import CacheScope, Request, SamplingParams
 from engine.scheduler.waiting import WaitingQueue
@@ -21,7 +22,7 @@ def add(plain: list[Request], request: Request) -> None:
             plain[place] = each
 
 
-def test_the_queue_is_a_list_with_each_tenants_priorities_in_its_own_places() -> None:
+def test_each_tenants_queue_is_a_list_with_priorities() -> None:
     rng = random.Random(0)
     queue, plain = WaitingQueue(), list[Request]()
     for number in range(3000):
@@ -49,4 +50,46 @@ def test_the_queue_is_a_list_with_each_tenants_priorities_in_its_own_places() ->
                 queue.replace(old, plain[at])
             case _:
                 pass
-        assert list(queue) == plain and len(queue) == len(plain)
+        for order in (queue, queue.in_order(lambda _: 0.0)):
+            assert by_tenant(order) == by_tenant(plain)
+        assert len(queue) == len(plain) and queue.tenants == {r.scope.tenant for r in plain}
+
+
+def by_tenant(requests: Iterable[Request]) -> dict[str, list[Request]]:
+    found: dict[str, list[Request]] = {}
+    for request in requests:
+        found.setdefault(request.scope.tenant, []).append(request)
+    return found
+
+
+def test_the_tenant_with_the_least_service_goes_next() -> None:
+    rng = random.Random(1)
+    for _ in range(200):
+        queue, service = WaitingQueue(), {tenant: float(rng.randrange(5)) for tenant in "abcd"}
+        left: dict[str, list[Request]] = {}
+        for number in range(rng.randrange(1, 12)):
+            request = make_request(number, rng.choice("abcd"), 0)
+            queue.append(request)
+            left.setdefault(request.scope.tenant, []).append(request)
+        for request in queue.in_order(service.__getitem__):
+            tenant = request.scope.tenant
+            assert service[tenant] == min(service[other] for other in left)
+            assert left[tenant].pop(0) is request
+            if not left[tenant]:
+                del left[tenant]
+            if rng.random() < 0.7:  # it is served, and goes
+                queue.remove(request)
+                service[tenant] += rng.randrange(4)
+        assert not left
+
+
+def test_urgent_requests_go_first_and_equals_as_they_came() -> None:
+    queue = WaitingQueue()
+    first, second, urgent = (make_request(n, t, 0) for n, t in enumerate("bab"))
+    queue.append(first)
+    queue.append(second)
+    queue.add_urgent(urgent)
+    assert list(queue.in_order(lambda _: 0.0)) == [urgent, first, second]
+    assert urgent in queue and len(queue) == 3
+    queue.remove(urgent)
+    assert list(queue.in_order(lambda _: 0.0)) == [first, second]

@@ -205,3 +205,17 @@ def test_a_tenants_concurrency_counts_prompts_times_n(tmp_path: Path) -> None:
         assert (await server.post(COMPLETIONS, key=ACME, prompt="z", n=5)).status == 200
 
     in_server(test, tenants=limited(tmp_path, max_concurrent_requests=5))
+
+
+def test_the_engine_is_told_a_tenants_weight(tmp_path: Path) -> None:
+    async def test(server: Server) -> None:
+        for key in (ACME, UMBRELLA):
+            body = {"model": "base", "prompt": "x", "max_tokens": 1}
+            assert (await server.call("POST", COMPLETIONS, body, key)).status == 200
+        assert [request.weight for request in server.engine.requests] == [4.0, 1.0]
+
+    tenants = {
+        "acme": {"keys": [digest(ACME)], "weight": 4},
+        "umbrella": {"keys": [digest(UMBRELLA)]},
+    }
+    in_server(test, tenants=Keyring(keys_file(tmp_path, tenants=tenants), Limits()))

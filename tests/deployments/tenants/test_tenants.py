@@ -36,6 +36,7 @@ def test_a_key_says_which_tenant_it_is_and_limits_are_the_tenants_own_or_the_def
     own = {"requests_per_minute": None, "max_concurrent_requests": 3}
     tenants = {
         "acme": {"keys": [digest(ACME), digest("another")], "namespaces": ["lab"], **own},
+        "heavy": {"keys": [digest("heavy")], "weight": 2.5},
         "umbrella": {"keys": [digest(UMBRELLA)]},
     }
     ring = Keyring(keys_file(tmp_path, tenants=tenants), DEFAULTS)
@@ -43,6 +44,7 @@ def test_a_key_says_which_tenant_it_is_and_limits_are_the_tenants_own_or_the_def
     assert acme == Tenant("acme", Limits(None, 3), ("lab",)) == ring.identify(bearer("another"))
     assert acme.namespaces == ("acme", "public", "lab")
     assert ring.identify(f"bearer  {UMBRELLA}") == Tenant("umbrella", DEFAULTS)
+    assert ring.identify(bearer("heavy")) == Tenant("heavy", DEFAULTS, weight=2.5)
 
 
 def test_json_is_read_too(tmp_path: Path) -> None:
@@ -80,6 +82,8 @@ def test_a_hash_is_no_key(tmp_path: Path) -> None:
         (f"tenants: {{acme: {{keys: [{ACME}]}}}}", "tenants.acme.keys.0"),
         ("tenants: {acme: {requests_per_minute: 0}}", "tenants.acme.requests_per_minute"),
         ("tenants: {acme: {max_concurrent_requests: -1}}", "tenants.acme.max_concurrent"),
+        ("tenants: {acme: {weight: 0}}", "tenants.acme.weight: Input should be greater than"),
+        ("tenants: {acme: {weight: .nan}}", "tenants.acme.weight"),
         ("tenants: {acme: {namespaces: [a/b]}}", "tenants.acme.namespaces.0"),
         ("tenants: {a/b: {}}", "tenants.a/b"),
         ("tenants: {acme: {}, acme: {}}", "'acme' comes twice in line 1"),

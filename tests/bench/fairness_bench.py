@@ -1,0 +1,126 @@
+"""Simulates a tenant that floods an engine beside one that sends less than its share.
+
+    python -m tests.bench.fairness_bench --rows rows.txt
+
+In virtual time, with the engine's own scheduler and the simulator's default costs of steps. The
+guest sends 0.3 of what the engine can serve, the flood ten times its own half. Three runs of the
+same requests: the guest alone, both as tenants, and both as one tenant, first come first served.
+"""
+
+import argparse
+import statistics
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from random import Random
+
+from deployments.simulator.clock import Clock
+from deployments.simulator.profile import Profile
+from deployments.simulator.prompts import make_prompt
+from deployments.simulator.records import Stretch
+from deployments.simulator.replica import ReplicaSize, SimulatedReplica
+from deployments.simulator.workload import Lengths, draw_length
+from engine.scheduler.request import CacheScope, Request, SamplingParams
+from engine.scheduler.scheduler import Progress
+from tests.bench.environment import append_row, header
+
+GUEST, FLOOD = "guest", "flood"
+GUEST_SHARE, FLOOD_SHARE = 0.3, 5.0  # of the requests that the engine can serve
+PROMPT, OUTPUT = Lengths(), Lengths(median=100.0, most=512)
+SIZE = ReplicaSize(max_num_seqs=64)
+
+
+class Listener:
+    """Notes when the guest's first tokens come, and counts everybody's tokens."""
+
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
+        self.ttfts: list[float] = []
+        self.num_tokens = self.num_ended = 0
+
+    def on_progress(self, progress: list[Progress]) -> None:
+        for each in progress:
+            request = each.request
+            self.num_tokens += len(each.token_ids)
+            is_first = len(request.output_token_ids) == len(each.token_ids)
+            if is_first and request.request_id.startswith(GUEST):
+                self.ttfts.append(self.clock.now_s - request.arrival_s)
+
+    def on_run(self, requests: Sequence[Request], stretch: Stretch) -> None:
+        self.num_tokens += len(requests) * stretch.count
+
+    def on_end(self, request: Request) -> None:
+        self.num_ended += 1
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="What a flood does to another tenant.")
+    parser.add_argument("--seconds", type=float, default=300.0, help="of virtual time")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--rows", type=Path, help="append the rows to this file")
+    options = parser.parse_args()
+    ratios: dict[str, list[float]] = {"fair": [], "first come": [], "tokens": []}
+    for seed in range(options.seeds):
+        rate = capacity(seed, options.seconds)
+        guest = arrivals(GUEST, GUEST_SHARE * rate, seed, options.seconds)
+        flood = arrivals(FLOOD, FLOOD_SHARE * rate, seed, options.seconds)
+        alone = run(guest, options.seconds)
+        fair = run([*guest, *flood], options.seconds)
+        one = run([*guest, *flood], options.seconds, is_one_tenant=True)
+        ratios["fair"].append(p99(fair) / p99(alone))
+        ratios["first come"].append(p99(one) / p99(alone))
+        ratios["tokens"].append(fair.num_tokens / one.num_tokens)
+    told = f"guest's p99 TTFT beside a flood {spread(ratios['fair'])} x alone, first come first "
+    told += f"served {spread(ratios['first come'])} x; tokens/s {spread(ratios['tokens'])} x"
+    conditions = f"{header(0)} | fairness | {options.seconds:g} s, {options.seeds} seeds"
+    append_row(options.rows, f"{conditions} | {told}")
+
+
+def p99(listener: Listener) -> float:
+    return statistics.quantiles(listener.ttfts, n=100)[98]
+
+
+def spread(values: list[float]) -> str:
+    return f"{statistics.median(values):.2f} ({min(values):.2f}-{max(values):.2f})"
+
+
+def capacity(seed: int, seconds: float) -> float:
+    """Return the requests per second that an engine serves that never has none waiting."""
+    enough = arrivals(FLOOD, 200.0, seed, seconds)
+    return run(enough, seconds).num_ended / seconds
+
+
+def arrivals(name: str, rate: float, seed: int, seconds: float) -> list[tuple[float, str]]:
+    return list(_drawn(name, rate, Random(f"{seed}/{name}"), seconds))
+
+
+def _drawn(name: str, rate: float, rng: Random, seconds: float) -> Iterator[tuple[float, str]]:
+    time_s, number = rng.expovariate(rate), 0
+    while time_s < seconds:
+        yield time_s, f"{name}-{number}"
+        number += 1
+        time_s += rng.expovariate(rate)
+
+
+def run(
+    arriving: list[tuple[float, str]], seconds: float, *, is_one_tenant: bool = False
+) -> Listener:
+    clock = Clock()
+    listener = Listener(clock)
+    replica = SimulatedReplica("replica", SIZE, Profile(), clock, listener)
+    for number, (time_s, name) in enumerate(sorted(arriving)):
+        tenant = "all" if is_one_tenant else name.partition("-")[0]
+        request = make_request(number, time_s, name, tenant)
+        clock.at(time_s, lambda request=request: replica.submit(request, 0))
+    clock.run(lambda: clock.now_s >= seconds)
+    return listener
+
+
+def make_request(number: int, time_s: float, name: str, tenant: str) -> Request:
+    rng = Random(name)
+    sampling = SamplingParams(max_tokens=draw_length(OUTPUT, rng), ignore_eos=True)
+    prompt = make_prompt(number, draw_length(PROMPT, rng))
+    return Request(name, prompt, sampling, time_s, CacheScope(tenant))
+
+
+if __name__ == "__main__":
+    main()
