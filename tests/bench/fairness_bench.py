@@ -12,6 +12,7 @@ import statistics
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from random import Random
+from typing import NamedTuple
 
 from deployments.simulator.clock import Clock
 from deployments.simulator.profile import Profile
@@ -25,8 +26,20 @@ from tests.bench.environment import append_row, header
 
 GUEST, FLOOD = "guest", "flood"
 GUEST_SHARE, FLOOD_SHARE = 0.3, 5.0  # of the requests that the engine can serve
-PROMPT, OUTPUT = Lengths(), Lengths(median=100.0, most=512)
 SIZE = ReplicaSize(max_num_seqs=64)
+
+
+class Traffic(NamedTuple):
+    """How long everybody's requests are."""
+
+    prompt: Lengths
+    output: Lengths
+
+
+TRAFFICS = {
+    "chats": Traffic(Lengths(), Lengths(median=100.0, most=512)),
+    "long answers": Traffic(Lengths(median=100.0), Lengths(median=600.0, most=1500)),
+}
 
 
 class Listener:
@@ -58,21 +71,26 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--rows", type=Path, help="append the rows to this file")
     options = parser.parse_args()
+    for name, traffic in TRAFFICS.items():
+        told = compare(traffic, options.seconds, options.seeds)
+        conditions = f"{header(0)} | fairness | {options.seconds:g} s, {options.seeds} seeds"
+        append_row(options.rows, f"{conditions} | {name} | {told}")
+
+
+def compare(traffic: Traffic, seconds: float, num_seeds: int) -> str:
     ratios: dict[str, list[float]] = {"fair": [], "first come": [], "tokens": []}
-    for seed in range(options.seeds):
-        rate = capacity(seed, options.seconds)
-        guest = arrivals(GUEST, GUEST_SHARE * rate, seed, options.seconds)
-        flood = arrivals(FLOOD, FLOOD_SHARE * rate, seed, options.seconds)
-        alone = run(guest, options.seconds)
-        fair = run([*guest, *flood], options.seconds)
-        one = run([*guest, *flood], options.seconds, is_one_tenant=True)
+    for seed in range(num_seeds):
+        rate = capacity(traffic, seed, seconds)
+        guest = arrivals(GUEST, GUEST_SHARE * rate, seed, seconds)
+        flood = arrivals(FLOOD, FLOOD_SHARE * rate, seed, seconds)
+        alone = run(traffic, guest, seconds)
+        fair = run(traffic, [*guest, *flood], seconds)
+        one = run(traffic, [*guest, *flood], seconds, is_one_tenant=True)
         ratios["fair"].append(p99(fair) / p99(alone))
         ratios["first come"].append(p99(one) / p99(alone))
         ratios["tokens"].append(fair.num_tokens / one.num_tokens)
     told = f"guest's p99 TTFT beside a flood {spread(ratios['fair'])} x alone, first come first "
-    told += f"served {spread(ratios['first come'])} x; tokens/s {spread(ratios['tokens'])} x"
-    conditions = f"{header(0)} | fairness | {options.seconds:g} s, {options.seeds} seeds"
-    append_row(options.rows, f"{conditions} | {told}")
+    return f"{told}served {spread(ratios['first come'])} x; tokens/s {spread(ratios['tokens'])} x"
 
 
 def p99(listener: Listener) -> float:
@@ -83,10 +101,10 @@ def spread(values: list[float]) -> str:
     return f"{statistics.median(values):.2f} ({min(values):.2f}-{max(values):.2f})"
 
 
-def capacity(seed: int, seconds: float) -> float:
+def capacity(traffic: Traffic, seed: int, seconds: float) -> float:
     """Return the requests per second that an engine serves that never has none waiting."""
     enough = arrivals(FLOOD, 200.0, seed, seconds)
-    return run(enough, seconds).num_ended / seconds
+    return run(traffic, enough, seconds).num_ended / seconds
 
 
 def arrivals(name: str, rate: float, seed: int, seconds: float) -> list[tuple[float, str]]:
@@ -102,23 +120,27 @@ def _drawn(name: str, rate: float, rng: Random, seconds: float) -> Iterator[tupl
 
 
 def run(
-    arriving: list[tuple[float, str]], seconds: float, *, is_one_tenant: bool = False
+    traffic: Traffic,
+    arriving: list[tuple[float, str]],
+    seconds: float,
+    *,
+    is_one_tenant: bool = False,
 ) -> Listener:
     clock = Clock()
     listener = Listener(clock)
     replica = SimulatedReplica("replica", SIZE, Profile(), clock, listener)
     for number, (time_s, name) in enumerate(sorted(arriving)):
         tenant = "all" if is_one_tenant else name.partition("-")[0]
-        request = make_request(number, time_s, name, tenant)
+        request = make_request(traffic, number, time_s, name, tenant)
         clock.at(time_s, lambda request=request: replica.submit(request, 0))
     clock.run(lambda: clock.now_s >= seconds)
     return listener
 
 
-def make_request(number: int, time_s: float, name: str, tenant: str) -> Request:
+def make_request(traffic: Traffic, number: int, time_s: float, name: str, tenant: str) -> Request:
     rng = Random(name)
-    sampling = SamplingParams(max_tokens=draw_length(OUTPUT, rng), ignore_eos=True)
-    prompt = make_prompt(number, draw_length(PROMPT, rng))
+    sampling = SamplingParams(max_tokens=draw_length(traffic.output, rng), ignore_eos=True)
+    prompt = make_prompt(number, draw_length(traffic.prompt, rng))
     return Request(name, prompt, sampling, time_s, CacheScope(tenant))
 
 
