@@ -24,11 +24,13 @@ def open_store(
     *,
     read_only: bool = False,
     is_impatient: bool = False,
+    single_writer: bool = False,
 ) -> ObjectStore:
     """Open the store at a root such as `file:///srv/adapters` or `s3://bucket/prefix`.
 
     `endpoint_url` is for S3 alone. `read_only` leaves out the test of conditional writes, which
-    writes. `is_impatient` gives a request up early: for reads that are repeated soon anyway.
+    writes; so does `single_writer`, with which no other process may write. `is_impatient` gives a
+    request up early: for reads that are repeated soon anyway.
     Raises SourceUnavailable.
     """
     url = urlsplit(root)
@@ -36,7 +38,13 @@ def open_store(
         # Imported here because boto3 is slow to import and file stores do not need it.
         from adapter_store.s3_store import open_s3
 
-        return open_s3(root, endpoint_url, read_only=read_only, is_impatient=is_impatient)
+        return open_s3(
+            root,
+            endpoint_url,
+            read_only=read_only,
+            is_impatient=is_impatient,
+            single_writer=single_writer,
+        )
     if url.scheme != "file":
         raise SourceUnavailable(f"root {root!r} must begin with file:/// or s3://")
     if url.netloc or not url.path.startswith("/"):

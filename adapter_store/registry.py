@@ -20,6 +20,7 @@ from itertools import groupby, islice
 
 from adapter_store.catalog import Catalog
 from adapter_store.errors import (
+    AccessDenied,
     AdapterExists,
     AdapterNotFound,
     FilesRemoved,
@@ -59,8 +60,13 @@ class Registry:
         store: ObjectStore,
         wall_clock: Callable[[], float],
         reader: ObjectStore | None = None,
+        may_write: bool = True,
     ) -> None:
-        """Open the log in `store`; `reader` is the same store, for reading what others write."""
+        """Open the log in `store`; `reader` is the same store, for reading what others write.
+
+        Without `may_write` all writes raise AccessDenied.
+        """
+        self._may_write = may_write
         self._records = RecordLog(store, reader)
         self._wall_clock = wall_clock
         self._refreshing = threading.Lock()  # held over I/O
@@ -392,6 +398,7 @@ class Registry:
 
         `by` says in the log whose change it is.
         """
+        check_may_write(self._may_write)
         while True:
             self.refresh()
             with self._lock:
@@ -449,6 +456,15 @@ class Registry:
             data = self._catalog.to_data()
         covering = (n for n in self._records.snapshots() if self._records.leads_to(n, data))
         return next(islice(covering, 1, None), 0)
+
+
+def check_may_write(may_write: bool) -> None:
+    """Raise AccessDenied in a process that leaves writing to another one."""
+    if not may_write:
+        raise AccessDenied(
+            "this process writes nothing to the store: adapters.single_writer is true, so "
+            "adapters are published with `reef --single-writer` alone"
+        )
 
 
 def _is_latest(catalog: Catalog, tenant: str, name: str, manifest: AdapterManifest) -> bool:

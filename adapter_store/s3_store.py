@@ -24,6 +24,10 @@ PROBE_KEY = "probe/put-if-absent"
 
 OVERLAP_KEY = "probe/overlap"
 
+_ALONE = (
+    "if only one process at a time will write, run with adapters.single_writer: true and publish "
+    "with --single-writer"
+)
 _log = logging.getLogger(__name__)
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,62}")
 
@@ -34,8 +38,12 @@ def open_s3(
     *,
     read_only: bool = False,
     is_impatient: bool = False,
+    single_writer: bool = False,
 ) -> "S3Store":
     """Open the store at s3://bucket/prefix; without an endpoint, boto3 chooses one.
+
+    `single_writer` is the caller's word that no other process writes meanwhile: then a server is
+    taken that does not keep one of two concurrent conditional writes.
 
     Raises SourceUnavailable, also if the server does not honour conditional writes, which only a
     store that is opened for writing finds out.
@@ -55,7 +63,14 @@ def open_s3(
         raise SourceUnavailable(
             f"root {root!r} must be s3://bucket or s3://bucket/prefix: {error}"
         ) from error
-    return S3Store(url.netloc, prefix, endpoint_url, read_only=read_only, is_impatient=is_impatient)
+    return S3Store(
+        url.netloc,
+        prefix,
+        endpoint_url,
+        read_only=read_only,
+        is_impatient=is_impatient,
+        single_writer=single_writer,
+    )
 
 
 class S3Store:
@@ -74,7 +89,9 @@ class S3Store:
         *,
         read_only: bool = False,
         is_impatient: bool = False,
+        single_writer: bool = False,
     ) -> None:
+        self._single_writer = single_writer
         self._prefix = f"{check_key(prefix)}/" if prefix else ""
         self._client = S3Client(bucket, endpoint_url, is_impatient=is_impatient)
         if not read_only:
@@ -192,6 +209,8 @@ class S3Store:
         self._client.call("put_object", f"write {key} to", Key=self._full(key), Body=data)
 
     def put_if_absent(self, key: str, data: bytes) -> bool:
+        if self._single_writer and self.size(key) is not None:
+            return False
         writer = uuid.uuid4().hex
         request = {"Key": self._full(key), "Body": data, "Metadata": {"writer": writer}}
         for _ in range(MAX_CONFLICTS):
@@ -243,6 +262,8 @@ class S3Store:
 
         The key stays, so from the second start on this takes one request, which must be refused.
         """
+        if self._single_writer:
+            return
         data = b"Every start tries to write this again, and a store that lets it is refused.\n"
         try:
             is_first = self.put_if_absent(PROBE_KEY, data)
@@ -253,14 +274,14 @@ class S3Store:
         if is_first and self.put_if_absent(PROBE_KEY, data):
             raise SourceUnavailable(
                 f"{self._client.where} cannot be used: it ignores If-None-Match, "
-                "so one of two concurrent writers would be lost silently"
+                f"so one of two concurrent writers would be lost silently; {_ALONE}"
             )
         if is_first and self._loses_overlapping_writes():
             self._forget(PROBE_KEY)  # so that the next start does not take it for tested
             raise SourceUnavailable(
                 f"{self._client.where} cannot be used: of two writes with If-None-Match that "
                 "overlap both succeed, so one would be lost silently; if it is OpenStack Swift, "
-                "set max_clients = 1 in its object servers"
+                f"set max_clients = 1 in its object servers; {_ALONE}"
             )
 
     def _check_readable(self, refusal: AccessDenied) -> None:

@@ -38,7 +38,7 @@ from adapter_store.open_store import open_store
 from adapter_store.own_files import NO_OWN_FILES, OwnFiles
 from adapter_store.publishing import publish, restore
 from adapter_store.recipes import Recipe
-from adapter_store.registry import Registry
+from adapter_store.registry import Registry, check_may_write
 from adapter_store.sources import local_folder
 from adapter_store.verdict import Verdict
 
@@ -62,7 +62,9 @@ class AdapterStore:
     are known still resolve.
 
     With `read_only`, opening writes nothing to the object store; the caller must not either,
-    but for `remove_garbage`.
+    but for `remove_garbage`. Without `may_write` all that would write raises AccessDenied.
+    `single_writer` is the caller's word that no other process writes meanwhile; then S3 servers are
+    taken that do not keep one of two concurrent conditional writes.
 
     `disk_bytes` bounds the cache at `disk_path`. Besides the errors that they name, methods raise
     SourceUnavailable if they need the object store and cannot use it, StoreCorrupt if they find the
@@ -77,17 +79,25 @@ class AdapterStore:
         *,
         endpoint_url: str | None = None,
         read_only: bool = False,
+        may_write: bool = True,
+        single_writer: bool = False,
         refresh_interval_s: float = 1.0,
         clock: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
         self._root = root
-        self._objects = open_store(root, endpoint_url, read_only=read_only)
+        self._objects = open_store(
+            root,
+            endpoint_url,
+            read_only=read_only or not may_write,
+            single_writer=single_writer,
+        )
+        self._may_write = may_write
         self._blobs = Blobs(self._objects)
         self._cache = DiskCache(disk_path, disk_bytes)
         # A read of the log that hangs keeps names at what they meant, so it is given up early.
         self._log_reader = open_store(root, endpoint_url, read_only=True, is_impatient=True)
-        self._registry = Registry(self._objects, wall_clock, self._log_reader)
+        self._registry = Registry(self._objects, wall_clock, self._log_reader, may_write)
         self._collector = Collector(self._objects, self._registry)
         self._audit = AuditLog(self._objects)
         self._scratch = disk_path / ".bases"
@@ -128,6 +138,7 @@ class AdapterStore:
 
     def _store_base(self, base: BaseModel) -> None:
         """Write a description unless it is there. Of two text sides, the latest counts."""
+        check_may_write(self._may_write)
         key, described = f"bases/{base.fingerprint}.json", base.to_json()
         if self._objects.size(key) is None:
             self._objects.put_if_absent(key, described)
@@ -186,6 +197,7 @@ class AdapterStore:
         """
         check_name("tenant", tenant)
         check_name("adapter", name)
+        check_may_write(self._may_write)
         upload = local_folder(folder)
         model = self.base_model(base)
         with converted_upload(upload, model, conversion, self._uploads, on_bytes) as ready:

@@ -81,6 +81,7 @@ def load_config(args: dict[str, Any]) -> AppConfig:
     if config.admin.enabled and config.tenancy.mode != "keys":
         raise ConfigError("admin.enabled: only where tenancy.mode is keys, since it needs keys")
     _check_endpoint(config.adapters)
+    _check_writers(config)
     config = _settled(_absolute(config))
     for model in config.models:
         config.engine_config(model)  # EngineConfig checks its own ranges
@@ -92,6 +93,17 @@ def _check_tenancy(tenancy: TenancySection) -> None:
         raise ConfigError("tenancy.keys_file: required where tenancy.mode is keys")
     if tenancy.mode == "open" and tenancy.keys_file is not None:
         raise ConfigError("tenancy.keys_file: given, but tenancy.mode is open: write mode: keys")
+
+
+def _check_writers(config: AppConfig) -> None:
+    if not config.adapters.single_writer:
+        return
+    if config.admin.enabled or config.adapters.load_from:
+        key = "admin.enabled" if config.admin.enabled else "adapters.load_from"
+        raise ConfigError(
+            f"{key}: not where adapters.single_writer is true, since several ingresses and engines "
+            "would write"
+        )
 
 
 def _check_endpoint(adapters: AdaptersSection) -> None:
@@ -169,6 +181,7 @@ def open_adapter_store(adapters: AdaptersSection) -> AdapterStore:
         Path(adapters.disk_path),
         adapters.disk_bytes,
         endpoint_url=endpoint_of(adapters, adapters.root),
+        may_write=not adapters.single_writer,
     )
 
 

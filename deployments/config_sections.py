@@ -376,6 +376,12 @@ class AdaptersSection(Section):
     endpoint_url: str | None = key(
         None, "the address of another S3", unset="AWS", pattern=r"^https?://\S+$"
     )
+    single_writer: bool = key(
+        False,
+        "`true` for an S3 server that does not keep one of two concurrent conditional writes: the "
+        "server then writes nothing, and one shell at a time publishes "
+        "([how](adapters.md#on-s3))",
+    )
     disk_path: str = key(".data/adapters", "this machine's cache of the store")
     disk_bytes: Bytes = key(10 * 2**30, "the most that the cache may take")
     host_bytes: Bytes = key(

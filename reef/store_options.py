@@ -49,8 +49,16 @@ def _with_store(
     @click.option(
         "--cache", default=DEFAULT_CACHE, show_default=True, help="A folder for hashes of bases."
     )
+    @click.option(
+        "--single-writer",
+        is_flag=True,
+        envvar="REEF_SINGLE_WRITER",
+        help="Nobody else writes: use an S3 server that does not keep concurrent writers apart.",
+    )
     @functools.wraps(command)
-    def with_options(root: str, endpoint_url: str | None, cache: str, **options: Any) -> None:
+    def with_options(
+        root: str, endpoint_url: str | None, cache: str, single_writer: bool, **options: Any
+    ) -> None:
         from adapter_store.errors import AdapterStoreError
         from adapter_store.open_store import endpoint_from
         from adapter_store.store import AdapterStore
@@ -59,7 +67,12 @@ def _with_store(
             folder = Path(cache).expanduser()
             endpoint = endpoint_url or endpoint_from(os.environ, root)
             store = AdapterStore(
-                root, folder, CACHE_BYTES, endpoint_url=endpoint, read_only=read_only
+                root,
+                folder,
+                CACHE_BYTES,
+                endpoint_url=endpoint,
+                read_only=read_only,
+                single_writer=single_writer,
             )
             command(store, **options)  # type: ignore[call-arg]
 

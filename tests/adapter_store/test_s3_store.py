@@ -243,6 +243,38 @@ def test_a_store_that_ignores_if_none_match_is_refused(
     assert root.objects() == []
 
 
+def test_a_single_writer_may_use_a_server_that_ignores_if_none_match(
+    root: Root, swift: Swift, tmp_path: Path, peft_folder: Path, base_folder: Path
+) -> None:
+    def obliging(request: Request, forward: Forward) -> Reply:
+        reply = forward()
+        return Reply(200, {"content-length": "0"}) if reply.status == 412 else reply
+
+    second = changed(peft_folder, tmp_path / "second", {"lora_alpha": 3})
+    with Forwarder(swift.endpoint_url, obliging) as forwarder:
+
+        def opened(**how: bool) -> AdapterStore:
+            url = forwarder.endpoint_url
+            return AdapterStore(root.url, tmp_path / "disk", 2**20, endpoint_url=url, **how)
+
+        with pytest.raises(SourceUnavailable, match=r"adapters\.single_writer: true"):
+            opened()
+        store, base = opened(single_writer=True), opened(single_writer=True)
+        fingerprint = base.register_base(base_folder)
+        for number, folder in enumerate((peft_folder, second), start=1):
+            assert store.publish(folder, "t", "sql", fingerprint).version == number
+        reader = opened(may_write=False)
+        assert [record.version for record in reader.list()] == [1, 2]
+        for write in (
+            lambda: reader.retire("t", "sql"),
+            lambda: reader.publish(peft_folder, "t", "x", fingerprint),
+            lambda: reader.register_base(base_folder),
+        ):
+            with pytest.raises(AccessDenied, match="this process writes nothing"):
+                write()
+        assert reader.register_base(base_folder, required=False) == fingerprint
+
+
 def test_the_probe_is_one_request_from_the_second_start_on(root: Root, swift: Swift) -> None:
     with Forwarder(swift.endpoint_url) as forwarder:
         for num_requests in (2, 1, 1):

@@ -85,3 +85,15 @@ def test_the_configurations_that_come_along_are_valid() -> None:
     assert paths
     for path in paths:
         load_config(read_application(path)["args"])
+
+
+@pytest.mark.parametrize("more", [{"load_from": ["/x"]}, {}], ids=["load_from", "admin"])
+def test_a_store_with_one_writer_takes_nothing_from_clients(more: dict[str, Any]) -> None:
+    args: dict[str, Any] = {
+        "models": [{"id": "m", "source": "m"}],
+        "adapters": {"single_writer": True, **more},
+        "tenancy": {"mode": "keys", "keys_file": "keys.yaml"},
+    }
+    args |= {} if more else {"admin": {"enabled": True}}
+    with pytest.raises(ConfigError, match=r"not where adapters\.single_writer is true"):
+        load_config(args)
