@@ -96,7 +96,7 @@ class Engine:
         self.info = describe(config, self.settled, self.model)
         self.draft_model: DraftModel | None = None
         if draft is not None:
-            loaded = load_draft(*draft, self.settled, clock=clock, announcer=announcer)
+            loaded = load_draft(*draft, self.settled, self.model, clock=clock, announcer=announcer)
             self.draft_model = loaded.drafter
             self.info = replace(
                 self.info, weight_bytes=self.info.weight_bytes + loaded.weight_bytes

@@ -22,28 +22,33 @@ log = logging.getLogger(__name__)
 
 
 def load_model(
-    config: EngineConfig, settled: Settled, *, announcer: Announcer = SILENT
+    config: EngineConfig,
+    settled: Settled,
+    *,
+    announcer: Announcer = SILENT,
+    beside: LoadedModel | None = None,
 ) -> LoadedModel:
-    """Read the weights. Raises ModelError or ConfigError if that cannot be done."""
+    """Read the weights; `beside` is a model that the same thread computes. Raises ModelError or
+    ConfigError if that cannot be done."""
     announcer.announce("compiling kernels", COMPILE_PATIENCE_S)
     if _wants_triton(config, settled):
         from engine.backends.cuda.load import load_triton  # imports Triton
 
         return load_triton(config, settled, announcer=announcer)
-    context = _open_native(config, settled)
+    context = _open_native(config, settled, None if beside is None else beside.context)
     if context is not None:
         return load_native(config, settled, context, announcer=announcer)
     return load_torch(config, settled, announcer=announcer)
 
 
-def _open_native(config: EngineConfig, settled: Settled) -> Context | None:
+def _open_native(config: EngineConfig, settled: Settled, shared: Context | None) -> Context | None:
     """Open the native kernels; None if torch must compute, with a warning if that is slow."""
     if settled.device.type != "cpu" or settled.dtype != torch.bfloat16:
         return None  # the native kernels compute in bfloat16
     try:
         if config.kernels == "torch":
             raise BuildError("kernels='torch' is configured")
-        context = open_native(config, settled)
+        context = open_native(config, settled, shared)
     except (BuildError, ValueError) as error:
         if settled.kv_dtype == torch.int8:
             raise ConfigError(f"kv_dtype='int8' needs the native kernels: {error}") from error

@@ -28,6 +28,7 @@ class LoadedModel:
     max_adapters: int | None = None  # on the device at a time
     kinds: frozenset[Kind] = frozenset()  # what of adapters is computed beside their factors
     plain_layers: ComputeLayers | None = None  # faster than the decoder's own `forward`
+    context: Any = None  # of the native kernels: their threads, which a second model shares
 
     @property
     def lora_sites(self) -> tuple[LoraSite, ...]:

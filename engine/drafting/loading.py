@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from engine.announcer import SILENT, Announcer
 from engine.backends.load import load_model
+from engine.backends.loaded import LoadedModel
 from engine.backends.needs import arena_bytes
 from engine.config import ConfigError, EngineConfig
 from engine.drafting.draft_model import DraftModel
@@ -56,12 +57,13 @@ def load_draft(
     config: EngineConfig,
     settled: Settled,
     base: Settled,
+    beside: LoadedModel,
     *,
     clock: Callable[[], float] = time.monotonic,
     announcer: Announcer = SILENT,
 ) -> LoadedDraft:
-    """Read the weights. Raises ModelError or ConfigError."""
-    model = load_model(config, settled, announcer=announcer)
+    """Read the weights; `beside` is the base. Raises ModelError or ConfigError."""
+    model = load_model(config, settled, announcer=announcer, beside=beside)
     drafter = DraftModel(
         model.make_runner(_no_adapter),
         num_blocks=settled.num_blocks,

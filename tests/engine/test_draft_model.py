@@ -1,5 +1,6 @@
 """A smaller model guesses: the answers are those without it."""
 
+import os
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -120,6 +121,17 @@ def test_memory_is_divided_such_that_both_hold_as_many_tokens(
     assert abs(engine.info.num_blocks - num_draft_blocks) <= 1
     assert engine.info.num_blocks <= plain.info.num_blocks // 2
     assert engine.info.weight_bytes == 2 * plain.info.weight_bytes
+
+
+def test_both_models_compute_with_the_same_threads(
+    make: Callable[..., Engine], folders: tuple[Path, Path]
+) -> None:
+    def added(draft: Path | None) -> int:
+        before = len(os.listdir("/proc/self/task"))
+        make(draft, num_threads=4, **FORMS["native"])
+        return len(os.listdir("/proc/self/task")) - before
+
+    assert added(folders[1]) == added(None) >= 3
 
 
 def test_a_draft_model_with_another_vocabulary_is_refused(

@@ -20,10 +20,12 @@ from engine.model.loader import weight_bytes
 from engine.settle import Settled
 
 
-def open_native(config: EngineConfig, settled: Settled) -> Context:
-    """Open the kernels. Raises BuildError if there are none, ValueError if they lack this model."""
+def open_native(config: EngineConfig, settled: Settled, shared: Context | None) -> Context:
+    """Open the kernels, or take those of a model that never computes at the same time: threads of
+    their own would wait for work where the others compute. Raises BuildError if there are none,
+    ValueError if they lack this model."""
     _kv_layout(config, settled)
-    return Context(threads=config.num_threads)
+    return shared or Context(threads=config.num_threads)
 
 
 def load_native(
@@ -43,6 +45,7 @@ def load_native(
         kernels=f"native-{context.isa}",
         kinds=ALL_KINDS,
         plain_layers=PlainLayers(decoder, context),
+        context=context,
     )
 
 
