@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ class Run:
     num_steps: int
     step_s: float  # all steps together
     others: float  # cores that other processes used
+    ttft_p50_s: float = float("nan")  # through messages
 
     @property
     def tokens_per_s(self) -> float:
@@ -99,6 +101,8 @@ class ThroughProcess:
         self._adapters = adapters
         self._num_requests = self._num_alive = self._num_tokens = 0
         self._queue: list[Job] = []
+        self._sent_s: dict[str, float] = {}  # of requests without a token yet
+        self._ttft_s: list[float] = []
         self._failure: RuntimeError | None = None
         self._ended = asyncio.Event()
 
@@ -114,6 +118,7 @@ class ThroughProcess:
         assert pid is not None
         noise = NoiseMeter([os.getpid(), pid])
         start_s, start_cpu_s, self._num_tokens = time.perf_counter(), cpu_s(pid), 0
+        self._ttft_s.clear()
         for group in groups:
             await self._run_group(group, concurrency)
         wall_s, used_s = time.perf_counter() - start_s, cpu_s(pid) - start_cpu_s
@@ -129,6 +134,7 @@ class ThroughProcess:
             after.total_steps - before.total_steps,
             after.total_step_s - before.total_step_s,
             others,
+            statistics.median(self._ttft_s),
         )
 
     async def _run_group(self, group: Sequence[Job], concurrency: int) -> None:
@@ -145,9 +151,14 @@ class ThroughProcess:
         self._num_requests += 1
         self._num_alive += 1
         request = as_request(self._queue.pop(), str(self._num_requests), self._adapters)
+        self._sent_s[request.request_id] = time.perf_counter()
         self._client.submit(request)
 
     def _on_frame(self, items: list[Item]) -> None:
+        for item in items:
+            request_id = item[0] if isinstance(item, tuple) else item.request_id
+            if request_id in self._sent_s:
+                self._ttft_s.append(time.perf_counter() - self._sent_s.pop(request_id))
         ended = [item for item in items if not isinstance(item, tuple)]
         self._num_tokens += sum(len(item[2]) for item in items if isinstance(item, tuple))
         self._num_tokens += sum(len(output.token_ids) for output in ended)

@@ -108,7 +108,7 @@ def _wait_until_healthy(url: str, process: "subprocess.Popen[bytes]") -> None:
             urllib.request.urlopen(f"{url}/health", timeout=5).close()
             return
         except (urllib.error.URLError, ConnectionError, TimeoutError):
-            time.sleep(0.2)
+            time.sleep(0.05)
     raise RuntimeError(f"the server was not healthy after {START_TIMEOUT_S:.0f} s")
 
 

@@ -140,6 +140,7 @@ def _conditions(options: argparse.Namespace) -> str:
 def _row(concurrency: int, pairs: Sequence[tuple[Served, Run]]) -> str:
     served, own = [s for s, _ in pairs], [o for _, o in pairs]
     ratios = [s.summary.tokens_per_s / o.tokens_per_s for s, o in pairs]
+    over = [1e3 * (s.summary.ttft_p50_s - o.ttft_p50_s) for s, o in pairs]
 
     def median_ms(name: str) -> str:
         return median_and_range([1e3 * getattr(s.summary, name) for s in served])
@@ -153,7 +154,8 @@ def _row(concurrency: int, pairs: Sequence[tuple[Served, Run]]) -> str:
         f" | served {median_and_range([s.summary.tokens_per_s for s in served])} tokens/s"
         f" | own {median_and_range([o.tokens_per_s for o in own])} tokens/s"
         f" | served/own {median_and_range(ratios, 2)}"
-        f" | TTFT p50 {median_ms('ttft_p50_s')} ms, TPOT p50 {median_ms('tpot_p50_s')} ms, "
+        f" | TTFT p50 {median_ms('ttft_p50_s')} ms, over the engine's own {median_and_range(over)}"
+        f" ms, TPOT p50 {median_ms('tpot_p50_s')} ms, "
         f"ITL p99 {median_ms('itl_p99_s')} ms"
         f" | CPU us/token: {cpu}, "
         f"client {statistics.fmean(s.summary.client_us_per_token for s in served):.0f}"

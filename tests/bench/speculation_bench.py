@@ -11,6 +11,10 @@ as before: the next token then depends on the last one alone, by a fixed permuta
             followed it then is wrong 29 times in 30
     mixed   half of the requests of each kind
 
+With `--draft` a smaller model guesses instead of the request's own text: of the same vocabulary and
+the same permutation, so it is always right where the answer follows that, as the base's does
+(`--adapters 0`); what it gains then is the most that such a model can.
+
 With a trained demo the held-out prompts of its adapters are asked, each of its jobs apart, and
 `base` asks them of the base. Half of a job's answers are a few tokens long.
 """
@@ -46,7 +50,8 @@ KINDS = ("copy", "free", "mixed")
 def main() -> None:
     options = _parse()
     for source, kinds in _sources(options):
-        engine = Engine(_config(source, max(options.clients)))
+        draft = make_copier(draft_shape(source.parent.name)) if options.draft else None
+        engine = Engine(_config(source, max(options.clients), options.quantization, draft))
         for (kind, make), clients in ((k, c) for k in kinds.items() for c in options.clients):
             row = measure(engine, make, clients, options)
             append_row(options.rows, f"{_conditions(options, source, kind, clients)} | {row}")
@@ -123,13 +128,23 @@ def requests_of(
     dice = random.Random(1)
     kinds = {"copy": (True,), "free": (False,), "mixed": (True, False)}[kind]
     return [
-        _request(f"{i}", kinds[i % len(kinds)], vocab_size, dice, adapters[i % len(adapters)])
+        _request(
+            f"{i}",
+            kinds[i % len(kinds)],
+            vocab_size,
+            dice,
+            adapters[i % len(adapters)] if adapters else None,
+        )
         for i in range(count)
     ]
 
 
 def _request(
-    request_id: str, copies: bool, vocab_size: int, dice: random.Random, adapter: AdapterFolder
+    request_id: str,
+    copies: bool,
+    vocab_size: int,
+    dice: random.Random,
+    adapter: AdapterFolder | None,
 ) -> GenerateRequest:
     sampling = SamplingParams(max_tokens=OUTPUT, temperature=0, ignore_eos=True)
     if copies:
@@ -203,7 +218,20 @@ def make_copier(shape: Shape) -> Path:
     return folder
 
 
-def _config(source: Path, clients: int) -> EngineConfig:
+def draft_shape(target: str) -> Shape:
+    """Return a model of a few percent of the target's size, with its vocabulary."""
+    return replace(
+        SHAPES[target],
+        name=f"{target}-draft",
+        hidden_size=256,
+        num_layers=4,
+        num_heads=4,
+        num_kv_heads=2,
+        intermediate_size=1024,
+    )
+
+
+def _config(source: Path, clients: int, quantization: str, draft: Path | None) -> EngineConfig:
     return EngineConfig(
         source=str(source),
         device="cpu",
@@ -213,14 +241,19 @@ def _config(source: Path, clients: int) -> EngineConfig:
         enable_prefix_caching=False,
         structured_output="off",
         adapter_proof="off",
-        speculation=SpeculationConfig("ngram"),
+        quantization=quantization,
+        speculation=SpeculationConfig("draft", model=str(draft))
+        if draft
+        else SpeculationConfig("ngram"),
     )
 
 
 def _conditions(options: argparse.Namespace, source: Path, kind: str, clients: int) -> str:
     return (
-        f"{header(1)} | speculation, A off, B on | {source.parent.name} | {kind}, "
-        f"{clients} clients, {max(clients, options.requests)} requests, {options.rounds} rounds"
+        f"{header(1)} | speculation, A off, B {'a draft model' if options.draft else 'on'} | "
+        f"{source.parent.name} {options.quantization} | {kind}, "
+        f"{clients} clients, {max(clients, options.requests)} requests, "
+        f"{options.adapters} adapters, {options.rounds} rounds"
     )
 
 
@@ -228,6 +261,8 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="What speculation gains, and what it costs.")
     parser.add_argument("shapes", nargs="*", choices=SHAPES)
     parser.add_argument("--demo", type=Path)
+    parser.add_argument("--draft", action="store_true", help="guess by a smaller model")
+    parser.add_argument("--quantization", default="none")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--requests", type=int, default=8)
