@@ -28,6 +28,7 @@ NAMES = (
     "distinct_adapter",
     "distinct_byte",
     "new_request",
+    "after_idle",
 )
 
 
@@ -122,6 +123,7 @@ def _features(work: StepWork, knots: Sequence[int]) -> list[float]:
         work.distinct_adapters,
         work.distinct_bytes,
         work.new_requests,
+        work.after_idle,
     ]
 
 

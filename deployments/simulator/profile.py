@@ -24,6 +24,7 @@ class StepWork(NamedTuple):
     distinct_adapters: int = 0
     distinct_bytes: int = 0
     new_requests: int = 0  # whose first step it is
+    after_idle: int = 0  # 1 if nothing was to do before, else 0
 
 
 class StepTimes(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
@@ -39,6 +40,7 @@ class StepTimes(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     distinct_adapter: Seconds = 2e-4
     distinct_byte: Seconds = 0.0
     new_request: Seconds = 0.0
+    after_idle: Seconds = 0.0
     tokens: tuple[tuple[int, Seconds], ...] = ()  # (tokens, seconds), in place of the first two
 
     def __post_init__(self) -> None:
@@ -83,7 +85,27 @@ class Profile(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
             + times.distinct_adapter * work.distinct_adapters
             + times.distinct_byte * work.distinct_bytes
             + times.new_request * work.new_requests
+            + times.after_idle * work.after_idle
         )
+
+    def decodes_s(self, work: StepWork, count: int) -> list[float]:
+        """Return what each of `count` steps takes that decode the same rows, the first of which has
+        this work: the same as `step_s` of each."""
+        times, (tokens, logit_rows, positions_read, pairs) = self.step, work.shape
+        rows = times.of_tokens(tokens) + times.logit_row * logit_rows
+        rest = (
+            times.pair * pairs,
+            times.adapter_row * work.adapter_rows,
+            times.adapter_row_byte * work.adapter_row_bytes,
+            times.distinct_adapter * work.distinct_adapters,
+            times.distinct_byte * work.distinct_bytes,
+            times.new_request * work.new_requests,
+            times.after_idle * work.after_idle,
+        )
+        a, b, c, d, e, f, g = rest  # added in the order of `step_s`, for the same rounding
+        position_read, last = times.position_read, positions_read + count * tokens
+        reads = range(positions_read, last, tokens)
+        return [rows + position_read * read + a + b + c + d + e + f + g for read in reads]
 
     def fetch_s(self, nbytes: int) -> float:
         return self.load.fetch + self.load.fetch_byte * nbytes

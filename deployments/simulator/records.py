@@ -31,9 +31,11 @@ class Record:
 
     def take_run(self, ends_s: "Stretch") -> None:
         """Take one token of each of these steps."""
-        self.longest_gap_s = max(
-            self.longest_gap_s, ends_s.first_s - self.last_token_s, ends_s.gap_s
-        )
+        gap_s = ends_s.first_s - self.last_token_s
+        if ends_s.gap_s > gap_s:
+            gap_s = ends_s.gap_s
+        if gap_s > self.longest_gap_s:
+            self.longest_gap_s = gap_s
         self.last_token_s = ends_s.last_s
         self.num_tokens += ends_s.count
 
@@ -106,16 +108,21 @@ class Timeline:
     time_s: "array[float]" = field(default_factory=_doubles)
     replicas: "array[float]" = field(default_factory=_doubles)
     requests: "array[float]" = field(default_factory=_doubles)
-    max_over_mean: "array[float]" = field(default_factory=_doubles)  # only where there are requests
+    max_over_mean: "array[float]" = field(default_factory=_doubles)  # while requests come
+    is_counting: bool = True
 
     def begin_to_count(self) -> None:
         """Forget how uneven the load was before now."""
         del self.max_over_mean[:]
+
+    def end_counting(self) -> None:
+        """No request comes any more: the last ones say nothing of the router."""
+        self.is_counting = False
 
     def add(self, now_s: float, replicas: int, loads: Sequence[int]) -> None:
         total = sum(loads)
         self.time_s.append(now_s)
         self.replicas.append(replicas)
         self.requests.append(total)
-        if total:
+        if total and self.is_counting:
             self.max_over_mean.append(max(loads) * len(loads) / total)

@@ -125,7 +125,7 @@ class SimulatedReplica:
             self._disk.touch(digest)
             self._bring(digest, nbytes)
         self._shorten_run()
-        self._step_if_idle()
+        self._step_if_idle(after_idle=True)
 
     def prewarm(self, digest: str, nbytes: int) -> None:
         """Begin to bring an adapter that will be asked for."""
@@ -208,7 +208,7 @@ class SimulatedReplica:
             self.scheduler.adapters.set_absent(gone)
         self.scheduler.adapters.set_ready(digest, nbytes)
         self._shorten_run()
-        self._step_if_idle()
+        self._step_if_idle(after_idle=True)
 
     def _let_go(self, digest: str) -> None:
         self._wanted[digest] -= 1
@@ -222,7 +222,7 @@ class SimulatedReplica:
 
     # ==== steps ====
 
-    def _step_if_idle(self) -> None:
+    def _step_if_idle(self, *, after_idle: bool = False) -> None:
         if self._is_stepping or self.is_dead:
             return
         if self._runs_together and self._begin_run():
@@ -238,7 +238,7 @@ class SimulatedReplica:
         for load in changes.adapter_loads:
             self._digests[load.slot] = load.digest
         work = work_of(changes, self._digests, self._sizes, batch.decodes)
-        work = work._replace(new_requests=self._num_new(changes))
+        work = work._replace(new_requests=self._num_new(changes), after_idle=int(after_idle))
         step_s = self._profile.step_s(work)
         self.num_steps += 1
         self._clock.after(step_s, lambda: self._end_step(batch, work.shape, step_s))

@@ -89,6 +89,7 @@ def run(
     _Feeder(clock, fleet, arrivals).feed()
     clock.at(0.0, fleet.report)
     clock.at(simulation.warm_up_s, fleet.begin_to_count)
+    clock.at(simulation.duration_s, fleet.timeline.end_counting)
     scaling = simulation.fleet.scaling
     if scaling.min != scaling.max:
         clock.at(PERIOD_S, fleet.scale)

@@ -1,7 +1,7 @@
 """TimedRun: steps of a DecodeRun with the times at which they end."""
 
 from bisect import bisect_left
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 from deployments.simulator.profile import Profile, StepWork
 from deployments.simulator.records import Stretch
@@ -24,16 +24,9 @@ class TimedRun:
         self.run = run
         self._scheduler = scheduler
         self.num_steps = run.num_possible
-        self._shapes: list[StepShape] = []
-        self._steps_s: list[float] = []
-        self._ends_s: list[float] = []
-        for _ in range(run.num_possible):
-            step_s = profile.step_s(work)
-            now_s += step_s
-            self._shapes.append(work.shape)
-            self._steps_s.append(step_s)
-            self._ends_s.append(now_s)
-            work = _next(work)
+        self._first = work.shape
+        self._steps_s = profile.decodes_s(work, run.num_possible)
+        self._ends_s = list(accumulate(self._steps_s, initial=now_s))[1:]
 
     @property
     def end_s(self) -> float:
@@ -76,13 +69,10 @@ class TimedRun:
         times = self._scheduler.step_budget.times
         for i in range(first, first + count):
             if times.needs(self._steps_s[i]):
-                times.observe(self._shapes[i], self._steps_s[i])
+                times.observe(self._shape(i), self._steps_s[i])
         gap_s = max((b - a for a, b in pairwise(ends_s)), default=0.0)
         return Stretch(ends_s[0], ends_s[-1], gap_s, count)
 
-
-def _next(work: StepWork) -> StepWork:
-    """Return the work of the step after one that only decodes."""
-    rows = work.shape.tokens
-    shape = StepShape(rows, rows, work.shape.positions_read + rows)
-    return work._replace(shape=shape)
+    def _shape(self, step: int) -> StepShape:
+        first = self._first
+        return first._replace(positions_read=first.positions_read + step * first.tokens)

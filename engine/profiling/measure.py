@@ -15,6 +15,7 @@ from engine.profiling.turns import Turns
 
 RANKS = (8, 64)
 NUM_READS = 3  # of each adapter
+PAUSE_S = 3e-3  # after which an engine's threads sleep
 WARM_UP = 0.1  # of the time, at the beginning
 
 
@@ -85,12 +86,12 @@ def measure(
 
 def num_phases(config: EngineConfig) -> int:
     """Return how often `measure` calls `watch`."""
-    return 3 * len(_ladder(config.max_num_seqs)) + 1
+    return 3 * len(_ladder(config.max_num_seqs)) + 2
 
 
 def make_phases(engine: Engine, adapters: Sequence[AdapterFolder]) -> Iterator[list[Phase]]:
     """Yield phases that follow each other with ever more requests: without adapters, with one, with
-    all; and one of prompts alone.
+    all; one of prompts alone; and one of an engine that is idle in between.
 
     Prompts are short and long in turn, so that the context is known apart from the rows.
     """
@@ -104,6 +105,7 @@ def make_phases(engine: Engine, adapters: Sequence[AdapterFolder]) -> Iterator[l
             for i, count in enumerate(_ladder(engine.config.max_num_seqs))
         ]
     yield [Phase(1, (2, long), (1, 1), [None, adapters[0]])]
+    yield [Phase(2, (2, 4 * short), (1, 4), [None, *adapters], PAUSE_S)]
 
 
 def _ladder(most: int) -> list[int]:

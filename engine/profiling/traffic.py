@@ -22,6 +22,7 @@ class StepSample(NamedTuple):
     distinct_adapters: int
     distinct_bytes: int
     new_requests: int
+    after_idle: int  # 1 if nothing was to do before, else 0
     seconds: float
 
 
@@ -29,13 +30,15 @@ class StepSample(NamedTuple):
 class Phase:
     """So many requests at a time, with tokens drawn up to these numbers.
 
-    Requests use `adapters` in turn; None is the base model.
+    Requests use `adapters` in turn; None is the base model. With a pause, the engine is idle for so
+    long before the next ones come.
     """
 
     num_requests: int
     prompt: tuple[int, int]
     output: tuple[int, int]
     adapters: Sequence[AdapterFolder | None]
+    pause_s: float = 0.0
 
 
 class Traffic:
@@ -53,9 +56,15 @@ class Traffic:
         """Run a phase for so long; requests that have not ended go on in the next one."""
         end_s = time.perf_counter() + seconds
         while time.perf_counter() < end_s:
-            while len(self._digests) < phase.num_requests:
-                self._add(phase)
-            self._turn()
+            is_after_idle = phase.pause_s > 0 and not self._digests
+            if is_after_idle:
+                if not self._engine.is_idle:
+                    self._turn()  # finds nothing to do
+                time.sleep(phase.pause_s)
+            if is_after_idle or not phase.pause_s:
+                while len(self._digests) < phase.num_requests:
+                    self._add(phase)
+            self._turn(is_after_idle)
 
     def stop(self) -> None:
         """End all requests."""
@@ -77,13 +86,13 @@ class Traffic:
         )
         self._turns.add(GenerateRequest(request_id, prompt, sampling, adapter_folder=folder))
 
-    def _turn(self) -> None:
-        was_idle = self._engine.is_idle  # then the turn waits, for an adapter that is read
+    def _turn(self, is_after_idle: bool = False) -> None:
+        waits = self._engine.is_idle and not is_after_idle  # for an adapter that is read
         news, took_s = self._turns.turn()
         batch = self._engine.last_batch
         if batch is not None:
-            sample = self._sample(batch, took_s)
-            if not (was_idle or batch.adapter_loads or batch.moves):
+            sample = self._sample(batch, took_s)._replace(after_idle=int(is_after_idle))
+            if not (waits or batch.adapter_loads or batch.moves):
                 self.samples.append(sample)
         for request_id, _, has_ended in news:
             if has_ended:
@@ -103,7 +112,7 @@ class Traffic:
                 rows += len(request.token_ids)
                 row_bytes += len(request.token_ids) * size
         shape, nbytes = shape_of(batch), sum(sizes.values())
-        return StepSample(shape, rows, row_bytes, len(sizes), nbytes, new, took_s)
+        return StepSample(shape, rows, row_bytes, len(sizes), nbytes, new, 0, took_s)
 
     def _nbytes(self, digest: str) -> int:
         return self._engine.scheduler.adapters.nbytes(digest) or 0

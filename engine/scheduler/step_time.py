@@ -9,6 +9,7 @@ prompts. A function of its inputs: no clock.
 """
 
 from math import sqrt
+from operator import mul
 from typing import NamedTuple
 
 from engine.scheduler.batch import ScheduledBatch
@@ -84,7 +85,9 @@ class StepTime:
 
     def seconds_added(self, shape: StepShape) -> float:
         """Return by how much this makes a step longer."""
-        return self._pace * sum(c * x for c, x in zip(self._values[1:], shape, strict=True))
+        _, a, b, c, d = self._values
+        tokens, logit_rows, positions_read, pairs = shape
+        return self._pace * (a * tokens + b * logit_rows + c * positions_read + d * pairs)
 
     def needs(self, seconds: float) -> bool:
         """Whether to observe a step that took `seconds`; asked once for each step."""
@@ -126,8 +129,7 @@ class StepTime:
             curvature = row[j] + other[j]
             if curvature > 0:  # else it was not seen for so long that its memory has faded to 0
                 gap = first.sums[j] + second.sums[j]
-                for value, a, b in zip(values, row, other, strict=True):
-                    gap -= value * (a + b)
+                gap -= sum(map(mul, values, row)) + sum(map(mul, values, other))
                 values[j] = max(0.0, values[j] + gap / curvature)
 
 

@@ -19,10 +19,11 @@ def test_steps_with_and_without_prompts_and_adapters_are_measured(tmp_path: Path
     config = EngineConfig(str(model), device="cpu", max_num_seqs=3, memory_bytes=2**24)
     phases: list[int] = []
     measured = measure(config, tmp_path / "new", seconds=1.0, num_adapters=2, watch=phases.append)
-    assert sum(phases) == num_phases(config) == 10
+    assert sum(phases) == num_phases(config) == 11
     steps = measured.steps
     assert {s.shape.tokens for s in steps} > {1, 2, 3} and any(s.shape.pairs for s in steps)
     assert {s.distinct_adapters for s in steps} >= {0, 1, 2}
+    assert {s.after_idle for s in steps} == {0, 1} and any(s.new_requests for s in steps)
     with_adapters = [s for s in steps if s.adapter_rows]
     assert all(s.adapter_row_bytes >= s.distinct_bytes > 0 for s in with_adapters)
     small, large = {read.nbytes for read in measured.reads}
