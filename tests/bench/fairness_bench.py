@@ -3,13 +3,14 @@
     python -m tests.bench.fairness_bench --rows rows.txt
 
 In virtual time, with the engine's own scheduler and the simulator's default costs of steps. The
-guest sends 0.3 of what the engine can serve, the flood ten times its own half. Three runs of the
+guest sends 0.3 of what the engines can serve, the flood ten times its own half. Three runs of the
 same requests: the guest alone, both as tenants, and both as one tenant, first come first served.
 """
 
 import argparse
 import statistics
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import NamedTuple
@@ -30,10 +31,11 @@ SIZE = ReplicaSize(max_num_seqs=64)
 
 
 class Traffic(NamedTuple):
-    """How long everybody's requests are."""
+    """How long everybody's requests are, and how many engines get them in turn."""
 
     prompt: Lengths
     output: Lengths
+    engines: int = 1
 
 
 TRAFFICS = {
@@ -69,11 +71,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="What a flood does to another tenant.")
     parser.add_argument("--seconds", type=float, default=300.0, help="of virtual time")
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--engines", type=int, default=1, help="that get requests in turn")
     parser.add_argument("--rows", type=Path, help="append the rows to this file")
     options = parser.parse_args()
     for name, traffic in TRAFFICS.items():
-        told = compare(traffic, options.seconds, options.seeds)
+        told = compare(traffic._replace(engines=options.engines), options.seconds, options.seeds)
         conditions = f"{header(0)} | fairness | {options.seconds:g} s, {options.seeds} seeds"
+        conditions += f", {options.engines} engines"
         append_row(options.rows, f"{conditions} | {name} | {told}")
 
 
@@ -102,8 +106,8 @@ def spread(values: list[float]) -> str:
 
 
 def capacity(traffic: Traffic, seed: int, seconds: float) -> float:
-    """Return the requests per second that an engine serves that never has none waiting."""
-    enough = arrivals(FLOOD, 200.0, seed, seconds)
+    """Return the requests per second that engines serve which never have none waiting."""
+    enough = arrivals(FLOOD, 200.0 * traffic.engines, seed, seconds)
     return run(traffic, enough, seconds).num_ended / seconds
 
 
@@ -128,11 +132,15 @@ def run(
 ) -> Listener:
     clock = Clock()
     listener = Listener(clock)
-    replica = SimulatedReplica("replica", SIZE, Profile(), clock, listener)
+    replicas = [
+        SimulatedReplica(f"replica-{i}", SIZE, Profile(), clock, listener)
+        for i in range(traffic.engines)
+    ]
     for number, (time_s, name) in enumerate(sorted(arriving)):
         tenant = "all" if is_one_tenant else name.partition("-")[0]
         request = make_request(traffic, number, time_s, name, tenant)
-        clock.at(time_s, lambda request=request: replica.submit(request, 0))
+        replica = replicas[number % len(replicas)]
+        clock.at(time_s, partial(replica.submit, request, 0))
     clock.run(lambda: clock.now_s >= seconds)
     return listener
 
