@@ -123,10 +123,10 @@ class Blobs:
 
     def _is_complete(self, manifest: AdapterManifest, place: Place) -> bool:
         """Check that all files are there, with the right sizes."""
+        if self._objects.size(file_key(place, MANIFEST_NAME)) is None:
+            return False
         sizes = {name: self._objects.size(file_key(place, name)) for name in manifest.files}
-        expected = {name: entry.nbytes for name, entry in manifest.files.items()}
-        has_manifest = self._objects.size(file_key(place, MANIFEST_NAME)) is not None
-        return has_manifest and sizes == expected
+        return sizes == {name: entry.nbytes for name, entry in manifest.files.items()}
 
     def _first_bytes(self, key: str) -> bytes:
         return self._objects.get_range(key, 0, MAX_OWN_BYTES)

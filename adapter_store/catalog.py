@@ -11,7 +11,6 @@ generation is used only while a live version has it.
 from bisect import bisect_left, insort
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 
 from adapter_store.errors import AdapterNotFound, InvalidName, StoreCorrupt
@@ -193,7 +192,7 @@ class Catalog:
     def to_data(self) -> dict[str, Any]:
         """Return the whole state as JSON values: the content of a snapshot."""
         adapters = [
-            {"tenant": tenant, "name": name, **asdict(history)}
+            {"tenant": tenant, "name": name, **history.to_data()}
             for (tenant, name), history in sorted(self._adapters.items())
         ]
         return {

@@ -30,7 +30,7 @@ from adapter_store.errors import (
 )
 from adapter_store.garbage import Collector, Garbage, OnObjects
 from adapter_store.limits import NO_LIMITS, PublishLimits
-from adapter_store.manifest import AdapterManifest, prepare
+from adapter_store.manifest import AdapterManifest, is_digest, prepare
 from adapter_store.merged_folder import MergedAdapter
 from adapter_store.names import AdapterRecord, AdapterRef, Place, check_name
 from adapter_store.object_store import OnBytes
@@ -159,6 +159,9 @@ class AdapterStore:
 
         None means the only base there is. Raises BaseNotFound, StoreCorrupt.
         """
+        if base is not None and is_digest(base):  # then there is nothing to look for
+            with contextlib.suppress(ObjectNotFound):
+                return parse_base(self._objects.get(f"bases/{base}.json"), base)
         known = self.bases()
         if base is not None and len(base) < MIN_PREFIX:
             raise BaseNotFound(f"base {base!r} must be at least {MIN_PREFIX} digits")

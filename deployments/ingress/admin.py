@@ -5,6 +5,7 @@ processor runs in threads, of which there are few.
 """
 
 import asyncio
+import weakref
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -65,7 +66,7 @@ class Admin:
         self._others = ThreadPoolExecutor(PUBLISHERS, "admin")
         self._uploads: Counter[str] = Counter()  # by tenant
         self._num_waiting = 0
-        self._is_verifying = False
+        self._verification: weakref.ref[Verification] | None = None
 
     @property
     def num_uploads(self) -> int:
@@ -240,25 +241,16 @@ class Admin:
 
     async def verify(self, tenant: str | None, name: str | None) -> AsyncIterator[bytes]:
         """Begin to hash live versions; return the lines of the answer. One at a time."""
-        if self._is_verifying:
+        wanted = Wanted(tenant or "", name or "")
+        records = await self.run(lambda: _all_of(self.store, wanted))
+        if name is not None and not records:
+            raise ApiError(404, f"There is no live adapter {name[:96]!r}.", param="name")
+        # Known by whether it is still there: a client that goes before the first line starts none.
+        if self._verification is not None and self._verification() is not None:
             raise overloaded("One verification is running already.")
-        self._is_verifying = True
-        try:
-            wanted = Wanted(tenant or "", name or "")
-            records = await self.run(lambda: _all_of(self.store, wanted))
-            if name is not None and not records:
-                raise ApiError(404, f"There is no live adapter {name[:96]!r}.", param="name")
-        except BaseException:
-            self._is_verifying = False
-            raise
-        return self._verified(Verification(self.store, records))
-
-    async def _verified(self, verification: Verification) -> AsyncIterator[bytes]:
-        try:
-            async for line in verification.lines():
-                yield line
-        finally:
-            self._is_verifying = False
+        verification = Verification(self.store, records)
+        self._verification = weakref.ref(verification)
+        return verification.lines()
 
 
 def _all_of(store: AdapterStore, wanted: Wanted) -> Sequence[AdapterRecord]:

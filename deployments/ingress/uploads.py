@@ -1,6 +1,6 @@
 """Receive an upload into a folder: multipart/form-data of an adapter's files, or a tar archive.
 
-Bytes are counted, and refused, as they come. Files are written by threads.
+Bytes are counted, and refused, as they come. Threads split them and write the files.
 """
 
 import asyncio
@@ -24,7 +24,7 @@ FORM_TYPE = "multipart/form-data"
 SILENCE_S = 30.0  # without a byte
 GRACE_S = 60.0  # before the rate counts
 LEAST_BYTES_PER_S = 32 * 1024
-WRITE_BYTES = 2**20  # that are written at a time
+WRITE_BYTES = 2**20  # that are taken at a time
 MAX_PARTS = len(FILE_NAMES)
 
 
@@ -41,21 +41,23 @@ async def receive(
     split = _splitter(http_request)
     _check_announced(http_request, max_bytes)
     num_bytes, begun_s = 0, clock()
-    pieces: list[Piece] = []
-    num_pending = 0
+    pending = bytearray()
+
+    def take() -> None:
+        folder.write(split.push(bytes(pending)))
+
     async for chunk in _chunks(http_request):
         num_bytes += len(chunk)
         if num_bytes > max_bytes:
             raise upload_too_large(f"{num_bytes} bytes or more", max_bytes)
         if clock() - begun_s > GRACE_S + num_bytes / LEAST_BYTES_PER_S:
             raise upload_too_slow(f"less than {LEAST_BYTES_PER_S} bytes/s came")
-        pieces += split.push(chunk)
-        num_pending += len(chunk)
-        if num_pending >= WRITE_BYTES:
-            await asyncio.to_thread(folder.write, pieces)
-            pieces, num_pending = [], 0
+        pending += chunk
+        if len(pending) >= WRITE_BYTES:
+            await asyncio.to_thread(take)
+            pending.clear()
+    await asyncio.to_thread(take)
     split.check_end()
-    await asyncio.to_thread(folder.write, pieces)
     await asyncio.to_thread(folder.finish)
     return num_bytes
 
