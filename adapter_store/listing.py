@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import NamedTuple, Protocol
 
-from adapter_store.errors import InvalidName
-from adapter_store.names import AdapterRecord, State, check_name, split_name
+from adapter_store.errors import AdapterNotFound, InvalidName
+from adapter_store.names import AdapterRecord, AdapterRef, State, check_name, split_name
 
 MAX_LOOKED_AT = 10_000  # versions, for one page
 NAMES_AT_ONCE = 100
@@ -19,6 +19,13 @@ class Versions(Protocol):
         self, tenant: str, first_name: str, num_names: int
     ) -> Sequence[AdapterRecord]: ...
     def tenants_from(self, first: str = "") -> Sequence[str]: ...
+
+
+class Names(Protocol):
+    """Another part of it."""
+
+    def versions_of(self, tenant: str, name: str) -> Sequence[AdapterRecord]: ...
+    def resolve(self, tenant: str, full_name: str, base: str | None = None) -> AdapterRef: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +75,21 @@ def parse_position(text: str) -> Position:
     if not isinstance(version, int):
         raise InvalidName(f"{text!r} must be tenant/name@version")
     return Position(check_name("tenant", tenant), name, version)
+
+
+def version_of(names: Names, tenant: str, full_name: str) -> AdapterRecord:
+    """Return a version, in whatever state if its number is given.
+
+    Raises InvalidName, AdapterNotFound.
+    """
+    name, selector = split_name(full_name)
+    records = names.versions_of(check_name("tenant", tenant), name)
+    if not isinstance(selector, int):
+        selector = names.resolve(tenant, full_name).version
+    found = [record for record in records if record.version == selector]
+    if not found:
+        raise AdapterNotFound(f"tenant {tenant} has no adapter {full_name!r}")
+    return found[0]
 
 
 def page_of(versions: Versions, wanted: Wanted, after: Position | None, limit: int) -> Page:

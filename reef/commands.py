@@ -9,6 +9,7 @@ from reef.bench import bench
 from reef.completion import completion
 from reef.config_keys import config_keys
 from reef.demo import check
+from reef.describe import describe
 from reef.gc import gc
 from reef.keys import new_key
 from reef.plan import plan
@@ -26,7 +27,9 @@ def reef() -> None:
     """Serve LoRA adapters of one base model, and manage the store that they come from."""
 
 
-for command in (serve, publish, list_, alias, retire, restore, delete, prove, verify, gc, audit):
+for command in (serve, publish, list_, describe, alias, retire, restore, delete):
+    reef.add_command(command)
+for command in (prove, verify, gc, audit):
     reef.add_command(command)
 for command in (new_key, config_keys, plan, profile, simulate, tune, check, bench, completion):
     reef.add_command(command)

@@ -29,9 +29,9 @@ from adapter_store.errors import (
     ObjectNotFound,
 )
 from adapter_store.limits import PublishLimits
-from adapter_store.listing import Page, Position, Wanted, page_of
+from adapter_store.listing import Page, Position, Wanted, page_of, version_of
 from adapter_store.manifest import AdapterManifest
-from adapter_store.names import AdapterRecord, AdapterRef, check_name, split_name
+from adapter_store.names import AdapterRecord, AdapterRef, check_name
 from adapter_store.store import AdapterStore
 from deployments.config_sections import AdminSection
 from deployments.ingress.http_errors import ApiError, forbidden, invalid, overloaded
@@ -204,23 +204,13 @@ class Admin:
         """Return a version, in whatever state, and its manifest unless that was removed."""
 
         def look() -> tuple[AdapterRecord, AdapterManifest | None]:
-            record = self._record(tenant, full_name)
+            record = version_of(self.store, tenant, full_name)
             try:
                 return record, self.store.manifest(record.digest)
             except ObjectNotFound:
                 return record, None
 
         return await self.run(look)
-
-    def _record(self, tenant: str, full_name: str) -> AdapterRecord:
-        name, selector = split_name(full_name)
-        records = self.store.versions_of(check_name("tenant", tenant), name)
-        if not isinstance(selector, int):
-            selector = self.store.resolve(tenant, full_name).version
-        found = [record for record in records if record.version == selector]
-        if not found:
-            raise AdapterNotFound(f"tenant {tenant} has no adapter {full_name!r}")
-        return found[0]
 
     async def alias(self, by: str, tenant: str, name: str, alias: str, version: int) -> None:
         await self.run(lambda: self.store.alias(tenant, name, alias, version, by))

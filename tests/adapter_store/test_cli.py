@@ -84,10 +84,16 @@ def test_a_version_is_retired_restored_and_deleted_and_the_log_says_by_whom(
     assert len(listed) == 1 and "  retired  not proven yet" in listed[0]
     assert run("restore", "sql@1") == (0, ["restored public/sql, version 1"], "")
     assert len(run("list", "--base", listed[0].split()[-5])[1]) == 1
+    described = run("describe", "sql")[1]
+    assert described[0] == "version    public/sql@1, live"
+    assert described[-1] == "modules    4 of rank 4, scaling 2, F32: q_proj, v_proj"
+    assert f" by {author()}" in described[4] and described[5] == "proof      none yet"
     assert run("delete", "sql") == (0, ["deleted public/sql, version 1"], "")
     code, lines, said = run("restore", "sql@1")
     assert (code, lines) == (2, []) and "was deleted: publish it again" in said
     assert [len(run("list", "--state", s)[1]) for s in ("live", "any")] == [0, 1]
+    assert run("describe", "sql@1")[1][0] == "version    public/sql@1, deleted"
+    assert run("describe", "sql")[0] == 2
     code, lines, _ = run("audit", "--last", 3)
     assert code == 0 and [line.split("  ")[2] for line in lines] == ["delete", "restore", "retire"]
     assert all(line.endswith(f"  by {author()}") for line in lines)

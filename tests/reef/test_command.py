@@ -12,8 +12,19 @@ import reef as package
 from tests.reef.console import ROOT, reef
 
 COMMANDS = [
-    *("alias", "audit", "bench", "check", "completion", "config-keys", "delete", "gc", "list"),
-    *("new-key", "plan", "profile", "prove", "publish", "restore", "retire", "serve", "simulate"),
+    *("alias", "audit", "bench", "check", "completion", "config-keys", "delete", "describe", "gc"),
+    *(
+        "list",
+        "new-key",
+        "plan",
+        "profile",
+        "prove",
+        "publish",
+        "restore",
+        "retire",
+        "serve",
+        "simulate",
+    ),
     *("tune", "verify"),
 ]
 HEAVY = {"torch", "ray", "numpy", "pydantic", "yaml", "boto3", "tqdm", "tokenizers"}
