@@ -24,6 +24,7 @@ from deployments.config_sections import ModelSection, ReplicasSection
 from deployments.fleet.router import AdapterRouter
 from deployments.ingress.deployment import IngressDeployment
 from deployments.installation import check_one_installation
+from deployments.live_settings import engine_name
 from deployments.policy.redeploy import Room, replicas_first
 from deployments.replica.autoscaler import LoadPolicy
 from deployments.replica.deployment import EngineDeployment
@@ -57,7 +58,7 @@ def build_app(args: dict[str, Any]) -> Application:
     surges = surge_percents(config.models, free_room())
     engines: dict[str, Application] = {}
     for number, model in enumerate(config.models):
-        name = f"Engine-{number}" if number else "Engine"
+        name = engine_name(number)
         engine: Any = serve.deployment(
             EngineDeployment, name=name, **engine_options(model, surges[number])
         )

@@ -30,17 +30,23 @@ def parse_bytes(value: object) -> object:
     return parse_byte_size(value) if isinstance(value, str) else value
 
 
-def key(default: Any, text: str, *, unset: str = "", **bounds: Any) -> Any:
-    """Define an optional key. `unset` describes the meaning of None as the default."""
-    return Field(default, description=text, json_schema_extra={"unset": unset}, **bounds)
+def key(default: Any, text: str, *, unset: str = "", live: str = "", **bounds: Any) -> Any:
+    """Define an optional key. `unset` describes the meaning of None as the default.
+
+    `live` names the deployments whose `user_config` may change it while they run.
+    """
+    extra: dict[str, Any] = {"unset": unset, "live": live}
+    return Field(default, description=text, json_schema_extra=extra, **bounds)
 
 
 def _scaling_key(name: str, text: str) -> Any:
     """Define a key of the autoscaling policy, with the policy's own default and range."""
     known = RANGES[name]
-    return key(getattr(ScalingPolicy(), name), text, ge=known.least, le=known.most)
+    default = getattr(ScalingPolicy(), name)
+    return key(default, text, live=ENGINE, ge=known.least, le=known.most)
 
 
+INGRESS, ENGINE = "Ingress", "Engine"  # deployments
 Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(ge=0)]
 # A tenant's and an adapter's name, with wildcards, and a version
 ADAPTER_PATTERN = (
@@ -169,9 +175,15 @@ class AutoscalingSection(Section):
     Names, defaults and ranges are those of Objective and ScalingPolicy.
     """
 
-    ttft_s: float = key(2.0, "the objective: seconds to a request's first token", gt=0, le=3600)
+    ttft_s: float = key(
+        2.0, "the objective: seconds to a request's first token", live=ENGINE, gt=0, le=3600
+    )
     tpot_s: float = key(
-        0.2, "the objective: seconds for each further token; bounds a replica's seats", gt=0, le=60
+        0.2,
+        "the objective: seconds for each further token; bounds a replica's seats",
+        live=ENGINE,
+        gt=0,
+        le=60,
     )
     busy: float = _scaling_key("busy", "the part of a replica's tokens/s and seats to be used")
     kv_used: float = _scaling_key("kv_used", "the part of its KV cache to be used")
@@ -359,15 +371,28 @@ class ConvertSection(Section):
         False,
         "whether what clients load may hold other formats and methods, which are converted "
         "([how](adapters.md#other-formats-and-methods)); else it is refused",
+        live=INGRESS,
     )
     rank: int | None = key(
-        None, "the largest rank of a module", unset="64, or 256 if it is exact", ge=1, le=1024
+        None,
+        "the largest rank of a module",
+        unset="64, or 256 if it is exact",
+        ge=1,
+        le=1024,
+        live=INGRESS,
     )
     max_residual: float = key(
-        0.05, "the part of a module's change that its factors may miss", ge=0.0, lt=1.0
+        0.05,
+        "the part of a module's change that its factors may miss",
+        ge=0.0,
+        lt=1.0,
+        live=INGRESS,
     )
     limit_s: float = key(
-        300.0, "a conversion that takes longer is refused; one runs at a time", gt=0.0
+        300.0,
+        "a conversion that takes longer is refused; one runs at a time",
+        gt=0.0,
+        live=INGRESS,
     )
 
 
@@ -393,6 +418,7 @@ class AdaptersSection(Section):
         "folders and `s3://bucket/prefix` below which clients may load adapters while the server "
         "runs ([how](vllm.md#adapters)); in mode `keys` those whose keys have `may_publish`",
         unset="nowhere",
+        live=INGRESS,
     )
     convert: ConvertSection = ConvertSection()
 
@@ -433,12 +459,14 @@ class TenancySection(Section):
         "requests of a tenant at each ingress replica; a quiet one may use a whole minute's at "
         "once",
         unset="no limit",
+        live=INGRESS,
     )
     max_concurrent_requests: Limit = key(
         None,
         "answers of a tenant at a time, at each ingress replica: a request counts its prompts "
         "times `n`",
         unset="no limit",
+        live=INGRESS,
     )
 
     @property
@@ -453,12 +481,17 @@ class IngressSection(Section):
         ge=1,
     )
     num_cpus: float = key(0.0, "CPUs that Ray reserves for the ingress", ge=0)
-    max_body_bytes: Bytes = key(8 * 2**20, "longer request bodies are a 413")
+    max_body_bytes: Bytes = key(
+        8 * 2**20,
+        "longer request bodies are a 413",
+        live=INGRESS,
+    )
     max_queued_requests: int = key(
         1024,
         "answers (a request's prompts times `n`) that may wait at an engine replica beyond "
         "`max_num_seqs`; more are a 429",
         ge=0,
+        live=ENGINE,
     )
     max_wait_s: float | None = key(
         None,
@@ -466,6 +499,7 @@ class IngressSection(Section):
         "and what that one's own steps have shown, is a 429",
         unset="it waits",
         gt=0,
+        live=ENGINE,
     )
     hosts: list[str] | None = key(
         None,
@@ -494,22 +528,26 @@ class IngressSection(Section):
         "whether control tokens, such as `<eos>`, that are written in a chat's messages are "
         "encoded as text, so that they end no turn; prompts of completions always mean them",
         unset="true in mode `keys`",
+        live=INGRESS,
     )
     lenient_schemas: bool = key(
         False,
         "`true` takes JSON schemas with keywords that cannot be enforced, and names these in the "
         "answer's header `x-reef-not-enforced`; otherwise they are a 400",
+        live=INGRESS,
     )
     request_chat_templates: bool = key(
         False,
         "whether a chat may bring its own `chat_template`, which is rendered in a process with "
         "limits of time and memory; otherwise it is a 400",
+        live=INGRESS,
     )
     keep_alive_s: float = key(
         15.0,
         "seconds without an event after which a stream gets a comment, so that nothing between "
         "takes it for dead; an error after the first comment is an event, not a status. 0 is never",
         ge=0,
+        live=INGRESS,
     )
 
 

@@ -12,7 +12,7 @@ from adapter_store.names import AdapterRef
 from adapter_store.store import AdapterStore
 from deployments.allocator import give_memory_back
 from deployments.config import AppConfig, ModelSection, endpoint_of, open_adapter_store
-from deployments.config_sections import AdaptersSection, ConvertSection
+from deployments.config_sections import INGRESS, AdaptersSection, ConvertSection
 from deployments.fleet.engine_link import EngineLink
 from deployments.fleet.ray_connection import RayConnection
 from deployments.fleet.timing import Timing
@@ -27,6 +27,7 @@ from deployments.ingress.routes import build_api
 from deployments.ingress.runtime_adapters import RuntimeAdapters
 from deployments.ingress.tenant_limiter import TenantLimiter
 from deployments.ingress.tool_format_rules import ToolFormatRule
+from deployments.live_settings import reconfigured
 from deployments.loopback_grpc import keep_grpc_on_loopback
 from deployments.serve_logging import log_to_serves_file
 from deployments.tenants.tenants import Tenants, open_tenants
@@ -51,6 +52,8 @@ class IngressDeployment:
         store = open_adapter_store(config.adapters)
         tenants = open_tenants(config.tenancy)
         tenants.start()
+        self._config, self._has_begun = config, False
+        self._adapters = _runtime_adapters(config.adapters, store)
         self._ingress = Ingress(
             Models(models, store),
             AdapterTexts(store),
@@ -59,12 +62,26 @@ class IngressDeployment:
             metrics,
             config.ingress,
             int(time.time()),
-            adapters=_runtime_adapters(config.adapters, store),
+            adapters=self._adapters,
             admin=_admin(config, store, tenants),
         )
         hosts = config.browser_hosts
         self._guard = None if hosts is None else BrowserGuard(hosts)
         keep_what_is_loaded()
+
+    async def reconfigure(self, user_config: object, rank: object = None) -> None:
+        """Take settings that change while requests run.
+
+        Ray calls it at the start, too, and passes None only to those that ask for the rank.
+        """
+        config = reconfigured(self._config, INGRESS, user_config, self._has_begun)
+        self._has_begun = True
+        if config is None:
+            return
+        self._ingress.settings = config.ingress
+        self._ingress.tenants.set_limits(config.tenancy.limits)
+        adapters = config.adapters
+        self._adapters.allow(adapters.load_from or (), _conversion(adapters.convert))
 
     async def adapters_for(self, model_id: str, newcomer: str) -> list[AdapterRef]:
         """Tell an engine replica that starts what it will be asked for."""
@@ -74,13 +91,11 @@ class IngressDeployment:
         return build_api(self._ingress, self._guard, sends_request_id=False)
 
 
-def _runtime_adapters(adapters: AdaptersSection, store: AdapterStore) -> RuntimeAdapters | None:
-    if not adapters.load_from:
-        return None
+def _runtime_adapters(adapters: AdaptersSection, store: AdapterStore) -> RuntimeAdapters:
     scratch, endpoint = Path(adapters.disk_path), endpoint_of(adapters)
     return RuntimeAdapters(
         store,
-        adapters.load_from,
+        adapters.load_from or (),
         scratch,
         adapters.disk_bytes,
         endpoint,

@@ -70,8 +70,10 @@ COMPLETIONS = Surface("/v1/completions", OPENAI_COMPLETION)
 EMBEDDINGS = "/v1/embeddings"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Ingress:
+    """`settings` may be replaced while requests run: each reads them as it goes."""
+
     models: Models
     texts: AdapterTexts
     tenants: Tenants

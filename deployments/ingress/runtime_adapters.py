@@ -79,14 +79,18 @@ class RuntimeAdapters:
         conversion: ConversionOptions | None = None,
     ) -> None:
         self._store = store
-        self._conversion = conversion
-        self._folders = [Path(root).resolve() for root in roots if not root.startswith(S3)]
-        self._prefixes = [root.rstrip("/") + "/" for root in roots if root.startswith(S3)]
+        self.allow(roots, conversion)
         self._scratch = scratch
         self._max_bytes = max_bytes
         self._endpoint_url = endpoint_url
         self._threads = ThreadPoolExecutor(1, "runtime-adapters")
         self._num_waiting = 0
+
+    def allow(self, roots: Sequence[str], conversion: ConversionOptions | None) -> None:
+        """Change what may be loaded from now on."""
+        self._conversion = conversion
+        self._folders = [Path(root).resolve() for root in roots if not root.startswith(S3)]
+        self._prefixes = [root.rstrip("/") + "/" for root in roots if root.startswith(S3)]
 
     @property
     def is_on(self) -> bool:

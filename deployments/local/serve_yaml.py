@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+from deployments.live_settings import with_deployments
 from deployments.strict_yaml import YamlMistake, read_yaml
 from engine.config import ConfigError
 
 DOCUMENT_KEYS = {"applications", "http_options"}
 REQUIRED_KEYS = ("args", "import_path")
-APPLICATION_KEYS = {"name", "import_path", "route_prefix", "args"}
+APPLICATION_KEYS = {"name", "import_path", "route_prefix", "args", "deployments"}
 DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 8000
 
@@ -56,7 +57,12 @@ def read_application(path: Path) -> dict[str, Any]:
     if unknown or missing:
         wanted = ", ".join(sorted(APPLICATION_KEYS))
         raise ConfigError(f"{path}: applications[0] has {unknown or missing}; keys: {wanted}")
-    return application
+    args = _as_mapping(application["args"])
+    if "deployments" not in application or args is None:
+        return application
+    # Nothing changes here while the server runs: the settings are as good as args.
+    entries = application.pop("deployments")
+    return {**application, "args": with_deployments(args, entries)}
 
 
 def _read_document(path: Path) -> dict[str, Any]:

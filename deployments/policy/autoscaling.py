@@ -131,6 +131,12 @@ class Autoscaler:
         self._worked_s = 0.0  # when there was a request last
         self._seats = 1.0
 
+    def follow(self, policy: ScalingPolicy, objective: Objective) -> None:
+        """Go by other parameters from now on; what was seen so far is kept."""
+        if policy.smoothing_s != self._policy.smoothing_s:
+            self._work.time_s = policy.smoothing_s
+        self._policy, self._objective = policy, objective
+
     def decide(
         self, loads: Sequence[ReplicaLoad], target: int, num_held: float, now_s: float
     ) -> Decision:
@@ -217,7 +223,7 @@ class _Trend:
     """
 
     def __init__(self, time_s: float) -> None:
-        self._time_s = time_s
+        self.time_s = time_s
         self._fast = self._slow = 0.0
         self._at_s: float | None = None
 
@@ -226,14 +232,14 @@ class _Trend:
             self._fast = self._slow = value
         else:
             span_s = now_s - self._at_s
-            self._fast += (value - self._fast) * -math.expm1(-span_s / self._time_s)
-            self._slow += (value - self._slow) * -math.expm1(-span_s / (SLOW * self._time_s))
+            self._fast += (value - self._fast) * -math.expm1(-span_s / self.time_s)
+            self._slow += (value - self._slow) * -math.expm1(-span_s / (SLOW * self.time_s))
         self._at_s = now_s
 
     def ahead(self, seconds: float) -> float:
         """Return the value expected then; one that falls is expected to stay."""
-        rise_per_s = max(self._fast - self._slow, 0.0) / ((SLOW - 1) * self._time_s)
-        return self._fast + rise_per_s * (self._time_s + seconds) * (seconds > 0)
+        rise_per_s = max(self._fast - self._slow, 0.0) / ((SLOW - 1) * self.time_s)
+        return self._fast + rise_per_s * (self.time_s + seconds) * (seconds > 0)
 
 
 class _Window:

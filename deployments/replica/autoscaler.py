@@ -21,6 +21,8 @@ from deployments.policy.capacity import Capacity, Objective
 logger = logging.getLogger(__name__)
 
 FIGURES = tuple(f.name for f in fields(ReplicaLoad) if f.name != "capacity")
+OBJECTIVE_FIGURES = tuple(f.name for f in fields(Objective))
+SETTING = "setting_"
 CAPACITY_FIGURES = tuple(f.name for f in fields(Capacity))
 
 
@@ -29,6 +31,15 @@ def to_stats(load: ReplicaLoad) -> dict[str, float]:
     figures = asdict(load)
     capacity = figures.pop("capacity")
     return {name: float(figure) for name, figure in (figures | capacity).items()}
+
+
+def to_settings(objective: Objective, policy: ScalingPolicy) -> dict[str, float]:
+    """Write what the policy is to go by from now on, as figures that a replica reports.
+
+    Ray hands a policy nothing but such figures without starting all replicas anew.
+    """
+    given = asdict(objective) | asdict(policy)
+    return {SETTING + name: float(value) for name, value in given.items()}
 
 
 class LoadPolicy:
@@ -43,15 +54,36 @@ class LoadPolicy:
         self._clock = clock
         wanted = Objective(**objective or {})
         self._tpot_s, self._has_warned = wanted.tpot_s, False
-        self._autoscaler = Autoscaler(Bounds(), ScalingPolicy(**policy or {}), wanted)
+        rules = ScalingPolicy(**policy or {})
+        self._settings: dict[str, float] = {**asdict(wanted), **asdict(rules)}
+        self._autoscaler = Autoscaler(Bounds(), rules, wanted)
 
     def __call__(self, ctx: AutoscalingContext) -> tuple[float, dict[str, Any]]:
         """Return the number of replicas. Ray passes the bounds, which a deploy may change."""
         most = max(ctx.capacity_adjusted_max_replicas, 1)
         self._autoscaler.bounds = Bounds(min(ctx.capacity_adjusted_min_replicas, most), most)
         loads, target = _loads(ctx), ctx.target_num_replicas
+        self._follow(ctx)
         self._check(loads)
         return self._autoscaler.decide(loads, target, 0.0, self._clock()).replicas, {}
+
+    def _follow(self, ctx: AutoscalingContext) -> None:
+        """Go by what the newest replica reports that it was told, or by its own settings.
+
+        For a second after a change Ray hands over means of before and after, which are in range.
+        """
+        metrics: dict[str, dict[Any, float]] = ctx.aggregated_metrics or {}
+        reported = metrics.get(CAPACITY_FIGURES[0], {})
+        latest = next((r for r in reversed(ctx.running_replicas) if r in reported), None)
+        if latest is None:
+            return
+        settings = {
+            name: metrics.get(SETTING + name, {}).get(latest, default)
+            for name, default in self._settings.items()
+        }
+        objective = Objective(**{name: settings.pop(name) for name in OBJECTIVE_FIGURES})
+        self._tpot_s = objective.tpot_s
+        self._autoscaler.follow(ScalingPolicy(**settings), objective)
 
     def _check(self, loads: list[ReplicaLoad]) -> None:
         """Say once if no number of replicas keeps the objective."""

@@ -15,7 +15,7 @@ from ray import serve
 
 from adapter_store.names import AdapterRef
 from deployments.config import AppConfig, open_adapter_store
-from deployments.config_sections import ModelSection
+from deployments.config_sections import AutoscalingSection, ModelSection
 from deployments.fleet import router
 from deployments.fleet.direct_server import DirectServer
 from deployments.fleet.direct_socket import Greeting
@@ -29,6 +29,7 @@ from deployments.fleet.protocol import (
     Submit,
     UnknownStream,
 )
+from deployments.live_settings import engine_name, reconfigured
 from deployments.loopback_grpc import keep_grpc_on_loopback
 from deployments.replica import autoscaler
 from deployments.replica.replica import EngineReplica, ReplicaSettings
@@ -47,12 +48,30 @@ class EngineDeployment:
     async def __init__(self, config: AppConfig, model: ModelSection) -> None:
         log_to_serves_file()
         keep_grpc_on_loopback()
+        self._config, self._model, self._has_begun = config, model, False
+        self._wanted_scaling: AutoscalingSection | None = None  # if it is not that of the start
         self._id = serve.get_replica_context().replica_id.unique_id
         self._replica = await _make_replica(self._id, config, model)
         self._sockets = DirectServer(self._replica)
         await self._sockets.listen(cast(str, ray.util.get_node_ip_address()))
         await self._replica.start(partial(_ask_ingresses, model.id, self._id))
         keep_what_is_loaded()
+
+    async def reconfigure(self, user_config: object, rank: object = None) -> None:
+        """Take settings that change while requests run.
+
+        Ray calls it at the start, too, and passes None only to those that ask for the rank.
+        """
+        number = self._config.models.index(self._model)
+        name = engine_name(number)
+        config = reconfigured(self._config, name, user_config, self._has_begun)
+        self._has_begun = True
+        if config is None:
+            return
+        model = config.models[number]
+        self._replica.set_limits(config.queue_limits(model))
+        scaling = model.replicas.autoscaling
+        self._wanted_scaling = None if scaling == self._model.replicas.autoscaling else scaling
 
     async def submit(
         self, hints: Hints, ingress_id: str, epochs: Mapping[str, int], submit: Submit
@@ -86,7 +105,11 @@ class EngineDeployment:
         return router.to_stats(self._replica.figures())
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
-        return autoscaler.to_stats(self._replica.load())
+        stats = autoscaler.to_stats(self._replica.load())
+        scaling = self._wanted_scaling
+        if scaling is None:
+            return stats
+        return stats | autoscaler.to_settings(scaling.objective, scaling.policy)
 
     async def check_health(self) -> None:
         self._replica.check_health()

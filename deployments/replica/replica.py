@@ -9,7 +9,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from deployments.fleet.protocol import Abort, Frame, Hello, Lease, Receipt, StreamId, Submit
 from deployments.policy.autoscaling import ReplicaLoad
@@ -87,6 +87,10 @@ class EngineReplica:
         """Raise if the engine's process is gone for good."""
         if self._engine.failure is not None:
             raise RuntimeError(self._engine.failure)
+
+    def set_limits(self, limits: QueueLimits) -> None:
+        """Change who may join the queue from now on."""
+        self._settings = replace(self._settings, limits=limits)
 
     # ---- what an ingress calls -----------------------------------------------------------
 

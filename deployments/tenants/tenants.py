@@ -56,6 +56,10 @@ class Tenants(Protocol):
         """Begin to follow changes, in the running event loop."""
         ...
 
+    def set_limits(self, limits: Limits) -> None:
+        """Change what holds for tenants that have no limits of their own, within two seconds."""
+        ...
+
 
 def open_tenants(tenancy: TenancySection) -> Tenants:
     """Open what the config's mode says. Raises KeysFileError."""
@@ -87,6 +91,9 @@ class Everybody:
 
     def start(self) -> None:
         return None
+
+    def set_limits(self, limits: Limits) -> None:
+        self._tenant = replace(self._tenant, limits=limits)
 
 
 class Keyring:
@@ -132,6 +139,10 @@ class Keyring:
 
     def start(self) -> None:
         self._task = asyncio.create_task(self._follow())
+
+    def set_limits(self, limits: Limits) -> None:
+        if limits != self._defaults:
+            self._defaults, self._stamp = limits, None
 
     def refresh(self) -> None:
         """Read the file again if it has changed. An error in it is logged once."""

@@ -3,14 +3,15 @@
 import tests.deployments.support.quiet_ray  # noqa: F401
 
 # isort: split
+from itertools import count
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from deployments.policy.autoscaling import ReplicaLoad
-from deployments.policy.capacity import Capacity
-from deployments.replica.autoscaler import LoadPolicy, to_stats
+from deployments.policy.autoscaling import ReplicaLoad, ScalingPolicy
+from deployments.policy.capacity import Capacity, Objective
+from deployments.replica.autoscaler import LoadPolicy, to_settings, to_stats
 
 
 def context(loads: dict[str, ReplicaLoad], target: int = 1, most: int = 9) -> Any:
@@ -64,3 +65,15 @@ def test_an_objective_that_no_number_of_replicas_keeps_is_told_once(
         policy(context({"a": slow}))
     assert caplog.text.count("tpot_s is 0.01, but a request that is alone") == 1
     assert "every 0.025 s" in caplog.text
+
+
+def test_the_policy_goes_by_what_replicas_were_told_and_back() -> None:
+    policy = LoadPolicy({"tpot_s": 1.0}, {"up_delay_s": 0.0}, clock=count(0.0, 10.0).__next__)
+    loads = {"a": load(num_requests=3)}
+    assert policy(context(loads))[0] == 1
+    told = context(loads)
+    settings = to_settings(Objective(2.0, 1.0), ScalingPolicy(busy=0.25, up_delay_s=0.0))
+    told.aggregated_metrics.update({name: {"a": value} for name, value in settings.items()})
+    assert policy(told)[0] == 3
+    assert policy(context({}, target=3))[0] == 3, "no report: nothing is concluded"
+    assert policy(context(loads, target=1))[0] == 1
