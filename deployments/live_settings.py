@@ -9,6 +9,7 @@ live are taken.
 import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 from deployments.config import AppConfig, load_config
@@ -43,7 +44,14 @@ def configured(config: AppConfig, deployment: str, user_config: object) -> AppCo
     """Return the configuration with a deployment's `user_config`. Raises ConfigError."""
     if user_config is None:
         return config
-    return load_config(overlaid(config.model_dump(), deployment, user_config))
+    overlay = overlaid(config.model_dump(), deployment, user_config)
+    for place in overlay["adapters"]["load_from"] or ():
+        if "://" not in str(place) and not Path(str(place)).is_absolute():
+            raise ConfigError(
+                f"user_config of {deployment}: adapters.load_from: {place!r} is no absolute path; "
+                "replicas have working directories of their own"
+            )
+    return load_config(overlay)
 
 
 def reconfigured(
@@ -87,7 +95,7 @@ def overlaid(args: Mapping[str, Any], deployment: str, user_config: object) -> d
     match = _ENGINES.fullmatch(deployment)
     kind = ENGINE if match else deployment
     live = live_keys(kind)
-    if not live:
+    if kind not in (INGRESS, ENGINE):
         raise ConfigError(f"deployments: {deployment!r} is neither {INGRESS} nor {ENGINE}")
     if not isinstance(user_config, dict):
         raise ConfigError(f"user_config of {deployment} must have keys, not be {user_config!r}")

@@ -1,6 +1,5 @@
 """Which settings change while the server runs, and what becomes of them."""
 
-import asyncio
 import logging
 from pathlib import Path
 from typing import Any
@@ -60,6 +59,8 @@ def test_what_stands_in_user_config_replaces_the_same_keys_of_args() -> None:
         ("Engine", {"engine": {"max_num_seqs": 1}}, "engine.max_num_seqs is not a key"),
         ("Engine-2", {"replicas": {"autoscaling": {"busy": 0.5}}}, "there are only 2 models"),
         ("Engine-0", {}, "'Engine-0' is neither"),
+        ("", {"models": []}, "'' is neither"),
+        ("Ingress", {"adapters": {"load_from": ["here"]}}, "'here' is no absolute path"),
         ("Ingress", 7, "must have keys"),
     ],
 )

@@ -31,6 +31,7 @@ pytestmark = pytest.mark.ray
 
 ADAPTERS = ("red", "blue", "green", "gold", "grey", "pink")
 NUM_STREAMS = 20
+LONG, LONG_TOKENS = 100, 4000  # a stream that goes on while settings change
 NUM_TOKENS = 600  # a few seconds: long enough to be interrupted
 MAX_NUM_SEQS = 32  # more than all streams together: each begins at once
 MAX_IN_A_ROW = 24  # adapters by chance at one of two replicas: once in four million times
@@ -52,19 +53,29 @@ class Cluster:
         return json.loads(answer)
 
     def deploy(self, num_ingresses: int = 1, **replicas: Any) -> None:
+        assert self.order(self.args(num_ingresses, **replicas)) == "deployed"
+
+    def deploy_file(self, args: Any, **user_configs: Any) -> None:
+        """As `serve deploy` does, which decides itself what has to be started anew."""
+        settings = [{"name": name, "user_config": each} for name, each in user_configs.items()]
+        entry = {"name": "reef", "import_path": "deployments.app:build_app", "args": args}
+        assert self.order({"applications": [{**entry, "deployments": settings}]}) == "deployed"
+
+    def args(
+        self, num_ingresses: int = 1, max_num_seqs: int = MAX_NUM_SEQS, **replicas: Any
+    ) -> Any:
         engine = {
             "device": "cpu",
             "memory_bytes": "64MiB",
             "num_threads": 1,
-            "max_num_seqs": MAX_NUM_SEQS,
+            "max_num_seqs": max_num_seqs,
         }
         replicas = {"num_cpus": 0.5, "drain_s": DRAIN_S, **replicas}
         source = str(self.folder / "base")
         model = {"id": "tiny", "source": source, "engine": engine, "replicas": replicas}
         root = f"file://{self.folder}/store"
         adapters = {"root": root, "disk_path": str(self.folder / "cache")}
-        args = {"models": [model], "adapters": adapters, "ingress": {"replicas": num_ingresses}}
-        assert self.order(args) == "deployed"
+        return {"models": [model], "adapters": adapters, "ingress": {"replicas": num_ingresses}}
 
     def figures(self) -> list[dict[str, Any]]:
         return sorted(self.order("figures"), key=lambda figures: str(figures["device"]))
@@ -166,7 +177,7 @@ def request(number: int) -> dict[str, Any]:
     return {
         "model": ("tiny", "tiny", "tiny", *ADAPTERS)[number % 5],
         "prompt": f"stream {number}",
-        "max_tokens": NUM_TOKENS,
+        "max_tokens": LONG_TOKENS if number == LONG else NUM_TOKENS,
         "ignore_eos": True,
         "temperature": number % 2,
         "seed": number,
@@ -361,37 +372,46 @@ def is_serving(cluster: Cluster) -> bool:
 # ---- as many as it takes -------------------------------------------------------------------
 
 
-def test_replicas_come_with_the_load_and_go_without_it(
-    cluster: Cluster, undisturbed: dict[int, Heard]
+def test_from_none_to_three_at_once_and_back_by_settings_that_change_meanwhile(
+    cluster: Cluster,
 ) -> None:
-    quick = {"busy": 0.25, "smoothing_s": 1.0, "up_delay_s": 0.5, "down_delay_s": 2.0}
-    cluster.deploy(min=1, max=2, autoscaling=quick)
-    assert cluster.order("running") == 1
+    """Of two seats each, and all of them used: 64 answers want more than there may be."""
+    scaling = {"busy": 1.0, "smoothing_s": 300.0, "lookahead_s": 0.0, "up_delay_s": 0.5}
+    scaling |= {"ttft_s": 3600.0, "down_delay_s": 600.0, "down_margin": 1.0, "zero_delay_s": 600.0}
+    args = cluster.args(max_num_seqs=2, min=0, max=3, autoscaling=scaling)
+    cluster.order("delete")  # or there would be as many as before
+    cluster.deploy_file(args)
+    assert cluster.order("target") == 0
+    for name in ADAPTERS:
+        cluster.post(model=name, prompt="x", max_tokens=2)
+    assert cluster.order("target") == 1, "the first request has waited for it"
+    assert sum(figures["num_received"] for figures in cluster.figures()) == len(ADAPTERS)
 
-    def until_there_are_two() -> None:
-        wait_for(lambda: cluster.order("running") == 2, 90, "a second replica")
+    many = cluster.connect(prompt="x", n=64, max_tokens=8000, ignore_eos=True, stream=True)
+    wait_for(lambda: one_more_target(cluster, {1, 3}) == 3, 20, "three are wanted")
+    wait_for(lambda: cluster.order("running") == 3, 60, "three")
+    new = [figures for figures in cluster.figures() if not figures["num_received"]]
+    assert len(new) == 2 and any(figures["device"] for figures in new), "adapters lie ready"
+    many.close()
 
-    stop = threading.Event()
-
-    def keep_busy() -> None:
-        while not stop.is_set():
-            cluster.post(prompt="x", max_tokens=300, ignore_eos=True)
-
-    clients = [threading.Thread(target=keep_busy) for _ in range(12)]
-    for client in clients:
-        client.start()
-    try:
-        until_there_are_two()
-    finally:
-        stop.set()
-        for client in clients:
-            client.join()
-    # Too little for two, and still there when one of them goes.
     heard: dict[int, Heard] = {}
-    last = [threading.Thread(target=listen, args=(cluster, n, heard)) for n in (1, 2, 3)]
-    for thread in last:
-        thread.start()
-    wait_for(lambda: cluster.order("running") == 1, 40, "one replica again")
-    for thread in last:
-        thread.join()
-    assert heard == {number: undisturbed[number] for number in (1, 2, 3)}
+    stream = threading.Thread(target=listen, args=(cluster, LONG, heard))
+    stream.start()
+    wait_for(lambda: LONG in heard and bool(heard[LONG].token_ids), 10, "a stream")
+    before = cluster.pids("ServeReplica:reef")
+    assert cluster.answer(prompt="x" * 2000, max_tokens=1)[0] == 200
+    down = {"autoscaling": {"down_delay_s": 2.0, "zero_delay_s": 2.0}}
+    limits = {"ingress": {"max_body_bytes": 1000}}
+    cluster.deploy_file(args, Ingress=limits, Engine={"replicas": down})
+    wait_for(lambda: cluster.answer(prompt="x" * 2000)[0] == 413, 10, "the new limit")
+    assert cluster.pids("ServeReplica:reef") == before, "nothing was started anew"
+    wait_for(lambda: one_more_target(cluster, {3, 1}) == 1, 20, "one is wanted")
+    stream.join()
+    assert heard[LONG].error is None and heard[LONG].num_tokens == LONG_TOKENS
+    wait_for(lambda: cluster.order("running") == 0, 30, "none")
+
+
+def one_more_target(cluster: Cluster, known: set[int]) -> int:
+    target = cluster.order("target")
+    assert target in known, "the policy's decision, and no step between"
+    return target

@@ -3,8 +3,9 @@
     python -m tests.deployments.support.ray_driver PORT
 
 Each line on standard input is one order, and each line on standard output its answer, all JSON:
-the `args` of an application to deploy, "figures" for what each engine replica says of itself, or
-"running" for how many of them there are. It ends, with all below it, when its input does.
+the `args` of an application to deploy, a whole config file as `serve deploy` sends it, "figures"
+for what each engine replica says of itself, "running" or "target" for how many of them there are or
+should be, or "delete". It ends, with all below it, when its input does.
 """
 
 import json
@@ -27,6 +28,7 @@ def run(folder: Path, port: int) -> None:
     prepare_ray(folder)
     import ray
     from ray import serve
+    from ray.serve.schema import ServeDeploySchema
 
     from deployments.app import build_app
 
@@ -53,6 +55,17 @@ def run(folder: Path, port: int) -> None:
             elif order == "running":
                 states = serve.status().applications["reef"].deployments["Engine"].replica_states
                 answer = states.get("RUNNING", 0)
+            elif order == "target":
+                details = serve.context._get_global_client().get_serve_details()
+                engine = details["applications"]["reef"]["deployments"]["Engine"]
+                answer = engine["target_num_replicas"]
+            elif order == "delete":
+                serve.delete("reef")
+                answer = "deleted"
+            elif "applications" in order:
+                client = serve.context._get_global_client()
+                client.deploy_apps(ServeDeploySchema.model_validate(order), _blocking=True)
+                answer = "deployed"
             else:
                 serve.run(build_app(order), name="reef")
                 answer = "deployed"
