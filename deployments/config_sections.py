@@ -411,7 +411,8 @@ class AdaptersSection(Section):
     disk_bytes: Bytes = key(10 * 2**30, "the most that the cache may take")
     host_bytes: Bytes = key(
         2 * 2**30,
-        "decoded adapters in memory: as many of those waited for as it holds, then idle ones",
+        "decoded adapters in memory: as many of those waited for as it holds, then idle ones; no "
+        "copies of what stays on the device, while room is needed",
     )
     load_from: list[str] | None = key(
         None,
