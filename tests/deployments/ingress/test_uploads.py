@@ -147,6 +147,23 @@ def test_a_body_that_ends_at_any_byte_is_refused_and_leaves_nothing(place: Place
     in_admin(test)
 
 
+def held_publication(
+    api: Api, monkeypatch: pytest.MonkeyPatch
+) -> tuple[threading.Event, threading.Event]:
+    """Let publishing wait; return what says that it has begun, and what lets it go on."""
+    assert api.admin is not None
+    begun, may_go_on = threading.Event(), threading.Event()
+    publish = api.admin.store.publish
+
+    def slow(*given: Any, **named: Any) -> Any:
+        begun.set()
+        assert may_go_on.wait(10)
+        return publish(*given, **named)
+
+    monkeypatch.setattr(api.admin.store, "publish", slow)
+    return begun, may_go_on
+
+
 def test_a_client_that_hangs_up_while_its_adapter_is_published_has_published_it(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -154,22 +171,58 @@ def test_a_client_that_hangs_up_while_its_adapter_is_published_has_published_it(
 
     async def test() -> None:
         async with administered(place) as api:
-            assert api.admin is not None
-            begun, may_go_on = threading.Event(), threading.Event()
-            publish = api.admin.store.publish
-
-            def slow(*given: Any, **named: Any) -> Any:
-                begun.set()
-                assert may_go_on.wait(10)
-                return publish(*given, **named)
-
-            monkeypatch.setattr(api.admin.store, "publish", slow)
+            begun, may_go_on = held_publication(api, monkeypatch)
             async with half_sent(api, body, len(body)):
                 await until(begun.is_set)
             may_go_on.set()
             await until(lambda: is_idle(api))
             assert [record.name for record in place.open().list()] == ["sql"]
             assert place.left_behind() == []
+
+    in_admin(test)
+
+
+@pytest.mark.parametrize("num_sent", [700, None], ids=["amid the body", "behind its end"])
+def test_a_server_that_cancels_a_request_leaves_all_or_nothing(
+    place: Place, num_sent: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray Serve does so for a client that has gone."""
+    body = body_of(form(place.peft))
+
+    async def test() -> None:
+        async with administered(place) as api:
+            begun, may_go_on = held_publication(api, monkeypatch)
+            parts = [body[:num_sent]]
+
+            async def receive() -> dict[str, Any]:
+                if parts:
+                    more = num_sent is not None
+                    return {"type": "http.request", "body": parts.pop(), "more_body": more}
+                await asyncio.Event().wait()
+                raise AssertionError("cancelled before")
+
+            async def send(message: Any) -> None:
+                raise AssertionError(f"an answer: {message}")
+
+            headers = [(b"authorization", f"Bearer {PUBLISH}".encode()), (b"content-type", FORM)]
+            scope = {
+                "type": "http",
+                "method": "POST",
+                "path": f"{ADAPTERS}/acme/sql",
+                "query_string": b"",
+                "headers": [(k, v if isinstance(v, bytes) else v.encode()) for k, v in headers],
+            }
+            call = asyncio.ensure_future(api.server.api(scope, receive, send))
+            await until(lambda: not is_idle(api) and not parts)
+            if num_sent is None:
+                await until(begun.is_set)
+            call.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await call
+            may_go_on.set()
+            await until(lambda: is_idle(api))
+            assert place.left_behind() == []
+            assert len(place.open().list()) == (num_sent is None)
 
     in_admin(test)
 
