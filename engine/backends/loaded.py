@@ -8,11 +8,11 @@ from typing import Any
 from engine.announcer import Announcer
 from engine.backends.runner import Runner
 from engine.config import EngineConfig
+from engine.lora.compute_layers import ComputeLayers
 from engine.lora.host_cache import HostAdapter
 from engine.lora.kinds import Kind
 from engine.lora.weights import LoraWeights
 from engine.model.decoder import Decoder
-from engine.model.inputs import ComputeLayers
 from engine.model.layers import Build, LoraSite
 from engine.model.loader import load_decoder
 from engine.settle import Settled

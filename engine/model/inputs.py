@@ -4,7 +4,7 @@ Built by `engine.backends.torch.inputs` and read by the decoder and its ops, nev
 Rows are ordered: all requests with one new token (decode) first, then the prefill chunks.
 """
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -60,19 +60,6 @@ class Heads(Protocol):
 
     def forbid(self, logits: torch.Tensor, vocab_size: int) -> None:
         """Set the logits of token ids that a row's adapter does not have to -inf."""
-        ...
-
-
-class ComputeLayers(Protocol):
-    """All layers of a decoder, for a few tokens at positions from 0 on."""
-
-    def __call__(
-        self, token_ids: Sequence[int], copies: int, lora: LoraBatch | None
-    ) -> Generator[None, None, torch.Tensor] | None:
-        """Compute hidden states [copies * N, E] after the last norm, of so many equal requests.
-
-        Yields after every layer. None if it cannot compute that many.
-        """
         ...
 
 

@@ -3,7 +3,7 @@
     read -> its reference is computed, while the adapter is packed -> a verdict
          -> loaded -> a probe runs as requests among the others   ->
 
-An engine holds back an adapter's requests until the verdict. The reference runs a layer at a time,
+An engine holds back an adapter's requests until the verdict. The reference runs in parts,
 between steps, so that nobody waits for it longer than for a small step. What the base makes of the
 probe is computed and probed once.
 """
@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from engine.lora.compute_layers import ComputeLayers
 from engine.lora.weights import LoraWeights
 from engine.messages import (
     AdapterFolder,
@@ -24,7 +25,6 @@ from engine.messages import (
     RequestOutput,
 )
 from engine.model.decoder import Decoder
-from engine.model.inputs import ComputeLayers
 from engine.proof.probe import Probe, is_probe, make_probe, probe_requests, take_logprobs
 from engine.proof.reference import Expected, expect
 from engine.proof.verdict import FAULTY_NOISE, FLOOR, Proof, difference, judge, probe_digest
@@ -252,7 +252,7 @@ class Proofs:
         yield from (c for c in (self._base, *self._cases.values()) if c.reference is not None)
 
     def advance(self) -> None:
-        """Compute a layer of the oldest reference."""
+        """Compute a part of the oldest reference."""
         case = next(self._unknown(), None)
         if case is None or case.reference is None:
             return

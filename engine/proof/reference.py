@@ -11,9 +11,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from engine.lora.compute_layers import ComputeLayers
 from engine.lora.weights import LoraWeights, SiteWeights
 from engine.model.decoder import Decoder
-from engine.model.inputs import ApplyWeight, AttentionInputs, ComputeLayers, ForwardInputs
+from engine.model.inputs import ApplyWeight, AttentionInputs, ForwardInputs
 
 PIECE_ROWS = 4096  # of an output layer that are in float32 at a time
 
@@ -132,18 +133,15 @@ def expect(
 ) -> Generator[None, None, Expected]:
     """Compute the logprobs of the tokens by the adapter, which acts from `start`.
 
-    Also by the base if that is asked for, which takes twice the work. Yields after every layer, so
+    Also by the base if that is asked for, which takes twice the work. Yields every few layers, so
     that the caller can run steps between them. `layers` are used for what they can compute.
     """
     spec, count = decoder.spec, len(token_ids) - 1  # nothing follows the last one
     num_base = count if with_base else 0
     first = num_base + min(start, count)
-    lora = ReferenceLora(weights, first) if weights.sites else None
-    has_own = weights.changes_rows or weights.head is not None
-    overlays = ReferenceOverlays(weights, first) if has_own else None
     copies = num_base // count + 1
-    known = None if layers is None or has_own else layers(token_ids[:-1], copies, lora)
-    hidden = yield from known or _hidden(decoder, token_ids[:-1], copies, lora, overlays)
+    known = None if layers is None else layers(token_ids[:-1], copies, weights, first)
+    hidden = yield from known or _hidden(decoder, token_ids[:-1], copies, weights, first)
     own = None if weights.head is None else ReferenceOverlays(weights, first - num_base)
     adapted = _logprobs(decoder.logits(hidden[num_base:], own), token_ids[1:])
     if not with_base:
@@ -159,11 +157,14 @@ def _hidden(
     decoder: Decoder,
     token_ids: Sequence[int],
     copies: int,
-    lora: ReferenceLora | None,
-    overlays: ReferenceOverlays | None,
+    weights: LoraWeights,
+    first: int,
 ) -> Generator[None, None, Tensor]:
     """Compute what ComputeLayers do by the decoder's modules."""
     spec, count = decoder.spec, len(token_ids)
+    lora = ReferenceLora(weights, first) if weights.sites else None
+    has_own = weights.changes_rows or weights.head is not None
+    overlays = ReferenceOverlays(weights, first) if has_own else None
     inputs = _inputs(token_ids, copies, lora, overlays, decoder.build.device)
     kv_layer = decoder.build.empty(copies, 2, count, spec.num_kv_heads, spec.head_dim)
     x = decoder.embedding(inputs.token_ids, overlays)

@@ -133,7 +133,7 @@ def test_native_layers_give_the_same_reference(model_type: str, tmp_path: Path) 
             slow_base, abs=0.1
         )
         assert max(abs(a - b) for a, b in zip(fast, fast_base, strict=True)) > 0.5
-    assert layers(prompt_of(65), 1, None) is None
+    assert layers(prompt_of(65), 1, weights, 0) is None
 
 
 def _all(work: Any) -> Sequence[Any]:

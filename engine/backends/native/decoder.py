@@ -22,22 +22,11 @@ from engine.model.layers import Linear, RmsNorm, Scale
 from engine.model.rotary import RotaryTable
 
 
-@dataclass(frozen=True, slots=True)
-class Stop:
-    """A linear layer's place in the program: its result is in `y` before operation `end`."""
-
-    layer: int
-    site: str
-    x: Buffer
-    y: Buffer
-    end: int
-
-
 class NativeDecoder:
     """Computes with the weights and KV cache that it was made from: `run(step)`, then `hidden(n)`.
 
     `kv_layers` says where each layer's blocks are; `capacity` bounds the rows of a step.
-    `norm_names` lists the norms by their numbers, `stops` the linear layers in order.
+    `norm_names` lists the norms by their numbers, `layer_ends` the operations after each layer.
     """
 
     def __init__(
@@ -52,7 +41,7 @@ class NativeDecoder:
         self._head, self._vocab_size = decoder.head, spec.vocab_size
         self._overlays = OverlayKernels(context)
         self.norm_names: list[str] = []
-        self.stops: list[Stop] = []
+        self.layer_ends: list[int] = []
         self.program = program = Program(context, capacity)
         self._buffers = buffers = _Buffers.make(program, decoder)
         self._sites = {(s.layer, s.site): i for i, s in enumerate(decoder.lora_sites)}
@@ -67,6 +56,7 @@ class NativeDecoder:
             assert isinstance(layer, DecoderLayer)
             is_last = layer is decoder.layers[-1]
             pending = self._layer(layer, kv, buffers, pending, is_last)
+            self.layer_ends.append(program.num_ops)
             if is_last:
                 buffers = buffers.of_outputs()
         program.norm(buffers.x, self._norm(decoder.norm), buffers.normed, pending)
@@ -152,7 +142,6 @@ class NativeDecoder:
     def _linear(self, linear: Linear, x: Buffer, out: Buffer) -> None:
         site = self._sites[linear.layer, linear.site]
         self.program.linear(x, linear.matrices(NativeLinear), out, site)
-        self.stops.append(Stop(linear.layer, linear.site, x, out, self.program.num_ops))
 
     def _norm(self, module: nn.Module) -> Norm:
         assert isinstance(module, RmsNorm), f"a layer begins with {type(module).__name__}"

@@ -74,6 +74,7 @@ FUNCTIONS: dict[str, type[c.Structure]] = {
     "linear": structs.ReefLinearArgs,
     "lora": structs.ReefLoraArgs,
     "lora_expand": structs.ReefLoraArgs,
+    "plain": structs.ReefPlainArgs,
     "store": structs.ReefStoreArgs,
     "attention": structs.ReefAttentionArgs,
     "embed": structs.ReefEmbedArgs,

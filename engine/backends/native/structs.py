@@ -91,6 +91,39 @@ class ReefLoraArgs(c.Structure):
     ]
 
 
+class ReefPlainSlice(c.Structure):
+    _fields_ = [("b", pointer), ("r0", i32), ("r1", i32), ("out0", i32), ("out1", i32)]
+
+
+class ReefPlainSite(c.Structure):
+    _fields_ = [
+        ("a", pointer),
+        ("scale", pointer),
+        ("shift", pointer),
+        ("slices", c.POINTER(ReefPlainSlice)),
+        ("num_slices", i32),
+        ("lora_rank", i32),
+        ("out_features", i32),
+    ]
+
+
+class ReefPlainArgs(c.Structure):
+    _fields_ = [
+        ("site", c.POINTER(ReefPlainSite)),
+        ("x", pointer),
+        ("x_stride", i64),
+        ("y", pointer),
+        ("y_stride", i64),
+        ("h", pointer),
+        ("rows", i32),
+        ("in_features", i32),
+    ]
+
+
+class ReefPlainLora(c.Structure):
+    _fields_ = [("sites", c.POINTER(ReefPlainSite)), ("h", pointer), ("first", i32)]
+
+
 class ReefKvLayer(c.Structure):
     _fields_ = [
         ("base", pointer),
@@ -302,6 +335,7 @@ class ReefStep(c.Structure):
         ("lora_h_stride", i64),
         ("norms", pointer),
         ("output_norms", pointer),
+        ("plain", ReefPlainLora),
         ("nanoseconds", pointer),
     ]
 

@@ -4,13 +4,12 @@
 // sixteen lanes of four accumulators, column c in accumulator (c / 16) % 4, lane c % 16.
 #include <algorithm>
 
-#include "simd.h"
 #include "table.h"
+#include "vectors.h"
 
 namespace REEF_ISA {
 namespace {
 
-constexpr int kLanes = 16;
 constexpr int kMostChunks = 64;  // enough to balance the threads; taking each costs time
 
 // Cuts rows into runs of about `least` elements, or longer ones where there would be too many.
@@ -26,25 +25,6 @@ struct RowRuns {
     int begin(int run) const { return run * length; }
     int end(int run) const { return std::min(rows, (run + 1) * length); }
 };
-
-// Calls body(column, n) for columns [begin, end), with n = 16 except at the very end.
-template <class Body>
-inline void for_vectors(int begin, int end, Body body) {
-    int column = begin;
-    for (; column + kLanes <= end; column += kLanes) body(column, kLanes);
-    if (column < end) body(column, end - column);
-}
-
-template <class T>
-inline F16 load_upto(const T* p, int n) {
-    return n == kLanes ? load(p) : load(p, n);
-}
-
-template <class T>
-inline void store_upto(T* p, F16 a, int n) {
-    if (n == kLanes) store(p, a);
-    else store(p, a, n);
-}
 
 inline F16 round_to_bf16(F16 a) {
     bf16 rounded[kLanes];

@@ -93,6 +93,42 @@ struct ReefLoraArgs {
     int32_t y_is_float;
 };
 
+// ==== Plain LoRA: the same of one adapter, from factors as its files have them ====
+
+// Describes a run of outputs that has factors; slices do not overlap.
+struct ReefPlainSlice {
+    const uint16_t* b;  // [r1 - r0, out1 - out0]
+    int32_t r0, r1;     // its rows of a
+    int32_t out0, out1;
+};
+
+struct ReefPlainSite {
+    const uint16_t* a;   // [lora_rank, in]
+    const float* scale;  // [out_features]; null: ones
+    const float* shift;  // [out_features]; null: zeros
+    const ReefPlainSlice* slices;
+    int32_t num_slices;
+    int32_t lora_rank;
+    int32_t out_features;  // 0: the adapter does not change this layer
+};
+
+struct ReefPlainArgs {
+    const ReefPlainSite* site;
+    const uint16_t* x;  // [rows, in_features]
+    int64_t x_stride;
+    uint16_t* y;
+    int64_t y_stride;
+    float* h;  // [rows, lora_rank]: A x
+    int32_t rows, in_features;
+};
+
+// Describes an adapter to a step.
+struct ReefPlainLora {
+    const ReefPlainSite* sites;  // by number; null: there is no such adapter
+    float* h;                    // [rows, the largest lora_rank]
+    int32_t first;               // it acts on the rows from this one on
+};
+
 // ==== Attention over paged KV ====
 
 // Names the element types of K and V. kv_layout.h defines the layout inside a block; the rest of
@@ -245,6 +281,8 @@ struct Kernels {
     Task (*linear)(const ReefLinearArgs*, int threads);
     Task (*lora_shrink)(const ReefLoraArgs*, int threads);
     Task (*lora_expand)(const ReefLoraArgs*, int threads);
+    Task (*plain_shrink)(const ReefPlainArgs*, int threads);
+    Task (*plain_expand)(const ReefPlainArgs*, int threads);  // after plain_shrink
     Task (*store)(const ReefStoreArgs*, int threads);
     // Sets lanes and spans, and returns how many floats `records` needs; 0: it stays null, and
     // attention_merge is not called.

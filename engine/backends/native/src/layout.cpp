@@ -29,7 +29,7 @@ void add_field(std::string* text, const char* name, const char* kind, size_t byt
 #define FIELD(T, name) \
     add_field(&text, #name, kind_of<decltype(T::name)>(), sizeof(T::name), offsetof(T, name));
 
-// FIELDS(T, a, b) expands to FIELD(T, a) FIELD(T, b), for up to 14 fields.
+// FIELDS(T, a, b) expands to FIELD(T, a) FIELD(T, b), for up to 15 fields.
 #define FIELDS_1(T, name) FIELD(T, name)
 #define FIELDS_2(T, name, ...) FIELD(T, name) FIELDS_1(T, __VA_ARGS__)
 #define FIELDS_3(T, name, ...) FIELD(T, name) FIELDS_2(T, __VA_ARGS__)
@@ -44,10 +44,13 @@ void add_field(std::string* text, const char* name, const char* kind, size_t byt
 #define FIELDS_12(T, name, ...) FIELD(T, name) FIELDS_11(T, __VA_ARGS__)
 #define FIELDS_13(T, name, ...) FIELD(T, name) FIELDS_12(T, __VA_ARGS__)
 #define FIELDS_14(T, name, ...) FIELD(T, name) FIELDS_13(T, __VA_ARGS__)
-#define FIFTEENTH(_1, _2, _3, _4, _5, _6, _7, _8, _9, _10, _11, _12, _13, _14, macro, ...) macro
-#define FIELDS(T, ...)                                                                          \
-    FIFTEENTH(__VA_ARGS__, FIELDS_14, FIELDS_13, FIELDS_12, FIELDS_11, FIELDS_10, FIELDS_9,     \
-              FIELDS_8, FIELDS_7, FIELDS_6, FIELDS_5, FIELDS_4, FIELDS_3, FIELDS_2, FIELDS_1, ) \
+#define FIELDS_15(T, name, ...) FIELD(T, name) FIELDS_14(T, __VA_ARGS__)
+#define SIXTEENTH(_1, _2, _3, _4, _5, _6, _7, _8, _9, _10, _11, _12, _13, _14, _15, macro, ...) \
+    macro
+#define FIELDS(T, ...)                                                                        \
+    SIXTEENTH(__VA_ARGS__, FIELDS_15, FIELDS_14, FIELDS_13, FIELDS_12, FIELDS_11, FIELDS_10,  \
+              FIELDS_9, FIELDS_8, FIELDS_7, FIELDS_6, FIELDS_5, FIELDS_4, FIELDS_3, FIELDS_2, \
+              FIELDS_1, )                                                                     \
     (T, __VA_ARGS__)
 
 #define LINE(T, name, ...)                        \
@@ -105,6 +108,10 @@ std::string describe_structs() {
     STRUCT(LoraBatch, segments, rows, num_segments, max_lora_rank);
     STRUCT(LoraArgs, batch, site, in_features, x, x_stride, y, y_stride, h, h_stride, threads,
            y_is_float);
+    STRUCT(PlainSlice, b, r0, r1, out0, out1);
+    STRUCT(PlainSite, a, scale, shift, slices, num_slices, lora_rank, out_features);
+    STRUCT(PlainArgs, site, x, x_stride, y, y_stride, h, rows, in_features);
+    STRUCT(PlainLora, sites, h, first);
     STRUCT(KvLayer, base, block_bytes, format, block_size, kv_heads, head_dim);
     STRUCT(Requests, num_requests, table_stride, row_starts, context_lens, block_tables);
     STRUCT(StoreArgs, kv, qkv, qkv_stride, cos, sin, positions, slot_mapping, rows, heads,
@@ -124,7 +131,7 @@ std::string describe_structs() {
     UNION(OpArgs, embed, norm, linear, store, attention, gate, gather);
     STRUCT(Op, kind, lora_site, on_outputs, lora, args);
     STRUCT(Step, rows, num_outputs, token_ids, positions, slot_mapping, output_rows, requests, lora,
-           output_lora, lora_h, lora_h_stride, norms, output_norms, nanoseconds);
+           output_lora, lora_h, lora_h_stride, norms, output_norms, plain, nanoseconds);
     return text;
 }
 

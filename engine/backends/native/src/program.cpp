@@ -50,8 +50,10 @@ private:
         const int threads = context_.pool.threads();
         context_.run(kernels.linear_prepare, &op.args.linear);
         const ReefLoraBatch* batch = op.on_outputs ? step_.output_lora : step_.lora;
-        if (batch == nullptr || op.lora_site < 0)
-            return context_.run(kernels.linear, &op.args.linear);
+        if (batch == nullptr || op.lora_site < 0) {
+            context_.run(kernels.linear, &op.args.linear);
+            return plain(op);
+        }
         op.lora.batch = batch;
         op.lora.site = op.lora_site;
         op.lora.h = step_.lora_h;
@@ -62,6 +64,26 @@ private:
         const reef::Task tasks[] = {expand, kernels.linear(&op.args.linear, threads),
                                     kernels.lora_shrink(&op.lora, threads)};
         context_.pool.run(tasks, 3);
+    }
+
+    // Adds the adapter of a reference, after the layer.
+    void plain(const ReefOp& op) {
+        const ReefPlainLora& lora = step_.plain;
+        const int32_t rows = op.args.linear.rows - lora.first;
+        if (lora.sites == nullptr || op.lora_site < 0 || rows <= 0) return;
+        const ReefPlainSite* site = lora.sites + op.lora_site;
+        if (site->out_features == 0) return;
+        const ReefPlainArgs args = {
+            site,
+            op.lora.x + lora.first * op.lora.x_stride,
+            op.lora.x_stride,
+            static_cast<uint16_t*>(op.lora.y) + lora.first * op.lora.y_stride,
+            op.lora.y_stride,
+            lora.h,
+            rows,
+            op.lora.in_features};
+        context_.run(context_.kernels.plain_shrink, &args);
+        context_.run(context_.kernels.plain_expand, &args);
     }
 
     ReefContext& context_;

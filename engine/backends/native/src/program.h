@@ -51,6 +51,7 @@ struct ReefStep {
     int64_t lora_h_stride;
     const ReefNormWeights* norms;         // [rows] of each row's adapter; null: no row's has any
     const ReefNormWeights* output_norms;  // [num_outputs], the same for the output rows
+    ReefPlainLora plain;
     int64_t* nanoseconds;  // null, or [num_ops] to which each operation's time is added
 };
 

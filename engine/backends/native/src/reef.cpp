@@ -78,6 +78,11 @@ void reef_lora_expand(ReefContext* context, const ReefLoraArgs* args) {
     context->run(context->kernels.lora_expand, &all);
 }
 
+void reef_plain(ReefContext* context, const ReefPlainArgs* args) {
+    context->run(context->kernels.plain_shrink, args);
+    context->run(context->kernels.plain_expand, args);
+}
+
 void reef_store(ReefContext* context, const ReefStoreArgs* args) {
     context->run(context->kernels.store, args);
 }

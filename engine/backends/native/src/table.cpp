@@ -5,8 +5,9 @@ namespace REEF_ISA {
 
 extern const reef::Kernels table;
 const reef::Kernels table = {
-    linear_prepare,  linear, lora_shrink, lora_expand, store,  attention_plan, attention,
-    attention_merge, embed,  norm,        gate,        gather, greedy,         draw,
+    linear_prepare, linear,    lora_shrink,     lora_expand, plain_shrink, plain_expand, store,
+    attention_plan, attention, attention_merge, embed,       norm,         gate,         gather,
+    greedy,         draw,
 };
 
 }  // namespace REEF_ISA

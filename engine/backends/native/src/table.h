@@ -9,6 +9,8 @@ reef::Task linear_prepare(const ReefLinearArgs* args, int threads);
 reef::Task linear(const ReefLinearArgs* args, int threads);
 reef::Task lora_shrink(const ReefLoraArgs* args, int threads);
 reef::Task lora_expand(const ReefLoraArgs* args, int threads);
+reef::Task plain_shrink(const ReefPlainArgs* args, int threads);
+reef::Task plain_expand(const ReefPlainArgs* args, int threads);
 reef::Task store(const ReefStoreArgs* args, int threads);
 int64_t attention_plan(reef::AttentionCall* args, int threads);
 reef::Task attention(const reef::AttentionCall* args, int threads);
