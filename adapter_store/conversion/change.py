@@ -80,19 +80,23 @@ class Turned:
     def whole(self) -> Matrix:
         """Return the change itself."""
         result = np.empty_like(self.weight)
-        for at, part in self._parts():
-            result[:, at] = part
+        for at, block in self._places():
+            result[:, at] = self.weight[:, at] @ block
         return result
 
     def square(self) -> float:
-        """Return the square of its Frobenius norm."""
-        return sum(float(np.vdot(part, part)) for _, part in self._parts())
+        """Return the square of its Frobenius norm, by inner products of the weight's columns."""
+        total = 0.0
+        for at, block in self._places():
+            columns = self.weight[:, at]
+            products = (columns.T @ columns) @ block
+            total += float(np.vdot(products.astype(np.float64), block))
+        return total
 
-    def _parts(self) -> Iterator[tuple[slice, Matrix]]:
+    def _places(self) -> Iterator[tuple[slice, Matrix]]:
         size = self.blocks.shape[-1]
         for at, block in enumerate(self.blocks):
-            columns = slice(at * size, (at + 1) * size)
-            yield columns, self.weight[:, columns] @ block
+            yield slice(at * size, (at + 1) * size), block
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,7 @@ from engine.proof.verdict import Proof
 from engine.scheduler.request import InvalidRequest, Request
 from engine.scheduler.scheduler import Scheduler
 
-SLICE_S = 0.004  # of a reference between two steps, at least a layer
+SLICE_S = 0.003  # of a reference between two steps, at least one of its parts
 
 log = logging.getLogger(__name__)
 

@@ -142,6 +142,7 @@ def expect(
     copies = num_base // count + 1
     known = None if layers is None else layers(token_ids[:-1], copies, weights, first)
     hidden = yield from known or _hidden(decoder, token_ids[:-1], copies, weights, first)
+    yield  # the output layer is as long as many of the others
     own = None if weights.head is None else ReferenceOverlays(weights, first - num_base)
     adapted = _logprobs(decoder.logits(hidden[num_base:], own), token_ids[1:])
     if not with_base:

@@ -22,7 +22,7 @@ from engine.scheduler.batch import ScheduledRequest
 from engine.scheduler.request import SamplingParams
 
 MAX_ROWS = 4 * RUN
-PART_S = 0.002  # of a call: other threads of Python go on meanwhile, and a step waits
+PART_S = 0.004  # of a call: other threads of Python go on meanwhile, and a step waits
 _SAMPLING = SamplingParams(max_tokens=1)  # nothing is sampled
 
 

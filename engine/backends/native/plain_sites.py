@@ -19,7 +19,7 @@ assert _SLICE.size == c.sizeof(structs.ReefPlainSlice) and _SITE.size == c.sizeo
 
 
 class PlainSites:
-    """`struct` is a step's; this keeps what it points to alive. Needs bfloat16 factors: `are_plain`.
+    """`struct` is a step's, and this keeps what it points to. Needs bfloat16 factors: `are_plain`.
 
     `lora_sites` are the program's, in order; the adapter acts on its rows from `first` on.
     """

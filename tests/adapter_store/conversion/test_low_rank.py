@@ -41,6 +41,14 @@ def test_a_large_matrix_is_sketched(lora_rank: int, power: float) -> None:
     check(matrix, matrix, lora_rank)
 
 
+def test_without_leading_values_what_is_missed_is_still_true() -> None:
+    matrix = RANDOM.standard_normal((900, 640), dtype=np.float32)
+    factors, residual = low_rank(matrix, 32)
+    missed = float(np.linalg.norm(matrix - factors.b @ factors.a) / np.linalg.norm(matrix))
+    assert residual == pytest.approx(missed, rel=1e-4)
+    assert missed <= 1.02 * optimum(matrix, 32)  # iterations would gain hardly more
+
+
 @pytest.mark.parametrize("spread", [1.0, 0.01])
 def test_turned_blocks_are_never_multiplied_out(spread: float) -> None:
     blocks = RANDOM.standard_normal((20, 32, 32), dtype=np.float32)

@@ -15,7 +15,11 @@ namespace {
 
 constexpr int kRanks = 8;      // of a chunk of shrink
 constexpr int kColumns = 256;  // of a chunk of expand
-constexpr int kRows = 4;       // that read a factor together
+#if defined(__AVX512BF16__)
+constexpr int kRows = 8;  // that read a factor together
+#else
+constexpr int kRows = 4;
+#endif
 
 int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
@@ -31,7 +35,8 @@ struct Rows {
 };
 
 void shrink_rows(const bf16* a, const Rows<const bf16>& x, int in_features, const Rows<float>& h) {
-    F16 sums[kRows] = {zero(), zero(), zero(), zero()};
+    F16 sums[kRows];
+    for (F16& each : sums) each = zero();
     for_vectors(0, in_features, [&](int k, int n) {
         const F16 factor = load_upto(a + k, n);
         for (int i = 0; i < kRows; ++i) sums[i] = fma(factor, load_upto(x.at[i] + k, n), sums[i]);
