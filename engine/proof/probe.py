@@ -14,7 +14,8 @@ from engine.scheduler.activation import adapter_start
 from engine.scheduler.request import SamplingParams
 
 PREFIX = "\0probe "  # no client's request id holds a NUL
-NUM_PROMPT, NUM_OUTPUTS = 6, 2
+NUM_PROMPT = 6
+NUM_OUTPUTS = 4  # where decodes are apart: three of them, as one may hardly differ by chance
 NUM_OWN = 3  # tokens of the prompt whose rows the adapter replaces, if it does
 
 
@@ -30,6 +31,11 @@ class Probe:
     num_prompt: int
     start: int  # the adapter acts from this one on
     decodes_first: bool
+
+    @property
+    def num_decoded(self) -> int:
+        """How many of the logprobs, the last ones, are of a decode."""
+        return len(self.token_ids) - self.num_prompt - 1 + self.decodes_first
 
 
 def make_probe(

@@ -27,7 +27,7 @@ from engine.messages import (
 from engine.model.decoder import Decoder
 from engine.proof.probe import Probe, is_probe, make_probe, probe_requests, take_logprobs
 from engine.proof.reference import Expected, expect
-from engine.proof.verdict import FAULTY_NOISE, FLOOR, Proof, difference, judge, probe_digest
+from engine.proof.verdict import FAULTY_NOISE, Proof, difference, judge, probe_digest
 
 RETRY_S = 60.0  # a refused adapter may be proven anew after this time
 BASE = ""  # its "digest": the base is probed once, for the noise of its own logprobs
@@ -93,7 +93,7 @@ class Proofs:
         wake: Callable[[], None] = lambda: None,
     ) -> None:
         self._decoder, self._layers = decoder, layers
-        self._floor = FLOOR[str(dtype).removeprefix("torch.")]
+        self._dtype = str(dtype).removeprefix("torch.")
         self._max_model_len = max_model_len
         self._clock = clock
         self._decodes_apart = decodes_apart
@@ -284,7 +284,8 @@ class Proofs:
             case.served,
             _each(case.probe, self._base.expected.adapted if base is None else base),
             _each(case.probe, adapted),
-            floor=self._floor,
+            num_decoded=case.probe.num_decoded,
+            dtype=self._dtype,
             noise=noise,
             is_zero=_is_zero(case.weights),
         )

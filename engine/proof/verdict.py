@@ -13,7 +13,8 @@ FLOOR = {"float32": 1e-3, "float16": 0.02, "bfloat16": 0.05}
 NOISE_FACTOR = 4.0
 MAX_NOISE = 0.1  # that an adapter may have, too
 FAULTY_NOISE = 0.3  # of the base: its kernels' fault; activations rounded to int8 have made 0.16
-EFFECT_FACTOR = 0.15
+EFFECT_FACTOR = {"float32": 0.05, "float16": 0.15, "bfloat16": 0.15}
+WHOLE_FACTOR = 0.02  # of the largest effect, where that of a kind of step is small
 LARGE = 1e9  # in place of differences that are not finite
 
 
@@ -23,8 +24,8 @@ class Proof:
 
     digest: str
     effect: float  # between the base and the adapter, as its weights say
-    error: float  # between that and what was served
-    margin: float  # the largest error that passes
+    error: float  # between that and what was served, in the kind of step that is worse
+    margin: float  # the largest error that passes there
     failure: str = ""  # why the adapter may not be served; empty if it may
     warning: str = ""
     probe: str = ""  # SHA-256 of the probe's tokens and of what was served; empty: nothing was
@@ -58,7 +59,7 @@ def probe_digest(token_ids: Sequence[int], served: Sequence[float]) -> str:
 def difference(a: Sequence[float], b: Sequence[float]) -> float:
     """Return the largest difference, infinity if one is not finite."""
     differences = [abs(x - y) for x, y in zip(a, b, strict=True)]
-    return max(differences) if all(map(math.isfinite, differences)) else math.inf
+    return max(differences, default=0.0) if all(map(math.isfinite, differences)) else math.inf
 
 
 def judge(
@@ -68,17 +69,27 @@ def judge(
     base: Sequence[float],
     adapted: Sequence[float],
     *,
-    floor: float,
+    num_decoded: int,
+    dtype: str,
     noise: float,
     is_zero: bool,
 ) -> Proof:
     """Compare the logprobs that were served with those of the references.
 
-    `noise` is the difference of the same kind for the base alone; `is_zero`: the adapter's weights
-    add nothing by themselves.
+    The last `num_decoded` were served by decodes. They are judged apart: what decodes lack is less
+    than a prefill's effect, by what its keys and values still hold. `noise` is the difference of
+    the same kind for the base alone; `is_zero`: the adapter's weights add nothing by themselves.
     """
-    effect, error = difference(adapted, base), difference(served, adapted)
-    margin = floor + NOISE_FACTOR * min(noise, MAX_NOISE) + EFFECT_FACTOR * effect
+    effect = difference(adapted, base)
+    rounding = FLOOR[dtype] + NOISE_FACTOR * min(noise, MAX_NOISE) + WHOLE_FACTOR * effect
+    cut = len(served) - num_decoded
+    worst = -math.inf
+    error = margin = 0.0
+    for part in (slice(cut), slice(cut, None)):
+        allowed = rounding + EFFECT_FACTOR[dtype] * difference(adapted[part], base[part])
+        found = difference(served[part], adapted[part])
+        if not found / allowed <= worst:
+            worst, error, margin = found / allowed, found, allowed
     failure = warning = ""
     if not error <= margin:
         failure = (

@@ -17,7 +17,7 @@ import torch
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.messages import AdapterFolder, GenerateRequest
-from engine.proof.probe import NUM_OUTPUTS, NUM_PROMPT
+from engine.proof.probe import NUM_PROMPT
 from engine.scheduler.request import SamplingParams
 from tests.bench.environment import append_row, header
 from tests.bench.models import SHAPES, make_adapters, make_model
@@ -93,7 +93,7 @@ def _gap(engine: Engine, adapter: AdapterFolder, number: int) -> float:
 def _request(
     name: str, adapter: AdapterFolder | None, number: int, max_tokens: int
 ) -> GenerateRequest:
-    prompt = [(7 * i + number) % 1000 for i in range(NUM_PROMPT + NUM_OUTPUTS)]
+    prompt = [(7 * i + number) % 1000 for i in range(NUM_PROMPT + 2)]
     sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
     return GenerateRequest(name, prompt, sampling, 1, adapter, cache_salt=f"{name} {number}")
 

@@ -168,6 +168,22 @@ def test_adapters_share_the_arena_with_blocks_and_take_turns(
     assert any(batch.moves for batch in launched)
 
 
+@pytest.mark.parametrize(
+    "seed", [0, *(pytest.param(i, marks=pytest.mark.slow) for i in range(1, 12))]
+)
+def test_graphs_that_were_captured_without_adapters_are_noticed(
+    on_device: MakeEngine, tiny: Tiny, tmp_path: Path, seed: int
+) -> None:
+    engine, adapter = on_device(), write_adapter(tiny.folder, tmp_path / "a", seed=seed)
+    graphs = engine.runner._forward._graphs._graphs  # type: ignore[attr-defined]
+    for size in {size for size, _ in graphs}:
+        graphs[size, True] = graphs[size, False]
+    requests = [GenerateRequest("r", prompt_of(9), greedy(6), adapter_folder=adapter)]
+    last = run(engine, requests)["r", 0].last
+    assert last is not None and last.error is not None
+    assert "does not act as its weights say" in last.error.message
+
+
 def launches_of(engine: Engine) -> list:  # type: ignore[type-arg]
     batches, launch = [], engine.runner.launch
 
