@@ -48,7 +48,7 @@ class RoutingCosts:
     load_s: float = 0.3  # added for each load: its work delays others, in the store, too
     home_s: float = 0.05  # added for a load outside the adapter's set
     sticky_s: float = 0.1  # taken off for the replica of the request's session
-    epsilon: float = 0.33  # how far above the mean a replica's load may be
+    epsilon: float = 0.35  # how far above the mean a replica's load may be
     min_load: int = 4  # requests; below this a replica's load is no reason to go elsewhere
     set_share: float = 0.5  # of a replica's part of all requests, for which an adapter gets one
 

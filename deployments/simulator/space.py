@@ -45,6 +45,16 @@ class Space(NamedTuple):
             for name, default in self.defaults.items()
         }
 
+    def between(self, simulation: Simulation, part: float) -> dict[str, float]:
+        """Return values between the defaults (0) and the quick ones (1)."""
+        quick = self.quick(simulation)
+        return {
+            name: default * (quick[name] / default) ** part
+            if self.ranges[name].is_log
+            else default + part * (quick[name] - default)
+            for name, default in self.defaults.items()
+        }
+
     def place(self, simulation: Simulation, values: Mapping[str, float]) -> Simulation:
         """Return the simulation with this policy, and its bounds as they were."""
         scaling = simulation.fleet.scaling

@@ -2,8 +2,8 @@
 
 Trials are simulated with some seeds, and the winner with others, which no trial has seen. A trial
 that misses the objective is worse than every one that keeps it, by as much as it misses. Optuna's
-tree of Parzen estimators proposes, several trials at a time; the first two are the policy's
-defaults, and values that follow the load at once.
+tree of Parzen estimators proposes, several trials at a time; the first ones are the policy's
+defaults, values that follow the load at once, and some between the two.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,6 +18,7 @@ from deployments.simulator.simulate import Summary
 from deployments.simulator.space import Space
 
 HELD_OUT = 1_000_000  # added to a seed that no trial sees
+FIRST = (0.0, 1.0, 0.5, 0.75)  # parts of the way from the defaults to values that follow the load
 BATCH = 4  # trials that are proposed together, whatever the processes: the same search everywhere
 
 
@@ -79,8 +80,8 @@ def search(
     Raises ImportError without Optuna.
     """
     study = _study(seed)
-    for known in (space.defaults, space.quick(simulation)):
-        study.enqueue_trial(known)
+    for part in FIRST:
+        study.enqueue_trial(space.between(simulation, part))
     wanted, most_hours = simulation.objective.attained, _most_hours(simulation)
     found: list[tuple[Mapping[str, float], Outcome]] = []
     while len(found) < trials:
