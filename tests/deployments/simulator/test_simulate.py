@@ -250,7 +250,7 @@ def test_the_command_runs_the_examples(name: str, tmp_path: Path) -> None:
         .replace("duration_s: 120", "duration_s: 4")
         .replace("duration_s: 600", "duration_s: 4")
         .replace("warm_up_s: 20", "warm_up_s: 1")
-        .replace("warm_up_s: 60", "warm_up_s: 1")
+        .replace("warm_up_s: 60", "warm_up_s: 0")
     )
     ran = CliRunner().invoke(reef, ["simulate", str(file), "--json", "--router", "reef"])
     assert ran.exit_code == 0, ran.output
