@@ -30,6 +30,7 @@ from adapter_store.layout import (
 )
 from adapter_store.object_store import OnBytes
 from adapter_store.own_files import OWN_NAMES, read_own_files
+from adapter_store.patterns import Pattern
 from adapter_store.peft_config import CONFIG_NAME, LoraSettings
 from adapter_store.recipes import Recipe, parse_recipe
 from adapter_store.safetensors_file import find_not_finite, hash_file
@@ -121,6 +122,7 @@ def prepare(
     settings, tensors = read_adapter(folder)
     layout = layout_of(settings, tensors)
     _check_base(layout, base)
+    _check_whole(settings, layout, base)
     rows = vocab_rows(layout.modules, layout.replaced).values()
     own_files = read_own_files(folder, base.text, max(rows, default=0))
     weights = folder / WEIGHTS_NAME
@@ -285,6 +287,26 @@ def _check_base(layout: LoraLayout, base: BaseModel) -> None:
     if base.parameters:
         parameters = {whole_name(plain_name(n)): shape for n, shape in base.parameters.items()}
         _check_parameters(layout, parameters)
+
+
+def _check_whole(settings: LoraSettings, layout: LoraLayout, base: BaseModel) -> None:
+    """Refuse a file that lost modules: PEFT saves each one that the config selects.
+
+    Not where a pattern means modules by the names that they had in a wrapped model.
+    """
+    if settings.names and isinstance(settings.targets.modules, Pattern):
+        return
+    changed = {whole_name(name) for name in layout.modules}
+    changed |= {whole_name(name.rpartition(".")[0]) for name in layout.replaced}
+    selected = [n for n in base.modules if settings.include(n) and not is_vocabulary(n)]
+    lost = [name for name in selected if whole_name(plain_name(name)) not in changed]
+    if lost:
+        raise AdapterInvalid(
+            f"{WEIGHTS_NAME} has no tensor of {lost[0]}, which target_modules selects "
+            f"({len(lost)} of {len(selected)} such modules are missing): the file is cut or was "
+            "filtered. Save it again, or select in target_modules, exclude_modules and "
+            "layers_to_transform what it holds"
+        )
 
 
 def _check_parameters(layout: LoraLayout, parameters: Mapping[str, tuple[int, ...]]) -> None:

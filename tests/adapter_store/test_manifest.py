@@ -570,3 +570,13 @@ def test_the_engine_reads_a_layout_without_reading_a_tensor(tmp_path: Path) -> N
         "a_blocks": None,
         "b_blocks": None,
     }
+
+
+@pytest.mark.parametrize("lost", ["layers.1.self_attn.q_proj", "layers.1.", "v_proj"])
+def test_a_file_that_lost_modules_is_refused(
+    peft_folder: Path, tmp_path: Path, check: Check, lost: str
+) -> None:
+    def cut(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return {name: tensor for name, tensor in tensors.items() if lost not in name}
+
+    refused(check, changed(peft_folder, tmp_path / "cut", {}, cut), "no tensor of", "of 4 such")
