@@ -161,6 +161,7 @@ def test_ray_has_what_the_router_reads_and_sets() -> None:
 def test_a_handle_can_be_told_where_its_router_runs() -> None:
     assert hasattr(DeploymentHandle, "_init")
     assert "_run_router_in_separate_loop" in parameters(InitHandleOptions)
+    assert "_blocking" in parameters(client.ServeControllerClient.deploy_apps)
 
 
 # ---- torch -----------------------------------------------------------------------------------
