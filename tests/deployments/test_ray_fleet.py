@@ -417,4 +417,14 @@ def test_from_none_to_three_at_once_and_back_by_settings_that_change_meanwhile(
     wait_for(lambda: cluster.order("target") <= 1, 10, "one is wanted")
     stream.join()
     assert heard[LONG].error is None and heard[LONG].num_tokens == LONG_TOKENS
-    wait_for(lambda: cluster.order("running") == 0, 30, "none")
+
+
+@pytest.mark.slow
+def test_a_model_without_requests_has_no_replica_until_the_next_one(cluster: Cluster) -> None:
+    scaling = {"zero_delay_s": 2.0, "down_delay_s": 2.0}
+    cluster.order("delete")
+    cluster.deploy_file(cluster.args(min=0, max=2, autoscaling=scaling))
+    for _ in range(3):
+        cluster.post(prompt="x", max_tokens=2)
+        assert cluster.order("running") == 1
+        wait_for(lambda: cluster.order("running") == 0, 60, "none")
