@@ -203,10 +203,10 @@ class Autoscaler:
         down = self._downs.most(math.ceil(need / policy.down_margin), now_s, policy.down_delay_s)
         up, down = self._within(up), self._within(down)
         assert self._began_s is not None
+        if now_s - self._worked_s >= policy.zero_delay_s:
+            return self.bounds.min  # whatever the averages still hold of what came before
         if up > target:
             return up
-        if now_s - self._worked_s >= policy.zero_delay_s:
-            return self.bounds.min
         if down >= target or now_s - self._began_s < policy.down_delay_s:
             return self._within(target)
         return max(down, min(target, 1))

@@ -472,7 +472,7 @@ def test_a_real_engine_that_is_stopped_is_noticed_and_started_again(
     async def scenario() -> None:
         client = EngineClient(config, scene.on_frame)
         await client.start()
-        for name in [*(f"before {i}" for i in range(40)), "stuck"]:  # seconds of work
+        for name in [*(f"before {i}" for i in range(400)), "stuck"]:  # far more than is waited
             client.submit(GenerateRequest(name, [5], greedy(250)))
         await until(lambda: scene.num_tokens("before 0") > 2)
         assert client.pid is not None

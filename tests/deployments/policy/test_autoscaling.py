@@ -217,3 +217,15 @@ def test_a_meter_tells_what_came_since_it_was_read() -> None:
     read = meter.read(12.0)
     assert (read.prompt_tokens_per_s, read.output_tokens_per_s, read.wait_s) == (150, 20, 1.5)
     assert meter.read(13.0).prompt_tokens_per_s == 0
+
+
+def test_what_came_before_does_not_keep_a_replica_that_nobody_asks() -> None:
+    """The averages forget slower than `zero_delay_s`."""
+    policy = ScalingPolicy(smoothing_s=300.0, lookahead_s=0.0, zero_delay_s=2.0, up_delay_s=0.0)
+    autoscaler = Autoscaler(Bounds(0, 3), policy)
+    able = Capacity(8.0, 100.0, 0.01, 0.001)
+    busy = ReplicaLoad(num_requests=1.0, prompt_tokens_per_s=1e9, capacity=able)
+    idle = ReplicaLoad(capacity=able)
+    assert autoscaler.decide([busy], 1, 0.0, 0.0).replicas == 3
+    assert autoscaler.decide([idle], 1, 0.0, 1.0).replicas == 3
+    assert autoscaler.decide([idle], 1, 0.0, 2.0).replicas == 0
