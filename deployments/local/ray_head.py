@@ -26,7 +26,7 @@ from deployments.local.lean_ray import lean_ray
 from deployments.local.serve_yaml import Address
 
 KILL_TIMEOUT_S = 5.0
-QUIET_PORTS = range(20_000, 32_768)  # Ray's workers use ports below, connections above
+QUIET_PORTS = range(20_000, 30_000)  # Ray uses ports below, and above for replicas' HTTP
 OBJECT_STORE_BYTES = 100 * 2**20
 HARD_STOP_AFTER_S = 660
 
