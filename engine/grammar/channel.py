@@ -19,7 +19,7 @@ class ChannelLost(Exception):
 
 
 class Channel(Generic[MessageT]):
-    """One thread at a time may use it, but for `close`."""
+    """One thread at a time may use it, but for `interrupt`."""
 
     def __init__(self, sock: socket.socket, decoder: msgspec.msgpack.Decoder[MessageT]) -> None:
         self._sock = sock
@@ -52,10 +52,17 @@ class Channel(Generic[MessageT]):
         """Close this process's descriptor; another one that has the socket goes on."""
         self._sock.close()
 
-    def close(self) -> None:
-        """End also a `receive` of another thread, which raises ChannelLost."""
+    def interrupt(self) -> None:
+        """End a `receive` of another thread, now or later, with ChannelLost.
+
+        The descriptor stays with that thread, which closes it: its number might be another
+        socket's by the time that the thread waits for it.
+        """
         with suppress(OSError):
             self._sock.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        self.interrupt()
         self._sock.close()
 
 

@@ -98,7 +98,7 @@ class GrammarCompiler:
             link = self._link
             self._changed.notify()
         if link is not None:
-            link.kill()  # ends a call that is under way
+            link.interrupt()  # ends a call that is under way
         self._thread.join()
 
     # ==== the thread ====

@@ -89,6 +89,12 @@ class GrammarLink:
     def drop(self, grammar_id: int) -> None:
         self._send(DropGrammar(grammar_id))
 
+    def interrupt(self) -> None:
+        """End the process at once, and the call that another thread is in; that one kills."""
+        self._process.kill()
+        for channel in (self._control, self._checks, self.masks):
+            channel.interrupt()
+
     def kill(self) -> None:
         """End the process at once, and what it has forked, whose sockets close with it."""
         self._process.kill()
