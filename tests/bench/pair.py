@@ -16,6 +16,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from tests.bench.environment import (
     append_row,
@@ -101,13 +102,24 @@ def _sides(options: argparse.Namespace, scratch: Path) -> tuple[Side, Side]:
     engine = engine_settings(max(options.clients), options.memory_mib)
 
     def side(name: str, checkout: Path, command: str | None) -> Side:
-        folder = scratch / name
-        folder.mkdir()
-        names = [MODEL, *publish(folder, source, folders)]
-        command = command or command_of_make(checkout)
-        return Side(checkout, command, write_config(folder, source, engine), names)
+        return make_side(scratch / name, checkout, source, folders, engine, command)
 
     return side("a", options.a, options.a_command), side("b", options.b, options.b_command)
+
+
+def make_side(
+    folder: Path,
+    checkout: Path,
+    source: Path,
+    adapters: Sequence[Path],
+    engine: dict[str, Any],
+    command: str | None = None,
+) -> Side:
+    """Publish the adapters in a new folder; without a `command`, `make serve` says how to start."""
+    folder.mkdir()
+    names = [MODEL, *publish(folder, source, adapters)]
+    config = write_config(folder, source, engine)
+    return Side(checkout, command or command_of_make(checkout), config, names)
 
 
 def _start(stack: ExitStack, sides: tuple[Side, Side], number: int) -> tuple[Server, Server]:

@@ -27,16 +27,8 @@ from tests.bench.environment import (
 )
 from tests.bench.load import closed_loop
 from tests.bench.models import SHAPES, make_adapters, make_model
-from tests.bench.pair import Side
-from tests.bench.server import (
-    MODEL,
-    command_of_make,
-    engine_settings,
-    groups_of_processes,
-    publish,
-    serving,
-    write_config,
-)
+from tests.bench.pair import Side, make_side
+from tests.bench.server import engine_settings, groups_of_processes, serving
 from tests.bench.workload import Job
 
 
@@ -92,12 +84,9 @@ def pss_mib(pid: int) -> float:
 
 
 def _side(options: argparse.Namespace, folder: Path, checkout: Path) -> Side:
-    folder.mkdir()
     shape = SHAPES[options.shape]
-    source = make_model(shape)
-    names = [MODEL, *publish(folder, source, make_adapters(shape, options.adapters))]
-    config = write_config(folder, source, engine_settings(16, 256))
-    return Side(checkout, command_of_make(checkout), config, names)
+    source, adapters = make_model(shape), make_adapters(shape, options.adapters)
+    return make_side(folder, checkout, source, adapters, engine_settings(16, 256))
 
 
 def _row(pairs: Sequence[tuple[Start, Start]]) -> str:
