@@ -21,20 +21,8 @@ from tests.deployments.support.admin import (
     administered,
     form,
     in_admin,
-    made_place,
 )
 from tests.deployments.support.keys import ACME, PROMETHEUS, UMBRELLA
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return made_place(tmp_path_factory.mktemp("made"))
-
-
-@pytest.fixture
-def place(made: Path, tmp_path: Path) -> Place:
-    return Place(made, tmp_path)
-
 
 # ---- the way of a version ------------------------------------------------------------------
 

@@ -28,22 +28,11 @@ from tests.deployments.support.admin import (
     administered,
     form,
     in_admin,
-    made_place,
 )
 from tests.deployments.support.fakes import until
 
 BOUNDARY = "cut-here"
 FORM = f"multipart/form-data; boundary={BOUNDARY}"
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return made_place(tmp_path_factory.mktemp("made"))
-
-
-@pytest.fixture
-def place(made: Path, tmp_path: Path) -> Place:
-    return Place(made, tmp_path)
 
 
 def part(file_name: str, content: bytes) -> bytes:
