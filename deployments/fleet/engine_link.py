@@ -32,8 +32,10 @@ from engine.messages import (
     RequestOutput,
 )
 
-# After this many lost replicas the request itself is the likely cause: it fails.
-MAX_LOSSES = 4
+# After this many lost replicas in a row, none of which brought a token, the request itself is the
+# likely cause: it fails. So does one that has lost far more than accidents explain.
+MAX_FRUITLESS = 4
+MAX_LOSSES = 10
 # Errors that another replica, or another try, may not have.
 ELSEWHERE = (ErrorKind.ENGINE_DIED, ErrorKind.HANDED_BACK, ErrorKind.ADAPTER_DAMAGED)
 
@@ -192,12 +194,12 @@ class EngineLink:
         """Go on elsewhere with an attempt that its replica will not finish."""
         assert attempt.replica is not None, "lost before it was placed"
         self._forget(attempt)
-        num_losses = attempt.num_losses + counts
-        if num_losses >= MAX_LOSSES:
+        num_losses, num_fruitless = attempt.losses(counts)
+        if num_fruitless >= MAX_FRUITLESS or num_losses >= MAX_LOSSES:
             attempt.origin.fail(attempt, RequestError(ErrorKind.ENGINE_DIED, message))
             return
         avoid = (*attempt.avoid, attempt.replica.replica_id)
-        for rest in attempt.origin.next_attempts(attempt, num_losses, avoid):
+        for rest in attempt.origin.next_attempts(attempt, counts, avoid):
             self._begin(rest)
 
     # ---- what the streams bring ----------------------------------------------------------

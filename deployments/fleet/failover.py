@@ -37,7 +37,9 @@ class Attempt:
     submit: Submit
     first_index: int
     num_open: int  # choices that have not finished
-    num_losses: int = 0
+    num_losses: int = 0  # of the tries before this one
+    num_fruitless: int = 0  # the last ones of them in a row that brought no token
+    has_tokens: bool = False  # it has brought some
     avoid: tuple[str, ...] = ()
     is_original: bool = False  # submitted as it was planned, under its own id
     replica: ReplicaStream | None = None
@@ -49,6 +51,14 @@ class Attempt:
     @property
     def id(self) -> str:
         return self.submit.request.request_id
+
+    def losses(self, blames: bool) -> tuple[int, int]:
+        """Count what is lost with this try: all losses, and those in a row without a token.
+
+        `blames`: whether the request may have been the cause of this one.
+        """
+        num_fruitless = 0 if self.has_tokens else self.num_fruitless + blames
+        return self.num_losses + blames, num_fruitless
 
     @property
     def indexes(self) -> range:
@@ -86,6 +96,7 @@ class ResumableRequest:
         _, index, token_ids = item
         index += attempt.first_index
         if self._is_open[index]:
+            attempt.has_tokens = True
             self._token_ids[index].extend(token_ids)
             self._deliver(item if attempt.is_original else (self._id, index, token_ids))
 
@@ -94,6 +105,7 @@ class ResumableRequest:
         index = attempt.first_index + output.index
         if not self._is_open[index]:
             return
+        attempt.has_tokens |= bool(output.token_ids)
         self._token_ids[index].extend(output.token_ids)
         if output.finish_reason is not None:
             self._is_open[index] = False
@@ -132,17 +144,15 @@ class ResumableRequest:
                 attempt, RequestOutput(attempt.id, index, [], finish_reason="error", error=error)
             )
 
-    def next_attempts(
-        self, lost: Attempt, num_losses: int, avoid: tuple[str, ...]
-    ) -> list[Attempt]:
+    def next_attempts(self, lost: Attempt, blames: bool, avoid: tuple[str, ...]) -> list[Attempt]:
         """Replace a lost attempt: by one like it if nothing has been delivered, else by one for
-        each unfinished choice."""
+        each unfinished choice. `blames`: as for `Attempt.losses`."""
         self.attempts.pop(lost.id, None)
         request = lost.submit.request
         if request.n > 1 and not any(self._token_ids):
-            return [self._again(request, lost.first_index, num_losses, avoid)]
+            return [self._again(lost, request, lost.first_index, blames, avoid)]
         return [
-            self._again(self._rest(index), index, num_losses, avoid)
+            self._again(lost, self._rest(index), index, blames, avoid)
             for index in range(lost.first_index, lost.first_index + request.n)
             if self._is_open[index]
         ]
@@ -168,10 +178,24 @@ class ResumableRequest:
         return replace(original, sampling=sampling, n=1, output_token_ids=list(token_ids))
 
     def _again(
-        self, request: GenerateRequest, first_index: int, num_losses: int, avoid: tuple[str, ...]
+        self,
+        lost: Attempt,
+        request: GenerateRequest,
+        first_index: int,
+        blames: bool,
+        avoid: tuple[str, ...],
     ) -> Attempt:
-        submit = self._renamed(request)
-        return self._add(Attempt(self, submit, first_index, request.n, num_losses, avoid))
+        num_losses, num_fruitless = lost.losses(blames)
+        again = Attempt(
+            self,
+            self._renamed(request),
+            first_index,
+            request.n,
+            num_losses=num_losses,
+            num_fruitless=num_fruitless,
+            avoid=avoid,
+        )
+        return self._add(again)
 
     def _renamed(self, request: GenerateRequest) -> Submit:
         self._num_renamed += 1

@@ -18,10 +18,12 @@ import statistics
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
 from tqdm import tqdm
 
 from adapter_store.store import AdapterStore
@@ -36,6 +38,7 @@ NUM_ENGINES = 3
 NUM_SERVING = 2  # of them, before the next one dies
 RECOVERY_S = 120.0
 PAUSE_S = (0.1, 1.5)
+IN_FLIGHT_S = 0.05  # so long tokens may still come that were on their way as an engine died
 DEATHS = ("kill engine", "kill replica", "stop engine")
 WEIGHTS = (6, 2, 2)
 JSON_SCHEMA = {
@@ -70,6 +73,10 @@ class Run:
     deaths: list[Death] = field(default_factory=list[Death])
     problems: list[str] = field(default_factory=list[str])
     enough_blocks: float = 0.0  # that many of KV there are only while enough engines serve
+
+    def note(self, problem: str) -> None:
+        self.problems.append(problem)
+        tqdm.write(problem)
 
 
 # ==== requests ====
@@ -126,29 +133,45 @@ async def client(
 
 async def die(run: Run, server: Server, rng: random.Random, count: int) -> None:
     for _ in tqdm(range(count), desc="deaths", unit="death"):
-        serving = await until_serving(run, server)
+        await until_serving(run, server)
         await asyncio.sleep(rng.uniform(*PAUSE_S))
         kind = rng.choices(DEATHS, WEIGHTS)[0]
-        pid = rng.choice(serving["replica" if kind == "kill replica" else "engine"])
+        pids = await members(server, "replica" if kind == "kill replica" else "engine")
+        # One that hangs as it starts is waited for as long as a start may take, and nobody waits.
+        pid = rng.choice(pids[:NUM_SERVING] if kind == "stop engine" else pids)
         run.deaths.append(Death(kind, time.monotonic()))
-        os.kill(pid, signal.SIGSTOP if kind == "stop engine" else signal.SIGKILL)
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGSTOP if kind == "stop engine" else signal.SIGKILL)
         if kind == "stop engine":
             await until_gone(run, server, pid)
     await until_serving(run, server)
 
 
-async def until_serving(run: Run, server: Server) -> dict[str, list[int]]:
-    """Wait until enough engines take requests, and return the processes."""
-    deadline_s = time.monotonic() + RECOVERY_S
+async def members(server: Server, group: str) -> list[int]:
+    """The processes of that kind now, oldest first. One that served before may have ended."""
+    while not (found := (await asyncio.to_thread(server.look)).get(group, [])):
+        await asyncio.sleep(0.1)
+    return sorted(found, key=_born_s)
+
+
+def _born_s(pid: int) -> float:
+    try:
+        return psutil.Process(pid).create_time()
+    except psutil.NoSuchProcess:
+        return float("inf")
+
+
+async def until_serving(run: Run, server: Server) -> None:
+    """Wait until enough engines take requests."""
+    deadline_s, blocks = time.monotonic() + RECOVERY_S, 0.0
     while time.monotonic() < deadline_s:
         groups = await asyncio.to_thread(server.look)
         numbers = [len(groups.get(name, ())) for name in ("engine", "replica")]
         blocks = await asyncio.to_thread(num_blocks, server)
         if min(numbers) >= NUM_SERVING and blocks > run.enough_blocks:
-            return groups
+            return
         await asyncio.sleep(0.1)
-    run.problems.append(f"fewer than {NUM_SERVING} engines for {RECOVERY_S} s: {server.look()}")
-    return server.look()
+    run.note(f"fewer than {NUM_SERVING} engines for {RECOVERY_S} s: {server.look()}, {blocks=}")
 
 
 def num_blocks(server: Server) -> float:
@@ -160,7 +183,7 @@ async def until_gone(run: Run, server: Server, pid: int) -> None:
     deadline_s = time.monotonic() + RECOVERY_S
     while pid in (await asyncio.to_thread(server.look)).get("engine", []):
         if time.monotonic() > deadline_s:
-            run.problems.append(f"engine {pid} was stopped, and is not replaced")
+            run.note(f"engine {pid} was stopped, and is not replaced")
             os.kill(pid, signal.SIGKILL)
             return
         await asyncio.sleep(0.2)
@@ -183,9 +206,9 @@ async def play(options: argparse.Namespace, server: Server) -> tuple[Run, list[T
 
 
 def gaps_s(run: Run, kind: str) -> list[float]:
-    """Of each stream that was open as one died so: its longest wait that ended afterwards."""
+    """Of each stream that was open as one died so: its wait from then on, not from later deaths."""
     return [
-        heard.gap_s(death.at_s)
+        heard.gap_s(death.at_s, death.at_s + IN_FLIGHT_S)
         for death in run.deaths
         if death.kind == kind
         for _, heard in run.heard

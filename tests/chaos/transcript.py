@@ -76,10 +76,10 @@ class Transcript:
             return f"{self.num_tokens} tokens in usage instead of {expected.num_tokens}"
         return None
 
-    def gap_s(self, since_s: float) -> float:
-        """The longest time without new tokens that ended after `since_s`."""
+    def gap_s(self, from_s: float, to_s: float) -> float:
+        """The longest time without new tokens that began before `to_s` and ended after `from_s`."""
         times = [self.sent_s, *self.arrivals_s, self.ended_s]
-        return max((b - a for a, b in pairwise(times) if b >= since_s), default=0.0)
+        return max((b - a for a, b in pairwise(times) if b >= from_s and a <= to_s), default=0.0)
 
 
 def _logprobs(found: dict[str, Any]) -> list[float]:

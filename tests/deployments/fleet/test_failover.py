@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import pytest
 
 from deployments.fleet.batch_queue import BatchQueue
-from deployments.fleet.engine_link import MAX_LOSSES, EngineLink
+from deployments.fleet.engine_link import MAX_FRUITLESS, MAX_LOSSES, EngineLink
 from deployments.fleet.failover import ResumableRequest
 from deployments.fleet.protocol import Submit
 from deployments.fleet.timing import Timing
@@ -308,7 +308,26 @@ def test_a_request_that_kills_every_replica_it_reaches_fails() -> None:
                 num_killed += 1
             if running.link.num_live == 0:
                 await reader.read()
-        assert reader.ended == {0: "error"} and num_killed == MAX_LOSSES
+        assert reader.ended == {0: "error"} and num_killed == MAX_FRUITLESS
+
+    in_fleet(test)
+
+
+@pytest.mark.parametrize("num_deaths", [MAX_LOSSES - 1, MAX_LOSSES])
+def test_a_request_that_goes_on_between_deaths_is_not_blamed_for_them(num_deaths: int) -> None:
+    """One token a replica: far more deaths than a request without any is forgiven."""
+
+    async def test(running: Fleet) -> None:
+        reader = Reader(running.link.open([submit()]))
+        for _ in range(num_deaths):
+            await running.until_running()
+            ((name, _),) = running.running().items()
+            running.engines[name].step()
+            await reader.read()
+            running.engines[name].die()
+            running.engines[name].is_up = True
+        await finish(running, reader)
+        assert reader.ended == {0: "error" if num_deaths == MAX_LOSSES else "length"}
 
     in_fleet(test)
 
