@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
+from adapter_store.aliases import Alias, AliasView, from_record
 from adapter_store.errors import AdapterNotFound, InvalidName, StoreCorrupt
 from adapter_store.history import AdapterHistory, Version
 from adapter_store.names import LATEST, AdapterRecord, AdapterRef, Place, check_alias, split_name
@@ -56,9 +57,36 @@ class Catalog:
             raise AdapterNotFound(
                 f"{full_name!r} is an adapter of base {found.base}, not of {base}"
             )
-        return AdapterRef(
-            tenant, name, version, found.digest, found.base, vocab_size=found.vocab_size
+        return _ref(tenant, name, version, found)
+
+    def alias_view(self, tenant: str, full_name: str) -> AliasView | None:
+        """Return the alias behind a name's @; None if there is none. Raises InvalidName."""
+        name, selector = split_name(full_name)
+        history = self._adapters.get((tenant, name))
+        found = None if history is None else history.aliases.get(str(selector))
+        if history is None or found is None:
+            return None
+        return AliasView(
+            tenant,
+            name,
+            str(selector),
+            found.record,
+            self._live_shares(tenant, name, history, found.weights),
+            self._live_shares(tenant, name, history, found.before),
+            found.trial,
+            found.began,
+            found.flip,
+            found.moved_s,
         )
+
+    def _live_shares(
+        self, tenant: str, name: str, history: AdapterHistory, weights: Mapping[int, float]
+    ) -> Sequence[tuple[AdapterRef, float]]:
+        return [
+            (_ref(tenant, name, version, history.versions[version - 1]), weight)
+            for version, weight in weights.items()
+            if history.is_live(version)
+        ]
 
     def list(self, tenant: str | None = None) -> Iterable[AdapterRecord]:
         """Yield the live versions in the order of tenant, name and version."""
@@ -93,7 +121,7 @@ class Catalog:
         for version, entry in enumerate(history.versions, start=1):
             if entry.is_retired and not with_retired:
                 continue
-            aliases = sorted(a for a, target in history.aliases.items() if target == version)
+            aliases = sorted(a for a, found in history.aliases.items() if version in found.weights)
             yield AdapterRecord(
                 tenant=tenant,
                 name=name,
@@ -179,6 +207,7 @@ class Catalog:
             {
                 "publish": self._publish,
                 "alias": self._alias,
+                "flip": self._flip,
                 "retire": self._retire,
                 "restore": self._restore,
                 "delete": self._delete,
@@ -215,7 +244,8 @@ class Catalog:
         catalog.generation = int(data.get("generation", 0))
         for entry in data["adapters"]:
             versions = [Version(**version) for version in entry["versions"]]
-            history = AdapterHistory(versions, dict(entry["aliases"]))
+            aliases = {name: Alias.from_data(data) for name, data in entry["aliases"].items()}
+            history = AdapterHistory(versions, aliases)
             catalog._add(entry["tenant"], entry["name"], history)
         for digest, verdict in data.get("verdicts", {}).items():
             catalog._verdicts[digest] = Verdict.from_data(verdict)
@@ -260,9 +290,21 @@ class Catalog:
 
     def _alias(self, record: Mapping[str, Any]) -> None:
         history = self._adapters[record["tenant"], record["name"]]
-        if not history.is_live(record["version"]):
-            raise ValueError(f"version {record['version']} is not live")
-        history.aliases[check_alias(record["alias"])] = record["version"]
+        weights, trial = from_record(record)
+        if not all(history.is_live(version) for version in weights):
+            raise ValueError(f"not all of the versions {sorted(weights)} are live")
+        alias = check_alias(record["alias"])
+        before = history.aliases.get(alias, Alias({}))
+        history.aliases[alias] = before.moved(
+            weights, trial, self.num_records + 1, float(record.get("at_s", 0.0))
+        )
+
+    def _flip(self, record: Mapping[str, Any]) -> None:
+        """Note how new versions were waited for; of what has moved since it says nothing."""
+        aliases = self._adapters[record["tenant"], record["name"]].aliases
+        found = aliases[record["alias"]]
+        if found.record == record["of"]:
+            aliases[record["alias"]] = found.flipped(str(record["outcome"]))
 
     def _retire(self, record: Mapping[str, Any]) -> None:
         history = self._adapters[record["tenant"], record["name"]]
@@ -323,4 +365,8 @@ class Catalog:
             return selector
         if selector == LATEST:
             return history.latest(base)
-        return history.aliases.get(selector)
+        return history.meant_by(selector)
+
+
+def _ref(tenant: str, name: str, version: int, found: Version) -> AdapterRef:
+    return AdapterRef(tenant, name, version, found.digest, found.base, vocab_size=found.vocab_size)

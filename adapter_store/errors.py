@@ -12,6 +12,10 @@ class InvalidName(AdapterStoreError):
     """A tenant, adapter, alias or version is not spelled as the grammar demands."""
 
 
+class InvalidShares(AdapterStoreError, ValueError):
+    """The versions of an alias, their weights or the bounds of a trial are not allowed."""
+
+
 class AdapterNotFound(AdapterStoreError):
     """The adapter, version or alias does not exist or is retired."""
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from adapter_store.aliases import Alias
 from adapter_store.names import Place, State
 
 
@@ -49,7 +50,7 @@ class AdapterHistory:
     """All versions and aliases of one adapter name. Version n is versions[n - 1]."""
 
     versions: list[Version] = field(default_factory=list[Version])
-    aliases: dict[str, int] = field(default_factory=dict[str, int])
+    aliases: dict[str, Alias] = field(default_factory=dict[str, Alias])
 
     def latest(self, base: str | None) -> int | None:
         """Return the newest live version, of this base if one is given; None if there is none."""
@@ -61,7 +62,14 @@ class AdapterHistory:
     def to_data(self) -> dict[str, Any]:
         """Return it as JSON values."""
         versions = [version.to_data() for version in self.versions]
-        return {"versions": versions, "aliases": dict(self.aliases)}
+        aliases = {name: alias.to_data() for name, alias in self.aliases.items()}
+        return {"versions": versions, "aliases": aliases}
+
+    def meant_by(self, alias: str) -> int | None:
+        """Return the live version of an alias with the largest weight; a dead one if none is."""
+        found = self.aliases.get(alias)
+        versions = () if found is None else found.versions
+        return next((v for v in versions if self.is_live(v)), versions[0] if versions else None)
 
     def is_live(self, version: int) -> bool:
         """Check that a version exists and is not retired."""

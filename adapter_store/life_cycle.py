@@ -37,6 +37,14 @@ def chosen_versions(
     else:
         live = [record for record in left if record.state == "live"]
         chosen = [record.version for record in live if selector in record.aliases]
+        check_one(full_name, chosen)
     if not chosen:
         raise AdapterNotFound(f"tenant {tenant} has no adapter {full_name!r}")
     return tuple(chosen)
+
+
+def check_one(full_name: str, versions: Sequence[int]) -> None:
+    """Raise InvalidName for an alias that means several versions: one of them has to be named."""
+    if len(versions) > 1:
+        listed = ", ".join(map(str, versions))
+        raise InvalidName(f"{full_name!r} means the versions {listed}: name one of them")

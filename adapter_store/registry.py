@@ -13,11 +13,13 @@ is repaired.
 import logging
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from itertools import groupby, islice
+from typing import Any
 
+from adapter_store.aliases import AliasView, Trial, check_one_base, check_weights, to_record
 from adapter_store.catalog import Catalog
 from adapter_store.errors import (
     AccessDenied,
@@ -27,7 +29,7 @@ from adapter_store.errors import (
     SourceUnavailable,
     StoreCorrupt,
 )
-from adapter_store.life_cycle import chosen_versions, restorable
+from adapter_store.life_cycle import check_one, chosen_versions, restorable
 from adapter_store.limits import NO_LIMITS, PublishLimits
 from adapter_store.manifest import AdapterManifest
 from adapter_store.names import (
@@ -215,19 +217,66 @@ class Registry:
 
     def alias(self, tenant: str, name: str, alias: str, version: int, by: str = "") -> None:
         """Make name@alias mean this version from now on. Raises InvalidName, AdapterNotFound."""
-        check_alias(alias)
+        self.share(tenant, name, alias, {version: 1.0}, by=by)
 
-        def record(catalog: Catalog) -> Record:
-            ref = catalog.resolve(tenant, f"{check_name('adapter', name)}@{version}")
-            return {
-                "kind": "alias",
-                "tenant": tenant,
-                "name": name,
-                "alias": alias,
-                "version": ref.version,
-            }
+    def share(
+        self,
+        tenant: str,
+        name: str,
+        alias: str,
+        weights: Mapping[int, float],
+        trial: Trial | None = None,
+        by: str = "",
+        expected: int | None = None,
+        because: Mapping[str, Any] | None = None,
+    ) -> bool:
+        """Make name@alias mean these live versions, by weight, from now on.
+
+        With `expected`, only if the alias' last record has this number; returns whether it had.
+        `because` is kept in the log. Raises InvalidName, InvalidShares, AdapterNotFound.
+        """
+        check_alias(alias)
+        check_name("adapter", name)
+        check_weights(weights, trial)
+        is_expected = True
+
+        def record(catalog: Catalog) -> Record | None:
+            nonlocal is_expected
+            view = catalog.alias_view(tenant, f"{name}@{alias}")
+            is_expected = expected is None or (view is not None and view.record == expected)
+            if not is_expected:
+                return None
+            refs = [catalog.resolve(tenant, f"{name}@{version}") for version in weights]
+            check_one_base(name, refs)
+            head = {"kind": "alias", "tenant": tenant, "name": name, "alias": alias}
+            why = {} if because is None else {"because": dict(because)}
+            return {**head, **to_record(weights, trial), **why}
 
         self._append(record, by)
+        return is_expected
+
+    def alias_view(self, tenant: str, full_name: str) -> AliasView | None:
+        """Return the alias behind a name's @; None if there is none. Raises InvalidName."""
+        with self._lock:
+            return self._catalog.alias_view(tenant, full_name)
+
+    def note_flip(
+        self, view: AliasView, outcome: str, details: Mapping[str, Any], by: str = ""
+    ) -> bool:
+        """Note once how the new versions of an alias were waited for; return whether it was new."""
+        is_new = False
+
+        def record(catalog: Catalog) -> Record | None:
+            nonlocal is_new
+            now = catalog.alias_view(view.tenant, f"{view.name}@{view.alias}")
+            is_new = now is not None and now.record == view.record and not now.flip
+            if not is_new:
+                return None
+            head = {"kind": "flip", "tenant": view.tenant, "name": view.name, "alias": view.alias}
+            return {**head, "of": view.record, "outcome": outcome, **details}
+
+        self._append(record, by)
+        return is_new
 
     def retire(self, tenant: str, full_name: str, by: str = "") -> tuple[int, ...]:
         """Withdraw name@version, or every version of a bare name; return the versions withdrawn.
@@ -240,6 +289,8 @@ class Registry:
             nonlocal retired
             ref = catalog.resolve(tenant, full_name)
             name, _ = split_name(full_name)
+            alias = catalog.alias_view(tenant, full_name)
+            check_one(full_name, [] if alias is None else [r.version for r, _ in alias.shares])
             retired = (ref.version,) if "@" in full_name else catalog.live_versions(tenant, name)
             return {"kind": "retire", "tenant": tenant, "name": name, "versions": list(retired)}
 

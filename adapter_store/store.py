@@ -8,11 +8,13 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
+from adapter_store.aliases import AliasView, Trial
 from adapter_store.audit import MAX_AUDITED, AuditLog, AuditPage
 from adapter_store.bases import BaseModel, describe_base, parse_base
 from adapter_store.blobs import Blobs
@@ -40,11 +42,20 @@ from adapter_store.publishing import publish, restore
 from adapter_store.recipes import Recipe
 from adapter_store.registry import Registry, check_may_write
 from adapter_store.sources import local_folder
+from adapter_store.trial_counts import TRIALS, TrialCounts
 from adapter_store.verdict import Verdict
 
 MISS_INTERVAL_S = 0.1  # unknown names cause at most one read of the log in this time
 PATIENCE_S = 2.0  # how long to wait for a store that does not answer
-_PREFIXES = ("log/", "bases/", "blobs/", "snapshots/", "audit/", "probe/")  # all that a store holds
+_PREFIXES = (
+    "log/",
+    "bases/",
+    "blobs/",
+    "snapshots/",
+    "audit/",
+    "probe/",
+    TRIALS,
+)  # all that a store holds
 MIN_PREFIX = 8  # digits that the beginning of a fingerprint must have
 _log = logging.getLogger(__name__)
 
@@ -100,6 +111,7 @@ class AdapterStore:
         self._registry = Registry(self._objects, wall_clock, self._log_reader, may_write)
         self._collector = Collector(self._objects, self._registry)
         self._audit = AuditLog(self._objects)
+        self._trial_counts = TrialCounts(self._objects)
         self._scratch = disk_path / ".bases"
         self._uploads = disk_path / ".uploads"
         self._interval_s = refresh_interval_s
@@ -255,6 +267,55 @@ class AdapterStore:
         Raises AdapterNotFound, InvalidName, StoreCorrupt.
         """
         self._registry.alias(tenant, name, alias, version, by)
+
+    def share(
+        self,
+        tenant: str,
+        name: str,
+        alias: str,
+        weights: Mapping[int, float],
+        trial: Trial | None = None,
+        by: str = "",
+        expected: int | None = None,
+        because: Mapping[str, Any] | None = None,
+    ) -> bool:
+        """Make name@alias mean these live versions of one base, by weight, from now on.
+
+        With a `trial`, one of two versions is judged beside the other. With `expected`, nothing
+        changes unless the alias' last record has this number, so of several processes that
+        conclude the same one does it; returns whether it had. `because` is kept in the log. Raises
+        AdapterNotFound, InvalidName, InvalidShares, StoreCorrupt.
+        """
+        return self._registry.share(tenant, name, alias, weights, trial, by, expected, because)
+
+    def alias_view(self, tenant: str, full_name: str) -> AliasView | None:
+        """Tell from memory which versions an alias means; None if the name has no alias.
+
+        Raises InvalidName.
+        """
+        return self._registry.alias_view(tenant, full_name)
+
+    def note_flip(
+        self, view: AliasView, outcome: str, details: Mapping[str, Any], by: str = ""
+    ) -> bool:
+        """Note in the log, once, how the new versions of an alias were waited for.
+
+        Returns whether it was not noted yet. Raises StoreCorrupt.
+        """
+        return self._registry.note_flip(view, outcome, details, by)
+
+    def put_trial_counts(self, began: int, writer: str, counts: bytes) -> None:
+        """Replace what a process has counted of the trial that began with this record."""
+        check_may_write(self._may_write)
+        self._trial_counts.put(began, writer, counts)
+
+    def trial_counts(self, began: int, but: str = "") -> Sequence[bytes]:
+        """Read what all processes have counted of a trial, but for one of them."""
+        return self._trial_counts.read(began, but)
+
+    def remove_trial_counts(self, began: int) -> None:
+        """Remove the counts of a trial that is over."""
+        self._trial_counts.remove(began)
 
     def retire(self, tenant: str, full_name: str, by: str = "") -> tuple[int, ...]:
         """Withdraw name@version, or all versions of a bare name; return the versions.

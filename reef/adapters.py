@@ -1,4 +1,4 @@
-"""`reef publish`, `list`, `alias`, `retire`, `restore` and `delete`: adapters and their names.
+"""`reef publish`, `list`, `retire`, `restore` and `delete`: adapters and their names.
 
 Each success prints one line on stdout.
 """
@@ -136,18 +136,6 @@ def _proof_of(record: "AdapterRecord") -> str:
     """Say in a word or two whether an engine has seen the adapter act."""
     outcome = None if record.verdict is None else record.verdict.outcome
     return "not proven yet" if outcome is None else outcome.replace("_", " ")
-
-
-@click.command()
-@click.argument("name")
-@click.argument("alias")
-@click.argument("version", type=int)
-@tenant_option
-@with_store
-def alias(store: "AdapterStore", name: str, alias: str, version: int, tenant: str) -> None:
-    """Make NAME@ALIAS mean a VERSION."""
-    store.alias(tenant, name, alias, version, by=author())
-    click.echo(f"{tenant}/{name}@{alias} is version {version}")
 
 
 @click.command()

@@ -13,7 +13,15 @@ if TYPE_CHECKING:
     from adapter_store.store import AdapterStore
 
 PAGE = 1000
-SHOWN = ("version", "versions", "alias", "digest", "generation")  # of an entry's details
+SHOWN = (
+    "version",
+    "versions",
+    "alias",
+    "digest",
+    "generation",
+    "outcome",
+    "because",
+)  # of an entry's details
 
 
 @click.command()

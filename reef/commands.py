@@ -3,7 +3,8 @@
 import click
 
 from reef import __version__
-from reef.adapters import alias, delete, list_, publish, restore, retire
+from reef.adapters import delete, list_, publish, restore, retire
+from reef.alias import alias
 from reef.audit import audit
 from reef.bench import bench
 from reef.completion import completion

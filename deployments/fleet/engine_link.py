@@ -9,7 +9,8 @@ lost goes on at another; every queue gets a last output for every choice, whatev
 
 import asyncio
 import logging
-from collections.abc import Sequence
+import uuid
+from collections.abc import Collection, Sequence
 
 from adapter_store.names import AdapterRef
 from deployments.fleet.background_tasks import BackgroundTasks
@@ -27,10 +28,12 @@ from deployments.fleet.wanted_adapters import WantedAdapters
 from engine.messages import (
     EngineStats,
     ErrorKind,
+    GenerateRequest,
     Item,
     RequestError,
     RequestOutput,
 )
+from engine.scheduler.request import SamplingParams
 
 # After this many lost replicas in a row, none of which brought a token, the request itself is the
 # likely cause: it fails. So does one that has lost far more than accidents explain.
@@ -119,6 +122,32 @@ class EngineLink:
         ids = [stream.replica_id for stream in streams]
         return self._wanted.of_newcomer(newcomer, ids, self.num_live, room)
 
+    def holders(self, digests: Collection[str]) -> list[str]:
+        """List the replicas that have one of these adapters in memory, as they last said."""
+        return [
+            stream.replica_id
+            for stream in self._streams.greeted()
+            if not stream.is_draining
+            and not set(digests).isdisjoint(stream.stats.adapters_in_memory)
+        ]
+
+    async def warm(self, ref: AdapterRef, replica_id: str) -> RequestError | None:
+        """Have one replica load and prove an adapter, by a request of one token.
+
+        Returns the error with which that ended. Raises ModelNotReady.
+        """
+        sampling = SamplingParams(max_tokens=1, ignore_eos=True)
+        request_id = f"flip-{uuid.uuid4().hex}"
+        request = GenerateRequest(request_id, [0], sampling, tenant=ref.tenant)
+        queue = self.open([Submit(request, ref)], target=replica_id)
+        try:
+            while True:
+                for item in await queue.next_batch():
+                    if isinstance(item, RequestOutput) and item.finish_reason is not None:
+                        return item.error
+        finally:
+            self.release(queue)
+
     async def refresh_stats(self) -> EngineStats:
         """Ask all replicas for their figures. The last known ones count for those that are slow."""
         streams = self._streams.greeted()
@@ -134,21 +163,23 @@ class EngineLink:
         self._tasks.start(self._streams.discover())
         return await self.held.wait()
 
-    def open(self, submits: Sequence[Submit]) -> BatchQueue[Item]:
+    def open(self, submits: Sequence[Submit], target: str = "") -> BatchQueue[Item]:
         """Hand requests over without waiting. The caller must `release` the queue.
 
-        Raises ModelNotReady.
+        With a `target`, this replica gets them first. Raises ModelNotReady.
         """
         if self.hello is None and self.held is None:
             raise ModelNotReady
         queue: BatchQueue[Item] = BatchQueue()
         requests = [ResumableRequest(submit, queue.put) for submit in submits]
         for submit in submits:
-            if submit.adapter_ref is not None:
+            if submit.adapter_ref is not None and not target:
                 self._wanted.add(submit.adapter_ref)
         self._requests[queue] = requests
         for request in requests:
-            self._begin(request.first_attempt())
+            attempt = request.first_attempt()
+            attempt.target = target
+            self._begin(attempt)
         return queue
 
     def release(self, queue: BatchQueue[Item]) -> None:

@@ -41,6 +41,7 @@ class Attempt:
     num_fruitless: int = 0  # the last ones of them in a row that brought no token
     has_tokens: bool = False  # it has brought some
     avoid: tuple[str, ...] = ()
+    target: str = ""  # the only replica that it is for
     is_original: bool = False  # submitted as it was planned, under its own id
     replica: ReplicaStream | None = None
     early: list[tuple[ReplicaStream, Item]] = field(

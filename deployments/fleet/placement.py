@@ -117,6 +117,7 @@ def _hints(attempt: Attempt, suspects: list[str], ended: tuple[tuple[str, int], 
     request, adapter_ref = attempt.submit.request, attempt.submit.adapter_ref
     adapter_digest = "" if adapter_ref is None else adapter_ref.digest
     return Hints(
+        target=attempt.target,
         request_id=request.request_id,
         num_prompt_tokens=_num_known_tokens(request),
         adapter_digest=adapter_digest,

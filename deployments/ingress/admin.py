@@ -7,13 +7,14 @@ processor runs in threads, of which there are few.
 import asyncio
 import weakref
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from starlette.requests import Request as HttpRequest
 
+from adapter_store.aliases import AliasView, Trial
 from adapter_store.archives import unpack
 from adapter_store.audit import AuditPage
 from adapter_store.errors import (
@@ -24,6 +25,7 @@ from adapter_store.errors import (
     BaseNotFound,
     FilesRemoved,
     InvalidName,
+    InvalidShares,
     LimitExceeded,
     NoRoom,
     ObjectNotFound,
@@ -35,6 +37,7 @@ from adapter_store.names import AdapterRecord, AdapterRef, check_name
 from adapter_store.store import AdapterStore
 from deployments.config_sections import AdminSection
 from deployments.ingress.http_errors import ApiError, forbidden, invalid, overloaded
+from deployments.ingress.trial_figures import decode_counts, judged, merged
 from deployments.ingress.upload_folders import UploadFolder, UploadFolders, disk_error
 from deployments.ingress.uploads import ARCHIVE, receive
 from deployments.ingress.verification import Verification
@@ -212,8 +215,28 @@ class Admin:
 
         return await self.run(look)
 
-    async def alias(self, by: str, tenant: str, name: str, alias: str, version: int) -> None:
-        await self.run(lambda: self.store.alias(tenant, name, alias, version, by))
+    async def alias(
+        self,
+        by: str,
+        place: tuple[str, str],
+        alias: str,
+        weights: Mapping[int, float],
+        make_trial: Callable[[], Trial | None],
+    ) -> tuple[AliasView, Mapping[str, Any] | None]:
+        """Make an alias of a (tenant, name) mean these versions; return what it means then."""
+        tenant, name = place
+
+        def work() -> tuple[AliasView, Mapping[str, Any] | None]:
+            self.store.share(tenant, name, alias, weights, make_trial(), by)
+            return alias_state(self.store, tenant, f"{name}@{alias}")
+
+        return await self.run(work)
+
+    async def alias_state(
+        self, tenant: str, full_name: str
+    ) -> tuple[AliasView, Mapping[str, Any] | None]:
+        """Return what an alias means, and what its trial has shown, if it has one."""
+        return await self.run(lambda: alias_state(self.store, tenant, full_name))
 
     async def change_state(
         self, publisher: Publisher, tenant: str, full_name: str, state: str
@@ -253,6 +276,20 @@ def _all_of(store: AdapterStore, wanted: Wanted) -> Sequence[AdapterRecord]:
         page = page_of(store, wanted, page.next_after, PAGE)
 
 
+def alias_state(
+    store: AdapterStore, tenant: str, full_name: str
+) -> tuple[AliasView, Mapping[str, Any] | None]:
+    """Look up an alias and what its trial has shown. Raises AdapterNotFound, InvalidName."""
+    store.refresh()
+    view = store.alias_view(tenant, full_name)
+    if view is None or not view.shares:
+        raise AdapterNotFound(f"tenant {tenant} has no alias {full_name!r}")
+    if view.trial is None:
+        return view, None
+    tallies = merged([decode_counts(each) for each in store.trial_counts(view.began)])
+    return view, judged(view, view.trial, tallies)[1]
+
+
 def check_right(publisher: Publisher, tenant: str) -> None:
     """Raise ApiError unless the key manages this tenant's adapters, whatever there are."""
     if not publisher.may_manage(tenant):
@@ -278,6 +315,8 @@ def _translated(error: Exception, folder: str = "") -> Exception:
     match error:
         case InvalidName():
             return invalid(sentence, "name")
+        case InvalidShares():
+            return invalid(sentence, "versions")
         case AdapterNotFound():
             return ApiError(404, sentence, param="name", code="adapter_not_found")
         case NoRoom():

@@ -20,13 +20,17 @@ from deployments.ingress.adapter_texts import AdapterTexts
 from deployments.ingress.admin import Admin
 from deployments.ingress.asgi import Api
 from deployments.ingress.browser_guard import BrowserGuard
+from deployments.ingress.feedback import Feedback
+from deployments.ingress.flips import Flips
 from deployments.ingress.ingress import Ingress
 from deployments.ingress.metrics import Metrics
 from deployments.ingress.model_resolver import Models, ServedModel
+from deployments.ingress.rollouts import Rollouts
 from deployments.ingress.routes import build_api
 from deployments.ingress.runtime_adapters import RuntimeAdapters
 from deployments.ingress.tenant_limiter import TenantLimiter
 from deployments.ingress.tool_format_rules import ToolFormatRule
+from deployments.ingress.trials import Trials
 from deployments.live_settings import reconfigured
 from deployments.loopback_grpc import keep_grpc_on_loopback
 from deployments.serve_logging import log_to_serves_file
@@ -35,6 +39,8 @@ from deployments.text.answer_syntax import find_syntax
 from deployments.text.embedding_use import find_embedding_use
 from deployments.text.vocabulary import Vocabulary
 from engine.gc_freeze import keep_what_is_loaded
+
+ASK_S = 2.0  # for the other ingress replicas
 
 
 @serve.ingress()  # pyright: ignore[reportUntypedClassDecorator, reportUnknownMemberType]
@@ -53,9 +59,11 @@ class IngressDeployment:
         tenants = open_tenants(config.tenancy)
         tenants.start()
         self._config, self._has_begun = config, False
+        replica_id = serve.get_replica_context().replica_id.unique_id
+        self._rollouts = Rollouts(store, Flips(store), Trials(store, replica_id))
         self._adapters = _runtime_adapters(config.adapters, store)
         self._ingress = Ingress(
-            Models(models, store),
+            Models(models, store, self._rollouts),
             AdapterTexts(store),
             tenants,
             TenantLimiter(metrics),
@@ -65,6 +73,8 @@ class IngressDeployment:
             adapters=self._adapters,
             admin=_admin(config, store, tenants),
         )
+        if settings.replicas > 1:
+            self._ingress.feedback = Feedback(metrics, _ask_others)
         hosts = config.browser_hosts
         self._guard = None if hosts is None else BrowserGuard(hosts)
         keep_what_is_loaded()
@@ -83,12 +93,27 @@ class IngressDeployment:
         adapters = config.adapters
         self._adapters.allow(adapters.load_from or (), _conversion(adapters.convert))
 
+    async def take_feedback(
+        self, tenant: str, answer_id: str, score: float, comment: str
+    ) -> bool | None:
+        """Count a score for an answer that this ingress replica gave, for another one."""
+        return self._ingress.feedback.take(tenant, answer_id, score, comment)
+
     async def adapters_for(self, model_id: str, newcomer: str) -> list[AdapterRef]:
         """Tell an engine replica that starts what it will be asked for."""
         return self._ingress.models.by_id[model_id].link.adapters_for(newcomer)
 
     def __serve_build_asgi_app__(self) -> Api:
         return build_api(self._ingress, self._guard, sends_request_id=False)
+
+
+async def _ask_others(tenant: str, answer_id: str, score: float, comment: str) -> bool | None:
+    """Ask every ingress replica to take a score; None if none of them gave the answer."""
+    ingress: Any = serve.get_deployment_handle("Ingress", serve.get_replica_context().app_name)
+    answers = await ingress.broadcast(
+        "take_feedback", tenant, answer_id, score, comment
+    ).results_async(timeout_s=ASK_S, return_exceptions=True)
+    return next((each for each in answers if isinstance(each, bool)), None)
 
 
 def _runtime_adapters(adapters: AdaptersSection, store: AdapterStore) -> RuntimeAdapters:

@@ -149,7 +149,8 @@ class EmbeddingResponse(EngineResponse):
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> int:
         try:
-            response = Response(await self._whole(), media_type="application/json")
+            headers = self._plan.target.headers
+            response = Response(await self._whole(), 200, headers, "application/json")
         except Exception as error:
             response = ErrorResponse(as_api_error(error, "an embedding"), self._errors)
         await response(scope, receive, send)

@@ -6,6 +6,7 @@ what it holds in the engine.
 """
 
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -19,7 +20,8 @@ from deployments.ingress.metrics import Gaps, Metrics
 from deployments.ingress.model_resolver import Target
 from deployments.ingress.prompt_texts import in_thread
 from deployments.ingress.vllm_metrics import LiveRequest
-from engine.messages import RequestOutput, TokenLogprobs
+from deployments.policy.canary import Answered
+from engine.messages import RequestError, RequestOutput, TokenLogprobs
 from engine.scheduler.request import MAX_LOGPROBS
 
 NewTexts = dict[Choice, str]
@@ -39,6 +41,7 @@ class Plan:
     include_usage: bool = False
     is_prompt_only: bool = False  # max_tokens 0: the engine's one token is not shown
     headers: Mapping[str, str] = field(default_factory=dict[str, str])  # of the answer
+    answer_id: str = ""  # what the answer calls itself
     num_best: int | None = None  # choices of a prompt that are shown: the likeliest by token
 
 
@@ -70,6 +73,7 @@ class Generation:
         self._gaps = Gaps()
         self._first_s: dict[int, float] = {}
         self._last_s: dict[int, float] = {}
+        self._error: RequestError | None = None
 
     async def start(self) -> None:
         """Wait for the first texts. Raises ApiError if an error comes first."""
@@ -153,10 +157,34 @@ class Generation:
         num_read, num_output = self._num_read_tokens(), usage.num_output_tokens
         self._metrics.count_tokens(label, num_read, usage.num_cached_tokens, num_output)
         self._live.end()
+        self._tell_arm()
         model, vllm = self._plan.target.model.id, self._metrics.vllm
         vllm.observe_gaps(model, self._gaps.counts, self._gaps.sum_s)
         vllm.count_tokens(model, num_read, num_output)
         vllm.count_aborted(model, self._num_open)
+
+    def _tell_arm(self) -> None:
+        """Report what came of the request to the rollout that it is part of."""
+        arm = self._plan.target.arm
+        if arm is None:
+            return
+        if self._error is not None:
+            arm.failed(self._error)
+        elif not self.is_open:
+            arm.answered(self._answered())
+
+    def _answered(self) -> Answered:
+        choices = list(self._choices.values())
+        reasons = Counter(str(choice.finish_reason) for choice in choices)
+        cut = reasons["length"] / len(choices)
+        has_form = any(submit.request.sampling.grammar for submit in self._plan.submits)
+        return Answered(
+            ttft_s=min(self._first_s.values()) - self._arrival_s,
+            num_tokens=sum(len(choice.token_ids) for choice in choices) / len(choices),
+            cut=cut,
+            invalid=cut if has_form else None,  # what must match a grammar does, once it is whole
+            stop_reasons=reasons,
+        )
 
     def _num_read_tokens(self) -> int:
         """Count the tokens of prompts that brought an answer or its beginning."""
@@ -206,6 +234,7 @@ class Generation:
 
     def _choice_of(self, output: RequestOutput, texts: NewTexts) -> Choice:
         if output.error is not None:
+            self._error = output.error
             raise from_engine(output.error, self._plan.model_name)
         first = self._first_index[output.request_id]
         if output.prompt_logprobs is not None:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Awaitable, Callable, Generator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
@@ -27,6 +28,7 @@ from deployments.ingress.chat_prompt import encode_chat
 from deployments.ingress.embedding import AT_ONCE, EmbeddingResponse, Form, plan_embeddings
 from deployments.ingress.endpoint import Endpoint, Handler
 from deployments.ingress.error_form import OPENAI_ERRORS, ErrorForm
+from deployments.ingress.feedback import Feedback
 from deployments.ingress.generation import Plan
 from deployments.ingress.http_errors import invalid
 from deployments.ingress.metrics import Metrics
@@ -35,14 +37,16 @@ from deployments.ingress.own_text import ChatRenderer
 from deployments.ingress.planning import Origin, plan_chat, plan_completion
 from deployments.ingress.reply_form import OPENAI_CHAT, OPENAI_COMPLETION, ReplyForm
 from deployments.ingress.request_body import read_body
+from deployments.ingress.request_id import request_id
 from deployments.ingress.runtime_adapters import RuntimeAdapters
-from deployments.ingress.sessions import in_session, session_of
+from deployments.ingress.sessions import caller_of, in_session, session_of
 from deployments.ingress.streaming import COMMENT, GenerationResponse
 from deployments.ingress.tenant_limiter import Place, TenantLimiter
 from deployments.tenants.tenant import Publisher, Tenant
 from deployments.tenants.tenants import Tenants
 
 NO_DOC = RouteDoc()
+RequestT = TypeVar("RequestT", ChatCompletionRequest, CompletionRequest, EmbeddingRequest)
 TenantHandler = Callable[[HttpRequest, Tenant, Place], Awaitable[Response]]
 AdminHandler = Callable[[HttpRequest, Publisher], Awaitable[Response]]
 
@@ -84,6 +88,10 @@ class Ingress:
     origin: Origin = field(default_factory=system_origin)
     adapters: RuntimeAdapters | None = None  # which clients load
     admin: Admin | None = None  # None: the admin API is off
+    feedback: Feedback = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.feedback = Feedback(self.metrics)
 
     # ---- routes --------------------------------------------------------------------------
 
@@ -118,8 +126,7 @@ class Ingress:
             api_key = headers.get("x-api-key") if takes_api_key else None
             whose = self.tenant_of(headers.get("authorization"), api_key)
             tenant, place = held.enter_context(whose)
-            place.session = session_of(headers)
-            return await handler(http_request, tenant, place)
+            return await handler(http_request, tenant, self.named(place, http_request))
 
         return self.route(method, path, handle, errors, doc, needs_key=True)
 
@@ -131,6 +138,13 @@ class Ingress:
             return await handler(http_request, self.tenants.identify_publisher(authorization))
 
         return self.route(method, path, handle, doc=replace(doc, needs_admin_key=True))
+
+    @staticmethod
+    def named(place: Place, http_request: HttpRequest) -> Place:
+        """Return a request's place with what the request calls itself and its session."""
+        place.session = session_of(http_request.headers)
+        place.request_id = request_id(http_request.scope)
+        return place
 
     @contextmanager
     def tenant_of(
@@ -157,7 +171,8 @@ class Ingress:
         self, request: ChatCompletionRequest, tenant: Tenant, place: Place, surface: Surface = CHAT
     ) -> GenerationResponse:
         place.hold(request.num_answers)
-        target = await self._target(tenant, request)
+        target = await self._target(tenant, request, place)
+        request = _as_answered(request, target)
         plan = await plan_chat(
             request,
             target,
@@ -203,7 +218,8 @@ class Ingress:
         surface: Surface = COMPLETIONS,
     ) -> GenerationResponse:
         place.hold(request.num_answers)
-        target = await self._target(tenant, request)
+        target = await self._target(tenant, request, place)
+        request = _as_answered(request, target)
         is_lenient = self.settings.lenient_schemas
         plan = await plan_completion(request, target, self.origin, is_lenient, surface.form)
         return self._answer(plan, request, surface, place)
@@ -221,24 +237,28 @@ class Ingress:
         most = tenant.limits.max_concurrent_requests or AT_ONCE
         at_once = min(len(request.input), AT_ONCE, most)
         place.hold(at_once)
-        target = await self.target(tenant, request.model)
+        caller = caller_of(place.session, place.request_id, request.user)
+        target = await self.target(tenant, request.model, caller)
+        request = _as_answered(request, target)
         form = form or EmbeddingForm(request)
         plan = await plan_embeddings(request, target, self.origin, at_once, form)
         return EmbeddingResponse(plan, self.metrics, route, errors)
 
-    async def _target(self, tenant: Tenant, request: OpenAIRequest) -> Target:
+    async def _target(self, tenant: Tenant, request: OpenAIRequest, place: Place) -> Target:
         wanted = request.adapter_set
         if wanted is None:
-            return await self.target(tenant, request.model)
+            users = (request.user, request.safety_identifier)
+            caller = caller_of(place.session, place.request_id, *users)
+            return await self.target(tenant, request.model, caller)
         return await self._ready(await self.models.resolve_set(tenant, wanted))
 
-    async def target(self, tenant: Tenant, name: str) -> Target:
-        """Find what a name means, with all that the adapter brings.
+    async def target(self, tenant: Tenant, name: str, caller: str = "") -> Target:
+        """Find what a name means to a caller, with all that the adapter brings.
 
         Waits for the model's first replica, if it has none. Raises ApiError, AdapterStoreError,
         ModelNotReady.
         """
-        return await self._ready(await self.models.resolve(tenant, name))
+        return await self._ready(await self.models.resolve(tenant, name, caller))
 
     async def _ready(self, target: Target) -> Target:
         held_s = target.held_s + await target.model.link.ready()
@@ -247,8 +267,14 @@ class Ingress:
     def _answer(
         self, plan: Plan, request: OpenAIRequest, surface: Surface, place: Place
     ) -> GenerationResponse:
+        target = plan.target
+        if target.adapter_ref is not None:
+            ids = (place.request_id, plan.answer_id)
+            self.feedback.remember(target.tenant, filter(None, ids), target.label, target.arm)
         return GenerationResponse(
-            in_session(plan, place.session),
+            replace(
+                in_session(plan, place.session), headers={**plan.headers, **plan.target.headers}
+            ),
             bool(request.stream),
             self.metrics,
             surface.route,
@@ -256,3 +282,9 @@ class Ingress:
             surface.errors,
             surface.keep_alive,
         )
+
+
+def _as_answered(request: RequestT, target: Target) -> RequestT:
+    """Name the version that answers, where versions share the name that was asked for."""
+    name = target.answered_name(request.model)
+    return request if name == request.model else request.model_copy(update={"model": name})

@@ -33,6 +33,8 @@ E2E = "reef_request_seconds"
 PROMPT_TOKENS = "reef_prompt_tokens"
 CACHED_TOKENS = "reef_cached_prompt_tokens"
 OUTPUT_TOKENS = "reef_generation_tokens"
+FEEDBACK = "reef_feedback"
+GOOD_FEEDBACK = "reef_good_feedback"
 FAMILIES = (
     Family(QUEUE, "Arrival to first scheduled.", SECONDS),
     Family(TTFT, "Arrival to first token.", SECONDS),
@@ -42,6 +44,8 @@ FAMILIES = (
     Family(PROMPT_TOKENS, "Prompt tokens."),
     Family(CACHED_TOKENS, "Prompt tokens found in the KV cache."),
     Family(OUTPUT_TOKENS, "Billed tokens."),
+    Family(FEEDBACK, "Answers that were given a score."),
+    Family(GOOD_FEEDBACK, "Sum of their scores, each at least 0."),
 )
 
 
@@ -101,6 +105,11 @@ class Metrics:
         self._adapters.count(PROMPT_TOKENS, adapter, num_prompt)
         self._adapters.count(CACHED_TOKENS, adapter, num_cached)
         self._adapters.count(OUTPUT_TOKENS, adapter, num_out)
+
+    def count_feedback(self, adapter: str, quality: float) -> None:
+        """Count a score, from 0 (bad) to 1 (good)."""
+        self._adapters.count(FEEDBACK, adapter, 1)
+        self._adapters.count(GOOD_FEEDBACK, adapter, quality)
 
     def observe_gaps(self, adapter: str, gaps: Gaps) -> None:
         self._adapters.add(GAPS, adapter, gaps.counts, gaps.sum_s)

@@ -12,7 +12,7 @@ turns into another tenant's, and publishing for one more base changes no answer 
 
 import asyncio
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby, islice
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -32,6 +32,7 @@ from deployments.ingress.http_errors import (
 )
 from deployments.ingress.model_names import AdapterSet, parse_adapter_set, parse_model_name
 from deployments.ingress.own_text import NOTHING_OWN, OwnText
+from deployments.ingress.rollouts import Arm, Rollouts
 from deployments.ingress.tool_format_rules import ToolFormatRule
 from deployments.tenants.tenant import Tenant
 from deployments.text.answer_syntax import PLAIN, AnswerSyntax
@@ -41,6 +42,7 @@ from engine.messages import EngineInfo
 from engine.scheduler.request import NO_DEFAULTS, SamplingDefaults
 
 MAX_LISTED = 1000
+VERSION_HEADER = "x-reef-version"  # of answers by adapters
 COMBINED = "combined"  # no adapter's label: theirs have a slash
 NAMES_AT_ONCE = 100
 
@@ -96,6 +98,20 @@ class Target:
     weight: float = 1.0  # the tenant's
     own: OwnText = NOTHING_OWN  # what the adapter brings beside its weights, once it is read
     held_s: float = 0.0  # that the request has waited for the model's first replica
+    arm: Arm | None = None  # where its answer is counted, if an alias names the adapter
+    shares_name: bool = False  # with other versions: the answer says which one it was
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """List the headers that name the version that answers."""
+        ref = self.adapter_ref
+        return {} if ref is None or ref.recipe is not None else {VERSION_HEADER: self.label}
+
+    def answered_name(self, asked: str) -> str:
+        """Return what the answer calls the model: the version, where the name means several."""
+        if not self.shares_name or self.adapter_ref is None:
+            return asked
+        return f"{asked.rpartition('@')[0]}@{self.adapter_ref.version}"
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -174,9 +190,15 @@ class ListedAdapter:
 class Models:
     """The base models that this ingress serves, and their adapters."""
 
-    def __init__(self, models: Sequence[ServedModel], adapter_names: AdapterNames) -> None:
+    def __init__(
+        self,
+        models: Sequence[ServedModel],
+        adapter_names: AdapterNames,
+        rollouts: Rollouts | None = None,
+    ) -> None:
         self.by_id = {model.id: model for model in models}
         self._adapter_names = adapter_names
+        self._rollouts = rollouts
         self._known_bases: dict[str, str] = {}  # fingerprints by model id, as of the last Hello
 
     @property
@@ -192,8 +214,11 @@ class Models:
 
     # ---- one name ------------------------------------------------------------------------
 
-    async def resolve(self, tenant: Tenant, text: str) -> Target:
-        """Find what the tenant means by a name. Raises ApiError."""
+    async def resolve(self, tenant: Tenant, text: str, session: str = "") -> Target:
+        """Find what the tenant means by a name. Raises ApiError.
+
+        Where versions share an alias, one session gets the same one; without it is the heaviest.
+        """
         name = parse_model_name(text, list(self.by_id))
         if name is None:
             wanted = parse_adapter_set(text, list(self.by_id))
@@ -224,8 +249,13 @@ class Models:
             raise model_not_found(text) from None
         except AdapterStoreError as error:
             raise store_unavailable(error) from error
-        return Target(
-            self._model_of(text, ref, bases), ref, tenant.name, tenant.weight, held_s=held_s
+        model = self._model_of(text, ref, bases)
+        target = Target(model, ref, tenant.name, tenant.weight, held_s=held_s)
+        if self._rollouts is None:
+            return target
+        chosen = self._rollouts.choose(model.link, ref, name.adapter_name, session)
+        return replace(
+            target, adapter_ref=chosen.ref, arm=chosen.arm, shares_name=chosen.shares_name
         )
 
     async def resolve_set(self, tenant: Tenant, wanted: AdapterSet) -> Target:

@@ -86,6 +86,7 @@ async def plan_chat(
         form.make(parts),
         request.include_usage,
         headers=grammar_headers(grammar),
+        answer_id=head.reply_id,
     )
 
 
@@ -128,6 +129,7 @@ async def plan_completion(
         is_prompt_only=request.max_tokens == 0,
         num_best=request.num_choices if request.num_generated > request.num_choices else None,
         headers=grammar_headers(grammar),
+        answer_id=head.reply_id,
     )
 
 

@@ -18,6 +18,7 @@ from deployments.ingress.surfaces.adapters import adapter_routes
 from deployments.ingress.surfaces.admin import admin_routes
 from deployments.ingress.surfaces.anthropic import anthropic_routes
 from deployments.ingress.surfaces.document import document_routes
+from deployments.ingress.surfaces.feedback import feedback_routes
 from deployments.ingress.surfaces.lorax import lorax_routes
 from deployments.ingress.surfaces.models import model_routes
 from deployments.ingress.surfaces.openai import openai_routes
@@ -31,6 +32,7 @@ SURFACES = (
     anthropic_routes,
     lorax_routes,
     token_routes,
+    feedback_routes,
     adapter_routes,
     admin_routes,
     model_routes,

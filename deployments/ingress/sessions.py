@@ -28,3 +28,14 @@ def in_session(plan: Plan, session: str) -> Plan:
         return plan
     submits = [each if each.session else replace(each, session=session) for each in plan.submits]
     return replace(plan, submits=submits)
+
+
+def caller_of(session: str, request_id: str, *users: object) -> str:
+    """Name whose requests one version of an alias is to answer.
+
+    A session of the headers, else the first user that the body names, else this request alone.
+    """
+    if session:
+        return f"session {session}"
+    user = next((session_key(user) for user in users if isinstance(user, str) and user), "")
+    return f"user {user}" if user else f"request {request_id}"

@@ -76,6 +76,7 @@ class Place:
     def __init__(self, limiter: TenantLimiter, tenant: str) -> None:
         self.num_answers = 1
         self.session = ""  # what the client calls the requests that belong together
+        self.request_id = ""
         self._limiter = limiter
         self._tenant = tenant
 

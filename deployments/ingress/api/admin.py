@@ -2,10 +2,11 @@
 
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, model_validator
 
+from adapter_store.aliases import MAX_VERSIONS, AliasView, Trial
 from adapter_store.audit import AuditPage
 from adapter_store.listing import Page
 from adapter_store.manifest import AdapterManifest
@@ -19,9 +20,44 @@ class StateChange(Model):
     state: State
 
 
+class TrialSettings(Model):
+    """How the candidate is judged beside the alias' other version; what is left out: defaults."""
+
+    candidate: int = Field(ge=1)
+    max_regression: float | None = None
+    max_length_change: float | None = None
+    alpha: float | None = None
+    min_requests: int | None = None
+    max_requests: int | None = None
+    ttft_s: float | None = None
+
+    def trial(self) -> Trial:
+        """Return it with the defaults. Raises InvalidShares."""
+        return Trial(**self.model_dump(exclude_none=True))
+
+
 class NewAlias(Model):
+    """A version, or the weights of several, of which one may be on trial."""
+
     alias: str = Field(min_length=1, max_length=96)
-    version: int = Field(ge=1)
+    version: int | None = Field(None, ge=1)
+    versions: dict[Annotated[str, Field(pattern="^[1-9][0-9]{0,17}$")], float] | None = Field(
+        None, min_length=1, max_length=MAX_VERSIONS
+    )
+    trial: TrialSettings | None = None
+
+    @model_validator(mode="after")
+    def _one_or_several(self) -> "NewAlias":
+        if (self.version is None) == (self.versions is None):
+            raise ValueError("version: one of version and versions must be given")
+        return self
+
+    @property
+    def weights(self) -> dict[int, float]:
+        """The weights by version."""
+        if self.versions is not None:
+            return {int(version): weight for version, weight in self.versions.items()}
+        return {} if self.version is None else {self.version: 1.0}
 
 
 class Verification(Model):
@@ -87,10 +123,21 @@ class ChangedVersions(BaseModel):
 
 
 class AliasAnswer(BaseModel):
+    """What an alias means. `version` is the one with the largest weight.
+
+    `figures` are what a trial has shown so far; `flip` says how new versions were waited for.
+    """
+
     tenant: str
     name: str
     alias: str
     version: int
+    versions: dict[str, float]
+    before: dict[str, float]
+    moved_at: str
+    flip: str | None
+    trial: dict[str, Any] | None
+    figures: dict[str, Any] | None
 
 
 class AuditItem(BaseModel):
@@ -182,6 +229,21 @@ def adapter_description(
             for name, module in sorted(manifest.modules.items())
         },
         converted_from=None if origin is None else origin.source,
+    )
+
+
+def alias_answer(view: AliasView, figures: Mapping[str, Any] | None) -> AliasAnswer:
+    return AliasAnswer(
+        tenant=view.tenant,
+        name=view.name,
+        alias=view.alias,
+        version=max(view.shares, key=lambda share: share[1])[0].version,
+        versions={str(ref.version): weight for ref, weight in view.shares},
+        before={str(ref.version): weight for ref, weight in view.before},
+        moved_at=time_text(view.moved_s),
+        flip=view.flip or None,
+        trial=None if view.trial is None else view.trial.to_data(),
+        figures=None if figures is None else dict(figures),
     )
 
 

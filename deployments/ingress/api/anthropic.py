@@ -16,6 +16,7 @@ from deployments.ingress.api.openai_fields import (
     parse_request,
     short,
 )
+from deployments.ingress.base_paths import as_fields
 
 LEAST_BUDGET = 1024  # Anthropic's
 # An edit of the context that asks for what happens anyway; some clients send it always.
@@ -180,6 +181,7 @@ class MessagesRequest(PromptRequest):
             **super()._fields(),
             **{name: getattr(self, name) for name in (*same, *extras)},
             "stop": self.stop_sequences,
+            "user": as_fields(self.metadata).get("user_id"),
             "stream_options": {"include_usage": True} if self.stream else None,
             "include_reasoning": self.shows_thinking,
         }

@@ -218,6 +218,7 @@ class ResponsesRequest(Model):
     def _fields(self) -> dict[str, Any]:
         system = [{"role": "system", "content": self.instructions}] if self.instructions else []
         same = ("model", "temperature", "top_p", "stream", "tool_choice", "parallel_tool_calls")
+        same = (*same, "user", "safety_identifier")
         extras = ("top_k", "min_p", "repetition_penalty", "seed", "cache_salt", "priority")
         return {
             **{name: getattr(self, name) for name in (*same, *extras)},

@@ -24,6 +24,7 @@ from deployments.ingress.api.admin import (
     VerifyLine,
     adapter_description,
     adapter_list,
+    alias_answer,
     audit_list,
 )
 from deployments.ingress.api.openai_fields import parse_request
@@ -80,9 +81,20 @@ def _routes(ingress: Ingress, admin: Admin) -> list[ApiRoute]:
     async def alias(http_request: HttpRequest, publisher: Publisher) -> Response:
         tenant, name = _place(http_request, publisher)
         body = parse_request(NewAlias, await ingress.raw_document(http_request))
-        await admin.alias(publisher.author, tenant, name, body.alias, body.version)
-        answer = AliasAnswer(tenant=tenant, name=name, alias=body.alias, version=body.version)
-        return _json(answer)
+        trial = body.trial
+        view, figures = await admin.alias(
+            publisher.author,
+            (tenant, name),
+            body.alias,
+            body.weights,
+            lambda: None if trial is None else trial.trial(),
+        )
+        return _json(alias_answer(view, figures))
+
+    async def alias_state(http_request: HttpRequest, publisher: Publisher) -> Response:
+        tenant, name = _place(http_request, publisher)
+        full_name = f"{name}@{http_request.path_params['alias']}"
+        return _json(alias_answer(*await admin.alias_state(tenant, full_name)))
 
     async def audit(http_request: HttpRequest, publisher: Publisher) -> Response:
         query = _query(http_request, ("tenant", "before", "limit"))
@@ -108,6 +120,7 @@ def _routes(ingress: Ingress, admin: Admin) -> list[ApiRoute]:
         ingress.admin_route("POST", one, publish, PUBLISH_DOC),
         ingress.admin_route("POST", f"{one}/state", change_state, STATE_DOC),
         ingress.admin_route("POST", f"{one}/aliases", alias, ALIAS_DOC),
+        ingress.admin_route("GET", one + "/aliases/{alias}", alias_state, ALIAS_STATE_DOC),
         ingress.admin_route("GET", "/admin/v1/audit", audit, AUDIT_DOC),
         ingress.admin_route("POST", "/admin/v1/verify", verify, VERIFY_DOC),
     ]
@@ -171,7 +184,15 @@ STATE_DOC = _doc(
     StateChange,
     statuses={**_WRONG, 409: "Its files were removed, or the tenant has no room."},
 )
-ALIAS_DOC = _doc("Make an alias mean a version.", AliasAnswer, NewAlias, statuses=_WRONG)
+ALIAS_DOC = _doc(
+    "Make an alias mean a version, or several by weight, one of them perhaps on trial.",
+    AliasAnswer,
+    NewAlias,
+    statuses=_WRONG,
+)
+ALIAS_STATE_DOC = _doc(
+    "What an alias means, and what its trial has shown so far.", AliasAnswer, statuses=_WRONG
+)
 AUDIT_DOC = _doc(
     "Who has changed what, the newest first.",
     AuditList,

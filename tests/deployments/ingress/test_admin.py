@@ -172,9 +172,9 @@ def test_each_key_opens_what_it_is_for_and_nothing_else(place: Place) -> None:
         async with administered(place) as api:
             routes = [r for r in api.server.api.routes if isinstance(r, ApiRoute)]
             admin_routes = [r for r in routes if r.doc.needs_admin_key]
-            assert len(admin_routes) == 7
+            assert len(admin_routes) == 8
             for route in admin_routes:
-                path = route.path.format(tenant="acme", adapter="sql")
+                path = route.path.format(tenant="acme", adapter="sql", alias="prod")
                 for key, status in (
                     (None, 401),
                     ("reef-wrong", 401),

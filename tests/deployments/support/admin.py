@@ -19,10 +19,13 @@ from adapter_store.peft_config import CONFIG_NAME
 from adapter_store.store import AdapterStore
 from deployments.config_sections import AdminSection
 from deployments.ingress.admin import Admin
+from deployments.ingress.flips import Flips
+from deployments.ingress.rollouts import Rollouts
+from deployments.ingress.trials import Trials
 from deployments.policy.admission import Limits
 from deployments.tenants.tenants import Keyring
 from tests.adapter_store.adapters import write_base, write_peft
-from tests.deployments.support.fakes import HANG_S, FakeStore, Server, serving
+from tests.deployments.support.fakes import HANG_S, FakeEngine, FakeStore, Server, serving
 from tests.deployments.support.keys import ACME, PROMETHEUS, UMBRELLA, digest
 from tests.deployments.support.loopback import listening
 
@@ -174,13 +177,22 @@ class Api:
 
 @asynccontextmanager
 async def administered(
-    place: Place, *, is_on: bool = True, limits: Mapping[str, Any] | None = None
+    place: Place,
+    *,
+    is_on: bool = True,
+    limits: Mapping[str, Any] | None = None,
+    period_s: float = 0.05,
+    wait_s: float = 30.0,
+    writer: str = "ingress",
+    engine: FakeEngine | None = None,
 ) -> AsyncIterator[Api]:
     """One ingress with a store object of its own, as each ingress replica has."""
     store, tenants = place.open(), place.keyring(limits or {})
     settings = AdminSection(enabled=True)
     admin = Admin(store, tenants, settings, place.scratch) if is_on else None
+    rollouts = Rollouts(store, Flips(store, wait_s), Trials(store, writer, period_s))
     how: dict[str, Any] = {"base_fingerprint": place.base, "admin": admin, "tenants": tenants}
+    how |= {"rollouts": rollouts, "renew_s": 0.05, "engine": engine}
     try:
         async with (
             serving(store=cast(FakeStore, store), **how) as server,
@@ -189,6 +201,7 @@ async def administered(
         ):
             yield Api(session, server, url, admin)
     finally:
+        await rollouts.close()
         if admin is not None:
             admin.close()
 

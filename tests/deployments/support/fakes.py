@@ -32,6 +32,7 @@ from deployments.ingress.ingress import Ingress
 from deployments.ingress.metrics import Metrics
 from deployments.ingress.model_resolver import Models, ServedModel
 from deployments.ingress.planning import Origin
+from deployments.ingress.rollouts import Rollouts
 from deployments.ingress.routes import build_api
 from deployments.ingress.runtime_adapters import RuntimeAdapters
 from deployments.ingress.tenant_limiter import TenantLimiter
@@ -134,6 +135,8 @@ class FakeEngine:
         self.aborted_choices: list[tuple[str, int]] = []
         self.num_cached = 2  # tokens of every prompt
         self.drafted = (0, 0)  # tokens drafted and accepted, of every choice
+        self.held: set[str] = set()  # digests of adapters that are being loaded
+        self.refused: dict[str, str] = {}  # why adapters cannot be served, by digest
         self.running = asyncio.Event()
         self.running.set()
         self._live: dict[str, Live] = {}
@@ -208,6 +211,18 @@ class FakeEngine:
             self.on_frame(outputs)
 
     def _advance(self, live: Live) -> list[RequestOutput]:
+        folder = live.request.adapter_folder
+        digest = "" if folder is None else folder.digest
+        if digest in self.held:
+            return []
+        if digest in self.refused:
+            del self._live[live.request.request_id]
+            error = RequestError(ErrorKind.ADAPTER_INVALID, self.refused[digest])
+            name = live.request.request_id
+            return [
+                RequestOutput(name, index, [], finish_reason="error", error=error)
+                for index in live.answers
+            ]
         if live.request.sampling.pooling is not None:
             del self._live[live.request.request_id]
             return [self._pooled(live)]
@@ -391,6 +406,7 @@ async def serving(
     embeddings: EmbeddingUse = NO_EMBEDDINGS,
     max_held: int | None = None,
     hold_s: float = 5.0,
+    rollouts: Rollouts | None = None,
 ) -> AsyncIterator[Server]:
     """The clock, if given, is the link's and the replica's. With `max_held` the replica is not
     looked for before there is a request."""
@@ -426,7 +442,7 @@ async def serving(
     numbers = iter(range(10**6))
     origin = Origin(lambda: str(next(numbers)), lambda: 1000 + next(numbers), lambda: 1e9)
     limiter = TenantLimiter(metrics, clock_ns)
-    models = Models([served], store)
+    models = Models([served], store, rollouts)
     texts = AdapterTexts(store)
     ingress = Ingress(
         models,
