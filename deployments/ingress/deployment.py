@@ -109,7 +109,8 @@ class IngressDeployment:
 
 async def _ask_others(tenant: str, answer_id: str, score: float, comment: str) -> bool | None:
     """Ask every ingress replica to take a score; None if none of them gave the answer."""
-    ingress: Any = serve.get_deployment_handle("Ingress", serve.get_replica_context().app_name)
+    app = serve.get_replica_context().app_name
+    ingress: Any = serve.get_deployment_handle("Ingress", app)
     answers = await ingress.broadcast(
         "take_feedback", tenant, answer_id, score, comment
     ).results_async(timeout_s=ASK_S, return_exceptions=True)

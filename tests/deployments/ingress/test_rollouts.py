@@ -116,7 +116,7 @@ def test_what_is_wrong_with_shares_is_a_400_that_names_it(place: Place) -> None:
                 ({}, "one of version and versions"),
                 ({"versions": {"1": 1, "2": 1}, "trial": {"candidate": 3}}, "candidate 3"),
                 ({"versions": {"1": 1, "2": 1}, "trial": {"candidate": 2, "alpha": 2}}, "alpha"),
-                ({"versions": {"1": 1, "2": 1}, "trial": {"canary": 2}}, "canary"),
+                ({"versions": {"1": 1, "2": 1}, "trial": {"canary": 2}}, "trial."),
             ):
                 answer = await api.post(f"{SQL}/aliases", {"alias": "prod", **body})
                 assert answer.status == 400 and words in answer.error["message"], answer.text

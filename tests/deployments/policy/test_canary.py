@@ -112,8 +112,8 @@ def run(
         ({"failed": 0.3}, 100, "failed", 120),
         ({"cut": 0.4}, 100, "cut", 120),
         ({"late": 0.4}, 100, "late", 120),
-        ({}, 800, "longer", 120),
-        ({}, 5, "shorter", 120),
+        ({}, 800, "longer", 250),
+        ({}, 5, "shorter", 250),
     ],
     ids=["failed", "cut", "late", "longer", "shorter"],
 )
@@ -146,9 +146,10 @@ def test_nothing_is_promoted_before_both_were_seen_often_enough() -> None:
         tallies[0].add(Answered(), 2.0)
     for _ in range(49):
         tallies[1].add(Answered(), 2.0)
-    assert judge(*tallies, replace(RULES, max_regression=0.5)).outcome == "go on"
+    rules = replace(RULES, max_regression=0.5, max_length_change=0.5)
+    assert judge(*tallies, rules).outcome == "go on"
     tallies[1].add(Answered(), 2.0)
-    assert judge(*tallies, replace(RULES, max_regression=0.5)).outcome == "promote"
+    assert judge(*tallies, rules).outcome == "promote"
 
 
 def wrong_conclusions(num_runs: int, num_requests: int, every: int) -> tuple[float, float]:
