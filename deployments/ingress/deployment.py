@@ -1,5 +1,8 @@
 """IngressDeployment: one ingress replica as a Ray Serve deployment."""
 
+# Ray's own types are incomplete.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+
 import time
 from pathlib import Path
 from typing import Any
