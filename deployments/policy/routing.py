@@ -118,7 +118,9 @@ class Router:
             self._traffic.heard(figures.num_received - before.num_received, view.num_sent)
             view.report(figures)
             self._total = sum([each.num_requests for each in self._views.values()])
-            self._index(view)
+            self._on_device.set(view, view.device_adapters)
+            if not _are_same(view.disk_adapters, before.disk_adapters):
+                self._on_disk.set(view, view.disk_adapters)
             if before.max_num_seqs != figures.max_num_seqs:
                 self._set_weights()
 
@@ -268,18 +270,20 @@ class Router:
     def _add(self, replica_id: str, figures: ReplicaFigures) -> ReplicaView:
         view = self._views[replica_id] = ReplicaView(replica_id, figures, self._costs.priors)
         self._total += view.num_requests
-        self._index(view)
-        self._set_weights()
-        return view
-
-    def _index(self, view: ReplicaView) -> None:
         self._on_device.set(view, view.device_adapters)
         self._on_disk.set(view, view.disk_adapters)
+        self._set_weights()
+        return view
 
     def _set_weights(self) -> None:
         weights = [(view.replica_id, float(view.max_num_seqs)) for view in self._views.values()]
         self._rendezvous.set_replicas(weights)
         self._candidates = _Candidates((), [])
+
+
+def _are_same(a: frozenset[str], b: frozenset[str]) -> bool:
+    """Compare what may be thousands of adapters, and mostly is what it was."""
+    return a is b or a == b
 
 
 def _least(views: list[ReplicaView], limits: dict[int, int]) -> ReplicaView:

@@ -3,6 +3,7 @@
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from deployments.simulator.workload import Arrival
 
@@ -31,13 +32,14 @@ class Record:
 
     def take_run(self, ends_s: "Stretch") -> None:
         """Take one token of each of these steps."""
-        gap_s = ends_s.first_s - self.last_token_s
-        if ends_s.gap_s > gap_s:
-            gap_s = ends_s.gap_s
+        first_s, last_s, longest_s, count = ends_s
+        gap_s = first_s - self.last_token_s
+        if longest_s > gap_s:
+            gap_s = longest_s
         if gap_s > self.longest_gap_s:
             self.longest_gap_s = gap_s
-        self.last_token_s = ends_s.last_s
-        self.num_tokens += ends_s.count
+        self.last_token_s = last_s
+        self.num_tokens += count
 
     @property
     def ttft_s(self) -> float | None:
@@ -52,14 +54,13 @@ class Record:
         return (self.last_token_s - self.first_token_s) / (self.num_tokens - 1)
 
 
-@dataclass(slots=True, frozen=True)
-class Stretch:
+class Stretch(NamedTuple):
     """Steps in a row: when the first and the last end, and the longest time between two ends."""
 
     first_s: float
     last_s: float
     gap_s: float
-    count: int
+    num_steps: int
 
 
 def _doubles() -> "array[float]":

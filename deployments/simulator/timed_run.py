@@ -1,7 +1,8 @@
 """TimedRun: steps of a DecodeRun with the times at which they end."""
 
 from bisect import bisect_left
-from itertools import accumulate, pairwise
+from itertools import accumulate
+from operator import sub
 
 from deployments.simulator.profile import Profile, StepWork
 from deployments.simulator.records import Stretch
@@ -66,13 +67,9 @@ class TimedRun:
     def _end(self, count: int) -> Stretch:
         first = self.run.num_scheduled - 1
         ends_s = self._ends_s[first : first + count]
+        tokens, logit_rows, positions_read, pairs = self._first
+        shape = StepShape(tokens, logit_rows, positions_read + first * tokens, pairs)
         times = self._scheduler.step_budget.times
-        for i in range(first, first + count):
-            if times.needs(self._steps_s[i]):
-                times.observe(self._shape(i), self._steps_s[i])
-        gap_s = max((b - a for a, b in pairwise(ends_s)), default=0.0)
+        times.observe_decodes(shape, self._steps_s[first : first + count])
+        gap_s = max(map(sub, ends_s[1:], ends_s), default=0.0)
         return Stretch(ends_s[0], ends_s[-1], gap_s, count)
-
-    def _shape(self, step: int) -> StepShape:
-        first = self._first
-        return first._replace(positions_read=first.positions_read + step * first.tokens)

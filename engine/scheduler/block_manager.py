@@ -39,8 +39,14 @@ def adapter_hash(previous: bytes, adapter_digest: str, start: int) -> bytes:
     return _hash(b"adapter", previous + start.to_bytes(8, "little") + adapter_digest.encode())
 
 
-def block_hash(previous: bytes, token_ids: Sequence[int]) -> bytes:
-    return _hash(b"block", previous + array("q", token_ids).tobytes())
+def block_contents(token_ids: Sequence[int], block_size: int) -> list[bytes]:
+    """Return what is hashed of each whole block of these tokens."""
+    content, step = array("q", token_ids).tobytes(), 8 * block_size
+    return [content[at : at + step] for at in range(0, len(content) - step + 1, step)]
+
+
+def block_hash(previous: bytes, content: bytes) -> bytes:
+    return _hash(b"block", previous + content)
 
 
 def _hash(kind: bytes, content: bytes) -> bytes:
@@ -108,13 +114,21 @@ class BlockManager:
 
     def grow(self, table: list[int], num_tokens: int) -> None:
         """Append free blocks until `table` covers `num_tokens`."""
-        for _ in range(self.blocks_for(num_tokens) - len(table)):
-            table.append(self._take())
+        count = self.blocks_for(num_tokens) - len(table)
+        if count <= 0:
+            return
+        assert self.num_free >= count, f"{count} blocks are taken and {self.num_free} are free"
+        free, references = self._free, self._references
+        for _ in range(count):
+            block = heappop(free)
+            references[block] = 1
+            table.append(block)
 
     def shrink(self, table: list[int], num_tokens: int) -> None:
         """Drop what `table` has beyond `num_tokens`."""
-        for _ in range(len(table) - self.blocks_for(num_tokens)):
-            self._drop(table.pop())
+        num_kept = self.blocks_for(num_tokens)
+        dropped, table[num_kept:] = table[num_kept:], []
+        self.free(dropped)
 
     def frozen(self, table: Sequence[int], start: int, end: int) -> list[int]:
         """Indexes of blocks of `table` under positions [start, end) that are shared or known."""
@@ -135,20 +149,31 @@ class BlockManager:
         for i in frozen:
             source, table[i] = table[i], self._take()
             copies.append(BlockCopy(source, table[i]))
-            self._drop(source)
+            self.free([source])
         return copies
 
     def free(self, table: list[int]) -> None:
         """Drop one reference to each block and empty the table. The tail is evicted first."""
+        references, hashes, cached, step = self._references, self._hashes, self._cached, self.step
         for block in reversed(table):
-            self._drop(block)
+            left = references[block] = references[block] - 1
+            if left:
+                assert left > 0, f"block {block} was freed twice"
+            elif (content := hashes[block]) is None:
+                heappush(self._free, block)
+            else:
+                cached[content] = step
         table.clear()
 
-    def publish(self, block: int, content: bytes) -> None:
-        """Make a full and computed block findable by its hash."""
-        if self.prefix_caching and self._hashes[block] is None and content not in self._by_hash:
-            self._hashes[block] = content
-            self._by_hash[content] = block
+    def publish(self, blocks: Iterable[int], contents: Iterable[bytes]) -> None:
+        """Make full and computed blocks findable by their hashes."""
+        if not self.prefix_caching:
+            return
+        hashes, by_hash = self._hashes, self._by_hash
+        for block, content in zip(blocks, contents, strict=True):
+            if hashes[block] is None and content not in by_hash:
+                hashes[block] = content
+                by_hash[content] = block
 
     def evict(self, count: int) -> None:
         """Free the `count` least recently used cached blocks."""
@@ -198,17 +223,6 @@ class BlockManager:
         block = heappop(self._free)
         self._references[block] = 1
         return block
-
-    def _drop(self, block: int) -> None:
-        self._references[block] -= 1
-        assert self._references[block] >= 0, f"block {block} was freed twice"
-        if self._references[block]:
-            return
-        content = self._hashes[block]
-        if content is None:
-            heappush(self._free, block)
-        else:
-            self._cached[content] = self.step
 
     def _rename(self, source: int, destination: int) -> None:
         """Transfer state and content of `source` to the free `destination`, tables excepted."""

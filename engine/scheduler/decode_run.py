@@ -11,7 +11,7 @@ first requests that end, or is the last one for which blocks are surely there.
 A step with prompts, too, may leave out the rows of those that decode: LightBatch.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -87,17 +87,20 @@ class LightBatch(NamedTuple):
     rest: ScheduledBatch
 
 
-def is_plain_decode(request: Request, token_id: int) -> bool:
-    """Whether its next token needs no more than the numbers that a run keeps."""
-    sampling, num_outputs = request.sampling, len(request.output_token_ids)
-    return (
-        num_outputs > 0
-        and request.num_computed_tokens == len(request.prompt_token_ids) + num_outputs - 1
-        and request.index == 0  # with further choices, blocks are shared
-        and token_id not in request.rules.end_token_ids
-        and sampling.grammar is None
-        and sampling.pooling is None
-    )
+def are_plain_decodes(requests: Iterable[Request], token_id: int) -> bool:
+    """Whether the next token of each needs no more than the numbers that a run keeps."""
+    for request in requests:
+        sampling, num_outputs = request.sampling, len(request.output_token_ids)
+        if not (
+            num_outputs
+            and request.num_computed_tokens == len(request.prompt_token_ids) + num_outputs - 1
+            and request.index == 0  # with further choices, blocks are shared
+            and token_id not in request.rules.end_token_ids
+            and sampling.grammar is None
+            and sampling.pooling is None
+        ):
+            return False
+    return True
 
 
 def steps_possible(rows: Sequence[Request], memory: MemoryBudget, max_model_len: int) -> int:

@@ -51,6 +51,9 @@ class Extents:
         # (size, -end) of the gaps above the lowest extent: tightest first, of equals the highest
         self._gaps: list[tuple[int, int]] = []
 
+    def __len__(self) -> int:
+        return len(self._by_digest)
+
     @property
     def bottom(self) -> int:
         return self._ordered[0].start if self._ordered else self.memory_bytes

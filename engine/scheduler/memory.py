@@ -192,8 +192,7 @@ class MemoryBudget:
         assert self.blocks.limit == self._limit(self._extents)
         assert self.blocks.limit * self.block_bytes <= self._extents.bottom
         assert self._is_packed == self._extents.is_packed
-        num_adapters = len(self._extents.digests)
-        assert not self._exceeds(self._extents.used_bytes, num_adapters)
+        assert not self._exceeds(self._extents.used_bytes, len(self._extents))
 
     # ==== choosing evictions ====
 
@@ -213,13 +212,15 @@ class MemoryBudget:
     def _plan(self, wish: _Wish, evicted: Sequence[str] = ()) -> _Plan | None:
         """Find the fewest evictions, by last use, that grant the wish; None if none do."""
         idle = [(d, use) for d, use in self.adapters.idle if d != wish.digest]
-        if not self._grants(wish, self._arranged(wish, [*evicted, *(d for d, _ in idle)], 0)):
-            return None
-        gone = list(evicted)
-        while self._is_over(wish, gone):
-            gone.append(idle.pop(0)[0])
-        num_forced, victims = len(gone), self._victims(idle)
+        gone = self._forced(wish, evicted, idle)
+        num_forced = len(gone)
         plan = self._arranged(wish, gone, self.blocks.num_cached)
+        if self._grants(wish, plan):
+            return plan  # what the limits of adapters call for is enough, as nearly always
+        idle = idle[num_forced - len(evicted) :]
+        if not self._grants(wish, self._arranged(wish, [*gone, *(d for d, _ in idle)], 0)):
+            return None
+        victims = self._victims(idle)
         while not self._grants(wish, plan):
             victim = next(victims)
             if victim:
@@ -267,13 +268,22 @@ class MemoryBudget:
 
     def _grants(self, wish: _Wish, plan: _Plan) -> bool:
         needed = self.blocks.num_held + plan.num_kept + wish.num_blocks
-        is_over = self._exceeds(plan.extents.used_bytes, len(plan.extents.digests))
+        is_over = self._exceeds(plan.extents.used_bytes, len(plan.extents))
         return needed <= self._limit(plan.extents) and not is_over
 
-    def _is_over(self, wish: _Wish, gone: Sequence[str]) -> bool:
-        """Whether adapters would exceed their limits."""
-        left = self._extents.without(gone)
-        return self._exceeds(left.used_bytes + wish.size, len(left.digests) + (wish.size > 0))
+    def _forced(
+        self, wish: _Wish, evicted: Sequence[str], idle: Iterable[tuple[str, int]]
+    ) -> list[str]:
+        """Add those idle adapters to the evicted ones that must go by the limits of adapters."""
+        extents, gone = self._extents, list(evicted)
+        nbytes = extents.used_bytes + wish.size - sum(map(extents.size, gone))
+        count = len(extents) + (wish.size > 0) - len(gone)
+        for digest, _ in idle:
+            if not self._exceeds(nbytes, count):
+                break
+            gone.append(digest)
+            nbytes, count = nbytes - extents.size(digest), count - 1
+        return gone
 
     def _exceeds(self, adapter_bytes: int, num_adapters: int) -> bool:
         is_crowded = self.max_adapters is not None and num_adapters > self.max_adapters

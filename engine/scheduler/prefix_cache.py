@@ -3,7 +3,13 @@
 BlockManager owns the blocks; the hashes of a request's blocks are computed only here.
 """
 
-from engine.scheduler.block_manager import BlockManager, adapter_hash, block_hash, root_hash
+from engine.scheduler.block_manager import (
+    BlockManager,
+    adapter_hash,
+    block_contents,
+    block_hash,
+    root_hash,
+)
 from engine.scheduler.request import Request
 
 
@@ -33,9 +39,8 @@ def publish_blocks(blocks: BlockManager, request: Request, num_computed: int) ->
     num_full = num_computed // blocks.block_size
     if num_full == request.num_published_blocks:
         return
-    hashes = _hashes(blocks, request, num_full)
-    for i in range(request.num_published_blocks, num_full):
-        blocks.publish(request.block_table[i], hashes[i])
+    first, hashes = request.num_published_blocks, _hashes(blocks, request, num_full)
+    blocks.publish(request.block_table[first:num_full], hashes[first:])
     request.num_published_blocks = num_full
 
 
@@ -45,11 +50,16 @@ def _hashes(blocks: BlockManager, request: Request, num_blocks: int) -> list[byt
     Blocks before the one in which the adapter begins to act have the hashes of the base model's.
     """
     known, size = request.block_hashes, blocks.block_size
+    first = len(known)
+    if first >= num_blocks:
+        return known[:num_blocks]
     start, scope = request.adapter_start, request.scope
     assert start is not None, "the hashes depend on where the adapter begins to act"
-    for i in range(len(known), num_blocks):
-        previous = known[-1] if known else root_hash(scope)
+    token_ids = request.token_ids(first * size, num_blocks * size)
+    previous = known[-1] if known else root_hash(scope)
+    for i, content in enumerate(block_contents(token_ids, size), first):
         if i == start // size:
             previous = adapter_hash(previous, scope.adapter_digest, start)
-        known.append(block_hash(previous, request.token_ids(i * size, (i + 1) * size)))
+        previous = block_hash(previous, content)
+        known.append(previous)
     return known[:num_blocks]

@@ -20,12 +20,12 @@ Time enters only through `now` and `observe`.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from engine.scheduler.activation import NEVER, adapter_start
 from engine.scheduler.batch import ScheduledBatch, ScheduledRequest
-from engine.scheduler.decode_run import DecodeRun, LightBatch, is_plain_decode, steps_possible
+from engine.scheduler.decode_run import DecodeRun, LightBatch, are_plain_decodes, steps_possible
 from engine.scheduler.fairness import TenantService
 from engine.scheduler.limits import SchedulerLimits
 from engine.scheduler.memory import MemoryBudget, MemoryChanges
@@ -189,6 +189,17 @@ class Scheduler:
         return step_rates(self.step_budget.times, self.limits.max_num_batched_tokens, self.running)
 
     @property
+    def service_gap(self) -> float:
+        """How far apart the counters of tenants are that could be served and wait; see
+        `fairness.bound`."""
+        ready = [r.scope.tenant for r in self.waiting.heads() if not self._is_unready(r)]
+        if len(ready) < 2:
+            return 0.0
+        self.service.settle(self.running)
+        counters = [self.service[tenant] for tenant in ready]
+        return max(counters) - min(counters)
+
+    @property
     def adapters_used(self) -> float:
         """The part of the room for adapters that those of all requests need; above 1 if it is not
         enough. One whose size is not known yet counts as empty."""
@@ -234,8 +245,7 @@ class Scheduler:
         num_admissible = min(len(self.waiting), self.limits.max_num_seqs - len(self.running))
         num_prompts = len(prefills) + num_admissible
         if len(prefills) < len(self.running) and (prefills or self.waiting or step.narrow):
-            drafted = {request.key: len(draft.token_ids) for request, draft in drafts}
-            rows = [(r, count + drafted.get(r.key, 0)) for r, count in step.rows]
+            rows = _with_drafts(step.rows, drafts) if drafts else list(step.rows)
             rows += [(request, 1) for request in step.decodes]
             step.prompt_time = self.step_budget.prompt_time(rows, num_prompts)
         self._widen_decodes(step, 2 if num_prompts else 1)
@@ -285,7 +295,7 @@ class Scheduler:
             return None
         if memory.has_changes or not self.is_blocked(left):
             return None
-        if not all(is_plain_decode(request, token_id) for request in rows):
+        if not are_plain_decodes(rows, token_id):
             return None
         num_steps = steps_possible(rows, memory, self.limits.max_model_len)
         if not num_steps:
@@ -297,7 +307,7 @@ class Scheduler:
 
     def is_blocked(self, budget: int) -> bool:
         """Whether a step with so many tokens left for prompts looks at no waiting request."""
-        if not budget:
+        if not budget or not self.waiting:
             return True
         if len(self.running) >= self.limits.max_num_seqs:
             return not may_yield(self.running, self.waiting.heads())
@@ -417,7 +427,7 @@ class Scheduler:
         blocks, requests = self.blocks, [request for request, _ in decodes]
         if self.pipeline_depth or self.speculation or len(requests) > step.budget:
             return False
-        if not all(is_plain_decode(request, token_id) for request in requests):
+        if not are_plain_decodes(requests, token_id):
             return False
         beginning = [r for r in requests if blocks.blocks_for(r.num_tokens) > len(r.block_table)]
         if not self.memory.has_ready_blocks(len(beginning)):
@@ -501,10 +511,12 @@ class Scheduler:
 
     def _schedule_waiting(self, step: Step, below: float = math.inf) -> None:
         """Begin requests, of tenants that were given less than `below` alone."""
+        if self._has_no_seat(step):
+            return  # without a look at the queue, which may be long
         for request in self.waiting.in_order(self.service.__getitem__):
             if self.service[request.scope.tenant] >= below:
                 return
-            if step.is_full or len(self.running) + step.num_promised >= self.limits.max_num_seqs:
+            if self._has_no_seat(step):
                 return
             if self._is_unready(request):
                 continue  # later requests need not wait
@@ -514,6 +526,9 @@ class Scheduler:
                 continue
             if not self._is_passed_over(request, step):
                 return  # room comes when running requests end; overtaking would starve this one
+
+    def _has_no_seat(self, step: Step) -> bool:
+        return step.is_full or (len(self.running) + step.num_promised >= self.limits.max_num_seqs)
 
     def _is_unready(self, request: Request) -> bool:
         """Whether it cannot be admitted yet, however much room there is."""
@@ -712,6 +727,14 @@ class Scheduler:
         request.num_published_blocks = request.life = 0
         if request.adapter_digest:
             self.adapters.release(request.adapter_digest)
+
+
+def _with_drafts(
+    rows: Iterable[tuple[Request, int]], drafts: Iterable[tuple[Request, Draft]]
+) -> list[tuple[Request, int]]:
+    """Add the drafts' tokens to those of the rows."""
+    drafted = {request.key: len(draft.token_ids) for request, draft in drafts}
+    return [(request, count + drafted.get(request.key, 0)) for request, count in rows]
 
 
 def _is_pooled(request: Request, scheduled: ScheduledRequest) -> bool:

@@ -61,7 +61,7 @@ class Listener:
                 self.ttfts.append(self.clock.now_s - request.arrival_s)
 
     def on_run(self, requests: Sequence[Request], stretch: Stretch) -> None:
-        self.num_tokens += len(requests) * stretch.count
+        self.num_tokens += len(requests) * stretch.num_steps
 
     def on_end(self, request: Request) -> None:
         self.num_ended += 1

@@ -5,7 +5,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from engine.scheduler.block_manager import BlockManager, adapter_hash, block_hash, root_hash
+from engine.scheduler.block_manager import (
+    BlockManager,
+    adapter_hash,
+    block_contents,
+    block_hash,
+    root_hash,
+)
 from engine.scheduler.request import CacheScope
 
 BLOCK = 4
@@ -41,7 +47,7 @@ class Blocks(RuleBasedStateMachine):
         table, tokens = self._pick(data)
         for i, h in enumerate(self._hashes(tokens)):
             already = self.manager.find(self._hashes(tokens)[: i + 1])
-            self.manager.publish(table[i], h)
+            self.manager.publish([table[i]], [h])
             if len(already) <= i:
                 self.content[table[i]] = tokens[: (i + 1) * BLOCK]
 
@@ -119,8 +125,8 @@ class Blocks(RuleBasedStateMachine):
 
     def _hashes(self, tokens: list[int]) -> list[bytes]:
         hashes, previous = [], root_hash(CacheScope())
-        for i in range(len(tokens) // BLOCK):
-            previous = block_hash(previous, tokens[i * BLOCK : (i + 1) * BLOCK])
+        for content in block_contents(tokens, BLOCK):
+            previous = block_hash(previous, content)
             hashes.append(previous)
         return hashes
 
@@ -134,7 +140,7 @@ def test_the_oldest_cached_block_is_evicted_first() -> None:
     for content in (b"old", b"new"):
         table: list[int] = []
         manager.grow(table, BLOCK)
-        manager.publish(table[0], content)
+        manager.publish(table[:1], [content])
         if content == b"old":
             old = table
         else:
@@ -160,7 +166,7 @@ def test_the_lowest_free_block_is_taken_first() -> None:
 def test_taking_a_block_fails_if_none_is_free() -> None:
     manager = BlockManager(3, BLOCK)
     manager.set_limit(2, [])
-    with pytest.raises(AssertionError, match="none is free"):
+    with pytest.raises(AssertionError, match="taken and 2 are free"):
         manager.grow([], 3 * BLOCK)
 
 
@@ -184,5 +190,6 @@ def test_scopes_share_a_root_only_if_tenant_and_salt_are_equal(
 def test_links_of_different_kinds_do_not_collide() -> None:
     assert root_hash(CacheScope("a", "b")) != root_hash(CacheScope("ab", ""))
     before = root_hash(CacheScope())
-    assert block_hash(before, [5]) != adapter_hash(before, "", 5)
-    assert block_hash(before, [5, 97]) != adapter_hash(before, "a" + "\0" * 7, 5)
+    (one,), (two,) = block_contents([5], 1), block_contents([5, 97], 2)
+    assert block_hash(before, one) != adapter_hash(before, "", 5)
+    assert block_hash(before, two) != adapter_hash(before, "a" + "\0" * 7, 5)

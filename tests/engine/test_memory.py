@@ -235,7 +235,7 @@ class Memory(RuleBasedStateMachine):
     def _publish(self, i: int) -> None:
         for block, label in zip(self.held.tables[i], self.held.labels[i], strict=True):
             if label not in self.unwritten:
-                self.memory.blocks.publish(block, str(label).encode())
+                self.memory.blocks.publish([block], [str(label).encode()])
                 self.published[str(label).encode()] = label
 
     def _new_label(self) -> int:
@@ -270,7 +270,7 @@ def cache(memory: MemoryBudget, num_blocks: int) -> list[bytes]:
     memory.blocks.grow(table, num_blocks)
     contents = [f"{memory.blocks.step}-{i}".encode() for i in range(num_blocks)]
     for block, content in zip(table, contents, strict=True):
-        memory.blocks.publish(block, content)
+        memory.blocks.publish([block], [content])
     memory.blocks.free(table)
     return contents
 
@@ -325,7 +325,7 @@ def test_moved_blocks_change_in_all_tables_and_stay_cached() -> None:
     high: list[int] = []
     memory.blocks.grow(low, 16)
     memory.blocks.grow(high, 3)
-    memory.blocks.publish(18, b"known")
+    memory.blocks.publish([18], [b"known"])
     memory.blocks.share(high)
     tables = [high, list(high)]
     memory.blocks.free(low)
