@@ -53,7 +53,7 @@ class LoadPolicy:
     ) -> None:
         self._clock = clock
         wanted = Objective(**objective or {})
-        self._tpot_s, self._has_warned = wanted.tpot_s, False
+        self._objective, self._has_warned = wanted, False
         rules = ScalingPolicy(**policy or {})
         self._settings: dict[str, float] = {**asdict(wanted), **asdict(rules)}
         self._autoscaler = Autoscaler(Bounds(), rules, wanted)
@@ -82,20 +82,22 @@ class LoadPolicy:
             for name, default in self._settings.items()
         }
         objective = Objective(**{name: settings.pop(name) for name in OBJECTIVE_FIGURES})
-        self._tpot_s = objective.tpot_s
+        self._objective = objective
         self._autoscaler.follow(ScalingPolicy(**settings), objective)
 
     def _check(self, loads: list[ReplicaLoad]) -> None:
-        """Say once if no number of replicas keeps the objective."""
+        """Say once if no number of replicas keeps the objective: it takes a step to get a token."""
         least_s = min([load.capacity.least_tpot_s for load in loads], default=0.0)
-        if least_s > self._tpot_s and not self._has_warned:
-            self._has_warned = True
-            logger.warning(
-                "autoscaling.tpot_s is %g, but a request that is alone on a replica gets a token "
-                "every %.3g s: no number of replicas keeps the objective",
-                self._tpot_s,
-                least_s,
-            )
+        for name, wanted_s in asdict(self._objective).items():
+            if wanted_s < least_s and not self._has_warned:
+                self._has_warned = True
+                logger.warning(
+                    "autoscaling.%s is %g, but a step takes %.3g s for a request alone on a "
+                    "replica: no number of replicas keeps the objective",
+                    name,
+                    wanted_s,
+                    least_s,
+                )
 
 
 def _loads(ctx: AutoscalingContext) -> list[ReplicaLoad]:

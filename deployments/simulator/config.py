@@ -6,13 +6,13 @@ from typing import Any
 import msgspec
 
 from deployments.simulator.checked import Bytes, Count, InvalidSimulation, Positive, Seconds, Share
-from deployments.simulator.profile import Profile, StepWork
+from deployments.simulator.floors import below_floor
+from deployments.simulator.profile import Profile
 from deployments.simulator.replica import ReplicaSize
 from deployments.simulator.routers import ROUTERS
 from deployments.simulator.scaling import Scaling
 from deployments.simulator.workload import Workload
 from deployments.strict_yaml import YamlMistake, read_yaml
-from engine.scheduler.step_time import StepShape
 
 
 class Faults(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
@@ -56,6 +56,11 @@ class FleetSection(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     def most_adapter_bytes(self) -> int:
         sizes = self.adapter_bytes
         return sizes if isinstance(sizes, int) else max(sizes)
+
+    @property
+    def least_adapter_bytes(self) -> int:
+        sizes = self.adapter_bytes
+        return sizes if isinstance(sizes, int) else min(sizes)
 
     def bytes_of(self, adapter: int) -> int:
         sizes = self.adapter_bytes
@@ -129,24 +134,4 @@ def impossibility(simulation: Simulation) -> str:
             f"the longest request and its adapter need {needed} bytes; fleet.size.memory_bytes is "
             f"{size.memory_bytes}"
         )
-    return _objective_below_floor(simulation)
-
-
-def _objective_below_floor(simulation: Simulation) -> str:
-    """Compare the objective with a request that is alone on a replica that has its adapter."""
-    objective, profile = simulation.objective, simulation.profile
-    prompt = max(int(simulation.workload.typical_prompt), 1)
-    ttft_s = profile.step_s(
-        StepWork(StepShape(min(prompt, simulation.fleet.size.max_num_batched_tokens), 1))
-    )
-    tpot_s = profile.step_s(StepWork(StepShape(1, 1, prompt)))
-    for name, wanted, floor in (
-        ("ttft_s", objective.ttft_s, ttft_s),
-        ("tpot_s", objective.tpot_s, tpot_s),
-    ):
-        if wanted < floor:
-            return (
-                f"objective.{name} is {wanted:g} s, below what a request alone takes by the "
-                f"profile: {floor:.4g} s with a prompt of {prompt} tokens"
-            )
-    return ""
+    return below_floor(simulation)

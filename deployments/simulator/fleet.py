@@ -1,6 +1,7 @@
 """Fleet: replicas, the ingresses' routers in front of them, and faults, in virtual time."""
 
 from collections.abc import Callable, Collection, Iterable, Sequence
+from functools import lru_cache
 from random import Random
 
 from deployments.policy.capacity import Objective
@@ -23,6 +24,7 @@ ADAPTER = "adapter-"
 REPORT_S = 0.5  # between two reports of a replica
 PREWARM_S = 5.0  # before a replica takes requests it begins to load what it will be asked for
 DEFAULT_ROOM = 16  # adapters that the first replica loads ahead
+MAX_SAMPLINGS = 4096  # numbers of tokens of answers that are remembered
 NOTICED_S = 0.05  # from a replica's death until its requests go elsewhere
 
 
@@ -109,8 +111,9 @@ class Fleet:
             record.take(len(each.token_ids), now_s, request.num_cached_tokens)
 
     def on_run(self, requests: Sequence[Request], stretch: Stretch) -> None:
+        records = self._open
         for request in requests:
-            self._open[request.request_id].take_run(stretch)
+            records[request.request_id].take_run(stretch)
 
     def on_end(self, request: Request) -> None:
         record = self._open.pop(request.request_id)
@@ -121,17 +124,25 @@ class Fleet:
     # ==== figures ====
 
     def begin_to_count(self) -> None:
-        """Report no load of an adapter before now."""
+        """Report no load of an adapter, and no gap between tenants, before now."""
         self._counted, self.num_with_adapter = self._all_loads(), 0
+        for replica in self._all_replicas():
+            replica.service_gap = 0.0
         self.timeline.begin_to_count()
 
     @property
     def loads(self) -> LoadCounts:
         return self._all_loads() - self._counted
 
+    @property
+    def service_gap(self) -> float:
+        return max((replica.service_gap for replica in self._all_replicas()), default=0.0)
+
     def _all_loads(self) -> LoadCounts:
-        replicas = (*self.replicas.values(), *self.leaving.values(), *self.gone)
-        return sum((replica.loads for replica in replicas), LoadCounts())
+        return sum((replica.loads for replica in self._all_replicas()), LoadCounts())
+
+    def _all_replicas(self) -> list[SimulatedReplica]:
+        return [*self.replicas.values(), *self.leaving.values(), *self.gone]
 
     def report(self) -> None:
         """Every replica reports to every router."""
@@ -266,7 +277,7 @@ class Fleet:
     def close(self) -> Iterable[SimulatedReplica]:
         """Count until now; return all replicas that there were."""
         self._count()
-        return [*self.replicas.values(), *self.leaving.values(), *self.gone]
+        return self._all_replicas()
 
 
 def _as_request(arrival: Arrival) -> Request:
@@ -274,10 +285,17 @@ def _as_request(arrival: Arrival) -> Request:
     return Request(
         str(arrival.number),
         make_prompt(arrival.number, arrival.num_prompt_tokens, arrival.shared),
-        SamplingParams(max_tokens=arrival.num_output_tokens, ignore_eos=True),
+        _sampling(arrival.num_output_tokens),
         arrival.time_s,
         scope=CacheScope(arrival.tenant, "", digest),
+        weight=arrival.weight,
     )
+
+
+@lru_cache(MAX_SAMPLINGS)
+def _sampling(num_tokens: int) -> SamplingParams:
+    """Return parameters that are checked once for all requests with as many tokens."""
+    return SamplingParams(max_tokens=num_tokens, ignore_eos=True)
 
 
 def _prefix_keys(request: Request, arrival: Arrival) -> tuple[int, ...]:
@@ -296,6 +314,8 @@ def _resumed(request: Request) -> Request:
         request.sampling,
         request.arrival_s,
         scope=request.scope,
+        priority=request.priority,
+        weight=request.weight,
         output_token_ids=list(request.output_token_ids),
         num_resumed_tokens=len(request.output_token_ids),
     )

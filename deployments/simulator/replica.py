@@ -107,6 +107,7 @@ class SimulatedReplica:
         self.is_dead = self.is_draining = False
         self.loads = LoadCounts()
         self.num_received = self.num_steps = 0
+        self.service_gap = 0.0  # the largest one between two tenants
         self._adapter_bytes = 0  # of the latest one
         self._meter = LoadMeter()
 
@@ -114,6 +115,7 @@ class SimulatedReplica:
 
     def submit(self, request: Request, nbytes: int) -> None:
         """Take a request, whose adapter is of this size. Raises InvalidRequest if it never fits."""
+        self._catch_up()  # a tenant's place depends on what others have been given by now
         self.scheduler.add(request)
         self.num_received += 1
         self._meter.received(request.num_prompt_tokens)
@@ -124,6 +126,7 @@ class SimulatedReplica:
             self._host.touch(digest)
             self._disk.touch(digest)
             self._bring(digest, nbytes)
+        self._note_gap()
         self._shorten_run()
         self._step_if_idle(after_idle=True)
 
@@ -145,6 +148,7 @@ class SimulatedReplica:
     def figures(self) -> ReplicaFigures:
         """Report to routers, as a real replica does."""
         self._catch_up()
+        self._note_gap()
         rates = self.scheduler.rates
         return ReplicaFigures(
             num_received=self.num_received,
@@ -153,7 +157,7 @@ class SimulatedReplica:
             max_num_seqs=self.size.max_num_seqs,
             kv_used=self._kv_used,
             device_adapters=frozenset(self.scheduler.adapters.in_memory(MAX_REPORTED)),
-            disk_adapters=frozenset(self._disk),
+            disk_adapters=self._disk.digests,
             tokens_per_s=rates.tokens_per_s,
             disk_load_s=self._profile.decode_s(self._adapter_bytes),
             remote_load_s=self._profile.fetch_s(self._adapter_bytes),
@@ -174,6 +178,12 @@ class SimulatedReplica:
             wait_s=arrivals.wait_s,
             capacity=Capacity(self.size.max_num_seqs, *self.scheduler.rates),
         )
+
+    def _note_gap(self) -> None:
+        """Between two calls the gap changes in one direction, so none that is larger is missed."""
+        if len(self.scheduler.waiting.tenants) > 1:
+            self._catch_up()
+            self.service_gap = max(self.service_gap, self.scheduler.service_gap)
 
     @property
     def _kv_used(self) -> float:
@@ -207,6 +217,7 @@ class SimulatedReplica:
         for gone in self._host.put(digest, nbytes):
             self.scheduler.adapters.set_absent(gone)
         self.scheduler.adapters.set_ready(digest, nbytes)
+        self._note_gap()
         self._shorten_run()
         self._step_if_idle(after_idle=True)
 
@@ -225,6 +236,7 @@ class SimulatedReplica:
     def _step_if_idle(self, *, after_idle: bool = False) -> None:
         if self._is_stepping or self.is_dead:
             return
+        self._note_gap()
         if self._runs_together and self._begin_run():
             return
         batch = self._schedule()

@@ -23,6 +23,7 @@ LINES: tuple[tuple[str, str, str], ...] = (
     ("disk_loads", "adapters read from disk", "{:.0f}"),
     ("device_loads", "adapters to the device", "{:.0f}"),
     ("max_over_mean_load", "busiest replica / mean", "{:.3f}"),
+    ("service_gap", "service gap of tenants", "{:.0f}"),
     ("replica_hours", "replica hours", "{:.3f}"),
     ("gpu_hours", "GPU hours", "{:.3f}"),
     ("cost", "cost", "{:.2f}"),

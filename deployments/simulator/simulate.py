@@ -38,6 +38,9 @@ class Summary(msgspec.Struct, frozen=True):
     device_loads: int
     loads_per_request: float  # from the store or from disk, of requests with an adapter
     max_over_mean_load: float  # mean over time of the busiest replica's requests over all's mean
+    # Weighted tokens over the tenant's weight, the most that lay between two which waited at one
+    # replica (engine/scheduler/fairness.py)
+    service_gap: float
     replica_hours: float
     gpu_hours: float
     cost: float
@@ -156,6 +159,7 @@ def summarize(
         device_loads=loads.host,
         loads_per_request=(loads.remote + loads.disk) / max(fleet.num_with_adapter, 1),
         max_over_mean_load=_mean(fleet.timeline.max_over_mean, 1.0),
+        service_gap=fleet.service_gap,
         replica_hours=hours,
         gpu_hours=hours * simulation.fleet.gpus,
         cost=hours * simulation.fleet.price_per_hour,

@@ -1,6 +1,6 @@
 """Tier: which adapters one replica has in a bounded memory, and which of them go first."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 from engine.scheduler.popularity import HALF_LIFE_REQUESTS, Popularity
 
@@ -18,14 +18,19 @@ class Tier:
     ) -> None:
         self._most_bytes, self._is_in_use, self._stays = most_bytes, is_in_use, stays
         self._sizes: dict[str, int] = {}
+        self._digests: frozenset[str] | None = None
         self._popularity, self._num_used = Popularity(HALF_LIFE_REQUESTS), 0
         self._used_bytes = 0
 
     def __contains__(self, digest: str) -> bool:
         return digest in self._sizes
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._sizes)
+    @property
+    def digests(self) -> frozenset[str]:
+        """All that are there; the same set while nothing changes."""
+        if self._digests is None:
+            self._digests = frozenset(self._sizes)
+        return self._digests
 
     def touch(self, digest: str) -> None:
         """Count a use, also of an adapter that is on its way."""
@@ -35,6 +40,7 @@ class Tier:
     def put(self, digest: str, nbytes: int) -> list[str]:
         """Add an adapter; return those that had to go."""
         self._sizes[digest] = nbytes
+        self._digests = None
         self._used_bytes += nbytes
         gone: list[str] = []
         if self._used_bytes <= self._most_bytes:

@@ -12,6 +12,7 @@ from typing import Any
 
 import msgspec
 
+from deployments.simulator.checked import InvalidSimulation
 from deployments.simulator.config import Simulation
 from deployments.simulator.pool import Pool
 from deployments.simulator.simulate import Summary
@@ -77,8 +78,13 @@ def search(
 ) -> Search:
     """Run so many trials, each with all seeds; `watch` is called with 1 for each simulation.
 
-    Raises ImportError without Optuna.
+    Raises ImportError without Optuna, InvalidSimulation if the policy has nothing to decide.
     """
+    scaling = simulation.fleet.scaling
+    if scaling.min == scaling.max:
+        raise InvalidSimulation(
+            f"fleet.scaling.min and max are both {scaling.min}: there is nothing to tune"
+        )
     study = _study(seed)
     for part in FIRST:
         study.enqueue_trial(space.between(simulation, part))

@@ -12,9 +12,12 @@ import msgspec
 from deployments.simulator.checked import Count, PerSecond, Positive, Seconds, Share, Sigma
 from deployments.simulator.prompts import shared_range
 from deployments.simulator.traces import Row, Trace, read_trace
+from engine.scheduler.fairness import MAX_WEIGHT, MIN_WEIGHT
 
 MOST_PREFIX = 2**14  # tokens
 MOST_TOKENS = 2**31
+
+Weight = Annotated[float, msgspec.Meta(ge=MIN_WEIGHT, le=MAX_WEIGHT)]
 
 
 class Arrival(msgspec.Struct, frozen=True):
@@ -27,6 +30,7 @@ class Arrival(msgspec.Struct, frozen=True):
     num_output_tokens: int
     tenant: str = ""
     shared: tuple[range, ...] = ()  # tokens with which its prompt begins, and others' too
+    weight: float = 1.0  # its tenant's
 
 
 class Process(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
@@ -54,7 +58,22 @@ class Popularity(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     drift_s: Seconds = 0.0
     flash_at_s: Seconds = 0.0
     flash_s: Seconds = 0.0
-    tenants: Count = 1  # adapters belong to them in turn
+    tenants: Count = 1  # tenant-0, tenant-1, ...; adapters belong to them in turn
+    # Parts of all requests, by tenant; each is for one of its own adapters. Without: as many as
+    # their adapters get
+    tenant_shares: tuple[Share, ...] = ()
+
+    def __post_init__(self) -> None:
+        shares = self.tenant_shares
+        if not shares:
+            return
+        if len(shares) != self.tenants or not math.isclose(sum(shares), 1.0, abs_tol=1e-6):
+            raise ValueError(
+                f"tenant_shares must be one for each of the {self.tenants} tenants, together 1, "
+                f"not {len(shares)} that are {sum(shares):g}"
+            )
+        if self.adapters < self.tenants:
+            raise ValueError(f"{self.tenants} tenants need as many adapters, not {self.adapters}")
 
 
 class Lengths(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
@@ -79,19 +98,25 @@ class Workload(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     prompt: Lengths = Lengths()
     output: Lengths = Lengths(median=100.0, most=512)
     prefix: Prefix = Prefix()
+    weights: dict[str, Weight] = {}  # of tenants beside others that wait; 1 where none is given
     trace: Trace | None = (
         None  # in place of arrivals, lengths and prefix; and of adapters, if given
     )
+
+    def __post_init__(self) -> None:
+        known = [tenant_name(number) for number in range(self.popularity.tenants)]
+        unknown = [] if self.trace else sorted(set(self.weights).difference(known))
+        if unknown:
+            raise ValueError(
+                f"weights are of {', '.join(map(repr, unknown))}; the tenants are "
+                f"{known[0]} to {known[-1]}"
+            )
 
     @property
     def most_tokens(self) -> int:
         """Tokens of the longest request; of a trace its rows are checked one by one."""
         most = self.prefix.tokens + self.prompt.most + self.output.most
         return most if self.trace is None else 0
-
-    @property
-    def typical_prompt(self) -> float:
-        return 1.0 if self.trace else self.prompt.median + self.prefix.tokens * self.prefix.share
 
 
 def make_arrivals(
@@ -103,33 +128,36 @@ def make_arrivals(
     if workload.trace is None:
         return _drawn(workload, choose, seed, duration_s)
     rows = takewhile(lambda row: row.time_s < duration_s, read_trace(workload.trace, most_tokens))
-    return _recorded(rows, choose, workload.popularity.tenants)
+    return _recorded(workload, rows, choose, Random(f"{seed}/tenants"))
 
 
 def _drawn(
     workload: Workload, choose: "AdapterChooser", seed: int, duration_s: float
 ) -> Iterator[Arrival]:
     times = _times(workload.arrivals, Random(f"{seed}/times"), duration_s)
-    rng, prefix, tenants = Random(f"{seed}/lengths"), workload.prefix, workload.popularity.tenants
+    rng, prefix, weights = Random(f"{seed}/lengths"), workload.prefix, workload.weights
+    of_tenants = TenantChooser(workload.popularity, Random(f"{seed}/tenants"))
     for number, time_s in enumerate(times):
-        adapter = choose(time_s)
+        adapter, tenant = of_tenants(choose(time_s))
         num_prompt = draw_length(workload.prompt, rng)
         num_output = draw_length(workload.output, rng)
         shared: tuple[range, ...] = ()
         if prefix.tokens and rng.random() < prefix.share:
             shared = (shared_range(adapter + 1, prefix.tokens, MOST_PREFIX),)
             num_prompt += prefix.tokens
-        tenant = f"tenant-{max(adapter, 0) % tenants}"
-        yield Arrival(number, time_s, adapter, num_prompt, num_output, tenant, shared)
+        weight = weights.get(tenant, 1.0)
+        yield Arrival(number, time_s, adapter, num_prompt, num_output, tenant, shared, weight)
 
 
-def _recorded(rows: Iterator[Row], choose: "AdapterChooser", tenants: int) -> Iterator[Arrival]:
+def _recorded(
+    workload: Workload, rows: Iterator[Row], choose: "AdapterChooser", rng: Random
+) -> Iterator[Arrival]:
     """Number adapters by name, in the order in which they come."""
     numbers: dict[str, int] = {"": -1}
+    of_tenants = TenantChooser(workload.popularity, rng)
     for number, row in enumerate(rows):
         if row.adapter is None:
-            adapter = choose(row.time_s)
-            tenant = f"tenant-{max(adapter, 0) % tenants}"
+            adapter, tenant = of_tenants(choose(row.time_s))
         else:
             adapter = numbers.setdefault(row.adapter, len(numbers) - 1)
             tenant = row.tenant
@@ -141,6 +169,7 @@ def _recorded(rows: Iterator[Row], choose: "AdapterChooser", tenants: int) -> It
             row.num_output_tokens,
             tenant,
             row.shared,
+            workload.weights.get(tenant, 1.0),
         )
 
 
@@ -192,3 +221,28 @@ class AdapterChooser:
         for _ in range(max(count // 20, 1)):
             a, b = self._rng.randrange(count), self._rng.randrange(count)
             self._by_rank[a], self._by_rank[b] = self._by_rank[b], self._by_rank[a]
+
+
+class TenantChooser:
+    """Says whose request it is: of the adapter's owner, or by the tenants' shares of one that owns
+    the adapter beside it."""
+
+    def __init__(self, popularity: Popularity, rng: Random) -> None:
+        self._adapters, self._rng = popularity.adapters, rng
+        self._names = [tenant_name(number) for number in range(popularity.tenants)]
+        self._bounds = list(accumulate(popularity.tenant_shares))
+
+    def __call__(self, adapter: int) -> tuple[int, str]:
+        """Return the adapter, or the one instead of it, and the tenant."""
+        count = len(self._names)
+        if not self._bounds:
+            return adapter, self._names[max(adapter, 0) % count]
+        number = min(bisect(self._bounds, self._rng.random() * self._bounds[-1]), count - 1)
+        if adapter < 0:
+            return adapter, self._names[number]
+        own = adapter - adapter % count + number
+        return own if own < self._adapters else own - count, self._names[number]
+
+
+def tenant_name(number: int) -> str:
+    return f"tenant-{number}"

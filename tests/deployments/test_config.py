@@ -36,7 +36,7 @@ def test_a_minimal_configuration_has_defaults_and_absolute_paths(
         ({"models": [{**MODEL, "engine": {"max_num_seqs": 0}}]}, "max_num_seqs=0 is outside"),
         ({"models": [{**MODEL, "engine": {"max_num_seqs": "8"}}]}, "models.0.engine.max_num_seqs"),
         ({"models": [{**MODEL, "replicas": {"min": -1}}]}, "models.0.replicas.min"),
-        ({"models": [{**MODEL, "replicas": {"min": 3, "max": 2}}]}, "models.0.replicas: "),
+        ({"models": [{**MODEL, "replicas": {"min": 3, "max": 2}}]}, "min=3 must be at most max=2"),
         ({"models": [{**MODEL, "replicas": {"drain_s": -1.0}}]}, "models.0.replicas.drain_s"),
         ({"models": [{**MODEL, "id": "a@b"}]}, "models.0.id"),
         ({"models": [{**MODEL, "tool_format": "x"}]}, "models.0.tool_format: Value error, must be"),

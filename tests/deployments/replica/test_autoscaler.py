@@ -56,15 +56,22 @@ def test_a_load_is_reported_as_plain_numbers() -> None:
     assert (stats["queued_tokens"], stats["max_num_seqs"], stats["tokens_per_s"]) == (10, 8, 100)
 
 
+@pytest.mark.parametrize(
+    ("objective", "told"),
+    [
+        ({"ttft_s": 1.0, "tpot_s": 0.01}, "tpot_s is 0.01"),
+        ({"ttft_s": 0.02, "tpot_s": 0.1}, "ttft_s is 0.02"),
+    ],
+    ids=["each token", "first token"],
+)
 def test_an_objective_that_no_number_of_replicas_keeps_is_told_once(
-    caplog: pytest.LogCaptureFixture,
+    objective: dict[str, float], told: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    policy = LoadPolicy({"ttft_s": 1.0, "tpot_s": 0.01}, clock=lambda: 0.0)
+    policy = LoadPolicy(objective, clock=lambda: 0.0)
     slow = ReplicaLoad(num_requests=1, capacity=Capacity(4, 100.0, 0.02, 0.005))
     for _ in range(3):
         policy(context({"a": slow}))
-    assert caplog.text.count("tpot_s is 0.01, but a request that is alone") == 1
-    assert "every 0.025 s" in caplog.text
+    assert caplog.text.count(f"autoscaling.{told}, but a step takes 0.025 s") == 1
 
 
 def test_the_policy_goes_by_what_replicas_were_told_and_back() -> None:

@@ -1,14 +1,18 @@
 """A simulated fleet: the same for one seed, nothing lost, and as good as it should be."""
 
 import json
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
 from click.testing import CliRunner
 
+from deployments.simulator.clock import Clock
 from deployments.simulator.config import InvalidSimulation, Simulation, as_simulation
+from deployments.simulator.fleet import NOTICED_S, Fleet
 from deployments.simulator.records import Record
 from deployments.simulator.routers import ROUTERS
 from deployments.simulator.simulate import Summary, run
@@ -20,6 +24,7 @@ from deployments.simulator.workload import (
     Workload,
     make_arrivals,
 )
+from engine.scheduler.fairness import bound
 from reef.commands import reef
 
 CONFIGS = Path(__file__).parents[3] / "configs"
@@ -148,6 +153,51 @@ def test_from_zero_requests_wait_for_a_start_and_all_are_answered() -> None:
     assert summary.replica_hours < 0.5 * 30 / 3600, "between requests there was none"
 
 
+TENANTS: dict[str, Any] = {
+    "workload__arrivals__rate": 60.0,
+    "workload__popularity": {"adapters": 12, "tenants": 3, "tenant_shares": [0.6, 0.3, 0.1]},
+    "fleet__scaling": {"min": 1, "max": 1},
+    "fleet__size__max_num_seqs": 8,
+}
+
+
+def test_tenants_that_wait_are_given_as_much_within_the_bound() -> None:
+    simulation = fleet(**TENANTS)
+    summary, _ = simulate(simulation)
+    assert 500 < summary.service_gap <= bound(200, 8 * (200 + 60))
+    assert summary.ttft_p99_s > 2.0, "they had to wait"
+    alone = fleet(**TENANTS | {"workload__popularity": {"adapters": 12}})
+    assert simulate(alone)[0].service_gap == 0, "with nobody to be compared to"
+
+
+def test_tenants_of_more_weight_wait_less_and_steps_together_are_those_one_by_one() -> None:
+    simulation = fleet(**TENANTS, workload__weights={"tenant-0": 8.0})
+    summary, records = simulate(simulation)
+    equal, _ = simulate(fleet(**TENANTS))
+    first = [r.ttft_s or 0.0 for r in records if r.arrival.tenant == "tenant-0"]
+    assert max(first) < equal.ttft_p99_s / 1.5
+    assert (summary, records) == simulate(simulation, runs_together=False)
+
+
+def test_what_a_dead_replica_leaves_keeps_its_tenants_weight() -> None:
+    simulation = fleet(
+        workload__arrivals__rate=80.0,
+        workload__popularity={"adapters": 4, "tenants": 2},
+        workload__weights={"tenant-1": 4.0},
+    )
+    clock = Clock()
+    made = Fleet(simulation, clock, 0, lambda _: None)
+    for arrival in arrivals(simulation.workload, 1.0):
+        clock.at(arrival.time_s, partial(made.arrive, arrival))
+    clock.at(1.0, partial(made.kill_one, Random(0)))
+    clock.run(lambda: clock.now_s > 1.0 + NOTICED_S)
+    schedulers = [replica.scheduler for replica in made.replicas.values()]
+    requests = [r for s in schedulers for r in (*s.running, *s.waiting)]
+    resumed = [r.scope.tenant for r in requests if r.num_resumed_tokens]
+    assert len(set(resumed)) == 2, "of both tenants"
+    assert all(r.weight == (4.0 if r.scope.tenant == "tenant-1" else 1.0) for r in requests)
+
+
 def test_affinity_saves_loads_within_the_bound() -> None:
     changes = {
         "workload__arrivals__rate": 60.0,
@@ -207,6 +257,16 @@ def test_adapters_follow_zipf_drift_and_flash_crowds() -> None:
     assert base[-1] == pytest.approx(0.5 * sum(base.values()), rel=0.05)
 
 
+def test_tenants_ask_for_their_own_adapters_as_often_as_their_shares_say() -> None:
+    popularity = Popularity(adapters=50, tenants=3, tenant_shares=(0.7, 0.2, 0.1), base_share=0.2)
+    made = arrivals(Workload(popularity=popularity))
+    for number, share in enumerate(popularity.tenant_shares):
+        own = [a.adapter for a in made if a.tenant == f"tenant-{number}"]
+        assert len(own) == pytest.approx(share * len(made), rel=0.05)
+        assert own.count(-1) == pytest.approx(0.2 * len(own), rel=0.12)
+        assert {a % 3 for a in own if a >= 0} == {number} and max(own) < 50
+
+
 def test_lengths_have_their_median_and_their_most() -> None:
     made = arrivals(Workload(prompt=Lengths(median=100.0, sigma=1.0, most=300)), 500.0)
     lengths = sorted(a.num_prompt_tokens for a in made)
@@ -225,15 +285,20 @@ def test_lengths_have_their_median_and_their_most() -> None:
         ({"workload__prompt__most": 5000}, "max_model_len is 4096"),
         ({"workload__arrivals__rate": 0}, "> 0.0"),
         ({"workload__arrivals__ratee": 1}, "ratee"),
-        ({"objective__ttft_s": 0.001}, "ttft_s is 0.001 s, below .* 0.017.* prompt of 60 tokens"),
+        ({"objective__ttft_s": 0.001}, "ttft_s is 0.001 s, below .* 0.045.* prompt of 200 tokens"),
+        ({"objective": {"ttft_s": 0.016, "attained": 0.5}}, "below .* 0.017.* prompt of 60 tokens"),
+        ({"objective__ttft_s": 0.2}, "ttft_s is 0.2 s, below .* first request .* 0.34.* leaves 2"),
         ({"objective__tpot_s": 0.005}, "tpot_s is 0.005 s, below .* 0.0052"),
         ({"fleet__size__memory_bytes": 2**25}, "need 38797312 bytes; .*memory_bytes is 33554432"),
         ({"fleet__adapter_bytes": []}, "adapter_bytes"),
         ({"profile__step__tokens": [[1, 0.1]]}, "two points"),
+        ({"workload__popularity": {"tenants": 2, "tenant_shares": [0.5]}}, "not 1 that are 0.5"),
+        ({"workload__weights": {"acme": 2.0}}, "'acme'; the tenants are tenant-0 to tenant-0"),
     ],
     ids=[
         *("bounds", "router", "lengths", "rate", "unknown"),
-        *("first token", "token", "memory", "sizes", "points"),
+        *("first token", "half of them", "cold", "token", "memory", "sizes", "points"),
+        *("shares", "weights"),
     ],
 )
 def test_what_cannot_be_simulated_is_refused_by_name(changes: dict[str, Any], told: str) -> None:
@@ -256,8 +321,9 @@ def test_the_command_runs_the_examples(name: str, tmp_path: Path) -> None:
     assert ran.exit_code == 0, ran.output
     row = json.loads(ran.stdout.strip().splitlines()[-1])
     assert row["router"] == "reef" and row["finished"] == row["requests"] > 10
+    assert row["service_gap"] == 0, "of one tenant"
     table = CliRunner().invoke(
         reef,
         ["simulate", str(file), "--router", "reef", "--router", "random", "--processes", "1"],
     )
-    assert "TTFT p99" in table.stdout and "random" in table.stdout
+    assert all(word in table.stdout for word in ("TTFT p99", "service gap of tenants", "random"))

@@ -4,6 +4,7 @@ import tests.deployments.support.quiet_ray  # noqa: F401
 
 # isort: split
 import json
+import re
 from pathlib import Path
 from random import Random
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ from ray.serve import autoscaling_policy
 from ray.serve.config import AutoscalingConfig
 
 from deployments.policy.autoscaling import RANGES, ReplicaLoad
+from deployments.simulator.checked import InvalidSimulation
 from deployments.simulator.config import as_simulation
 from deployments.simulator.planning import NotEnough, adapters_for, plan_fleet, with_replicas
 from deployments.simulator.pool import Pool
@@ -60,7 +62,7 @@ def test_the_winner_keeps_the_objective_with_fewer_hours_than_others_that_do(spa
 
 
 def test_a_policy_that_misses_is_worse_than_every_one_that_keeps() -> None:
-    hard = as_simulation(DOCUMENT | {"objective": {"ttft_s": 0.03, "attained": 1.0}}, "test")
+    hard = as_simulation(DOCUMENT | {"objective": {"ttft_s": 0.35, "attained": 1.0}}, "test")
     with Pool(1) as pool:
         found = search(hard, REEF, trials=2, seeds=[0], pool=pool)
     assert not found.keeps
@@ -83,6 +85,32 @@ def test_the_command_prints_a_block_to_paste_and_draws(tmp_path: Path) -> None:
     ran = CliRunner().invoke(reef, ["tune", str(file), *options, "--json"])
     row = json.loads(ran.stdout)
     assert row["policy"] == "reef" and len(row["trials"]) == 1
+
+
+@pytest.mark.parametrize("command", ["simulate", "tune", "plan"])
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"objective": {"ttft_s": 0.02, "attained": 0.9}}, "ttft_s is 0.02 s, below .* 0.03"),
+        ({"objective": {"tpot_s": 0.003}}, "tpot_s is 0.003 s, below .* 0.0052"),
+        ({"fleet": {"scaling": {"min": 3, "max": 2}}}, "min=3 must be from 0 to max=2"),
+    ],
+    ids=["first token", "token", "bounds"],
+)
+def test_commands_refuse_what_no_policy_keeps_with_the_numbers(
+    command: str, changes: dict[str, Any], told: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "file.yaml"
+    file.write_text(yaml.safe_dump(DOCUMENT | changes))
+    arguments = ["--fleet"] * (command == "plan") + [str(file)]
+    ran = CliRunner().invoke(reef, [command, *arguments])
+    assert ran.exit_code == 1 and re.search(told, ran.output), ran.output
+
+
+def test_a_number_of_replicas_that_stays_is_not_tuned() -> None:
+    fixed = with_replicas(as_simulation(DOCUMENT, "test"), 2)
+    with Pool(1) as pool, pytest.raises(InvalidSimulation, match="min and max are both 2"):
+        search(fixed, REEF, trials=1, seeds=[0], pool=pool)
 
 
 @pytest.mark.slow
