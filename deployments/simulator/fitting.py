@@ -3,22 +3,26 @@
 The time by tokens is a line through points at powers of two, so that where kernels change, it may
 have a bend; a small penalty on bends decides where nothing was measured. Steps that take twice what
 the first fit predicts, or half, which others on the machine have disturbed, are left out of the
-second. It weighs steps by the times that the first predicts: by those measured, slow ones would
-count less than quick ones, and all would seem quicker than they are.
+second; how many took longer, and how much, is told apart. The second fit weighs steps by the times
+that the first predicts: by those measured, slow ones would count less than quick ones, and all
+would seem quicker than they are.
 """
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from deployments.simulator.disturbance import Disturbed
 from deployments.simulator.profile import LoadTimes, StepTimes, StepWork
 
 Matrix = NDArray[np.float64]
 
 BENDS = 0.02  # weight of a bend between points, by the root of the number of steps
 DISTURBED = 2.0  # times what is predicted, or one in so many
+NUM_DELAYS = 16  # that stand for those of all disturbed steps
 NAMES = (
     "logit_row",
     "position_read",
@@ -33,12 +37,12 @@ NAMES = (
 
 
 class StepFit(NamedTuple):
-    """Coefficients, and how far they miss the steps: parts of the measured time."""
+    """Coefficients, and how far they miss the steps that nothing disturbed: parts of their time."""
 
     times: StepTimes
     median_error: float
     p90_error: float
-    bias: float  # of all steps together: predicted time over measured time, minus 1
+    bias: float  # of all of them together: predicted time over measured time, minus 1
 
 
 def fit_steps(steps: Sequence[tuple[StepWork, float]]) -> StepFit:
@@ -50,16 +54,27 @@ def fit_steps(steps: Sequence[tuple[StepWork, float]]) -> StepFit:
     seconds = np.array([took for _, took in steps])
     predicted = features @ _fit(features, seconds, seconds, len(knots))
     kept = (predicted < DISTURBED * seconds) & (seconds < DISTURBED * predicted)
-    features, seconds, predicted = features[kept], seconds[kept], predicted[kept]
-    values = _fit(features, seconds, np.maximum(predicted, seconds / 2), len(knots))
+    scale = np.maximum(predicted[kept], seconds[kept] / 2)
+    values = _fit(features[kept], seconds[kept], scale, len(knots))
+    disturbed = _disturbed(seconds - features @ values, seconds >= DISTURBED * predicted)
+    features, seconds = features[kept], seconds[kept]
     predicted = features @ values
     errors = np.abs(predicted / seconds - 1)
     return StepFit(
-        _as_times(values, knots),
+        msgspec.structs.replace(_as_times(values, knots), disturbed=disturbed),
         float(np.median(errors)),
         float(np.quantile(errors, 0.9)),
         float(predicted.sum() / seconds.sum() - 1),
     )
+
+
+def _disturbed(extra_s: Matrix, is_disturbed: NDArray[np.bool_]) -> Disturbed:
+    """Let a few delays stand for those of disturbed steps, in order; their mean is the same."""
+    delays = np.sort(np.maximum(extra_s[is_disturbed], 0.0))
+    if not len(delays):
+        return Disturbed()
+    parts = np.array_split(delays, min(NUM_DELAYS, len(delays)))
+    return Disturbed(float(is_disturbed.mean()), tuple(float(part.mean()) for part in parts))
 
 
 def fit_reads(reads: Sequence[tuple[int, float]]) -> tuple[float, float]:

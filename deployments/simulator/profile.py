@@ -12,6 +12,7 @@ from typing import NamedTuple
 import msgspec
 
 from deployments.simulator.checked import Seconds
+from deployments.simulator.disturbance import Disturbed
 from engine.scheduler.step_time import StepShape
 
 
@@ -42,6 +43,7 @@ class StepTimes(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     new_request: Seconds = 0.0
     after_idle: Seconds = 0.0
     tokens: tuple[tuple[int, Seconds], ...] = ()  # (tokens, seconds), in place of the first two
+    disturbed: Disturbed = Disturbed()  # what some steps take beside all that
 
     def __post_init__(self) -> None:
         counts = [count for count, _ in self.tokens]
@@ -73,7 +75,7 @@ class Profile(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     cold_start: Seconds = 30.0  # from the decision for a replica to its first step
 
     def step_s(self, work: StepWork) -> float:
-        """Return what a step takes."""
+        """Return what a step takes that nothing disturbs."""
         times, shape = self.step, work.shape
         return (
             times.of_tokens(shape.tokens)

@@ -12,6 +12,7 @@ from deployments.policy.load_meter import LoadMeter
 from deployments.policy.replica_view import ReplicaFigures
 from deployments.simulator.checked import Bytes, Count
 from deployments.simulator.clock import Clock
+from deployments.simulator.disturbance import Disturbance
 from deployments.simulator.profile import Profile
 from deployments.simulator.records import Stretch
 from deployments.simulator.tiers import Tier
@@ -95,6 +96,7 @@ class SimulatedReplica:
         self._profile, self._clock, self._listener = profile, clock, listener
         self._runs_together = runs_together  # steps that only decode, in one event
         self._slowness = slowness  # of the store, by the time
+        self._disturbance = Disturbance(profile.step.disturbed, replica_id)
         self._run: TimedRun | None = None
         self.scheduler = make_scheduler(size)
         self._host = Tier(size.host_bytes, self._is_wanted, self.scheduler.adapters.stays)
@@ -251,7 +253,7 @@ class SimulatedReplica:
             self._digests[load.slot] = load.digest
         work = work_of(changes, self._digests, self._sizes, batch.decodes)
         work = work._replace(new_requests=self._num_new(changes), after_idle=int(after_idle))
-        step_s = self._profile.step_s(work)
+        step_s = self._profile.step_s(work) + self._disturbance.of_step(self.num_steps)
         self.num_steps += 1
         self._clock.after(step_s, lambda: self._end_step(batch, work.shape, step_s))
 
@@ -307,7 +309,8 @@ class SimulatedReplica:
         if run is None:
             return False
         work = work_of(NO_BATCH, self._digests, self._sizes, run.rows)
-        timed = TimedRun(run, work, self.scheduler, self._profile, self._clock.now_s)
+        now_s, number = self._clock.now_s, self.num_steps
+        timed = TimedRun(run, work, self.scheduler, self._profile, now_s, self._disturbance, number)
         self._run = timed
         self._is_stepping = True
         self.num_steps += 1

@@ -4,6 +4,7 @@ from bisect import bisect_left
 from itertools import accumulate
 from operator import sub
 
+from deployments.simulator.disturbance import Disturbance
 from deployments.simulator.profile import Profile, StepWork
 from deployments.simulator.records import Stretch
 from engine.scheduler.decode_run import DecodeRun
@@ -21,12 +22,17 @@ class TimedRun:
         scheduler: Scheduler,
         profile: Profile,
         now_s: float,
+        disturbance: Disturbance,
+        number: int,  # of the first step, among all of the replica
     ) -> None:
         self.run = run
         self._scheduler = scheduler
         self.num_steps = run.num_possible
         self._first = work.shape
         self._steps_s = profile.decodes_s(work, run.num_possible)
+        if not disturbance.is_none:
+            steps = enumerate(self._steps_s, number)
+            self._steps_s = [step_s + disturbance.of_step(at) for at, step_s in steps]
         self._ends_s = list(accumulate(self._steps_s, initial=now_s))[1:]
 
     @property

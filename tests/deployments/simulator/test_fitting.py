@@ -5,6 +5,7 @@ from random import Random
 import numpy as np
 import pytest
 
+from deployments.simulator.disturbance import Disturbance, Disturbed
 from deployments.simulator.fitting import fit_reads, fit_steps, nonnegative
 from deployments.simulator.profile import Profile, StepTimes, StepWork
 from engine.scheduler.step_time import StepShape, num_pairs
@@ -42,6 +43,9 @@ def test_the_fit_predicts_steps_that_it_has_not_seen() -> None:
     noisy = [(w, s * rng.uniform(0.95, 1.05)) for w, s in disturbed]
     fitted = fit_steps(noisy)
     assert fitted.median_error < 0.04 and abs(fitted.bias) < 0.01
+    assert fitted.times.disturbed.share == pytest.approx(0.05, abs=0.02)
+    mean_s = np.mean([true.step_s(w) for w, _ in noisy])
+    assert np.mean(fitted.times.disturbed.seconds) == pytest.approx(2 * mean_s, rel=0.2)
     found, others = Profile(fitted.times), works(1700)[1500:]
     errors = sorted(abs(found.step_s(w) / true.step_s(w) - 1) for w in others)
     assert errors[len(errors) // 2] < 0.03 and errors[-len(errors) // 20] < 0.12
@@ -67,3 +71,21 @@ def test_reads_have_a_part_that_grows_with_the_bytes() -> None:
 def test_too_few_steps_are_refused() -> None:
     with pytest.raises(ValueError, match="3 steps were measured"):
         fit_steps([(StepWork(StepShape(1, 1, 1)), 0.1)] * 3)
+
+
+def test_as_many_steps_are_disturbed_as_the_profile_says_and_each_replica_has_its_own() -> None:
+    disturbed = Disturbed(0.1, (1e-3, 3e-3))
+    one, other = Disturbance(disturbed, "one"), Disturbance(disturbed, "other")
+    delays = [one.of_step(number) for number in range(4093 * 4)]
+    assert np.mean(np.array(delays) > 0) == pytest.approx(0.1, abs=0.01)
+    assert np.mean(delays) == pytest.approx(0.1 * 2e-3, rel=0.1)
+    assert set(delays) == {0.0, *disturbed.seconds}
+    assert delays != [other.of_step(number) for number in range(4093 * 4)]
+    assert Disturbance(Disturbed(), "one").is_none and not Disturbance(Disturbed(), "one").of_step(
+        3
+    )
+
+
+def test_delays_without_seconds_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"where share is 0\.5"):
+        Disturbed(0.5)

@@ -91,6 +91,7 @@ def test_steps_taken_together_are_those_taken_one_by_one(memory_bytes: int) -> N
         fleet__scaling={"min": 2, "max": 4, "autoscaling": {"busy": 0.5, "up_delay_s": 1.0}},
         fleet__ingresses=2,
         profile__cold_start=1.0,
+        profile__step__disturbed={"share": 0.2, "seconds": [0.001, 0.02]},
         faults__kill_every_s=3.0,
     )
     together, records = simulate(simulation, seed=5)
