@@ -8,7 +8,7 @@ process at a time. Imports no torch, which only the engine process needs.
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from engine.config import EngineConfig
 from engine.liveness import Liveness
@@ -19,10 +19,12 @@ from engine.messages import (
     EngineInfo,
     EngineStats,
     ErrorKind,
+    FlowTokens,
     GenerateRequest,
     Item,
     RequestError,
     RequestOutput,
+    ServedElsewhere,
     StepOutputs,
 )
 from engine.process_handle import EngineStartError, ProcessHandle
@@ -37,6 +39,7 @@ log = logging.getLogger(__name__)
 
 OnFrame = Callable[[list[Item]], None]
 OnVerdict = Callable[[AdapterVerdict], None]
+OnServed = Callable[[Sequence[FlowTokens]], None]
 
 
 def restart_delay_s(num_short: int) -> float:
@@ -52,7 +55,7 @@ class EngineUnavailable(RuntimeError):
 
 class EngineClient:
     """Run one engine process. `on_frame` is called on the event loop with each step's outputs,
-    and `on_verdict` with each verdict on an adapter.
+    `on_verdict` with each verdict on an adapter, and `on_served` with what tenants were charged.
 
     Every choice of a submitted request ends with an output that has a finish_reason, whatever
     happens to the process. There are never two processes: the next one is started when the last
@@ -65,6 +68,7 @@ class EngineClient:
         on_frame: OnFrame,
         *,
         on_verdict: OnVerdict = lambda verdict: None,
+        on_served: OnServed = lambda served: None,
         hang_timeout_s: float = 120.0,
     ) -> None:
         self.config = config
@@ -75,6 +79,7 @@ class EngineClient:
         self._num_short = 0  # processes in a row that were ready for less than LASTING_S
         self._on_frame = on_frame
         self._on_verdict = on_verdict
+        self._on_served = on_served
         self._liveness = Liveness(config.max_silence_s, hang_timeout_s)
         self._info: EngineInfo | None = None
         self._process: ProcessHandle | None = None
@@ -145,6 +150,11 @@ class EngineClient:
         if request_id in self._live and self._process is not None:
             self._process.send(AbortRequest(request_id, index))
 
+    def count_elsewhere(self, served: Sequence[FlowTokens]) -> None:
+        """Tell the process what tenants were charged with elsewhere, if there is one."""
+        if self._process is not None and self.outage is None:
+            self._process.send(ServedElsewhere(tuple(served)))
+
     # ==== outputs ====
 
     def _on_outputs(self, outputs: StepOutputs) -> None:
@@ -156,6 +166,8 @@ class EngineClient:
         self._deliver(outputs.items)
         for verdict in outputs.verdicts:
             self._on_verdict(verdict)
+        if outputs.served:
+            self._on_served(outputs.served)
 
     def _end_requests(self, reason: str) -> int:
         """End what the process has left unfinished; return the number of outputs."""

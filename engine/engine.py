@@ -35,6 +35,7 @@ from engine.messages import (
     AdapterVerdict,
     EngineStats,
     ErrorKind,
+    FlowTokens,
     GenerateRequest,
     RequestError,
     RequestOutput,
@@ -46,6 +47,7 @@ from engine.results import Results, brings_parts
 from engine.scheduler.adapter_slots import AdapterSlots
 from engine.scheduler.batch import ScheduledBatch
 from engine.scheduler.block_manager import BlockManager
+from engine.scheduler.classes import Flow
 from engine.scheduler.limits import SchedulerLimits
 from engine.scheduler.memory import MemoryBudget
 from engine.scheduler.model_speculation import ModelSpeculation
@@ -202,6 +204,7 @@ class Engine:
                 scope=scope,
                 priority=request.priority,
                 weight=request.weight,
+                priority_class=request.priority_class,
                 index=i,
                 output_token_ids=list(request.output_token_ids),
                 num_resumed_tokens=len(request.output_token_ids),
@@ -320,6 +323,20 @@ class Engine:
         """Whether a request has not had its last output yet."""
         is_holding = self.proofs is not None and self.proofs.is_holding
         return self.scheduler.has_unfinished or is_holding
+
+    def take_served(self) -> tuple[FlowTokens, ...]:
+        """Return what tenants were charged with since the last call."""
+        self.scheduler.service.settle(self.scheduler.running)
+        news = self.scheduler.service.take_news().items()
+        return tuple((flow.tenant, flow.priority_class, tokens) for flow, tokens in news)
+
+    def count_elsewhere(self, served: Iterable[FlowTokens]) -> None:
+        """Count what other engines have charged tenants with."""
+        flows = [
+            (Flow(tenant, priority_class), tokens) for tenant, priority_class, tokens in served
+        ]
+        self.scheduler.service.settle(self.scheduler.running)
+        self.scheduler.service.count_elsewhere(flows, self.scheduler.waiting.flows)
 
     @property
     def stats(self) -> EngineStats:

@@ -7,6 +7,7 @@ import msgspec
 
 from engine.config import EngineConfig
 from engine.framing import Message
+from engine.scheduler.classes import PriorityClass
 from engine.scheduler.request import NO_DEFAULTS, SamplingDefaults, SamplingParams
 
 
@@ -21,6 +22,7 @@ class ErrorKind(StrEnum):
     )
     ADAPTER_UNAVAILABLE = "adapter_unavailable"  # the store cannot be reached
     OVERLOADED = "overloaded"  # the replica's queue is full
+    TOO_LATE = "too_late"  # its first token has not come in the time that it allows
     ENGINE_ERROR = "engine_error"  # a step failed; the engine goes on
     ENGINE_DIED = "engine_died"  # the process died or hung; it is being restarted
     # A request that ends with one of these goes to another replica; clients never see them.
@@ -46,8 +48,8 @@ class AdapterFolder:
 class GenerateRequest:
     """A generation with n choices. With `output_token_ids`, it resumes after them (n = 1).
 
-    Of a tenant's requests that wait, those of a lower `priority` go first. Tenants that wait get
-    tokens in the ratio of their `weight`s.
+    Those of a higher class go first. Within a class tenants that wait get tokens in the ratio of
+    their `weight`s, and of a tenant's requests those of a lower `priority` go first.
     """
 
     request_id: str
@@ -60,6 +62,7 @@ class GenerateRequest:
     output_token_ids: list[int] = field(default_factory=list[int])
     priority: int = 0
     weight: float = 1.0
+    priority_class: PriorityClass = PriorityClass.STANDARD
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,6 +225,9 @@ class AdapterVerdict:
     reason: str = ""  # why it failed, or has no effect
 
 
+FlowTokens = tuple[str, PriorityClass, float]  # tenant, class, tokens as fairness counts them
+
+
 # ==== from a replica to its engine process ====
 
 
@@ -238,11 +244,17 @@ class AbortRequest(Message):
     index: int | None = None  # of the only choice that is meant
 
 
+class ServedElsewhere(Message):
+    """What tenants were charged with by other engines of the same model."""
+
+    served: tuple[FlowTokens, ...]
+
+
 class Ping(Message):
     """Answered with StepOutputs, as proof that the step loop is running."""
 
 
-ToEngine = StartEngine | AddRequest | AbortRequest | Ping
+ToEngine = StartEngine | AddRequest | AbortRequest | ServedElsewhere | Ping
 
 
 # ==== from the engine process to its replica ====
@@ -270,12 +282,14 @@ class Busy(Message):
 class StepOutputs(Message):
     """New outputs of one step. `stats` come at most ten times a second, and after a Ping.
 
-    `verdicts` are those on adapters that were probed since the last one.
+    `verdicts` are those on adapters that were probed since the last one. `served`: with the stats,
+    what tenants were charged with since the last ones.
     """
 
     items: list[Item]
     stats: EngineStats | None = None
     verdicts: tuple[AdapterVerdict, ...] = ()
+    served: tuple[FlowTokens, ...] = ()
 
 
 FromEngine = EngineReady | StartFailed | Busy | StepOutputs

@@ -36,6 +36,7 @@ from engine.messages import (
     Ping,
     RequestError,
     RequestOutput,
+    ServedElsewhere,
     StartEngine,
     StartFailed,
     StepOutputs,
@@ -184,6 +185,8 @@ class Loop:
             self._add(message.request)
         elif isinstance(message, AbortRequest):
             self._engine.abort(message.request_id, message.index)
+        elif isinstance(message, ServedElsewhere):
+            self._engine.count_elsewhere(message.served)
         elif isinstance(message, Ping):
             self._is_pinged = True
         else:
@@ -208,12 +211,14 @@ class Loop:
     def _report(self, outputs: list[Any]) -> None:
         now = time.monotonic()
         is_due = self._stats_stale and now >= self._stats_due_s
-        stats = self._engine.stats if is_due or self._is_pinged else None
+        stats, served = None, ()
+        if is_due or self._is_pinged:
+            stats, served = self._engine.stats, self._engine.take_served()
         if is_due:
             self._stats_due_s, self._stats_stale = now + STATS_PERIOD_S, False
         verdicts = self._engine.take_verdicts()
         if outputs or stats is not None or verdicts:
-            self._connection.send(StepOutputs([to_item(o) for o in outputs], stats, verdicts))
+            self._connection.send(StepOutputs(list(map(to_item, outputs)), stats, verdicts, served))
         self._is_pinged = False
 
 

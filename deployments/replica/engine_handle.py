@@ -1,8 +1,9 @@
 """EngineHandle: what a replica needs of its engine's process."""
 
+from collections.abc import Sequence
 from typing import Protocol
 
-from engine.messages import EngineInfo, EngineStats, GenerateRequest
+from engine.messages import EngineInfo, EngineStats, FlowTokens, GenerateRequest
 
 
 class EngineHandle(Protocol):
@@ -20,4 +21,5 @@ class EngineHandle(Protocol):
     async def start(self) -> EngineInfo: ...
     def submit(self, request: GenerateRequest) -> None: ...
     def abort(self, request_id: str, index: int | None = None) -> None: ...
+    def count_elsewhere(self, served: Sequence[FlowTokens]) -> None: ...
     async def close(self) -> None: ...

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from enum import Enum, StrEnum
 
 from engine.scheduler.acceptance import Acceptance
+from engine.scheduler.classes import Flow, PriorityClass
 from engine.scheduler.prompt_lookup import PromptLookup
 from engine.scheduler.token_rules import NO_RULES, TokenRules
 
@@ -200,13 +201,15 @@ class Request:
     arrival_s: float
     scope: CacheScope = CacheScope()
     rules: TokenRules = NO_RULES  # set by the scheduler, the same for all choices
-    priority: int = 0  # lower ones go first among those of its tenant that wait
+    priority: int = 0  # lower ones go first among those of its flow that wait
     weight: float = 1.0  # its tenant's share, in comparison to others'
+    priority_class: PriorityClass = PriorityClass.STANDARD
     index: int = 0  # choice index: seed + index is its random stream
     output_token_ids: list[int] = field(default_factory=list[int])
     num_resumed_tokens: int = 0  # leading output_token_ids that came with the request
     forks: "list[Request]" = field(default_factory=list["Request"])
 
+    flow: Flow = field(init=False)  # whose service it is
     status: RequestStatus = RequestStatus.WAITING
     block_table: list[int] = field(default_factory=list[int])
     block_hashes: list[bytes] = field(default_factory=list[bytes])
@@ -229,6 +232,10 @@ class Request:
     num_accepted_tokens: int = 0  # of them, those that became output
     finish_reason: FinishReason | None = None
     first_scheduled_s: float | None = None  # kept when the request is preempted
+    keeps_seat: bool = False  # no higher class takes it: its class was owed this request
+
+    def __post_init__(self) -> None:
+        self.flow = Flow(self.scope.tenant, self.priority_class)
 
     @property
     def key(self) -> tuple[str, int]:

@@ -13,31 +13,34 @@ dropped row writes is overwritten before any later row reads it.
 
 One step mixes decodes with chunks of prompts under `max_num_batched_tokens`, and under a target
 for its time while anybody decodes (`step_budget`). Running requests go first; waiting ones follow,
-those of the tenant that has been given the least before (`fairness`), except that a request whose
-adapter is being loaded, or whose grammar is being compiled, is passed over. When memory runs out,
-the request admitted last loses its blocks and is computed again later (preemption by recompute).
-Time enters only through `now` and `observe`.
+those of a higher class first (`classes`), then of the tenant that has been given the least before
+(`fairness`), except that a request whose adapter is being loaded, or whose grammar is being
+compiled, is passed over. When memory runs out, of the lowest class the request admitted last loses
+its blocks and is computed again later (preemption by recompute). Time enters only through `now`
+and `observe`.
 """
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from engine.scheduler.activation import NEVER, adapter_start
 from engine.scheduler.batch import ScheduledBatch, ScheduledRequest
+from engine.scheduler.classes import PriorityClass
 from engine.scheduler.decode_run import DecodeRun, LightBatch, are_plain_decodes, steps_possible
 from engine.scheduler.fairness import TenantService
 from engine.scheduler.limits import SchedulerLimits
 from engine.scheduler.memory import MemoryBudget, MemoryChanges
 from engine.scheduler.prefix_cache import find_cached_blocks, publish_blocks
 from engine.scheduler.request import FinishReason, InvalidRequest, Request, RequestStatus
-from engine.scheduler.seats import may_yield, seats_to_yield
+from engine.scheduler.seats import lowest, may_yield, paused_flows, seats_to_yield
 from engine.scheduler.speculation import Draft, Speculation
 from engine.scheduler.step import Step
 from engine.scheduler.step_budget import StepBudget
 from engine.scheduler.step_rates import StepRates, step_rates
 from engine.scheduler.step_time import StepShape, shape_of
-from engine.scheduler.waiting import WaitingQueue
+from engine.scheduler.waiting import Order, WaitingQueue
+
+MOST_PAUSED = 8  # steps in a row in which decodes may be left out for others' prompts
 
 
 class Progress(NamedTuple):
@@ -80,6 +83,8 @@ class Scheduler:
         self._by_key: dict[tuple[str, int], Request] = {}
         self._num_in_flight = 0  # scheduled batches that were neither updated nor failed
         self._num_lives = 0
+        self._num_paused = 0  # steps in a row in which some have not decoded
+        self._cramped: PriorityClass | None = None  # of the request that found no room
 
     # ==== requests in and out ====
 
@@ -99,10 +104,9 @@ class Scheduler:
             request.num_charged_tokens = 0  # it is no tenant's
             self.waiting.add_urgent(request)
             return
-        tenant = request.scope.tenant
-        if tenant not in self.waiting.tenants:
+        if request.flow not in self.waiting.flows:
             self.service.settle(self.running)
-            self.service.enter(tenant, self.waiting.tenants)
+            self.service.enter(request.flow, self.waiting.flows)
         self.waiting.add(request)
 
     def abort(self, request_id: str, index: int | None = None) -> list[Request]:
@@ -190,14 +194,16 @@ class Scheduler:
 
     @property
     def service_gap(self) -> float:
-        """How far apart the counters of tenants are that could be served and wait; see
-        `fairness.bound`."""
-        ready = [r.scope.tenant for r in self.waiting.heads() if not self._is_unready(r)]
+        """How far apart the counters of tenants are that could be served and wait, in the class
+        where it is most; see `fairness.bound`."""
+        ready = [r.flow for r in self.waiting.heads() if not self._is_unready(r)]
         if len(ready) < 2:
             return 0.0
         self.service.settle(self.running)
-        counters = [self.service[tenant] for tenant in ready]
-        return max(counters) - min(counters)
+        counters: dict[PriorityClass, list[float]] = {}
+        for flow in ready:
+            counters.setdefault(flow.priority_class, []).append(self.service[flow])
+        return max(max(each) - min(each) for each in counters.values())
 
     @property
     def adapters_used(self) -> float:
@@ -236,9 +242,11 @@ class Scheduler:
         """Choose the next step's rows, and make room for them. With a token's id, decodes without
         rows where all of them can be so."""
         assert self._num_in_flight <= self.pipeline_depth, "an update or fail is due first"
+        self._yield_room()
         self._yield_seats()
         step = Step(self.limits.max_num_batched_tokens)
         decodes, prefills = self._divide_running(step)
+        decodes = self._without_paused(decodes, prefills)
         if token_id is None or not self._take_decodes(step, decodes, token_id):
             self._schedule_running(step, decodes)
         drafts = self._propose_drafts(step)
@@ -392,15 +400,19 @@ class Scheduler:
 
     # ==== choosing rows ====
 
+    def _yield_room(self) -> None:
+        """Take room back for one of a higher class that found none in the last step."""
+        above, self._cramped = self._cramped, None
+        if above is not None and (last := lowest(self.running, above)) is not None:
+            self._preempt(last)
+
     def _yield_seats(self) -> None:
         """Take seats back for tenants that have too few of them, and were given less."""
         num_free = self.limits.max_num_seqs - len(self.running)
         if num_free or not may_yield(self.running, self.waiting.heads()):
             return
         self.service.settle(self.running)
-        ready = (
-            r for r in self.waiting.in_order(self.service.__getitem__) if not self._is_unready(r)
-        )
+        ready = (r for r in self.waiting.in_order(self.service.order) if not self._is_unready(r))
         for request in seats_to_yield(self.running, ready, self.service):
             self._preempt(request)
 
@@ -419,6 +431,19 @@ class Scheduler:
                 if remaining > 1:
                     step.narrow.append(request)
         return decodes, prefills
+
+    def _without_paused(
+        self, decodes: list[tuple[Request, int]], prefills: Sequence[tuple[Request, int]]
+    ) -> list[tuple[Request, int]]:
+        """Leave out decodes of flows beside which another's prompt has the right to be fast."""
+        prompts = {request.flow for request, _ in prefills}
+        if len(self.running) < self.limits.max_num_seqs:
+            prompts.update(r.flow for r in self.waiting.heads() if not self._is_unready(r))
+        paused = paused_flows(decodes, prompts, self.running, self.service)
+        self._num_paused = self._num_paused + 1 if paused and self._num_paused < MOST_PAUSED else 0
+        if not self._num_paused:
+            return decodes
+        return [row for row in decodes if row[0].flow not in paused]
 
     def _take_decodes(
         self, step: Step, decodes: Sequence[tuple[Request, int]], token_id: int
@@ -489,7 +514,8 @@ class Scheduler:
             step.lacks_blocks = True
             if any(self.limits.is_ending(r) for r in self.running):
                 return False
-            victim = next(r for r in reversed(self.running) if not step.has(r))
+            left = [r for r in reversed(self.running) if not step.has(r)]
+            victim = max(left, key=lambda r: r.priority_class)  # the first of equals: the newest
             if victim is request and request.num_pending_tokens:
                 return False
             self._preempt(victim)
@@ -498,23 +524,25 @@ class Scheduler:
         return True
 
     def _schedule_prompts(self, step: Step, prefills: list[tuple[Request, int]]) -> None:
-        """Go on with prompts, then begin others; where tenants differ, by what they were given."""
-        tenants = {r.scope.tenant for r, _ in prefills} | self.waiting.tenants
-        if len(tenants) > 1:
+        """Go on with prompts, then begin others; where flows differ, by what they were given."""
+        flows = {r.flow for r, _ in prefills} | self.waiting.flows
+        if len(flows) > 1:
             self.service.settle(self.running)
-        if len(tenants) > 1 and prefills:
-            prefills.sort(key=lambda row: self.service[row[0].scope.tenant])  # stable
-            self._schedule_waiting(step, self.service[prefills[0][0].scope.tenant])
+            self.service.classes.note_waiting(self.waiting.flows)
+        if len(flows) > 1 and prefills:
+            order = self.service.running_order
+            prefills.sort(key=lambda row: order(row[0]))  # stable
+            self._schedule_waiting(step, order(prefills[0][0]))
         self._schedule_running(step, prefills)
         if not step.lacks_blocks:
             self._schedule_waiting(step)
 
-    def _schedule_waiting(self, step: Step, below: float = math.inf) -> None:
-        """Begin requests, of tenants that were given less than `below` alone."""
+    def _schedule_waiting(self, step: Step, below: Order | None = None) -> None:
+        """Begin requests, of flows that go before `below` alone."""
         if self._has_no_seat(step):
             return  # without a look at the queue, which may be long
-        for request in self.waiting.in_order(self.service.__getitem__):
-            if self.service[request.scope.tenant] >= below:
+        for request in self.waiting.in_order(self.service.order):
+            if below is not None and self.service.order(request.flow) >= below:
                 return
             if self._has_no_seat(step):
                 return
@@ -525,6 +553,7 @@ class Scheduler:
             if not is_loading and self._admit(request, step):
                 continue
             if not self._is_passed_over(request, step):
+                self._cramped = None if is_loading else request.priority_class
                 return  # room comes when running requests end; overtaking would starve this one
 
     def _has_no_seat(self, step: Step) -> bool:
@@ -573,7 +602,7 @@ class Scheduler:
         request.block_table.extend(cached)
         request.num_computed_tokens = len(cached) * self.blocks.block_size
         needed = self.blocks.blocks_for(request.num_tokens) - len(cached) + step.promised_blocks
-        if not self._reserve(needed, request.adapter_digest) or not self._acquire(request):
+        if not self._reserve_for(request, needed) or not self._acquire(request):
             self.blocks.free(request.block_table)
             request.num_computed_tokens = 0
             return False
@@ -593,8 +622,19 @@ class Scheduler:
             not request.adapter_digest or self.adapters.acquire(request.adapter_digest) is not None
         )
 
-    def _reserve(self, num_blocks: int, adapter_digest: str = "") -> bool:
-        return self.memory.reserve(num_blocks, adapter_digest, self._tables())
+    def _reserve_for(self, request: Request, num_blocks: int) -> bool:
+        """Make room for a request that waits; its tenant is charged for a load that it begins."""
+        digest, adapters = request.adapter_digest, self.adapters
+        is_placed = not digest or adapters.is_placed(digest)
+        if not self.memory.reserve(num_blocks, digest, self._tables()):
+            return False
+        if not is_placed:
+            size = (adapters.nbytes(digest) or 0) / self.memory.block_bytes
+            self.service.charge_load(request, size * self.blocks.block_size)
+        return True
+
+    def _reserve(self, num_blocks: int) -> bool:
+        return self.memory.reserve(num_blocks, "", self._tables())
 
     def _tables(self) -> Iterator[list[int]]:
         return (r.block_table for r in self._by_key.values())

@@ -9,6 +9,7 @@ import pytest
 
 from engine.scheduler.adapter_slots import AdapterSlots
 from engine.scheduler.block_manager import BlockManager
+from engine.scheduler.classes import Flow, PriorityClass
 from engine.scheduler.fairness import (
     CREDIT,
     FORGET_ABOVE,
@@ -42,12 +43,25 @@ class Server:
         self.num_added = 0
         self.begun: list[str] = []  # tenants, in the order in which their requests began
 
-    def add(self, tenant: str, num_prompt: int = 1, num_output: int = 1) -> None:
+    def add(
+        self,
+        tenant: str,
+        num_prompt: int = 1,
+        num_output: int = 1,
+        priority_class: PriorityClass = PriorityClass.STANDARD,
+    ) -> None:
         self.num_added += 1
         prompt = [self.num_added] * num_prompt
         sampling = SamplingParams(max_tokens=num_output, ignore_eos=True)
-        request = Request(f"r{self.num_added}", prompt, sampling, 0.0, CacheScope(tenant))
-        request.weight = self.weights.get(tenant, 1.0)
+        request = Request(
+            f"r{self.num_added}",
+            prompt,
+            sampling,
+            0.0,
+            CacheScope(tenant),
+            weight=self.weights.get(tenant, 1.0),
+            priority_class=priority_class,
+        )
         self.scheduler.add(request)
 
     def step(self) -> None:
@@ -75,7 +89,7 @@ class Server:
 
     def counter(self, tenant: str) -> float:
         self.scheduler.service.settle(self.scheduler.running)
-        return self.scheduler.service[tenant]
+        return self.scheduler.service[Flow(tenant)]
 
 
 def identical(rng: random.Random) -> tuple[int, int]:
@@ -198,19 +212,19 @@ def test_tenants_that_owe_nothing_are_forgotten() -> None:
     service = TenantService()
     for number in range(3 * FORGET_ABOVE):
         request = Request(f"{number}", [1], SamplingParams(), 0.0, CacheScope(f"t{number}"))
-        service.enter(f"t{number}", set())
+        service.enter(request.flow, set())
         service.begin(request)
         service.forget_idle([request])
     assert len(service) <= FORGET_ABOVE + 1
     rich = Request("rich", [1] * 10**6, SamplingParams(), 0.0, CacheScope("rich"))
     poor = Request("poor", [1], SamplingParams(), 0.0, CacheScope("poor"))
     for request in (rich, poor):
-        service.enter(request.scope.tenant, {"rich", "poor"})
+        service.enter(request.flow, {rich.flow, poor.flow})
         service.begin(request)
     for number in range(3 * FORGET_ABOVE):
-        service.enter(f"u{number}", {"poor"})
+        service.enter(Flow(f"u{number}"), {poor.flow})
         service.forget_idle([poor])
-    assert service["rich"] > service["poor"] + 10**6 - 2, "else it would be served as if new"
+    assert service[rich.flow] > service[poor.flow] + 10**6 - 2, "else it would be served as if new"
 
 
 # ---- seats ----

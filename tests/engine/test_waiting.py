@@ -1,8 +1,9 @@
 """Tests the queues against plain lists under random operations."""
 
 import random
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
+from engine.scheduler.classes import Flow
 from engine.scheduler.request import CacheScope, Request, SamplingParams
 from engine.scheduler.waiting import WaitingQueue
 
@@ -50,9 +51,13 @@ def test_each_tenants_queue_is_a_list_with_priorities() -> None:
                 queue.replace(old, plain[at])
             case _:
                 pass
-        for order in (queue, queue.in_order(lambda _: 0.0)):
+        for order in (queue, queue.in_order(lambda _: (0, 0.0))):
             assert by_tenant(order) == by_tenant(plain)
-        assert len(queue) == len(plain) and queue.tenants == {r.scope.tenant for r in plain}
+        assert len(queue) == len(plain) and queue.flows == {r.flow for r in plain}
+
+
+def by_service(service: dict[str, float]) -> Callable[[Flow], tuple[int, float]]:
+    return lambda flow: (0, service[flow.tenant])
 
 
 def by_tenant(requests: Iterable[Request]) -> dict[str, list[Request]]:
@@ -71,7 +76,7 @@ def test_the_tenant_with_the_least_service_goes_next() -> None:
             request = make_request(number, rng.choice("abcd"), 0)
             queue.append(request)
             left.setdefault(request.scope.tenant, []).append(request)
-        for request in queue.in_order(service.__getitem__):
+        for request in queue.in_order(by_service(service)):
             tenant = request.scope.tenant
             assert service[tenant] == min(service[other] for other in left)
             assert left[tenant].pop(0) is request
@@ -89,7 +94,7 @@ def test_urgent_requests_go_first_and_equals_as_they_came() -> None:
     queue.append(first)
     queue.append(second)
     queue.add_urgent(urgent)
-    assert list(queue.in_order(lambda _: 0.0)) == [urgent, first, second]
+    assert list(queue.in_order(lambda _: (0, 0.0))) == [urgent, first, second]
     assert urgent in queue and len(queue) == 3
     queue.remove(urgent)
-    assert list(queue.in_order(lambda _: 0.0)) == [first, second]
+    assert list(queue.in_order(lambda _: (0, 0.0))) == [first, second]

@@ -38,6 +38,7 @@ KNOWN_SHAPES = {
     11: "30584fc6f4db71d8",  # sessions, drafted tokens
     12: "c059cfff9e133b49",  # when to retry
     13: "4935de021b53bb3d",  # weights of tenants
+    14: "5411ce537ef5ea4e",  # classes, deadlines
 }
 
 

@@ -47,6 +47,7 @@ from engine.messages import (
     EngineInfo,
     EngineStats,
     ErrorKind,
+    FlowTokens,
     GenerateRequest,
     RequestError,
     RequestMetrics,
@@ -132,6 +133,7 @@ class FakeEngine:
         self.requests: list[GenerateRequest] = []
         self.totals = EngineStats()
         self.aborted: list[str] = []
+        self.elsewhere: list[FlowTokens] = []
         self.aborted_choices: list[tuple[str, int]] = []
         self.num_cached = 2  # tokens of every prompt
         self.drafted = (0, 0)  # tokens drafted and accepted, of every choice
@@ -170,6 +172,9 @@ class FakeEngine:
         single = [replace(request, sampling=replace(request.sampling, seed=s)) for s in seeds]
         answers = {index: self.answer(choice) for index, choice in enumerate(single)}
         self._live[request.request_id] = Live(request, answers, len(request.output_token_ids))
+
+    def count_elsewhere(self, served: Sequence[FlowTokens]) -> None:
+        self.elsewhere.extend(served)
 
     def abort(self, request_id: str, index: int | None = None) -> None:
         if index is not None:
