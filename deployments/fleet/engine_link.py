@@ -273,6 +273,10 @@ class EngineLink:
 
     def on_lease(self, stream: ReplicaStream, lease: Lease) -> None:
         self._totals.report(stream.replica_id, lease.stats)
+        if lease.served is not None:
+            for other in self._streams.greeted():
+                if other is not stream:
+                    other.tell(lease.served)
         now_s, lost_s = self._timing.clock(), self._timing.lost_s
         for attempt in forgotten_attempts(self._attempts, stream, lease, now_s, lost_s):
             self._lose(attempt, "The engine replica lost the request.")

@@ -45,6 +45,7 @@ class Placement:
         """Find a replica, unless the attempt is given up meanwhile. Returns why there is none."""
         timing = self._timing
         deadline_s = timing.clock() + self._patience_s(attempt)
+        late_s = _late_s(attempt, timing.clock())
         retry_s = timing.retry_s
         reason = "no replica has answered"
         while self._is_live(attempt):
@@ -58,6 +59,9 @@ class Placement:
                 reason = receipt.refusal.message
                 if _is_final(attempt, receipt.replica_id, receipt.refusal):
                     return receipt.refusal
+            if late_s is not None and timing.clock() >= late_s:
+                message = f"No token came in the time that the request allows: {reason}."
+                return RequestError(ErrorKind.TOO_LATE, message)
             if timing.clock() >= deadline_s:
                 message = f"The model is unavailable: {reason}."
                 return RequestError(ErrorKind.ENGINE_DIED, message)
@@ -129,6 +133,12 @@ def _hints(attempt: Attempt, suspects: list[str], ended: tuple[tuple[str, int], 
         ),
         ended=ended,
     )
+
+
+def _late_s(attempt: Attempt, now_s: float) -> float | None:
+    """Return when a request that has no token yet is not wanted any more."""
+    timeout_s = attempt.submit.timeout_s
+    return None if timeout_s is None or attempt.num_losses else now_s + timeout_s
 
 
 def _is_final(attempt: Attempt, replica_id: str, refusal: RequestError) -> bool:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from adapter_store.names import AdapterRef
+from deployments.policy.shared_service import ServiceReport
 from engine.messages import EngineInfo, EngineStats, GenerateRequest, Item, RequestError
 
 Frame = list[Item]
@@ -61,11 +62,13 @@ class Submit:
     """`request.adapter_folder` is left empty: the replica fills it in.
 
     `session` is the client's name for requests that belong together, for the router alone.
+    `timeout_s`: its first token is wanted within so many seconds, or not at all.
     """
 
     request: GenerateRequest
     adapter_ref: AdapterRef | None
     session: str = ""
+    timeout_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +94,7 @@ class Lease:
     stats: EngineStats
     is_draining: bool = False
     trouble: str | None = None  # why its engine takes no requests
+    served: ServiceReport | None = None  # what tenants were given there
 
 
 class UnknownStream(Exception):
@@ -112,8 +116,15 @@ class Connection(Protocol):
     ) -> AsyncIterator[Hello | Frame]: ...
 
     async def control(
-        self, hints: Hints, stream_id: StreamId, aborts: Sequence[Abort], renew: bool
-    ) -> Lease | None: ...
+        self,
+        hints: Hints,
+        stream_id: StreamId,
+        aborts: Sequence[Abort],
+        renew: bool,
+        elsewhere: Sequence[ServiceReport] = (),
+    ) -> Lease | None:
+        """`elsewhere`: what other replicas of the same model have reported."""
+        ...
 
     async def choose(self, hints: Hints) -> str:
         """Name the replica that a submit would go to now. Raises what the router raises."""

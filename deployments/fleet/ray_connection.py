@@ -18,6 +18,7 @@ from ray.serve.handle import DeploymentHandle
 
 from deployments.fleet.direct_client import IngressEndpoint, connect
 from deployments.fleet.protocol import Abort, Frame, Hello, Hints, Lease, Receipt, StreamId, Submit
+from deployments.policy.shared_service import ServiceReport
 
 CHOOSE_S = 0.25  # a choice between replicas takes far less
 
@@ -85,9 +86,14 @@ class RayConnection:
         self._sockets = {r: known for r, known in self._sockets.items() if known is not socket}
 
     async def control(
-        self, hints: Hints, stream_id: StreamId, aborts: Sequence[Abort], renew: bool
+        self,
+        hints: Hints,
+        stream_id: StreamId,
+        aborts: Sequence[Abort],
+        renew: bool,
+        elsewhere: Sequence[ServiceReport] = (),
     ) -> Lease | None:
-        return await _unary(self._control, hints, stream_id, aborts, renew)
+        return await _unary(self._control, hints, stream_id, aborts, renew, elsewhere)
 
 
 def _call(method: DeploymentHandle[Any], *args: object) -> Any:

@@ -6,12 +6,16 @@ the stream does, or when the replica falls silent. Knows no requests but by thei
 
 import asyncio
 import contextlib
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from typing import Any, cast
 
 from deployments.fleet.protocol import Abort, Connection, Frame, Hello, Hints, Lease, StreamId
 from deployments.fleet.timing import Timing
+from deployments.policy.shared_service import ServiceReport
 from engine.messages import EngineStats
+
+MAX_REPORTS = 64  # of other replicas, kept for one; totals make up for those that are lost
 
 
 class ReplicaStream:
@@ -41,6 +45,7 @@ class ReplicaStream:
         self._on_frame = on_frame
         self._on_lease = on_lease
         self._outbox: list[Abort] = []
+        self._elsewhere: deque[ServiceReport] = deque(maxlen=MAX_REPORTS)
         self._has_outbox = asyncio.Event()
         self._renewal_waiters: list[asyncio.Future[None]] = []
 
@@ -51,6 +56,10 @@ class ReplicaStream:
     def abort_choice(self, request_id: str, index: int) -> None:
         self._outbox.append(Abort(request_id, index))
         self._has_outbox.set()
+
+    def tell(self, report: ServiceReport) -> None:
+        """Pass on what another replica has reported, with the next call."""
+        self._elsewhere.append(report)
 
     async def refresh(self, timeout_s: float) -> None:
         """Wait until `_talk` has renewed the lease, at most for `timeout_s`.
@@ -97,8 +106,10 @@ class ReplicaStream:
             waiters, self._renewal_waiters = self._renewal_waiters, []
             renew = bool(waiters) or timing.clock() - renewed_s >= timing.renew_s
             hints = Hints(target=self.replica_id)
+            elsewhere = tuple(self._elsewhere)
+            self._elsewhere.clear()
             async with asyncio.timeout(timing.silence_s):
-                lease = await self._connection.control(hints, stream_id, aborts, renew)
+                lease = await self._connection.control(hints, stream_id, aborts, renew, elsewhere)
             if lease is not None:
                 renewed_s = timing.clock()
                 self.stats, self.is_draining = lease.stats, lease.is_draining

@@ -136,6 +136,11 @@ def unavailable(message: str, after_s: int = 2) -> ApiError:
     return ApiError(503, message, "server_error", code="unavailable", retry_after_s=after_s)
 
 
+def too_late(message: str, after_s: int | None = None) -> ApiError:
+    after_s = 1 if after_s is None else after_s
+    return ApiError(503, message, "server_error", code="deadline_exceeded", retry_after_s=after_s)
+
+
 def store_unavailable(error: AdapterStoreError) -> ApiError:
     """Make the answer; where the store is, and what is wrong with it, is for the log alone."""
     logger.error("the adapter store cannot be read: %s", error)
@@ -161,6 +166,8 @@ def from_engine(error: RequestError, model: str) -> ApiError:
         return invalid(f"The adapter {model!r} cannot be served: {error.message}", "model")
     if error.kind == ErrorKind.OVERLOADED:
         return overloaded(error.message, error.retry_after_s)
+    if error.kind == ErrorKind.TOO_LATE:
+        return too_late(error.message, error.retry_after_s)
     if error.kind in (
         ErrorKind.ENGINE_DIED,
         ErrorKind.ADAPTER_DAMAGED,

@@ -42,6 +42,7 @@ from deployments.ingress.runtime_adapters import RuntimeAdapters
 from deployments.ingress.sessions import caller_of, in_session, session_of
 from deployments.ingress.streaming import COMMENT, GenerationResponse
 from deployments.ingress.tenant_limiter import Place, TenantLimiter
+from deployments.ingress.urgency import urgency_of, urgent
 from deployments.tenants.tenant import Publisher, Tenant
 from deployments.tenants.tenants import Tenants
 
@@ -126,7 +127,7 @@ class Ingress:
             api_key = headers.get("x-api-key") if takes_api_key else None
             whose = self.tenant_of(headers.get("authorization"), api_key)
             tenant, place = held.enter_context(whose)
-            return await handler(http_request, tenant, self.named(place, http_request))
+            return await handler(http_request, tenant, self.named(place, http_request, tenant))
 
         return self.route(method, path, handle, errors, doc, needs_key=True)
 
@@ -140,10 +141,12 @@ class Ingress:
         return self.route(method, path, handle, doc=replace(doc, needs_admin_key=True))
 
     @staticmethod
-    def named(place: Place, http_request: HttpRequest) -> Place:
-        """Return a request's place with what the request calls itself and its session."""
+    def named(place: Place, http_request: HttpRequest, tenant: Tenant) -> Place:
+        """Return a request's place with what the request calls itself and its session, and how
+        urgent it is. Raises ApiError."""
         place.session = session_of(http_request.headers)
         place.request_id = request_id(http_request.scope)
+        place.urgency = urgency_of(http_request.headers, tenant)
         return place
 
     @contextmanager
@@ -242,6 +245,8 @@ class Ingress:
         request = _as_answered(request, target)
         form = form or EmbeddingForm(request)
         plan = await plan_embeddings(request, target, self.origin, at_once, form)
+        submits = urgent(plan.submits, place.urgency)
+        plan = plan if submits is plan.submits else replace(plan, submits=submits)
         return EmbeddingResponse(plan, self.metrics, route, errors)
 
     async def _target(self, tenant: Tenant, request: OpenAIRequest, place: Place) -> Target:
@@ -271,6 +276,9 @@ class Ingress:
         if target.adapter_ref is not None:
             ids = (place.request_id, plan.answer_id)
             self.feedback.remember(target.tenant, filter(None, ids), target.label, target.arm)
+        urgency = place.urgency.in_class(request.priority_class)
+        submits = urgent(plan.submits, urgency)
+        plan = plan if submits is plan.submits else replace(plan, submits=submits)
         return GenerationResponse(
             replace(
                 in_session(plan, place.session), headers={**plan.headers, **plan.target.headers}

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 from deployments.ingress.http_errors import rate_limited, too_many_answers
 from deployments.ingress.metrics import Metrics
+from deployments.ingress.urgency import NORMAL
 from deployments.policy.admission import Limits, Refusal, TenantLoad, admit, grow, is_idle, release
 
 SPARE_LOADS = 64  # idle tenants that may be remembered before the first sweep
@@ -77,6 +78,7 @@ class Place:
         self.num_answers = 1
         self.session = ""  # what the client calls the requests that belong together
         self.request_id = ""
+        self.urgency = NORMAL
         self._limiter = limiter
         self._tenant = tenant
 

@@ -54,26 +54,33 @@ def wait_s(capacity: Capacity, backlog: Backlog) -> float:
 
 
 def overload(
-    capacity: Capacity, backlog: Backlog, limits: QueueLimits, num_more: int
+    capacity: Capacity,
+    backlog: Backlog,
+    limits: QueueLimits,
+    num_more: int,
+    expected_s: float | None = None,
 ) -> Overload | None:
-    """Say why so many more answers may not wait here; None if they may."""
+    """Say why so many more answers may not wait here; None if they may.
+
+    `expected_s`: until they begin, if that is known better than by all that waits.
+    """
     excess = backlog.num_open + num_more - limits.max_open
     if excess > 0:
         message = (
             f"{backlog.num_open} answers are running or queued; {num_more} more would be above the "
             f"limit of {limits.max_open}."
         )
-        return Overload(message, _whole(_ending_s(capacity, backlog, excess)))
+        return Overload(message, whole_seconds(_ending_s(capacity, backlog, excess)))
     if limits.max_wait_s is None:
         return None
-    expected_s = wait_s(capacity, backlog)
+    expected_s = wait_s(capacity, backlog) if expected_s is None else expected_s
     if expected_s <= limits.max_wait_s:
         return None
     message = (
         f"An answer would begin in about {expected_s:.3g} s, and at most {limits.max_wait_s:g} s "
         "are allowed."
     )
-    return Overload(message, _whole(expected_s - limits.max_wait_s))
+    return Overload(message, whole_seconds(expected_s - limits.max_wait_s))
 
 
 def _seats(capacity: Capacity, backlog: Backlog) -> float:
@@ -89,5 +96,6 @@ def _ending_s(capacity: Capacity, backlog: Backlog, num_answers: float) -> float
     return max(num_answers, 0.0) * backlog.mean_answer * step_s / rows
 
 
-def _whole(seconds: float) -> int:
+def whole_seconds(seconds: float) -> int:
+    """Return after how many whole seconds to retry."""
     return min(max(math.ceil(seconds), LATER_S), MOST_S)

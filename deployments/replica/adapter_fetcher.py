@@ -87,6 +87,10 @@ class AdapterFetcher:
             found, fetch.folder = fetch.folder, self._begin(ref, tenant)
             fetch.folder.add_done_callback(lambda _: self._unpin_after(found, ref.digest))
 
+    def expected_s(self, digest: str) -> float:
+        """Tell how long an adapter takes to be here, by the latest ones; 0 if not measured."""
+        return self.disk_load_s if digest in self._used else self.remote_load_s
+
     def recent(self, limit: int) -> list[str]:
         """List digests that arrived here, the latest first. Some may have been evicted since."""
         return list(reversed(self._used))[:limit]

@@ -31,6 +31,7 @@ from deployments.fleet.protocol import (
 )
 from deployments.live_settings import engine_name, reconfigured
 from deployments.loopback_grpc import keep_grpc_on_loopback
+from deployments.policy.shared_service import ServiceReport
 from deployments.replica import autoscaler
 from deployments.replica.replica import EngineReplica, ReplicaSettings
 from deployments.replica.verdict_writer import VerdictWriter
@@ -87,12 +88,17 @@ class EngineDeployment:
             yield item
 
     async def control(
-        self, hints: Hints, stream_id: StreamId, aborts: Sequence[Abort], renew: bool
+        self,
+        hints: Hints,
+        stream_id: StreamId,
+        aborts: Sequence[Abort],
+        renew: bool,
+        elsewhere: Sequence[ServiceReport] = (),
     ) -> Lease | None:
         self._check_target(hints)
         if hints.is_leaving:
             self._replica.drain()
-        return await self._replica.control(stream_id, aborts, renew)
+        return await self._replica.control(stream_id, aborts, renew, elsewhere)
 
     def _check_target(self, hints: Hints) -> None:
         if hints.target not in ("", self._id):
@@ -152,7 +158,10 @@ async def _make_replica(replica_id: str, config: AppConfig, model: ModelSection)
         def note(found: AdapterVerdict) -> None:
             writer.note(found, describe_engine(engine_config, client.info))
 
-        client = EngineClient(engine_config, on_frame, on_verdict=note)
+        client = EngineClient(
+            engine_config, on_frame, on_verdict=note, on_served=lambda s: replica.note_served(s)
+        )
         return client
 
-    return EngineReplica(make_engine, store, settings)
+    replica = EngineReplica(make_engine, store, settings)
+    return replica

@@ -5,13 +5,14 @@ Adapters are fetched off the engine's path, and each engine frame is split by in
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from adapter_store.names import AdapterRef
 from deployments.fleet.protocol import Submit
 from deployments.policy.load_meter import LoadMeter
+from deployments.policy.queue_shares import FlowLoad
 from deployments.replica.adapter_fetcher import AdapterFetcher, adapter_error
 from deployments.replica.engine_handle import EngineHandle
 from deployments.replica.ingress_streams import IngressStream
@@ -38,6 +39,9 @@ class LiveRequest:
     adapter_ref: AdapterRef | None = None
     fetching: asyncio.Task[None] | None = None  # until the adapter is there
     is_counted: bool = True  # as part of the traffic
+    flow: FlowLoad = field(kw_only=True)
+    has_begun: bool = False  # its first token has come, here or where it was before
+    timer: asyncio.TimerHandle | None = None  # until its first token comes
 
 
 class LiveRequests:
@@ -55,6 +59,7 @@ class LiveRequests:
         self.by_id: dict[str, LiveRequest] = {}
         self.num_open = 0  # choices that have not ended: they take a place in the batch
         self.meter = LoadMeter()
+        self._flows: dict[tuple[str, int], FlowLoad] = {}  # that have a request
         self._fetcher = fetcher
 
     # ---- outputs -------------------------------------------------------------------------
@@ -78,6 +83,8 @@ class LiveRequests:
             stream.outbox.end_step()
 
     def _note(self, request_id: str, live: LiveRequest, output: RequestOutput) -> None:
+        if not live.has_begun:
+            self._begin(live)
         metrics = output.metrics if live.is_counted else None
         if metrics is not None:
             self.meter.waited(metrics.queue_s)
@@ -96,6 +103,7 @@ class LiveRequests:
 
     def _finish_choice(self, request_id: str, live: LiveRequest) -> None:
         live.num_open -= 1
+        live.flow.num_open -= 1
         self.num_open -= 1
         if live.num_open == 0:
             self._release(request_id, live)
@@ -112,11 +120,31 @@ class LiveRequests:
 
     # ---- the beginning -------------------------------------------------------------------
 
+    @property
+    def flows(self) -> Collection[FlowLoad]:
+        """What there is of each tenant and class."""
+        return self._flows.values()
+
+    def flow_of(self, request: GenerateRequest) -> FlowLoad:
+        """Return what there is of a request's tenant and class, which may be nothing."""
+        known = self._flows.get((request.tenant, request.priority_class))
+        if known is None:
+            return FlowLoad(request.tenant, request.priority_class, request.weight)
+        known.weight = request.weight
+        return known
+
     def accept(self, stream: IngressStream, submit: Submit, is_counted: bool = True) -> None:
         request = submit.request
-        live = LiveRequest(stream, request, request.n, is_counted=is_counted)
+        flow = self._flows.setdefault(
+            (request.tenant, request.priority_class), self.flow_of(request)
+        )
+        live = LiveRequest(stream, request, request.n, is_counted=is_counted, flow=flow)
         self.by_id[request.request_id] = live
         self.num_open += live.num_open
+        flow.num_open += live.num_open
+        live.has_begun = bool(request.output_token_ids)
+        if not live.has_begun:
+            self._expect(live, submit.timeout_s)
         if is_counted:
             self.meter.received(len(request.prompt_token_ids), live.num_open)
         stream.request_ids[request.request_id] = None
@@ -126,6 +154,24 @@ class LiveRequests:
             folder = self._fetcher.acquire(submit.adapter_ref, request.tenant)
             live.adapter_ref = submit.adapter_ref
             live.fetching = asyncio.create_task(self._start_with(folder, live, submit.adapter_ref))
+
+    def _expect(self, live: LiveRequest, timeout_s: float | None) -> None:
+        """Count a prompt as waiting, and end it if its first token has not come by then."""
+        live.flow.queued_tokens += len(live.request.prompt_token_ids)
+        if timeout_s is not None:
+            loop = asyncio.get_running_loop()
+            live.timer = loop.call_later(timeout_s, self._end_late, live, timeout_s)
+
+    def _begin(self, live: LiveRequest) -> None:
+        """Note the first token, or an end without one."""
+        live.has_begun = True
+        live.flow.queued_tokens -= len(live.request.prompt_token_ids)
+        if live.timer is not None:
+            live.timer.cancel()
+
+    def _end_late(self, live: LiveRequest, timeout_s: float) -> None:
+        message = f"No token came in the {timeout_s:.3g} s that were left of what is allowed."
+        self._end(live, RequestError(ErrorKind.TOO_LATE, message))
 
     async def _start_with(
         self, folder: asyncio.Future[Path], live: LiveRequest, ref: AdapterRef
@@ -157,9 +203,32 @@ class LiveRequests:
                 self._release(request_id, live)
 
     def fail_all(self, error: RequestError) -> None:
-        for request_id, live in list(self.by_id.items()):
-            self._stop(request_id, live)
-            self.fail(request_id, error)
+        for live in list(self.by_id.values()):
+            self._end(live, error)
+
+    def num_waiting_of(self, flow: FlowLoad) -> int:
+        """Count the answers of a flow that have not begun."""
+        lives = self.by_id.values()
+        return sum(live.num_open for live in lives if live.flow is flow and not live.has_begun)
+
+    def shed(self, flow: FlowLoad, num_answers: int, error: RequestError) -> int:
+        """End the newest requests of a flow that have not begun, until so many answers are gone.
+
+        Return how many there were, perhaps fewer.
+        """
+        num_gone = 0
+        for live in reversed(list(self.by_id.values())):
+            if num_gone >= num_answers:
+                break
+            if live.flow is flow and not live.has_begun:
+                num_gone += live.num_open
+                self._end(live, error)
+        return num_gone
+
+    def _end(self, live: LiveRequest, error: RequestError) -> None:
+        request_id = live.request.request_id
+        self._stop(request_id, live)
+        self.fail(request_id, error)
 
     def _stop(self, request_id: str, live: LiveRequest) -> None:
         if live.fetching is not None:
@@ -169,6 +238,12 @@ class LiveRequests:
     def _release(self, request_id: str, live: LiveRequest) -> None:
         del self.by_id[request_id]
         self.num_open -= live.num_open
+        flow = live.flow
+        flow.num_open -= live.num_open
+        if not live.has_begun:
+            self._begin(live)
+        if not flow.num_open:
+            self._flows.pop((flow.tenant, flow.rank), None)
         del live.stream.request_ids[request_id]
         if live.adapter_ref is not None:
             self._fetcher.release(live.adapter_ref)

@@ -13,15 +13,18 @@ from dataclasses import dataclass, replace
 
 from deployments.fleet.protocol import Abort, Frame, Hello, Lease, Receipt, StreamId, Submit
 from deployments.policy.autoscaling import ReplicaLoad
-from deployments.policy.backlog import Backlog, QueueLimits, overload
+from deployments.policy.backlog import Backlog, Overload, QueueLimits, overload
 from deployments.policy.capacity import Capacity
+from deployments.policy.queue_shares import FlowLoad, flow_wait_s, too_late, who_gives_way
 from deployments.policy.replica_view import ReplicaFigures
+from deployments.policy.shared_service import OthersService, OwnService, ServiceReport
 from deployments.replica.adapter_fetcher import AdapterFetcher, AdapterFiles
 from deployments.replica.engine_handle import EngineHandle
 from deployments.replica.ingress_streams import IngressStream, IngressStreams
 from deployments.replica.live_requests import LiveRequests
 from deployments.replica.prewarmer import AskForAdapters, Prewarmer
-from engine.messages import EngineStats, ErrorKind, Item, RequestError
+from engine.messages import EngineStats, ErrorKind, FlowTokens, Item, RequestError
+from engine.scheduler.classes import PriorityClass
 
 CARE_PERIOD_S = 1.0
 MAX_DISK_ADAPTERS = 256  # of those that are reported to routers
@@ -56,6 +59,7 @@ class EngineReplica:
         self._engine = self._requests.engine
         self._streams = IngressStreams(settings.replica_id, clock, self._on_detach)
         self._num_received = 0
+        self._served, self._others = OwnService(settings.replica_id), OthersService()
         self._draining_since_s: float | None = None
         self._caretaker: asyncio.Task[None] | None = None
         self._prewarmer: Prewarmer | None = None
@@ -100,7 +104,7 @@ class EngineReplica:
         epoch = epochs.get(replica_id, 0)
         if submit.request.request_id in self._requests.by_id:
             return Receipt(replica_id, epoch)
-        refusal = self._refusal(submit.request.n)
+        refusal = self._refusal(submit)
         if refusal is None:
             stream = self._streams.open(ingress_id, epoch)
             if stream is not None:
@@ -112,19 +116,53 @@ class EngineReplica:
             )
         return Receipt(replica_id, epoch, refusal)
 
-    def _refusal(self, num_choices: int) -> RequestError | None:
+    def _refusal(self, submit: Submit) -> RequestError | None:
         if self.is_draining:
             return RequestError(ErrorKind.DRAINING, "the replica is being stopped")
         outage = self._engine.outage
         if outage is not None:
             return RequestError(ErrorKind.ENGINE_DIED, outage)
-        limits = self._settings.limits
-        if limits.surely_allow(self._requests.num_open, num_choices):
+        limits, num_choices = self._settings.limits, submit.request.n
+        is_allowed = limits.surely_allow(self._requests.num_open, num_choices)
+        if is_allowed and submit.timeout_s is None:
             return None
-        found = overload(self._capacity(), self._backlog(), limits, num_choices)
+        found = self._overload(submit)
         if found is None:
             return None
         return RequestError(ErrorKind.OVERLOADED, found.message, found.retry_after_s)
+
+    def _overload(self, submit: Submit) -> Overload | None:
+        """Say why a request may not wait here. Others give way to one of a smaller share."""
+        request, limits, requests = submit.request, self._settings.limits, self._requests
+        capacity, backlog, flow = self._capacity(), self._backlog(), requests.flow_of(request)
+        wait_s = flow_wait_s(capacity, backlog, flow, requests.flows)
+        if submit.timeout_s is not None and not request.output_token_ids:
+            found = too_late(self._ttft_s(submit, capacity, wait_s), submit.timeout_s)
+            if found is not None:
+                return found
+        found = overload(capacity, backlog, limits, request.n, wait_s)
+        excess = requests.num_open + request.n - limits.max_open
+        if found is None or excess <= 0:
+            return found
+        return None if self._make_room(flow, request.n, excess, found) else found
+
+    def _make_room(self, flow: FlowLoad, num_more: int, excess: int, why: Overload) -> bool:
+        """End requests that wait, of those who have more than their share of a full queue."""
+        givers = who_gives_way(flow, num_more, self._requests.flows)
+        if sum(map(self._requests.num_waiting_of, givers)) < excess:
+            return False
+        for giver in givers:
+            if excess > 0:
+                error = RequestError(ErrorKind.OVERLOADED, why.message, why.retry_after_s)
+                excess -= self._requests.shed(giver, excess, error)
+        return True
+
+    def _ttft_s(self, submit: Submit, capacity: Capacity, wait_s: float) -> float:
+        """Predict when the first token comes: after the queue, or its adapter if that is later."""
+        ref, load_s = submit.adapter_ref, 0.0
+        if ref is not None and ref.digest not in self._engine.stats.adapters_in_memory:
+            load_s = self._fetcher.expected_s(ref.digest)
+        return max(wait_s, load_s) + capacity.prompt_s(len(submit.request.prompt_token_ids))
 
     async def attach(
         self, ingress_id: str, epochs: Mapping[str, int]
@@ -148,7 +186,11 @@ class EngineReplica:
             self._streams.detach(stream)
 
     async def control(
-        self, stream_id: StreamId, aborts: Sequence[Abort], renew: bool
+        self,
+        stream_id: StreamId,
+        aborts: Sequence[Abort],
+        renew: bool,
+        elsewhere: Sequence[ServiceReport] = (),
     ) -> Lease | None:
         """Renew the lease of a stream and abort requests. Raises UnknownStream."""
         stream = self._streams.renew(stream_id)
@@ -156,10 +198,18 @@ class EngineReplica:
         for abort in aborts:
             if abort.index is not None:
                 self._engine.abort(abort.request_id, abort.index)
+        news = self._others.take(elsewhere, self._clock()) if elsewhere else None
+        if news:
+            self._engine.count_elsewhere([(t, PriorityClass(c), n) for t, c, n in news])
         if not renew and not self.is_draining:
             return None
         ids = frozenset(stream.request_ids)
-        return Lease(ids, self._engine.stats, self.is_draining, self._engine.trouble)
+        served = self._served.take_report()
+        return Lease(ids, self._engine.stats, self.is_draining, self._engine.trouble, served)
+
+    def note_served(self, served: Sequence[FlowTokens]) -> None:
+        """Note what the engine has charged tenants with, for the other replicas."""
+        self._served.add(served)
 
     # ---- leases and the way out ----------------------------------------------------------
 

@@ -14,6 +14,8 @@ API keys are never stored: the file holds only their SHA-256. It is YAML or JSON
         max_lora_rank: 64
         max_adapters: 100
         weight: 2.0                      # gets twice the tokens of a tenant with 1.0, if both wait
+        max_priority_class: interactive  # the most urgent that its requests may be
+        max_ttft_s: 5.0                  # a first token that would come later is not waited for
     metrics_keys: [<64 hex digits>]      # these open /metrics and nothing else
     admin_keys: {ann: <64 hex digits>}   # these manage all tenants' adapters over /admin/v1
 """
@@ -23,7 +25,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
 from pydantic_core import ErrorDetails
@@ -34,6 +36,7 @@ from deployments.policy.admission import Limits
 from deployments.strict_yaml import YamlMistake, read_yaml
 from deployments.tenants.tenant import Publisher, Tenant, UploadLimits
 from engine.config import ConfigError
+from engine.scheduler.classes import PriorityClass
 from engine.scheduler.fairness import MAX_WEIGHT, MIN_WEIGHT
 
 KEY_PREFIX = "reef-"
@@ -58,6 +61,8 @@ class TenantEntry(Section):
     max_lora_rank: Annotated[int, Field(ge=1, le=1024)] = 1
     max_adapters: Limit = None
     weight: float = Field(default=1.0, ge=MIN_WEIGHT, le=MAX_WEIGHT)
+    max_priority_class: Literal["interactive", "standard", "batch"] = "standard"
+    max_ttft_s: Annotated[float, Field(ge=0.001, le=86_400)] | None = None
 
 
 class KeysDocument(Section):
@@ -92,7 +97,15 @@ def read_keys(path: Path, defaults: Limits) -> Keys:
     holders: dict[bytes, Holder] = {}
     for name, entry in document.tenants.items():
         limits, namespaces = _limits(entry, defaults), tuple(entry.namespaces)
-        tenant = Tenant(name, limits, namespaces, entry.may_publish, entry.weight)
+        tenant = Tenant(
+            name,
+            limits,
+            namespaces,
+            entry.may_publish,
+            entry.weight,
+            PriorityClass[entry.max_priority_class.upper()],
+            entry.max_ttft_s,
+        )
         for digest in map(bytes.fromhex, entry.keys):
             if digest in holders or digest in metrics or digest in publishers:
                 raise _twice(path, f"tenants.{name}.keys", digest)

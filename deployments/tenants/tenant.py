@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from deployments.policy.admission import NO_LIMITS, Limits
+from engine.scheduler.classes import PriorityClass
 
 PUBLIC = "public"  # the namespace open to all, and the one tenant where there are no keys
 
@@ -37,7 +38,8 @@ class Tenant:
     """`granted` are the namespaces beyond its own and `public`.
 
     `may_publish`: it may bring adapters into its own namespace, and retire them.
-    `weight`: its share of the engines beside other tenants that wait.
+    `weight`: its share of the engines beside other tenants that wait. No request may be of a higher
+    class than `max_priority_class`; `max_ttft_s`: what holds for those that name no time.
     """
 
     name: str
@@ -45,6 +47,8 @@ class Tenant:
     granted: tuple[str, ...] = ()
     may_publish: bool = False
     weight: float = 1.0
+    max_priority_class: PriorityClass = PriorityClass.INTERACTIVE
+    max_ttft_s: float | None = None
 
     @property
     def default_namespaces(self) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ is accepted and ignored; an unknown one is refused by name. Knows nothing of tex
 
 from dataclasses import asdict
 from functools import cached_property
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import Field, model_validator
 
@@ -91,6 +91,7 @@ class OpenAIRequest(Model):
     truncate_prompt_tokens: int | None = Field(None, ge=-1)
     return_tokens_as_token_ids: bool | None = None
     request_id: RequestId | None = None
+    priority_class: Literal["interactive", "standard", "batch"] | None = None  # ours
     priority: Priority | None = None  # lower ones go first among the tenant's that wait
     length_penalty: LengthPenalty = None
     use_beam_search: NoBeams = None

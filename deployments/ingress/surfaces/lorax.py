@@ -109,8 +109,8 @@ async def _identified(
             raise
         document = await ingress.document(http_request)
         tenant, place = held.enter_context(ingress.tenant_of(_bearer(document)))
-        return document, tenant, ingress.named(place, http_request)
-    return await ingress.document(http_request), tenant, ingress.named(place, http_request)
+        return document, tenant, ingress.named(place, http_request, tenant)
+    return await ingress.document(http_request), tenant, ingress.named(place, http_request, tenant)
 
 
 def _bearer(document: object) -> str | None:

@@ -18,6 +18,7 @@ from deployments.fleet.protocol import (
     Submit,
     UnknownStream,
 )
+from deployments.policy.shared_service import ServiceReport
 from deployments.replica.replica import EngineReplica
 
 OnSubmit = Callable[[str, Submit], None]
@@ -85,14 +86,19 @@ class LocalFleet:
             await stream.aclose()
 
     async def control(
-        self, hints: Hints, stream_id: StreamId, aborts: Sequence[Abort], renew: bool
+        self,
+        hints: Hints,
+        stream_id: StreamId,
+        aborts: Sequence[Abort],
+        renew: bool,
+        elsewhere: Sequence[ServiceReport] = (),
     ) -> Lease | None:
         await self._pause()
         replica = self.replicas[self._choose(hints)]
         if hints.target in self.leaving:
             replica.drain()
         kept = [abort for abort in aborts if not self.lose(abort)]
-        return await replica.control(stream_id, kept, renew)
+        return await replica.control(stream_id, kept, renew, elsewhere)
 
     async def choose(self, hints: Hints) -> str:
         await self._pause()
