@@ -9,6 +9,7 @@ same requests: the guest alone, both as tenants, and both as one tenant, first c
 
 import argparse
 import statistics
+import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -21,8 +22,10 @@ from deployments.simulator.prompts import make_prompt
 from deployments.simulator.records import Stretch
 from deployments.simulator.replica import ReplicaSize, SimulatedReplica
 from deployments.simulator.workload import Lengths, draw_length
+from engine.scheduler.classes import Flow
+from engine.scheduler.fairness import bound
 from engine.scheduler.request import CacheScope, Request, SamplingParams
-from engine.scheduler.scheduler import Progress
+from engine.scheduler.scheduler import Progress, Scheduler
 from tests.bench.environment import append_row, header
 
 GUEST, FLOOD = "guest", "flood"
@@ -51,6 +54,7 @@ class Listener:
         self.clock = clock
         self.ttfts: list[float] = []
         self.num_tokens = self.num_ended = 0
+        self.widest_gap = 0.0
 
     def on_progress(self, progress: list[Progress]) -> None:
         for each in progress:
@@ -83,6 +87,8 @@ def main() -> None:
 
 def compare(traffic: Traffic, seconds: float, num_seeds: int) -> str:
     ratios: dict[str, list[float]] = {"fair": [], "first come": [], "tokens": []}
+    gaps = list[float]()
+    most = bound(traffic.prompt.most, SIZE.max_num_seqs * traffic.output.most)
     for seed in range(num_seeds):
         rate = capacity(traffic, seed, seconds)
         guest = arrivals(GUEST, GUEST_SHARE * rate, seed, seconds)
@@ -93,8 +99,13 @@ def compare(traffic: Traffic, seconds: float, num_seeds: int) -> str:
         ratios["fair"].append(p99(fair) / p99(alone))
         ratios["first come"].append(p99(one) / p99(alone))
         ratios["tokens"].append(fair.num_tokens / one.num_tokens)
+        gaps.append(fair.widest_gap)
+        if fair.widest_gap > most:
+            sys.exit(f"two that waited were {fair.widest_gap:.0f} apart, beyond {most:.0f}")
     told = f"guest's p99 TTFT beside a flood {spread(ratios['fair'])} x alone, first come first "
-    return f"{told}served {spread(ratios['first come'])} x; tokens/s {spread(ratios['tokens'])} x"
+    told = f"{told}served {spread(ratios['first come'])} x; tokens/s {spread(ratios['tokens'])} x; "
+    told += f"while both waited, at most {max(gaps):.0f} of {most:.0f} apart"
+    return told
 
 
 def p99(listener: Listener) -> float:
@@ -141,8 +152,23 @@ def run(
         request = make_request(traffic, number, time_s, name, tenant)
         replica = replicas[number % len(replicas)]
         clock.at(time_s, partial(replica.submit, request, 0))
-    clock.run(lambda: clock.now_s >= seconds)
+
+    def is_over() -> bool:
+        gaps = [gap(replica.scheduler) for replica in replicas]
+        listener.widest_gap = max(listener.widest_gap, *gaps)
+        return clock.now_s >= seconds
+
+    clock.run(is_over)
     return listener
+
+
+def gap(scheduler: Scheduler) -> float:
+    """Return how far the counters of guest and flood are apart while both wait; else 0."""
+    service, flows = scheduler.service, {Flow(GUEST), Flow(FLOOD)}
+    if not flows <= scheduler.waiting.flows:
+        return 0.0
+    service.settle(scheduler.running)
+    return abs(service[Flow(GUEST)] - service[Flow(FLOOD)])
 
 
 def make_request(traffic: Traffic, number: int, time_s: float, name: str, tenant: str) -> Request:
