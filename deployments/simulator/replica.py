@@ -183,7 +183,7 @@ class SimulatedReplica:
 
     def _note_gap(self) -> None:
         """Between two calls the gap changes in one direction, so none that is larger is missed."""
-        if len(self.scheduler.waiting.tenants) > 1:
+        if len(self.scheduler.waiting.flows) > 1:
             self._catch_up()
             self.service_gap = max(self.service_gap, self.scheduler.service_gap)
 

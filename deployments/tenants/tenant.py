@@ -47,7 +47,7 @@ class Tenant:
     granted: tuple[str, ...] = ()
     may_publish: bool = False
     weight: float = 1.0
-    max_priority_class: PriorityClass = PriorityClass.INTERACTIVE
+    max_priority_class: PriorityClass = PriorityClass.STANDARD
     max_ttft_s: float | None = None
 
     @property

@@ -17,6 +17,7 @@ from deployments.config_sections import TenancySection
 from deployments.policy.admission import NO_LIMITS, Limits
 from deployments.tenants.keys_file import KeysFileError, hash_key, read_keys
 from deployments.tenants.tenant import PUBLIC, Publisher, Tenant, UploadLimits
+from engine.scheduler.classes import PriorityClass
 
 FOLLOW_S = 1.0
 
@@ -75,7 +76,8 @@ class Everybody:
     asks_for_keys = False
 
     def __init__(self, limits: Limits = NO_LIMITS) -> None:
-        self._tenant = Tenant(PUBLIC, limits, may_publish=True)
+        highest = PriorityClass.INTERACTIVE
+        self._tenant = Tenant(PUBLIC, limits, may_publish=True, max_priority_class=highest)
 
     def identify(self, authorization: str | None, api_key: str | None = None) -> Tenant:
         return self._tenant

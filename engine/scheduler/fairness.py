@@ -22,7 +22,8 @@ from engine.scheduler.request import Request
 INPUT_WEIGHT = 1.0  # of a prompt's token
 OUTPUT_WEIGHT = 2.0  # of a generated one, which takes a step
 MIN_WEIGHT, MAX_WEIGHT = 0.01, 100.0  # of a tenant
-CREDIT = 2000.0  # of service that a tenant may save up: a burst of some requests
+# Of service that a tenant may save up: a burst of some requests, or a short answer for each seat.
+CREDIT, SEAT_CREDIT = 2000.0, 128.0
 FORGET_ABOVE = 1024  # idle tenants are forgotten when more than so many are known
 
 
@@ -30,7 +31,8 @@ class TenantService:
     """Counters of flows: a tenant's requests of one class. New tokens of running requests count
     when `settle` looks at them."""
 
-    def __init__(self) -> None:
+    def __init__(self, credit: float = CREDIT) -> None:
+        self._credit = credit
         self.classes = ClassShares()
         self._counters: dict[Flow, float] = {}
         self._last_left = {each: Flow("", each) for each in PriorityClass}  # left the queue last
@@ -60,7 +62,7 @@ class TenantService:
         """Lift a flow that begins to wait beside these others. Settle running requests before."""
         self.classes.note_waiting(waiting)
         least = self._least(flow.priority_class, waiting)
-        self._counters[flow] = max(self[flow], least - CREDIT)
+        self._counters[flow] = max(self[flow], least - self._credit)
 
     def begin(self, request: Request) -> None:
         """Charge a request that leaves the queue for what is to be computed before new tokens.
@@ -101,7 +103,7 @@ class TenantService:
         A tenant owes by that no more than twice what was computed here since the last call, from
         where those are who wait: it is not kept waiting long for what nobody here went without.
         """
-        debts = [max(CREDIT, 2 * progress) for progress in self._progress]
+        debts = [max(self._credit, 2 * progress) for progress in self._progress]
         self._progress = [0.0] * len(PriorityClass)
         for flow, tokens in served:
             rank = flow.priority_class
@@ -135,7 +137,12 @@ class TenantService:
         self._progress[flow.priority_class] += counted
 
 
-def bound(max_input_tokens: float, max_tokens_at_once: float) -> float:
+def credit_of(max_num_seqs: int) -> float:
+    """Return the credit of an engine with so many seats."""
+    return max(CREDIT, SEAT_CREDIT * max_num_seqs)
+
+
+def bound(max_input_tokens: float, max_tokens_at_once: float, credit: float = CREDIT) -> float:
     """Return the most by which counters of two tenants of weight 1 drift apart while both wait.
 
     `max_input_tokens`: of one request, with what its adapter's load counts.
@@ -143,4 +150,4 @@ def bound(max_input_tokens: float, max_tokens_at_once: float) -> float:
     Theorem 4.4 of the paper: twice the larger of one prompt's charge and of a full batch's output;
     and the credit that one of them came with.
     """
-    return CREDIT + 2 * max(INPUT_WEIGHT * max_input_tokens, OUTPUT_WEIGHT * max_tokens_at_once)
+    return credit + 2 * max(INPUT_WEIGHT * max_input_tokens, OUTPUT_WEIGHT * max_tokens_at_once)

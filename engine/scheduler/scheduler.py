@@ -27,7 +27,7 @@ from engine.scheduler.activation import NEVER, adapter_start
 from engine.scheduler.batch import ScheduledBatch, ScheduledRequest
 from engine.scheduler.classes import PriorityClass
 from engine.scheduler.decode_run import DecodeRun, LightBatch, are_plain_decodes, steps_possible
-from engine.scheduler.fairness import TenantService
+from engine.scheduler.fairness import TenantService, credit_of
 from engine.scheduler.limits import SchedulerLimits
 from engine.scheduler.memory import MemoryBudget, MemoryChanges
 from engine.scheduler.prefix_cache import find_cached_blocks, publish_blocks
@@ -76,7 +76,7 @@ class Scheduler:
         self.speculation = speculation
         self.step_budget = StepBudget(limits.target_step_s)
         self.waiting = WaitingQueue()
-        self.service = TenantService()
+        self.service = TenantService(credit_of(limits.max_num_seqs))
         self.running: list[Request] = []  # in order of admission
         self.num_preemptions = self.num_drafts = 0
         self.num_drafted_tokens = self.num_accepted_tokens = 0

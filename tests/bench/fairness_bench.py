@@ -23,7 +23,7 @@ from deployments.simulator.records import Stretch
 from deployments.simulator.replica import ReplicaSize, SimulatedReplica
 from deployments.simulator.workload import Lengths, draw_length
 from engine.scheduler.classes import Flow
-from engine.scheduler.fairness import bound
+from engine.scheduler.fairness import bound, credit_of
 from engine.scheduler.request import CacheScope, Request, SamplingParams
 from engine.scheduler.scheduler import Progress, Scheduler
 from tests.bench.environment import append_row, header
@@ -88,7 +88,8 @@ def main() -> None:
 def compare(traffic: Traffic, seconds: float, num_seeds: int) -> str:
     ratios: dict[str, list[float]] = {"fair": [], "first come": [], "tokens": []}
     gaps = list[float]()
-    most = bound(traffic.prompt.most, SIZE.max_num_seqs * traffic.output.most)
+    seats = SIZE.max_num_seqs
+    most = bound(traffic.prompt.most, seats * traffic.output.most, credit_of(seats))
     for seed in range(num_seeds):
         rate = capacity(traffic, seed, seconds)
         guest = arrivals(GUEST, GUEST_SHARE * rate, seed, seconds)
