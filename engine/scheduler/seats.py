@@ -21,9 +21,10 @@ def may_yield(running: Sequence[Request], waiting: Sequence[Request]) -> bool:
     seats = seats_by_flow(running)
     if not waiting or (len(seats) == len(waiting) == 1 and waiting[0].flow in seats):
         return False
-    if lowest(running, min(request.priority_class for request in waiting)) is not None:
+    classes = {request.priority_class for request in waiting}
+    if _has_lower(seats, min(classes)) and lowest(running, min(classes)) is not None:
         return True
-    givers = {each: _newest_of_most(each, running, seats) for each in PriorityClass}
+    givers = {each: _newest_of_most(each, running, seats) for each in classes}
     return any(_may_take(request, givers[request.priority_class], seats) for request in waiting)
 
 
@@ -101,11 +102,16 @@ def _giver(
     request: Request, running: Sequence[Request], seats: dict[Flow, float]
 ) -> Request | None:
     """Return the running request whose seat this one may take; None if there is none."""
-    lower = lowest(running, request.priority_class)
-    if lower is not None:
-        return lower
+    if _has_lower(seats, request.priority_class):
+        lower = lowest(running, request.priority_class)
+        if lower is not None:
+            return lower
     last = _newest_of_most(request.priority_class, running, seats)
     return last if _may_take(request, last, seats) else None
+
+
+def _has_lower(flows: Iterable[Flow], priority_class: PriorityClass) -> bool:
+    return any(flow.priority_class > priority_class for flow in flows)
 
 
 def _newest_of_most(
