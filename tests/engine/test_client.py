@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -20,6 +21,7 @@ from engine.messages import (
     AbortRequest,
     AdapterFolder,
     ErrorKind,
+    FlowTokens,
     GenerateRequest,
     Item,
     Ping,
@@ -28,6 +30,7 @@ from engine.messages import (
     StepOutputs,
 )
 from engine.process_handle import EngineStartError
+from engine.scheduler.classes import PriorityClass
 from tests.engine.support.driver import greedy, make_engine, prompt_of, run
 from tests.engine.support.tiny import Tiny, write_tiny
 
@@ -48,6 +51,7 @@ class Inbox:
 
     def __init__(self) -> None:
         self.outputs: list[RequestOutput] = []
+        self.served: list[FlowTokens] = []
         self._changed = asyncio.Event()
 
     def on_frame(self, items: list[Item]) -> None:
@@ -76,7 +80,12 @@ def with_client(
 ) -> None:
     async def scenario() -> None:
         inbox = Inbox()
-        client = EngineClient(config_of(folder), inbox.on_frame, hang_timeout_s=hang_timeout_s)
+        client = EngineClient(
+            config_of(folder),
+            inbox.on_frame,
+            on_served=inbox.served.extend,
+            hang_timeout_s=hang_timeout_s,
+        )
         await client.start()
         try:
             await test(client, inbox)
@@ -112,6 +121,32 @@ def test_tokens_are_those_of_the_engine_in_this_process(tiny: Tiny) -> None:
         async with asyncio.timeout(60):
             while client.stats.total_output_tokens < 36 or client.stats.num_running:
                 await asyncio.sleep(0.02)
+
+    with_client(tiny.folder, test)
+
+
+def test_what_tenants_were_charged_comes_out_and_goes_in(tiny: Tiny) -> None:
+    batch = PriorityClass.BATCH
+
+    async def test(client: EngineClient, inbox: Inbox) -> None:
+        for name, tenant in (("a", "x"), ("b", "y")):
+            request = GenerateRequest(name, prompt_of(20), greedy(4), tenant=tenant)
+            client.submit(replace(request, priority_class=batch))
+        await inbox.ended("a", "b")
+        async with asyncio.timeout(60):
+            while sum(tokens for *_, tokens in inbox.served) < 2 * (20 + 2 * 4):
+                await asyncio.sleep(0.02)
+        totals = dict.fromkeys([("x", batch), ("y", batch)], 0.0)
+        for tenant, priority_class, tokens in inbox.served:
+            totals[tenant, priority_class] += tokens
+        assert set(totals.values()) == {20 + 2 * 4}
+        client.count_elsewhere([("x", batch, 1000.0)])  # no charge of this engine's
+        client.submit(GenerateRequest("c", prompt_of(5), greedy(2), tenant="x"))
+        await inbox.ended("c")
+        async with asyncio.timeout(60):
+            while sum(n for _, c, n in inbox.served if c is not batch) < 5 + 2 * 2:
+                await asyncio.sleep(0.02)
+        assert not any(tokens >= 1000 for *_, tokens in inbox.served)
 
     with_client(tiny.folder, test)
 
