@@ -1,7 +1,7 @@
 """Fits a profile's coefficients to measured steps: relative squares, no coefficient below 0.
 
-The time by tokens is a line through points at powers of two, so that where kernels change, it may
-have a bend; a small penalty on bends decides where nothing was measured. Steps that take twice what
+The time by tokens is a line through points at powers of two and between, so that where kernels
+change, it may have a bend, or fall; a small penalty on bends decides where nothing was measured. Steps that take twice what
 the first fit predicts, or half, which others on the machine have disturbed, are left out of the
 second; how many took longer, and how much, is told apart. The second fit weighs steps by the times
 that the first predicts: by those measured, slow ones would count less than quick ones, and all
@@ -52,10 +52,10 @@ def fit_steps(steps: Sequence[tuple[StepWork, float]]) -> StepFit:
     knots = _knots(max(work.shape.tokens for work, _ in steps))
     features = np.array([_features(work, knots) for work, _ in steps])
     seconds = np.array([took for _, took in steps])
-    predicted = features @ _fit(features, seconds, seconds, len(knots))
+    predicted = features @ _fit(features, seconds, seconds, knots)
     kept = (predicted < DISTURBED * seconds) & (seconds < DISTURBED * predicted)
     scale = np.maximum(predicted[kept], seconds[kept] / 2)
-    values = _fit(features[kept], seconds[kept], scale, len(knots))
+    values = _fit(features[kept], seconds[kept], scale, knots)
     disturbed = _disturbed(seconds - features @ values, seconds >= DISTURBED * predicted)
     features, seconds = features[kept], seconds[kept]
     predicted = features @ values
@@ -116,10 +116,11 @@ def _inner(features: Matrix, targets: Matrix, x: Matrix, is_free: NDArray[np.boo
 
 
 def _knots(most: int) -> list[int]:
-    knots = [1]
+    """1, 2, 3, 4, 6, 8, 12, 16 and so on, up to the first that is not below `most`."""
+    knots = [1, 2]
     while knots[-1] < most:
-        knots.append(knots[-1] * 2)
-    return knots if len(knots) > 1 else [1, 2]
+        knots.append(knots[-1] * 3 // 2 if knots[-1] & (knots[-1] - 1) == 0 else knots[-2] * 2)
+    return knots
 
 
 def _features(work: StepWork, knots: Sequence[int]) -> list[float]:
@@ -142,20 +143,19 @@ def _features(work: StepWork, knots: Sequence[int]) -> list[float]:
     ]
 
 
-def _fit(features: Matrix, seconds: Matrix, scale: Matrix, num_knots: int) -> Matrix:
+def _fit(features: Matrix, seconds: Matrix, scale: Matrix, knots: Sequence[int]) -> Matrix:
     """Minimize the squares of what is missed, in parts of `scale`."""
-    bends = np.zeros((max(num_knots - 2, 0), features.shape[1]))
+    bends = np.zeros((len(knots) - 2, features.shape[1]))
     weight = BENDS * len(seconds) ** 0.5 / np.median(seconds)
-    for i in range(len(bends)):  # points are twice as far apart each time
-        bends[i, i : i + 3] = np.array([2, -3, 1]) * weight
+    for i, (a, b, c) in enumerate(zip(knots, knots[1:], knots[2:], strict=False)):
+        further = (b - a) / (c - b)  # the slope from b on less the one before, by b - a
+        bends[i, i : i + 3] = np.array([1, -1 - further, further]) * 2 * weight
     targets = np.concatenate([seconds / scale, np.zeros(len(bends))])
     return nonnegative(np.concatenate([features / scale[:, None], bends]), targets)
 
 
 def _as_times(values: Matrix, knots: Sequence[int]) -> StepTimes:
-    """Write the coefficients; a step with more tokens takes no less."""
-    by_tokens = np.maximum.accumulate(values[: len(knots)])
-    points = tuple((knot, float(s)) for knot, s in zip(knots, by_tokens, strict=True))
+    points = tuple((knot, float(s)) for knot, s in zip(knots, values[: len(knots)], strict=True))
     rest = dict(zip(NAMES, map(float, values[len(knots) :]), strict=True))
     return StepTimes(fixed=0.0, token=0.0, tokens=points, **rest)
 
