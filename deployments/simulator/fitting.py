@@ -1,11 +1,11 @@
 """Fits a profile's coefficients to measured steps: relative squares, no coefficient below 0.
 
 The time by tokens is a line through points at powers of two and between, so that where kernels
-change, it may have a bend, or fall; a small penalty on bends decides where nothing was measured. Steps that take twice what
-the first fit predicts, or half, which others on the machine have disturbed, are left out of the
-second; how many took longer, and how much, is told apart. The second fit weighs steps by the times
-that the first predicts: by those measured, slow ones would count less than quick ones, and all
-would seem quicker than they are.
+change, it may have a bend, or fall; a small penalty on bends decides where nothing was measured.
+Steps that take twice what the first fit predicts, or half, which others on the machine have
+disturbed, are left out of the second; how many took longer, and how much, is told apart. The second
+fit weighs steps by the times that the first predicts: by those measured, slow ones would count less
+than quick ones, and all would seem quicker than they are.
 """
 
 from collections.abc import Sequence
