@@ -54,6 +54,7 @@ _PREFIXES = (
     "snapshots/",
     "audit/",
     "probe/",
+    "usage/",
     TRIALS,
 )  # all that a store holds
 MIN_PREFIX = 8  # digits that the beginning of a fingerprint must have

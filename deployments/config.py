@@ -20,6 +20,7 @@ from deployments.config_sections import (
     ModelSection,
     Section,
     TenancySection,
+    UsageSection,
     explain,
 )
 from deployments.policy.backlog import QueueLimits
@@ -32,6 +33,7 @@ class AppConfig(Section):
     tenancy: TenancySection = TenancySection()
     ingress: IngressSection = IngressSection()
     admin: AdminSection = AdminSection()
+    usage: UsageSection = UsageSection()
 
     @model_validator(mode="after")
     def _distinct_ids(self) -> "AppConfig":
@@ -82,6 +84,7 @@ def load_config(args: dict[str, Any]) -> AppConfig:
         raise ConfigError("admin.enabled: only where tenancy.mode is keys, since it needs keys")
     _check_endpoint(config.adapters)
     _check_writers(config)
+    _check_usage(config)
     config = _settled(_absolute(config))
     for model in config.models:
         config.engine_config(model)  # EngineConfig checks its own ranges
@@ -103,6 +106,19 @@ def _check_writers(config: AppConfig) -> None:
         raise ConfigError(
             f"{key}: not where adapters.single_writer is true, since several ingresses and engines "
             "would write"
+        )
+
+
+def _check_usage(config: AppConfig) -> None:
+    """Refuse prices that no request can have, and what nothing could be uploaded with."""
+    usage, ids = config.usage, {model.id for model in config.models}
+    for at, price in enumerate(usage.prices):
+        if unknown := sorted(set(price.models or ()) - ids):
+            raise ConfigError(f"usage.prices.{at}.models: {unknown} are not among the models {ids}")
+    if usage.path is not None and config.adapters.single_writer:
+        raise ConfigError(
+            "usage.path: not where adapters.single_writer is true, since the server would write "
+            "records to that store"
         )
 
 
@@ -168,6 +184,9 @@ def _absolute(config: AppConfig) -> AppConfig:
         places = adapters.load_from
         paths["load_from"] = [p if "://" in p else str(Path(p).absolute()) for p in places]
     update: dict[str, Any] = {"models": models, "adapters": adapters.model_copy(update=paths)}
+    if config.usage.path is not None:
+        folder = {"path": str(Path(config.usage.path).absolute())}
+        update["usage"] = config.usage.model_copy(update=folder)
     if config.tenancy.keys_file is not None:
         keys_file = {"keys_file": str(Path(config.tenancy.keys_file).absolute())}
         update["tenancy"] = config.tenancy.model_copy(update=keys_file)

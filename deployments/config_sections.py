@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Iterable
+from decimal import Decimal, InvalidOperation
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -28,6 +29,14 @@ from engine.byte_size import parse_byte_size
 def parse_bytes(value: object) -> object:
     """Read a size that is written `2GiB`; other types are left to the field's own check."""
     return parse_byte_size(value) if isinstance(value, str) else value
+
+
+def parse_price(value: object) -> object:
+    """Read a number as the decimal that is written, never as the nearest binary fraction."""
+    try:
+        return Decimal(str(value)) if type(value) in (int, float, str) else value
+    except InvalidOperation:
+        return value
 
 
 def key(default: Any, text: str, *, unset: str = "", live: str = "", **bounds: Any) -> Any:
@@ -58,6 +67,7 @@ _LABEL = r"[A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?"
 LabelName = Annotated[str, Field(pattern=rf"^([a-z0-9]([a-z0-9.-]{{0,251}}[a-z0-9])?/)?{_LABEL}$")]
 LabelValue = Annotated[str, Field(pattern=rf"^!?({_LABEL}|in\({_LABEL}(, ?{_LABEL})*\))$")]
 Limit = Annotated[int, Field(ge=1)] | None
+Money = Annotated[Decimal, BeforeValidator(parse_price), Field(ge=0, allow_inf_nan=False)]
 
 
 class Section(BaseModel):
@@ -568,6 +578,57 @@ class AdminSection(Section):
         256, "an adapter with a module of a higher rank is refused", ge=1, le=1024
     )
     max_adapters: Limit = key(10_000, "live versions of one tenant, by this API; null is no limit")
+
+
+class PriceSection(Section):
+    """What the requests of one price class cost. The first entry that fits a request is its."""
+
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}$",
+        description="the price class, which is written into the records of its requests",
+    )
+    models: list[str] | None = key(None, "the base models that it is for", unset="all")
+    max_rank: int | None = key(
+        None, "the largest rank of an adapter that it is for; the base has 0", unset="any", ge=0
+    )
+    prompt: Money = Field(description="of a million tokens of prompts")
+    cached: Money | None = key(
+        None, "of a million tokens of prompts that the KV cache held", unset="`prompt`"
+    )
+    output: Money = Field(description="of a million tokens of answers")
+    load: Money = key(Decimal(0), "of a GiB of adapters that had to be loaded")
+
+
+class UsageSection(Section):
+    """Records of what each request used, for bills ([how](usage.md))."""
+
+    path: str | None = key(
+        None,
+        "a folder on this machine's disk where a record of each request is kept until it is in "
+        "`adapters.root`, below `usage/`",
+        unset="no records",
+    )
+    fsync_s: float = key(
+        1.0, "seconds after which a request's record is flushed to disk, at the latest", gt=0, le=60
+    )
+    upload_s: float = key(
+        60.0, "seconds after which it is uploaded, at the latest", gt=0, le=86_400
+    )
+    max_bytes: Bytes = key(
+        2**30,
+        "the most that records may take on disk while the store cannot be reached; beyond that "
+        "requests are served without a record, and counted",
+    )
+    currency: str = key("", "what prices are in; it is only written", max_length=16)
+    prices: list[PriceSection] = []
+
+    @field_validator("prices")
+    @classmethod
+    def _distinct(cls, value: list[PriceSection]) -> list[PriceSection]:
+        names = [each.name for each in value]
+        if len(set(names)) != len(names):
+            raise ValueError(f"the names {names} are not distinct")
+        return value
 
 
 def explain(error: ErrorDetails, root: str, is_secret: bool = False) -> str:

@@ -19,6 +19,7 @@ from reef.prove import prove
 from reef.serve import serve
 from reef.simulate import simulate
 from reef.tune import tune
+from reef.usage import usage
 from reef.verify import verify
 
 
@@ -30,7 +31,7 @@ def reef() -> None:
 
 for command in (serve, publish, list_, describe, alias, retire, restore, delete):
     reef.add_command(command)
-for command in (prove, verify, gc, audit):
+for command in (prove, verify, gc, audit, usage):
     reef.add_command(command)
 for command in (new_key, config_keys, plan, profile, simulate, tune, check, bench, completion):
     reef.add_command(command)

@@ -13,6 +13,8 @@ from pydantic import BaseModel
 from deployments.config import AppConfig, load_config
 from deployments.ingress.metrics import Metrics
 from deployments.local.serve_yaml import read_application
+from deployments.usage.uploader import UploadCounts
+from deployments.usage.writer import UsageCounts
 from reef.commands import reef
 from tests.documents import PAGES, ROOT, anchors, blocks, inline_code, links, table
 
@@ -149,7 +151,9 @@ def test_the_readme_stays_short_and_begins_with_the_status() -> None:
 
 def series() -> set[str]:
     """As they are called in a scrape."""
-    scrape = asyncio.run(Metrics(max_adapter_series=1).render({})).decode()
+    metrics = Metrics(max_adapter_series=1)
+    metrics.show_usage(lambda: UsageCounts(0, 0, 0, 0, 0, UploadCounts()))
+    scrape = asyncio.run(metrics.render({})).decode()
     families = text_string_to_metric_families(scrape)
     return {f"{f.name}_total" if f.type == "counter" else f.name for f in families}
 

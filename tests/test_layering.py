@@ -92,11 +92,13 @@ NO_HTTP = (
     "deployments.fleet",
     "deployments.replica",
     "deployments.tenants",
+    "deployments.usage",
     "deployments.simulator",
 )
 NO_RAY = (
     "deployments.text",
     "deployments.tenants",
+    "deployments.usage",
     "deployments.policy",
     "deployments.simulator",
 )

@@ -26,6 +26,7 @@ from deployments.ingress.browser_guard import BrowserGuard
 from deployments.ingress.feedback import Feedback
 from deployments.ingress.flips import Flips
 from deployments.ingress.ingress import Ingress
+from deployments.ingress.metering import Metering
 from deployments.ingress.metrics import Metrics
 from deployments.ingress.model_resolver import Models, ServedModel
 from deployments.ingress.rollouts import Rollouts
@@ -41,6 +42,8 @@ from deployments.tenants.tenants import Tenants, open_tenants
 from deployments.text.answer_syntax import find_syntax
 from deployments.text.embedding_use import find_embedding_use
 from deployments.text.vocabulary import Vocabulary
+from deployments.usage.meter import UsageMeter
+from deployments.usage.open import open_meter, prices_of
 from engine.gc_freeze import keep_what_is_loaded
 
 ASK_S = 2.0  # for the other ingress replicas
@@ -65,6 +68,8 @@ class IngressDeployment:
         replica_id = serve.get_replica_context().replica_id.unique_id
         self._rollouts = Rollouts(store, Flips(store), Trials(store, replica_id))
         self._adapters = _runtime_adapters(config.adapters, store)
+        self._meter = open_meter(config)
+        self._meter.start()
         self._ingress = Ingress(
             Models(models, store, self._rollouts),
             AdapterTexts(store),
@@ -75,9 +80,12 @@ class IngressDeployment:
             int(time.time()),
             adapters=self._adapters,
             admin=_admin(config, store, tenants),
+            metering=Metering(self._meter, time.time, prices_of(config.usage)),
         )
         if settings.replicas > 1:
             self._ingress.feedback = Feedback(metrics, _ask_others)
+        if isinstance(self._meter, UsageMeter):
+            metrics.show_usage(self._meter.read_counts)
         hosts = config.browser_hosts
         self._guard = None if hosts is None else BrowserGuard(hosts)
         keep_what_is_loaded()
@@ -101,6 +109,11 @@ class IngressDeployment:
     ) -> bool | None:
         """Count a score for an answer that this ingress replica gave, for another one."""
         return self._ingress.feedback.take(tenant, answer_id, score, comment)
+
+    def __del__(self) -> None:
+        """Flush and upload records: Ray calls it when it stops a replica in order."""
+        if meter := getattr(self, "_meter", None):
+            meter.close()
 
     async def adapters_for(self, model_id: str, newcomer: str) -> list[AdapterRef]:
         """Tell an engine replica that starts what it will be asked for."""

@@ -13,6 +13,7 @@ from deployments.ingress.api.embeddings import EmbeddingRequest, Vector
 from deployments.ingress.api.openai_fields import short
 from deployments.ingress.error_form import OPENAI_ERRORS, ErrorForm
 from deployments.ingress.http_errors import as_api_error, from_engine, internal, invalid
+from deployments.ingress.metering import OpenCharge, free_of_charge
 from deployments.ingress.metrics import Metrics
 from deployments.ingress.model_resolver import Target
 from deployments.ingress.planning import Origin, check_token_ids
@@ -142,16 +143,20 @@ class EmbeddingResponse(EngineResponse):
         metrics: Metrics,
         route: str,
         errors: ErrorForm = OPENAI_ERRORS,
+        open_charge: OpenCharge = free_of_charge,
     ) -> None:
-        super().__init__(metrics, route)
+        super().__init__(metrics, route, open_charge)
         self._plan = plan
         self._errors = errors
+        self._num_prompt = self._num_cached = 0  # tokens of the texts that have their vectors
+        self._queue_s = 0.0
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> int:
         try:
             headers = self._plan.target.headers
             response = Response(await self._whole(), 200, headers, "application/json")
         except Exception as error:
+            self._charge.waive()
             response = ErrorResponse(as_api_error(error, "an embedding"), self._errors)
         await response(scope, receive, send)
         return response.status_code
@@ -186,6 +191,10 @@ class EmbeddingResponse(EngineResponse):
         self._metrics.vllm.count_tokens(plan.target.model.id, num_prompt, 0)
         if metrics is not None:
             self._metrics.observe_queue(label, metrics.queue_s)
+            self._queue_s = max(self._queue_s, metrics.queue_s)
+        self._num_prompt += num_prompt
+        self._num_cached += num_cached
+        self._charge.read(self._num_prompt, self._num_cached, 0, self._queue_s, None)
         return plan.vector(output.embedding)
 
 

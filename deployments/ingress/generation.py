@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from msgspec import structs
 
 from deployments.fleet.protocol import Submit
+from deployments.ingress.api.block_reply import num_reasoning_tokens
 from deployments.ingress.api.reply import Reply, Times, Usage
 from deployments.ingress.choice import Choice
 from deployments.ingress.http_errors import from_engine
@@ -21,6 +22,7 @@ from deployments.ingress.model_resolver import Target
 from deployments.ingress.prompt_texts import in_thread
 from deployments.ingress.vllm_metrics import LiveRequest
 from deployments.policy.canary import Answered
+from deployments.usage.meter import NO_CHARGE, Charge
 from engine.messages import RequestError, RequestOutput, TokenLogprobs
 from engine.scheduler.request import MAX_LOGPROBS
 
@@ -49,9 +51,17 @@ class Generation:
     """The reader of one queue. Not reusable."""
 
     def __init__(
-        self, plan: Plan, metrics: Metrics, clock: Callable[[], float] = time.monotonic
+        self,
+        plan: Plan,
+        metrics: Metrics,
+        clock: Callable[[], float] = time.monotonic,
+        charge: Charge = NO_CHARGE,
     ) -> None:
         self._plan = plan
+        self._charge = charge
+        # Tokens of all choices; of them in events, and of these handed over to be sent.
+        self._num_tokens = self._num_written = self._num_sent = 0
+        self._num_begun = (0, 0)  # choices, and prompts whose first metrics have come
         self._metrics = metrics
         self._clock = clock
         self._link = plan.target.model.link
@@ -137,6 +147,20 @@ class Generation:
         first_s, last_s = min(self._first_s.values()), max(self._last_s.values())
         return Times(first_s - arrival_s, last_s - arrival_s, self._queue_s)
 
+    def note_sent(self) -> None:
+        """Charge for the tokens of all events that have been written: they have been sent."""
+        self._num_sent = self._num_written
+        self._charge.sent(self._num_sent, 0)
+
+    def note_all_sent(self) -> None:
+        """Charge for the whole document: it has been sent."""
+        self._charge.sent(self.usage().num_output_tokens, self._num_reasoning())
+
+    @property
+    def finish_reasons(self) -> set[str]:
+        """Why the choices that have ended did."""
+        return {each.finish_reason for each in self._choices.values() if each.finish_reason}
+
     def usage(self) -> Usage:
         prompts = [submit.request.prompt_token_ids for submit in self._plan.submits]
         is_prompt_only = self._plan.is_prompt_only
@@ -162,6 +186,8 @@ class Generation:
         vllm.observe_gaps(model, self._gaps.counts, self._gaps.sum_s)
         vllm.count_tokens(model, num_read, num_output)
         vllm.count_aborted(model, self._num_open)
+        if self._num_sent:
+            self._charge.sent(self._num_sent, min(self._num_reasoning(), self._num_sent))
 
     def _tell_arm(self) -> None:
         """Report what came of the request to the rollout that it is part of."""
@@ -192,6 +218,24 @@ class Generation:
         begun = {index // n for index in self._choices}
         return sum(len(submits[at].request.prompt_token_ids) for at in begun)
 
+    def _num_reasoning(self) -> int:
+        return sum(map(num_reasoning_tokens, self._choices.values()))
+
+    def _charge_read(self) -> None:
+        """Charge for prompts, once their answers have begun."""
+        num_begun = len(self._choices), len(self._num_cached)
+        if num_begun == self._num_begun:
+            return
+        self._num_begun = num_begun
+        ttft_s = min(self._first_s.values(), default=None)
+        self._charge.read(
+            self._num_read_tokens(),
+            sum(self._num_cached.values()),
+            0,
+            self._queue_s,
+            None if ttft_s is None else ttft_s - self._arrival_s,
+        )
+
     @property
     def _num_choices(self) -> int:
         return self._plan.n * len(self._plan.submits)
@@ -211,17 +255,21 @@ class Generation:
                     choice = self._new_choice(request_id, index, None, texts)
                 if choice.finish_reason is not None:
                     continue  # after a stop string
+                num_before = len(choice.token_ids)
                 text = choice.push(token_ids)
             else:
                 choice = self._choice_of(item, texts)
                 was_open = choice.finish_reason is None
+                num_before = len(choice.token_ids)
                 text = self._take(choice, item)
                 if not was_open:
                     continue
+            self._num_tokens += len(choice.token_ids) - num_before
             self._stamp(choice, now)
             if choice.finish_reason is not None:
                 self._stop_in_engine(choice)
             texts[choice] = texts[choice] + text if choice in texts else text
+        self._charge_read()
         return texts
 
     def _take(self, choice: Choice, output: RequestOutput) -> str:
@@ -302,6 +350,7 @@ class Generation:
                 chunks.append(reply.closing(choice))
         if not self.is_open:
             chunks.append(reply.ending(self.usage() if self._plan.include_usage else None))
+        self._num_written = 0 if self._plan.is_prompt_only else self._num_tokens
         events = chunks[0] if len(chunks) == 1 else b"".join(chunks)
         if events:
             self._written_s = self._read_s

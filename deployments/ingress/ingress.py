@@ -31,6 +31,7 @@ from deployments.ingress.error_form import OPENAI_ERRORS, ErrorForm
 from deployments.ingress.feedback import Feedback
 from deployments.ingress.generation import Plan
 from deployments.ingress.http_errors import invalid
+from deployments.ingress.metering import Metering
 from deployments.ingress.metrics import Metrics
 from deployments.ingress.model_resolver import Models, Target
 from deployments.ingress.own_text import ChatRenderer
@@ -45,6 +46,7 @@ from deployments.ingress.tenant_limiter import Place, TenantLimiter
 from deployments.ingress.urgency import urgency_of, urgent
 from deployments.tenants.tenant import Publisher, Tenant
 from deployments.tenants.tenants import Tenants
+from deployments.usage.meter import NoMeter
 
 NO_DOC = RouteDoc()
 RequestT = TypeVar("RequestT", ChatCompletionRequest, CompletionRequest, EmbeddingRequest)
@@ -89,6 +91,7 @@ class Ingress:
     origin: Origin = field(default_factory=system_origin)
     adapters: RuntimeAdapters | None = None  # which clients load
     admin: Admin | None = None  # None: the admin API is off
+    metering: Metering = field(default_factory=lambda: Metering(NoMeter(), time.time))
     feedback: Feedback = field(init=False)
 
     def __post_init__(self) -> None:
@@ -185,7 +188,7 @@ class Ingress:
             self.settings.lenient_schemas,
             surface.form,
         )
-        return self._answer(plan, request, surface, place)
+        return self._answer(plan, request, surface, tenant, place)
 
     async def encode_chat(
         self, request: ChatCompletionRequest, tenant: Tenant
@@ -225,7 +228,7 @@ class Ingress:
         request = _as_answered(request, target)
         is_lenient = self.settings.lenient_schemas
         plan = await plan_completion(request, target, self.origin, is_lenient, surface.form)
-        return self._answer(plan, request, surface, place)
+        return self._answer(plan, request, surface, tenant, place)
 
     async def answer_embeddings(
         self,
@@ -247,7 +250,8 @@ class Ingress:
         plan = await plan_embeddings(request, target, self.origin, at_once, form)
         submits = urgent(plan.submits, place.urgency)
         plan = plan if submits is plan.submits else replace(plan, submits=submits)
-        return EmbeddingResponse(plan, self.metrics, route, errors)
+        charge = self.metering.opener(tenant, target, route, submits[0].request)
+        return EmbeddingResponse(plan, self.metrics, route, errors, charge)
 
     async def _target(self, tenant: Tenant, request: OpenAIRequest, place: Place) -> Target:
         wanted = request.adapter_set
@@ -270,7 +274,7 @@ class Ingress:
         return await self.texts.equip(replace(target, held_s=held_s))
 
     def _answer(
-        self, plan: Plan, request: OpenAIRequest, surface: Surface, place: Place
+        self, plan: Plan, request: OpenAIRequest, surface: Surface, tenant: Tenant, place: Place
     ) -> GenerationResponse:
         target = plan.target
         if target.adapter_ref is not None:
@@ -289,6 +293,7 @@ class Ingress:
             self.settings.keep_alive_s,
             surface.errors,
             surface.keep_alive,
+            self.metering.opener(tenant, plan.target, surface.route, submits[0].request),
         )
 
 

@@ -7,7 +7,7 @@ counts its own gaps and hands them over at its end.
 import asyncio
 import time
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, generate_latest
 
@@ -19,7 +19,9 @@ from deployments.ingress.adapter_series import (
     Family,
 )
 from deployments.ingress.engine_metrics import EngineCollector, LinkFigures
+from deployments.ingress.usage_metrics import UsageCollector
 from deployments.ingress.vllm_metrics import VllmSeries
+from deployments.usage.writer import UsageCounts
 from engine.messages import EngineStats
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -90,6 +92,10 @@ class Metrics:
 
     def _count(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(name, text, labels, registry=self._registry)
+
+    def show_usage(self, counts: Callable[[], UsageCounts]) -> None:
+        """Show how the records of usage fare, too."""
+        self._registry.register(UsageCollector(counts))
 
     def count_answer(self, route: str, status: int | str) -> None:
         self._requests.labels(route, str(status)).inc()

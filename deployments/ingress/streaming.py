@@ -12,8 +12,10 @@ from starlette.types import Receive, Scope, Send
 from deployments.ingress.error_form import OPENAI_ERRORS, ErrorForm
 from deployments.ingress.generation import Generation, Plan
 from deployments.ingress.http_errors import ApiError, as_api_error
+from deployments.ingress.metering import OpenCharge, free_of_charge
 from deployments.ingress.metrics import Metrics
 from deployments.ingress.request_id import request_id
+from deployments.usage.meter import NO_CHARGE, Charge
 
 CLIENT_GONE = 499  # only the metrics show it
 
@@ -31,16 +33,21 @@ class ErrorResponse(Response):
 
 
 class EngineResponse(Response):
-    """Has an engine work for an answer, sends it and counts it.
+    """Has an engine work for an answer, sends it, counts it and charges for it.
 
     If the client goes away meanwhile the work is cancelled at once, whether the server cancels
     this call or only reports it through `receive`.
     """
 
-    def __init__(self, metrics: Metrics, route: str) -> None:
+    def __init__(
+        self, metrics: Metrics, route: str, open_charge: OpenCharge = free_of_charge
+    ) -> None:
         super().__init__()
         self._metrics = metrics
         self._route = route
+        self._open_charge = open_charge
+        self._charge: Charge = NO_CHARGE
+        self._reasons: set[str] = set()  # why the answer's choices have ended
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         work = asyncio.current_task()
@@ -57,6 +64,7 @@ class EngineResponse(Response):
         watch = asyncio.ensure_future(_disconnect(receive))
         watch.add_done_callback(give_up)
         status = CLIENT_GONE
+        self._charge = self._open_charge(request_id(scope))
         try:
             status = await self._answer(scope, receive, send)
         except asyncio.CancelledError:
@@ -67,6 +75,9 @@ class EngineResponse(Response):
             watch.remove_done_callback(give_up)
             watch.cancel()
             self._metrics.count_answer(self._route, status)
+            if status >= 400:
+                self._reasons.add("abort" if status == CLIENT_GONE else "error")
+            self._charge.end(status, self._reasons)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> int:
         """Send everything. Returns the status."""
@@ -85,8 +96,9 @@ class GenerationResponse(EngineResponse):
         keep_alive_s: float = 0.0,
         errors: ErrorForm = OPENAI_ERRORS,
         keep_alive: bytes = COMMENT,
+        open_charge: OpenCharge = free_of_charge,
     ) -> None:
-        super().__init__(metrics, route)
+        super().__init__(metrics, route, open_charge)
         self._errors = errors
         self._keep_alive_s = keep_alive_s
         self._keep_alive = keep_alive
@@ -95,7 +107,7 @@ class GenerationResponse(EngineResponse):
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> int:
         try:
-            generation = Generation(self._plan, self._metrics)
+            generation = Generation(self._plan, self._metrics, charge=self._charge)
             try:
                 if self._stream:
                     with KeepAlive(generation, self._keep_alive_s, self._keep_alive) as keep_alive:
@@ -105,10 +117,15 @@ class GenerationResponse(EngineResponse):
                 body = await generation.whole()
                 response = Response(body, 200, generation.headers_of_whole(), "application/json")
             finally:
+                self._reasons = generation.finish_reasons
                 generation.close()
         except Exception as error:
+            self._charge.waive()
             response = ErrorResponse(as_api_error(error, _what(scope)), self._errors)
-        await response(scope, receive, send)
+            await response(scope, receive, send)
+        else:
+            await response(scope, receive, send)
+            generation.note_all_sent()
         return response.status_code
 
     async def _send_events(
@@ -125,12 +142,14 @@ class GenerationResponse(EngineResponse):
             while generation.is_open:
                 if events:
                     await send({"type": "http.response.body", "body": events, "more_body": True})
+                    generation.note_sent()
                 events = await generation.next_events() or keep_alive.take()
         except Exception as error:
             failure = as_api_error(error, _what(scope))
             status = self._errors.status(failure)
             events = self._plan.reply.failing(failure, self._errors)
         await send({"type": "http.response.body", "body": events, "more_body": False})
+        generation.note_sent()
         return status
 
 

@@ -4,6 +4,7 @@
     burstgpt  CSV: Timestamp (s), Request tokens, Response tokens; other columns say nothing here
     mooncake  JSON lines: timestamp (ms), input_length, output_length, hash_ids
     reef      JSON lines: time_s, prompt_tokens, output_tokens, adapter (null: the base), tenant
+    usage     the records that the server writes: an object, a log, or a folder of them
 
 A row that is not of that form ends the simulation with its line; nothing is left out silently.
 """
@@ -19,6 +20,7 @@ import msgspec
 
 from deployments.simulator.checked import InvalidSimulation, Positive
 from deployments.simulator.prompts import shared_range
+from deployments.simulator.usage_trace import usage_records
 
 MOONCAKE_BLOCK = 512  # tokens of each of hash_ids; the last one may have fewer
 
@@ -31,7 +33,7 @@ class Trace(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     """
 
     file: str
-    format: Literal["azure", "burstgpt", "mooncake", "reef"]
+    format: Literal["azure", "burstgpt", "mooncake", "reef", "usage"]
     speed: Positive = 1.0
     failed: Literal["refuse", "skip"] = "refuse"
     long: Literal["refuse", "skip", "cut"] = "refuse"
@@ -101,6 +103,9 @@ def _cut(shared: tuple[range, ...], num_tokens: int) -> tuple[range, ...]:
 
 def _rows(trace: Trace) -> Iterator[tuple[int, Row]]:
     """Yield rows with their line in the file."""
+    if trace.format == "usage":
+        yield from _usage_rows(trace)
+        return
     is_csv, read = _READERS[trace.format]
     try:
         with Path(trace.file).open(encoding="utf-8", newline="") as file:
@@ -170,6 +175,17 @@ def _reef(record: dict[str, Any]) -> Row:
         raise ValueError(f"adapter and tenant must be names or null, not {adapter!r}, {tenant!r}")
     tokens = _count(record["prompt_tokens"]), _count(record["output_tokens"])
     return Row(_seconds(record["time_s"]), *tokens, adapter, tenant)
+
+
+def _usage_rows(trace: Trace) -> Iterator[tuple[int, Row]]:
+    """Yield the records by time; a version of an adapter is an adapter of its own."""
+    try:
+        for number, record in enumerate(usage_records(Path(trace.file)), 1):
+            adapter = f"{record.adapter}@{record.version}" if record.adapter else ""
+            tokens = record.prompt_tokens, record.output_tokens
+            yield number, Row(record.time_s, *tokens, adapter, record.tenant)
+    except (OSError, ValueError) as error:
+        raise InvalidSimulation(f"{trace.file}: {error}") from None
 
 
 _READERS: dict[str, tuple[bool, Callable[[dict[str, Any]], Row]]] = {

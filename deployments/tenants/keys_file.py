@@ -40,6 +40,7 @@ from engine.scheduler.classes import PriorityClass
 from engine.scheduler.fairness import MAX_WEIGHT, MIN_WEIGHT
 
 KEY_PREFIX = "reef-"
+KEY_ID_CHARS = 12
 
 
 class KeysFileError(ConfigError):
@@ -109,7 +110,7 @@ def read_keys(path: Path, defaults: Limits) -> Keys:
         for digest in map(bytes.fromhex, entry.keys):
             if digest in holders or digest in metrics or digest in publishers:
                 raise _twice(path, f"tenants.{name}.keys", digest)
-            holders[digest] = Holder(digest, tenant)
+            holders[digest] = Holder(digest, replace(tenant, key_id=key_id(digest)))
     limits = {name: _upload_limits(entry) for name, entry in document.tenants.items()}
     return Keys(holders, tuple(metrics), publishers, limits)
 
@@ -172,3 +173,8 @@ def _without_keys(message: str) -> str:
 
 def hash_key(key: str) -> bytes:
     return hashlib.sha256(key.encode()).digest()
+
+
+def key_id(digest: bytes) -> str:
+    """Name a key in usage records: neither the key nor its hash can be found from it."""
+    return hashlib.sha256(b"the id of a key" + digest).hexdigest()[:KEY_ID_CHARS]

@@ -1,6 +1,6 @@
 """Tenant: the party that a request belongs to, what it may use, and how much."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from deployments.policy.admission import NO_LIMITS, Limits
 from engine.scheduler.classes import PriorityClass
@@ -40,6 +40,7 @@ class Tenant:
     `may_publish`: it may bring adapters into its own namespace, and retire them.
     `weight`: its share of the engines beside other tenants that wait. No request may be of a higher
     class than `max_priority_class`; `max_ttft_s`: what holds for those that name no time.
+    `key_id` names the key that was used, and says nothing of it.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Tenant:
     weight: float = 1.0
     max_priority_class: PriorityClass = PriorityClass.STANDARD
     max_ttft_s: float | None = None
+    key_id: str = field(default="", compare=False)
 
     @property
     def default_namespaces(self) -> tuple[str, ...]:

@@ -25,7 +25,7 @@ COMMANDS = [
         "serve",
         "simulate",
     ),
-    *("tune", "verify"),
+    *("tune", "usage", "verify"),
 ]
 HEAVY = {"torch", "ray", "numpy", "pydantic", "yaml", "boto3", "tqdm", "tokenizers"}
 

@@ -1,5 +1,6 @@
 """Recorded traces: every format is read, a bad row is refused with its line."""
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from deployments.simulator.workload import (
     Workload,
     make_arrivals,
 )
+from deployments.usage.meter import UsageMeter
+from deployments.usage.record import UsageRecord
 
 AZURE = """TIMESTAMP,ContextTokens,GeneratedTokens
 2023-11-16 18:15:46.6805900,374,44
@@ -151,3 +154,29 @@ def test_prefixes_are_an_adapters_own() -> None:
     assert len(sharing) == pytest.approx(len(made) / 2, rel=0.15)
     assert len({a.shared for a in sharing}) == len({a.adapter for a in sharing}) == 3
     assert all(101 <= a.num_prompt_tokens <= 120 for a in sharing)
+
+
+def test_the_servers_own_records_are_a_trace(tmp_path: Path) -> None:
+    """They are written as requests end, to a log that is uploaded; one may be in both."""
+    meter = UsageMeter(tmp_path / "usage", 2**20, None, 1.0, 60.0, num_slots=8)
+    for time_s, adapter, version in ((7.5, "acme/sql", 2), (5.0, None, 0), (6.0, "acme/sql", 1)):
+        used = UsageRecord(
+            id="", request_id="r", time_s=time_s, tenant="acme", route="r", model="base"
+        )
+        used.adapter, used.version = adapter, version
+        charge = meter.begin(used)
+        charge.read(9, 0, 0, 0.0, 0.1)
+        charge.sent(int(time_s), 0)
+        charge.end(200, {"stop"})
+    meter.close()
+    [log] = (tmp_path / "usage").glob("*.log")
+    plain = b"".join(line[9:] for line in log.read_bytes().splitlines(keepends=True))
+    (tmp_path / "usage" / "2026-12-01_w-000001.jsonl.gz").write_bytes(gzip.compress(plain))
+    for file in (tmp_path / "usage", log):
+        made = list(make_arrivals(Workload(trace=Trace(str(file), "usage")), 0, 1e6, 4096))
+        assert [(a.time_s, a.num_output_tokens) for a in made] == [(0.0, 5), (1.0, 6), (2.5, 7)]
+        assert made[0].adapter == -1 and made[1].adapter != made[2].adapter
+        assert all(a.tenant == "acme" and a.num_prompt_tokens == 9 for a in made)
+    log.write_bytes(b"00000000 {}\n")
+    with pytest.raises(InvalidSimulation, match="line 1 is no usage record"):
+        list(make_arrivals(Workload(trace=Trace(str(log), "usage")), 0, 1e6, 4096))

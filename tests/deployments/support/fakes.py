@@ -29,6 +29,7 @@ from deployments.ingress.adapter_texts import AdapterTexts
 from deployments.ingress.admin import Admin
 from deployments.ingress.asgi import Api
 from deployments.ingress.ingress import Ingress
+from deployments.ingress.metering import Metering
 from deployments.ingress.metrics import Metrics
 from deployments.ingress.model_resolver import Models, ServedModel
 from deployments.ingress.planning import Origin
@@ -42,6 +43,7 @@ from deployments.tenants.tenants import Everybody, Tenants
 from deployments.text.answer_syntax import find_syntax
 from deployments.text.embedding_use import NO_EMBEDDINGS, EmbeddingUse
 from deployments.text.vocabulary import Vocabulary
+from deployments.usage.meter import Meter, NoMeter
 from engine.client import EngineUnavailable
 from engine.messages import (
     EngineInfo,
@@ -412,6 +414,7 @@ async def serving(
     max_held: int | None = None,
     hold_s: float = 5.0,
     rollouts: Rollouts | None = None,
+    meter: Meter | None = None,
 ) -> AsyncIterator[Server]:
     """The clock, if given, is the link's and the replica's. With `max_held` the replica is not
     looked for before there is a request."""
@@ -460,6 +463,7 @@ async def serving(
         origin,
         adapters,
         admin,
+        Metering(meter or NoMeter(), origin.now),
     )
     server = Server(engine, store, replica, connection, link, build_api(ingress), metrics, ingress)
     try:

@@ -1,0 +1,1 @@
+"""Metering: what each request used, kept through crashes, uploaded once, summed and priced."""
