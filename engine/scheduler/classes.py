@@ -44,6 +44,9 @@ def first_rank(priority_class: PriorityClass) -> int:
     return priority_class - len(PriorityClass)
 
 
+_CLASSES = tuple(PriorityClass)
+
+
 class ClassShares:
     """What each class was given, and is owed by those above."""
 
@@ -81,7 +84,7 @@ class ClassShares:
         higher class."""
         self._begun.clear()
         waiting = {flow.priority_class for flow in flows}
-        for each in PriorityClass:
+        for each in _CLASSES:
             is_delayed = bool(waiting) and min(waiting) < each
             if not is_delayed or (each not in waiting and self.owed(each) > 0):
                 self._above[each] = sum(self._given[:each])

@@ -85,12 +85,21 @@ class TenantService:
 
     def settle(self, requests: Iterable[Request]) -> None:
         """Charge requests that have begun for their new tokens."""
+        counted: dict[Flow, float] = {}  # summed first: many requests are charged in every step
+        given: dict[PriorityClass, float] = {}
         for request in requests:
             charged = request.num_charged_tokens
             new = len(request.output_token_ids)
             if charged is not None and new > charged:
                 request.num_charged_tokens = new
-                self._charge(request, OUTPUT_WEIGHT * (new - charged))
+                tokens, flow = OUTPUT_WEIGHT * (new - charged), request.flow
+                counted[flow] = counted.get(flow, 0.0) + tokens / request.weight
+                rank = request.priority_class
+                given[rank] = given.get(rank, 0.0) + tokens
+        for rank, tokens in given.items():
+            self.classes.charge(rank, tokens)
+        for flow, tokens in counted.items():
+            self._count(flow, tokens)
 
     def take_news(self) -> dict[Flow, float]:
         """Return what counters were charged with since the last call."""
@@ -129,9 +138,10 @@ class TenantService:
         return min(counters, default=self[self._last_left[priority_class]])
 
     def _charge(self, request: Request, tokens: float) -> None:
-        flow = request.flow
-        self.classes.charge(flow.priority_class, tokens)
-        counted = tokens / request.weight
+        self.classes.charge(request.priority_class, tokens)
+        self._count(request.flow, tokens / request.weight)
+
+    def _count(self, flow: Flow, counted: float) -> None:
         self._counters[flow] = self[flow] + counted
         self._news[flow] = self._news.get(flow, 0.0) + counted
         self._progress[flow.priority_class] += counted

@@ -16,13 +16,14 @@ from pathlib import Path
 from random import Random
 from typing import NamedTuple
 
+from deployments.policy.shared_service import OthersService, OwnService, ServiceReport
 from deployments.simulator.clock import Clock
 from deployments.simulator.profile import Profile
 from deployments.simulator.prompts import make_prompt
 from deployments.simulator.records import Stretch
 from deployments.simulator.replica import ReplicaSize, SimulatedReplica
 from deployments.simulator.workload import Lengths, draw_length
-from engine.scheduler.classes import Flow
+from engine.scheduler.classes import Flow, PriorityClass
 from engine.scheduler.fairness import bound, credit_of
 from engine.scheduler.request import CacheScope, Request, SamplingParams
 from engine.scheduler.scheduler import Progress, Scheduler
@@ -31,6 +32,7 @@ from tests.bench.environment import append_row, header
 GUEST, FLOOD = "guest", "flood"
 GUEST_SHARE, FLOOD_SHARE = 0.3, 5.0  # of the requests that the engine can serve
 SIZE = ReplicaSize(max_num_seqs=64)
+RENEW_S = 2.0  # of a lease, which brings what one engine gave, and takes it to another
 WARM_S = 10.0  # both begin at once, with nothing saved up: what comes first is not counted
 
 
@@ -156,6 +158,9 @@ def run(
         replica = replicas[number % len(replicas)]
         clock.at(time_s, partial(replica.submit, request, 0))
 
+    if len(replicas) > 1:
+        Telling(clock, replicas).tell()
+
     def is_over() -> bool:
         gaps = [gap(replica.scheduler) for replica in replicas]
         listener.widest_gap = max(listener.widest_gap, *gaps)
@@ -163,6 +168,33 @@ def run(
 
     clock.run(is_over)
     return listener
+
+
+class Telling:
+    """Has engines tell each other what they gave, as often and as late as through an ingress."""
+
+    def __init__(self, clock: Clock, replicas: Sequence[SimulatedReplica]) -> None:
+        self._clock = clock
+        self._nodes = [(r, OwnService(r.replica_id), OthersService()) for r in replicas]
+
+    def tell(self) -> None:
+        for replica, own, _ in self._nodes:
+            scheduler = replica.scheduler
+            scheduler.service.settle(scheduler.running)
+            news = scheduler.service.take_news().items()
+            own.add((flow.tenant, flow.priority_class, tokens) for flow, tokens in news)
+            if (report := own.take_report()) is not None:
+                self._clock.after(RENEW_S, partial(self._hear, report))
+        self._clock.after(RENEW_S, self.tell)
+
+    def _hear(self, report: ServiceReport) -> None:
+        for replica, _, others in self._nodes:
+            if replica.replica_id == report.replica_id:
+                continue
+            scheduler, news = replica.scheduler, others.take([report], self._clock.now_s)
+            flows = [(Flow(tenant, PriorityClass(rank)), n) for tenant, rank, n in news]
+            scheduler.service.settle(scheduler.running)
+            scheduler.service.count_elsewhere(flows, scheduler.waiting.flows)
 
 
 def gap(scheduler: Scheduler) -> float:

@@ -19,6 +19,7 @@ _ALWAYS = {421: "An open server on loopback was asked by a stranger's Host.", 50
 _WITH_KEY = {
     400: "A parameter or field is wrong, unknown or not supported.",
     401: "No key, or one that is not valid.",
+    403: "The key may not do this, or not so urgently.",
     404: "No such model for this key.",
     429: "A limit is reached.",
     503: "The model or the adapter store cannot answer now.",
