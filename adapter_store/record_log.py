@@ -1,9 +1,9 @@
-"""Keep the records of an append-only log and snapshots of the state in the object store.
+"""Keep the records of an append-only log and snapshots of its state in the object store.
 
-Record n is the object log/<n>, written with put-if-absent: if several writers try one number, one
-succeeds. Each record holds the SHA-256 of the one before it. So a reader notices when the records
-that it has not read yet were removed, even if a writer that slept meanwhile has put its own in a
-place that became free: then a snapshot says what they did.
+Record n is the object log/<n> below the log's prefix, written with put-if-absent: if several
+writers try one number, one succeeds. Each record holds the SHA-256 of the one before it. So a
+reader notices when the records that it has not read yet were removed, even if a writer that slept
+meanwhile has put its own in a place that became free: then a snapshot says what they did.
 """
 
 import gzip
@@ -12,11 +12,10 @@ import json
 import logging
 import re
 import zlib
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Generic, Protocol, TypeVar, cast
 
-from adapter_store.catalog import Catalog
 from adapter_store.errors import ObjectNotFound, StoreCorrupt
 from adapter_store.object_store import ObjectStore
 
@@ -30,6 +29,24 @@ _NUMBERED = re.compile(r"(?:log/([0-9]{20})\.json|snapshots/([0-9]{20})\.json\.g
 _log = logging.getLogger(__name__)
 
 Record = dict[str, Any]
+
+
+class LogState(Protocol):
+    """What the records of a log make, one after the other."""
+
+    num_records: int
+    head: str | None  # SHA-256 of the last record as it was written, if known
+
+    def apply(self, record: Mapping[str, Any], sha256: str | None = None) -> None:
+        """Apply the next record; StoreCorrupt, and no change, if it does not fit."""
+        ...
+
+    def to_data(self) -> dict[str, Any]:
+        """Return the whole state as JSON values: the content of a snapshot."""
+        ...
+
+
+S = TypeVar("S", bound=LogState)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,18 +73,33 @@ class LogBroken(Exception):
         self.pending = pending
 
 
-class RecordLog:
-    """The log and the snapshots in one object store. Holds no state."""
+class RecordLog(Generic[S]):
+    """The log and the snapshots in one object store. Holds no state.
 
-    def __init__(self, store: ObjectStore, reader: ObjectStore | None = None) -> None:
+    `restore` makes a state of a snapshot's content.
+    """
+
+    def __init__(
+        self,
+        store: ObjectStore,
+        restore: Callable[[Mapping[str, Any]], S],
+        reader: ObjectStore | None = None,
+        prefix: str = "",
+    ) -> None:
         self._store = store
+        self._restore = restore
         self._reader = reader or store
+        self._prefix = prefix
+
+    def key_of(self, number: int) -> str:
+        """Return the key of a record."""
+        return self._prefix + log_key(number)
 
     # ---- records -------------------------------------------------------------------------------
 
     def keys_after(self, number: int) -> Sequence[str]:
         """List the keys of the records after this one."""
-        return self._reader.list("log/", start_after=log_key(number))
+        return self._reader.list(f"{self._prefix}log/", start_after=self.key_of(number))
 
     def read(
         self, keys: Sequence[str], number: int, head: str | None
@@ -77,7 +109,7 @@ class RecordLog:
         A record is held back until the next one confirms it. Raises StoreCorrupt at a record that
         is not one, LogBroken at one that is not the next.
         """
-        num_next = sum(1 for n, key in enumerate(keys, number + 1) if key == log_key(n))
+        num_next = sum(1 for n, key in enumerate(keys, number + 1) if key == self.key_of(n))
         pending: Entry | None = None
         for key, raw in zip(keys[:num_next], self._read(keys[:num_next]), strict=True):
             try:
@@ -99,18 +131,18 @@ class RecordLog:
 
     def append(self, number: int, raw: bytes) -> bool:
         """Write a record unless there is one of this number; return whether it was written."""
-        return self._store.put_if_absent(log_key(number), raw)
+        return self._store.put_if_absent(self.key_of(number), raw)
 
     def check_kept(self, number: int, raw: bytes) -> None:
         """Raise StoreCorrupt if another writer has replaced the record that was written here."""
         try:
-            found = self._store.get(log_key(number))
+            found = self._store.get(self.key_of(number))
         except ObjectNotFound:  # removed since, like every record that a snapshot covers
             return
         if found != raw:
             raise StoreCorrupt(
-                f"{log_key(number)} was overwritten by another writer just after it was written "
-                "here, so this change is lost: the object store does not keep one of two "
+                f"{self.key_of(number)} was overwritten by another writer just after it was "
+                "written here, so this change is lost: the object store does not keep one of two "
                 "concurrent conditional writes"
             )
 
@@ -124,61 +156,61 @@ class RecordLog:
 
     def snapshots(self) -> Sequence[int]:
         """List the numbers of the records after which there is a snapshot, the newest first."""
-        keys = self._reader.list("snapshots/")
-        numbers = [number_of(key) for key in keys]
+        keys = self._reader.list(f"{self._prefix}snapshots/")
+        numbers = [number_of(key.removeprefix(self._prefix)) for key in keys]
         return sorted((number for number in numbers if number is not None), reverse=True)
 
     def save_snapshot(self, data: Mapping[str, Any]) -> None:
-        """Write a catalog's data unless there is a snapshot of its number."""
+        """Write a state's data unless there is a snapshot of its number."""
         # mtime=0: equal states give equal bytes in every process.
         raw = gzip.compress(encode(data), SNAPSHOT_LEVEL, mtime=0)
-        self._store.put_if_absent(snapshot_key(data["num_records"]), raw)
+        self._store.put_if_absent(self._prefix + snapshot_key(data["num_records"]), raw)
 
-    def load_snapshot(self, number: int) -> Catalog | None:
+    def load_snapshot(self, number: int) -> S | None:
         """Restore the state after this record; None, and a warning, if the snapshot is damaged.
 
         Raises ObjectNotFound.
         """
-        key = snapshot_key(number)
+        key = self._prefix + snapshot_key(number)
         raw = self._reader.get(key)
         try:
-            catalog = Catalog.from_data(json.loads(gzip.decompress(raw)))
-            if catalog.num_records != number:
-                raise ValueError(f"it is snapshot {catalog.num_records}")
-            return catalog
+            state = self._restore(json.loads(gzip.decompress(raw)))
+            if state.num_records != number:
+                raise ValueError(f"it is snapshot {state.num_records}")
+            return state
         except _SNAPSHOT_DAMAGE as error:
             _log.warning("skipping the damaged snapshot %s: %r", key, error)
             return None
 
-    def newest_snapshot(self, after: int) -> Catalog | None:
+    def newest_snapshot(self, after: int) -> S | None:
         """Restore the newest snapshot that can be read, if it is of a record after this one."""
         for _ in range(MAX_LISTINGS):
             try:
                 for number in self.snapshots():
                     if number <= after:
                         break
-                    if catalog := self.load_snapshot(number):
-                        return catalog
+                    if state := self.load_snapshot(number):
+                        return state
                 return None
             except ObjectNotFound:  # removed after it was listed, so there are newer ones
                 continue
         return None
 
     def leads_to(self, number: int, data: Mapping[str, Any]) -> bool:
-        """Check that a snapshot and the records after it give a catalog of this data."""
+        """Check that a snapshot and the records after it give a state of this data."""
         num_more = data["num_records"] - number
         if num_more < 0:
             return False
         try:
-            catalog = self.load_snapshot(number)
-            if catalog is None:
+            state = self.load_snapshot(number)
+            if state is None:
                 return False
             keys = self.keys_after(number)[:num_more]
-            for entry in self.read(keys, number, catalog.head):
-                catalog.apply(entry.record, entry.sha256)
+            for entry in self.read(keys, number, state.head):
+                state.apply(entry.record, entry.sha256)
         except (LogBroken, ObjectNotFound, StoreCorrupt):
             return False
-        return catalog.to_data() == data
+        return state.to_data() == data
 
 
 def log_key(number: int) -> str:

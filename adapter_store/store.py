@@ -35,7 +35,7 @@ from adapter_store.limits import NO_LIMITS, PublishLimits
 from adapter_store.manifest import AdapterManifest, is_digest, prepare
 from adapter_store.merged_folder import MergedAdapter
 from adapter_store.names import AdapterRecord, AdapterRef, Place, check_name
-from adapter_store.object_store import OnBytes
+from adapter_store.object_store import ObjectStore, OnBytes
 from adapter_store.open_store import open_store
 from adapter_store.own_files import NO_OWN_FILES, OwnFiles
 from adapter_store.publishing import publish, restore
@@ -56,6 +56,7 @@ _PREFIXES = (
     "probe/",
     "usage/",
     TRIALS,
+    "keys/",
 )  # all that a store holds
 MIN_PREFIX = 8  # digits that the beginning of a fingerprint must have
 _log = logging.getLogger(__name__)
@@ -123,6 +124,11 @@ class AdapterStore:
         self._next_miss_s = clock()
         self._last_refresh: Future[None] = Future()  # done or in progress
         self._last_refresh.set_result(None)
+
+    @property
+    def objects(self) -> ObjectStore:
+        """The object store itself, for other logs in it."""
+        return self._objects
 
     # ---- bases ---------------------------------------------------------------------------------
 

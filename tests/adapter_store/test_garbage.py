@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from adapter_store import registry as registry_module
+from adapter_store import followed_log
 from adapter_store.blobs import Blobs, file_key
 from adapter_store.errors import AdapterNotFound, SourceUnavailable, StoreCorrupt
 from adapter_store.layout import WEIGHTS_NAME
@@ -42,7 +42,7 @@ def one(new: Callable[[], Publisher]) -> Publisher:
 
 @pytest.fixture
 def short_log(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry_module, "SNAPSHOT_EVERY", 4)
+    monkeypatch.setattr(followed_log, "SNAPSHOT_EVERY", 4)
 
 
 def now(publisher: Publisher, when: str, act: Callable[[], object], key: str = "") -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from adapter_store import registry as registry_module
+from adapter_store import followed_log
 from adapter_store.audit import MAX_AUDITED, AuditLog
 from adapter_store.blobs import file_key
 from adapter_store.errors import AdapterNotFound, FilesRemoved, SourceUnavailable
@@ -29,7 +29,7 @@ DIGESTS = [synthetic(seed)[0].digest for seed in range(4)]
 
 @pytest.fixture(autouse=True)
 def short_log(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry_module, "SNAPSHOT_EVERY", 4)
+    monkeypatch.setattr(followed_log, "SNAPSHOT_EVERY", 4)
 
 
 # ---- a stop anywhere ---------------------------------------------------------------------------
@@ -354,13 +354,13 @@ def test_processes_that_overtake_each_other_lose_nothing_for_long(tmp_path: Path
 OWN = """
 import random, sys
 from pathlib import Path
-from adapter_store import registry
+from adapter_store import followed_log
 from adapter_store.errors import SourceUnavailable
 from adapter_store.names import Place
 from adapter_store.open_store import open_store
 from tests.adapter_store.publisher import Publisher
 from tests.adapter_store.synthetic import synthetic
-registry.SNAPSHOT_EVERY = 4
+followed_log.SNAPSHOT_EVERY = 4
 root, folder, name, num_steps = sys.argv[1:]
 one, chance, live, count = Publisher(open_store(root), Path(folder)), random.Random(name), {}, 0
 for _ in range(int(num_steps)):
@@ -393,11 +393,11 @@ for _ in range(int(num_steps)):
 COLLECT = """
 import sys
 from pathlib import Path
-from adapter_store import registry
+from adapter_store import followed_log
 from adapter_store.errors import SourceUnavailable
 from adapter_store.open_store import open_store
 from tests.adapter_store.publisher import Publisher
-registry.SNAPSHOT_EVERY = 4
+followed_log.SNAPSHOT_EVERY = 4
 root, folder, stop = sys.argv[1:]
 one, num_removed = Publisher(open_store(root), Path(folder)), 0
 while not Path(stop).exists():

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from adapter_store import registry as registry_module
+from adapter_store import followed_log
 from adapter_store.audit import AuditLog
 from adapter_store.errors import (
     AdapterNotFound,
@@ -209,7 +209,7 @@ def test_every_change_says_who_made_it_and_when(
 def test_entries_outlive_the_records_and_are_still_a_chain(
     one: Publisher, memory: Memory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(registry_module, "SNAPSHOT_EVERY", 4)
+    monkeypatch.setattr(followed_log, "SNAPSHOT_EVERY", 4)
     for number in range(14):
         one.publish(f"n{number % 3}", number % 4)
     written = {key: raw for key, (raw, _) in memory.objects.items() if key.startswith("log/")}

@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
-from adapter_store import registry as registry_module
+from adapter_store import followed_log
 from adapter_store.catalog import Catalog
 from adapter_store.errors import AdapterNotFound, InvalidName, SourceUnavailable, StoreCorrupt
 from adapter_store.file_store import FileStore
@@ -316,7 +316,7 @@ def test_processes_that_publish_at_once_lose_nothing(root: Root) -> None:
 def test_a_store_that_hides_a_record_it_has_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(registry_module, "LISTING_PAUSES_S", (0.001, 0.001))
+    monkeypatch.setattr(followed_log, "LISTING_PAUSES_S", (0.001, 0.001))
 
     class Forgetful(FileStore):
         def list(self, prefix: str, start_after: str = "") -> Sequence[str]:
@@ -340,7 +340,7 @@ def test_a_listing_that_lags_behind_a_write_is_waited_for(
             self.num_hidden.update(keys)
             return [key for key in keys if self.num_hidden[key] > 2]
 
-    monkeypatch.setattr(registry_module, "LISTING_PAUSES_S", (0.001,) * 6)
+    monkeypatch.setattr(followed_log, "LISTING_PAUSES_S", (0.001,) * 6)
     writers = [open_registry(Lagging(tmp_path)) for _ in range(2)]
     versions = [writers[n % 2].publish("t", "sql", M[n]).version for n in range(6)]
     assert versions == [1, 2, 3, 4, 5, 6]
@@ -430,7 +430,7 @@ def snapshots(
     store: CountingStore, monkeypatch: pytest.MonkeyPatch
 ) -> tuple[CountingStore, Registry]:
     """A store after 11 records with a snapshot every 4."""
-    monkeypatch.setattr(registry_module, "SNAPSHOT_EVERY", 4)
+    monkeypatch.setattr(followed_log, "SNAPSHOT_EVERY", 4)
     registry = open_registry(store)
     for n in range(6):
         registry.publish("t", f"a{n % 2}", M[n])
@@ -495,7 +495,7 @@ def test_the_state_is_rebuilt_without_snapshots(snapshots: tuple[CountingStore, 
 def test_random_histories_agree_with_a_simple_model(
     tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(registry_module, "SNAPSHOT_EVERY", 3)
+    monkeypatch.setattr(followed_log, "SNAPSHOT_EVERY", 3)
     monkeypatch.setattr("os.fsync", lambda _: None)
     names, writers = st.sampled_from(["a", "b"]), st.integers(0, 1)
     aliases, versions = st.sampled_from(["x", "y"]), st.integers(1, 4)

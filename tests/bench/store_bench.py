@@ -22,11 +22,11 @@ from pathlib import Path
 from typing import Any, cast
 
 from adapter_store.catalog import Catalog
+from adapter_store.followed_log import SNAPSHOT_EVERY
 from adapter_store.listing import Wanted, page_of
 from adapter_store.object_store import ObjectStore
 from adapter_store.open_store import endpoint_from, open_store
 from adapter_store.record_log import RecordLog, encode, log_key, snapshot_key
-from adapter_store.registry import SNAPSHOT_EVERY
 from adapter_store.store import AdapterStore
 from tests.bench.environment import append_row, header
 from tests.deployments.support.fakes import FakeStore, serving
@@ -138,7 +138,7 @@ def fill(objects: ObjectStore, number: int, base: str, is_whole: bool) -> None:
         catalog.apply(_record(n, base), _sha256(raw))
         records.append(raw)
         if catalog.num_records in (last - SNAPSHOT_EVERY, last) and catalog.num_records:
-            RecordLog(objects).save_snapshot(catalog.to_data())
+            RecordLog(objects, Catalog.from_data).save_snapshot(catalog.to_data())
     first = 0 if is_whole else max(0, last - SNAPSHOT_EVERY)
     for n in range(first, number):
         if is_whole:  # without a flush to the disk for each
