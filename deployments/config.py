@@ -92,8 +92,13 @@ def load_config(args: dict[str, Any]) -> AppConfig:
 
 
 def _check_tenancy(tenancy: TenancySection) -> None:
-    if tenancy.mode == "keys" and tenancy.keys_file is None:
-        raise ConfigError("tenancy.keys_file: required where tenancy.mode is keys")
+    if tenancy.mode == "keys" and tenancy.keys_file is None and not tenancy.keys_in_store:
+        raise ConfigError(
+            "tenancy.keys_file: required where tenancy.mode is keys, unless tenancy.keys_in_store "
+            "is true"
+        )
+    if tenancy.mode == "open" and tenancy.keys_in_store:
+        raise ConfigError("tenancy.keys_in_store: true, but tenancy.mode is open: write mode: keys")
     if tenancy.mode == "open" and tenancy.keys_file is not None:
         raise ConfigError("tenancy.keys_file: given, but tenancy.mode is open: write mode: keys")
 

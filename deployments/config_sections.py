@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Iterable
+from dataclasses import fields
 from decimal import Decimal, InvalidOperation
 from typing import Annotated, Any, Literal
 
@@ -451,7 +452,7 @@ class TenancySection(Section):
     names tenants and adapters, only that file's `metrics_keys`, or every client with
     `metrics: open`. /health is always open.
 
-    The limits count each tenant's requests to /v1 at each ingress replica, even failed ones; the
+    The limits count each tenant's requests to /v1 at all ingress replicas, even failed ones; the
     keys file may give a tenant its own limits. null is no limit.
     """
 
@@ -461,28 +462,53 @@ class TenancySection(Section):
     allow_open_on_network: bool = key(
         False, "whether `open` may listen on an address that others can reach"
     )
-    keys_file: str | None = key(None, "hashes of keys, and whose they are; for mode `keys`")
+    keys_file: str | None = key(
+        None, "hashes of keys, whose they are, and tenants' limits; for mode `keys`", unset="none"
+    )
+    keys_in_store: bool = key(
+        False,
+        "whether the adapter store holds keys, too, made with `reef keys` or the admin API "
+        "([how](tenants.md#keys-in-the-store)); for mode `keys`",
+    )
     metrics: Literal["key", "open"] = key(
         "key", "`open` shows `/metrics` without a key in mode `keys`"
     )
     requests_per_minute: Limit = key(
-        None,
-        "requests of a tenant at each ingress replica; a quiet one may use a whole minute's at "
-        "once",
-        unset="no limit",
-        live=INGRESS,
+        None, "requests of a tenant at all ingress replicas", unset="no limit", live=INGRESS
     )
     max_concurrent_requests: Limit = key(
         None,
-        "answers of a tenant at a time, at each ingress replica: a request counts its prompts "
+        "answers of a tenant at a time, at all ingress replicas: a request counts its prompts "
         "times `n`",
         unset="no limit",
         live=INGRESS,
     )
+    tokens_per_minute: Limit = key(
+        None,
+        "tokens of a tenant's prompts and answers; an answer is counted with `max_tokens` at "
+        "first, and as what it was at its end",
+        unset="no limit",
+        live=INGRESS,
+    )
+    request_burst: Limit = key(
+        None,
+        "requests that a quiet tenant may send at once",
+        unset="a whole minute's",
+        live=INGRESS,
+    )
+    token_burst: Limit = key(
+        None, "tokens that a quiet tenant may use at once", unset="a whole minute's", live=INGRESS
+    )
+    tokens_per_day: Limit = key(
+        None, "tokens of a tenant in a day of UTC", unset="no limit", live=INGRESS
+    )
+    tokens_per_month: Limit = key(
+        None, "tokens of a tenant in a month of UTC", unset="no limit", live=INGRESS
+    )
 
     @property
     def limits(self) -> Limits:
-        return Limits(self.requests_per_minute, self.max_concurrent_requests)
+        return Limits(**{field.name: getattr(self, field.name) for field in fields(Limits)})
 
 
 class IngressSection(Section):

@@ -18,6 +18,7 @@ from reef.profile import profile
 from reef.prove import prove
 from reef.serve import serve
 from reef.simulate import simulate
+from reef.store_keys import keys
 from reef.tune import tune
 from reef.usage import usage
 from reef.verify import verify
@@ -33,5 +34,16 @@ for command in (serve, publish, list_, describe, alias, retire, restore, delete)
     reef.add_command(command)
 for command in (prove, verify, gc, audit, usage):
     reef.add_command(command)
-for command in (new_key, config_keys, plan, profile, simulate, tune, check, bench, completion):
+for command in (
+    new_key,
+    keys,
+    config_keys,
+    plan,
+    profile,
+    simulate,
+    tune,
+    check,
+    bench,
+    completion,
+):
     reef.add_command(command)

@@ -12,11 +12,15 @@ from ray.serve.handle import DeploymentHandle
 
 from adapter_store.conversion.options import ConversionOptions
 from adapter_store.names import AdapterRef
+from adapter_store.open_store import open_store
 from adapter_store.store import AdapterStore
 from deployments.allocator import give_memory_back
 from deployments.config import AppConfig, ModelSection, endpoint_of, open_adapter_store
 from deployments.config_sections import INGRESS, AdaptersSection, ConvertSection
+from deployments.fleet.budget_keeper import BudgetKeeper
 from deployments.fleet.engine_link import EngineLink
+from deployments.fleet.ledger_actor import ledger_call
+from deployments.fleet.ledger_link import LedgerLink, OwnLedger, SharedLedger
 from deployments.fleet.ray_connection import RayConnection
 from deployments.fleet.timing import Timing
 from deployments.ingress.adapter_texts import AdapterTexts
@@ -38,6 +42,7 @@ from deployments.ingress.trials import Trials
 from deployments.live_settings import reconfigured
 from deployments.loopback_grpc import keep_grpc_on_loopback
 from deployments.serve_logging import log_to_serves_file
+from deployments.tenants.key_book import KeyBook
 from deployments.tenants.tenants import Tenants, open_tenants
 from deployments.text.answer_syntax import find_syntax
 from deployments.text.embedding_use import find_embedding_use
@@ -62,11 +67,14 @@ class IngressDeployment:
         settings = config.ingress
         metrics = Metrics(settings.max_adapter_series, base_ids, settings.vllm_metrics)
         store = open_adapter_store(config.adapters)
-        tenants = open_tenants(config.tenancy)
+        book = _key_book(config, store)
+        tenants = open_tenants(config.tenancy, book)
         tenants.start()
         self._config, self._has_begun = config, False
         replica_id = serve.get_replica_context().replica_id.unique_id
         self._rollouts = Rollouts(store, Flips(store), Trials(store, replica_id))
+        link = _ledger_link(config)
+        self._keeper = _keep_budgets(config, link)
         self._adapters = _runtime_adapters(config.adapters, store)
         self._meter = open_meter(config)
         self._meter.start()
@@ -74,13 +82,14 @@ class IngressDeployment:
             Models(models, store, self._rollouts),
             AdapterTexts(store),
             tenants,
-            TenantLimiter(metrics),
+            TenantLimiter(metrics, link=link),
             metrics,
             config.ingress,
             int(time.time()),
             adapters=self._adapters,
             admin=_admin(config, store, tenants),
             metering=Metering(self._meter, time.time, prices_of(config.usage)),
+            key_book=book,
         )
         if settings.replicas > 1:
             self._ingress.feedback = Feedback(metrics, _ask_others)
@@ -131,6 +140,37 @@ async def _ask_others(tenant: str, answer_id: str, score: float, comment: str) -
         "take_feedback", tenant, answer_id, score, comment
     ).results_async(timeout_s=ASK_S, return_exceptions=True)
     return next((each for each in answers if isinstance(each, bool)), None)
+
+
+def _key_book(config: AppConfig, store: AdapterStore) -> KeyBook | None:
+    """Open the keys of the adapter store. Reads that hang are given up early: keys stay known."""
+    adapters = config.adapters
+    if not config.tenancy.keys_in_store:
+        return None
+    endpoint = endpoint_of(adapters, adapters.root)
+    reader = open_store(adapters.root, endpoint, read_only=True, is_impatient=True)
+    return KeyBook(store.objects, reader, not adapters.single_writer)
+
+
+def _ledger_link(config: AppConfig) -> LedgerLink:
+    """Reach the ledger of quotas: the ingresses' common one, or that of the only ingress."""
+    if config.ingress.replicas == 1:
+        return OwnLedger()
+    replica_id = serve.get_replica_context().replica_id.unique_id
+    link = SharedLedger(ledger_call(), replica_id, config.ingress.replicas)
+    link.start()
+    return link
+
+
+def _keep_budgets(config: AppConfig, link: LedgerLink) -> BudgetKeeper | None:
+    """Begin to keep what is spent of budgets; the common ledger does so itself."""
+    if not isinstance(link, OwnLedger):
+        return None
+    adapters = config.adapters
+    store = open_store(adapters.root, endpoint_of(adapters, adapters.root), read_only=True)
+    keeper = BudgetKeeper(store, link.ledger, not adapters.single_writer)
+    keeper.start()
+    return keeper
 
 
 def _runtime_adapters(adapters: AdaptersSection, store: AdapterStore) -> RuntimeAdapters:

@@ -2,6 +2,7 @@
 
 from collections.abc import Awaitable, Callable
 from contextlib import ExitStack
+from typing import Protocol, cast
 
 from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
@@ -11,10 +12,25 @@ from starlette.types import Receive, Scope, Send
 from deployments.ingress.error_form import OPENAI_ERRORS, ErrorForm
 from deployments.ingress.http_errors import ApiError, as_api_error
 from deployments.ingress.metrics import Metrics
+from deployments.ingress.rate_headers import with_headers
 from deployments.ingress.request_id import request_id
 from deployments.ingress.streaming import CLIENT_GONE, EngineResponse, ErrorResponse
 
+_PLACE = "reef.place"
 Handler = Callable[[HttpRequest, ExitStack], Awaitable[Response]]
+
+
+class Limited(Protocol):
+    """What is known of the limits that a request counts against."""
+
+    is_limited: bool
+
+    def headers(self) -> dict[str, str]: ...
+
+
+def note_place(scope: Scope, place: Limited) -> None:
+    """Have the answer, whatever it will be, say what is left of the limits."""
+    scope[_PLACE] = place
 
 
 class Endpoint:
@@ -34,6 +50,9 @@ class Endpoint:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with ExitStack() as held:
             response = await self._respond(HttpRequest(scope, receive), held)
+            place = cast(Limited | None, scope.get(_PLACE))
+            if place is not None and place.is_limited:
+                send = with_headers(send, place.headers)
             await response(scope, receive, send)
 
     async def _respond(self, http_request: HttpRequest, held: ExitStack) -> Response:

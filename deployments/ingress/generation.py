@@ -73,6 +73,7 @@ class Generation:
         self._num_drafted = self._num_accepted = 0
         self._choices: dict[int, Choice] = {}
         self._num_open = plan.n * len(ids)
+        self._has_left = False
         self._prompt_logprobs: dict[int, PromptLogprobs] = {}  # by prompt
         self._first: NewTexts = {}
         self._has_opened = False
@@ -235,6 +236,17 @@ class Generation:
             self._queue_s,
             None if ttft_s is None else ttft_s - self._arrival_s,
         )
+
+    def leave(self) -> None:
+        """Note that the client does not wait for the rest: its prompts count as read."""
+        self._has_left = True
+
+    @property
+    def num_used(self) -> tuple[int, int]:
+        """Count the tokens of prompts and answers that count against the tenant's limits."""
+        usage = self.usage()
+        num_prompt = usage.num_prompt_tokens if self._has_left else self._num_read_tokens()
+        return num_prompt, usage.num_output_tokens
 
     @property
     def _num_choices(self) -> int:

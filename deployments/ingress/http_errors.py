@@ -127,6 +127,15 @@ def too_many_answers(num: int, most: int) -> ApiError:
     )
 
 
+def too_many_tokens(num: int, limit: str, most: int) -> ApiError:
+    """Refuse what no retry can bring: more tokens than there ever are at a time."""
+    return invalid(
+        f"The request may take {num} tokens, prompt and max_tokens together, and {limit} lets at "
+        f"most {most} be used at a time.",
+        "max_tokens",
+    )
+
+
 def overloaded(message: str, after_s: int | None = None) -> ApiError:
     after_s = 1 if after_s is None else after_s
     return ApiError(429, message, "rate_limit_error", code="overloaded", retry_after_s=after_s)

@@ -6,8 +6,8 @@ are the same for all. No Ray here.
 
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Generator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Awaitable, Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
@@ -26,7 +26,7 @@ from deployments.ingress.base_paths import base_of, set_model
 from deployments.ingress.chat_answers import ChatAnswers
 from deployments.ingress.chat_prompt import encode_chat
 from deployments.ingress.embedding import AT_ONCE, EmbeddingResponse, Form, plan_embeddings
-from deployments.ingress.endpoint import Endpoint, Handler
+from deployments.ingress.endpoint import Endpoint, Handler, note_place
 from deployments.ingress.error_form import OPENAI_ERRORS, ErrorForm
 from deployments.ingress.feedback import Feedback
 from deployments.ingress.generation import Plan
@@ -44,6 +44,7 @@ from deployments.ingress.sessions import caller_of, in_session, session_of
 from deployments.ingress.streaming import COMMENT, GenerationResponse
 from deployments.ingress.tenant_limiter import Place, TenantLimiter
 from deployments.ingress.urgency import urgency_of, urgent
+from deployments.tenants.key_book import KeyBook
 from deployments.tenants.tenant import Publisher, Tenant
 from deployments.tenants.tenants import Tenants
 from deployments.usage.meter import NoMeter
@@ -92,6 +93,7 @@ class Ingress:
     adapters: RuntimeAdapters | None = None  # which clients load
     admin: Admin | None = None  # None: the admin API is off
     metering: Metering = field(default_factory=lambda: Metering(NoMeter(), time.time))
+    key_book: KeyBook | None = None  # None: the adapter store holds no keys
     feedback: Feedback = field(init=False)
 
     def __post_init__(self) -> None:
@@ -128,8 +130,8 @@ class Ingress:
         async def handle(http_request: HttpRequest, held: ExitStack) -> Response:
             headers = http_request.headers
             api_key = headers.get("x-api-key") if takes_api_key else None
-            whose = self.tenant_of(headers.get("authorization"), api_key)
-            tenant, place = held.enter_context(whose)
+            authorization = headers.get("authorization")
+            tenant, place = await self.admit(http_request, held, authorization, api_key)
             return await handler(http_request, tenant, self.named(place, http_request, tenant))
 
         return self.route(method, path, handle, errors, doc, needs_key=True)
@@ -152,14 +154,20 @@ class Ingress:
         place.urgency = urgency_of(http_request.headers, tenant)
         return place
 
-    @contextmanager
-    def tenant_of(
-        self, authorization: str | None, api_key: str | None = None
-    ) -> Generator[tuple[Tenant, Place]]:
-        """Count a request as its tenant's while it runs. Raises KeyRefused or ApiError."""
+    async def admit(
+        self,
+        http_request: HttpRequest,
+        held: ExitStack,
+        authorization: str | None,
+        api_key: str | None = None,
+    ) -> tuple[Tenant, Place]:
+        """Count a request as its tenant's until `held` ends. Raises KeyRefused or ApiError."""
         tenant = self.tenants.identify(authorization, api_key)
-        with self.limiter.inside(tenant.name, tenant.limits) as place:
-            yield tenant, place
+        place = self.limiter.place(tenant.name, tenant.limits)
+        note_place(http_request.scope, place)
+        await place.enter()
+        held.callback(place.leave)
+        return tenant, place
 
     async def document(self, http_request: HttpRequest) -> object:
         """Read the body. Below a base's path its `model` is of that base. Raises ApiError."""
@@ -176,7 +184,7 @@ class Ingress:
     async def answer_chat(
         self, request: ChatCompletionRequest, tenant: Tenant, place: Place, surface: Surface = CHAT
     ) -> GenerationResponse:
-        place.hold(request.num_answers)
+        await place.hold(request.num_answers)
         target = await self._target(tenant, request, place)
         request = _as_answered(request, target)
         plan = await plan_chat(
@@ -188,7 +196,7 @@ class Ingress:
             self.settings.lenient_schemas,
             surface.form,
         )
-        return self._answer(plan, request, surface, tenant, place)
+        return await self._answer(plan, request, surface, tenant, place)
 
     async def encode_chat(
         self, request: ChatCompletionRequest, tenant: Tenant
@@ -223,12 +231,12 @@ class Ingress:
         place: Place,
         surface: Surface = COMPLETIONS,
     ) -> GenerationResponse:
-        place.hold(request.num_answers)
+        await place.hold(request.num_answers)
         target = await self._target(tenant, request, place)
         request = _as_answered(request, target)
         is_lenient = self.settings.lenient_schemas
         plan = await plan_completion(request, target, self.origin, is_lenient, surface.form)
-        return self._answer(plan, request, surface, tenant, place)
+        return await self._answer(plan, request, surface, tenant, place)
 
     async def answer_embeddings(
         self,
@@ -242,7 +250,7 @@ class Ingress:
         """Answer with vectors; of many texts, a few at a time count as the tenant's answers."""
         most = tenant.limits.max_concurrent_requests or AT_ONCE
         at_once = min(len(request.input), AT_ONCE, most)
-        place.hold(at_once)
+        await place.hold(at_once)
         caller = caller_of(place.session, place.request_id, request.user)
         target = await self.target(tenant, request.model, caller)
         request = _as_answered(request, target)
@@ -250,6 +258,8 @@ class Ingress:
         plan = await plan_embeddings(request, target, self.origin, at_once, form)
         submits = urgent(plan.submits, place.urgency)
         plan = plan if submits is plan.submits else replace(plan, submits=submits)
+        num_tokens = sum(len(submit.request.prompt_token_ids) for submit in plan.submits)
+        await place.reserve(num_tokens, (), is_open=False)
         charge = self.metering.opener(tenant, target, route, submits[0].request)
         return EmbeddingResponse(plan, self.metrics, route, errors, charge)
 
@@ -273,9 +283,10 @@ class Ingress:
         held_s = target.held_s + await target.model.link.ready()
         return await self.texts.equip(replace(target, held_s=held_s))
 
-    def _answer(
+    async def _answer(
         self, plan: Plan, request: OpenAIRequest, surface: Surface, tenant: Tenant, place: Place
     ) -> GenerationResponse:
+        await reserve(place, plan, request.wanted_max_tokens is None)
         target = plan.target
         if target.adapter_ref is not None:
             ids = (place.request_id, plan.answer_id)
@@ -294,6 +305,7 @@ class Ingress:
             surface.errors,
             surface.keep_alive,
             self.metering.opener(tenant, plan.target, surface.route, submits[0].request),
+            settle=place.settle,
         )
 
 
@@ -301,3 +313,11 @@ def _as_answered(request: RequestT, target: Target) -> RequestT:
     """Name the version that answers, where versions share the name that was asked for."""
     name = target.answered_name(request.model)
     return request if name == request.model else request.model_copy(update={"model": name})
+
+
+async def reserve(place: Place, plan: Plan, is_open: bool) -> None:
+    """Take the tokens that a plan may use. `is_open`: the client names no max_tokens."""
+    requests = [submit.request for submit in plan.submits]
+    num_prompt = sum(len(request.prompt_token_ids) for request in requests)
+    most = [request.sampling.max_tokens for request in requests for _ in range(request.n)]
+    await place.reserve(num_prompt, () if plan.is_prompt_only else most, is_open)

@@ -19,6 +19,7 @@ from deployments.ingress.surfaces.admin import admin_routes
 from deployments.ingress.surfaces.anthropic import anthropic_routes
 from deployments.ingress.surfaces.document import document_routes
 from deployments.ingress.surfaces.feedback import feedback_routes
+from deployments.ingress.surfaces.keys import key_routes
 from deployments.ingress.surfaces.lorax import lorax_routes
 from deployments.ingress.surfaces.models import model_routes
 from deployments.ingress.surfaces.openai import openai_routes
@@ -35,6 +36,7 @@ SURFACES = (
     feedback_routes,
     adapter_routes,
     admin_routes,
+    key_routes,
     model_routes,
     operation_routes,
 )

@@ -4,6 +4,7 @@ Starlette's own streaming costs a task group and several awaits per chunk; this 
 """
 
 import asyncio
+from collections.abc import Callable
 from typing import cast
 
 from starlette.responses import Response
@@ -25,6 +26,13 @@ _EVENT_STREAM = (
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),
 )
+
+
+Settle = Callable[[int, int], None]  # given the tokens of prompts and answers
+
+
+def _keep(num_prompt: int, num_output: int) -> None:
+    """Nothing was reserved."""
 
 
 class ErrorResponse(Response):
@@ -97,8 +105,10 @@ class GenerationResponse(EngineResponse):
         errors: ErrorForm = OPENAI_ERRORS,
         keep_alive: bytes = COMMENT,
         open_charge: OpenCharge = free_of_charge,
+        settle: Settle = _keep,
     ) -> None:
         super().__init__(metrics, route, open_charge)
+        self._settle = settle
         self._errors = errors
         self._keep_alive_s = keep_alive_s
         self._keep_alive = keep_alive
@@ -116,9 +126,13 @@ class GenerationResponse(EngineResponse):
                 await generation.start()
                 body = await generation.whole()
                 response = Response(body, 200, generation.headers_of_whole(), "application/json")
+            except asyncio.CancelledError:  # a client that leaves has had its prompt computed
+                generation.leave()
+                raise
             finally:
                 self._reasons = generation.finish_reasons
                 generation.close()
+                self._settle(*generation.num_used)
         except Exception as error:
             self._charge.waive()
             response = ErrorResponse(as_api_error(error, _what(scope)), self._errors)

@@ -1,13 +1,10 @@
-"""Decides whether a tenant's request may start now: a token bucket and a concurrency limit.
+"""Limits: how much a tenant may ask for; Refusal: which limit it met, and when to come again."""
 
-Pure functions of a TenantLoad, its Limits and the time; the caller keeps the TenantLoads. All
-arithmetic is in integers, so that a refusal names exactly when a retry would succeed.
-"""
-
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 SECOND_NS = 10**9
 MINUTE_NS = 60 * SECOND_NS
+DAY_S = 86_400
 CONCURRENCY_RETRY_S = 1  # when a running request ends cannot be predicted
 
 
@@ -15,26 +12,55 @@ CONCURRENCY_RETRY_S = 1  # when a running request ends cannot be predicted
 class Limits:
     """None is no limit. `max_concurrent_requests` counts each answer that a request asks for.
 
-    The bucket holds one minute's requests, which may be used at once."""
+    Tokens are those of prompts and answers together. A burst is what a quiet tenant may use at
+    once, a whole minute's where it is not given; days and months are those of UTC.
+    """
 
     requests_per_minute: int | None = None
     max_concurrent_requests: int | None = None
+    tokens_per_minute: int | None = None
+    request_burst: int | None = None
+    token_burst: int | None = None
+    tokens_per_day: int | None = None
+    tokens_per_month: int | None = None
+
+    @property
+    def most_requests(self) -> int | None:
+        """How many requests may come at once."""
+        return (
+            None
+            if self.requests_per_minute is None
+            else _burst_of(self.request_burst, self.requests_per_minute)
+        )
+
+    @property
+    def most_tokens(self) -> int | None:
+        """How many tokens may ever come at once, by the rate alone."""
+        return (
+            None
+            if self.tokens_per_minute is None
+            else _burst_of(self.token_burst, self.tokens_per_minute)
+        )
+
+    @property
+    def counts_tokens(self) -> bool:
+        return not (self.tokens_per_minute is self.tokens_per_day is self.tokens_per_month is None)
+
+    def largest_request(self) -> tuple[str, int] | None:
+        """Name the limit beyond which no request can be admitted, however long it waits."""
+        found = {
+            "token_burst" if self.token_burst else "tokens_per_minute": self.most_tokens,
+            "tokens_per_day": self.tokens_per_day,
+            "tokens_per_month": self.tokens_per_month,
+        }
+        known = [(most, name) for name, most in found.items() if most is not None]
+        if not known:
+            return None
+        most, name = min(known)
+        return name, most
 
 
 NO_LIMITS = Limits()
-
-
-@dataclass(frozen=True, slots=True)
-class TenantLoad:
-    """State of one tenant.
-
-    `debt` is the amount missing from a full bucket at `at_ns`: a request adds MINUTE_NS, and each
-    nanosecond pays back `requests_per_minute`.
-    """
-
-    num_running: int = 0
-    debt: int = 0
-    at_ns: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,45 +72,5 @@ class Refusal:
     retry_after_s: int
 
 
-def admit(load: TenantLoad, limits: Limits, now_ns: int) -> TenantLoad | Refusal:
-    """Return the load with one more running request, or a Refusal, which costs nothing."""
-    debt = _debt(load, limits, now_ns)
-    rate, most = limits.requests_per_minute, limits.max_concurrent_requests
-    if rate is not None:
-        excess = debt + MINUTE_NS - rate * MINUTE_NS
-        if excess > 0:
-            return Refusal("requests_per_minute", rate, _ceil(excess, rate * SECOND_NS))
-        debt += MINUTE_NS
-    if most is not None and load.num_running >= most:
-        return Refusal("max_concurrent_requests", most, CONCURRENCY_RETRY_S)
-    return TenantLoad(load.num_running + 1, debt, now_ns)
-
-
-def grow(load: TenantLoad, limits: Limits, num_more: int) -> TenantLoad | Refusal:
-    """Return the load with so many more answers of a request that was admitted, or a Refusal."""
-    most = limits.max_concurrent_requests
-    if most is not None and load.num_running + num_more > most:
-        return Refusal("max_concurrent_requests", most, CONCURRENCY_RETRY_S)
-    return replace(load, num_running=load.num_running + num_more)
-
-
-def release(load: TenantLoad, num: int = 1) -> TenantLoad:
-    """Return the load after a request of so many answers has ended, in whatever way."""
-    assert load.num_running >= num, "more requests ended than began"
-    return replace(load, num_running=load.num_running - num)
-
-
-def is_idle(load: TenantLoad, limits: Limits, now_ns: int) -> bool:
-    """Whether this load equals that of a tenant never seen, so that it can be dropped."""
-    return load.num_running == 0 and _debt(load, limits, now_ns) == 0
-
-
-def _debt(load: TenantLoad, limits: Limits, now_ns: int) -> int:
-    rate = limits.requests_per_minute
-    if rate is None:
-        return 0
-    return max(0, load.debt - rate * max(0, now_ns - load.at_ns))
-
-
-def _ceil(numerator: int, denominator: int) -> int:
-    return -(-numerator // denominator)
+def _burst_of(burst: int | None, rate: int) -> int:
+    return rate if burst is None else burst

@@ -7,6 +7,11 @@ API keys are never stored: the file holds only their SHA-256. It is YAML or JSON
         keys: [<64 hex digits>, ...]
         requests_per_minute: 600         # instead of the config's; null is no limit
         max_concurrent_requests: 32
+        tokens_per_minute: 100000
+        request_burst: 60                # at once; a whole minute's if it is left out
+        token_burst: 20000
+        tokens_per_day: 5000000          # of UTC
+        tokens_per_month: 100000000
         namespaces: [lab]                # may use lab's adapters too, as lab/<adapter>
         may_publish: true                # may load and unload its own adapters over HTTP
         publish_keys: {ci: <64 hex>}     # these manage its adapters over /admin/v1, nothing else
@@ -20,7 +25,6 @@ API keys are never stored: the file holds only their SHA-256. It is YAML or JSON
     admin_keys: {ann: <64 hex digits>}   # these manage all tenants' adapters over /admin/v1
 """
 
-import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -34,13 +38,13 @@ from adapter_store.names import NAME_RULE
 from deployments.config_sections import Bytes, Limit, Section, explain
 from deployments.policy.admission import Limits
 from deployments.strict_yaml import YamlMistake, read_yaml
+from deployments.tenants.key_id import key_id
 from deployments.tenants.tenant import Publisher, Tenant, UploadLimits
 from engine.config import ConfigError
 from engine.scheduler.classes import PriorityClass
 from engine.scheduler.fairness import MAX_WEIGHT, MIN_WEIGHT
 
 KEY_PREFIX = "reef-"
-KEY_ID_CHARS = 12
 
 
 class KeysFileError(ConfigError):
@@ -55,6 +59,11 @@ class TenantEntry(Section):
     keys: list[Hash] = Field(default=[])
     requests_per_minute: Limit = None
     max_concurrent_requests: Limit = None
+    tokens_per_minute: Limit = None
+    request_burst: Limit = None
+    token_burst: Limit = None
+    tokens_per_day: Limit = None
+    tokens_per_month: Limit = None
     namespaces: list[Name] = Field(default=[])
     may_publish: bool = False
     publish_keys: dict[Name, Hash] = Field(default={})
@@ -88,6 +97,10 @@ class Keys:
     metrics: Sequence[bytes]
     publishers: Mapping[bytes, Publisher]
     upload_limits: Mapping[str, Mapping[str, Any]]  # of tenants, those that are not the config's
+    tenants: Mapping[str, Tenant]
+
+
+NO_KEYS = Keys({}, (), {}, {}, {})
 
 
 def read_keys(path: Path, defaults: Limits) -> Keys:
@@ -96,6 +109,7 @@ def read_keys(path: Path, defaults: Limits) -> Keys:
     metrics = dict.fromkeys(map(bytes.fromhex, document.metrics_keys))
     publishers = _publishers(path, document)
     holders: dict[bytes, Holder] = {}
+    tenants: dict[str, Tenant] = {}
     for name, entry in document.tenants.items():
         limits, namespaces = _limits(entry, defaults), tuple(entry.namespaces)
         tenant = Tenant(
@@ -107,12 +121,13 @@ def read_keys(path: Path, defaults: Limits) -> Keys:
             PriorityClass[entry.max_priority_class.upper()],
             entry.max_ttft_s,
         )
+        tenants[name] = tenant
         for digest in map(bytes.fromhex, entry.keys):
             if digest in holders or digest in metrics or digest in publishers:
                 raise _twice(path, f"tenants.{name}.keys", digest)
             holders[digest] = Holder(digest, replace(tenant, key_id=key_id(digest)))
     limits = {name: _upload_limits(entry) for name, entry in document.tenants.items()}
-    return Keys(holders, tuple(metrics), publishers, limits)
+    return Keys(holders, tuple(metrics), publishers, limits, tenants)
 
 
 def _publishers(path: Path, document: KeysDocument) -> dict[bytes, Publisher]:
@@ -144,7 +159,14 @@ def _upload_limits(entry: TenantEntry) -> dict[str, Any]:
 def _limits(entry: TenantEntry, defaults: Limits) -> Limits:
     """Take limits that are not mentioned from the config; null means no limit."""
     names = {field.name for field in fields(Limits)}
-    return replace(defaults, **entry.model_dump(include=entry.model_fields_set & names))
+    own = entry.model_dump(include=entry.model_fields_set & names)
+    for burst, rate in (
+        ("request_burst", "requests_per_minute"),
+        ("token_burst", "tokens_per_minute"),
+    ):
+        if rate in own:
+            own.setdefault(burst, None)  # the config's burst belongs to the config's rate
+    return replace(defaults, **own)
 
 
 def parse_document(path: Path) -> KeysDocument:
@@ -169,12 +191,3 @@ def _explain(path: Path, error: ErrorDetails) -> str:
 def _without_keys(message: str) -> str:
     """Blank out keys: one in the wrong place must not get into a log."""
     return re.sub(rf"{KEY_PREFIX}[A-Za-z0-9_-]{{16,}}", f"{KEY_PREFIX}...", message)
-
-
-def hash_key(key: str) -> bytes:
-    return hashlib.sha256(key.encode()).digest()
-
-
-def key_id(digest: bytes) -> str:
-    """Name a key in usage records: neither the key nor its hash can be found from it."""
-    return hashlib.sha256(b"the id of a key" + digest).hexdigest()[:KEY_ID_CHARS]

@@ -18,7 +18,8 @@ import yaml
 
 from adapter_store.file_lock import FileLock
 from adapter_store.names import NAME_RULE
-from deployments.tenants.keys_file import KEY_PREFIX, KeysFileError, hash_key, parse_document
+from deployments.tenants.key_id import hash_key
+from deployments.tenants.keys_file import KEY_PREFIX, KeysFileError, parse_document
 
 KEY_BYTES = 32
 NEW_FILE_MODE = 0o600

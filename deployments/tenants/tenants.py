@@ -1,25 +1,34 @@
-"""Tenants: identify the tenant of a request by its API key, and follow the keys file.
+"""Tenants: identify the tenant of a request by its API key, and follow what keys there are.
 
-When the file changes it is read again within two seconds; if it is broken then, an error is logged
-and the old keys stay.
+Keys are in the keys file, in the adapter store (`key_book`), or in both. When the file changes it
+is read again within two seconds; if it is broken then, an error is logged and the old keys stay. So
+do those of the store while it cannot be read; what others write to it is seen within five seconds.
 
-`reef new-key` makes a key (`new_key`). Knows no adapters, and of limits only their numbers.
+`reef new-key` makes a key for the file (`new_key`), `reef keys` those of the store. Knows no
+adapters, and of limits only their numbers.
 """
 
 import asyncio
 import hmac
 import logging
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
+from adapter_store.errors import AdapterStoreError
 from deployments.config_sections import TenancySection
 from deployments.policy.admission import NO_LIMITS, Limits
-from deployments.tenants.keys_file import KeysFileError, hash_key, read_keys
+from deployments.tenants.key_book import KeyBook
+from deployments.tenants.key_id import hash_key
+from deployments.tenants.key_table import Scope, StoredKey
+from deployments.tenants.keys_file import NO_KEYS, KeysFileError, read_keys
 from deployments.tenants.tenant import PUBLIC, Publisher, Tenant, UploadLimits
 from engine.scheduler.classes import PriorityClass
 
 FOLLOW_S = 1.0
+FOLLOW_STORE_S = 2.0  # a listing of the store each time
 
 logger = logging.getLogger(__name__)
 
@@ -62,12 +71,12 @@ class Tenants(Protocol):
         ...
 
 
-def open_tenants(tenancy: TenancySection) -> Tenants:
-    """Open what the config's mode says. Raises KeysFileError."""
+def open_tenants(tenancy: TenancySection, book: KeyBook | None = None) -> Tenants:
+    """Open what the config's mode says; `book` has the store's keys. Raises KeysFileError."""
     if tenancy.mode == "open":
         return Everybody(tenancy.limits)
-    assert tenancy.keys_file is not None, "load_config wants a keys file in this mode"
-    return Keyring(Path(tenancy.keys_file), tenancy.limits, tenancy.metrics == "open")
+    path = None if tenancy.keys_file is None else Path(tenancy.keys_file)
+    return Keyring(path, tenancy.limits, tenancy.metrics == "open", book)
 
 
 class Everybody:
@@ -99,31 +108,45 @@ class Everybody:
 
 
 class Keyring:
-    """The tenants of mode keys, as of the last valid version of the keys file."""
+    """The tenants of mode keys, as of the last valid version of the keys file and of the store."""
 
     asks_for_keys = True
 
-    def __init__(self, path: Path, defaults: Limits, metrics_are_open: bool = False) -> None:
+    def __init__(
+        self,
+        path: Path | None,
+        defaults: Limits,
+        metrics_are_open: bool = False,
+        book: KeyBook | None = None,
+        wall_s: Callable[[], float] = time.time,
+    ) -> None:
         self._path = path
+        self._book = book
+        self._wall_s = wall_s
         self._defaults = defaults
         self._metrics_are_open = metrics_are_open
-        self._stamp = _stamp(path)
-        self._keys = read_keys(path, defaults)
-        self._task: asyncio.Task[None] | None = None
+        self._stamp = None if path is None else _stamp(path)
+        self._keys = NO_KEYS if path is None else read_keys(path, defaults)
+        self._tasks: list[asyncio.Task[None]] = []
+        self._store_is_read = True
 
     def identify(self, authorization: str | None, api_key: str | None = None) -> Tenant:
         digest = hash_key(_only_key(authorization, api_key))
         holder = self._keys.holders.get(digest)
-        if holder is None or not hmac.compare_digest(holder.digest, digest):
-            raise KeyRefused("The API key is not valid.")
-        return holder.tenant
+        if holder is not None and hmac.compare_digest(holder.digest, digest):
+            return holder.tenant
+        return self._tenant_of(self._stored(digest, "infer", "send requests"))
 
     def check_metrics(self, authorization: str | None) -> None:
         if self._metrics_are_open:
             return
         digest = hash_key(_bearer_key(authorization))
-        if not any(hmac.compare_digest(known, digest) for known in self._keys.metrics):
-            raise KeyRefused("The key is not one of the metrics_keys.")
+        if any(hmac.compare_digest(known, digest) for known in self._keys.metrics):
+            return
+        try:
+            self._stored(digest, "metrics", "read the metrics")
+        except (KeyRefused, RightMissing):
+            raise KeyRefused("The key is not one of the metrics_keys.") from None
 
     def identify_publisher(self, authorization: str | None) -> Publisher:
         digest = hash_key(_bearer_key(authorization))
@@ -134,13 +157,38 @@ class Keyring:
             raise RightMissing(
                 "This key may not use the admin API: it is none of the publish_keys and admin_keys."
             )
-        raise KeyRefused("The API key is not valid.")
+        found = self._stored(digest, "publish", "use the admin API", "admin")
+        return Publisher(found.name, found.tenant or None)
+
+    def _stored(
+        self, digest: bytes, scope: Scope, what: str, other: Scope | None = None
+    ) -> StoredKey:
+        """Find a key of the store that is valid now and has one of the scopes."""
+        found = None if self._book is None else self._book.find(digest)
+        if found is None or not hmac.compare_digest(found.digest, digest):
+            raise KeyRefused("The API key is not valid.")
+        if not found.is_valid(self._wall_s()):
+            raise KeyRefused("The API key has expired or was revoked.")
+        if scope not in found.scopes and other not in found.scopes:
+            raise RightMissing(f"This key may not {what}: it has not the scope {scope}.")
+        return found
+
+    def _tenant_of(self, key: StoredKey) -> Tenant:
+        tenant = self._keys.tenants.get(key.tenant)
+        if tenant is None:
+            tenant = Tenant(key.tenant, self._defaults)
+        may_publish = tenant.may_publish or "publish" in key.scopes
+        return replace(tenant, may_publish=may_publish, key_id=key.id)
 
     def upload_limits(self, tenant: str, defaults: UploadLimits) -> UploadLimits:
         return replace(defaults, **self._keys.upload_limits.get(tenant, {}))
 
     def start(self) -> None:
-        self._task = asyncio.create_task(self._follow())
+        if self._path is not None:
+            self._tasks.append(asyncio.create_task(self._follow(FOLLOW_S, self.refresh)))
+        if self._book is not None:
+            follow = self._follow(FOLLOW_STORE_S, self.refresh_store)
+            self._tasks.append(asyncio.create_task(follow))
 
     def set_limits(self, limits: Limits) -> None:
         if limits != self._defaults:
@@ -148,6 +196,8 @@ class Keyring:
 
     def refresh(self) -> None:
         """Read the file again if it has changed. An error in it is logged once."""
+        if self._path is None:
+            return
         stamp = _stamp(self._path)
         if stamp == self._stamp:
             return
@@ -162,13 +212,26 @@ class Keyring:
         else:
             logger.info("%s has %d keys of tenants now", self._path, len(self._keys.holders))
 
-    async def _follow(self) -> None:
+    def refresh_store(self) -> None:
+        """Read what others have written to the store. An outage is logged once."""
+        if self._book is None:
+            return
+        try:
+            self._book.refresh()
+        except AdapterStoreError as error:
+            if self._store_is_read:
+                logger.error("the keys of the adapter store stay as they were: %s", error)
+            self._store_is_read = False
+        else:
+            self._store_is_read = True
+
+    async def _follow(self, period_s: float, refresh: Callable[[], None]) -> None:
         while True:
-            await asyncio.sleep(FOLLOW_S)
+            await asyncio.sleep(period_s)
             try:
-                await asyncio.to_thread(self.refresh)
+                await asyncio.to_thread(refresh)
             except Exception:
-                logger.exception("%s could not be looked at, it is tried again", self._path)
+                logger.exception("the keys could not be looked at, it is tried again")
 
 
 def _stamp(path: Path) -> tuple[int, int, int] | None:

@@ -14,6 +14,7 @@ from tests.reef.console import ROOT, reef
 COMMANDS = [
     *("alias", "audit", "bench", "check", "completion", "config-keys", "delete", "describe", "gc"),
     *(
+        "keys",
         "list",
         "new-key",
         "plan",
@@ -73,6 +74,7 @@ def test_nothing_heavy_is_imported_before_a_command_runs(statement: str) -> None
         (["serve", "--port", "many"], "'many' is not a valid integer"),
         (["new-key"], "Name a tenant"),
         (["new-key", "a/b"], "'a/b'"),
+        (["keys", "create", "a", "--name", "x", "--root", "ftp://x"], "must begin with file:///"),
         (["plan"], "Name a model's folder, or --fleet FILE"),
         (["plan", "nowhere"], "nowhere/config.json"),
         (["plan", "nowhere", "--memory", "24GX"], "'24GX' is not a size in bytes"),

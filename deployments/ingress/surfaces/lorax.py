@@ -103,12 +103,12 @@ async def _identified(
     """
     authorization = http_request.headers.get("authorization")
     try:
-        tenant, place = held.enter_context(ingress.tenant_of(authorization))
+        tenant, place = await ingress.admit(http_request, held, authorization)
     except KeyRefused:
         if authorization is not None:
             raise
         document = await ingress.document(http_request)
-        tenant, place = held.enter_context(ingress.tenant_of(_bearer(document)))
+        tenant, place = await ingress.admit(http_request, held, _bearer(document))
         return document, tenant, ingress.named(place, http_request, tenant)
     return await ingress.document(http_request), tenant, ingress.named(place, http_request, tenant)
 

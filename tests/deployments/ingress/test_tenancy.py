@@ -219,3 +219,52 @@ def test_the_engine_is_told_a_tenants_weight(tmp_path: Path) -> None:
         "umbrella": {"keys": [digest(UMBRELLA)]},
     }
     in_server(test, tenants=Keyring(keys_file(tmp_path, tenants=tenants), Limits()))
+
+
+RATE = "x-ratelimit-"
+
+
+def test_every_answer_of_a_limited_tenant_says_what_is_left(tmp_path: Path) -> None:
+    async def test(server: Server) -> None:
+        left: list[tuple[str, str]] = []
+        for model, stream in (("base", False), ("base", True), ("nobody", False), ("base", False)):
+            answer = await server.post(
+                COMPLETIONS, key=ACME, model=model, prompt="abc", max_tokens=4, stream=stream
+            )
+            assert answer.headers[f"{RATE}limit-requests"] == "3"
+            assert answer.headers[f"{RATE}limit-tokens"] == "100"
+            assert answer.headers[f"{RATE}reset-requests"].endswith("s")
+            names = (f"{RATE}remaining-requests", f"{RATE}remaining-tokens")
+            left.append((answer.headers[names[0]], answer.headers[names[1]]))
+        assert answer.status == 429
+        assert [requests for requests, _ in left] == ["2", "1", "0", "0"]
+        used = 3 + 4  # the answer's end is a token, too
+        assert int(left[3][1]) == 100 - 2 * used, left
+        other = await server.post(COMPLETIONS, key=UMBRELLA, prompt="x")
+        assert not any(name.startswith(RATE) for name in other.headers)
+
+    limits = {"requests_per_minute": 3, "tokens_per_day": 100}
+    in_server(test, tenants=limited(tmp_path, **limits), clock_ns=lambda: 7)
+
+
+@pytest.mark.parametrize("ending", ENDINGS[:3])
+def test_tokens_that_were_not_used_come_back_however_a_request_ends(
+    tmp_path: Path, ending: str
+) -> None:
+    async def test(server: Server) -> None:
+        server.engine.running.clear()
+        first = start(server, max_tokens=90)
+        await until(lambda: len(server.engine.requests) == 1)
+        refused = await server.post(COMPLETIONS, key=ACME, prompt="y", max_tokens=90)
+        assert refused.status == 429 and "tokens per day" in refused.error["message"]
+        assert int(refused.headers["retry-after"]) > 1
+        if ending == "the client hangs up":
+            first.hang_up()
+        elif ending == "the call is cancelled":
+            first.done.cancel()
+        server.engine.running.set()
+        await asyncio.gather(first.done, return_exceptions=True)
+        answer = await server.post(COMPLETIONS, key=ACME, prompt="z", max_tokens=90)
+        assert answer.status == 200
+
+    in_server(test, engine=FakeEngine(), tenants=limited(tmp_path, tokens_per_day=100))

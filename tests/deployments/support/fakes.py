@@ -39,6 +39,7 @@ from deployments.ingress.runtime_adapters import RuntimeAdapters
 from deployments.ingress.tenant_limiter import TenantLimiter
 from deployments.policy.backlog import QueueLimits
 from deployments.replica.replica import EngineReplica, ReplicaSettings
+from deployments.tenants.key_book import KeyBook
 from deployments.tenants.tenants import Everybody, Tenants
 from deployments.text.answer_syntax import find_syntax
 from deployments.text.embedding_use import NO_EMBEDDINGS, EmbeddingUse
@@ -410,6 +411,7 @@ async def serving(
     base_fingerprint: str = BASE,
     adapters: RuntimeAdapters | None = None,
     admin: Admin | None = None,
+    key_book: KeyBook | None = None,
     embeddings: EmbeddingUse = NO_EMBEDDINGS,
     max_held: int | None = None,
     hold_s: float = 5.0,
@@ -464,6 +466,7 @@ async def serving(
         adapters,
         admin,
         Metering(meter or NoMeter(), origin.now),
+        key_book,
     )
     server = Server(engine, store, replica, connection, link, build_api(ingress), metrics, ingress)
     try:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from deployments.policy.admission import Limits
-from deployments.tenants.keys_file import key_id
+from deployments.tenants.key_id import key_id
 from deployments.tenants.tenants import Keyring
 from deployments.text.embedding_use import EmbeddingUse
 from deployments.usage.meter import UsageMeter
