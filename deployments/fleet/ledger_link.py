@@ -55,8 +55,8 @@ class OwnLedger:
         is_sweep = self.leases.num_known > self._sweep_at
         self._exchange(is_tidying=is_sweep)
         if is_sweep:
-            self.leases.forget_idle()
-            self._sweep_at = 2 * self.leases.num_known + SPARE_ACCOUNTS
+            is_done = not self.leases.has_more_to_tidy
+            self._sweep_at = (1 + is_done) * self.leases.num_known + SPARE_ACCOUNTS
 
     def hurry(self) -> None:
         """Nobody else waits."""
@@ -123,8 +123,8 @@ class SharedLedger:
                 await self._deliver(message, waiting)
             self._let_go(waiting)
             await asyncio.sleep(0)  # they take what was granted, before it could be given back
-            if is_due:
-                self.leases.forget_idle()
+            if is_due and self.leases.has_more_to_tidy:
+                self.hurry()
 
     async def _wait(self) -> None:
         rest_s = max(0.0, (self._tidy_at_ns - self._clock_ns()) / 1e9)

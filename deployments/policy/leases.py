@@ -31,6 +31,7 @@ from deployments.policy.ledger import LEASE_NS, Answer, Ask, Grant, Message
 UNKNOWN_PART = 100  # of a budget of which nothing was heard, one in so many tokens is shared
 
 
+MOST_TIDIED, MOST_LOOKED_AT = 200, 2000  # tenants, by one message
 NOTHING_TOLD = Grant("")
 
 
@@ -169,12 +170,18 @@ class Leases:
         self._num_ingresses = num_ingresses
         self._accounts: dict[str, _Account] = {}
         self._needy: set[str] = set()
+        self._to_tidy: list[str] = []
         self._epoch = ""
         self._day = 0
         self._num_messages = 0
         self._asked_ns = self._asked_day = 0
         self._heard_ns = 0  # when the last message was written that was answered
         self._outage = 0
+
+    @property
+    def has_more_to_tidy(self) -> bool:
+        """Tell whether the last message that tidied left tenants out."""
+        return bool(self._to_tidy)
 
     @property
     def num_known(self) -> int:
@@ -328,12 +335,15 @@ class Leases:
     # ---- the ledger ----------------------------------------------------------------------
 
     def message(self, now_ns: int, wall_s: float, is_tidying: bool) -> Message | None:
-        """Write what to tell the ledger: what is needed, or with `is_tidying` everything.
+        """Write what to tell the ledger: what is needed, and with `is_tidying` what some tenants
+        hold, in turn.
 
         None if there is nothing. It must be answered, or sent again as it is, before the next one.
         """
         self._turn(wall_s)
-        names = list(self._accounts) if is_tidying else sorted(self._needy)
+        names = sorted(self._needy)
+        if is_tidying:
+            names += self._next_to_tidy()
         self._needy.clear()
         accounts = ((name, self._accounts[name]) for name in names)
         asks = tuple(
@@ -346,6 +356,27 @@ class Leases:
         self._num_messages += 1
         self._asked_ns, self._asked_day = now_ns, self._day
         return Message(self._ingress, self._num_messages, self._epoch, self._day, asks)
+
+    def _next_to_tidy(self) -> list[str]:
+        """Choose a few tenants, so that a message is written and booked within milliseconds.
+
+        Tenants of which there is nothing to tell are forgotten.
+        """
+        if not self._to_tidy:
+            self._to_tidy = list(self._accounts)
+        names: list[str] = []
+        for _ in range(min(len(self._to_tidy), MOST_LOOKED_AT)):
+            name = self._to_tidy.pop()
+            account = self._accounts.get(name)
+            if account is None or name in self._needy:
+                continue
+            if account.may_be_forgotten(self._day):
+                del self._accounts[name]
+            elif account.has_news:
+                names.append(name)
+                if len(names) == MOST_TIDIED:
+                    break
+        return names
 
     def accept(self, answer: Answer, now_ns: int) -> bool:
         """Take what the ledger grants; return whether it was the answer that is waited for."""
@@ -370,12 +401,6 @@ class Leases:
     def set_alone(self, is_alone: bool) -> None:
         self._outage += is_alone and not self.is_alone
         self.is_alone = is_alone
-
-    def forget_idle(self) -> None:
-        """Forget tenants of which there is nothing to tell."""
-        idle = [t for t, each in self._accounts.items() if each.may_be_forgotten(self._day)]
-        for tenant in idle:
-            del self._accounts[tenant]
 
     def _ask(self, name: str, account: _Account, now_ns: int, is_tidying: bool) -> Ask:
         account.expire(now_ns)

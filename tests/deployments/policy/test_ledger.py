@@ -370,7 +370,7 @@ def test_tenants_that_went_away_are_forgotten_by_the_ledger() -> None:
         leases.want(f"{number}", need)
         exchange(ledger, leases, now_ns)
         assert leases.take(f"{number}", Limits(1), need, now_ns, START_S) is not None
-        leases.forget_idle()
+        leases.message(now_ns, START_S, True)
         assert ledger.num_accounts <= 1024 and leases.num_known <= 2
 
 
