@@ -79,6 +79,12 @@ class Catalog:
             found.moved_s,
         )
 
+    def trials(self) -> set[int]:
+        """Return the records with which the trials that go on began."""
+        histories = self._adapters.values()
+        aliases = (alias for history in histories for alias in history.aliases.values())
+        return {alias.began for alias in aliases if alias.trial is not None}
+
     def _live_shares(
         self, tenant: str, name: str, history: AdapterHistory, weights: Mapping[int, float]
     ) -> Sequence[tuple[AdapterRef, float]]:

@@ -21,6 +21,7 @@ from adapter_store.names import Place
 from adapter_store.object_store import ObjectStore, StoredObject
 from adapter_store.record_log import number_of
 from adapter_store.registry import Registry
+from adapter_store.trial_counts import TRIALS, trial_of
 
 BATCH = 64  # objects that are removed between two reports
 
@@ -35,11 +36,12 @@ class Garbage:
     records: Sequence[StoredObject]
     snapshots: Sequence[StoredObject]
     files: Sequence[StoredObject]
+    counts: Sequence[StoredObject] = ()  # of trials that are over
 
     @property
     def objects(self) -> Sequence[StoredObject]:
         """All of them, in the order in which they are removed."""
-        return [*self.files, *self.snapshots, *self.records]
+        return [*self.files, *self.snapshots, *self.records, *self.counts]
 
     @property
     def nbytes(self) -> int:
@@ -75,6 +77,7 @@ class Collector:
             _numbered(records, covered, is_old),
             _numbered(snapshots, covered - 1, is_old),
             self._unused_files(is_old, self._registry.places_retired_by(recent)),
+            self._old_counts(is_old),
         )
 
     def remove(self, garbage: Garbage, on_objects: OnObjects) -> Garbage:
@@ -92,6 +95,12 @@ class Collector:
                 on_objects(len(batch))
             self._registry.save_overdue_snapshot()
         return unused
+
+    def _old_counts(self, is_old: IsOld) -> Sequence[StoredObject]:
+        """List what processes that died have left of trials that are over."""
+        going_on = self._registry.trials()
+        found = self._objects.describe(TRIALS)
+        return [each for each in found if is_old(each) and trial_of(each.key) not in going_on]
 
     def _unused_files(self, is_old: IsOld, spared: set[Place]) -> Sequence[StoredObject]:
         uploads: dict[Place, list[StoredObject]] = {}
@@ -113,7 +122,7 @@ class Collector:
             self._registry.begin_generation()
         unused = {each for each in garbage.places if not self._registry.is_live_at(each)}
         files = [each for each in garbage.files if parse_place(each.key) in unused]
-        return Garbage(garbage.records, garbage.snapshots, files)
+        return Garbage(garbage.records, garbage.snapshots, files, garbage.counts)
 
 
 def _older_than(limit_s: float | None) -> IsOld:

@@ -68,8 +68,10 @@ class AdapterHistory:
     def meant_by(self, alias: str) -> int | None:
         """Return the live version of an alias with the largest weight; a dead one if none is."""
         found = self.aliases.get(alias)
-        versions = () if found is None else found.versions
-        return next((v for v in versions if self.is_live(v)), versions[0] if versions else None)
+        if found is None:
+            return None
+        wanted = [version for version in found.versions if found.weights[version]]
+        return next((version for version in wanted if self.is_live(version)), wanted[0])
 
     def is_live(self, version: int) -> bool:
         """Check that a version exists and is not retired."""

@@ -203,6 +203,11 @@ class Registry(FollowedLog[Catalog]):
         with self._lock:
             return self._catalog.alias_view(tenant, full_name)
 
+    def trials(self) -> set[int]:
+        """Return the records with which the trials that go on began."""
+        with self._lock:
+            return self._catalog.trials()
+
     def note_flip(
         self, view: AliasView, outcome: str, details: Mapping[str, Any], by: str = ""
     ) -> bool:

@@ -42,3 +42,9 @@ class TrialCounts:
 
 def _prefix(began: int) -> str:
     return f"{TRIALS}{began:020}/"
+
+
+def trial_of(key: str) -> int | None:
+    """Return the record that the trial of an object began with; None for any other key."""
+    number = key.removeprefix(TRIALS).partition("/")[0]
+    return int(number) if number.isdecimal() else None

@@ -21,9 +21,11 @@ from adapter_store.errors import AdapterStoreError
 from adapter_store.names import AdapterRef
 from deployments.fleet.background_tasks import BackgroundTasks
 from deployments.fleet.engine_link import EngineLink
+from deployments.fleet.held_requests import ModelNotReady
 from engine.messages import ErrorKind
 
 WAIT_S = 30.0
+RETRY_S = 0.5  # between two tries at one replica
 OLD_S = 60.0  # an alias that moved longer ago is not waited for
 GUARDED_S = (
     3600.0  # for so long a version that cannot be loaded sets an alias back, without a trial
@@ -90,6 +92,8 @@ class Flips:
             if holders:
                 move.is_open = False
                 self._tasks.start(self._flip(view, link, move, holders))
+        if move.is_set_back:
+            return _fallback(view) or view.shares
         return view.shares if move.is_open or not view.before else view.before
 
     def fail(self, view: AliasView, ref: AdapterRef, reason: str) -> None:
@@ -100,7 +104,7 @@ class Flips:
         is_recent = self._wall_clock() - view.moved_s < GUARDED_S
         if move is not None and not move.is_set_back and (is_tried or (is_new and is_recent)):
             move.is_set_back = True
-            self._tasks.start(self._set_back(view, move, ref, reason))
+            self._tasks.start(self._set_back(view, ref, reason))
 
     # ---- inside --------------------------------------------------------------------------
 
@@ -128,23 +132,20 @@ class Flips:
         self, view: AliasView, link: EngineLink, move: _Move, holders: Sequence[str]
     ) -> None:
         began_s = self._clock()
-        outcome = "resident"
+        outcome = "late"
         try:
             async with asyncio.timeout(self._wait_s):
                 for ref in _new_versions(view):
-                    errors = await asyncio.gather(*(link.warm(ref, each) for each in holders))
-                    unusable = [
-                        error.message
-                        for error in errors
-                        if error is not None and error.kind == ErrorKind.ADAPTER_INVALID
-                    ]
-                    if unusable:
-                        move.is_set_back = True
-                        await self._set_back(view, move, ref, unusable[0])
+                    found = await asyncio.gather(*(self._load(link, ref, each) for each in holders))
+                    reason = next((each for each in found if each is not None), None)
+                    if reason is not None:
+                        self.fail(view, ref, reason)
                         return
+            outcome = "resident"
         except TimeoutError:
-            outcome = "late"
-        move.is_open = True
+            pass
+        finally:
+            move.is_open = True
         waited_s = round(self._clock() - began_s, 3)
         details = {"replicas": len(holders), "waited_s": waited_s}
         logger.info("%s flips: %s, %s", view.text, outcome, details)
@@ -152,12 +153,27 @@ class Flips:
             view, lambda: self._writer.note_flip(view, outcome, details, AUTHOR), "noted"
         )
 
-    async def _set_back(self, view: AliasView, move: _Move, ref: AdapterRef, reason: str) -> None:
-        """Move the alias to what it was. Until then, and if that fails, it is so here."""
-        weights = set_back_to(view)
+    async def _load(self, link: EngineLink, ref: AdapterRef, replica_id: str) -> str | None:
+        """Have a replica load a version; return why it cannot be served there. May take for ever.
+
+        What is no fault of the version is tried again.
+        """
+        while True:
+            try:
+                error = await link.warm(ref, replica_id)
+            except ModelNotReady:
+                error = None  # there is no replica left
+            if error is None:
+                return None
+            if error.kind == ErrorKind.ADAPTER_INVALID:
+                return error.message
+            await asyncio.sleep(RETRY_S)
+
+    async def _set_back(self, view: AliasView, ref: AdapterRef, reason: str) -> None:
+        """Move the alias to what it was. Here it means that already, whatever the store takes."""
+        weights = {each.version: weight for each, weight in _fallback(view)}
         if not weights:
             logger.warning("%s cannot be served by version %d: %s", view.text, ref.version, reason)
-            move.is_open = True
             return
         because = {"outcome": "roll back", "of": view.record, "version": ref.version}
         because["why"] = f"it cannot be loaded: {reason}"[:1000]
@@ -178,12 +194,12 @@ class Flips:
             logger.warning("%s could not be %s in the store: %s", view.text, what, error)
 
 
-def set_back_to(view: AliasView) -> dict[int, float]:
+def _fallback(view: AliasView) -> Shares:
     """Return what an alias means without its new version: none if nothing of it is live."""
     if view.trial is not None:
         candidate = view.trial.candidate
-        return {ref.version: 1.0 for ref, _ in view.shares if ref.version != candidate}
-    return {ref.version: weight for ref, weight in view.before if weight}
+        return [share for share in view.shares if share[0].version != candidate]
+    return [share for share in view.before if share[1]]
 
 
 def _new_versions(view: AliasView) -> Sequence[AdapterRef]:

@@ -182,3 +182,15 @@ def test_counts_of_a_trial_are_those_of_all_but_one_until_it_ends(memory: Memory
     assert (counts.read(7), counts.read(7, "a")) == ([b"2", b"3"], [b"3"])
     counts.remove(7)
     assert counts.read(7) == [] and counts.read(70) == [b"4"]
+
+
+def test_a_collection_takes_the_counts_of_trials_that_are_over(
+    one: Publisher, memory: Memory
+) -> None:
+    one.registry.share("t", "sql", "prod", {1: 95, 3: 5}, Trial(3))
+    counts = TrialCounts(one.objects)
+    counts.put(4, "a", b"going on")
+    counts.put(2, "a", b"over")
+    assert [each.key for each in one.collector.find(1000).counts] == []
+    one.collect()
+    assert (counts.read(4), counts.read(2)) == ([b"going on"], [])

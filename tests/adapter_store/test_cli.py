@@ -68,6 +68,17 @@ def test_an_adapter_is_published_aliased_verified_and_retired(
     assert run("publish", second, "--name", "sql")[1] == [line]
     assert run("alias", "sql", "prod", 1) == (0, ["public/sql@prod is version 1"], "")
     assert [line.split()[-1] for line in run("list")[1]] == ["prod", "latest"]
+    shared = ["public/sql@prod is version 1 for 95%, version 2 for 5%"]
+    code, lines, _ = run("alias", "sql", "prod", "--canary", 2, "--share", "5%", "--alpha", 0.1)
+    assert (code, lines[:2]) == (0, [*shared, "on trial: version 2"])
+    assert lines[2:] == [
+        "stable: version 1",
+        "candidate: version 2",
+        "so far: go on, undecided so far",
+    ]
+    assert run("alias", "sql", "prod")[1] == lines
+    assert run("alias", "sql", "prod", "--weights", "1=19,2=1") == (0, shared, "")
+    assert run("alias", "sql", "prod", 1)[0] == 0
     assert run("list", "--tenant", "other") == (0, [], "")
     assert run("verify") == (0, ["verified 2 adapters"], "")
     assert run("retire", "sql@1") == (0, ["retired public/sql, version 1"], "")
@@ -176,6 +187,10 @@ def test_verify_names_a_damaged_record_of_the_log(
     [
         (("retire", "sql"), "tenant public has no adapter 'sql'"),
         (("alias", "sql", "7", "1"), "alias '7' is reserved"),
+        (("alias", "sql", "p", "--canary", "2"), "--canary and --share belong together"),
+        (("alias", "sql", "p", "--canary", "2", "--share", "2%"), "means 0 versions beside 2"),
+        (("alias", "sql", "p", "--weights", "1"), "'1' is not version=weight"),
+        (("alias", "sql", "p", "1", "--alpha", "0.1"), "bounds of a trial need --canary"),
         (("retire", "../sql"), "adapter '../sql' does not match"),
         (("verify", "sql"), "there is no live adapter 'sql'"),
         (("publish", "/", "--name", "sql"), "the store knows none"),

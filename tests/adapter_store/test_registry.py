@@ -18,7 +18,13 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_stat
 
 from adapter_store import followed_log
 from adapter_store.catalog import Catalog
-from adapter_store.errors import AdapterNotFound, InvalidName, SourceUnavailable, StoreCorrupt
+from adapter_store.errors import (
+    AdapterNotFound,
+    InvalidName,
+    InvalidShares,
+    SourceUnavailable,
+    StoreCorrupt,
+)
 from adapter_store.file_store import FileStore
 from adapter_store.garbage import Collector
 from adapter_store.manifest import AdapterManifest
@@ -508,7 +514,7 @@ def test_random_histories_agree_with_a_simple_model(
             self.store = FileStore(tmp_path_factory.mktemp("registry"))
             self.registries = [open_registry(self.store) for _ in range(2)]
             self.table: dict[str, list[tuple[str, bool]]] = {"a": [], "b": []}
-            self.aliases: dict[tuple[str, str], int] = {}
+            self.aliases: dict[tuple[str, str], dict[int, float]] = {}
 
         def is_live(self, name: str, version: int) -> bool:
             return version <= len(self.table[name]) and self.table[name][version - 1][1]
@@ -530,10 +536,25 @@ def test_random_histories_agree_with_a_simple_model(
         def alias(self, writer: int, name: str, alias: str, version: int) -> None:
             if self.is_live(name, version):
                 self.registries[writer].alias("t", name, alias, version)
-                self.aliases[name, alias] = version
+                self.aliases[name, alias] = {version: 1}
             else:
                 with pytest.raises(AdapterNotFound):
                     self.registries[writer].alias("t", name, alias, version)
+
+        @rule(
+            writer=writers,
+            name=names,
+            alias=aliases,
+            weights=st.dictionaries(versions, st.integers(0, 3), min_size=1, max_size=3),
+        )
+        def share(self, writer: int, name: str, alias: str, weights: dict[int, float]) -> None:
+            registry, live = self.registries[writer], [self.is_live(name, v) for v in weights]
+            if any(weights.values()) and all(live):
+                registry.share("t", name, alias, weights)
+                self.aliases[name, alias] = weights
+            else:
+                with pytest.raises((AdapterNotFound, InvalidShares)):
+                    registry.share("t", name, alias, weights)
 
         @rule(writer=writers, name=names, version=versions)
         def retire(self, writer: int, name: str, version: int) -> None:
@@ -563,8 +584,13 @@ def test_random_histories_agree_with_a_simple_model(
                     for version in range(1, len(rows) + 2):
                         expected = version if version in live else None
                         self.agrees(registry, f"{name}@{version}", expected)
-                for (name, alias), version in self.aliases.items():
-                    expected = version if self.is_live(name, version) else None
+                for (name, alias), weights in self.aliases.items():
+                    left = {v: weight for v, weight in weights.items() if self.is_live(name, v)}
+                    view = registry.alias_view("t", f"{name}@{alias}")
+                    assert view is not None
+                    assert {ref.version: weight for ref, weight in view.shares} == left
+                    heaviest = sorted((-weight, v) for v, weight in left.items() if weight)
+                    expected = heaviest[0][1] if heaviest else None
                     self.agrees(registry, f"{name}@{alias}", expected)
 
         def agrees(self, registry: Registry, full_name: str, version: int | None) -> None:

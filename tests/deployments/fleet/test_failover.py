@@ -615,3 +615,23 @@ def test_it_is_an_outage_once_all_engines_are_down_and_ends_with_the_first() -> 
         assert fleet.link.outage is None
 
     in_fleet(test, *IDS)
+
+
+# ---- adapters that are loaded ahead --------------------------------------------------------
+
+
+def test_an_adapter_is_loaded_at_the_replica_that_is_meant() -> None:
+    ref = FakeStore("red").refs["red"]
+
+    async def test(there: Fleet) -> None:
+        for name in ("two", "one"):
+            engine = there.engines[name]
+            done = asyncio.ensure_future(there.link.warm(ref, name))
+            await until(lambda engine=engine: len(engine.requests) == 1)
+            there.step()
+            assert await done is None
+            engine.totals = replace(engine.totals, adapters_in_memory=(ref.digest,))
+        await until(lambda: sorted(there.link.holders([ref.digest])) == ["one", "two"])
+        assert there.link.holders(["another"]) == []
+
+    in_fleet(test, renew_s=0.01)
