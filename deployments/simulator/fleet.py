@@ -12,7 +12,7 @@ from deployments.policy.routing import RoutedRequest, RoutingCosts
 from deployments.simulator.clock import Clock
 from deployments.simulator.config import Simulation
 from deployments.simulator.prompts import make_prompt
-from deployments.simulator.records import Record, Stretch, Timeline
+from deployments.simulator.records import Record, Stretch, Timeline, take_run
 from deployments.simulator.replica import LoadCounts, SimulatedReplica
 from deployments.simulator.routers import Chooser, make_router
 from deployments.simulator.scaling import PERIOD_S, make_scaler
@@ -112,8 +112,7 @@ class Fleet:
 
     def on_run(self, requests: Sequence[Request], stretch: Stretch) -> None:
         records = self._open
-        for request in requests:
-            records[request.request_id].take_run(stretch)
+        take_run([records[request.request_id] for request in requests], stretch)
 
     def on_end(self, request: Request) -> None:
         record = self._open.pop(request.request_id)

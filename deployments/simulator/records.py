@@ -1,7 +1,7 @@
 """What became of the requests: a Record each while they are open, columns of numbers afterwards."""
 
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -30,17 +30,6 @@ class Record:
         self.last_token_s = now_s
         self.num_tokens += num_tokens
 
-    def take_run(self, ends_s: "Stretch") -> None:
-        """Take one token of each of these steps."""
-        first_s, last_s, longest_s, count = ends_s
-        gap_s = first_s - self.last_token_s
-        if longest_s > gap_s:
-            gap_s = longest_s
-        if gap_s > self.longest_gap_s:
-            self.longest_gap_s = gap_s
-        self.last_token_s = last_s
-        self.num_tokens += count
-
     @property
     def ttft_s(self) -> float | None:
         return None if self.first_token_s is None else self.first_token_s - self.arrival.time_s
@@ -61,6 +50,19 @@ class Stretch(NamedTuple):
     last_s: float
     gap_s: float
     num_steps: int
+
+
+def take_run(records: Iterable[Record], stretch: Stretch) -> None:
+    """Give each record one token, not its first one, of each of these steps."""
+    first_s, last_s, longest_s, num_steps = stretch
+    for record in records:
+        gap_s = first_s - record.last_token_s
+        if longest_s > gap_s:
+            gap_s = longest_s
+        if gap_s > record.longest_gap_s:
+            record.longest_gap_s = gap_s
+        record.last_token_s = last_s
+        record.num_tokens += num_steps
 
 
 def _doubles() -> "array[float]":

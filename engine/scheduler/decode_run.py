@@ -107,14 +107,20 @@ def steps_possible(rows: Sequence[Request], memory: MemoryBudget, max_model_len:
     """Return how many steps of one token each there are until a request ends or blocks may lack."""
     most = MOST_STEPS
     for request in rows:
-        left = request.sampling.max_tokens - len(request.output_token_ids)
-        most = min(most, left, max_model_len - request.num_tokens)
+        num_outputs = len(request.output_token_ids)
+        left = request.sampling.max_tokens - num_outputs
+        if left < most:
+            most = left
+        left = max_model_len - len(request.prompt_token_ids) - num_outputs
+        if left < most:
+            most = left
     size = memory.blocks.block_size
-    while most > 0 and not memory.has_ready_blocks(sum(_num_begun(r, most, size) for r in rows)):
+    while most > 0 and not memory.has_ready_blocks(_num_begun(rows, most, size)):
         most //= 2
     return most
 
 
-def _num_begun(request: Request, count: int, block_size: int) -> int:
-    known = request.num_computed_tokens
-    return -(-(known + count) // block_size) - -(-known // block_size)
+def _num_begun(rows: Iterable[Request], count: int, block_size: int) -> int:
+    """Return how many blocks so many steps begin."""
+    known = [request.num_computed_tokens for request in rows]
+    return sum([-(-(k + count) // block_size) - -(-k // block_size) for k in known])

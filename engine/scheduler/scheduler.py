@@ -454,7 +454,8 @@ class Scheduler:
             return False
         if not are_plain_decodes(requests, token_id):
             return False
-        beginning = [r for r in requests if blocks.blocks_for(r.num_tokens) > len(r.block_table)]
+        size = blocks.block_size
+        beginning = [r for r in requests if r.num_computed_tokens >= size * len(r.block_table)]
         if not self.memory.has_ready_blocks(len(beginning)):
             return False
         for request in beginning:

@@ -46,7 +46,6 @@ class Step:
         """Add requests with one token each, for which there are blocks. They have no rows."""
         self.decodes = requests
         self.budget -= len(requests)
-        self._keys = {request.key: None for request in requests}
 
     def widen(self, request: Request, more: int) -> None:
         """Add tokens to a decode's row."""
@@ -58,6 +57,8 @@ class Step:
             self.prompt_time.lend(request.num_computed_tokens + count, more)
 
     def has(self, request: Request) -> bool:
+        if not self._keys:  # seldom asked at all
+            self._keys = {decode.key: None for decode in self.decodes}
         known = len(self._keys) - len(self.decodes)
         for other, _ in self.rows[known:]:  # those added since the last call
             self._keys[other.key] = None

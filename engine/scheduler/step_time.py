@@ -140,11 +140,11 @@ class StepTime:
 
     def piece_within(self, seconds: float, start: int) -> int:
         """Return how many tokens of a prompt, from position `start`, take at most `seconds`."""
-        known = self.coefficients
         if seconds <= 0:
             return 0
-        linear = known.token + known.pair * (start + 0.5)  # pair / 2 * n^2 + linear * n = seconds
-        slope = linear + sqrt(linear * linear + 2 * known.pair * seconds)  # right if pair = 0, too
+        token, pair = self._pace * self._values[1], self._pace * self._values[4]
+        linear = token + pair * (start + 0.5)  # pair / 2 * n^2 + linear * n = seconds
+        slope = linear + sqrt(linear * linear + 2 * pair * seconds)  # right if pair = 0, too
         return int(min(2 * seconds / slope, _ANY_NUMBER)) if slope else _ANY_NUMBER
 
     def _sweep(self, first: "_Memory", second: "_Memory") -> None:
