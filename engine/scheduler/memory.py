@@ -205,9 +205,10 @@ class MemoryBudget:
 
     def _are_oldest(self, count: int) -> bool:
         """Whether so many cached blocks have not been used since any idle adapter."""
+        if not self._is_packed or count > self.blocks.num_cached:
+            return False
         oldest_idle = next((use for _, use in self.adapters.idle), self._step)
-        uses = list(islice(self.blocks.cached_uses, count))
-        return self._is_packed and len(uses) == count and uses[-1] <= oldest_idle
+        return next(islice(self.blocks.cached_uses, count - 1, None)) <= oldest_idle
 
     def _plan(self, wish: _Wish, evicted: Sequence[str] = ()) -> _Plan | None:
         """Find the fewest evictions, by last use, that grant the wish; None if none do."""

@@ -7,7 +7,7 @@ from engine.scheduler.block_manager import (
     BlockManager,
     adapter_hash,
     block_contents,
-    block_hash,
+    block_hashes,
     root_hash,
 )
 from engine.scheduler.request import Request
@@ -20,7 +20,9 @@ def find_cached_blocks(blocks: BlockManager, request: Request) -> list[int]:
     """
     if not blocks.prefix_caching or _needs_all_rows(request):
         return []
-    return blocks.find(_hashes(blocks, request, (request.num_tokens - 1) // blocks.block_size))
+    num_whole = (request.num_tokens - 1) // blocks.block_size
+    _hash_blocks(blocks, request, num_whole)
+    return blocks.find(request.block_hashes[:num_whole])
 
 
 def _needs_all_rows(request: Request) -> bool:
@@ -39,27 +41,28 @@ def publish_blocks(blocks: BlockManager, request: Request, num_computed: int) ->
     num_full = num_computed // blocks.block_size
     if num_full == request.num_published_blocks:
         return
-    first, hashes = request.num_published_blocks, _hashes(blocks, request, num_full)
-    blocks.publish(request.block_table[first:num_full], hashes[first:])
+    first = request.num_published_blocks
+    _hash_blocks(blocks, request, num_full)
+    blocks.publish(request.block_table[first:num_full], request.block_hashes[first:num_full])
     request.num_published_blocks = num_full
 
 
-def _hashes(blocks: BlockManager, request: Request, num_blocks: int) -> list[bytes]:
-    """Hashes of the request's first full blocks; the chain is kept and extended as needed.
+def _hash_blocks(blocks: BlockManager, request: Request, num_blocks: int) -> None:
+    """Have the hashes of the request's first full blocks; the chain is extended as needed.
 
     Blocks before the one in which the adapter begins to act have the hashes of the base model's.
     """
     known, size = request.block_hashes, blocks.block_size
     first = len(known)
     if first >= num_blocks:
-        return known[:num_blocks]
+        return
     start, scope = request.adapter_start, request.scope
     assert start is not None, "the hashes depend on where the adapter begins to act"
-    token_ids = request.token_ids(first * size, num_blocks * size)
+    contents = block_contents(request.token_ids(first * size, num_blocks * size), size)
     previous = known[-1] if known else root_hash(scope)
-    for i, content in enumerate(block_contents(token_ids, size), first):
-        if i == start // size:
-            previous = adapter_hash(previous, scope.adapter_digest, start)
-        previous = block_hash(previous, content)
-        known.append(previous)
-    return known[:num_blocks]
+    num_before = start // size - first  # blocks before the one in which the adapter begins
+    if 0 <= num_before < len(contents):
+        base, contents = contents[:num_before], contents[num_before:]
+        known += block_hashes(previous, base)
+        previous = adapter_hash(known[-1] if base else previous, scope.adapter_digest, start)
+    known += block_hashes(previous, contents)

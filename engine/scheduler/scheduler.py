@@ -331,13 +331,18 @@ class Scheduler:
     ) -> list[Request]:
         """Update requests that decode; return those that ended."""
         ended: list[Request] = []
+        size, most = self.blocks.block_size, self.limits.max_model_len
         for request in requests:
-            if not request.num_computed_tokens % self.blocks.block_size:
+            if not request.num_computed_tokens % size:
                 publish_blocks(self.blocks, request, request.num_computed_tokens)
             request.num_pending_tokens = 0
-            request.output_token_ids.append(token_id)
-            if may_end and (reason := self.limits.end_of(request, token_id)):
-                self._finish(request, reason)
+            output = request.output_token_ids
+            output.append(token_id)
+            if may_end and (  # by its length alone, as no such token ends it
+                len(output) >= request.sampling.max_tokens
+                or len(request.prompt_token_ids) + len(output) >= most
+            ):
+                self._finish(request, FinishReason.LENGTH)
                 ended.append(request)
         return ended
 

@@ -9,7 +9,7 @@ from engine.scheduler.block_manager import (
     BlockManager,
     adapter_hash,
     block_contents,
-    block_hash,
+    block_hashes,
     root_hash,
 )
 from engine.scheduler.request import CacheScope
@@ -124,11 +124,7 @@ class Blocks(RuleBasedStateMachine):
         return self.tables[i], self.tokens[i]
 
     def _hashes(self, tokens: list[int]) -> list[bytes]:
-        hashes, previous = [], root_hash(CacheScope())
-        for content in block_contents(tokens, BLOCK):
-            previous = block_hash(previous, content)
-            hashes.append(previous)
-        return hashes
+        return block_hashes(root_hash(CacheScope()), block_contents(tokens, BLOCK))
 
 
 TestBlocks = Blocks.TestCase
@@ -190,6 +186,7 @@ def test_scopes_share_a_root_only_if_tenant_and_salt_are_equal(
 def test_links_of_different_kinds_do_not_collide() -> None:
     assert root_hash(CacheScope("a", "b")) != root_hash(CacheScope("ab", ""))
     before = root_hash(CacheScope())
-    (one,), (two,) = block_contents([5], 1), block_contents([5, 97], 2)
-    assert block_hash(before, one) != adapter_hash(before, "", 5)
-    assert block_hash(before, two) != adapter_hash(before, "a" + "\0" * 7, 5)
+    one = block_hashes(before, block_contents([5], 1))
+    two = block_hashes(before, block_contents([5, 97], 2))
+    assert one != [adapter_hash(before, "", 5)]
+    assert two != [adapter_hash(before, "a" + "\0" * 7, 5)]
