@@ -21,7 +21,7 @@ from engine.model.reference import TORCH_OPS, WEIGHT_OPS
 from engine.model.spec import ModelSpec, kv_bytes_per_token
 
 ATTENTION_SITES = ("qkv", "o")
-SCALE_BYTES = 4  # a float32 per row (int8, fp8), block (nf4) or group (int4, and a zero each)
+SCALE_BYTES = 4  # a float32 per row (int8, fp8, int4), block (nf4) or group (GPTQ, AWQ)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +46,7 @@ class WeightFormat:
     quantization: str = "none"  # int8, nf4, fp8 or int4
     group_size: int | None = None  # inputs that share a scale; None: all
     has_zeros: bool = False  # each group has a zero point, as a scale
+    has_multipliers: bool = False  # each group has one, a byte, and each row a scale
     is_reordered: bool = False  # each weight has an input order
     dense_modules: tuple[str, ...] = ()  # parts of the names of modules left in `dtype`
     output_layer: str = "model"  # in `dtype`; or int8
@@ -53,7 +54,10 @@ class WeightFormat:
     def linear_bytes(self, linear: LinearShape) -> int:
         if self.quantization == "none" or self._is_dense(linear.module):
             return linear.numel * self.dtype.itemsize
-        scales = -(-linear.numel // (self.group_size or linear.in_features)) * SCALE_BYTES
+        groups = -(-linear.numel // (self.group_size or linear.in_features))
+        scales = groups * SCALE_BYTES
+        if self.has_multipliers:
+            scales = groups + linear.out_features * SCALE_BYTES
         if self.quantization in BYTE_FORMATS:
             return linear.numel + scales
         codes = -(-linear.numel // 2)
@@ -69,7 +73,7 @@ FORMATS = (
     WeightFormat("bfloat16", torch.bfloat16),
     WeightFormat("int8", torch.bfloat16, "int8"),
     WeightFormat("nf4", torch.bfloat16, "nf4", NF4_BLOCK),
-    WeightFormat("int4", torch.bfloat16, "int4", INT4_BLOCK),
+    WeightFormat("int4", torch.bfloat16, "int4", INT4_BLOCK, has_multipliers=True),
     WeightFormat("fp8", torch.bfloat16, "fp8"),
 )
 
@@ -146,9 +150,9 @@ def _own_format(
         dtype,
         kind,
         scheme.group_size,
-        kind == "int4",
-        scheme.is_reordered,
-        scheme.dense_modules,
+        has_zeros=kind == "int4",
+        is_reordered=scheme.is_reordered,
+        dense_modules=scheme.dense_modules,
     )
     (own,) = _with_output_layer((own,), output_layer)
     return own if own in known else replace(own, name="as stored")

@@ -2,9 +2,10 @@
 
 Codes of int8 and nf4 equal those of bitsandbytes. int8: per output, symmetric, scale = max|w| /
 127. nf4: blocks of 64 adjacent inputs, scale = max|w|, the code whose value is nearest to w /
-scale, the lower of two that are equally near. int4: blocks of 64, symmetric, code - 8; the scale is
-that of three whose squared error is least. fp8: per output, scale = max|w| / 448, the nearest
-e4m3. Computed in float32 for every dtype of the weight, on the weight's device.
+scale, the lower of two that are equally near. int4: per output, scale = max|w| / 120, times a whole
+number per block of 32, of three that whose squared error is least; symmetric, code - 8. fp8: per
+output, scale = max|w| / 448, the nearest e4m3. Computed in float32 for every dtype of the weight,
+on the weight's device.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -18,6 +19,7 @@ from engine.model.layers import LoraSite
 from engine.model.quantized_weight import (
     CHUNK_VALUES,
     INT4_MIDDLE,
+    MOST_MULTIPLIER,
     NF4_VALUES,
     QuantizedWeight,
     pack_pairs,
@@ -25,9 +27,8 @@ from engine.model.quantized_weight import (
 from engine.model.spec import ModelError
 
 NF4_BLOCK = 64
-INT4_BLOCK = 64
-# The step that a block's largest value becomes. Beyond -8 it is clamped, which most others gain by.
-INT4_STEPS = (-8.0, -8.4, -8.8)
+INT4_BLOCK = 32
+MULTIPLIERS = 3  # that are tried for a block
 DEVICE_CHUNK_VALUES = 2**24  # like CHUNK_VALUES, but enough to keep a whole GPU busy
 # Midpoints between adjacent values, computed in float32 as the values themselves
 _LIMITS = tuple(float((torch.tensor(a) + torch.tensor(b)) / 2) for a, b in pairwise(NF4_VALUES))
@@ -70,34 +71,51 @@ def quantize_nf4(weight: Tensor) -> QuantizedWeight:
 
 
 def quantize_int4(weight: Tensor) -> QuantizedWeight:
-    """Quantize a weight [out, in] of any float dtype to int4; in must be a multiple of 64."""
+    """Quantize a weight [out, in] of any float dtype to int4; in must be a multiple of 32."""
     num_out, num_in = weight.shape
     codes = torch.empty(num_out, num_in // 2, dtype=torch.uint8, device=weight.device)
-    scales = torch.empty(num_out, num_in // INT4_BLOCK, device=weight.device)
+    groups = (num_out, num_in // INT4_BLOCK)
+    multipliers = torch.empty(groups, dtype=torch.int8, device=weight.device)
+    scales = torch.empty(num_out, 1, device=weight.device)
     for rows, wide in _chunks(weight):
-        steps, scale = _best_steps(wide.view(len(wide), -1, INT4_BLOCK))
+        blocks = wide.view(len(wide), -1, INT4_BLOCK)
+        steps, own, scales[rows] = _best_steps(blocks)
         codes[rows] = pack_pairs((steps.flatten(1) + INT4_MIDDLE).to(torch.uint8))
-        scales[rows] = scale
-    return QuantizedWeight("int4", codes, _finite(scales), group_size=INT4_BLOCK)
+        multipliers[rows] = own.to(torch.int8)
+    return QuantizedWeight(
+        "int4", codes, _finite(scales), group_size=INT4_BLOCK, multipliers=multipliers
+    )
 
 
-def _best_steps(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the steps -8 ... 7 of blocks [..., 64], and their scales, by INT4_STEPS."""
+def _best_steps(blocks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return steps -8 ... 7 of blocks [out, G, 32], multipliers [out, G] and scales [out, 1]."""
     largest = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True))
-    steps, scale, least = _steps(blocks, largest / INT4_STEPS[0])
-    for count in INT4_STEPS[1:]:
-        others, other_scale, error = _steps(blocks, largest / count)
+    scale = largest.abs().amax(1, keepdim=True) / (INT4_MIDDLE * MOST_MULTIPLIER)  # [out, 1, 1]
+    # the multiplier whose step -8 is the block's largest value
+    wanted = largest * (-1.0 / (INT4_MIDDLE * scale).clamp(min=_TINY))
+    steps, multiplier, least = _steps(blocks, scale, _whole(wanted, 0))
+    for below in range(1, MULTIPLIERS):
+        others, other, error = _steps(blocks, scale, _whole(wanted, below))
         is_better = error < least
-        steps, scale = others.where(is_better, steps), other_scale.where(is_better, scale)
+        steps, multiplier = others.where(is_better, steps), other.where(is_better, multiplier)
         least = error.where(is_better, least)
-    return steps, scale[..., 0]
+    return steps, multiplier[..., 0], scale[..., 0]
 
 
-def _steps(blocks: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Round to steps of these scales [..., 1]; return steps, scales and the squared errors."""
-    inverse = scale.sign() / scale.abs().clamp(min=_TINY)
+def _whole(wanted: Tensor, below: int) -> Tensor:
+    """Return the next whole number at least as large, less `below`, with the sign of `wanted`."""
+    # the largest block's quotient may be rounded to a little more than the limit
+    size = wanted.abs().ceil_().clamp_(max=MOST_MULTIPLIER).sub_(below).clamp_(min=0)
+    return size.copysign_(wanted)
+
+
+def _steps(blocks: Tensor, scale: Tensor, multiplier: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Round to steps of scale * multiplier [out, G, 1]; return steps, multipliers and the squared
+    errors."""
+    size = scale * multiplier
+    inverse = size.sign() / size.abs().clamp(min=_TINY)
     steps = (blocks * inverse).round_().clamp_(-INT4_MIDDLE, INT4_MIDDLE - 1)
-    return steps, scale, (steps * scale).sub_(blocks).square_().sum(-1, keepdim=True)
+    return steps, multiplier, (steps * size).sub_(blocks).square_().sum(-1, keepdim=True)
 
 
 def quantize_fp8(weight: Tensor) -> QuantizedWeight:

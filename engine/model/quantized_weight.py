@@ -18,6 +18,7 @@ NF4_VALUES = (
     *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
 )
 INT4_MIDDLE = 8  # the zero of int4 codes that have no zeros of their own
+MOST_MULTIPLIER = 15  # of int4 codes, whose product with it an int8 holds
 BYTE_FORMATS = ("int8", "fp8")  # one code per byte; the others have two
 CHUNK_VALUES = 2**18  # values converted to float32 at a time: about a core's cache
 
@@ -31,6 +32,7 @@ class QuantizedWeight:
     nf4:   weight = NF4_VALUES[codes] * scales            codes uint8 [out, in / 2], scales [out, G]
     int4:  weight = (codes - zeros) * scales              codes uint8 [out, in / 2], both [out, G]
            without zeros, symmetric: (codes - 8) * scales
+           with multipliers int8 [out, G]: (codes - 8) * multipliers * scales, scales [out, 1]
 
     4-bit codes lie two in a byte, the even input in the low half. Scales and zeros are float32,
     one per output and group of `group_size` adjacent inputs, G = in / group_size. With an
@@ -43,6 +45,7 @@ class QuantizedWeight:
     group_size: int
     zeros: Tensor | None = None
     input_order: Tensor | None = None
+    multipliers: Tensor | None = None
 
     @property
     def out_features(self) -> int:
@@ -54,20 +57,26 @@ class QuantizedWeight:
 
     @property
     def nbytes(self) -> int:
-        extra = sum(t.nbytes for t in (self.zeros, self.input_order) if t is not None)
+        extras = (self.zeros, self.input_order, self.multipliers)
+        extra = sum(t.nbytes for t in extras if t is not None)
         return self.codes.nbytes + self.scales.nbytes + extra
 
     def rows(self, rows: slice) -> "QuantizedWeight":
         """Return a view of some of the outputs."""
-        zeros = None if self.zeros is None else self.zeros[rows]
-        return replace(self, codes=self.codes[rows], scales=self.scales[rows], zeros=zeros)
+        return replace(
+            self,
+            codes=self.codes[rows],
+            scales=self.scales[rows],
+            zeros=None if self.zeros is None else self.zeros[rows],
+            multipliers=None if self.multipliers is None else self.multipliers[rows],
+        )
 
 
 def can_join(a: QuantizedWeight, b: QuantizedWeight) -> bool:
     """Whether both have equal settings and inputs, so that one matrix can hold their outputs."""
     if (a.format, a.group_size, a.in_features) != (b.format, b.group_size, b.in_features):
         return False
-    if (a.zeros is None) != (b.zeros is None):
+    if (a.zeros is None) != (b.zeros is None) or (a.multipliers is None) != (b.multipliers is None):
         return False
     if a.input_order is None or b.input_order is None:
         return a.input_order is b.input_order
@@ -79,13 +88,19 @@ def join(parts: Sequence[QuantizedWeight]) -> QuantizedWeight:
     first = parts[0]
     if len(parts) == 1:
         return first
-    zeros = [part.zeros for part in parts if part.zeros is not None]
     return replace(
         first,
         codes=torch.cat([part.codes for part in parts]),
         scales=torch.cat([part.scales for part in parts]),
-        zeros=torch.cat(zeros) if zeros else None,
+        zeros=_join_some([part.zeros for part in parts]),
+        multipliers=_join_some([part.multipliers for part in parts]),
     )
+
+
+def _join_some(parts: Sequence[Tensor | None]) -> Tensor | None:
+    """Join tensors that either all parts have or none."""
+    present = [part for part in parts if part is not None]
+    return torch.cat(present) if present else None
 
 
 def pack_pairs(codes: Tensor) -> Tensor:
@@ -100,10 +115,12 @@ def unpack_pairs(packed: Tensor) -> Tensor:
 
 def dequantize(weight: QuantizedWeight) -> Tensor:
     """Return the weight [out, in] in float32, with inputs in the layer's order."""
-    groups = weight.scales.shape[1]
-    values = _values(weight).view(weight.out_features, groups, -1)
+    by_group = weight.scales if weight.multipliers is None else weight.multipliers
+    values = _values(weight).view(weight.out_features, by_group.shape[1], -1)
     if weight.zeros is not None:
         values = values - weight.zeros[..., None]
+    if weight.multipliers is not None:
+        values = values * weight.multipliers[..., None]
     wide = (values * weight.scales[..., None]).flatten(1)
     if weight.input_order is None:
         return wide

@@ -103,7 +103,7 @@ def _weights(size: ModelSize) -> Iterator[str]:
         yield f"  {form.name:<9} {nbytes:>16,} bytes  {format_byte_size(nbytes):>10}{own}"
     yield (
         "  int8 and fp8 have a float32 scale per output row, nf4 a float32 absmax per "
-        f"{NF4_BLOCK} values, int4 a scale per {INT4_BLOCK};"
+        f"{NF4_BLOCK} values, int4 a scale per output row and a byte per {INT4_BLOCK} values;"
     )
     yield "  all leave embeddings, norms and biases in bfloat16;"
     yield f"  {_output_layers(size)}"

@@ -23,10 +23,11 @@ from engine.backends.native import structs
 from engine.backends.native.library import Context, supported_isas
 from engine.backends.native.linear import NativeLinear
 from engine.backends.native.memory import Blocks
+from engine.model.quantize import quantize_int4, quantize_int8
 from engine.model.quantized_weight import QuantizedWeight
 
 SHAPES = {"qkv": (1152, 896), "o": (896, 896), "gate_up": (9728, 896), "down": (896, 4864)}
-FORMATS = ("nf4", "nf4_int8", "int4", "int4_int8", "int4_int8_sym")
+FORMATS = ("nf4", "nf4_int8", "int4", "int4_int8", "int4_int8_sym", "int4_int8_short", "int8")
 ROWS = (1, 8, 32, 128, 512)
 COPIES_BYTES = 160 * 2**20  # several times the largest cache
 SECONDS = 0.4  # per measurement
@@ -104,6 +105,8 @@ def _calls(
     weight, int8 = random_weight(form, shape, group_size), "int8" in extras
     if "sym" in extras:
         weight = replace(weight, zeros=torch.full_like(weight.scales, 8.0))
+    if "short" in extras:
+        weight = quantize_int4(torch.randn(shape))
     first = NativeLinear(context, weight, int8_activations=int8)
     copies = range(COPIES_BYTES // first.nbytes)
     layers = [NativeLinear(context, weight, int8_activations=int8) for _ in copies]
@@ -152,6 +155,8 @@ def _time(calls: list[Callable[[], object]]) -> tuple[float, float]:
 
 def random_weight(format: str, shape: tuple[int, int], group_size: int) -> QuantizedWeight:
     out_features, in_features = shape
+    if format == "int8":
+        return quantize_int8(torch.randn(shape))
     codes = torch.randint(0, 256, (out_features, in_features // 2), dtype=torch.uint8)
     scales = torch.rand(out_features, in_features // group_size) * 0.02 + 0.01
     zeros = torch.randint(0, 16, scales.shape).float() if format == "int4" else None

@@ -345,8 +345,9 @@ def test_weight_bytes_are_those_of_codes_and_scales(
         if "layers" in name and parameter.dim() == 2:
             is_short = quantization in ("nf4", "int4")
             codes = parameter.numel() // 2 if is_short else parameter.numel()
-            scales = parameter.numel() // 64 if is_short else len(parameter)
-            expected += codes + 4 * scales
+            scales = parameter.numel() // 64 if quantization == "nf4" else len(parameter)
+            multipliers = parameter.numel() // 32 if quantization == "int4" else 0
+            expected += codes + 4 * scales + multipliers
         else:
             expected += 2 * parameter.numel()
     decoder = load(tiny.folder, quantization, torch.bfloat16)

@@ -100,7 +100,7 @@ class NativeLinear:
             raise ValueError(f"out_dtype {out_dtype}: allowed are bfloat16 and float32")
 
     def _struct(self) -> structs.ReefLinear:
-        packed, scales, zeros, input_order, bias = (_address(t) for t in self._tensors())
+        packed, scales, zeros, multipliers, input_order, bias = map(_address, self._tensors())
         return structs.ReefLinear(
             format=self._weight.format,
             in_features=self.in_features,
@@ -109,13 +109,14 @@ class NativeLinear:
             packed=packed,
             scales=scales,
             zeros=zeros,
+            multipliers=multipliers,
             bias=bias,
             input_order=input_order,
         )
 
     def _tensors(self) -> tuple[Tensor | None, ...]:
-        weight = self._weight
-        return weight.packed, weight.scales, weight.zeros, weight.input_order, self._bias
+        w = self._weight
+        return w.packed, w.scales, w.zeros, w.multipliers, w.input_order, self._bias
 
 
 class NativeHead:

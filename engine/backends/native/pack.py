@@ -24,6 +24,7 @@ class PackedWeight:
     packed: Tensor
     scales: Tensor | None = None
     zeros: Tensor | None = None
+    multipliers: Tensor | None = None
     input_order: Tensor | None = None
     group_size: int = 0
 

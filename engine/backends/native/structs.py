@@ -6,7 +6,7 @@ The library compares them with its own when it is loaded (layout.py).
 
 import ctypes as c
 
-BF16, INT8, NF4, NF4_INT8, INT4, INT8_WIDE, INT4_INT8 = range(7)  # ReefFormat
+BF16, INT8, NF4, NF4_INT8, INT4, INT8_WIDE, INT4_INT8, SHORT_INT8 = range(8)  # ReefFormat
 KV_BF16, KV_INT8 = range(2)  # ReefKvFormat
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2}  # ReefActivation
 
@@ -23,6 +23,7 @@ class ReefLinear(c.Structure):
         ("packed", pointer),
         ("scales", pointer),
         ("zeros", pointer),
+        ("multipliers", pointer),
         ("bias", pointer),
         ("input_order", pointer),
     ]
@@ -302,6 +303,7 @@ ENUMS = {  # by the C name without its prefix, for the comparison with the libra
         "INT4": INT4,
         "INT8_WIDE": INT8_WIDE,
         "INT4_INT8": INT4_INT8,
+        "SHORT_INT8": SHORT_INT8,
     },
     "KvFormat": {"BF16": KV_BF16, "INT8": KV_INT8},
     "Activation": {name.upper(): value for name, value in ACTIVATIONS.items()},

@@ -13,9 +13,10 @@ from engine.backends.native.linear import NativeLinear
 from engine.backends.native.memory import Blocks
 from engine.backends.native.pack import Packer, pack_int8_wide
 from engine.model.quantized_weight import QuantizedWeight
+from tests.engine.support.short_weight import short_weight
 
 ROWS = [1, 3, 4, 5, 15, 16, 17, 31, 33, 48, 65, 131, 300]
-FORMATS = ["int8", "int8-wide", "nf4", "int4", "int4-ordered", "int4-symmetric"]
+FORMATS = ["int8", "int8-wide", "nf4", "int4", "int4-ordered", "int4-symmetric", "int4-short"]
 
 
 NAN, INF = float("nan"), float("inf")
@@ -34,7 +35,7 @@ def test_int8_has_the_bits_of_the_vector_kernel(
     _compare(a, b, ROWS)
 
 
-@pytest.mark.parametrize("format", FORMATS[2:])
+@pytest.mark.parametrize("format", FORMATS[2:6])
 @pytest.mark.parametrize(
     ("out_features", "in_features", "group_size"),
     [(1, 32, 32), (33, 224, 32), (77, 448, 64), (100, 640, 128), (31, 288, 96), (45, 2048, 512)],
@@ -49,6 +50,18 @@ def test_fourbit_has_the_bits_of_the_vector_kernel(
 ) -> None:
     weight = _fourbit_weight(format, out_features, in_features, group_size)
     bias = torch.randn(out_features)
+    a, b = (NativeLinear(c, weight, bias, int8_activations=True) for c in (amx, vectors))
+    _compare(a, b, ROWS)
+
+
+@pytest.mark.parametrize(
+    ("out_features", "in_features"),
+    [(1, 32), (33, 96), (77, 480), (64, 544), (40, 2080), (129, 1024)],
+)
+def test_short_int8_has_the_bits_of_the_vector_kernel(
+    amx: Context, vectors: Context, out_features: int, in_features: int
+) -> None:
+    weight, bias = short_weight(out_features, in_features), torch.randn(out_features)
     a, b = (NativeLinear(c, weight, bias, int8_activations=True) for c in (amx, vectors))
     _compare(a, b, ROWS)
 
@@ -110,8 +123,13 @@ def _compare(a: NativeLinear, b: NativeLinear, counts: list[int]) -> None:
 
 
 def _layer(context: Context, format: str) -> NativeLinear:
-    is_int8, packer = "int8" in format, pack_int8_wide if format == "int8-wide" else None
-    weight = _int8_weight(41, 192) if is_int8 else _fourbit_weight(format, 41, 192, 64)
+    packer = pack_int8_wide if format == "int8-wide" else None
+    if format == "int4-short":
+        weight = short_weight(41, 192)
+    elif "int8" in format:
+        weight = _int8_weight(41, 192)
+    else:
+        weight = _fourbit_weight(format, 41, 192, 64)
     return NativeLinear(context, weight, torch.randn(41), int8_activations=True, packer=packer)
 
 

@@ -19,6 +19,7 @@ TESTS = (
     "test_elementwise.py",
     "test_linear.py",
     "test_linear_fourbit.py",
+    "test_linear_short.py",
     "test_lora_affine.py",
     "test_lora_kernels.py",
     "test_pool.py",

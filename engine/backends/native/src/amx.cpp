@@ -8,12 +8,13 @@ namespace REEF_ISA {
 namespace {
 
 // From so many rows on tiles are faster than vector instructions.
-constexpr int kInt8Rows = 8, kWideRows = 7, kFourbitRows = 9;
+constexpr int kInt8Rows = 8, kWideRows = 7, kFourbitRows = 9, kShortRows = 5;
 
 bool uses_tiles(const ReefLinearArgs& args) {
     switch (args.linear->format) {
         case REEF_INT8: return args.rows >= kInt8Rows;
         case REEF_INT8_WIDE: return args.rows >= kWideRows;
+        case REEF_SHORT_INT8: return args.rows >= kShortRows;
         case REEF_NF4_INT8:
         case REEF_INT4_INT8: return args.rows >= kFourbitRows;
         default: return false;
@@ -23,7 +24,8 @@ bool uses_tiles(const ReefLinearArgs& args) {
 reef::Task prepare(const ReefLinearArgs* args, int threads) {
     if (!uses_tiles(*args)) return linear_prepare(args, threads);
     switch (args->linear->format) {
-        case REEF_INT8: return quantize_rows(args);
+        case REEF_INT8:
+        case REEF_SHORT_INT8: return quantize_rows(args);
         case REEF_INT8_WIDE: return amx_round_wide_rows(args);
         default: return quantize_groups(args);
     }
@@ -34,6 +36,7 @@ reef::Task multiply(const ReefLinearArgs* args, int threads) {
     switch (args->linear->format) {
         case REEF_INT8: return amx_int8(args);
         case REEF_INT8_WIDE: return amx_int8_wide(args);
+        case REEF_SHORT_INT8: return amx_short_int8(args, threads);
         default: return amx_fourbit(args, threads);
     }
 }

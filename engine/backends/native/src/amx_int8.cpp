@@ -2,7 +2,8 @@
 //
 // A tile of weights is 16 words of a panel, as they are packed; a tile of x is 64 inputs of 16
 // rows, as they are quantized. Each panel is multiplied by 32 rows at a time.
-#include "amx.h"
+#include "amx_int8.h"
+
 #include "linear_amx.h"
 #include "linear_int8.h"
 #include "linear_tiles.h"
@@ -10,28 +11,12 @@
 namespace REEF_ISA {
 namespace {
 
-constexpr int kRows = 2 * kAmxRows;
-constexpr int kStepWords = kAmxDepth / 4;
 constexpr int kStepBytes = kStepWords * kPanel * 4;
 constexpr int kPanelAhead = 2 * kStepBytes;
 
 inline void prefetch(const uint8_t* step) {
     for (int i = 0; i < kStepBytes; i += 64)
         _mm_prefetch(reinterpret_cast<const char*>(step + i), _MM_HINT_T0);
-}
-
-template <bool kBoth>
-inline void multiply_step(const int8_t* x, int64_t stride, const uint8_t* weights) {
-    _tile_loadd(4, x, stride);
-    _tile_loadd(6, weights, kPanel * 4);
-    _tile_dpbsud(0, 4, 6);
-    _tile_loadd(7, weights + kPanel * 2, kPanel * 4);
-    _tile_dpbsud(1, 4, 7);
-    if constexpr (kBoth) {
-        _tile_loadd(5, x + kAmxRows * stride, stride);
-        _tile_dpbsud(2, 5, 6);
-        _tile_dpbsud(3, 5, 7);
-    }
 }
 
 struct AmxInt8 {
@@ -59,7 +44,7 @@ struct AmxInt8 {
             tiles.shape(std::min(count, kAmxRows), std::max(count - kAmxRows, 0), kAmxDepth);
             if (count > kAmxRows) multiply_rows<true>(weights, rest, row, is_first);
             else multiply_rows<false>(weights, rest, row, is_first);
-            write(panel * kPanel, row, count);
+            put_panel(args, x, row, count, panel, sums_[0]);
         }
     }
 
@@ -71,32 +56,13 @@ private:
     void multiply_rows(const uint8_t* weights, const uint8_t* rest, int row, bool prefetches) {
         const int8_t* q = x.q + row * x.stride;
         const int steps = tiling.words / kStepWords;
-        _tile_zero(0);
-        _tile_zero(1);
-        if constexpr (kBoth) {
-            _tile_zero(2);
-            _tile_zero(3);
-        }
+        zero_sums<kBoth>();
         for (int step = 0; step < steps; ++step, weights += kStepBytes, q += kAmxDepth) {
             if (prefetches) prefetch(weights + kPanelAhead);
             multiply_step<kBoth>(q, x.stride, weights);
         }
         if (tiling.words % kStepWords) multiply_step<kBoth>(q, x.stride, rest);
-        _tile_stored(0, sums_[0], kPanel * 4);
-        _tile_stored(1, sums_[0] + kPanel / 2, kPanel * 4);
-        if constexpr (kBoth) {
-            _tile_stored(2, sums_[kAmxRows], kPanel * 4);
-            _tile_stored(3, sums_[kAmxRows] + kPanel / 2, kPanel * 4);
-        }
-    }
-
-    void write(int output, int row, int count) {
-        for (int half = 0; half < kPanel && output + half < args.linear->out_features;
-             half += kPanel / 2) {
-            const Int8Outputs outputs(args, output + half);
-            for (int r = 0; r < count; ++r)
-                put(args, row + r, output + half, outputs.of(x, row + r, load(sums_[r] + half)));
-        }
+        store_sums<kBoth>(sums_[0]);
     }
 };
 

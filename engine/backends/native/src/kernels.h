@@ -16,12 +16,13 @@ extern "C" {
 
 enum ReefFormat : int32_t {
     REEF_BF16 = 0,
-    REEF_INT8 = 1,       // weights int8 with one scale per output; activations int8 per row
-    REEF_NF4 = 2,        // 4-bit normal floats, one scale per group; activations bf16
-    REEF_NF4_INT8 = 3,   // the same weights; activations int8 per row and group
-    REEF_INT4 = 4,       // 4-bit integers, scale and zero point per group; activations bf16
-    REEF_INT8_WIDE = 5,  // REEF_INT8, and activations int16 per row
-    REEF_INT4_INT8 = 6,  // as REEF_INT4, also without zero points; activations as REEF_NF4_INT8
+    REEF_INT8 = 1,        // weights int8 with one scale per output; activations int8 per row
+    REEF_NF4 = 2,         // 4-bit normal floats, one scale per group; activations bf16
+    REEF_NF4_INT8 = 3,    // the same weights; activations int8 per row and group
+    REEF_INT4 = 4,        // 4-bit integers, scale and zero point per group; activations bf16
+    REEF_INT8_WIDE = 5,   // REEF_INT8, and activations int16 per row
+    REEF_INT4_INT8 = 6,   // as REEF_INT4, also without zero points; activations as REEF_NF4_INT8
+    REEF_SHORT_INT8 = 7,  // REEF_INT8 whose weights are 4-bit codes times small whole multipliers
 };
 
 struct ReefLinear {
@@ -30,8 +31,9 @@ struct ReefLinear {
     int32_t group_size;  // inputs that share a scale; 4-bit formats
     const void* packed;  // see linear_*.cpp; 64-byte aligned
     const void* scales;
-    const void* zeros;  // REEF_INT4, REEF_INT4_INT8 or null: codes count from 8
-    const float* bias;  // [out_features] or null
+    const void* zeros;          // REEF_INT4, REEF_INT4_INT8 or null: codes count from 8
+    const int8_t* multipliers;  // REEF_SHORT_INT8
+    const float* bias;          // [out_features] or null
     // [in_features] or null: packed column k multiplies x[input_order[k]]
     const int32_t* input_order;
 };

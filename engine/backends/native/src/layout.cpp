@@ -79,6 +79,7 @@ std::string describe_enums() {
     add_value(&text, "INT4", REEF_INT4);
     add_value(&text, "INT8_WIDE", REEF_INT8_WIDE);
     add_value(&text, "INT4_INT8", REEF_INT4_INT8);
+    add_value(&text, "SHORT_INT8", REEF_SHORT_INT8);
     text += "\nenum KvFormat";
     add_value(&text, "BF16", REEF_KV_BF16);
     add_value(&text, "INT8", REEF_KV_INT8);
@@ -99,8 +100,8 @@ std::string describe_enums() {
 
 std::string describe_structs() {
     std::string text;
-    STRUCT(Linear, format, in_features, out_features, group_size, packed, scales, zeros, bias,
-           input_order);
+    STRUCT(Linear, format, in_features, out_features, group_size, packed, scales, zeros,
+           multipliers, bias, input_order);
     STRUCT(LinearArgs, linear, x, x_stride, y, y_stride, rows, y_is_float, scratch);
     STRUCT(LoraSlice, r0, r1, out0, out1, b, scale, shift);
     STRUCT(LoraSite, a, slices, lora_rank, num_slices);

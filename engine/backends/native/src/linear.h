@@ -14,6 +14,7 @@ reef::Task tile_bf16(const ReefLinearArgs* args, int threads);
 reef::Task quantize_and_tile_rows(const ReefLinearArgs* args, int threads);
 reef::Task prepare_int4(const ReefLinearArgs* args);
 reef::Task round_wide_rows(const ReefLinearArgs* args);
+reef::Task quantize_short(const ReefLinearArgs* args);
 
 reef::Task linear_bf16(const ReefLinearArgs* args, int threads);
 reef::Task linear_int8(const ReefLinearArgs* args, int threads);
@@ -22,5 +23,6 @@ reef::Task linear_int4(const ReefLinearArgs* args, int threads);
 reef::Task linear_int8_wide(const ReefLinearArgs* args);
 reef::Task linear_nf4_int8(const ReefLinearArgs* args, int threads);
 reef::Task linear_int4_int8(const ReefLinearArgs* args, int threads);
+reef::Task linear_short_int8(const ReefLinearArgs* args, int threads);
 
 }  // namespace REEF_ISA

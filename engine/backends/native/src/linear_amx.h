@@ -9,6 +9,7 @@ reef::Task amx_int8(const ReefLinearArgs* args);
 reef::Task amx_round_wide_rows(const ReefLinearArgs* args);
 reef::Task amx_int8_wide(const ReefLinearArgs* args);
 reef::Task amx_fourbit(const ReefLinearArgs* args, int threads);
+reef::Task amx_short_int8(const ReefLinearArgs* args, int threads);
 
 // Returns the kernels of `table`, with linear layers that use AMX where it is faster.
 reef::Kernels with_amx(reef::Kernels table);

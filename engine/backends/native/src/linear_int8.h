@@ -20,9 +20,23 @@ struct Int8Outputs {
           bias(bias_of(*args.linear, output)) {}
 
     F16 of(const QuantizedRows& x, int row, I16 sum) const {
-        const I16 exact = sum + set1(-128 * x.totals[row]);
-        return fma(to_float(exact) * scales, set1(x.scales[row]), bias);
+        return of_exact(x, row, sum + set1(-128 * x.totals[row]));
+    }
+    F16 of_exact(const QuantizedRows& x, int row, I16 sum) const {  // of the sums of w q
+        return fma(to_float(sum) * scales, set1(x.scales[row]), bias);
     }
 };
+
+// Writes `count` rows of a panel, given [row][32 outputs] sums of (w + 128) q.
+inline void put_panel(const ReefLinearArgs& args, const QuantizedRows& x, int row, int count,
+                      int panel, const int32_t* sums) {
+    for (int half = 0; half < kPanel; half += 16) {
+        const int output = panel * kPanel + half;
+        if (output >= args.linear->out_features) return;
+        const Int8Outputs outputs(args, output);
+        for (int r = 0; r < count; ++r)
+            put(args, row + r, output, outputs.of(x, row + r, load(sums + r * kPanel + half)));
+    }
+}
 
 }  // namespace REEF_ISA

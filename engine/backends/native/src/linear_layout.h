@@ -47,6 +47,19 @@ struct WideLayout {
           end(round_up(totals + rows * 8, 64)) {}
 };
 
+constexpr int kShortGroup = 32;  // inputs that share a multiplier
+
+// Computes the offset in scratch of what REEF_SHORT_INT8 keeps behind its QuantizedRows: int32
+// [rows][groups], what the sum of a group starts with (short_int8.h).
+struct ShortLayout {
+    int64_t groups, starts, end;
+
+    ShortLayout(int in_features, int64_t rows)
+        : groups(in_features / kShortGroup),
+          starts(RowsLayout(in_features, rows).end),
+          end(starts + rows * groups * 4) {}
+};
+
 // Computes the offsets of QuantizedGroups in scratch, and their end.
 struct GroupsLayout {
     int64_t stride, groups, scales, sums, end;
@@ -81,6 +94,7 @@ inline int64_t linear_scratch_bytes(const ReefLinear& linear, int rows) {
         case REEF_NF4: return 0;
         case REEF_INT4: return Int4Layout(linear, rows).end;
         case REEF_INT8_WIDE: return WideLayout(linear.in_features, rows).end;
+        case REEF_SHORT_INT8: return ShortLayout(linear.in_features, rows).end;
         default: return rows * round_up(linear.in_features, 2) * 2;
     }
 }

@@ -75,7 +75,8 @@ Task pack(const ReefPackArgs* args) {
         case REEF_NF4:
         case REEF_NF4_INT8:
         case REEF_INT4:
-        case REEF_INT4_INT8: return pack_fourbit(args);
+        case REEF_INT4_INT8:
+        case REEF_SHORT_INT8: return pack_fourbit(args);
         default: return pack_bf16(args);
     }
 }

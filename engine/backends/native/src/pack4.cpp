@@ -1,5 +1,6 @@
 // Packs 4-bit codes, two to a byte, into [panel][step of 8 inputs][32 outputs][4 bytes], where the
-// steps of two neighbouring groups alternate (fourbit.h).
+// steps of two neighbouring groups alternate (fourbit.h); where a group is a whole row, all steps
+// are in order.
 //
 // The eight codes of an output and a step stay one 32-bit word, in which they are reordered
 // (fourbit_bf16.h, fourbit_int8.h). Outputs that fill up the last panel have code 0 and scale 0.
@@ -66,8 +67,8 @@ void pack_panel(const void* p, int panel) {
 
 Task pack_fourbit(const ReefPackArgs* args) {
     const int panels = (args->out_features + kPanel - 1) / kPanel;
-    const bool int8 = args->format == REEF_NF4_INT8 || args->format == REEF_INT4_INT8;
-    return {int8 ? pack_panel<halves_apart> : pack_panel<neighbours_apart>, args, panels};
+    const bool bf16 = args->format == REEF_NF4 || args->format == REEF_INT4;
+    return {bf16 ? pack_panel<neighbours_apart> : pack_panel<halves_apart>, args, panels};
 }
 
 }  // namespace reef
