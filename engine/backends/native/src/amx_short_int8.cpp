@@ -12,8 +12,8 @@ namespace REEF_ISA {
 namespace short_int8 {
 namespace {
 
-constexpr int kBlockRows = 128;  // that share unpacked slices
-constexpr int kSliceSteps = 8;   // of 64 inputs: 16 KB
+constexpr int kBlockRows = 256;  // that share unpacked slices
+constexpr int kSliceSteps = 16;  // of 64 inputs: 32 KB
 constexpr int kTileBytes = kAmxDepth * kPanel;
 constexpr int kUnpackedBytes = kGroup * kPanel;
 
@@ -83,7 +83,6 @@ private:
             next = slice(panel + (i + 1) / slices_, (i + 1) % slices_);
             if (next.panel == end) next = {now.panel, 0, 0};  // there is none
             multiply(now, weights_[i % 2], next, weights_[(i + 1) % 2]);
-            if (now.end == groups_) put_panel(args_, x_, first_, count_, now.panel, sums_);
         }
     }
 
@@ -102,6 +101,8 @@ private:
             tiles_.shape(std::min(count, kAmxRows), std::max(count - kAmxRows, 0), kAmxDepth);
             if (count > kAmxRows) multiply_rows<true>(row, now.group, steps, weights, unpacking);
             else multiply_rows<false>(row, now.group, steps, weights, unpacking);
+            if (now.end == groups_)
+                put_panel(args_, x_, first_ + row, count, now.panel, sums_ + row * kPanel);
         }
     }
 
