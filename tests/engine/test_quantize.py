@@ -146,19 +146,29 @@ def test_int8_codes_are_those_of_bitsandbytes() -> None:
 
 
 @pytest.mark.parametrize("kind", WEIGHTS)
-def test_int4_takes_the_nearest_steps_of_the_best_of_three_scales(kind: str) -> None:
-    blocks = WEIGHTS[kind].reshape(-1, 64).double()
-    largest = blocks.gather(1, blocks.abs().argmax(1, keepdim=True))
+def test_int4_is_nearly_as_exact_as_the_best_multipliers_of_the_rows_scale(kind: str) -> None:
+    weight, found = WEIGHTS[kind].double(), quantize_int4(WEIGHTS[kind])
+    blocks = weight.reshape(len(weight), -1, 32)
+    scale = blocks.abs().amax((1, 2)) / 120
+    torch.testing.assert_close(found.scales[:, 0].double(), scale, rtol=1e-6, atol=1e-44)
     errors = []
-    for count in (-8, -8.4, -8.8):
-        scale = largest / count
-        steps = (blocks / scale.where(scale != 0, 1)).round().clamp(-8, 7)
-        errors.append((steps * scale - blocks).square().sum(1))
-    found = dequantize(quantize_int4(WEIGHTS[kind])).reshape(-1, 64).double()
-    error = (found - blocks).square().sum(1)
-    assert (
-        error <= torch.stack(errors).amin(0) * 1.0001 + 1e-12 * largest[:, 0] ** 2 + 1e-74
-    ).all()
+    for multiplier in range(-15, 16):
+        size = (scale * multiplier)[:, None, None]
+        steps = (blocks / size.where(size != 0, 1)).round().clamp(-8, 7)
+        errors.append((steps * size - blocks).square().sum(-1))
+    least = torch.stack(errors).amin(0).sum(1)
+    error = (dequantize(found).double() - weight).square().sum(1)
+    # steps below 1e-38 are not represented
+    slack = 1e-10 * scale.square().sum() + blocks.numel() * 1e-75
+    assert error.sum() <= 1.02 * least.sum() + slack
+
+
+def test_int4_multipliers_and_their_codes_fit_into_int8() -> None:
+    weight = normal(300, 192) * torch.logspace(-3, 3, 192)  # rows of very unequal groups
+    found = quantize_int4(weight)
+    assert found.multipliers is not None and found.multipliers.shape == (300, 6)
+    assert found.multipliers.abs().max() == 15 and found.multipliers.abs().min() <= 1
+    assert ((dequantize(found) - weight).abs().amax(1) <= weight.abs().amax(1) * 0.14).all()
 
 
 @pytest.mark.parametrize("quantization", QUANTIZERS)
@@ -215,7 +225,10 @@ def test_rows_and_joins_are_rows_of_the_dequantized_weight(kind: str) -> None:
     assert torch.equal(dequantize(join(parts)), whole)
     assert weight.nbytes == sum(
         t.nbytes
-        for t in (weight.codes, weight.scales, weight.zeros, weight.input_order)
+        for t in (
+            *(weight.codes, weight.scales, weight.zeros),
+            *(weight.input_order, weight.multipliers),
+        )
         if t is not None
     )
 
@@ -371,9 +384,9 @@ def test_fused_modules_share_one_matrix(tiny_model: MakeTiny) -> None:
 
 
 def test_four_bits_are_refused_if_blocks_would_straddle_rows(tiny_model: MakeTiny) -> None:
-    tiny = tiny_model("llama")  # 96 inputs of down_proj
-    for form in ("nf4", "int4"):
-        message = rf"'{form}': .*layers\.0\.mlp\.down_proj has 96 .* multiple of 64"
+    for form, block in (("nf4", 64), ("int4", 32)):
+        tiny = tiny_model("llama", intermediate_size=block + block // 2)
+        message = rf"'{form}': .*layers\.0\.mlp\.down_proj has .* multiple of {block}"
         with pytest.raises(ModelError, match=message):
             load(tiny.folder, form)
     load(tiny.folder, "int8")

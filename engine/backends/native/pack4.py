@@ -131,11 +131,11 @@ def _check_multipliers(weight: QuantizedWeight, multipliers: Tensor) -> None:
             f"group_size {size} of {weight.in_features} inputs: with multipliers expected "
             f"{SHORT_GROUP}, which must divide them"
         )
-    shapes = tuple(multipliers.shape), tuple(weight.scales.shape)
-    if shapes != ((weight.out_features, groups), (weight.out_features, 1)):
+    found = tuple(multipliers.shape), tuple(weight.scales.shape)
+    expected = (weight.out_features, groups), (weight.out_features, 1)
+    if found != expected:
         raise ValueError(
-            f"multipliers {shapes[0]}, scales {shapes[1]}: expected {(weight.out_features, groups)} "
-            f"and {(weight.out_features, 1)}"
+            f"multipliers {found[0]}, scales {found[1]}: expected {expected[0]} and {expected[1]}"
         )
     most = int(multipliers.to(torch.int32).abs().max())
     if multipliers.dtype != torch.int8 or most > MOST_MULTIPLIER:
