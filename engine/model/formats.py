@@ -15,8 +15,8 @@ def own_dtype(folder: Path) -> torch.dtype:
 def auto_quantization(folder: Path, dtype: torch.dtype, device: torch.device) -> str:
     """Choose the fastest format whose answers are those of the model's own. Raises ModelError.
 
-    On a CPU that is int8, with every instruction set: nf4 and int4 decode faster, but compute
-    prompts more slowly, and have changed perplexity by one and four percent. The choice is no
+    On a CPU that is int8, with every instruction set: nf4 and int4 decode faster, but nf4 computes
+    prompts more slowly, and they have changed perplexity by one and two percent. The choice is no
     measurement, so that all replicas of a model have one format.
     """
     is_gain = device.type == "cpu" and dtype == torch.bfloat16 and read_scheme(folder) is None
