@@ -375,4 +375,12 @@ class Catalog:
 
 
 def _ref(tenant: str, name: str, version: int, found: Version) -> AdapterRef:
-    return AdapterRef(tenant, name, version, found.digest, found.base, vocab_size=found.vocab_size)
+    return AdapterRef(
+        tenant,
+        name,
+        version,
+        found.digest,
+        found.base,
+        vocab_size=found.vocab_size,
+        lora_rank=found.lora_rank,
+    )

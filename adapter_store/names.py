@@ -37,6 +37,7 @@ class AdapterRef:
     base: str  # fingerprint
     recipe: Recipe | None = None
     vocab_size: int = 0  # rows of its own embedding, more or fewer than the base's; 0: as there
+    lora_rank: int = 0  # the largest of its modules; of a combined one, all of them together
 
 
 @dataclass(frozen=True, slots=True)

@@ -147,6 +147,7 @@ class Registry(FollowedLog[Catalog]):
             manifest.digest,
             manifest.base,
             vocab_size=manifest.vocab_size,
+            lora_rank=manifest.lora_rank,
         )
 
     def check_room(

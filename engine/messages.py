@@ -100,7 +100,8 @@ class RequestMetrics:
 
     `num_cached_tokens` are the prompt's that were cached when the first choice was first admitted:
     neither what the choices share nor what is cached after a preemption counts. Of the drafted
-    tokens that the steps verified, the accepted ones became output.
+    tokens that the steps verified, the accepted ones became output. `load_bytes` is the size of the
+    adapter, as often as this request had it loaded.
     """
 
     queue_s: float
@@ -109,6 +110,7 @@ class RequestMetrics:
     num_output_tokens: int
     num_drafted_tokens: int = 0
     num_accepted_tokens: int = 0
+    load_bytes: int = 0
 
 
 class RequestOutput(msgspec.Struct, frozen=True):

@@ -119,4 +119,5 @@ def _metrics(request: Request, now: float) -> RequestMetrics:
         len(request.output_token_ids) - request.num_resumed_tokens,
         request.num_drafted_tokens,
         request.num_accepted_tokens,
+        request.load_bytes,
     )

@@ -9,7 +9,7 @@ import msgspec
 from deployments.fleet.protocol import Frame, Receipt, Submit
 from engine.framing import Message
 
-VERSION = 14  # raise it with every change of the messages below and of what they contain
+VERSION = 15  # raise it with every change of the messages below and of what they contain
 TICKET_BYTES = 32
 GREETING_BYTES = TICKET_BYTES + 2
 

@@ -149,6 +149,7 @@ class EmbeddingResponse(EngineResponse):
         self._plan = plan
         self._errors = errors
         self._num_prompt = self._num_cached = 0  # tokens of the texts that have their vectors
+        self._load_bytes = 0
         self._queue_s = 0.0
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> int:
@@ -192,9 +193,11 @@ class EmbeddingResponse(EngineResponse):
         if metrics is not None:
             self._metrics.observe_queue(label, metrics.queue_s)
             self._queue_s = max(self._queue_s, metrics.queue_s)
+            self._load_bytes += metrics.load_bytes
         self._num_prompt += num_prompt
         self._num_cached += num_cached
-        self._charge.read(self._num_prompt, self._num_cached, 0, self._queue_s, None)
+        read = self._num_prompt, self._num_cached, self._load_bytes
+        self._charge.read(*read, self._queue_s, None)
         return plan.vector(output.embedding)
 
 

@@ -71,6 +71,7 @@ class Generation:
         self._first_index = {request_id: at * plan.n for at, request_id in enumerate(ids)}
         self._num_cached: dict[str, int] = {}
         self._num_drafted = self._num_accepted = 0
+        self._load_bytes = 0  # as the first metrics of each prompt say
         self._choices: dict[int, Choice] = {}
         self._num_open = plan.n * len(ids)
         self._has_left = False
@@ -232,7 +233,7 @@ class Generation:
         self._charge.read(
             self._num_read_tokens(),
             sum(self._num_cached.values()),
-            0,
+            self._load_bytes,
             self._queue_s,
             None if ttft_s is None else ttft_s - self._arrival_s,
         )
@@ -321,6 +322,7 @@ class Generation:
             self._num_accepted += metrics.num_accepted_tokens
         if metrics is not None and output.request_id not in self._num_cached:
             self._num_cached[output.request_id] = metrics.num_cached_tokens
+            self._load_bytes += metrics.load_bytes
             self._queue_s = max(self._queue_s, metrics.queue_s)
             self._metrics.observe_queue(self._plan.target.label, metrics.queue_s)
             self._metrics.vllm.observe_queue(self._plan.target.model.id, metrics.queue_s)

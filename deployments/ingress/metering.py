@@ -33,6 +33,7 @@ class Metering:
         if isinstance(self.meter, NoMeter):
             return free_of_charge
         ref = target.adapter_ref
+        rank = 0 if ref is None else ref.lora_rank
         is_combined = ref is not None and ref.recipe is not None
 
         def begin(request_id: str) -> Charge:
@@ -44,7 +45,8 @@ class Metering:
                 key_id=tenant.key_id,
                 route=route,
                 model=target.model.id,
-                price_class=self.prices.class_of(target.model.id, 0),
+                lora_rank=rank,
+                price_class=self.prices.class_of(target.model.id, rank),
                 priority=request.priority,
                 priority_class=request.priority_class.name.lower(),
             )

@@ -286,7 +286,8 @@ class Models:
             raise invalid(f"The adapters cannot be combined: {error}.", "model") from None
         fingerprint = refs[0].base
         digest = recipe.digest(fingerprint)
-        ref = AdapterRef(tenant.name, wanted.text, 0, digest, fingerprint, recipe)
+        rank = sum(ref.lora_rank for ref in refs)
+        ref = AdapterRef(tenant.name, wanted.text, 0, digest, fingerprint, recipe, lora_rank=rank)
         return Target(self.by_id[base], ref, tenant.name, tenant.weight, held_s=held_s)
 
     async def _member(self, tenant: Tenant, name: str, base: str | None) -> Target:

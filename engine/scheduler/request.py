@@ -221,6 +221,8 @@ class Request:
     num_cached_tokens: int | None = None  # of the prompt, at the first choice's first admission
     num_published_blocks: int = 0
     adapter_start: int | None = None  # position; set by the scheduler, once the adapter is known
+    is_nobodys: bool = False  # a probe's: no client pays for it
+    load_bytes: int = 0  # of its adapter, as often as a load began for it
     awaited_load: int = 0  # number of the first adapter load that it waited for
     awaits_grammar: bool = False  # not admitted before its grammar is compiled; set by the engine
     jumps_ahead: bool = False  # takes tokens unsampled that its grammar forces; set by the engine

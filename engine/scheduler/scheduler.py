@@ -102,6 +102,7 @@ class Scheduler:
             self._by_key[r.key] = r
         if is_next:
             request.num_charged_tokens = 0  # it is no tenant's
+            request.is_nobodys = True
             self.waiting.add_urgent(request)
             return
         if request.flow not in self.waiting.flows:
@@ -635,9 +636,19 @@ class Scheduler:
         if not self.memory.reserve(num_blocks, digest, self._tables()):
             return False
         if not is_placed:
-            size = (adapters.nbytes(digest) or 0) / self.memory.block_bytes
+            nbytes = adapters.nbytes(digest) or 0
+            self._payer(request).load_bytes += nbytes
+            size = nbytes / self.memory.block_bytes
             self.service.charge_load(request, size * self.blocks.block_size)
         return True
+
+    def _payer(self, request: Request) -> Request:
+        """Find whom a load is for: a probe's is for the oldest request that awaits its verdict."""
+        if not request.is_nobodys:
+            return request
+        digest = request.adapter_digest
+        waiting = (r for r in self._by_key.values() if r.adapter_digest == digest)
+        return next((r for r in waiting if not r.is_nobodys), request)
 
     def _reserve(self, num_blocks: int) -> bool:
         return self.memory.reserve(num_blocks, "", self._tables())

@@ -39,6 +39,7 @@ KNOWN_SHAPES = {
     12: "c059cfff9e133b49",  # when to retry
     13: "4935de021b53bb3d",  # weights of tenants
     14: "5411ce537ef5ea4e",  # classes, deadlines
+    15: "d46da3c3de296c70",  # loads of adapters, ranks
 }
 
 

@@ -139,6 +139,7 @@ class FakeEngine:
         self.elsewhere: list[FlowTokens] = []
         self.aborted_choices: list[tuple[str, int]] = []
         self.num_cached = 2  # tokens of every prompt
+        self.load_bytes = 0  # of every request
         self.drafted = (0, 0)  # tokens drafted and accepted, of every choice
         self.held: set[str] = set()  # digests of adapters that are being loaded
         self.refused: dict[str, str] = {}  # why adapters cannot be served, by digest
@@ -281,7 +282,8 @@ class FakeEngine:
     def _metrics(self, live: Live) -> RequestMetrics:
         num_prompt = len(live.request.prompt_token_ids)
         drafted, accepted = self.drafted
-        return RequestMetrics(0.01, num_prompt, self.num_cached, 1, drafted, accepted)
+        metrics = RequestMetrics(0.01, num_prompt, self.num_cached, 1, drafted, accepted)
+        return replace(metrics, load_bytes=self.load_bytes)
 
 
 def _logprobs(token_id: int, sampling: Any) -> TokenLogprobs:

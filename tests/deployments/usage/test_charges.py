@@ -22,6 +22,8 @@ from deployments.usage.record import UsageRecord
 from tests.deployments.support.dictated import SETTINGS, THINKING, dictated
 from tests.deployments.support.fakes import Client, Server, byte_vocabulary, in_server, until
 from tests.deployments.support.keys import ACME, digest, keys_file
+from tests.deployments.support.real_engine import FolderStore, RealEngine
+from tests.deployments.support.tiny_models import make_adapter, make_base
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 PROMPT = "abcdef"  # six tokens; the engine answers in capitals and an end token, which counts
@@ -105,6 +107,27 @@ def test_drafted_tokens_cost_nothing_beside_the_output(tmp_path: Path) -> None:
         await server.post(COMPLETIONS, **body())
 
     assert counts(records_of(tmp_path, test)[0]) == (6, 2, 7, 200, "stop")
+
+
+def test_a_cold_adapter_costs_its_load_once_for_the_request_that_had_it_loaded(
+    tmp_path: Path,
+) -> None:
+    bases, adapter = tmp_path / "base", tmp_path / "adapter"
+    make_base(bases, 64)
+    make_adapter(adapter, bases, 8, 1)
+    engine = RealEngine(bases)
+
+    async def test(server: Server) -> None:
+        for model in ("base", "red", "red"):
+            answer = await server.post(
+                COMPLETIONS, model=model, prompt=[1, 2, 3], max_tokens=2, n=2, ignore_eos=True
+            )
+            assert answer.status == 200, answer.body
+
+    store = FolderStore(red=adapter)
+    records = records_of(tmp_path / "usage", test, engine=engine, store=store)
+    assert [record.load_bytes for record in records][::2] == [0, 0]
+    assert records[1].load_bytes > 0 and records[1].output_tokens == 4
 
 
 # ---- clients that leave --------------------------------------------------------------------
