@@ -35,6 +35,7 @@ class Catalog:
         self._own_files: dict[str, list[str]] = {}  # by digest, where they are known
         self._verdicts: dict[str, Verdict] = {}  # by digest, of what is live
         self._num_live: Counter[str] = Counter()  # versions, by tenant
+        self._live_bytes: Counter[str] = Counter()  # of these
 
     # ---- reading -------------------------------------------------------------------------------
 
@@ -164,6 +165,10 @@ class Catalog:
         """Count the live versions of a tenant."""
         return self._num_live[tenant]
 
+    def live_bytes(self, tenant: str) -> int:
+        """Count the bytes of a tenant's live versions, each as if it were alone."""
+        return self._live_bytes[tenant]
+
     def live_versions(self, tenant: str, name: str) -> tuple[int, ...]:
         """List the live versions of a name, in order."""
         versions = range(1, self.num_versions(tenant, name) + 1)
@@ -289,6 +294,7 @@ class Catalog:
     def _enliven(self, tenant: str, version: Version) -> None:
         self._live.setdefault(version.digest, []).append(version.generation)
         self._num_live[tenant] += 1
+        self._live_bytes[tenant] += version.nbytes
 
     def _note_own_files(self, version: Version) -> None:
         if version.own_files is not None:
@@ -323,6 +329,7 @@ class Catalog:
     def _withdraw(self, tenant: str, version: Version) -> None:
         version.is_retired, version.retired_by = True, self.num_records + 1
         self._num_live[tenant] -= 1
+        self._live_bytes[tenant] -= version.nbytes
         generations = self._live[version.digest]
         generations.remove(version.generation)
         if not generations:

@@ -118,6 +118,7 @@ class Registry(FollowedLog[Catalog]):
             if _is_latest(catalog, tenant, name, manifest):
                 return None
             limits.check_number(tenant, catalog.num_live(tenant))
+            limits.check_bytes(tenant, catalog.live_bytes(tenant), manifest.nbytes)
             if not catalog.may_use(Place(manifest.digest, generation)):
                 raise FilesRemoved(f"the files of {manifest.digest} were removed as garbage")
             return {
@@ -158,6 +159,7 @@ class Registry(FollowedLog[Catalog]):
         with self._lock:
             if not _is_latest(self._catalog, tenant, name, manifest):
                 limits.check_number(tenant, self._catalog.num_live(tenant))
+                limits.check_bytes(tenant, self._catalog.live_bytes(tenant), manifest.nbytes)
 
     def alias(self, tenant: str, name: str, alias: str, version: int, by: str = "") -> None:
         """Make name@alias mean this version from now on. Raises InvalidName, AdapterNotFound."""
@@ -266,6 +268,7 @@ class Registry(FollowedLog[Catalog]):
             if found.state == "live":
                 return None
             limits.check_number(tenant, catalog.num_live(tenant))
+            limits.check_bytes(tenant, catalog.live_bytes(tenant), found.nbytes)
             if not catalog.may_use(Place(found.digest, generation)):
                 raise FilesRemoved(f"the files of {found.digest} were removed as garbage")
             return {

@@ -604,6 +604,9 @@ class AdminSection(Section):
         256, "an adapter with a module of a higher rank is refused", ge=1, le=1024
     )
     max_adapters: Limit = key(10_000, "live versions of one tenant, by this API; null is no limit")
+    max_stored_bytes: Bytes | None = key(
+        None, "bytes of one tenant's live versions together, by this API", unset="no limit"
+    )
 
 
 class PriceSection(Section):

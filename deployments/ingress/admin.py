@@ -62,7 +62,10 @@ class Admin:
         self.store = store
         self._tenants = tenants
         self._defaults = UploadLimits(
-            settings.max_upload_bytes, settings.max_lora_rank, settings.max_adapters
+            settings.max_upload_bytes,
+            settings.max_lora_rank,
+            settings.max_adapters,
+            settings.max_stored_bytes,
         )
         self._folders = UploadFolders(scratch)
         self._publishers = ThreadPoolExecutor(PUBLISHERS, "admin-publish")
@@ -166,7 +169,9 @@ class Admin:
                 base,
                 only_new=only_new,
                 by=author,
-                limits=PublishLimits(limits.max_lora_rank, limits.max_adapters),
+                limits=PublishLimits(
+                    limits.max_lora_rank, limits.max_adapters, limits.max_stored_bytes
+                ),
             )
         except OSError as error:
             raise disk_error(error) from error
@@ -248,7 +253,7 @@ class Admin:
         if state == "deleted":
             return await self.run(lambda: self.store.delete(tenant, full_name, by))
         wanted = self._tenants.upload_limits(tenant, self._defaults)
-        limits = PublishLimits(max_versions=wanted.max_adapters)
+        limits = PublishLimits(None, wanted.max_adapters, wanted.max_stored_bytes)
         ref = await self.run(lambda: self.store.restore(tenant, full_name, by, limits))
         return (ref.version,)
 

@@ -18,6 +18,7 @@ API keys are never stored: the file holds only their SHA-256. It is YAML or JSON
         max_upload_bytes: 500MiB         # limits of that, instead of the config's
         max_lora_rank: 64
         max_adapters: 100
+        max_stored_bytes: 20GiB          # of live versions together
         weight: 2.0                      # gets twice the tokens of a tenant with 1.0, if both wait
         max_priority_class: interactive  # the most urgent that its requests may be
         max_ttft_s: 5.0                  # a first token that would come later is not waited for
@@ -70,6 +71,7 @@ class TenantEntry(Section):
     max_upload_bytes: Bytes = 0
     max_lora_rank: Annotated[int, Field(ge=1, le=1024)] = 1
     max_adapters: Limit = None
+    max_stored_bytes: Bytes | None = None
     weight: float = Field(default=1.0, ge=MIN_WEIGHT, le=MAX_WEIGHT)
     max_priority_class: Literal["interactive", "standard", "batch"] = "standard"
     max_ttft_s: Annotated[float, Field(ge=0.001, le=86_400)] | None = None

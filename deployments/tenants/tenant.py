@@ -15,6 +15,7 @@ class UploadLimits:
     max_upload_bytes: int
     max_lora_rank: int
     max_adapters: int | None
+    max_stored_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

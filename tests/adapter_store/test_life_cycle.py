@@ -128,6 +128,23 @@ def test_what_is_beyond_a_limit_leaves_nothing(one: Publisher, memory: Memory) -
         one.registry.restore("t", "sql", 1, 0, limits=room)
 
 
+def test_bytes_count_over_all_live_versions_also_after_a_snapshot(
+    one: Publisher, memory: Memory, tmp_path: Path
+) -> None:
+    stored = sum(record.nbytes for record in one.registry.list("t"))
+    each = max(record.nbytes for record in one.registry.list("t"))
+    one.registry.save_snapshot()
+    other = Publisher(MemoryStore(memory), tmp_path / "other")
+    room = PublishLimits(max_bytes=stored + each + each // 2)
+    assert other.publish("new", 5, limits=room).version == 1
+    with pytest.raises(LimitExceeded, match="max_stored_bytes"):
+        other.publish("more", 6, limits=room)
+    other.registry.retire("t", "new@1")
+    assert other.publish("more", 6, limits=room).version == 1
+    with pytest.raises(LimitExceeded):
+        other.registry.restore("t", "new", 1, 0, limits=room)
+
+
 def test_of_two_publishers_for_the_last_room_one_gets_it(one: Publisher, tmp_path: Path) -> None:
     """Both have asked before either has uploaded."""
     room = PublishLimits(max_versions=3)
