@@ -234,13 +234,13 @@ class Leases:
         return Reserved(need.tokens, self._epoch, self._day, True)
 
     def want(self, tenant: str, need: Need) -> None:
-        """Ask for what is missing with the next message."""
+        """Ask for what is missing of it when the next message is written."""
         account = self._accounts[tenant]
-        missing, known = self._missing(account, need), account.need
+        known = account.need
         account.need = Need(
-            known.requests + missing.requests,
-            known.tokens + missing.tokens,
-            known.places + missing.places,
+            known.requests + need.requests,
+            known.tokens + need.tokens,
+            known.places + need.places,
         )
         self._needy.add(tenant)
 
@@ -407,12 +407,12 @@ class Leases:
         ahead = Need(2 * account.used_requests, 2 * account.used_tokens, account.running)
         account.used_requests //= 2
         account.used_tokens //= 2
-        if is_tidying:
+        if is_tidying and account.need == Need():  # else somebody is about to use it
             account.requests_back += account.requests.beyond(ahead.requests)
             account.tokens_back += account.tokens.beyond(ahead.tokens)
             account.places = min(account.places, max(account.running, account.peak))
             account.peak = account.running
-        need, account.need = account.need, Need()
+        need, account.need = self._missing(account, account.need), Need()
         if account.limits.max_concurrent_requests is None:
             account.places = 0
         ask = Ask(

@@ -327,6 +327,22 @@ def test_leases_are_for_batches_and_what_is_idle_goes_back() -> None:
     assert left == 500, "all that was left, and nothing more"
 
 
+def test_what_a_waiting_request_counts_on_is_not_given_back_beneath_it() -> None:
+    ledger, leases = Ledger("l", START_NS, 0), Leases("i", 2)
+    limits, need = Limits(requests_per_minute=600, max_concurrent_requests=4), Need(1, 0, 1)
+    assert isinstance(admits(ledger, leases, limits, need), Reserved)
+    leases.leave("a", 1)
+    exchange(ledger, leases, START_NS, is_tidying=True)
+    for later_ns in (1, SECOND_NS, LEASE_NS):  # the place is idle, the lease of requests ends
+        now_ns = START_NS + later_ns
+        while leases.take("a", limits, need, now_ns, START_S) is not None:
+            leases.leave("a", 1)
+        leases.want("a", need)
+        exchange(ledger, leases, now_ns, is_tidying=True)
+        assert leases.take("a", limits, need, now_ns, START_S) is not None
+        leases.leave("a", 1)
+
+
 def test_places_of_an_ingress_that_is_silent_are_free_again() -> None:
     ledger, first, second = Ledger("l", START_NS, 0), Leases("1", 2), Leases("2", 2)
     limits = Limits(max_concurrent_requests=1)
