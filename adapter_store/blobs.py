@@ -24,7 +24,7 @@ from adapter_store.manifest import (
     parse_manifest,
 )
 from adapter_store.names import Place
-from adapter_store.object_store import CHUNK_BYTES, ObjectStore, OnBytes
+from adapter_store.object_store import CHUNK_BYTES, JUST_READ, ObjectStore, OnBytes, Reading
 from adapter_store.own_files import MAX_OWN_BYTES, OWN_NAMES, OwnFiles, parse_own_files
 
 BLOBS = "blobs/"
@@ -58,13 +58,13 @@ class Blobs:
             self._objects.put(file_key(place, name), content)
         self._objects.put_if_absent(file_key(place, MANIFEST_NAME), manifest.to_json())
 
-    def download(self, place: Place, name: str, path: Path) -> None:
+    def download(self, place: Place, name: str, path: Path, how: Reading = JUST_READ) -> None:
         """Write one file of an adapter to `path`, from this place or another of its digest.
 
-        Raises ObjectNotFound, SourceUnavailable.
+        Raises ObjectNotFound, SourceUnavailable, DownloadStopped.
         """
         try:
-            self._read(place, name, lambda key: self._objects.get_file(key, path))
+            self._read(place, name, lambda key: self._objects.get_file(key, path, how))
         except OSError as error:
             raise SourceUnavailable(f"cannot write {path}: {error}") from error
 

@@ -68,9 +68,17 @@ class ObjectNotFound(AdapterStoreError):
     """No object has this key."""
 
 
-class FilesRemoved(AdapterStoreError):
-    """An adapter's files were removed as garbage, so they must be uploaded again."""
-
-
 class StoreCorrupt(AdapterStoreError):
     """An object is damaged, or differs from what was written or promised."""
+
+
+class ObjectChanged(StoreCorrupt):
+    """An object is not, or no longer, in the state that was asked for."""
+
+
+class DownloadStopped(AdapterStoreError):
+    """Nobody wanted what was being downloaded any more."""
+
+
+class FilesRemoved(AdapterStoreError):
+    """An adapter's files were removed as garbage, so they must be uploaded again."""

@@ -7,12 +7,27 @@ import time
 import uuid
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, suppress
+from heapq import nsmallest
 from pathlib import Path
 from stat import S_ISDIR
 from typing import BinaryIO
 
-from adapter_store.errors import AccessDenied, ObjectNotFound, SourceUnavailable, StoreCorrupt
-from adapter_store.object_store import CHUNK_BYTES, OnBytes, StoredObject, check_key
+from adapter_store.errors import (
+    AccessDenied,
+    DownloadStopped,
+    ObjectChanged,
+    ObjectNotFound,
+    SourceUnavailable,
+    StoreCorrupt,
+)
+from adapter_store.object_store import (
+    CHUNK_BYTES,
+    JUST_READ,
+    OnBytes,
+    Reading,
+    StoredObject,
+    check_key,
+)
 
 MAX_DRAFT_AGE_S = 86_400  # longer than any write takes
 PLACE_ATTEMPTS = (
@@ -51,12 +66,18 @@ class FileStore:
     def get_many(self, keys: Sequence[str]) -> Sequence[bytes]:
         return [self.get(key) for key in keys]
 
-    def get_file(self, key: str, path: Path) -> None:
+    def get_file(self, key: str, path: Path, how: Reading = JUST_READ) -> None:
         with _unavailable(key):
             source = self._path(key).open("rb")
         with source, path.open("wb") as target:
+            etag = _etag(os.fstat(source.fileno()))
             while chunk := _next_chunk(source, key):
+                if not how.is_wanted():
+                    raise DownloadStopped(f"{key} is not wanted any more")
                 target.write(chunk)
+                how.on_bytes(len(chunk))
+            if how.etag and not etag == _etag(os.fstat(source.fileno())) == how.etag:
+                raise ObjectChanged(f"{key} changed while it was downloaded")
 
     def size(self, key: str) -> int | None:
         try:
@@ -78,6 +99,18 @@ class FileStore:
         with _unavailable(prefix):
             found = [self._describe(key) for key in self.list(prefix)]
         return [each for each in found if each is not None]
+
+    def describe_folder(self, folder: str, most: int) -> Sequence[StoredObject]:
+        with _unavailable(folder):
+            names = self._names_in(folder)
+            keys = sorted(f"{folder}{name}" for name in names if not name.endswith("/"))
+            found = (self._describe(key) for key in keys)
+            return [each for each in found if each is not None]
+
+    def folders(self, start_after: str, most: int) -> Sequence[str]:
+        with _unavailable(""):
+            names = (name for name in self._names_in("") if name.endswith("/"))
+            return nsmallest(most, (name for name in names if name > start_after))
 
     # ---- writing -------------------------------------------------------------------------------
 
@@ -128,18 +161,22 @@ class FileStore:
 
     def _walk(self, parent: str) -> Generator[str, None, None]:
         """Yield all keys below a folder, which is "" or ends in a slash."""
+        for name in self._names_in(parent):
+            if name.endswith("/"):
+                yield from self._walk(parent + name)
+            else:
+                yield parent + name
+
+    def _names_in(self, parent: str) -> Generator[str, None, None]:
+        """Yield what is in a folder; names of folders end in a slash."""
         try:
             entries = os.scandir(self._root / parent)
-        except FileNotFoundError:  # it has just been removed
+        except (FileNotFoundError, NotADirectoryError):  # perhaps it has just been removed
             return
         with entries:
             for entry in entries:
-                if entry.name.startswith("."):
-                    continue
-                if entry.is_dir():
-                    yield from self._walk(f"{parent}{entry.name}/")
-                else:
-                    yield parent + entry.name
+                if not entry.name.startswith("."):
+                    yield f"{entry.name}/" if entry.is_dir() else entry.name
 
     def _describe(self, key: str) -> StoredObject | None:
         """Describe a listed object; None if it has just been removed."""
@@ -147,7 +184,7 @@ class FileStore:
             stat = (self._root / key).stat()
         except FileNotFoundError:
             return None
-        return StoredObject(key, stat.st_size, stat.st_mtime)
+        return StoredObject(key, stat.st_size, stat.st_mtime, _etag(stat))
 
     def _path(self, key: str) -> Path:
         return self._root / check_key(key)
@@ -206,6 +243,11 @@ def _unavailable(what: str) -> Generator[None, None, None]:
         is_denied = error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
         kind = AccessDenied if is_denied else SourceUnavailable
         raise kind(f"cannot use {what}: {error}") from error
+
+
+def _etag(stat: os.stat_result) -> str:
+    """Tell a file's content from others by what every write and every other file changes."""
+    return f"{stat.st_ino:x}-{stat.st_size:x}-{stat.st_mtime_ns:x}"
 
 
 def _next_chunk(file: BinaryIO, key: str) -> bytes:

@@ -16,6 +16,15 @@ _SEGMENT = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")  # no leading dot: no "..
 OnBytes = Callable[[int], object]  # progress callback: bytes processed since the last call
 
 
+def ignore_bytes(num_bytes: int) -> None:
+    """Report no progress."""
+
+
+def always_wanted() -> bool:
+    """Never give up."""
+    return True
+
+
 @dataclass(frozen=True, slots=True)
 class StoredObject:
     """An object as a listing describes it."""
@@ -23,6 +32,23 @@ class StoredObject:
     key: str
     nbytes: int
     modified_s: float  # seconds since 1970 at its last write, by the clock of `now_s`
+    etag: str = ""  # another one for other content, as the store gives it; empty: it gives none
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """How an object is read into a file.
+
+    `on_bytes` may be called from another thread. `is_wanted` is asked now and then; once it says no
+    the reading ends with DownloadStopped.
+    """
+
+    on_bytes: OnBytes = ignore_bytes
+    is_wanted: Callable[[], bool] = always_wanted
+    etag: str = ""  # of the only state of the object that will do; empty: any
+
+
+JUST_READ = Reading()
 
 
 class ObjectStore(Protocol):
@@ -43,11 +69,12 @@ class ObjectStore(Protocol):
         """Read whole objects, in this order; concurrently where requests have a latency."""
         ...
 
-    def get_file(self, key: str, path: Path) -> None:
+    def get_file(self, key: str, path: Path, how: Reading = JUST_READ) -> None:
         """Write a whole object to a file, new or not.
 
-        Raises ObjectNotFound, StoreCorrupt if the object changes meanwhile, OSError if the file
-        cannot be written.
+        What was read of it is all of one state. Raises ObjectNotFound, ObjectChanged if there is
+        another one by now, DownloadStopped, OSError if the file cannot be written; then the file
+        may be there in part.
         """
         ...
 
@@ -83,6 +110,20 @@ class ObjectStore(Protocol):
 
     def describe(self, prefix: str) -> Sequence[StoredObject]:
         """List the objects whose keys begin with `prefix`, sorted by key."""
+        ...
+
+    def describe_folder(self, folder: str, most: int) -> Sequence[StoredObject]:
+        """List the first objects directly in a folder, which is "" or ends in a slash, by key.
+
+        What lies in folders below it costs nothing; at least `most` are listed if there are.
+        """
+        ...
+
+    def folders(self, start_after: str, most: int) -> Sequence[str]:
+        """List at most so many folders of the root, each with its slash, in the order of keys.
+
+        Those that sort after `start_after`, whatever lies in them. None has a leading dot.
+        """
         ...
 
     def remove(self, keys: Sequence[str]) -> None:

@@ -43,6 +43,33 @@ def publish(
             continue
 
 
+def publish_again(
+    blobs: Blobs,
+    registry: Registry,
+    source: tuple[str, str],
+    tenant: str,
+    name: str,
+    only_new: bool = False,
+    by: str = "",
+    limits: PublishLimits = NO_LIMITS,
+) -> AdapterRef:
+    """Publish what a tenant's live name[@version|alias] means under another name, too.
+
+    No file is moved: both are of one digest. Raises InvalidName, AdapterNotFound, LimitExceeded,
+    ObjectNotFound, StoreCorrupt, and AdapterExists if the name should be new and is not.
+    """
+    registry.refresh()
+    while True:
+        digest = registry.resolve(*source).digest
+        place = registry.place_of(digest)
+        manifest = blobs.manifest(place)
+        registry.check_room(tenant, name, manifest, limits)
+        try:
+            return registry.publish(tenant, name, manifest, place.generation, only_new, by, limits)
+        except FilesRemoved:  # it was retired meanwhile, and garbage was collected
+            continue
+
+
 def restore(
     blobs: Blobs,
     registry: Registry,

@@ -9,14 +9,16 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from email.utils import parsedate_to_datetime
 from http.client import HTTPException
+from itertools import islice
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from adapter_store.errors import AccessDenied, ObjectNotFound, SourceUnavailable, StoreCorrupt
-from adapter_store.object_store import OnBytes, StoredObject, check_key
+from adapter_store.errors import AccessDenied, ObjectChanged, ObjectNotFound, SourceUnavailable
+from adapter_store.object_store import JUST_READ, OnBytes, Reading, StoredObject, check_key
 from adapter_store.s3_client import MAX_ATTEMPTS, Answer, S3Client, S3Error
+from adapter_store.s3_download import download
 from adapter_store.s3_probe import do_both_succeed
-from adapter_store.s3_transfers import NUM_CONNECTIONS, download, upload
+from adapter_store.s3_transfers import NUM_CONNECTIONS, upload
 
 CONFLICT_PAUSE_S = 0.05
 MAX_CONFLICTS = 20
@@ -113,10 +115,10 @@ class S3Store:
     def get_range(self, key: str, start: int, length: int) -> bytes:
         return self._read(key, Range=f"bytes={start}-{start + length - 1}") or b""
 
-    def get_file(self, key: str, path: Path) -> None:
+    def get_file(self, key: str, path: Path, how: Reading = JUST_READ) -> None:
         try:
             with _readable(key):
-                download(self._client, self._full(key), path, f"read {key} in")
+                download(self._client, self._full(key), path, f"read {key} in", how)
         except S3Error as error:
             if error.status != 416:  # an empty object has no byte to ask for
                 raise
@@ -129,18 +131,24 @@ class S3Store:
             return None
 
     def list(self, prefix: str, start_after: str = "") -> Sequence[str]:
-        more = {"StartAfter": self._prefix + start_after} if start_after else {}
-        return [str(entry["Key"]).removeprefix(self._prefix) for entry in self._list(prefix, more)]
+        found = self._list(prefix, {}, start_after)
+        return [str(entry["Key"]).removeprefix(self._prefix) for entry in found]
 
     def describe(self, prefix: str) -> Sequence[StoredObject]:
-        return [
-            StoredObject(
-                str(entry["Key"]).removeprefix(self._prefix),
-                int(entry["Size"]),
-                entry["LastModified"].timestamp(),
-            )
-            for entry in self._list(prefix, {})
-        ]
+        return [self._described(entry) for entry in self._list(prefix, {})]
+
+    def describe_folder(self, folder: str, most: int) -> Sequence[StoredObject]:
+        found = (self._described(entry) for entry in self._list(folder, {"Delimiter": "/"}))
+        return list(islice(found, most))
+
+    def folders(self, start_after: str, most: int) -> Sequence[str]:
+        found: list[str] = []
+        for page in self._pages("", {"Delimiter": "/"}, start_after):
+            names = (each["Prefix"].removeprefix(self._prefix) for each in page["CommonPrefixes"])
+            found += [name for name in names if not name.startswith(".") and name > start_after]
+            if len(found) >= most:
+                break
+        return found[:most]
 
     def now_s(self) -> float:
         answer = self._client.call("list_objects_v2", "read the time from", MaxKeys=1)
@@ -152,11 +160,25 @@ class S3Store:
                 f"{self._client.where} does not say what time it is: its Date is {date!r}"
             ) from error
 
-    def _list(self, prefix: str, more: dict[str, str]) -> Generator[Answer, None, None]:
+    def _described(self, entry: Answer) -> StoredObject:
+        key, modified = str(entry["Key"]).removeprefix(self._prefix), entry["LastModified"]
+        return StoredObject(key, int(entry["Size"]), modified.timestamp(), entry.get("ETag", ""))
+
+    def _list(
+        self, prefix: str, more: dict[str, str], start_after: str = ""
+    ) -> Generator[Answer, None, None]:
+        for page in self._pages(prefix, more, start_after):
+            yield from page["Contents"]
+
+    def _pages(
+        self, prefix: str, more: dict[str, str], start_after: str = ""
+    ) -> Generator[Answer, None, None]:
         request = {"Prefix": self._prefix + prefix, **more}
+        if start_after:
+            request["StartAfter"] = self._prefix + start_after
         while True:
             page = self._client.call("list_objects_v2", f"list {prefix} in", **request)
-            yield from page.get("Contents", [])
+            yield {"Contents": [], "CommonPrefixes": [], **page}
             if not page["IsTruncated"]:
                 return
             request.pop("StartAfter", None)
@@ -316,12 +338,12 @@ class S3Store:
 
 @contextmanager
 def _readable(key: str) -> Generator[None, None, None]:
-    """Raise ObjectNotFound or StoreCorrupt where that is what the server's answer means."""
+    """Raise ObjectNotFound or ObjectChanged where that is what the server's answer means."""
     try:
         yield
     except S3Error as error:
         if error.code == "NoSuchKey":
             raise ObjectNotFound(f"there is no object {key}") from error
         if error.status == 412:
-            raise StoreCorrupt(f"{key} changed while it was downloaded") from error
+            raise ObjectChanged(f"{key} changed while it was downloaded") from error
         raise

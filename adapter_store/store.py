@@ -6,6 +6,7 @@ Knows no HTTP, no engine and no tensor.
 
 import contextlib
 import logging
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
@@ -35,10 +36,16 @@ from adapter_store.limits import NO_LIMITS, PublishLimits
 from adapter_store.manifest import AdapterManifest, is_digest, prepare
 from adapter_store.merged_folder import MergedAdapter
 from adapter_store.names import AdapterRecord, AdapterRef, Place, check_name
-from adapter_store.object_store import ObjectStore, OnBytes
+from adapter_store.object_store import (
+    ObjectStore,
+    OnBytes,
+    Reading,
+    always_wanted,
+    ignore_bytes,
+)
 from adapter_store.open_store import open_store
 from adapter_store.own_files import NO_OWN_FILES, OwnFiles
-from adapter_store.publishing import publish, restore
+from adapter_store.publishing import publish, publish_again, restore
 from adapter_store.recipes import Recipe
 from adapter_store.registry import Registry, check_may_write
 from adapter_store.sources import local_folder
@@ -60,10 +67,6 @@ _PREFIXES = (
 )  # all that a store holds
 MIN_PREFIX = 8  # digits that the beginning of a fingerprint must have
 _log = logging.getLogger(__name__)
-
-
-def _ignore(num_bytes: int) -> None:
-    """Report no progress."""
 
 
 class AdapterStore:
@@ -99,6 +102,7 @@ class AdapterStore:
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
         self._root = root
+        self.endpoint_url = endpoint_url
         self._objects = open_store(
             root,
             endpoint_url,
@@ -133,7 +137,7 @@ class AdapterStore:
     # ---- bases ---------------------------------------------------------------------------------
 
     def register_base(
-        self, model_folder: Path, on_bytes: OnBytes = _ignore, *, required: bool = True
+        self, model_folder: Path, on_bytes: OnBytes = ignore_bytes, *, required: bool = True
     ) -> str:
         """Hash a model folder and store its description; return its fingerprint.
 
@@ -164,7 +168,7 @@ class AdapterStore:
         if self._objects.get(key) != described:
             self._objects.put(key, described)
 
-    def fingerprint(self, model_folder: Path, on_bytes: OnBytes = _ignore) -> str:
+    def fingerprint(self, model_folder: Path, on_bytes: OnBytes = ignore_bytes) -> str:
         """Hash a model folder; write nothing to the object store. Raises BaseInvalid."""
         return describe_base(Path(model_folder), self._scratch, on_bytes).fingerprint
 
@@ -199,7 +203,7 @@ class AdapterStore:
         tenant: str,
         name: str,
         base: str | None = None,
-        on_bytes: OnBytes = _ignore,
+        on_bytes: OnBytes = ignore_bytes,
         *,
         only_new: bool = False,
         conversion: ConversionOptions | None = None,
@@ -227,6 +231,35 @@ class AdapterStore:
             return publish(
                 self._blobs, self._registry, tenant, name, prepared, on_bytes, only_new, by, limits
             )
+
+    def publish_again(
+        self,
+        source: tuple[str, str],
+        tenant: str,
+        name: str,
+        *,
+        only_new: bool = False,
+        by: str = "",
+        limits: PublishLimits = NO_LIMITS,
+    ) -> AdapterRef:
+        """Make a tenant's live name[@version|alias] the next version of another name, too.
+
+        `source` is that tenant and name. No file is moved. Raises what `publish` raises, and
+        AdapterNotFound.
+        """
+        check_name("tenant", source[0])
+        check_name("tenant", tenant)
+        check_name("adapter", name)
+        return publish_again(
+            self._blobs, self._registry, source, tenant, name, only_new, by, limits
+        )
+
+    @contextlib.contextmanager
+    def scratch(self) -> Generator[Path, None, None]:
+        """Yield an empty folder on the cache's disk for what is still to be published."""
+        self._uploads.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=self._uploads) as folder:
+            yield Path(folder)
 
     @property
     def damage(self) -> str | None:
@@ -384,25 +417,35 @@ class AdapterStore:
 
     # ---- files ---------------------------------------------------------------------------------
 
-    def ensure_local(self, ref_or_digest: AdapterRef | str) -> Path:
+    def ensure_local(
+        self,
+        ref_or_digest: AdapterRef | str,
+        is_wanted: Callable[[], bool] = always_wanted,
+    ) -> Path:
         """Return the adapter's verified folder, after fetching it if need be.
 
         One with a recipe is computed here from its members, which are fetched first. It may be
-        evicted unless it was pinned before. Raises AdapterTooLarge, CacheFull, ObjectNotFound,
-        StoreCorrupt; AdapterInvalid if members cannot be combined.
+        evicted unless it was pinned before. `is_wanted` is asked now and then while it is fetched.
+        Raises AdapterTooLarge, CacheFull, ObjectNotFound, StoreCorrupt; AdapterInvalid if members
+        cannot be combined; DownloadStopped if it is not wanted any more.
         """
         if isinstance(ref_or_digest, AdapterRef) and ref_or_digest.recipe is not None:
-            return self._ensure_merged(ref_or_digest, ref_or_digest.recipe)
+            return self._ensure_merged(ref_or_digest, ref_or_digest.recipe, is_wanted)
         digest = _digest(ref_or_digest)
         place = self._registry.place_of(digest)
+        how = Reading(is_wanted=is_wanted)
         return self._cache.ensure(
-            digest, lambda name, path: self._blobs.download(place, name, path)
+            digest, lambda name, path: self._blobs.download(place, name, path, how)
         )
 
-    def _ensure_merged(self, ref: AdapterRef, recipe: Recipe) -> Path:
+    def _ensure_merged(
+        self, ref: AdapterRef, recipe: Recipe, is_wanted: Callable[[], bool]
+    ) -> Path:
         """Compute one adapter at a time: it takes a processor and the memory of a module."""
         with contextlib.ExitStack() as pins:
-            folders = [pins.enter_context(self.pinned(member)) for member in recipe.members]
+            for member in recipe.members:
+                pins.enter_context(self._cache.pinned(member))
+            folders = [self.ensure_local(member, is_wanted) for member in recipe.members]
             with self._merging:
                 merged = MergedAdapter(recipe, ref.base, folders)
                 return self._cache.ensure_built(ref.digest, merged)
@@ -456,7 +499,9 @@ class AdapterStore:
             return NO_OWN_FILES
         return self._blobs.own_files(self._registry.place_of(_digest(ref_or_digest)))
 
-    def verify(self, records: Iterable[AdapterRecord], on_bytes: OnBytes = _ignore) -> list[str]:
+    def verify(
+        self, records: Iterable[AdapterRecord], on_bytes: OnBytes = ignore_bytes
+    ) -> list[str]:
         """Hash the stored files of these adapters; return one sentence for each problem.
 
         `on_bytes` is called with the bytes hashed since its last call.
@@ -471,7 +516,7 @@ class AdapterStore:
         """
         return self._collector.find(grace_s)
 
-    def remove_garbage(self, garbage: Garbage, on_objects: OnObjects = _ignore) -> Garbage:
+    def remove_garbage(self, garbage: Garbage, on_objects: OnObjects = ignore_bytes) -> Garbage:
         """Remove what was found, unless it is used again; return what was removed.
 
         `on_objects` is called with the number of objects removed since its last call. Folders on

@@ -607,6 +607,21 @@ class AdminSection(Section):
     max_stored_bytes: Bytes | None = key(
         None, "bytes of one tenant's live versions together, by this API", unset="no limit"
     )
+    publish_from: list[str] | None = key(
+        None,
+        "`s3://bucket/prefix` and `hf://organisation` or `hf://organisation/name` below which the "
+        "server fetches adapters for these keys ([how](admin.md#from-other-places))",
+        unset="nowhere",
+    )
+
+    @field_validator("publish_from")
+    @classmethod
+    def _has_prefixes(cls, value: list[str] | None) -> list[str] | None:
+        for prefix in value or ():
+            scheme, _, rest = prefix.partition("://")
+            if scheme not in ("s3", "hf") or not rest.strip("/") or "@" in rest:
+                raise ValueError(f"{prefix!r} is neither s3://bucket/prefix nor hf://organisation")
+        return value
 
 
 class PriceSection(Section):

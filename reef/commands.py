@@ -3,7 +3,7 @@
 import click
 
 from reef import __version__
-from reef.adapters import delete, list_, publish, restore, retire
+from reef.adapters import delete, list_, restore, retire
 from reef.alias import alias
 from reef.audit import audit
 from reef.bench import bench
@@ -16,6 +16,7 @@ from reef.keys import new_key
 from reef.plan import plan
 from reef.profile import profile
 from reef.prove import prove
+from reef.publish import publish
 from reef.serve import serve
 from reef.simulate import simulate
 from reef.store_keys import keys

@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from reef.adapters import tenant_option
-from reef.store_options import with_store_to_read
+from reef.store_options import tenant_option, with_store_to_read
 
 if TYPE_CHECKING:
     from adapter_store.manifest import AdapterManifest

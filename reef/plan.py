@@ -6,23 +6,13 @@ from typing import TYPE_CHECKING
 
 import click
 
-from engine.byte_size import parse_byte_size
 from engine.config import KV_DTYPES, OUTPUT_LAYERS, QUANTIZATIONS
+from reef.byte_size import byte_size
 from reef.progress import progress
 from reef.refusal import refusing
 
 if TYPE_CHECKING:
     from engine.plan.report import Plan
-
-
-def byte_size(text: str) -> int:
-    try:
-        size = parse_byte_size(text)
-    except ValueError as error:
-        raise click.BadParameter(f"{error}.") from None
-    if size <= 0:
-        raise click.BadParameter(f"{text!r} is not above 0.")
-    return size
 
 
 def rate(text: str) -> float:

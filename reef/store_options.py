@@ -19,6 +19,10 @@ DEFAULT_TENANT = "public"
 
 Options = ParamSpec("Options")
 
+tenant_option = click.option(
+    "--tenant", default=DEFAULT_TENANT, show_default=True, help="Whose adapter it is."
+)
+
 
 def with_store(
     command: "Callable[Concatenate[AdapterStore, Options], None]",

@@ -5,6 +5,7 @@ processor runs in threads, of which there are few.
 """
 
 import asyncio
+import time
 import weakref
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -36,6 +37,8 @@ from adapter_store.manifest import AdapterManifest
 from adapter_store.names import AdapterRecord, AdapterRef, check_name
 from adapter_store.store import AdapterStore
 from deployments.config_sections import AdminSection
+from deployments.ingress.allowed_sources import AllowedSources
+from deployments.ingress.fetched_uploads import fetch
 from deployments.ingress.http_errors import ApiError, forbidden, invalid, overloaded
 from deployments.ingress.trial_figures import decode_counts, judged, merged
 from deployments.ingress.upload_folders import UploadFolder, UploadFolders, disk_error
@@ -48,16 +51,25 @@ MAX_UPLOADS = 4  # at a time, at one ingress replica
 MAX_UPLOADS_OF_TENANT = 2
 MAX_WAITING = 32  # other requests
 PAGE = 1000
+FETCH_S = 900.0  # for an adapter that the server fetches, from the request on
 PUBLISHERS = 2  # threads that check and publish
 
 T = TypeVar("T")
 
 
 class Admin:
-    """Used in one event loop. Uploads lie below `scratch` while they are published."""
+    """Used in one event loop. Uploads lie below `scratch` while they are published.
+
+    `endpoint_url` is that of the S3 to fetch from; None: AWS.
+    """
 
     def __init__(
-        self, store: AdapterStore, tenants: Tenants, settings: AdminSection, scratch: Path
+        self,
+        store: AdapterStore,
+        tenants: Tenants,
+        settings: AdminSection,
+        scratch: Path,
+        endpoint_url: str | None = None,
     ) -> None:
         self.store = store
         self._tenants = tenants
@@ -67,6 +79,8 @@ class Admin:
             settings.max_adapters,
             settings.max_stored_bytes,
         )
+        self._sources = AllowedSources(settings.publish_from or ())
+        self._endpoint_url = endpoint_url
         self._folders = UploadFolders(scratch)
         self._publishers = ThreadPoolExecutor(PUBLISHERS, "admin-publish")
         self._others = ThreadPoolExecutor(PUBLISHERS, "admin")
@@ -119,6 +133,55 @@ class Admin:
             with folder:
                 return self._publish(folder, tenant, name, base, only_new, author, limits)
 
+        return await self._publisher_does(tenant, work)
+
+    async def publish_from(
+        self, source: str, publisher: Publisher, place: tuple[str, str], base: str, only_new: bool
+    ) -> AdapterRef:
+        """Fetch an adapter from an address that is allowed, and publish it as `publish` does.
+
+        What is there is not said of other addresses. Raises ApiError.
+        """
+        tenant, name = place
+        check_right(publisher, tenant)
+        if not self._sources.has(source):
+            raise invalid(
+                f"source {source[:200]!r} is below none of the prefixes that the server allows "
+                "(admin.publish_from).",
+                "source",
+            )
+        limits = self._tenants.upload_limits(tenant, self._defaults)
+        await self.run(lambda: self._check_before(tenant, name, base, limits))
+        self._take_slot(tenant)
+        deadline_s = time.monotonic() + FETCH_S
+
+        def work() -> AdapterRef:
+            with self._folders.open() as folder:
+                fetch(source, self._endpoint_url, folder, limits.max_upload_bytes, deadline_s)
+                return self._publish(folder, tenant, name, base, only_new, publisher.author, limits)
+
+        return await self._publisher_does(tenant, work)
+
+    async def publish_again(
+        self, source: str, publisher: Publisher, place: tuple[str, str], only_new: bool
+    ) -> AdapterRef:
+        """Publish a live version under another name, too, without its bytes. Raises ApiError."""
+        tenant, name = place
+        check_right(publisher, tenant)
+        owner, slash, full_name = source.partition("/")
+        found = (owner, full_name) if slash else (tenant, source)
+        check_right(publisher, found[0])
+        wanted = self._tenants.upload_limits(tenant, self._defaults)
+        limits = PublishLimits(wanted.max_lora_rank, wanted.max_adapters)
+        by = publisher.author
+        return await self.run(
+            lambda: self.store.publish_again(
+                found, tenant, name, only_new=only_new, by=by, limits=limits
+            )
+        )
+
+    async def _publisher_does(self, tenant: str, work: Callable[[], AdapterRef]) -> AdapterRef:
+        """Do the work though the client may go; then the tenant's slot is free."""
         done = asyncio.get_running_loop().run_in_executor(self._publishers, work)
         done.add_done_callback(lambda _: self._free_slot(tenant))
         done.add_done_callback(_look_at)

@@ -188,7 +188,8 @@ def _runtime_adapters(adapters: AdaptersSection, store: AdapterStore) -> Runtime
 def _admin(config: AppConfig, store: AdapterStore, tenants: Tenants) -> Admin | None:
     if not config.admin.enabled:
         return None
-    return Admin(store, tenants, config.admin, Path(config.adapters.disk_path) / ".uploads")
+    scratch = Path(config.adapters.disk_path) / ".uploads"
+    return Admin(store, tenants, config.admin, scratch, endpoint_of(config.adapters))
 
 
 def _conversion(wanted: ConvertSection) -> ConversionOptions | None:

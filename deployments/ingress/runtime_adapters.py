@@ -24,11 +24,11 @@ from adapter_store.errors import (
 )
 from adapter_store.names import AdapterRecord, AdapterRef, check_name
 from adapter_store.sources import fetch_folder
+from deployments.ingress.allowed_sources import S3, AllowedSources
 from deployments.ingress.http_errors import ApiError, invalid, overloaded
 
 MAX_WAITING = 16  # requests that publish or retire, at one ingress replica
 MAX_FILES = 1000  # of a folder that is looked through for links
-S3 = "s3://"
 
 T = TypeVar("T")
 
@@ -90,7 +90,7 @@ class RuntimeAdapters:
         """Change what may be loaded from now on."""
         self._conversion = conversion
         self._folders = [Path(root).resolve() for root in roots if not root.startswith(S3)]
-        self._prefixes = [root.rstrip("/") + "/" for root in roots if root.startswith(S3)]
+        self._prefixes = AllowedSources([root for root in roots if root.startswith(S3)])
 
     @property
     def is_on(self) -> bool:
@@ -214,8 +214,7 @@ class RuntimeAdapters:
         return folder
 
     def _check_prefix(self, path: str) -> None:
-        is_plain = all(part not in ("", ".", "..") for part in path[len(S3) :].split("/"))
-        if not is_plain or not any(f"{path}/".startswith(prefix) for prefix in self._prefixes):
+        if not self._prefixes.has(path):
             raise _wrong_path(path, "it is below none of the prefixes that the server allows")
 
 

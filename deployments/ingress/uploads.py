@@ -62,6 +62,12 @@ async def receive(
     return num_bytes
 
 
+def media_type_of(http_request: HttpRequest) -> str:
+    """Read the body's Content-Type, without its options."""
+    media_type, _ = parse_options_header(http_request.headers.get("content-type"))
+    return media_type.decode("latin-1")
+
+
 async def _chunks(http_request: HttpRequest) -> AsyncIterator[bytes]:
     stream = http_request.stream()
     while True:
@@ -85,14 +91,15 @@ def _splitter(http_request: HttpRequest) -> "Form | Archive":
     """Choose how the body becomes files. Raises ApiError."""
     if (coding := http_request.headers.get("content-encoding", "identity")) != "identity":
         raise ApiError(415, f"An upload has no Content-Encoding, not {coding[:80]!r}.")
-    media_type, options = parse_options_header(http_request.headers.get("content-type"))
-    kind = media_type.decode("latin-1")
+    _, options = parse_options_header(http_request.headers.get("content-type"))
+    kind = media_type_of(http_request)
     if kind in TAR_TYPES:
         return Archive()
     if kind != FORM_TYPE:
         raise ApiError(
             415,
-            f"The Content-Type of an upload is {FORM_TYPE} or {TAR_TYPES[0]}, not {kind[:80]!r}.",
+            f"The Content-Type of an upload is {FORM_TYPE} or {TAR_TYPES[0]}, and application/json "
+            f"names a source; not {kind[:80]!r}.",
             code="unsupported_media_type",
         )
     boundary = options.get(b"boundary")

@@ -5,6 +5,7 @@ in threads of their own, so they never wait for downloads.
 """
 
 import asyncio
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +17,7 @@ from adapter_store.errors import (
     AdapterNotFound,
     AdapterTooLarge,
     CacheFull,
+    DownloadStopped,
     InvalidName,
     SourceUnavailable,
 )
@@ -26,6 +28,7 @@ from engine.messages import ErrorKind, RequestError
 MAX_LOOKUPS = 8  # adapters on the disk being verified at once
 MAX_DOWNLOADS = 64  # at once; each may be slow
 SMOOTHING = 8  # loads over which a mean forgets
+LINGER_S = 5.0  # that a download goes on for a client that may come back
 DOWNLOAD_TIMEOUT_S = 300.0  # from request to arrival; one that is late goes on without waiters
 
 
@@ -33,7 +36,7 @@ class AdapterFiles(Protocol):
     """The part of `adapter_store.store.AdapterStore` that a replica uses."""
 
     def find_local(self, ref: AdapterRef, /) -> Path | None: ...
-    def ensure_local(self, ref: AdapterRef, /) -> Path: ...
+    def ensure_local(self, ref: AdapterRef, is_wanted: Callable[[], bool], /) -> Path: ...
     def distrust(self, digest: str, /) -> None: ...
     def pin(self, digest: str, /) -> None: ...
     def unpin(self, digest: str, /) -> None: ...
@@ -45,6 +48,22 @@ class _Fetch:
     num_users: int = 0
 
 
+@dataclass(eq=False, slots=True)
+class _Wanted:
+    is_wanted: bool = True
+
+    def __call__(self) -> bool:
+        return self.is_wanted
+
+
+@dataclass(eq=False, slots=True)
+class _Download:
+    """One that is under way or waits for a thread, in which `wanted` is asked."""
+
+    arrived: asyncio.Future[Path]
+    wanted: _Wanted
+
+
 class AdapterFetcher:
     """`acquire` and `release` come in pairs; the pin goes with the last release."""
 
@@ -54,7 +73,7 @@ class AdapterFetcher:
         self._used: dict[str, None] = {}  # digests that arrived, the latest last
         self._lookups = ThreadPoolExecutor(MAX_LOOKUPS, "find-adapter")
         self._queue = DownloadQueue(MAX_DOWNLOADS)
-        self._downloads: dict[str, asyncio.Future[Path]] = {}  # under way or waiting
+        self._downloads: dict[str, _Download] = {}
         self.disk_load_s = 0.0  # smoothed time to look an adapter up; 0: not measured
         self.remote_load_s = 0.0  # the same of a download
 
@@ -75,6 +94,8 @@ class AdapterFetcher:
         if fetch.num_users == 0:
             del self._live[ref.digest]
             self._unpin_after(fetch.folder, ref.digest)
+            if not fetch.folder.done():
+                asyncio.get_running_loop().call_later(LINGER_S, self._give_up, ref.digest)
 
     def repair(self, ref: AdapterRef, tenant: str = "") -> None:
         """Verify an adapter that could not be read, and fetch it again if it is damaged.
@@ -114,6 +135,9 @@ class AdapterFetcher:
         if found is not None:
             self.disk_load_s = _smoothed(self.disk_load_s, loop.time() - began_s)
             return found
+        if ref.digest not in self._live:  # all that wanted it have gone meanwhile
+            self._files.unpin(ref.digest)
+            raise DownloadStopped(f"{ref.digest} is not wanted any more")
         download = self._download(ref, tenant)
         try:
             async with asyncio.timeout(DOWNLOAD_TIMEOUT_S):
@@ -140,12 +164,25 @@ class AdapterFetcher:
 
     def _download(self, ref: AdapterRef, tenant: str) -> asyncio.Future[Path]:
         """Share the download of a digest with those that gave it up."""
-        download = self._downloads.get(ref.digest)
-        if download is None:
-            download = self._queue.run(tenant, partial(self._files.ensure_local, ref))
-            self._downloads[ref.digest] = download
-            download.add_done_callback(lambda _: self._downloads.pop(ref.digest))
-        return download
+        found = self._downloads.get(ref.digest)
+        if found is None:
+            wanted = _Wanted()
+            arrived = self._queue.run(tenant, partial(self._files.ensure_local, ref, wanted))
+            found = self._downloads[ref.digest] = _Download(arrived, wanted)
+            arrived.add_done_callback(lambda _: self._forget(ref.digest, wanted))
+        return found.arrived
+
+    def _give_up(self, digest: str) -> None:
+        """Stop a download for which nobody waits. Those who want it from now on begin anew."""
+        download = self._downloads.get(digest)
+        if download is not None and digest not in self._live:
+            download.wanted.is_wanted = False
+            self._forget(digest, download.wanted)
+
+    def _forget(self, digest: str, wanted: _Wanted) -> None:
+        download = self._downloads.get(digest)
+        if download is not None and download.wanted is wanted:
+            del self._downloads[digest]
 
     def _note(self, digest: str, fetched: asyncio.Future[Path]) -> None:
         if _has_arrived(fetched):

@@ -14,9 +14,11 @@ import pytest
 
 from adapter_store.layout import WEIGHTS_NAME
 from adapter_store.open_store import open_store
+from adapter_store.peft_config import CONFIG_NAME
 from reef.__main__ import main
 from reef.author import author
 from tests.adapter_store.adapters import changed
+from tests.adapter_store.fake_hub import REPOSITORY, running_hub
 from tests.adapter_store.roots import Root
 from tests.swift.process import Swift
 
@@ -194,7 +196,9 @@ def test_verify_names_a_damaged_record_of_the_log(
         (("retire", "../sql"), "adapter '../sql' does not match"),
         (("verify", "sql"), "there is no live adapter 'sql'"),
         (("publish", "/", "--name", "sql"), "the store knows none"),
-        (("publish", "hf://org/adapter", "--name", "sql"), "hf:// is not supported"),
+        (("publish", "hf://adapter", "--name", "sql"), "must be hf://organisation/name@revision"),
+        (("publish", "ftp://host/a", "--name", "sql"), "must begin with file:/// or s3://"),
+        (("publish", "sql@2", "--name", "other"), "tenant public has no adapter 'sql'"),
     ],
 )
 def test_an_error_is_one_sentence(arguments: tuple[str, ...], sentence: str, run: Run) -> None:
@@ -202,6 +206,39 @@ def test_an_error_is_one_sentence(arguments: tuple[str, ...], sentence: str, run
     assert (code, lines) == (2, [])
     assert sentence in error
     assert error.count("\n") == 1
+
+
+def test_an_adapter_is_published_from_elsewhere_and_from_a_version(
+    root: Root,
+    run: Run,
+    base_folder: Path,
+    peft_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for path in peft_folder.iterdir():
+        root.open().put(f"elsewhere/sql/{path.name}", path.read_bytes())
+    url = f"{root.url}/elsewhere/sql"
+    code, (line,), _ = run("publish", url, "--name", "sql", "--base", base_folder)
+    assert (code, line.startswith("published public/sql@1 as ")) == (0, True)
+    digest = line.rpartition(" ")[2]
+    kept = [key for key in root.objects() if key.startswith("blobs/")]
+    assert run("publish", "sql@latest", "--name", "b", "--tenant", "acme")[1] == [
+        f"published acme/b@1 as {digest}"
+    ]
+    assert run("publish", "acme/b@1", "--name", "c")[1] == [f"published public/c@1 as {digest}"]
+    assert [key for key in root.objects() if key.startswith("blobs/")] == kept
+    with running_hub() as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        commit = hub.commit(peft_folder)
+        of_hub = run("publish", f"hf://{REPOSITORY}@main", "--name", "d")
+        assert of_hub[1] == [f"published public/d@1 as {digest}"], of_hub
+        assert any(f"/resolve/{commit}/" in path for path in hub.requests)
+    num_bytes = sum((peft_folder / n).stat().st_size for n in (CONFIG_NAME, WEIGHTS_NAME))
+    _, _, said = run("publish", url, "--name", "e", "--max-download", "1KiB")
+    assert f"has {num_bytes} bytes, more than the 1024 allowed" in said
+    assert "leave options out" in run("publish", "sql@1", "--name", "e", "--convert")[2]
+    assert list((tmp_path / "cache" / ".uploads").iterdir()) == []
 
 
 @pytest.mark.parametrize("root", ["file"], indirect=True)

@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from adapter_store import s3_client as s3_client_module
-from adapter_store import s3_probe, s3_store, s3_transfers
+from adapter_store import s3_download, s3_probe, s3_store
 from adapter_store import store as store_module
 from adapter_store.errors import (
     AccessDenied,
@@ -542,7 +542,7 @@ def test_an_object_about_as_large_as_a_part_arrives_whole(
 def test_any_number_of_ranges_makes_the_same_file(
     direct: S3Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(s3_transfers, "PART_BYTES", 100)
+    monkeypatch.setattr(s3_download, "PART_BYTES", 100)
     for nbytes in (0, 1, 99, 100, 101, 200, 2345):
         direct.put("k", LARGE[:nbytes])
         direct.get_file("k", tmp_path / "down")
@@ -556,7 +556,7 @@ def test_an_object_that_changes_while_it_is_downloaded_is_noticed(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(s3_transfers, "PART_BYTES", 1000)
+    monkeypatch.setattr(s3_download, "PART_BYTES", 1000)
 
     def replace_first(request: Request, forward: Forward) -> Reply:
         direct.put("k", b"y" * 5000)
@@ -642,7 +642,7 @@ def test_a_body_that_is_cut_short_is_requested_again(
 def test_a_server_that_ignores_ranges_is_refused(
     root: Root, direct: S3Store, swift: Swift, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(s3_transfers, "PART_BYTES", 1000)
+    monkeypatch.setattr(s3_download, "PART_BYTES", 1000)
 
     def whole(request: Request, forward: Forward) -> Reply:
         if request.method != "GET":
@@ -665,7 +665,7 @@ def test_an_answer_with_another_range_is_refused(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(s3_transfers, "PART_BYTES", 1000)
+    monkeypatch.setattr(s3_download, "PART_BYTES", 1000)
 
     def other(request: Request, forward: Forward) -> Reply:
         reply = forward()
@@ -683,7 +683,7 @@ def test_an_answer_with_another_range_is_refused(
 def test_a_download_that_fails_leaves_no_file(
     root: Root, direct: S3Store, swift: Swift, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(s3_transfers, "PART_BYTES", 1000)
+    monkeypatch.setattr(s3_download, "PART_BYTES", 1000)
     folder = tmp_path / "down"
     folder.mkdir()
 

@@ -60,6 +60,12 @@ class NewAlias(Model):
         return {} if self.version is None else {self.version: 1.0}
 
 
+class NewSource(Model):
+    """Where an adapter is published from: s3://, hf://, or a version such as sql@3."""
+
+    source: str = Field(min_length=1, max_length=1024)
+
+
 class Verification(Model):
     """What is hashed again: all of a tenant's live versions, or those of one name."""
 

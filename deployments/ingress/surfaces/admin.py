@@ -19,6 +19,7 @@ from deployments.ingress.api.admin import (
     AuditList,
     ChangedVersions,
     NewAlias,
+    NewSource,
     StateChange,
     Verification,
     VerifyLine,
@@ -32,7 +33,7 @@ from deployments.ingress.api_route import JSON, ApiRoute, RouteDoc
 from deployments.ingress.http_errors import invalid
 from deployments.ingress.ingress import Ingress
 from deployments.ingress.surfaces.adapters import loaded_base
-from deployments.ingress.uploads import FORM_TYPE, TAR_TYPES
+from deployments.ingress.uploads import FORM_TYPE, TAR_TYPES, media_type_of
 from deployments.tenants.tenant import Publisher
 
 MAX_LISTED = 1000
@@ -59,8 +60,19 @@ def _routes(ingress: Ingress, admin: Admin) -> list[ApiRoute]:
         tenant, name = _place(http_request, publisher)
         query = _query(http_request, ("base", "only_new"))
         only_new = _one_of("only_new", query.get("only_new", "false"), ("false", "true")) == "true"
-        base = _fingerprint(ingress, query.get("base"))
-        ref = await admin.publish(http_request, publisher, (tenant, name), base, only_new)
+        place = (tenant, name)
+        if media_type_of(http_request) != JSON:
+            base = _fingerprint(ingress, query.get("base"))
+            ref = await admin.publish(http_request, publisher, place, base, only_new)
+        else:
+            source = parse_request(NewSource, await ingress.raw_document(http_request)).source
+            if "://" in source:
+                base = _fingerprint(ingress, query.get("base"))
+                ref = await admin.publish_from(source, publisher, place, base, only_new)
+            elif "base" in query:
+                raise invalid("A version has its base: leave base out.", "base")
+            else:
+                ref = await admin.publish_again(source, publisher, place, only_new)
         return await _described(ingress, admin, tenant, f"{name}@{ref.version}")
 
     async def describe(http_request: HttpRequest, publisher: Publisher) -> Response:
@@ -176,7 +188,11 @@ PUBLISH_DOC = _doc(
         413: "The upload is too large.",
         507: "The server's disk is full.",
     },
-    upload={FORM_TYPE: {"schema": _FORM}, TAR_TYPES[0]: {"schema": _BINARY}},
+    upload={
+        FORM_TYPE: {"schema": _FORM},
+        TAR_TYPES[0]: {"schema": _BINARY},
+        JSON: {"schema": NewSource.model_json_schema()},
+    },
 )
 STATE_DOC = _doc(
     "Retire a version or all of a name, restore one, or delete.",

@@ -13,6 +13,7 @@ from adapter_store.layout import WEIGHTS_NAME
 from deployments.config import ConfigError, load_config
 from deployments.ingress.api_route import ApiRoute
 from tests.adapter_store.adapters import changed
+from tests.adapter_store.fake_hub import REPOSITORY, FakeHub, running_hub
 from tests.deployments.support.admin import (
     ADAPTERS,
     ADMIN,
@@ -233,6 +234,66 @@ def test_the_api_is_off_unless_it_is_wanted_and_needs_keys(place: Place) -> None
         {**args, "admin": {"enabled": True, "max_upload_bytes": "1MiB"}, "tenancy": keys}
     )
     assert on.admin.max_upload_bytes == 2**20
+
+
+# ---- from other places -----------------------------------------------------------------------
+
+
+def test_an_adapter_is_published_from_an_allowed_place_and_from_a_version(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def test(hub: FakeHub) -> None:
+        url = f"hf://{REPOSITORY}"
+        async with administered(place, publish_from=["hf://acme", "s3://b/ok/"]) as api:
+            one = await api.post(f"{ADAPTERS}/acme/sql", {"source": f"{url}@v1"})
+            assert one.json["version"] == 1 and place.left_behind() == []
+            assert (await api.post(f"{ADAPTERS}/acme/sql", {"source": url})).json["version"] == 1
+            copy = await api.post(f"{ADAPTERS}/acme/copy?only_new=true", {"source": "sql@1"})
+            assert copy.json["digest"] == one.json["digest"]
+            mine = await api.post(f"{ADAPTERS}/umbrella/sql", {"source": "acme/copy@latest"}, ADMIN)
+            assert (mine.json["digest"], mine.json["published_by"]) == (
+                one.json["digest"],
+                "admin ann",
+            )
+            hub.said_sizes = {WEIGHTS_NAME: 3 * 2**30}
+            refused = [
+                ({"source": "hf://acme@main"}, 400, "must be hf://organisation/name@revision"),
+                ({"source": "hf://evil/x"}, 400, "below none of the prefixes"),
+                ({"source": "s3://b/okay"}, 400, "below none of the prefixes"),
+                ({"source": "s3://b/ok/../secret"}, 400, "below none of the prefixes"),
+                ({"source": "file:///etc"}, 400, "below none of the prefixes"),
+                ({"source": "http://169.254.169.254/"}, 400, "below none of the prefixes"),
+                ({"source": f"{url}@absent"}, 400, "no such repository or revision"),
+                ({"source": url}, 400, "more than the 2147483648 allowed"),
+                ({"source": "sql@7"}, 404, "no live adapter 'sql@7'"),
+                ({"source": "umbrella/sql@1"}, 403, "not those of 'umbrella'"),
+                ({"source": "/etc/passwd"}, 403, "not those of ''"),
+                ({"source": "sql@1", "more": 1}, 400, "more"),
+            ]
+            for body, status, reason in refused:
+                answer = await api.post(f"{ADAPTERS}/acme/new", body)
+                assert (answer.status, reason in answer.text) == (status, True), answer.text
+            taken = await api.post(f"{ADAPTERS}/acme/sql?only_new=true", {"source": "copy@1"})
+            assert taken.status == 409
+            monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+            gone = await api.post(f"{ADAPTERS}/acme/new", {"source": url})
+            assert (gone.status, "127.0.0.1" in gone.text) == (502, False)
+            assert place.left_behind() == []
+        async with administered(place) as api:
+            off = await api.post(f"{ADAPTERS}/acme/new", {"source": url})
+            assert (off.status, off.error["param"]) == (400, "source")
+
+    with running_hub() as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        hub.commit(place.peft)
+        hub.commit(place.peft, "v1")
+        in_admin(lambda: test(hub))
+
+
+@pytest.mark.parametrize("prefix", ["s3://", "http://host/", "hf://org/name@main", "/srv", ""])
+def test_a_prefix_that_is_no_bucket_and_no_organisation_is_refused(prefix: str) -> None:
+    with pytest.raises(ConfigError, match="neither s3://bucket/prefix nor hf://organisation"):
+        load_config({"models": [{"id": "m", "source": "m"}], "admin": {"publish_from": [prefix]}})
 
 
 # ---- limits --------------------------------------------------------------------------------

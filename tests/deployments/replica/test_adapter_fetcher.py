@@ -17,6 +17,7 @@ from adapter_store.errors import (
     StoreCorrupt,
 )
 from adapter_store.names import AdapterRef
+from adapter_store.object_store import Reading
 from adapter_store.store import AdapterStore
 from deployments.replica import adapter_fetcher
 from deployments.replica.adapter_fetcher import MAX_DOWNLOADS, AdapterFetcher
@@ -193,10 +194,10 @@ class HangingStore(AdapterStore):
         self.hangs = False
         get_file = self._objects.get_file
 
-        def hang(key: str, path: Path) -> None:
+        def hang(key: str, path: Path, how: Reading) -> None:
             if self.hangs:
                 assert self.may_come.wait(30)
-            get_file(key, path)
+            get_file(key, path, how)
 
         self._objects.get_file = hang  # type: ignore[method-assign]
 
@@ -282,6 +283,64 @@ def test_a_download_that_is_late_is_given_up_by_those_who_wait_but_goes_on(
         assert (await asyncio.shield(fetcher.acquire(ref, "t"))).is_dir()
         fetcher.release(ref)
         await until(lambda: not list((tmp_path / "cache" / ".locks").iterdir()))
+        fetcher.close()
+
+    asyncio.run(test())
+
+
+def test_a_download_for_which_nobody_waits_any_more_is_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(adapter_fetcher, "LINGER_S", 0.05)
+    store = HangingStore(tmp_path)
+    store.hangs = True
+
+    async def test() -> None:
+        left, wanted = put_adapter(store, 0), put_adapter(store, 1)
+        fetcher = AdapterFetcher(store)
+        for ref in (left, wanted, wanted):
+            fetcher.acquire(ref, "t")
+        await until(lambda: len(fetcher._downloads) == 2)
+        fetcher.release(left)
+        fetcher.release(wanted)
+        await until(lambda: list(fetcher._downloads) == [wanted.digest])
+        again = fetcher.acquire(left, "t")  # it begins anew, behind the one that ends
+        store.may_come.set()
+        assert (await asyncio.shield(again)).is_dir()
+        fetcher.release(left)
+        fetcher.release(wanted)
+        await until(lambda: not list((tmp_path / "cache" / ".locks").iterdir()))
+        assert store.is_local(wanted) and not list((tmp_path / "cache" / ".partial").iterdir())
+        gone = put_adapter(store, 2)
+        store.hangs = True
+        store.may_come.clear()
+        fetcher.acquire(gone, "t")
+        await until(lambda: len(fetcher._downloads) == 1)
+        fetcher.release(gone)
+        await until(lambda: fetcher._downloads == {})
+        store.may_come.set()
+        await until(lambda: not list((tmp_path / "cache" / ".locks").iterdir()))
+        assert not store.is_local(gone)
+        fetcher.close()
+
+    asyncio.run(test())
+
+
+def test_a_client_that_comes_back_soon_finds_its_download_under_way(tmp_path: Path) -> None:
+    store = HangingStore(tmp_path)
+    store.hangs = True
+
+    async def test() -> None:
+        ref = put_adapter(store, 0)
+        fetcher = AdapterFetcher(store)
+        fetcher.acquire(ref, "t")
+        await until(lambda: len(fetcher._downloads) == 1)
+        (under_way,) = fetcher._downloads.values()
+        fetcher.release(ref)
+        again = fetcher.acquire(ref, "t")
+        store.may_come.set()
+        assert (await asyncio.shield(again)).is_dir() and under_way.arrived.done()
+        fetcher.release(ref)
         fetcher.close()
 
     asyncio.run(test())

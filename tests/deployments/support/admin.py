@@ -185,11 +185,13 @@ async def administered(
     wait_s: float = 30.0,
     writer: str = "ingress",
     engine: FakeEngine | None = None,
+    publish_from: list[str] | None = None,
+    endpoint_url: str | None = None,
 ) -> AsyncIterator[Api]:
     """One ingress with a store object of its own, as each ingress replica has."""
     store, tenants = place.open(), place.keyring(limits or {})
-    settings = AdminSection(enabled=True)
-    admin = Admin(store, tenants, settings, place.scratch) if is_on else None
+    settings = AdminSection(enabled=True, publish_from=publish_from)
+    admin = Admin(store, tenants, settings, place.scratch, endpoint_url) if is_on else None
     rollouts = Rollouts(store, Flips(store, wait_s), Trials(store, writer, period_s))
     how: dict[str, Any] = {"base_fingerprint": place.base, "admin": admin, "tenants": tenants}
     how |= {"rollouts": rollouts, "renew_s": 0.05, "engine": engine}

@@ -356,7 +356,7 @@ class FakeStore:
     def distrust(self, digest: str) -> None:
         self.distrusted.append(digest)
 
-    def ensure_local(self, ref: AdapterRef) -> Path:
+    def ensure_local(self, ref: AdapterRef, is_wanted: object = None) -> Path:
         self.fetch(ref)
         self.fetched.append(ref.name)
         return Path("/adapters") / ref.digest

@@ -45,5 +45,5 @@ class FolderStore(FakeStore):
         super().__init__(*folders)
         self.folders = folders
 
-    def ensure_local(self, ref: AdapterRef) -> Path:
+    def ensure_local(self, ref: AdapterRef, is_wanted: object = None) -> Path:
         return self.folders[ref.name]
