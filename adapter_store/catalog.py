@@ -19,6 +19,7 @@ from adapter_store.history import AdapterHistory, Version
 from adapter_store.names import LATEST, AdapterRecord, AdapterRef, Place, check_alias, split_name
 from adapter_store.verdict import Verdict
 
+Key = tuple[str, str]  # a tenant and the name of an adapter
 _MISFITS = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, InvalidName)
 
 
@@ -36,6 +37,7 @@ class Catalog:
         self._verdicts: dict[str, Verdict] = {}  # by digest, of what is live
         self._num_live: Counter[str] = Counter()  # versions, by tenant
         self._live_bytes: Counter[str] = Counter()  # of these
+        self._changed: set[Key] | None = None  # since a snapshot was begun
 
     # ---- reading -------------------------------------------------------------------------------
 
@@ -228,19 +230,37 @@ class Catalog:
         except _MISFITS as error:
             raise StoreCorrupt(f"log record {number} does not make sense: {error!r}") from error
         self.num_records, self.head = number, sha256
+        if self._changed is not None and "name" in record:
+            self._changed.add((record["tenant"], record["name"]))
 
     def to_data(self) -> dict[str, Any]:
         """Return the whole state as JSON values: the content of a snapshot."""
-        adapters = [
-            {"tenant": tenant, "name": name, **history.to_data()}
-            for (tenant, name), history in sorted(self._adapters.items())
-        ]
+        adapters = [self.adapter_data(key) for key in sorted(self._adapters)]
+        return {"adapters": adapters, **self.other_data()}
+
+    # A snapshot of many adapters is made a few at a time. What changes meanwhile is made again.
+
+    def begin_snapshot(self) -> Sequence[Key]:
+        """Note from now on which adapters change; return the keys of all there are."""
+        self._changed = set()
+        return list(self._adapters)
+
+    def end_snapshot(self) -> Collection[Key]:
+        """Return the keys of those that have changed or come since."""
+        changed, self._changed = self._changed or set(), None
+        return [key for key in changed if key in self._adapters]
+
+    def adapter_data(self, key: Key) -> dict[str, Any]:
+        """Return one adapter as JSON values."""
+        return {"tenant": key[0], "name": key[1], **self._adapters[key].to_data()}
+
+    def other_data(self) -> dict[str, Any]:
+        """Return what is of no adapter alone as JSON values."""
         return {
             "format": 1,
             "num_records": self.num_records,
             "head": self.head,
             "generation": self.generation,
-            "adapters": adapters,
             "verdicts": {d: v.to_data() for d, v in sorted(self._verdicts.items())},
         }
 

@@ -5,8 +5,10 @@ import hashlib
 import os
 import time
 import uuid
+from bisect import bisect_right
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from heapq import nsmallest
 from pathlib import Path
 from stat import S_ISDIR
@@ -29,10 +31,26 @@ from adapter_store.object_store import (
     check_key,
 )
 
+SETTLED_NS = 2 * 10**9  # since a folder's last change, for its listing to be kept
+KEPT_NS = 30 * 10**9  # that it is kept at most, whatever a mounted file system's clock says
 MAX_DRAFT_AGE_S = 86_400  # longer than any write takes
 PLACE_ATTEMPTS = (
     20  # `remove` may take a folder away, as it is empty, just before a file gets there
 )
+
+
+@dataclass(frozen=True, slots=True)
+class _Listing:
+    """The keys of a folder behind one, as of its last change."""
+
+    changed_ns: int
+    listed_ns: int
+    start_after: str
+    keys: Sequence[str]
+
+    def holds(self, changed_ns: int, start_after: str, now_ns: int) -> bool:
+        is_fresh = 0 <= now_ns - self.listed_ns < KEPT_NS
+        return is_fresh and changed_ns == self.changed_ns and start_after >= self.start_after
 
 
 class FileStore:
@@ -46,6 +64,7 @@ class FileStore:
     def __init__(self, root: Path) -> None:
         self._root = root
         self._drafts = root / ".drafts"
+        self._listings: dict[str, _Listing] = {}
         found = next((path for path in (root, *root.parents) if path.exists()), root)
         if found.exists() and not found.is_dir():
             raise SourceUnavailable(f"store {root}: {found} is not a folder")
@@ -89,7 +108,27 @@ class FileStore:
 
     def list(self, prefix: str, start_after: str = "") -> Sequence[str]:
         with _unavailable(prefix):
+            if prefix.endswith("/") and start_after:
+                return self._listed(prefix, start_after)
             return sorted(key for key in self._keys(prefix) if key > start_after)
+
+    def _listed(self, folder: str, start_after: str) -> Sequence[str]:
+        """List what follows in a folder, from memory while nothing has come or gone there.
+
+        The log is listed each second, and its folder may hold all that was ever written.
+        """
+        changed_ns, now_ns = _changed_ns(self._root / folder), time.time_ns()
+        known = self._listings.get(folder)
+        if known is not None and known.holds(changed_ns, start_after, now_ns):
+            return known.keys[bisect_right(known.keys, start_after) :]
+        names = list(self._names_in(folder))
+        is_flat = not any(name.endswith("/") for name in names)
+        keys = [folder + name for name in names] if is_flat else self._keys(folder)
+        found = sorted(key for key in keys if key > start_after)
+        # Within a tick of its clock the file system may change a folder twice and show it once.
+        if is_flat and changed_ns < now_ns - SETTLED_NS:
+            self._listings[folder] = _Listing(changed_ns, now_ns, start_after, found)
+        return found
 
     def has_any(self, prefix: str) -> bool:
         with _unavailable(prefix):
@@ -243,6 +282,14 @@ def _unavailable(what: str) -> Generator[None, None, None]:
         is_denied = error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
         kind = AccessDenied if is_denied else SourceUnavailable
         raise kind(f"cannot use {what}: {error}") from error
+
+
+def _changed_ns(folder: Path) -> int:
+    """Tell when a file came or went there, in ns since 1970; 0 if there is no folder."""
+    try:
+        return folder.stat().st_mtime_ns
+    except FileNotFoundError:
+        return 0
 
 
 def _etag(stat: os.stat_result) -> str:

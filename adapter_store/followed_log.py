@@ -26,6 +26,11 @@ LISTING_PAUSES_S = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0)  # for a record that is there
 _log = logging.getLogger(__name__)
 
 
+def do_now(work: Callable[[], None]) -> None:
+    """Do it at once."""
+    work()
+
+
 class FollowedLog(Generic[S]):
     """The state of one log, `_catalog`. Thread-safe.
 
@@ -39,9 +44,14 @@ class FollowedLog(Generic[S]):
         empty: S,
         wall_clock: Callable[[], float],
         may_write: bool = True,
+        run_later: Callable[[Callable[[], None]], None] = do_now,
     ) -> None:
-        """Read the log. Without `may_write` all writes raise AccessDenied."""
+        """Read the log. Without `may_write` all writes raise AccessDenied.
+
+        `run_later` is given what is due after a write, and takes long if the state is large.
+        """
         self._may_write = may_write
+        self._run_later = run_later
         self._records = records
         self._wall_clock = wall_clock
         self._refreshing = threading.Lock()  # held over I/O
@@ -156,7 +166,7 @@ class FollowedLog(Generic[S]):
             )
         self._records.check_kept(number, raw)
         if number % SNAPSHOT_EVERY == 0:
-            self.save_snapshot()
+            self._run_later(self.save_snapshot)
 
     # ---- snapshots -----------------------------------------------------------------------------
 
@@ -164,7 +174,7 @@ class FollowedLog(Generic[S]):
         """Write a snapshot of the state, unless there is one."""
         with self._lock:
             data = self._catalog.to_data()
-        self._records.save_snapshot(data)
+        self._records.save_snapshot(data["num_records"], encode(data))
 
     def save_overdue_snapshot(self) -> None:
         """Write a snapshot if a writer that should have done so has failed to."""

@@ -16,7 +16,6 @@ from adapter_store.errors import AdapterInvalid, DownloadStopped, SourceUnavaila
 from adapter_store.object_store import JUST_READ, Reading
 
 LOOK_S = 20.0  # for the list of files, and for each wait for bytes
-PIECE_BYTES = 2**18
 MAX_ATTEMPTS = 3  # that bring nothing, in a row
 _URL = re.compile(r"hf://([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", re.ASCII)
 _NEEDS = (
@@ -109,7 +108,7 @@ def _until_cut(response: Any) -> Generator[bytes, None, None]:
     import httpx2
 
     try:
-        yield from response.iter_raw(PIECE_BYTES)
+        yield from response.iter_raw()
     except httpx2.TransportError:
         return  # what has come is kept; the rest is asked for again
 

@@ -32,6 +32,7 @@ from adapter_store.object_store import OnBytes
 from adapter_store.own_files import OWN_NAMES, read_own_files
 from adapter_store.patterns import Pattern
 from adapter_store.peft_config import CONFIG_NAME, LoraSettings
+from adapter_store.plain_origin import PlainOrigin, parse_origin
 from adapter_store.recipes import Recipe, parse_recipe
 from adapter_store.safetensors_file import find_not_finite, hash_file
 from adapter_store.tensor_causes import unknown_module
@@ -65,6 +66,7 @@ class AdapterManifest:
     replaced: Mapping[str, SavedTensor] = field(default_factory=dict[str, SavedTensor])
     conversion: ConversionRecord | None = None  # of an upload that was no PEFT LoRA folder
     token_rows: Mapping[str, TokenRows] = field(default_factory=dict[str, TokenRows])
+    origin: PlainOrigin | None = None  # of an adapter that nobody has published
 
     @property
     def target_modules(self) -> tuple[str, ...]:
@@ -80,7 +82,7 @@ class AdapterManifest:
         """Encode the manifest for the object store; the inverse of `parse_manifest`."""
         fields = asdict(self)
         fields["modules"] = {name: _set_ones(m) for name, m in fields["modules"].items()}
-        for name in ("recipe", "replaced", "conversion", "token_rows"):
+        for name in ("recipe", "replaced", "conversion", "token_rows", "origin"):
             if not fields[name]:
                 del fields[name]
         return json.dumps(fields, indent=1, sort_keys=True).encode()
@@ -179,21 +181,24 @@ def parse_manifest(raw: bytes, digest: str) -> AdapterManifest:
         }
         found = data.pop("recipe", None)
         recipe = None if found is None else parse_recipe(found)
-        origin = data.pop("conversion", None)
+        conversion = data.pop("conversion", None)
+        origin = data.pop("origin", None)
         manifest = AdapterManifest(
             **data,
             files=files,
             modules=modules,
             recipe=recipe,
             replaced=replaced,
-            conversion=None if origin is None else parse_record(origin),
+            conversion=None if conversion is None else parse_record(conversion),
             token_rows=token_rows,
+            origin=None if origin is None else parse_origin(origin),
         )
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise StoreCorrupt(f"the manifest of {digest} is damaged: {error!r}") from error
     is_complete = set(files) - {*OWN_NAMES} == {CONFIG_NAME, WEIGHTS_NAME}
+    made_of = recipe or manifest.origin  # else it is known by its files
     base = manifest.base
-    expected = adapter_digest(base, files) if recipe is None else recipe.digest(base)
+    expected = adapter_digest(base, files) if made_of is None else made_of.digest(base)
     if not is_complete or expected != digest:
         raise StoreCorrupt(f"the manifest of {digest} describes other files")
     return manifest

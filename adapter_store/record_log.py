@@ -160,11 +160,11 @@ class RecordLog(Generic[S]):
         numbers = [number_of(key.removeprefix(self._prefix)) for key in keys]
         return sorted((number for number in numbers if number is not None), reverse=True)
 
-    def save_snapshot(self, data: Mapping[str, Any]) -> None:
-        """Write a state's data unless there is a snapshot of its number."""
+    def save_snapshot(self, number: int, encoded: bytes) -> None:
+        """Write a state's data after this record unless there is a snapshot of it."""
         # mtime=0: equal states give equal bytes in every process.
-        raw = gzip.compress(encode(data), SNAPSHOT_LEVEL, mtime=0)
-        self._store.put_if_absent(self._prefix + snapshot_key(data["num_records"]), raw)
+        raw = gzip.compress(encoded, SNAPSHOT_LEVEL, mtime=0)
+        self._store.put_if_absent(self._prefix + snapshot_key(number), raw)
 
     def load_snapshot(self, number: int) -> S | None:
         """Restore the state after this record; None, and a warning, if the snapshot is damaged.

@@ -1,14 +1,15 @@
 """Map names to digests by an append-only log in the object store, replayed into memory."""
 
+import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby, islice
 from typing import Any
 
 from adapter_store.aliases import AliasView, Trial, check_one_base, check_weights, to_record
-from adapter_store.catalog import Catalog
+from adapter_store.catalog import Catalog, Key
 from adapter_store.errors import AdapterExists, AdapterNotFound, FilesRemoved
-from adapter_store.followed_log import FollowedLog, check_may_write
+from adapter_store.followed_log import FollowedLog, check_may_write, do_now
 from adapter_store.life_cycle import check_one, chosen_versions, restorable
 from adapter_store.limits import NO_LIMITS, PublishLimits
 from adapter_store.manifest import AdapterManifest
@@ -22,10 +23,12 @@ from adapter_store.names import (
 )
 from adapter_store.object_store import ObjectStore
 from adapter_store.own_files import OWN_NAMES
-from adapter_store.record_log import Record, RecordLog
+from adapter_store.record_log import Record, RecordLog, encode
 from adapter_store.verdict import Verdict
 
 __all__ = ["Registry", "check_may_write"]
+
+AT_ONCE = 32  # adapters that a snapshot reads while names wait
 
 
 class Registry(FollowedLog[Catalog]):
@@ -41,13 +44,16 @@ class Registry(FollowedLog[Catalog]):
         wall_clock: Callable[[], float],
         reader: ObjectStore | None = None,
         may_write: bool = True,
+        run_later: Callable[[Callable[[], None]], None] = do_now,
     ) -> None:
         """Open the log in `store`; `reader` is the same store, for reading what others write.
 
-        Without `may_write` all writes raise AccessDenied.
+        Without `may_write` all writes raise AccessDenied. `run_later` is given what is due after a
+        write, and takes long if there are many adapters.
         """
         records = RecordLog(store, Catalog.from_data, reader)
-        super().__init__(records, Catalog(), wall_clock, may_write)
+        self._saving = threading.Lock()  # held while a snapshot is made and written
+        super().__init__(records, Catalog(), wall_clock, may_write, run_later)
 
     # ---- names ---------------------------------------------------------------------------------
 
@@ -355,6 +361,34 @@ class Registry(FollowedLog[Catalog]):
             return {"kind": "collect", "generation": catalog.generation + 1}
 
         self._append(record, "the collector")
+
+    # ---- snapshots -----------------------------------------------------------------------------
+
+    def save_snapshot(self) -> None:
+        """Write a snapshot of the state, unless there is one.
+
+        What reads names meanwhile waits for a few adapters at a time, not for all.
+        """
+        with self._saving:
+            self._records.save_snapshot(*self._encoded())
+
+    def _encoded(self) -> tuple[int, bytes]:
+        """Encode the state as of the end of this; return the number of its last record, too."""
+        with self._lock:
+            catalog = self._catalog
+            keys = catalog.begin_snapshot()
+        adapters: dict[Key, bytes] = {}
+        for start in range(0, len(keys), AT_ONCE):
+            some = keys[start : start + AT_ONCE]
+            with self._lock:
+                found = [catalog.adapter_data(key) for key in some]
+            adapters.update((key, encode(data)) for key, data in zip(some, found, strict=True))
+        with self._lock:
+            changed = catalog.end_snapshot()
+            adapters.update((key, encode(catalog.adapter_data(key))) for key in changed)
+            number, others = catalog.num_records, catalog.other_data()
+        listed = b", ".join(adapters[key] for key in sorted(adapters))
+        return number, b'{"adapters": [' + listed + b"], " + encode(others)[1:]
 
 
 def _is_latest(catalog: Catalog, tenant: str, name: str, manifest: AdapterManifest) -> bool:

@@ -4,13 +4,14 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from email.utils import parsedate_to_datetime
 from http.client import HTTPException
 from itertools import islice
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 from adapter_store.errors import AccessDenied, ObjectChanged, ObjectNotFound, SourceUnavailable
@@ -22,6 +23,7 @@ from adapter_store.s3_transfers import NUM_CONNECTIONS, upload
 
 CONFLICT_PAUSE_S = 0.05
 MAX_CONFLICTS = 20
+MAX_KEYS = 1000  # that S3 puts on a page of a listing
 PROBE_KEY = "probe/put-if-absent"
 
 OVERLAP_KEY = "probe/overlap"
@@ -143,7 +145,8 @@ class S3Store:
 
     def folders(self, start_after: str, most: int) -> Sequence[str]:
         found: list[str] = []
-        for page in self._pages("", {"Delimiter": "/"}, start_after):
+        how = {"Delimiter": "/", "MaxKeys": min(most, MAX_KEYS)}
+        for page in self._pages("", how, start_after):
             names = (each["Prefix"].removeprefix(self._prefix) for each in page["CommonPrefixes"])
             found += [name for name in names if not name.startswith(".") and name > start_after]
             if len(found) >= most:
@@ -165,15 +168,15 @@ class S3Store:
         return StoredObject(key, int(entry["Size"]), modified.timestamp(), entry.get("ETag", ""))
 
     def _list(
-        self, prefix: str, more: dict[str, str], start_after: str = ""
+        self, prefix: str, more: Mapping[str, Any], start_after: str = ""
     ) -> Generator[Answer, None, None]:
         for page in self._pages(prefix, more, start_after):
             yield from page["Contents"]
 
     def _pages(
-        self, prefix: str, more: dict[str, str], start_after: str = ""
+        self, prefix: str, more: Mapping[str, Any], start_after: str = ""
     ) -> Generator[Answer, None, None]:
-        request = {"Prefix": self._prefix + prefix, **more}
+        request: dict[str, Any] = {"Prefix": self._prefix + prefix, **more}
         if start_after:
             request["StartAfter"] = self._prefix + start_after
         while True:

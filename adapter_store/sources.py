@@ -1,7 +1,7 @@
 """Find the folder of an upload on local disk, or bring it there from S3 or Hugging Face's hub."""
 
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -89,7 +89,7 @@ class _ObjectFolder:
 
 
 def chosen_files(
-    url: str, sizes: "dict[str, int]", max_bytes: int, any_form: bool
+    url: str, sizes: Mapping[str, int], max_bytes: int, any_form: bool
 ) -> Collection[str]:
     """Choose the files of an adapter among those of a folder. Raises AdapterInvalid."""
     if any_form:

@@ -25,6 +25,7 @@ from adapter_store.disk_cache import DiskCache
 from adapter_store.errors import (
     AccessDenied,
     AdapterNotFound,
+    AdapterStoreError,
     BaseNotFound,
     NotAStore,
     ObjectNotFound,
@@ -45,6 +46,9 @@ from adapter_store.object_store import (
 )
 from adapter_store.open_store import open_store
 from adapter_store.own_files import NO_OWN_FILES, OwnFiles
+from adapter_store.plain_folders import PlainFolders
+from adapter_store.plain_origin import PLAIN_NAMESPACE
+from adapter_store.plain_store import PlainStore
 from adapter_store.publishing import publish, publish_again, restore
 from adapter_store.recipes import Recipe
 from adapter_store.registry import Registry, check_may_write
@@ -82,6 +86,9 @@ class AdapterStore:
     `single_writer` is the caller's word that no other process writes meanwhile; then S3 servers are
     taken that do not keep one of two concurrent conditional writes.
 
+    What lies in folders below a `plain_root` are adapters of a namespace of their own. They are
+    never written, nobody publishes them, and they have one version: what is there now.
+
     `disk_bytes` bounds the cache at `disk_path`. Besides the errors that they name, methods raise
     SourceUnavailable if they need the object store and cannot use it, StoreCorrupt if they find the
     log damaged, OSError if `disk_path` cannot be used, and ValueError for a malformed digest.
@@ -97,6 +104,8 @@ class AdapterStore:
         read_only: bool = False,
         may_write: bool = True,
         single_writer: bool = False,
+        plain_root: str | None = None,
+        plain_endpoint_url: str | None = None,
         refresh_interval_s: float = 1.0,
         clock: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
@@ -114,12 +123,21 @@ class AdapterStore:
         self._cache = DiskCache(disk_path, disk_bytes)
         # A read of the log that hangs keeps names at what they meant, so it is given up early.
         self._log_reader = open_store(root, endpoint_url, read_only=True, is_impatient=True)
-        self._registry = Registry(self._objects, wall_clock, self._log_reader, may_write)
+        self._registry = Registry(
+            self._objects, wall_clock, self._log_reader, may_write, _do_in_thread
+        )
         self._collector = Collector(self._objects, self._registry)
         self._audit = AuditLog(self._objects)
         self._trial_counts = TrialCounts(self._objects)
         self._scratch = disk_path / ".bases"
         self._uploads = disk_path / ".uploads"
+        self._plain: PlainStore | None = None
+        if plain_root is not None:
+            where = (plain_root, plain_endpoint_url)
+            looks = open_store(*where, read_only=True, is_impatient=True)
+            folders = PlainFolders(plain_root, looks, clock)
+            objects = open_store(*where, read_only=True)
+            self._plain = PlainStore(folders, objects, self._cache, self.base_model, self._uploads)
         self._interval_s = refresh_interval_s
         self._clock = clock
         self._merging = threading.Lock()
@@ -297,7 +315,7 @@ class AdapterStore:
             if self._is_refresh_due(self._clock()):
                 return None
         try:
-            return self._find(places, full_name)
+            return self._find(places, full_name, may_look=False)
         except AdapterNotFound:
             return None
 
@@ -429,8 +447,11 @@ class AdapterStore:
         Raises AdapterTooLarge, CacheFull, ObjectNotFound, StoreCorrupt; AdapterInvalid if members
         cannot be combined; DownloadStopped if it is not wanted any more.
         """
-        if isinstance(ref_or_digest, AdapterRef) and ref_or_digest.recipe is not None:
-            return self._ensure_merged(ref_or_digest, ref_or_digest.recipe, is_wanted)
+        if isinstance(ref_or_digest, AdapterRef):
+            if ref_or_digest.recipe is not None:
+                return self._ensure_merged(ref_or_digest, ref_or_digest.recipe, is_wanted)
+            if plain := self._plain_of(ref_or_digest):
+                return plain.ensure_local(ref_or_digest, is_wanted)
         digest = _digest(ref_or_digest)
         place = self._registry.place_of(digest)
         how = Reading(is_wanted=is_wanted)
@@ -488,6 +509,8 @@ class AdapterStore:
 
     def is_bare(self, ref_or_digest: AdapterRef | str) -> bool:
         """Tell from memory whether the adapter brings nothing beside its weights."""
+        if isinstance(ref_or_digest, AdapterRef) and (plain := self._plain_of(ref_or_digest)):
+            return plain.is_bare(ref_or_digest)
         return self._registry.own_files_of(_digest(ref_or_digest)) == ()
 
     def own_files(self, ref_or_digest: AdapterRef | str) -> OwnFiles:
@@ -497,6 +520,8 @@ class AdapterStore:
         """
         if self.is_bare(ref_or_digest):
             return NO_OWN_FILES
+        if isinstance(ref_or_digest, AdapterRef) and (plain := self._plain_of(ref_or_digest)):
+            return plain.own_files(ref_or_digest)
         return self._blobs.own_files(self._registry.place_of(_digest(ref_or_digest)))
 
     def verify(
@@ -540,7 +565,12 @@ class AdapterStore:
         return self._registry.list(tenant)
 
     def list_from(self, tenant: str, first_name: str, num_names: int) -> Sequence[AdapterRecord]:
-        """List the live versions of at most so many of a tenant's names, from this one on."""
+        """List the live versions of at most so many of a tenant's names, from this one on.
+
+        Of the namespace PLAIN_NAMESPACE all folders, with nothing but their names.
+        """
+        if self._plain is not None and tenant == PLAIN_NAMESPACE:
+            return self._plain.folders.list_from(first_name, num_names)
         self._refresh_if_due()
         return self._registry.list_from(tenant, first_name, num_names)
 
@@ -567,12 +597,26 @@ class AdapterStore:
 
     # ---- inside --------------------------------------------------------------------------------
 
-    def _find(self, places: Sequence[tuple[str, str | None]], full_name: str) -> AdapterRef:
+    def _find(
+        self,
+        places: Sequence[tuple[str, str | None]],
+        full_name: str,
+        may_look: bool = True,
+    ) -> AdapterRef:
         *others, last = places
         for tenant, base in others:
             with contextlib.suppress(AdapterNotFound):
-                return self._registry.resolve(tenant, full_name, base)
-        return self._registry.resolve(last[0], full_name, last[1])
+                return self._find_in(tenant, full_name, base, may_look)
+        return self._find_in(last[0], full_name, last[1], may_look)
+
+    def _plain_of(self, ref: AdapterRef) -> PlainStore | None:
+        """Return where a reference's adapter lies, if nobody has published it."""
+        return self._plain if ref.tenant == PLAIN_NAMESPACE else None
+
+    def _find_in(self, tenant: str, full_name: str, base: str | None, may_look: bool) -> AdapterRef:
+        if self._plain is not None and tenant == PLAIN_NAMESPACE:
+            return self._plain.find(full_name, base, may_look)
+        return self._registry.resolve(tenant, full_name, base)
 
     def _is_refresh_due(self, now: float) -> bool:
         return now >= self._next_refresh_s and self._last_refresh.done()
@@ -623,6 +667,21 @@ class AdapterStore:
         threading.Thread(target=run, name="adapter-refresh", daemon=True).start()
         self._last_refresh = refresh
         return refresh
+
+
+def _do_in_thread(work: Callable[[], None]) -> None:
+    """Write a snapshot beside what goes on; a process that ends waits for it.
+
+    One that fails is left to the next writer: readers do without.
+    """
+
+    def run() -> None:
+        try:
+            work()
+        except AdapterStoreError as error:
+            _log.warning("no snapshot of the log was written: %s", error)
+
+    threading.Thread(target=run, name="adapter-snapshot").start()
 
 
 def _wait_for(refresh: Future[None]) -> None:

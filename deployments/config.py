@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import Field, ValidationError, model_validator
 
 from adapter_store.open_store import endpoint_from
+from adapter_store.plain_origin import PLAIN_NAMESPACE
 from adapter_store.store import AdapterStore
 from deployments.config_sections import (
     AdaptersSection,
@@ -181,10 +182,12 @@ def _absolute(config: AppConfig) -> AppConfig:
         for model in config.models
     ]
     adapters = config.adapters
-    root = adapters.root
-    if root.startswith("file://"):
-        root = f"file://{Path(root.removeprefix('file://')).absolute()}"
-    paths: dict[str, Any] = {"root": root, "disk_path": str(Path(adapters.disk_path).absolute())}
+    paths: dict[str, Any] = {
+        "root": _absolute_root(adapters.root),
+        "disk_path": str(Path(adapters.disk_path).absolute()),
+    }
+    if adapters.plain_root is not None:
+        paths["plain_root"] = _absolute_root(adapters.plain_root)
     if adapters.load_from is not None:
         places = adapters.load_from
         paths["load_from"] = [p if "://" in p else str(Path(p).absolute()) for p in places]
@@ -198,6 +201,12 @@ def _absolute(config: AppConfig) -> AppConfig:
     return config.model_copy(update=update)
 
 
+def _absolute_root(root: str) -> str:
+    if not root.startswith("file://"):
+        return root
+    return f"file://{Path(root.removeprefix('file://')).absolute()}"
+
+
 def open_adapter_store(adapters: AdaptersSection) -> AdapterStore:
     """Open the store that the configuration names. Raises AdapterStoreError."""
     return AdapterStore(
@@ -206,7 +215,14 @@ def open_adapter_store(adapters: AdaptersSection) -> AdapterStore:
         adapters.disk_bytes,
         endpoint_url=endpoint_of(adapters, adapters.root),
         may_write=not adapters.single_writer,
+        plain_root=adapters.plain_root,
+        plain_endpoint_url=endpoint_of(adapters, adapters.plain_root or ""),
     )
+
+
+def shared_namespaces(adapters: AdaptersSection) -> tuple[str, ...]:
+    """List the namespaces that are open to all tenants, beside `public`."""
+    return () if adapters.plain_root is None else (PLAIN_NAMESPACE,)
 
 
 def endpoint_of(adapters: AdaptersSection, root: str = "s3://") -> str | None:

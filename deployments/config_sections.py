@@ -418,6 +418,14 @@ class AdaptersSection(Section):
         "server then writes nothing, and one shell at a time publishes "
         "([how](adapters.md#on-s3))",
     )
+    plain_root: str | None = key(
+        None,
+        "`file://folder` or `s3://bucket/prefix` of plain PEFT folders, "
+        "`<plain_root>/<name>/adapter_config.json`, which are served as they lie there "
+        "([how](adapters.md#plain-folders))",
+        unset="nowhere",
+        pattern=r"^(file|s3)://\S+$",
+    )
     disk_path: str = key(".data/adapters", "this machine's cache of the store")
     disk_bytes: Bytes = key(10 * 2**30, "the most that the cache may take")
     host_bytes: Bytes = key(

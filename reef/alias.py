@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from reef.adapters import tenant_option
 from reef.author import author
 from reef.store_options import with_store
 

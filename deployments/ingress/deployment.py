@@ -15,7 +15,13 @@ from adapter_store.names import AdapterRef
 from adapter_store.open_store import open_store
 from adapter_store.store import AdapterStore
 from deployments.allocator import give_memory_back
-from deployments.config import AppConfig, ModelSection, endpoint_of, open_adapter_store
+from deployments.config import (
+    AppConfig,
+    ModelSection,
+    endpoint_of,
+    open_adapter_store,
+    shared_namespaces,
+)
 from deployments.config_sections import INGRESS, AdaptersSection, ConvertSection
 from deployments.fleet.budget_keeper import BudgetKeeper
 from deployments.fleet.engine_link import EngineLink
@@ -68,7 +74,7 @@ class IngressDeployment:
         metrics = Metrics(settings.max_adapter_series, base_ids, settings.vllm_metrics)
         store = open_adapter_store(config.adapters)
         book = _key_book(config, store)
-        tenants = open_tenants(config.tenancy, book)
+        tenants = open_tenants(config.tenancy, book, shared_namespaces(config.adapters))
         tenants.start()
         self._config, self._has_begun = config, False
         replica_id = serve.get_replica_context().replica_id.unique_id

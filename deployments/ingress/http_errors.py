@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from adapter_store.errors import AdapterStoreError
+from adapter_store.errors import AdapterInvalid, AdapterStoreError
 from deployments.fleet.held_requests import ModelNotReady
 from deployments.policy.admission import Refusal
 from deployments.tenants.tenants import KeyRefused, RightMissing
@@ -198,6 +198,8 @@ def as_api_error(error: Exception, what: str) -> ApiError:
         return bad_key(str(error))
     if isinstance(error, RightMissing):
         return forbidden(str(error))
+    if isinstance(error, AdapterInvalid):  # of a plain folder, which nobody has checked before
+        return invalid(f"The adapter cannot be served: {error}.", "model")
     if isinstance(error, AdapterStoreError):
         return store_unavailable(error)
     if isinstance(error, ModelNotReady):

@@ -19,6 +19,7 @@ from typing import Any, Protocol, cast
 
 from adapter_store.errors import AdapterInvalid, AdapterNotFound, AdapterStoreError, InvalidName
 from adapter_store.names import AdapterRecord, AdapterRef
+from adapter_store.plain_origin import PLAIN_NAMESPACE, UNVERSIONED
 from adapter_store.recipes import MAX_MEMBERS, make_recipe
 from deployments.fleet.engine_link import EngineLink
 from deployments.fleet.held_requests import ModelNotReady
@@ -299,6 +300,9 @@ class Models:
         ref = member.adapter_ref
         if ref is None or ref.recipe is not None:
             raise invalid(f"{name[:200]!r} is not one adapter: it cannot be in a set.", "model")
+        if ref.tenant == PLAIN_NAMESPACE and ref.version == UNVERSIONED:
+            message = f"{name[:200]!r} lies in a plain folder: publish it to combine it."
+            raise invalid(message, "model")
         return member
 
     def _find(
@@ -450,7 +454,8 @@ class Models:
             newest.setdefault(record.name, {})[record.base] = record
         for of_name in newest.values():
             for model_id, base in self._fingerprints(list(self.by_id)).items():
-                record = None if base is None else of_name.pop(base, None)
+                # One without a base is of the first that runs, as its bare name is.
+                record = None if base is None else of_name.pop(base, of_name.pop("", None))
                 if record is not None:
                     yield model_id, record
 

@@ -23,7 +23,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from deployments.config import AppConfig, check_exposure, load_config, open_adapter_store
+from deployments.config import (
+    AppConfig,
+    check_exposure,
+    load_config,
+    open_adapter_store,
+    shared_namespaces,
+)
 from deployments.installation import checkout_root
 from deployments.local.lean_ray import start_forks
 from deployments.local.ray_head import cluster, cluster_folder, end_on_signals, prepare_ray
@@ -59,7 +65,7 @@ def _serve(path: Path, address: Address) -> None:
     check_exposure(config.tenancy, address.host)
     _refuse_busy_port(address)
     # Checked here, where a mistake is one sentence instead of three attempts to start.
-    open_tenants(config.tenancy)
+    open_tenants(config.tenancy, shared=shared_namespaces(config.adapters))
     open_adapter_store(config.adapters)
     has_demo = _serves_demo(config)
     if has_demo:

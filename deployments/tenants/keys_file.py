@@ -105,14 +105,22 @@ class Keys:
 NO_KEYS = Keys({}, (), {}, {}, {})
 
 
-def read_keys(path: Path, defaults: Limits) -> Keys:
-    """Read and check a keys file. Raises KeysFileError."""
+def read_keys(path: Path, defaults: Limits, shared: tuple[str, ...] = ()) -> Keys:
+    """Read and check a keys file, in which no tenant is called as a shared namespace.
+
+    Raises KeysFileError.
+    """
     document = parse_document(path)
     metrics = dict.fromkeys(map(bytes.fromhex, document.metrics_keys))
     publishers = _publishers(path, document)
     holders: dict[bytes, Holder] = {}
     tenants: dict[str, Tenant] = {}
     for name, entry in document.tenants.items():
+        if name in shared:
+            raise KeysFileError(
+                f"{path}: tenants.{name}: no tenant may have this name where adapters.plain_root "
+                "is set"
+            )
         limits, namespaces = _limits(entry, defaults), tuple(entry.namespaces)
         tenant = Tenant(
             name,
@@ -122,6 +130,7 @@ def read_keys(path: Path, defaults: Limits) -> Keys:
             entry.weight,
             PriorityClass[entry.max_priority_class.upper()],
             entry.max_ttft_s,
+            shared,
         )
         tenants[name] = tenant
         for digest in map(bytes.fromhex, entry.keys):

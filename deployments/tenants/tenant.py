@@ -42,6 +42,7 @@ class Tenant:
     `weight`: its share of the engines beside other tenants that wait. No request may be of a higher
     class than `max_priority_class`; `max_ttft_s`: what holds for those that name no time.
     `key_id` names the key that was used, and says nothing of it.
+    `shared`: namespaces beside `public` that are open to all.
     """
 
     name: str
@@ -52,11 +53,12 @@ class Tenant:
     max_priority_class: PriorityClass = PriorityClass.STANDARD
     max_ttft_s: float | None = None
     key_id: str = field(default="", compare=False)
+    shared: tuple[str, ...] = ()
 
     @property
     def default_namespaces(self) -> tuple[str, ...]:
         """Where a name without a tenant is looked for, in this order."""
-        return (PUBLIC,) if self.name == PUBLIC else (self.name, PUBLIC)
+        return tuple(dict.fromkeys((self.name, PUBLIC, *self.shared)))
 
     @property
     def namespaces(self) -> tuple[str, ...]:

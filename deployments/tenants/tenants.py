@@ -71,12 +71,18 @@ class Tenants(Protocol):
         ...
 
 
-def open_tenants(tenancy: TenancySection, book: KeyBook | None = None) -> Tenants:
-    """Open what the config's mode says; `book` has the store's keys. Raises KeysFileError."""
+def open_tenants(
+    tenancy: TenancySection, book: KeyBook | None = None, shared: tuple[str, ...] = ()
+) -> Tenants:
+    """Open what the config's mode says; `book` has the store's keys.
+
+    `shared` namespaces are open to all tenants. Raises KeysFileError.
+    """
     if tenancy.mode == "open":
-        return Everybody(tenancy.limits)
+        return Everybody(tenancy.limits, shared)
     path = None if tenancy.keys_file is None else Path(tenancy.keys_file)
-    return Keyring(path, tenancy.limits, tenancy.metrics == "open", book)
+    is_open = tenancy.metrics == "open"
+    return Keyring(path, tenancy.limits, is_open, book, shared=shared)
 
 
 class Everybody:
@@ -84,9 +90,11 @@ class Everybody:
 
     asks_for_keys = False
 
-    def __init__(self, limits: Limits = NO_LIMITS) -> None:
+    def __init__(self, limits: Limits = NO_LIMITS, shared: tuple[str, ...] = ()) -> None:
         highest = PriorityClass.INTERACTIVE
-        self._tenant = Tenant(PUBLIC, limits, may_publish=True, max_priority_class=highest)
+        self._tenant = Tenant(
+            PUBLIC, limits, may_publish=True, max_priority_class=highest, shared=shared
+        )
 
     def identify(self, authorization: str | None, api_key: str | None = None) -> Tenant:
         return self._tenant
@@ -119,14 +127,16 @@ class Keyring:
         metrics_are_open: bool = False,
         book: KeyBook | None = None,
         wall_s: Callable[[], float] = time.time,
+        shared: tuple[str, ...] = (),
     ) -> None:
         self._path = path
         self._book = book
         self._wall_s = wall_s
         self._defaults = defaults
         self._metrics_are_open = metrics_are_open
+        self._shared = shared
         self._stamp = None if path is None else _stamp(path)
-        self._keys = NO_KEYS if path is None else read_keys(path, defaults)
+        self._keys = NO_KEYS if path is None else read_keys(path, defaults, shared)
         self._tasks: list[asyncio.Task[None]] = []
         self._store_is_read = True
 
@@ -176,7 +186,7 @@ class Keyring:
     def _tenant_of(self, key: StoredKey) -> Tenant:
         tenant = self._keys.tenants.get(key.tenant)
         if tenant is None:
-            tenant = Tenant(key.tenant, self._defaults)
+            tenant = Tenant(key.tenant, self._defaults, shared=self._shared)
         may_publish = tenant.may_publish or "publish" in key.scopes
         return replace(tenant, may_publish=may_publish, key_id=key.id)
 
@@ -203,7 +213,7 @@ class Keyring:
             return
         self._stamp = stamp  # taken before reading, so that a write meanwhile counts as a change
         try:
-            self._keys = read_keys(self._path, self._defaults)
+            self._keys = read_keys(self._path, self._defaults, self._shared)
         except KeysFileError as error:
             logger.error("the keys stay as they were: %s", error)
         except Exception as error:  # its words may hold a key

@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from adapter_store.errors import ObjectNotFound, StoreCorrupt
-from adapter_store.object_store import OnBytes, StoredObject, check_key
+from adapter_store.errors import ObjectChanged, ObjectNotFound, StoreCorrupt
+from adapter_store.object_store import JUST_READ, OnBytes, Reading, StoredObject, check_key
 
 Hook = Callable[[str, str], object]  # called with the method and the key before each request
 
@@ -46,8 +46,11 @@ class MemoryStore:
     def get_many(self, keys: Sequence[str]) -> Sequence[bytes]:
         return [self.get(key) for key in keys]
 
-    def get_file(self, key: str, path: Path) -> None:
-        path.write_bytes(self.get(key))
+    def get_file(self, key: str, path: Path, how: Reading = JUST_READ) -> None:
+        data = self.get(key)
+        if how.etag not in ("", _etag(data)):
+            raise ObjectChanged(f"{key} changed")
+        path.write_bytes(data)
 
     def size(self, key: str) -> int | None:
         self.hook("size", key)
@@ -82,7 +85,14 @@ class MemoryStore:
     def describe(self, prefix: str) -> Sequence[StoredObject]:
         keys = self.list(prefix)
         entries = ((key, *self.memory.objects[key]) for key in keys)
-        return [StoredObject(key, len(data), modified_s) for key, data, modified_s in entries]
+        return [StoredObject(key, len(data), at_s, _etag(data)) for key, data, at_s in entries]
+
+    def describe_folder(self, folder: str, most: int) -> Sequence[StoredObject]:
+        return [each for each in self.describe(folder) if "/" not in each.key[len(folder) :]][:most]
+
+    def folders(self, start_after: str, most: int) -> Sequence[str]:
+        names = {key.partition("/")[0] + "/" for key in self.list("") if "/" in key}
+        return sorted(name for name in names if name > start_after)[:most]
 
     def remove(self, keys: Sequence[str]) -> None:
         for key in keys:
@@ -95,3 +105,7 @@ class MemoryStore:
 
     def check_writes(self) -> None:
         self.hook("check_writes", "")
+
+
+def _etag(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

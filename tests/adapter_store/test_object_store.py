@@ -7,12 +7,19 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from adapter_store.errors import ObjectNotFound, SourceUnavailable, StoreCorrupt
-from adapter_store.file_store import FileStore
-from adapter_store.object_store import ObjectStore
+from adapter_store.errors import (
+    DownloadStopped,
+    ObjectChanged,
+    ObjectNotFound,
+    SourceUnavailable,
+    StoreCorrupt,
+)
+from adapter_store.file_store import SETTLED_NS, FileStore
+from adapter_store.object_store import ObjectStore, Reading
 from adapter_store.open_store import endpoint_from, open_store
 from tests.adapter_store.roots import Root
 
@@ -60,6 +67,74 @@ def test_an_object_is_read_into_a_file(nbytes: int, store: ObjectStore, tmp_path
         store.get_file("absent", path)
     with pytest.raises(OSError, match="no such folder"):
         store.get_file("k", tmp_path / "no such folder" / "file")
+
+
+def test_folders_are_paged_and_what_lies_directly_in_one_is_described(store: ObjectStore) -> None:
+    for key in ("top", "a/x", "a/y", "a/deep/z", "a-1/x", "b/x"):
+        store.put(key, key.encode())
+    found = [name for name in store.folders("", 10) if name != "probe/"]
+    assert found == ["a-1/", "a/", "b/"]  # in the order of keys
+    assert list(store.folders("", 2)) == ["a-1/", "a/"]
+    assert list(store.folders("a/", 1)) == ["b/"] and list(store.folders("z/", 2)) == []
+    described = store.describe_folder("a/", 10)
+    assert [(each.key, each.nbytes) for each in described] == [("a/x", 3), ("a/y", 3)]
+    assert list(store.describe_folder("absent/", 10)) == []
+    tags = {each.key: each.etag for each in described}
+    store.put("a/y", b"new")
+    again = {each.key: each.etag for each in store.describe_folder("a/", 10)}
+    assert tags["a/x"] == again["a/x"] and tags["a/y"] != again["a/y"] != ""
+
+
+def test_a_file_is_read_in_the_state_that_was_asked_for(store: ObjectStore, tmp_path: Path) -> None:
+    store.put("k", b"old")
+    (listed,) = store.describe("k")
+    seen: list[int] = []
+    store.get_file("k", tmp_path / "file", Reading(seen.append, etag=listed.etag))
+    assert sum(seen) == 3
+    store.put("k", b"new")
+    with pytest.raises(ObjectChanged, match="k changed"):
+        store.get_file("k", tmp_path / "file", Reading(etag=listed.etag))
+    with pytest.raises(DownloadStopped):
+        store.get_file("k", tmp_path / "file", Reading(is_wanted=lambda: False))
+
+
+def test_a_folder_is_listed_from_memory_until_something_comes_or_goes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scans: list[str] = []
+    names_in = FileStore._names_in
+
+    def counted(self: FileStore, parent: str) -> Any:
+        scans.append(parent)
+        return names_in(self, parent)
+
+    monkeypatch.setattr(FileStore, "_names_in", counted)
+    store, folder = FileStore(tmp_path), tmp_path / "log"
+    keys = [f"log/{n}" for n in range(1, 6)]
+
+    def list_after(number: int, is_settled: bool) -> list[str]:
+        if is_settled:
+            os.utime(folder, ns=(1, folder.stat().st_mtime_ns - 10 * SETTLED_NS))
+        return list(store.list("log/", f"log/{number}"))
+
+    for key in keys:
+        store.put(key, b"")
+    assert list_after(2, False) == keys[2:] and list_after(2, True) == keys[2:]
+    assert len(scans) == 2, "what has just changed is not kept"
+    for number in (2, 3, 5):
+        assert list(store.list("log/", f"log/{number}")) == keys[number:]
+    assert len(scans) == 2
+    assert list_after(1, False) == keys[1:] and len(scans) == 3, "it holds what comes behind"
+    FileStore(tmp_path).put("log/6", b"")
+    assert list(store.list("log/", "log/4")) == ["log/5", "log/6"]
+    store.remove(["log/5"])
+    assert list(store.list("log/", "log/4")) == ["log/6"]
+    assert list_after(0, True) == [*keys[:4], "log/6"]
+    before = len(scans)
+    monkeypatch.setattr("adapter_store.file_store.KEPT_NS", 0)
+    assert list_after(0, False) == [*keys[:4], "log/6"] and len(scans) == before + 1
+    store.put("log/more/7", b"")
+    assert list_after(0, True)[-1] == "log/more/7" == list_after(0, False)[-1]
 
 
 def test_an_absent_object_is_reported_as_such(store: ObjectStore) -> None:

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
 from adapter_store import followed_log
+from adapter_store import registry as names_module
 from adapter_store.catalog import Catalog
 from adapter_store.errors import (
     AdapterNotFound,
@@ -459,6 +460,36 @@ def test_a_new_reader_needs_the_newest_snapshot_and_what_follows(
     assert store.calls["get"] == 1 + 3
     assert reader.list() == registry.list()
     assert reader.publish("t", "a1", M[1]).version == 4  # version 1 was retired
+
+
+@on_files
+def test_names_change_while_a_snapshot_is_made_and_are_in_it(
+    snapshots: tuple[CountingStore, Registry], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, registry = snapshots
+    monkeypatch.setattr(names_module, "AT_ONCE", 1)
+    monkeypatch.setattr(followed_log, "SNAPSHOT_EVERY", 10**9)
+    encode = names_module.encode
+    changes = [
+        lambda: registry.retire("t", "a0@1"),
+        lambda: registry.publish("t", "a0", M[5]),
+        lambda: registry.publish("new", "name", M[0]),
+    ]
+
+    def change_first(data: Any) -> bytes:
+        if "versions" in data and "tenant" in data and "kind" not in data and changes:
+            changes.pop(0)()
+        return encode(data)
+
+    monkeypatch.setattr(names_module, "encode", change_first)
+    registry.save_snapshot()
+    assert changes == [] and len(store.list("log/")) == 14
+    newest = store.list("snapshots/")[-1]
+    assert newest.endswith("14.json.gz")
+    with registry._lock:
+        state = registry._catalog.to_data()
+    assert gzip.decompress(store.get(newest)) == encode(state)
+    assert Catalog.from_data(state).to_data() == state
 
 
 @on_files

@@ -77,9 +77,9 @@ def test_a_part_that_is_cut_anywhere_goes_on_where_it_was_cut(
     assert (tmp_path / "k").read_bytes() == DATA
     asked = sorted(range_of(request) for request in forwarder.requests)
     end = min(NBYTES, part * PART + PART) - 1
-    come = (num_sent or 0) // PIECE * PIECE  # of a piece that is cut nothing is kept
-    again = (part * PART + come, PART - 1 if part == 0 else end)
-    assert len(asked) == 4 and again in asked, asked
+    come = num_sent or 0  # of a piece that is cut nothing may be kept
+    first = [start - part * PART for start, last in asked if last == end]
+    assert len(asked) == 4 and come // PIECE * PIECE <= first[1] <= come, asked
     tags = [request.headers.get("If-Match") for request in forwarder.requests]
     assert tags.count(None) <= 2 and len(set(tags) - {None}) == 1  # at first it is not known
 
@@ -167,7 +167,7 @@ def test_a_disk_without_room_and_wrong_bytes_leave_nothing_and_may_be_tried_agai
     ref = writer.publish(peft_folder, "public", "sql")
     url, disk = forwarder.endpoint_url, tmp_path / "reader"
     reader = AdapterStore(root.url, disk, 2**30, endpoint_url=url)
-    with no_file_above(6000), pytest.raises(SourceUnavailable, match=r"cannot write .*too large"):
+    with no_file_above(2000), pytest.raises(SourceUnavailable, match=r"cannot write .*too large"):
         reader.ensure_local(ref)
 
     def other_bytes(request: Request, forward: Forward) -> Reply:

@@ -41,13 +41,19 @@ def engine_settings(max_num_seqs: int, memory_mib: int) -> dict[str, Any]:
     }
 
 
-def write_config(scratch: Path, source: Path, engine: dict[str, Any], replicas: int = 1) -> Path:
-    """Write the configuration, as JSON, which is valid YAML."""
+def write_config(
+    scratch: Path,
+    source: Path,
+    engine: dict[str, Any],
+    replicas: int = 1,
+    root: str | None = None,
+) -> Path:
+    """Write the configuration, as JSON, which is valid YAML. `root`: of another store."""
     model = {"id": MODEL, "source": str(source), "engine": engine, "replicas": {"min": replicas}}
     args = {
         "models": [model],
         "adapters": {
-            "root": f"file://{scratch / 'store'}",
+            "root": root or f"file://{scratch / 'store'}",
             "disk_path": str(scratch / "disk"),
         },
     }

@@ -138,7 +138,8 @@ def fill(objects: ObjectStore, number: int, base: str, is_whole: bool) -> None:
         catalog.apply(_record(n, base), _sha256(raw))
         records.append(raw)
         if catalog.num_records in (last - SNAPSHOT_EVERY, last) and catalog.num_records:
-            RecordLog(objects, Catalog.from_data).save_snapshot(catalog.to_data())
+            log = RecordLog(objects, Catalog.from_data)
+            log.save_snapshot(catalog.num_records, encode(catalog.to_data()))
     first = 0 if is_whole else max(0, last - SNAPSHOT_EVERY)
     for n in range(first, number):
         if is_whole:  # without a flush to the disk for each

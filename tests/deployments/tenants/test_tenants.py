@@ -165,7 +165,7 @@ def test_following_goes_on_after_any_error(
     read, errors = tenants_module.read_keys, [KeyError(ACME), RecursionError(), MemoryError()]
     looks = itertools.count()
 
-    def fail(path: Path, defaults: Limits) -> Keys:
+    def fail(path: Path, defaults: Limits, shared: tuple[str, ...]) -> Keys:
         if errors:
             raise errors.pop()
         return read(path, defaults)
