@@ -7,7 +7,7 @@ then.
 import hashlib
 import re
 from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -47,9 +47,7 @@ class HubFolder:
         repository, revision = match.groups()
         hub = _hub(url)
         with _errors(url, hub):
-            info = hub.HfApi(endpoint=endpoint).model_info(
-                repository, revision=revision, files_metadata=True, timeout=LOOK_S
-            )
+            info = _look(hub.HfApi(endpoint=endpoint), repository, revision)
         files = {each.rfilename: each for each in info.siblings or () if "/" not in each.rfilename}
         if info.sha is None or any(each.size is None for each in files.values()):
             raise SourceUnavailable(f"{url}: the hub does not tell the commit or the files' sizes")
@@ -94,6 +92,7 @@ class HubFolder:
             headers["Range"] = f"bytes={start}-"
         with (
             _errors(self.url, hub),
+            suppress(_cut()),  # what has come is kept; the rest is asked for again
             hub.get_session().stream(
                 "GET", where, headers=headers, follow_redirects=True, timeout=LOOK_S
             ) as response,
@@ -101,16 +100,27 @@ class HubFolder:
             hub.hf_raise_for_status(response)
             if start and response.status_code != 206:
                 raise SourceUnavailable(f"{self.url}: {name} cannot be read from its middle on")
-            yield from _until_cut(response)
+            yield from response.iter_raw()
 
 
-def _until_cut(response: Any) -> Generator[bytes, None, None]:
-    import httpx2
+def _look(api: Any, repository: str, revision: str | None) -> Any:
+    """Ask for a repository's files, again where a connection breaks."""
+    for attempt in range(1, MAX_ATTEMPTS + 1):
+        try:
+            return api.model_info(
+                repository, revision=revision, files_metadata=True, timeout=LOOK_S
+            )
+        except _cut():
+            if attempt == MAX_ATTEMPTS:
+                raise
+    raise AssertionError("the last attempt returns or raises")
 
-    try:
-        yield from response.iter_raw()
-    except httpx2.TransportError:
-        return  # what has come is kept; the rest is asked for again
+
+def _cut() -> type[Exception]:
+    """Return the class of errors of a connection."""
+    import httpx2  # comes with the hub's package
+
+    return httpx2.TransportError
 
 
 def _hub(url: str) -> Any:

@@ -689,7 +689,7 @@ def test_a_download_that_fails_leaves_no_file(
 
     def break_off_the_last(request: Request, forward: Forward) -> Reply:
         reply = forward()
-        is_last = range_start(request) == 4000
+        is_last = (range_start(request) or 0) >= 4000
         return Reply(reply.status, reply.headers, reply.body, num_sent=10 if is_last else None)
 
     direct.put("k", b"x" * 5000)
@@ -700,7 +700,7 @@ def test_a_download_that_fails_leaves_no_file(
             tested.get_file("k", folder / "k")
     assert os.listdir(folder) == []
     starts = [range_start(request) for request in forwarder.requests]
-    assert starts.count(4000) == s3_client_module.MAX_ATTEMPTS
+    assert len([s for s in starts if s and s >= 4000]) == s3_client_module.MAX_ATTEMPTS
 
 
 def test_a_download_asks_a_server_that_hangs_no_more_often_than_other_requests(
