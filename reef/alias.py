@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from reef.author import author
-from reef.store_options import with_store
+from reef.store_options import tenant_option, with_store
 
 if TYPE_CHECKING:
     from adapter_store.aliases import AliasView, Trial
