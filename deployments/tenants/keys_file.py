@@ -130,7 +130,7 @@ def read_keys(path: Path, defaults: Limits, shared: tuple[str, ...] = ()) -> Key
             entry.weight,
             PriorityClass[entry.max_priority_class.upper()],
             entry.max_ttft_s,
-            shared,
+            shared=shared,
         )
         tenants[name] = tenant
         for digest in map(bytes.fromhex, entry.keys):
