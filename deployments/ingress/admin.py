@@ -172,7 +172,7 @@ class Admin:
         found = (owner, full_name) if slash else (tenant, source)
         check_right(publisher, found[0])
         wanted = self._tenants.upload_limits(tenant, self._defaults)
-        limits = PublishLimits(wanted.max_lora_rank, wanted.max_adapters)
+        limits = PublishLimits(wanted.max_lora_rank, wanted.max_adapters, wanted.max_stored_bytes)
         by = publisher.author
         return await self.run(
             lambda: self.store.publish_again(
