@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
+from tests.planted_keys import holds_key, logs_with_keys
+
 ALARM_AGAIN_S = 30.0
 
 # A busy machine is no failure: neither a slow example nor a slow choice of examples.
@@ -34,6 +36,24 @@ def pytest_timeout_set_timer() -> Generator[None, object, object]:
     if seconds:
         signal.setitimer(signal.ITIMER_REAL, seconds, ALARM_AGAIN_S)
     return result
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Fail whatever test has an API key in what it logged or printed."""
+    report = yield
+    shown = [name for name, text in report.sections if holds_key(text)]
+    if shown:
+        report.outcome, report.longrepr = "failed", f"an API key is in: {', '.join(shown)}"
+    return report
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_key_in_any_log(tmp_path_factory: pytest.TempPathFactory) -> Generator[None]:
+    """Look for API keys in all logs that the tests' processes have written, Ray's too."""
+    yield
+    found = logs_with_keys(tmp_path_factory.getbasetemp())
+    assert not found, f"an API key is in these logs: {found}"
 
 
 @pytest.hookimpl(tryfirst=True)
