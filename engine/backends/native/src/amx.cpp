@@ -8,7 +8,7 @@ namespace REEF_ISA {
 namespace {
 
 // From so many rows on tiles are faster than vector instructions.
-constexpr int kInt8Rows = 8, kWideRows = 7, kFourbitRows = 9, kShortRows = 8;
+constexpr int kInt8Rows = 8, kWideRows = 7, kFourbitRows = 9, kShortRows = 9;
 
 bool uses_tiles(const ReefLinearArgs& args) {
     switch (args.linear->format) {
