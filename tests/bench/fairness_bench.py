@@ -81,8 +81,10 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--engines", type=int, default=1, help="that get requests in turn")
     parser.add_argument("--rows", type=Path, help="append the rows to this file")
+    parser.add_argument("--traffic", choices=TRAFFICS, action="append", help="all by default")
     options = parser.parse_args()
-    for name, traffic in TRAFFICS.items():
+    for name in options.traffic or TRAFFICS:
+        traffic = TRAFFICS[name]
         told = compare(traffic._replace(engines=options.engines), options.seconds, options.seeds)
         conditions = f"{header(0)} | fairness | {options.seconds:g} s, {options.seeds} seeds"
         conditions += f", {options.engines} engines"
