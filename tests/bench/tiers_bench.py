@@ -72,7 +72,7 @@ def crowded(options: argparse.Namespace, shape: Shape, source: Path, scratch: Pa
                 rate = LOADED * busy.requests_per_s
             noise = _noise(pid)
             found[room] = asyncio.run(open_loop(url, names, jobs, rate, options.seed))
-            others = noise.read().cores
+            others = noise.read().others
         _check(found[room])
         row = f"room for {room} | {rate:.2f} requests/s asked | {as_line(found[room])}"
         append_row(options.rows, f"{_conditions(options)} | {row} | others {others:.2f}")
@@ -111,7 +111,7 @@ def loads(options: argparse.Namespace, shape: Shape, source: Path, scratch: Path
             _check(busy)
             ratios.append(busy.itl_p99_s / quiet.itl_p99_s)
             rates.append(rate)
-        others = noise.read().cores
+        others = noise.read().others
     row = f"p99 ITL beside loads {median_and_range(ratios, 3)} x alone"
     row += f" | {median_and_range(rates)} loads/s | others {others:.2f}"
     append_row(options.rows, f"{_conditions(options)} | {row}")
@@ -168,7 +168,7 @@ def cold(options: argparse.Namespace, shape: Shape, source: Path, scratch: Path)
             _check(asked)
             if number:  # the first one warms up
                 ratios.append(asked.ttft_p50_s / alone_s)
-        others = noise.read().cores
+        others = noise.read().others
     nbytes = statistics.mean(_bytes_of(folder) for folder in folders) / 1e6
     row = f"{nbytes:.0f} MB | first token {median_and_range(ratios, 2)} x its fetch alone"
     row += f", the last {alone_s:.2f} s | others {others:.2f}"
