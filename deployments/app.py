@@ -19,14 +19,12 @@ from ray.serve import Application
 from ray.serve.config import (
     AutoscalingConfig,
     AutoscalingPolicy,
-    DeploymentActorConfig,
     RequestRouterConfig,
 )
 from ray.serve.context import _get_global_client  # pyright: ignore[reportPrivateUsage]
 
-from deployments.config import AppConfig, check_exposure, endpoint_of, load_config
+from deployments.config import AppConfig, check_exposure, load_config
 from deployments.config_sections import ModelSection, ReplicasSection
-from deployments.fleet.ledger_actor import ledger_config
 from deployments.fleet.router import AdapterRouter
 from deployments.ingress.deployment import IngressDeployment
 from deployments.installation import check_one_installation
@@ -92,9 +90,7 @@ def warn_if_slow(environment: Mapping[str, str]) -> None:
 
 
 def ingress_options(config: AppConfig) -> dict[str, Any]:
-    shared = {"deployment_actors": [_ledger(config)]} if config.ingress.replicas > 1 else {}
     return {
-        **shared,
         "num_replicas": config.ingress.replicas,
         "max_ongoing_requests": MAX_ONGOING,
         "ray_actor_options": {"num_cpus": config.ingress.num_cpus},
@@ -102,13 +98,6 @@ def ingress_options(config: AppConfig) -> dict[str, Any]:
         "graceful_shutdown_timeout_s": INGRESS_DRAIN_S,
         "graceful_shutdown_wait_loop_s": SHUTDOWN_POLL_S,
     }
-
-
-def _ledger(config: AppConfig) -> DeploymentActorConfig:
-    """Describe the ledger of tenants' quotas, which several ingresses need."""
-    adapters = config.adapters
-    endpoint = endpoint_of(adapters, adapters.root)
-    return ledger_config(adapters.root, endpoint, not adapters.single_writer)
 
 
 def engine_options(model: ModelSection, surge_percent: int) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""The ledger as an actor of the Ingress deployment, which outlives its replicas.
+"""The ledger of several ingresses as an actor, which whichever of them first asks for it makes.
 
-Ray's controller starts it before the first replica, and another one where it dies. Ray pickles this
-module by value.
+It ends with the ingress that has made it, or by itself; the next that asks makes another. It is no
+deployment's actor: Serve gives those a runtime environment, which not every cluster can make.
 """
 
 # Ray's own types are incomplete.
@@ -16,14 +16,16 @@ from typing import Any
 import ray
 from ray import serve
 from ray.exceptions import RayError
-from ray.serve.config import DeploymentActorConfig
 
 from adapter_store.open_store import open_store
 from deployments.fleet.budget_keeper import BudgetKeeper
 from deployments.fleet.ledger_link import Call
 from deployments.policy.ledger import Answer, Ledger, Message
 
-NAME = "quota-ledger"
+
+def ledger_name() -> str:
+    """Name the actor of this replica's application."""
+    return f"{serve.get_replica_context().app_name}-quota-ledger"
 
 
 @ray.remote
@@ -44,23 +46,18 @@ class LedgerActor:
         return self._ledger.take(message, time.monotonic_ns(), time.time())
 
 
-def ledger_config(root: str, endpoint_url: str | None, may_write: bool) -> DeploymentActorConfig:
-    return DeploymentActorConfig(
-        name=NAME,
-        actor_class=LedgerActor,
-        init_args=(root, endpoint_url, may_write),
-        actor_options={"num_cpus": 0},
-    )
-
-
-def ledger_call() -> Call:
-    """Make the way to the actor from a replica. It finds the one that runs, after each error."""
+def ledger_call(root: str, endpoint_url: str | None, may_write: bool) -> Call:
+    """Make the way to the actor from a replica. It finds or makes one, after each error again."""
     handle: Any = None
+
+    def find() -> Any:
+        options = {"name": ledger_name(), "get_if_exists": True, "num_cpus": 0}
+        return LedgerActor.options(**options).remote(root, endpoint_url, may_write)
 
     async def call(message: Message) -> Answer:
         nonlocal handle
         if handle is None:
-            handle = await asyncio.to_thread(serve.get_deployment_actor, NAME)
+            handle = await asyncio.to_thread(find)
         try:
             # Not in the context of the request that happens to wait: Ray would cancel both.
             return await contextvars.Context().run(handle.take.remote, message)

@@ -163,7 +163,10 @@ def _ledger_link(config: AppConfig) -> LedgerLink:
     if config.ingress.replicas == 1:
         return OwnLedger()
     replica_id = serve.get_replica_context().replica_id.unique_id
-    link = SharedLedger(ledger_call(), replica_id, config.ingress.replicas)
+    adapters = config.adapters
+    endpoint = endpoint_of(adapters, adapters.root)
+    call = ledger_call(adapters.root, endpoint, not adapters.single_writer)
+    link = SharedLedger(call, replica_id, config.ingress.replicas)
     link.start()
     return link
 

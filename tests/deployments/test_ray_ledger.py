@@ -1,4 +1,4 @@
-"""The ledger as a deployment's actor on a real Ray cluster: shared, killed, and there again."""
+"""The ledger as an actor on a real Ray cluster: shared, killed, and there again."""
 
 import subprocess
 import sys
@@ -14,7 +14,7 @@ IN_A_CLUSTER = """
 import asyncio, sys, time
 import ray
 from ray import serve
-from deployments.fleet.ledger_actor import ledger_call, ledger_config
+from deployments.fleet.ledger_actor import ledger_call, ledger_name
 from deployments.fleet.ledger_link import SharedLedger
 from deployments.ingress.http_errors import ApiError
 from deployments.ingress.metrics import Metrics
@@ -24,12 +24,14 @@ from deployments.policy.admission import Limits
 LIMITS = Limits(requests_per_minute=60, request_burst=40, tokens_per_day=1000)
 
 
-@serve.deployment(num_replicas=2, deployment_actors=[
-    ledger_config(f"file://{sys.argv[1]}/store", None, True)])
+ROOT = f"file://{sys.argv[1]}/store"
+
+
+@serve.deployment(num_replicas=2)
 class Asker:
-    def __init__(self):
+    def __init__(self, root):
         name = serve.get_replica_context().replica_id.unique_id
-        self.link = SharedLedger(ledger_call(), name, 2)
+        self.link = SharedLedger(ledger_call(root, None, True), name, 2)
         self.limiter = TenantLimiter(Metrics(10), link=self.link)
         self.link.start()
 
@@ -55,7 +57,7 @@ class Asker:
         return False
 
     async def kill(self):
-        ray.kill(serve.get_deployment_actor("quota-ledger"))
+        ray.kill(ray.get_actor(ledger_name()))
 
 
 async def test(handle):
@@ -78,7 +80,7 @@ ray.init(address="local", num_cpus=2, include_dashboard=False, object_store_memo
          _temp_dir=sys.argv[1] + "/ray", _node_ip_address="127.0.0.1", log_to_driver=False,
          logging_level="warning")
 serve.start(proxy_location="Disabled", logging_config=None)
-handle = serve.run(Asker.bind(), route_prefix=None, logging_config=None)
+handle = serve.run(Asker.bind(ROOT), route_prefix=None, logging_config=None)
 asyncio.run(test(handle))
 serve.shutdown()
 ray.shutdown()
