@@ -110,6 +110,11 @@ class _Share:
     budget: int | None = None  # tokens
     outage: int = 0  # which one it is the budget for
 
+    def is_full(self, limits: Limits) -> bool:
+        """Tell whether all of what is limited is there, as of the last refill."""
+        has_requests = limits.requests_per_minute is None or not self.requests.debt
+        return has_requests and (limits.tokens_per_minute is None or not self.tokens.debt)
+
     def give_back(self, num_tokens: int) -> None:
         self.tokens.take(-num_tokens)
         if self.budget is not None:
@@ -153,8 +158,10 @@ class _Account:
         )
 
     def may_be_forgotten(self, day: int) -> bool:
-        """What is spent of budgets is kept for a ledger that would follow, until the next day."""
-        return not (self.has_news or self.running or (self.told.spent.day >= day and self.budgets))
+        """What is spent of budgets is kept for a ledger that would follow, until the next day; what
+        was admitted alone, until it is there again: a share begins full."""
+        is_kept = self.has_news or self.running or (self.told.spent.day >= day and self.budgets)
+        return not is_kept and (self.share is None or self.share.is_full(self.limits))
 
     @property
     def budgets(self) -> bool:
@@ -338,12 +345,13 @@ class Leases:
         """Write what to tell the ledger: what is needed, and with `is_tidying` what some tenants
         hold, in turn.
 
-        None if there is nothing. It must be answered, or sent again as it is, before the next one.
+        None if there is nothing, but for an ingress alone, which asks whether it still is. It must
+        be answered, or sent again as it is, before the next one.
         """
         self._turn(wall_s)
         names = sorted(self._needy)
         if is_tidying:
-            names += self._next_to_tidy()
+            names += self._next_to_tidy(now_ns)
         self._needy.clear()
         accounts = ((name, self._accounts[name]) for name in names)
         asks = tuple(
@@ -351,13 +359,13 @@ class Leases:
             for name, account in accounts
             if account.has_news
         )
-        if not asks:
+        if not asks and not (self.is_alone and is_tidying):
             return None
         self._num_messages += 1
         self._asked_ns, self._asked_day = now_ns, self._day
         return Message(self._ingress, self._num_messages, self._epoch, self._day, asks)
 
-    def _next_to_tidy(self) -> list[str]:
+    def _next_to_tidy(self, now_ns: int) -> list[str]:
         """Choose a few tenants, so that a message is written and booked within milliseconds.
 
         Tenants of which there is nothing to tell are forgotten.
@@ -370,6 +378,8 @@ class Leases:
             account = self._accounts.get(name)
             if account is None or name in self._needy:
                 continue
+            if account.share is not None:
+                self._share_of(account, now_ns)
             if account.may_be_forgotten(self._day):
                 del self._accounts[name]
             elif account.has_news:

@@ -327,6 +327,26 @@ def test_leases_are_for_batches_and_what_is_idle_goes_back() -> None:
     assert left == 500, "all that was left, and nothing more"
 
 
+def test_an_ingress_alone_asks_whether_it_still_is_and_keeps_to_its_share_meanwhile() -> None:
+    """Requests alone are nothing to tell the ledger of; it is asked nevertheless, at each tidying."""
+    ledger, leases = Ledger("l", START_NS), Leases("i", 2)
+    limits, need = Limits(requests_per_minute=60, max_concurrent_requests=9), Need(1, 0, 1)
+    leases.take("a", limits, need, START_NS, START_S)
+    leases.want("a", need)
+    exchange(ledger, leases, START_NS)
+    num_admitted, now_ns = 0, START_NS
+    while leases.is_alone:
+        assert leases.message(now_ns, START_S, False) is None
+        for _ in range(40):
+            if leases.take_alone("a", limits, need, now_ns, START_S) is not None:
+                num_admitted += 1
+                leases.leave("a", 1)
+        now_ns += SECOND_NS // 2
+        exchange(ledger, leases, now_ns, is_tidying=True)
+    assert now_ns - START_NS == LEASE_NS
+    assert 30 <= num_admitted <= 31, "half of the burst, and what half of the rate refills"
+
+
 def test_what_a_waiting_request_counts_on_is_not_given_back_beneath_it() -> None:
     ledger, leases = Ledger("l", START_NS, 0), Leases("i", 2)
     limits, need = Limits(requests_per_minute=600, max_concurrent_requests=4), Need(1, 0, 1)
