@@ -328,7 +328,7 @@ def test_leases_are_for_batches_and_what_is_idle_goes_back() -> None:
 
 
 def test_an_ingress_alone_asks_whether_it_still_is_and_keeps_to_its_share_meanwhile() -> None:
-    """Requests alone are nothing to tell the ledger of; it is asked nevertheless, at each tidying."""
+    """Requests alone are nothing to tell the ledger of: each tidying asks it nevertheless."""
     ledger, leases = Ledger("l", START_NS), Leases("i", 2)
     limits, need = Limits(requests_per_minute=60, max_concurrent_requests=9), Need(1, 0, 1)
     leases.take("a", limits, need, START_NS, START_S)
