@@ -105,7 +105,7 @@ def test_a_refused_upload_leaves_no_trace(
     with pytest.raises(SourceUnavailable, match="not a folder"):
         store.publish(tmp_path / "absent", "public", "sql")
     for remote in ("hf://org/adapter", "s3://bucket/adapter"):
-        with pytest.raises(SourceUnavailable, match="not supported in this version"):
+        with pytest.raises(SourceUnavailable, match="is no folder of this machine"):
             store.publish(remote, "public", "sql")
     assert root.objects() == before
 

@@ -332,16 +332,13 @@ def test_a_plain_chat_has_no_parser() -> None:
         await ask(server, tool_choice="none")
         await ask(server)
 
-    class Watched(FakeEngine):
-        pass
-
     import deployments.ingress.streaming as streaming
 
     generation = streaming.Generation
 
-    def watch(plan: Plan, *rest: Any) -> Any:
+    def watch(plan: Plan, *rest: Any, **more: Any) -> Any:
         plans.append(plan)
-        return generation(plan, *rest)
+        return generation(plan, *rest, **more)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(streaming, "Generation", watch)
