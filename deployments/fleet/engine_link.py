@@ -171,7 +171,8 @@ class EngineLink:
         if self.hello is None and self.held is None:
             raise ModelNotReady
         queue: BatchQueue[Item] = BatchQueue()
-        requests = [ResumableRequest(submit, queue.put) for submit in submits]
+        now_s = self._timing.clock()
+        requests = [ResumableRequest(submit, queue.put, now_s) for submit in submits]
         for submit in submits:
             if submit.adapter_ref is not None and not target:
                 self._wanted.add(submit.adapter_ref)
@@ -260,7 +261,7 @@ class EngineLink:
 
     def _take_output(self, attempt: Attempt, output: RequestOutput) -> None:
         error = output.error
-        if error is not None and error.kind in ELSEWHERE:
+        if error is not None and _goes_on_after(error, attempt):
             self._lose(attempt, error.message, counts=error.kind != ErrorKind.HANDED_BACK)
             return
         attempt.origin.take_output(attempt, output)
@@ -310,3 +311,10 @@ class EngineLink:
             except Exception as error:  # whatever Ray raises while there is no replica
                 logger.warning("looking for other engine replicas: %r", error)
             await asyncio.sleep(self._timing.max_retry_s / 2)
+
+
+def _goes_on_after(error: RequestError, attempt: Attempt) -> bool:
+    """Whether another try is due. A choice without a token may have to give way in a full queue,
+    where the replica does not know that others of its request have begun."""
+    is_shed = error.kind == ErrorKind.OVERLOADED and attempt.origin.has_begun
+    return is_shed or error.kind in ELSEWHERE

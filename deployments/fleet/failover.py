@@ -78,9 +78,10 @@ class ResumableRequest:
         "_submit",
         "_token_ids",
         "attempts",
+        "deadline_s",
     )
 
-    def __init__(self, submit: Submit, deliver: Callable[[Item], None]) -> None:
+    def __init__(self, submit: Submit, deliver: Callable[[Item], None], now_s: float = 0.0) -> None:
         self.attempts: dict[str, Attempt] = {}
         self._submit = submit
         self._deliver = deliver
@@ -88,6 +89,13 @@ class ResumableRequest:
         self._is_open = [True] * submit.request.n
         self._num_renamed = 0
         self._num_cached: int | None = None  # of the prompt, at the first replica that answered
+        timeout_s = submit.timeout_s
+        self.deadline_s = None if timeout_s is None else now_s + timeout_s  # of its first token
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether any token has been delivered."""
+        return any(self._token_ids)
 
     def first_attempt(self) -> Attempt:
         return self._add(Attempt(self, self._submit, 0, self._submit.request.n, is_original=True))
@@ -150,13 +158,21 @@ class ResumableRequest:
         each unfinished choice. `blames`: as for `Attempt.losses`."""
         self.attempts.pop(lost.id, None)
         request = lost.submit.request
-        if request.n > 1 and not any(self._token_ids):
+        if request.n > 1 and not self.has_begun:
             return [self._again(lost, request, lost.first_index, blames, avoid)]
         return [
             self._again(lost, self._rest(index), index, blames, avoid)
             for index in range(lost.first_index, lost.first_index + request.n)
             if self._is_open[index]
         ]
+
+    def submit_at(self, attempt: Attempt, now_s: float) -> Submit:
+        """Return what is offered now: the time for the first token goes on from try to try."""
+        if self.has_begun:
+            return replace(attempt.submit, timeout_s=None)
+        if self.deadline_s is None:
+            return attempt.submit
+        return replace(attempt.submit, timeout_s=max(0.0, self.deadline_s - now_s))
 
     def rename(self, attempt: Attempt) -> None:
         """Give the attempt a new id, because a replica may have accepted it under the old one."""
@@ -174,7 +190,7 @@ class ResumableRequest:
         """Cut one choice from its next token on. `max_tokens` stays the total."""
         original, token_ids = self._submit.request, self._token_ids[index]
         sampling = replace(original.sampling, seed=_as_seed(original.sampling.seed + index))
-        if any(self._token_ids):  # the prompt's logprobs came with the very first token
+        if self.has_begun:  # the prompt's logprobs came with the very first token
             sampling = replace(sampling, prompt_logprobs=None)
         return replace(original, sampling=sampling, n=1, output_token_ids=list(token_ids))
 

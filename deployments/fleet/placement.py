@@ -45,7 +45,7 @@ class Placement:
         """Find a replica, unless the attempt is given up meanwhile. Returns why there is none."""
         timing = self._timing
         deadline_s = timing.clock() + self._patience_s(attempt)
-        late_s = _late_s(attempt, timing.clock())
+        late_s = _late_s(attempt)
         retry_s = timing.retry_s
         reason = "no replica has answered"
         while self._is_live(attempt):
@@ -89,10 +89,11 @@ class Placement:
         """Offer the attempt once. None: it is unknown whether it was accepted."""
         ended, self._ended = self._ended, []
         hints = _hints(attempt, self._streams.suspects(), tuple(ended))
+        submit = attempt.origin.submit_at(attempt, self._timing.clock())
         try:
             async with asyncio.timeout(self._timing.silence_s):
                 return await self._connection.submit(
-                    hints, self._ingress_id, self._streams.epochs, attempt.submit
+                    hints, self._ingress_id, self._streams.epochs, submit
                 )
         except Exception as error:  # whatever Ray raises for a replica that dies or hangs
             logger.warning("submitting %s: %r", attempt.id, error)
@@ -135,13 +136,12 @@ def _hints(attempt: Attempt, suspects: list[str], ended: tuple[tuple[str, int], 
     )
 
 
-def _late_s(attempt: Attempt, now_s: float) -> float | None:
-    """Return when a request that has no token yet is not wanted any more."""
-    timeout_s = attempt.submit.timeout_s
-    return None if timeout_s is None or attempt.num_losses else now_s + timeout_s
+def _late_s(attempt: Attempt) -> float | None:
+    """Return when a request that has no token yet is not wanted any more, by the link's clock."""
+    return None if attempt.origin.has_begun else attempt.origin.deadline_s
 
 
 def _is_final(attempt: Attempt, replica_id: str, refusal: RequestError) -> bool:
     """Tell whether all replicas are too busy. An answer that has begun is never refused for it."""
-    is_second = replica_id in attempt.avoid
-    return refusal.kind == ErrorKind.OVERLOADED and is_second and attempt.num_losses == 0
+    is_new = attempt.num_losses == 0 and not attempt.origin.has_begun
+    return refusal.kind == ErrorKind.OVERLOADED and replica_id in attempt.avoid and is_new

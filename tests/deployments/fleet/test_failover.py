@@ -19,7 +19,14 @@ from deployments.fleet.protocol import Submit
 from deployments.fleet.timing import Timing
 from deployments.policy.backlog import QueueLimits
 from deployments.replica.replica import EngineReplica, ReplicaSettings
-from engine.messages import EngineInfo, GenerateRequest, Item, RequestOutput
+from engine.messages import (
+    EngineInfo,
+    ErrorKind,
+    GenerateRequest,
+    Item,
+    RequestError,
+    RequestOutput,
+)
 from engine.scheduler.request import SamplingParams
 from tests.deployments.support.fakes import BASE, INFO, FakeEngine, FakeStore, until
 from tests.deployments.support.fleet import LocalFleet
@@ -458,6 +465,71 @@ def test_requests_that_a_draining_replica_cannot_finish_go_on_elsewhere(n: int) 
         replica.take_care(asyncio.get_running_loop().time() + 31)
         await until(lambda: running.engines[leaving]._live == {})
         await running.until_running(n)
+        await finish(running, reader)
+        reader.assert_whole()
+
+    in_fleet(test)
+
+
+def test_what_a_draining_replica_hands_back_is_not_refused_by_full_ones() -> None:
+    async def test(running: Fleet) -> None:
+        reader = Reader(running.link.open([submit()]))
+        await running.until_running()
+        leaving = running.where("r")
+        running.step()
+        await reader.read()
+        others = [r for name, r in running.connection.replicas.items() if name != leaving]
+        for other in others:
+            other._settings = replace(other._settings, limits=QueueLimits(0))
+        running.connection.leaving.add(leaving)
+        running.connection.replicas[leaving].take_care(asyncio.get_running_loop().time() + 31)
+        num_before = len(running.connection.submitted)
+        await until(lambda: len(running.connection.submitted) > num_before + 3)
+        assert not reader.ended, "it was refused, and has begun"
+        for other in others:
+            other._settings = replace(other._settings, limits=QueueLimits(100))
+        await finish(running, reader)
+        reader.assert_whole()
+
+    in_fleet(test)
+
+
+def test_the_time_for_the_first_token_goes_on_from_try_to_try() -> None:
+    async def test(running: Fleet) -> None:
+        now_s = 100.0
+        running.link._placement._timing = replace(running.link._timing, clock=lambda: now_s)
+        running.link._timing = running.link._placement._timing
+        reader = Reader(running.link.open([replace(submit(), timeout_s=40.0)]))
+        await running.until_running()
+        now_s += 15.0
+        running.connection.kill(running.where("r"))
+        await until(lambda: len(running.connection.submitted) == 2)
+        await finish(running, reader)
+        reader.assert_whole()
+        assert [s.timeout_s for _, s in running.connection.submitted] == [40.0, 25.0]
+
+    in_fleet(test)
+
+
+def test_a_choice_without_a_token_has_no_timeout_where_another_has_begun() -> None:
+    heard: list[Item] = []
+    resumable = ResumableRequest(replace(submit(n=2), timeout_s=1.0), heard.append)
+    attempt = resumable.first_attempt()
+    assert resumable.submit_at(attempt, 0.25).timeout_s == 0.75
+    resumable.take_tokens(attempt, ("r", 1, [9]))
+    rests = resumable.next_attempts(attempt, True, ())
+    assert [resumable.submit_at(rest, 5.0).timeout_s for rest in rests] == [None, None]
+
+
+def test_a_begun_request_goes_on_where_a_choice_of_it_gives_way_in_a_queue() -> None:
+    async def test(running: Fleet) -> None:
+        reader = Reader(running.link.open([submit(n=2)]), 2)
+        await running.until_running()
+        running.step()
+        await reader.read()
+        where = running.where("r")
+        requests = running.connection.replicas[where]._requests
+        requests.fail("r", RequestError(ErrorKind.OVERLOADED, "others have less"))
         await finish(running, reader)
         reader.assert_whole()
 
