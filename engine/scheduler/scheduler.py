@@ -512,7 +512,8 @@ class Scheduler:
             request.draft_match = draft.match
 
     def _make_room(self, request: Request, count: int, step: Step) -> bool:
-        """Allocate blocks for `count` more tokens; preempts later requests, or this one.
+        """Allocate blocks for `count` more tokens; preempts later requests, or this one. Those of
+        lower classes go first, and last those that keep their seats.
 
         If a running request is about to end, wait for its blocks instead. A request with a pending
         token is not preempted for itself: it might sample that token again and again.
@@ -522,7 +523,8 @@ class Scheduler:
             if any(self.limits.is_ending(r) for r in self.running):
                 return False
             left = [r for r in reversed(self.running) if not step.has(r)]
-            victim = max(left, key=lambda r: r.priority_class)  # the first of equals: the newest
+            # of equals the first, which is the newest
+            victim = max(left, key=lambda r: (not r.keeps_seat, r.priority_class))
             if victim is request and request.num_pending_tokens:
                 return False
             self._preempt(victim)
@@ -637,9 +639,10 @@ class Scheduler:
             return False
         if not is_placed:
             nbytes = adapters.nbytes(digest) or 0
-            self._payer(request).load_bytes += nbytes
+            payer = self._payer(request)
+            payer.load_bytes += nbytes
             size = nbytes / self.memory.block_bytes
-            self.service.charge_load(request, size * self.blocks.block_size)
+            self.service.charge_load(payer, size * self.blocks.block_size)
         return True
 
     def _payer(self, request: Request) -> Request:
