@@ -783,6 +783,7 @@ class Scheduler:
         self.service.forget_idle(self._by_key.values())
 
     def _release(self, request: Request) -> None:
+        self.service.classes.leave(request.priority_class)
         self.blocks.free(request.block_table)
         request.num_published_blocks = request.life = 0
         if request.adapter_digest:

@@ -176,3 +176,70 @@ def test_an_adapters_load_is_charged_once_to_whom_it_is_for() -> None:
     while scheduler.has_unfinished:
         server.step()
     assert server.counter("a") == 3 * (INPUT_WEIGHT + OUTPUT_WEIGHT) + 10 * 4 * INPUT_WEIGHT
+
+
+def test_a_closed_loop_of_a_higher_class_leaves_a_lower_one_its_part() -> None:
+    """As many clients as seats, each of which asks again once it is answered: that the queue of
+    the higher class is empty nearly always takes nothing from the lower one."""
+    server, rng, most = Server(), random.Random(0), 0.0
+    for _ in range(4000):
+        while sum(r.priority_class is INTERACTIVE for r in server.requests()) < SEQS:
+            server.add("INTERACTIVE", rng.randint(1, PROMPT), rng.randint(1, OUTPUT), INTERACTIVE)
+        while server.num_waiting("BATCH") <= SEQS:
+            server.add("BATCH", rng.randint(1, PROMPT), rng.randint(1, OUTPUT), BATCH)
+        server.step()
+        tokens = given(server)
+        most = max(most, LEAST_SHARE[BATCH] * tokens[INTERACTIVE] - tokens[BATCH])
+    assert most <= OWED
+    tokens = given(server)
+    assert tokens[INTERACTIVE] > 20 * OWED, "so long that a drift would be seen"
+    assert tokens[BATCH] <= LEAST_SHARE[BATCH] * tokens[INTERACTIVE] + RUNNING
+
+
+def test_what_is_owed_stays_while_nothing_higher_is_there_and_goes_with_who_waits() -> None:
+    shares = classes.ClassShares()
+    batch, interactive = classes.Flow("b", BATCH), classes.Flow("i", INTERACTIVE)
+    shares.note_waiting([batch, interactive])
+    shares.charge(INTERACTIVE, 1600.0)
+    shares.note_waiting([batch, interactive])
+    assert shares.owed(BATCH) == 100.0
+    shares.charge(BATCH, 70.0)
+    shares.note_waiting([batch])
+    assert shares.owed(BATCH) == 100.0, "nobody gave way to it"
+    shares.begin(INTERACTIVE)
+    shares.charge(INTERACTIVE, 1600.0)
+    shares.note_waiting([batch])
+    assert shares.owed(BATCH) == 200.0, "it waits beside one that runs"
+    shares.charge(BATCH, 900.0)
+    shares.note_waiting([batch])
+    assert shares.owed(BATCH) == 0.0, "it got more while nobody else waited"
+    shares.charge(INTERACTIVE, 1600.0)
+    shares.note_waiting([])
+    assert shares.owed(BATCH) == 0.0, "it did not wait"
+
+
+def test_what_keeps_its_seat_keeps_its_blocks_before_others() -> None:
+    server = Server(num_blocks=16)  # of 4 tokens
+    server.add("a", 4, 40, BATCH)
+    server.add("b", 4, 40, STANDARD)
+    server.add("c", 4, 40, STANDARD)
+    steps(server, 3)
+    kept = next(r for r in server.scheduler.running if r.priority_class is BATCH)
+    kept.keeps_seat, life = True, kept.life
+    while kept.finish_reason is None:
+        steps(server, 1)
+        assert kept.life in (life, 0) and (kept.life or kept.finish_reason), "it was sent back"
+    assert server.scheduler.num_preemptions
+
+
+def test_the_load_for_a_probe_is_charged_to_whom_it_is_for() -> None:
+    server = Server(num_blocks=600)
+    scheduler = server.scheduler
+    scheduler.adapters.set_ready("digest", 10)
+    scope, sampling = CacheScope("a", "", "digest"), SamplingParams(max_tokens=1)
+    waits = Request("waits", [1], sampling, 0.0, scope)
+    waits.awaits_grammar = True
+    scheduler.add(waits)
+    scheduler.add(Request("probe", [2], sampling, 0.0, CacheScope("", "", "digest")), is_next=True)
+    server.step()
+    assert waits.load_bytes == 10 and server.counter("a") == 10 * 4 * INPUT_WEIGHT
