@@ -471,23 +471,21 @@ def test_requests_that_a_draining_replica_cannot_finish_go_on_elsewhere(n: int) 
     in_fleet(test)
 
 
-def test_what_a_draining_replica_hands_back_is_not_refused_by_full_ones() -> None:
+def test_what_a_replica_hands_back_is_not_refused_by_full_ones() -> None:
     async def test(running: Fleet) -> None:
         reader = Reader(running.link.open([submit()]))
         await running.until_running()
-        leaving = running.where("r")
+        leaving = running.connection.replicas[running.where("r")]
         running.step()
         await reader.read()
-        others = [r for name, r in running.connection.replicas.items() if name != leaving]
-        for other in others:
-            other._settings = replace(other._settings, limits=QueueLimits(0))
-        running.connection.leaving.add(leaving)
-        running.connection.replicas[leaving].take_care(asyncio.get_running_loop().time() + 31)
-        num_before = len(running.connection.submitted)
-        await until(lambda: len(running.connection.submitted) > num_before + 3)
-        assert not reader.ended, "it was refused, and has begun"
-        for other in others:
-            other._settings = replace(other._settings, limits=QueueLimits(100))
+        replicas = running.connection.replicas.values()
+        for replica in replicas:
+            replica._settings = replace(replica._settings, limits=QueueLimits(0))
+        leaving._requests.fail_all(RequestError(ErrorKind.HANDED_BACK, "The replica was stopped."))
+        await until(lambda: len(running.connection.submitted) > 4 or not running.link.num_live)
+        assert running.link.num_live == 1, "it was refused, and has begun"
+        for replica in replicas:
+            replica._settings = replace(replica._settings, limits=QueueLimits(100))
         await finish(running, reader)
         reader.assert_whole()
 
