@@ -9,6 +9,7 @@ deployment's actor: Serve gives those a runtime environment, which not every clu
 
 import asyncio
 import contextvars
+import hashlib
 import time
 import uuid
 from typing import Any
@@ -22,10 +23,14 @@ from deployments.fleet.budget_keeper import BudgetKeeper
 from deployments.fleet.ledger_link import Call
 from deployments.policy.ledger import Answer, Ledger, Message
 
+PROTOCOL = 1  # of the messages and of the book: an ingress never meets a ledger of another one
 
-def ledger_name() -> str:
-    """Name the actor of this replica's application."""
-    return f"{serve.get_replica_context().app_name}-quota-ledger"
+
+def ledger_name(root: str, endpoint_url: str | None, may_write: bool) -> str:
+    """Name the actor of this replica's application: another one where it is to be another."""
+    settings = f"{PROTOCOL} {root} {endpoint_url} {may_write}"
+    which = hashlib.sha256(settings.encode()).hexdigest()[:12]
+    return f"{serve.get_replica_context().app_name}-quota-ledger-{which}"
 
 
 @ray.remote
@@ -51,7 +56,8 @@ def ledger_call(root: str, endpoint_url: str | None, may_write: bool) -> Call:
     handle: Any = None
 
     def find() -> Any:
-        options = {"name": ledger_name(), "get_if_exists": True, "num_cpus": 0}
+        name = ledger_name(root, endpoint_url, may_write)
+        options = {"name": name, "get_if_exists": True, "num_cpus": 0}
         return LedgerActor.options(**options).remote(root, endpoint_url, may_write)
 
     async def call(message: Message) -> Answer:

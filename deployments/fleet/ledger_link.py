@@ -110,21 +110,32 @@ class SharedLedger:
 
     async def _run(self) -> None:
         while True:
-            await self._wait()
-            now_ns = self._clock_ns()
-            is_due = now_ns >= self._tidy_at_ns
-            if not is_due and not self._waiting:
-                continue
-            if is_due:
-                self._tidy_at_ns = now_ns + int(TIDY_S * 1e9)
-            waiting, self._waiting = self._waiting, []  # others ask with the next message
+            try:
+                await self._exchange()
+            except Exception as error:  # a fault of ours: nobody is to wait for ever because of it
+                logger.exception("the exchange with the quota ledger failed")
+                self._be_alone(error)
+                self._let_go(self._waiting)
+                await asyncio.sleep(RETRY_S)
+
+    async def _exchange(self) -> None:
+        await self._wait()
+        now_ns = self._clock_ns()
+        is_due = now_ns >= self._tidy_at_ns
+        if not is_due and not self._waiting:
+            return
+        if is_due:
+            self._tidy_at_ns = now_ns + int(TIDY_S * 1e9)
+        waiting, self._waiting = self._waiting, []  # others ask with the next message
+        try:
             message = self.leases.message(now_ns, self._wall_s(), is_due)
             if message is not None:
                 await self._deliver(message, waiting)
+        finally:
             self._let_go(waiting)
-            await asyncio.sleep(0)  # they take what was granted, before it could be given back
-            if is_due and self.leases.has_more_to_tidy:
-                self.hurry()
+        await asyncio.sleep(0)  # they take what was granted, before it could be given back
+        if is_due and self.leases.has_more_to_tidy:
+            self.hurry()
 
     async def _wait(self) -> None:
         rest_s = max(0.0, (self._tidy_at_ns - self._clock_ns()) / 1e9)

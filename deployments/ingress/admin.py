@@ -83,6 +83,7 @@ class Admin:
         self._endpoint_url = endpoint_url
         self._folders = UploadFolders(scratch)
         self._publishers = ThreadPoolExecutor(PUBLISHERS, "admin-publish")
+        self._fetchers = ThreadPoolExecutor(MAX_UPLOADS, "admin-fetch")
         self._others = ThreadPoolExecutor(PUBLISHERS, "admin")
         self._uploads: Counter[str] = Counter()  # by tenant
         self._num_waiting = 0
@@ -94,6 +95,7 @@ class Admin:
         return self._uploads.total()
 
     def close(self) -> None:
+        self._fetchers.shutdown(wait=False, cancel_futures=True)
         self._publishers.shutdown(wait=False, cancel_futures=True)
         self._others.shutdown(wait=False, cancel_futures=True)
 
@@ -133,7 +135,7 @@ class Admin:
             with folder:
                 return self._publish(folder, tenant, name, base, only_new, author, limits)
 
-        return await self._publisher_does(tenant, work)
+        return await self._does(self._publishers, tenant, work)
 
     async def publish_from(
         self, source: str, publisher: Publisher, place: tuple[str, str], base: str, only_new: bool
@@ -158,9 +160,12 @@ class Admin:
         def work() -> AdapterRef:
             with self._folders.open() as folder:
                 fetch(source, self._endpoint_url, folder, limits.max_upload_bytes, deadline_s)
-                return self._publish(folder, tenant, name, base, only_new, publisher.author, limits)
+                published = self._publishers.submit(
+                    self._publish, folder, tenant, name, base, only_new, publisher.author, limits
+                )
+                return published.result()
 
-        return await self._publisher_does(tenant, work)
+        return await self._does(self._fetchers, tenant, work)
 
     async def publish_again(
         self, source: str, publisher: Publisher, place: tuple[str, str], only_new: bool
@@ -180,9 +185,11 @@ class Admin:
             )
         )
 
-    async def _publisher_does(self, tenant: str, work: Callable[[], AdapterRef]) -> AdapterRef:
+    async def _does(
+        self, threads: ThreadPoolExecutor, tenant: str, work: Callable[[], AdapterRef]
+    ) -> AdapterRef:
         """Do the work though the client may go; then the tenant's slot is free."""
-        done = asyncio.get_running_loop().run_in_executor(self._publishers, work)
+        done = asyncio.get_running_loop().run_in_executor(threads, work)
         done.add_done_callback(lambda _: self._free_slot(tenant))
         done.add_done_callback(_look_at)
         return await asyncio.shield(done)

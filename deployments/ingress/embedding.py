@@ -18,7 +18,7 @@ from deployments.ingress.metrics import Metrics
 from deployments.ingress.model_resolver import Target
 from deployments.ingress.planning import Origin, check_token_ids
 from deployments.ingress.prompt_texts import encode_prompts, kept_tokens, text_too_long
-from deployments.ingress.streaming import EngineResponse, ErrorResponse
+from deployments.ingress.streaming import EngineResponse, ErrorResponse, Settle, keep_reserved
 from engine.messages import EngineInfo, GenerateRequest, Item, RequestOutput
 from engine.scheduler.request import SamplingParams
 
@@ -144,8 +144,10 @@ class EmbeddingResponse(EngineResponse):
         route: str,
         errors: ErrorForm = OPENAI_ERRORS,
         open_charge: OpenCharge = free_of_charge,
+        settle: Settle = keep_reserved,
     ) -> None:
         super().__init__(metrics, route, open_charge)
+        self._settle = settle
         self._plan = plan
         self._errors = errors
         self._num_prompt = self._num_cached = 0  # tokens of the texts that have their vectors
@@ -158,6 +160,7 @@ class EmbeddingResponse(EngineResponse):
             response = Response(await self._whole(), 200, headers, "application/json")
         except Exception as error:
             self._charge.waive()
+            self._settle(0, 0)
             response = ErrorResponse(as_api_error(error, "an embedding"), self._errors)
         await response(scope, receive, send)
         return response.status_code

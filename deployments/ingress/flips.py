@@ -97,8 +97,13 @@ class Flips:
         return view.shares if move.is_open or not view.before else view.before
 
     def fail(self, view: AliasView, ref: AdapterRef, reason: str) -> None:
-        """Set an alias back because one of its new versions is of no use at some replica."""
+        """Set an alias back because one of its new versions is of no use at some replica.
+
+        Not if it has moved since: what fails then is no part of what it means now.
+        """
         move = self._move_of(view)
+        if move is not None and move.record != view.record:
+            return
         is_new = ref.version not in {each.version for each, _ in view.before}
         is_tried = view.trial is not None and view.trial.candidate == ref.version
         is_recent = self._wall_clock() - view.moved_s < GUARDED_S

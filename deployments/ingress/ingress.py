@@ -261,7 +261,7 @@ class Ingress:
         num_tokens = sum(len(submit.request.prompt_token_ids) for submit in plan.submits)
         await place.reserve(num_tokens, (), is_open=False)
         charge = self.metering.opener(tenant, target, route, submits[0].request)
-        return EmbeddingResponse(plan, self.metrics, route, errors, charge)
+        return EmbeddingResponse(plan, self.metrics, route, errors, charge, place.settle)
 
     async def _target(self, tenant: Tenant, request: OpenAIRequest, place: Place) -> Target:
         wanted = request.adapter_set
@@ -286,14 +286,14 @@ class Ingress:
     async def _answer(
         self, plan: Plan, request: OpenAIRequest, surface: Surface, tenant: Tenant, place: Place
     ) -> GenerationResponse:
+        urgency = place.urgency.in_class(request.priority_class)
+        submits = urgent(plan.submits, urgency)
+        plan = plan if submits is plan.submits else replace(plan, submits=submits)
         await reserve(place, plan, request.wanted_max_tokens is None)
         target = plan.target
         if target.adapter_ref is not None:
             ids = (place.request_id, plan.answer_id)
             self.feedback.remember(target.tenant, filter(None, ids), target.label, target.arm)
-        urgency = place.urgency.in_class(request.priority_class)
-        submits = urgent(plan.submits, urgency)
-        plan = plan if submits is plan.submits else replace(plan, submits=submits)
         return GenerationResponse(
             replace(
                 in_session(plan, place.session), headers={**plan.headers, **plan.target.headers}

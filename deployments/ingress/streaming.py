@@ -31,7 +31,7 @@ _EVENT_STREAM = (
 Settle = Callable[[int, int], None]  # given the tokens of prompts and answers
 
 
-def _keep(num_prompt: int, num_output: int) -> None:
+def keep_reserved(num_prompt: int, num_output: int) -> None:
     """Nothing was reserved."""
 
 
@@ -105,7 +105,7 @@ class GenerationResponse(EngineResponse):
         errors: ErrorForm = OPENAI_ERRORS,
         keep_alive: bytes = COMMENT,
         open_charge: OpenCharge = free_of_charge,
-        settle: Settle = _keep,
+        settle: Settle = keep_reserved,
     ) -> None:
         super().__init__(metrics, route, open_charge)
         self._settle = settle

@@ -83,13 +83,9 @@ class UsageWriter:
     def flush(self) -> None:
         """Make all that has ended durable. Errors are counted and logged."""
         with self._lock:
-            try:
-                while self._flush_some():
-                    pass
-                self._spool.rotate(self._upload_s)
-            except (OSError, SpoolFull) as error:
-                self._num_failures += 1
-                self._log("usage: records wait in memory, they cannot be written: %s", error)
+            self._tried(self._flush_all)
+            # Also where the log is full: what is closed is uploaded, and makes room.
+            self._tried(lambda: self._spool.rotate(self._upload_s))
 
     def upload(self) -> None:
         """Upload what is closed."""
@@ -106,6 +102,17 @@ class UsageWriter:
             folder_bytes(self._folder),
             self._uploader.counts,
         )
+
+    def _tried(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except (OSError, SpoolFull) as error:
+            self._num_failures += 1
+            self._log("usage: records wait in memory, they cannot be written: %s", error)
+
+    def _flush_all(self) -> None:
+        while self._flush_some():
+            pass
 
     def _flush_some(self) -> bool:
         """Flush one batch; tell whether there may be more."""

@@ -30,6 +30,7 @@ ROOT = f"file://{sys.argv[1]}/store"
 @serve.deployment(num_replicas=2)
 class Asker:
     def __init__(self, root):
+        self.root = root
         name = serve.get_replica_context().replica_id.unique_id
         self.link = SharedLedger(ledger_call(root, None, True), name, 2)
         self.limiter = TenantLimiter(Metrics(10), link=self.link)
@@ -57,7 +58,7 @@ class Asker:
         return False
 
     async def kill(self):
-        ray.kill(ray.get_actor(ledger_name()))
+        ray.kill(ray.get_actor(ledger_name(self.root, None, True)))
 
 
 async def test(handle):

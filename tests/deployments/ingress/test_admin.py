@@ -4,6 +4,7 @@ refuses. Uploads that go wrong are in test_uploads.py."""
 import asyncio
 import json
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from adapter_store.layout import WEIGHTS_NAME
 from deployments.config import ConfigError, load_config
 from deployments.ingress.api_route import ApiRoute
+from deployments.ingress.http_errors import invalid
 from tests.adapter_store.adapters import changed
 from tests.adapter_store.fake_hub import REPOSITORY, FakeHub, running_hub
 from tests.deployments.support.admin import (
@@ -237,6 +239,33 @@ def test_the_api_is_off_unless_it_is_wanted_and_needs_keys(place: Place) -> None
 
 
 # ---- from other places -----------------------------------------------------------------------
+
+
+def test_places_that_answer_slowly_hold_up_nobodys_upload(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    may_go_on = threading.Event()
+
+    def slow(*_: Any) -> None:
+        may_go_on.wait(20)
+        raise invalid("It is not there.", "source")
+
+    monkeypatch.setattr("deployments.ingress.admin.fetch", slow)
+
+    async def test() -> None:
+        async with administered(place, publish_from=["hf://acme"]) as api:
+            source = {"source": "hf://acme/slow"}
+            fetched = [
+                asyncio.create_task(api.post(f"{ADAPTERS}/acme/{name}", source)) for name in "ab"
+            ]
+            while api.admin is None or api.admin.num_uploads < 2:
+                await asyncio.sleep(0.001)
+            uploaded = await api.publish("umbrella", "sql", form(place.peft), ADMIN)
+            assert uploaded.status == 200 and not any(task.done() for task in fetched)
+            may_go_on.set()
+            assert [answer.status for answer in await asyncio.gather(*fetched)] == [400, 400]
+
+    in_admin(test)
 
 
 def test_an_adapter_is_published_from_an_allowed_place_and_from_a_version(

@@ -247,3 +247,14 @@ def test_vectors_survive_an_engine_that_dies() -> None:
         assert [item["embedding"][0] for item in client.answered.json["data"]] == [4] * 10
 
     in_server(test, embeddings=RAW, patience_s=5.0)
+
+
+def test_texts_that_could_not_be_embedded_cost_no_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test(server: Server) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(embedding.EmbeddingResponse, "_vector_of", lambda *_: 1 / 0)
+            assert (await server.post(PATH, input="abcdef")).status == 500
+        assert (await server.post(PATH, input="abcdef")).status == 200
+        assert (await server.post(PATH, input="abcdef")).status == 429
+
+    in_server(test, embeddings=RAW, tenants=Everybody(Limits(tokens_per_day=10)))

@@ -1,6 +1,7 @@
 """Aliases of several versions over HTTP: who gets which, what is waited for, what is concluded."""
 
 import asyncio
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -8,7 +9,10 @@ from typing import Any
 
 import pytest
 
+from adapter_store.aliases import AliasView
+from adapter_store.names import AdapterRef
 from deployments.ingress.feedback import MAX_AGE_S, Feedback
+from deployments.ingress.flips import Flips
 from deployments.ingress.metrics import Metrics
 from engine.messages import EngineStats, GenerateRequest
 from tests.deployments.support.admin import (
@@ -227,6 +231,32 @@ def test_a_version_that_fails_at_a_replica_after_the_flip_sets_the_alias_back(
             assert set(await versions(api, ["a", "b"])) == {1}
 
     in_admin(test)
+
+
+def test_what_fails_of_an_earlier_move_sets_the_latest_one_not_back() -> None:
+    class Nothing:
+        def holders(self, _: Any) -> list[str]:
+            return []
+
+        def share(self, *_: Any, **__: Any) -> bool:
+            raise AssertionError("the alias is set back")
+
+    three, five, six = (AdapterRef("acme", "sql", n, f"{n}" * 64, "base") for n in (3, 5, 6))
+
+    def moved(record: int, to: AdapterRef, before: AdapterRef) -> AliasView:
+        shares, earlier = [(to, 1.0)], [(before, 1.0)]
+        return AliasView("acme", "sql", "prod", record, shares, earlier, None, 0, "", time.time())
+
+    async def test() -> None:
+        flips, link = Flips(Nothing()), Nothing()  # type: ignore[arg-type]
+        old, new = moved(10, five, three), moved(20, six, five)
+        flips.shares(old, link)  # type: ignore[arg-type]
+        flips.shares(new, link)  # type: ignore[arg-type]
+        flips.fail(old, five, "it has no proof")
+        assert flips.shares(new, link) == [(six, 1.0)]  # type: ignore[arg-type]
+        await flips.close()
+
+    asyncio.run(test())
 
 
 # ---- trials --------------------------------------------------------------------------------

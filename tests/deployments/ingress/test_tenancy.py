@@ -268,3 +268,13 @@ def test_tokens_that_were_not_used_come_back_however_a_request_ends(
         assert answer.status == 200
 
     in_server(test, engine=FakeEngine(), tenants=limited(tmp_path, tokens_per_day=100))
+
+
+def test_a_request_that_is_refused_costs_no_tokens(tmp_path: Path) -> None:
+    async def test(server: Server) -> None:
+        body = {"prompt": "x", "max_tokens": 90}
+        refused = await server.post(COMPLETIONS, key=ACME, priority_class="interactive", **body)
+        assert refused.status == 403
+        assert (await server.post(COMPLETIONS, key=ACME, **body)).status == 200
+
+    in_server(test, engine=FakeEngine(), tenants=limited(tmp_path, tokens_per_day=100))

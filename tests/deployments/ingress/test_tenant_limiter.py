@@ -151,6 +151,25 @@ def test_several_ingresses_admit_together_what_the_limit_says() -> None:
     in_fleet(3, test)
 
 
+def test_a_fault_of_ours_leaves_nobody_waiting(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("deployments.fleet.ledger_link.RETRY_S", 0.001)
+    limits = Limits(requests_per_minute=60)
+
+    async def test(fleet: Fleet) -> None:
+        leases = fleet.links[0].leases
+        with monkeypatch.context() as patch:
+            patch.setattr(leases, "accept", lambda *_: 1 / 0)
+            assert await is_refused(fleet.limiters[0], "a", limits) is None
+            assert leases.is_alone and "division by zero" in caplog.text
+        fleet.clock.now_ns += SECOND_NS
+        while leases.is_alone:
+            await asyncio.sleep(0.001)
+
+    in_fleet(2, test)
+
+
 def test_without_a_ledger_each_ingress_goes_on_with_its_share(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

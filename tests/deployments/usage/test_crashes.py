@@ -320,6 +320,22 @@ def test_a_folder_that_holds_as_much_as_it_may_takes_no_more(tmp_path: Path) -> 
     assert ids(machine.read()[0]) == ["a", "b", "c"]
 
 
+def test_a_folder_that_is_full_is_uploaded_as_any_other(tmp_path: Path) -> None:
+    machine = Machine(tmp_path, max_bytes=100)
+    meter = machine.meter()
+    spool = meter.writer._spool
+    serve(meter, "a")
+    meter.writer.flush()
+    clock = spool._clock
+    spool._clock = lambda: clock() + 61.0
+    serve(meter, "b")
+    for _ in range(2):
+        meter.writer.flush()
+        meter.writer.upload()
+    assert meter.read_counts().written == 2
+    meter.close()
+
+
 def test_without_room_for_the_journal_requests_are_recorded_from_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
