@@ -222,13 +222,20 @@ class EngineLink:
         for stream, item in early:
             self.on_frame(stream, [item])
 
-    def _lose(self, attempt: Attempt, message: str, counts: bool = True) -> None:
-        """Go on elsewhere with an attempt that its replica will not finish."""
+    def _lose(
+        self,
+        attempt: Attempt,
+        message: str,
+        counts: bool = True,
+        kind: ErrorKind = ErrorKind.ENGINE_DIED,
+    ) -> None:
+        """Go on elsewhere with an attempt that its replica will not finish; after too many tries
+        it ends with an error of this kind."""
         assert attempt.replica is not None, "lost before it was placed"
         self._forget(attempt)
         num_losses, num_fruitless = attempt.losses(counts)
         if num_fruitless >= MAX_FRUITLESS or num_losses >= MAX_LOSSES:
-            attempt.origin.fail(attempt, RequestError(ErrorKind.ENGINE_DIED, message))
+            attempt.origin.fail(attempt, RequestError(kind, message))
             return
         avoid = (*attempt.avoid, attempt.replica.replica_id)
         for rest in attempt.origin.next_attempts(attempt, counts, avoid):
@@ -262,7 +269,9 @@ class EngineLink:
     def _take_output(self, attempt: Attempt, output: RequestOutput) -> None:
         error = output.error
         if error is not None and _goes_on_after(error, attempt):
-            self._lose(attempt, error.message, counts=error.kind != ErrorKind.HANDED_BACK)
+            is_shed = error.kind == ErrorKind.OVERLOADED
+            kind = ErrorKind.OVERLOADED if is_shed else ErrorKind.ENGINE_DIED
+            self._lose(attempt, error.message, error.kind != ErrorKind.HANDED_BACK, kind)
             return
         attempt.origin.take_output(attempt, output)
         if attempt.num_open == 0:
