@@ -295,8 +295,10 @@ def test_a_canary_with_a_planted_regression_is_rolled_back_by_itself(place: Plac
             for each in (api, other):
                 each.server.engine.answer = without_end(digests[1])
             await shared(api, {"versions": {"1": 60, "2": 40}, "trial": {"candidate": 2}})
+            await state(other)  # so that it knows of the trial
             await ask_until_concluded(api, [other], most=150)
             assert (await state(api))["versions"] == {"1": 1}
+            await state(other)
             entries = [e for e in await audit(api) if "because" in e["details"]]
             assert [e["by"] for e in entries] == ["an ingress"]
             because = entries[0]["details"]["because"]
@@ -309,7 +311,7 @@ def test_a_canary_with_a_planted_regression_is_rolled_back_by_itself(place: Plac
             }
             assert because["stable"]["stop_reasons"].keys() == {"stop"}
             assert set(await versions(other, [f"late {n}" for n in range(10)])) == {1}
-            assert not list((place.store_folder / "trials").rglob("*.json"))
+            await until(lambda: not list((place.store_folder / "trials").rglob("*.json")))
 
     in_admin(test)
 
