@@ -269,8 +269,7 @@ class EngineLink:
     def _take_output(self, attempt: Attempt, output: RequestOutput) -> None:
         error = output.error
         if error is not None and _goes_on_after(error, attempt):
-            is_shed = error.kind == ErrorKind.OVERLOADED
-            kind = ErrorKind.OVERLOADED if is_shed else ErrorKind.ENGINE_DIED
+            kind = error.kind if error.kind == ErrorKind.OVERLOADED else ErrorKind.ENGINE_DIED
             self._lose(attempt, error.message, error.kind != ErrorKind.HANDED_BACK, kind)
             return
         attempt.origin.take_output(attempt, output)

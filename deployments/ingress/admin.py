@@ -177,7 +177,7 @@ class Admin:
         found = (owner, full_name) if slash else (tenant, source)
         check_right(publisher, found[0])
         wanted = self._tenants.upload_limits(tenant, self._defaults)
-        limits = PublishLimits(wanted.max_lora_rank, wanted.max_adapters, wanted.max_stored_bytes)
+        limits = _of_publishing(wanted)
         by = publisher.author
         return await self.run(
             lambda: self.store.publish_again(
@@ -239,9 +239,7 @@ class Admin:
                 base,
                 only_new=only_new,
                 by=author,
-                limits=PublishLimits(
-                    limits.max_lora_rank, limits.max_adapters, limits.max_stored_bytes
-                ),
+                limits=_of_publishing(limits),
             )
         except OSError as error:
             raise disk_error(error) from error
@@ -377,6 +375,11 @@ def _look_at(done: "asyncio.Future[T]") -> None:
     """Take an error that nobody may wait for any more."""
     if not done.cancelled():
         done.exception()
+
+
+def _of_publishing(limits: UploadLimits) -> PublishLimits:
+    """Leave out what counts while bytes come."""
+    return PublishLimits(limits.max_lora_rank, limits.max_adapters, limits.max_stored_bytes)
 
 
 def _translated(error: Exception, folder: str = "") -> Exception:

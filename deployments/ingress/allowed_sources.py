@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-HUB, S3 = "hf://", "s3://"
+S3 = "s3://"
 
 
 class AllowedSources:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pydantic import BaseModel
+from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
@@ -12,6 +13,10 @@ from deployments.ingress.error_form import OPENAI_ERRORS, ErrorForm
 
 JSON = "application/json"
 AnswerDoc = type[BaseModel] | Mapping[str, Any] | None
+
+
+def json_answer(answer: BaseModel) -> Response:
+    return Response(answer.model_dump_json(), media_type=JSON)
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,6 @@ What one process writes is seen by all others that `refresh`. A new key is retur
 nowhere.
 """
 
-import secrets
 import time
 from collections.abc import Callable, Sequence
 
@@ -12,12 +11,10 @@ from adapter_store.followed_log import FollowedLog
 from adapter_store.names import check_name
 from adapter_store.object_store import ObjectStore
 from adapter_store.record_log import Record, RecordLog
-from deployments.tenants.key_id import hash_key
+from deployments.tenants.key_id import draw_key, hash_key
 from deployments.tenants.key_table import KeyTable, StoredKey, check_scopes
 
 PREFIX = "keys/"
-KEY_PREFIX = "reef-"
-KEY_BYTES = 32
 
 
 class KeyNotFound(Exception):
@@ -63,7 +60,7 @@ class KeyBook(FollowedLog[KeyTable]):
         """Make a key; return what is known of it, and the key. Raises ValueError, InvalidName."""
         check_name("name", name)
         wanted = check_scopes(tenant, scopes)
-        key = KEY_PREFIX + secrets.token_urlsafe(KEY_BYTES)
+        key = draw_key()
         digest = hash_key(key)
 
         def record(table: KeyTable) -> Record:
@@ -86,7 +83,7 @@ class KeyBook(FollowedLog[KeyTable]):
         A key that expires is followed by one that lasts as long as it did from its making. Raises
         KeyNotFound, KeyEnded.
         """
-        key = KEY_PREFIX + secrets.token_urlsafe(KEY_BYTES)
+        key = draw_key()
         digest = hash_key(key)
 
         def record(table: KeyTable) -> Record:

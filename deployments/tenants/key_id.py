@@ -1,8 +1,15 @@
-"""Names and hashes of API keys."""
+"""API keys: how they are drawn, hashed and named."""
 
 import hashlib
+import secrets
 
+KEY_PREFIX = "reef-"
+KEY_BYTES = 32
 KEY_ID_CHARS = 12
+
+
+def draw_key() -> str:
+    return KEY_PREFIX + secrets.token_urlsafe(KEY_BYTES)
 
 
 def hash_key(key: str) -> bytes:

@@ -39,13 +39,11 @@ from adapter_store.names import NAME_RULE
 from deployments.config_sections import Bytes, Limit, Section, explain
 from deployments.policy.admission import Limits
 from deployments.strict_yaml import YamlMistake, read_yaml
-from deployments.tenants.key_id import key_id
+from deployments.tenants.key_id import KEY_PREFIX, key_id
 from deployments.tenants.tenant import Publisher, Tenant, UploadLimits
 from engine.config import ConfigError
 from engine.scheduler.classes import PriorityClass
 from engine.scheduler.fairness import MAX_WEIGHT, MIN_WEIGHT
-
-KEY_PREFIX = "reef-"
 
 
 class KeysFileError(ConfigError):

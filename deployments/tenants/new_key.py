@@ -7,7 +7,6 @@ before or after, and of two concurrent commands none is lost. Comments in the fi
 import json
 import os
 import re
-import secrets
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -18,10 +17,9 @@ import yaml
 
 from adapter_store.file_lock import FileLock
 from adapter_store.names import NAME_RULE
-from deployments.tenants.key_id import hash_key
-from deployments.tenants.keys_file import KEY_PREFIX, KeysFileError, parse_document
+from deployments.tenants.key_id import draw_key, hash_key
+from deployments.tenants.keys_file import KeysFileError, parse_document
 
-KEY_BYTES = 32
 NEW_FILE_MODE = 0o600
 
 
@@ -45,7 +43,7 @@ def make_key(purpose: Purpose, path: Path | None) -> str:
     for kind, name in (("tenant", purpose.tenant), ("name", purpose.name)):
         if name is not None and re.fullmatch(NAME_RULE, name) is None:
             raise KeysFileError(f"{kind} {name!r} does not match {NAME_RULE}")
-    key = KEY_PREFIX + secrets.token_urlsafe(KEY_BYTES)
+    key = draw_key()
     _store(key, purpose, path)
     return key
 

@@ -13,10 +13,9 @@ from msgspec import DecodeError
 
 from adapter_store.object_store import ObjectStore
 from deployments.usage.record import LostUsage, UsageRecord, decode_json, unchecked
-from deployments.usage.spool import CLOSED, OPEN, day_of
+from deployments.usage.spool import CLOSED, DAY_S, OPEN, day_of
 from deployments.usage.uploader import DAMAGED, PREFIX, SUFFIX
 
-DAY_S = 86_400
 PLAIN = ".jsonl"
 _LOCAL = (OPEN, CLOSED, DAMAGED)
 

@@ -14,6 +14,7 @@ from typing import BinaryIO
 from deployments.usage.record import checked, unchecked
 
 SEGMENT_BYTES = 8 * 2**20
+DAY_S = 86_400
 OPEN, CLOSED = ".open", ".log"
 
 

@@ -1,14 +1,12 @@
 """Sums of usage by tenant, adapter, version, day and other fields, and what they cost."""
 
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 
 from deployments.usage.prices import Prices, add_costs
 from deployments.usage.record import UsageRecord
-
-DAY_S = 86_400
+from deployments.usage.spool import DAY_S, day_of
 
 
 class _Days:
@@ -20,7 +18,7 @@ class _Days:
     def __call__(self, record: UsageRecord) -> str:
         number = int(record.time_s // DAY_S)
         if number not in self._names:
-            self._names[number] = time.strftime("%Y-%m-%d", time.gmtime(number * DAY_S))
+            self._names[number] = day_of(number * DAY_S)
         return self._names[number]
 
 

@@ -29,7 +29,7 @@ from deployments.ingress.api.admin import (
     audit_list,
 )
 from deployments.ingress.api.openai_fields import parse_request
-from deployments.ingress.api_route import JSON, ApiRoute, RouteDoc
+from deployments.ingress.api_route import JSON, ApiRoute, RouteDoc, json_answer
 from deployments.ingress.http_errors import invalid
 from deployments.ingress.ingress import Ingress
 from deployments.ingress.surfaces.adapters import loaded_base
@@ -81,14 +81,16 @@ def _routes(ingress: Ingress, admin: Admin) -> list[ApiRoute]:
     async def list_(http_request: HttpRequest, publisher: Publisher) -> Response:
         wanted, after, limit = _asked_for(http_request, publisher)
         page = await admin.page(wanted, after, limit)
-        return _json(adapter_list(page, _base_models(ingress)))
+        return json_answer(adapter_list(page, _base_models(ingress)))
 
     async def change_state(http_request: HttpRequest, publisher: Publisher) -> Response:
         tenant, name = _place(http_request, publisher)
         state = parse_request(StateChange, await ingress.raw_document(http_request)).state
         versions = list(await admin.change_state(publisher, tenant, name, state))
         bare_name = name.partition("@")[0]
-        return _json(ChangedVersions(tenant=tenant, name=bare_name, versions=versions, state=state))
+        return json_answer(
+            ChangedVersions(tenant=tenant, name=bare_name, versions=versions, state=state)
+        )
 
     async def alias(http_request: HttpRequest, publisher: Publisher) -> Response:
         tenant, name = _place(http_request, publisher)
@@ -101,12 +103,12 @@ def _routes(ingress: Ingress, admin: Admin) -> list[ApiRoute]:
             body.weights,
             lambda: None if trial is None else trial.trial(),
         )
-        return _json(alias_answer(view, figures))
+        return json_answer(alias_answer(view, figures))
 
     async def alias_state(http_request: HttpRequest, publisher: Publisher) -> Response:
         tenant, name = _place(http_request, publisher)
         full_name = f"{name}@{http_request.path_params['alias']}"
-        return _json(alias_answer(*await admin.alias_state(tenant, full_name)))
+        return json_answer(alias_answer(*await admin.alias_state(tenant, full_name)))
 
     async def audit(http_request: HttpRequest, publisher: Publisher) -> Response:
         query = _query(http_request, ("tenant", "before", "limit"))
@@ -115,7 +117,7 @@ def _routes(ingress: Ingress, admin: Admin) -> list[ApiRoute]:
         tenant = query.get("tenant") or publisher.tenant
         if tenant is not None:
             check_right(publisher, tenant)
-        return _json(audit_list(await admin.audit(before, limit, tenant)))
+        return json_answer(audit_list(await admin.audit(before, limit, tenant)))
 
     async def verify(http_request: HttpRequest, publisher: Publisher) -> Response:
         body = parse_request(Verification, await ingress.raw_document(http_request))
@@ -237,7 +239,7 @@ def _place(http_request: HttpRequest, publisher: Publisher) -> tuple[str, str]:
 
 async def _described(ingress: Ingress, admin: Admin, tenant: str, full_name: str) -> Response:
     record, manifest = await admin.find(tenant, full_name)
-    return _json(adapter_description(record, manifest, _base_models(ingress)))
+    return json_answer(adapter_description(record, manifest, _base_models(ingress)))
 
 
 def _base_models(ingress: Ingress) -> dict[str, str]:
@@ -309,7 +311,3 @@ def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> str:
         listed = ", ".join(filter(None, allowed))
         raise invalid(f"{name} must be one of {listed}, not {value[:20]!r}.", name)
     return value
-
-
-def _json(answer: BaseModel) -> Response:
-    return Response(answer.model_dump_json(), media_type=JSON)

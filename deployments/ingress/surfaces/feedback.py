@@ -5,7 +5,7 @@ from starlette.responses import Response
 
 from deployments.ingress.api.feedback import FeedbackAnswer, FeedbackRequest
 from deployments.ingress.api.openai_fields import parse_request
-from deployments.ingress.api_route import JSON, ApiRoute, RouteDoc
+from deployments.ingress.api_route import ApiRoute, RouteDoc, json_answer
 from deployments.ingress.http_errors import ApiError
 from deployments.ingress.ingress import Ingress
 from deployments.ingress.tenant_limiter import Place
@@ -31,6 +31,6 @@ def feedback_routes(ingress: Ingress) -> list[ApiRoute]:
             message = f"You have had no answer {request.answer_id!r} in the last hour."
             raise ApiError(404, message, param=param, code="answer_not_found")
         answer = FeedbackAnswer(id=request.answer_id, counted=counted)
-        return Response(answer.model_dump_json(), media_type=JSON)
+        return json_answer(answer)
 
     return [ingress.tenant_route("POST", "/v1/feedback", rate, doc=DOC)]

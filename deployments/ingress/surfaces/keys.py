@@ -4,7 +4,6 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from pydantic import BaseModel
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
@@ -21,7 +20,7 @@ from deployments.ingress.api.keys import (
     made_key,
 )
 from deployments.ingress.api.openai_fields import parse_request
-from deployments.ingress.api_route import JSON, ApiRoute, RouteDoc
+from deployments.ingress.api_route import ApiRoute, RouteDoc, json_answer
 from deployments.ingress.http_errors import ApiError, forbidden, invalid
 from deployments.ingress.ingress import Ingress
 from deployments.tenants.key_book import KeyBook, KeyEnded, KeyNotFound
@@ -56,27 +55,27 @@ def _routes(ingress: Ingress, admin: Admin, book: KeyBook) -> list[ApiRoute]:
         made = await admin.run(
             _refused(lambda: book.create(body.tenant, body.name, body.scopes, expires_s, by))
         )
-        return _json(made_key(*made, time.time()))
+        return json_answer(made_key(*made, time.time()))
 
     async def list_(http_request: HttpRequest, publisher: Publisher) -> Response:
         _check_right(publisher)
         tenant = http_request.query_params.get("tenant")
         found = await admin.run(lambda: book.list(tenant))
         now_s = time.time()
-        return _json(KeyList(keys=[key_item(key, now_s) for key in found[-MAX_LISTED:]]))
+        return json_answer(KeyList(keys=[key_item(key, now_s) for key in found[-MAX_LISTED:]]))
 
     async def rotate(http_request: HttpRequest, publisher: Publisher) -> Response:
         _check_right(publisher)
         key_id, by = http_request.path_params["key_id"], publisher.author
         body = parse_request(KeyRotation, await ingress.raw_document(http_request))
         made = await admin.run(_refused(lambda: book.rotate(key_id, body.overlap_s, by)))
-        return _json(made_key(*made, time.time()))
+        return json_answer(made_key(*made, time.time()))
 
     async def revoke(http_request: HttpRequest, publisher: Publisher) -> Response:
         _check_right(publisher)
         key_id, by = http_request.path_params["key_id"], publisher.author
         key = await admin.run(_refused(lambda: book.revoke(key_id, by)))
-        return _json(key_item(key, time.time()))
+        return json_answer(key_item(key, time.time()))
 
     async def expire(http_request: HttpRequest, publisher: Publisher) -> Response:
         _check_right(publisher)
@@ -84,7 +83,7 @@ def _routes(ingress: Ingress, admin: Admin, book: KeyBook) -> list[ApiRoute]:
         after_s = parse_request(KeyExpiry, await ingress.raw_document(http_request)).expires_in_s
         expires_s = None if after_s is None else time.time() + after_s
         key = await admin.run(_refused(lambda: book.expire(key_id, expires_s, by)))
-        return _json(key_item(key, time.time()))
+        return json_answer(key_item(key, time.time()))
 
     one = KEYS + "/{key_id}"
     return [
@@ -134,7 +133,3 @@ def _refused(work: Callable[[], T]) -> Callable[[], T]:
             raise invalid(f"scopes: {error}.", "scopes") from None
 
     return translated
-
-
-def _json(answer: BaseModel) -> Response:
-    return Response(answer.model_dump_json(), media_type=JSON)
